@@ -1,0 +1,33 @@
+# Two commands from a bare checkout: `make demo` and `make test`. Both make .venv when it is not there.
+#   TORCH="torch==2.13.0" (the default) takes a CPU build; on a GPU machine: make test TORCH="torch"
+#   PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+CPU := torch==2.13.0
+TORCH ?= $(CPU)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PINS := --constraint constraints.txt $(if $(filter $(CPU),$(TORCH)),--constraint constraints-cpu.txt)
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/hf-optim demo --output demo-w4a16
+
+test: $(STAMP) lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo-w4a16
