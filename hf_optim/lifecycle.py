@@ -1,0 +1,110 @@
+"""The stages of a run, in order: transform, calibrate, (train), finalize."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from . import calibration, saving
+from .compose import Stage
+from .errors import DataError
+from .memory import PeakMemory
+from .run import Run
+from .techniques import Technique
+from .toolkit import topology
+
+log = logging.getLogger(__name__)
+
+
+def proceed(run: Run, source: Any = None) -> None:
+    """Go through the stages until one waits for training or all are done. ``source`` is calibration data, or None.
+
+    The model is then ready for its owner: its ``save_pretrained`` writes what the run made of it.
+    """
+    while (stage := run.stage) is not None:
+        if run.stage_entered:
+            break
+        _enter(run, stage, source)
+        if stage.trains:
+            log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
+            break
+        run.complete_stage()
+    saving.bind(run)
+
+
+def _enter(run: Run, stage: Stage, source: Any) -> None:
+    run.stage_entered = True
+    entry: dict[str, Any] = {"steps": [step.name for step in stage.steps], "driver": None}
+    started = time.perf_counter()
+    with PeakMemory(run.device) as memory:
+        for step in stage.steps:
+            for model in run.call_on([step], "transform_model"):
+                run.model = model
+        if stage.calibrates:
+            if stage.needs_data and run.data is None:
+                run.data = _data(run, source)
+                run.record.calibration = run.data.description
+            entry["driver"] = calibration.calibrate(run, stage, run.journal)
+    entry |= {"seconds": round(time.perf_counter() - started, 3), **memory.figures()}
+    run.record.stages.append(entry)
+    for step in stage.steps:
+        _record_coverage(run, step)
+
+
+def require_data(run: Run, source: Any) -> None:
+    """Raise ``DataError`` if a stage that comes before any training needs calibration data and none is named."""
+    if source is not None or run.recipe.calibration.dataset is not None:
+        return
+    for stage in run.stages:
+        for step in stage.steps:
+            if step.implements("calibrate") and step.needs_data():
+                raise DataError(
+                    f"{run.label(step)} needs calibration data: pass calibration=... (texts, token ids, a dataset or a file), "
+                    "or name it in the recipe under `calibration: {dataset: ...}`"
+                )
+        if stage.trains:
+            return
+
+
+def _data(run: Run, source: Any) -> Any:
+    from .data import calibration_data
+
+    chosen = source if source is not None else run.recipe.calibration.dataset
+    if chosen is None:
+        require_data(run, None)
+        raise DataError(f"{run.stage} needs calibration data: call hf_optim.advance(model, calibration=...)")
+    if run.tokenizer is None:
+        run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
+    return calibration_data(
+        source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration
+    )
+
+
+def find_processor(home: str, main_input: str = "input_ids") -> Any:
+    """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint, or None."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    reader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
+    try:
+        return reader.from_pretrained(home) if home else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _record_coverage(run: Run, step: Technique) -> None:
+    touched = run.touched(step)
+    if touched is None:
+        return
+    names, skipped = touched
+    coverage = topology.coverage(run.model, names)
+    share = coverage.touched / coverage.total if coverage.total else 0.0
+    run.record.coverage[run.label(step)] = {
+        "weights_touched": coverage.touched,
+        "weights_total": coverage.total,
+        "share": round(share, 6),
+        "skipped": {reason: sorted(left_out) for reason, left_out in sorted(skipped.items())},
+    }
+    log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.touched, coverage.total, 100 * share)
+    for reason, left_out in sorted(skipped.items()):
+        log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, ", ".join(sorted(left_out)[:5]))

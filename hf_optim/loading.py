@@ -1,0 +1,233 @@
+"""From a recipe and a model to an optimized model: the doors ``from_pretrained``, ``optimize`` and ``advance``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from . import lifecycle, saving
+from .config import OptimConfig
+from .errors import CheckpointError, ModelError, RecipeError
+from .run import ATTRIBUTE, Run, find_run, run_of, traits_of
+from .techniques import Technique
+from .traits import FLOAT_WEIGHTS, QUANTIZED
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+def load(
+    cls: type[PreTrainedModel],
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    optim_config: Any,
+) -> Any:
+    """``from_pretrained`` with ``optim_config``: load with the stock method, and optimize.
+
+    Beside the arguments of the stock method, which pass through untouched, it takes ``calibration=`` (anything that
+    ``optimize`` takes) and ``tokenizer=``.
+    """
+    calibration, tokenizer = kwargs.pop("calibration", None), kwargs.pop("tokenizer", None)
+    if isinstance(optim_config, str) and optim_config == AUTO:
+        return _load_auto(stock, args, kwargs)
+    recipe = OptimConfig.parse(optim_config)
+    source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
+    config, kwargs = _resolve_config(cls, source, kwargs)
+    run = Run(recipe, config)
+    run.tokenizer = tokenizer
+    # Everything that can be refused is refused here, before a weight is read.
+    recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
+    lifecycle.require_data(run, calibration)
+    kwargs |= _prepared_load(run, kwargs)
+    if kwargs.setdefault("use_safetensors", True) is False:
+        raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
+    with explained(source):
+        loaded = stock(source, *args[1:], config=run.config, **kwargs)
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
+    _begin(run, model, source)
+    lifecycle.proceed(run, calibration)
+    return (run.model, info) if info is not None else run.model
+
+
+def optimize(
+    model: PreTrainedModel,
+    config: Any,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    device: torch.device | str | None = None,
+    journal: Any = None,
+) -> PreTrainedModel:
+    """Optimize a model that is in memory.
+
+    Args:
+        model: the model; it is changed in place, unless a step replaces it by a model of another class.
+        config: the recipe: an ``OptimConfig``, a technique, a list of techniques or mappings, a mapping, the path of a
+            YAML or JSON file, or the name of a shipped recipe.
+        calibration: calibration data: a ``datasets.Dataset``, a list of texts, token ids ``[n, seq_len]`` (int64), a
+            list of batches (mappings of tensors), a ``DataLoader``, a file or Hub id; None for what the recipe names.
+        tokenizer: needed for texts; None loads the one of the model's own checkpoint.
+        device: where blocks are calibrated; None for where the model is.
+        journal: a ``resume.BlockJournal`` that keeps finished blocks.
+
+    Returns:
+        The optimized model. After a recipe with a training stage it is ready to be trained: give it to ``OptimTrainer``,
+        or to a stock ``Trainer`` with ``hf_optim.callbacks(model)``.
+
+    Raises:
+        RecipeError, DataError, ModelError, NumericalError: see ``hf_optim.errors``.
+    """
+    recipe = OptimConfig.parse(config)
+    run = Run(recipe, model.config)
+    run.tokenizer, run.journal = tokenizer, journal
+    run.device = torch.device(device) if device is not None else None
+    recipe.check(traits_of(model))
+    lifecycle.require_data(run, calibration)
+    _apply_prepared(run, model)
+    _begin(run, model, getattr(model.config, "_name_or_path", None))
+    lifecycle.proceed(run, calibration)
+    return run.model
+
+
+def advance(model: PreTrainedModel, calibration: Any = None) -> PreTrainedModel:
+    """Go on with a recipe after its training stage: finish the stage in work, then run the stages that follow.
+
+    A ``Trainer`` with hf_optim's callbacks calls this itself when training ends. Without a ``Trainer``, call it when
+    your own loop is done. Returns the model, which may be another object than before.
+    """
+    run = run_of(model)
+    if run.stage is not None and run.stage_entered:
+        run.complete_stage()
+    lifecycle.proceed(run, calibration)
+    return run.model
+
+
+def release(model: PreTrainedModel) -> PreTrainedModel:
+    """Forget the run of a model: it is an ordinary model again. Its weights and its stored format stay."""
+    saving.unbind(model)
+    model.__dict__.pop(ATTRIBUTE, None)
+    return model
+
+
+def _begin(run: Run, model: PreTrainedModel, source: Any) -> None:
+    if find_run(model) is not None:
+        release(model)
+    run.model = model
+    run.traits = traits_of(model)
+    run.record.base_model = {
+        "id": _public_id(source),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _public_id(source: Any) -> str:
+    """A Hub id as it is; of a local path only the last part, since paths of a machine tell others nothing."""
+    text = os.fspath(source) if source is not None else ""
+    return Path(text).resolve().name if text and Path(text).exists() else text
+
+
+def _load_auto(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from .acceleration import accelerate
+
+    loaded = stock(*args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    accelerate(model)
+    return loaded
+
+
+def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    given = kwargs.pop("config", None)
+    if isinstance(given, PreTrainedConfig):
+        return given, kwargs
+    # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
+    reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
+    return reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)
+
+
+def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the steps of the first stage ask of ``from_pretrained``. Two owners of one key are refused."""
+    asked: dict[str, Any] = {}
+    owners: dict[str, Technique] = {}
+    for step in run.stages[0].steps:
+        for wishes in run.call_on([step], "prepare_load", load_kwargs=MappingProxyType(dict(kwargs))):
+            for key, value in wishes.items():
+                if key in owners and asked[key] != value:
+                    raise RecipeError(
+                        f"{run.label(owners[key])} and {run.label(step)} both set {key!r} "
+                        f"({asked[key]!r} and {value!r}); leave one of them out"
+                    )
+                if key in kwargs and kwargs[key] is not None and kwargs[key] != value:
+                    raise RecipeError(f"{run.label(step)} sets {key!r} to {value!r}, the call to {kwargs[key]!r}")
+                asked[key], owners[key] = value, step
+    return asked
+
+
+def _apply_prepared(run: Run, model: PreTrainedModel) -> None:
+    """What ``prepare_load`` asks, done to a model that is loaded already."""
+    for key, value in _prepared_load(run, {}).items():
+        if key == "attn_implementation":
+            model.set_attn_implementation(value)
+        elif key == "experts_implementation" and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(value)
+        elif key == "dtype":
+            model.to(value)
+        else:
+            raise ModelError(f"{key!r} can only be set while the model is loaded: use from_pretrained(optim_config=...)")
+
+
+class explained:  # noqa: N801 - a context manager that reads like a function
+    """Turns the errors of unreadable weight files into ones that name the file and the remedy."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        from safetensors import SafetensorError
+
+        if isinstance(error, SafetensorError):
+            broken = _broken_shards(self.source)
+            what = f"{', '.join(broken)} of {self.source}" if broken else f"a weight file of {self.source}"
+            raise CheckpointError(f"{what} is truncated or corrupt ({error}); fetch or copy it again") from error
+        if isinstance(error, OSError) and "no file named" in str(error) and _pickles(self.source):
+            raise CheckpointError(
+                f"{self.source} holds pickle files ({', '.join(_pickles(self.source))}); hf_optim reads safetensors only, since "
+                "a pickle can run code when it is opened. Convert it once with stock transformers: "
+                "AutoModel.from_pretrained(...).save_pretrained(...)"
+            ) from error
+
+
+def _local_files(source: Any, pattern: str) -> list[Path]:
+    folder = Path(os.fspath(source)) if source is not None else None
+    return sorted(folder.glob(pattern)) if folder is not None and folder.is_dir() else []
+
+
+def _broken_shards(source: Any) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    broken = []
+    for path in _local_files(source, "*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                shard.keys()
+        except (SafetensorError, OSError):
+            broken.append(path.name)
+    return broken
+
+
+def _pickles(source: Any) -> list[str]:
+    return [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in _local_files(source, pattern)]

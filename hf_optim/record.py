@@ -1,0 +1,82 @@
+"""The record of a run, written as ``hf_optim.json`` beside the weights. The model card is rendered from it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "hf_optim.json"
+SCHEMA = 1
+PACKAGES = ("hf-optim", "torch", "transformers", "compressed-tensors", "peft", "datasets", "triton")
+
+
+@dataclass
+class Record:
+    """Everything needed to repeat a run and to judge its result. Plain JSON types only.
+
+    Attributes:
+        recipe: the recipe as a mapping (``OptimConfig.to_dict()``).
+        base_model: ``{"id", "revision", "class", "parameters", "dtype"}``.
+        calibration: ``{"dataset", "split", "text_column", "samples", "seq_len", "tokens", "seed", "sha256"}``.
+        stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``.
+        coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names}}``.
+        steps: per step position (as a string): numbers the step reports (``Run.report``).
+        measured: ``{"before": {...}, "after": {...}}``, figures of ``measure``.
+        reload: the name of the reload level.
+        traits: names of the traits of the result.
+        notes: sentences for the card: what could not be done, and why.
+        sections: what steps put on the card beyond their figures: paragraphs and tables, as the card stores them.
+        finished: False for a checkpoint from the middle of a recipe.
+        versions: package versions, Python and platform.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    base_model: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    coverage: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    reload: str = "STOCK_DENSE"
+    traits: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sections: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence to the notes, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    def write(self, directory: Path) -> Path:
+        path = Path(directory) / FILE_NAME
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def read(cls, directory: Path) -> Record:
+        """Read ``hf_optim.json`` of a checkpoint. Raises ``FileNotFoundError`` or ``ValueError``."""
+        data = json.loads((Path(directory) / FILE_NAME).read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"{FILE_NAME} has schema {data.get('schema')!r}; this version reads {SCHEMA}")
+        return cls(**data)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result, of Python and of the platform."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,118 @@
+"""A journal of finished blocks: a killed calibration goes on where it was, with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import formats, snapshot
+from .errors import CheckpointError
+from .record import versions
+from .run import Run
+from .techniques import Technique
+
+HEADER = "journal.json"
+
+
+class BlockJournal:
+    """Finished blocks of a blockwise calibration, in a directory of their own.
+
+    Args:
+        directory: where; made when the first block is kept.
+        resume: True to go on with what is there, False to start anew (what is there is removed).
+
+    Raises:
+        CheckpointError: when resuming and the journal belongs to another recipe, model, data or version.
+    """
+
+    def __init__(self, directory: Path, resume: bool) -> None:
+        self.directory = Path(directory)
+        self._mine: dict[str, Any] = {}
+        if not resume:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def restore(self, run: Run, first: Technique, name: str) -> bool:
+        """Put a block that the steps from ``first`` on have finished back into the model and the run.
+
+        False if it is not in the journal.
+        """
+        self._check(run)
+        path = self._path(run, first, name)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads(file.metadata()["hf_optim"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"the journal's {path.name} cannot be read ({error}); start without --resume") from error
+        block = run.model.get_submodule(name)
+        formats.load_module_state(block, _strip(tensors, "module."), meta["module"])
+        snapshot.restore(run, _strip(tensors, "run."), meta["run"])
+        return True
+
+    def keep(self, run: Run, first: Technique, name: str) -> None:
+        """Write a finished block; the file appears whole or not at all."""
+        self._check(run)
+        module_tensors, module_meta = formats.dump_module_state(run.model.get_submodule(name))
+        run_tensors, run_meta = snapshot.take(run, inside=name + ".")
+        tensors = {f"module.{k}": v for k, v in module_tensors.items()} | {f"run.{k}": v for k, v in run_tensors.items()}
+        path = self._path(run, first, name)
+        beside = path.with_suffix(".writing")
+        save_file(
+            {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
+            beside,
+            metadata={"hf_optim": json.dumps({"module": module_meta, "run": run_meta})},
+        )
+        os.replace(beside, path)
+
+    def remove(self) -> None:
+        """The run is over: the journal goes."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, run: Run, first: Technique, name: str) -> Path:
+        return self.directory / f"step-{run.position(first) + 1}-{name}.safetensors"
+
+    def _check(self, run: Run) -> None:
+        # Taken once, while the weights are still those that were loaded.
+        mine = self._mine = self._mine or _fingerprint(run)
+        header = self.directory / HEADER
+        if header.is_file():
+            theirs = json.loads(header.read_text(encoding="utf-8"))
+            differing = sorted(key for key in mine if mine[key] != theirs.get(key))
+            if differing:
+                raise CheckpointError(
+                    f"cannot resume: the journal in {self.directory.name} was made with another "
+                    f"{', '.join(differing)}; start without --resume"
+                )
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        beside = header.with_suffix(".writing")
+        beside.write_text(json.dumps(mine, indent=2), encoding="utf-8")
+        os.replace(beside, header)
+
+
+def _fingerprint(run: Run) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(run.model.config.to_dict(), sort_keys=True, default=str).encode())
+    for parameter in run.model.parameters():
+        # A thousand values of each: enough to tell two trainings apart, and quick on any size.
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    packages = versions()
+    return {
+        "recipe": run.recipe.to_dict(),
+        "model": digest.hexdigest(),
+        "data": run.data.description if run.data is not None else None,
+        "versions": {name: packages.get(name) for name in ("hf-optim", "torch", "transformers")},
+    }
+
+
+def _strip(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

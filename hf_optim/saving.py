@@ -1,0 +1,78 @@
+"""Saving: what stock ``save_pretrained`` writes for an optimized model.
+
+The weights and ``config.json`` are written by transformers itself, through its own hooks (``model.hf_quantizer``, the class
+of the model and of its configuration). Around that call, and on the instance alone, stands this module: the save is
+atomic, and the record, the card and what the steps export are written with it.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .atomic import replaced_directory
+from .run import Run, find_run
+
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
+
+
+def bind(run: Run) -> None:
+    """Make ``run.model.save_pretrained`` (and ``push_to_hub``, which calls it) write the record and the card too."""
+    run.model.save_pretrained = types.MethodType(_make_method(), run.model)  # type: ignore[method-assign]
+
+
+def unbind(model: PreTrainedModel) -> None:
+    """Undo ``bind``."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
+    """Write the checkpoint of a finished run: weights, config, tokenizer, record, card. Atomic.
+
+    Raises ``CheckpointError`` when it cannot be written; what was in ``directory`` before is then untouched.
+    """
+    from .cards import Card
+    from .measure import bytes_on_disk
+
+    directory = Path(directory)
+    with replaced_directory(directory, stale=lambda name: bool(_WEIGHTS.match(name))) as beside:
+        type(run.model).save_pretrained(run.model, beside, **kwargs)
+        if run.tokenizer is not None:
+            run.tokenizer.save_pretrained(beside)
+        run.record.measured.setdefault("after", {})["bytes_on_disk"] = bytes_on_disk(beside)
+        card = Card(run.record, beside)
+        run.call_on(run.recipe.steps, "export", directory=beside, card=card)
+        run.record.write(beside)
+        card.write(beside)
+    return directory
+
+
+def _make_method() -> Any:
+    # A function of this name: a pickled model finds its class's own method again.
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save with transformers' own method; the record, the card and the steps' files are written beside."""
+        run = find_run(self)
+        stock = type(self).save_pretrained
+        main = args[0] if args else kwargs.get("is_main_process", True)
+        if run is None or not main:
+            stock(self, save_directory, *args, **kwargs)
+            return
+        if args:
+            kwargs["is_main_process"] = main
+        push = kwargs.pop("push_to_hub", False)
+        if run.finished:
+            save(run, save_directory, **kwargs)
+        else:
+            # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
+            stock(self, save_directory, **kwargs)
+            run.record.write(Path(save_directory))
+        if push:
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
+
+    return save_pretrained
+
+

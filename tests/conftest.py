@@ -1,0 +1,34 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _shared(*parts: str) -> Path:
+    home = Path(os.environ.get("HF_OPTIM_TEST_DATA", ROOT.parent / "shared"))
+    path = home.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"real models and data are not at hand (HF_OPTIM_TEST_DATA): no {'/'.join(parts)}")
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of small real checkpoints."""
+    return _shared("models")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of small real datasets."""
+    return _shared("data")

@@ -1,0 +1,136 @@
+"""A directory is at every moment the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hf_optim import CheckpointError, atomic
+from hf_optim.atomic import replaced_directory
+
+
+def files(directory):
+    return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def never(name):
+    return False
+
+
+def test_a_new_directory_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with replaced_directory(target, never) as beside:
+        (beside / "a").write_text("1")
+        assert not target.exists()
+    assert files(target) == {"a": "1"}
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    for name, text in (("model-00001-of-00002.safetensors", "old"), ("tokenizer.json", "t"), ("runs/log", "l"), ("a", "0")):
+        (tmp_path / "out" / name).write_text(text)
+    with replaced_directory(tmp_path / "out", lambda name: name.startswith("model")) as beside:
+        (beside / "a").write_text("1")
+    assert files(tmp_path / "out") == {"a": "1", "runs/log": "l", "tokenizer.json": "t"}
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, swap):
+    if not swap:
+        monkeypatch.setattr(atomic, "_swap", lambda one, other: False)
+    out = tmp_path / "out"
+    with replaced_directory(out, never) as beside:
+        (beside / "a").write_text("old")
+    with pytest.raises(KeyError), replaced_directory(out, never) as beside:
+        (beside / "a").write_text("new")
+        raise KeyError
+    assert files(out) == {"a": "old"}
+    with replaced_directory(out, never) as beside:
+        (beside / "a").write_text("new")
+    assert files(out) == {"a": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_explained(tmp_path):
+    out = tmp_path / "out"
+    with replaced_directory(out, never) as beside:
+        (beside / "a").write_text("old")
+    with pytest.raises(CheckpointError, match="the disk is full"), replaced_directory(out, never):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert files(out) == {"a": "old"}
+
+
+def test_a_killed_writer_leaves_the_old_directory_and_its_litter_is_swept(tmp_path):
+    out = tmp_path / "out"
+    with replaced_directory(out, never) as beside:
+        (beside / "a").write_text("old")
+    code = (
+        "import sys, time; from pathlib import Path; from hf_optim.atomic import replaced_directory\n"
+        "with replaced_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
+        "    (beside / 'a').write_text('half'); print('writing', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline().strip() == "writing"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert files(out) == {"a": "old"}
+    assert len(list(tmp_path.iterdir())) == 2
+    with replaced_directory(out, never) as beside:
+        (beside / "a").write_text("new")
+    assert files(out) == {"a": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path):
+    old = tmp_path / ".out.old-999999999"
+    old.mkdir()
+    (old / "a").write_text("old")
+    with replaced_directory(tmp_path / "out", never) as beside:
+        assert files(tmp_path / "out") == {"a": "old"}
+        (beside / "b").write_text("new")
+    assert files(tmp_path / "out") == {"a": "old", "b": "new"}
+
+
+def test_a_reader_never_sees_a_half(tmp_path):
+    out = tmp_path / "out"
+    with replaced_directory(out, never) as beside:
+        (beside / "a").write_text("0")
+        (beside / "b").write_text("0")
+    code = (
+        "import sys; from pathlib import Path; from hf_optim.atomic import replaced_directory\n"
+        "for i in range(150):\n"
+        "    with replaced_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
+        "        (beside / 'a').write_text(str(i)); (beside / 'b').write_text(str(i))"
+    )
+    seen = 0
+    with subprocess.Popen([sys.executable, "-c", code, str(out)]) as writer:
+        while writer.poll() is None:
+            handle = os.open(out, os.O_RDONLY)  # one directory, whatever its name is by now
+            try:
+                pair = []
+                for name in ("a", "b"):
+                    part = os.open(name, os.O_RDONLY, dir_fd=handle)
+                    pair.append(os.read(part, 10))
+                    os.close(part)
+                assert pair[0] == pair[1]
+                seen += 1
+            except FileNotFoundError:
+                pass  # the old directory was removed between two opens
+            finally:
+                os.close(handle)
+            time.sleep(0.001)
+    assert writer.returncode == 0
+    assert seen > 10
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(CheckpointError, match="is a file"), replaced_directory(tmp_path / "out", never):
+        pass

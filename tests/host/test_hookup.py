@@ -1,0 +1,91 @@
+"""The seam to transformers: what importing hf_optim changes, and what it must not."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from hf_optim import hookup
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_loads_nothing_heavy():
+    loaded = _python(
+        "import transformers, sys; before = set(sys.modules); import hf_optim\n"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    assert "hf_optim" in loaded
+    for heavy in ("torch", "triton", "peft", "datasets", "hf_optim_plugins", "hf_optim_kernels", "pluggy", "matplotlib"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_import_adds_less_than_a_third_of_a_second():
+    code = "import transformers, time; t = time.perf_counter(); import hf_optim; print(time.perf_counter() - t)"
+    assert min(float(_python(code)) for _ in range(3)) < 0.3
+
+
+def test_transformers_imported_before_or_after():
+    check = "print(hasattr(transformers.PreTrainedModel.from_pretrained.__func__, '_hf_optim_original'))"
+    assert _python(f"import transformers; transformers.PreTrainedModel; import hf_optim; {check}") == "True"
+    assert _python(f"import hf_optim; import transformers; {check}") == "True"
+    assert _python(f"import transformers; import hf_optim; {check}") == "True"
+
+
+def test_a_call_without_optim_config_is_the_stock_call(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    ours, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    hookup.uninstall()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not hasattr(PreTrainedModel.from_pretrained.__func__, "_hf_optim_original")
+    finally:
+        hookup.install()
+    assert not loading["missing_keys"]
+    assert set(vars(ours)) == set(vars(stock))
+    for (name, a), (other, b) in zip(ours.state_dict().items(), stock.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+
+
+def test_the_wrapper_keeps_the_signature_and_is_installed_once():
+    before = PreTrainedModel.__dict__["from_pretrained"]
+    hookup.install()
+    assert PreTrainedModel.__dict__["from_pretrained"] is before
+    assert "pretrained_model_name_or_path" in inspect.signature(LlamaForCausalLM.from_pretrained).parameters
+
+
+def test_a_failing_import_of_transformers_leaves_the_finder_usable():
+    code = (
+        "import sys, hf_optim\n"
+        "from hf_optim.hookup import _Waiter\n"
+        "import transformers.modeling_utils\n"
+        "print(any(isinstance(f, _Waiter) for f in sys.meta_path))"
+    )
+    assert _python(code) == "False"
+
+
+@pytest.mark.parametrize("name", ["optimize", "callbacks", "OptimTrainer", "OptimConfig", "Technique", "technique"])
+def test_public_names_resolve(name):
+    import hf_optim
+
+    assert name in dir(hf_optim)
+    assert callable(getattr(hf_optim, name))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import hf_optim
+
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        hf_optim.quantise  # noqa: B018
