@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/hf-optim demo --output demo-w4a16
 
 test: $(STAMP) lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

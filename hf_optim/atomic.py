@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
@@ -37,14 +40,22 @@ def replaced_directory(directory: Path, stale: Callable[[str], bool]) -> Iterato
         _carry_over(directory, beside, stale)
         _sync(beside)
         _exchange(directory, beside)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _os_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(
                 f"the disk is full: {directory} was not written, and what was there before is untouched"
             ) from error
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _os_error(error: Exception) -> int | None:
+    """The number of the system's error; safetensors tells it in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _carry_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:

@@ -7,6 +7,7 @@ is calibrated on. A driver decides how batches flow and nothing else; the steps 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -72,8 +73,8 @@ def _whole_model(run: Run, steps: Sequence[Technique]) -> None:
 class _Blockwise:
     """Calibrates blocks in execution order, each on the outputs of the blocks before it as they are by then.
 
-    A block's arguments (masks, rotary embeddings, position biases) are made by the model's own forward: it is run with the
-    blocks that are done replaced by stubs that return their stored outputs, up to the block in work.
+    A block's arguments (masks, rotary embeddings, position biases) are made by the model's own forward: it is run with
+    the blocks that are done replaced by stubs that return their stored outputs, up to the block in work.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class _Blockwise:
             with self._on_device(block.module):
                 if not (self.journal and self.journal.restore(self.run, self.steps[0], block.name)):
                     for step in self.steps:
-                        _drive(self.run, step, scope, lambda step: self._feed(step, index))
+                        _drive(self.run, step, scope, functools.partial(self._feed, index))
                     if self.journal:
                         self.journal.keep(self.run, self.steps[0], block.name)
                 self.outputs[block.stack] = [
@@ -116,7 +117,7 @@ class _Blockwise:
         for step in steps:
             _drive(self.run, step, scope, feed)
 
-    def _feed(self, step: Technique, index: int) -> None:
+    def _feed(self, index: int, step: Technique) -> None:
         if step.needs_data():
             block = self.blocks[index].module
             for args, kwargs in self._arguments(index):
@@ -193,7 +194,9 @@ def _refuse_idle(run: Run, step: Technique) -> None:
     if touched is None or touched[0]:
         return
     why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(touched[1].items()))
-    raise ModelError(f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {why or 'No module matched'}")
+    raise ModelError(
+        f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {why or 'No module matched'}"
+    )
 
 
 def _few(names: set[str]) -> str:
@@ -204,22 +207,22 @@ def _few(names: set[str]) -> str:
 @contextmanager
 def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """The modules with other forwards, on the instances alone; undone also when the body raises."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
+    before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for module, forward in before.items():
+        for module, own in before.items():
             del module.forward
-            if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+            if own is not None:
+                module.forward = own
 
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """No KV cache while calibrating: nothing is decoded, and a cache would pin every activation."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if not before:
         yield
@@ -237,4 +240,3 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-

@@ -58,7 +58,9 @@ class DataConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise RecipeError(f"calibration has no key {key!r}{did_you_mean(key, known)} (it has {', '.join(known)})")
+                raise RecipeError(
+                    f"calibration has no key {key!r}{did_you_mean(key, known)} (it has {', '.join(known)})"
+                )
         made = cls(**data)
         for name in ("samples", "seq_len"):
             value = getattr(made, name)

@@ -65,9 +65,9 @@ def transform_model(run: Run) -> PreTrainedModel | None:
 def calibrate(run: Run, scope: Scope) -> Iterator[None]:
     """A generator: attach observers, ``yield`` while the host feeds batches through the model, detach and apply.
 
-    Each ``yield`` is one pass over the calibration data; a step with ``needs_data() == False`` gets no batches. ``scope`` is the
-    part of the model that may be touched: the whole model, or one block, depending on the driver. Observers must be
-    detached in ``finally`` (or with a ``with`` block), since the host closes the generator when anything fails.
+    Each ``yield`` is one pass over the calibration data; a step with ``needs_data() == False`` gets no batches.
+    ``scope`` is the part of the model that may be touched: the whole model, or one block, depending on the driver. Observers
+    must be detached in ``finally`` (or with a ``with`` block), since the host closes the generator when anything fails.
     """
 
 
@@ -82,8 +82,9 @@ def training_loss(
 ) -> dict[str, torch.Tensor | float] | None:
     """Extra loss terms of one training step, by name; the host adds and logs them.
 
-    ``outputs`` are the student's (with ``logits`` and the task ``loss``). The key ``task_scale`` (a float) multiplies
-    the task loss instead of being added.
+    ``outputs`` are the student's (with ``logits`` and the task ``loss``). Each term is a mean over the micro-batch; the
+    host scales it for gradient accumulation as it does the task loss. The key ``task_scale`` (a float) multiplies the
+    task loss instead of being added; those of several steps multiply.
     """
 
 

@@ -11,8 +11,6 @@ from .compose import Stage
 from .errors import DataError
 from .memory import PeakMemory
 from .run import Run
-from .techniques import Technique
-from .toolkit import topology
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +46,6 @@ def _enter(run: Run, stage: Stage, source: Any) -> None:
             entry["driver"] = calibration.calibrate(run, stage, run.journal)
     entry |= {"seconds": round(time.perf_counter() - started, 3), **memory.figures()}
     run.record.stages.append(entry)
-    for step in stage.steps:
-        _record_coverage(run, step)
 
 
 def require_data(run: Run, source: Any) -> None:
@@ -60,8 +56,8 @@ def require_data(run: Run, source: Any) -> None:
         for step in stage.steps:
             if step.implements("calibrate") and step.needs_data():
                 raise DataError(
-                    f"{run.label(step)} needs calibration data: pass calibration=... (texts, token ids, a dataset or a file), "
-                    "or name it in the recipe under `calibration: {dataset: ...}`"
+                    f"{run.label(step)} needs calibration data: pass calibration=... (texts, token ids, a dataset or a "
+                    "file), or name it in the recipe under `calibration: {dataset: ...}`"
                 )
         if stage.trains:
             return
@@ -76,9 +72,7 @@ def _data(run: Run, source: Any) -> Any:
         raise DataError(f"{run.stage} needs calibration data: call hf_optim.advance(model, calibration=...)")
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
-    return calibration_data(
-        source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration
-    )
+    return calibration_data(source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration)
 
 
 def find_processor(home: str, main_input: str = "input_ids") -> Any:
@@ -90,21 +84,3 @@ def find_processor(home: str, main_input: str = "input_ids") -> Any:
         return reader.from_pretrained(home) if home else None
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _record_coverage(run: Run, step: Technique) -> None:
-    touched = run.touched(step)
-    if touched is None:
-        return
-    names, skipped = touched
-    coverage = topology.coverage(run.model, names)
-    share = coverage.touched / coverage.total if coverage.total else 0.0
-    run.record.coverage[run.label(step)] = {
-        "weights_touched": coverage.touched,
-        "weights_total": coverage.total,
-        "share": round(share, 6),
-        "skipped": {reason: sorted(left_out) for reason, left_out in sorted(skipped.items())},
-    }
-    log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.touched, coverage.total, 100 * share)
-    for reason, left_out in sorted(skipped.items()):
-        log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, ", ".join(sorted(left_out)[:5]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +15,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from . import lifecycle, saving
 from .config import OptimConfig
 from .errors import CheckpointError, ModelError, RecipeError
+from .hub import commit_of
+from .record import public_name
 from .run import ATTRIBUTE, Run, find_run, run_of, traits_of
 from .techniques import Technique
+from .toolkit import topology
 from .traits import FLOAT_WEIGHTS, QUANTIZED
 
 log = logging.getLogger(__name__)
@@ -43,19 +46,21 @@ def load(
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     config, kwargs = _resolve_config(cls, source, kwargs)
     run = Run(recipe, config)
-    run.tokenizer = tokenizer
+    run.tokenizer, run.loading = tokenizer, True
     # Everything that can be refused is refused here, before a weight is read.
     recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
     lifecycle.require_data(run, calibration)
     kwargs |= _prepared_load(run, kwargs)
     if kwargs.setdefault("use_safetensors", True) is False:
         raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
+    wants_info = kwargs.pop("output_loading_info", False)
     with explained(source):
-        loaded = stock(source, *args[1:], config=run.config, **kwargs)
-    model, info = loaded if isinstance(loaded, tuple) else (loaded, None)
-    _begin(run, model, source)
+        model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
+    run.loading = False
+    _refuse_random_blocks(model, info["missing_keys"], source)
+    _begin(run, model, source, kwargs.get("revision"))
     lifecycle.proceed(run, calibration)
-    return (run.model, info) if info is not None else run.model
+    return (run.model, info) if wants_info else run.model
 
 
 def optimize(
@@ -80,8 +85,8 @@ def optimize(
         journal: a ``resume.BlockJournal`` that keeps finished blocks.
 
     Returns:
-        The optimized model. After a recipe with a training stage it is ready to be trained: give it to ``OptimTrainer``,
-        or to a stock ``Trainer`` with ``hf_optim.callbacks(model)``.
+        The optimized model. After a recipe with a training stage it is ready to be trained: give it to
+        ``OptimTrainer``, or to a stock ``Trainer`` with ``hf_optim.callbacks(model)``.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError: see ``hf_optim.errors``.
@@ -118,24 +123,29 @@ def release(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _begin(run: Run, model: PreTrainedModel, source: Any) -> None:
+def _begin(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
     if find_run(model) is not None:
         release(model)
     run.model = model
     run.traits = traits_of(model)
     run.record.base_model = {
-        "id": _public_id(source),
-        "revision": getattr(model.config, "_commit_hash", None),
+        "id": public_name(source),
+        "revision": commit_of(os.fspath(source), revision) if source is not None else None,
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
-def _public_id(source: Any) -> str:
-    """A Hub id as it is; of a local path only the last part, since paths of a machine tell others nothing."""
-    text = os.fspath(source) if source is not None else ""
-    return Path(text).resolve().name if text and Path(text).exists() else text
+def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source: Any) -> None:
+    # A new head waits for its training. A block without its weights means that this is not that model's checkpoint.
+    inside = sorted(name for name in missing for block in topology.blocks(model) if name.startswith(block.name + "."))
+    if inside:
+        raise CheckpointError(
+            f"{source} has no weights for {len(inside)} tensors of {type(model).__name__} "
+            f"({', '.join(inside[:3])} ...): "
+            "load it with the class that its config.json names"
+        )
 
 
 def _load_auto(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -168,8 +178,12 @@ def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:
                         f"{run.label(owners[key])} and {run.label(step)} both set {key!r} "
                         f"({asked[key]!r} and {value!r}); leave one of them out"
                     )
-                if key in kwargs and kwargs[key] is not None and kwargs[key] != value:
-                    raise RecipeError(f"{run.label(step)} sets {key!r} to {value!r}, the call to {kwargs[key]!r}")
+                given = kwargs.get(key)
+                if given is None and key == "attn_implementation":
+                    # AutoModel has put the caller's wish into the configuration already.
+                    given = getattr(run.config, "_attn_implementation_internal", None)
+                if given is not None and given != value and run.loading:
+                    raise RecipeError(f"{run.label(step)} sets {key!r} to {value!r}, the call to {given!r}")
                 asked[key], owners[key] = value, step
     return asked
 
@@ -184,10 +198,12 @@ def _apply_prepared(run: Run, model: PreTrainedModel) -> None:
         elif key == "dtype":
             model.to(value)
         else:
-            raise ModelError(f"{key!r} can only be set while the model is loaded: use from_pretrained(optim_config=...)")
+            raise ModelError(
+                f"{key!r} can only be set while the model is loaded: use from_pretrained(optim_config=...)"
+            )
 
 
-class explained:  # noqa: N801 - a context manager that reads like a function
+class explained:
     """Turns the errors of unreadable weight files into ones that name the file and the remedy."""
 
     def __init__(self, source: Any) -> None:
@@ -205,8 +221,8 @@ class explained:  # noqa: N801 - a context manager that reads like a function
             raise CheckpointError(f"{what} is truncated or corrupt ({error}); fetch or copy it again") from error
         if isinstance(error, OSError) and "no file named" in str(error) and _pickles(self.source):
             raise CheckpointError(
-                f"{self.source} holds pickle files ({', '.join(_pickles(self.source))}); hf_optim reads safetensors only, since "
-                "a pickle can run code when it is opened. Convert it once with stock transformers: "
+                f"{self.source} holds pickle files ({', '.join(_pickles(self.source))}); hf_optim reads safetensors "
+                "only, since a pickle can run code when it is opened. Convert it once with stock transformers: "
                 "AutoModel.from_pretrained(...).save_pretrained(...)"
             ) from error
 

@@ -16,8 +16,8 @@ except ImportError:  # not on Windows
 class PeakMemory:
     """Context manager: how much memory was in use at most.
 
-    On a CUDA device, the peak of its allocator inside the ``with`` block, in bytes. On the CPU, the peak resident size of the
-    whole process so far: the operating system keeps one high-water mark, so earlier work may be in it.
+    On a CUDA device, the peak of its allocator inside the ``with`` block, in bytes. On the CPU, the peak resident size
+    of the whole process so far: the operating system keeps one high-water mark, so earlier work may be in it.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

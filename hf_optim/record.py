@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +71,21 @@ class Record:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"{FILE_NAME} has schema {data.get('schema')!r}; this version reads {SCHEMA}")
         return cls(**data)
+
+
+def public_name(source: Any) -> str:
+    """A Hub id as it is; of a local path the last part alone, since paths of a machine tell others nothing."""
+    text = os.fspath(source) if source is not None else ""
+    return Path(text).resolve().name if text and Path(text).exists() else text
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe for the record: of a local data file its name only."""
+    data = recipe.get("calibration", {})
+    return {
+        **recipe,
+        **({"calibration": {**data, "dataset": public_name(data["dataset"])}} if data.get("dataset") else {}),
+    }
 
 
 def versions() -> dict[str, str]:

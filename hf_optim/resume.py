@@ -52,7 +52,9 @@ class BlockJournal:
                 meta = json.loads(file.metadata()["hf_optim"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"the journal's {path.name} cannot be read ({error}); start without --resume") from error
+            raise CheckpointError(
+                f"the journal's {path.name} cannot be read ({error}); start without --resume"
+            ) from error
         block = run.model.get_submodule(name)
         formats.load_module_state(block, _strip(tensors, "module."), meta["module"])
         snapshot.restore(run, _strip(tensors, "run."), meta["run"])
@@ -63,7 +65,9 @@ class BlockJournal:
         self._check(run)
         module_tensors, module_meta = formats.dump_module_state(run.model.get_submodule(name))
         run_tensors, run_meta = snapshot.take(run, inside=name + ".")
-        tensors = {f"module.{k}": v for k, v in module_tensors.items()} | {f"run.{k}": v for k, v in run_tensors.items()}
+        tensors = {f"module.{k}": v for k, v in module_tensors.items()} | {
+            f"run.{k}": v for k, v in run_tensors.items()
+        }
         path = self._path(run, first, name)
         beside = path.with_suffix(".writing")
         save_file(

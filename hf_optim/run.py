@@ -15,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from . import hookspecs
 from .compose import Stage
 from .config import OptimConfig
+from .coverage import record_coverage
 from .errors import ModelError, OptimError
-from .record import Record, versions
+from .record import Record, public_recipe, versions
 from .techniques import Reload, Technique
 from .toolkit import topology
 from .traits import FLOAT_WEIGHTS, MOE, QUANTIZED, Trait
@@ -41,13 +42,14 @@ class Run:
         tokenizer: the tokenizer or processor of the model, where one was given or found.
         stage_index: the stage in work; ``len(stages)`` when all are done.
         stage_entered: whether its transforms and calibration are behind it (it then waits for training).
+        loading: True from ``from_pretrained`` until the weights are there.
         journal: keeps finished blocks, so that a killed run can go on (``resume.BlockJournal``), or None.
     """
 
     def __init__(self, recipe: OptimConfig, config: PretrainedConfig) -> None:
         self.recipe = recipe
         self.config = config
-        self.record = Record(recipe=recipe.to_dict(), versions=versions(), reload=recipe.reload.name)
+        self.record = Record(recipe=public_recipe(recipe.to_dict()), versions=versions(), reload=recipe.reload.name)
         self.traits: set[Trait] = set()
         self.masks: dict[str, torch.Tensor] = {}
         self.nm_patterns: dict[str, tuple[int, int]] = {}
@@ -57,6 +59,7 @@ class Run:
         self.stages: list[Stage] = recipe.stages
         self.stage_index = 0
         self.stage_entered = False
+        self.loading = False
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
         self._states: dict[int, SimpleNamespace] = {}
@@ -118,6 +121,7 @@ class Run:
         """Finalize the stage in work and settle its traits; the next stage, if any, is then in work."""
         assert self.stage is not None
         self.call("finalize_model")
+        record_coverage(self, self.stage.steps)
         for step in self.stage.steps:
             contract = step.contract()
             self.traits -= contract.drops
@@ -215,4 +219,4 @@ def evaluating(model: nn.Module):
             module.training = mode
 
 
-__all__ = ["Run", "run_of", "find_run", "traits_of", "evaluating", "Reload"]
+__all__ = ["Reload", "Run", "evaluating", "find_run", "run_of", "traits_of"]

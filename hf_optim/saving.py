@@ -1,8 +1,8 @@
 """Saving: what stock ``save_pretrained`` writes for an optimized model.
 
-The weights and ``config.json`` are written by transformers itself, through its own hooks (``model.hf_quantizer``, the class
-of the model and of its configuration). Around that call, and on the instance alone, stands this module: the save is
-atomic, and the record, the card and what the steps export are written with it.
+The weights and ``config.json`` are written by transformers itself, through its own hooks (``model.hf_quantizer``, the
+class of the model and of its configuration). Around that call, and on the instance alone, stands this module: the save
+is atomic, and the record, the card and what the steps export are written with it.
 """
 
 from __future__ import annotations
@@ -15,30 +15,42 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .atomic import replaced_directory
+from .errors import CheckpointError
 from .run import Run, find_run
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
 
 
 def bind(run: Run) -> None:
-    """Make ``run.model.save_pretrained`` (and ``push_to_hub``, which calls it) write the record and the card too."""
+    """Make ``run.model.save_pretrained`` and ``push_to_hub`` write the record and the card too."""
+    from .hub import push_to_hub
+
     run.model.save_pretrained = types.MethodType(_make_method(), run.model)  # type: ignore[method-assign]
+    run.model.push_to_hub = types.MethodType(push_to_hub, run.model)  # type: ignore[method-assign,assignment]
 
 
 def unbind(model: PreTrainedModel) -> None:
     """Undo ``bind``."""
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
 
 
 def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
     """Write the checkpoint of a finished run: weights, config, tokenizer, record, card. Atomic.
 
-    Raises ``CheckpointError`` when it cannot be written; what was in ``directory`` before is then untouched.
+    Raises ``CheckpointError`` when it cannot be written, or when weights that were pruned have come back (an adapter
+    was merged past the masks); what was in ``directory`` before is then untouched.
     """
     from .cards import Card
-    from .measure import bytes_on_disk
+    from .masking import stray_weights
+    from .sizes import bytes_on_disk
 
     directory = Path(directory)
+    if stray := stray_weights(run):
+        raise CheckpointError(
+            f"{stray[0]} (and {len(stray) - 1} more) has weights where it was pruned: merge adapters with "
+            "hf_optim.integrations.peft.merge(model), which keeps the masks, or hf_optim.release(model) to give them up"
+        )
     with replaced_directory(directory, stale=lambda name: bool(_WEIGHTS.match(name))) as beside:
         type(run.model).save_pretrained(run.model, beside, **kwargs)
         if run.tokenizer is not None:
@@ -74,5 +86,3 @@ def _make_method() -> Any:
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
 
     return save_pretrained
-
-

@@ -10,7 +10,7 @@ import torch
 from .run import Run
 from .traits import BUILT_IN
 
-JSON = (str, int, float, bool, type(None), list, dict)
+SCALARS = (str, int, float, bool, type(None))
 
 
 def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -34,13 +34,19 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         for key, value in vars(run.state(step)).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"state.{position}.{key}"] = value
-            elif isinstance(value, JSON):
+            elif _is_json(value):
                 plain[key] = value
         meta["states"][str(position)] = plain
         if (touched := run.touched(step)) is not None:
             names, skipped = touched
             meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, meta
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
+    return isinstance(value, SCALARS) or (isinstance(value, list) and all(map(_is_json, value)))
 
 
 def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -57,8 +63,8 @@ def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, An
         if kind == "mask":
             run.masks[rest] = tensor
         else:
-            position, key = rest.split(".", 1)
-            setattr(run.state(run.recipe.steps[int(position)]), key, tensor)
+            number, key = rest.split(".", 1)
+            setattr(run.state(run.recipe.steps[int(number)]), key, tensor)
     for position, step in enumerate(run.recipe.steps):
         vars(run.state(step)).update(meta["states"].get(str(position), {}))
         if (touched := meta["touched"].get(str(position))) is not None:

@@ -22,7 +22,7 @@ import difflib
 import enum
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -85,13 +85,13 @@ class Contract:
         owns: names of places that only one step of a recipe may fill (``"attention"``, ``"experts"``).
     """
 
-    needs: frozenset[Trait] = frozenset()
-    forbids: frozenset[Trait] = frozenset()
-    adds: frozenset[Trait] = frozenset()
-    drops: frozenset[Trait] = frozenset()
-    keeps: frozenset[Trait] = frozenset()
-    owes: frozenset[Trait] = frozenset()
-    owns: frozenset[str] = frozenset()
+    needs: Set[Trait] = frozenset()
+    forbids: Set[Trait] = frozenset()
+    adds: Set[Trait] = frozenset()
+    drops: Set[Trait] = frozenset()
+    keeps: Set[Trait] = frozenset()
+    owes: Set[Trait] = frozenset()
+    owns: Set[str] = frozenset()
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -160,7 +160,7 @@ class Technique:
         return Phase.CALIBRATE in self.phases()
 
     def needs_whole_model(self) -> bool:
-        """Whether ``calibrate`` must see all blocks at once (a global ranking), whatever the driver. False by default."""
+        """Whether ``calibrate`` must see all blocks at once (a global ranking), whatever the driver."""
         return False
 
     def phases(self) -> frozenset[Phase]:

@@ -64,10 +64,14 @@ def _is_sparse(run: Run) -> bool:
 
 def _is_sparse_nm(run: Run) -> bool:
     from .toolkit.masks import obeys_nm
+    from .toolkit.topology import weight_out_in
 
-    patterns = run.nm_patterns
-    return bool(patterns) and all(
-        obeys_nm(run.model.get_parameter(name).detach(), keep, group) for name, (keep, group) in patterns.items()
+    def weight(name: str):
+        # Groups run along the inputs, and Conv1D stores [in, out].
+        return weight_out_in(run.model.get_submodule(name.rpartition(".")[0])).detach()
+
+    return bool(run.nm_patterns) and all(
+        obeys_nm(weight(name), keep, group) for name, (keep, group) in run.nm_patterns.items()
     )
 
 

@@ -34,7 +34,12 @@ def test_a_new_directory_appears_whole(tmp_path):
 
 def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):
     (tmp_path / "out" / "runs").mkdir(parents=True)
-    for name, text in (("model-00001-of-00002.safetensors", "old"), ("tokenizer.json", "t"), ("runs/log", "l"), ("a", "0")):
+    for name, text in (
+        ("model-00001-of-00002.safetensors", "old"),
+        ("tokenizer.json", "t"),
+        ("runs/log", "l"),
+        ("a", "0"),
+    ):
         (tmp_path / "out" / name).write_text(text)
     with replaced_directory(tmp_path / "out", lambda name: name.startswith("model")) as beside:
         (beside / "a").write_text("1")
@@ -49,8 +54,7 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, swap):
     with replaced_directory(out, never) as beside:
         (beside / "a").write_text("old")
     with pytest.raises(KeyError), replaced_directory(out, never) as beside:
-        (beside / "a").write_text("new")
-        raise KeyError
+        raise KeyError((beside / "a").write_text("new"))
     assert files(out) == {"a": "old"}
     with replaced_directory(out, never) as beside:
         (beside / "a").write_text("new")

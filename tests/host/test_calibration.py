@@ -7,7 +7,17 @@ import torch
 from tiny_models import TINY, tiny_llama
 
 import hf_optim
-from hf_optim import Contract, DataError, ModelError, NumericalError, OptimConfig, Reload, Technique, hookimpl, technique
+from hf_optim import (
+    Contract,
+    DataError,
+    ModelError,
+    NumericalError,
+    OptimConfig,
+    Reload,
+    Technique,
+    hookimpl,
+    technique,
+)
 from hf_optim.toolkit import topology
 
 
@@ -80,10 +90,7 @@ def watch(model, driver, **fields):
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_blockwise_shows_the_same_activations_as_the_whole_model(name):
-    if name == "gpt2":
-        targets = ("Conv1D",)
-    else:
-        targets = ("Linear",)
+    targets = ("Conv1D",) if name == "gpt2" else ("Linear",)
     whole = watch(TINY[name](), "whole_model", targets=targets)
     block = watch(TINY[name](), "blockwise", targets=targets)
     assert set(block.sums) == set(whole.sums)

@@ -26,7 +26,16 @@ def test_import_loads_nothing_heavy():
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     assert "hf_optim" in loaded
-    for heavy in ("torch", "triton", "peft", "datasets", "hf_optim_plugins", "hf_optim_kernels", "pluggy", "matplotlib"):
+    for heavy in (
+        "torch",
+        "triton",
+        "peft",
+        "datasets",
+        "hf_optim_plugins",
+        "hf_optim_kernels",
+        "pluggy",
+        "matplotlib",
+    ):
         assert f"'{heavy}'" not in loaded
 
 

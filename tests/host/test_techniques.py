@@ -35,7 +35,7 @@ def test_fields_are_checked():
     assert Example(rate=0).rate == 0.0
     assert isinstance(Example(rate=0).rate, float)
     assert Example(targets=["x"]).targets == ("x",)
-    with pytest.raises(RecipeError, match="rate must be < 1.0, not 1.0"):
+    with pytest.raises(RecipeError, match=r"rate must be < 1\.0, not 1\.0"):
         Example(rate=1.0)
     with pytest.raises(RecipeError, match="mode must be"):
         Example(mode="c")

@@ -1,0 +1,5 @@
+"""``python -m hf_optim.cli``."""
+
+from . import main
+
+raise SystemExit(main())

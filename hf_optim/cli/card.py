@@ -1,0 +1,37 @@
+"""``hf-optim card``: Render the model card (README.md, with its plots) of a checkpoint anew from hf_optim.json.
+
+Of a folder of checkpoints or cards, the index that compares them is rendered."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+EXAMPLE = "hf-optim card llama-w4a16"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory", type=Path, metavar="D", help="a checkpoint with hf_optim.json, or a folder of such"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..cards import Card, render_index
+    from ..record import FILE_NAME, Record
+
+    home = args.directory
+    if (home / FILE_NAME).is_file():
+        try:
+            record = Record.read(home)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{home / FILE_NAME} cannot be read: {error}") from error
+        print(Card(record, home).write(home))
+    elif any(home.glob(f"*/{FILE_NAME}")):
+        render_index(home)
+        print(home / "README.md")
+    else:
+        raise CheckpointError(f"{home} has no {FILE_NAME}, and no folder in it has one")
+    return 0

@@ -1,0 +1,85 @@
+"""``hf-optim check``: Tell whether a recipe composes, what its stages need, and what will come out.
+
+No weights are read. With --model, the model's configuration gives estimates of size, memory and time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..config import OptimConfig
+from ..errors import RecipeError
+from ..traits import FLOAT_WEIGHTS
+from .options import remote_code_option
+from .table import print_table
+
+EXAMPLE = "hf-optim check my-recipe.yaml --model meta-llama/Llama-3.2-1B"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML or JSON file, or the name of a shipped recipe or technique"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="a Hub id or directory: also estimate sizes, memory and time")
+    parser.add_argument("--json", action="store_true", help="print JSON; exit status 1 for a recipe that is refused")
+    remote_code_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        report = check(args.recipe, args.model, args.trust_remote_code)
+    except RecipeError as error:
+        if not args.json:
+            raise
+        print(json.dumps({"composes": False, "reason": str(error)}, indent=2))
+        return 1
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0
+
+
+def check(source: Any, model: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What the recipe needs and gives, as JSON types. Raises ``RecipeError`` when it cannot compose."""
+    recipe = OptimConfig.parse(source)
+    config = None
+    if model is not None:
+        from ..estimate import estimate, load_config, traits_of_config
+
+        config = load_config(model, trust_remote_code)
+    traits = recipe.check(traits_of_config(config) if config is not None else {FLOAT_WEIGHTS})
+    report: dict[str, Any] = {
+        "composes": True,
+        "stages": [
+            {
+                "steps": [step.name for step in stage.steps],
+                "calibration_data": stage.needs_data,
+                "training": stage.trains,
+            }
+            for stage in recipe.stages
+        ],
+        "traits": sorted(map(str, traits)),
+        "reload": recipe.reload.name,
+        "reload_means": recipe.reload.value,
+    }
+    if config is not None:
+        report["model"] = estimate(recipe, config)
+    return report
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(" | ".join("[" + ", ".join(stage["steps"]) + "]" for stage in report["stages"]) + " composes\n")
+    needed = {True: "needed", False: "no"}
+    print_table(
+        ("stage", "steps", "calibration data", "training"),
+        [
+            (number, ", ".join(stage["steps"]), needed[stage["calibration_data"]], needed[stage["training"]])
+            for number, stage in enumerate(report["stages"], 1)
+        ],
+    )
+    print(f"\nresult: {', '.join(report['traits'])}; reloads as {report['reload']}: {report['reload_means']}")
+    if "model" in report:
+        print(f"\n{report['model']['class']}:")
+        print_table(("estimate", "value"), list(report["model"]["readable"].items()))

@@ -1,0 +1,29 @@
+"""``hf-optim push``: Push a finished checkpoint, with its record and its card, to the Hub.
+
+The token is that of `hf auth login`, or HF_TOKEN. The repository is made if it is not there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "hf-optim push llama-w4a16 me/llama-w4a16"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="D", help="a checkpoint that `hf-optim compress` wrote")
+    parser.add_argument("repo", metavar="REPO", help="the repository on the Hub: owner/name")
+    parser.add_argument("--private", action="store_true", help="make it private, if it is new")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch to push to, made if it is not there (default: main)"
+    )
+    parser.add_argument(
+        "--message", metavar="TEXT", default="Upload with hf-optim", help="commit message (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..hub import push
+
+    print(push(args.directory, args.repo, private=args.private, revision=args.revision, message=args.message))
+    return 0

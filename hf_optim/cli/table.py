@@ -1,0 +1,28 @@
+"""Plain-text tables for a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows under a header; the last column is wrapped to the terminal's width."""
+    print(format_table(header, rows))
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None) -> str:
+    """The table as text: columns as wide as their content, two spaces between, the last one wrapped."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    last = max(24, (width or shutil.get_terminal_size((120, 24)).columns) - indent)
+    lines = []
+    for row in [list(header), ["-" * min(w, last) for w in widths], *cells]:
+        start = "".join(cell.ljust(w + 2) for cell, w in zip(row[:-1], widths[:-1], strict=True))
+        wrapped = textwrap.wrap(row[-1], last) or [""]
+        lines.append((start + wrapped[0]).rstrip())
+        lines.extend(" " * indent + more for more in wrapped[1:])
+    return "\n".join(lines)

@@ -1,0 +1,212 @@
+"""The host's callbacks around a training stage: its state in checkpoints, its health, its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import snapshot
+from .compose import Stage
+from .errors import CheckpointError, NumericalError
+from .masking import stray_weights
+from .memory import PeakMemory
+from .run import Run
+
+log = logging.getLogger(__name__)
+
+MASKS_NAME = "hf_optim_masks.safetensors"
+STATE_NAME = "hf_optim_state.json"
+
+# With fp16 a loss scaler skips steps whose gradients overflow, and halves its scale, 65536 at first. That many in a row
+# are not its search for the scale.
+SKIPPED_STEPS = 25
+
+
+class StateKeeper(TrainerCallback):
+    """Writes masks, step states and the place in the recipe into every ``checkpoint-N``, and restores them from it.
+
+    What a step keeps in ``run.state(step)`` is saved if it is a tensor or a plain JSON type. It comes first: when
+    training is resumed, the callbacks of the steps find masks and state as they were.
+
+    Attributes:
+        checkpoint: the folder that is being resumed from, if the caller knows.
+        seconds: training time of this stage before a resumption.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.checkpoint: str | None = None
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training of this stage, with those before a resumption."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+        if state.global_step > 0:
+            folder = self._resumed_from(args, state)
+            self.seconds = float(read_state(self.run, folder).get("seconds", 0.0))
+            stray = stray_weights(self.run)
+            if stray:
+                raise CheckpointError(
+                    f"{folder} has other masks than the weights that were loaded (non-zero where pruned: {stray[0]}); "
+                    "to resume from another folder than output_dir, set TrainingArguments(resume_from_checkpoint=...)"
+                )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not args.should_save:
+            return
+        if not folder.is_dir():
+            log.warning("no checkpoint folder %s: masks and step states were not saved", folder)
+            return
+        write_state(self.run, folder, {"seconds": round(self.elapsed, 3)})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer has just loaded the weights of its best checkpoint: masks and states must be of that moment too.
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            read_state(self.run, Path(state.best_model_checkpoint))
+
+    def _resumed_from(self, args: Any, state: Any) -> Path:
+        given = self.checkpoint or args.resume_from_checkpoint
+        if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
+            return Path(given)
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def write_state(run: Run, folder: Path, training: Mapping[str, Any]) -> None:
+    """Write ``hf_optim_masks.safetensors`` and ``hf_optim_state.json``; each appears whole or not at all."""
+    tensors, meta = snapshot.take(run)
+    beside = folder / f".{MASKS_NAME}"
+    save_file(tensors, beside)
+    os.replace(beside, folder / MASKS_NAME)
+    beside = folder / f".{STATE_NAME}"
+    beside.write_text(json.dumps({"run": meta, "training": dict(training)}, indent=1), encoding="utf-8")
+    os.replace(beside, folder / STATE_NAME)
+
+
+def read_state(run: Run, folder: Path) -> dict[str, Any]:
+    """Restore what ``write_state`` wrote, and return ``training``. Raises ``CheckpointError`` if that cannot be."""
+    try:
+        meta = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(folder / MASKS_NAME)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no {Path(error.filename or MASKS_NAME).name}: training cannot be resumed with its masks and "
+            "schedules. Resume from a checkpoint written with hf_optim's callbacks, or start anew from its weights"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{STATE_NAME} or {MASKS_NAME} in {folder} is corrupt ({error})") from error
+    if len(meta["run"]["states"]) != len(run.recipe.steps):
+        raise CheckpointError(f"{folder} was written with another recipe ({len(meta['run']['states'])} steps)")
+    run.masks.clear()
+    run.nm_patterns.clear()
+    snapshot.restore(run, tensors, meta["run"])
+    return meta["training"]
+
+
+class GradientGuard(TrainerCallback):
+    """Stops training with ``NumericalError`` before gradients that are not finite reach the weights.
+
+    The weights in memory and the last checkpoint stay good. With fp16, single overflows are the loss scaler's business.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._skipped = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if args.fp16 and self._skipped < SKIPPED_STEPS:
+            return
+        raise NumericalError(
+            f"training stage {self.run.stage}: the loss or its gradient became NaN or infinite in step "
+            f"{state.global_step + 1} (first in {next(_not_finite(model), 'the norm of all gradients')}). The weights "
+            "were not updated with it and earlier checkpoints stand; lower the learning rate, warm up, or train in "
+            "bf16 or fp32"
+        )
+
+
+def _not_finite(model: torch.nn.Module) -> Iterator[str]:
+    return (n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+
+
+class StageKeeper(TrainerCallback):
+    """Ends the training stage when training ends: finalize, record, and go on with the recipe. Comes last."""
+
+    def __init__(self, run: Run, stage: Stage, states: StateKeeper) -> None:
+        self.run, self.stage, self.states = run, stage, states
+        self._memory: PeakMemory | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run.stage is self.stage:
+            self._memory = PeakMemory(args.device).__enter__()
+            log.info("training stage %s: %d steps", self.stage, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run, memory = self.run, self._memory
+        if run.stage is not self.stage or memory is None:
+            return
+        memory.__exit__()
+        run.record.stages.append(
+            {
+                "steps": [step.name for step in self.stage.steps],
+                "driver": "training",
+                "training_steps": state.global_step,
+                "seconds": round(self.states.elapsed, 3),
+                **memory.figures(),
+            }
+        )
+        if has_adapters(run):
+            log.warning(
+                "%s is trained, with adapters in place: hf_optim.integrations.peft.merge(model) merges them under the "
+                "masks and goes on with the recipe",
+                self.stage,
+            )
+            return
+        finish_stage(run)
+
+
+def has_adapters(run: Run) -> bool:
+    """Whether a module of the model is wrapped by an adapter layer (peft)."""
+    return any(hasattr(module, "base_layer") for module in run.model.modules())
+
+
+def finish_stage(run: Run) -> None:
+    """Finalize the training stage in work, and go on with the recipe as far as the data at hand allows."""
+    from .loading import advance
+
+    stage = run.stage
+    run.complete_stage()
+    log.info("%s is finished: %d masked parameters, traits %s", stage, len(run.masks), ", ".join(run.record.traits))
+    following = run.stage
+    if following is not None and not _can_follow(run, following):
+        log.warning("%s comes next: call model = hf_optim.advance(model, calibration=...)", following)
+        return
+    advance(run.model)
+
+
+def _can_follow(run: Run, stage: Stage) -> bool:
+    # A transform may put another model in the place of the one that the Trainer and its owner hold.
+    if any(step.implements("transform_model") for step in stage.steps):
+        return False
+    return not stage.needs_data or run.data is not None or run.recipe.calibration.dataset is not None

@@ -1,0 +1,189 @@
+"""The quantized state of a linear layer in memory: putting a layer into it, taking it off, and keeping it in a file."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+PARAMETERS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+
+
+@torch.no_grad()
+def store(
+    module: nn.Module,
+    scheme: QuantizationScheme,
+    codes: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_zero_point: torch.Tensor | None = None,
+) -> None:
+    """Put a linear layer into the quantized state, in place.
+
+    Args:
+        module: an ``nn.Linear``; its weight's dtype is the dtype in which the codes are decoded.
+        scheme: made by ``scheme``.
+        codes: int8 ``[out, in]`` on the grid of ``scheme.weights``, or float8 for FP8. None with unquantized weights.
+        scale: ``[out, groups]``, ``[out, 1]`` or ``[1]``; must be exact in the weight's dtype, since the checkpoint
+            has it in that dtype (``grids.Grid`` sees to it).
+        zero_point: int8, of the shape of ``scale``, for asymmetric grids; None for symmetric ones.
+        input_scale, input_zero_point: ``[1]``, for statically quantized inputs.
+
+    Raises ``ModelError`` if the module or the tensors do not fit the scheme.
+    """
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"compressed-tensors stores nn.Linear weights only, not those of a {type(module).__name__}")
+    clear(module)
+    weight = module.weight
+    if scheme.weights is not None:
+        _check(module, scheme, codes, scale, zero_point)
+        weight.copy_(_decode(codes, scale, zero_point, scheme.weights, weight))
+    given = {
+        "weight_scale": scale,
+        "weight_zero_point": zero_point,
+        "input_scale": input_scale,
+        "input_zero_point": input_zero_point,
+    }
+    for name, value in given.items():
+        if value is not None:
+            value = value.to(weight.device, weight.dtype if value.is_floating_point() else torch.int8)
+            module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+    weight.requires_grad_(False)
+    _bind(module, scheme)
+
+
+def _check(module: nn.Linear, scheme: QuantizationScheme, codes: Any, scale: Any, zero_point: Any) -> None:
+    args = scheme.weights
+    if codes is None or scale is None or (zero_point is None) != bool(args.symmetric):
+        raise ModelError("quantized weights need codes and scales, and a zero point exactly if the grid is asymmetric")
+    rows, columns = module.weight.shape
+    shape: tuple[int, ...] = {"tensor": (1,), "channel": (rows, 1)}.get(args.strategy, ())
+    if args.strategy == "group":
+        shape = (rows, columns // args.group_size)
+    if codes.shape != module.weight.shape or scale.shape != shape:
+        raise ModelError(
+            f"codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not fit a weight of {rows} x {columns} "
+            f"with strategy {args.strategy}: the scale must be {shape}"
+        )
+    if not torch.equal(scale.to(module.weight.dtype).to(scale.dtype), scale):
+        raise ModelError(f"the scale is not exact in the weight's dtype {module.weight.dtype}; round it before coding")
+
+
+def _decode(codes: Any, scale: Any, zero_point: Any, args: QuantizationArgs, like: torch.Tensor) -> torch.Tensor:
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    zero_point = None if zero_point is None else zero_point.to(like.device)
+    return dequantize(x_q=codes.to(like.device), scale=scale.to(like), zero_point=zero_point, args=args)
+
+
+def _bind(module: nn.Module, scheme: QuantizationScheme) -> None:
+    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
+
+    module.quantization_scheme = scheme
+    module.quantization_status = QuantizationStatus.DECOMPRESSED
+    set_forward_quantized(module)  # type: ignore[arg-type]
+    if scheme.input_activations is not None:
+        _pass_gradients(module)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument's value with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def _pass_gradients(module: nn.Module) -> None:
+    # compressed-tensors quantizes inputs without a gradient, which would cut an adapter in a lower layer off. Where no
+    # gradient is asked for, its own forward runs.
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    plain = module.forward.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return plain(self, input)
+        quantized = forward_quantize(self, input, "input", scheme_on(self).input_activations)
+        return type(self).forward(self, _StraightThrough.apply(input, quantized))
+
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def clear(module: nn.Module) -> bool:
+    """Take the quantized state off one module; its weight stays as it is. True if there was one."""
+    if scheme_on(module) is None:
+        return False
+    for name in (*PARAMETERS, "weight_shape"):
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+    for name in ("quantization_scheme", "quantization_status", "quantization_enabled", "forward"):
+        module.__dict__.pop(name, None)
+    return True
+
+
+def scheme_on(module: nn.Module) -> Any:
+    """The ``QuantizationScheme`` of a module in the quantized state, else None."""
+    return getattr(module, "quantization_scheme", None)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module in the quantized state, by name."""
+    return {name: module for name, module in model.named_modules() if scheme_on(module) is not None}
+
+
+def dump_module_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state of a block with its quantization, for a file: tensors by name, and what else it takes (JSON types).
+
+    The tensors are the module's own, not copies.
+    """
+    tensors = {name: value.detach() for name, value in module.state_dict().items()}
+    schemes = {name: scheme_on(m).model_dump(mode="json") for name, m in quantized_modules(module).items()}
+    return tensors, {"schemes": schemes}
+
+
+@torch.no_grad()
+def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Bring a block to the state that ``dump_module_state`` took, bit by bit.
+
+    Raises ``CheckpointError`` if the block has other parameters, shapes or dtypes than the one dumped.
+    """
+    from compressed_tensors.quantization import QuantizationScheme
+
+    for quantized in quantized_modules(module).values():
+        clear(quantized)
+    for name, fields in meta["schemes"].items():
+        part = module.get_submodule(name)
+        weight = part.get_parameter("weight").requires_grad_(False)
+        for parameter in PARAMETERS:
+            value = tensors.get(f"{name}.{parameter}" if name else parameter)
+            if value is not None:
+                blank = torch.empty_like(value, device=weight.device)
+                part.register_parameter(parameter, nn.Parameter(blank, requires_grad=False))
+        _bind(part, QuantizationScheme.model_validate(fields))
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        raise CheckpointError(f"the saved block and this one do not have the same tensors: only one has {name!r}")
+    for name, value in own.items():
+        if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
+            raise CheckpointError(
+                f"{name} was saved as {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"and here it is {value.dtype} {tuple(value.shape)}"
+            )
+        value.copy_(tensors[name])

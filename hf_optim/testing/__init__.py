@@ -1,0 +1,1 @@
+"""The conformance suite that every technique passes: ``pytest --hf-optim NAME``."""

@@ -1,0 +1,331 @@
+"""What every technique must do, whatever it does. Parametrized over techniques (``cls``) by the plugin beside it.
+
+A technique passes by existing: the suite builds the smallest recipe around it (paying what it owes with a technique of
+the catalogue), runs it on tiny random models of six architectures, and looks at what is left. An architecture that a
+technique does not support must be refused with a ``ModelError`` or ``RecipeError`` that says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+import hf_optim
+from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, Reload, Technique
+from hf_optim.catalogue import catalogue
+from hf_optim.run import run_of
+from hf_optim.testing.models import TINY
+from hf_optim.testing.stock import StockTransformers
+from hf_optim.toolkit import topology
+
+ARCHITECTURES = ("llama", "gpt2", "bert", "vit", "t5", "mixtral")
+AUTO = {
+    "bert": "AutoModelForSequenceClassification",
+    "vit": "AutoModelForImageClassification",
+    "t5": "AutoModelForSeq2SeqLM",
+}
+STEPS = 3
+
+
+# -- the smallest recipe, data and training around a technique -------------------------------------------------------
+def recipe_for(cls: type[Technique]) -> OptimConfig:
+    """The technique with its defaults, followed by techniques that pay what it owes."""
+    steps: list[Technique] = [cls()]
+    for trait in sorted(steps[0].contract().owes, key=str):
+        payer = next(c for c in catalogue().all() if trait in c.spec.contract.adds and not c.spec.trains)
+        steps.append(payer())
+    needed = sorted(steps[0].contract().needs, key=str)
+    for trait in needed:
+        if trait not in _free_traits():
+            giver = next(c for c in catalogue().all() if trait in c.spec.contract.adds)
+            steps.insert(0, giver())
+    return OptimConfig(steps=tuple(steps))
+
+
+def _free_traits() -> set[Any]:
+    from hf_optim.traits import FLOAT_WEIGHTS
+
+    return {FLOAT_WEIGHTS}
+
+
+def inputs_for(model: PreTrainedModel, seed: int = 0, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
+    """A batch of random inputs of the right kinds: ids ``[rows, length]`` int64, pixels ``[rows, C, H, W]`` float."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for key, value in topology.dummy_inputs(model).items():
+        if value.is_floating_point():
+            made[key] = torch.randn((rows, *value.shape[1:]), generator=generator, dtype=value.dtype)
+        elif key.endswith("input_ids"):
+            made[key] = torch.randint(3, 60, (rows, length), generator=generator)
+        else:
+            made[key] = value[:1].expand(rows, *value.shape[1:])
+    return made
+
+
+def training_rows(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    rows = []
+    for index in range(8):
+        row = {key: value[0] for key, value in inputs_for(model, seed=index, rows=1).items()}
+        classes = int(model.config.num_labels or 0) if classifies(model) else 0
+        ids = row.get("decoder_input_ids", row.get("input_ids"))
+        row["labels"] = torch.tensor(index % classes) if classes or ids is None else ids
+        rows.append(row)
+    return rows
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    return "Classification" in type(model).__name__
+
+
+def optimized(cls: type[Technique], model: PreTrainedModel, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """The model after the smallest recipe, trained for a few steps where the recipe trains."""
+    model = hf_optim.optimize(model, recipe_for(cls), calibration=[inputs_for(model, seed=s) for s in range(3)])
+    while (stage := run_of(model).stage) is not None:
+        model = _train(model, folder / f"stage-{run_of(model).stage_index}")
+        assert run_of(model).stage is not stage, "the stage did not end with its training"
+    return model
+
+
+def _train(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    run = run_of(model)
+    args = TrainingArguments(
+        str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[], use_cpu=True,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    assert run.stage is not None
+    plain = not any(s.implements(h) for s in run.stage.steps for h in ("training_loss", "parameter_groups"))
+    rows = training_rows(model)
+    if plain:
+        trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=hf_optim.callbacks(model))  # type: ignore[arg-type]
+    else:
+        trainer = hf_optim.OptimTrainer(model=model, args=args, train_dataset=rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    return run.model.eval()
+
+
+def attempt(cls: type[Technique], architecture: str, folder: Path) -> PreTrainedModel | None:
+    """The optimized tiny model, or None when the technique refuses the architecture with a reason."""
+    try:
+        return optimized(cls, TINY[architecture](), folder)
+    except (ModelError, RecipeError) as refusal:
+        text = str(refusal)
+    assert len(text) > 30, f"a refusal must say why: {text}"
+    assert re.search(r"step \d+ \(\w+\)", text), f"a refusal must name the step: {text}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[StockTransformers]:
+    with StockTransformers() as process:
+        yield process
+
+
+# -- the class ----------------------------------------------------------------------------------------------------
+def test_defaults_construct_and_are_frozen(cls: type[Technique]) -> None:
+    step = cls()
+    assert step.name == cls.spec.name
+    for field in dataclasses.fields(step):  # type: ignore[arg-type]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(step, field.name, None)
+    assert step.to_dict() == {"technique": cls.spec.name}
+
+
+def test_it_survives_yaml_and_a_wrong_field_suggests_the_right_one(cls: type[Technique]) -> None:
+    recipe = recipe_for(cls)
+    assert OptimConfig.parse(_yaml(recipe)).to_dict() == recipe.to_dict()
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    with pytest.raises(RecipeError) as caught:
+        cls.from_dict({names[0] + "x": 1})
+    assert f"did you mean {names[0]!r}" in str(caught.value)
+
+
+def _yaml(recipe: OptimConfig) -> Any:
+    import yaml
+
+    return yaml.safe_load(recipe.to_yaml())
+
+
+def test_every_field_is_documented_and_the_module_has_its_equation_and_paper(cls: type[Technique]) -> None:
+    text = inspect.getdoc(cls) or ""
+    assert "Attributes:" in text
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        assert re.search(rf"^\s*(\w+, )*{field.name}(, \w+)*:", text, re.MULTILINE), f"{field.name} is not documented"
+    assert cls.spec.summary
+    module = importlib.import_module(cls.__module__).__doc__ or ""
+    assert re.search(r"[=≈∝]", module), "the module's docstring has no equation"
+    if cls.spec.paper is not None:
+        assert cls.spec.paper.id in module, "the module's docstring does not name the paper"
+
+
+def test_the_catalogue_has_it(cls: type[Technique]) -> None:
+    assert catalogue().get(cls.spec.name) is cls
+    assert hasattr(importlib.import_module(cls.__module__), "register_techniques")
+
+
+def test_its_recipe_composes(cls: type[Technique]) -> None:
+    traits = recipe_for(cls).check()
+    assert cls().contract().adds - {t for s in recipe_for(cls).steps for t in s.contract().drops} <= traits
+
+
+def test_what_it_owes_must_be_paid(cls: type[Technique]) -> None:
+    if not cls().contract().owes:
+        OptimConfig(steps=(cls(),)).check(cls().contract().needs | _free_traits())
+        return
+    with pytest.raises(RecipeError, match="owes"):
+        OptimConfig(steps=(cls(),)).check()
+
+
+# -- on models ----------------------------------------------------------------------------------------------------
+def test_some_architecture_is_supported(cls: type[Technique], tmp_path: Path) -> None:
+    assert any(attempt(cls, name, tmp_path) is not None for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoint_outlives_the_tool(
+    cls: type[Technique], architecture: str, tmp_path: Path, stock: StockTransformers
+) -> None:
+    """Reloaded where hf_optim cannot be imported: equal logits, or a loud refusal for REMOTE_CODE."""
+    model = attempt(cls, architecture, tmp_path)
+    if model is None:
+        return
+    run = run_of(model)
+    for trait in run.traits:
+        assert trait.holds(run), f"{trait} does not hold in the tensors"
+    _assert_clean(model)
+    inputs = inputs_for(model, seed=99)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    model.save_pretrained(tmp_path / "out")
+    assert {"hf_optim.json", "README.md", "config.json"} <= set(os.listdir(tmp_path / "out"))
+    auto = AUTO.get(architecture, "AutoModelForCausalLM")
+    if run.record.reload == Reload.REMOTE_CODE.name:
+        with pytest.raises(OSError, match=r"trust_remote_code|custom code"):
+            stock.logits(tmp_path / "out", auto, inputs)
+    name, logits = stock.logits(
+        tmp_path / "out", auto, inputs, trust_remote_code=run.record.reload == Reload.REMOTE_CODE.name
+    )
+    assert name == type(model).__name__
+    assert torch.equal(logits, expected), f"largest difference {(logits - expected).abs().max()}"
+
+
+def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_path: Path) -> None:
+    architecture, direct = _supported(cls, tmp_path)
+    if recipe_for(cls).stages[0].trains:
+        pytest.skip("a technique that trains goes through a trainer, not through from_pretrained alone")
+    source = TINY[architecture]()
+    source.save_pretrained(tmp_path / "source")
+    batches = [inputs_for(source, seed=s) for s in range(3)]
+    loaded = type(source).from_pretrained(tmp_path / "source", optim_config=recipe_for(cls), calibration=batches)
+    inputs = inputs_for(source, seed=99)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, direct(**inputs).logits)
+
+
+def test_it_is_deterministic_and_leaves_the_random_state_alone(cls: type[Technique], tmp_path: Path) -> None:
+    architecture, first = _supported(cls, tmp_path)
+    trains = any(stage.trains for stage in recipe_for(cls).stages)
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    second = optimized(cls, TINY[architecture](), tmp_path / "again")
+    if not trains:
+        assert torch.equal(before, torch.random.get_rng_state())
+    for (name, a), (other, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), f"{name} differs between two runs"
+
+
+def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], tmp_path: Path) -> None:
+    architecture, _ = _supported(cls, tmp_path)
+    recipe = recipe_for(cls)
+    if not any(stage.needs_data for stage in recipe.stages[:1]):
+        pytest.skip("it sees no data that could fail")
+    model = TINY[architecture]()
+    globals_before = _globals()
+    with pytest.raises(RuntimeError, match="the data broke"):
+        hf_optim.optimize(model, recipe, calibration=[inputs_for(model), _Broken(inputs_for(model, 1))])
+    _assert_clean(model, allow_quantized=False)
+    assert _globals() == globals_before
+
+
+def test_activations_that_are_not_finite_are_named(cls: type[Technique], tmp_path: Path) -> None:
+    architecture, _ = _supported(cls, tmp_path)
+    if not (cls().implements("calibrate") and cls().needs_data()):
+        pytest.skip("it observes no activations")
+    model = TINY[architecture]()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() > 1).fill_(float("nan"))
+    with pytest.raises(NumericalError) as caught:
+        hf_optim.optimize(model, recipe_for(cls), calibration=[inputs_for(model)])
+    assert f"({cls.spec.name})" in str(caught.value)
+    assert any(name in str(caught.value) for name, _ in model.named_modules() if name)
+
+
+def test_global_state_is_as_before(cls: type[Technique], tmp_path: Path) -> None:
+    _supported(cls, tmp_path)  # the first run may import and register
+    before = _globals()
+    _supported(cls, tmp_path / "again")
+    assert _globals() == before
+
+
+# -- what is looked at --------------------------------------------------------------------------------------------
+class _Broken(dict):
+    """A batch whose first tensor cannot be read by a model."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("the data broke")
+
+    keys = items = values = __iter__  # type: ignore[assignment]
+
+
+def _supported(cls: type[Technique], folder: Path) -> tuple[str, PreTrainedModel]:
+    for name in ARCHITECTURES:
+        model = attempt(cls, name, folder / name)
+        if model is not None:
+            return name, model
+    raise AssertionError(f"{cls.spec.name} supports none of {', '.join(ARCHITECTURES)}")
+
+
+def _assert_clean(model: nn.Module, allow_quantized: bool = True) -> None:
+    """No hook, no replaced forward and no parametrization is left on the model."""
+    for name, module in model.named_modules():
+        hooks = [
+            *module._forward_hooks,
+            *module._forward_pre_hooks,
+            *module._backward_hooks,
+            *module._backward_pre_hooks,
+        ]
+        assert not hooks, f"{name or 'the model'} keeps hooks"
+        assert not parametrize.is_parametrized(module), f"{name} keeps a parametrization"
+        quantized = getattr(module, "quantization_scheme", None) is not None
+        assert "forward" not in vars(module) or (quantized and allow_quantized), f"{name} keeps a replaced forward"
+        assert module.training is False, f"{name} is in training mode"
+
+
+def _globals() -> Mapping[str, Any]:
+    """What a technique must not patch: methods of the base classes, torch's functions, the default dtype."""
+    watched: dict[str, Any] = {"dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled()}
+    for holder in (nn.Module, nn.Linear, nn.functional, torch, PreTrainedModel, Trainer):
+        for key, value in vars(holder).items():
+            if callable(value):
+                watched[f"{getattr(holder, '__name__', holder)}.{key}"] = id(value)
+    return watched

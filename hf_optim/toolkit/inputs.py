@@ -1,0 +1,97 @@
+"""The smallest inputs a transformer accepts: enough to run it once and see how it is wired."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+TOKENS = 8
+"""Length of the dummy text; shorter when the model has fewer positions."""
+
+PIXEL_INPUTS = ("pixel_values",)
+TEXT_INPUTS = ("input_ids",)
+
+
+def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Minimal inputs for `model`, on its device: one sequence of eight tokens or one picture.
+
+    Text models get `input_ids` [1, T] int64, encoder-decoders `decoder_input_ids` [1, T / 2] as well, vision
+    models, and those that compare texts with pictures, `pixel_values` [1, channels, height, width] of the
+    floating dtype of the model.  Token ids are valid for the vocabulary and none is the padding token; the
+    last one is the end-of-sequence token where the model has one, since some heads look for it.  The values
+    are the same at each call.
+
+    Raises `ValueError` for a main input that is neither text nor pixels: pass your own inputs then.
+    """
+    if model.main_input_name in PIXEL_INPUTS:
+        return {model.main_input_name: _picture(model)}
+    if model.main_input_name not in TEXT_INPUTS:
+        raise ValueError(
+            f"{type(model).__name__} reads {model.main_input_name!r}: dummy inputs exist for "
+            f"{', '.join(TEXT_INPUTS + PIXEL_INPUTS)} only; pass the inputs yourself"
+        )
+    config = model.config.get_text_config()
+    length = min(TOKENS, _setting(config, "max_position_embeddings") or TOKENS)
+    inputs = {model.main_input_name: _tokens(model, length)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _tokens(model, max(1, length // 2))
+    if "pixel_values" in inspect.signature(model.forward).parameters and _pairs_text_and_pictures(model.config):
+        inputs["pixel_values"] = _picture(model)
+    return inputs
+
+
+def _pairs_text_and_pictures(config: Any) -> bool:
+    """Whether a text and a vision model run side by side, and pictures do not stand for text tokens."""
+    placeholder = any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
+    return hasattr(config, "vision_config") and hasattr(config, "text_config") and not placeholder
+
+
+def _tokens(model: PreTrainedModel, length: int) -> Tensor:
+    """Valid token ids [1, length], without padding, ending in the end-of-sequence token if there is one."""
+    config = model.config.get_text_config()
+    vocabulary = _vocabulary(model)
+    ids = [(7 * position + 3) % vocabulary for position in range(length)]
+    ids = [token if token != config.pad_token_id else (token + 1) % vocabulary for token in ids]
+    if isinstance(config.eos_token_id, int) and 0 <= config.eos_token_id < vocabulary:
+        ids[-1] = config.eos_token_id
+    return torch.tensor([ids], dtype=torch.int64, device=_placement(model)[0])
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the input embedding; the size in the config where the embedding does not say."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        rows = None
+    return int(rows or model.config.get_text_config().vocab_size)
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A setting of a config, or None; some configs raise `NotImplementedError` where they have no limit."""
+    try:
+        return getattr(config, name, None)
+    except NotImplementedError:
+        return None
+
+
+def _picture(model: PreTrainedModel) -> Tensor:
+    """A grey ramp [1, channels, height, width] of the size the config names."""
+    config: Any = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    device, dtype = _placement(model)
+    ramp = torch.linspace(-1.0, 1.0, shape[1] * height * width, device=device, dtype=torch.float32)
+    return ramp.reshape(shape).to(dtype)
+
+
+def _placement(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    """Device of the first parameter and the first floating dtype; float32 on the CPU without parameters."""
+    parameters = list(model.parameters())
+    device = parameters[0].device if parameters else torch.device("cpu")
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    return device, dtype

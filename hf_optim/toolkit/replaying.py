@@ -1,0 +1,186 @@
+"""Run a few recorded operations again, in float64 on random numbers, to learn what they do to channels.
+
+A trace says which operation reads which tensor; what the operation *does* is asked of the operation itself.
+No weights take part: linear layers are the borders of what is run again, and everything that flows in from
+elsewhere (attention scores, masks, positions) is drawn at random.  All answers hold for those random numbers,
+that is, with probability one; the numbers come from a generator of their own, with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graph import Op, Ref, Trace, replace, tensors
+
+TOLERANCE = 1e-9
+"""Largest relative difference between float64 numbers that should be equal."""
+
+
+class NotReplayable(Exception):
+    """The operations cannot be run again outside their model."""
+
+
+@dataclass(eq=False)
+class Replay:
+    """Runs `ops` again, in their order.  Values from outside are drawn once, the same for every run.
+
+    Integers from outside have to be known, or, with `guess_integers`, are taken to be zero.
+    """
+
+    trace: Trace
+    ops: tuple[Op, ...]
+    seed: int = 0
+    guess_integers: bool = False
+    outside: dict[int, Tensor] = field(default_factory=dict)
+
+    def run(self, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """All values after running the operations on the `given` ones; raises `NotReplayable`."""
+        values = dict(given)
+        for op in sorted(self.ops, key=lambda op: op.position):
+            self._run_one(op, values)
+        return values
+
+    def _run_one(self, op: Op, values: dict[int, Tensor]) -> None:
+        if op.function is None:
+            raise NotReplayable(str(op))
+        renewed = {before: self._look_up(before, values).clone() for before, _ in op.mutated}
+
+        def concrete(item: object) -> object:
+            if isinstance(item, Ref):
+                return renewed[item.value] if item.value in renewed else self._look_up(item.value, values)
+            if isinstance(item, torch.dtype):
+                return torch.float64 if item.is_floating_point else item
+            return torch.device("cpu") if isinstance(item, torch.device) else item
+
+        args, kwargs = replace((op.args, dict(op.kwargs)), concrete)
+        try:
+            output = op.function(*args, **kwargs)
+        except Exception as error:
+            raise NotReplayable(str(op)) from error
+        values.update(zip(op.writes, tensors(output), strict=True))
+        values.update({after: renewed[before] for before, after in op.mutated})
+
+    def _look_up(self, value: int, values: Mapping[int, Tensor]) -> Tensor:
+        if value in values:
+            return values[value]
+        if value not in self.outside:
+            self.outside[value] = self._draw(value)
+        return self.outside[value]
+
+    def _draw(self, value: int) -> Tensor:
+        if value in self.trace.constants:
+            return self.trace.constants[value]
+        dtype = self.trace.dtypes[value]
+        if not (dtype.is_floating_point or dtype == torch.bool or self.guess_integers):
+            raise NotReplayable(f"integers of shape {tuple(self.trace.shapes[value])} are not known")
+        return draw(self.trace.shapes[value], dtype, self.seed + value)
+
+
+def draw(shape: Iterable[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Random float64 magnitudes in [0.5, 1.5) whose sign alternates from row to row; indices are zero.
+
+    With both signs in each channel neither side of a ReLU escapes.  Booleans alternate along the last
+    dimension, so that no row of a mask is empty.
+    """
+    shape = tuple(shape)
+    if dtype == torch.bool:
+        return (torch.arange(shape[-1] if shape else 1) % 2 == 0).expand(shape or (1,)).reshape(shape).clone()
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    numbers = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.5
+    if len(shape) >= 2:
+        numbers *= (1.0 - 2.0 * (torch.arange(shape[-2]) % 2)).to(torch.float64).unsqueeze(-1)
+    return numbers
+
+
+def close(left: Tensor, right: Tensor) -> bool:
+    """Whether two float64 tensors are equal up to rounding, relative to the largest entry."""
+    if left.shape != right.shape:
+        return False
+    scale = right.abs().max() if right.numel() else torch.tensor(1.0)
+    return bool(torch.isfinite(scale)) and bool(((left - right).abs() <= TOLERANCE * scale).all())
+
+
+def moves_elements(trace: Trace, op: Op, value: int) -> bool:
+    """Whether `op` only moves, drops or repeats elements of `value`: a view, a slice, a transpose, a copy."""
+    others = set(op.reads) - {value}
+    if op.function is None or op.mutated or not others.issubset(trace.constants):
+        return False
+    return remember(trace, ("moves", signature(trace, (op,), (value,))), lambda: _moves_elements(trace, op, value))
+
+
+def _moves_elements(trace: Trace, op: Op, value: int) -> bool:
+    before = draw(trace.shapes[value])
+    try:
+        values = Replay(trace, (op,)).run({value: before})
+    except NotReplayable:
+        return False
+    outputs = [values[write] for write in op.writes]
+    return all(output.is_floating_point() and bool(torch.isin(output, before).all()) for output in outputs)
+
+
+def scales_channels(trace: Trace, op: Op, value: int) -> bool:
+    """Whether scaling the channels (last dimension) of `value` scales those of every output of `op` alike."""
+    if op.function is None or op.mutated or not trace.shapes[value]:
+        return False
+    return remember(trace, ("scales", signature(trace, (op,), (value,))), lambda: _scales_channels(trace, op, value))
+
+
+def _scales_channels(trace: Trace, op: Op, value: int) -> bool:
+    channels = trace.shapes[value][-1]
+    factors = spread(channels)
+    before = draw(trace.shapes[value])
+    replay = Replay(trace, (op,), guess_integers=True)
+    try:
+        plain, scaled = replay.run({value: before}), replay.run({value: before * factors})
+    except NotReplayable:
+        return False
+    for write in op.writes:
+        fits = plain[write].dim() > 0 and plain[write].shape[-1] == channels and plain[write].is_floating_point()
+        if not fits or not close(scaled[write], plain[write] * factors):
+            return False
+    return True
+
+
+def remember(trace: Trace, question: Hashable, answer: Callable[[], Any]) -> Any:
+    """The answer to a question about the trace, worked out once."""
+    if question not in trace.answers:
+        trace.answers[question] = answer()
+    return trace.answers[question]
+
+
+def signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hashable:
+    """What `ops` do, apart from which tensors they do it to: the same for two equal blocks.
+
+    Values are numbered as they appear, those in `named` first, and carry shape, dtype and known numbers.
+    """
+    numbers: dict[int, int] = {}
+
+    def describe(item: Any) -> Hashable:
+        if isinstance(item, Ref):
+            number = numbers.setdefault(item.value, len(numbers))
+            known = trace.constants.get(item.value)
+            numbers_known = None if known is None else tuple(known.flatten().tolist())
+            return number, trace.shapes[item.value], trace.dtypes[item.value], numbers_known
+        if isinstance(item, (list, tuple)):
+            return tuple(map(describe, item))
+        if isinstance(item, Mapping):
+            return tuple((key, describe(value)) for key, value in item.items())
+        return type(item), str(item)
+
+    described = [describe([Ref(value) for value in named])]
+    for op in sorted(ops, key=lambda op: op.position):
+        results = describe([Ref(value) for value in op.produces])
+        described.append((op.function, describe(op.args), describe(op.kwargs), results))
+    return tuple(described)
+
+
+def spread(count: int, seed: int = 0) -> Tensor:
+    """`count` distinct float64 factors between 0.5 and 2, evenly spaced, in random order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.linspace(0.5, 2.0, count, dtype=torch.float64)[order]

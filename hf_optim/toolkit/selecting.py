@@ -1,0 +1,64 @@
+"""Choosing modules by patterns: names, globs, regular expressions and class names."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from .linear_layers import is_linear
+
+
+def match(
+    names: Iterable[str] | Mapping[str, nn.Module],
+    targets: Iterable[str],
+    skip: Iterable[str] = (),
+    optional: Iterable[str] = (),
+) -> list[str]:
+    """The names that some pattern of `targets` selects and none of `skip`, in the order of `names`.
+
+    A pattern is an exact name (`model.layers.0.mlp.up_proj`), a glob (`*.mlp.*`; `*` crosses dots), a regular
+    expression after `re:` that has to match from the beginning, or, if `names` maps to modules, a class name:
+    `Linear` selects every linear layer, `Conv1D` included, any other name the class and its subclasses.
+
+    Raises `ValueError` if a pattern of `targets` or `skip` selects nothing, unless it also stands in
+    `optional`; the message lists those patterns with the nearest names.
+    """
+    modules = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
+    targets, skip, optional = list(targets), list(skip), set(optional)
+    selected = {pattern: _select(modules, pattern) for pattern in (*targets, *skip)}
+    missing = [pattern for pattern, found in selected.items() if not found and pattern not in optional]
+    if missing:
+        raise ValueError("nothing matches " + "; ".join(_nearest(modules, pattern) for pattern in missing))
+    wanted = set().union(*(selected[pattern] for pattern in targets))
+    unwanted = set().union(*(selected[pattern] for pattern in skip))
+    return [name for name in modules if name in wanted and name not in unwanted]
+
+
+def _select(modules: Mapping[str, nn.Module | None], pattern: str) -> set[str]:
+    """The names that one pattern selects."""
+    if pattern.startswith("re:"):
+        expression = re.compile(pattern[3:])
+        return {name for name in modules if expression.match(name)}
+    return {
+        name
+        for name, module in modules.items()
+        if name == pattern or fnmatch.fnmatchcase(name, pattern) or (module is not None and _is_a(module, pattern))
+    }
+
+
+def _is_a(module: nn.Module, class_name: str) -> bool:
+    return (class_name == "Linear" and is_linear(module)) or any(c.__name__ == class_name for c in type(module).__mro__)
+
+
+def _nearest(modules: Mapping[str, nn.Module | None], pattern: str) -> str:
+    """The pattern with the names it may have meant."""
+    candidates = [
+        *modules,
+        *dict.fromkeys(type(module).__name__ for module in modules.values() if module is not None),
+    ]
+    near = difflib.get_close_matches(pattern.removeprefix("re:"), candidates, n=3, cutoff=0.3)
+    return f"{pattern!r} (nearest: {', '.join(near)})" if near else f"{pattern!r} ({len(modules)} names to choose from)"

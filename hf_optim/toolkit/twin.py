@@ -1,0 +1,92 @@
+"""A weightless double of a module: same classes, same names, fake tensors, no hooks.
+
+The double shares nothing that a forward could change: parameters, buffers and plain tensor attributes are
+replaced, containers and configs are copied, hooks of whoever uses the original are left out, and so is a
+`forward` bound to one instance.  Running it therefore leaves the original exactly as it was, whatever
+happens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+Convert = Callable[[Tensor], Tensor]
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialised CPU tensor of the same shape; every floating dtype becomes float32.
+
+    Called inside a `FakeTensorMode` it gives a fake tensor, which takes no memory.
+    """
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+
+
+def twin(module: nn.Module, convert: Convert, settings: dict[str, Any] | None = None) -> nn.Module:
+    """A double of `module` in evaluation mode whose tensors are `convert(tensor)`.
+
+    Sharing is kept: modules, tensors and configs which appear twice in the original appear twice in the
+    double. `settings` are attributes to set on each copied transformers config that has them.
+    """
+    return _Copier(convert, settings or {}).module(module).eval()
+
+
+class _Copier:
+    """Copies a module tree once; `memo` maps the id of an original to its copy."""
+
+    def __init__(self, convert: Convert, settings: dict[str, Any]) -> None:
+        self.convert = convert
+        self.settings = settings
+        self.memo: dict[int, Any] = {}
+        self.config_memo: dict[int, Any] = {}
+
+    def module(self, original: nn.Module) -> nn.Module:
+        if id(original) in self.memo:
+            return self.memo[id(original)]
+        double = nn.Module.__new__(type(original))
+        self.memo[id(original)] = double
+        double.__dict__.update({name: self.attribute(name, value) for name, value in vars(original).items()})
+        double.__dict__.pop("forward", None)
+        return double
+
+    def attribute(self, name: str, value: Any) -> Any:
+        hooks = isinstance(value, dict) and name.startswith("_") and "_hooks" in name
+        return OrderedDict() if hooks else self.value(value)
+
+    def value(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, PreTrainedConfig):
+            return self.config(value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self.module(value.__self__))
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self.value(item)) for key, item in value.items())
+        if type(value) in (list, tuple, set):
+            return type(value)(self.value(item) for item in value)
+        return value
+
+    def tensor(self, original: Tensor) -> Tensor:
+        if id(original) not in self.memo:
+            double = self.convert(original)
+            if isinstance(original, nn.Parameter) and not isinstance(double, nn.Parameter):
+                double = nn.Parameter(double, requires_grad=False)
+            self.memo[id(original)] = double
+        return self.memo[id(original)]
+
+    def config(self, original: PreTrainedConfig) -> PreTrainedConfig:
+        double = copy.deepcopy(original, self.config_memo)
+        for name, value in self.settings.items():
+            if hasattr(double, name):
+                setattr(double, name, value)
+        return double

@@ -1,0 +1,227 @@
+"""Knowledge distillation on logits (Hinton et al., 1503.02531, section 2).
+
+``L = α T² KL(softmax(z_t/T) ‖ softmax(z_s/T)) + (1 - α) CE(y, z_s)``, the weighted average of two objectives: the
+teacher's distribution, softened by the temperature ``T``, and the labels, with "a considerably lower weight". Up to the
+factor ``α`` this is ``T² KL + λ CE`` with ``λ = (1 - α)/α``. ``T²`` keeps the teacher's share when ``T`` changes.
+
+The divergence may be turned round (``reverse``: ``KL(student ‖ teacher)``, 2306.08543, which does not make a small
+student cover what it cannot) or lie between (``js``: the generalized Jensen-Shannon divergence of 2306.13649).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
+from hf_optim.toolkit import teachers
+from hf_optim.toolkit.logit_cache import LogitCache, sample_keys
+from hf_optim.toolkit.losses import DIRECTIONS, RESTS, Direction, Rest, TopK, kd_loss, scored_rows, top_k, top_k_kd_loss
+from hf_optim.traits import SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run
+
+log = logging.getLogger(__name__)
+
+SELF = "self"
+
+# Nats. Two equal models differ by less, through rounding alone.
+NOTHING_TO_LEARN = 1e-7
+
+
+@technique(
+    "logit_kd",
+    family="distillation",
+    paper=Paper("1503.02531", "Distilling the Knowledge in a Neural Network", 2015),
+    contract=Contract(keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+    trains=True,
+)
+class LogitKD(Technique):
+    """Train the model to give the distribution of a teacher.
+
+    For causal and sequence-to-sequence language models, masked language models, token and sequence classifiers. Only
+    positions that have a label are compared (without labels: those that are not padding).
+
+    Attributes:
+        teacher: a path or Hub id; or ``"self"``, the model as it was before the steps of its stage changed it (what
+            recovers a model that is pruned); or None: set ``hf_optim.run_of(model).state(step).teacher`` to a module.
+        temperature: ``T``; softens both distributions.
+        alpha: weight of the teacher's term; the task loss has ``1 - alpha``.
+        direction: ``"forward"``, ``"reverse"`` or ``"js"``.
+        beta: of ``"js"``: the teacher's weight in the mixture, in (0, 1).
+        top_k: compare only the ``k`` most probable classes of the teacher; None compares all.
+        rest: what then becomes of the others: ``"bucket"`` compares their sum as one class, ``"renormalize"`` leaves
+            them out and renormalizes both sides.
+        cache: a directory for the teacher's top ``k`` of every sample; written in the first epoch, read afterwards and
+            by later runs, which load no teacher if it is complete. ``8 k + 4`` bytes for each scored token.
+    """
+
+    teacher: str | None = SELF
+    temperature: float = option(2.0, above=0.0)
+    alpha: float = option(0.9, low=0.0, high=1.0)
+    direction: Direction = option("forward", choices=DIRECTIONS)
+    beta: float = option(0.5, above=0.0, below=1.0)
+    top_k: int | None = option(None, low=1)
+    rest: Rest = option("bucket", choices=RESTS)
+    cache: str | None = None
+
+    def validate(self) -> None:
+        if self.cache is not None and self.top_k is None:
+            raise RecipeError("logit_kd: a cache keeps the teacher's top classes: say how many with top_k (64, say)")
+
+    def phases(self) -> Any:
+        # Taking a copy in transform_model changes nothing: the step may stand behind ones that calibrate.
+        return frozenset(phase for phase in super().phases() if phase.name == "TRAIN")
+
+    @hookimpl(tryfirst=True)
+    def transform_model(self, run: Run) -> None:
+        if self.teacher == SELF:
+            run.state(self).teacher = copy.deepcopy(run.model)
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return [TeacherKeeper(self, run)]
+
+    @hookimpl
+    def training_loss(
+        self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any
+    ) -> dict[str, Tensor | float]:
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ModelError(
+                f"{run.label(self)}: {type(run.model).__name__} has no `logits` in its outputs; distillation compares "
+                "the logits of language models and classifiers"
+            )
+        rows = scored_rows(
+            logits, inputs.get("labels"), inputs.get("attention_mask"), shift=teachers.predicts_next(run.model)
+        )
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "direction": self.direction,
+            "beta": self.beta,
+            "rows": rows,
+        }
+        if self.top_k is None:
+            term = kd_loss(logits, self._teacher_logits(run, inputs, logits), **options)
+        else:
+            term = top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
+        self._greet(run, term)
+        return {"kd": self.alpha * term, "task_scale": 1.0 - self.alpha}
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        for name in ("teacher", "ready", "cache"):
+            vars(run.state(self)).pop(name, None)
+
+    def _greet(self, run: Run, term: Tensor) -> None:
+        own = run.state(self)
+        if getattr(own, "met", False):
+            return
+        own.met = True
+        if float(term.detach()) < NOTHING_TO_LEARN:
+            sentence = (
+                f"{run.label(self)}: teacher and student gave the same distribution on the first batch; with teacher: "
+                "self there must be a step in the same stage that changes the model"
+            )
+            run.record.note(sentence)
+            log.warning(sentence)
+
+    def _teacher_logits(self, run: Run, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
+        teacher = ready_teacher(self, run)
+        found = teachers.logits(teacher, inputs)
+        if found.shape != logits.shape:
+            raise ModelError(
+                f"{run.label(self)}: the teacher's logits are {tuple(found.shape)} and the student's "
+                f"{tuple(logits.shape)}; both need the same vocabulary (or labels) and the same inputs"
+            )
+        return found
+
+    def _top_k(self, run: Run, inputs: Mapping[str, Any], logits: Tensor, rows: Tensor) -> TopK:
+        """The teacher's top classes for ``rows``, from the cache where it has them."""
+        assert self.top_k is not None
+        classes = logits.shape[-1]
+        cache: LogitCache | None = getattr(run.state(self), "cache", None)
+        if cache is None:
+            live = self._teacher_logits(run, inputs, logits).reshape(-1, classes)
+            return top_k(live[rows.to(live.device)], self.top_k, self.temperature)
+        keys = sample_keys(inputs)
+        sizes = torch.bincount(rows.cpu() * logits.shape[0] // logits[..., 0].numel(), minlength=len(keys)).tolist()
+        if not all(key in cache for key in keys):
+            live = self._teacher_logits(run, inputs, logits).reshape(-1, classes)
+            found = top_k(live[rows.to(live.device)], self.top_k, self.temperature)
+            for key, *parts in zip(keys, *(part.split(sizes) for part in found), strict=True):
+                cache.put(key, TopK(*parts))
+        entries = [cache.get(key) for key in keys]
+        return TopK(*(torch.cat(parts).to(logits.device) for parts in zip(*entries, strict=True)))
+
+
+class TeacherKeeper(TrainerCallback):
+    """Fetches the teacher or its cache before training, and writes what the cache learned."""
+
+    def __init__(self, step: LogitKD, run: Run) -> None:
+        self.step, self.run = step, run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, own = self.step, self.run.state(self.step)
+        if step.cache is not None:
+            settings = {
+                "teacher": teachers.fingerprint(own.teacher) if hasattr(own, "teacher") else step.teacher,
+                "temperature": step.temperature,
+                "top_k": step.top_k,
+                "classes": teachers.classes_of(self.run.model),
+            }
+            own.cache = LogitCache(step.cache, settings, writer=args.process_index)
+            log.info(
+                "%s: teacher cache %s has %d samples; %d bytes for each scored token",
+                *(self.run.label(step), step.cache, len(own.cache), 8 * (step.top_k or 0) + 4),
+            )
+            if len(own.cache):
+                return  # the teacher is loaded at the first sample that is not there
+        ready_teacher(step, self.run)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, own = self.step, self.run.state(self.step)
+        self._flush()
+        figures: dict[str, Any] = {"teacher": step.teacher or type(own.teacher).__name__}
+        if step.cache is not None:
+            figures |= {"cache_samples": len(own.cache), "cache_bytes": own.cache.bytes_on_disk}
+        self.run.report(step, **figures)
+
+    def _flush(self) -> None:
+        cache = getattr(self.run.state(self.step), "cache", None)
+        if cache is not None:
+            cache.flush()
+
+
+def ready_teacher(step: LogitKD, run: Run) -> nn.Module:
+    """The teacher: found or loaded, compared with the student, frozen, in evaluation mode and where it can run."""
+    own, label = run.state(step), run.label(step)
+    if getattr(own, "ready", None) is not None:
+        return own.ready
+    if getattr(own, "teacher", None) is None:
+        if step.teacher in (None, SELF):
+            raise ModelError(
+                f"{label} has no teacher: give `teacher:` a path or Hub id, or set "
+                "hf_optim.run_of(model).state(step).teacher to a module before training"
+            )
+        own.teacher = teachers.load(step.teacher, label)
+        teachers.require_same_tokenizer(run.tokenizer or run.model.config._name_or_path, step.teacher, label)
+    teachers.require_same_classes(run.model, own.teacher, label)
+    own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model))
+    return own.ready
+
+
+@hookimpl
+def register_techniques(register):
+    register(LogitKD)

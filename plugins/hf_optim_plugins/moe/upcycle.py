@@ -1,0 +1,260 @@
+"""Sparse upcycling: every feed-forward layer becomes a mixture of experts that starts as copies of it.
+
+    y = sum over the top k experts e of  g_e(x) * FFN_e(x),      g = softmax(W_r x), renormalised over the top k
+
+With FFN_e = FFN for every e and the gates of the chosen experts summing to one, y = FFN(x): the model computes what it
+computed before, for any router W_r, and training starts from the dense loss.  The router is drawn from
+N(0, router_std^2); noise on the experts breaks the tie between them at the price of that exactness.
+
+Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", arXiv 2212.05055.
+The paper drops the renormalisation for language models; here it stays, as in the native classes.
+
+The result is a class that ships in transformers, so its checkpoints need nothing else.  Attention and norms must be
+those of the dense class, which leaves Mixtral for Llama and Mistral, and Qwen3-MoE for Qwen3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
+
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Run, Technique, hookimpl, option, technique
+from hf_optim.toolkit import transplant
+from hf_optim.toolkit.inputs import dummy_inputs
+from hf_optim.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE, SPARSE_NM
+
+GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
+ROUTER, GATE_UP, EXPERTS_DOWN = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
+
+
+@dataclass(frozen=True)
+class Native:
+    """The mixture-of-experts class of transformers whose attention, norms and experts are a dense class's own.
+
+    Attributes:
+        model_type: the target's.
+        mixes: whether dense and expert layers may alternate, as `decoder_sparse_step` says.
+    """
+
+    model_type: str
+    mixes: bool = False
+
+    def fields(self, config: PretrainedConfig, step: Upcycle) -> dict[str, Any]:
+        """The fields of the target's configuration that the dense one does not have."""
+        fields: dict[str, Any] = {
+            "num_experts_per_tok": step.top_k,
+            "router_aux_loss_coef": step.aux_loss,
+            "output_router_logits": False,
+            "sliding_window": getattr(config, "sliding_window", None),
+        }
+        if not self.mixes:
+            return {**fields, "num_local_experts": step.experts, "router_jitter_noise": 0.0}
+        return {
+            **fields,
+            "num_experts": step.experts,
+            "moe_intermediate_size": config.intermediate_size,
+            "decoder_sparse_step": step.every,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        }
+
+
+NATIVE = {"llama": Native("mixtral"), "mistral": Native("mixtral"), "qwen3": Native("qwen3_moe", mixes=True)}
+
+
+@technique(
+    "upcycle",
+    family="moe",
+    paper=Paper("2212.05055", "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", 2022),
+    contract=Contract(
+        needs={FLOAT_WEIGHTS}, forbids={MOE, QUANTIZED}, adds={MOE}, keeps={SPARSE, SPARSE_NM}, owns={"experts"}
+    ),
+    reload=Reload.STOCK_ARCH,
+)
+class Upcycle(Technique):
+    """Copies of each feed-forward layer become the experts of a mixture that starts as the same function.
+
+    Attributes:
+        experts: experts per layer.
+        top_k: experts that each token goes to.
+        every: 1 makes every layer a mixture, 2 every second one (the second, the fourth ...), and so on. More than
+            1 needs a native class that mixes dense and expert layers (Qwen3).
+        router_std: standard deviation of the router's weights at the start.
+        router_lr: learning rate of the routers; None leaves them in the Trainer's groups.
+        aux_loss: coefficient of the load-balancing loss, written to `config.router_aux_loss_coef`. It is part of the
+            model's loss while a Trainer trains; outside, `output_router_logits` is off, so that a loss measures the
+            text alone and a checkpoint computes nothing that inference does not need.
+        noise: standard deviation of Gaussian noise on the experts' weights, relative to each weight matrix's
+            own; 0 leaves the experts equal and the model exact.
+        seed: of router and noise.
+    """
+
+    experts: int = option(8, low=1)
+    top_k: int = option(2, low=1)
+    every: int = option(1, low=1)
+    router_std: float = option(0.02, low=0.0)
+    router_lr: float | None = option(None, above=0.0)
+    aux_loss: float = option(0.001, low=0.0)
+    noise: float = option(0.0, low=0.0)
+    seed: int = option(0, low=0)
+
+    def validate(self) -> None:
+        if self.top_k > self.experts:
+            raise RecipeError(f"upcycle: top_k ({self.top_k}) cannot exceed experts ({self.experts})")
+
+    @hookimpl
+    def transform_model(self, run: Run) -> PreTrainedModel:
+        dense, label = run.model, run.label(self)
+        native = find_native(dense, self.every, label)
+        config_class = transplant.config_class_of(native.model_type)
+        config = transplant.translate_config(dense.config, config_class, **native.fields(dense.config, self))
+        target = transplant.counterpart(type(dense), type(dense.config), config_class)
+        if target is None:
+            raise ModelError(f"{label}: transformers has no {native.model_type} class for {type(dense).__name__}")
+        if dense.dtype == torch.float64:
+            config._experts_implementation = "eager"  # the fused kernels of PyTorch know no float64
+        model, spare = transplant.transplant(dense, target, config)
+        layers = self._fill_experts(model, spare, label)
+        _move_masks(run, layers, self.experts)
+        self._verify(dense, model, label)
+        run.state(self).routers = [f"{name}.{ROUTER}" for name in layers]
+        run.touch(self, [f"{name}.experts" for name in layers])
+        run.report(
+            self,
+            experts=self.experts,
+            top_k=self.top_k,
+            layers=len(layers),
+            parameters_before=dense.num_parameters(),
+            parameters_after=model.num_parameters(),
+            active_parameters=active_parameters(model, layers, self.experts, self.top_k),
+        )
+        return model
+
+    @hookimpl
+    def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
+        routers = tuple(getattr(run.state(self), "routers", ()))
+        if self.router_lr is None or not routers:
+            return None
+        # Wrappers put their own prefix before the names, so the ends are compared.
+        chosen = [p for name, p in model.named_parameters() if name.endswith(routers) and p.requires_grad]
+        return [{"params": chosen, "lr": self.router_lr}]
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return [BalanceExperts()] if self.aux_loss else []
+
+    def _fill_experts(self, model: PreTrainedModel, spare: dict[str, nn.Parameter], label: str) -> list[str]:
+        """Give every mixture its experts and its router; the names of the layers that became one."""
+        generator = torch.Generator().manual_seed(self.seed)
+        layers = [name.removesuffix("." + ROUTER) for name in transplant.missing(model) if name.endswith("." + ROUTER)]
+        for layer in layers:
+            try:
+                gate, up, down = (spare.pop(f"{layer}.{leaf}") for leaf in (GATE, UP, DOWN))
+            except KeyError as error:
+                raise ModelError(f"{label}: the dense model has no {error.args[0]}") from error
+            stacked = {
+                f"{layer}.{GATE_UP}": copies(torch.cat([gate.detach(), up.detach()]), self.experts),
+                f"{layer}.{EXPERTS_DOWN}": copies(down.detach(), self.experts),
+            }
+            for name, weights in stacked.items():
+                if self.noise:
+                    perturb_(weights, self.noise, generator)
+                transplant.place(model, name, nn.Parameter(weights, requires_grad=gate.requires_grad))
+            router = torch.randn(self.experts, gate.shape[1], generator=generator) * self.router_std
+            transplant.place(model, f"{layer}.{ROUTER}", nn.Parameter(router.to(gate)))
+        if spare:
+            raise ModelError(
+                f"{label}: {type(model).__name__} has no place for {', '.join(sorted(spare)[:4])}"
+                f"{' and more' if len(spare) > 4 else ''}; a dense model with these weights cannot be upcycled exactly"
+            )
+        if unfilled := transplant.missing(model):
+            raise ModelError(f"{label}: the dense model has nothing for {', '.join(unfilled[:4])}")
+        return layers
+
+    def _verify(self, dense: PreTrainedModel, model: PreTrainedModel, label: str) -> None:
+        if self.noise:
+            return
+        gap = transplant.difference(dense, model, dummy_inputs(dense))
+        if not gap <= transplant.rounding(dense):
+            raise ModelError(
+                f"{label}: {type(model).__name__} does not compute what {type(dense).__name__} computes (relative "
+                f"difference {gap:.1e}): some field of the configuration has no counterpart there"
+            )
+
+
+class BalanceExperts(TrainerCallback):
+    """Turns the model's own load-balancing loss on while it trains."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.config.output_router_logits = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.config.output_router_logits = False
+
+
+def find_native(model: PreTrainedModel, every: int, label: str) -> Native:
+    """The native class for `model`. Raises `ModelError` with what is supported, or why this model is not."""
+    native = NATIVE.get(model.config.model_type)
+    if native is None:
+        raise ModelError(
+            f"{label}: no class of transformers has the attention of {type(model).__name__} and experts; "
+            f"supported: {', '.join(sorted(NATIVE))}"
+        )
+    if every != 1 and not native.mixes:
+        mixing = ", ".join(sorted(name for name, other in NATIVE.items() if other.mixes))
+        raise ModelError(
+            f"{label}: {native.model_type} has experts in every layer, so every={every} cannot be expressed for "
+            f"{model.config.model_type} (it can for {mixing}); set every: 1"
+        )
+    layers = model.config.num_hidden_layers
+    if every > layers:
+        raise ModelError(f"{label}: every={every} selects none of the {layers} layers")
+    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise ModelError(f"{label}: {native.model_type} has no layers with a window of their own")
+    return native
+
+
+def copies(weight: Tensor, experts: int) -> Tensor:
+    """`weight` [out, in] as [experts, out, in], in memory of its own."""
+    return weight.unsqueeze(0).repeat(experts, 1, 1)
+
+
+def perturb_(weights: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Add N(0, (noise * std(weights))^2) to `weights` in place, except where they are zero: pruned stays pruned."""
+    drawn = torch.randn(weights.shape, generator=generator).to(weights)
+    return weights.add_(drawn * (noise * weights.float().std()).to(weights) * (weights != 0))
+
+
+def active_parameters(model: nn.Module, layers: list[str], experts: int, top_k: int) -> int:
+    """How many parameters take part in the computation of one token."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = sum(
+        model.get_parameter(f"{layer}.{leaf}").numel() // experts * (experts - top_k)
+        for layer in layers
+        for leaf in (GATE_UP, EXPERTS_DOWN)
+    )
+    return total - idle
+
+
+def _move_masks(run: Run, layers: list[str], experts: int) -> None:
+    """Masks and N:M patterns of the dense weights become those of the experts."""
+    for layer in layers:
+        sources = {f"{layer}.{GATE_UP}": (GATE, UP), f"{layer}.{EXPERTS_DOWN}": (DOWN,)}
+        for name, leaves in sources.items():
+            masks = [run.masks.pop(f"{layer}.{leaf}", None) for leaf in leaves]
+            patterns = [run.nm_patterns.pop(f"{layer}.{leaf}", None) for leaf in leaves]
+            known = next((mask for mask in masks if mask is not None), None)
+            if known is not None:
+                whole = torch.cat([mask if mask is not None else torch.ones_like(known) for mask in masks])
+                run.masks[name] = copies(whole, experts)
+            if patterns[0] is not None and all(pattern == patterns[0] for pattern in patterns):
+                run.nm_patterns[name] = patterns[0]
+
+
+@hookimpl
+def register_techniques(register) -> None:
+    register(Upcycle)

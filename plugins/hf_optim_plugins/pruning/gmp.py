@@ -1,0 +1,154 @@
+"""Gradual magnitude pruning: raise the sparsity while the model trains (Zhu & Gupta, 1710.01878).
+
+``s_t = s_f + (s_i - s_f) (1 - (t - t0) / (n Δt))³`` for ``t ∈ {t0, t0 + Δt, ..., t0 + n Δt}`` (equation 1). At each of
+these steps the weights of smallest magnitude are removed until a share ``s_t`` is zero; what was removed stays removed,
+without gradient, and the weights that are left go on training and recover the loss.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
+from hf_optim.toolkit import masks, sparsity
+from hf_optim.toolkit.schedules import Ramp, as_step
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run
+    from hf_optim.cards import Card
+
+
+@technique(
+    "gmp",
+    family="pruning",
+    paper=Paper(
+        "1710.01878", "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017
+    ),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+    trains=True,
+)
+class GMP(Technique):
+    """Prune gradually during training, along a cubic ramp.
+
+    Steps are optimizer steps, counted as the Trainer counts them (``state.global_step``). ``begin`` and ``end`` are
+    such steps when whole numbers, and shares of the training's length when floats: ``end: 1`` is the first step,
+    ``end: 1.0`` the end of training. The masks of a step are renewed right after it, so a run resumed from a
+    checkpoint goes on with the same bits.
+
+    Attributes:
+        sparsity: share of the weights that is removed at the end, in [0, 1).
+        initial: share that is removed at ``begin``.
+        begin: where the ramp starts: a step, or a share of training.
+        end: where the last update stands; training after it is recovery alone.
+        every: steps between updates (Δt); one more update stands at ``end`` where the ramp is no multiple of it.
+        scope: ``"layer"`` prunes every layer to the ramp, ``"global"`` all targets together, ranked across layers.
+        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        skip: patterns of layers to leave dense.
+    """
+
+    sparsity: float = option(0.5, low=0.0, below=1.0)
+    initial: float = option(0.0, low=0.0, below=1.0)
+    begin: int | float = option(0, low=0)
+    end: int | float = option(0.75, low=0)
+    every: int = option(10, low=1)
+    scope: str = option("layer", choices=("layer", "global"))
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        for field in ("begin", "end"):
+            value = getattr(self, field)
+            if isinstance(value, float) and value > 1.0:
+                raise RecipeError(
+                    f"gmp: {field} is a share of training in [0, 1] or a whole number of steps, not {value!r}"
+                )
+        if type(self.begin) is type(self.end) and self.begin > self.end:
+            raise RecipeError(f"gmp: begin must be <= end, not {self.begin!r} > {self.end!r}")
+        if self.initial > self.sparsity:
+            raise RecipeError(f"gmp: initial must be <= sparsity, not {self.initial} > {self.sparsity}")
+
+    def ramp(self, max_steps: int) -> Ramp:
+        """The schedule for a training of ``max_steps`` optimizer steps. Raises ``RecipeError`` if it ends first."""
+        begin, end = as_step(self.begin, max_steps), as_step(self.end, max_steps)
+        if begin > end:
+            raise RecipeError(
+                f"gmp: the ramp begins at step {begin} and ends at step {end} of {max_steps}; give begin and end both "
+                "as steps or both as shares"
+            )
+        return Ramp(begin, end, self.every, self.initial, self.sparsity)
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        layers = Scope("", run.model, run.model).select(self.targets, self.skip)
+        if not layers:
+            raise ModelError(
+                f"{run.label(self)}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
+            )
+        names = masks.weight_names(layers)
+        run.touch(self, names)
+        return [RampPruning(self, run, list(names.values()))]
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        pruned = [name for name in names if f"{name}.weight" in run.masks]
+        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in pruned])
+        run.report(self, **sparsity.figures(run.model, names))
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        card.paragraph(
+            "Gradual magnitude pruning",
+            f"Pruned while training, from {100 * self.initial:g} % towards {100 * self.sparsity:g} % along a cubic "
+            f"ramp; {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+        )
+        card.table("Sparsity after gradual pruning", sparsity.HEADER, sparsity.table(run.model, names))
+
+
+class RampPruning(TrainerCallback):
+    """Renews ``run.masks`` along the ramp. It remembers nothing: all follows from ``global_step`` and the masks."""
+
+    def __init__(self, step: GMP, run: Run, parameters: list[str]) -> None:
+        self.step = step
+        self.run = run
+        self.parameters = parameters
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ramp = self.step.ramp(state.max_steps)
+        if ramp.end > state.max_steps:
+            self._warn(ramp, state.max_steps)
+        if state.global_step == 0 and ramp.updates_at(0):
+            self._prune(ramp.sparsity(0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ramp = self.step.ramp(state.max_steps)
+        if ramp.updates_at(state.global_step):
+            self._prune(ramp.sparsity(state.global_step))
+
+    def _prune(self, share: float) -> None:
+        weights = {name: self.run.model.get_parameter(name).detach() for name in self.parameters}
+        masks.require_finite(weights, self.run.label(self.step))
+        rank = masks.layer_masks if self.step.scope == "layer" else masks.global_masks
+        masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))
+
+    def _warn(self, ramp: Ramp, max_steps: int) -> None:
+        sentence = (
+            f"{self.run.label(self.step)}: the ramp ends at step {ramp.end}, but training at step {max_steps}: "
+            f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}; "
+            "train longer, or lower end"
+        )
+        self.run.record.note(sentence)
+        warnings.warn(sentence, stacklevel=2)
+
+
+@hookimpl
+def register_techniques(register):
+    register(GMP)

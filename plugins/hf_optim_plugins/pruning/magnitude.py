@@ -1,0 +1,94 @@
+"""One-shot magnitude pruning: remove the weights of the smallest absolute value.
+
+``M_ij = 1`` where ``|W_ij|`` is among the ``(1 - s) n`` largest, else 0; ``W <- M ∘ W``. Han et al. (1506.02626,
+section 3.1) rank within a layer; ranking over all layers together is the global variant in Gale et al. (1902.09574),
+who found plain magnitude pruning a strong baseline for far costlier methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_optim import Contract, Paper, Reload, Scope, Technique, hookimpl, option, technique
+from hf_optim.toolkit import masks, sparsity
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run
+    from hf_optim.cards import Card
+
+
+@technique(
+    "magnitude",
+    family="pruning",
+    paper=Paper("1506.02626", "Learning both Weights and Connections for Efficient Neural Networks", 2015),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+)
+class Magnitude(Technique):
+    """Remove the smallest weights at once, and keep them removed in any training that follows.
+
+    The count is exact and ties go by index (``toolkit.masks``). What an earlier step removed stays removed and counts,
+    so an N:M pattern survives.
+
+    Attributes:
+        sparsity: share of the weights to remove, in [0, 1).
+        scope: ``"layer"`` removes this share from every layer, ``"global"`` from all targets together, ranked across
+            layers by absolute value.
+        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        skip: patterns of layers to leave dense.
+    """
+
+    sparsity: float = option(0.5, low=0.0, below=1.0)
+    scope: str = option("layer", choices=("layer", "global"))
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def needs_data(self) -> bool:
+        return False
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        names = masks.weight_names(scope.select(self.targets, self.skip))
+        if self.scope == "layer":
+            new = _rank(self, run, names)
+        else:
+            # Ranked once, before the first block changes: a cut through all layers cannot be made block by block.
+            state = run.state(self)
+            if not hasattr(state, "masks"):
+                whole = Scope("", run.model, run.model)
+                state.masks = _rank(self, run, masks.weight_names(whole.select(self.targets, self.skip)))
+            new = {name: state.masks.pop(name) for name in names.values() if name in state.masks}
+        masks.prune_(run.model, run.masks, new)
+        run.touch(self, names)
+        yield from ()
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
+        run.report(self, **sparsity.figures(run.model, names))
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        how = "within every layer" if self.scope == "layer" else "over all layers together"
+        card.paragraph(
+            "Magnitude pruning",
+            f"The {100 * self.sparsity:g} % smallest weights, ranked {how}, are zero. {sparsity.NO_SPEED_UP}",
+        )
+        card.table("Sparsity after magnitude pruning", sparsity.HEADER, sparsity.table(run.model, names))
+
+
+def _rank(step: Magnitude, run: Run, names: dict[str, str]) -> masks.Masks:
+    weights = {name: run.model.get_parameter(name).detach() for name in names.values()}
+    masks.require_finite(weights, run.label(step))
+    rank = masks.layer_masks if step.scope == "layer" else masks.global_masks
+    return rank(weights, step.sparsity, run.masks)
+
+
+@hookimpl
+def register_techniques(register):
+    register(Magnitude)

@@ -1,0 +1,184 @@
+r"""Round to nearest: every weight, and if asked every input, goes to the nearest point of a uniform grid.
+
+With a range ``[l, h]`` of the values that share a scale, ``b`` bits and codes from ``-2^(b-1)`` to ``2^(b-1) - 1``
+(1712.05877, equation 1, in the signed form)::
+
+    symmetric    scale = max(-l, h) / ((2^b - 1) / 2)      z = 0
+    asymmetric   scale = (h - l) / (2^b - 1)               z = round(-2^(b-1) - l / scale),  l <= 0 <= h
+    code         q = clamp(round(w / scale) + z)           value (q - z) * scale
+
+so that ``|value - w| <= scale / 2`` and zero is always on the grid. FP8 takes float8 (e4m3) codes, ``scale = max|w| /
+448``. What shares a scale: the tensor, an output channel, a group of inputs; for activations a token, with the scale
+made on the fly, or the tensor, with a scale from calibration data.
+
+Names used elsewhere: W8A32 is ``bits: 8`` alone; W8A8 adds ``activations: int8``; W32A8 is ``bits: null, activations:
+int8``; W4A16 and W3A16 are ``bits: 4`` (``3``) with a ``group_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from hf_optim import (
+    Contract,
+    Paper,
+    RecipeError,
+    Reload,
+    Technique,
+    formats,
+    hookimpl,
+    option,
+    technique,
+)
+from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid, scale_of_range
+from hf_optim.toolkit.masks import require_finite
+from hf_optim.toolkit.observers import TensorMinMax
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from hf_optim import Run, Scope
+
+# Scale and zero point of statically quantized inputs.
+Inputs = tuple["torch.Tensor | None", "torch.Tensor | None"]
+
+
+@technique(
+    "rtn",
+    family="quantization",
+    paper=Paper(
+        "1712.05877",
+        "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        2018,
+    ),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_FORMAT,
+)
+class RTN(Technique):
+    """Round weights, and if asked activations, to the nearest point of a uniform grid.
+
+    Attributes:
+        targets: which linears.
+        skip: which of them to leave out.
+        bits: of a weight, 2 to 8; None leaves the weights as they are (W32A8).
+        format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
+        strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"`` (of
+            inputs). None: ``group`` where a ``group_size`` is given, else ``channel``.
+        group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used.
+        symmetric: no zero points for weights. Asymmetric codes are stored one to a byte (see
+            ``hf_optim.formats.scheme``).
+        observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``).
+        activations: quantize the inputs of the layers to ``"int8"`` or ``"fp8"``.
+        dynamic: make the scale of the inputs on the fly, per token. False: one scale per layer from calibration data.
+        symmetric_activations: no zero point for the inputs' grid.
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+    bits: int | None = option(8, low=2, high=8)
+    format: Literal["int", "fp8"] = "int"
+    strategy: Literal["tensor", "channel", "group"] | None = None
+    group_size: int | None = option(None, low=1)
+    symmetric: bool = True
+    observer: Literal["minmax", "mse"] = "minmax"
+    activations: Literal["int8", "fp8"] | None = None
+    dynamic: bool = True
+    symmetric_activations: bool = True
+
+    def validate(self) -> None:
+        if self.bits is None and self.activations is None:
+            raise RecipeError("rtn: bits: null quantizes nothing without activations: int8 or fp8")
+        if self.format == "fp8" and (self.bits != 8 or not self.symmetric):
+            raise RecipeError(
+                "rtn: format fp8 has 8 bits and no zero point; leave bits and symmetric at their defaults"
+            )
+        if self.strategy == "group" and self.group_size is None:
+            raise RecipeError("rtn: strategy group needs a group_size, such as 128")
+        if self.group_size is not None and self.strategy in ("tensor", "channel"):
+            raise RecipeError(f"rtn: group_size and strategy {self.strategy} exclude each other")
+        if self.format == "fp8" and self.group_size is not None:
+            raise RecipeError("rtn: format fp8 has scales per tensor or channel; leave group_size out")
+        if self.activations == "fp8" and not self.symmetric_activations:
+            raise RecipeError("rtn: fp8 activations have no zero point; leave symmetric_activations at true")
+
+    def needs_data(self) -> bool:
+        return self.activations is not None and not self.dynamic
+
+    @hookimpl
+    def register_kernels(self, register):
+        from hf_optim import Kernel
+        from hf_optim_kernels.wna16 import layer as wna16
+
+        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind))
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        layers, skipped = formats.storable(
+            scope,
+            self.targets,
+            self.skip,
+            integer=self.format == "int" and self.bits is not None,
+            label=run.label(self),
+        )
+        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self.needs_data():
+            with TensorMinMax(layers, run.label(self)) as ranges:
+                yield
+            idle = [name for name in layers if name not in ranges]
+            if idle:
+                skipped["no calibration input reached it"] = idle
+            layers = {name: layer for name, layer in layers.items() if name in ranges}
+        for name, layer in layers.items():
+            grid = self._grid(layer)
+            inputs = self._input_grid(layer, *ranges[name]) if name in ranges else (None, None)
+            quantize(layer, grid, self._scheme(grid), inputs)
+        run.touch(self, layers, skipped)
+
+    def _spec(self, in_features: int) -> GridSpec:
+        strategy = self.strategy or ("group" if self.group_size else "channel")
+        size = fit_group_size(in_features, self.group_size) if self.group_size else None
+        return GridSpec(self.bits or 8, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
+
+    def _grid(self, layer: nn.Linear) -> Grid | None:
+        weight = layer.weight.detach()
+        return make_grid(weight, self._spec(weight.shape[1]), self.observer) if self.bits else None
+
+    def _scheme(self, grid: Grid | None) -> QuantizationScheme:
+        static, symmetric = not self.dynamic, self.symmetric_activations
+        return formats.scheme_of(grid.spec if grid else None, self.activations, static, symmetric)
+
+    def _input_grid(
+        self, layer: nn.Linear, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kind: Literal["int", "float"] = "float" if self.activations == "fp8" else "int"
+        spec = GridSpec(8, kind, "tensor", None, self.symmetric_activations)
+        return scale_of_range(low, high, spec, layer.weight.dtype)
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        formats.attach_quantizer(run.model)
+
+
+def quantize(
+    layer: nn.Linear,
+    grid: Grid | None,
+    scheme: QuantizationScheme,
+    inputs: Inputs = (None, None),
+) -> None:
+    """Round a layer's weight to ``grid`` and store it; ``inputs`` are scale and zero point of static activations."""
+    if grid is None:
+        formats.store(layer, scheme, input_scale=inputs[0], input_zero_point=inputs[1])
+    else:
+        codes = grid.quantize(layer.weight.detach())
+        formats.store(layer, scheme, codes, grid.scale, grid.zero_point, *inputs)
+
+
+@hookimpl
+def register_techniques(register):
+    register(RTN)

@@ -1,0 +1,204 @@
+"""SmoothQuant: move the difficulty of quantizing activations into the weights, without changing the model.
+
+    Y = (X diag(s)^-1) (diag(s) W^T),        s_j = max|X_j|^alpha / max|W_:j|^(1 - alpha)
+
+A few input channels of a transformer's linear layers are a hundred times larger than the others and spoil the one scale
+that 8-bit activations have per tensor or token.  Dividing channel j of X by s_j and multiplying column j of W by it
+leaves Y as it is.  1/s goes into whatever makes X: the gain (and bias) of the norm that the linears read, and, where
+it is exact, the rows of the linear before: value -> output projection, up -> down projection, fc1 -> fc2 through ReLU.
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", arXiv
+2211.10438.  (The reference list of the survey that this collection follows gives it the title of another paper.)
+
+By itself nothing is smaller afterwards, so a recipe must quantize after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique
+from hf_optim.toolkit import folding, topology
+from hf_optim.toolkit.observers import ChannelAbsMax
+from hf_optim.toolkit.topology import LinearPair, NormGroup, weight_out_in
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+SHARED = "the norm that feeds it also feeds something that is no linear layer (a residual sum, a router, experts)"
+APART = "it shares its norm with layers that are not selected or lie in another block"
+UNSEEN = "no calibration input reached it"
+UNFED = "neither a norm nor a scalable layer feeds it alone"
+
+
+@technique(
+    "smoothquant",
+    family="quantization",
+    paper=Paper(
+        "2211.10438", "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2022
+    ),
+    contract=Contract(needs={FLOAT_WEIGHTS}, owes={QUANTIZED}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+)
+class SmoothQuant(Technique):
+    """Scales that make activations easy to quantize, folded into norms and neighbouring layers.
+
+    Attributes:
+        alpha: how much of the difficulty moves to the weights: 0 none of the activations', 1 all of it. 0.5 is the
+            paper's; 0.75 and more for models with stronger outliers.
+        pairs: also smooth the inputs that come from another linear layer, where that is exact.
+        targets: the linears to smooth.
+        skip: linears to leave alone; those that share a norm with one of them stay as they are too.
+    """
+
+    alpha: float = option(0.5, low=0.0, high=1.0)
+    pairs: bool = True
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        selected = scope.select(self.targets, self.skip)
+        groups, pairs = self._wiring(run, scope)
+        plan = make_plan(selected, groups, pairs if self.pairs else ())
+        with ChannelAbsMax(plan.watched, run.label(self)) as peaks:
+            if plan.watched:
+                yield
+        made = plan.apply(peaks, self.alpha)
+        run.touch(self, made.touched, made.skipped)
+        self._report(run, made)
+
+    def _wiring(self, run: Run, scope: Scope) -> tuple[list[NormGroup], list[LinearPair]]:
+        """Norm groups and scalable pairs of the scope. The model is traced once, at the first scope."""
+        state = run.state(self)
+        if getattr(state, "model", None) is not scope.model:
+            trace = topology.trace(scope.model)
+            state.model = scope.model
+            state.groups = topology.norm_to_linears(trace)
+            state.pairs = [pair for pair in topology.linear_pairs(trace) if pair.scalable]
+        groups = [group for group in state.groups if any(scope.holds(name) for name in group.linears)]
+        return groups, [pair for pair in state.pairs if scope.holds(pair.producer) and scope.holds(pair.consumer)]
+
+    def _report(self, run: Run, made: Smoothed) -> None:
+        total = run.state(self).__dict__.setdefault("total", {"norms": 0, "pairs": 0, "spread": []})
+        total["norms"] += made.norms
+        total["pairs"] += made.pairs
+        total["spread"] += made.spread
+        if total["spread"]:
+            before, after = (max(column) for column in zip(*total["spread"], strict=True))
+            run.report(
+                self,
+                norms=total["norms"],
+                pairs=total["pairs"],
+                peak_over_median_before=round(before, 3),
+                peak_over_median_after=round(after, 3),
+            )
+
+
+@dataclass
+class Smoothed:
+    """What was done in one scope.
+
+    Attributes:
+        norms, pairs: how many of each took a scale.
+        touched: names of the linears whose weights changed.
+        skipped: reason -> names of selected linears that were not smoothed.
+        spread: for each smoothed input, its largest over its median channel, before and after.
+    """
+
+    norms: int = 0
+    pairs: int = 0
+    touched: set[str] = field(default_factory=set)
+    skipped: dict[str, set[str]] = field(default_factory=dict)
+    spread: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which scales can move in a scope: all linears of a group read one input, of which one observer is enough."""
+
+    groups: tuple[NormGroup, ...]
+    pairs: tuple[LinearPair, ...]
+    skipped: dict[str, set[str]]
+
+    @property
+    def watched(self) -> dict[str, nn.Module]:
+        readers = {name: module for group in self.groups for name, module in [next(iter(group.linears.items()))]}
+        return readers | {pair.consumer: pair.consumer_module for pair in self.pairs}
+
+    def apply(self, peaks: dict[str, Tensor], alpha: float) -> Smoothed:
+        """Move the scales. Pairs first, since they change the rows of layers whose columns a norm's scale looks at."""
+        made = Smoothed(skipped={reason: set(names) for reason, names in self.skipped.items()})
+        for pair in self.pairs:
+            peak = peaks.get(pair.consumer)
+            if peak is None:
+                made.skipped.setdefault(UNSEEN, set()).add(pair.consumer)
+                continue
+            rows = smoothing_scale(
+                folding.gather_from_columns(pair, peak),
+                folding.gather_from_columns(pair, column_peak([pair.consumer_module]).to(peak)),
+                alpha,
+            )
+            folding.move_pair_scale_(pair, rows)
+            made.pairs += 1
+            made.touched |= {pair.producer, pair.consumer}
+            made.spread.append((spread(peak), spread(peak / folding.spread_over_columns(pair, rows))))
+        for group in self.groups:
+            peak = peaks.get(next(iter(group.linears)))
+            if peak is None:
+                made.skipped.setdefault(UNSEEN, set()).update(group.linears)
+                continue
+            scale = smoothing_scale(peak, column_peak(group.linears.values()).to(peak), alpha)
+            folding.move_norm_scale_(group, scale)
+            made.norms += 1
+            made.touched |= set(group.linears)
+            made.spread.append((spread(peak), spread(peak / scale)))
+        return made
+
+
+def make_plan(selected: dict[str, nn.Module], groups: Iterable[NormGroup], pairs: Iterable[LinearPair]) -> Plan:
+    """Sort out which norm groups and pairs take a scale, and why the other selected linears do not."""
+    taken = tuple(pair for pair in pairs if pair.consumer in selected and pair.producer in selected)
+    usable: list[NormGroup] = []
+    skipped: dict[str, set[str]] = {}
+    for group in groups:
+        inside = set(group.linears) & set(selected)
+        if not inside:
+            continue
+        if not group.exclusive:
+            skipped.setdefault(SHARED, set()).update(inside)
+        elif inside != set(group.linears):
+            skipped.setdefault(APART, set()).update(inside)
+        else:
+            usable.append(group)
+    done = {name for group in usable for name in group.linears} | {pair.consumer for pair in taken}
+    explained = done.union(*skipped.values())
+    if rest := set(selected) - explained:
+        skipped[UNFED] = rest
+    return Plan(tuple(usable), taken, {reason: names - done for reason, names in skipped.items() if names - done})
+
+
+def smoothing_scale(input_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
+    """s = max|X|^alpha / max|W|^(1 - alpha) per channel, [channels] each; 1 where a channel is dead on either side."""
+    dead = (input_peak == 0) | (weight_peak == 0)
+    scale = input_peak.double().pow(alpha) / weight_peak.double().clamp_min(torch.finfo(torch.float64).tiny).pow(
+        1 - alpha
+    )
+    return scale.clamp(1e-5, 1e5).masked_fill(dead, 1.0)
+
+
+def column_peak(modules: Iterable[nn.Module]) -> Tensor:
+    """The largest absolute weight of each input channel over linears [out, in] that read one input: [in], float32."""
+    return torch.stack([weight_out_in(module).detach().abs().amax(0).float() for module in modules]).amax(0)
+
+
+def spread(peak: Tensor) -> float:
+    """The largest over the median channel peak; what one scale for all channels has to cover."""
+    return float(peak.max() / peak.median().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+@hookimpl
+def register_techniques(register) -> None:
+    register(SmoothQuant)

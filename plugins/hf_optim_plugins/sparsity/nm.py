@@ -1,0 +1,220 @@
+"""N:M sparsity: keep ``keep`` of every ``group`` consecutive weights along the input, once, and retrain as before.
+
+``M`` maximizes ``Σ M ∘ S`` under "at most ``keep`` of each group". Mishra et al. (2104.08378, section 4) take
+``S = |W|``, prune a trained network once and repeat its training with the mask fixed. Their score can be replaced by
+that of Wanda (2306.11695, equation 1), ``S_ij = |W_ij| · ‖X_j‖₂``, and the weights that stay can be refitted to the
+layer's outputs (SparseGPT, 2301.00774, equation 2), ``min ‖(M ∘ Ŵ - W) X‖²``. Both need data, and no training.
+
+A small model does not stand 2:4 in every layer. With a budget, the layers whose pruning disturbs outputs least for
+each weight saved become N:M and the others stay dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_optim import Contract, NumericalError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
+from hf_optim.toolkit import masks, sparsity
+from hf_optim.toolkit.least_squares import output_error, reconstruct
+from hf_optim.toolkit.linear_layers import features, weight_out_in
+from hf_optim.toolkit.observers import InputObserver, Moment, SecondMoment
+from hf_optim.toolkit.sensitivity import OutputShift, cheapest_within
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run, Scope
+    from hf_optim.cards import Card
+
+
+# Name -> squared norm of each input channel (None: not observed), and name -> second moment.
+Observed = tuple[dict[str, Tensor] | None, dict[str, Moment]]
+
+
+@technique(
+    "nm",
+    family="sparsity",
+    paper=Paper("2104.08378", "Accelerating Sparse Deep Neural Networks", 2021),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE, SPARSE_NM}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+)
+class NM(Technique):
+    """Keep N of every M weights along the input, and keep the pattern in any training that follows.
+
+    The mask is the best of all patterns, ties by index. Layers whose input width is not a multiple of ``group`` stay
+    dense and are named in the coverage. Zeros that an earlier step made stay.
+
+    Attributes:
+        keep: weights kept in a group (the N of N:M).
+        group: consecutive input weights in a group (the M); 2 and 4 is what sparse tensor cores run.
+        score: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input channel (needs data).
+        compensate: refit the weights that stay to the layer's dense outputs by least squares (needs data).
+        budget: share of the target weights that may become N:M, in (0, 1]; the layers with the least error for each
+            weight go first, and a layer that would exceed the share stays dense. None: all. In a blockwise run the
+            share holds within each block (needs data).
+        sensitivity: the error that ranks layers under a budget. ``"model"``: how far the output of the model (in a
+            blockwise run: of the block) moves with this layer alone pruned, measured by one more forward for each
+            layer and batch. ``"layer"``: relative squared error of the layer's own output, which costs no forward but
+            does not see how much of an output the rest of the block uses.
+        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        skip: patterns of layers to leave dense.
+    """
+
+    keep: int = option(2, low=1)
+    group: int = option(4, low=2)
+    score: str = option("magnitude", choices=("magnitude", "activation"))
+    compensate: bool = False
+    budget: float | None = option(None, above=0.0, high=1.0)
+    sensitivity: str = option("model", choices=("model", "layer"))
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        if self.keep > self.group:
+            raise RecipeError(f"nm: keep must be <= group, not {self.keep} of {self.group}")
+
+    def needs_data(self) -> bool:
+        return self.score == "activation" or self.compensate or self.budget is not None
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        selected = scope.select(self.targets, self.skip)
+        layers = {name: selected[name] for name in masks.weight_names(selected)}
+        sizes = {name: weight_out_in(layer).numel() for name, layer in layers.items()}
+        layers, skipped = divisible(layers, self.group)
+        masks.require_finite({name: weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
+        energies, moments = yield from self._observe(run, layers)
+        if energies is not None:
+            skipped["no calibration input reached the layer"] = [name for name in layers if name not in energies]
+            layers = {name: layer for name, layer in layers.items() if name in energies}
+        plans = {name: self._plan(run, name, layer, energies, moments) for name, layer in layers.items()}
+        if self.budget is not None:
+            errors = yield from self._errors(scope, layers, plans)
+            chosen = cheapest_within(errors, sizes, self.budget * sum(sizes.values()))
+            skipped["too sensitive for the budget"] = [name for name in layers if name not in chosen]
+            plans = {name: plans[name] for name in chosen}
+            self._report_errors(run, errors)
+        for name, plan in plans.items():
+            self._apply(run, name, layers[name], plan)
+        run.touch(self, plans, {reason: names for reason, names in skipped.items() if names})
+
+    def _observe(self, run: Run, layers: Mapping[str, nn.Module]) -> Generator[None, None, Observed]:
+        """What is needed of the layers' inputs: the energy of each channel, and second moments."""
+        if self.compensate or (self.budget is not None and self.sensitivity == "layer"):
+            with SecondMoment(layers, run.label(self)) as moments:
+                yield
+            return {name: moment.total.diagonal() for name, moment in moments.items()}, moments
+        if self.score == "activation":
+            with InputEnergy(layers, run.label(self)) as energies:
+                yield
+            return energies, {}
+        return None, {}
+
+    def _errors(
+        self, scope: Scope, layers: Mapping[str, nn.Module], plans: Mapping[str, Plan]
+    ) -> Generator[None, None, dict[str, float]]:
+        """The error by which layers are ranked: name -> error of pruning that layer alone."""
+        if self.sensitivity == "layer":
+            return {name: plan.error for name, plan in plans.items()}
+        with OutputShift(scope.module, {name: (layer, plans[name].weight) for name, layer in layers.items()}) as shifts:
+            yield
+        return shifts
+
+    def _plan(
+        self, run: Run, name: str, layer: nn.Module, energies: dict[str, Tensor] | None, moments: dict[str, Moment]
+    ) -> Plan:
+        weight = weight_out_in(layer).detach()
+        score = weight.float().abs()
+        if self.score == "activation" and energies is not None:
+            score = score * energies[name].sqrt()
+        kept = masks.mask_of(layer, run.masks, f"{name}.weight")
+        mask = masks.nm_mask(score, self.keep, self.group, kept)
+        if name not in moments:
+            return Plan(weight * mask, mask, 0.0)
+        moment = moments[name].total
+        fitted = reconstruct(weight, mask, moment) if self.compensate else weight * mask
+        error = output_error(weight, fitted, moment)
+        if not math.isfinite(error):
+            raise NumericalError(
+                f"{run.label(self)}: refitting {name} gave infinite or NaN values; calibrate with more samples, or "
+                "leave the layer out with skip"
+            )
+        return Plan(fitted.to(weight.dtype), mask, error)
+
+    def _apply(self, run: Run, name: str, layer: nn.Module, plan: Plan) -> None:
+        parameter = f"{name}.weight"
+        with torch.no_grad():
+            weight_out_in(layer).copy_(plan.weight)
+        masks.prune_(run.model, run.masks, {parameter: masks.as_stored(layer, plan.mask)})
+        tighter = (self.keep, self.group)
+        known = run.nm_patterns.get(parameter, tighter)
+        run.nm_patterns[parameter] = min(tighter, known, key=lambda pattern: pattern[0] / pattern[1])
+
+    def _report_errors(self, run: Run, errors: Mapping[str, float]) -> None:
+        state = run.state(self)
+        state.errors = getattr(state, "errors", {}) | {name: float(f"{error:.6g}") for name, error in errors.items()}
+        run.report(self, errors=state.errors)
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
+        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.figures(run.model, names))
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, skipped = run.touched(self) or (set(), {})
+        left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
+        fitted = " The weights that stay were refitted to the dense layers' outputs." if self.compensate else ""
+        card.paragraph(
+            f"{self.keep}:{self.group} sparsity",
+            f"{len(names)} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
+            f"input, chosen by {self.score}.{fitted}{left} {sparsity.NO_SPEED_UP}",
+        )
+        card.table(
+            f"Sparsity of the {self.keep}:{self.group} layers", sparsity.HEADER, sparsity.table(run.model, names)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layer would become.
+
+    Attributes:
+        weight: ``[out, in]``, in the layer's dtype.
+        mask: bool ``[out, in]``, True = kept.
+        error: relative squared error of the layer's output; 0 where inputs were not observed.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    error: float
+
+
+class InputEnergy(InputObserver[Tensor]):
+    """``‖X_j‖²``, the sum over tokens of the squared input of each channel: name -> float32 ``[in_features]``."""
+
+    def update(self, name: str, inputs: Tensor) -> None:
+        energy = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        self.check_finite(name, energy)
+        self.found[name] = self.found[name] + energy if name in self.found else energy
+
+
+def divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """The layers whose input width is a multiple of ``group``, and the names of the others by reason."""
+    odd = {name: features(layer)[1] for name, layer in layers.items() if features(layer)[1] % group}
+    skipped: dict[str, list[str]] = {}
+    for name, width in odd.items():
+        skipped.setdefault(f"input width {width} is not a multiple of {group}", []).append(name)
+    return {name: layer for name, layer in layers.items() if name not in odd}, skipped
+
+
+@hookimpl
+def register_techniques(register):
+    register(NM)

@@ -1,0 +1,13 @@
+"""The conformance suite over the whole catalogue: a new technique gets all of it by existing."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_optim.catalogue import catalogue
+from hf_optim.testing.conformance import *  # noqa: F403
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cls" in metafunc.fixturenames:
+        metafunc.parametrize("cls", [pytest.param(catalogue().get(name), id=name) for name in catalogue().names()])

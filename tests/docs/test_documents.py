@@ -1,0 +1,87 @@
+"""The documents are true: snippets run, every hook stands there with its signature, every link leads somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny_models import tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+
+from hf_optim import OptimConfig, hookspecs
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+HOOKS = {name: hook for name, hook in vars(hookspecs).items() if hasattr(hook, "hf_optim_spec")}
+
+
+def snippets(page: Path) -> list[tuple[str, str]]:
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory in which ``org/model`` is a tiny model and the data files of the documents exist."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "org" / "model")
+    tokenizer.save_pretrained(tmp_path / "org" / "model")
+    for name in ("calibration.jsonl", "held-out.jsonl"):
+        rows = (json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 40}) for _ in range(160))
+        (tmp_path / name).write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_snippet_runs(page, workplace):
+    names: dict[str, object] = {"__name__": "snippet"}
+    for language, text in snippets(page):
+        if language == "python":
+            # As a notebook does: one namespace a page, and what a library warns of is not the page's business.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exec(compile(text, str(page.name), "exec"), names)
+        elif language == "yaml":
+            (workplace / "snippet.yaml").write_text(text)
+            OptimConfig.parse(workplace / "snippet.yaml").check()
+        elif language == "sh":
+            for line in filter(None, (line.split("  #")[0].strip() for line in text.splitlines())):
+                # `make` would install everything anew: that the target is there is what can be shown here.
+                command = line.replace("make ", f"make --dry-run -C {ROOT} ", 1) if line.startswith("make ") else line
+                done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        else:
+            assert language in ("text", "toml"), f"{page.name}: a fenced block of {language or 'no language'}"
+
+
+def test_the_pages_have_snippets():
+    counts = {page.name: len(snippets(page)) for page in PAGES}
+    assert counts["README.md"] >= 4
+    assert counts["recipes.md"] >= 4
+
+
+def test_every_hook_is_documented_with_its_signature():
+    page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(HOOKS)
+    for name, hook in HOOKS.items():
+        assert f"{name}{inspect.signature(hook)}".replace("'", "") in page
+        assert inspect.getdoc(hook).replace("``", "`") in page
+
+
+def test_there_are_ten_hooks():
+    assert len(HOOKS) == 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"

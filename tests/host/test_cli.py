@@ -1,0 +1,493 @@
+"""``hf-optim`` as its users meet it: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from python_session import PythonSession
+from safetensors.torch import load_file
+from tiny_models import tiny_llama
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_optim.cli import COMMANDS, main
+from hf_optim.config import shipped_recipes
+from hf_optim.record import Record
+
+TECHNIQUES = {"rtn", "gptq", "smoothquant", "magnitude", "gmp", "nm", "logit_kd", "upcycle", "local"}
+BLOCKS = 5
+
+
+class Workshop:
+    """A folder with a model, data and recipes, and the command that works on them."""
+
+    def __init__(self, home):
+        self.home = home
+        self.model, self.data, self.held_out = home / "model", home / "calibration.jsonl", home / "eval.jsonl"
+        tiny_llama(vocab_size=259, num_hidden_layers=BLOCKS).save_pretrained(self.model)
+        tiny_tokenizer().save_pretrained(self.model)
+        words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "what", "dog", "had", "done", "to", "it"]
+        for path, seed in ((self.data, 0), (self.held_out, 1)):
+            order = torch.Generator().manual_seed(seed)
+            picks = torch.randint(len(words), (12, 60), generator=order).tolist()
+            rows = [{"title": f"{i}", "text": " ".join(words[w] for w in row)} for i, row in enumerate(picks)]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.gptq = self.recipe(
+            "gptq", [{"technique": "gptq", "bits": 4, "group_size": 16}], {"samples": 8, "seq_len": 32}
+        )
+        self.rtn = self.recipe("rtn4", [{"technique": "rtn", "bits": 4, "group_size": 16}])
+
+    def recipe(self, name, steps, calibration=None, training=None):
+        path = self.home / f"{name}.json"
+        path.write_text(json.dumps({"steps": steps, "calibration": calibration or {}, "training": training or {}}))
+        return path
+
+    def compress(self, recipe, output, *options):
+        return ["compress", self.model, "--recipe", recipe, "--output", self.home / output, *options]
+
+    def calibrated(self, output, *options):
+        return self.compress(self.gptq, output, "--calibration", self.data, *options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing by threads, and processes that share the cores lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("shop"))
+
+
+def call(argv):
+    return main([str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def small(shop):
+    """The model in 4 bits, by the command."""
+    assert call(shop.calibrated("small")) == 0
+    return shop.home / "small"
+
+
+def complaint(capsys, argv, status=2):
+    """The one line that a refused command leaves on standard error."""
+    assert call(argv) == status
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("hf-optim: ")]
+    assert len(lines) == 1, printed.err
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+def logits(home):
+    model = AutoModelForCausalLM.from_pretrained(home).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 35).reshape(2, 16)).logits
+
+
+# -- the frame --------------------------------------------------------------------------------------------------------
+
+
+def test_python_m_runs_it_too_and_knows_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_optim.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("hf-optim 0.")
+
+
+def test_without_a_command_it_shows_its_help(capsys):
+    assert call([]) == 2
+    printed = capsys.readouterr().out
+    assert all(f"    {name}" in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_an_example(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        call([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"example:\n  hf-optim {name}" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_numbers_are_checked_by_the_parser(capsys, value):
+    with pytest.raises(SystemExit) as ended:
+        call(["eval", "model", "--data", "d.jsonl", "--samples", value])
+    assert ended.value.code == 2
+    assert "whole number" in capsys.readouterr().err
+
+
+# -- list and check ---------------------------------------------------------------------------------------------------
+
+
+def test_list_json_has_the_techniques_and_the_recipes(capsys):
+    assert call(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {technique["name"] for technique in listed["techniques"]} == TECHNIQUES
+    assert {recipe["name"] for recipe in listed["recipes"]} == set(shipped_recipes())
+    for technique in listed["techniques"]:
+        assert technique["summary"]
+        assert technique["hooks"]
+        assert technique["reload"] in ("STOCK_DENSE", "STOCK_FORMAT", "STOCK_ARCH")
+
+
+def test_list_prints_a_table(capsys):
+    assert call(["list"]) == 0
+    words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line and line[0] != " "}
+    assert words >= TECHNIQUES | set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_composes(capsys, name):
+    assert call(["check", name, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["composes"] is True
+    assert report["stages"]
+
+
+def test_check_prints_stages_needs_and_result(capsys, shop):
+    recipe = shop.recipe("two", [{"technique": "nm"}, {"technique": "logit_kd"}, {"technique": "gptq"}])
+    assert call(["check", recipe]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("[nm, logit_kd] | [gptq] composes")
+    assert "reloads as STOCK_FORMAT" in printed
+
+
+REFUSED = {
+    "smoothquant alone": ([{"technique": "smoothquant"}], ("smoothquant", "quantized", "add ", "rtn")),
+    "rtn before smoothquant": ([{"technique": "rtn"}, {"technique": "smoothquant"}], ("step 2 (smoothquant)", "rtn")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_check_refuses_with_reason_and_remedy(capsys, shop, case):
+    steps, parts = REFUSED[case]
+    recipe = shop.recipe("refused", steps)
+    line = complaint(capsys, ["check", recipe])
+    assert all(part in line for part in parts), line
+    assert call(["check", recipe, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["composes"] is False
+    assert all(part in report["reason"] for part in parts)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_check_estimates_the_bytes_that_compress_writes(capsys, shop, bits):
+    recipe = shop.recipe(f"bits{bits}", [{"technique": "rtn", "bits": bits, "group_size": 16}])
+    assert call(["check", recipe, "--model", shop.model, "--json"]) == 0
+    guess = json.loads(capsys.readouterr().out)["model"]
+    assert call(shop.compress(recipe, f"bits{bits}")) == 0
+    tensors = load_file(shop.home / f"bits{bits}" / "model.safetensors")
+    written = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith("weight_shape"))
+    assert guess["bytes_after"] == written
+    assert guess["bytes_before"] == sum(t.nbytes for t in load_file(shop.model / "model.safetensors").values())
+    assert guess["calibration_tokens"] == 0
+
+
+def test_check_prints_estimates_and_counts_calibration_tokens(capsys, shop):
+    assert call(["check", shop.gptq, "--model", shop.model]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM:" in printed
+    assert "256 tokens" in printed
+
+
+def test_check_refuses_a_model_that_is_quantized(capsys, small):
+    assert "quantized already" in complaint(capsys, ["check", "w4a16", "--model", small])
+
+
+def test_check_of_a_model_that_is_not_there(capsys, shop):
+    line = complaint(capsys, ["check", "w8a8", "--model", shop.home / "nowhere"])
+    assert "nowhere" in line
+
+
+# -- compress ---------------------------------------------------------------------------------------------------------
+
+
+def test_compress_writes_a_checkpoint_that_stock_transformers_reads(small):
+    config = json.loads((small / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    record = Record.read(small)
+    assert record.finished
+    assert record.base_model["id"] == "model"
+    assert record.calibration["dataset"] == "calibration.jsonl"
+    assert record.calibration["samples"] == 8
+    assert (small / "tokenizer.json").is_file()
+    assert str(small.parent) not in (small / "README.md").read_text() + (small / "hf_optim.json").read_text()
+    assert not list(small.parent.glob(".small*"))
+
+
+def test_compress_measures_before_and_after_in_processes_of_their_own(capsys, shop):
+    assert call(shop.compress(shop.rtn, "measured", "--eval", shop.held_out, "--device", "cpu")) == 0
+    printed = capsys.readouterr().out
+    output = shop.home / "measured"
+    record = Record.read(output)
+    before, after = record.measured["before"], record.measured["after"]
+    assert before["bytes_on_disk"] == (shop.model / "model.safetensors").stat().st_size
+    assert after["bytes_on_disk"] == (output / "model.safetensors").stat().st_size
+    assert after["kl"] > 0
+    assert 0 < after["top1_agreement"] < 1
+    for key in ("perplexity", "peak_memory_bytes", "ms_per_token"):
+        assert before[key] > 0
+        assert after[key] > 0
+    table = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert f"{before['perplexity']:.4f}" in table["perplexity"]
+    assert f"{after['perplexity']:.4f}" in table["perplexity"]
+    assert "step 1 (rtn) changed" in printed
+    assert f"{after['perplexity']:.4f}" in (output / "README.md").read_text()
+    assert (output / "plots" / "quality_against_bytes.png").is_file()
+    assert not list(shop.home.glob(".measured*"))
+
+    assert call(["eval", output, "--data", shop.held_out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(after["perplexity"], rel=1e-6)
+
+
+def test_eval_prints_a_table(capsys, monkeypatch):
+    figures = {"task": "text-generation", "perplexity": 2.25, "tokens": 7, "peak_memory_bytes": None}
+    monkeypatch.setattr("hf_optim.cli.eval.measure", lambda args, data: figures)
+    assert call(["eval", "model", "--data", "d.jsonl"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    assert rows["perplexity"].strip() == "2.2500"
+    assert rows["tokens"].strip() == "7"
+
+
+def test_dense_writes_the_same_values_uncompressed(shop, small):
+    assert call(shop.calibrated("dense", "--dense")) == 0
+    dense = shop.home / "dense"
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    assert torch.equal(logits(dense), logits(small))
+    record = Record.read(dense)
+    assert record.reload == "STOCK_DENSE"
+    assert "quantized" not in record.traits
+    assert any("dense equivalent" in note for note in record.notes)
+
+
+def test_compress_trains_what_trains_and_goes_on(shop):
+    recipe = shop.recipe(
+        "retrain",
+        [{"technique": "nm", "keep": 2, "group": 4}, {"technique": "logit_kd"}, {"technique": "rtn", "bits": 8}],
+        {"dataset": str(shop.data), "samples": 4, "seq_len": 32},
+        {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "disable_tqdm": True},
+    )
+    assert call(shop.compress(recipe, "retrained", "--device", "cpu")) == 0
+    record = Record.read(shop.home / "retrained")
+    assert record.finished
+    assert [stage["steps"] for stage in record.stages if stage["driver"] == "training"] == [["nm", "logit_kd"]]
+    assert {"quantized", "sparse-nm"} <= set(record.traits)
+
+
+def test_compress_replaces_an_earlier_checkpoint_and_keeps_other_files(shop):
+    output = shop.home / "twice"
+    assert call(shop.compress("w8a8", "twice")) == 0
+    (output / "notes.txt").write_text("mine")
+    assert call(shop.compress(shop.rtn, "twice")) == 0
+    assert Record.read(output).recipe["steps"][0]["bits"] == 4
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+# -- card -------------------------------------------------------------------------------------------------------------
+
+
+def test_card_is_rendered_from_the_record(capsys, shop, small):
+    card = small / "README.md"
+    before = card.read_text()
+    card.write_text("scribbled over")
+    assert call(["card", small]) == 0
+    assert card.read_text() == before
+    assert capsys.readouterr().out.strip() == str(card)
+
+
+def test_card_of_a_folder_is_its_index(capsys, tmp_path, small):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "hf_optim.json").write_text((small / "hf_optim.json").read_text())
+    assert call(["card", tmp_path]) == 0
+    assert "(one" in (tmp_path / "README.md").read_text()
+
+
+def test_card_without_a_record(capsys, tmp_path):
+    assert "has no hf_optim.json" in complaint(capsys, ["card", tmp_path])
+
+
+def test_card_of_a_broken_record(capsys, tmp_path):
+    (tmp_path / "hf_optim.json").write_text('{"schema": 99}')
+    assert "schema 99" in complaint(capsys, ["card", tmp_path])
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_recipe_suggests_the_nearest(capsys, shop):
+    assert "'w4a16'" in complaint(capsys, shop.compress("w4a61", "none"))
+    assert "no recipe file" in complaint(capsys, shop.compress("missing.yaml", "none"))
+
+
+def test_yaml_that_constructs_objects_is_refused(capsys, shop):
+    path = shop.home / "evil.yaml"
+    path.write_text("steps: !!python/object/apply:os.system ['touch evil']\n")
+    assert "not a plain YAML or JSON recipe" in complaint(capsys, shop.compress(path, "none"))
+
+
+def test_missing_calibration_data(capsys, shop):
+    assert "--calibration" in complaint(capsys, shop.compress(shop.gptq, "none"))
+    recipe = shop.recipe("ramp", [{"technique": "gmp"}])
+    assert "--train" in complaint(capsys, shop.compress(recipe, "none"))
+
+
+def test_a_text_column_that_is_not_there(capsys, shop):
+    line = complaint(capsys, shop.calibrated("none", "--text-column", "body"))
+    assert "'body'" in line
+    assert "title, text" in line
+
+
+def test_data_that_is_too_short(capsys, shop):
+    line = complaint(capsys, shop.calibrated("none", "--samples", "4000"))
+    assert "4000 windows of 32 tokens" in line
+    assert "give more text" in line
+
+
+def test_a_window_longer_than_the_context(capsys, shop):
+    assert "context of 64" in complaint(capsys, shop.calibrated("none", "--seq-len", "128"))
+
+
+def test_evaluation_data_that_is_not_there(capsys, shop):
+    assert "no.jsonl" in complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.home / "no.jsonl"))
+
+
+def test_what_the_measuring_process_complains_of_is_passed_on(capsys, shop, monkeypatch):
+    done = subprocess.CompletedProcess([], 2, "", "noise\nhf-optim: the data is odd\nlate noise\n")
+    monkeypatch.setattr("hf_optim.compress.subprocess.run", lambda *args, **kwargs: done)
+    line = complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
+    assert line == "hf-optim: could not measure the original: the data is odd"
+
+
+def test_an_output_that_is_a_file(capsys, shop):
+    assert "is a file" in complaint(capsys, shop.compress(shop.rtn, "eval.jsonl"))
+
+
+def test_an_output_that_is_the_model(capsys, shop):
+    assert "is the model itself" in complaint(capsys, shop.compress(shop.rtn, "model"))
+
+
+def test_a_training_argument_that_does_not_exist(capsys, shop):
+    recipe = shop.recipe("typo", [{"technique": "gmp"}], {"samples": 4, "seq_len": 32}, {"max_step": 2})
+    line = complaint(capsys, shop.compress(recipe, "none", "--train", shop.data))
+    assert "'max_step'" in line
+    assert "'max_steps'" in line
+
+
+def test_a_device_that_is_not_there(capsys, shop):
+    assert "'abacus'" in complaint(capsys, shop.compress(shop.rtn, "none", "--device", "abacus"))
+
+
+@pytest.fixture
+def copy_of_model(shop, tmp_path):
+    import shutil
+
+    shutil.copytree(shop.model, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "garbage"])
+def test_a_broken_shard_is_named(capsys, shop, copy_of_model, spoil):
+    AutoModelForCausalLM.from_pretrained(shop.model).save_pretrained(copy_of_model, max_shard_size="60KB")
+    (copy_of_model / "model.safetensors").unlink()
+    shard = sorted(copy_of_model.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2] if spoil == "truncated" else b"\xff" * len(content))
+    line = complaint(capsys, ["compress", copy_of_model, "--recipe", shop.rtn, "--output", copy_of_model / "out"])
+    assert shard.name in line
+    assert "truncated or corrupt" in line
+    assert not (copy_of_model / "out").exists()
+
+
+def test_a_pickle_checkpoint_is_refused(capsys, shop, copy_of_model):
+    (copy_of_model / "model.safetensors").rename(copy_of_model / "pytorch_model.bin")
+    line = complaint(capsys, ["compress", copy_of_model, "--recipe", shop.rtn, "--output", copy_of_model / "out"])
+    assert "pytorch_model.bin" in line
+    assert "safetensors only" in line
+
+
+def test_verbose_shows_where(capsys, shop):
+    assert call([*shop.compress("w4a61", "none"), "-v"]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.splitlines()[-1].startswith("hf-optim: no recipe 'w4a61'")
+
+
+def test_an_unforeseen_error_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setattr("hf_optim.cli.list.describe", lambda cls: 1 / 0)
+    assert complaint(capsys, ["list"]) == "hf-optim: ZeroDivisionError: division by zero (-v shows where)"
+
+
+# -- a full disk, and kill -9 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other():
+    """A process that may be maimed."""
+    session = PythonSession({}, "import os, resource, signal, hf_optim.resume")
+    yield session
+    session.close()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(shop, small, other):
+    # RLIMIT_FSIZE stands in for the full disk: the kernel refuses to write further. A block fits, the weights do not.
+    before = {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()}
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
+    other.run(limit.format(60000))
+    try:
+        done = other.command(shop.compress(shop.rtn, "small"))
+    finally:
+        other.run(limit.format("resource.getrlimit(resource.RLIMIT_FSIZE)[1]"))
+    assert done.status == 2
+    complaints = [line for line in done.err.splitlines() if line.startswith("hf-optim: ")]
+    assert len(complaints) == 1
+    assert "small" in complaints[0]
+    assert "untouched" in complaints[0]
+    assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
+    assert not list(shop.home.glob(".small.saving-*"))
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(capsys, shop, small, other):
+    # Dies at once, as by kill -9, when the third block has been kept.
+    other.run("""
+kept, stock = [], hf_optim.resume.BlockJournal.keep
+def keep(self, run, first, name):
+    stock(self, run, first, name)
+    kept.append(name)
+    if len(kept) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+hf_optim.resume.BlockJournal.keep = keep
+""")
+    with pytest.raises(AssertionError, match=str(-signal.SIGKILL)):
+        other.command(shop.calibrated("killed"))
+    journal = shop.home / ".killed.journal"
+    assert len(list(journal.glob("step-*.safetensors"))) == 3
+    assert not (shop.home / "killed").exists()
+
+    other_recipe = shop.recipe("gptq3", [{"technique": "gptq", "bits": 3}], {"samples": 8, "seq_len": 32})
+    refused = shop.compress(other_recipe, "killed", "--calibration", shop.data, "--resume")
+    line = complaint(capsys, refused)
+    assert "another recipe" in line
+    assert "start without --resume" in line
+    assert len(list(journal.glob("step-*.safetensors"))) == 3
+
+    assert call(shop.calibrated("killed", "--resume")) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (shop.home / "killed" / name).read_bytes() == (small / name).read_bytes(), name
+    steps, undisturbed = (Record.read(home).steps for home in (shop.home / "killed", small))
+    assert steps == undisturbed
+    assert not journal.exists()

@@ -1,0 +1,329 @@
+"""Measuring: the reference figures on real models, and every task on tiny ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5, tiny_vit
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
+
+from hf_optim import CheckpointError, DataConfig, DataError, ModelError, OptimError, measure
+from hf_optim.data import texts
+from hf_optim.tasks import task_of, task_of_model
+
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 6, "Pack my box with five dozen jugs. " * 5]
+
+
+def real(shared_models, name):
+    folder = shared_models / name
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def one_thread():
+    """Small models gain nothing from threads, and lose much where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- the figures that must come out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "expected"), [("babyllama-1m", 2.2251), ("stories260k", 4.3563)])
+def test_the_reference_perplexities(shared_models, shared_data, name, expected):
+    model, tokenizer = real(shared_models, name)
+    data = DataConfig(str(shared_data / "tinystories/eval.jsonl"), samples=None)
+    found = measure.evaluate(model, tokenizer, data, speed=False)
+    assert round(found["perplexity"], 4) == expected
+    assert found["nll"] == pytest.approx(math.log(found["perplexity"]), rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_rounding_the_weights_gives_the_reference_figure(shared_models, shared_data):
+    model, tokenizer = real(shared_models, "stories260k")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            with torch.no_grad():
+                scale = module.weight.abs().amax(1, keepdim=True) / 7
+                module.weight.copy_((module.weight / scale).round().clamp(-7, 7) * scale)
+    stories = texts(DataConfig(str(shared_data / "tinystories/eval.jsonl")))
+    assert round(measure.evaluate_lm(model, tokenizer, stories)["perplexity"], 4) == 5.1329
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+
+def by_hand(model, ids, length):
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    with torch.no_grad():
+        out = model(input_ids=rows).logits[:, :-1].double()
+    return torch.nn.functional.cross_entropy(out.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mixtral])
+def test_perplexity_is_the_plain_formula(make):
+    model, tokenizer = make(vocab_size=259), tiny_tokenizer()
+    model.train()
+    ids = torch.tensor([i for t in TEXTS for i in tokenizer(t, verbose=False)["input_ids"]])
+    found = measure.evaluate_lm(model, tokenizer, TEXTS)
+    assert model.training
+    assert found["nll"] == pytest.approx(by_hand(model.eval(), ids, 64), rel=1e-6)
+    assert found["tokens"] == len(ids) // 64 * 63
+    size = sum(len(t.encode()) for t in TEXTS)
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2) * len(ids) / size, rel=1e-9)
+
+
+def test_a_text_below_one_window_is_scored_whole():
+    model, tokenizer = tiny_llama(vocab_size=259), tiny_tokenizer()
+    assert measure.evaluate_lm(model, tokenizer, ["short"])["tokens"] == 5
+    with pytest.raises(DataError, match="has 0 tokens"):
+        measure.evaluate_lm(model, tokenizer, [])
+
+
+def test_samples_choose_windows_and_the_window_function_agrees():
+    model, tokenizer = tiny_llama(vocab_size=259), tiny_tokenizer()
+    found = measure.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
+    assert found["tokens"] == 60
+    assert found == measure.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
+    from hf_optim.data import windows
+
+    ids = windows(TEXTS, tokenizer, 16, 4, 1)
+    assert measure.perplexity(model, ids)["perplexity"] == pytest.approx(found["perplexity"], rel=1e-9)
+
+
+def test_agreement_with_a_reference(tmp_path):
+    model, other, tokenizer = tiny_llama(vocab_size=259), tiny_llama(seed=1, vocab_size=259), tiny_tokenizer()
+    same = measure.evaluate_lm(model, tokenizer, TEXTS, reference=model)
+    assert (same["top1_agreement"], same["kl"]) == (1.0, 0.0)
+    file = tmp_path / "eval.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    data = DataConfig(str(file), samples=None)
+    apart = measure.compare(model, other, tokenizer, data)
+    assert 0 <= apart["top1_agreement"] < 0.5
+    assert apart["kl"] > 0.1
+    assert apart != measure.compare(other, model, tokenizer, data)
+    with pytest.raises(DataError, match="cannot be compared"):
+        measure.compare(model, tiny_llama(vocab_size=300), tokenizer, data)
+
+
+def test_evaluate_times_models_that_generate(tmp_path):
+    file = tmp_path / "eval.txt"
+    file.write_text(TEXTS[0])
+    found = measure.evaluate(tiny_llama(vocab_size=259), tiny_tokenizer(), DataConfig(str(file), samples=2))
+    assert found["task"] == "text-generation"
+    assert 0 < found["ms_per_token"] < 1000
+    with pytest.raises(DataError, match="pass tokenizer"):
+        measure.evaluate(tiny_llama(), None, DataConfig(str(file)))
+
+
+# -- other tasks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wordpieces(tmp_path):
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]))
+    return BertTokenizer(str(file))
+
+
+def test_classification_accuracy_is_over_the_right_labels(tmp_path, wordpieces):
+    model = tiny_bert()
+    sentences = ["a b c", "d", "e f g h i", "j a"] * 4
+    with torch.no_grad():
+        right = [model(**wordpieces(s, return_tensors="pt")).logits.argmax().item() for s in sentences]
+    labels = [*right[:12], *[(label + 1) % 3 for label in right[12:]]]
+    file = tmp_path / "dev.tsv"
+    file.write_text("sentence\tlabel\n" + "".join(f"{s}\t{n}\n" for s, n in zip(sentences, labels, strict=True)))
+    data = DataConfig(str(file), samples=None)
+    assert measure.evaluate(model, wordpieces, data) == {"task": "text-classification", "accuracy": 0.75}
+    assert measure.compare(model, model, wordpieces, data)["top1_agreement"] == 1.0
+    file.write_text("sentence\tlabel\na\t9\n")
+    with pytest.raises(DataError, match="label 9 is none of the model's 3 classes"):
+        measure.evaluate(model, wordpieces, data)
+    file.write_text("sentence\tgrade\na\t1\n")
+    with pytest.raises(DataError, match="needs a column label"):
+        measure.evaluate(model, wordpieces, data)
+
+
+def test_similarity_is_spearman_of_mean_pooled_cosines(tmp_path, wordpieces):
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = BertModel(config).eval()
+    pairs = [("a b", "c d e"), ("a", "a"), ("f g h", "f g"), ("j", "a b c d")]
+    cosines = []
+    with torch.no_grad():
+        for pair in pairs:
+            one, two = (model(**wordpieces(s, return_tensors="pt")).last_hidden_state.mean(1) for s in pair)
+            cosines.append(torch.cosine_similarity(one, two).item())
+    file = tmp_path / "sts.tsv"
+    lines = [f"{a}\t{b}\t{c**3 if c > 0 else c}\n" for (a, b), c in zip(pairs, cosines, strict=True)]
+    file.write_text("sentence1\tsentence2\tscore\n" + "".join(lines))
+    found = measure.evaluate(model, wordpieces, DataConfig(str(file), samples=None))
+    assert found["spearman"] == pytest.approx(1.0, abs=1e-12)
+    assert found["pairs"] == 4
+    file.write_text("text\na\n")
+    with pytest.raises(DataError, match="no measure for BertModel"):
+        measure.evaluate(model, wordpieces, DataConfig(str(file)))
+
+
+def test_masked_language_models_predict_the_masked_tokens(tmp_path, wordpieces):
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(config).eval()
+    file = tmp_path / "eval.jsonl"
+    file.write_text("".join(json.dumps({"text": "a b c d e f g h i j " * 20}) + "\n" for _ in range(4)))
+    data = DataConfig(str(file), samples=None, seq_len=32)
+    found = measure.evaluate(model, wordpieces, data)
+    # 26 windows of 30 tokens that are not special; 15 % of them are hidden.
+    assert 80 < found["tokens"] < 160
+    assert 0 <= found["accuracy"] <= 1
+    assert found == measure.evaluate(model, wordpieces, data)
+    with torch.no_grad():
+        model.cls.predictions.decoder.bias.fill_(-1e4)
+        model.cls.predictions.decoder.bias[5] = 1e4
+    assert measure.evaluate(model, wordpieces, data)["accuracy"] == pytest.approx(0.1, abs=0.1)
+
+
+def test_image_classification(tmp_path):
+    from datasets import Dataset
+    from PIL import Image
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    def picture(i):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (20 * i, 255 - 20 * i, 7 * i)).save(file, "PNG")
+        return file.getvalue()
+
+    model, processor = tiny_vit(), ViTImageProcessorPil(size={"height": 16, "width": 16})
+    images = [picture(i) for i in range(10)]
+    opened = [Image.open(io.BytesIO(i)) for i in images]
+    with torch.no_grad():
+        right = model(**processor(opened, return_tensors="pt")).logits.argmax(-1).tolist()
+    labels = [(right[0] + 1) % 3, *right[1:]]
+    file = tmp_path / "images.parquet"
+    Dataset.from_dict({"image": [{"bytes": i, "path": None} for i in images], "label": labels}).to_parquet(file)
+    found = measure.evaluate(model, processor, DataConfig(str(file), samples=None))
+    assert found == {"task": "image-classification", "accuracy": 0.9}
+
+
+def test_encoder_decoders_score_the_target(tmp_path):
+    model, tokenizer = tiny_t5(vocab_size=259), tiny_tokenizer()
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"source": f"input {i}", "target": "out" * (i + 1)}) + "\n" for i in range(3)))
+    found = measure.evaluate(model, tokenizer, DataConfig(str(file), samples=None))
+    assert found["tokens"] == sum(len(tokenizer("out" * (i + 1))["input_ids"]) for i in range(3))
+    # Padding of a batch must not reach the score.
+    single = 0.0
+    for i in range(3):
+        source = tokenizer(f"input {i}", return_tensors="pt")
+        labels = tokenizer("out" * (i + 1), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            inputs = {k: source[k] for k in ("input_ids", "attention_mask")}
+            single += model(**inputs, labels=labels).loss.item() * labels.numel()
+    assert found["nll"] == pytest.approx(single / found["tokens"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "auto"),
+    [
+        ("LlamaForCausalLM", "text-generation", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "text-generation", "AutoModelForCausalLM"),
+        ("BertForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+        ("ViTForImageClassification", "image-classification", "AutoModelForImageClassification"),
+        ("T5ForConditionalGeneration", "text2text-generation", "AutoModelForSeq2SeqLM"),
+        ("BertForMaskedLM", "fill-mask", "AutoModelForMaskedLM"),
+        ("BertModel", "feature-extraction", "AutoModel"),
+    ],
+)
+def test_tasks_by_class_name(name, tag, auto):
+    assert (task_of(name).tag, task_of(name).auto_class) == (tag, auto)
+
+
+def test_a_subclass_has_the_task_of_its_parent():
+    model = tiny_llama()
+    model.__class__ = type("MyLlama", (type(model),), {})
+    assert task_of_model(model).tag == "text-generation"
+
+
+# -- size, memory, speed ----------------------------------------------------------------------------------------------
+
+
+def test_bytes_on_disk_are_those_of_the_safetensors(tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    (tmp_path / "training_args.bin").write_bytes(b"x" * 1000)
+    assert measure.bytes_on_disk(tmp_path) == sum(s.stat().st_size for s in shards)
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        measure.bytes_on_disk(tmp_path / "none")
+
+
+def test_parameter_bytes_count_shared_storage_once():
+    plain, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
+    assert measure.parameter_bytes(plain) - measure.parameter_bytes(tied) == 64 * 32 * 4
+    expected = sum(t.numel() * t.element_size() for t in (*plain.parameters(), *plain.buffers()))
+    # inv_freq and its original copy may share one storage.
+    assert expected * 0.99 < measure.parameter_bytes(plain) <= expected
+
+
+def test_peak_memory_says_of_what():
+    with measure.peak_memory(torch.device("cpu")) as peak:
+        block = torch.ones(40_000_000)
+    assert peak.bytes > block.numel() * 4
+    assert peak.figures()["device"] == "cpu"
+
+
+def test_milliseconds_per_token_generates_that_many_and_leaves_the_model_as_it_was():
+    model = tiny_llama(eos_token_id=2)
+    made, stock = [], model.generate
+
+    def generate(ids, **kwargs):
+        out = stock(ids, **kwargs)
+        made.append(out.shape[1] - ids.shape[1])
+        return out
+
+    model.generate = generate
+    model.train()
+    config = model.generation_config.to_dict()
+    assert measure.milliseconds_per_token(model, prompt=32, new_tokens=64, repeats=2) > 0
+    # The context of 64 tokens holds 16 + 32.
+    assert made == [8, 32, 32]
+    assert model.training
+    assert model.generation_config.to_dict() == config
+    with pytest.raises(ModelError, match="does not generate"):
+        measure.milliseconds_per_token(tiny_bert())
+
+
+def test_lm_eval_is_optional_and_gets_the_model_in_memory(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(OptimError, match=r"hf-optim\[lm-eval\]"):
+        measure.lm_eval_tasks(tiny_llama(), None, ["arc_easy"])
+    seen = {}
+
+    class HFLM:
+        def __init__(self, **kwargs):
+            seen.update(kwargs)
+
+    def simple_evaluate(model, tasks, limit):
+        return {"results": {task: {"acc,none": 0.5, "limit": limit} for task in tasks}}
+
+    package, models, hf = (types.ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
+    package.simple_evaluate, hf.HFLM = simple_evaluate, HFLM
+    for module in (package, models, hf):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = tiny_llama()
+    found = measure.lm_eval_tasks(model, "tokenizer", ["arc_easy"], limit=3)
+    assert found == {"arc_easy": {"acc,none": 0.5, "limit": 3}}
+    assert seen["pretrained"] is model

@@ -1,0 +1,286 @@
+"""GPTQ: its oracles, the zeros it keeps, what shares a Hessian, and its effect on a real model."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_optim import formats, optimize
+from hf_optim.errors import ModelError, NumericalError
+from hf_optim.run import run_of
+from hf_optim.toolkit.grids import GridSpec, make_grid
+from hf_optim.toolkit.hessian import damped
+from hf_optim.toolkit.least_squares import output_error
+from hf_optim.toolkit.observers import SecondMoment
+from hf_optim_plugins.quantization.gptq import GPTQ, quantize_columns
+
+DOUBLE = torch.float64
+IDS = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))
+
+
+def problem(rows=10, columns=48, tokens=300, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [out, in] and the second moment of correlated inputs, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, dtype=DOUBLE, generator=generator)
+    x = torch.randn(tokens, columns, dtype=DOUBLE, generator=generator) @ mixing
+    return torch.randn(rows, columns, dtype=DOUBLE, generator=generator), x.T @ x / tokens
+
+
+def by_definition(weight, hessian, grid, damp, act_order):
+    """Optimal brain quantization in a fixed order: after each column the inverse Hessian of the rest, anew."""
+    h = damped(hessian, damp)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
+    w = weight.clone()
+    codes = torch.zeros_like(weight)
+    for i, column in enumerate(order.tolist()):
+        rest = order[i:]
+        inverse = torch.linalg.inv(h[rest][:, rest])
+        one = torch.zeros_like(weight)
+        one[:, column] = w[:, column]
+        codes[:, column] = torch.where(weight[:, column] == 0, 0, grid.quantize(one)[:, column].to(DOUBLE))
+        if grid.zero_point is not None:
+            zero = grid.quantize(torch.zeros_like(weight))[:, column].to(DOUBLE)
+            codes[:, column] = torch.where(weight[:, column] == 0, zero, codes[:, column])
+        error = w[:, column] - grid.dequantize(codes)[:, column]
+        w[:, rest] -= torch.outer(error, inverse[0] / inverse[0, 0])
+    return codes
+
+
+@pytest.mark.parametrize("spec", [GridSpec(3), GridSpec(4, "int", "group", 16), GridSpec(2, "int", "group", 8, False)])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("block_size", [1, 7, 48, 128])
+def test_equals_the_unblocked_recursion(spec, act_order, block_size):
+    weight, hessian = problem()
+    weight[:, 5] = 0.0
+    weight[weight.abs() < 0.5] = 0.0  # a mask: a pruned weight is rounded to zero in its turn
+    grid = make_grid(weight, spec)
+    codes = quantize_columns(weight, hessian, grid, block_size=block_size, act_order=act_order)
+    assert codes.dtype == torch.int8
+    assert torch.equal(codes.to(DOUBLE), by_definition(weight, hessian, grid, 0.01, act_order))
+
+
+@pytest.mark.parametrize("spec", [GridSpec(3), GridSpec(4, "int", "group", 16, False)])
+def test_with_a_diagonal_hessian_it_rounds_to_nearest(spec):
+    weight, hessian = problem()
+    grid = make_grid(weight, spec)
+    assert torch.equal(quantize_columns(weight, hessian.diagonal().diag(), grid), grid.quantize(weight))
+
+
+def test_dead_inputs_round_to_nearest():
+    weight, hessian = problem()
+    hessian[7], hessian[:, 7] = 0, 0
+    grid = make_grid(weight, GridSpec(3))
+    assert torch.equal(quantize_columns(weight, hessian, grid)[:, 7], grid.quantize(weight)[:, 7])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_output_error_is_well_under_rounding(bits):
+    weight, hessian = problem()
+    grid = make_grid(weight, GridSpec(bits))
+    found = grid.dequantize(quantize_columns(weight, hessian, grid))
+    assert output_error(weight, found, hessian) < 0.6 * output_error(weight, grid.nearest(weight), hessian)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("pattern", ["half", "2:4"])
+def test_zeros_are_kept_and_their_error_is_compensated(symmetric, pattern):
+    weight, hessian = problem()
+    if pattern == "half":
+        mask = weight.abs() > weight.abs().median()
+    else:
+        ranks = weight.abs().view(10, -1, 4).argsort(-1).argsort(-1)
+        mask = (ranks >= 2).view_as(weight)
+    weight = weight * mask
+    grid = make_grid(weight, GridSpec(3, "int", "group", 16, symmetric))
+    found = grid.dequantize(quantize_columns(weight, hessian, grid))
+    assert bool((found[~mask] == 0).all())
+    assert output_error(weight, found, hessian) < 0.9 * output_error(weight, grid.nearest(weight), hessian)
+
+
+def test_float32_is_near_float64():
+    weight, hessian = problem()
+    grid = make_grid(weight.float(), GridSpec(4))
+    wide = make_grid(weight.float(), GridSpec(4))
+    single = quantize_columns(weight.float(), hessian.float(), grid)
+    double = quantize_columns(weight.float().double(), hessian, wide)
+    assert (single != double).double().mean() < 0.01
+
+
+def test_a_hopeless_hessian_names_layers_and_step():
+    weight, hessian = problem()
+    grid = make_grid(weight, GridSpec(4))
+    with pytest.raises(NumericalError, match="q_proj is singular"):
+        quantize_columns(weight, -hessian, grid, what="q_proj")
+
+
+def quantized(model, driver="auto", **fields) -> nn.Module:
+    return optimize(model, {"steps": [{"technique": "gptq", **fields}], "driver": driver}, calibration=IDS)
+
+
+def codes(model) -> dict[str, torch.Tensor]:
+    return {name: m.weight.detach().clone() for name, m in formats.quantized_modules(model).items()}
+
+
+def test_all_linears_but_the_head_and_the_report():
+    model = quantized(tiny_llama(), group_size=128)
+    modules = formats.quantized_modules(model)
+    assert len(modules) == 14
+    assert "lm_head" not in modules
+    sizes = {m.quantization_scheme.weights.group_size for m in modules.values()}
+    assert sizes == {32, 48}
+    figures = run_of(model).record.steps["0"]
+    assert figures["relative_error"].keys() == modules.keys()
+    errors = figures["relative_error"].values()
+    assert figures["mean_relative_error"] == pytest.approx(sum(errors) / 14, rel=1e-4)
+    assert 0 < max(errors) < 0.05
+    assert model.hf_quantizer.is_serializable()
+
+
+def test_a_layer_is_quantized_on_what_reaches_it():
+    """The codes of a block's first layers follow from its inputs, the blocks before it being quantized."""
+    model = quantized(tiny_llama(), group_size=16, precision="float64")
+    dense = tiny_llama()
+    dense.model.layers[0].load_state_dict(
+        {k: v for k, v in model.model.layers[0].state_dict().items() if "scale" not in k}
+    )
+    q = dense.model.layers[1].self_attn.q_proj
+    with SecondMoment({"q": q}, dtype=DOUBLE) as moments, torch.no_grad():
+        dense(IDS)
+    grid = make_grid(q.weight.detach(), GridSpec(4, "int", "group", 16))
+    expected = grid.dequantize(quantize_columns(q.weight.detach().double(), moments["q"].mean, grid))
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight.detach(), expected)
+
+
+def test_drivers_agree():
+    blockwise = codes(quantized(tiny_llama(), "blockwise", group_size=16, precision="float64"))
+    whole = codes(quantized(tiny_llama(), "whole_model", group_size=16, precision="float64"))
+    assert blockwise.keys() == whole.keys()
+    assert all(torch.equal(blockwise[name], whole[name]) for name in whole)
+
+
+def test_true_sequential_sees_quantized_inputs_within_the_block():
+    plain = codes(quantized(tiny_llama(), bits=2, group_size=16))
+    sequential = codes(quantized(tiny_llama(), bits=2, group_size=16, true_sequential=True))
+    first = "model.layers.0."
+    assert plain.keys() == sequential.keys()
+    assert torch.equal(plain[first + "self_attn.v_proj"], sequential[first + "self_attn.v_proj"])
+    assert not torch.equal(plain[first + "mlp.down_proj"], sequential[first + "mlp.down_proj"])
+
+
+def test_is_deterministic():
+    first, second = (codes(quantized(tiny_qwen2(), observer="mse")) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_named_head_is_quantized_too():
+    model = quantized(tiny_llama(), targets=["lm_head", "Linear"])
+    assert len(formats.quantized_modules(model)) == 15
+
+
+def test_zeros_of_a_pruned_model_stay():
+    model = tiny_llama()
+    with torch.no_grad():
+        for block in model.model.layers:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight[module.weight.abs() < 0.1] = 0.0
+    zeros = {name: m.weight == 0 for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    model = quantized(model, bits=4, group_size=16, symmetric=False)
+    for name, module in formats.quantized_modules(model).items():
+        assert bool((module.weight[zeros[name]] == 0).all())
+
+
+def test_an_unsupported_model_is_refused_with_the_reason():
+    with pytest.raises(ModelError, match=r"step 1 \(gptq\).*Conv1D"):
+        quantized(tiny_gpt2())
+
+
+def test_experts_are_named_as_skipped():
+    model = quantized(tiny_mixtral())
+    touched, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
+    assert "model.layers.0.self_attn.o_proj" in touched
+    assert any("model.layers.0.mlp.experts" in names for names in skipped.values())
+
+
+def test_non_finite_activations_name_module_and_step():
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data[0] = float("inf")
+    with pytest.raises(NumericalError, match=r"step 1 \(gptq\).*model.layers.1.self_attn"):
+        quantized(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_non_finite_weights_name_module_and_step():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"step 1 \(gptq\).*model.layers.0.mlp"):
+        quantized(model)
+
+
+def test_card_has_the_error_table():
+    class Card:
+        def __init__(self):
+            self.paragraphs, self.tables = {}, {}
+
+        def paragraph(self, title, markdown):
+            self.paragraphs[title] = markdown
+
+        def table(self, title, header, rows):
+            self.tables[title] = (header, rows)
+
+    model, card = quantized(tiny_llama()), Card()
+    run = run_of(model)
+    run.recipe.steps[0].export(run, None, card)
+    ((header, rows),) = card.tables.values()
+    assert len(header) == 2
+    assert len(rows) == 5
+    figures = [float(row[1]) for row in rows]
+    assert figures == sorted(figures, reverse=True)
+    (text,) = card.paragraphs.values()
+    assert "14 linear layers" in text
+
+
+def windows(home, data, split, count, length=256):
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
+    ids: list[int] = []
+    for line in (data / "tinystories" / f"{split}.jsonl").read_text().splitlines():
+        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
+        if len(ids) >= count * length:
+            break
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def perplexity(model, ids) -> float:
+    losses = []
+    with torch.no_grad():
+        for batch in ids.split(16):
+            out = model(batch).logits[:, :-1].flatten(0, 1)
+            losses.append(nn.functional.cross_entropy(out, batch[:, 1:].flatten(), reduction="none"))
+    return float(torch.cat(losses).double().mean().exp())
+
+
+@pytest.mark.slow
+def test_beats_rounding_on_a_real_model(shared_models, shared_data):
+    """babyllama-1m at 3 bits, on a small part of the evaluation text."""
+    home = shared_models / "babyllama-1m"
+    calibration = windows(home, shared_data, "calibration", 24)
+    held_out = windows(home, shared_data, "eval", 48)
+    dense = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
+    loss = {"dense": perplexity(dense, held_out)}
+    for technique in ("rtn", "gptq"):
+        step = {"technique": technique, "bits": 3, "group_size": 32}
+        loss[technique] = perplexity(optimize(copy.deepcopy(dense), [step], calibration=calibration), held_out)
+    assert loss["dense"] < loss["gptq"] < 1.15 * loss["dense"]
+    assert loss["gptq"] - loss["dense"] < 0.6 * (loss["rtn"] - loss["dense"])
+
+
+def test_defaults_are_the_papers():
+    step = GPTQ()
+    assert (step.bits, step.group_size, step.damp, step.block_size, step.act_order) == (4, 128, 0.01, 128, True)

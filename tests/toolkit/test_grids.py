@@ -1,0 +1,131 @@
+"""Grids: shapes, exact agreement with compressed-tensors, error bounds and membership."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+
+from hf_optim import formats
+from hf_optim.toolkit.grids import FLOAT8, GridSpec, fit_group_size, make_grid, split
+
+INTEGERS = [
+    GridSpec(bits, "int", strategy, 16 if strategy == "group" else None, symmetric)
+    for bits in range(2, 9)
+    for strategy in ("tensor", "channel", "group")
+    for symmetric in (True, False)
+]
+FLOATS = [GridSpec(8, "float", strategy) for strategy in ("tensor", "channel")]
+
+
+def weights(rows: int = 24, columns: int = 48, seed: int = 0) -> torch.Tensor:
+    drawn = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    drawn[3] += 2.0  # a row without negative values: asymmetric grids must still hold zero
+    drawn[5] = 0.0
+    return drawn
+
+
+@pytest.mark.parametrize("spec", INTEGERS + FLOATS, ids=str)
+def test_grid_is_compressed_tensors_own(spec):
+    weight = weights()
+    grid = make_grid(weight, spec)
+    args = formats.scheme_of(spec).weights
+    low, high = torch.aminmax(split(weight, spec), dim=-1)
+    scale, zero = calculate_qparams(low.reshape(grid.scale.shape), high.reshape(grid.scale.shape), args)
+    assert torch.equal(grid.scale, scale)
+    if not spec.symmetric:
+        assert grid.zero_point.dtype == zero.dtype
+        assert torch.equal(grid.zero_point[scale > 1e-6], zero[scale > 1e-6])
+    codes = grid.quantize(weight)
+    assert torch.equal(grid.nearest(weight), fake_quantize(weight, grid.scale, grid.zero_point, args))
+    assert torch.equal(codes.float(), quantize(weight, grid.scale, grid.zero_point, args))
+    assert torch.equal(grid.dequantize(codes), dequantize(codes, grid.scale, grid.zero_point, args))
+
+
+@pytest.mark.parametrize("spec", INTEGERS, ids=str)
+def test_error_is_at_most_half_a_step(spec):
+    weight = weights()
+    grid = make_grid(weight, spec)
+    step = grid.scale.reshape(*split(weight, spec).shape[:-1], 1)
+    error = split(grid.nearest(weight) - weight, spec).abs()
+    rounding = torch.finfo(torch.float32).eps * weight.abs().max()
+    assert bool((error <= step / 2 + rounding).all())
+
+
+@pytest.mark.parametrize("spec", INTEGERS + FLOATS, ids=str)
+def test_values_are_on_the_grid_and_zero_is_one_of_them(spec):
+    weight = weights()
+    weight[:, ::3] = 0.0
+    grid = make_grid(weight, spec)
+    codes = grid.quantize(weight)
+    assert codes.dtype == (FLOAT8 if spec.type == "float" else torch.int8)
+    assert codes.float().min() >= spec.low
+    assert codes.float().max() <= spec.high
+    assert torch.equal(grid.nearest(weight)[weight == 0], torch.zeros(int((weight == 0).sum())))
+    assert torch.equal(grid.nearest(grid.nearest(weight)), grid.nearest(weight))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (GridSpec(8, "int", "tensor"), (1,)),
+        (GridSpec(8, "int", "channel"), (24, 1)),
+        (GridSpec(4, "int", "group", 16), (24, 3)),
+    ],
+)
+def test_scales_have_the_shapes_of_compressed_tensors(spec, shape):
+    assert make_grid(weights(), spec).scale.shape == shape
+
+
+def test_a_token_has_its_own_scale():
+    inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    grid = make_grid(inputs, GridSpec(8, "int", "token"))
+    assert grid.scale.shape == (2, 5, 1)
+    args = formats.activation_args("int8")
+    assert torch.equal(grid.nearest(inputs), fake_quantize(inputs, grid.scale, None, args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_exact_in_the_dtype_in_which_they_are_stored(dtype):
+    grid = make_grid(weights().to(dtype), GridSpec(4, "int", "group", 16, symmetric=False))
+    assert grid.scale.dtype == torch.float32
+    assert torch.equal(grid.scale.to(dtype).float(), grid.scale)
+    assert bool((grid.scale > 0).all())
+
+
+@pytest.mark.parametrize("spec", [s for s in INTEGERS if s.strategy != "tensor"], ids=str)
+def test_mse_search_never_does_worse(spec):
+    weight = weights()
+    importance = torch.rand(48, generator=torch.Generator().manual_seed(1)) ** 4
+
+    def error(grid, weigh):
+        return split((grid.nearest(weight) - weight).square() * weigh, spec).sum(-1)
+
+    for weigh in (torch.ones(48), importance):
+        found = error(make_grid(weight, spec, "mse", importance=weigh), weigh)
+        assert bool((found <= error(make_grid(weight, spec), weigh) * (1 + 1e-5)).all())
+    if spec.bits <= 4:
+        assert error(make_grid(weight, spec, "mse"), 1.0).sum() < 0.98 * error(make_grid(weight, spec), 1.0).sum()
+
+
+def test_importance_moves_the_scale():
+    weight = torch.tensor([[0.1, 0.12, 0.09, 2.0]])
+    spec = GridSpec(4, "int", "channel")
+    plain = make_grid(weight, spec, "mse")
+    steered = make_grid(weight, spec, "mse", importance=torch.tensor([1e6, 1e6, 1e6, 1e-6]))
+    assert steered.scale < plain.scale
+
+
+@pytest.mark.parametrize(
+    ("width", "asked", "size"),
+    [(352, 128, 88), (172, 128, 86), (172, 32, 4), (128, 128, 128), (64, 128, 64), (97, 32, 1)],
+)
+def test_group_size_is_the_largest_divisor(width, asked, size):
+    assert fit_group_size(width, asked) == size
+
+
+def test_rows_of_a_grid():
+    weight = weights()
+    grid = make_grid(weight, GridSpec(4, "int", "group", 16, symmetric=False))
+    assert torch.equal(grid.rows(2, 7).quantize(weight[2:7]), grid.quantize(weight)[2:7])

@@ -1,0 +1,78 @@
+"""The inverse factor of the Hessian: right, damped, and refused with a name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_optim.errors import NumericalError
+from hf_optim.toolkit.hessian import damped, dead_columns, inverse_factor
+
+
+def gram(width: int = 12, tokens: int = 40, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(tokens, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / tokens
+
+
+def test_factor_is_upper_and_gives_the_inverse():
+    hessian = gram()
+    found = inverse_factor(hessian, damp=0.01)
+    expected = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64))
+    assert found.damp == 0.01
+    assert torch.equal(found.upper, found.upper.triu())
+    torch.testing.assert_close(found.upper.T @ found.upper, expected)
+
+
+def test_the_argument_is_not_changed():
+    hessian = gram()
+    before = hessian.clone()
+    inverse_factor(hessian)
+    assert torch.equal(hessian, before)
+
+
+def test_dead_columns_are_decoupled_and_do_not_count_in_the_mean():
+    hessian = gram()
+    hessian[4, :] = 0
+    hessian[:, 4] = 0
+    assert dead_columns(hessian).nonzero().flatten().tolist() == [4]
+    mean = hessian.diagonal()[hessian.diagonal() > 0].mean()
+    out = damped(hessian, 0.1)
+    torch.testing.assert_close(out[4, 4], 1.1 * mean)
+    assert out[4].count_nonzero() == 1
+    alive = [i for i in range(12) if i != 4]
+    torch.testing.assert_close(out[0, 0], hessian[0, 0] + 0.1 * mean)
+    assert torch.equal(out[alive][:, alive].triu(1), hessian[alive][:, alive].triu(1))
+
+
+def test_all_columns_dead():
+    upper = inverse_factor(torch.zeros(3, 3), damp=0.01).upper
+    torch.testing.assert_close(upper, torch.eye(3) / 1.01**0.5)
+
+
+def test_damping_is_raised_until_the_matrix_is_positive_definite():
+    hessian = gram()
+    lowest = torch.linalg.eigvalsh(hessian)[0] + 0.02 * hessian.diagonal().mean()
+    shifted = hessian - lowest * torch.eye(12, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(shifted)[0] < 0
+    found = inverse_factor(shifted, damp=1e-4)
+    assert found.damp == pytest.approx(0.1)
+    expected = torch.linalg.inv(damped(shifted, found.damp))
+    torch.testing.assert_close(found.upper.T @ found.upper, expected)
+
+
+def test_a_rank_one_hessian_passes_with_the_usual_damping():
+    x = torch.ones(1, 64)
+    found = inverse_factor(x.T @ x, damp=0.01)
+    assert found.damp == 0.01
+
+
+def test_a_hopeless_matrix_is_refused_by_name():
+    with pytest.raises(NumericalError, match=r"step 1 \(gptq\): q_proj is singular.*float64"):
+        inverse_factor(gram() - 100 * torch.eye(12, dtype=torch.float64), what="step 1 (gptq): q_proj")
+
+
+def test_a_non_finite_matrix_is_refused_by_name():
+    hessian = gram()
+    hessian[2, 3] = float("inf")
+    with pytest.raises(NumericalError, match="q_proj is not finite"):
+        inverse_factor(hessian, what="q_proj")

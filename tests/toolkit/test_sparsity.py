@@ -1,0 +1,28 @@
+"""Figures of sparse layers."""
+
+from __future__ import annotations
+
+import torch
+from tiny_models import tiny_llama
+
+from hf_optim.toolkit import sparsity
+
+
+def test_figures_and_rows_count_zeros_in_the_weights():
+    model = tiny_llama()
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:24] = 0.0
+        model.lm_head.weight[:16] = 0.0
+    found = sparsity.figures(model, names)
+    assert found["layers"] == {names[0]: 0.5, names[1]: 0.0, "lm_head": 0.25}
+    assert found["sparsity"] == round((768 + 512) / (2 * 1536 + 2048), 6)
+    assert sparsity.table(model, names) == [
+        ["lm_head", "1", "2,048", "25.0 %", "25.0 %", "25.0 %"],
+        ["model.layers.*.mlp.up_proj", "2", "3,072", "25.0 %", "0.0 %", "50.0 %"],
+    ]
+    assert all(len(row) == len(sparsity.HEADER) for row in sparsity.table(model, names))
+
+
+def test_no_layers_are_no_zeros():
+    assert sparsity.figures(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}}
