@@ -66,8 +66,9 @@ def calibrate(run: Run, scope: Scope) -> Iterator[None]:
     """A generator: attach observers, ``yield`` while the host feeds batches through the model, detach and apply.
 
     Each ``yield`` is one pass over the calibration data; a step with ``needs_data() == False`` gets no batches.
-    ``scope`` is the part of the model that may be touched: the whole model, or one block, depending on the driver. Observers
-    must be detached in ``finally`` (or with a ``with`` block), since the host closes the generator when anything fails.
+    ``scope`` is the part of the model that may be touched: the whole model, or one block, depending on the driver.
+    Observers must be detached in ``finally`` (or with a ``with`` block), since the host closes the generator when
+    anything fails.
     """
 
 

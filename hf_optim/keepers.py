@@ -209,4 +209,4 @@ def _can_follow(run: Run, stage: Stage) -> bool:
     # A transform may put another model in the place of the one that the Trainer and its owner hold.
     if any(step.implements("transform_model") for step in stage.steps):
         return False
-    return not stage.needs_data or run.data is not None or run.recipe.calibration.dataset is not None
+    return not stage.needs_data or any(x is not None for x in (run.data, run.source, run.recipe.calibration.dataset))

@@ -20,10 +20,12 @@ def proceed(run: Run, source: Any = None) -> None:
 
     The model is then ready for its owner: its ``save_pretrained`` writes what the run made of it.
     """
+    if source is not None:
+        run.source = source
     while (stage := run.stage) is not None:
         if run.stage_entered:
             break
-        _enter(run, stage, source)
+        _enter(run, stage)
         if stage.trains:
             log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
             break
@@ -31,7 +33,7 @@ def proceed(run: Run, source: Any = None) -> None:
     saving.bind(run)
 
 
-def _enter(run: Run, stage: Stage, source: Any) -> None:
+def _enter(run: Run, stage: Stage) -> None:
     run.stage_entered = True
     entry: dict[str, Any] = {"steps": [step.name for step in stage.steps], "driver": None}
     started = time.perf_counter()
@@ -41,7 +43,7 @@ def _enter(run: Run, stage: Stage, source: Any) -> None:
                 run.model = model
         if stage.calibrates:
             if stage.needs_data and run.data is None:
-                run.data = _data(run, source)
+                run.data = _data(run)
                 run.record.calibration = run.data.description
             entry["driver"] = calibration.calibrate(run, stage, run.journal)
     entry |= {"seconds": round(time.perf_counter() - started, 3), **memory.figures()}
@@ -63,16 +65,17 @@ def require_data(run: Run, source: Any) -> None:
             return
 
 
-def _data(run: Run, source: Any) -> Any:
+def _data(run: Run) -> Any:
     from .data import calibration_data
 
-    chosen = source if source is not None else run.recipe.calibration.dataset
-    if chosen is None:
+    if run.source is None and run.recipe.calibration.dataset is None:
         require_data(run, None)
         raise DataError(f"{run.stage} needs calibration data: call hf_optim.advance(model, calibration=...)")
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
-    return calibration_data(source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration)
+    return calibration_data(
+        run.source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration
+    )
 
 
 def find_processor(home: str, main_input: str = "input_ids") -> Any:

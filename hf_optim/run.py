@@ -38,6 +38,7 @@ class Run:
             state dict; the host re-applies them after every optimizer step.
         nm_patterns: parameter name -> ``(keep, group)`` for parameters whose mask follows an N:M pattern
             (along the input dimension).
+        source: the calibration data that the caller brought, in whatever form; None for what the recipe names.
         data: what calibration batches come from (``calibration.CalibrationData``), or None.
         tokenizer: the tokenizer or processor of the model, where one was given or found.
         stage_index: the stage in work; ``len(stages)`` when all are done.
@@ -53,6 +54,7 @@ class Run:
         self.traits: set[Trait] = set()
         self.masks: dict[str, torch.Tensor] = {}
         self.nm_patterns: dict[str, tuple[int, int]] = {}
+        self.source: Any = None
         self.data: Any = None
         self.tokenizer: Any = None
         self.device: torch.device | None = None

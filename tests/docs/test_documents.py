@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -42,14 +43,15 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_snippet_runs(page, workplace):
-    names: dict[str, object] = {"__name__": "snippet"}
+def test_every_snippet_runs(page, workplace, monkeypatch):
+    module = types.ModuleType("snippet")  # classes look their module up by name
+    monkeypatch.setitem(sys.modules, "snippet", module)
     for language, text in snippets(page):
         if language == "python":
             # As a notebook does: one namespace a page, and what a library warns of is not the page's business.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                exec(compile(text, str(page.name), "exec"), names)
+                exec(compile(text, str(page.name), "exec"), vars(module))
         elif language == "yaml":
             (workplace / "snippet.yaml").write_text(text)
             OptimConfig.parse(workplace / "snippet.yaml").check()

@@ -53,8 +53,8 @@ def test_the_promised_recipes_are_shipped():
     [
         ([{"technique": "gtpq"}], "no technique 'gtpq'; did you mean 'gptq'"),
         ([{"technique": "rtn", "bit": 4}], "rtn has no field 'bit'; did you mean 'bits'"),
-        ([{"technique": "rtn", "bits": "four"}], "rtn: bits must be int, not 'four'"),
-        ([{"technique": "rtn", "bits": True}], "rtn: bits must be int"),
+        ([{"technique": "rtn", "bits": "four"}], "rtn: bits must be int | None, not 'four'"),
+        ([{"technique": "rtn", "bits": True}], "rtn: bits must be int | None, not True"),
         ([{"technique": "magnitude", "sparsity": 1.5}], "magnitude: sparsity must be"),
         ([{"bits": 4}], "step 1 must be a mapping with `technique:`"),
         ([], "at least one step"),

@@ -201,11 +201,11 @@ def test_an_unsupported_model_is_refused_with_the_reason():
         quantized(tiny_gpt2())
 
 
-def test_experts_are_named_as_skipped():
-    model = quantized(tiny_mixtral())
-    touched, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
-    assert "model.layers.0.self_attn.o_proj" in touched
-    assert any("model.layers.0.mlp.experts" in names for names in skipped.values())
+def test_a_mixture_of_experts_is_refused_and_the_experts_are_named():
+    with pytest.raises(
+        ModelError, match=r"step 1 \(gptq\) cannot store integer weights .*model\.layers\.0\.mlp\.experts"
+    ):
+        quantized(tiny_mixtral())
 
 
 def test_non_finite_activations_name_module_and_step():

@@ -1,0 +1,59 @@
+"""Make the cards under ``model_cards/``: compress each model by each recipe, keep the card, the record and the plots.
+
+    python examples/make_model_cards.py --model ../shared/models/babyllama-1m \\
+        --calibration calibration.jsonl --eval eval.jsonl --recipes w4a16 w3a16 w8a8
+
+Without ``--model`` it takes the bundled demo model, with the standard library's source as data. Weights are not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from hf_optim import demo_corpus
+from hf_optim.cli import main as hf_optim_command
+from hf_optim.demo import bundled_model
+
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+
+
+def demo_data(folder: Path, split: str) -> str:
+    """The demo corpus as a jsonl file."""
+    path = folder / f"stdlib-{split}.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in demo_corpus.texts(split)), encoding="utf-8")
+    return str(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--calibration")
+    parser.add_argument("--eval")
+    parser.add_argument("--recipes", nargs="+", default=["w4a16", "w8a8", "2of4-w4a16"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        model = args.model or str(bundled_model())
+        name = Path(args.model).name if args.model else "hf-optim-demo"
+        calibration = args.calibration or demo_data(folder, "train")
+        evaluation = args.eval or demo_data(folder, "held_out")
+        for recipe in args.recipes:
+            output = folder / f"{name}-{recipe}"
+            command = ["compress", model, "--recipe", recipe, "--calibration", calibration, "--eval", evaluation]
+            command += ["--dtype", "float32", "--output", str(output)]
+            if hf_optim_command(command):
+                raise SystemExit(f"{recipe} failed on {name}")
+            card = CARDS / output.name
+            shutil.rmtree(card, ignore_errors=True)
+            shutil.copytree(
+                output, card, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "*token*", "gen*")
+            )
+    hf_optim_command(["card", str(CARDS)])
+
+
+if __name__ == "__main__":
+    main()

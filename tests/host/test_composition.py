@@ -1,0 +1,68 @@
+"""A recipe of two stages on a real model: pruned to 2:4 under distillation, then quantized to 4 bits, zeros kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
+
+import hf_optim
+from hf_optim.testing.stock import StockTransformers
+from hf_optim.toolkit.masks import obeys_nm
+from hf_optim.traits import QUANTIZED, SPARSE_NM
+
+RECIPE = [
+    {"technique": "nm", "keep": 2, "group": 4},
+    {"technique": "logit_kd"},
+    {"technique": "gptq", "bits": 4, "group_size": 32},
+]
+
+
+@pytest.mark.slow
+def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared_data, tmp_path):
+    home = shared_models / "babyllama-1m"
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    rows = load_dataset("json", data_files=str(shared_data / "tinystories" / "calibration.jsonl"), split="train")
+    texts = list(rows["text"])[:64]
+    ids = [tokenizer(text, truncation=True, max_length=128)["input_ids"] for text in texts]
+    calibration = torch.tensor([row[:96] for row in ids if len(row) >= 96][:16])
+
+    model = AutoModelForCausalLM.from_pretrained(
+        home, optim_config=RECIPE, calibration=calibration, tokenizer=tokenizer
+    )
+    run = hf_optim.run_of(model)
+    assert str(run.stage) == "[nm, logit_kd]"
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(run.model.eval()(calibration, labels=calibration).loss)
+
+    pruned = loss()
+    args = TrainingArguments(
+        str(tmp_path / "training"), max_steps=12, per_device_train_batch_size=8, learning_rate=1e-3, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = hf_optim.OptimTrainer(
+        model=model, args=args, train_dataset=[{"input_ids": row} for row in ids], data_collator=collator
+    )
+    trainer.train()
+
+    # The trainer's end finished the stage and went on with the next: the data was at hand.
+    assert run.finished
+    assert {SPARSE_NM, QUANTIZED} <= run.traits
+    assert loss() < pruned
+    assert len(run.nm_patterns) == 35
+    for name, (keep, group) in run.nm_patterns.items():
+        module = run.model.get_submodule(name.removesuffix(".weight"))
+        assert obeys_nm(module.weight.detach(), keep, group)
+        assert module.quantization_scheme.weights.num_bits == 4
+
+    run.model.save_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected = run.model(calibration).logits
+    with StockTransformers() as stock:
+        name, logits = stock.logits(tmp_path / "out", "AutoModelForCausalLM", {"input_ids": calibration})
+    assert name == "LlamaForCausalLM"
+    assert torch.equal(logits, expected)
