@@ -280,7 +280,9 @@ def _windows(tokenizer, path, length=128):
 
 
 @pytest.mark.slow
-def test_loss_after_equal_steps_is_below_the_dense_twin(shared_models, shared_data):
+def test_it_fits_a_little_data_better_than_the_dense_twin(shared_models, shared_data):
+    # What a CPU can show: the loss on the windows that both were trained on, with one seed and four experts. The longer
+    # comparison, with what it loses on held-out data, stands in model_cards/measurements.
     home = shared_models / "babyllama-1m"
     tokenizer = AutoTokenizer.from_pretrained(home, model_max_length=10**9)
     windows = _windows(tokenizer, shared_data / "tinystories" / "train.jsonl", length=64)[:16]
