@@ -78,12 +78,12 @@ def _data(run: Run) -> Any:
     )
 
 
-def find_processor(home: str, main_input: str = "input_ids") -> Any:
+def find_processor(home: str, main_input: str = "input_ids", **arguments: Any) -> Any:
     """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint, or None."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     reader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
     try:
-        return reader.from_pretrained(home) if home else None
+        return reader.from_pretrained(home, **arguments) if home else None
     except (OSError, ValueError, KeyError):
         return None

@@ -10,6 +10,7 @@ import torch
 from .errors import CheckpointError, ModelError, OptimError
 from .estimate import load_config, model_class
 from .hub import cached_home
+from .lifecycle import find_processor
 from .loading import explained
 from .sizes import bytes_on_disk, parameter_bytes
 
@@ -54,13 +55,7 @@ def load_model(source: Source) -> Any:
 
 def load_processor(source: Source, cls: Any) -> Any:
     """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint; None without one."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    reader = AutoImageProcessor if getattr(cls, "main_input_name", None) == "pixel_values" else AutoTokenizer
-    try:
-        return reader.from_pretrained(source.model, **source.arguments)
-    except (OSError, ValueError, KeyError):
-        return None
+    return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.arguments)
 
 
 def stored_bytes(source: Source, model: Any) -> int:

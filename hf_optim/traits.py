@@ -63,16 +63,9 @@ def _is_sparse(run: Run) -> bool:
 
 
 def _is_sparse_nm(run: Run) -> bool:
-    from .toolkit.masks import obeys_nm
-    from .toolkit.topology import weight_out_in
+    from .toolkit.masks import follows_nm
 
-    def weight(name: str):
-        # Groups run along the inputs, and Conv1D stores [in, out].
-        return weight_out_in(run.model.get_submodule(name.rpartition(".")[0])).detach()
-
-    return bool(run.nm_patterns) and all(
-        obeys_nm(weight(name), keep, group) for name, (keep, group) in run.nm_patterns.items()
-    )
+    return bool(run.nm_patterns) and all(follows_nm(run.model, n, *pattern) for n, pattern in run.nm_patterns.items())
 
 
 FLOAT_WEIGHTS = Trait(
