@@ -1,215 +1,201 @@
-"""Binding a quantized ``nn.Linear``: which modules are served, their integer codes, and the layer that runs them.
+"""Weight-only quantized linear layers on ``hf_optim::wna16``: which weights are served, and the operand that runs them.
 
-A module in memory holds the dequantized ``weight`` [out, in] with ``weight_scale`` [out, groups] (or [out, 1], or one
-number), ``weight_zero_point`` of the same shape where the grid is asymmetric, and ``quantization_scheme`` (of
-compressed-tensors, of which only the attributes are read here). The codes follow from these.
+``serves`` and ``bind`` read an ``hf_optim.weights.QuantizedWeight``, of which only the attributes are used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import cpu, naive, op
+from . import naive, op
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-STRATEGIES = ("tensor", "channel", "group")
-# Where the Triton kernel beats the dense product of float16 or bfloat16 (bench.py, H200: 1.2 to 1.4 times, in a graph).
-MOST_ROWS = 32
-LEAST_WEIGHTS = 1 << 24
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantized weight: ``(codes - zero) * scale``.
-
-    Attributes:
-        codes: uint8 [out, in], in [0, 2^width).
-        scale: float32 [out, groups].
-        zero: float32 [out, groups], whole numbers; None where it is 2^(width - 1) everywhere.
-        width: 4 or 8.
-        group_size: columns of a group.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    width: int
-    group_size: int
+DTYPES = (torch.float16, torch.bfloat16)
+# Where packed beats the dense product (bench.py, H200).
+LEAST_WEIGHTS = 1 << 20
+# Shapes of inputs whose launch is kept ready; a server's prompts have ever new ones.
+MOST_PLANS = 64
 
 
-def serves(name: str, module: nn.Module) -> str | None:
-    """None where the module can run here, else why not; the empty string for a module that is not quantized."""
-    scheme = getattr(module, "quantization_scheme", None)
-    args = getattr(scheme, "weights", None)
-    if args is None:
+def serves(weight: Any) -> str | None:
+    """None where the weight can run here, else why not; the empty string for a weight that is no business of this."""
+    if weight.kind != "int" or weight.inputs is not None:
         return ""
-    for what in ("input_activations", "output_activations"):
-        if getattr(scheme, what, None) is not None:
-            return f"its {what.replace('_', ' ')} are quantized, this kernel is for weights only"
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return f"a {type(module).__name__} is not laid out as nn.Linear"
-    return _grid_refusal(module, args) or _weight_refusal(module) or _device_refusal(module)
+    if not 2 <= weight.bits <= 8:
+        return f"{weight.bits}-bit codes; served are 2 to 8 bits"
+    if weight.device.type == "cpu":
+        from . import cpu
+
+        return cpu.refusal(weight)
+    return _layout_refusal(weight) or _device_refusal(weight)
 
 
-def _grid_refusal(module: nn.Module, args: Any) -> str | None:
-    if _plain(args.type) != "int" or not 2 <= args.num_bits <= 8:
-        return f"{args.num_bits}-bit {_plain(args.type)} codes; served are integers of 2 to 8 bits"
-    if _plain(args.strategy) not in STRATEGIES:
-        return f"scales per {_plain(args.strategy)}; served are {', '.join(STRATEGIES)}"
-    if getattr(module, "weight_g_idx", None) is not None:
-        return "its groups are of scattered columns (weight_g_idx)"
-    if getattr(module, "weight_scale", None) is None:
-        return "it has no weight_scale"
-    return None
-
-
-def _weight_refusal(module: nn.Linear) -> str | None:
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return "its weight is still compressed"
-    if weight.is_meta:
-        return "its weight is offloaded"
+def _layout_refusal(weight: Any) -> str | None:
     if weight.dtype not in DTYPES:
-        return f"{_name(weight.dtype)} weights"
+        return f"{str(weight.dtype).removeprefix('torch.')} activations; served are float16 and bfloat16"
+    if weight.group_size < weight.shape[1] and weight.group_size % 16:
+        return f"groups of {weight.group_size} columns are no multiple of 16"
+    if weight.shape[0] * weight.shape[1] < LEAST_WEIGHTS:
+        return f"a layer of {weight.shape[0] * weight.shape[1]:,} weights is faster dense (from {LEAST_WEIGHTS:,})"
     return None
 
 
-def _device_refusal(module: nn.Linear) -> str | None:
-    device = module.weight.device
-    if device.type == "cpu":
-        args = _args(module)
-        return cpu.refusal(module.weight, args.num_bits, _group_size(module), bool(args.symmetric))
-    if device.type != "cuda":
-        return f"no kernel for {device.type} devices"
+def _device_refusal(weight: Any) -> str | None:
+    if weight.device.type != "cuda":
+        return f"no kernel for {weight.device.type} devices"
     if util.find_spec("triton") is None:
         return "Triton is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}"
-    return _gpu_refusal(module)
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}" if major < 8 else None
 
 
-def _gpu_refusal(module: nn.Linear) -> str | None:
-    """Where the Triton kernel is right but was not measured to be faster than the dense product."""
-    bits, group_size = _args(module).num_bits, _group_size(module)
-    rows, columns = module.weight.shape
-    if bits > 4 or module.weight.dtype == torch.float32:
-        return "on a GPU, packed pays for codes of up to 4 bits with 16-bit activations"
-    if group_size < columns and group_size % 16:
-        return f"groups of {group_size} columns are no multiple of 16"
-    if rows * columns < LEAST_WEIGHTS:
-        return f"a layer of {rows * columns:,} weights is faster dense (packed pays from {LEAST_WEIGHTS:,})"
-    return None
+def bind(weight: Any) -> nn.Module:
+    """The operand of a weight that is served."""
+    if weight.device.type == "cpu":
+        from . import cpu
+
+        return cpu.bind(weight)
+    return PackedWeight.from_codes(weight.codes(), weight.bits, weight.group_size, weight.dtype, weight.bias)
 
 
-def bind(module: nn.Linear) -> nn.Module:
-    """The layer that stands in for ``module.forward``. Raises ``ValueError`` when the weight is not on its grid."""
-    found = codes_of(module)
-    if module.weight.device.type == "cpu":
-        return cpu.PackedLinear(found.codes, found.scale, found.zero, module.bias, found.width, module.weight)
-    bound = PackedLinear(found, module.bias, module.weight.dtype)
-    # Compiles the kernel now: a CUDA graph that is being captured must not load code.
-    for rows in (1, MOST_ROWS):
-        bound(module.weight.new_zeros(rows, module.weight.shape[1]))
-    return bound
-
-
-@torch.no_grad()
-def codes_of(module: nn.Linear) -> Codes:
-    """The integer codes of a dequantized weight. Raises ``ValueError`` when the weight is not on its grid.
-
-    They are the codes it was made of, but for asymmetric codes of 8 bits in bfloat16, which has too few digits to tell
-    255 steps apart: there a code may be one off, which moves the weight by no more than bfloat16 had rounded it.
-    """
-    args = _args(module)
-    weight = module.weight.float()
-    rows, columns = weight.shape
-    stored: Any = module.weight_scale
-    group_size = _group_size(module)
-    width = 4 if args.num_bits <= 4 else 8
-    shape = (rows, -(-columns // group_size))
-    scale = _spread(stored, shape)
-    points: Any = None if args.symmetric else module.weight_zero_point
-    zero_point = None if points is None else _spread(points, shape)
-    grouped = weight.view(rows, shape[1], group_size)
-    # A group of zeros may have scale 0; its codes are then the zero point.
-    steps = torch.where(scale[..., None] == 0, 0.0, grouped / scale[..., None]).round()
-    signed = steps if zero_point is None else steps + zero_point[..., None]
-    low = -(2 ** (args.num_bits - 1))
-    signed = signed.clamp(low, -low - 1)
-    again = (signed if zero_point is None else signed - zero_point[..., None]) * scale[..., None]
-    # The stored weight was rounded to its type: half a unit in the last place, twice that for products in that type.
-    finfo = torch.finfo(module.weight.dtype)
-    allowed = grouped.abs() * finfo.eps + finfo.tiny
-    if not bool(((again - grouped).abs() <= allowed).all()):
-        raise ValueError("its weight is not on the grid of its scales (changed since it was quantized?)")
-    offset = 2 ** (width - 1)
-    codes = (signed + offset).to(torch.uint8).view(rows, columns)
-    return Codes(codes, scale, None if zero_point is None else zero_point + offset, width, group_size)
-
-
-class PackedLinear(nn.Module):
+class PackedWeight(nn.Module):
     """``x W^T + bias`` on ``hf_optim::wna16``.
 
-    The Triton kernel is two launches through Python, 60 to 100 microseconds of the host where a dense product of 60
-    million weights takes 33. So it is taken inside graphs alone: ``torch.compile`` (``generate`` with a static cache
-    uses it) and CUDA graphs. Called eagerly, the layer stays dense.
-
     Attributes:
-        packed: uint8 [out, bytes], see ``naive.pack``.
-        scale, zero: [groups, out].
+        packed: int16 [chunks, out, plane], see ``naive.pack``.
+        scale: [groups, out], as the checkpoint has it; zero: uint8 [groups, out], or None.
+        order: int64 [in]: stored column ``j`` is column ``order[j]`` of the input; None for the identity.
+        counters: int32, for programs that share a tile.
     """
 
-    def __init__(self, found: Codes, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        order: Tensor | None,
+        bias: Tensor | None,
+        *,
+        bits: int,
+        group_size: int,
+        columns: int,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
-        self.width, self.group_size, self.dtype = found.width, found.group_size, dtype
-        self.label = f"wna16 Triton, {found.width}-bit (in graphs, up to {MOST_ROWS} rows)"
-        self.register_buffer("packed", naive.pack(found.codes, found.width, found.group_size))
-        scale, short = found.scale.T.contiguous(), found.scale.T.contiguous().to(dtype)
-        self.register_buffer("scale", short if torch.equal(short.float(), scale) else scale)
-        self.register_buffer("zero", None if found.zero is None else found.zero.T.to(torch.int16).contiguous())
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        from .run import counters_for
+
+        self.bits, self.width, self.group_size, self.columns = bits, _width(bits), group_size, columns
+        self.dtype = dtype
+        self.label = f"wna16 Triton, {bits}-bit" + ("" if group_size >= columns else f", groups of {group_size}")
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("order", order)
+        self.register_buffer("bias", bias)
+        self.register_buffer("counters", counters_for(packed.shape[1], packed.device))
+        self.plans: dict[torch.Size, Any] = {}
+
+    @classmethod
+    def from_codes(
+        cls, found: Any, bits: int, group_size: int, dtype: torch.dtype, bias: Tensor | None
+    ) -> PackedWeight:
+        """Pack ``hf_optim.weights.Codes``."""
+        width, columns = _width(bits), found.codes.shape[1]
+        zero = found.zero
+        codes = found.codes
+        if zero is None and bits != width:
+            # Stored wider than it is: the middle of the grid moves.
+            codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
+        return cls(
+            naive.pack(codes, width, group_size),
+            found.scale.T.contiguous(),
+            None if zero is None else zero.to(torch.uint8).T.contiguous(),
+            found.order,
+            None if bias is None else bias.detach(),
+            bits=bits,
+            group_size=group_size,
+            columns=columns,
+            dtype=dtype,
+        )
+
+    def codes(self) -> Any:
+        """The weight's codes, scales and zero points again, bit for bit, named as in ``hf_optim.weights.Codes``."""
+        codes = naive.unpack(self.packed, self.width, self.columns)
+        if self.zero is None and self.bits != self.width:
+            codes = codes - (2 ** (self.width - 1) - 2 ** (self.bits - 1))
+        zero = None if self.zero is None else self.zero.T.contiguous()
+        return Found(codes.contiguous(), self.scale.T.contiguous(), zero, self.order)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the kernel is right for this input, and faster than the dense product."""
-        rows = x.numel() // x.shape[-1] if x.numel() else 0
-        same = x.dtype == self.dtype and x.device == self.packed.device
-        fits = same and 0 < rows <= MOST_ROWS and not torch.is_autocast_enabled(x.device.type)
-        return fits and (torch.compiler.is_compiling() or not x.is_cuda or torch.cuda.is_current_stream_capturing())
+        """Whether the kernel is right for this input."""
+        return x.dtype == self.dtype and x.device == self.packed.device
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out]."""
-        return op.wna16(x, self.packed, self.scale, self.zero, self.bias, self.width, self.group_size)
+        if self._buffers["order"] is not None:
+            x = x.index_select(-1, self.order)
+        if torch.compiler.is_compiling() or not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
+            return op.wna16(
+                x, self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size
+            )
+        plan = self.plans.get(x.shape)
+        y = plan(x) if plan is not None and x.is_contiguous() else None
+        return self._plan(x) if y is None else y
+
+    def _plan(self, x: Tensor) -> Tensor:
+        """As ``forward``, for a shape without a plan; makes one where one will do."""
+        from . import run
+
+        held = (self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size)
+        if len(self.plans) < MOST_PLANS and x.shape not in self.plans:
+            plan = run.plan_for(x, *held)
+            if plan is not None:
+                self.plans[x.shape] = plan
+        return run.wna16(x, *held)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
+        self.plans = {}  # they hold addresses
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}}
 
 
-def _args(module: nn.Module) -> Any:
-    """How the weight is quantized: compressed-tensors' ``QuantizationArgs``."""
-    scheme: Any = module.quantization_scheme
-    return scheme.weights
+def join(operands: list[PackedWeight]) -> PackedWeight | None:
+    """One operand whose output is those of ``operands`` side by side; None where their layouts differ."""
+    first = operands[0]
+    alike = all(
+        (o.bits, o.group_size, o.columns, o.dtype, o.zero is None, o.bias is None, o.scale.dtype)
+        == (first.bits, first.group_size, first.columns, first.dtype, first.zero is None, first.bias is None,
+            first.scale.dtype)
+        and o.order is None
+        for o in operands
+    )  # fmt: skip
+    if not alike:
+        return None
+    return PackedWeight(
+        torch.cat([o.packed for o in operands], 1),
+        torch.cat([o.scale for o in operands], 1),
+        None if first.zero is None else torch.cat([o.zero for o in operands], 1),
+        None,
+        None if first.bias is None else torch.cat([o.bias for o in operands]),
+        bits=first.bits,
+        group_size=first.group_size,
+        columns=first.columns,
+        dtype=first.dtype,
+    )
 
 
-def _group_size(module: nn.Linear) -> int:
-    args = _args(module)
-    return int(args.group_size) if _plain(args.strategy) == "group" else module.weight.shape[1]
+class Found:
+    """A weight's codes as ``hf_optim.weights.Codes`` names them."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None) -> None:
+        self.codes, self.scale, self.zero, self.order = codes, scale, zero, order
+        self.input_scale = self.input_zero = None
 
 
-def _spread(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Scales or zero points, per tensor, channel or group, as float32 [out, groups]."""
-    values = values.detach().float()
-    values = values.view(-1, 1) if values.dim() < 2 else values
-    if values.shape[0] not in (1, shape[0]) or values.shape[1] not in (1, shape[1]):
-        raise ValueError(f"its scales are {list(values.shape)}, expected {list(shape)}")
-    return values.expand(shape).contiguous()
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _width(bits: int) -> int:
+    return 4 if bits <= 4 else 8

@@ -13,44 +13,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORD = 16
+LARGEST_PLANE = 64
 
-def half_chunk(group_size: int, width: int, columns: int) -> int:
-    """How many columns the kernel takes together: they share a scale, unless groups are no multiple of 16."""
-    largest = 64 if width == 4 else 128
+
+def plane(group_size: int, columns: int) -> int:
+    """Columns of a plane: what one product of the kernel takes; they share a scale.
+
+    Raises ``ValueError`` where groups are no multiple of 16 columns (and not the whole row).
+    """
     if group_size >= columns:
-        return largest
-    return next((size for size in (128, 64, 32, 16) if size <= largest and group_size % size == 0), 16)
+        return LARGEST_PLANE
+    if group_size % 16:
+        raise ValueError(f"groups of {group_size} columns; the layout has multiples of 16")
+    return next(size for size in (LARGEST_PLANE, 32, 16) if group_size % size == 0)
 
 
-def padded_columns(columns: int, group_size: int, width: int) -> int:
-    """The columns that are stored: whole chunks, two halves each when two codes share a byte."""
-    chunk = half_chunk(group_size, width, columns) * (2 if width == 4 else 1)
-    return -(-columns // chunk) * chunk
+def chunk(group_size: int, width: int, columns: int) -> int:
+    """Columns that are stored together: a plane for each code of a 16-bit word."""
+    return plane(group_size, columns) * (WORD // width)
+
+
+def sharing(group_size: int, width: int, columns: int) -> int:
+    """How many consecutive planes of a chunk have one scale: a power of two."""
+    planes = WORD // width
+    if group_size >= columns:
+        return planes
+    held = group_size // plane(group_size, columns)
+    return next(count for count in (planes, planes // 2, 1) if held % count == 0)
 
 
 def pack(codes: Tensor, width: int, group_size: int) -> Tensor:
-    """Codes [out, in], integers in [0, 2^width), as uint8 [out, stored * width / 8].
+    """Codes [out, in], integers in [0, 2^width), as int16 [chunks, out, plane].
 
-    Width 8 stores them as they are. Width 4 puts two in a byte: of each chunk of ``2 h`` columns, byte ``j`` has
-    column ``j`` in its low and column ``h + j`` in its high half, so that a kernel reads both halves of a chunk with
-    contiguous loads of the input. Columns are padded with zeros to whole chunks.
+    A word holds the codes of ``16 / width`` columns that stand a plane apart: bits ``p * width`` and up of word ``j``
+    belong to column ``p * plane + j`` of the chunk. So the words of a tile become one operand of the tensor cores per
+    plane with a mask and no shuffle, two words to a register. Columns are padded with zeros to whole chunks. A chunk's
+    rows are contiguous: a program reads its tile as one block.
     """
     rows, columns = codes.shape
-    padding = padded_columns(columns, group_size, width) - columns
-    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, padding))
-    if width == 8:
-        return codes.contiguous()
-    halves = codes.view(rows, -1, 2, half_chunk(group_size, width, columns))
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(rows, -1)
+    size, planes = plane(group_size, columns), WORD // width
+    padding = -columns % (size * planes)
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, padding)).view(rows, -1, planes, size)
+    words = torch.zeros(rows, codes.shape[1], size, dtype=torch.int32, device=codes.device)
+    for index in range(planes):
+        words |= codes[:, :, index].to(torch.int32) << (index * width)
+    # Two's complement: words from 2^15 on are negative.
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).transpose(0, 1).contiguous()
 
 
-def unpack(packed: Tensor, width: int, group_size: int, columns: int) -> Tensor:
+def unpack(packed: Tensor, width: int, columns: int) -> Tensor:
     """The codes [out, in] (uint8) of a packed weight."""
-    if width == 8:
-        return packed[:, :columns]
-    rows = packed.shape[0]
-    bytes_ = packed.view(rows, -1, half_chunk(group_size, width, columns))
-    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).reshape(rows, -1)[:, :columns]
+    rows = packed.shape[1]
+    words = packed.transpose(0, 1).to(torch.int32) & 0xFFFF
+    planes = [(words >> shift) & ((1 << width) - 1) for shift in range(0, WORD, width)]
+    return torch.stack(planes, dim=2).to(torch.uint8).reshape(rows, -1)[:, :columns]
 
 
 def dequantize(
@@ -63,7 +80,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight [out, in] in ``dtype``. ``scale`` and ``zero`` are [groups, out]."""
-    codes = unpack(packed, width, group_size, columns).to(dtype)
+    codes = unpack(packed, width, columns).to(dtype)
     group = torch.arange(columns, device=packed.device) // group_size
     offset = 2.0 ** (width - 1) if zero is None else zero.to(dtype)[group].T
     return (codes - offset) * scale.to(dtype)[group].T

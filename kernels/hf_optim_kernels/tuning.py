@@ -1,0 +1,106 @@
+"""Tile shapes that were measured to be fast: tables shipped for some generations of cards, and the user's own cache.
+
+Nothing is timed when a model runs: ``choose`` looks a configuration up, and takes a guess where there is none.
+``hf-optim bench --tune`` measures and calls ``remember``. The user's cache is one JSON file for each card and version
+of torch and Triton, under ``$HF_OPTIM_CACHE`` (default ``~/.cache/hf_optim``); it takes precedence. The shipped
+``tables/sm_90.json`` was measured on an H200 (torch 2.11, Triton 3.6) and serves the whole generation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHIPPED = Path(__file__).parent / "tables"
+
+
+def bucket(rows: int) -> int:
+    """The next power of two: calls with so many rows share a configuration."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def choose(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, default: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """The configuration of ``op`` for a shape (whose rows are a ``bucket``), else ``default``.
+
+    A table may be older than the code: an entry whose names are not those of ``default`` is passed over.
+    """
+    found = table(device).get(key_of(op, shape, dtype))
+    return dict(found) if found is not None and found.keys() == default.keys() else dict(default)
+
+
+def remember(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, config: Mapping[str, Any], device: torch.device
+) -> Path:
+    """Write a configuration into the user's cache, whole or not at all; returns the file."""
+    path = cache_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = _read(path) | {key_of(op, shape, dtype): dict(config)}
+    handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(dumps(entries))
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    table.cache_clear()
+    return path
+
+
+def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table as JSON, an entry a line."""
+    lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def key_of(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """How a table names an entry: ``wna16 14336x4096x16 bfloat16``."""
+    return f"{op} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def table(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Every entry for a device, the user's over the shipped ones; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    major, minor = torch.cuda.get_device_capability(device)
+    return _read(SHIPPED / f"sm_{major}{minor}.json") | _read(cache_file(device))
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where the user's entries for this card, torch and Triton are."""
+    import triton
+
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(os.environ.get("HF_OPTIM_CACHE") or Path(home, "hf_optim")) / "tuning"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return folder / f"{_slug(name)}-torch{_slug(torch.__version__)}-triton{triton.__version__}.json"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is not read: {error}", stacklevel=3)
+        return {}
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        warnings.warn(f"{path} is no table of configurations, and is not read", stacklevel=3)
+        return {}
+    return entries

@@ -1,0 +1,90 @@
+"""Tables of tuned tiles: precedence, damage, and interrupted writes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from hf_optim_kernels import tuning
+
+CARD = torch.device("cuda", 0)
+DEFAULT = {"BLOCK": 16, "num_warps": 4}
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A card of capability 9.0 with a shipped table and an empty cache."""
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    entry = {"op 8x8x1 bfloat16": {"BLOCK": 32, "num_warps": 8}, "op 8x8x2 bfloat16": {"OLD_NAME": 1}}
+    (shipped / "sm_90.json").write_text(json.dumps(entry))
+    monkeypatch.setattr(tuning, "SHIPPED", shipped)
+    monkeypatch.setenv("HF_OPTIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some Card 80GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    tuning.table.cache_clear()
+    yield tmp_path
+    tuning.table.cache_clear()
+
+
+def choose(rows):
+    return tuning.choose("op", (8, 8, rows), torch.bfloat16, DEFAULT, CARD)
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (4096, 4096)])
+def test_buckets_are_powers_of_two(rows, bucket):
+    assert tuning.bucket(rows) == bucket
+
+
+def test_the_shipped_table_then_the_users_then_the_default(card):
+    assert choose(1) == {"BLOCK": 32, "num_warps": 8}
+    assert choose(4) == DEFAULT
+    path = tuning.remember("op", (8, 8, 1), torch.bfloat16, {"BLOCK": 64, "num_warps": 2}, CARD)
+    assert choose(1) == {"BLOCK": 64, "num_warps": 2}
+    assert torch.__version__.split("+")[0] in path.name
+    assert "Some_Card_80GB" in path.name
+
+
+def test_an_entry_of_an_older_kernel_is_passed_over(card):
+    assert choose(2) == DEFAULT
+
+
+def test_a_cpu_has_no_table():
+    assert tuning.table(torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"op 8x8x1 bfloat16": 3}'])
+def test_a_damaged_cache_is_said_and_passed_over(card, damage):
+    path = tuning.cache_file(CARD)
+    path.parent.mkdir(parents=True)
+    path.write_text(damage)
+    with pytest.warns(UserWarning, match=r"is not read|is no table"):
+        assert choose(1) == {"BLOCK": 32, "num_warps": 8}
+
+
+def test_an_interrupted_write_leaves_the_old_cache(card, monkeypatch):
+    path = tuning.remember("op", (8, 8, 1), torch.bfloat16, {"BLOCK": 64, "num_warps": 2}, CARD)
+    before = path.read_text()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.remember("op", (8, 8, 4), torch.bfloat16, {"BLOCK": 8, "num_warps": 2}, CARD)
+    assert path.read_text() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_shipped_tables_are_well_formed():
+    for path in tuning.SHIPPED.glob("*.json"):
+        entries = json.loads(path.read_text())
+        assert entries
+        for key, config in entries.items():
+            name, shape, dtype = key.split()
+            assert len(shape.split("x")) == 3, key
+            assert hasattr(torch, dtype), key
+            assert all(isinstance(value, (int, str)) for value in config.values()), (name, config)

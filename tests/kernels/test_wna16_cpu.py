@@ -1,0 +1,254 @@
+"""PyTorch's packed operators on a CPU against a float64 reference."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_optim_kernels.wna16 import cpu
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in cpu.CAPABILITIES, reason="no packed operators on this CPU"
+)
+
+# Norm over norm; both types run in bfloat16: the rounding of inputs, scales and result.
+BOUND = 2**-8
+# out, in, group of the weight (0: the row), bits, zero points
+CASES = [
+    (352, 128, 32, 4, True),
+    (64, 256, 128, 4, False),
+    (48, 384, 192, 4, True),
+    (16, 96, 0, 4, False),
+    (80, 256, 256, 3, False),
+    (80, 128, 64, 2, True),
+    (352, 176, 0, 8, False),
+    (33, 96, 0, 6, False),
+]
+
+
+def random_weight(out, columns, group=0, bits=4, zero=False, *, dtype=torch.bfloat16, bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    group = group or columns
+    groups = columns // group
+    found = SimpleNamespace(
+        codes=torch.randint(0, 2**bits, (out, columns), generator=g).to(torch.uint8),
+        scale=torch.rand(out, groups, generator=g).add(0.5).to(dtype),
+        zero=torch.randint(0, 2**bits, (out, groups), generator=g).to(torch.uint8) if zero else None,
+        order=None,
+        input_scale=None,
+        input_zero=None,
+    )
+    return SimpleNamespace(
+        name="layer",
+        shape=(out, columns),
+        dtype=dtype,
+        device=torch.device("cpu"),
+        kind="int",
+        bits=bits,
+        group_size=group,
+        symmetric=not zero,
+        ordered=False,
+        inputs=None,
+        sparse24=False,
+        bias=torch.randn(out, generator=g).to(dtype) if bias else None,
+        codes=lambda: found,
+    )
+
+
+def random_input(*shape, dtype=torch.bfloat16, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def decoded(weight):
+    found = weight.codes()
+    spread = [
+        None if t is None else t.double().repeat_interleave(weight.group_size, 1) for t in (found.scale, found.zero)
+    ]
+    zero = 2.0 ** (weight.bits - 1) if spread[1] is None else spread[1]
+    return (found.codes.double() - zero) * spread[0]
+
+
+def reference(weight, x):
+    y = x.double() @ decoded(weight).T
+    return y if weight.bias is None else y + weight.bias.double()
+
+
+def apart(y, wanted):
+    return float((y.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_product(case, rows, dtype):
+    weight = random_weight(*case, dtype=dtype)
+    assert cpu.refusal(weight) is None
+    x = random_input(rows, weight.shape[1], dtype=dtype)
+    y = cpu.bind(weight)(x)
+    assert y.dtype == dtype
+    assert y.shape == (rows, weight.shape[0])
+    assert apart(y, reference(weight, x)) < BOUND
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_codes_come_back_bit_for_bit(case):
+    weight = random_weight(*case, dtype=torch.float16)
+    wanted, found = weight.codes(), copy.deepcopy(cpu.bind(weight)).codes()
+    for name in ("codes", "scale", "zero", "order"):
+        a, b = getattr(wanted, name), getattr(found, name)
+        assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_bias_more_dimensions_and_strided_inputs(bits):
+    weight = random_weight(48, 96, bits=bits, bias=False)
+    operand = cpu.bind(weight)
+    x = random_input(2, 96, 6).transpose(1, 2)
+    assert apart(operand(x), reference(weight, x)) < BOUND
+    x = random_input(4, 192)[:, ::2]
+    assert apart(operand(x), reference(weight, x)) < BOUND
+    assert operand(random_input(96)).shape == (48,)
+    assert operand(random_input(3, 0, 96)).shape == (3, 0, 48)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_where_dense_products_are_fast_many_rows_are_decoded(bits, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    weight = random_weight(48, 96, bits=bits)
+    operand = cpu.bind(weight)
+    operand.multiply = None
+    x = random_input(cpu.MOST_ROWS + 1, 96)
+    assert apart(operand(x), reference(weight, x)) < BOUND
+    with pytest.raises(TypeError):
+        operand(x[1:])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_visible_and_alone(bits, value):
+    operand, x = cpu.bind(random_weight(48, 96, bits=bits)), random_input(4, 96)
+    expected = operand(x)
+    x[1, 7] = value
+    y = operand(x)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_gradient_is_that_of_the_weight_and_trains_an_adapter(bits):
+    weight = random_weight(48, 96, bits=bits)
+    operand = cpu.bind(weight)
+    x = random_input(2, 3, 96).requires_grad_()
+    grad = random_input(2, 3, 48, seed=3)
+    y = operand(x)
+    assert torch.equal(y, operand(x.detach()))
+    y.backward(grad)
+    assert apart(x.grad, grad.double() @ decoded(weight)) < BOUND
+
+    down, up = nn.Linear(96, 4, bias=False).bfloat16(), nn.Linear(4, 48, bias=False).bfloat16()
+    (operand(x.detach()) + up(down(x.detach()))).square().sum().backward()
+    assert float(up.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_traces_into_one_graph(bits):
+    operand, x = cpu.bind(random_weight(48, 96, bits=bits)), random_input(4, 96)
+    traced = torch.compile(operand, fullgraph=True, backend="eager", dynamic=False)
+    assert torch.equal(traced(x), operand(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_joined_operands_give_their_outputs_side_by_side(bits):
+    parts = [cpu.bind(random_weight(n, 96, bits=bits, seed=n)) for n in (48, 16, 32)]
+    x = random_input(5, 96)
+    assert torch.equal(cpu.join(parts)(x), torch.cat([part(x) for part in parts], -1))
+    assert cpu.join([parts[0], cpu.bind(random_weight(48, 96, bits=bits, bias=False))]) is None
+    assert cpu.join([parts[0], cpu.bind(random_weight(48, 96, bits=3))]) is None
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_state_of_one_operand_loads_into_another(bits):
+    operand, other = (cpu.bind(random_weight(48, 96, bits=bits, seed=seed)) for seed in (0, 5))
+    x = random_input(4, 96)
+    assert not torch.equal(operand(x), other(x))
+    other.load_state_dict(operand.state_dict())
+    assert torch.equal(operand(x), other(x))
+
+
+@pytest.mark.parametrize(
+    "case", [(352, 172, 0, 8, False), (33, 172, 43, 4, True), (70, 172, 4, 3, False), (5, 7, 0, 8, True)]
+)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_in_float32_it_is_dense_and_exact(case, ordered):
+    weight = random_weight(*case, dtype=torch.float32)
+    found, columns = weight.codes(), weight.shape[1]
+    if ordered:
+        weight.ordered = True
+        found.order = torch.randperm(columns, generator=torch.Generator().manual_seed(7))
+    assert cpu.refusal(weight) is None
+    operand = copy.deepcopy(cpu.bind(weight))
+    x = random_input(2, 9, columns, dtype=torch.float32).requires_grad_()
+    stored = x.detach() if found.order is None else x.detach()[..., found.order]
+    assert apart(operand(x).detach(), reference(weight, stored)) < 1e-6
+    operand(x).sum().backward()
+    wanted = decoded(weight).sum(0)
+    got = x.grad[0, 0] if found.order is None else x.grad[0, 0][found.order]
+    assert apart(got, wanted) < 1e-6
+    for name in ("codes", "scale", "zero", "order"):
+        a, b = getattr(found, name), getattr(operand.codes(), name)
+        assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
+    assert operand.takes(x)
+    assert not operand.takes(x.bfloat16())
+    assert "dense" in operand.label
+    assert cpu.join([operand, operand]) is None
+
+
+def test_float32_scales_that_lose_the_codes_are_refused_at_binding():
+    weight = random_weight(48, 96, dtype=torch.float32)
+    weight.codes().scale[3] = 0
+    with pytest.raises(ValueError, match="does not tell its codes apart"):
+        cpu.bind(weight)
+
+
+def test_it_takes_its_own_type_alone():
+    operand = cpu.bind(random_weight(48, 96))
+    assert operand.takes(random_input(1, 96))
+    assert not operand.takes(random_input(1, 96, dtype=torch.float16))
+
+
+def test_scales_that_bfloat16_cannot_hold_are_refused_at_binding():
+    # A weight of zeros and ones that is a rest of larger terms: 7 s - 6 s, which round apart.
+    weight = random_weight(48, 96, zero=True)
+    found = weight.codes()
+    found.codes.fill_(15)
+    found.zero.fill_(14)
+    found.scale = torch.full((48, 1), 1 + 2**-8)
+    with pytest.raises(ValueError, match="bfloat16 scales would move"):
+        cpu.bind(weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "float64 inputs"),
+        ({"ordered": True}, "reordered"),
+        ({"group_size": 48}, "groups of 48 columns"),
+        ({"shape": (40, 96)}, "40 rows are no multiple of 16"),
+        ({"bits": 8, "group_size": 32}, "one scale a row"),
+        ({"bits": 8, "symmetric": False}, "zero points"),
+        ({"bits": 8, "shape": (352, 172), "group_size": 172}, "172 columns are no multiple of 16"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_the_reason(change, reason):
+    weight = random_weight(48, 96)
+    weight.__dict__.update(change)
+    assert reason in cpu.refusal(weight)
+
+
+def test_another_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert "DEFAULT" in cpu.refusal(random_weight(48, 96))
