@@ -1,0 +1,83 @@
+"""The linear layer of LLM.int8()."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import naive, op
+
+
+class LLMInt8Linear(nn.Module):
+    """``x W^T + bias`` on ``hf_optim::llm_int8``, the weight quantized by rows.
+
+    Attributes:
+        weight: int8 codes [out, in].
+        w_scale: float32 [out].
+        bias: [out], or None.
+        threshold: columns of the input with a larger magnitude are multiplied in its own type.
+        counters: int32, zero between calls. Two calls must not overlap on different streams.
+    """
+
+    weight: Tensor
+    w_scale: Tensor
+    bias: Tensor | None
+    counters: Tensor
+
+    def __init__(
+        self, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float, dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not threshold > 0:
+            raise ValueError(f"threshold {threshold}; it must be positive")
+        self.threshold, self.dtype = float(threshold), dtype
+        self.label = f"llm_int8 Triton (outliers above {threshold:g})"
+        self.register_buffer("weight", weight)
+        self.register_buffer("w_scale", w_scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        rows, columns = weight.shape
+        size = columns + 1 + max(1, -(-rows // 16))
+        self.register_buffer("counters", torch.zeros(size, dtype=torch.int32, device=weight.device))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, threshold: float = 6.0) -> LLMInt8Linear:
+        """Quantize a dense layer. Raises ``ValueError`` for a weight that is not finite."""
+        if not bool(linear.weight.isfinite().all()):
+            raise ValueError("its weight is not finite")
+        codes, scale = naive.quantize_weight(linear.weight)
+        return cls(codes, scale, linear.bias, threshold, linear.weight.dtype)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the input is of the layer's type, and on its device."""
+        same = x.dtype == self.dtype and x.device == self.weight.device
+        return same and not torch.is_autocast_enabled(x.device.type)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out]."""
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        call = torch.ops.hf_optim.llm_int8 if recorded or torch.compiler.is_compiling() else op.linear
+        return call(x, self.weight, self.w_scale, self.bias, self.threshold, self.counters)
+
+    def codes(self) -> Any:
+        """The codes (uint8, 128 for 0) and scales of the weight, bit for bit."""
+        codes = self.weight.view(torch.uint8) ^ 128
+        return SimpleNamespace(
+            codes=codes, scale=self.w_scale[:, None], zero=None, order=None, input_scale=None, input_zero=None
+        )  # fmt: skip
+
+
+def join(operands: list[nn.Module]) -> LLMInt8Linear | None:
+    """One layer whose outputs are those of all, one after the other; None where inputs or types differ."""
+    parts = [part for part in operands if isinstance(part, LLMInt8Linear)]
+    if not parts or len(parts) < len(operands):
+        return None
+    kinds = {(p.weight.shape[1], p.weight.device, p.dtype, p.threshold, p.bias is None) for p in parts}
+    if len(kinds) > 1:
+        return None
+    first = parts[0]
+    bias = None if first.bias is None else torch.cat([part.bias for part in parts if part.bias is not None])
+    weight, scale = torch.cat([p.weight for p in parts]), torch.cat([p.w_scale for p in parts])
+    return LLMInt8Linear(weight, scale, bias, first.threshold, first.dtype)

@@ -1,0 +1,60 @@
+"""The specification of ``hf_optim::llm_int8`` in plain PyTorch (Dettmers et al., LLM.int8(), 2208.07339).
+
+With O the columns of ``X`` [rows, in] where any ``|x|`` is above the threshold (or not finite)::
+
+    y[m, n] = (sum_{k not in O} c[m, k] w[n, k]) s[m] t[n] + (sum_{k in O} x[m, k] w[n, k]) t[n] + bias[n]
+    c[m, k] = round(x[m, k] / s[m]),   s[m] = max{|x[m, k]| : |x[m, k]| <= threshold} / 127
+
+The weight is ``w t``: int8 codes and a scale for each row, ``t[n] = max_k |W[n, k]| / 127``. A magnitude below the
+threshold counts for ``s`` also where its column has an outlier in another row, so that ``s`` needs one row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEVELS = 127.0
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense weight [out, in] as int8 codes [out, in] and float32 scales [out]."""
+    wide = weight.detach().float()
+    scale = wide.abs().amax(1) / LEVELS
+    divisor = torch.where(scale == 0, 1.0, scale)
+    return (wide / divisor[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [rows, in] (int8), scales [rows] (float32) and the outlier columns [in] (bool) of ``x`` [rows, in].
+
+    The codes of outlier columns mean nothing.
+    """
+    wide = x.float()
+    outlying = ~(wide.abs() <= threshold)
+    inner = torch.where(outlying, 0.0, wide)
+    top = inner.abs().amax(1)
+    inverse = torch.where(top > 0, LEVELS / top, 0.0)
+    codes = (inner * inverse[:, None]).round().clamp(-LEVELS, LEVELS).to(torch.int8)
+    return codes, top / LEVELS, outlying.any(0)
+
+
+def llm_int8(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """``x`` [..., in], ``weight`` int8 [out, in], ``w_scale`` float32 [out]: [..., out] in the type of ``x``."""
+    if not x.numel():
+        y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+        return y if bias is None else y + bias.to(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    codes, scale, columns = quantize_rows(flat, threshold)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Sums of products of codes are exact in float64.
+    y = (codes.masked_fill(columns, 0).double() @ weight.double().T).to(wide) * scale[:, None].to(wide)
+    y = y + flat[:, columns].to(wide) @ weight[:, columns].to(wide).T
+    y = y * w_scale.to(wide)
+    y = y if bias is None else y + bias.to(wide)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def dequantize(weight: Tensor, w_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] in ``dtype``."""
+    return weight.to(dtype) * w_scale[:, None].to(dtype)

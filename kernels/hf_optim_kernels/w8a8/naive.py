@@ -1,0 +1,106 @@
+"""The specification of the 8-bit operators in plain PyTorch.
+
+A row ``x`` [in] is quantized to codes ``c``, on a grid that is made per row (dynamic) or given (static)::
+
+    int8, symmetric     s = max|x| / 127.5          c = clamp(round(x / s), -128, 127)
+    int8, asymmetric    s = (max x - min x) / 255    c = clamp(round(x / s + z), -128, 127), z = round(-128 - min x / s)
+    float8 (e4m3)       s = max|x| / 448             c = x / s rounded to e4m3
+
+with 0 counted among ``min x`` and ``max x``, and ``s`` the machine epsilon where it would be 0. Every step is rounded
+to the type of ``x``, as compressed-tensors does, so that codes are those of its fake quantization. A row that is not
+finite gets ``s`` = its largest magnitude (Inf or NaN), also on a static grid: it stays visible in the output.
+
+The product is ``y[m, n] = (sum_k c[m, k] w[n, k] - z[m] sum_k w[n, k]) s[m] t[n] + bias[n]`` with codes ``w`` [out, in]
+and scales ``t`` [out] of the weight. Quantizing inside of the layer that makes the row is ZeroQuant's (2206.01861).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FLOAT8 = torch.float8_e4m3fn
+INT8_LEVELS, FLOAT8_LEVELS = 127.5, 448.0
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+def quantize(
+    x: Tensor, float8: bool, symmetric: bool = True, scale: Tensor | None = None, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [..., in] (int8 or float8_e4m3fn), scales [...] (float32; float64 for float64), zero points [...] (int32).
+
+    Args:
+        x: [..., in], floating.
+        scale, zero: of a static grid, one element each; None for a grid of each row.
+
+    The zero points are an empty tensor where the grid is symmetric.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    top = x.abs().amax(-1)
+    if scale is None:
+        scale, zero = token_grid(x, float8, symmetric)
+    else:
+        scale = scale.to(compute).reshape(()).expand(top.shape)
+        if zero is not None:
+            zero = zero.to(torch.int32).reshape(()).expand(top.shape)
+    steps = (x.to(compute) / scale[..., None].to(compute)).to(x.dtype)
+    if zero is not None:
+        steps = steps + zero[..., None].to(x.dtype)
+    scale = torch.where(top.isfinite(), scale.to(compute), top.to(compute))
+    zero = x.new_empty(0, dtype=torch.int32) if zero is None else zero.contiguous()
+    if float8:
+        return steps.clamp(-FLOAT8_LEVELS, FLOAT8_LEVELS).to(FLOAT8), scale, zero
+    return steps.nan_to_num(-128.0).clamp(-128, 127).round().to(torch.int8), scale, zero
+
+
+def token_grid(x: Tensor, float8: bool, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales [...] in the type of ``x`` and zero points [...] (int32; None when symmetric) of the rows of ``x``."""
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    eps = torch.finfo(x.dtype).eps
+    if symmetric:
+        scale = torch.maximum(-low, high) / (FLOAT8_LEVELS if float8 else INT8_LEVELS)
+        return scale.masked_fill(scale == 0, eps), None
+    scale = (high - low) / 255
+    scale = scale.masked_fill(scale == 0, eps)
+    return scale, (-128 - low / scale).nan_to_num(0.0).clamp(-128, 127).round().to(torch.int32)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``(codes - zero) * scale``: codes [..., in], scales and zero points [...]."""
+    values = codes.to(dtype)
+    if zero is not None and zero.numel():
+        values = values - zero[..., None].to(dtype)
+    return values * scale[..., None].to(dtype)
+
+
+def multiply(
+    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``x`` [..., in] and ``weight`` [out, in] in codes -> [..., out] in ``dtype``. Exact sums of int8 products."""
+    compute = torch.float64 if dtype == torch.float64 or weight.dtype == torch.int8 else torch.float32
+    codes = x.to(compute)
+    if x_zero is not None and x_zero.numel():
+        codes = codes - x_zero[..., None].to(compute)
+    y = (codes @ weight.to(compute).T) * x_scale[..., None].to(compute) * scale.to(compute)
+    return (y if bias is None else y + bias.to(compute)).to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` rounded to the type of ``x``, times ``weight`` [in] (as Llama's is)."""
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``torch.nn.functional.layer_norm`` over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def gated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """``activation(gate) * up``, or the activation alone; both [..., in]. Raises ``ValueError`` for other names."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    value = F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(gate)
+    return value if up is None else value * up

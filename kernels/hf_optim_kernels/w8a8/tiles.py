@@ -1,0 +1,97 @@
+"""Tile shapes of the 8-bit products: a good guess, those worth timing, and the tuned ones.
+
+Up to ``MOST_DECODE_ROWS`` rows a configuration is of ``decode_kernel``: ``PREQUANT`` quantizes in a launch of its own
+first, which pays where quantizing the same rows in every program costs more than a launch. Above, ``KERNEL`` names the
+product: ``grouped``, ``persistent`` or ``torch`` (``torch._scaled_mm``; float8 alone).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import tuning
+
+MOST_DECODE_ROWS = 64
+_DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
+_GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "HALVES", "FLATTEN", "num_warps", "num_stages")
+_TILES: dict[tuple, dict[str, Any]] = {}
+
+
+def default(M: int, N: int, K: int, float8: bool) -> dict[str, Any]:
+    """A guess at the fastest configuration; ``M`` is a bucket."""
+    if M <= MOST_DECODE_ROWS:
+        tiles = -(-N // 64)
+        split = next(s for s in (1, 2, 4, 8) if tiles * s >= 256 or s == 8 or 1024 * s > K)
+        return dict(zip(_DECODE, (64, 256, split, 4, 4 if M <= 32 else 3, int(M > 1)), strict=True))
+    if M <= 512:
+        block_n = 128 if -(-M // 128) * -(-N // 128) >= 128 else 64
+        return dict(zip(_GEMM, ("grouped", 128, block_n, 128, 8, 0, 0, 4, 4), strict=True))
+    # The persistent kernel is taken where a measurement says so.
+    return dict(zip(_GEMM, ("grouped", 128, 256, 128, 8, 0, 0, 8, 3), strict=True))
+
+
+def candidates(M: int, N: int, K: int, float8: bool) -> list[dict[str, Any]]:
+    """Configurations worth timing, the likeliest first; ``M`` is a bucket."""
+    if M <= MOST_DECODE_ROWS:
+        return _decode_candidates(M, N, K)
+    if M <= 512:
+        rows = [
+            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
+            ("grouped", 64, 128, 128, 8, 0, 0, 4, 4),
+            ("persistent", 128, 128, 128, 8, 0, 1, 8, 4),
+            ("grouped", 128, 64, 128, 8, 0, 0, 4, 4),
+            ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
+            ("grouped", 128, 128, 256, 8, 0, 0, 8, 3),
+            ("grouped", 64, 64, 256, 8, 0, 0, 4, 3),
+        ]
+    else:
+        rows = [
+            ("persistent", 128, 256, 128, 8, 0, 0, 8, 4),
+            ("persistent", 128, 256, 128, 8, 1, 1, 8, 3),
+            ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
+            ("persistent", 128, 256, 128, 8, 0, 1, 8, 3),
+            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
+            ("persistent", 256, 128, 128, 8, 0, 0, 8, 4),
+            ("grouped", 128, 256, 64, 8, 0, 0, 8, 4),
+        ]
+    if float8:
+        rows.insert(1, ("torch", 128, 128, 128, 8, 0, 0, 4, 4))
+    return [dict(zip(_GEMM, row, strict=True)) for row in rows]
+
+
+def _decode_candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
+    whole = -(-N // 64)
+    split = next(s for s in (1, 2, 4, 8) if whole * s >= 256 or s == 8)
+    more, less = min(split * 2, 16), max(split // 2, 1)
+    fused = 0 if M <= 16 else 1
+    rows = [
+        (64, 256, split, 4, 4, fused),
+        (64, 256, split, 4, 4, 1),
+        (64, 256, more, 4, 3, fused),
+        (64, 128, split, 4, 6, 1),
+        (64, 256, less, 4, 4, fused),
+        (128, 128, more, 4, 4, 1),
+        (32, 256, less, 4, 4, fused),
+        (64, 512, split, 4, 3, 1),
+        (128, 256, more, 8, 3, 1),
+    ]
+    # A part of a tile is at least two blocks of columns.
+    fitting = [row for row in rows if row[2] == 1 or 2 * row[1] * row[2] <= K]
+    return [dict(zip(_DECODE, row, strict=True)) for row in dict.fromkeys(fitting or [(64, 128, 1, 4, 3, fused)])]
+
+
+def tiles_for(M: int, N: int, K: int, float8: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The tuned configuration for so many rows, else the default one; ``dtype`` is that of the output."""
+    rows = tuning.bucket(M)
+    key = (rows, N, K, float8, dtype, device)
+    if key not in _TILES:
+        guess = default(rows, N, K, float8)
+        _TILES[key] = tuning.choose(op_name(float8), (N, K, rows), dtype, guess, device)
+    return _TILES[key]
+
+
+def op_name(float8: bool) -> str:
+    """How tuned tables name the product."""
+    return "w8a8-float8" if float8 else "w8a8-int8"

@@ -1,0 +1,264 @@
+"""LLM.int8() against float64: outlier columns in the input's type, the rest in int8.
+
+The tests of the Triton kernels run in a process of their own with ``TRITON_INTERPRET=1``, which collects this file
+again; with the marker ``gpu`` the same tests run on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hf_optim_kernels.llm_int8 import layer, naive, op
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+on_triton = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [CUDA])
+in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
+
+# Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
+DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+GROUPED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+
+
+def relative(y, reference):
+    y, reference = y.detach().double(), reference.detach().double()
+    return float((y - reference).norm() / reference.norm())
+
+
+def random_case(rows, out, columns, dtype, device="cpu", outliers=(), seed=0):
+    """``x, weight, w_scale, bias``; ``outliers`` are (row, column) of ``x`` far above 6."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=g)
+    for i, (row, column) in enumerate(outliers):
+        x[row, column] = 20.0 + i if i % 2 else -30.0
+    weight = torch.randint(-127, 128, (out, columns), generator=g, dtype=torch.int8)
+    scale = torch.rand(out, generator=g) * 0.1 + 0.01
+    return tuple(t.to(device) for t in (x.to(dtype), weight, scale, torch.randn(out, generator=g).to(dtype)))
+
+
+def counters(out, columns, device):
+    return torch.zeros(columns + 1 + -(-out // 16), dtype=torch.int32, device=device)
+
+
+def in_float64(x, weight, scale, bias, threshold=6.0):
+    """The paper's decomposition, element by element."""
+    wide = x.double()
+    marked = (wide.abs() > threshold).any(0)
+    top = wide.abs().masked_fill(wide.abs() > threshold, 0).amax(1, keepdim=True)
+    codes = (wide * 127 / top).round()
+    inner = (codes * top / 127).masked_fill(marked, 0)
+    y = (torch.where(marked, wide, inner) @ weight.double().T) * scale.double()
+    return y if bias is None else y + bias.double()
+
+
+@in_this_process
+def test_the_specification_equals_float64():
+    for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.float16, 2**-11)):
+        x, weight, scale, bias = random_case(5, 33, 172, dtype, outliers=[(2, 7), (4, 100), (4, 7)])
+        assert relative(naive.llm_int8(x, weight, scale, bias, 6.0), in_float64(x, weight, scale, bias)) < bound
+
+
+@in_this_process
+def test_every_column_an_outlier_is_the_product_itself():
+    x, weight, scale, bias = random_case(5, 33, 172, torch.float64)
+    exact = x @ (weight.double() * scale[:, None].double()).T + bias
+    assert relative(naive.llm_int8(x, weight, scale, bias, 1e-9), exact) < 1e-14
+    assert relative(naive.llm_int8(x, weight, scale, bias, 1e9), exact) > 1e-4
+
+
+@in_this_process
+def test_outliers_apart_are_nearer_to_the_dense_product():
+    x, weight, scale, _ = random_case(16, 64, 256, torch.float32, outliers=[(i, 9) for i in range(16)])
+    dense = x.double() @ (weight.double() * scale[:, None].double()).T
+    apart, together = (relative(naive.llm_int8(x, weight, scale, None, t), dense) for t in (6.0, 1e9))
+    assert apart < together / 3
+
+
+@in_this_process
+def test_the_weight_is_rounded_to_the_nearest_code():
+    weight = torch.randn(24, 172, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    codes, scale = naive.quantize_weight(weight)
+    assert bool(((naive.dequantize(codes, scale) - weight).abs() <= scale[:, None] * 0.5001).all())
+    assert int(codes.abs().max()) == 127
+    assert bool((codes[3] == 0).all())
+
+
+# rows, out, columns, outliers; 40 outliers are more than a chunk of 32.
+CASES = [
+    (1, 48, 172, []),
+    (1, 48, 172, [(0, 171)]),
+    (5, 352, 64, [(2, 7), (4, 7), (0, 63)]),
+    (33, 70, 80, [(i % 33, i * 2) for i in range(40)]),
+]
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[:3]}-{len(case[3])}")
+def test_every_kernel_equals_float64(case, dtype, device, monkeypatch):
+    from hf_optim_kernels.llm_int8 import run
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(77))
+    rows, out, columns, outliers = case
+    operands = random_case(rows, out, columns, dtype, device, outliers)
+    reference = in_float64(*operands)
+    count = counters(out, columns, device)
+    for config in (DECODE, DECODE | {"SPLIT": 3}, GROUPED):
+        y = run.llm_int8(*operands, 6.0, count, config)
+        assert y.dtype == dtype
+        # A code at the middle between two may be the other one in float32: one step of one entry.
+        assert relative(y, reference) < BOUND[dtype], config
+        assert not bool(count.any()), config
+
+
+@on_triton
+@pytest.mark.parametrize("rows", [*range(1, 34, 4), 64, 65])
+def test_numbers_of_rows(rows, device):
+    x, weight, scale, bias = random_case(rows, 20, 40, torch.float32, device, [(rows // 2, 3)], seed=rows)
+    y = op.llm_int8(x, weight, scale, bias, 6.0, counters(20, 40, device))
+    assert relative(y, naive.llm_int8(x, weight, scale, bias, 6.0)) < 1e-6
+
+
+@on_triton
+def test_the_list_of_columns(device):
+    from hf_optim_kernels.llm_int8 import run
+
+    x = torch.zeros(4, 50, device=device)
+    x[0, 3], x[2, 3], x[3, 49], x[1, 10], x[1, 11] = 7.0, -8.0, float("nan"), 6.0, float("-inf")
+    count = counters(8, 50, device)
+    codes, scale, columns, number = run.quantize(x, 6.0, count)
+    assert columns[: int(number)].tolist() == [3, 11, 49]
+    assert not bool(count.any())
+    assert scale.tolist() == pytest.approx([0, 6 / 127, 0, 0])
+    assert codes[1, 10] == 127
+
+
+@on_triton
+def test_no_rows_more_dimensions_and_strides(device):
+    x, weight, scale, _ = random_case(6, 24, 64, torch.float32, device, [(1, 5)])
+    rest = (weight, scale, None, 6.0, counters(24, 64, device))
+    wanted = in_float64(x, weight, scale, None)
+    assert op.llm_int8(x[:0], *rest).shape == (0, 24)
+    assert op.llm_int8(x[0], *rest).shape == (24,)
+    assert relative(op.llm_int8(x.view(2, 3, 64), *rest).view(6, 24), wanted) < 1e-6
+    for strided in (x.T.contiguous().T, torch.stack((x, x), 1)[:, 0], torch.stack((x, x), 2)[:, :, 1]):
+        assert not strided.is_contiguous()
+        assert relative(op.llm_int8(strided, *rest), wanted) < 1e-6
+
+
+@on_triton
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, interpreting
+def test_what_is_not_finite_propagates(device):
+    from hf_optim_kernels.llm_int8 import run
+
+    x, weight, scale, bias = random_case(3, 24, 64, torch.float32, device)
+    weight = torch.where(weight == 0, 1, weight)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    dense = x.double() @ (weight.double() * scale[:, None].double()).T + bias.double()
+    for config in (DECODE, GROUPED):
+        y = run.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device), config)
+        assert torch.equal(y.isnan(), dense.isnan())
+        assert torch.equal(y.isinf(), dense.isinf())
+
+
+@on_triton
+def test_gradients_pass_straight_through(device):
+    x, weight, scale, bias = random_case(4, 24, 64, torch.float32, device, [(0, 1)])
+    x.requires_grad_()
+    bias.requires_grad_()
+    coefficients = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).to(device)
+    (op.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device)) * coefficients).sum().backward()
+    assert relative(x.grad, coefficients.double() @ (weight.double() * scale[:, None].double())) < 1e-6
+    assert relative(bias.grad, coefficients.double().sum(0)) < 1e-6
+
+
+@on_triton
+def test_the_operator_is_well_formed(device):
+    operands = random_case(3, 24, 64, torch.float32, device, [(0, 1)])
+    operands[0].requires_grad_()
+    torch.library.opcheck(torch.ops.hf_optim.llm_int8.default, (*operands, 6.0, counters(24, 64, device)))
+
+
+@on_triton
+def test_the_layer(device):
+    torch.manual_seed(0)
+    linear = nn.Linear(172, 48).to(device)
+    made = copy.deepcopy(layer.LLMInt8Linear.from_linear(linear))
+    x = torch.randn(2, 3, 172, generator=torch.Generator().manual_seed(1)).to(device)
+    x[1, 1, 17] = 40.0
+    assert relative(made(x), linear(x)) < 0.02
+    wanted = naive.llm_int8(x, made.weight, made.w_scale, made.bias, 6.0)
+    assert relative(made(x), wanted) < 1e-6
+    assert made(x.clone().requires_grad_()).requires_grad
+    assert made.takes(x)
+    assert not made.takes(x.half())
+    found = made.codes()
+    assert torch.equal((found.codes.int() - 128).float() * found.scale, naive.dequantize(made.weight, made.w_scale))
+
+
+@on_triton
+def test_joined_layers(device):
+    torch.manual_seed(0)
+    parts = [layer.LLMInt8Linear.from_linear(nn.Linear(64, n).to(device)) for n in (24, 8)]
+    x = torch.randn(3, 64, device=device)
+    assert relative(layer.join(parts)(x), torch.cat([part(x) for part in parts], -1)) < 1e-6
+    other = layer.LLMInt8Linear.from_linear(nn.Linear(64, 8).to(device), threshold=5.0)
+    assert layer.join([parts[0], other]) is None
+    assert layer.join([parts[0], nn.Linear(64, 8)]) is None
+
+
+@in_this_process
+def test_what_a_layer_refuses():
+    linear = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match="must be positive"):
+        layer.LLMInt8Linear.from_linear(linear, threshold=0.0)
+    with torch.no_grad():
+        linear.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        layer.LLMInt8Linear.from_linear(linear)
+
+
+@in_this_process
+def test_the_layer_without_triton():
+    torch.manual_seed(0)
+    linear = nn.Linear(172, 48)
+    made = layer.LLMInt8Linear.from_linear(linear)
+    x = torch.randn(2, 3, 172)
+    assert relative(made(x), linear(x)) < 0.02
+    assert made(x[:0]).shape == (0, 3, 48)
+
+
+@in_this_process
+def test_candidates_and_defaults_have_the_same_names():
+    pytest.importorskip("triton")
+    from hf_optim_kernels.llm_int8 import run
+
+    for N, K in ((14336, 4096), (4096, 14336), (352, 172)):
+        for power in range(14):
+            guess = run.default(1 << power, N, K)
+            found = run.candidates(1 << power, N, K)
+            assert found
+            assert all(config.keys() == guess.keys() for config in found)
+
+
+@in_this_process
+def test_the_triton_kernels_interpreted():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
