@@ -83,6 +83,15 @@ class NM(Technique):
         return self.score == "activation" or self.compensate or self.budget is not None
 
     @hookimpl
+    def register_kernels(self, register):
+        if (self.keep, self.group) != (2, 4):
+            return
+        from hf_optim import Kernel
+        from hf_optim_kernels.sparse24 import layer as sparse24
+
+        register(Kernel("sparse24", serves=sparse24.serves, bind=sparse24.bind, sparse24=True))
+
+    @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         selected = scope.select(self.targets, self.skip)
         layers = {name: selected[name] for name in masks.weight_names(selected)}

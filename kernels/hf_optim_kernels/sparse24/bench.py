@@ -1,0 +1,75 @@
+"""Contenders for a 2:4 layer: the kernels of this folder, the dense product, and cuSPARSELt through PyTorch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..benching import Contender, bytes_of, codes_of, copies_of, device, modules_of, weight_of
+from . import layer, library, naive
+
+GROUP = 128
+
+
+def sparse_weight(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """A random weight [N, K] with the first and third or second and fourth of every four columns."""
+    generator = torch.Generator(device()).manual_seed(seed)
+    weight = torch.randn(N, K // 4, 2, 2, device=device(), generator=generator, dtype=torch.float32)
+    odd = torch.rand(N, K // 4, 1, device=device(), generator=generator) < 0.5
+    weight[..., 0] *= odd
+    weight[..., 1] *= ~odd
+    # A product with False may leave -0.0.
+    return (weight + 0.0).reshape(N, K).to(dtype)
+
+
+def operand(N: int, K: int, bits: int, dtype: torch.dtype) -> tuple[layer.Operand, Tensor]:
+    """A random operand, 16-bit or of codes (8 bits: a scale a row; 4: groups of ``GROUP``), and its float64 weight."""
+    dense = sparse_weight(N, K, dtype)
+    group = K if bits != 4 else min(GROUP, K)
+    if bits == 16:
+        told = weight_of(codes_of(dense, None), dtype, 16, K, kind="dense", sparse24=True)
+        return layer.bind(told), dense.double()
+    middle = 1 << (bits - 1)
+    grouped = dense.float().view(N, -1, group)
+    scale = (grouped.abs().amax(-1) / (middle - 1)).to(dtype)
+    codes = (grouped / scale.float()[..., None]).round().clamp(1 - middle, middle - 1).view(N, K)
+    told = weight_of(codes_of((codes + middle).to(torch.uint8), scale), dtype, bits, group, sparse24=True)
+    return layer.bind(told), codes.double() * scale.double().repeat_interleave(group, 1)
+
+
+def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
+    """The ways to run a 2:4 layer of shape [N, K] on M rows."""
+    x = torch.randn(M, K, device=device(), dtype=dtype)
+    flops = 2 * M * N * K
+    found = []
+    for bits in (16, 8, 4):
+        module, weight = operand(N, K, bits, dtype)
+        reference = x.double() @ weight.T
+        del weight
+        size = stored_bytes(module)
+        calls = [partial(_without_gradient, each, x) for each in modules_of(module)]
+        found.append(Contender(f"2:4 {'bf16' if bits == 16 else f'int{bits}'}", calls, size, flops, reference))
+    dense = sparse_weight(N, K, dtype)
+    reference = x.double() @ dense.double().T
+    calls = [partial(torch.nn.functional.linear, x, *copy) for copy in copies_of((dense,))]
+    found.append(Contender("dense", calls, bytes_of((dense,)), flops, reference, dense=True))
+    packed = library.share(dense, naive.pack(dense, dense != 0, 16)[0])
+    if packed is not None:
+        calls = [partial(library.product, x, copy, None, 0) for (copy,) in copies_of((packed,))]
+        found.append(Contender("cuSPARSELt", calls, bytes_of((packed,)), flops, reference, peer=True))
+    return found
+
+
+def stored_bytes(module: layer.Operand) -> int:
+    """Bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
+    rows, fours = module.bits.shape[0], 2 * module.bits.shape[1]
+    return rows * fours * 2 * module.width // 8 + bytes_of(
+        tensor for tensor in (module.bits, module.scale, module.zero) if tensor is not None
+    )
+
+
+@torch.no_grad()
+def _without_gradient(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)

@@ -1,0 +1,264 @@
+"""Binding a 2:4 weight: which weights are served, and the operand that runs one.
+
+A weight comes as the host describes it (``QuantizedWeight``: ``kind`` "dense" for 16-bit numbers or "int" for codes,
+read here by its attributes alone) and goes back as it came, bit for bit, through ``codes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import configs, library, naive, op
+
+# Smaller layers are bound by the launch, which a dense product has too.
+LEAST_WEIGHTS = 1 << 22
+GROUP_MULTIPLE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """What ``Operand.codes`` returns: the codes a weight was bound from, see ``naive`` for their values.
+
+    Attributes:
+        codes: [out, in]; uint8, or the weight itself.
+        scale: [out, groups], None for a weight of 16 bits.
+        zero: uint8 [out, groups], None for the symmetric grid.
+        order, input_scale, input_zero: None; such weights are not served.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    order: None = None
+    input_scale: None = None
+    input_zero: None = None
+
+
+def serves(weight: Any) -> str | None:
+    """None where the weight can run here and pays, else why not; empty where it is not 2:4."""
+    if not weight.sparse24:
+        return ""
+    if weight.inputs is not None:
+        return "its inputs are quantized, this kernel is for weights only"
+    return _form_refusal(weight) or _device_refusal(weight.device) or _size_refusal(weight)
+
+
+def _form_refusal(weight: Any) -> str | None:
+    columns = weight.shape[1]
+    if weight.kind not in ("dense", "int"):
+        return f"{weight.kind} codes; served are integers and unquantized weights"
+    if weight.dtype not in op.DTYPES:
+        return f"{str(weight.dtype).removeprefix('torch.')} inputs; the kernel is for bfloat16 and float16"
+    if weight.ordered:
+        return "its groups are of scattered columns (act-order)"
+    if columns % 4:
+        return f"{columns} columns are no multiple of 4"
+    if weight.kind == "dense":
+        return None
+    if not 2 <= weight.bits <= 8:
+        return f"{weight.bits}-bit codes; served are 2 to 8 bits"
+    if weight.group_size < columns and weight.group_size % GROUP_MULTIPLE:
+        return f"groups of {weight.group_size} columns are no multiple of {GROUP_MULTIPLE}"
+    return None
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"no 2:4 kernel for {device.type} devices"
+    if util.find_spec("triton") is None:
+        return "Triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def _size_refusal(weight: Any) -> str | None:
+    count = weight.shape[0] * weight.shape[1]
+    if count < LEAST_WEIGHTS:
+        return f"a layer of {count:,} weights is faster dense (2:4 pays from {LEAST_WEIGHTS:,})"
+    return None
+
+
+@torch.no_grad()
+def bind(weight: Any) -> Operand:
+    """The operand of a weight. Raises ``ValueError`` where a four has more than two entries that are not zero.
+
+    For codes, zero is exactly the zero point's code.
+    """
+    found = weight.codes()
+    columns, middle = weight.shape[1], 1 << (weight.bits - 1)
+    bias = None if weight.bias is None else weight.bias.detach()
+    if weight.kind == "dense":
+        return _bind_dense(found.codes, bias)
+    width = 4 if weight.bits <= 4 else 8
+    middle_or_zero = middle if found.zero is None else _spread(found.zero, columns, weight.group_size)
+    values, bits = naive.pack(found.codes, found.codes != middle_or_zero, width)
+    scale = found.scale.T.contiguous()
+    zero = None if found.zero is None else found.zero.T.contiguous()
+    return Operand(values, bits, scale, zero, bias, None, width, weight.group_size, middle, columns, weight.dtype)
+
+
+def _bind_dense(dense: Tensor, bias: Tensor | None) -> Operand:
+    values, bits = naive.pack(dense, dense != 0, 16)
+    numbers, _ = naive.unpack(values, bits, 16, dense.shape[1])
+    # Only zeros were dropped, and they may be negative (a mask multiplied a weight).
+    lost = numbers.view(torch.int16) != dense.view(torch.int16)
+    negative = _to_bits(lost) if bool(lost.any()) else None
+    both = library.share(dense, values)
+    return Operand(
+        values if both is None else both, bits, None, None, bias, negative, 16, dense.shape[1], 0, dense.shape[1],
+        dense.dtype,
+    )  # fmt: skip
+
+
+class Operand(nn.Module):
+    """``x W^T + bias`` on ``hf_optim::sparse24``.
+
+    Attributes:
+        values, bits, scale, zero, bias: see ``op.sparse24``.
+        negative: uint8 [out, in / 8], where a pruned weight is -0.0; None where none is. Only ``codes`` reads it.
+        counters: int32, zeros; not saved.
+    """
+
+    values: Tensor
+    bits: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    bias: Tensor | None
+    negative: Tensor | None
+    counters: Tensor
+
+    def __init__(
+        self,
+        values: Tensor,
+        bits: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        negative: Tensor | None,
+        width: int,
+        group_size: int,
+        middle: int,
+        columns: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.width, self.group_size, self.middle, self.columns, self.dtype = width, group_size, middle, columns, dtype
+        for name, tensor in (
+            ("values", values), ("bits", bits), ("scale", scale), ("zero", zero), ("bias", bias), ("negative", negative)
+        ):  # fmt: skip
+            self.register_buffer(name, tensor)
+        counters = torch.zeros(configs.COUNTERS, dtype=torch.int32, device=bits.device)
+        self.register_buffer("counters", counters, persistent=False)
+
+    @property
+    def label(self) -> str:
+        """What reports say of a layer on this operand."""
+        many = ", cuSPARSELt for many rows" if library.shared(self.values, self.bits) else ""
+        return f"sparse24 Triton, {'16-bit' if self.width == 16 else f'int{self.width}'} values{many}"
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether type and device of an input are those of the layer."""
+        return x.dtype == self.dtype and x.device == self.bits.device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out]."""
+        arguments = (
+            x, self.values, self.bits, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size,
+            self.middle,
+        )  # fmt: skip
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._records(x)):
+            return torch.ops.hf_optim.sparse24(*arguments)
+        return op.run(*arguments)
+
+    def _records(self, x: Tensor) -> bool:
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @torch.no_grad()
+    def codes(self) -> Codes:
+        """What the operand was bound from."""
+        numbers, at = naive.unpack(self.values, self.bits, self.width, self.columns)
+        if self.scale is None:
+            if self.negative is not None:
+                lost = _from_bits(self.negative, self.columns)
+                numbers = torch.where(lost, torch.full((), -0.0, dtype=numbers.dtype, device=lost.device), numbers)
+            return Codes(numbers, None, None)
+        zero = None if self.zero is None else self.zero.T.contiguous()
+        pruned = self.middle if zero is None else _spread(zero, self.columns, self.group_size)
+        return Codes(torch.where(at, numbers, pruned).to(torch.uint8), self.scale.T.contiguous(), zero)
+
+
+def join(operands: Sequence[Operand]) -> Operand | None:
+    """One operand whose outputs are those of all, one after the other; None where they differ in more than rows."""
+    first = operands[0]
+    if any(_form(operand) != _form(first) for operand in operands):
+        return None
+    negative = None
+    if any(operand.negative is not None for operand in operands):
+        width = -(-first.columns // 8)
+        negative = torch.cat([
+            operand.bits.new_zeros(operand.bits.shape[0], width) if operand.negative is None else operand.negative
+            for operand in operands
+        ])  # fmt: skip
+    bits = torch.cat([operand.bits for operand in operands])
+    values = torch.cat([_own_values(operand) for operand in operands])
+    if first.width == 16:
+        both = library.share(naive.unpack(values, bits, 16, first.columns)[0], values)
+        values = values if both is None else both
+    return Operand(
+        values, bits, _joined([o.scale for o in operands], 1), _joined([o.zero for o in operands], 1),
+        _joined([o.bias for o in operands], 0), negative, first.width, first.group_size, first.middle, first.columns,
+        first.dtype,
+    )  # fmt: skip
+
+
+def _form(operand: Operand) -> tuple:
+    optional = (operand.scale, operand.zero, operand.bias)
+    kinds = tuple(None if tensor is None else tensor.dtype for tensor in optional)
+    return (
+        operand.width,
+        operand.group_size,
+        operand.middle,
+        operand.columns,
+        operand.dtype,
+        operand.bits.device,
+        kinds,
+    )
+
+
+def _own_values(operand: Operand) -> Tensor:
+    """The values [out, ...] without what cuSPARSELt keeps behind them."""
+    rows, fours = operand.bits.shape[0], 2 * operand.bits.shape[1]
+    flat = operand.values.flatten()
+    return (
+        flat[: rows * fours].view(rows, fours) if operand.width == 4 else flat[: rows * fours * 2].view(rows, fours, 2)
+    )
+
+
+def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    held = [part for part in parts if part is not None]
+    return torch.cat(held, dim) if held else None
+
+
+def _spread(zero: Tensor, columns: int, group_size: int) -> Tensor:
+    """Zero points [out, groups] for every column."""
+    return zero.repeat_interleave(min(group_size, columns), 1)[:, :columns]
+
+
+def _to_bits(flags: Tensor) -> Tensor:
+    """Bool [out, in] as uint8 [out, in / 8], the first column lowest."""
+    padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8)).view(flags.shape[0], -1, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (padded.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
+
+
+def _from_bits(packed: Tensor, columns: int) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> places & 1 != 0).flatten(1)[:, :columns]

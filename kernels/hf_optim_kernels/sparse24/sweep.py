@@ -1,0 +1,149 @@
+"""Checks the 2:4 kernels on a CUDA device, then times configurations and keeps the best.
+
+    python -m hf_optim_kernels.sparse24.sweep [--seconds 80] [--bits 16] [--rows 1 16] [--shape 14336x4096] [--top 3]
+
+The best of each shape and number of rows goes to ``sparse24.json`` in the directory ``$OUT`` (default: here), with its
+time, that of the dense product, and every candidate's. Entries of ``best`` are named as ``tuning`` names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tuning
+from ..benching import copies_of, graph_time, modules_of, relative_error
+from . import bench, configs, dispatch, layer, library
+
+SHAPES = ["14336x4096", "4096x14336", "4096x4096"]
+ROWS = [1, 16, 64, 256, 4096, 4, 128, 1024]
+BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def run(module: layer.Operand, x: Tensor, config: configs.Config) -> Tensor:
+    """``module(x)`` with a given configuration."""
+    return dispatch.sparse24(
+        x, module.values, module.bits, module.scale, module.zero, module.bias, module.counters, module.width,
+        module.group_size, module.middle, config,
+    )  # fmt: skip
+
+
+def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[configs.Config]) -> float:
+    """The largest relative error over paths; each runs twice and has to give the same bits. Raises when wrong."""
+    module, weight = bench.operand(*shape, bits, dtype)
+    worst = 0.0
+    for M in rows:
+        x = torch.randn(M, shape[1], device="cuda", dtype=dtype)
+        reference = x.double() @ weight.T
+        for config in paths:
+            # The caching allocator hands this block to the output next.
+            torch.full((M, shape[0]), float("nan"), dtype=dtype, device="cuda")
+            y = run(module, x, config)
+            again = run(module, x, config)
+            error = relative_error(y, reference)
+            worst = max(worst, error)
+            limit = BOUND[dtype] * (1 if bits == 16 else 1.5)
+            if not error < limit or not torch.equal(y, again) or bool(module.counters.any()):
+                raise AssertionError(f"{shape} {bits}-bit {dtype} M={M} {config}: relative error {error:.2e}")
+    return worst
+
+
+def check_all() -> None:
+    """Odd and even shapes, every width and type, few configurations: compiling them takes longer than running."""
+    paths = [
+        configs.config("row", 1, 32, 32, 2, 4, 2),
+        configs.config("dot", 16, 32, 32, 2, 2, 3),
+        configs.config("dot", 64, 64, 32, 1, 4, 3),
+        configs.DENSE,
+    ]
+    for shape, dtype, widths in (
+        ((352, 172), torch.bfloat16, (16,)),
+        ((352, 1024), torch.bfloat16, (16, 8, 4)),
+        ((1000, 1280), torch.float16, (16, 4)),
+    ):
+        errors = {bits: check(shape, bits, dtype, [1, 5, 33], paths) for bits in widths}
+        print(shape, dtype, {bits: f"{error:.1e}" for bits, error in errors.items()}, flush=True)
+
+
+def algorithms(module: layer.Operand, x: Tensor) -> list[configs.Config]:
+    """cuSPARSELt's default and the algorithm its own search prefers."""
+    if not library.shared(module.values, module.bits):
+        return []
+    found = torch._cslt_sparse_mm_search(module.values, x.t(), transpose_result=True)
+    return [{**configs.LIBRARY, "algorithm": number} for number in sorted({0, int(found)})]
+
+
+def times(modules: list[layer.Operand], x: Tensor, end: float) -> list[tuple[float, configs.Config]]:
+    """Microseconds of the candidates, fastest first; those that do not compile or come after ``end`` are left out."""
+    (M, K), N = x.shape, modules[0].bits.shape[0]
+    found = []
+    candidates = [c for c in configs.candidates(N, K, M) if c["path"] != "library"]
+    for config in [*(algorithms(modules[0], x) if M % 8 == 0 else []), *candidates]:
+        if time.monotonic() > end:
+            break
+        calls = [partial(run, module, x, config) for module in modules]
+        try:
+            found.append((graph_time(calls, 11).us, config))
+        except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
+            print(f"  {config}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[str, Any]:
+    """Time every number of rows for a shape "OUTxIN"; prints a table."""
+    N, K = map(int, shape.split("x"))
+    module, weight = bench.operand(N, K, bits, torch.bfloat16)
+    del weight
+    modules = [each for each in modules_of(module) if isinstance(each, layer.Operand)]
+    dense = copies_of((bench.sparse_weight(N, K, torch.bfloat16),))
+    print(f"{shape} {bits}-bit, {module.label}: {bench.stored_bytes(module) / 1e6:.1f} MB", flush=True)
+    results = {}
+    for M in rows:
+        x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+        plain = graph_time([partial(torch.nn.functional.linear, x, *copy) for copy in dense], 11).us
+        found = times(modules, x, end)
+        for us, config in found[:top]:
+            print(f"  M={M:5d} {us:8.1f} dense {plain:8.1f}  {' '.join(map(str, config.values()))}", flush=True)
+        if found:
+            key = tuning.key_of("sparse24", (N, K, module.width, M), torch.bfloat16)
+            results[key] = {"config": found[0][1], "us": found[0][0], "dense_us": plain, "all": found}
+        if time.monotonic() > end:
+            break
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=80, help="when to stop timing, checks included")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 4, 8])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--shape", nargs="+", default=SHAPES)
+    parser.add_argument("--top", type=int, default=3, help="lines to print for each number of rows")
+    parser.add_argument("--no-check", action="store_true")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    if not options.no_check:
+        check_all()
+    results: dict[str, Any] = {}
+    path = Path(os.environ.get("OUT", "."), "sparse24.json")
+    for bits in options.bits:
+        for shape in options.shape:
+            if time.monotonic() < end:
+                results |= sweep(shape, bits, options.rows, end, options.top)
+                best = {key: entry["config"] for key, entry in results.items()}
+                path.write_text(json.dumps({"best": best, "times": results}, indent=1), encoding="utf-8")
+    print(f"{len(results)} entries in {path}")
+
+
+if __name__ == "__main__":
+    main()

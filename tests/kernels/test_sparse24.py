@@ -1,0 +1,407 @@
+"""The 2:4 kernels against a float64 reference.
+
+Triton decides at import whether it interprets, so the tests of its kernels on the CPU run in a process of their own
+(``test_the_triton_kernels_interpreted``), which collects this file again with ``TRITON_INTERPRET=1``; with the marker
+``gpu`` the same tests run on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_optim_kernels.sparse24 import configs, layer, naive, op
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+DEVICES = ["cpu"] if INTERPRETED else [CUDA]
+on_triton = pytest.mark.parametrize("device", DEVICES)
+in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
+
+# Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
+ROW = 1 << 20
+# width, group, zero points.
+GRIDS = [(16, ROW, False), (8, ROW, False), (8, ROW, True), (4, 128, True), (4, 32, False), (4, ROW, True)]
+# rows, out, in: whole chunks of 256 columns, and sizes that fit nothing.
+SHAPES = [(1, 40, 256), (5, 33, 172), (17, 20, 260)]
+
+
+def mask_of(out, columns, generator, kept=2):
+    scores = torch.rand(out, columns // 4, 4, generator=generator)
+    return (scores.argsort(-1).argsort(-1) < kept).view(out, columns)
+
+
+def random_weight(out, columns, width, group, zero, dtype, seed=0):
+    """``(numbers, kept, scale, zero, group, middle), W`` with W float64; some fours keep one column or none."""
+    g = torch.Generator().manual_seed(seed)
+    kept = mask_of(out, columns, g) & (torch.rand(out, columns, generator=g) > 0.05)
+    if width == 16:
+        numbers = (torch.randn(out, columns, generator=g) * kept).to(dtype)
+        return (numbers, numbers != 0, None, None, columns, 0), numbers.double()
+    middle, size = 1 << (width - 1), min(group, columns)
+    groups = -(-columns // size)
+    scale = (torch.rand(groups, out, generator=g) * 0.1 + 0.01).to(dtype)
+    points = torch.randint(0, 2**width, (groups, out), generator=g, dtype=torch.uint8) if zero else None
+    full = torch.full((groups, out), middle, dtype=torch.uint8) if points is None else points
+    spread = full.T.repeat_interleave(size, 1)[:, :columns]
+    numbers = torch.where(kept, torch.randint(0, 2**width, (out, columns), generator=g, dtype=torch.uint8), spread)
+    weight = (numbers.double() - spread) * scale.double().T.repeat_interleave(size, 1)[:, :columns]
+    return (numbers, numbers != spread, scale, points, size, middle), weight
+
+
+def random_case(rows, out, columns, width, group, zero, dtype, device="cpu", seed=0):
+    """Arguments of the operator and the float64 result."""
+    (numbers, kept, scale, points, size, middle), weight = random_weight(out, columns, width, group, zero, dtype, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    bias = torch.randn(out, generator=g).to(dtype)
+    x = torch.randn(rows, columns, generator=g).to(dtype)
+    reference = x.double() @ weight.T + bias.double()
+    counters = torch.zeros(configs.COUNTERS, dtype=torch.int32)
+    tensors = [x, *naive.pack(numbers, kept, width), scale, points, bias, counters]
+    moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
+    return (*moved, width, size, middle), reference.to(device)
+
+
+def relative(y, reference):
+    return float((y.double() - reference).norm() / reference.norm())
+
+
+# -- the format -------------------------------------------------------------------------------------------------------
+@in_this_process
+@pytest.mark.parametrize(("width", "group", "zero"), GRIDS)
+@pytest.mark.parametrize("columns", [256, 172, 4])
+def test_packing_is_undone_by_unpacking(width, group, zero, columns):
+    (numbers, kept, *_), _ = random_weight(33, columns, width, group, zero, torch.bfloat16)
+    values, bits = naive.pack(numbers, kept, width)
+    assert bits.shape == (33, naive.stored_fours(columns) // 2)
+    assert values.numel() * values.element_size() == 33 * naive.stored_fours(columns) * 2 * width // 8
+    found, at = naive.unpack(values, bits, width, columns)
+    assert torch.equal(found[kept], numbers[kept])
+    assert not bool((kept & ~at).any())
+    assert bool((at.view(33, -1, 4).sum(-1) == 2).all())
+
+
+@in_this_process
+def test_every_pattern_of_a_four():
+    patterns = torch.tensor([[(i >> p) & 1 for p in range(4)] for i in range(16)], dtype=torch.bool)
+    numbers = torch.arange(1, 65).view(16, 4).to(torch.float16)
+    few = patterns.sum(1) <= 2
+    values, bits = naive.pack(numbers[few] * patterns[few], patterns[few], 16)
+    found, _ = naive.unpack(values, bits, 16, 4)
+    assert torch.equal(found, numbers[few] * patterns[few])
+    for pattern, row in zip(patterns[~few], numbers[~few], strict=True):
+        with pytest.raises(ValueError, match="more than two"):
+            naive.pack(row[None], pattern[None], 16)
+
+
+@in_this_process
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_the_specification_equals_float64(dtype):
+    for shape in SHAPES:
+        for grid in GRIDS:
+            arguments, reference = random_case(*shape, *grid, dtype)
+            # Without a GPU or the interpreter, the operator is the specification.
+            assert relative(op.run(*arguments), reference) < BOUND[dtype]
+
+
+# -- the kernels ------------------------------------------------------------------------------------------------------
+PATHS = {
+    "row": configs.config("row", 1, 16, 32, 1, 4, 2),
+    "row split": configs.config("row", 1, 32, 16, 2, 4, 2),
+    "dot": configs.config("dot", 16, 32, 32, 1, 4, 2),
+    "dot split": configs.config("dot", 16, 64, 16, 3, 4, 2),
+    "dense": configs.DENSE,
+}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+
+# Every pair of a shape, a grid and a type, not every combination: interpreting is slow.
+CASES = [
+    (shape, grid, (torch.bfloat16, torch.float16)[(i + j) % 2])
+    for i, shape in enumerate(SHAPES)
+    for j, grid in enumerate(GRIDS)
+]
+
+
+@on_triton
+@pytest.mark.parametrize(("shape", "grid", "dtype"), CASES, ids=str)
+def test_every_path_equals_float64(shape, grid, dtype, device, poisoned):
+    from hf_optim_kernels.sparse24 import dispatch
+
+    arguments, reference = random_case(*shape, *grid, dtype, device)
+    for name, config in PATHS.items():
+        if name.startswith("row") and shape[0] > 5:
+            continue  # interpreting every row by itself is slow
+        y = dispatch.sparse24(*arguments, config=config)
+        # A weight that was scaled one by one is rounded once more.
+        bound = BOUND[dtype] * (1.5 if grid[0] != 16 else 1)
+        assert relative(y, reference) < bound, name
+        assert not bool(arguments[6].any()), name
+
+
+@on_triton
+@pytest.mark.parametrize("rows", [*range(1, 34)])
+def test_every_number_of_rows(rows, device):
+    arguments, reference = random_case(rows, 18, 40, 16, ROW, False, torch.float16, device)
+    assert relative(op.run(*arguments), reference) < BOUND[torch.float16]
+
+
+@on_triton
+def test_split_sums_are_the_same_every_time(device):
+    from hf_optim_kernels.sparse24 import dispatch
+
+    arguments, _ = random_case(4, 40, 1024, 16, ROW, False, torch.float16, device)
+    config = configs.config("dot", 16, 32, 32, 4, 4, 2)
+    first = dispatch.sparse24(*arguments, config=config)
+    for _ in range(3 if INTERPRETED else 50):
+        assert torch.equal(dispatch.sparse24(*arguments, config=config), first)
+
+
+@on_triton
+def test_more_tiles_than_counters_are_not_split(device):
+    from hf_optim_kernels.sparse24 import dispatch
+
+    (*tensors, _, width, group, middle), reference = random_case(3, 40, 512, 16, ROW, False, torch.float16, device)
+    counters = torch.zeros(1, dtype=torch.int32, device=device)
+    config = configs.config("dot", 16, 32, 32, 2, 4, 2)
+    y = dispatch.sparse24(*tensors, counters, width, group, middle, config=config)
+    assert relative(y, reference) < BOUND[torch.float16]
+
+
+@on_triton
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[3]], ids=str)
+def test_no_rows_more_dimensions_and_strides(grid, device):
+    (x, *rest), reference = random_case(6, 24, 64, *grid, torch.float16, device)
+    bound = 1.5 * BOUND[torch.float16]
+    assert op.run(x[:0], *rest).shape == (0, 24)
+    assert op.run(x.view(2, 3, 64)[:, :0], *rest).shape == (2, 0, 24)
+    assert relative(op.run(x.view(2, 3, 64), *rest).view(6, 24), reference) < bound
+    shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(6, 64)  # not aligned to 16 bytes
+    views = (x.T.contiguous().T, torch.stack((x, x), 1)[:, 0], torch.stack((x, x), 2)[:, :, 1], shifted)
+    for strided in views:
+        assert relative(op.run(strided, *rest), reference) < bound
+    y = op.run(x.view(2, 3, 64).transpose(0, 1), *rest)
+    assert relative(y.transpose(0, 1).reshape(6, 24), reference) < bound
+
+
+@on_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, interpreting
+@pytest.mark.parametrize("path", ["row split", "dot split", "dense"])
+def test_what_is_not_finite_propagates(path, device):
+    from hf_optim_kernels.sparse24 import dispatch
+
+    (x, values, bits, *rest), _ = random_case(3, 24, 64, 16, ROW, False, torch.float16, device)
+    weight = naive.dequantize(values, bits, None, None, 16, 64, 0, 64, torch.float64)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    y = dispatch.sparse24(x, values, bits, *rest, config=PATHS[path])
+    wanted = x.double() @ weight.T  # a pruned weight times infinity is NaN, as in the dense product
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y.isinf(), wanted.isinf())
+    assert bool(y[1].isnan().any())
+    assert bool(y[1].isinf().any())
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_is_decompressed_as_it_was(dtype, device):
+    (numbers, kept, *_), _ = random_weight(33, 172, 16, ROW, False, dtype)
+    values, bits = (tensor.to(device) for tensor in naive.pack(numbers, kept, 16))
+    assert torch.equal(op.weight_of(values, bits, None, None, 16, 172, 0, 172, dtype).cpu(), numbers)
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+EVERYWHERE = DEVICES if INTERPRETED else ["cpu", CUDA]
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[4]], ids=str)
+def test_gradients(grid, device):
+    # Values of 16 bits serve inputs of 16 bits alone; codes those of 32 bits too, by the specification.
+    dtype = torch.float16 if grid[0] == 16 else torch.float32
+    (x, values, bits, scale, zero, bias, *rest), _ = random_case(4, 24, 64, *grid, dtype, device)
+    x.requires_grad_()
+    bias.requires_grad_()
+    coefficients = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    (torch.ops.hf_optim.sparse24(x, values, bits, scale, zero, bias, *rest) * coefficients).sum().backward()
+    weight = naive.dequantize(values, bits, scale, zero, *rest[1:], 64, torch.float64)
+    assert relative(x.grad, coefficients.double() @ weight) < BOUND[dtype]
+    assert relative(bias.grad, coefficients.double().sum(0)) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+@pytest.mark.parametrize("grid", GRIDS[:4:3], ids=str)
+def test_the_operator_is_well_formed(grid, device):
+    arguments, _ = random_case(3, 24, 64, *grid, torch.float16, device)
+    arguments[0].requires_grad_()
+    torch.library.opcheck(torch.ops.hf_optim.sparse24.default, arguments)
+    _, values, bits, scale, zero, _, _, width, group, middle = arguments
+    weight = (values, bits, scale, zero, width, group, middle, 64, torch.float16)
+    torch.library.opcheck(torch.ops.hf_optim.sparse24_weight.default, weight)
+
+
+@in_this_process
+def test_inputs_of_another_width_are_refused():
+    (x, *rest), _ = random_case(3, 24, 256, 16, ROW, False, torch.float16)
+    for columns in (260, 258):
+        with pytest.raises(ValueError, match="columns"):
+            op.run(x.new_zeros(3, columns), *rest)
+
+
+@in_this_process
+def test_the_triton_kernels_interpreted():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+def weight_as_told(out, columns, width, group, zero, dtype, *, bias=True, seed=0, **changes):
+    """A weight as the host describes it, its codes, and float64 values."""
+    (numbers, _, scale, points, size, _), value = random_weight(out, columns, width, group, zero, dtype, seed)
+    codes = SimpleNamespace(
+        codes=numbers, scale=None if scale is None else scale.T.contiguous(),
+        zero=None if points is None else points.T.contiguous(), order=None, input_scale=None, input_zero=None,
+    )  # fmt: skip
+    told = {
+        "name": "m", "shape": (out, columns), "dtype": dtype, "device": torch.device("cpu"),
+        "kind": "dense" if width == 16 else "int", "bits": width, "group_size": size, "symmetric": points is None,
+        "ordered": False, "inputs": None, "sparse24": True, "codes": lambda: codes,
+        "bias": torch.randn(out, generator=torch.Generator().manual_seed(seed + 5)).to(dtype) if bias else None,
+    }  # fmt: skip
+    return SimpleNamespace(**{**told, **changes}), codes, value
+
+
+def same(found, wanted):
+    as_bits = lambda t: t.view(torch.int16) if t.is_floating_point() else t  # noqa: E731
+    for name in ("codes", "scale", "zero"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert (one is None) == (other is None), name
+        assert one is None or (one.dtype == other.dtype and torch.equal(as_bits(one), as_bits(other))), name
+
+
+@in_this_process
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("columns", [256, 172])
+def test_codes_come_back_bit_for_bit(grid, columns):
+    weight, codes, _ = weight_as_told(24, columns, *grid, torch.bfloat16)
+    bound = layer.bind(weight)
+    same(bound.codes(), codes)
+    again = layer.bind(weight)
+    again.load_state_dict(copy.deepcopy(bound).state_dict())
+    same(again.codes(), codes)
+
+
+@in_this_process
+def test_negative_zeros_come_back():
+    weight, codes, _ = weight_as_told(24, 172, 16, ROW, False, torch.bfloat16)
+    g = torch.Generator().manual_seed(9)
+    codes.codes = torch.randn(24, 172, generator=g).to(torch.bfloat16) * mask_of(24, 172, g)
+    assert bool((codes.codes.view(torch.int16) == -(2**15)).any())
+    same(layer.bind(weight).codes(), codes)
+
+
+@in_this_process
+@pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[2]], ids=str)
+def test_a_weight_that_is_not_two_of_four_is_refused(grid):
+    weight, codes, _ = weight_as_told(24, 64, *grid, torch.float16)
+    codes.codes[3, 8:11] = codes.codes[3, 8:11] + 1
+    codes.codes[3, 8:11] = torch.where(codes.codes[3, 8:11] == 0, 1, codes.codes[3, 8:11])
+    if codes.zero is not None:
+        codes.codes[3, 8:11] = (codes.zero[3, 0].int() + 1) % 256
+    with pytest.raises(ValueError, match="more than two"):
+        layer.bind(weight)
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_layer_equals_the_weight(grid, device):
+    weight, _, value = weight_as_told(48, 172, *grid, torch.float16)
+    bound = layer.bind(weight).to(device)
+    x = torch.randn(2, 3, 172, generator=torch.Generator().manual_seed(7)).half().to(device)
+    wanted = x.double() @ value.T.to(device) + weight.bias.double().to(device)
+    assert relative(bound(x), wanted) < 1.5 * BOUND[torch.float16]
+    assert bound.takes(x)
+    assert not bound.takes(x.float())
+    y = bound(x.clone().requires_grad_())
+    assert y.requires_grad
+    compiled = torch.compile(bound, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert relative(compiled(x), wanted) < 1.5 * BOUND[torch.float16]
+
+
+@in_this_process
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_operands(grid, bias):
+    told = [weight_as_told(out, 172, *grid, torch.float16, bias=bias, seed=out) for out in (24, 8, 8)]
+    bound = [layer.bind(weight) for weight, _, _ in told]
+    whole = layer.join(bound)
+    x = torch.randn(3, 172, generator=torch.Generator().manual_seed(7)).half()
+    assert torch.equal(whole(x), torch.cat([part(x) for part in bound], -1))
+    assert torch.equal(whole.codes().codes, torch.cat([codes.codes for _, codes, _ in told]))
+    other = layer.bind(weight_as_told(8, 172, *grid, torch.float16, bias=not bias)[0])
+    assert layer.join([*bound, other]) is None
+
+
+@in_this_process
+def test_negative_zeros_of_joined_operands():
+    first, codes, _ = weight_as_told(8, 172, 16, ROW, False, torch.float16)
+    second, others, _ = weight_as_told(8, 172, 16, ROW, False, torch.float16, seed=1)
+    codes.codes = torch.where(codes.codes == 0, -0.0, codes.codes)
+    whole = layer.join([layer.bind(first), layer.bind(second)]).codes()
+    same(whole, SimpleNamespace(codes=torch.cat((codes.codes, others.codes)), scale=None, zero=None))
+
+
+@in_this_process
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sparse24": False}, "^$"),
+        ({"kind": "float"}, "float codes"),
+        ({"dtype": torch.float32}, "float32 inputs"),
+        ({"ordered": True}, "scattered"),
+        ({"shape": (24, 174)}, "multiple of 4"),
+        ({"group_size": 8}, "multiple of 16"),
+        ({"bits": 9}, "9-bit"),
+        ({"inputs": SimpleNamespace(type="int8")}, "inputs are quantized"),
+        ({}, "cpu devices"),
+    ],
+)
+def test_what_is_not_served_is_told_why(changes, reason):
+    weight, _, _ = weight_as_told(24, 256, 4, 32, False, torch.float16)
+    assert re.search(reason, layer.serves(SimpleNamespace(**{**vars(weight), **changes})))
+
+
+@in_this_process
+@pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 172), (8, 4)])
+@pytest.mark.parametrize("rows", [1, 2, 16, 64, 128, 256, 8192])
+def test_configurations_fit_their_counters_and_columns(shape, rows):
+    N, K = shape
+    for config in [configs.default(N, K, rows, False), *configs.candidates(N, K, rows)]:
+        assert config.keys() == configs.DENSE.keys()
+        if config["path"] in ("row", "dot"):
+            assert naive.HALF % config["FOURS"] == 0
+            tiles = -(-N // config["BLOCK_N"]) * -(-rows // config["BLOCK_M"])
+            assert config["SPLIT"] == 1 or tiles <= configs.COUNTERS
+            assert 1 <= config["SPLIT"] <= max(1, naive.stored_fours(K) // 128)
