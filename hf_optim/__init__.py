@@ -28,7 +28,7 @@ _HOMES = {
     "Run": "run",
     "Scope": "scope",
     "run_of": "run",
-    "Kernel": "acceleration",
+    "Kernel": "packed",
     "OptimError": "errors",
     "RecipeError": "errors",
     "DataError": "errors",
@@ -61,7 +61,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .acceleration import Kernel as Kernel
     from .acceleration import accelerate as accelerate
     from .acceleration import report as report
     from .acceleration import restore as restore
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
     from .loading import advance as advance
     from .loading import optimize as optimize
     from .loading import release as release
+    from .packed import Kernel as Kernel
     from .run import Run as Run
     from .run import run_of as run_of
     from .scope import Scope as Scope

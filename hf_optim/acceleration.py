@@ -1,4 +1,4 @@
-"""Faster layers for a model in memory: ``accelerate`` binds kernels, ``restore`` takes them off, ``report`` tells.
+"""Faster layers for a model in memory: ``accelerate`` packs them for kernels, ``restore`` unpacks, ``report`` tells.
 
 A technique whose result has a kernel offers it from its ``register_kernels`` hook; the import stands inside, so that
 neither Triton nor a kernel is loaded before the first ``accelerate()``::
@@ -11,54 +11,36 @@ neither Triton nor a kernel is loaded before the first ``accelerate()``::
 
 (with ``from hf_optim import Kernel, hookimpl``). Two steps may offer the same kernel: it is tried once.
 
-A kernel is bound to one instance: ``module.forward`` of that layer, nothing of a class and nothing global. The module,
-its parameters and their names stay, so a stock ``save_pretrained`` writes the same checkpoint as before.
+A layer on a kernel is the same module with another class, ``PackedLinear``: it keeps its compressed weight in the
+kernel's layout and no dense one. Nothing of a class and nothing global is touched. ``save_pretrained`` writes the same
+checkpoint as before.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from .catalogue import catalogue
+from .packed.describing import described_module
+from .packed.kernel import Kernel
+from .packed.linear import KernelWarning, PackedLinear
+from .packed.swapping import bind, obstacle, pack, unpack
 from .run import Run, find_run
 from .toolkit import topology
+from .toolkit.linear_layers import owners
 
-BOUND = "_hf_optim_bound"
+__all__ = ["Kernel", "KernelWarning", "Report", "Row", "accelerate", "offered_to", "report", "restore"]
+
 REFUSALS = "_hf_optim_refusals"
+ATTACHED = "_hf_optim_attached"
 NOT_COMPRESSED = "not compressed"
 NOT_ASKED = "accelerate() was not called"
-STALE = "its weight changed after accelerate(); call accelerate() again"
-
-
-class KernelWarning(UserWarning):
-    """A layer runs as it did before, although it was meant to run on a kernel. The message names it and says why."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A faster way to run some layers.
-
-    Attributes:
-        name: what ``report`` prints.
-        serves: ``(qualified name, module) -> None`` where the kernel can run that module, else the reason why not;
-            the empty string where the module is not its business at all (it is not compressed).
-        bind: makes the callable ``(input) -> output`` that stands in for ``module.forward``. It may raise
-            ``ValueError`` with the reason why it cannot. The callable is asked only where no gradient is recorded,
-            and, if it has a method ``takes(input) -> bool``, only where that agrees (the dense library call may be
-            faster for many rows); everywhere else the layer computes as it did before. If it has a ``label``,
-            ``report`` prints that.
-    """
-
-    name: str
-    serves: Callable[[str, nn.Module], str | None]
-    bind: Callable[[Any], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -82,96 +64,65 @@ class Report(list[Row]):
         return "\n".join(lines)
 
 
-@dataclass(eq=False)
-class _Bound:
-    """Stands in for ``module.forward``: the kernel where it can and may, the forward from before everywhere else."""
-
-    module: nn.Module
-    name: str
-    kernel: Kernel
-    call: Callable[..., Any]
-    stock: Callable[..., Any] | None
-    failure: str = ""
-    mark: Any = field(default=None)
-
-    def __post_init__(self) -> None:
-        self.takes = getattr(self.call, "takes", None)
-        self.mark = _mark(self.module)
-
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        # The kernels know no gradient of the weight, and a dense product is as fast for a training batch.
-        if self.trained(input) or self.failure or (self.takes is not None and not self.takes(input)):
-            return self.dense(input)
-        if torch.compiler.is_compiling():
-            return self.call(input)
-        if self.mark is None:
-            self.mark = _mark(self.module)
-        elif self.mark != _mark(self.module):
-            self.fail(STALE)
-            return self.dense(input)
-        try:
-            return self.call(input)
-        except Exception as error:
-            # A fault of the input is the dense layer's to report; it then raises here.
-            output = self.dense(input)
-            self.fail(f"{self.kernel.name} raised {type(error).__name__}: {error}")
-            return output
-
-    def trained(self, input: torch.Tensor) -> bool:
-        """Whether autograd records this call."""
-        used = (input, *self.module._parameters.values())
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used)
-
-    def dense(self, input: torch.Tensor) -> torch.Tensor:
-        """The forward from before ``accelerate()``."""
-        return self.stock(input) if self.stock is not None else type(self.module).forward(self.module, input)
-
-    def fail(self, reason: str) -> None:
-        """Take the layer off the kernel for good, and say so."""
-        self.failure = reason
-        warnings.warn(f"{self.name} is dense from now on: {reason}", KernelWarning, stacklevel=4)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model has weights at other addresses: it is marked anew at its first call.
-        if not self.failure and self.mark not in (None, _mark(self.module)):
-            return {**self.__dict__, "failure": STALE}
-        return {**self.__dict__, "mark": None}
-
-
 def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.Module:
     """Run the compressed layers of ``model`` on kernels, in place, where that is possible and faster.
 
     The kernels come from the ``register_kernels`` hooks of the model's own recipe; for a model without one (a
-    compressed checkpoint that stock transformers loaded) from every technique of the catalogue. A layer that no kernel
-    can run stays as it is, and one ``KernelWarning`` names those layers and why. Layers already bound are kept; a layer
-    whose weight changed since is bound anew. Write weights through the parameter (not its ``.data``, which leaves no
-    trace) or call ``restore`` before.
+    compressed checkpoint that stock transformers loaded) from every technique of the catalogue. A layer that a kernel
+    runs gives its dense weight up. One that no kernel can run stays as it is, and one ``KernelWarning`` names those
+    layers and why. Layers already on a kernel are kept; one that fell off its kernel is tried anew.
 
     Args:
         model: a model, or a wrapper around one (peft).
         kernels: try these, in this order, instead.
     """
-    offered = tuple(kernels) if kernels is not None else _offered(find_run(model))
-    _decompress(model)
+    offered = tuple(kernels) if kernels is not None else offered_to(model)
+    look_for_24 = any(kernel.sparse24 for kernel in offered)
+    shared = _shared(model)
     refusals: dict[str, str] = {}
     for name, module in topology.linears(model).items():
-        bound = module.__dict__.get(BOUND)
-        if bound is not None:
-            if not bound.failure and bound.mark in (None, _mark(module)):
+        if isinstance(module, PackedLinear):
+            if not module.packing.failure:
                 continue
-            _unbind(module)
-        refusals[name] = _bind(name, module, offered)
+            unpack(module)
+        _decompress(module)
+        refusals[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""))
+    _decompress_rest(model)
     model.__dict__[REFUSALS] = {name: reason for name, reason in refusals.items() if reason}
+    _make_savable(model)
     _warn_of({name: reason for name, reason in refusals.items() if reason not in ("", NOT_COMPRESSED)})
     return model
 
 
+def _make_savable(model: nn.Module) -> None:
+    """See to it that ``save_pretrained`` writes the stored format of packed layers, whoever quantized them."""
+    inner: Any = _pretrained(model)
+    packed = any(isinstance(m, PackedLinear) and hasattr(m, "quantization_scheme") for m in model.modules())
+    if not packed or inner is None:
+        return
+    from .formats import attach_quantizer
+    from .packing import quantizer_class
+
+    former = getattr(inner, "hf_quantizer", None)
+    if not isinstance(former, quantizer_class()):
+        inner.__dict__[ATTACHED] = former is None
+        attach_quantizer(inner)
+
+
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``: every layer has the forward it had before. Nothing happens to a model without kernels."""
-    for module in model.modules():
-        if BOUND in module.__dict__:
-            _unbind(module)
+    """Undo ``accelerate``: every layer has the weight and the forward it had before, bit by bit.
+
+    Nothing happens to a model without kernels.
+    """
+    from .formats import detach_quantizer
+
+    for module in list(model.modules()):
+        if isinstance(module, PackedLinear):
+            unpack(module)
     model.__dict__.pop(REFUSALS, None)
+    inner = _pretrained(model)
+    if inner is not None and inner.__dict__.pop(ATTACHED, False):
+        detach_quantizer(inner)
     return model
 
 
@@ -181,11 +132,9 @@ def report(model: nn.Module) -> Report:
     rows = Report()
     for name, module in topology.linears(model).items():
         shape = topology.features(module)
-        bound = module.__dict__.get(BOUND)
-        if bound is not None and not bound.failure:
-            rows.append(Row(name, shape, getattr(bound.call, "label", bound.kernel.name)))
-        elif bound is not None:
-            rows.append(Row(name, shape, None, bound.failure))
+        if isinstance(module, PackedLinear):
+            failure = module.packing.failure
+            rows.append(Row(name, shape, None if failure else str(module.operand.label), failure))
         else:
             rows.append(Row(name, shape, None, NOT_ASKED if refusals is None else refusals.get(name, NOT_COMPRESSED)))
     return rows
@@ -194,8 +143,9 @@ def report(model: nn.Module) -> Report:
 _OFFERS: WeakKeyDictionary[Run, tuple[Kernel, ...]] = WeakKeyDictionary()
 
 
-def _offered(run: Run | None) -> tuple[Kernel, ...]:
-    """The kernels of a run, its hooks called once; without a run, those of the whole catalogue."""
+def offered_to(model: nn.Module | None) -> tuple[Kernel, ...]:
+    """The kernels of a model's run, its hooks called once; without a run, those of the whole catalogue."""
+    run = None if model is None else find_run(model)
     if run is not None and run in _OFFERS:
         return _OFFERS[run]
     found: list[Kernel] = []
@@ -217,59 +167,62 @@ def _offered(run: Run | None) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def _bind(name: str, module: nn.Module, kernels: tuple[Kernel, ...]) -> str:
-    """Bind the first kernel that serves the module; the empty string, or the reason why none does."""
-    reasons: list[str] = []
-    for kernel in kernels:
-        reason = kernel.serves(name, module)
-        if reason is None:
-            try:
-                call = kernel.bind(module)
-            except ValueError as error:
-                reason = str(error)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-            else:
-                stock = module.__dict__.get("forward")
-                bound = _Bound(module, name, kernel, call, stock)
-                # Past nn.Module.__setattr__, which would make a submodule of it and change the state dict.
-                module.__dict__["forward"] = module.__dict__[BOUND] = bound
-                return ""
-        if reason:
-            reasons.append(f"{kernel.name}: {reason}")
-    if reasons:
-        return "; ".join(reasons)
+def _pack(
+    name: str,
+    module: nn.Module,
+    kernels: tuple[Kernel, ...],
+    look_for_24: bool,
+    shared: str,
+) -> str:
+    """Pack a layer for the first kernel that serves it; the empty string, or the reason why none does."""
     compressed = getattr(module, "quantization_scheme", None) is not None
-    return "no technique of the recipe offers a kernel for it" if compressed else NOT_COMPRESSED
+    if not isinstance(module, nn.Linear):
+        return f"a {type(module).__name__} is not laid out as nn.Linear" if compressed else NOT_COMPRESSED
+    weight = described_module(name, module, look_for_24)
+    if isinstance(weight, str):
+        return weight or NOT_COMPRESSED
+    if shared:
+        return f"its weight is shared with {shared}" if compressed else NOT_COMPRESSED
+    found = bind(weight, kernels)
+    if isinstance(found, str):
+        return found or ("no technique of the recipe offers a kernel for it" if compressed else NOT_COMPRESSED)
+    if reason := obstacle(module):
+        return reason
+    pack(module, weight, *found)
+    return ""
 
 
-def _unbind(module: nn.Module) -> None:
-    bound: _Bound = module.__dict__.pop(BOUND)
-    if module.__dict__.get("forward") is not bound:
-        # Something else wrapped the forward meanwhile and still calls the bound one, which must now step aside.
-        bound.failure = bound.failure or "restored"
-    elif bound.stock is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = bound.stock
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Parameter -> another name of it, for those that have one."""
+    several = [names for names in owners(model).values() if len(names) > 1]
+    return {name: names[i == 0] for names in several for i, name in enumerate(names)}
 
 
-def _mark(module: nn.Module) -> tuple[Any, ...]:
-    """Changes when the weight is written to or replaced (inference tensors keep no version)."""
-    weight: Any = module.weight
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.dtype, weight.device
+def _decompress(module: nn.Module) -> None:
+    """Do now what compressed-tensors would do at the first forward, of one layer that stock transformers loaded."""
+    status = getattr(module, "quantization_status", None)
+    if getattr(status, "value", None) == "compressed" and "weight_scale" in module._parameters:
+        from compressed_tensors.compressors.base import decompress_module
+
+        decompress_module(module)
 
 
-def _decompress(model: nn.Module) -> None:
-    """Do now what compressed-tensors would do at the first forward of a checkpoint that stock transformers loaded."""
+def _decompress_rest(model: nn.Module) -> None:
     for module in model.modules():
-        quantizer: Any = getattr(module, "hf_quantizer", None)
-        if quantizer is not None and hasattr(module, "ct_decompress_hook"):
-            quantizer.compressor.decompress_model(module)
+        if "ct_decompress_hook" in module.__dict__:
+            for part in module.modules():
+                _decompress(part)
+            module.ct_decompress_hook.remove()  # type: ignore[union-attr, operator]
+            del module.ct_decompress_hook
 
 
-def _warn_of(refusals: dict[str, str]) -> None:
+def _pretrained(model: nn.Module) -> nn.Module | None:
+    from transformers import PreTrainedModel
+
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+
+
+def _warn_of(refusals: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in refusals.items():
         by_reason.setdefault(reason, []).append(name)

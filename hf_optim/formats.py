@@ -59,7 +59,7 @@ def storable(
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
-    stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if scope.holds(name) and _is_stack(m)]
+    stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if scope.holds(name) and is_stack(m)]
     if stacks and integer and layers:
         raise ModelError(
             f"{label} cannot store integer weights of {type(scope.model).__name__}: its experts are stacked matrices "
@@ -71,7 +71,8 @@ def storable(
     return layers, skipped
 
 
-def _is_stack(module: nn.Module) -> bool:
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module holds stacked matrices ``[n, ., .]``, as experts are kept."""
     convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return not convolution and any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 

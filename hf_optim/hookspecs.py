@@ -39,7 +39,8 @@ def register_techniques(register: Callable[[type[Technique]], None]) -> None:
 def register_kernels(register: Callable[..., None]) -> None:
     """Offer faster layers. Called once per run, at its first ``accelerate()``.
 
-    Call ``register(kernel)`` with an ``hf_optim.Kernel``: which modules it serves and how to bind one.
+    Call ``register(kernel)`` with an ``hf_optim.Kernel``: which compressed weights it serves, and how to make the
+    operand that holds one in the kernel's own layout and computes with it.
     """
 
 

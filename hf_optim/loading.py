@@ -25,6 +25,7 @@ from .traits import FLOAT_WEIGHTS, QUANTIZED
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+LOOKUP = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 def load(
@@ -41,7 +42,7 @@ def load(
     """
     calibration, tokenizer = kwargs.pop("calibration", None), kwargs.pop("tokenizer", None)
     if isinstance(optim_config, str) and optim_config == AUTO:
-        return _load_auto(stock, args, kwargs)
+        return _load_auto(cls, stock, args, kwargs)
     recipe = OptimConfig.parse(optim_config)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     config, kwargs = _resolve_config(cls, source, kwargs)
@@ -148,13 +149,34 @@ def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source
         )
 
 
-def _load_auto(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Load a checkpoint as it is, and run what is compressed in it on kernels."""
     from .acceleration import accelerate
+    from .packed.headers import Unreadable
 
-    loaded = stock(*args, **kwargs)
+    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    with explained(source):
+        try:
+            loaded = _load_packed(cls, stock, args, kwargs)
+        except Unreadable as reason:
+            log.debug("loaded by stock transformers, since %s", reason)
+            loaded = stock(*args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     accelerate(model)
     return loaded
+
+
+def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The stock method with our quantizer in place of the checkpoint's. Raises ``Unreadable`` where it cannot help."""
+    from .packed.headers import Unreadable
+    from .packed.loader import redirected
+
+    if any(kwargs.get(key) is not None for key in ("quantization_config", "gguf_file", "state_dict")):
+        raise Unreadable("the call says how to load it")
+    ours = dict(kwargs)
+    source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
+    config, ours = _resolve_config(cls, source, ours)
+    return stock(source, *args[1:], config=redirected(config), **ours)
 
 
 def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -163,7 +185,9 @@ def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreT
         return given, kwargs
     # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
-    return reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)
+    config, rest = reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)
+    # Both the configuration and the weights are looked up by these.
+    return config, {**{key: kwargs[key] for key in LOOKUP if key in kwargs}, **rest}
 
 
 def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:

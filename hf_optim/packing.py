@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError
+from .packed.coding import checkpoint_tensors
+from .packed.linear import OPERAND, PackedLinear
 from .quantized import quantized_modules, scheme_on
 from .run import find_run
 
@@ -72,28 +74,53 @@ def quantizer_class() -> type:
 def packed_state_dict(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The state dict of the compressed checkpoint, and the names of modules that no longer fit their grid.
 
-    The codes are recovered from the weights in float32, where that is exact: a weight is a code times a scale rounded
-    to the model's dtype. Each packed module is decoded again, and must give the weight bit by bit; one that does not
-    (somebody wrote into it) keeps its dense weight.
+    A layer that runs on a kernel gives its codes itself; no dense weight is made of it. Elsewhere the codes are
+    recovered from the weights in float32, where that is exact: a weight is a code times a scale rounded to the model's
+    dtype. Each packed module is decoded again, and must give the weight bit by bit; one that does not (somebody wrote
+    into it) keeps its dense weight. So does one whose groups are of scattered columns: stock transformers would read
+    its checkpoint without a word, and wrong.
     """
     state = dict(model.state_dict())
     loose = []
-    for name, module in quantized_modules(model).items():
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLinear) and scheme_on(module) is None:
+            continue
         prefix = f"{name}." if name else ""
         own = [*module._parameters, *module._buffers]
         local = {key: state.pop(prefix + key) for key in own if prefix + key in state}
-        packed = pack(local, scheme_on(module))
+        if isinstance(module, PackedLinear):
+            for key in [key for key in state if key.startswith(f"{prefix}{OPERAND}.")]:
+                del state[key]
+            packed = _given(local, module)
+        else:
+            packed = pack(local, scheme_on(module))
         if packed is None:
             loose.append(name)
-            packed = {key: value for key, value in local.items() if not key.startswith("weight_")}
+            weight = {"weight": module.decoded()} if isinstance(module, PackedLinear) else {}
+            packed = {**{key: value for key, value in local.items() if not key.startswith("weight_")}, **weight}
         state.update({prefix + key: value for key, value in packed.items()})
     return state, loose
+
+
+def _given(local: Mapping[str, torch.Tensor], module: PackedLinear) -> dict[str, torch.Tensor] | None:
+    """The checkpoint's tensors of a layer on a kernel; None if compressed-tensors cannot express it."""
+    scheme = scheme_on(module)
+    if scheme is None:
+        return {**local, "weight": module.decoded()}
+    if module.packing.about.ordered:
+        return None
+    packed = {**local, **checkpoint_tensors(module.codes(), scheme)}
+    if scheme.input_activations is not None and scheme.input_activations.symmetric:
+        packed.pop("input_zero_point", None)
+    return packed
 
 
 def pack(local: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> dict[str, torch.Tensor] | None:
     """Compress the tensors of one module; None if they do not decode to its weight again."""
     if scheme.weights is None:
         return dict(local)
+    if "weight_g_idx" in local:
+        return None
     from compressed_tensors.compressors import BaseCompressor
 
     compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))

@@ -15,7 +15,7 @@ from .errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-PARAMETERS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+PARAMETERS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point")
 
 
 @torch.no_grad()
@@ -27,6 +27,7 @@ def store(
     zero_point: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None,
     input_zero_point: torch.Tensor | None = None,
+    g_idx: torch.Tensor | None = None,
 ) -> None:
     """Put a linear layer into the quantized state, in place.
 
@@ -38,6 +39,8 @@ def store(
             has it in that dtype (``grids.Grid`` sees to it).
         zero_point: int8, of the shape of ``scale``, for asymmetric grids; None for symmetric ones.
         input_scale, input_zero_point: ``[1]``, for statically quantized inputs.
+        g_idx: int32 ``[in]``, the group of each column of the layer's input, where groups are of scattered columns;
+            the columns of ``codes`` are then sorted by their group.
 
     Raises ``ModelError`` if the module or the tensors do not fit the scheme.
     """
@@ -47,16 +50,22 @@ def store(
     weight = module.weight
     if scheme.weights is not None:
         _check(module, scheme, codes, scale, zero_point)
-        weight.copy_(_decode(codes, scale, zero_point, scheme.weights, weight))
+        decoded = _decode(codes, scale, zero_point, scheme.weights, weight)
+        if g_idx is None:
+            weight.copy_(decoded)
+        else:
+            weight.index_copy_(1, g_idx.to(weight.device).long().argsort(stable=True), decoded)
     given = {
         "weight_scale": scale,
         "weight_zero_point": zero_point,
+        "weight_g_idx": g_idx,
         "input_scale": input_scale,
         "input_zero_point": input_zero_point,
     }
     for name, value in given.items():
         if value is not None:
-            value = value.to(weight.device, weight.dtype if value.is_floating_point() else torch.int8)
+            integer = torch.int32 if name == "weight_g_idx" else torch.int8
+            value = value.to(weight.device, weight.dtype if value.is_floating_point() else integer)
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
     weight.requires_grad_(False)
     _bind(module, scheme)
@@ -97,6 +106,19 @@ def _bind(module: nn.Module, scheme: QuantizationScheme) -> None:
         _pass_gradients(module)
 
 
+def mark(
+    module: nn.Linear, scheme: QuantizationScheme, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None
+) -> None:
+    """Give a layer that is about to be packed its scheme, as ``store`` would, without a weight."""
+    from compressed_tensors.quantization import QuantizationStatus
+
+    module.quantization_scheme = scheme  # type: ignore[assignment]
+    module.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
+    for name, value in (("input_scale", input_scale), ("input_zero_point", input_zero)):
+        if value is not None:
+            module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+
+
 class _StraightThrough(torch.autograd.Function):
     """The second argument's value with the first one's gradient."""
 
@@ -112,24 +134,34 @@ class _StraightThrough(torch.autograd.Function):
 def _pass_gradients(module: nn.Module) -> None:
     # compressed-tensors quantizes inputs without a gradient, which would cut an adapter in a lower layer off. Where no
     # gradient is asked for, its own forward runs.
-    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-
     plain = module.forward.__func__  # type: ignore[attr-defined]
 
     @functools.wraps(plain)
     def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and input.requires_grad):
             return plain(self, input)
-        quantized = forward_quantize(self, input, "input", scheme_on(self).input_activations)
-        return type(self).forward(self, _StraightThrough.apply(input, quantized))
+        return type(self).forward(self, quantize_input(self, input))
 
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
+def quantize_input(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """The input of a layer rounded to the grid that its scheme has for inputs; gradients pass straight through."""
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    quantized = forward_quantize(module, input, "input", scheme_on(module).input_activations)
+    return _StraightThrough.apply(input, quantized) if torch.is_grad_enabled() and input.requires_grad else quantized
+
+
 def clear(module: nn.Module) -> bool:
     """Take the quantized state off one module; its weight stays as it is. True if there was one."""
+    from .packed.linear import PackedLinear
+    from .packed.swapping import unpack
+
     if scheme_on(module) is None:
         return False
+    if isinstance(module, PackedLinear):
+        unpack(module)
     for name in (*PARAMETERS, "weight_shape"):
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)

@@ -113,10 +113,12 @@ def _items(model: nn.Module) -> list[_Item]:
     items = []
     seen: set[int] = set()
     for name, layer in layers.items():
-        weight = getattr(layer, "weight", None)
-        aliases = names.get(id(weight), [f"{name}.weight"])
-        if id(weight) not in seen:
-            seen.add(id(weight))
+        # A weight that is no parameter (packed, parametrized) is made when it is read: it has no identity.
+        weight = layer._parameters.get("weight")
+        key = id(layer) if weight is None else id(weight)
+        aliases = names.get(key, [f"{name}.weight"])
+        if key not in seen:
+            seen.add(key)
             inside = block_of(found, name) is not None
             reason = f"{type(layer).__name__} {'in' if inside else 'outside'} the blocks"
             first = dict.fromkeys([f"{name}.weight", *aliases])

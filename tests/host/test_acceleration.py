@@ -1,48 +1,52 @@
-"""accelerate, restore and report, on kernels made up here and on the weight-only one."""
+"""accelerate, restore and report, on a kernel of the tests that serves every weight."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import io
 import warnings
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from naive_operand import NAIVE, NAIVE24, Operand
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 
 import hf_optim
-from hf_optim import Contract, Kernel, Reload, Technique, hookimpl, technique
+from hf_optim import Contract, Kernel, Reload, Technique, formats, hookimpl, technique
 from hf_optim.acceleration import KernelWarning
 from hf_optim.config import OptimConfig
+from hf_optim.errors import ModelError
+from hf_optim.packed import PackedLinear
 from hf_optim.run import Run
+from hf_optim.toolkit.grids import GridSpec, make_grid
 
-
-class Doubled:
-    """Twice the dense result, so that a test sees whether it ran."""
-
-    def __init__(self, module):
-        self.weight = module.weight.detach().clone()
-        self.calls = 0
-
-    def __call__(self, x):
-        self.calls += 1
-        return 2 * (x @ self.weight.T)
-
-
-def mlp(name, module):
-    return None if name.endswith(("up_proj", "down_proj")) else ""
-
-
-DOUBLE = Kernel("double", serves=mlp, bind=Doubled)
 UP = "model.layers.0.mlp.up_proj"
+TOKENS = torch.arange(5, 15)[None]
+
+
+def quantize(model, bits=4, size=16, symmetric=True, only=".mlp.", kind="int", **inputs):
+    """Put the linears of a model into the quantized state."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and only in name:
+            spec = GridSpec(bits, kind, "group" if size else "channel", size, symmetric)
+            grid = make_grid(module.weight.detach(), spec, "minmax")
+            codes = grid.quantize(module.weight.detach())
+            static = {"input_scale": torch.tensor([0.02])} if inputs.get("static") else {}
+            if inputs.get("static") and not inputs.get("symmetric_activations", True):
+                static["input_zero_point"] = torch.tensor([3], dtype=torch.int8)
+            scheme = formats.scheme_of(spec, **inputs)
+            formats.store(module, scheme, codes, grid.scale, grid.zero_point, **static)
+    formats.attach_quantizer(model)
+    return model
 
 
 @pytest.fixture
 def model():
-    return tiny_llama().requires_grad_(False)
+    return quantize(tiny_llama().requires_grad_(False))
 
 
 @pytest.fixture
@@ -50,75 +54,141 @@ def x():
     return torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
 
-def snapshot(model):
-    return [(name, type(m), dict(m.__dict__)) for name, m in model.named_modules()]
+def state(model):
+    """Everything there is to see of a model's modules."""
+    seen = []
+    for name, module in model.named_modules():
+        own = {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_modules")}
+        seen.append((name, type(module), list(own), [*module._modules], str(own.get("quantization_scheme"))))
+        seen += [
+            (name, key, p.requires_grad, p.dtype, p.shape) for key, p in module._parameters.items() if p is not None
+        ]
+        seen.append((name, getattr(own.get("forward"), "__func__", None)))
+    return seen
 
 
 def runs_on(model, name=UP):
     return {row.name: row for row in hf_optim.report(model)}[name]
 
 
-def test_kernels_are_bound_and_taken_off_again(model, x):
-    before, keys = snapshot(model), list(model.state_dict())
-    forward = nn.Linear.forward
-    up = model.get_submodule(UP)
-    dense = up(x)
-    assert hf_optim.accelerate(model, [DOUBLE]) is model
-    assert torch.equal(up(x), 2 * dense)
-    assert torch.equal(up(input=x), 2 * dense)
-    assert list(model.state_dict()) == keys
-    assert nn.Linear.forward is forward
-    hf_optim.restore(model)
-    assert torch.equal(up(x), dense)
-    after = snapshot(model)
-    assert [(name, cls, list(d)) for name, cls, d in after] == [(name, cls, list(d)) for name, cls, d in before]
+CASES = [
+    {"bits": 4},
+    {"bits": 4, "symmetric": False},
+    {"bits": 3, "size": None},
+    {"bits": 8, "size": None, "symmetric": False},
+    {"bits": 8, "size": None, "activations": "int8"},
+    {"bits": 8, "size": None, "activations": "int8", "symmetric_activations": False},
+    {"bits": 8, "size": None, "activations": "int8", "static": True, "symmetric_activations": False},
+    {"bits": 8, "size": None, "kind": "float", "activations": "fp8"},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_and_restored(case, dtype, tmp_path):
+    if dtype == torch.bfloat16 and case["bits"] == 8 and not case.get("symmetric", True):
+        pytest.skip("bfloat16 cannot tell 255 steps apart: such a layer is refused (see below)")
+    model = quantize(tiny_llama().to(dtype), **case)
+    before, tensors = state(model), {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "before")
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        assert hf_optim.accelerate(model, [NAIVE]) is model
+        packed = [name for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+        assert len(packed) == 6
+        assert all(model.get_submodule(name) is modules[name] for name in packed)
+        assert "weight" not in dict(model.get_submodule(UP).named_parameters())
+        assert torch.equal(model.get_submodule(UP).weight, tensors[f"{UP}.weight"])
+        other = model(TOKENS).logits
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert float((other - logits).double().norm() / logits.double().norm()) < tolerance
+        model.save_pretrained(tmp_path / "after")
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+        hf_optim.restore(model)
+        assert state(model) == before
+        again = model.state_dict()
+        assert list(again) == list(tensors)
+        assert all(torch.equal(again[key], value) for key, value in tensors.items())
+        assert torch.equal(model(TOKENS).logits, logits)
     hf_optim.restore(model)
 
 
-def test_a_forward_of_the_instance_comes_back(model, x):
+def test_a_weight_off_its_grid_stays(model, x):
+    model.get_submodule(UP).weight.mul_(1.01)
+    dense = model.get_submodule(UP)(x)
+    with pytest.warns(KernelWarning, match="up_proj .*not on the grid"):
+        hf_optim.accelerate(model, [NAIVE])
+    assert torch.equal(model.get_submodule(UP)(x), dense)
+
+
+def test_memory_holds_no_dense_weight(model):
+    from hf_optim.sizes import parameter_bytes
+
+    dense = parameter_bytes(model)
+    weights = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".mlp." in n)
+    alive = weakref.ref(model.get_submodule(UP)._parameters["weight"])
+    hf_optim.accelerate(model, [NAIVE])
+    gc.collect()
+    assert alive() is None
+    # Four bytes a weight have become one.
+    assert parameter_bytes(model) <= dense - 3 * weights
+    hf_optim.restore(model)
+    assert parameter_bytes(model) == dense
+
+
+def test_dense_weights_are_asked_for_only_by_kernels_of_24(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_submodule(UP).weight.view(-1, 4)[:, 2:] = 0
+    model.save_pretrained(tmp_path / "before")
+    logits = model(TOKENS).logits
+    before = state(model)
+    hf_optim.accelerate(model, [NAIVE])
+    assert runs_on(model).kernel is None
+    hf_optim.accelerate(model, [NAIVE24])
+    assert runs_on(model).kernel == "naive dense32"
+    assert [row.name for row in hf_optim.report(model) if row.kernel] == [UP]
+    assert torch.allclose(model(TOKENS).logits, logits, atol=1e-6)
+    model.save_pretrained(tmp_path / "after")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after"))
+    assert one == two
+    hf_optim.restore(model)
+    assert state(model) == before
+    assert torch.equal(model(TOKENS).logits, logits)
+
+
+def test_something_elses_forward_is_left_alone(model, x):
     up = model.get_submodule(UP)
     up.forward = lambda input: input + 1
-    stock = up.__dict__["forward"]
-    hf_optim.accelerate(model, [DOUBLE])
-    assert up.__dict__["forward"] is not stock
-    hf_optim.restore(model)
-    assert up.__dict__["forward"] is stock
+    with pytest.warns(KernelWarning, match="something else has replaced its forward"):
+        hf_optim.accelerate(model, [NAIVE])
+    assert torch.equal(up(x), x + 1)
 
 
-def test_a_forward_wrapped_meanwhile_is_left_alone(model, x):
-    up = model.get_submodule(UP)
-    dense = up(x)
-    hf_optim.accelerate(model, [DOUBLE])
-    inner = up.forward
-    up.forward = lambda input: inner(input) + 1
-    hf_optim.restore(model)
-    assert torch.equal(up(x), dense + 1)
-
-
-def test_twice_is_once(model, x):
-    hf_optim.accelerate(model, [DOUBLE])
-    bound = model.get_submodule(UP).forward
-    hf_optim.accelerate(model, [DOUBLE])
-    assert model.get_submodule(UP).forward is bound
-    hf_optim.restore(model)
-    assert "forward" not in model.get_submodule(UP).__dict__
+def test_twice_is_once(model):
+    hf_optim.accelerate(model, [NAIVE])
+    operand = model.get_submodule(UP).operand
+    hf_optim.accelerate(model, [NAIVE])
+    assert model.get_submodule(UP).operand is operand
 
 
 def test_the_report_is_a_table_of_every_linear(model):
     assert runs_on(model).reason == "accelerate() was not called"
-    hf_optim.accelerate(model, [DOUBLE])
+    hf_optim.accelerate(model, [NAIVE])
     report = hf_optim.report(model)
     assert len(report) == 15
-    assert (runs_on(model).shape, runs_on(model).kernel) == ((48, 32), "double")
+    assert (runs_on(model).shape, runs_on(model).kernel) == ((48, 32), "naive int4")
     assert (runs_on(model, "lm_head").kernel, runs_on(model, "lm_head").reason) == (None, "not compressed")
     lines = str(report).splitlines()
     assert len(lines) == 16
-    assert next(line for line in lines if "up_proj" in line).split() == [UP, "48", "x", "32", "double"]
+    assert next(line for line in lines if "0.mlp.up_proj" in line).split() == [UP, "48", "x", "32", "naive", "int4"]
     assert len(hf_optim.report(tiny_gpt2())) == 9
 
 
 def test_layers_that_stay_dense_are_named_in_one_warning(model):
-    stubborn = Kernel("stubborn", serves=lambda n, m: "made of wood" if "mlp" in n else "", bind=Doubled)
+    stubborn = Kernel("stubborn", serves=lambda w: "made of wood", bind=Operand)
     with pytest.warns(KernelWarning) as caught:
         hf_optim.accelerate(model, [stubborn])
     assert len(caught) == 1
@@ -133,145 +203,181 @@ def test_layers_that_stay_dense_are_named_in_one_warning(model):
 
 @pytest.mark.parametrize("error", [ValueError("off the grid"), OSError("no driver")])
 def test_a_kernel_that_cannot_bind_leaves_the_layer(model, x, error):
-    def bind(module):
+    def bind(weight):
         raise error
 
     dense = model.get_submodule(UP)(x)
     with pytest.warns(KernelWarning, match=str(error)):
-        hf_optim.accelerate(model, [Kernel("weak", serves=mlp, bind=bind)])
+        hf_optim.accelerate(model, [Kernel("weak", serves=lambda w: None, bind=bind)])
     assert torch.equal(model.get_submodule(UP)(x), dense)
     assert str(error) in runs_on(model).reason
 
 
-def test_the_next_kernel_is_tried(model, x):
-    first = Kernel("first", serves=lambda n, m: "not today", bind=Doubled)
-    dense = model.get_submodule(UP)(x)
-    with pytest.warns(KernelWarning, match="first: not today"):
-        hf_optim.accelerate(model, [first, DOUBLE])
-    assert torch.equal(model.get_submodule(UP)(x), 2 * dense)
+def test_an_operand_must_give_its_codes_back(model):
+    with pytest.warns(KernelWarning, match="its operand is no nn.Module with forward, takes, codes, label"):
+        hf_optim.accelerate(model, [Kernel("plain", serves=lambda w: None, bind=lambda w: nn.Identity())])
+    assert runs_on(model).kernel is None
+
+
+def test_the_next_kernel_is_tried(model):
+    hf_optim.accelerate(model, [Kernel("first", serves=lambda w: "not today", bind=Operand), NAIVE])
+    assert runs_on(model).kernel == "naive int4"
+
+
+class Broken(Operand):
+    def forward(self, x):
+        self.calls += 1
+        raise RuntimeError("out of shared memory")
 
 
 def test_a_kernel_that_raises_falls_back_once_and_loudly(model, x):
-    calls = []
-
-    def broken(x):
-        calls.append(x)
-        raise RuntimeError("out of shared memory")
-
     up = model.get_submodule(UP)
     dense = up(x)
-    hf_optim.accelerate(model, [Kernel("broken", serves=mlp, bind=lambda module: broken)])
+    hf_optim.accelerate(model, [Kernel("broken", serves=lambda w: None, bind=Broken)])
     with pytest.warns(KernelWarning, match=r"layers\.0\.mlp\.up_proj is dense from now on: broken raised RuntimeError"):
         assert torch.equal(up(x), dense)
     assert torch.equal(up(x), dense)
-    assert len(calls) == 1
+    assert up.operand.calls == 1
     assert "out of shared memory" in runs_on(model).reason
+    assert torch.equal(copy.deepcopy(up)(x), dense)
+    hf_optim.accelerate(model, [NAIVE])
+    assert runs_on(model).kernel == "naive int4"
 
 
-def test_a_faulty_input_is_not_the_kernels_fault(model, x):
-    hf_optim.accelerate(model, [DOUBLE])
-    up = model.get_submodule(UP)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        up(x[:, :5])
-    assert runs_on(model).kernel == "double"
-
-
-def test_a_kernel_may_leave_an_input_to_the_dense_layer(model, x):
-    class Few(Doubled):
-        label = "double (few rows)"
-
-        def takes(self, x):
-            return x.shape[0] < 3
-
-    up = model.get_submodule(UP)
+@pytest.mark.parametrize("inputs", [{"activations": "int8"}, {"activations": "int8", "static": True}])
+def test_the_fallback_rounds_inputs_too(inputs, x):
+    model = quantize(tiny_llama().requires_grad_(False), 8, None, **inputs)
+    up, x = model.get_submodule(UP), x[None]
     dense = up(x)
-    hf_optim.accelerate(model, [Kernel("few", serves=mlp, bind=Few)])
-    assert torch.equal(up(x), dense)
-    assert torch.allclose(up(x[:2]), 2 * dense[:2])
-    assert runs_on(model).kernel == "double (few rows)"
-
-
-def test_gradients_are_those_of_the_dense_layer(model, x):
-    up = model.get_submodule(UP)
-    hf_optim.accelerate(model, [DOUBLE])
+    hf_optim.accelerate(model, [Kernel("broken", serves=lambda w: None, bind=Broken)])
+    with pytest.warns(KernelWarning):
+        assert torch.equal(up(x), dense)
+    assert torch.equal(up(x[0]), dense[0])
     x.requires_grad_()
     up(x).sum().backward()
     assert torch.allclose(x.grad, up.weight.sum(0).expand_as(x))
-    with torch.no_grad():
-        assert torch.allclose(up(x), 2 * (x @ up.weight.T))
-    up.weight.requires_grad_()
-    up(x.detach()).sum().backward()
-    assert torch.allclose(up.weight.grad, x.detach().sum(0).expand_as(up.weight))
 
 
-@pytest.mark.parametrize("change", ["in place", "replaced", "type"])
-def test_a_weight_that_changed_is_not_computed_with_the_old_codes(model, x, change):
-    hf_optim.accelerate(model, [DOUBLE])
+def test_a_faulty_input_is_not_the_kernels_fault(model, x):
+    hf_optim.accelerate(model, [NAIVE])
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model.get_submodule(UP)(x[:, :5])
+    assert runs_on(model).kernel == "naive int4"
+
+
+def test_an_input_that_the_operand_does_not_take(model, x):
     up = model.get_submodule(UP)
-    if change == "in place":
-        up.weight.mul_(3)
-    elif change == "replaced":
-        up.weight.data = up.weight.data * 3
-    else:
-        up.double()
-        x = x.double()
-    with pytest.warns(KernelWarning, match="its weight changed"):
-        y = up(x)
-    assert torch.equal(y, x @ up.weight.T)
-    assert "call accelerate() again" in runs_on(model).reason
-    hf_optim.accelerate(model, [DOUBLE])
-    assert torch.equal(up(x), 2 * (x @ up.weight.T))
+    dense = up(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = up(x.bfloat16())
+    hf_optim.accelerate(model, [NAIVE])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(up(x.bfloat16()), wanted)
+    assert up.operand.calls == 0
+    assert torch.allclose(up(x), dense, atol=1e-6)
+    assert up.operand.calls == 1
 
 
-def test_a_copy_runs_on_its_own_kernels(model, x):
+def test_gradients_reach_the_input_and_the_bias():
+    model = quantize(tiny_llama(attention_bias=True), only="q_proj")
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    wanted = torch.autograd.grad((layer(x) ** 2).sum(), (x, layer.bias))
+    hf_optim.accelerate(model, [NAIVE])
+    found = torch.autograd.grad((layer(x) ** 2).sum(), (x, layer.bias))
+    assert layer.operand.calls == 1
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    for each in (layer, copy.deepcopy(layer)):
+        with torch.no_grad():
+            old = each(x)
+            each.bias += 1
+            assert torch.allclose(each(x), old + 1)
+            each.bias = nn.Parameter(each.bias + 1)
+            assert torch.allclose(each(x), old + 2)
+
+
+def test_writing_into_the_decoded_weight_raises(model):
+    hf_optim.accelerate(model, [NAIVE])
+    up = model.get_submodule(UP)
+    delta = torch.ones_like(up.weight)
+    with pytest.raises(ModelError, match="restore"):
+        up.weight.data += delta
+    with pytest.raises(ModelError, match="restore"):
+        up.weight.data = delta
+    with pytest.raises(RuntimeError, match="nference"), torch.no_grad():
+        up.weight.add_(delta)
+    assert type(up.weight + 1) is torch.Tensor
+    with pytest.raises(KeyError, match="weight"):
+        up.weight = nn.Parameter(delta)
+
+
+def test_a_copy_runs_on_its_own_operand(model, x):
+    hf_optim.accelerate(model, [NAIVE])
     dense = model.get_submodule(UP)(x)
-    hf_optim.accelerate(model, [DOUBLE])
+    calls = model.get_submodule(UP).operand.calls
     other = copy.deepcopy(model)
     up = other.get_submodule(UP)
-    assert torch.equal(up(x), 2 * dense)
-    assert model.get_submodule(UP).forward.call.calls == 0
-    assert up.forward.module is up
-    up.weight.mul_(2)
-    with pytest.warns(KernelWarning, match="its weight changed"):
-        assert torch.equal(up(x), 2 * dense)
+    assert torch.equal(up(x), dense)
+    assert model.get_submodule(UP).operand.calls == calls
     hf_optim.restore(other)
-    assert "forward" not in up.__dict__
-    assert runs_on(model).kernel == "double"
-    model.get_submodule(UP).weight.mul_(2)
-    assert runs_on(copy.deepcopy(model)).kernel is None
+    assert type(up) is nn.Linear
+    assert runs_on(model).kernel == "naive int4"
+    file = io.BytesIO()
+    torch.save(model.get_submodule(UP), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), dense)
 
 
-def test_nothing_keeps_a_model_alive(x):
-    model = tiny_llama()
-    alive = weakref.ref(hf_optim.accelerate(model, [DOUBLE]).get_submodule(UP))
-    del model
+def test_another_dtype_is_bound_anew_and_scales_are_not_rounded(model, x):
+    hf_optim.accelerate(model, [NAIVE])
+    up = model.get_submodule(UP)
+    exact = up.codes()
+    model.to(torch.bfloat16)
+    assert runs_on(model).kernel == "naive int4"
+    assert up(x.bfloat16()).dtype == torch.bfloat16
+    assert up.weight.dtype == torch.bfloat16
+    assert torch.equal(up.codes().scale, exact.scale)
+    model.to(torch.float32)
+    assert torch.allclose(up(x), x @ up.weight.T, atol=1e-5)
+    picky = Kernel("picky", serves=lambda w: None if w.dtype == torch.float32 else "float32 only", bind=Operand)
+    hf_optim.accelerate(hf_optim.restore(model), [picky])
+    with pytest.warns(KernelWarning, match="picky: float32 only"):
+        model.to(torch.bfloat16)
+    assert torch.isfinite(up(x.bfloat16())).all()
+    assert "float32 only" in runs_on(model).reason
+
+
+def test_nothing_keeps_a_model_alive(model):
+    alive = weakref.ref(hf_optim.accelerate(model, [NAIVE]).get_submodule(UP).operand)
+    hf_optim.restore(model)
     gc.collect()
     assert alive() is None
 
 
-def test_a_compiled_model_has_no_graph_break(model, x):
-    dense = model.get_submodule(UP)(x)
-    hf_optim.accelerate(model, [Kernel("double", serves=mlp, bind=lambda m: nn.Sequential(Twice(m.weight)))])
-    compiled = torch.compile(model.get_submodule(UP), backend="eager", fullgraph=True)
+def test_a_compiled_model_has_no_graph_break(model):
+    hf_optim.accelerate(model, [Kernel("twice", serves=lambda w: None, bind=Traced)])
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(compiled(x), 2 * dense)
+        wanted = mlp(x)
+        assert torch.allclose(torch.compile(mlp, backend="eager", fullgraph=True)(x), wanted)
 
 
-class Twice(nn.Module):
-    def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("weight", weight.detach().clone())
+class Traced(Operand):
+    """Without the counter, at whose every value a compiler would compile again."""
 
     def forward(self, x):
-        return 2 * (x @ self.weight.T)
+        return x @ self.decoded().T
 
 
-def test_a_saved_model_is_the_stock_one(model, tmp_path):
-    model.save_pretrained(tmp_path / "before")
-    hf_optim.accelerate(model, [DOUBLE])
-    model.save_pretrained(tmp_path / "after")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+def test_coverage_counts_packed_weights(model):
+    from hf_optim.toolkit import topology
+
+    names = [name for name in topology.linears(model) if ".mlp." in name]
+    before = topology.coverage(model, names)
+    hf_optim.accelerate(model, [NAIVE])
+    after = topology.coverage(model, names)
+    assert (after.touched, after.block_linears) == (before.touched, before.block_linears)
 
 
 # -- where kernels come from ------------------------------------------------------------------------------------------
@@ -285,7 +391,7 @@ class Offering(Technique):
     @hookimpl
     def register_kernels(self, register):
         ASKED.append(self)
-        register(DOUBLE)
+        register(NAIVE)
 
 
 @technique("confused", family="test", contract=Contract(), reload=Reload.STOCK_DENSE)
@@ -315,11 +421,11 @@ def test_the_steps_of_the_recipe_are_asked_once(model, x):
     hf_optim.accelerate(model)
     assert len(ASKED) == 2
     assert list(run.recipe.steps) == ASKED
-    assert runs_on(model).kernel == "double"
+    assert runs_on(model).kernel == "naive int4"
     hf_optim.restore(model)
     hf_optim.accelerate(model)
     assert len(ASKED) == 2
-    assert runs_on(model).kernel == "double"
+    assert runs_on(model).kernel == "naive int4"
 
 
 def test_what_is_no_kernel_is_refused(model):
@@ -332,120 +438,83 @@ def test_a_model_without_a_recipe_asks_the_catalogue(model, monkeypatch):
     found = SimpleNamespace(all=lambda: [Silent, Offering])
     monkeypatch.setattr("hf_optim.acceleration.catalogue", lambda: found)
     hf_optim.accelerate(model)
-    assert runs_on(model).kernel == "double"
+    assert runs_on(model).kernel == "naive int4"
 
 
 def test_a_compressed_layer_without_a_kernel_says_so(model):
     optimized(model, Silent())
-    model.get_submodule(UP).quantization_scheme = SimpleNamespace()
     with pytest.warns(KernelWarning, match="no technique of the recipe offers a kernel"):
         hf_optim.accelerate(model)
 
 
-# -- the weight-only kernel -------------------------------------------------------------------------------------------
-def quantized_llama(bits=4, group_size=32, dtype=torch.float32, hidden_size=512):
-    """A Llama with wide projections of which those of the MLP are quantized, as after the compression of a model."""
-    from hf_optim import formats
-
-    model = tiny_llama(hidden_size=hidden_size, intermediate_size=1024, num_hidden_layers=1).to(dtype)
-    strategy = "group" if group_size else "channel"
-    scheme = formats.scheme(bits, strategy=strategy, group_size=group_size)
-    high = 2 ** (bits - 1) - 1
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".mlp." in name:
-            weight = module.weight.detach().float().view(module.out_features, -1, group_size or module.in_features)
-            scale = (weight.abs().amax(-1, keepdim=True) / high).to(dtype)
-            codes = (weight / scale.float()).round().clamp(-high - 1, high).to(torch.int8)
-            formats.store(module, scheme, codes.view_as(module.weight), scale[..., 0])
-    return model
-
-
-def wna16_kernel():
-    from hf_optim_kernels.wna16 import layer
-
-    return Kernel("wna16", serves=layer.serves, bind=layer.bind)
-
-
-@pytest.mark.parametrize(
-    ("bits", "group_size", "dtype"),
-    [(4, 32, torch.float32), (4, 128, torch.bfloat16), (8, None, torch.float32)],
-    ids=str,
-)
-def test_a_quantized_model_runs_packed(bits, group_size, dtype):
-    model = quantized_llama(bits, group_size, dtype, 512 if bits == 4 else 1024)
-    tokens = torch.arange(5, 12)[None]
-    with torch.no_grad():
-        dense = model(tokens).logits.double()
-        hf_optim.accelerate(model, [wna16_kernel()])
-        kernels = {row.name: row.kernel for row in hf_optim.report(model)}
-        assert {name for name, kernel in kernels.items() if kernel} == {n for n in kernels if ".mlp." in n}
-        packed = model(tokens).logits.double()
-        assert not torch.equal(packed, dense)
-        assert float((packed - dense).norm() / dense.norm()) < 1e-2
-        hf_optim.restore(model)
-        assert torch.equal(model(tokens).logits.double(), dense)
-
-
-def test_a_quantized_model_compiles_in_one_graph():
-    model = hf_optim.accelerate(quantized_llama(), [wna16_kernel()])
-    mlp = model.model.layers[0].mlp
-    x = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = mlp(x)
-        assert torch.allclose(torch.compile(mlp, backend="eager", fullgraph=True)(x), wanted)
-
-
+# -- in the company of others -----------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
-def test_an_adapter_trains_over_packed_layers():
+def test_an_adapter_trains_over_packed_layers(model):
     peft = pytest.importorskip("peft")
-    model = quantized_llama()
     dense = copy.deepcopy(model)
-    hf_optim.accelerate(model, [wna16_kernel()])
+    hf_optim.accelerate(model, [NAIVE])
     grads = []
     for each in (model, dense):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             config = peft.LoraConfig(target_modules=["up_proj"], r=2, init_lora_weights=False)
             adapted = peft.get_peft_model(each, config)
-        adapted(torch.arange(5, 9)[None], labels=torch.arange(5, 9)[None]).loss.backward()
+        adapted(TOKENS, labels=TOKENS).loss.backward()
         grads.append([p.grad for p in adapted.parameters() if p.requires_grad])
-    assert len(grads[0]) == 2
-    # The layers before the first adapter record no gradient and run packed.
-    assert all(float((a - b).norm() / b.norm()) < 1e-2 for a, b in zip(*grads, strict=True))
+    assert len(grads[0]) == 4
+    assert isinstance(model.model.layers[0].mlp.up_proj.base_layer, PackedLinear)
+    assert all(float((a - b).norm() / b.norm()) < 1e-4 for a, b in zip(*grads, strict=True))
 
 
-def test_layers_too_small_stay_dense_and_are_named():
-    from hf_optim import formats
-
-    model = tiny_llama()
-    up = model.get_submodule(UP)
-    scale = up.weight.abs().amax(1, keepdim=True) / 7
-    formats.store(up, formats.scheme(4), (up.weight / scale).round().to(torch.int8), scale)
-    with pytest.warns(KernelWarning, match=r"up_proj \(wna16: a layer of 1,536 weights is faster dense"):
-        hf_optim.accelerate(model, [wna16_kernel()])
-    assert runs_on(model).kernel is None
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_is_not_merged_into_packed_layers(model, safe):
+    peft = pytest.importorskip("peft")
+    hf_optim.accelerate(model, [NAIVE])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], r=2, init_lora_weights=False))
+    with pytest.raises(ModelError, match="restore"):
+        adapted.merge_and_unload(safe_merge=safe)
 
 
-def test_a_stock_checkpoint_runs_packed(tmp_path):
+def test_a_stock_checkpoint_runs_packed(model, tmp_path):
     from transformers import LlamaForCausalLM
 
-    from hf_optim import formats
-
-    formats.attach_quantizer(made := quantized_llama())
-    made.save_pretrained(tmp_path)
-    model = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert hasattr(model, "ct_decompress_hook")
-    hf_optim.accelerate(model, [wna16_kernel()])
-    assert not hasattr(model, "ct_decompress_hook")
-    assert sum(row.kernel is not None for row in hf_optim.report(model)) == 3
-    hf_optim.accelerate(made, [wna16_kernel()])
-    tokens = torch.arange(5, 12)[None]
+    model.save_pretrained(tmp_path / "a")
+    stock = LlamaForCausalLM.from_pretrained(tmp_path / "a")
+    assert hasattr(stock, "ct_decompress_hook")
+    hf_optim.accelerate(stock, [NAIVE])
+    assert not hasattr(stock, "ct_decompress_hook")
+    assert sum(row.kernel is not None for row in hf_optim.report(stock)) == 6
+    hf_optim.accelerate(model, [NAIVE])
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, made(tokens).logits)
+        assert torch.equal(model(TOKENS).logits, stock(TOKENS).logits)
+    stock.save_pretrained(tmp_path / "b")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == two
 
 
-def test_no_warning_where_nothing_was_to_be_accelerated(model):
+def test_no_warning_where_nothing_was_to_be_accelerated():
+    model = tiny_llama()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hf_optim.accelerate(model, [wna16_kernel()])
+        hf_optim.accelerate(model, [NAIVE])
     assert all(row.kernel is None for row in hf_optim.report(model))
+
+
+@pytest.mark.parametrize("name", ["babyllama-1m", "stories260k"])
+def test_greedy_text_is_that_of_the_stock_reload(name, shared_models, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = shared_models / name
+    made = quantize(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 4, 4, only="layers")
+    made.save_pretrained(tmp_path)
+    tokens = torch.tensor([[1, 40, 7]])
+    texts = []
+    for kernels in ([], [NAIVE]):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        if kernels:
+            hf_optim.accelerate(model, kernels)
+            assert sum(row.kernel is not None for row in hf_optim.report(model)) >= 7
+        texts.append(model.generate(tokens, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0))
+    assert texts[0].shape[1] == 203
+    assert torch.equal(*texts)

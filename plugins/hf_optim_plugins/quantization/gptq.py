@@ -89,9 +89,11 @@ class GPTQ(Technique):
     @hookimpl
     def register_kernels(self, register):
         from hf_optim import Kernel
+        from hf_optim_kernels.w8a8 import layer as w8a8
         from hf_optim_kernels.wna16 import layer as wna16
 
         register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind))
+        register(Kernel("w8a8", serves=w8a8.serves, bind=w8a8.bind))
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

@@ -1,0 +1,39 @@
+"""What a technique offers for its result: ``Kernel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..weights import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A faster way to run some linear layers, on their compressed weights alone.
+
+    Attributes:
+        name: of the kernel, for messages.
+        serves: ``weight -> None`` where the kernel can run a layer of that weight and it pays, else the reason why not
+            (a phrase); the empty string where such a weight is not its business at all. It looks at the description
+            only, not at the codes.
+        bind: makes the *operand* of a weight, an ``nn.Module`` with the weight in the kernel's own layout, as buffers:
+
+            - ``forward(x)``: ``[..., in] -> [..., out]`` in the dtype of ``x``, bias included; any number of rows;
+              differentiable in ``x``;
+            - ``takes(x) -> bool``: whether dtype and device fit; where they do not, the layer decodes its weight;
+            - ``codes() -> Codes``: the codes it was made of, bit by bit (saving, ``restore`` and every fallback need
+              them);
+            - ``label``: what ``report`` prints;
+            - ``bias``: where it keeps the bias, a buffer of that name, so that the layer can share its own.
+
+            It can be copied (no closures). ``bind`` may raise ``ValueError`` with the reason why it cannot.
+        sparse24: whether it is to be asked for 2:4 sparse weights, quantized or not (``kind == "dense"``). The pattern
+            is looked for only if some kernel asks.
+    """
+
+    name: str
+    serves: Callable[[QuantizedWeight], str | None]
+    bind: Callable[[QuantizedWeight], Any]
+    sparse24: bool = False
