@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "measure a checkpoint on data",
     "card": "render the model card of a checkpoint anew from its record",
     "push": "push a checkpoint with its card to the Hub",
+    "bench": "time the kernels beside their peers, or the decoding of a whole model",
     "demo": "do the whole job on the bundled model, on a CPU, in about a minute",
 }
 STATUS = "exit status: 0 done, 1 a recipe that `check --json` refuses, 2 an error, explained in one line"
