@@ -28,6 +28,7 @@ from torch import nn
 
 from .catalogue import catalogue
 from .packed.describing import described_module
+from .packed.joining import join_layers
 from .packed.kernel import Kernel
 from .packed.linear import KernelWarning, PackedLinear
 from .packed.swapping import bind, obstacle, pack, unpack
@@ -72,6 +73,9 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     runs gives its dense weight up. One that no kernel can run stays as it is, and one ``KernelWarning`` names those
     layers and why. Layers already on a kernel are kept; one that fell off its kernel is tried anew.
 
+    Layers that read the same tensor, as q, k and v do, run as one product where their kernel can join them: the first
+    that is called computes for all. They stay modules of their own.
+
     Args:
         model: a model, or a wrapper around one (peft).
         kernels: try these, in this order, instead.
@@ -88,6 +92,9 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
         _decompress(module)
         refusals[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""))
     _decompress_rest(model)
+    inner = _pretrained(model)
+    if inner is not None:
+        join_layers(inner)
     model.__dict__[REFUSALS] = {name: reason for name, reason in refusals.items() if reason}
     _make_savable(model)
     _warn_of({name: reason for name, reason in refusals.items() if reason not in ("", NOT_COMPRESSED)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +36,7 @@ def load(
     kwargs: dict[str, Any],
     optim_config: Any,
 ) -> Any:
-    """``from_pretrained`` with ``optim_config``: load with the stock method, and optimize.
+    """``from_pretrained`` with ``optim_config``: load with the stock method, optimize, and run the result on kernels.
 
     Beside the arguments of the stock method, which pass through untouched, it takes ``calibration=`` (anything that
     ``optimize`` takes) and ``tokenizer=``.
@@ -61,6 +62,8 @@ def load(
     _refuse_random_blocks(model, info["missing_keys"], source)
     _begin(run, model, source, kwargs.get("revision"))
     lifecycle.proceed(run, calibration)
+    if run.stage is None:
+        _put_on_kernels(run.model)
     return (run.model, info) if wants_info else run.model
 
 
@@ -122,6 +125,17 @@ def release(model: PreTrainedModel) -> PreTrainedModel:
     saving.unbind(model)
     model.__dict__.pop(ATTRIBUTE, None)
     return model
+
+
+def _put_on_kernels(model: PreTrainedModel) -> None:
+    """``accelerate`` a model that is done. Whoever asked for a recipe asked for no kernel: refusals are logged."""
+    from .acceleration import KernelWarning, accelerate
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", KernelWarning)
+        accelerate(model)
+    for each in told:
+        log.warning("%s", each.message)
 
 
 def _begin(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:

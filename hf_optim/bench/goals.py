@@ -37,7 +37,8 @@ def goal_of(row: Row, results: Results) -> Goal | None:
     ceilings = goals()["ceilings"]
     rate = ceilings[found.get("math", "bfloat16")]
     share = max(row.bytes / ceilings["copy"], row.flops / rate) / found["us"]
-    return Goal(f">= {share:.0%} of floor", None if row.of_floor is None else row.of_floor >= share)
+    text = f"{share:.0%} of floor ({found['us']:g} us on an {goals()['device']})"
+    return Goal(text, None if row.of_floor is None else row.of_floor >= share)
 
 
 def decode_goal(row: Decode, results: Results) -> Goal | None:
@@ -46,10 +47,11 @@ def decode_goal(row: Decode, results: Results) -> Goal | None:
     found = next((g for g in goals()["decode"] if all(g[key] == getattr(row, key) for key in keys)), None)
     if found is None:
         return None
-    limit = found["ms"]
+    limit, text = found["ms"], f"<= {found['ms']:g} ms"
     if goals()["device"] not in results.device:
         limit *= goals()["ceilings"]["copy"] / results.ceilings["copy"]
-    return Goal(f"<= {limit:.2f} ms", None if row.ms is None else row.ms <= limit)
+        text = f"<= {limit:.2f} ms ({found['ms']:g} on an {goals()['device']})"
+    return Goal(text, None if row.ms is None else row.ms <= limit)
 
 
 def _about(row: Row, goal: dict[str, Any]) -> bool:

@@ -26,14 +26,20 @@ class Kernel:
             - ``codes() -> Codes``: the codes it was made of, bit by bit (saving, ``restore`` and every fallback need
               them);
             - ``label``: what ``report`` prints;
-            - ``bias``: where it keeps the bias, a buffer of that name, so that the layer can share its own.
+            - ``bias``: where it keeps the bias, a buffer of that name, so that the layer can share its own;
+            - ``renew()``, if it has one, is called when that buffer has become another tensor.
 
             It can be copied (no closures). ``bind`` may raise ``ValueError`` with the reason why it cannot.
         sparse24: whether it is to be asked for 2:4 sparse weights, quantized or not (``kind == "dense"``). The pattern
             is looked for only if some kernel asks.
+        join: makes one operand of several, whose output is theirs side by side: layers that read the same tensor (q, k
+            and v) then run as one product. Its ``codes()`` are theirs one after the other, bit by bit, and so is its
+            ``bias`` (either all have one or none). None where they differ in more than their rows. The operands given
+            are not used any more afterwards.
     """
 
     name: str
     serves: Callable[[QuantizedWeight], str | None]
     bind: Callable[[QuantizedWeight], Any]
     sparse24: bool = False
+    join: Callable[[list[Any]], Any] | None = None

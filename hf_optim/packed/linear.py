@@ -13,11 +13,15 @@ from torch.nn import functional as F
 from ..errors import ModelError
 from ..weights import Codes, QuantizedWeight
 from .coding import decode
+from .sharing import Part
 
 if TYPE_CHECKING:
+    from .joining import Group
     from .kernel import Kernel
 
 OPERAND = "operand"
+# Gradient checkpointing ends a recomputation that has gone far enough by raising from within.
+CHECKPOINT = "torch.utils.checkpoint"
 
 
 class KernelWarning(UserWarning):
@@ -36,6 +40,7 @@ class Packing:
         replaced: name -> shape, dtype and ``requires_grad`` of the parameters that the operand replaces.
         attributes: what stood in the instance in the way of ``PackedLinear.forward``.
         failure: why the layer runs dense now; empty while it runs on the kernel.
+        group: the layers it is joined with (see ``joining``), or None; looked_at: whether such were looked for.
     """
 
     about: QuantizedWeight
@@ -45,6 +50,8 @@ class Packing:
     replaced: dict[str, tuple[torch.Size, torch.dtype, bool]]
     attributes: dict[str, Any]
     failure: str = ""
+    group: Group | None = None
+    looked_at: bool = False
 
 
 def _never(input: Tensor) -> bool:
@@ -110,6 +117,8 @@ class PackedLinear(nn.Linear):
         try:
             output = self._run(input)
         except Exception as error:
+            if type(error).__module__ == CHECKPOINT:
+                raise
             # A fault of the input is the dense layer's to report: it then raises here.
             output = self.dense(input)
             self.fail(f"{self.packing.kernel.name} raised {type(error).__name__}: {error}")
@@ -142,8 +151,12 @@ class PackedLinear(nn.Linear):
         """Look up what ``forward`` calls, and make the operand's bias the layer's own."""
         operand: Any = self._modules[OPERAND]
         bias = self._parameters["bias"]
-        if bias is not None and operand._buffers.get("bias") is not None:
+        if isinstance(operand, Part):
+            operand.share_bias(bias)
+        elif bias is not None and operand._buffers.get("bias") is not None:
             operand._buffers["bias"] = bias.detach()
+            if hasattr(operand, "renew"):
+                operand.renew()
         # Past nn.Module.__setattr__ and found without nn.Module.__getattr__.
         self.__dict__["_run"] = operand.forward
         self.__dict__["_takes"] = _never if self.packing.failure else operand.takes
@@ -162,6 +175,10 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         about = self.packing.about
         asked = fn(torch.empty(0, dtype=about.dtype, device=about.device))
+        moves = asked.dtype != about.dtype or asked.device != about.device
+        group = self.packing.group
+        if moves and group is not None:
+            group.part()
         operand: Any = self._modules.pop(OPERAND)
         try:
             super()._apply(fn, recurse)
@@ -170,10 +187,12 @@ class PackedLinear(nn.Linear):
         # Scales are part of the code: they move, but are never rounded to another dtype.
         operand._apply(lambda tensor: _moved(fn, tensor))
         self.tie()
-        if asked.dtype != about.dtype or asked.device != about.device:
+        if moves:
             self.packing.about = replace(about, dtype=asked.dtype, device=asked.device)
             if asked.device.type != "meta" and (asked.dtype, asked.device.type) != (about.dtype, about.device.type):
                 self._bind_again()
+            if group is not None:
+                group.join()  # as soon as the last of them has moved
         return self
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:

@@ -91,7 +91,9 @@ def _unasked() -> Codes:
 
 @torch.no_grad()
 def unpack(module: PackedLinear) -> None:
-    """Undo ``pack``: the module is what it was, bit by bit."""
+    """Undo ``pack``: the module is what it was, bit by bit. Layers it was joined with have their own operands again."""
+    if module.packing.group is not None:
+        module.packing.group.end()
     packing, found, weight = module.packing, module.codes(), module.decoded()
     scheme: Any = getattr(module, "quantization_scheme", None)
     del module._modules[OPERAND]

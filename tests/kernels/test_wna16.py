@@ -114,11 +114,9 @@ def test_the_triton_kernels_equal_float64(shape, width, zero, dtype, device, mon
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     arguments, reference = random_case(*shape, width, zero=zero, dtype=dtype, device=device)
     (x, packed, scale, zeros, bias, counters, _, group) = arguments
-    for split, scaled in ((1, 0), (3, 0), (1, 1)):
-        tiles = {**run.default(1, 64, 64, width), "BLOCK_M": 16, "SPLIT": split, "SCALED": scaled}
-        # With scaled weights the weight is rounded to 16 bits, as a decoded checkpoint is.
-        bound = BOUND[dtype] * (1 + scaled)
-        assert relative(run.fused(*arguments, tiles), reference) < bound
+    for split in (1, 3):
+        tiles = {**run.default(1, 64, 64, width), "BLOCK_M": 16, "SPLIT": split}
+        assert relative(run.fused(*arguments, tiles), reference) < BOUND[dtype]
         assert not bool(counters.any())
     assert relative(run.by_library(x, packed, scale, zeros, bias, width, group), reference) < 2 * BOUND[dtype]
 
@@ -169,16 +167,18 @@ def test_inputs_need_not_be_contiguous(device):
 
 
 @on_triton
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # numpy, interpreting
-def test_what_is_not_finite_propagates(device):
-    (x, *rest), _ = random_case(3, 24, 64, 32, 4, zero=False, dtype=torch.float32, device=device)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, interpreting
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_is_not_finite_propagates(zero, device):
+    (x, *rest), _ = random_case(3, 24, 64, 32, 4, zero=zero, dtype=torch.float32, device=device)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
     y, wanted = op.wna16(x, *rest), naive.wna16(x, *rest[:4], *rest[5:])
-    assert torch.equal(y.isnan(), wanted.isnan())
-    assert torch.equal(y.isinf(), wanted.isinf())
+    assert torch.equal(y.isfinite(), wanted.isfinite())
     assert bool(y[0].isnan().all())
     assert not bool(y[1].isfinite().any())
     assert bool(y[2].isfinite().all())
+    if not zero:  # with zero points an infinite input gives NaN: infinities of both signs meet
+        assert torch.equal(y.isinf(), wanted.isinf())
 
 
 @on_triton

@@ -301,6 +301,8 @@ def join(operands: list[Any]) -> PackedOperand | None:
     if isinstance(first, DenseLinear) or any(_kind(o) != _kind(first) for o in operands):
         return None
     parts = [o.codes() for o in operands]
+    if any(part.order is not None for part in parts):
+        return None
     zero = None if first.zero is None else torch.cat([p.zero for p in parts if p.zero is not None])
     found = Found(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), zero, None)
     bias = None if first.bias is None else torch.cat([o.bias for o in operands if o.bias is not None])

@@ -13,7 +13,7 @@ import triton.language as tl
 
 BF16, FP16, FP32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# $0..$3 numbers, $4 words (and $5..$8 the offset of each plane). 0xEA is the truth table of (a & b) | c.
+# $0..$3 numbers, $4 words. 0xEA is the truth table of (a & b) | c.
 _SPLIT = """
 {
 .reg .b32 t1, t2, t3;
@@ -37,18 +37,7 @@ fma.rn.TYPE $3, $3, one, off;
 }
 }
 """
-_ZEROED = """
-{
-.reg .b32 minus;
-mov.b32 minus, MINUS;
-fma.rn.TYPE $0, $5, minus, $0;
-fma.rn.TYPE $1, $6, minus, $1;
-fma.rn.TYPE $2, $7, minus, $2;
-fma.rn.TYPE $3, $8, minus, $3;
-}
-}
-"""
-# Bytes: $0, $1 numbers of the low and high bytes, $2 words (and $3, $4 the offset of each, its zero point minus 128).
+# $0, $1 numbers of the low and the high byte, $2 words.
 _BYTES = """
 {
 .reg .b32 t1, t2, t3, a, b, c, d, big, shift;
@@ -67,20 +56,15 @@ mov.b32 big, ONE;
 fma.rn.TYPE $0, a, big, b;
 fma.rn.TYPE $1, c, big, d;
 """
-_BYTES_ZEROED = """
-mov.b32 big, MINUS;
-fma.rn.TYPE $0, $3, big, $0;
-fma.rn.TYPE $1, $4, big, $1;
-"""
 
 
 def _fill(text: str, half: str) -> str:
-    # Pairs of numbers: 1, -1, 16, -(128 + 8) or -(1024 + 8), and the shift of a high half, see the module's text.
+    # Pairs of numbers: 1, 16, -(128 + 8) or -(1024 + 8), and the shift of a high half, see the module's text.
     numbers = {
-        "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0xBF80BF80", "0x41804180", "0xC308C308", "0xC510C510"),
-        "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0xBC00BC00", "0x4C004C00", "0xE408E408", "0xF448F448"),
+        "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0x41804180", "0xC308C308", "0xC510C510"),
+        "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0x4C004C00", "0xE408E408", "0xF448F448"),
     }[half]
-    for name, value in zip(("TYPE", "MAGIC", "ONE", "MINUS", "SIXTEEN", "OFFSET", "SHIFT"), numbers, strict=True):
+    for name, value in zip(("TYPE", "MAGIC", "ONE", "SIXTEEN", "OFFSET", "SHIFT"), numbers, strict=True):
         text = text.replace(name, value)
     return text
 
@@ -89,96 +73,48 @@ FOUR_BF16, FOUR_FP16 = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.float1
 TWO_BF16, TWO_FP16 = tl.constexpr((tl.bfloat16,) * 2), tl.constexpr((tl.float16,) * 2)
 NIBBLES_BF16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "bf16"))
 NIBBLES_FP16 = tl.constexpr(_fill(_SPLIT + _SYMMETRIC, "fp16"))
-NIBBLES_ZERO_BF16 = tl.constexpr(_fill(_SPLIT + _ZEROED, "bf16"))
-NIBBLES_ZERO_FP16 = tl.constexpr(_fill(_SPLIT + _ZEROED, "fp16"))
 BYTES_BF16 = tl.constexpr(_fill(_BYTES + "}", "bf16"))
 BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
-BYTES_ZERO_BF16 = tl.constexpr(_fill(_BYTES + _BYTES_ZEROED + "}", "bf16"))
-BYTES_ZERO_FP16 = tl.constexpr(_fill(_BYTES + _BYTES_ZEROED + "}", "fp16"))
 
 
 @triton.jit
-def nibbles(words, zeros, HAS_ZERO: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
-    """Four planes ``code - zero`` of int16 words; ``zeros`` are four float32 tensors that broadcast against them.
+def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
+    """The four planes ``code - 8`` of int16 words, of the words' shape.
 
     ``ASM`` takes the instructions above; else the same numbers by plain arithmetic (float32, and the interpreter).
     """
-    if ASM and HAS_ZERO:
-        TYPE: tl.constexpr = tl.bfloat16 if MATH == BF16 else tl.float16
-        BIAS: tl.constexpr = 128 if MATH == BF16 else 1024
-        TEXT: tl.constexpr = NIBBLES_ZERO_BF16 if MATH == BF16 else NIBBLES_ZERO_FP16
-        o0, words = tl.broadcast((zeros[0] + BIAS).to(TYPE), words)
-        o1, words = tl.broadcast((zeros[1] + BIAS).to(TYPE), words)
-        o2, words = tl.broadcast((zeros[2] + BIAS).to(TYPE), words)
-        o3, words = tl.broadcast((zeros[3] + BIAS).to(TYPE), words)
+    if ASM:
         a, b, c, d = tl.inline_asm_elementwise(
-            TEXT, "=&r,=&r,=&r,=&r,r,r,r,r,r", [words, o0, o1, o2, o3],
+            NIBBLES_BF16 if MATH == BF16 else NIBBLES_FP16, "=&r,=&r,=&r,=&r,r", [words],
             dtype=FOUR_BF16 if MATH == BF16 else FOUR_FP16, is_pure=True, pack=2,
         )  # fmt: skip
-    elif ASM:
-        TEXT: tl.constexpr = NIBBLES_BF16 if MATH == BF16 else NIBBLES_FP16
-        a, b, c, d = tl.inline_asm_elementwise(
-            TEXT, "=&r,=&r,=&r,=&r,r", [words], dtype=FOUR_BF16 if MATH == BF16 else FOUR_FP16, is_pure=True, pack=2
-        )
     else:
-        a = _number(words & 15, zeros[0], MATH)
-        b = _number((words >> 4) & 15, zeros[1], MATH)
-        c = _number((words >> 8) & 15, zeros[2], MATH)
-        d = _number((words >> 12) & 15, zeros[3], MATH)
+        a = _number(words & 15, 8, MATH)
+        b = _number((words >> 4) & 15, 8, MATH)
+        c = _number((words >> 8) & 15, 8, MATH)
+        d = _number((words >> 12) & 15, 8, MATH)
     return a, b, c, d
 
 
 @triton.jit
-def bytes_(words, zeros, HAS_ZERO: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
-    """Two planes ``code - zero`` of int16 words, as ``nibbles``."""
-    if ASM and HAS_ZERO:
-        TYPE: tl.constexpr = tl.bfloat16 if MATH == BF16 else tl.float16
-        TEXT: tl.constexpr = BYTES_ZERO_BF16 if MATH == BF16 else BYTES_ZERO_FP16
-        o0, words = tl.broadcast((zeros[0] - 128).to(TYPE), words)
-        o1, words = tl.broadcast((zeros[1] - 128).to(TYPE), words)
+def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
+    """The two planes ``code - 128`` of int16 words, as ``nibbles``."""
+    if ASM:
         a, b = tl.inline_asm_elementwise(
-            TEXT, "=&r,=&r,r,r,r", [words, o0, o1], dtype=TWO_BF16 if MATH == BF16 else TWO_FP16, is_pure=True, pack=2
-        )
-    elif ASM:
-        TEXT: tl.constexpr = BYTES_BF16 if MATH == BF16 else BYTES_FP16
-        a, b = tl.inline_asm_elementwise(
-            TEXT, "=&r,=&r,r", [words], dtype=TWO_BF16 if MATH == BF16 else TWO_FP16, is_pure=True, pack=2
-        )
+            BYTES_BF16 if MATH == BF16 else BYTES_FP16, "=&r,=&r,r", [words],
+            dtype=TWO_BF16 if MATH == BF16 else TWO_FP16, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        a = _number(words & 255, zeros[0], MATH)
-        b = _number((words >> 8) & 255, zeros[1], MATH)
+        a = _number(words & 255, 128, MATH)
+        b = _number((words >> 8) & 255, 128, MATH)
     return a, b
 
 
 @triton.jit
-def _number(codes, zero, MATH: tl.constexpr):
-    number = codes.to(tl.float32) - zero
+def _number(codes, middle: tl.constexpr, MATH: tl.constexpr):
+    number = (codes - middle).to(tl.float32)
     if MATH == BF16:
         number = number.to(tl.bfloat16)
     elif MATH == FP16:
         number = number.to(tl.float16)
     return number
-
-
-SCALE_BF16 = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
-SCALE_FP16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
-
-
-@triton.jit
-def scaled(numbers, scale, MATH: tl.constexpr, ASM: tl.constexpr):
-    """``numbers * scale`` rounded to the type of ``numbers``: the weight as the decoded checkpoint has it.
-
-    ``scale`` is float32 and broadcasts. The product of bfloat16 pairs adds -0, which changes no product.
-    """
-    if ASM:
-        factor, numbers = tl.broadcast(scale.to(numbers.dtype), numbers)
-        if MATH == BF16:
-            return tl.inline_asm_elementwise(
-                SCALE_BF16, "=r,r,r", [numbers, factor], dtype=tl.bfloat16, is_pure=True, pack=2
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                SCALE_FP16, "=r,r,r", [numbers, factor], dtype=tl.float16, is_pure=True, pack=2
-            )
-    else:
-        return (numbers.to(tl.float32) * scale).to(numbers.dtype)

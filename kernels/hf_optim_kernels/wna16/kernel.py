@@ -1,9 +1,10 @@
 """The Triton kernels of ``hf_optim::wna16``; ``naive`` says what they compute, ``decode`` how codes become numbers.
 
 One program of ``_linear_kernel`` makes a tile [BLOCK_M, BLOCK_N] of the output from every ``SPLIT``-th chunk of the
-columns. Codes minus zero points are whole numbers up to 255, exact in bfloat16 and float16: the tensor cores
-multiply these, and the scale of a group multiplies the float32 sum of its columns. With ``SPLIT > 1`` the program that
-finishes last adds the partial sums of its tile in a fixed order: one launch, and the same input gives the same bits.
+columns. Codes minus the middle of their grid are whole numbers up to 128, exact in bfloat16 and float16: the tensor
+cores multiply these, and the scale of a group multiplies the float32 sum of its columns. With ``SPLIT > 1`` the program
+that finishes last adds the partial sums of its tile in a fixed order: one launch, and the same input gives the same
+bits.
 
 ``_dense_kernel`` writes the weight in 16 bits, for products with so many rows that the library's is faster.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import FP32, bytes_, nibbles, scaled
+from .decode import FP32, bytes_, nibbles
 
 
 @triton.jit
@@ -43,42 +44,43 @@ def _columns(values, first, cols, N, K, PLANE: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def _planes(words, zeros, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The numbers ``code - zero`` of a chunk: [BLOCK_N, PLANE] for each plane."""
-    if HAS_ZERO:
-        zeros = (zeros[0].to(tl.float32), zeros[1].to(tl.float32), zeros[2].to(tl.float32), zeros[3].to(tl.float32))
-    else:
-        middle = tl.full([1, 1], 1 << (WIDTH - 1), tl.float32)
-        zeros = (middle, middle, middle, middle)
+def _planes(words, WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
+    """The numbers ``code - middle`` of a chunk: [BLOCK_N, PLANE] for each plane."""
     if WIDTH == 8:
-        return bytes_(words, zeros, HAS_ZERO, MATH, ASM)
+        return bytes_(words, MATH, ASM)
     else:
-        return nibbles(words, zeros, HAS_ZERO, MATH, ASM)
+        return nibbles(words, MATH, ASM)
 
 
 @triton.jit
 def _chunk(
     acc, words, x, scales, zeros, rows, first, M, K, stride_x,
     PLANE: tl.constexpr, SHARING: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr, MATH: tl.constexpr,
-    ASM: tl.constexpr, SCALED: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """``acc`` [BLOCK_N, BLOCK_M] plus the product of a chunk. The weight stands on the left, in registers.
 
-    ``SHARING`` consecutive planes have one scale and zero point.
+    ``SHARING`` consecutive planes have one scale and zero point. What a zero point adds is the same for all columns of
+    its group: it multiplies the sum of the inputs, after the product.
     """
-    planes = _planes(words, zeros, HAS_ZERO, WIDTH, MATH, ASM)
+    MIDDLE: tl.constexpr = 1 << (WIDTH - 1)
+    planes = _planes(words, WIDTH, MATH, ASM)
     part = tl.zeros(acc.shape, tl.float32)
+    sums = tl.zeros(acc.shape, tl.float32)
     for p in tl.static_range(16 // WIDTH):
         tile = _x_tile(x, rows, first + p * PLANE, M, K, stride_x, PLANE, MATH)
-        if SCALED:
-            w = scaled(planes[p], scales[p].to(tl.float32), MATH, ASM)
-            acc = tl.dot(w, tile, acc, input_precision="ieee")
-        else:
-            if p % SHARING == 0:
-                part = tl.zeros(acc.shape, tl.float32)
-            part = tl.dot(planes[p], tile, part, input_precision="ieee")
-            if p % SHARING == SHARING - 1:
-                acc += part * scales[p].to(tl.float32)
+        if p % SHARING == 0:
+            part = tl.zeros(acc.shape, tl.float32)
+            sums = tl.zeros(acc.shape, tl.float32)
+        part = tl.dot(planes[p], tile, part, input_precision="ieee")
+        if HAS_ZERO:
+            # A product with ones has the sums where they are needed, on units that have time for it.
+            ones = tl.full([acc.shape[0], PLANE], 1.0, tile.dtype)
+            sums = tl.dot(ones, tile, sums, input_precision="ieee")
+        if p % SHARING == SHARING - 1:
+            if HAS_ZERO:
+                part -= (zeros[p].to(tl.float32) - MIDDLE) * sums
+            acc += part * scales[p].to(tl.float32)
     return acc
 
 
@@ -87,7 +89,7 @@ def _linear_kernel(
     x, packed, scale, zero, bias, out, partial, counters, M, N, K, stride_x, stride_chunk,
     PLANE: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], packed int16 [chunks, N, PLANE], scale and zero [groups, N], out [M, N], partial [SPLIT, M, N]."""
     pid_n, pid_m, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -113,7 +115,7 @@ def _linear_kernel(
         else:
             zeros = (s0, s0, s0, s0)  # not looked at
         acc = _chunk(acc, words, x, (s0, s1, s2, s3), zeros, rows, first, M, K, stride_x,
-                     PLANE, SHARING, HAS_ZERO, WIDTH, MATH, ASM, SCALED)  # fmt: skip
+                     PLANE, SHARING, HAS_ZERO, WIDTH, MATH, ASM)  # fmt: skip
         s0, s1, s2, s3 = n0, n1, n2, n3
         if HAS_ZERO:
             z0, z1, z2, z3 = m0, m1, m2, m3
@@ -154,9 +156,12 @@ def _dense_kernel(
     first = chunk * PLANE * COUNT
     scales = _columns(scale, first, cols, N, K, PLANE, GROUP, SHARING, WIDTH)
     zeros = _columns(zero, first, cols, N, K, PLANE, GROUP, SHARING, WIDTH)
-    planes = _planes(words, zeros, HAS_ZERO, WIDTH, MATH, ASM)
+    planes = _planes(words, WIDTH, MATH, ASM)
     for p in tl.static_range(COUNT):
-        w = planes[p].to(tl.float32) * scales[p].to(tl.float32)
+        number = planes[p].to(tl.float32)
+        if HAS_ZERO:
+            number -= zeros[p].to(tl.float32) - (1 << (WIDTH - 1))
+        w = number * scales[p].to(tl.float32)
         k = first + p * PLANE + tl.arange(0, PLANE)
         at = out + wanted.to(tl.int64)[:, None] * K + k[None, :]
         tl.store(at, w.to(out.dtype.element_ty), mask=(wanted < N)[:, None] & (k < K)[None, :])

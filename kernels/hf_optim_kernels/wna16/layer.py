@@ -156,8 +156,12 @@ class PackedWeight(nn.Module):
                 self.plans[x.shape] = plan
         return run.wna16(x, *held)
 
+    def renew(self) -> None:
+        """Forget what holds addresses of the buffers: one of them is another tensor now."""
+        self.plans = {}
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
-        self.plans = {}  # they hold addresses
+        self.renew()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,6 +171,10 @@ class PackedWeight(nn.Module):
 def join(operands: list[PackedWeight]) -> PackedWeight | None:
     """One operand whose output is those of ``operands`` side by side; None where their layouts differ."""
     first = operands[0]
+    if not isinstance(first, PackedWeight):
+        from . import cpu
+
+        return cpu.join(operands)
     alike = all(
         (o.bits, o.group_size, o.columns, o.dtype, o.zero is None, o.bias is None, o.scale.dtype)
         == (first.bits, first.group_size, first.columns, first.dtype, first.zero is None, first.bias is None,

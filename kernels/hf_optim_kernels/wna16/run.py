@@ -16,7 +16,7 @@ from .naive import plane, sharing
 # With more rows, decoding the whole weight and the library's product are faster than the fused kernel (H200: 126
 # microseconds against 133 for 512 rows of a 14336 x 4096 layer, 83 against 70 for 256).
 MOST_ROWS = 256
-_TILES_NAMES = ("BLOCK_M", "BLOCK_N", "SPLIT", "SCALED", "num_warps", "num_stages")
+_TILES_NAMES = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
 MOST_BYTES = 256 << 20
 
@@ -27,17 +27,17 @@ def default(M: int, N: int, K: int, width: int) -> dict[str, int]:
     block_m, block_n = max(8, min(M, 64)), 128 if wide else 64
     tiles, wanted = -(-N // block_n) * -(-M // block_m), 400 if M < 64 else 100 if wide else 256
     split = next(s for s in (1, 2, 4, 8) if s == 8 or tiles * s >= wanted or 1024 * s >= K)
-    return dict(zip(_TILES_NAMES, (block_m, block_n, split, 0, 8 if wide else 4, 3), strict=True))
+    return dict(zip(_TILES_NAMES, (block_m, block_n, split, 8 if wide else 4, 3), strict=True))
 
 
 def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, int]]:
     """Tiles worth timing, the likeliest first; ``M`` is a bucket."""
     block_m = max(8, min(M, 64))
     if M <= 32:
-        shapes = [(block_m, n, s, 0, w, 3) for s in (4, 8, 2) for n, w in ((64, 4), (64, 2), (128, 4), (32, 1))]
+        shapes = [(block_m, n, s, w, 3) for s in (4, 8, 2) for n, w in ((64, 4), (64, 2), (128, 4), (32, 1))]
     else:
-        shapes = [(64, n, s, 0, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
-        shapes += [(128, 128, s, 1, 4, 3) for s in (1, 2)] if M >= 128 else []
+        shapes = [(64, n, s, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
+        shapes += [(128, 128, s, 8, 3) for s in (1, 2)] if M >= 128 else []
     found = [default(M, N, K, width)] + [dict(zip(_TILES_NAMES, shape, strict=True)) for shape in shapes]
     return [tiles for i, tiles in enumerate(found) if 256 * tiles["SPLIT"] <= K and tiles not in found[:i]]
 
@@ -137,11 +137,11 @@ def _arguments(
     constants = {
         "PLANE": size, "GROUP": group_size, "SHARING": sharing(group_size, width, K),
         "HAS_ZERO": has_zero, "HAS_BIAS": has_bias, "WIDTH": width, "MATH": math, "ASM": _asm(math),
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split, "SCALED": bool(chosen["SCALED"]),
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split,
     }  # fmt: skip
     key = (
         x.dtype, scale.dtype, zero.dtype if zero is not None else 0, bias.dtype if bias is not None else 0, N, K,
-        stride, group_size, width, split, block_m, block_n, chosen["SCALED"], warps, stages, aligned(x, packed),
+        stride, group_size, width, split, block_m, block_n, warps, stages, aligned(x, packed),
     )  # fmt: skip
     before = (packed, scale, zero if zero is not None else scale, bias if bias is not None else scale)
     options = {"constants": constants, "num_warps": warps, "num_stages": stages, "key": key}

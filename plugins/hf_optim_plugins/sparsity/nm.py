@@ -89,7 +89,7 @@ class NM(Technique):
         from hf_optim import Kernel
         from hf_optim_kernels.sparse24 import layer as sparse24
 
-        register(Kernel("sparse24", serves=sparse24.serves, bind=sparse24.bind, sparse24=True))
+        register(Kernel("sparse24", serves=sparse24.serves, bind=sparse24.bind, sparse24=True, join=sparse24.join))
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
