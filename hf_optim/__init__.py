@@ -40,6 +40,8 @@ _HOMES = {
     "callbacks": "training",
     "OptimTrainer": "training",
     "accelerate": "acceleration",
+    "compile_config": "acceleration",
+    "KernelWarning": "acceleration",
     "restore": "acceleration",
     "report": "acceleration",
     "release": "loading",
@@ -61,7 +63,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .acceleration import KernelWarning as KernelWarning
     from .acceleration import accelerate as accelerate
+    from .acceleration import compile_config as compile_config
     from .acceleration import report as report
     from .acceleration import restore as restore
     from .config import DataConfig as DataConfig

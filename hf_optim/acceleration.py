@@ -36,7 +36,17 @@ from .run import Run, find_run
 from .toolkit import topology
 from .toolkit.linear_layers import owners
 
-__all__ = ["Kernel", "KernelWarning", "Report", "Row", "accelerate", "offered_to", "report", "restore"]
+__all__ = [
+    "Kernel",
+    "KernelWarning",
+    "Report",
+    "Row",
+    "accelerate",
+    "compile_config",
+    "offered_to",
+    "report",
+    "restore",
+]
 
 REFUSALS = "_hf_optim_refusals"
 ATTACHED = "_hf_optim_attached"
@@ -242,3 +252,24 @@ def _warn_of(refusals: Mapping[str, str]) -> None:
 def _few(names: list[str], most: int = 3) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def compile_config(**changes: Any) -> Any:
+    """How ``generate`` may compile a model whose modules do not change meanwhile: without guards on them.
+
+    Before each compiled step torch checks some hundred attributes and tensors of every block, which takes longer than a
+    third of the step of a packed 8B model. Here these checks are left out::
+
+        model.generate(..., cache_implementation="static", compile_config=hf_optim.compile_config())
+
+    The compiled step then does not notice a change of the model (``restore``, adapters, other weights): call
+    ``torch.compiler.reset()`` after one. Inputs are checked as ever.
+
+    Args:
+        changes: other fields of transformers' ``CompileConfig``.
+    """
+    import torch
+    from transformers import CompileConfig
+
+    options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return CompileConfig(**{"fullgraph": True, "mode": None, "options": options, **changes})

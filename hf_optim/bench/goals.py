@@ -43,9 +43,9 @@ def goal_of(row: Row, results: Results) -> Goal | None:
 
 def decode_goal(row: Decode, results: Results) -> Goal | None:
     """The goal of an end-to-end row, if it has one. On another card the goal is scaled by the copy bandwidth."""
-    keys = ("model", "scheme", "mode", "batch")
+    keys = ("model", "scheme", "batch")
     found = next((g for g in goals()["decode"] if all(g[key] == getattr(row, key) for key in keys)), None)
-    if found is None:
+    if found is None or row.mode == "dynamic":
         return None
     limit, text = found["ms"], f"<= {found['ms']:g} ms"
     if goals()["device"] not in results.device:

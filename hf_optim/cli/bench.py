@@ -39,7 +39,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"instead: time `generate` of a shape ({DEFAULT_MODEL}, tiny), or of the architecture of a Hub model",
     )
     whole.add_argument("--scheme", nargs="+", metavar="NAME", help="dense, w4a16, w8a8, 2:4 (default: all)")
-    whole.add_argument("--cache", nargs="+", choices=("dynamic", "static"), help="default: both; static is compiled")
+    whole.add_argument(
+        "--cache",
+        nargs="+",
+        choices=("dynamic", "static", "unguarded"),
+        help="default: all; static is compiled, unguarded too, with hf_optim.compile_config()",
+    )
     whole.add_argument("--batch", nargs="+", type=_positive, default=[1], metavar="N", help="default: 1")
     whole.add_argument("--new-tokens", type=_steps, default=64, metavar="N", help="default: 64")
     whole.add_argument("--profile", action="store_true", help="also tell how much of a step the GPU computes")

@@ -26,8 +26,18 @@ in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary p
 
 # Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
-DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
-GROUPED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
+GROUPED = {
+    "KERNEL": "grouped", "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 8, "FLATTEN": 0, "PREPARED": 0,
+    "num_warps": 4, "num_stages": 2,
+}  # fmt: skip
+CONFIGS = [
+    DECODE,
+    DECODE | {"SPLIT": 3},
+    DECODE | {"SPLIT": 2, "PREQUANT": 1},
+    GROUPED,
+    GROUPED | {"KERNEL": "persistent", "PREPARED": 1},
+]
 
 
 def relative(y, reference):
@@ -47,7 +57,7 @@ def random_case(rows, out, columns, dtype, device="cpu", outliers=(), seed=0):
 
 
 def counters(out, columns, device):
-    return torch.zeros(columns + 1 + -(-out // 16), dtype=torch.int32, device=device)
+    return torch.zeros(op.counters_size(out, columns), dtype=torch.int32, device=device)
 
 
 def in_float64(x, weight, scale, bias, threshold=6.0):
@@ -94,12 +104,12 @@ def test_the_weight_is_rounded_to_the_nearest_code():
     assert bool((codes[3] == 0).all())
 
 
-# rows, out, columns, outliers; 40 outliers are more than a chunk of 32.
+# rows, out, columns, outliers; 40 outliers are more than two chunks of 16.
 CASES = [
     (1, 48, 172, []),
     (1, 48, 172, [(0, 171)]),
-    (5, 352, 64, [(2, 7), (4, 7), (0, 63)]),
-    (33, 70, 80, [(i % 33, i * 2) for i in range(40)]),
+    (5, 70, 64, [(2, 7), (4, 7), (0, 63)]),
+    (33, 40, 80, [(i % 33, i * 2) for i in range(40)]),
 ]
 
 
@@ -115,12 +125,33 @@ def test_every_kernel_equals_float64(case, dtype, device, monkeypatch):
     operands = random_case(rows, out, columns, dtype, device, outliers)
     reference = in_float64(*operands)
     count = counters(out, columns, device)
-    for config in (DECODE, DECODE | {"SPLIT": 3}, GROUPED):
+    for config in CONFIGS:
         y = run.llm_int8(*operands, 6.0, count, config)
         assert y.dtype == dtype
         # A code at the middle between two may be the other one in float32: one step of one entry.
         assert relative(y, reference) < BOUND[dtype], config
         assert not bool(count.any()), config
+
+
+@on_triton
+@pytest.mark.parametrize("rows", [1, 5])
+def test_spans_of_many_columns(rows, device):
+    """A bit of the word that says where outliers are stands for 256 columns, multiplied 64 at a time."""
+    from hf_optim_kernels.llm_int8 import run
+
+    found = [(i % rows, column) for i, column in enumerate((0, 255, 256, 8190, 8255, 8299))]
+    operands = random_case(rows, 20, 8300, torch.float32, device, found)
+    reference, count = in_float64(*operands), counters(20, 8300, device)
+    for config in CONFIGS[:3]:
+        y = run.llm_int8(*operands, 6.0, count, config | {"BLOCK_K": 512})
+        assert relative(y, reference) < 1e-6, config
+
+
+@on_triton
+def test_odd_shapes(device):
+    operands = random_case(2, 352, 172, torch.float32, device, [(1, 171), (0, 3)])
+    y = op.llm_int8(*operands, 6.0, counters(352, 172, device))
+    assert relative(y, in_float64(*operands)) < 1e-6
 
 
 @on_triton
@@ -138,11 +169,13 @@ def test_the_list_of_columns(device):
     x = torch.zeros(4, 50, device=device)
     x[0, 3], x[2, 3], x[3, 49], x[1, 10], x[1, 11] = 7.0, -8.0, float("nan"), 6.0, float("-inf")
     count = counters(8, 50, device)
-    codes, scale, columns, number = run.quantize(x, 6.0, count)
+    codes, scale, _, columns, number = run.quantize(x, 6.0, count, 8)
     assert columns[: int(number)].tolist() == [3, 11, 49]
     assert not bool(count.any())
     assert scale.tolist() == pytest.approx([0, 6 / 127, 0, 0])
     assert codes[1, 10] == 127
+    words = run.quantize(x, 6.0, count, 8, span=4)[2]
+    assert words.tolist() == [1, 1 << 2, 1, 1 << 12]
 
 
 @on_triton
@@ -167,7 +200,7 @@ def test_what_is_not_finite_propagates(device):
     weight = torch.where(weight == 0, 1, weight)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
     dense = x.double() @ (weight.double() * scale[:, None].double()).T + bias.double()
-    for config in (DECODE, GROUPED):
+    for config in CONFIGS:
         y = run.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device), config)
         assert torch.equal(y.isnan(), dense.isnan())
         assert torch.equal(y.isinf(), dense.isinf())
@@ -208,6 +241,21 @@ def test_the_layer(device):
     assert torch.equal((found.codes.int() - 128).float() * found.scale, naive.dequantize(made.weight, made.w_scale))
 
 
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_launches_that_are_kept(rows, device):
+    torch.manual_seed(0)
+    made = layer.LLMInt8Linear.from_linear(nn.Linear(64, 48).to(device))
+    first, x = (torch.randn(rows, 64, device=device) for _ in range(2))
+    x[0, 7] = 30.0
+    with torch.no_grad():
+        made(first)
+        assert made.plans[x.shape] is not None
+        assert relative(made(x), naive.llm_int8(x, made.weight, made.w_scale, made.bias, 6.0)) < 1e-6
+    assert not bool(made.counters.any())
+    assert copy.deepcopy(made).plans == {}
+
+
 @on_triton
 def test_joined_layers(device):
     torch.manual_seed(0)
@@ -243,12 +291,12 @@ def test_the_layer_without_triton():
 @in_this_process
 def test_candidates_and_defaults_have_the_same_names():
     pytest.importorskip("triton")
-    from hf_optim_kernels.llm_int8 import run
+    from hf_optim_kernels.llm_int8 import tiles
 
     for N, K in ((14336, 4096), (4096, 14336), (352, 172)):
         for power in range(14):
-            guess = run.default(1 << power, N, K)
-            found = run.candidates(1 << power, N, K)
+            guess = tiles.default(1 << power, N, K)
+            found = tiles.candidates(1 << power, N, K)
             assert found
             assert all(config.keys() == guess.keys() for config in found)
 

@@ -1,9 +1,11 @@
-"""The Triton kernels of LLM.int8(): two launches, and the host never learns where the outliers are.
+"""The Triton kernels of LLM.int8() for few rows, and the one that quantizes rows.
 
-``rows_kernel`` quantizes each row with its outliers left out of the scale, and marks their columns; its last program to
-arrive lists the marked columns. The products run over all columns of the codes, then take the listed columns out of
-the integer sum (exactly, for they are the same integers) and add them in the type of the input. So the loop over all
-columns is that of a plain int8 product, and the outliers cost what their columns weigh.
+The host never learns where the outliers are. In ``decode_kernel`` a tile has every row of the input, so that a span of
+columns tells by itself which of them are outlying: their codes stay in the integer product, and behind it what these
+leave of the input (all of an outlier, less than half a step of its neighbours) is multiplied in the input's type. A
+word with a bit for each span says where to look.
+
+Many rows: see ``gemm``. It reads the outlying columns of ``list_kernel``.
 """
 
 from __future__ import annotations
@@ -11,142 +13,180 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..w8a8.gemm import swizzled
 from ..w8a8.quantize import ROUND, magnitude
 
 
-@triton.jit(do_not_specialize=["threshold", "rows"])
-def rows_kernel(x, codes, scales, columns, count, flags, counter, threshold, rows, K, stride, BLOCK: tl.constexpr):
-    """Program m makes row m. ``flags`` [K] and ``counter`` [1] are zero before and after the launch."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    value = tl.load(x + row * stride + column, inside, 0.0).to(tl.float32)
-    # Compared as integers: Inf and NaN are above every threshold.
-    outlying = magnitude(value) > magnitude(tl.zeros([BLOCK], tl.float32) + threshold)
-    inner = tl.where(outlying, 0.0, value)
-    top = tl.max(tl.abs(inner), 0)
-    inverse = tl.where(top > 0.0, 127.0 / tl.where(top > 0.0, top, 1.0), 0.0)
-    steps = tl.minimum(tl.maximum(inner * inverse, -127.0), 127.0)
-    tl.store(codes + row * K + column, ((steps + ROUND) - ROUND).to(tl.int8), inside)
-    tl.store(scales + row, top / 127.0)
-    tl.atomic_max(flags + column, 1, mask=outlying & inside, sem="relaxed")
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == rows - 1:
-        flag = tl.load(flags + column, inside, 0, cache_modifier=".cg")
-        place = tl.cumsum(flag, 0) - 1
-        tl.store(columns + place, column, flag > 0)
-        tl.store(count, tl.sum(flag, 0))
-        tl.store(flags + column, 0, inside)
-        tl.store(counter, 0)
+@triton.jit
+def either(a, b):
+    return a | b
 
 
 @triton.jit
-def outliers(
-    acc, left, left_real, right, right_real, right_scale, left_scale, columns, count,
-    REAL: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """``acc`` [L, R] of all columns (int32) -> float32, without the listed columns and scaled, plus their product.
+def outside(value, threshold):
+    """Which float32 values are outliers. Compared as integers: Inf and NaN are above every threshold."""
+    return magnitude(value) > magnitude(tl.zeros(value.shape, tl.float32) + threshold)
 
-    ``left`` [L, 1], ``right`` [1, R] point to rows of codes; ``left_real``, ``right_real`` to the rows that take part
-    in the real product (the weight's codes, and the unquantized input); scales are those of the input alone, 1 on the
-    other side. ``REAL`` is the type in which that product is made.
+
+@triton.jit
+def inverse_of(top):
+    return tl.where(top > 0.0, 127.0 / tl.where(top > 0.0, top, 1.0), 0.0)
+
+
+@triton.jit
+def encode(inner, inverse):
+    """Codes of float32 values that are no outliers."""
+    steps = tl.minimum(tl.maximum(inner * inverse, -127.0), 127.0)
+    return ((steps + ROUND) - ROUND).to(tl.int8)
+
+
+@triton.jit
+def spans(outlying, first, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """A bit for each SPAN of the columns ``outlying`` [BLOCK] (int32, 0 or 1), beginning with bit ``first``."""
+    marks = tl.max(tl.reshape(outlying, (BLOCK // SPAN, SPAN)), 1).to(tl.int64)
+    return tl.sum(marks << (first + tl.arange(0, BLOCK // SPAN)).to(tl.int64), 0)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def rows_kernel(
+    x, codes, scales, words, flags, threshold, K, FLAGS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Program m makes codes and scale of row m, without its outliers.
+
+    ``FLAGS``: ``flags`` (uint8 [K], zero before) get 1 where outliers are; else ``words`` [rows] (int64) get the spans.
     """
-    chunk = tl.arange(0, CHUNK)
-    total = tl.load(count)
-    for start in range(0, total, CHUNK):
-        there = start + chunk < total
-        column = tl.load(columns + start + chunk, there, 0)
-        a = tl.load(left + column[None, :], there[None, :], 0)
-        b = tl.load(right + column[:, None], there[:, None], 0)
-        # Codes are at least -127, so that the negative of each is a code.
-        acc = tl.dot(a, -b, acc, out_dtype=tl.int32)
-    out = acc.to(tl.float32) * left_scale * right_scale
-    for start in range(0, total, CHUNK):
-        there = start + chunk < total
-        column = tl.load(columns + start + chunk, there, 0)
-        a = tl.load(left_real + column[None, :], there[None, :], 0.0).to(REAL)
-        b = tl.load(right_real + column[:, None], there[:, None], 0.0).to(REAL)
-        out = tl.dot(a, b, out, input_precision="ieee")
-    return out
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    value = tl.load(x + row * K + column, inside, 0.0).to(tl.float32)
+    outlying = outside(value, threshold)
+    inner = tl.where(outlying, 0.0, value)
+    top = tl.max(tl.abs(inner), 0)
+    tl.store(codes + row * K + column, encode(inner, inverse_of(top)), inside)
+    tl.store(scales + row, top / 127.0)
+    if FLAGS:
+        # All that write a flag write the same.
+        tl.store(flags + column, tl.full([BLOCK], 1, tl.uint8), outlying & inside)
+    else:
+        tl.store(words + row, spans(outlying.to(tl.int32), 0, SPAN, BLOCK))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def list_kernel(columns, count, flags, K, SCAN: tl.constexpr):
+    """``columns`` [K] get those with flags, in their order, and ``count`` [1] how many; flags are zero afterwards.
+
+    A launch of its own: a scan takes registers, of which ``rows_kernel`` needs few to have many rows under way.
+    """
+    total = 0
+    for first in range(0, K, SCAN):
+        each = first + tl.arange(0, SCAN)
+        flag = tl.load(flags + each, each < K, 0).to(tl.int32)
+        tl.store(columns + total + tl.cumsum(flag, 0) - 1, each, flag > 0)
+        tl.store(flags + each, tl.zeros([SCAN], tl.uint8), each < K)
+        total += tl.sum(flag, 0)
+    tl.store(count, total)
+
+
+@triton.jit
+def row_tops(x, threshold, M, K, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest magnitudes [1, ROWS] of the rows of ``x`` without outliers, and the spans of columns with some."""
+    row = tl.arange(0, ROWS)[None, :]
+    column = tl.arange(0, BLOCK)[:, None]
+    top = tl.zeros([1, ROWS], tl.float32)
+    word = tl.sum(tl.zeros([BLOCK // SPAN], tl.int64), 0)
+    for k in range(0, K, BLOCK):
+        inside = (row < M) & (k + column < K)
+        value = tl.load(x + row.to(tl.int64) * K + k + column, inside, 0.0).to(tl.float32)
+        outlying = outside(value, threshold)
+        top = tl.maximum(top, tl.max(tl.abs(tl.where(outlying, 0.0, value)), 0, keep_dims=True))
+        word |= spans(tl.max(outlying.to(tl.int32), 1), k // SPAN, SPAN, BLOCK)
+    return top, word
+
+
+@triton.jit(do_not_specialize=["threshold", "M"])
 def decode_kernel(
-    x, codes, x_scale, columns, count, weight, w_scale, bias, y, partial, counters, M, N, K,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, REAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    x, codes, x_scale, words, weight, w_scale, bias, y, partial, counters, threshold, M, N, K,
+    QUANTIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, REAL: tl.constexpr, ROWS: tl.constexpr,
+    GRID_BLOCK: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Few rows (M <= BLOCK_M): as ``w8a8.kernel.decode_kernel``, the outliers by the last program of a tile."""
+    """Program (i, s) makes part s of rows i * BLOCK_N of the weight, for all rows of ``x``; M <= BLOCK_M.
+
+    ``QUANTIZED``: ``codes``, ``x_scale`` and ``words`` are those of ``rows_kernel``; else ``x`` is quantized here.
+    ``ROWS`` is 1 for one row of input, whose tile is made once and repeated, else BLOCK_M. Other parameters as in
+    ``w8a8.kernel.decode_kernel``; ``REAL`` is the type in which outliers are multiplied, ``EVERY`` has
+    every SPLIT-th bit set, and PIECE columns of a span are multiplied at a time.
+    """
     tile, part = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)[None, :]
+    row = tl.arange(0, ROWS)[None, :]
     k_offsets = tl.arange(0, BLOCK_K)
+    if QUANTIZED:
+        scale = tl.load(x_scale + row, row < M, 0.0)
+        inverse = scale
+        each = tl.arange(0, ROWS)
+        word = tl.reduce(tl.load(words + each, each < M, 0), 0, either)
+    else:
+        top, word = row_tops(x, threshold, M, K, SPAN, ROWS, GRID_BLOCK)
+        scale, inverse = top / 127.0, inverse_of(top)
+    # Rows beyond the weight repeat its last one; they are not stored.
     w_rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
-    # Rows beyond the end repeat the last one; they are not stored.
-    held = tl.minimum(m, M - 1).to(tl.int64) * K
+    rows = row.to(tl.int64) * K
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)
     start = part * steps * BLOCK_K
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for k in tl.range(start, tl.minimum(start + steps * BLOCK_K, K), BLOCK_K):
         column = k + k_offsets
-        if EVEN:
+        inside = (row < M) & (column[:, None] < K)
+        if EVEN:  # noqa: SIM108
             w = tl.load(w_rows + column[None, :])
-            c = tl.load(codes + held + column[:, None])
         else:
             w = tl.load(w_rows + column[None, :], column[None, :] < K, 0)
-            c = tl.load(codes + held + column[:, None], column[:, None] < K, 0)
-        acc = tl.dot(w, c, acc, out_dtype=tl.int32)
+        if QUANTIZED:
+            c = tl.load(codes + rows + column[:, None], inside, 0)
+        else:
+            value = tl.load(x + rows + column[:, None], inside, 0.0).to(tl.float32)
+            c = encode(tl.where(outside(value, threshold), 0.0, value), inverse)
+        acc = tl.dot(w, tl.broadcast_to(c, (BLOCK_K, BLOCK_M)), acc, out_dtype=tl.int32)
+    out = acc.to(tl.float32) * scale
+    # Of the spans with outliers, each part takes every SPLIT-th.
+    word &= tl.full([], EVERY, tl.int64) << part
+    PIECES: tl.constexpr = SPAN // PIECE
+    piece_offsets = tl.arange(0, PIECE)
+    marks = tl.sum((word >> tl.arange(0, 64).to(tl.int64)) & 1, 0).to(tl.int32)
+    for t in tl.range(0, marks * PIECES):
+        lowest = word & -word
+        # The exponent of a power of two is its logarithm (2^63 is negative, of the same exponent).
+        span = (magnitude(lowest.to(tl.float32)) >> 23) - 127
+        column = span * SPAN + t % PIECES * PIECE + piece_offsets
+        word = tl.where(t % PIECES == PIECES - 1, word ^ lowest, word)
+        inside = (row < M) & (column[:, None] < K)
+        w = tl.load(w_rows + column[None, :], column[None, :] < K, 0)
+        v = tl.load(x + rows + column[:, None], inside, 0.0).to(tl.float32)
+        outlying = outside(v, threshold)
+        if QUANTIZED:
+            c = tl.load(codes + rows + column[:, None], inside, 0)
+        else:
+            c = encode(tl.where(outlying, 0.0, v), inverse)
+        marked = tl.max(outlying.to(tl.int32), 1, keep_dims=True) > 0
+        rest = tl.where(marked, v - c.to(tl.float32) * scale, 0.0).to(REAL)
+        out = tl.dot(w.to(REAL), tl.broadcast_to(rest, (PIECE, BLOCK_M)), out, input_precision="ieee")
     last = True
     if SPLIT > 1:
-        parts = partial + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
-        parts += tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m
-        tl.store(parts + part * (BLOCK_N * BLOCK_M), acc)
+        own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m
+        parts = partial + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + own
+        tl.store(parts + part * (BLOCK_N * BLOCK_M), out)
         tl.debug_barrier()
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
     if last:
         if SPLIT > 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for s in range(SPLIT):
-                acc += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+                out += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             tl.store(counters + tile, 0)
-        scales = tl.load(x_scale + m, m < M, 0.0)
-        out = outliers(acc, w_rows, w_rows, codes + held, x + held, scales, 1.0, columns, count, REAL, 32)
         column = n[:, None]
         there = column < N
         out *= tl.load(w_scale + column, there, 0.0)
         if HAS_BIAS:
             out += tl.load(bias + column, there, 0.0).to(tl.float32)
         tl.store(y + m.to(tl.int64) * N + column, out.to(y.dtype.element_ty), there & (m < M))
-
-
-@triton.jit(do_not_specialize=["M"])
-def grouped_kernel(
-    x, codes, x_scale, columns, count, weight, w_scale, bias, y, M, N, K,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, REAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Many rows: one program, one tile of the result."""
-    i, j = swizzled(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
-    m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_offsets = tl.arange(0, BLOCK_K)
-    held = tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
-    w_rows = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for k in tl.range(0, K, BLOCK_K):
-        column = k + k_offsets
-        if EVEN:
-            a = tl.load(codes + held + column[None, :])
-            b = tl.load(w_rows + column[:, None])
-        else:
-            a = tl.load(codes + held + column[None, :], column[None, :] < K, 0)
-            b = tl.load(w_rows + column[:, None], column[:, None] < K, 0)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-    row, column = m[:, None], n[None, :]
-    scales = tl.load(x_scale + row, row < M, 0.0)
-    # A code of the weight is at least -127 as well.
-    out = outliers(acc, codes + held, x + held, w_rows, w_rows, 1.0, scales, columns, count, REAL, 32)
-    out *= tl.load(w_scale + column, column < N, 0.0)
-    if HAS_BIAS:
-        out += tl.load(bias + column, column < N, 0.0).to(tl.float32)
-    tl.store(y + row.to(tl.int64) * N + column, out.to(y.dtype.element_ty), (row < M) & (column < N))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..w8a8.plans import Planned
 from . import naive, op
 
 
-class LLMInt8Linear(nn.Module):
+class LLMInt8Linear(Planned):
     """``x W^T + bias`` on ``hf_optim::llm_int8``, the weight quantized by rows.
 
     Attributes:
@@ -38,8 +40,7 @@ class LLMInt8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("w_scale", w_scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        rows, columns = weight.shape
-        size = columns + 1 + max(1, -(-rows // 16))
+        size = op.counters_size(*weight.shape)
         self.register_buffer("counters", torch.zeros(size, dtype=torch.int32, device=weight.device))
 
     @classmethod
@@ -57,8 +58,13 @@ class LLMInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out]."""
-        recorded = torch.is_grad_enabled() and x.requires_grad
-        call = torch.ops.hf_optim.llm_int8 if recorded or torch.compiler.is_compiling() else op.linear
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return self._call(torch.ops.hf_optim.llm_int8, x)
+        if not x.is_cuda or x.dtype != self.dtype:
+            return self._call(op.linear, x)
+        return self.planned(x, lambda: self._call(op.linear, x))
+
+    def _call(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         return call(x, self.weight, self.w_scale, self.bias, self.threshold, self.counters)
 
     def codes(self) -> Any:

@@ -13,6 +13,11 @@ from ..w8a8.op import on_triton
 from . import naive
 
 
+def counters_size(N: int, K: int) -> int:
+    """How many int32 zeros a call uses: a counter for each tile, a byte for each column."""
+    return max(1, -(-N // 16)) + -(-K // 4)
+
+
 def linear(
     x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float, counters: Tensor
 ) -> Tensor:  # fmt: skip
@@ -36,7 +41,7 @@ def llm_int8(
         w_scale: float32 [out].
         bias: [out], or None.
         threshold: columns with a larger magnitude are outliers; positive.
-        counters: int32 zeros (``run.counters_for``), zero again afterwards. Calls that share it must not overlap.
+        counters: int32 zeros (``counters_size`` of them), zero again afterwards. Calls that share it must not overlap.
     """
     return linear(x, weight, w_scale, bias, threshold, counters)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import util
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import naive, op
+from .plans import Planned
 
 # The lowest compute capability with tensor cores for the codes.
 LEAST_CAPABILITY = {"int8": (8, 0), "float8": (8, 9)}
@@ -21,6 +22,10 @@ def serves(weight: Any) -> str | None:
     inputs = weight.inputs
     if inputs is None or weight.kind == "dense":
         return ""
+    if weight.device.type == "cpu":
+        from . import cpu
+
+        return cpu.refusal(weight)
     wanted = {"int": "int8", "float": "float8"}[weight.kind]
     if weight.bits != 8 or inputs.type != wanted:
         return f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs; served are 8 bits of one kind"
@@ -32,10 +37,6 @@ def serves(weight: Any) -> str | None:
         return "its columns are stored in another order"
     if inputs.type == "float8" and not inputs.symmetric:
         return "float8 inputs with zero points"
-    if weight.device.type == "cpu":
-        from . import cpu
-
-        return cpu.refusal(weight)
     return _device_refusal(weight)
 
 
@@ -61,7 +62,7 @@ def bind(weight: Any) -> nn.Module:
     return Operand.of(weight)
 
 
-class Operand(nn.Module):
+class Operand(Planned):
     """``x W^T + bias`` on ``hf_optim::w8a8``.
 
     Attributes:
@@ -125,8 +126,13 @@ class Operand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out]."""
-        recorded = torch.is_grad_enabled() and x.requires_grad
-        call = torch.ops.hf_optim.w8a8 if recorded or torch.compiler.is_compiling() else op.linear
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return self._call(torch.ops.hf_optim.w8a8, x)
+        if not x.is_cuda or x.dtype != self.dtype:
+            return self._call(op.linear, x)
+        return self.planned(x, lambda: self._call(op.linear, x))
+
+    def _call(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         return call(
             x, self.weight, self.w_scale, self.w_sum, self.bias, self.input_scale, self.input_zero, self.counters,
             self.symmetric,

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor, nn
 
 from .. import launching
@@ -21,8 +20,8 @@ from .. import launching
 MOST_PLANS = 64
 ALIGNMENT = 256
 
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class _State(threading.local):
@@ -40,14 +39,9 @@ def launch(kernel: Any, grid: tuple[int, int, int], args: tuple, constants: dict
 
 
 def unplanned() -> None:
-    """What runs now is more than launches: it cannot be recorded."""
+    """What runs now is more than launches, or a launch that needs more than its arguments: it cannot be recorded."""
     if _STATE.log is not None:
         _STATE.log.append((None, None, ()))
-
-
-def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the tensor descriptors of a launch."""
-    return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
 class Plan:
@@ -86,7 +80,8 @@ def recorded(call: Callable[[], Tensor], x: Tensor, kept: list[Tensor]) -> tuple
 
     There is none where the work is more than launches, or Triton interprets.
     """
-    _STATE.log = log = []
+    log: list[tuple] = []
+    _STATE.log = log
     try:
         y = call()
     finally:
@@ -130,19 +125,22 @@ class Planned(nn.Module):
     def planned(self, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
         """``call()``, a function of ``x`` and the layer's buffers, by the plan for such an input where there is one."""
         plan = self.plans.get(x.shape)
-        if plan is not None and x.is_contiguous():
+        fits = x.is_contiguous()
+        if plan is not None and fits:
             y = plan(x)
-            if y is not None:
-                return y
-        elif x.shape not in self.plans and len(self.plans) < MOST_PLANS and x.is_contiguous() and x.numel():
-            if launching.aligned(x):
-                kept = [buffer for buffer in self.buffers() if buffer.numel()]
-                y, self.plans[x.shape] = recorded(call, x, kept)
-                return y
+            return call() if y is None else y
+        if fits and x.shape not in self.plans and len(self.plans) < MOST_PLANS and x.numel() and launching.aligned(x):
+            kept = [buffer for buffer in self.buffers() if buffer.numel()]
+            y, self.plans[x.shape] = recorded(call, x, kept)
+            return y
         return call()
 
+    def renew(self) -> None:
+        """Forget what holds addresses of the buffers: one of them is another tensor now."""
+        self.plans = {}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Planned:
-        self.plans = {}  # they hold addresses
+        self.renew()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

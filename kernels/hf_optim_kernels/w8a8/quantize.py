@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import aligned, launch
+from ..launching import aligned
 from . import naive
+from .plans import launch
 
 PLAIN, RMS_NORM, LAYER_NORM, GATED = range(4)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 below 2^22 to the nearest even integer

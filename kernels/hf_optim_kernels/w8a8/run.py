@@ -9,12 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launching import aligned, launch
+from ..launching import aligned
 from .gemm import grouped_kernel, persistent_kernel
 from .kernel import decode_kernel
 from .naive import FLOAT8
+from .plans import launch, unplanned
 from .quantize import as_rows, rows
-from .tiles import MOST_DECODE_ROWS, tiles_for
+from .tiles import MOST_DECODE_ROWS, WITHOUT_DESCRIPTORS, default, tiles_for
 
 
 def counters_for(N: int, device: torch.device) -> Tensor:
@@ -75,13 +76,16 @@ def product(
     if "SPLIT" in tiles:
         symmetric = zero is None
         return _decode(codes, scale, zero, weight, w_scale, w_sum, bias, counters, dtype, symmetric, True, tiles)
-    if tiles["KERNEL"] == "torch" and zero is None and dtype == torch.bfloat16:
-        return scaled_mm(codes, scale, weight, w_scale, bias)
+    if tiles["KERNEL"] == "torch":
+        if zero is None and dtype == torch.bfloat16:
+            return scaled_mm(codes, scale, weight, w_scale, bias)
+        tiles = default(max(len(codes), MOST_DECODE_ROWS + 1), weight.shape[0], weight.shape[1], False)
     return _gemm(codes, scale, zero, weight, w_scale, w_sum, bias, dtype, tiles)
 
 
 def scaled_mm(codes: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``torch._scaled_mm`` with a scale for each row of both operands: float8 to bfloat16."""
+    unplanned()
     return torch._scaled_mm(
         codes, weight.T, scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
     )
@@ -127,14 +131,15 @@ def _gemm(
 ) -> Tensor:  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=dtype, device=x.device)
-    persistent = tiles["KERNEL"] == "persistent" and reads_tiles(x, weight)
+    tiles = readable(tiles, x, weight)
+    persistent = tiles["KERNEL"] == "persistent"
     block = {name: tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
     count = -(-M // block["BLOCK_M"]) * -(-N // block["BLOCK_N"])
     constants: dict[str, Any] = {
         "FLOAT8": weight.dtype == FLOAT8, "ASYMMETRIC": x_zero is not None, "HAS_BIAS": bias is not None
     }  # fmt: skip
     if persistent:
-        triton.set_allocator(_scratch)
+        allow_descriptors()
         programs = processors(x.device)
         constants |= {"PROGRAMS": programs, "FLATTEN": bool(tiles["FLATTEN"]), "HALVES": bool(tiles["HALVES"])}
         count = min(count, programs)
@@ -152,6 +157,14 @@ def _gemm(
     return y
 
 
+def readable(tiles: dict[str, Any], x: Tensor, weight: Tensor) -> dict[str, Any]:
+    """The configuration itself, or one without tensor descriptors where they cannot be read."""
+    if tiles["KERNEL"] == "grouped" or reads_tiles(x, weight):
+        return tiles
+    large = tiles["BLOCK_M"] * tiles["BLOCK_N"] > 128 * 128
+    return tiles | (WITHOUT_DESCRIPTORS if large else {"KERNEL": "grouped"})
+
+
 def reads_tiles(x: Tensor, weight: Tensor) -> bool:
     """Whether tensor descriptors can read both operands: rows that begin at multiples of 16 bytes, and the hardware."""
     if x.shape[1] % 16 or not aligned(x, weight):
@@ -163,6 +176,12 @@ def reads_tiles(x: Tensor, weight: Tensor) -> bool:
 def processors(device: torch.device) -> int:
     """The multiprocessors of a device; a few in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def allow_descriptors() -> None:
+    """Let the next launch have memory for its tensor descriptors."""
+    triton.set_allocator(_scratch)
+    unplanned()
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

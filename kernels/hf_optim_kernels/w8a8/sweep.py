@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import tuning
 from ..llm_int8 import naive as llm_naive
 from ..llm_int8 import run as llm
+from ..llm_int8 import tiles as llm_tiles
 from . import naive, run, tiles
 
 SHAPES = ("14336x4096", "4096x14336", "4096x4096")
@@ -104,7 +105,7 @@ class Case:
         """Those of the op, the default first."""
         rows = tuning.bucket(M)
         if self.op == "llm":
-            found = [llm.default(rows, self.N, self.K), *llm.candidates(rows, self.N, self.K)]
+            found = [llm_tiles.default(rows, self.N, self.K), *llm_tiles.candidates(rows, self.N, self.K)]
         else:
             args = (rows, self.N, self.K, self.op == "float8")
             found = [tiles.default(*args), *tiles.candidates(*args)]

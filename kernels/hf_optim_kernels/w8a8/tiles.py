@@ -16,20 +16,34 @@ from .. import tuning
 MOST_DECODE_ROWS = 64
 _DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
 _GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "HALVES", "FLATTEN", "num_warps", "num_stages")
+# Where tensor descriptors cannot be read: less shared memory than on the cards that read them.
+WITHOUT_DESCRIPTORS = {"KERNEL": "grouped", "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 _TILES: dict[tuple, dict[str, Any]] = {}
 
 
 def default(M: int, N: int, K: int, float8: bool) -> dict[str, Any]:
     """A guess at the fastest configuration; ``M`` is a bucket."""
     if M <= MOST_DECODE_ROWS:
-        tiles = -(-N // 64)
-        split = next(s for s in (1, 2, 4, 8) if tiles * s >= 256 or s == 8 or 1024 * s > K)
-        return dict(zip(_DECODE, (64, 256, split, 4, 4 if M <= 32 else 3, int(M > 1)), strict=True))
+        return dict(zip(_DECODE, _decode_default(M, N, K, float8), strict=True))
     if M <= 512:
-        block_n = 128 if -(-M // 128) * -(-N // 128) >= 128 else 64
-        return dict(zip(_GEMM, ("grouped", 128, block_n, 128, 8, 0, 0, 4, 4), strict=True))
-    # The persistent kernel is taken where a measurement says so.
-    return dict(zip(_GEMM, ("grouped", 128, 256, 128, 8, 0, 0, 8, 3), strict=True))
+        # Two programs a multiprocessor hide each other's latency, if need be at the price of smaller tiles.
+        small = -(-M // 64) * -(-N // 128) < 264
+        row = ("grouped", 64, 64, 256, 8, 0, 0, 4, 3) if small else ("grouped", 64, 128, 128, 8, 0, 0, 4, 4)
+    else:
+        row = ("persistent", 256, 128, 128, 8, 0, 0, 8, 4)
+    if float8 and N % 16 == 0 and K % 16 == 0 and (M > 512 or N * K > 1 << 25):
+        row = ("torch", 128, 128, 128, 8, 0, 0, 4, 4)
+    return dict(zip(_GEMM, row, strict=True))
+
+
+def _decode_default(M: int, N: int, K: int, float8: bool) -> tuple[int, ...]:
+    """Enough programs to keep every multiprocessor reading; one row is quantized where it is multiplied."""
+    blocks = -(-N // 64)
+    wanted = 256 if 1 < M < 64 else 200 if M == 1 else 128
+    split = next(s for s in (1, 2, 4, 8) if blocks * s >= wanted or s == 8 or 1024 * s > K)
+    if float8 and M == 64:
+        return 64, 128, max(split, min(2 * split, 8)) if 512 * split <= K else split, 4, 6, 1
+    return 64, 256, split, 4, 4, int(M > 1)
 
 
 def candidates(M: int, N: int, K: int, float8: bool) -> list[dict[str, Any]]:
@@ -38,13 +52,13 @@ def candidates(M: int, N: int, K: int, float8: bool) -> list[dict[str, Any]]:
         return _decode_candidates(M, N, K)
     if M <= 512:
         rows = [
-            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
             ("grouped", 64, 128, 128, 8, 0, 0, 4, 4),
+            ("grouped", 64, 64, 256, 8, 0, 0, 4, 3),
+            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
             ("persistent", 128, 128, 128, 8, 0, 1, 8, 4),
             ("grouped", 128, 64, 128, 8, 0, 0, 4, 4),
             ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
             ("grouped", 128, 128, 256, 8, 0, 0, 8, 3),
-            ("grouped", 64, 64, 256, 8, 0, 0, 4, 3),
         ]
     else:
         rows = [

@@ -89,10 +89,11 @@ def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
             dtype=FOUR_BF16 if MATH == BF16 else FOUR_FP16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        a = _number(words & 15, 8, MATH)
-        b = _number((words >> 4) & 15, 8, MATH)
-        c = _number((words >> 8) & 15, 8, MATH)
-        d = _number((words >> 12) & 15, 8, MATH)
+        wide = words.to(tl.int32)
+        a = _number(wide & 15, 8, MATH)
+        b = _number((wide >> 4) & 15, 8, MATH)
+        c = _number((wide >> 8) & 15, 8, MATH)
+        d = _number((wide >> 12) & 15, 8, MATH)
     return a, b, c, d
 
 
@@ -105,8 +106,10 @@ def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
             dtype=TWO_BF16 if MATH == BF16 else TWO_FP16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        a = _number(words & 255, 128, MATH)
-        b = _number((words >> 8) & 255, 128, MATH)
+        # In 16 bits, Triton 3.6 made wrong code of this on an H200.
+        wide = words.to(tl.int32)
+        a = _number(wide & 255, 128, MATH)
+        b = _number((wide >> 8) & 255, 128, MATH)
     return a, b
 
 

@@ -142,7 +142,7 @@ class PackedWeight(nn.Module):
                 x, self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size
             )
         plan = self.plans.get(x.shape)
-        y = plan(x) if plan is not None and x.is_contiguous() else None
+        y = plan(x) if plan is not None and x.dtype == self.dtype and x.is_contiguous() else None
         return self._plan(x) if y is None else y
 
     def _plan(self, x: Tensor) -> Tensor:

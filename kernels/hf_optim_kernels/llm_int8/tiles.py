@@ -1,0 +1,63 @@
+"""Tile shapes of LLM.int8(): a good guess, those worth timing, and the tuned ones.
+
+Up to ``MOST_DECODE_ROWS`` rows a configuration is of ``kernel.decode_kernel`` (``PREQUANT``: behind a launch that
+quantizes the rows); above, ``KERNEL`` names the product of ``gemm``, and ``PREPARED`` is whether a launch before it
+gathers outlying columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import tuning
+from ..w8a8 import tiles as w8a8
+from ..w8a8.tiles import MOST_DECODE_ROWS
+
+_DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
+_GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "FLATTEN", "PREPARED", "num_warps", "num_stages")
+_TILES: dict[tuple, dict[str, Any]] = {}
+
+
+def default(M: int, N: int, K: int) -> dict[str, Any]:
+    """A guess at the fastest configuration; ``M`` is a bucket. The product is that of w8a8, so are its tiles."""
+    guess = w8a8.default(M, N, K, False)
+    if M <= MOST_DECODE_ROWS:
+        return guess
+    # Gathering pays where many tiles read what it has gathered.
+    return {name: guess.get(name, int(M > 512)) for name in _GEMM}
+
+
+def candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
+    """Configurations worth timing, the likeliest first; ``M`` is a bucket."""
+    if M <= MOST_DECODE_ROWS:
+        return w8a8.candidates(M, N, K, False)
+    if M <= 512:
+        rows = [
+            ("grouped", 64, 128, 128, 8, 0, 0, 4, 4), ("grouped", 64, 128, 128, 8, 0, 1, 4, 4),
+            ("grouped", 64, 64, 256, 8, 0, 0, 4, 3), ("grouped", 64, 64, 256, 8, 0, 1, 4, 3),
+            ("grouped", 128, 64, 128, 8, 0, 0, 4, 4), ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
+            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
+        ]  # fmt: skip
+    else:
+        rows = [
+            ("persistent", 256, 128, 128, 8, 0, 1, 8, 4), ("persistent", 256, 128, 128, 8, 0, 0, 8, 4),
+            ("persistent", 128, 256, 128, 8, 0, 1, 8, 4), ("persistent", 128, 256, 128, 8, 1, 1, 8, 3),
+            ("grouped", 128, 256, 128, 8, 0, 1, 8, 3), ("grouped", 128, 128, 128, 8, 0, 1, 4, 4),
+            ("persistent", 256, 128, 128, 8, 0, 1, 8, 3),
+        ]  # fmt: skip
+    return [dict(zip(_GEMM, row, strict=True)) for row in rows]
+
+
+def tiles_for(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The tuned configuration for so many rows, else the default one."""
+    rows = tuning.bucket(M)
+    key = (rows, N, K, dtype, device)
+    if key not in _TILES:
+        found = tuning.choose("llm-int8", (N, K, rows), dtype, default(rows, N, K), device)
+        if dtype == torch.float32 and "SPLIT" not in found:
+            # No tensor core multiplies outliers in float32, and what does takes more registers.
+            found = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3), strict=True))
+        _TILES[key] = found
+    return _TILES[key]
