@@ -257,8 +257,8 @@ def _few(names: list[str], most: int = 3) -> str:
 def compile_config(**changes: Any) -> Any:
     """How ``generate`` may compile a model whose modules do not change meanwhile: without guards on them.
 
-    Before each compiled step torch checks some hundred attributes and tensors of every block, which takes longer than a
-    third of the step of a packed 8B model. Here these checks are left out::
+    Before each compiled step torch checks some hundred attributes and tensors of every block: 2.7 of the 6.9
+    milliseconds of a step of a W4A16 8B model on an H200 with a slow host. Here these checks are left out::
 
         model.generate(..., cache_implementation="static", compile_config=hf_optim.compile_config())
 

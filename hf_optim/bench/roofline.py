@@ -69,4 +69,4 @@ def _ceilings(axes: Any, rows: list[Row], ceilings: dict[str, float]) -> None:
         ends = [low, knee, high]
         heights = [min(x * copy, rate) / 1e6 for x in ends]
         axes.plot(ends, heights, color="#000000", linewidth=0.9, linestyle=style, zorder=1)
-        axes.annotate(name, (high, heights[-1]), fontsize=7, ha="right", va="bottom")
+        axes.annotate(name, (high, heights[-1]), fontsize=7, ha="right", va="bottom" if name == "bfloat16" else "top")

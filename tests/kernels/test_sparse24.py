@@ -385,7 +385,8 @@ def test_negative_zeros_of_joined_operands():
         ({"group_size": 8}, "multiple of 16"),
         ({"bits": 9}, "9-bit"),
         ({"inputs": SimpleNamespace(type="int8")}, "inputs are quantized"),
-        ({}, "cpu devices"),
+        ({}, "run faster"),
+        ({"kind": "dense", "bits": 16}, "cpu devices"),
     ],
 )
 def test_what_is_not_served_is_told_why(changes, reason):

@@ -46,7 +46,7 @@ def serves(weight: Any) -> str | None:
         return ""
     if weight.inputs is not None:
         return "its inputs are quantized, this kernel is for weights only"
-    return _form_refusal(weight) or _device_refusal(weight.device) or _size_refusal(weight)
+    return _form_refusal(weight) or _speed_refusal(weight) or _device_refusal(weight.device) or _size_refusal(weight)
 
 
 def _form_refusal(weight: Any) -> str | None:
@@ -84,6 +84,12 @@ def _size_refusal(weight: Any) -> str | None:
     if count < LEAST_WEIGHTS:
         return f"a layer of {count:,} weights is faster dense (2:4 pays from {LEAST_WEIGHTS:,})"
     return None
+
+
+def _speed_refusal(weight: Any) -> str | None:
+    # H200, 14336 x 4096, one row: int8 31.9 microseconds and int4 35.2, where dense takes 32.7, the kernels for integer
+    # weights that are not sparse 21.2 and 13.0, and 16-bit 2:4 values 26.6.
+    return None if weight.kind == "dense" else "integer codes run faster on a kernel that decodes all of them"
 
 
 @torch.no_grad()
