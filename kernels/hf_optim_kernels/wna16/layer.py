@@ -71,6 +71,13 @@ class PackedWeight(nn.Module):
         counters: int32, for programs that share a tile.
     """
 
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+    counters: Tensor
+
     def __init__(
         self,
         packed: Tensor,
@@ -135,8 +142,9 @@ class PackedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out]."""
-        if self._buffers["order"] is not None:
-            x = x.index_select(-1, self.order)
+        order = self._buffers["order"]
+        if order is not None:
+            x = x.index_select(-1, order)
         if torch.compiler.is_compiling() or not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
             return op.wna16(
                 x, self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size
@@ -168,7 +176,7 @@ class PackedWeight(nn.Module):
         return {**self.__dict__, "plans": {}}
 
 
-def join(operands: list[PackedWeight]) -> PackedWeight | None:
+def join(operands: list[Any]) -> nn.Module | None:
     """One operand whose output is those of ``operands`` side by side; None where their layouts differ."""
     first = operands[0]
     if not isinstance(first, PackedWeight):
