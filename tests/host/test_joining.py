@@ -490,9 +490,10 @@ def test_wna16_joined_is_wna16_apart():
 
 @pytest.mark.parametrize("inputs", [{}, {"symmetric_activations": False}])
 def test_w8a8_on_a_cpu_joined_is_w8a8_apart(inputs):
-    cpu = pytest.importorskip("hf_optim_kernels.w8a8.cpu")
+    from hf_optim_kernels.w8a8 import cpu, layer
+
     logits, saved = [], []
-    for join in (None, cpu.join):
+    for join in (None, layer.join):
         model = quantize(TINY["qwen2"]().requires_grad_(False), 8, None, only="proj", activations="int8", **inputs)
         hf_optim.accelerate(model, [Kernel("w8a8", serves=serves_all, bind=cpu.bind, join=join)])
         with torch.no_grad():

@@ -158,8 +158,12 @@ def _zero_of(found: Any) -> Tensor:
     return found.input_zero.detach().reshape(1)
 
 
-def join(operands: Sequence[nn.Module]) -> Operand | None:
+def join(operands: Sequence[Any]) -> nn.Module | None:
     """One operand whose outputs are those of all, one after the other; None where inputs or types differ."""
+    if not isinstance(operands[0], Operand):
+        from . import cpu
+
+        return cpu.join(list(operands))
     parts = [part for part in operands if isinstance(part, Operand)]
     if not parts or len(parts) < len(operands) or not all(_alike(parts[0], part) for part in parts):
         return None
