@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
 from ..w8a8.plans import Planned
 from . import naive, op
 
@@ -67,12 +66,10 @@ class LLMInt8Linear(Planned):
     def _call(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         return call(x, self.weight, self.w_scale, self.bias, self.threshold, self.counters)
 
-    def codes(self) -> Any:
+    def codes(self) -> Codes:
         """The codes (uint8, 128 for 0) and scales of the weight, bit for bit."""
         codes = self.weight.view(torch.uint8) ^ 128
-        return SimpleNamespace(
-            codes=codes, scale=self.w_scale[:, None], zero=None, order=None, input_scale=None, input_zero=None
-        )  # fmt: skip
+        return Codes(codes, self.w_scale[:, None])
 
 
 def join(operands: list[nn.Module]) -> LLMInt8Linear | None:

@@ -7,37 +7,18 @@ read here by its attributes alone) and goes back as it came, bit for bit, throug
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
 from . import configs, library, naive, op
 
 # Smaller layers are bound by the launch, which a dense product has too.
 LEAST_WEIGHTS = 1 << 22
 GROUP_MULTIPLE = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """What ``Operand.codes`` returns: the codes a weight was bound from, see ``naive`` for their values.
-
-    Attributes:
-        codes: [out, in]; uint8, or the weight itself.
-        scale: [out, groups], None for a weight of 16 bits.
-        zero: uint8 [out, groups], None for the symmetric grid.
-        order, input_scale, input_zero: None; such weights are not served.
-    """
-
-    codes: Tensor
-    scale: Tensor | None
-    zero: Tensor | None
-    order: None = None
-    input_scale: None = None
-    input_zero: None = None
 
 
 def serves(weight: Any) -> str | None:

@@ -18,28 +18,17 @@ seconds with int8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = 127.5
 # Sums of products of int8 codes stay below 2^31 up to here.
 MOST_COLUMNS = 1 << 16
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Codes of a weight, as ``hf_optim.weights.Codes``."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    order: Tensor | None = None
-    input_scale: Tensor | None = None
-    input_zero: Tensor | None = None
 
 
 def refusal(weight: Any) -> str | None:
@@ -140,10 +129,10 @@ class QuantizedLinear(nn.Module):
             dtype=dtype,
         )
 
-    def codes(self) -> Found:
+    def codes(self) -> Codes:
         """The codes, scales and zero points it was made of, bit for bit."""
         codes = (self.packed.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
-        return Found(codes, self.scale, self.zero, None, self.input_scale, self.input_zero)
+        return Codes(codes, self.scale, self.zero, None, self.input_scale, self.input_zero)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in]."""

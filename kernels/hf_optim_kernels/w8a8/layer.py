@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import util
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
 from . import naive, op
 from .plans import Planned
 
@@ -143,10 +143,10 @@ class Operand(Planned):
         call = torch.ops.hf_optim.w8a8_codes if torch.compiler.is_compiling() else op.linear_codes
         return call(codes, scale, zero, self.weight, self.w_scale, self.w_sum, self.bias, self.counters, self.dtype)
 
-    def codes(self) -> Any:
+    def codes(self) -> Codes:
         """The codes, scales and input grid this was made of, bit for bit."""
         codes = self.weight if self.float8 else self.weight.view(torch.uint8) ^ 128
-        return SimpleNamespace(
+        return Codes(
             codes=codes, scale=self.stored_scale, zero=None, order=None,
             input_scale=self.input_scale, input_zero=self.input_zero,
         )  # fmt: skip

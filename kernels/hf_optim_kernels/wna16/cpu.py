@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import Found
+from ..codes import Codes
 
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 16
@@ -139,7 +139,7 @@ class PackedOperand(nn.Module):
         """``x`` [rows, in] in bfloat16 -> [rows, out]."""
         raise NotImplementedError
 
-    def codes(self) -> Found:
+    def codes(self) -> Codes:
         """The codes, scales and zero points it was made of, bit for bit."""
         raise NotImplementedError
 
@@ -176,8 +176,8 @@ class Int4Linear(PackedOperand):
     def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.pair)
 
-    def codes(self) -> Found:
-        return Found(_unpack_int4(self.packed) - (8 - 2 ** (self.bits - 1)), self.scale, self.zero, None)
+    def codes(self) -> Codes:
+        return Codes(_unpack_int4(self.packed) - (8 - 2 ** (self.bits - 1)), self.scale, self.zero, None)
 
 
 class Int8Linear(PackedOperand):
@@ -193,9 +193,9 @@ class Int8Linear(PackedOperand):
     def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x, self.packed, self.ones) * self.factor
 
-    def codes(self) -> Found:
+    def codes(self) -> Codes:
         codes = (self.packed.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
-        return Found(codes, self.scale, self.zero, None)
+        return Codes(codes, self.scale, self.zero, None)
 
 
 class DenseLinear(nn.Module):
@@ -235,13 +235,13 @@ class DenseLinear(nn.Module):
         """``x`` [..., in] -> [..., out]."""
         return F.linear(x, self.dense, self.bias)
 
-    def codes(self) -> Found:
+    def codes(self) -> Codes:
         """The codes, scales and zero points it was made of, bit for bit."""
         stored = self.dense if self.order is None else self.dense[:, self.order]
         grouped = stored.view(len(stored), -1, self.group_size)
         zero = 2.0 ** (self.bits - 1) if self.zero is None else self.zero.float()[..., None]
         steps = (grouped / self.scale.float()[..., None]).round_().add_(zero)
-        return Found(steps.to(torch.uint8).view(stored.shape), self.scale, self.zero, self.order)
+        return Codes(steps.to(torch.uint8).view(stored.shape), self.scale, self.zero, self.order)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -304,7 +304,7 @@ def join(operands: list[Any]) -> PackedOperand | None:
     if any(part.order is not None for part in parts):
         return None
     zero = None if first.zero is None else torch.cat([p.zero for p in parts if p.zero is not None])
-    found = Found(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), zero, None)
+    found = Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), zero, None)
     bias = None if first.bias is None else torch.cat([o.bias for o in operands if o.bias is not None])
     return type(first)(found, first.bits, first.group_size, first.dtype, bias)  # type: ignore[call-arg]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codes import Codes
 from . import naive, op
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -128,13 +129,13 @@ class PackedWeight(nn.Module):
             dtype=dtype,
         )
 
-    def codes(self) -> Any:
-        """The weight's codes, scales and zero points again, bit for bit, named as in ``hf_optim.weights.Codes``."""
+    def codes(self) -> Codes:
+        """The weight's codes, scales and zero points again, bit for bit."""
         codes = naive.unpack(self.packed, self.width, self.columns)
         if self.zero is None and self.bits != self.width:
             codes = codes - (2 ** (self.width - 1) - 2 ** (self.bits - 1))
         zero = None if self.zero is None else self.zero.T.contiguous()
-        return Found(codes.contiguous(), self.scale.T.contiguous(), zero, self.order)
+        return Codes(codes.contiguous(), self.scale.T.contiguous(), zero, self.order)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel is right for this input."""
@@ -203,14 +204,6 @@ def join(operands: list[Any]) -> nn.Module | None:
         columns=first.columns,
         dtype=first.dtype,
     )
-
-
-class Found:
-    """A weight's codes as ``hf_optim.weights.Codes`` names them."""
-
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor | None) -> None:
-        self.codes, self.scale, self.zero, self.order = codes, scale, zero, order
-        self.input_scale = self.input_zero = None
 
 
 def _width(bits: int) -> int:

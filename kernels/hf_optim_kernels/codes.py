@@ -1,0 +1,27 @@
+"""What an operand gives back of its weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The codes an operand was made of, bit for bit; ``hf_optim.weights.Codes`` says what they mean.
+
+    Attributes:
+        codes: [out, in]: uint8, float8, or the weight itself.
+        scale: [out, groups]; None for a weight that is not quantized.
+        zero: uint8 [out, groups]; None for the symmetric grid.
+        order: int64 [in], or None.
+        input_scale, input_zero: [1], of static inputs, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    zero: Tensor | None = None
+    order: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
