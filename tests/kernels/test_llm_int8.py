@@ -7,25 +7,14 @@ again; with the marker ``gpu`` the same tests run on a CUDA device.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreting import BOUND, CUDA, in_this_process, on_triton, pass_interpreted, relative
 from torch import nn
 
 from hf_optim_kernels.llm_int8 import layer, naive, op
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-)
-on_triton = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [CUDA])
-in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
-
-# Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
 DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
 GROUPED = {
     "KERNEL": "grouped", "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 8, "FLATTEN": 0, "PREPARED": 0,
@@ -38,11 +27,6 @@ CONFIGS = [
     GROUPED,
     GROUPED | {"KERNEL": "persistent", "PREPARED": 1},
 ]
-
-
-def relative(y, reference):
-    y, reference = y.detach().double(), reference.detach().double()
-    return float((y - reference).norm() / reference.norm())
 
 
 def random_case(rows, out, columns, dtype, device="cpu", outliers=(), seed=0):
@@ -303,10 +287,4 @@ def test_candidates_and_defaults_have_the_same_names():
 
 @in_this_process
 def test_the_triton_kernels_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    pass_interpreted(__file__)

@@ -8,27 +8,15 @@ Triton decides at import whether it interprets, so the tests of its kernels on t
 from __future__ import annotations
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
 
 from hf_optim_kernels.sparse24 import configs, layer, naive, op
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-)
-DEVICES = ["cpu"] if INTERPRETED else [CUDA]
-on_triton = pytest.mark.parametrize("device", DEVICES)
-in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
-
-# Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
 ROW = 1 << 20
 # width, group, zero points.
 GRIDS = [(16, ROW, False), (8, ROW, False), (8, ROW, True), (4, 128, True), (4, 32, False), (4, ROW, True)]
@@ -70,10 +58,6 @@ def random_case(rows, out, columns, width, group, zero, dtype, device="cpu", see
     tensors = [x, *naive.pack(numbers, kept, width), scale, points, bias, counters]
     moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
     return (*moved, width, size, middle), reference.to(device)
-
-
-def relative(y, reference):
-    return float((y.double() - reference).norm() / reference.norm())
 
 
 # -- the format -------------------------------------------------------------------------------------------------------
@@ -227,7 +211,7 @@ def test_a_weight_is_decompressed_as_it_was(dtype, device):
 
 
 # -- the operator -----------------------------------------------------------------------------------------------------
-EVERYWHERE = DEVICES if INTERPRETED else ["cpu", CUDA]
+EVERYWHERE = ["cpu"] if INTERPRETED else ["cpu", CUDA]
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)
@@ -266,13 +250,7 @@ def test_inputs_of_another_width_are_refused():
 
 @in_this_process
 def test_the_triton_kernels_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    pass_interpreted(__file__)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

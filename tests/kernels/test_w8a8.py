@@ -7,26 +7,15 @@ again; with the marker ``gpu`` the same tests run on a CUDA device.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
 from torch.nn import functional as F
 
 from hf_optim.weights import Codes, Inputs, QuantizedWeight
 from hf_optim_kernels.w8a8 import layer, naive, op, producers
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-)
-on_triton = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [CUDA])
-in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
-
-# Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
 GRIDS = [(False, True), (False, False), (True, True)]  # float8, symmetric
 DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
 GROUPED = {
@@ -41,10 +30,6 @@ CONFIGS = [
     GROUPED | {"KERNEL": "persistent"},
     GROUPED | {"KERNEL": "persistent", "HALVES": 1, "FLATTEN": 1},
 ]
-
-
-def relative(y, reference):
-    return float((y.double() - reference.double()).norm() / reference.double().norm())
 
 
 def random_layer(out, columns, *, float8, dtype, device="cpu", seed=0):
@@ -356,13 +341,7 @@ def test_the_operators_without_triton():
 
 @in_this_process
 def test_the_triton_kernels_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    pass_interpreted(__file__)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -8,26 +8,14 @@ collects this file again with ``TRITON_INTERPRET=1``; with the marker ``gpu`` th
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
 
 from hf_optim_kernels.wna16 import layer, naive, op
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-)
-DEVICES = ["cpu"] if INTERPRETED else [CUDA]
-on_triton = pytest.mark.parametrize("device", DEVICES)
-in_this_process = pytest.mark.skipif(INTERPRETED, reason="runs in the ordinary process")
-
-# Rounding of the result, norm over norm. The interpreter cuts float32 to bfloat16 instead of rounding.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
 # rows, out, in, group; 172 columns and 33 or 352 rows fit no block, groups of 48 no whole plane.
 SHAPES = [
     (1, 64, 256, 128),
@@ -61,10 +49,6 @@ def random_case(rows, out, columns, group, width, *, zero, dtype, device="cpu", 
 
 def spread(values, group, columns):
     return values.repeat_interleave(group, 0)[:columns].T
-
-
-def relative(y, reference):
-    return float((y.double() - reference).norm() / reference.norm())
 
 
 @in_this_process
@@ -214,13 +198,7 @@ def test_the_operator_without_triton():
 
 @in_this_process
 def test_the_triton_kernel_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    pass_interpreted(__file__)
 
 
 # -- operands ---------------------------------------------------------------------------------------------------------

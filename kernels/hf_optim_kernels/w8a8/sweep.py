@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..benching import graph_time
 from ..llm_int8 import naive as llm_naive
 from ..llm_int8 import run as llm
 from ..llm_int8 import tiles as llm_tiles
@@ -34,28 +34,9 @@ from . import naive, run, tiles
 SHAPES = ("14336x4096", "4096x14336", "4096x4096")
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 L2_BYTES = 200 << 20
+REPLAYS = 12
 BOUND = 5e-3  # bfloat16 rounds by 2^-9 at most
 OPS = {"int8": tiles.op_name(False), "float8": tiles.op_name(True), "llm": "llm-int8"}
-
-
-def graph_time(calls: Sequence[Callable[[], object]], replays: int = 12) -> float:
-    """Median microseconds of one call, over replays of a graph that makes all ``calls`` one after the other."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[2:])
 
 
 class Case:
@@ -150,7 +131,7 @@ def measure(case: Case, M: int, x: Tensor, wanted: Tensor, config: dict[str, Any
         again = torch.equal(calls[0](), y)
         if not error < BOUND or not again:
             return f"WRONG: relative error {error:.1e}, {'the same' if again else 'another'} result when repeated"
-        return graph_time(calls)
+        return graph_time(calls, REPLAYS).us
     except Exception as error:  # any failure of a candidate is a finding
         return f"{type(error).__name__}: {str(error)[:120]}"
 
@@ -160,7 +141,7 @@ def dense_time(N: int, K: int, M: int) -> float:
     count = max(2, min(8, -(-L2_BYTES // (2 * N * K)))) if M <= 512 else 1
     weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-    return graph_time([partial(torch.nn.functional.linear, x, w) for w in weights])
+    return graph_time([partial(torch.nn.functional.linear, x, w) for w in weights], REPLAYS).us
 
 
 def sweep(options: argparse.Namespace, until: float) -> dict[str, Any]:
