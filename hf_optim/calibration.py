@@ -8,7 +8,7 @@ is calibrated on. A driver decides how batches flow and nothing else; the steps 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .compose import Stage
 from .errors import ModelError, NumericalError
 from .run import Run, evaluating
-from .scope import Scope
+from .scope import Example, Scope
 from .techniques import Technique
 from .toolkit import topology
 
@@ -58,6 +58,12 @@ def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> str:
 
 
 def _whole_model(run: Run, steps: Sequence[Technique]) -> None:
+    for step in steps:
+        if step.needs_teacher():
+            raise ModelError(
+                f"{run.label(step)} works block by block, towards what each block computed before: use driver: "
+                f"blockwise, with a model that has a sequence of blocks ({type(run.model).__name__})"
+            )
     scope = Scope("", run.model, run.model)
     device = _device_of(run.model)
 
@@ -85,14 +91,17 @@ class _Blockwise:
         self.device = run.device or self.home
         self.batches: Sequence[Batch] = run.data.batches if run.data is not None and _any_needs_data(steps) else ()
         self.outputs: dict[str, list[Any]] = {}
+        self.teaching = any(step.needs_teacher() for step in steps)
+        self.taught: dict[str, list[Any]] = {}  # outputs of the blocks as they were, where a step works towards them
 
     def drive(self) -> None:
         model = self.run.model
         bar = tqdm(self.blocks, desc="calibrating", unit="block", disable=len(self.blocks) < 2)
         for index, block in enumerate(bar):
             bar.set_postfix_str(block.name, refresh=False)
-            scope = Scope(block.name, block.module, model, index, len(self.blocks))
             with self._on_device(block.module):
+                lesson = self._lesson(index) if self.teaching else ()
+                scope = Scope(block.name, block.module, model, index, len(self.blocks), teacher=lesson)
                 if not (self.journal and self.journal.restore(self.run, self.steps[0], block.name)):
                     for step in self.steps:
                         _drive(self.run, step, scope, functools.partial(self._feed, index))
@@ -108,7 +117,7 @@ class _Blockwise:
         model = self.run.model
         inside = tuple(block.name for block in self.blocks)
         scope = Scope("", model, model, count, count + 1, outside=inside)
-        steps = [step for step in self.steps if scope.select(_named(step, scope))]
+        steps = [step for step in self.steps if scope.select(_named(step, scope)) and not step.needs_teacher()]
 
         def feed(step: Technique) -> None:
             for batch in _batches(self.run, step):
@@ -126,12 +135,24 @@ class _Blockwise:
     def _arguments(self, index: int) -> Iterator[tuple[Any, Any]]:
         """The arguments of block ``index``, batch by batch, on the accelerator."""
         for number, batch in enumerate(self.batches):
-            args, kwargs = self._reach(index, number, batch)
+            args, kwargs = self._reach(index, number, batch, self.outputs)
             yield _to(args, self.device), _to(kwargs, self.device)
 
-    def _reach(self, index: int, number: int, batch: Batch) -> tuple[Any, Any]:
+    def _lesson(self, index: int) -> list[Example]:
+        """What block ``index``, still as it was, computes where all blocks before it are as they were."""
+        block, lesson = self.blocks[index], []
+        for number, batch in enumerate(self.batches):
+            args, kwargs = self._reach(index, number, batch, self.taught)
+            output = block.module(*_to(args, self.device), **_to(kwargs, self.device))
+            lesson.append(Example(args, kwargs, _to(output, self.home)))
+        self.taught[block.stack] = [example.output for example in lesson]
+        return lesson
+
+    def _reach(self, index: int, number: int, batch: Batch, outputs: Mapping[str, list[Any]]) -> tuple[Any, Any]:
+        """The arguments of block ``index`` for one batch, given the ``outputs`` of the blocks before it."""
+
         def stub(stack: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self.outputs[stack][number]
+            return lambda *args, **kwargs: outputs[stack][number]
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise _Reached(args, kwargs)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .errors import ModelError
 from .quantized import clear, dump_module_state, load_module_state, quantized_modules, scheme_on, store
@@ -87,13 +88,23 @@ def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]]) 
 def dense(model: nn.Module) -> list[str]:
     """Turn a quantized model into an ordinary one, in place, with the dequantized weights and the stock forward.
 
-    Weights decode to the same values. Quantization of *activations* has no dense equivalent and is gone: the names of
+    A module of remote code that ``holds_codes`` gives ``to_dense() -> (module, exact)``: the stock module in its place,
+    and whether that computes the same. Weights decode to the same values. Quantization of *activations* has no dense equivalent and is gone: the names of
     the modules that had it are returned, and their outputs change. Kernels are taken off.
     """
     from .acceleration import restore
+    from .remote_code import revert
+    from .toolkit.replacing import replace_module
 
     restore(model)
     lost = []
+    for name, module in list(model.named_modules()):
+        if getattr(module, "holds_codes", False):
+            own, exact = module.to_dense()  # type: ignore[operator]
+            replace_module(model, name, own)
+            lost += [] if exact else [name]
+    if isinstance(model, PreTrainedModel):
+        revert(model)
     for name, module in quantized_modules(model).items():
         if scheme_on(module).input_activations is not None:
             lost.append(name)

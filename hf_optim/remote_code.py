@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import inspect
+import re
 import shutil
 import sys
 import tempfile
@@ -38,17 +40,20 @@ class RemoteCode:
 
     Attributes:
         name: the technique's name; prefix of ``model_type``, and capitalised of class names.
-        source: text of a module that imports only torch and transformers.
-        config_base: name of the class in ``source`` which the configuration classes inherit from.
-        field: name of the configuration field that holds the technique's one number.
+        source: text of a module that imports only torch and transformers (``joined`` makes one of several).
+        config_base: name of the class in ``source`` which the configuration classes inherit from; empty for none.
+        field: name of the configuration field that holds what the technique has to say: a number, or plain JSON.
         default: the field's value in a configuration made without it.
+        model_base: name of the class in ``source`` which the model classes inherit from first; empty for none. Its
+            ``__init__`` runs when a checkpoint is loaded, not in ``convert``.
     """
 
     name: str
     source: str
     config_base: str
     field: str
-    default: int
+    default: int | None = None
+    model_base: str = ""
 
     @property
     def prefix(self) -> str:
@@ -56,12 +61,25 @@ class RemoteCode:
         return "".join(part.capitalize() for part in self.name.split("_"))
 
 
-def convert(model: PreTrainedModel, code: RemoteCode, value: int) -> PreTrainedModel:
+def joined(*modules: ModuleType) -> str:
+    """The texts of several modules as one: each may import from those before it, by any path of hf_optim.
+
+    Such imports, and repeated ``from __future__`` lines, are left out of the text.
+    """
+    kept = ["from __future__ import annotations"]
+    for module in modules:
+        lines = inspect.getsource(module).splitlines()
+        dropped = re.compile(r"from (__future__|hf_optim[\w.]*|\.[\w.]*) import [^(]*$")
+        kept += [line for line in lines if not dropped.match(line)]
+    return "\n".join(kept) + "\n"
+
+
+def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedModel:
     """Make ``model`` a model of its own class, in place; ``value`` goes into the field that ``code`` names.
 
-    Parameters, hooks and names stay as they are: only the classes of the model and of its configuration change, for
-    which reason the new classes override nothing that needs an ``__init__``. Raises ``ModelError`` for a model that is
-    not of a class of transformers.
+    Parameters, hooks and names stay as they are: only the classes of the model and of its configuration change. What
+    an ``__init__`` of the new class would do to the modules, the technique has done to this model already. Raises
+    ``ModelError`` for a model that is not of a class of transformers.
     """
     config_class, model_class = type(model.config), type(model)
     module = generate(code, config_class)  # type: ignore[arg-type]
@@ -75,6 +93,28 @@ def convert(model: PreTrainedModel, code: RemoteCode, value: int) -> PreTrainedM
         config.auto_map = dict(module.AUTO_MAP)
     model.__class__ = getattr(module, name)
     return model
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo ``convert`` in place: the stock classes again. The modules stay as they are; a stock model is left alone."""
+    stock = stock_class(type(model))
+    if stock is type(model):
+        return model
+    config_class = type(model.config)
+    field = next(name for name in vars(config_class).get("__annotations__", {}))
+    for config in _configs(model, config_class):
+        config.__class__ = stock_class(config_class)
+        for name in (field, "auto_map"):
+            config.__dict__.pop(name, None)
+    model.__class__ = stock
+    return model
+
+
+def stock_class(cls: type) -> type:
+    """The class of transformers that a generated class stands for; any other class itself."""
+    if not cls.__module__.startswith(f"{PACKAGE}."):
+        return cls
+    return next(base for base in cls.__mro__[1:] if getattr(transformers, base.__name__, None) is base)
 
 
 def register(model_type: str) -> type[PretrainedConfig]:
@@ -121,13 +161,14 @@ def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: s
     for model_class, autos in heads.items():
         for auto in autos:
             auto_map.setdefault(auto.__name__, f"{name}.{code.prefix}{model_class.__name__}")
-        classes.append(
-            f"class {code.prefix}{model_class.__name__}(transformers.{model_class.__name__}):\n    config_class = {own}"
-        )
+        bases = f"{code.model_base}, " * bool(code.model_base) + f"transformers.{model_class.__name__}"
+        classes.append(f"class {code.prefix}{model_class.__name__}({bases}):\n    config_class = {own}")
+    kind = "int" if isinstance(code.default, int) else "dict | None"
+    bases = f"{code.config_base}, " * bool(code.config_base) + f"transformers.{config_class.__name__}"
     config = (
-        f"class {own}({code.config_base}, transformers.{config_class.__name__}):\n"
+        f"class {own}({bases}):\n"
         f'    model_type = "{code.name}_{config_class.model_type}"\n'
-        f"    {code.field}: int = {code.default}"
+        f"    {code.field}: {kind} = {code.default}"
     )
     entries = "".join(f'    "{auto}": "{path}",\n' for auto, path in auto_map.items())
     parts = [code.source.rstrip(), "import transformers  # noqa: E402", config, *classes, f"AUTO_MAP = {{\n{entries}}}"]
@@ -166,4 +207,13 @@ def _folder() -> Path:
     return folder
 
 
-__all__: list[Any] = ["RemoteCode", "convert", "generate", "register", "write_source"]
+__all__: list[Any] = [
+    "RemoteCode",
+    "convert",
+    "generate",
+    "joined",
+    "register",
+    "revert",
+    "stock_class",
+    "write_source",
+]

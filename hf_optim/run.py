@@ -38,6 +38,8 @@ class Run:
             state dict; the host re-applies them after every optimizer step.
         nm_patterns: parameter name -> ``(keep, group)`` for parameters whose mask follows an N:M pattern
             (along the input dimension).
+        bit_plan: module name -> bits of a weight, where some step assigns them; steps that quantize follow it
+            (``bits_of``).
         source: the calibration data that the caller brought, in whatever form; None for what the recipe names.
         data: what calibration batches come from (``calibration.CalibrationData``), or None.
         tokenizer: the tokenizer or processor of the model, where one was given or found.
@@ -54,6 +56,7 @@ class Run:
         self.traits: set[Trait] = set()
         self.masks: dict[str, torch.Tensor] = {}
         self.nm_patterns: dict[str, tuple[int, int]] = {}
+        self.bit_plan: dict[str, int] = {}
         self.source: Any = None
         self.data: Any = None
         self.tokenizer: Any = None
@@ -132,6 +135,10 @@ class Run:
         self.stage_entered = False
         self.record.finished = self.finished
         self.record.traits = sorted(str(t) for t in self.traits)
+
+    def bits_of(self, name: str, default: int) -> int:
+        """Bits for the weight of the module ``name``: those the plan assigns, else ``default``."""
+        return self.bit_plan.get(name, default)
 
     # -- what steps report ----------------------------------------------------------------------------------------
     def report(self, step: Technique, **numbers: Any) -> None:

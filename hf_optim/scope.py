@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .toolkit import topology
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One batch as a block saw it before the stage changed anything: its arguments, and what it made of them.
+
+    Tensors are where the model is; a step moves them to the device of the block. ``output`` is whatever the block
+    returns: the hidden states, or a tuple that begins with them.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,8 @@ class Scope:
         model: the model that is being optimized.
         index, count: position among the scopes of this pass, for progress and messages.
         outside: names of modules that are not part of the scope although they lie inside ``module``.
+        teacher: for a step with ``needs_teacher()``, what the block computed before this stage, batch by batch: on the
+            inputs that the model gave it then, not on those that changed blocks before it give it now.
     """
 
     name: str
@@ -30,6 +46,7 @@ class Scope:
     index: int = 0
     count: int = 1
     outside: tuple[str, ...] = ()
+    teacher: Sequence[Example] = ()
 
     @property
     def whole(self) -> bool:

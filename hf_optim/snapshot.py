@@ -24,6 +24,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         "stage_entered": run.stage_entered,
         "traits": sorted(str(trait) for trait in run.traits),
         "nm_patterns": {name: list(pattern) for name, pattern in run.nm_patterns.items() if name.startswith(inside)},
+        "bit_plan": dict(run.bit_plan),
         "steps": run.record.steps,
         "notes": run.record.notes,
         "states": {},
@@ -56,6 +57,7 @@ def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, An
     run.stage_index, run.stage_entered = meta["stage_index"], meta["stage_entered"]
     run.traits |= {traits[name] for name in meta["traits"] if name in traits}
     run.nm_patterns |= {name: (keep, group) for name, (keep, group) in meta["nm_patterns"].items()}
+    run.bit_plan |= meta.get("bit_plan", {})
     run.record.steps = dict(meta["steps"])
     run.record.notes = list(meta["notes"])
     for name, tensor in tensors.items():

@@ -135,7 +135,7 @@ class Technique:
     """Base of every technique. Subclasses are made with the decorator ``@technique``.
 
     Some things may depend on the fields, and are methods for that reason: ``contract()``, ``reload()``,
-    ``needs_data()`` and ``needs_whole_model()``.
+    ``needs_data()``, ``needs_whole_model()`` and ``needs_teacher()``.
     """
 
     spec: ClassVar[Spec]
@@ -161,6 +161,10 @@ class Technique:
 
     def needs_whole_model(self) -> bool:
         """Whether ``calibrate`` must see all blocks at once (a global ranking), whatever the driver."""
+        return False
+
+    def needs_teacher(self) -> bool:
+        """Whether ``calibrate`` works towards what each block computed before this stage: see ``Scope.teacher``."""
         return False
 
     def phases(self) -> frozenset[Phase]:

@@ -46,7 +46,15 @@ def _has_float_weights(run: Run) -> bool:
 
 
 def _has_stored_quantization(run: Run) -> bool:
-    return any(getattr(m, "quantization_scheme", None) is not None for m in run.model.modules())
+    # A module of remote code that holds codes says so itself.
+    return any(
+        getattr(m, "quantization_scheme", None) is not None or getattr(m, "holds_codes", False)
+        for m in run.model.modules()
+    )
+
+
+def _has_bit_plan(run: Run) -> bool:
+    return bool(run.bit_plan) and run.bit_plan.keys() <= dict(run.model.named_modules()).keys()
 
 
 def _has_experts(run: Run) -> bool:
@@ -75,9 +83,10 @@ FLOAT_WEIGHTS = Trait(
     check=_has_float_weights,
 )
 QUANTIZED = Trait("quantized", "stores weights as codes on a grid", check=_has_stored_quantization)
+BITS_ASSIGNED = Trait("bits-assigned", "has a width in bits assigned to each of its layers", check=_has_bit_plan)
 SPARSE = Trait("sparse", "has weights that were pruned to zero", fragile=True, check=_is_sparse)
 SPARSE_NM = Trait("sparse-nm", "keeps N of every M weights in a row", fragile=True, check=_is_sparse_nm)
 MOE = Trait("moe", "routes tokens to experts", check=_has_experts)
 LOCAL_ATTENTION = Trait("local-attention", "attends to a bounded part of the sequence")
 
-BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION)
+BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, BITS_ASSIGNED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION)
