@@ -89,8 +89,9 @@ def dense(model: nn.Module) -> list[str]:
     """Turn a quantized model into an ordinary one, in place, with the dequantized weights and the stock forward.
 
     A module of remote code that ``holds_codes`` gives ``to_dense() -> (module, exact)``: the stock module in its place,
-    and whether that computes the same. Weights decode to the same values. Quantization of *activations* has no dense equivalent and is gone: the names of
-    the modules that had it are returned, and their outputs change. Kernels are taken off.
+    and whether that computes the same. Weights decode to the same values. Quantization of *activations* has no dense
+    equivalent and is gone: the names of the modules that had it are returned, and their outputs change. Kernels are
+    taken off.
     """
     from .acceleration import restore
     from .remote_code import revert

@@ -38,7 +38,7 @@ class ReplacedModules:
     replaced_field: str
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
-        super().__init__(config, *inputs, **kwargs)
+        super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         said = getattr(config, self.replaced_field, None) or {}
         for name, entry in said.get("modules", {}).items():
             own = own_name(self, name)  # type: ignore[arg-type]
