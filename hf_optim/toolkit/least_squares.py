@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Rows worked on at a time, where all at once would need copies of the weight.
+STRIP = 2048
+
 
 def reconstruct(
     weight: Tensor, mask: Tensor, moment: Tensor, *, damp: float = 0.01, iterations: int = 100, tolerance: float = 1e-5
@@ -57,10 +60,13 @@ def output_error(weight: Tensor, changed: Tensor, moment: Tensor) -> float:
         weight, changed: ``[out, in]``.
         moment: ``[in, in]``, ``Σ x xᵀ``.
     """
-    dense = weight.to(moment.dtype)
-    delta = changed.to(moment.dtype) - dense
-    energy = ((dense @ moment) * dense).sum()
-    return float(((delta @ moment) * delta).sum() / energy) if float(energy) > 0 else 0.0
+    sums = torch.zeros(2, dtype=moment.dtype, device=moment.device)
+    for before, after in zip(weight.split(STRIP), changed.split(STRIP), strict=True):
+        dense = before.to(moment.dtype)
+        delta = after.to(moment.dtype) - dense
+        sums += torch.stack([((rows @ moment) * rows).sum() for rows in (delta, dense)])
+    error, energy = sums.tolist()
+    return error / energy if energy > 0 else 0.0
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

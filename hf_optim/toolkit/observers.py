@@ -7,7 +7,11 @@
     amax["layers.0.q_proj"]                     # [in_features]
 
 ``with`` binds a dictionary from module name to statistic. A module that no input reached has no entry. The hooks are
-gone when the block is left, however it is left. A non-finite input raises ``NumericalError`` naming the module.
+gone when the block is left, however it is left. A non-finite input raises ``NumericalError`` naming the module: on a
+CPU at once; on an accelerator, where looking at every input would make the host wait for it, when the block is left.
+
+Where several ranks calibrate on a share of the data each (``sharing``), statistics are reduced over the ranks when the
+block is left, and are the same on each.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import nn
 
 from ..errors import NumericalError
+from . import gram, sharing
 
 S = TypeVar("S")
 
@@ -37,6 +42,7 @@ class InputObserver(Generic[S]):
         self.label = label
         self.found: dict[str, S] = {}
         self._handles: list[Any] = []
+        self._finite: dict[str, torch.Tensor] = {}  # on accelerators: whether all inputs were, not looked at yet
 
     def __enter__(self) -> dict[str, S]:
         for name, module in self.modules.items():
@@ -47,13 +53,38 @@ class InputObserver(Generic[S]):
         while self._handles:
             self._handles.pop().remove()
         self.release()
+        flags, self._finite = self._finite, {}
+        if raised and raised[0] is not None:
+            return
+        for name, finite in zip(flags, torch.stack(list(flags.values())).tolist() if flags else (), strict=True):
+            if not finite:
+                raise self._not_finite(name)
+        if sharing.ranks() > 1 and self.modules:
+            self.reduce()
+        self.complete()
 
     def release(self) -> None:
         """Let go of what was held between two inputs. Called when the hooks are gone."""
 
+    def complete(self) -> None:
+        """Make the statistics of what was summed. Called last, unless something was raised."""
+
+    def reduce(self) -> None:
+        """Make ``found`` what one rank would have found that saw the data of all. Called on every rank.
+
+        ``sharing`` has what it takes. An observer that does not say how its statistic is reduced cannot be used where
+        there are several ranks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be used by several ranks")
+
     def update(self, name: str, inputs: torch.Tensor) -> None:
         """Take one input of a module: the tensor as the module got it, shape ``[..., in_features]``."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the modules are; None where they have no parameters."""
+        return next((p.device for module in self.modules.values() for p in module.parameters()), None)
 
     def _hook(self, name: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,12 +97,18 @@ class InputObserver(Generic[S]):
 
     def check_finite(self, name: str, summary: torch.Tensor) -> None:
         """Raise ``NumericalError`` unless ``summary``, made of one input of the module ``name``, is finite."""
-        if not bool(torch.isfinite(summary).all()):
-            step = f"{self.label}: " if self.label else ""
-            raise NumericalError(
-                f"{step}the input of {name} holds infinite or NaN values on the calibration data; check that the model "
-                "computes finite outputs in this dtype (float16 overflows at 65504: load it in bfloat16 or float32)"
-            )
+        finite = torch.isfinite(summary).all()
+        if finite.device.type != "cpu":
+            self._finite[name] = finite & self._finite[name] if name in self._finite else finite
+        elif not bool(finite):
+            raise self._not_finite(name)
+
+    def _not_finite(self, name: str) -> NumericalError:
+        step = f"{self.label}: " if self.label else ""
+        return NumericalError(
+            f"{step}the input of {name} holds infinite or NaN values on the calibration data; check that the model "
+            "computes finite outputs in this dtype (float16 overflows at 65504: load it in bfloat16 or float32)"
+        )
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -88,6 +125,9 @@ class ChannelAbsMax(InputObserver[torch.Tensor]):
         known = self.found.get(name)
         self.found[name] = peak if known is None else torch.maximum(known, peak)
 
+    def reduce(self) -> None:
+        sharing.reduce_all(self.found, self.modules, "max", self.device)
+
 
 class TensorMinMax(InputObserver[tuple[torch.Tensor, torch.Tensor]]):
     """Smallest and largest input value: name -> (minimum, maximum), float32 ``[1]`` each."""
@@ -98,6 +138,13 @@ class TensorMinMax(InputObserver[tuple[torch.Tensor, torch.Tensor]]):
         if name in self.found:
             low, high = torch.minimum(low, self.found[name][0]), torch.maximum(high, self.found[name][1])
         self.found[name] = (low, high)
+
+    def reduce(self) -> None:
+        lows = {name: low for name, (low, _) in self.found.items()}
+        highs = {name: high for name, (_, high) in self.found.items()}
+        sharing.reduce_all(lows, self.modules, "min", self.device)
+        sharing.reduce_all(highs, self.modules, "max", self.device)
+        self.found.update({name: (low, highs[name]) for name, low in lows.items()})
 
 
 @dataclass
@@ -116,7 +163,7 @@ class Moment:
 
     @property
     def mean(self) -> torch.Tensor:
-        """``E[x xᵀ]``."""
+        """``E[x xᵀ]``, a matrix of its own."""
         return self.total / max(self.count, 1)
 
 
@@ -137,6 +184,8 @@ class SecondMoment(InputObserver[Moment]):
     Modules that read the same tensor (query, key and value; gate and up) share one ``Moment``, computed once. That is
     found by the identity of the tensor, input by input: sums are kept per set of readers, and a module whose
     company changes gets the sum over all the sets it was in.
+
+    How products are made, and in what precision: ``gram``.
 
     Args:
         modules, label: see ``InputObserver``.
@@ -160,19 +209,38 @@ class SecondMoment(InputObserver[Moment]):
         self._close()
         alone = self._sums.get((name,))
         count = inputs.numel() // inputs.shape[-1]
+        product: torch.Tensor | None = None
         if alone is not None:
             # It had no company before: sum in place, which saves a matrix of the largest width.
-            rows = self._rows(inputs)
-            alone.total.addmm_(rows.T, rows)
+            gram.add_(alone.total, _rows(inputs))
             alone.count += count
             self.check_finite(name, alone.total.diagonal())
-            self._open = _Reading(inputs, version_of(inputs), [name], None, count)
         else:
-            self._open = _Reading(inputs, version_of(inputs), [name], self._product(name, inputs), count)
+            product = self._product(name, inputs)
+        self._open = _Reading(inputs, version_of(inputs), [name], product, count)
 
     def release(self) -> None:
         self._close()
+
+    def reduce(self) -> None:
+        place = {name: index for index, name in enumerate(self.modules)}
+        names = list(self.modules)
+        widths = {key: len(moment.total) for key, moment in self._sums.items()}
+        keys = sharing.union([(width, *(place[name] for name in key)) for key, width in widths.items()])
+        mine, self._sums = self._sums, {}
+        for width, *places in keys:
+            key = tuple(names[index] for index in places)
+            moment = mine.pop(key, None)
+            if moment is None:  # only other ranks have met this company
+                moment = Moment(torch.zeros(width, width, dtype=self.dtype, device=self.device), 0, list(key))
+            sharing.reduce_(moment.total, "sum")
+            moment.count = sharing.total(moment.count)
+            self._sums[key] = moment
+
+    def complete(self) -> None:
         made: dict[tuple[tuple[str, ...], ...], Moment] = {}
+        for moment in self._sums.values():
+            gram.mirror_(moment.total)
         for name in dict.fromkeys(name for key in self._sums for name in key):  # in order of execution
             keys = tuple(key for key in self._sums if name in key)
             if keys not in made:
@@ -197,13 +265,15 @@ class SecondMoment(InputObserver[Moment]):
             known.count += count
 
     def _product(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        rows = self._rows(inputs)
-        product = rows.T @ rows
+        width = inputs.shape[-1]
+        product = torch.zeros(width, width, dtype=self.dtype, device=inputs.device)
+        gram.add_(product, _rows(inputs))
         self.check_finite(name, product.diagonal())
         return product
 
-    def _rows(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs.detach().reshape(-1, inputs.shape[-1]).to(self.dtype)
+
+def _rows(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.detach().reshape(-1, inputs.shape[-1])
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_optim.errors import NumericalError
-from hf_optim.toolkit.hessian import damped, dead_columns, inverse_factor
+from hf_optim.toolkit import hessian as hessian_module
+from hf_optim.toolkit.hessian import damped, dead_columns, inverse_factor, invert_lower_, reverse_
 
 
 def gram(width: int = 12, tokens: int = 40, seed: int = 0) -> torch.Tensor:
@@ -76,3 +77,44 @@ def test_a_non_finite_matrix_is_refused_by_name():
     hessian[2, 3] = float("inf")
     with pytest.raises(NumericalError, match="q_proj is not finite"):
         inverse_factor(hessian, what="q_proj")
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 60])
+def test_the_factor_of_reordered_columns(monkeypatch, width):
+    """By strips and halves smaller than the matrix, against the inverse factored anew."""
+    monkeypatch.setattr(hessian_module, "STRIP", 8)
+    monkeypatch.setattr(hessian_module, "LEAF", 5)
+    hessian = gram(width, 3 * width)
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(1))
+    found = inverse_factor(hessian, order=order).upper
+    inverse = torch.linalg.inv(damped(hessian, 0.01))[order][:, order]
+    torch.testing.assert_close(found, torch.linalg.cholesky(inverse, upper=True))
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 33])
+def test_triangles_are_inverted_and_matrices_reversed_in_place(monkeypatch, n):
+    monkeypatch.setattr(hessian_module, "STRIP", 4)
+    monkeypatch.setattr(hessian_module, "LEAF", 3)
+    lower = gram(n, 2 * n).tril() + 3 * torch.eye(n, dtype=torch.float64)
+    expected = torch.linalg.inv(lower)
+    assert invert_lower_(lower) is lower
+    torch.testing.assert_close(lower, expected)
+    flipped = lower.flip(0, 1)
+    assert reverse_(lower) is lower
+    assert torch.equal(lower, flipped)
+
+
+def test_what_float32_cannot_factor_is_factored_in_float64_before_damping_is_raised():
+    basis = torch.linalg.qr(gram(60, 200)).Q
+    hessian = (basis * torch.logspace(0, -9, 60, dtype=torch.float64)) @ basis.T
+    hessian = ((hessian + hessian.T) / 2).float()
+    lowest = float(torch.linalg.eigvalsh(hessian.double())[0] / hessian.diagonal().mean())
+    damp = 1e-8 - min(lowest, 0.0)  # positive definite, by less than float32 can tell
+    assert hessian_module._factor(damped(hessian, damp)) is None
+    found = inverse_factor(hessian, damp)
+    assert found.damp == damp
+    assert found.upper.dtype == torch.float32
+    exact = inverse_factor(hessian.double(), damp)
+    assert exact.damp == damp
+    torch.testing.assert_close(found.upper, exact.upper.float())

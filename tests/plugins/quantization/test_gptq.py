@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_optim import formats, optimize
+from hf_optim import Contract, Reload, Technique, formats, hookimpl, optimize, technique
 from hf_optim.errors import ModelError, NumericalError
 from hf_optim.run import run_of
 from hf_optim.toolkit.grids import GridSpec, make_grid
-from hf_optim.toolkit.hessian import damped
+from hf_optim.toolkit.hessian import damped, inverse_factor
 from hf_optim.toolkit.least_squares import output_error
 from hf_optim.toolkit.observers import SecondMoment
+from hf_optim.traits import BITS_ASSIGNED
+from hf_optim_plugins.quantization import gptq
 from hf_optim_plugins.quantization.gptq import GPTQ, quantize_columns
 
 DOUBLE = torch.float64
@@ -201,11 +205,11 @@ def test_an_unsupported_model_is_refused_with_the_reason():
         quantized(tiny_gpt2())
 
 
-def test_a_mixture_of_experts_is_refused_and_the_experts_are_named():
+def test_a_mixture_is_refused_without_its_experts_and_they_are_named():
     with pytest.raises(
         ModelError, match=r"step 1 \(gptq\) cannot store integer weights .*model\.layers\.0\.mlp\.experts"
     ):
-        quantized(tiny_mixtral())
+        quantized(tiny_mixtral(), skip=["*.experts.*"])
 
 
 def test_non_finite_activations_name_module_and_step():
@@ -274,9 +278,9 @@ def test_beats_rounding_on_a_real_model(shared_models, shared_data):
     held_out = windows(home, shared_data, "eval", 48)
     dense = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
     loss = {"dense": perplexity(dense, held_out)}
-    for technique in ("rtn", "gptq"):
-        step = {"technique": technique, "bits": 3, "group_size": 32}
-        loss[technique] = perplexity(optimize(copy.deepcopy(dense), [step], calibration=calibration), held_out)
+    for name in ("rtn", "gptq"):
+        step = {"technique": name, "bits": 3, "group_size": 32}
+        loss[name] = perplexity(optimize(copy.deepcopy(dense), [step], calibration=calibration), held_out)
     assert loss["dense"] < loss["gptq"] < 1.15 * loss["dense"]
     assert loss["gptq"] - loss["dense"] < 0.6 * (loss["rtn"] - loss["dense"])
 
@@ -284,3 +288,62 @@ def test_beats_rounding_on_a_real_model(shared_models, shared_data):
 def test_defaults_are_the_papers():
     step = GPTQ()
     assert (step.bits, step.group_size, step.damp, step.block_size, step.act_order) == (4, 128, 0.01, 128, True)
+
+
+@technique("plan_of_a_test", family="testing", contract=Contract(adds={BITS_ASSIGNED}), reload=Reload.STOCK_DENSE)
+class Plan(Technique):
+    """Assigns bits to some layers."""
+
+    plan: dict[str, int]
+
+    @hookimpl
+    def transform_model(self, run):
+        run.bit_plan.update(self.plan)
+
+
+def test_layers_with_one_input_have_the_bits_that_are_assigned_to_them():
+    first = "model.layers.0.self_attn."
+    plan = {first + "q_proj": 2, first + "v_proj": 8, "model.layers.1.mlp.up_proj": 16}
+    fields = {"bits": 4, "group_size": 16, "precision": "float64"}
+    model = optimize(tiny_llama(), [Plan(plan=plan), GPTQ(**fields)], calibration=IDS)
+    modules = formats.quantized_modules(model)
+    widths = {name: module.quantization_scheme.weights.num_bits for name, module in modules.items()}
+    assert len(modules) == 13
+    assert widths == {name: plan.get(name, 4) for name in modules}
+    assert run_of(model).touched(run_of(model).recipe.steps[1])[1]["more than 8 bits are assigned to it"] == {
+        "model.layers.1.mlp.up_proj"
+    }
+    assert model.model.layers[1].mlp.up_proj.weight.equal(tiny_llama().model.layers[1].mlp.up_proj.weight)
+    # The first block's layers read the same inputs whatever the bits of the others are.
+    for name, bits in [("q_proj", 2), ("k_proj", 4), ("v_proj", 8)]:
+        alone = quantized(tiny_llama(), **{**fields, "bits": bits})
+        assert torch.equal(codes(model)[first + name], codes(alone)[first + name])
+
+
+def test_what_a_group_leaves_behind_is_freed_before_the_next_is_factored(monkeypatch):
+    """The largest Hessians are as large as a block: one is let go before the next is worked on."""
+    alive: list[int] = []
+    known: list[weakref.ref] = []
+
+    def watched(hessian, *args):
+        known.append(weakref.ref(hessian))
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in known))
+        return inverse_factor(hessian, *args)
+
+    monkeypatch.setattr(gptq, "inverse_factor", watched)
+    quantized(tiny_llama(), group_size=16)
+    assert len(alive) == 8
+    assert set(alive) == {1}
+
+
+# Bars for the whole evaluation text: 2.26 and 2.38, where dense is 2.2251 (this step: 2.2585 and 2.3610).
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "bar"), [(4, 2.26 / 2.2251), (3, 2.38 / 2.2251)])
+def test_groups_of_32_with_zero_points_are_near_the_dense_model(bits, bar, shared_models, shared_data):
+    home = shared_models / "babyllama-1m"
+    held_out = windows(home, shared_data, "eval", 1464)[::8]
+    dense = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
+    step = {"technique": "gptq", "bits": bits, "group_size": 32, "symmetric": False, "observer": "mse", "damp": 0.05}
+    model = optimize(copy.deepcopy(dense), [step], calibration=windows(home, shared_data, "calibration", 128))
+    assert perplexity(model, held_out) < bar * perplexity(dense, held_out)

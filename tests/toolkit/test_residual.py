@@ -1,0 +1,125 @@
+"""The residual stream: found in every architecture, and put into another order without a change of the function."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama
+from transformers import BertModel
+
+from hf_optim import ModelError
+from hf_optim.testing.conformance import inputs_for
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.residual import find_residual, permute_residual_
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def shuffled(width, seed=0):
+    return torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+
+
+def doubled(inputs):
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "vit"])
+def test_a_permutation_is_exact_in_float64(family):
+    model = TINY[family]().double()
+    inputs = doubled(inputs_for(model))
+    before = logits(model, inputs)
+    permute_residual_(model, shuffled(32))
+    assert torch.allclose(logits(model, inputs), before, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "t5", "mixtral"])
+def test_a_permutation_is_exact_where_norms_compute_in_float32(family):
+    model = TINY[family]()
+    inputs = inputs_for(model)
+    before = logits(model, inputs)
+    permute_residual_(model, shuffled(32))
+    assert torch.allclose(logits(model, inputs), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_stream_itself_is_permuted(family):
+    model = TINY[family]()
+    inputs, order = inputs_for(model), shuffled(32)
+    other = copy.deepcopy(model)
+    residual = permute_residual_(other, order)
+    reader = residual.readers[0]
+    seen = []
+    for each in (model, other):
+        handle = each.get_submodule(reader).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        logits(each, inputs)
+        handle.remove()
+    assert torch.allclose(seen[1], seen[0][..., order], atol=1e-5)
+    assert not torch.allclose(seen[1], seen[0], atol=1e-2)
+
+
+def test_what_is_found_in_a_llama():
+    residual = find_residual(tiny_llama())
+    assert residual.width == 32
+    assert set(residual.writers) == {
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert len(residual.readers) == 2 * 5 + 1
+    assert residual.norms[0] == "model.layers.0.input_layernorm"
+    assert residual.norms[-1] == "model.norm"
+    assert residual.parameters["model.embed_tokens.weight"] == (1,)
+    assert not residual.returned
+
+
+def test_a_matrix_that_reads_and_writes_is_not_mistaken():
+    # 32 x 32: only the columns of the query, and only the rows of the output projection, are in the stream's order.
+    parameters = find_residual(tiny_bert()).parameters
+    layer = "bert.encoder.layer.0.attention"
+    assert parameters[f"{layer}.self.query.weight"] == (1,)
+    assert parameters[f"{layer}.output.dense.weight"] == (0,)
+    assert f"{layer}.self.query.bias" not in parameters
+
+
+def test_a_tied_head_is_permuted_once():
+    model = tiny_gpt2().double()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    table, order = model.lm_head.weight.detach().clone(), shuffled(32)
+    permute_residual_(model, order)
+    assert torch.equal(model.lm_head.weight, table[:, order])
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_model_that_returns_its_stream_is_refused_and_left_alone():
+    with torch.random.fork_rng():
+        model = BertModel(tiny_bert().config).eval()
+    start = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="returns its residual stream"):
+        permute_residual_(model, shuffled(32))
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+def test_an_order_that_is_no_permutation_is_refused():
+    with pytest.raises(ValueError, match="no permutation of 32"):
+        permute_residual_(tiny_llama(), torch.zeros(32, dtype=torch.int64))
+
+
+def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
+    model = tiny_llama()
+    residual = find_residual(model)
+    broken = copy.copy(residual)
+    object.__setattr__(broken, "parameters", {k: v for k, v in residual.parameters.items() if "lm_head" not in k})
+    start = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="changes its outputs"):
+        permute_residual_(model, shuffled(32), broken)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_without_blocks_is_refused():
+    model = tiny_llama(num_hidden_layers=0)
+    assert not topology.blocks(model)
+    with pytest.raises(ModelError, match="no sequence of blocks"):
+        find_residual(model)
