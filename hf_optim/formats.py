@@ -15,25 +15,40 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ModelError
-from .quantized import clear, dump_module_state, load_module_state, quantized_modules, scheme_on, store
+from .experts import expert_schemes, forget_decoding, unreadable
+from .outliers import forget_outliers, set_outlier_threshold
+from .quantized import (
+    clear,
+    dump_module_state,
+    input_quantizer,
+    load_module_state,
+    quantized_modules,
+    scheme_on,
+    store,
+)
 from .schemes import activation_args, scheme, scheme_of, weight_args
-from .toolkit.linear_layers import owners
+from .toolkit.experts import ExpertLinear, expert_linears
+from .toolkit.linear_layers import linears, owners
+from .toolkit.selecting import match
 
 if TYPE_CHECKING:
     from .scope import Scope
 
 __all__ = [
+    "ExpertLinear",
     "activation_args",
     "attach_quantizer",
     "clear",
     "dense",
     "detach_quantizer",
     "dump_module_state",
+    "input_quantizer",
     "load_module_state",
     "quantized_modules",
     "scheme",
     "scheme_of",
     "scheme_on",
+    "set_outlier_threshold",
     "storable",
     "store",
     "weight_args",
@@ -41,35 +56,94 @@ __all__ = [
 
 
 def storable(
-    scope: Scope, targets: Iterable[str], skip: Iterable[str] = (), integer: bool = True, label: str = "this step"
-) -> tuple[dict[str, nn.Linear], dict[str, list[str]]]:
+    scope: Scope,
+    targets: Iterable[str],
+    skip: Iterable[str] = (),
+    integer: bool = True,
+    label: str = "this step",
+    *,
+    experts: bool = False,
+    symmetric: bool = True,
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The linears of a scope that compressed-tensors can store, and the names of what it cannot, by reason.
 
-    Experts that a model keeps as stacked matrices (no ``nn.Linear`` of their own) are among the latter. With
-    ``integer`` weights such a model is refused (``ModelError``, beginning with ``label``): transformers (5.17 to 5.23)
-    looks for packed experts in an integer checkpoint, and cannot read one whose experts are not.
+    Of experts that a model keeps as stacked matrices (no ``nn.Linear`` of their own) transformers (5.17 to 5.23) looks
+    for codes in a checkpoint of integers, and cannot read one without. So with ``integer`` weights all of them are
+    quantized, or the model is refused.
+
+    Args:
+        scope, targets, skip: see ``Scope.select``. ``Linear`` includes the matrices of experts; routers are none.
+        integer: whether the weights get integer codes. If not, experts are among what is left out.
+        label: what messages begin with.
+        experts: whether the caller quantizes ``ExpertLinear`` too, which are then among the layers.
+        symmetric: whether the codes have no zero points; with experts they must not.
+
+    Raises ``ModelError`` for integer weights of a model with experts that would not be stored, or not be read.
     """
-    targets = tuple(targets)
-    selected = scope.select(targets, skip)
+    targets, skip = tuple(targets), tuple(skip)
+    selected = scope.select(targets, skip, experts=experts)
     holders = owners(scope.model)
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, Any] = {}
     skipped: dict[str, list[str]] = {}
     for name, module in selected.items():
+        if isinstance(module, ExpertLinear):
+            if integer:
+                layers[name] = module
+            continue
         reason = _unstorable(name, module, holders)
         if reason or not isinstance(module, nn.Linear):
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
-    stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if scope.holds(name) and is_stack(m)]
+    stacks = {name: m for name, m in scope.model.named_modules() if is_stack(m)}
+    inside = [name for name in stacks if scope.holds(name)]
     if stacks and integer and layers:
-        raise ModelError(
-            f"{label} cannot store integer weights of {type(scope.model).__name__}: its experts are stacked matrices "
-            f"({stacks[0]}), which stay as they are, and stock transformers reads an integer checkpoint of a mixture "
-            "of experts only with its experts packed too. Use fp8, which it reads"
-        )
-    if stacks and "Linear" in targets:
-        skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = stacks
+        _require_whole_experts(scope, stacks, targets, skip, label, experts, symmetric)
+    elif inside and "Linear" in targets:
+        skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
     return layers, skipped
+
+
+def _require_whole_experts(
+    scope: Scope,
+    stacks: Mapping[str, nn.Module],
+    targets: tuple[str, ...],
+    skip: tuple[str, ...],
+    label: str,
+    experts: bool,
+    symmetric: bool,
+) -> None:
+    """Raise ``ModelError`` unless a step on these targets leaves experts that stock transformers reads."""
+    model = scope.model
+    begin = f"{label} cannot store integer weights of {type(model).__name__}: its experts are stacked matrices"
+    left = {name: stack for name, stack in stacks.items() if not expert_schemes(stack)}
+    if not experts and left:
+        raise ModelError(
+            f"{begin} ({next(iter(left))}), which this technique leaves as they are, and stock transformers reads an "
+            "integer checkpoint of a mixture of experts only with its experts packed too. Use a technique that "
+            "quantizes experts too, or fp8, which stock transformers reads beside experts that are not quantized"
+        )
+    views = expert_linears(model)
+    chosen = set(match({**linears(model), **views}, targets, skip)) if experts else set()
+    out = [name for name, view in views.items() if name not in chosen and view.stack_name in left]
+    if out:
+        raise ModelError(
+            f"{begin} of which targets and skip leave out {len(out)}, such as {out[0]}, and stock transformers reads "
+            "an integer checkpoint of a mixture of experts only with all its experts packed. Select all of them, or "
+            "use fp8"
+        )
+    checked = {name: stack for name, stack in left.items() if scope.holds(name)} or dict([*left.items()][:1])
+    for name, stack in checked.items():
+        if why := unreadable(model, name, stack):
+            raise ModelError(
+                f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
+                "leaves experts as they are"
+            )
+        if not symmetric:
+            raise ModelError(
+                f"{begin} ({name}), and stock transformers reads the codes of experts without zero points only. Use "
+                "symmetric: true"
+            )
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -109,9 +183,13 @@ def dense(model: nn.Module) -> list[str]:
     for name, module in quantized_modules(model).items():
         if scheme_on(module).input_activations is not None:
             lost.append(name)
+        weights = [*expert_schemes(module)] or ["weight"]
         clear(module)
-        module.get_parameter("weight").requires_grad_(True)
+        for weight in weights:
+            module.get_parameter(weight).requires_grad_(True)
     detach_quantizer(model)
+    for config in _configs(model):
+        forget_outliers(config)
     return lost
 
 
@@ -138,6 +216,7 @@ def attach_quantizer(model: Any) -> None:
 
 def detach_quantizer(model: Any) -> None:
     """Undo ``attach_quantizer``. The modules are left as they are."""
+    forget_decoding(model)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     for config in _configs(model):

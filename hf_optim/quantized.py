@@ -1,16 +1,21 @@
-"""The quantized state of a linear layer in memory: putting a layer into it, taking it off, and keeping it in a file."""
+"""The quantized state of a linear layer in memory: putting a layer into it, taking it off, and keeping it in a file.
+
+That of experts which a model keeps as stacked matrices is in ``experts``; the functions here take both.
+"""
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .errors import CheckpointError, ModelError
+from .experts import SCALE, bind, clear_experts, expert_schemes, store_expert
+from .toolkit.experts import ExpertLinear
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -20,7 +25,7 @@ PARAMETERS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale"
 
 @torch.no_grad()
 def store(
-    module: nn.Module,
+    module: nn.Module | ExpertLinear,
     scheme: QuantizationScheme,
     codes: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
@@ -32,7 +37,8 @@ def store(
     """Put a linear layer into the quantized state, in place.
 
     Args:
-        module: an ``nn.Linear``; its weight's dtype is the dtype in which the codes are decoded.
+        module: an ``nn.Linear``, or one matrix of an expert as ``storable`` gives it; its weight's dtype is the dtype
+            in which the codes are decoded.
         scheme: made by ``scheme``.
         codes: int8 ``[out, in]`` on the grid of ``scheme.weights``, or float8 for FP8. None with unquantized weights.
         scale: ``[out, groups]``, ``[out, 1]`` or ``[1]``; must be exact in the weight's dtype, since the checkpoint
@@ -44,13 +50,16 @@ def store(
 
     Raises ``ModelError`` if the module or the tensors do not fit the scheme.
     """
+    if isinstance(module, ExpertLinear):
+        store_expert(module, scheme, codes, scale, zero_point)
+        return
     if not isinstance(module, nn.Linear):
         raise ModelError(f"compressed-tensors stores nn.Linear weights only, not those of a {type(module).__name__}")
     clear(module)
     weight = module.weight
     if scheme.weights is not None:
-        _check(module, scheme, codes, scale, zero_point)
-        decoded = _decode(codes, scale, zero_point, scheme.weights, weight)
+        check_fit(weight, scheme, codes, scale, zero_point)
+        decoded = decode(codes, scale, zero_point, scheme.weights, weight)
         if g_idx is None:
             weight.copy_(decoded)
         else:
@@ -71,24 +80,26 @@ def store(
     _bind(module, scheme)
 
 
-def _check(module: nn.Linear, scheme: QuantizationScheme, codes: Any, scale: Any, zero_point: Any) -> None:
+def check_fit(weight: torch.Tensor, scheme: QuantizationScheme, codes: Any, scale: Any, zero_point: Any) -> None:
+    """Raise ``ModelError`` unless codes and scales are what ``scheme`` wants for a weight ``[out, in]``."""
     args = scheme.weights
     if codes is None or scale is None or (zero_point is None) != bool(args.symmetric):
         raise ModelError("quantized weights need codes and scales, and a zero point exactly if the grid is asymmetric")
-    rows, columns = module.weight.shape
+    rows, columns = weight.shape
     shape: tuple[int, ...] = {"tensor": (1,), "channel": (rows, 1)}.get(args.strategy, ())
     if args.strategy == "group":
         shape = (rows, columns // args.group_size)
-    if codes.shape != module.weight.shape or scale.shape != shape:
+    if codes.shape != weight.shape or scale.shape != shape:
         raise ModelError(
             f"codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not fit a weight of {rows} x {columns} "
             f"with strategy {args.strategy}: the scale must be {shape}"
         )
-    if not torch.equal(scale.to(module.weight.dtype).to(scale.dtype), scale):
-        raise ModelError(f"the scale is not exact in the weight's dtype {module.weight.dtype}; round it before coding")
+    if not torch.equal(scale.to(weight.dtype).to(scale.dtype), scale):
+        raise ModelError(f"the scale is not exact in the weight's dtype {weight.dtype}; round it before coding")
 
 
-def _decode(codes: Any, scale: Any, zero_point: Any, args: QuantizationArgs, like: torch.Tensor) -> torch.Tensor:
+def decode(codes: Any, scale: Any, zero_point: Any, args: QuantizationArgs, like: torch.Tensor) -> torch.Tensor:
+    """The values of codes in the dtype of ``like``, as stock transformers has them after loading."""
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     zero_point = None if zero_point is None else zero_point.to(like.device)
@@ -153,6 +164,26 @@ def quantize_input(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
     return _StraightThrough.apply(input, quantized) if torch.is_grad_enabled() and input.requires_grad else quantized
 
 
+def input_quantizer(
+    scheme: QuantizationScheme, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What rounds inputs as a layer with this scheme would, for a layer that is not in the quantized state.
+
+    Args:
+        scheme: made by ``scheme``, with activations.
+        scale, zero_point: ``[1]``, of statically quantized inputs.
+    """
+    from compressed_tensors.quantization import QuantizationStatus
+
+    held: Any = types.SimpleNamespace(
+        quantization_scheme=scheme,
+        quantization_status=QuantizationStatus.DECOMPRESSED,
+        input_scale=scale,
+        input_zero_point=zero_point,
+    )
+    return functools.partial(quantize_input, held)
+
+
 def clear(module: nn.Module) -> bool:
     """Take the quantized state off one module; its weight stays as it is. True if there was one."""
     from .packed.linear import PackedLinear
@@ -160,6 +191,9 @@ def clear(module: nn.Module) -> bool:
 
     if scheme_on(module) is None:
         return False
+    if expert_schemes(module):
+        clear_experts(module)
+        return True
     if isinstance(module, PackedLinear):
         unpack(module)
     for name in (*PARAMETERS, "weight_shape"):
@@ -176,7 +210,7 @@ def scheme_on(module: nn.Module) -> Any:
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module in the quantized state, by name."""
+    """Every module in the quantized state, by name: linears, and the modules that hold stacked experts."""
     return {name: module for name, module in model.named_modules() if scheme_on(module) is not None}
 
 
@@ -186,8 +220,15 @@ def dump_module_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[
     The tensors are the module's own, not copies.
     """
     tensors = {name: value.detach() for name, value in module.state_dict().items()}
-    schemes = {name: scheme_on(m).model_dump(mode="json") for name, m in quantized_modules(module).items()}
-    return tensors, {"schemes": schemes}
+    schemes: dict[str, Any] = {}
+    experts: dict[str, Any] = {}
+    for name, part in quantized_modules(module).items():
+        stacked = expert_schemes(part)
+        if stacked:
+            experts[name] = {parameter: scheme.model_dump(mode="json") for parameter, scheme in stacked.items()}
+        else:
+            schemes[name] = scheme_on(part).model_dump(mode="json")
+    return tensors, {"schemes": schemes, "experts": experts}
 
 
 @torch.no_grad()
@@ -203,12 +244,14 @@ def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], me
     for name, fields in meta["schemes"].items():
         part = module.get_submodule(name)
         weight = part.get_parameter("weight").requires_grad_(False)
-        for parameter in PARAMETERS:
-            value = tensors.get(f"{name}.{parameter}" if name else parameter)
-            if value is not None:
-                blank = torch.empty_like(value, device=weight.device)
-                part.register_parameter(parameter, nn.Parameter(blank, requires_grad=False))
+        _make_room(part, name, PARAMETERS, tensors, weight.device)
         _bind(part, QuantizationScheme.model_validate(fields))
+    for name, stacked in meta.get("experts", {}).items():
+        part = module.get_submodule(name)
+        for parameter in stacked:
+            device = part.get_parameter(parameter).requires_grad_(False).device
+            _make_room(part, name, (parameter + SCALE,), tensors, device)
+        bind(part, {parameter: QuantizationScheme.model_validate(fields) for parameter, fields in stacked.items()})
     own = module.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
         raise CheckpointError(f"the saved block and this one do not have the same tensors: only one has {name!r}")
@@ -219,3 +262,14 @@ def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], me
                 f"and here it is {value.dtype} {tuple(value.shape)}"
             )
         value.copy_(tensors[name])
+
+
+def _make_room(
+    module: nn.Module, name: str, keys: Iterable[str], tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Register blank parameters for those ``keys`` of a module that the saved tensors have."""
+    for key in keys:
+        value = tensors.get(f"{name}.{key}" if name else key)
+        if value is not None:
+            blank = torch.empty_like(value, device=device)
+            module.register_parameter(key, nn.Parameter(blank, requires_grad=False))

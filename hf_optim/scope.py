@@ -62,20 +62,23 @@ class Scope:
         """Every ``nn.Linear`` and ``Conv1D`` inside, by qualified name, in execution order where known."""
         return {name: m for name, m in topology.linears(self.model).items() if self.holds(name)}
 
-    def select(self, targets: Iterable[str], skip: Iterable[str] = ()) -> dict[str, nn.Module]:
+    def select(self, targets: Iterable[str], skip: Iterable[str] = (), experts: bool = False) -> dict[str, Any]:
         """The linears of this scope that match ``targets`` and not ``skip`` (see ``topology.match``).
 
         Output heads are left out unless a target names them exactly. The patterns are matched against the whole
-        model, so that a pattern for one block is no error in another.
+        model, so that a pattern for one block is no error in another. With ``experts`` the matrices of fused experts
+        are among the linears (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
         """
         targets = tuple(targets)
-        everything = topology.linears(self.model)
+        everything: dict[str, Any] = dict(topology.linears(self.model))
+        if experts:
+            everything |= topology.expert_linears(self.model)
         names = topology.match(everything, targets, tuple(skip))
-        return {
-            name: everything[name]
-            for name in names
-            if self.holds(name) and (name in targets or not topology.is_output_head(self.model, name))
-        }
+        chosen = {name: everything[name] for name in names if self.holds(name)}
+        return {name: layer for name, layer in chosen.items() if name in targets or not self._is_head(name, layer)}
+
+    def _is_head(self, name: str, layer: Any) -> bool:
+        return isinstance(layer, nn.Module) and topology.is_output_head(self.model, name)
 
 
 def _within(name: str, module: str) -> bool:

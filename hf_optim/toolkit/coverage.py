@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from .linear_layers import features, linears, owners
+from .experts import expert_linears
+from .linear_layers import features, holds_matrix, linears, owners
 from .selecting import match
 from .stacks import block_of, blocks
 
@@ -90,7 +91,8 @@ def coverage(model: nn.Module, touched: Iterable[str]) -> Coverage:
         block_weights=_sum(matrices),
         total=_sum(items),
         skipped=tuple(
-            Skipped(reason, tuple(item.names[0] for item in group), _sum(group)) for reason, group in left.items()
+            Skipped(reason, tuple(dict.fromkeys(item.names[0] for item in group)), _sum(group))
+            for reason, group in left.items()
         ),
     )
 
@@ -108,7 +110,7 @@ def _is_chosen(item: _Item, chosen: set[str]) -> bool:
 def _items(model: nn.Module) -> list[_Item]:
     """Every weight of the model once; linear layers by their features, everything else by its parameters."""
     found = blocks(model)
-    layers = linears(model)
+    layers = linears(model) | {name: module for name, module in model.named_modules() if holds_matrix(module)}
     names = owners(model)
     items = []
     seen: set[int] = set()
@@ -123,19 +125,29 @@ def _items(model: nn.Module) -> list[_Item]:
             reason = f"{type(layer).__name__} {'in' if inside else 'outside'} the blocks"
             first = dict.fromkeys([f"{name}.weight", *aliases])
             items.append(_Item(tuple(first), math.prod(features(layer)), True, True, inside, reason))
-    for name, parameter in model.named_parameters():
+    for name, parameter, experts in _rest(model):
         if id(parameter) not in seen:
             owner = name.rpartition(".")[0]
             matrix = parameter.dim() >= 2 and owner not in layers
             kind = f"{parameter.dim()}-D parameter of {type(model.get_submodule(owner)).__name__}"
-            items.append(
+            items += [
                 _Item(
-                    names=tuple(names[id(parameter)]),
-                    weights=parameter.numel(),
+                    names=(*names[id(parameter)], *own),
+                    weights=parameter.numel() // len(experts),
                     matrix=matrix,
                     linear=False,
                     in_block=block_of(found, name) is not None,
                     reason=kind if matrix else "norms, biases and other vectors",
                 )
-            )
+                for own in experts
+            ]
     return items
+
+
+def _rest(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, ...]]]]:
+    """Every parameter by name; for what is counted in it piece by piece, the names of each (`ExpertLinear`)."""
+    views: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for name, view in expert_linears(model).items():
+        views[f"{view.stack_name}.{view.parameter}" if view.stack_name else view.parameter].append((name,))
+    for name, parameter in model.named_parameters():
+        yield name, parameter, views.get(name, [()])

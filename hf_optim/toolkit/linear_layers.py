@@ -21,12 +21,19 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
+def holds_matrix(module: nn.Module) -> bool:
+    """Whether a module of remote code holds the codes of one matrix: `shape` [out, in], which it can `decode()`."""
+    return bool(getattr(module, "holds_codes", False)) and hasattr(module, "shape") and hasattr(module, "decode")
+
+
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight as [out_features, in_features].
 
-    A view for both classes: writing into it changes the module (under `torch.no_grad()`).
-    Raises `TypeError` for a module that is no linear layer.
+    A view for both classes: writing into it changes the module (under `torch.no_grad()`). A module of remote code that
+    holds codes of a matrix decodes it. Raises `TypeError` for a module that is no linear layer.
     """
+    if holds_matrix(module):
+        return module.decode()  # type: ignore[operator]
     if isinstance(module, Conv1D):
         return module.weight.T
     if isinstance(module, nn.Linear):
@@ -36,6 +43,8 @@ def weight_out_in(module: nn.Module) -> Tensor:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer; raises `TypeError` for any other module."""
+    if holds_matrix(module):
+        return module.shape  # type: ignore[return-value]
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     if isinstance(module, nn.Linear):

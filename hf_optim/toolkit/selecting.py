@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from .experts import ExpertLinear
 from .linear_layers import is_linear
 
 
@@ -22,7 +23,8 @@ def match(
 
     A pattern is an exact name (`model.layers.0.mlp.up_proj`), a glob (`*.mlp.*`; `*` crosses dots), a regular
     expression after `re:` that has to match from the beginning, or, if `names` maps to modules, a class name:
-    `Linear` selects every linear layer, `Conv1D` included, any other name the class and its subclasses.
+    `Linear` selects every linear layer, `Conv1D` and `ExpertLinear` included, any other name the class and its
+    subclasses.
 
     Raises `ValueError` if a pattern of `targets` or `skip` selects nothing, unless it also stands in
     `optional`; the message lists those patterns with the nearest names.
@@ -51,7 +53,8 @@ def _select(modules: Mapping[str, nn.Module | None], pattern: str) -> set[str]:
 
 
 def _is_a(module: nn.Module, class_name: str) -> bool:
-    return (class_name == "Linear" and is_linear(module)) or any(c.__name__ == class_name for c in type(module).__mro__)
+    linear = is_linear(module) or isinstance(module, ExpertLinear)
+    return (class_name == "Linear" and linear) or any(c.__name__ == class_name for c in type(module).__mro__)
 
 
 def _nearest(modules: Mapping[str, nn.Module | None], pattern: str) -> str:

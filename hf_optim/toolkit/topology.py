@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from .coverage import Coverage, Skipped, coverage
+from .experts import ExpertLinear, expert_linears
 from .graph import Trace
 from .inputs import dummy_inputs
 from .linear_layers import features, is_linear, linears, weight_out_in
@@ -25,6 +26,7 @@ from .tracing import trace
 __all__ = [
     "Block",
     "Coverage",
+    "ExpertLinear",
     "LinearPair",
     "NormGroup",
     "Part",
@@ -35,6 +37,7 @@ __all__ = [
     "blocks",
     "coverage",
     "dummy_inputs",
+    "expert_linears",
     "features",
     "has_experts",
     "is_linear",

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import hf_optim
 from hf_optim import Scope, formats
 from hf_optim.errors import CheckpointError, ModelError
 from hf_optim.packing import packed_state_dict, patterns
@@ -184,14 +185,26 @@ def test_codes_are_packed(round_trip):
 def test_groups_of_mixed_sizes_have_patterns_without_layer_numbers(round_trip):
     groups = round_trip["mixed group sizes"][0]["quantization_config"]["config_groups"]
     targets = {g["weights"]["group_size"]: g["targets"] for g in groups.values()}
-    assert targets[10] == [r"re:(?:.*\.)?model\.layers\.\d+\.mlp\.down_proj$"]
+    assert targets[10] == [r"re:(?:.*\.)?layers\.\d+\.mlp\.down_proj$"]
     assert len(targets[16]) == 6
 
 
 def test_patterns_fall_back_to_names():
     model = tiny_llama()
     groups = [["model.layers.0.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]]
-    assert patterns(model, groups) == (groups, [])
+    expected = [[rf"re:(?:.*\.)?layers\.{i}\.mlp\.up_proj$"] for i in range(2)]
+    assert patterns(model, groups) == (expected, [])
+
+
+def test_the_base_model_of_a_partly_quantized_checkpoint_has_its_weights(tmp_path):
+    """A layer that was left out is told from the others in the base model too, whose names lack the prefix."""
+    model = hf_optim.optimize(tiny_llama(), [{"technique": "rtn", "skip": ["*.1.mlp.up_proj"]}])
+    model.save_pretrained(tmp_path)
+    base, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
 def test_store_is_what_stock_computes_and_binds_its_forward():

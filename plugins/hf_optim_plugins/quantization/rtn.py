@@ -13,6 +13,9 @@ made on the fly, or the tensor, with a scale from calibration data.
 
 Names used elsewhere: W8A32 is ``bits: 8`` alone; W8A8 adds ``activations: int8``; W32A8 is ``bits: null, activations:
 int8``; W4A16 and W3A16 are ``bits: 4`` (``3``) with a ``group_size``.
+
+In a mixture of experts every matrix of every expert is a layer of its own. Experts get integer weights without zero
+points, or stay as they are (fp8); their inputs are never quantized.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ class RTN(Technique):
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a weight, 2 to 8; None leaves the weights as they are (W32A8).
+        bits: of a weight, 2 to 8; None leaves the weights as they are (W32A8). Where an earlier step has assigned bits
+            to a layer, those are used.
         format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
         strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"`` (of
             inputs). None: ``group`` where a ``group_size`` is given, else ``channel``.
@@ -126,32 +130,43 @@ class RTN(Technique):
             self.skip,
             integer=self.format == "int" and self.bits is not None,
             label=run.label(self),
+            experts=True,
+            symmetric=self.symmetric,
         )
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.needs_data():
-            with TensorMinMax(layers, run.label(self)) as ranges:
+            read = {name: layer for name, layer in layers.items() if not isinstance(layer, formats.ExpertLinear)}
+            with TensorMinMax(read, run.label(self)) as ranges:
                 yield
-            idle = [name for name in layers if name not in ranges]
+            idle = [name for name in read if name not in ranges]
             if idle:
                 skipped["no calibration input reached it"] = idle
-            layers = {name: layer for name, layer in layers.items() if name in ranges}
+            layers = {name: layer for name, layer in layers.items() if name not in idle}
         for name, layer in layers.items():
-            grid = self._grid(layer)
+            grid = self._grid(layer, self._bits(run, name))
             inputs = self._input_grid(layer, *ranges[name]) if name in ranges else (None, None)
-            quantize(layer, grid, self._scheme(grid), inputs)
+            quantize(layer, grid, self._scheme(layer, grid), inputs)
+        if self.activations and any(isinstance(layer, formats.ExpertLinear) for layer in layers.values()):
+            run.record.note("The inputs of experts are not quantized: stock transformers runs experts on plain inputs.")
         run.touch(self, layers, skipped)
 
-    def _spec(self, in_features: int) -> GridSpec:
+    def _bits(self, run: Run, name: str) -> int | None:
+        """Bits of a layer's weight: those an earlier step has assigned; None and fp8 have no choice."""
+        return run.bits_of(name, self.bits) if self.bits and self.format == "int" else self.bits
+
+    def _spec(self, in_features: int, bits: int) -> GridSpec:
         strategy = self.strategy or ("group" if self.group_size else "channel")
         size = fit_group_size(in_features, self.group_size) if self.group_size else None
-        return GridSpec(self.bits or 8, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
+        return GridSpec(bits, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
 
-    def _grid(self, layer: nn.Linear) -> Grid | None:
+    def _grid(self, layer: nn.Linear | formats.ExpertLinear, bits: int | None) -> Grid | None:
         weight = layer.weight.detach()
-        return make_grid(weight, self._spec(weight.shape[1]), self.observer) if self.bits else None
+        return make_grid(weight, self._spec(weight.shape[1], bits), self.observer) if bits else None
 
-    def _scheme(self, grid: Grid | None) -> QuantizationScheme:
+    def _scheme(self, layer: nn.Linear | formats.ExpertLinear, grid: Grid | None) -> QuantizationScheme:
+        if isinstance(layer, formats.ExpertLinear):
+            return formats.scheme_of(grid.spec if grid else None)
         static, symmetric = not self.dynamic, self.symmetric_activations
         return formats.scheme_of(grid.spec if grid else None, self.activations, static, symmetric)
 
@@ -168,7 +183,7 @@ class RTN(Technique):
 
 
 def quantize(
-    layer: nn.Linear,
+    layer: nn.Linear | formats.ExpertLinear,
     grid: Grid | None,
     scheme: QuantizationScheme,
     inputs: Inputs = (None, None),

@@ -161,7 +161,7 @@ def test_fields_that_do_not_go_together_are_refused(fields):
         RTN(**fields)
 
 
-@pytest.mark.parametrize("family", sorted(set(TINY) - {"gpt2", "mixtral"}))
+@pytest.mark.parametrize("family", sorted(set(TINY) - {"gpt2"}))
 def test_families(family):
     model = TINY[family]()
     model = rounded(model)
@@ -180,9 +180,9 @@ def test_experts_are_named_as_skipped():
     assert any("model.layers.1.mlp.experts" in names for names in skipped.values())
 
 
-def test_integer_weights_of_a_mixture_are_refused_since_stock_could_not_reload_them():
+def test_integer_weights_of_a_mixture_without_its_experts_are_refused_since_stock_could_not_reload_them():
     with pytest.raises(ModelError, match=r"step 1 \(rtn\) cannot store integer weights of MixtralForCausalLM"):
-        rounded(tiny_mixtral())
+        rounded(tiny_mixtral(), skip=["*.experts.*"])
 
 
 def test_targets_and_skip():

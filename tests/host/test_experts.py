@@ -1,0 +1,550 @@
+"""Fused experts: what each of them reads, their quantized state, and that stock transformers reads it back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import DECODER, tiny_mixtral
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_optim import Scope, formats, optimize
+from hf_optim.errors import ModelError, NumericalError
+from hf_optim.experts import rows_of, store_expert
+from hf_optim.packing import packed_state_dict
+from hf_optim.run import run_of
+from hf_optim.testing.models import _build
+from hf_optim.testing.stock import StockTransformers
+from hf_optim.toolkit import sharing, topology
+from hf_optim.toolkit.experts import TokenSample, expert_linears, intermediate, parameters, stacks, top_up
+from hf_optim.toolkit.grids import GridSpec, fit_group_size, make_grid
+from hf_optim.toolkit.observers import SecondMoment
+
+IDS = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(0))
+MOE: dict[str, Any] = {**DECODER, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+
+
+def qwen2_moe(**changes: Any) -> nn.Module:
+    """With an expert that all tokens go to, which is three linears."""
+    config = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 40, **changes}
+    return _build(transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig(**config), 0)
+
+
+def qwen3_moe(**changes: Any) -> nn.Module:
+    """The first block is dense."""
+    config = {**MOE, "num_experts": 5, "head_dim": 8, "mlp_only_layers": [0], **changes}
+    return _build(transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**config), 0)
+
+
+def olmoe() -> nn.Module:
+    config = transformers.OlmoeConfig(**DECODER, num_experts=4, num_experts_per_tok=2)
+    return _build(transformers.OlmoeForCausalLM, config, 0)
+
+
+def gpt_oss() -> nn.Module:
+    """Transposed, interleaved, with biases."""
+    layers = ["full_attention"] * 2
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rope_parameters": rope}
+    return _build(transformers.GptOssForCausalLM, transformers.GptOssConfig(**config, layer_types=layers), 0)
+
+
+def granite_moe() -> nn.Module:
+    config = transformers.GraniteMoeConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2)
+    return _build(transformers.GraniteMoeForCausalLM, config, 0)
+
+
+def whole(model: nn.Module) -> Scope:
+    return Scope("", model, model)
+
+
+def quantized(model: nn.Module, technique: str = "rtn", **fields: Any) -> nn.Module:
+    return optimize(model, [{"technique": technique, **fields}], calibration=IDS)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """Parameters only, as ``from_pretrained`` has it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+class NeverTo(nn.Module):
+    """A router that never sends a token to one expert."""
+
+    def __init__(self, router: nn.Module, expert: int) -> None:
+        super().__init__()
+        self.router, self.expert = router, expert
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = list(self.router(*args, **kwargs))
+        index = found[-1]
+        others = (index + 1) % 4
+        free = torch.where((others == index.flip(-1)) | (others == self.expert), (index + 2) % 4, others)
+        free = torch.where((free == index.flip(-1)) | (free == self.expert), (index + 3) % 4, free)
+        found[-1] = torch.where(index == self.expert, free, index)
+        return tuple(found)
+
+
+def seen_by(model: nn.Module, stack: nn.Module) -> list[torch.Tensor]:
+    """The tokens of each expert, one by one, from what the module is called with."""
+    calls = []
+    handle = stack.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
+    logits(model)
+    handle.remove()
+    rows: list[list[torch.Tensor]] = [[] for _ in range(len(stack.get_parameter("down_proj")))]
+    for tokens, chosen in calls:
+        for token, experts in zip(tokens, chosen, strict=True):
+            for expert in experts.tolist():
+                rows[expert].append(token)
+    return [torch.stack(own) if own else torch.empty(0, tokens.shape[-1]) for own in rows]
+
+
+# -- what an expert reads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [tiny_mixtral, qwen3_moe, gpt_oss])
+def test_the_views_compute_what_the_stack_computes(build):
+    stack = next(iter(stacks(build()).values()))
+    views = expert_linears(stack)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(7, 32, generator=generator)
+    count = len(stack.get_parameter("down_proj"))
+    chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(7)])
+    weights = torch.rand(7, 2, generator=generator)
+    expected = torch.zeros(7, 32)
+    for token in range(7):
+        for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+            down = views[f"{expert}.down_proj"]
+            expected[token] += weight * down(down.inputs_for(tokens[token][None]))[0]
+    with torch.no_grad():
+        found = stack(tokens, chosen, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_second_moments_are_those_of_the_tokens_an_expert_sees(implementation):
+    model = tiny_mixtral(intermediate_size=40)
+    model.config._experts_implementation = implementation
+    views = expert_linears(model)
+    with SecondMoment(views, dtype=torch.float64) as moments:
+        for ids in IDS.split(2):
+            with torch.no_grad():
+                model(ids)
+    assert moments.keys() == views.keys()
+    for name, stack in stacks(model).items():
+        for expert, rows in enumerate(seen_by(model, stack)):
+            gate, up = (rows @ stack.gate_up_proj[expert].T).detach().chunk(2, -1)
+            for parameter, inputs in (("gate_up_proj", rows), ("down_proj", nn.functional.silu(gate) * up)):
+                moment = moments[f"{name}.{expert}.{parameter}"]
+                assert moment.count == len(rows)
+                expected = inputs.double().T @ inputs.double()
+                torch.testing.assert_close(moment.total, expected, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_non_finite_token_names_the_expert():
+    model = tiny_mixtral()
+    model.model.layers[1].post_attention_layernorm.weight.data[0] = float("inf")
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.experts"), SecondMoment(expert_linears(model)):
+        logits(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_sample_is_evenly_spread():
+    model = tiny_mixtral()
+    views = expert_linears(model)
+    name, stack = next(iter(stacks(model).items()))
+    everything = []
+    stack.register_forward_pre_hook(lambda module, args: everything.append(args[0].detach().clone()))
+    with TokenSample(views, size=9) as sample:
+        for ids in IDS.split(1):
+            with torch.no_grad():
+                model(ids)
+    tokens = torch.cat(everything)
+    assert len(tokens) == 144
+    assert torch.equal(sample[name], tokens[::8])
+    with TokenSample(views) as sample:
+        logits(model)
+    assert 48 <= len(sample[name]) <= 96  # the widest matrix has 48 inputs
+
+
+def test_experts_with_few_tokens_are_topped_up_to_as_many_as_they_have_inputs():
+    model = tiny_mixtral()
+    block = model.model.layers[0].mlp
+    block.gate = NeverTo(block.gate, 2)
+    views = {name: view for name, view in expert_linears(model).items() if ".layers.0." in name}
+    with TokenSample(views) as sample, SecondMoment(views, dtype=torch.float64) as moments, torch.no_grad():
+        model(IDS[:, :11])
+    before = copy.deepcopy(moments)
+    rows = seen_by(model, block.experts)  # of other data
+    assert not len(rows[2])
+    scarce = top_up(views, moments, sample)
+    tokens = sample["model.layers.0.mlp.experts"]
+    counts = {name: before[name].count if name in before else 0 for name in views}
+    assert scarce == {name: count for name, count in counts.items() if count < views[name].in_features}
+    assert {"model.layers.0.mlp.experts.2.gate_up_proj", "model.layers.0.mlp.experts.2.down_proj"} <= scarce.keys()
+    assert 0 < len(scarce) < len(views)
+    for name, view in views.items():
+        inputs = tokens if view.parameter == "gate_up_proj" else intermediate(view.stack, view.index, tokens)
+        expected = before[name].total if name in before else torch.zeros(view.in_features, view.in_features).double()
+        if name in scarce:
+            share = (view.in_features - counts[name]) / len(tokens)
+            expected = expected + share * inputs.double().T @ inputs.double()
+            assert moments[name].count == view.in_features
+        torch.testing.assert_close(moments[name].total, expected)
+
+
+def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
+    """The other rank is played: what it adds to each sum."""
+    model = tiny_mixtral()
+    views = {name: view for name, view in expert_linears(model).items() if ".layers.0." in name}
+    watcher = TokenSample(views, size=8)
+    with watcher as sample, torch.no_grad():
+        model(IDS[:1, :6])
+    (name,) = sample
+    mine, others = sample[name].clone(), torch.randn(14, 32)
+    padded = torch.cat([others, torch.zeros(6, 32)])
+    monkeypatch.setattr(sharing, "ranks", lambda: 2)
+    monkeypatch.setattr(sharing, "rank", lambda: 1)
+    monkeypatch.setattr(sharing, "reduce_", lambda t, how: t.add_(torch.tensor([14, 0]) if t.dim() == 1 else padded))
+    watcher.reduce()
+    assert torch.equal(sample[name], torch.cat([others, mine])[::2])
+
+
+# -- the quantized state, and stock transformers ----------------------------------------------------------------------
+
+
+def one_by_one(model: nn.Module, spec_of: Any) -> nn.Module:
+    """Every storable layer on the grid that ``spec_of(name, in_features)`` says."""
+    for name, layer in formats.storable(whole(model), ("Linear",), experts=True)[0].items():
+        weight = layer.weight.detach()
+        grid = make_grid(weight, spec_of(name, weight.shape[1]))
+        formats.store(layer, formats.scheme_of(grid.spec), grid.quantize(weight), grid.scale)
+    formats.attach_quantizer(model)
+    return model
+
+
+def several_bits(name: str, width: int) -> GridSpec:
+    if ".layers.0." in name:
+        return GridSpec(3, "int", "group", fit_group_size(width, 20))
+    return GridSpec(8) if "gate_up" in name else GridSpec(4, "int", "group", 8)
+
+
+CASES: dict[str, Any] = {
+    "mixtral w4 groups": lambda: quantized(tiny_mixtral(), bits=4, group_size=16),
+    "mixtral w4 groups, bf16": lambda: quantized(in_bfloat16(tiny_mixtral()), bits=4, group_size=32),
+    "mixtral w8": lambda: quantized(tiny_mixtral(), bits=8),
+    "mixtral w3 tensor": lambda: quantized(tiny_mixtral(), bits=3, strategy="tensor"),
+    "mixtral w8a8 static": lambda: quantized(tiny_mixtral(), bits=8, activations="int8", dynamic=False),
+    "mixtral gptq": lambda: quantized(tiny_mixtral(), "gptq", bits=4, group_size=16),
+    "mixtral, several bits": lambda: one_by_one(tiny_mixtral(intermediate_size=40), several_bits),
+    "mixtral, experts only": lambda: quantized(tiny_mixtral(), bits=4, targets=["*.experts.*"]),
+    "qwen2, the shared expert in int8": lambda: quantized(qwen2_moe(), bits=8, activations="int8"),
+    "qwen3 gptq": lambda: quantized(qwen3_moe(), "gptq", bits=3, group_size=8, true_sequential=True),
+    "olmoe": lambda: quantized(olmoe(), bits=4, group_size=16),
+}
+
+
+@pytest.fixture(scope="module")
+def round_trip(tmp_path_factory):
+    """name -> (directory, logits in memory, logits of stock transformers)."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    found = {}
+    with StockTransformers() as stock:
+        for name, make in CASES.items():
+            model = make()
+            model.save_pretrained(root / name)
+            theirs = stock.logits(root / name, "AutoModelForCausalLM", {"input_ids": IDS})
+            found[name] = (root / name, model, logits(model), theirs)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_reloads_with_identical_logits(round_trip, name):
+    _, model, mine, (cls, stock) = round_trip[name]
+    assert cls == type(model).__name__
+    assert torch.equal(mine, stock)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_has_the_same_weights(round_trip, name):
+    directory, model, _, _ = round_trip[name]
+    stock = AutoModelForCausalLM.from_pretrained(directory)
+    for path, stack in stacks(stock).items():
+        for parameter in parameters(stack):
+            mine = model.get_parameter(f"{path}.{parameter}")
+            assert torch.equal(mine.to(stack.get_parameter(parameter).dtype), stack.get_parameter(parameter))
+
+
+def test_experts_are_packed_one_by_one_and_routers_are_not(round_trip):
+    tensors = load_file(round_trip["mixtral w4 groups"][0] / "model.safetensors")
+    key = "model.layers.1.block_sparse_moe.experts.3"
+    assert tensors[f"{key}.w1.weight_packed"].shape == tensors[f"{key}.w3.weight_packed"].shape == (48, 32 * 4 // 32)
+    assert tensors[f"{key}.w2.weight_scale"].shape == (32, 3)
+    assert tensors["model.layers.1.block_sparse_moe.gate.weight"].dtype == torch.float32
+    assert not any("gate_up_proj" in name for name in tensors)
+    config = json.loads((round_trip["mixtral w4 groups"][0] / "config.json").read_text())["quantization_config"]
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
+    assert config["ignore"] == ["lm_head"]
+
+
+def test_one_scheme_for_all_experts_and_it_comes_first(round_trip):
+    directory = round_trip["mixtral, several bits"][0]
+    groups = json.loads((directory / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert all("experts" in target for target in groups["group_0"]["targets"])
+    weights = groups["group_0"]["weights"]
+    assert (weights["num_bits"], weights["group_size"]) == (8, 4)  # 8 bits; groups of 16, 20, 8 and 32
+    tensors = load_file(directory / "model.safetensors")
+    assert tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight_scale"].shape == (40, 8)
+
+
+def test_experts_differ_and_so_do_their_codes(round_trip):
+    model = round_trip["mixtral w4 groups"][1]
+    weights = model.model.layers[0].mlp.experts.gate_up_proj
+    reference = tiny_mixtral().model.layers[0].mlp.experts.gate_up_proj
+    for expert in range(4):
+        grid = make_grid(reference[expert].detach(), GridSpec(4, "int", "group", 16))
+        assert torch.equal(weights[expert], grid.nearest(reference[expert].detach()))
+
+
+def test_coverage_counts_experts(round_trip):
+    model = round_trip["mixtral gptq"][1]
+    (found,) = run_of(model).record.coverage.values()
+    reference = tiny_mixtral()
+    blocks = [p.numel() for n, p in reference.named_parameters() if "proj" in n]
+    assert found["weights_touched"] == sum(blocks)
+    assert found["weights_total"] == sum(p.numel() for p in reference.parameters())
+    assert found["skipped"] == {}
+    one = topology.coverage(reference, ["model.layers.0.mlp.experts.1.down_proj"])
+    assert one.touched == 32 * 48
+
+
+def test_numbered_rows_find_their_way():
+    model = tiny_mixtral()
+    stack = model.model.layers[0].mlp.experts
+    found = rows_of(model, "model.layers.0.mlp.experts.gate_up_proj", stack)
+    assert found["model.layers.0.mlp.experts.2.w1.weight"] == (2, 0, 48)
+    assert found["model.layers.0.mlp.experts.2.w3.weight"] == (2, 48, 96)
+    assert len(found) == 8
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [gpt_oss, granite_moe])
+@pytest.mark.parametrize("technique", ["rtn", "gptq"])
+def test_what_stock_could_not_read_is_refused_before_any_work(build, technique):
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=r"experts\).*could not read their codes.*no conversion.*Use fp8"):
+        quantized(model, technique, bits=4)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("technique", ["rtn", "gptq"])
+def test_zero_points_are_refused(technique):
+    with pytest.raises(ModelError, match=r"without zero points only\. Use symmetric: true"):
+        quantized(tiny_mixtral(), technique, bits=4, symmetric=False)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"skip": ["*.experts.*"]}, {"skip": ["*.1.mlp.experts.2.down_proj"]}, {"targets": ["*.q_proj"]}]
+)
+def test_experts_are_quantized_all_or_none(fields):
+    with pytest.raises(ModelError, match=r"leave out .*only with all its experts packed"):
+        quantized(tiny_mixtral(), bits=4, **fields)
+
+
+def test_a_technique_without_experts_is_refused():
+    with pytest.raises(ModelError, match=r"step 1 cannot store integer weights .*which this technique leaves"):
+        formats.storable(whole(tiny_mixtral()), ("Linear",), label="step 1")
+
+
+def test_store_refuses_what_stock_does_not_read():
+    view = expert_linears(tiny_mixtral())["model.layers.0.mlp.experts.0.down_proj"]
+    grid = make_grid(view.weight, GridSpec(4, "int", "group", 16, False))
+    with pytest.raises(ModelError, match=r"experts\.0\.down_proj: .*symmetric"):
+        store_expert(view, formats.scheme_of(grid.spec), grid.quantize(view.weight), grid.scale, grid.zero_point)
+    with pytest.raises(ModelError, match="without quantized inputs"):
+        store_expert(view, formats.scheme_of(GridSpec(8), "int8"), None, None, None)
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+def moments_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Per matrix of the first block's experts the second moment of what it reads in the dense model."""
+    views = {name: view for name, view in expert_linears(model).items() if ".layers.0." in name}
+    with SecondMoment(views, dtype=torch.float64) as moments:
+        logits(model)
+    return {name: moment.total for name, moment in moments.items()}
+
+
+def test_gptq_beats_rounding_on_what_each_expert_reads():
+    reference = tiny_mixtral()
+    moments = moments_of(reference)
+    errors = {}
+    for technique in ("rtn", "gptq"):
+        model = quantized(tiny_mixtral(), technique, bits=3, group_size=16)
+        before, after = expert_linears(reference), expert_linears(model)
+        errors[technique] = {
+            name: float((((d := (after[name].weight - before[name].weight).double()) @ total) * d).sum())
+            for name, total in moments.items()
+        }
+    better = [errors["gptq"][name] < errors["rtn"][name] for name in moments]
+    assert len(better) == 8
+    assert sum(better) >= 7
+    assert sum(errors["gptq"].values()) < 0.7 * sum(errors["rtn"].values())
+
+
+def test_an_expert_that_never_fires_is_named_and_calibrated(caplog):
+    model = tiny_mixtral()
+    block = model.model.layers[0].mlp
+    block.gate = NeverTo(block.gate, 2)
+    dense = {name: view.weight.clone() for name, view in expert_linears(model).items()}
+    with caplog.at_level(logging.WARNING):
+        model = quantized(model, "gptq", bits=3, group_size=16)
+    few = run_of(model).record.steps["0"]["experts_with_few_tokens"]
+    assert few["model.layers.0.mlp.experts.2.gate_up_proj"] == 0
+    assert few["model.layers.0.mlp.experts.2.down_proj"] == 0
+    assert "model.layers.0.mlp.experts.2.gate_up_proj (0)" in caplog.text
+    # On its layer's tokens it is better than rounding.
+    views = expert_linears(model)
+    with TokenSample(views) as sample:
+        logits(model)
+    tokens = sample["model.layers.0.mlp.experts"]
+    name = "model.layers.0.mlp.experts.2.gate_up_proj"
+    rounded = make_grid(dense[name], GridSpec(3, "int", "group", 16)).nearest(dense[name])
+    error = {key: ((w - dense[name]) @ tokens.T).norm() for key, w in (("gptq", views[name].weight), ("rtn", rounded))}
+    assert error["gptq"] < 0.9 * error["rtn"]
+
+
+# -- the state in memory ----------------------------------------------------------------------------------------------
+
+
+def test_dense_leaves_no_trace():
+    reference, model = tiny_mixtral(), quantized(tiny_mixtral(), bits=4, group_size=16)
+    expected = logits(model)
+    assert len(formats.quantized_modules(model)) == 10
+    assert formats.dense(model) == []
+    assert torch.equal(logits(model), expected)
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    attributes = {name: set(vars(module)) for name, module in reference.named_modules() if name}
+    assert {name: set(vars(module)) for name, module in model.named_modules() if name} == attributes
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_block_state_survives_a_file(tmp_path):
+    model, other = quantized(tiny_mixtral(), bits=4, group_size=16), tiny_mixtral(seed=1)
+    other.load_state_dict(tiny_mixtral().state_dict())
+    for block, blank in zip(model.model.layers, other.model.layers, strict=True):
+        tensors, meta = formats.dump_module_state(block)
+        save_file(tensors, tmp_path / "block.safetensors")
+        formats.load_module_state(blank, load_file(tmp_path / "block.safetensors"), json.loads(json.dumps(meta)))
+    assert torch.equal(logits(other), logits(model))
+    formats.attach_quantizer(other)
+    mine, theirs = packed_state_dict(model)[0], packed_state_dict(other)[0]
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    formats.load_module_state(other.model.layers[0], *formats.dump_module_state(tiny_mixtral().model.layers[0]))
+    assert not any(".layers.0." in name for name in formats.quantized_modules(other))
+
+
+def test_a_part_is_packed_as_the_whole_is():
+    model = quantized(tiny_mixtral(), bits=4, group_size=16)
+    everything = packed_state_dict(model)[0]
+    name = "model.layers.1"
+    part, loose = packed_state_dict(model.get_submodule(name), model, name)
+    assert loose == []
+    assert {f"{name}.{key}" for key in part} == {key for key in everything if key.startswith(name)}
+    assert all(torch.equal(everything[f"{name}.{key}"], value) for key, value in part.items())
+
+
+def test_when_an_expert_changed_the_checkpoint_is_an_ordinary_one(tmp_path, caplog):
+    model = quantized(tiny_mixtral(), bits=4, group_size=16)
+    model.model.layers[1].mlp.experts.down_proj.data[3] += 1e-3
+    with caplog.at_level(logging.WARNING, "hf_optim.packing"):
+        model.save_pretrained(tmp_path)
+    assert "10 of 10" in caplog.text
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize("how", ["auto", "dense"])
+def test_a_reloaded_model_can_be_saved(round_trip, tmp_path, how):
+    """transformers has decoded its experts, so what it is saved as is an ordinary checkpoint."""
+    directory, _, mine, _ = round_trip["mixtral w4 groups"]
+    if how == "auto":
+        model = AutoModelForCausalLM.from_pretrained(directory, optim_config="auto")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        logits(model)
+        formats.dense(model)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(reloaded), mine)
+
+
+def test_a_copy_saves_the_same():
+    model = quantized(tiny_mixtral(), bits=4, group_size=16)
+    first, second = packed_state_dict(model)[0], packed_state_dict(copy.deepcopy(model))[0]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# -- a real model -----------------------------------------------------------------------------------------------------
+
+
+def windows(home, data, split, count, length=256):
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
+    ids: list[int] = []
+    for line in (data / "tinystories" / f"{split}.jsonl").read_text().splitlines():
+        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
+        if len(ids) >= count * length:
+            break
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def perplexity(model, ids) -> float:
+    losses = []
+    with torch.no_grad():
+        for batch in ids.split(16):
+            out = model(batch).logits[:, :-1].flatten(0, 1)
+            losses.append(nn.functional.cross_entropy(out, batch[:, 1:].flatten(), reduction="none"))
+    return float(torch.cat(losses).double().mean().exp())
+
+
+@pytest.mark.slow
+def test_an_upcycled_model_is_as_good_as_the_dense_one(shared_models, shared_data):
+    """babyllama-1m at 3 bits, and the mixture of copies of its feed-forward layers at 3 bits."""
+    home = shared_models / "babyllama-1m"
+    held_out = windows(home, shared_data, "eval", 12)
+    calibration = windows(home, shared_data, "calibration", 16)
+    dense = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
+    upcycle = {"technique": "upcycle", "experts": 4, "top_k": 2}
+    loss = {}
+    for technique in ("rtn", "gptq"):
+        step = {"technique": technique, "bits": 3, "group_size": 32}
+        loss[technique] = perplexity(optimize(copy.deepcopy(dense), [step], calibration=calibration), held_out)
+        mixture = optimize(copy.deepcopy(dense), [upcycle, step], calibration=calibration)
+        assert stacks(mixture)
+        loss[f"{technique}, mixture"] = perplexity(mixture, held_out)
+    # Copies round to the same weights.
+    assert loss["rtn, mixture"] == pytest.approx(loss["rtn"], rel=1e-4)
+    assert loss["gptq, mixture"] < 1.01 * loss["gptq"] < loss["rtn, mixture"]
