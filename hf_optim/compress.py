@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import formats, saving
+from . import formats, ranks, saving
 from .config import DataConfig, OptimConfig
 from .data import CalibrationData, calibration_data
 from .errors import CheckpointError, DataError, OptimError
@@ -28,8 +28,10 @@ from .resume import BlockJournal
 from .rows import load_rows
 from .run import Run, run_of
 from .sources import Source, device_named, load_model, load_processor, stored_bytes
+from .streaming.job import StreamedJob, refuse
 from .techniques import Reload
 from .traits import FLOAT_WEIGHTS, QUANTIZED
+from .validate import validate
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +72,21 @@ def compress(job: Job) -> Run:
     job = _pinned(job)
     config = load_config(job.source.model, job.source.trust_remote_code, job.source.revision)
     job.recipe.check(traits_of_config(config))
+    ranks.refuse(job.recipe)
+    if job.recipe.driver == "streamed":
+        refuse(job.recipe, job.dense)
     _refuse_output(job)
     _refuse_missing_data(job)
     _refuse_unreadable(job.evaluation)
     _refuse_unreadable(job.training)
+    found = validate(job.source, job.recipe, config, job.output)
+    for note in found.notes:
+        job.say(note)
     tokenizer = load_processor(job.source, model_class(config))
     calibration = _calibration(job, config, tokenizer)
-    before = figures_of(job, job.source.model, "original") if job.evaluation else {}
+    before = figures_of(job, job.source.model, "original") if job.evaluation and ranks.is_main() else {}
+    if job.recipe.driver == "streamed":
+        return _streamed(job, found.skeleton, calibration, tokenizer, device, before)
     job.say(f"loading {job.source.model}")
     model = load_model(job.source)
     original_bytes = stored_bytes(job.source, model)
@@ -84,6 +94,9 @@ def compress(job: Job) -> Run:
     model = optimize(model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal)
     model = _train(job, model, tokenizer)
     run = run_of(model)
+    ranks.require_agreement(model)
+    if not ranks.is_main():
+        return run
     run.record.base_model["revision"] = job.source.revision
     if job.dense:
         _make_dense(run)
@@ -95,6 +108,29 @@ def compress(job: Job) -> Run:
     saving.save(run, job.output)
     # Kept until here, and by a run that fails: what was calibrated need not be calibrated again.
     journal.remove()
+    job.say(f"wrote {job.output}")
+    if job.evaluation:
+        run.record.measured["after"] |= figures_of(job, str(job.output), "result")
+        _refresh(run, job.output)
+    return run
+
+
+def _streamed(
+    job: Job, skeleton: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, before: dict[str, Any]
+) -> Run:
+    """The job under the streamed driver: nothing but one block at a time is in memory."""
+    work = StreamedJob(
+        job.recipe, skeleton, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
+    )
+    job.say(f"streaming {job.source.model}")
+    work.calibrate()
+    run = work.run
+    original = sum(path.stat().st_size for path in skeleton.files)
+    run.record.measured = {"before": {"bytes_on_disk": original, **before}, "after": {}}
+    if job.evaluation:
+        run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
+    work.save(job.output)
+    work.output.remove()
     job.say(f"wrote {job.output}")
     if job.evaluation:
         run.record.measured["after"] |= figures_of(job, str(job.output), "result")
@@ -121,7 +157,7 @@ def figures_of(job: Job, model: str, what: str) -> dict[str, Any]:
             command += [option, str(value)]
     if job.source.trust_remote_code:
         command.append("--trust-remote-code")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ranks.own_environment())
     if done.returncode:
         raise OptimError(f"could not measure the {what}: {_complaint(done.stderr)}")
     return json.loads(done.stdout)

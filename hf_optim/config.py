@@ -28,8 +28,8 @@ from .errors import RecipeError
 from .techniques import Reload, Technique, did_you_mean
 from .traits import FLOAT_WEIGHTS, Trait
 
-DRIVERS = ("auto", "whole_model", "blockwise")
-KEYS = ("steps", "calibration", "training", "driver", "description")
+DRIVERS = ("auto", "whole_model", "blockwise", "streamed")
+KEYS = ("steps", "calibration", "training", "driver", "spill", "description")
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -44,6 +44,7 @@ class DataConfig:
         samples: how many windows of ``seq_len`` tokens; None takes everything.
         seq_len: tokens per window; None takes the model's context, 2048 at most.
         seed: seed of the sample's choice.
+        batch_size: windows that go through the model at once; fewer take less memory on the accelerator.
     """
 
     dataset: str | None = None
@@ -52,6 +53,7 @@ class DataConfig:
     samples: int | None = 128
     seq_len: int | None = None
     seed: int = 0
+    batch_size: int = 8
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DataConfig:
@@ -62,9 +64,11 @@ class DataConfig:
                     f"calibration has no key {key!r}{did_you_mean(key, known)} (it has {', '.join(known)})"
                 )
         made = cls(**data)
-        for name in ("samples", "seq_len"):
+        for name in ("samples", "seq_len", "batch_size"):
             value = getattr(made, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if (value is not None or name == "batch_size") and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
                 raise RecipeError(f"calibration: {name} must be a whole number >= 1, not {value!r}")
         return made
 
@@ -80,7 +84,10 @@ class OptimConfig:
         steps: the techniques, in order.
         calibration: where calibration data comes from, unless the caller brings it.
         training: arguments of ``transformers.TrainingArguments`` for stages that train, used by ``hf-optim compress``.
-        driver: ``whole_model``, ``blockwise`` or ``auto`` (blockwise on an accelerator, whole model on a CPU).
+        driver: how calibration goes through the model: ``whole_model``; ``blockwise``, one block at a time on the
+            accelerator; ``auto``, blockwise wherever the model has a sequence of blocks; ``streamed`` (for
+            ``hf-optim compress``), one block at a time in memory at all, so that the model may be larger than it.
+        spill: a directory where ``streamed`` keeps what flows between blocks; None keeps that in host memory.
         description: a line for people.
         name: the name it was loaded by.
     """
@@ -89,6 +96,7 @@ class OptimConfig:
     calibration: DataConfig = DataConfig()
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     driver: str = "auto"
+    spill: str | None = None
     description: str = ""
     name: str = ""
 
@@ -98,6 +106,10 @@ class OptimConfig:
             raise RecipeError("a recipe needs at least one step")
         if self.driver not in DRIVERS:
             raise RecipeError(f"driver must be one of {', '.join(DRIVERS)}, not {self.driver!r}")
+        if self.spill is not None and self.driver != "streamed":
+            raise RecipeError(
+                f"spill is for driver: streamed; driver {self.driver} keeps what flows between blocks in host memory"
+            )
 
     @property
     def stages(self) -> list[Stage]:
@@ -123,6 +135,8 @@ class OptimConfig:
             data["training"] = dict(self.training)
         if self.driver != "auto":
             data["driver"] = self.driver
+        if self.spill is not None:
+            data["spill"] = self.spill
         if self.description:
             data["description"] = self.description
         return data
@@ -201,6 +215,7 @@ class OptimConfig:
             calibration=DataConfig.from_dict(calibration),
             training=dict(training),
             driver=data.get("driver", "auto"),
+            spill=data.get("spill"),
             description=data.get("description", ""),
         )
 

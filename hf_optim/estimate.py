@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .config import OptimConfig
 from .errors import ModelError
 from .figures import bytes_text
+from .speed import flops_per_second
 from .toolkit import topology
 from .toolkit.grids import fit_group_size
 from .traits import FLOAT_WEIGHTS, QUANTIZED, Trait
@@ -44,21 +44,26 @@ def model_class(config: PreTrainedConfig) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def weightless(config: PreTrainedConfig) -> Any:
+    """The model that ``config`` describes, on the meta device."""
+    cls = model_class(config)
+    with torch.device("meta"):
+        return cls.from_config(config) if cls.__name__.startswith("AutoModel") else cls(config)
+
+
 def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
     """Parameters, bytes before and after, memory and time of calibration; estimates, with what they rest on.
 
     ``bytes_after`` is None where a step changes the architecture: what comes out is then not in the configuration.
     """
-    cls = model_class(config)
-    with torch.device("meta"):
-        model = cls.from_config(config) if cls.__name__.startswith("AutoModel") else cls(config)
+    model = weightless(config)
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.implements("transform_model") for step in recipe.steps)
     stored = None if changed else _stored_bytes(recipe, model, width)
     block = max((sum(p.numel() for p in b.module.parameters()) for b in topology.blocks(model)), default=parameters)
     tokens = _calibration_tokens(recipe, config)
-    seconds = 2 * 2.0 * parameters * tokens / _flops_per_second() if tokens else 0.0
+    seconds = 2 * 2.0 * parameters * tokens / flops_per_second(_device(), torch.float32) if tokens else 0.0
     return {
         "class": type(model).__name__,
         "parameters": parameters,
@@ -97,7 +102,7 @@ def _stored_bytes(recipe: OptimConfig, model: Any, width: int) -> int:
 
 def _packed_bytes(columns: int, bits: int) -> int:
     """Bytes of a row: whole bytes at 8 bits; below, codes packed into 32-bit words."""
-    return columns if bits == 8 else 4 * -(-columns // (32 // bits))
+    return columns if bits == 8 else 4 * -(-columns * bits // 32)
 
 
 def _calibration_tokens(recipe: OptimConfig, config: PreTrainedConfig) -> int:
@@ -113,10 +118,5 @@ def _duration(seconds: float) -> str:
     return "under a second"
 
 
-def _flops_per_second() -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(1024, 1024, device=device)
-    (a @ a).sum().item()
-    started = time.perf_counter()
-    (a @ a @ a @ a).sum().item()
-    return 3 * 2 * 1024**3 / (time.perf_counter() - started)
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from . import calibration, saving
@@ -34,10 +36,7 @@ def proceed(run: Run, source: Any = None) -> None:
 
 
 def _enter(run: Run, stage: Stage) -> None:
-    run.stage_entered = True
-    entry: dict[str, Any] = {"steps": [step.name for step in stage.steps], "driver": None}
-    started = time.perf_counter()
-    with PeakMemory(run.device) as memory:
+    with staged(run) as entry:
         for step in stage.steps:
             for model in run.call_on([step], "transform_model"):
                 run.model = model
@@ -45,7 +44,18 @@ def _enter(run: Run, stage: Stage) -> None:
             if stage.needs_data and run.data is None:
                 run.data = _data(run)
                 run.record.calibration = run.data.description
-            entry["driver"] = calibration.calibrate(run, stage, run.journal)
+            entry |= calibration.calibrate(run, stage, run.journal)
+
+
+@contextmanager
+def staged(run: Run) -> Iterator[dict[str, Any]]:
+    """Enter the stage in work, and put its entry on the record: what the body adds, time, and peak memory."""
+    assert run.stage is not None
+    run.stage_entered = True
+    entry: dict[str, Any] = {"steps": [step.name for step in run.stage.steps], "driver": None}
+    started = time.perf_counter()
+    with PeakMemory(run.device) as memory:
+        yield entry
     entry |= {"seconds": round(time.perf_counter() - started, 3), **memory.figures()}
     run.record.stages.append(entry)
 

@@ -45,6 +45,7 @@ def load(
     if isinstance(optim_config, str) and optim_config == AUTO:
         return _load_auto(cls, stock, args, kwargs)
     recipe = OptimConfig.parse(optim_config)
+    _refuse_streamed(recipe)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     config, kwargs = _resolve_config(cls, source, kwargs)
     run = Run(recipe, config)
@@ -60,7 +61,7 @@ def load(
         model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
     run.loading = False
     _refuse_random_blocks(model, info["missing_keys"], source)
-    _begin(run, model, source, kwargs.get("revision"))
+    begin(run, model, source, kwargs.get("revision"))
     lifecycle.proceed(run, calibration)
     if run.stage is None:
         _put_on_kernels(run.model)
@@ -96,13 +97,14 @@ def optimize(
         RecipeError, DataError, ModelError, NumericalError: see ``hf_optim.errors``.
     """
     recipe = OptimConfig.parse(config)
+    _refuse_streamed(recipe)
     run = Run(recipe, model.config)
     run.tokenizer, run.journal = tokenizer, journal
     run.device = torch.device(device) if device is not None else None
     recipe.check(traits_of(model))
     lifecycle.require_data(run, calibration)
-    _apply_prepared(run, model)
-    _begin(run, model, getattr(model.config, "_name_or_path", None))
+    apply_prepared(run, model)
+    begin(run, model, getattr(model.config, "_name_or_path", None))
     lifecycle.proceed(run, calibration)
     return run.model
 
@@ -127,6 +129,15 @@ def release(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _refuse_streamed(recipe: OptimConfig) -> None:
+    if recipe.driver == "streamed":
+        raise RecipeError(
+            "driver streamed never has the model whole in memory, so there is no model to give back: run "
+            "`hf-optim compress MODEL --recipe R --output D --driver streamed` and load what it writes, or leave the "
+            "driver out"
+        )
+
+
 def _put_on_kernels(model: PreTrainedModel) -> None:
     """``accelerate`` a model that is done. Whoever asked for a recipe asked for no kernel: refusals are logged."""
     from .acceleration import KernelWarning, accelerate
@@ -138,7 +149,7 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
         log.warning("%s", each.message)
 
 
-def _begin(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
+def begin(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
     if find_run(model) is not None:
         release(model)
     run.model = model
@@ -226,7 +237,7 @@ def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return asked
 
 
-def _apply_prepared(run: Run, model: PreTrainedModel) -> None:
+def apply_prepared(run: Run, model: PreTrainedModel) -> None:
     """What ``prepare_load`` asks, done to a model that is loaded already."""
     for key, value in _prepared_load(run, {}).items():
         if key == "attn_implementation":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,30 @@ try:
     import resource
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this process may use: of the machine, or of its control group; None where unknown."""
+    limits = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # not on this system, or "max"
+            continue
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits) if limits else None
+
+
+def resident() -> dict[str, int]:
+    """Resident bytes of this process now: ``anonymous`` (its own) and ``file`` (pages of mapped files); Linux only."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in ("RssAnon", "RssFile"):
+                found[{"RssAnon": "anonymous", "RssFile": "file"}[name]] = int(rest.split()[0]) * 1024
+    return found
 
 
 class PeakMemory:
@@ -33,18 +60,24 @@ class PeakMemory:
         self.bytes = self._read()
 
     def figures(self) -> dict[str, Any]:
-        """``peak_memory_bytes`` (None where the system does not tell), ``peak_memory_of`` and ``device``."""
+        """``peak_memory_bytes``, ``peak_memory_of``, ``peak_host_bytes`` and ``device``; None for what is not told."""
         cuda = self.device.type == "cuda"
         return {
             "peak_memory_bytes": self.bytes,
             "peak_memory_of": "CUDA allocator" if cuda else "process (resident)",
+            "peak_host_bytes": _high_water(),
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
         }
 
     def _read(self) -> int | None:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
-        if resource is None:
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return int(peak if sys.platform == "darwin" else peak * 1024)
+        return _high_water()
+
+
+def _high_water() -> int | None:
+    """The peak resident size of the process so far."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

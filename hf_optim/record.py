@@ -80,10 +80,10 @@ def public_name(source: Any) -> str:
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe for the record: of a local data file its name only."""
+    """A recipe for the record: of a local data file its name only, and no directory of this machine."""
     data = recipe.get("calibration", {})
     return {
-        **recipe,
+        **{key: value for key, value in recipe.items() if key != "spill"},
         **({"calibration": {**data, "dataset": public_name(data["dataset"])}} if data.get("dataset") else {}),
     }
 

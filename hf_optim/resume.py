@@ -14,15 +14,17 @@ from safetensors.torch import save_file
 
 from . import formats, snapshot
 from .errors import CheckpointError
+from .ranks import barrier, is_main
 from .record import versions
 from .run import Run
 from .techniques import Technique
+from .toolkit import sharing
 
 HEADER = "journal.json"
 
 
 class BlockJournal:
-    """Finished blocks of a blockwise calibration, in a directory of their own.
+    """Finished blocks of a blockwise calibration, in a directory of their own. Of several ranks, the first writes it.
 
     Args:
         directory: where; made when the first block is kept.
@@ -35,8 +37,9 @@ class BlockJournal:
     def __init__(self, directory: Path, resume: bool) -> None:
         self.directory = Path(directory)
         self._mine: dict[str, Any] = {}
-        if not resume:
+        if not resume and is_main():
             shutil.rmtree(self.directory, ignore_errors=True)
+        barrier()
 
     def restore(self, run: Run, first: Technique, name: str) -> bool:
         """Put a block that the steps from ``first`` on have finished back into the model and the run.
@@ -45,7 +48,7 @@ class BlockJournal:
         """
         self._check(run)
         path = self._path(run, first, name)
-        if not path.is_file():
+        if not sharing.agreed(path.is_file()):
             return False
         try:
             with safe_open(path, framework="pt") as file:
@@ -63,6 +66,8 @@ class BlockJournal:
     def keep(self, run: Run, first: Technique, name: str) -> None:
         """Write a finished block; the file appears whole or not at all."""
         self._check(run)
+        if not is_main():
+            return
         module_tensors, module_meta = formats.dump_module_state(run.model.get_submodule(name))
         run_tensors, run_meta = snapshot.take(run, inside=name + ".")
         tensors = {f"module.{k}": v for k, v in module_tensors.items()} | {
@@ -79,7 +84,8 @@ class BlockJournal:
 
     def remove(self) -> None:
         """The run is over: the journal goes."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _path(self, run: Run, first: Technique, name: str) -> Path:
         return self.directory / f"step-{run.position(first) + 1}-{name}.safetensors"
@@ -96,6 +102,8 @@ class BlockJournal:
                     f"cannot resume: the journal in {self.directory.name} was made with another "
                     f"{', '.join(differing)}; start without --resume"
                 )
+            return
+        if not is_main():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         beside = header.with_suffix(".writing")

@@ -41,9 +41,7 @@ def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
     Raises ``CheckpointError`` when it cannot be written, or when weights that were pruned have come back (an adapter
     was merged past the masks); what was in ``directory`` before is then untouched.
     """
-    from .cards import Card
     from .masking import stray_weights
-    from .sizes import bytes_on_disk
 
     directory = Path(directory)
     if stray := stray_weights(run):
@@ -51,16 +49,29 @@ def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
             f"{stray[0]} (and {len(stray) - 1} more) has weights where it was pruned: merge adapters with "
             "hf_optim.integrations.peft.merge(model), which keeps the masks, or hf_optim.release(model) to give them up"
         )
-    with replaced_directory(directory, stale=lambda name: bool(_WEIGHTS.match(name))) as beside:
+    with replaced_directory(directory, stale=is_weights) as beside:
         type(run.model).save_pretrained(run.model, beside, **kwargs)
-        if run.tokenizer is not None:
-            run.tokenizer.save_pretrained(beside)
-        run.record.measured.setdefault("after", {})["bytes_on_disk"] = bytes_on_disk(beside)
-        card = Card(run.record, beside)
-        run.call_on(run.recipe.steps, "export", directory=beside, card=card)
-        run.record.write(beside)
-        card.write(beside)
+        describe(run, beside)
     return directory
+
+
+def describe(run: Run, beside: Path) -> None:
+    """Write what stands beside the weights of a finished run: tokenizer, files of the steps, record and card."""
+    from .cards import Card
+    from .sizes import bytes_on_disk
+
+    if run.tokenizer is not None:
+        run.tokenizer.save_pretrained(beside)
+    run.record.measured.setdefault("after", {})["bytes_on_disk"] = bytes_on_disk(beside)
+    card = Card(run.record, beside)
+    run.call_on(run.recipe.steps, "export", directory=beside, card=card)
+    run.record.write(beside)
+    card.write(beside)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint holds weights, or tells where they are."""
+    return bool(_WEIGHTS.match(name))
 
 
 def _make_method() -> Any:

@@ -47,7 +47,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
 def _is_json(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
-    return isinstance(value, SCALARS) or (isinstance(value, list) and all(map(_is_json, value)))
+    return isinstance(value, SCALARS) or (isinstance(value, (list, tuple)) and all(map(_is_json, value)))
 
 
 def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:

@@ -46,7 +46,10 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
     recipe = OptimConfig.parse(source)
     config = None
     if model is not None:
-        from ..estimate import estimate, load_config, traits_of_config
+        from ..estimate import load_config, traits_of_config
+        from ..figures import bytes_text
+        from ..sources import Source
+        from ..validate import validate
 
         config = load_config(model, trust_remote_code)
     traits = recipe.check(traits_of_config(config) if config is not None else {FLOAT_WEIGHTS})
@@ -65,7 +68,10 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
         "reload_means": recipe.reload.value,
     }
     if config is not None:
-        report["model"] = estimate(recipe, config)
+        found = validate(Source(str(model), trust_remote_code=trust_remote_code), recipe, config, offline=True)
+        report["model"] = found.figures
+        report["model"]["readable"]["host memory"] = f"about {bytes_text(found.figures['host_bytes'])}"
+        report["notes"] = found.notes
     return report
 
 
@@ -83,3 +89,5 @@ def _print(report: dict[str, Any]) -> None:
     if "model" in report:
         print(f"\n{report['model']['class']}:")
         print_table(("estimate", "value"), list(report["model"]["readable"].items()))
+        for note in report["notes"]:
+            print(note)

@@ -1,7 +1,8 @@
 """``hf-optim compress``: Run a recipe on a model; write the checkpoint, its record (hf_optim.json) and its card.
 
 With --eval the model is measured before and after, and both stand on the card. Everything that can be refused is
-refused before the weights are read. A run that was killed goes on with --resume, and ends with the same bits."""
+refused before the weights are read. A run that was killed goes on with --resume, and ends with the same bits.
+Under `torchrun -m hf_optim.cli compress` (or accelerate launch) the ranks share the calibration data."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from ..figures import FIGURES, change
 from ..record import Record
-from .options import data_config, data_options, model_options, source_of
+from .options import data_config, data_options, driver_of, driver_options, model_options, source_of
 from .table import print_table
 
 EXAMPLE = """hf-optim compress meta-llama/Llama-3.2-1B --recipe w4a16 --output llama-w4a16 \\
@@ -35,18 +36,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval", metavar="DATA", help="data to measure on, before and after")
     parser.add_argument("--dense", action="store_true", help="write the dense equivalent of a compressed format")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was killed, from its last block")
+    driver_options(parser)
     data_options(parser, "default: 128 to calibrate, all to train with --train, all to measure")
     parser.add_argument("--eval-split", metavar="NAME", help="split of a Hub dataset to measure on (default: --split)")
     model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from .. import ranks
     from ..compress import Job, compress
     from ..config import DataConfig, OptimConfig
 
     recipe = OptimConfig.parse(args.recipe)
     calibration = data_config(args, args.calibration, base=recipe.calibration)
-    recipe = dataclasses.replace(recipe, calibration=calibration)
+    recipe = dataclasses.replace(recipe, calibration=calibration, **driver_of(args, recipe))
     evaluation = DataConfig(
         dataset=args.eval,
         split=args.eval_split or args.split or "train",
@@ -54,19 +57,23 @@ def run(args: argparse.Namespace) -> int:
         samples=None,
         seq_len=args.seq_len,
     )
-    done = compress(
-        Job(
-            source=source_of(args),
-            recipe=recipe,
-            output=args.output,
-            evaluation=evaluation if args.eval else None,
-            training=dataclasses.replace(calibration, dataset=args.train, samples=args.samples) if args.train else None,
-            dense=args.dense,
-            resume=args.resume,
-            device=args.device,
-            say=print,
+    training = dataclasses.replace(calibration, dataset=args.train, samples=args.samples) if args.train else None
+    with ranks.joined():
+        done = compress(
+            Job(
+                source=source_of(args),
+                recipe=recipe,
+                output=args.output,
+                evaluation=evaluation if args.eval else None,
+                training=training,
+                dense=args.dense,
+                resume=args.resume,
+                device=args.device,
+                say=print,
+            )
         )
-    )
+        if not ranks.is_main():
+            return 0
     print()
     print_result(done.record)
     return 0

@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..config import DataConfig
+    from ..config import DataConfig, OptimConfig
     from ..sources import Source
 
+DRIVERS = ("auto", "whole_model", "blockwise", "streamed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,6 +39,27 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="load as (default: auto, the checkpoint's own)")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     remote_code_option(group)
+
+
+def driver_options(parser: argparse.ArgumentParser) -> None:
+    """How calibration goes through the model."""
+    group = parser.add_argument_group("driver", "How calibration goes through the model.")
+    group.add_argument(
+        "--driver",
+        choices=DRIVERS,
+        help="streamed: read, calibrate and write one block at a time, for models larger than memory "
+        "(default: what the recipe says, else auto)",
+    )
+    group.add_argument(
+        "--spill", metavar="DIR", help="with streamed: keep what flows between blocks on disk (default: in memory)"
+    )
+
+
+def driver_of(args: argparse.Namespace, recipe: OptimConfig) -> dict[str, Any]:
+    """The fields of the recipe that ``driver_options`` change."""
+    driver = args.driver or recipe.driver
+    spill = args.spill or recipe.spill
+    return {"driver": driver, "spill": spill if args.spill or driver == "streamed" else None}
 
 
 def remote_code_option(parser: argparse._ActionsContainer) -> None:

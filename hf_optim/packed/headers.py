@@ -21,11 +21,14 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its key, safetensors' name of its type, its shape."""
+    """One tensor of a checkpoint: its key, safetensors' name of its type, its shape, and where its bytes are."""
 
     key: str
     type: str
     shape: tuple[int, ...]
+    file: Path = Path()
+    begin: int = 0
+    end: int = 0
 
 
 class Listing:
@@ -64,6 +67,9 @@ def _header(path: Path) -> list[Entry]:
                 raise CheckpointError(
                     f"{path.name} is truncated: {key} ends beyond the end of the file; fetch or copy it again"
                 )
-        return [Entry(key, value["dtype"], tuple(value["shape"])) for key, value in found.items()]
+        return [
+            Entry(key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"]))
+            for key, value in found.items()
+        ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name} is truncated or corrupt ({error}); fetch or copy it again") from error

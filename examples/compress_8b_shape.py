@@ -1,0 +1,184 @@
+"""A checkpoint larger than the memory it is compressed in: the shape of Llama-3-8B, 16 GB of random weights.
+
+Writes the checkpoint shard by shard (dimensions of Llama-3-8B: width 4096, 32 layers, 14336 in the MLP, 32 query and 8
+key/value heads, 128256 tokens), then runs ``hf-optim compress --driver streamed`` on it in a process of its own, under
+a limit on memory, and prints seconds a block and peaks of memory. Calibration data are random token ids, so no
+tokenizer is needed; a recipe without data (``rtn``) streams the weights and nothing else.
+
+The limit is on the process's own memory (``RssAnon``, and ``RssShmem``, which holds pinned buffers): it is looked at
+every 20 ms, and the process is killed beyond it. Limits of the system (``RLIMIT_DATA``, ``RLIMIT_AS``) count addresses,
+also those of files that safetensors maps to read their headers and those that a GPU's driver reserves, so they would
+forbid what takes no memory. Pages of mapped files (``RssFile``) are reported, not counted: the system may drop them.
+
+    python examples/compress_8b_shape.py --recipe rtn                       # 16 GB + 5 GB of disk, a CPU will do
+    python examples/compress_8b_shape.py --recipe gptq --samples 128        # a GPU
+    python examples/compress_8b_shape.py --recipe gptq --layers 2 --samples 4 --seq-len 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+GIB = 2**30
+WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
+RECIPES = {
+    "rtn": [{"technique": "rtn", "bits": 4, "group_size": 128}],
+    "gptq": [{"technique": "gptq", "bits": 4, "group_size": 128}],
+}
+
+
+def shards(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The tensors of each shard, by name: the embeddings, one block each, the head."""
+    keys = WIDTH * KEY_HEADS // HEADS
+    yield {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for number in range(layers):
+        shapes = {
+            "self_attn.q_proj": (WIDTH, WIDTH),
+            "self_attn.k_proj": (keys, WIDTH),
+            "self_attn.v_proj": (keys, WIDTH),
+            "self_attn.o_proj": (WIDTH, WIDTH),
+            "mlp.gate_proj": (INNER, WIDTH),
+            "mlp.up_proj": (INNER, WIDTH),
+            "mlp.down_proj": (WIDTH, INNER),
+            "input_layernorm": (WIDTH,),
+            "post_attention_layernorm": (WIDTH,),
+        }
+        yield {f"model.layers.{number}.{name}.weight": shape for name, shape in shapes.items()}
+    yield {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+
+
+def fill(tensor: torch.Tensor, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Fill a tensor with pieces of a pool of random numbers: copying is far faster than drawing billions of them."""
+    flat = tensor.view(-1)
+    at = 0
+    while at < len(flat):
+        begin = int(torch.randint(len(pool) // 2, (), generator=generator))
+        size = min(len(pool) - begin, len(flat) - at)
+        flat[at : at + size] = pool[begin : begin + size]
+        at += size
+    return tensor
+
+
+def write_checkpoint(home: Path, layers: int) -> int:
+    """Write the checkpoint, one shard in memory at a time; returns its bytes."""
+    from transformers import LlamaConfig
+
+    home.mkdir(parents=True)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(home)
+    index, total = {}, 0
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(1 << 22).normal_(0.0, 0.02, generator=generator).to(torch.bfloat16)
+    for number, tensors in enumerate(shards(layers), 1):
+        name = f"model-{number:05d}-of-{layers + 2:05d}.safetensors"
+        made = {}
+        for key, shape in tensors.items():
+            blank = torch.empty(shape, dtype=torch.bfloat16)
+            made[key] = blank.fill_(1.0) if len(shape) == 1 else fill(blank, pool, generator)
+            total += blank.nbytes
+        index |= dict.fromkeys(tensors, name)
+        save_file(made, home / name, metadata={"format": "pt"})
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    (home / "model.safetensors.index.json").write_text(text)
+    return total
+
+
+def memory_of(process: int) -> dict[str, int]:
+    """Resident bytes of a process by kind: ``RssAnon``, ``RssShmem``, ``RssFile``."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":") for line in lines if line.startswith("Rss"))
+    return {name: int(rest.split()[0]) * 1024 for name, rest in pairs}
+
+
+def watched(command: list[str], limit: int) -> dict[str, int]:
+    """Run a command under a limit on its memory; returns the peaks. Ends the program if it failed or went beyond."""
+    peaks: dict[str, int] = {}
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            now = memory_of(process.pid)
+            own = now.get("RssAnon", 0) + now.get("RssShmem", 0)
+            for name, value in {**now, "own": own}.items():
+                peaks[name] = max(peaks.get(name, 0), value)
+            if own > limit:
+                process.kill()
+                sys.exit(f"killed: {own / GIB:.2f} GiB of memory, and the limit is {limit / GIB:.2f}")
+            time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"compress ended with status {process.returncode}")
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--home", type=Path, default=Path("8b-shape"), help="directory for checkpoint and result")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--recipe", choices=RECIPES, default="rtn")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=6.0, help="GiB of host memory")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--spill", action="store_true", help="keep activations on disk")
+    parser.add_argument("--keep", action="store_true", help="leave the files there; a checkpoint that is there is used")
+    args = parser.parse_args()
+    source, output = args.home / "model", args.home / "result"
+    args.home.mkdir(parents=True, exist_ok=True)
+    if not source.exists():
+        started = time.perf_counter()
+        total = write_checkpoint(source, args.layers)
+        print(f"wrote {total / GIB:.2f} GiB of weights in {time.perf_counter() - started:.0f} s", flush=True)
+    calibration = {"samples": args.samples, "seq_len": args.seq_len, "batch_size": args.batch_size}
+    recipe = args.home / "recipe.json"
+    recipe.write_text(json.dumps({"steps": RECIPES[args.recipe], "calibration": calibration}))
+    command = [sys.executable, "-m", "hf_optim.cli", "compress", str(source), "--recipe", str(recipe)]
+    command += ["--output", str(output), "--driver", "streamed"]
+    command += ["--calibration", "random"] if args.recipe != "rtn" else []
+    command += ["--device", args.device] if args.device else []
+    command += ["--spill", str(args.home)] if args.spill else []
+    started = time.perf_counter()
+    peaks = watched(command, int(args.limit * GIB))
+    figures = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "limit_gib": args.limit,
+        "peak_own_memory_gib": round(peaks["own"] / GIB, 3),
+        **{f"peak_{name}_gib": round(value / GIB, 3) for name, value in sorted(peaks.items()) if name != "own"},
+        "checkpoint_gib": round(sum(f.stat().st_size for f in source.glob("*.safetensors")) / GIB, 3),
+        "result_gib": round(sum(f.stat().st_size for f in output.glob("*.safetensors")) / GIB, 3),
+        "free_disk_gib": round(shutil.disk_usage(args.home).free / GIB, 1),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "stage": json.loads((output / "hf_optim.json").read_text())["stages"][0],
+    }
+    print(json.dumps(figures, indent=2))
+    if not args.keep:
+        shutil.rmtree(source)
+        shutil.rmtree(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Mixtures of experts under the streamed driver: it writes what the blockwise driver writes, and can be resumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from streamed_and_blockwise import assert_same_checkpoint, blockwise, random_batches, recipe_of, streamed
+from tiny_models import DECODER, tiny_mixtral
+from torch import nn
+
+from hf_optim import Contract, ModelError, Reload, Technique, hookimpl, technique, validate
+from hf_optim.experts import expert_schemes
+from hf_optim.packed.headers import Listing
+from hf_optim.sources import Source
+from hf_optim.streaming import driver
+from hf_optim.testing.models import _build
+from hf_optim.testing.stock import StockTransformers
+from hf_optim.toolkit.experts import stacks
+from hf_optim.traits import BITS_ASSIGNED, QUANTIZED
+
+RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
+GPTQ = {"technique": "gptq", "bits": 4, "group_size": 16}
+
+
+def qwen3_moe() -> nn.Module:
+    """The first block is dense, and a block's experts are five."""
+    config = {**DECODER, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "head_dim": 8, "mlp_only_layers": [0]}
+    config |= {"num_hidden_layers": 3, "num_experts": 5}
+    return _build(transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**config), 0)
+
+
+def granite_moe() -> nn.Module:
+    """Its checkpoints have no matrix for each expert."""
+    config = transformers.GraniteMoeConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2)
+    return _build(transformers.GraniteMoeForCausalLM, config, 0)
+
+
+MODELS = {"mixtral": lambda: tiny_mixtral(num_hidden_layers=3), "qwen3": qwen3_moe}
+CASES = {
+    "mixtral, rtn": ("mixtral", (RTN,)),
+    "mixtral, gptq": ("mixtral", (GPTQ,)),
+    "mixtral, w8a8 static": ("mixtral", ({"technique": "rtn", "activations": "int8", "dynamic": False},)),
+    "mixtral, fp8 beside experts": ("mixtral", ({"technique": "rtn", "format": "fp8"},)),
+    "qwen3, rtn": ("qwen3", (RTN,)),
+    "qwen3, nm + gptq in order": ("qwen3", ({"technique": "nm"}, {**GPTQ, "bits": 3, "true_sequential": True})),
+}
+
+
+@technique(
+    "assigning", family="testing", contract=Contract(adds={BITS_ASSIGNED}, owes={QUANTIZED}), reload=Reload.STOCK_DENSE
+)
+class Assigning(Technique):
+    """Assigns bits block by block, without looking at all of them."""
+
+    @hookimpl
+    def calibrate(self, run, scope):
+        yield from ()
+        run.bit_plan |= dict.fromkeys(scope.linears, 4)
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    monkeypatch.setattr("hf_optim.cards.Card._draw", lambda self, directory: [])
+
+
+@pytest.fixture(scope="module")
+def stock():
+    with StockTransformers() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    """Checkpoints in several shards, so that the matrices of one stack lie in different files."""
+    made = {}
+    for name, make in MODELS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        make().save_pretrained(made[name], max_shard_size="20KB")
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path):
+    name, steps = CASES[case]
+    batches = random_batches(MODELS[name]())
+    ours = streamed(homes[name], steps, batches, tmp_path / "ours")
+    theirs = blockwise(homes[name], steps, batches, tmp_path / "theirs")
+    assert_same_checkpoint(tmp_path / "ours", tmp_path / "theirs")
+    assert (ours.record.steps, ours.record.coverage, ours.record.notes) == (
+        theirs.record.steps,
+        theirs.record.coverage,
+        theirs.record.notes,
+    )
+    with torch.no_grad():
+        expected = theirs.model(**batches[0]).logits
+    _, logits = stock.logits(tmp_path / "ours", "AutoModelForCausalLM", batches[0])
+    assert torch.equal(logits, expected)
+
+
+def stop_in(monkeypatch, name, at):
+    """Let the driver's method raise when it is called for the ``at``-th time."""
+    stock_method, calls = getattr(driver.Streamed, name), []
+
+    def method(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise Stop
+        return stock_method(*args, **kwargs)
+
+    monkeypatch.setattr(driver.Streamed, name, method)
+
+
+@pytest.mark.parametrize(("name", "place"), [("mixtral", "_outputs"), ("qwen3", "_outside")])
+def test_a_run_that_is_stopped_goes_on_with_the_same_bytes(name, place, homes, tmp_path, monkeypatch):
+    batches = random_batches(MODELS[name]())
+    streamed(homes[name], (GPTQ,), batches, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        stop_in(patch, place, 2 if place == "_outputs" else 1)
+        with pytest.raises(Stop):
+            streamed(homes[name], (GPTQ,), batches, tmp_path / "stopped")
+    run = streamed(homes[name], (GPTQ,), batches, tmp_path / "stopped", resume=True)
+    assert run.record.stages[0]["blocks"] == (1 if place == "_outputs" else 0)
+    for path in (tmp_path / "undisturbed").glob("*.safetensors"):
+        assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes(), path.name
+    config = "config.json"
+    assert (tmp_path / "stopped" / config).read_bytes() == (tmp_path / "undisturbed" / config).read_bytes()
+
+
+def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, monkeypatch):
+    stop_in(monkeypatch, "_outside", 1)
+    with pytest.raises(Stop):
+        streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")
+    for path in (tmp_path / ".out.journal").glob("state-*.safetensors"):
+        kept = {key for key in Listing([path]).entries if key.startswith("kept.")}
+        assert {key for key in kept if "experts" in key} == {
+            "kept.mlp.experts.down_proj_scale",
+            "kept.mlp.experts.gate_up_proj_scale",
+        }
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+def look(home, *steps):
+    config = transformers.AutoConfig.from_pretrained(home)
+    return validate.validate(Source(str(home)), recipe_of(steps, "streamed"), config)
+
+
+def test_experts_that_stock_could_not_read_are_refused_before_a_block_is_read(homes, tmp_path):
+    granite_moe().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"step 1 \(rtn\).*has no conversion.*fp8"):
+        look(tmp_path, RTN)
+    look(tmp_path, {"technique": "rtn", "format": "fp8"})
+    look(tmp_path, {"technique": "rtn", "bits": None, "activations": "int8"})
+    with pytest.raises(ModelError, match="without zero points only"):
+        look(homes["mixtral"], {**GPTQ, "symmetric": False})
+    with pytest.raises(ModelError, match=r"leave out 24, such as model\.layers\.0.mlp\.experts\.0\.gate_up_proj"):
+        look(homes["mixtral"], {**RTN, "targets": ["*self_attn*"]})
+    assert look(homes["mixtral"], RTN).notes == []
+
+
+def test_bits_that_vary_are_refused(homes):
+    with pytest.raises(ModelError, match=r"step 2 \(rtn\): other bits are assigned.*blockwise"):
+        look(homes["mixtral"], Assigning(), RTN)
+
+
+def test_a_block_of_another_scheme_is_not_written(homes, tmp_path, monkeypatch):
+    from hf_optim_plugins.quantization.rtn import RTN as Rounding
+
+    # Stands for whatever gives the blocks other bits in a way that no contract tells of.
+    monkeypatch.setattr(Rounding, "_bits", lambda self, run, name: 8 if ".layers.1." in name else 4)
+    with pytest.raises(ModelError, match=r"experts of model\.layers\.1 are quantized in another way.*blockwise"):
+        streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")
+    assert not (tmp_path / ".out.journal" / "state-00002.safetensors").exists()
+
+
+@technique("spoiling", family="testing", contract=Contract(keeps={QUANTIZED}), reload=Reload.STOCK_DENSE)
+class Spoiling(Technique):
+    """Writes into quantized experts."""
+
+    @hookimpl
+    def calibrate(self, run, scope):
+        yield from ()
+        for stack in stacks(scope.module).values():
+            assert expert_schemes(stack)
+            stack.down_proj.data[0] += 0.01
+
+
+def test_experts_that_changed_after_they_were_quantized_are_refused(homes, tmp_path):
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts has changed since"):
+        streamed(homes["mixtral"], (RTN, Spoiling()), None, tmp_path / "out")

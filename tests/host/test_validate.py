@@ -1,0 +1,222 @@
+"""Every error that needs no weight is found before one is read, and names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_gpt2, tiny_llama
+from transformers import AutoConfig
+
+from hf_optim import CheckpointError, ModelError, OptimConfig, validate
+from hf_optim.cli import main
+from hf_optim.cli.check import check
+from hf_optim.errors import OptimError
+from hf_optim.memory import host_memory
+from hf_optim.sources import Source
+
+RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
+STREAMED = {"steps": [RTN], "driver": "streamed"}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    home = tmp_path_factory.mktemp("sound")
+    tiny_llama().save_pretrained(home, max_shard_size="20KB")
+    return home
+
+
+@pytest.fixture
+def model(sound, tmp_path):
+    """A copy of a sound checkpoint in several shards, to spoil."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def look(home, recipe=None, output=None):
+    recipe = OptimConfig.parse(recipe or STREAMED)
+    return validate.validate(Source(str(home)), recipe, AutoConfig.from_pretrained(home), output)
+
+
+def shard_with(home, name):
+    index = json.loads((home / "model.safetensors.index.json").read_text())
+    return home / index["weight_map"][name]
+
+
+def rewrite(path, change):
+    """Change the tensors of a shard, a mapping that ``change`` edits in place."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_sound_checkpoint_passes_and_has_figures(model, tmp_path):
+    found = look(model, output=tmp_path / "out")
+    assert found.skeleton.files == tuple(sorted(model.glob("*.safetensors")))
+    assert found.notes == []
+    assert found.figures["bytes_after"] < found.figures["bytes_before"]
+    assert found.figures["host_bytes"] > 2 * found.figures["block_bytes"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("driver", ["streamed", "blockwise", "auto"])
+def test_a_missing_tensor_of_a_block(model, driver):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(shard_with(model, name), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=rf"no weights for 1 tensors of LlamaForCausalLM \({name}\)"):
+        look(model, {**STREAMED, "driver": driver})
+
+
+def test_a_missing_head_is_refused_where_it_would_be_random(model):
+    rewrite(shard_with(model, "lm_head.weight"), lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        look(model)
+    assert look(model, {**STREAMED, "driver": "blockwise"}).skeleton.missing == ("lm_head.weight",)
+
+
+def test_a_missing_shard(model):
+    path = shard_with(model, "model.norm.weight")
+    path.unlink()
+    with pytest.raises(OptimError, match=path.name):
+        look(model)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.02])
+def test_a_truncated_shard(model, keep):
+    path = shard_with(model, "model.layers.1.mlp.up_proj.weight")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointError, match=rf"{path.name} of .* is truncated or corrupt"):
+        look(model)
+
+
+def test_a_wrong_shape(model):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    rewrite(shard_with(model, name), lambda tensors: tensors.update({name: torch.zeros(8, 32)}))
+    with pytest.raises(CheckpointError, match=rf"{name} is \[8, 32\] .* has \[16, 32\]"):
+        look(model)
+
+
+def test_a_type_that_cannot_be_read(model):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    path = shard_with(model, name)
+    rewrite(path, lambda tensors: tensors.update({name: torch.zeros(16, 32, dtype=torch.complex64)}))
+    with pytest.raises(CheckpointError, match=rf"{path.name}: {name} has the type C64"):
+        look(model)
+
+
+def test_tensors_without_a_place_are_told(model):
+    rewrite(
+        shard_with(model, "model.norm.weight"), lambda tensors: tensors.update({"model.stray.weight": torch.zeros(2)})
+    )
+    assert look(model).notes == ["1 tensors of the checkpoint have no place in LlamaForCausalLM: model.stray.weight"]
+
+
+def test_targets_that_match_nothing(model):
+    steps = [RTN, {**RTN, "targets": ["re:.*up_prj"]}]
+    with pytest.raises(ModelError, match=r"step 1 \(rtn\): nothing matches 're:\.\*up_prj'.*LlamaForCausalLM"):
+        look(model, {**STREAMED, "steps": steps[1:]})
+    with pytest.raises(ModelError, match=r"step 1 \(rtn\): nothing matches 'down_prj'.*down_proj"):
+        look(model, {**STREAMED, "steps": [{**RTN, "skip": ["down_prj"]}]})
+
+
+def test_layers_that_cannot_be_stored(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"step 1 \(rtn\) found nothing to work on.*Conv1D.*transformer\.h\.0"):
+        look(tmp_path / "model")
+
+
+def test_groups_that_do_not_divide_are_told(model):
+    notes = look(model, {**STREAMED, "steps": [{**RTN, "group_size": 20}]}).notes
+    assert len(notes) == 2
+    assert "group_size 20 does not divide the 32 inputs of model.layers.0.self_attn.q_proj" in notes[0]
+    assert notes[0].endswith("groups of 16")
+    assert "the 48 inputs of model.layers.0.mlp.down_proj" in notes[1]
+
+
+@pytest.mark.parametrize("driver", ["streamed", "blockwise"])
+def test_a_model_without_blocks(driver):
+    model = tiny_llama()
+    model.model.layers = model.model.layers[:0]
+    recipe = OptimConfig.parse({"steps": [{"technique": "nm"}], "driver": driver})
+    with pytest.raises(ModelError, match=f"driver {driver}: no sequence of blocks was found in LlamaForCausalLM"):
+        validate.check_steps(recipe, model)
+
+
+@pytest.mark.parametrize("driver", ["streamed", "auto"])
+def test_an_output_that_cannot_be_written(model, driver):
+    with pytest.raises(CheckpointError, match="cannot write to /proc/nowhere/out"):
+        look(model, {**STREAMED, "driver": driver}, Path("/proc/nowhere/out"))
+
+
+def test_a_spill_that_cannot_be_written(model):
+    with pytest.raises(CheckpointError, match="cannot write to /proc/nowhere"):
+        look(model, {**STREAMED, "spill": "/proc/nowhere"})
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_not_enough_space_for_the_result(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(validate.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
+    with pytest.raises(CheckpointError, match=r"not enough space for the result at .*out: about .* are needed, 5"):
+        look(model, output=tmp_path / "out")
+
+
+def test_not_enough_space_to_spill(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(validate.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
+    recipe = {"steps": [{"technique": "gptq"}], "calibration": {"seq_len": 64}}
+    with pytest.raises(CheckpointError, match="not enough space for the activations that are spilled"):
+        look(model, {**STREAMED, **recipe, "spill": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("driver", "spill", "remedy"),
+    [("blockwise", None, "--driver streamed"), ("streamed", None, "--spill"), ("streamed", ".", "fewer")],
+)
+def test_not_enough_memory_says_what_would_do(model, monkeypatch, driver, spill, remedy):
+    monkeypatch.setattr(validate, "host_memory", lambda: 10**6)
+    recipe = {"steps": [RTN], "driver": driver, **({"spill": spill} if spill else {})}
+    with pytest.raises(ModelError, match=rf"driver {driver} needs about .* of memory.*{remedy}"):
+        look(model, recipe)
+
+
+def test_the_estimate_of_memory_counts_what_flows(model):
+    recipe = {"steps": [{"technique": "gptq"}], "calibration": {"samples": 1000, "seq_len": 64}}
+    held = look(model, {**STREAMED, **recipe}).figures
+    spilled = look(model, {**STREAMED, **recipe, "spill": "."}).figures
+    assert held["activation_bytes"] == 1000 * 64 * 32 * 4
+    assert held["host_bytes"] - spilled["host_bytes"] == held["activation_bytes"]
+    assert 10**8 < host_memory() < 10**14
+
+
+def test_compress_finds_it_before_it_reads_data(model, tmp_path, capsys, monkeypatch):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(shard_with(model, name), lambda tensors: tensors.pop(name))
+    monkeypatch.setattr("hf_optim.compress._calibration", lambda *args: pytest.fail("data was read"))
+    words = ["compress", model, "--recipe", "rtn", "--output", tmp_path / "out", "--driver", "streamed"]
+    assert main([str(word) for word in words]) == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_prints_what_it_finds(model, capsys):
+    recipe = model / "recipe.json"
+    recipe.write_text(json.dumps({"steps": [{**RTN, "group_size": 20}]}))
+    assert main(["check", str(recipe), "--model", str(model)]) == 0
+    printed = capsys.readouterr().out
+    assert "host memory" in printed
+    assert "group_size 20 does not divide" in printed
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(shard_with(model, name), lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=name):
+        check(str(recipe), str(model))
+
+
+def test_check_needs_no_weights(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    assert check(RTN, str(tmp_path))["model"]["bytes_after"] is not None
