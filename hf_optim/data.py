@@ -19,10 +19,10 @@ from transformers import PretrainedConfig
 from .batches import cpu_batch, fingerprint, with_decoder_inputs
 from .config import DataConfig
 from .errors import DataError
+from .ranks import share_of
 from .rows import find_column, image_column, is_local, is_streamed, load_image, load_rows, string_columns
 from .windows import random_tokens, reservoir, window_length, windows
 
-BATCH_SIZE = 8
 # Of a stream, so many windows are looked at for each one that is kept: past the head of the data, and bounded.
 POOL = 32
 
@@ -72,7 +72,7 @@ def calibration_data(
     model_config: PretrainedConfig,
     tokenizer: Any = None,
     data: DataConfig | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> CalibrationData:
     """Calibration batches from anything that a caller may bring.
 
@@ -83,7 +83,10 @@ def calibration_data(
         model_config: of the model to be calibrated.
         tokenizer: the model's tokenizer for texts, or its image processor for images.
         data: how much to take, which column, and the seed.
-        batch_size: rows per batch, where batches are made here.
+        batch_size: rows per batch, where batches are made here; None takes ``data.batch_size``.
+
+    Where several ranks calibrate together, each gets its share of the batches (``ranks.share_of``), and the
+    description is that of all. ``CalibrationData`` is taken as it is.
 
     Raises ``DataError``.
     """
@@ -97,10 +100,10 @@ def calibration_data(
             "this recipe needs calibration data: pass calibration=..., "
             "or name it in the recipe (calibration: {dataset: ...})"
         )
-    maker = _Maker(model_config, tokenizer, data, batch_size)
+    maker = _Maker(model_config, tokenizer, data, batch_size or data.batch_size)
     batches, described = maker.make(source)
     kept = {"dataset": described.pop("dataset", None), "seed": data.seed, **described}
-    return CalibrationData(batches, {**kept, "sha256": fingerprint(batches)})
+    return CalibrationData(share_of(batches), {**kept, "sha256": fingerprint(batches)})
 
 
 @dataclass(frozen=True)

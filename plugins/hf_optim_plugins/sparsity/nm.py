@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Contract, NumericalError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, sparsity
+from hf_optim.toolkit import masks, sharing, sparsity
 from hf_optim.toolkit.least_squares import output_error, reconstruct
 from hf_optim.toolkit.linear_layers import features, weight_out_in
 from hf_optim.toolkit.observers import InputObserver, Moment, SecondMoment
@@ -213,6 +213,9 @@ class InputEnergy(InputObserver[Tensor]):
         energy = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
         self.check_finite(name, energy)
         self.found[name] = self.found[name] + energy if name in self.found else energy
+
+    def reduce(self) -> None:
+        sharing.reduce_all(self.found, self.modules, "sum", self.device)
 
 
 def divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:

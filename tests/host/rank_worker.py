@@ -1,0 +1,101 @@
+"""Run by ``test_ranks`` as one of two ranks: what each observer finds is what one rank finds on all the data."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from hf_optim import ranks
+from hf_optim.errors import NumericalError
+from hf_optim.toolkit import sharing
+from hf_optim.toolkit.observers import ChannelAbsMax, InputObserver, SecondMoment, TensorMinMax
+
+LAYERS = {name: nn.Linear(6, 2) for name in ("q", "k", "late")}
+
+
+def feed(batches) -> None:
+    for number, batch in batches:
+        LAYERS["q"](batch)
+        LAYERS["k"](batch if number % 2 else batch + 1.0)  # reads with q on odd batches only: rank 1's
+        if number == 3:
+            LAYERS["late"](batch)  # never on rank 0
+
+
+def same(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def check_observers() -> None:
+    everything = list(enumerate(torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))))
+    for kind in (ChannelAbsMax, TensorMinMax, SecondMoment):
+        with kind(LAYERS) as found:
+            feed(everything[sharing.rank() :: 2])
+        whole = kind(LAYERS)
+        for number, batch in everything:
+            whole.update("q", batch)
+            whole.update("k", batch if number % 2 else batch + 1.0)
+            if number == 3:
+                whole.update("late", batch)
+        whole.release()
+        whole.complete()
+        if kind is SecondMoment:
+            assert {name: moment.count for name, moment in found.items()} == {"q": 12, "k": 12, "late": 3}
+            same({n: m.total for n, m in found.items()}, {n: m.total for n, m in whole.found.items()})
+        else:
+            same(found, whole.found)
+
+
+def check_union() -> None:
+    mine = [[(3, 1), (2,)], [(2,), (4, 4, 4), (0,)]][sharing.rank()]
+    assert sharing.union(mine) == [(3, 1), (2,), (4, 4, 4), (0,)]
+    assert sharing.union([]) == []
+    assert sharing.total(sharing.rank() + 1) == 3
+    assert not sharing.agreed(ranks.is_main())
+
+
+def check_refusals() -> None:
+    class Own(InputObserver[int]):
+        def update(self, name, inputs):
+            self.found[name] = 1
+
+    try:
+        with Own(LAYERS):
+            feed([(0, torch.ones(1, 6))])
+    except NotImplementedError as error:
+        assert "Own" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("an observer that cannot be reduced was accepted")
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, 1.0)
+    nn.init.constant_(model.bias, 1.0)
+    ranks.require_agreement(model)
+    nn.init.constant_(model.weight, 1.0 + sharing.rank())
+    try:
+        ranks.require_agreement(model)
+    except NumericalError as error:
+        assert "weight" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("ranks with other weights agreed")
+
+
+def main() -> int:
+    with ranks.joined(), torch.no_grad():
+        assert sharing.ranks() == 2
+        if "fail" in sys.argv:
+            if not ranks.is_main():
+                raise ValueError("this rank fails")
+            ranks.barrier()  # the other one waits, and is ended
+        check_observers()
+        check_union()
+        check_refusals()
+        print("checked")
+    assert sharing.ranks() == 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
