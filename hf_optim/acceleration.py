@@ -27,7 +27,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .catalogue import catalogue
+from .outliers import outlier_thresholds
+from .packed import coded
 from .packed.describing import described_module
+from .packed.fusing import fuse_norms
 from .packed.joining import join_layers
 from .packed.kernel import Kernel
 from .packed.linear import KernelWarning, PackedLinear
@@ -84,7 +87,8 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     layers and why. Layers already on a kernel are kept; one that fell off its kernel is tried anew.
 
     Layers that read the same tensor, as q, k and v do, run as one product where their kernel can join them: the first
-    that is called computes for all. They stay modules of their own.
+    that is called computes for all. They stay modules of their own. A norm that feeds only layers whose kernel can take
+    the codes of their inputs from it makes them in its own kernel (on a CUDA device, where that saves a launch).
 
     Args:
         model: a model, or a wrapper around one (peft).
@@ -93,18 +97,22 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     offered = tuple(kernels) if kernels is not None else offered_to(model)
     look_for_24 = any(kernel.sparse24 for kernel in offered)
     shared = _shared(model)
+    linears = topology.linears(model)
+    apart = outlier_thresholds(model, linears)
     refusals: dict[str, str] = {}
-    for name, module in topology.linears(model).items():
+    for name, module in linears.items():
         if isinstance(module, PackedLinear):
             if not module.packing.failure:
                 continue
             unpack(module)
         _decompress(module)
-        refusals[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""))
+        refusals[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""), apart.get(name))
+    for name, module in coded.coded_linears(model).items():
+        refusals[name] = coded.offer(module, offered)
     _decompress_rest(model)
     inner = _pretrained(model)
     if inner is not None:
-        join_layers(inner)
+        fuse_norms(inner, join_layers(inner))
     model.__dict__[REFUSALS] = {name: reason for name, reason in refusals.items() if reason}
     _make_savable(model)
     _warn_of({name: reason for name, reason in refusals.items() if reason not in ("", NOT_COMPRESSED)})
@@ -136,6 +144,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, PackedLinear):
             unpack(module)
+        coded.unpack(module)
     model.__dict__.pop(REFUSALS, None)
     inner = _pretrained(model)
     if inner is not None and inner.__dict__.pop(ATTACHED, False):
@@ -147,9 +156,11 @@ def report(model: nn.Module) -> Report:
     """Which kernel each linear layer runs on, or why it runs dense."""
     refusals = model.__dict__.get(REFUSALS)
     rows = Report()
-    for name, module in topology.linears(model).items():
+    for name, module in (topology.linears(model) | coded.coded_linears(model)).items():
         shape = topology.features(module)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, coded.OnKernel):
+            rows.append(Row(name, shape, str(module.operand.label)))  # type: ignore[union-attr]
+        elif isinstance(module, PackedLinear):
             failure = module.packing.failure
             rows.append(Row(name, shape, None if failure else str(module.operand.label), failure))
         else:
@@ -190,12 +201,13 @@ def _pack(
     kernels: tuple[Kernel, ...],
     look_for_24: bool,
     shared: str,
+    outliers: float | None,
 ) -> str:
     """Pack a layer for the first kernel that serves it; the empty string, or the reason why none does."""
     compressed = getattr(module, "quantization_scheme", None) is not None
     if not isinstance(module, nn.Linear):
         return f"a {type(module).__name__} is not laid out as nn.Linear" if compressed else NOT_COMPRESSED
-    weight = described_module(name, module, look_for_24)
+    weight = described_module(name, module, look_for_24, outliers)
     if isinstance(weight, str):
         return weight or NOT_COMPRESSED
     if shared:

@@ -68,6 +68,10 @@ class QuantizedWeight:
         sparse24: of every four columns (as stored), two at least are zero. Looked for only where a kernel asks for it.
         bias: ``[out]``, or None.
         codes: makes the ``Codes``, which nobody keeps. Raises ``ValueError`` with the reason where it cannot.
+        outliers: the layer is meant to be computed with int8 inputs, one scale per token, but for the columns that have
+            a larger magnitude than this, which keep their own type (infinity: none does). None: it is not. Only for
+            8-bit symmetric weights with one scale a row, and ``inputs`` None, which is what a kernel does that knows
+            nothing of this.
     """
 
     name: str
@@ -83,3 +87,4 @@ class QuantizedWeight:
     sparse24: bool
     bias: Tensor | None
     codes: Callable[[], Codes]
+    outliers: float | None = None

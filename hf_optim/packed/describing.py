@@ -44,8 +44,12 @@ def described(
     *,
     ordered: bool = False,
     sparse24: bool = False,
+    outliers: float | None = None,
 ) -> QuantizedWeight:
-    """A quantized weight. Its dtype and device are those of ``scale``; ``scheme_refusal`` must be empty."""
+    """A quantized weight. Its dtype and device are those of ``scale``; ``scheme_refusal`` must be empty.
+
+    ``outliers`` is left out where the weight is not of the form that ``QuantizedWeight`` wants for it.
+    """
     args, inputs = scheme.weights, scheme.input_activations
     return QuantizedWeight(
         name=name,
@@ -62,10 +66,19 @@ def described(
         sparse24=sparse24,
         bias=None if bias is None else bias.detach(),
         codes=codes,
+        outliers=outliers if _may_split(scheme) and not ordered else None,
     )
 
 
-def described_module(name: str, module: nn.Linear, look_for_24: bool) -> QuantizedWeight | str:
+def _may_split(scheme: Any) -> bool:
+    args = scheme.weights
+    plain = args.type == "int" and args.num_bits == 8 and bool(args.symmetric) and args.strategy != "group"
+    return plain and scheme.input_activations is None
+
+
+def described_module(
+    name: str, module: nn.Linear, look_for_24: bool, outliers: float | None = None
+) -> QuantizedWeight | str:
     """The weight of a layer in memory, or the reason why no kernel can be asked; empty if it is not compressed."""
     scheme: Any = getattr(module, "quantization_scheme", None)
     weight = module._parameters.get("weight")
@@ -97,6 +110,7 @@ def described_module(name: str, module: nn.Linear, look_for_24: bool) -> Quantiz
         lambda: codes_of(module),
         ordered=not plain,
         sparse24=look_for_24 and plain and is_sparse24(weight.detach()),
+        outliers=outliers,
     )
 
 

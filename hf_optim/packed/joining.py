@@ -66,6 +66,7 @@ class Group:
             return
         found, start = self.joint.codes(), 0
         for layer in self.layers:
+            layer.packing.apart()
             bias = layer._parameters["bias"]
             if bias is not None:
                 bias.data = bias.data.clone()
@@ -89,7 +90,7 @@ def _kind(layer: PackedLinear) -> Hashable:
     if packing.failure or packing.kernel.join is None:
         return None
     inputs = about.inputs and (about.inputs.type, about.inputs.dynamic, about.inputs.symmetric)
-    form = about.kind, about.bits, about.group_size, about.symmetric, about.ordered, about.sparse24
+    form = about.kind, about.bits, about.group_size, about.symmetric, about.ordered, about.sparse24, about.outliers
     biased = layer._parameters["bias"] is not None
     return packing.kernel, about.shape[1], about.dtype, about.device, *form, inputs, biased
 
@@ -123,10 +124,10 @@ def _short(names: list[str]) -> list[str]:
     return [".".join(parts) for parts in split]
 
 
-def join_layers(model: nn.Module) -> None:
+def join_layers(model: nn.Module) -> Trace | None:
     """Join what can be of the packed layers of a model that were not looked at before.
 
-    A model that cannot be traced keeps its layers apart.
+    A model that cannot be traced keeps its layers apart. The trace is returned, where one was made.
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     alone = [layer for layer in layers if layer.packing.group is None and _kind(layer) is not None]
@@ -135,15 +136,22 @@ def join_layers(model: nn.Module) -> None:
         by_kind[_kind(layer)].append(layer)
     candidates = {id(layer) for members in by_kind.values() if len(members) > 1 for layer in members}
     if not any(not layer.packing.looked_at for layer in alone if id(layer) in candidates):
-        return
+        return None
     for layer in alone:
         layer.packing.looked_at = True
     found = _wiring(model)
     if found is None:
-        return
+        return None
     wiring, contiguous = found
     for members in _groups(wiring, candidates):
         Group(members, contiguous).join()
+    return wiring
+
+
+def wiring_of(model: nn.Module) -> Trace | None:
+    """A trace of a model with packed layers; None if it cannot be traced."""
+    found = _wiring(model)
+    return None if found is None else found[0]
 
 
 def _wiring(model: nn.Module) -> tuple[Trace, bool] | None:

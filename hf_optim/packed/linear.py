@@ -41,6 +41,7 @@ class Packing:
         attributes: what stood in the instance in the way of ``PackedLinear.forward``.
         failure: why the layer runs dense now; empty while it runs on the kernel.
         group: the layers it is joined with (see ``joining``), or None; looked_at: whether such were looked for.
+        norm: the norm that quantizes for it (see ``fusing``), or None.
     """
 
     about: QuantizedWeight
@@ -52,6 +53,15 @@ class Packing:
     failure: str = ""
     group: Group | None = None
     looked_at: bool = False
+    norm: Any = None
+
+    def apart(self) -> None:
+        """Let the norm before the layer be an ordinary one again."""
+        if self.norm is not None:
+            from .fusing import unfuse
+
+            unfuse(self.norm)
+            self.norm = None
 
 
 def _never(input: Tensor) -> bool:
@@ -177,6 +187,8 @@ class PackedLinear(nn.Linear):
         asked = fn(torch.empty(0, dtype=about.dtype, device=about.device))
         moves = asked.dtype != about.dtype or asked.device != about.device
         group = self.packing.group
+        if moves:
+            self.packing.apart()
         if moves and group is not None:
             group.part()
         operand: Any = self._modules.pop(OPERAND)

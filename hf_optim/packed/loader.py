@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..outliers import outlier_thresholds
 from ..weights import Codes
 from .coding import is_sparse24, state_of
 from .describing import described
@@ -149,6 +150,8 @@ def _require_plain(model: Any) -> None:
 def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> None:
     """Turn the loaded tensors of every planned layer into an operand or the decoded state, one layer at a time."""
     wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, STRICT, None) or ())}
+    planned = [name for name, module in model.named_modules() if PLANNED in module.__dict__]
+    apart = outlier_thresholds(model, planned)
     for name, module in model.named_modules():
         if PLANNED in module.__dict__:
             layout, former, dtype, keys = module.__dict__.pop(PLANNED)
@@ -158,12 +161,18 @@ def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> None:
             module.__class__ = former
             if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
                 dtype = next(part.dtype for part in parts.values() if part.dtype.is_floating_point)
-            _convert_layer(name, module, layout, parts, dtype, kernels)  # type: ignore[arg-type]
+            _convert_layer(name, module, layout, parts, dtype, kernels, apart.get(name))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def _convert_layer(
-    name: str, module: nn.Linear, layout: Layout, parts: dict[str, Tensor], dtype: torch.dtype, kernels: Any
+    name: str,
+    module: nn.Linear,
+    layout: Layout,
+    parts: dict[str, Tensor],
+    dtype: torch.dtype,
+    kernels: Any,
+    outliers: float | None,
 ) -> None:
     from ..quantized import mark, store
 
@@ -186,6 +195,7 @@ def _convert_layer(
         lambda: found,
         ordered=found.order is not None,
         sparse24=any(kernel.sparse24 for kernel in kernels) and _is_sparse24(found, scheme.weights.num_bits),
+        outliers=outliers,
     )
     bound = bind(weight, kernels)
     if isinstance(bound, str):

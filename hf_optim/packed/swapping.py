@@ -25,7 +25,7 @@ NEEDED = ("forward", "takes", "codes", "label")
 def bind(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel, nn.Module] | str:
     """The operand of the first kernel that serves a weight, or the reasons why none does (empty: none is concerned)."""
     reasons = []
-    for kernel in kernels:
+    for kernel in _in_order(weight, kernels):
         if weight.kind == "dense" and not kernel.sparse24:
             continue
         reason = kernel.serves(weight)
@@ -39,6 +39,12 @@ def bind(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel, nn
         if reason:
             reasons.append(f"{kernel.name}: {reason}")
     return "; ".join(reasons)
+
+
+def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel]:
+    kernels = list(kernels)
+    special = [kernel for kernel in kernels if kernel.outliers]
+    return (special if weight.outliers is not None else []) + [kernel for kernel in kernels if not kernel.outliers]
 
 
 def _checked(operand: Any) -> nn.Module:
@@ -92,6 +98,7 @@ def _unasked() -> Codes:
 @torch.no_grad()
 def unpack(module: PackedLinear) -> None:
     """Undo ``pack``: the module is what it was, bit by bit. Layers it was joined with have their own operands again."""
+    module.packing.apart()
     if module.packing.group is not None:
         module.packing.group.end()
     packing, found, weight = module.packing, module.codes(), module.decoded()

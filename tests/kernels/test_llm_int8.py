@@ -254,8 +254,8 @@ def test_joined_layers(device):
 @in_this_process
 def test_what_a_layer_refuses():
     linear = nn.Linear(8, 4)
-    with pytest.raises(ValueError, match="must be positive"):
-        layer.LLMInt8Linear.from_linear(linear, threshold=0.0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        layer.LLMInt8Linear.from_linear(linear, threshold=-1.0)
     with torch.no_grad():
         linear.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):

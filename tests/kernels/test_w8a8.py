@@ -468,7 +468,7 @@ def test_joined_operands(device):
     ("changes", "reason"),
     [
         ({"inputs": None}, ""),
-        ({"bits": 4}, "4-bit int weights with int8 inputs"),
+        ({"bits": 4, "kind": "float"}, "4-bit float weights with int8 inputs"),
         ({"inputs": Inputs("float8", True, True)}, "8-bit int weights with float8 inputs"),
         ({"symmetric": False}, "zero points"),
         ({"group_size": 32}, "groups of 32 columns"),
@@ -524,3 +524,19 @@ def test_candidates_and_defaults_have_the_same_names(float8):
             found = tiles.candidates(1 << power, N, K, float8)
             assert found
             assert all(config.keys() == guess.keys() for config in found)
+
+
+@in_this_process
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_fewer_bits_take_a_byte_each(bits):
+    from dataclasses import replace
+
+    g = torch.Generator().manual_seed(0)
+    weight = quantized_weight(24, 64)
+    found = replace(weight.codes(), codes=torch.randint(0, 2**bits, (24, 64), generator=g, dtype=torch.uint8))
+    operand = layer.Operand.of(replace(weight, bits=bits, codes=lambda: found))
+    assert torch.equal(operand.codes().codes, found.codes)
+    assert torch.equal(operand.weight.int(), found.codes.int() - 2 ** (bits - 1))
+    joined = layer.join([operand, operand])
+    assert torch.equal(joined.codes().codes, torch.cat([found.codes, found.codes]))
+    assert layer.join([operand, layer.Operand.of(weight)]) is None

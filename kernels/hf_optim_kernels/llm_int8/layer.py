@@ -1,15 +1,57 @@
-"""The linear layer of LLM.int8()."""
+"""The linear layer of LLM.int8(): what it serves, and the operand that a packed layer holds.
+
+``serves`` and ``bind`` read an ``hf_optim.weights.QuantizedWeight``, of which only the attributes are used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import util
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..codes import Codes
+from ..w8a8.op import KERNEL_TYPES
 from ..w8a8.plans import Planned
-from . import naive, op
+from . import cpu, naive, op
+
+LEAST_CAPABILITY = (8, 0)
+
+
+def serves(weight: Any) -> str | None:
+    """None where the weight can run here and it pays, else why not; "" where outliers are not apart."""
+    if weight.outliers is None:
+        return ""
+    return cpu.refusal(weight) if weight.device.type == "cpu" else _device_refusal(weight)
+
+
+def serves_everywhere(weight: Any) -> str | None:
+    """As ``serves``, but whether it pays is not asked: for seeing on a CPU what a GPU computes."""
+    if weight.outliers is None or weight.device.type != "cpu":
+        return serves(weight)
+    return None if weight.dtype.is_floating_point else f"{str(weight.dtype).removeprefix('torch.')} inputs"
+
+
+def _device_refusal(weight: Any) -> str | None:
+    if weight.device.type != "cuda":
+        return f"no kernel for {weight.device.type} devices"
+    if weight.dtype not in KERNEL_TYPES:
+        return f"{str(weight.dtype).removeprefix('torch.')} inputs"
+    if util.find_spec("triton") is None:
+        return "Triton is not installed"
+    held = torch.cuda.get_device_capability(weight.device)
+    if held < LEAST_CAPABILITY:
+        return f"int8 needs compute capability 8.0, this GPU has {held[0]}.{held[1]}"
+    return None
+
+
+def bind(weight: Any) -> LLMInt8Linear:
+    """The operand of a weight that is served."""
+    found = weight.codes()
+    codes = (found.codes ^ 128).view(torch.int8).contiguous()
+    return LLMInt8Linear(codes, found.scale.detach(), weight.bias, weight.outliers, weight.dtype)
 
 
 class LLMInt8Linear(Planned):
@@ -17,14 +59,16 @@ class LLMInt8Linear(Planned):
 
     Attributes:
         weight: int8 codes [out, in].
-        w_scale: float32 [out].
+        w_scale: float32 [out]; ``stored_scale`` [out, 1] as the checkpoint has it.
         bias: [out], or None.
-        threshold: columns of the input with a larger magnitude are multiplied in its own type.
+        threshold: columns of the input with a larger magnitude are multiplied in its own type: with 0 all of them, with
+            infinity none.
         counters: int32, zero between calls. Two calls must not overlap on different streams.
     """
 
     weight: Tensor
     w_scale: Tensor
+    stored_scale: Tensor
     bias: Tensor | None
     counters: Tensor
 
@@ -32,12 +76,14 @@ class LLMInt8Linear(Planned):
         self, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float, dtype: torch.dtype
     ) -> None:  # fmt: skip
         super().__init__()
-        if not threshold > 0:
-            raise ValueError(f"threshold {threshold}; it must be positive")
+        if not threshold >= 0:
+            raise ValueError(f"threshold {threshold}; it must not be negative")
         self.threshold, self.dtype = float(threshold), dtype
-        self.label = f"llm_int8 Triton (outliers above {threshold:g})"
+        runs = "int8 product of PyTorch" if weight.device.type == "cpu" else "Triton"
+        self.label = f"llm_int8 {runs} (outliers above {threshold:g})"
         self.register_buffer("weight", weight)
-        self.register_buffer("w_scale", w_scale)
+        self.register_buffer("stored_scale", w_scale.reshape(-1, 1).clone())
+        self.register_buffer("w_scale", w_scale.flatten().float())
         self.register_buffer("bias", None if bias is None else bias.detach())
         size = op.counters_size(*weight.shape)
         self.register_buffer("counters", torch.zeros(size, dtype=torch.int32, device=weight.device))
@@ -69,7 +115,7 @@ class LLMInt8Linear(Planned):
     def codes(self) -> Codes:
         """The codes (uint8, 128 for 0) and scales of the weight, bit for bit."""
         codes = self.weight.view(torch.uint8) ^ 128
-        return Codes(codes, self.w_scale[:, None])
+        return Codes(codes, self.stored_scale, None)
 
 
 def join(operands: list[nn.Module]) -> LLMInt8Linear | None:
@@ -82,5 +128,5 @@ def join(operands: list[nn.Module]) -> LLMInt8Linear | None:
         return None
     first = parts[0]
     bias = None if first.bias is None else torch.cat([part.bias for part in parts if part.bias is not None])
-    weight, scale = torch.cat([p.weight for p in parts]), torch.cat([p.w_scale for p in parts])
+    weight, scale = torch.cat([p.weight for p in parts]), torch.cat([p.stored_scale for p in parts])
     return LLMInt8Linear(weight, scale, bias, first.threshold, first.dtype)

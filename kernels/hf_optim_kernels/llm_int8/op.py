@@ -1,7 +1,7 @@
 """The operator ``hf_optim::llm_int8`` (see ``naive``). Importing this module registers it.
 
-On a CUDA device it runs the Triton kernels, without waiting for the device; on a CPU the specification (or, under
-``TRITON_INTERPRET=1``, the kernels interpreted). The gradient of ``x`` passes the quantization straight through.
+On a CUDA device it runs the Triton kernels, without waiting for the device; on a CPU PyTorch's integer product (or,
+under ``TRITON_INTERPRET=1``, the kernels interpreted). The gradient of ``x`` passes the quantization straight through.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..w8a8.op import on_triton
-from . import naive
+from . import cpu, naive
 
 
 def counters_size(N: int, K: int) -> int:
@@ -26,7 +26,7 @@ def linear(
         from .run import llm_int8 as kernel
 
         return kernel(x, weight, w_scale, bias, threshold, counters)
-    return naive.llm_int8(x, weight, w_scale, bias, threshold)
+    return cpu.llm_int8(x, weight, w_scale, bias, threshold)
 
 
 @torch.library.custom_op("hf_optim::llm_int8", mutates_args=())
@@ -40,7 +40,7 @@ def llm_int8(
         weight: int8 codes [out, in] in [-127, 127], contiguous.
         w_scale: float32 [out].
         bias: [out], or None.
-        threshold: columns with a larger magnitude are outliers; positive.
+        threshold: columns with a larger magnitude are outliers: with 0 all of them, with infinity none.
         counters: int32 zeros (``counters_size`` of them), zero again afterwards. Calls that share it must not overlap.
     """
     return linear(x, weight, w_scale, bias, threshold, counters)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import Codes
-from . import naive, op
+from . import fusing, naive, op
 from .plans import Planned
 
 # The lowest compute capability with tensor cores for the codes.
@@ -27,8 +27,8 @@ def serves(weight: Any) -> str | None:
 
         return cpu.refusal(weight)
     wanted = {"int": "int8", "float": "float8"}[weight.kind]
-    if weight.bits != 8 or inputs.type != wanted:
-        return f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs; served are 8 bits of one kind"
+    if not 2 <= weight.bits <= 8 or (weight.kind == "float" and weight.bits != 8) or inputs.type != wanted:
+        return f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs; served are up to 8 bits of one kind"
     if not weight.symmetric:
         return "its weight has zero points"
     if weight.group_size != weight.shape[1]:
@@ -66,13 +66,15 @@ class Operand(Planned):
     """``x W^T + bias`` on ``hf_optim::w8a8``.
 
     Attributes:
-        weight: codes [out, in], int8 or float8_e4m3fn.
+        weight: codes [out, in], int8 or float8_e4m3fn. Integers of fewer bits take a byte each as well.
         w_scale: float32 [out]; ``stored_scale`` [out, 1] as the checkpoint has it.
         w_sum: int32 [out], sums of the rows of ``weight``.
         bias: [out], or None.
         input_scale, input_zero: [1], the static grid of inputs; None where each row has its own (or no zero points).
         counters: int32, zero between calls. Two calls must not overlap on different streams.
         float8, symmetric: the grid of inputs.
+        bits: of a code.
+        handoff, bit: where the norm before leaves the codes of its output, and this operand's place there (``fusing``).
     """
 
     weight: Tensor
@@ -86,10 +88,12 @@ class Operand(Planned):
 
     def __init__(
         self, weight: Tensor, stored_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-        input_zero: Tensor | None, symmetric: bool, dtype: torch.dtype,
+        input_zero: Tensor | None, symmetric: bool, dtype: torch.dtype, bits: int = 8,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dtype, self.symmetric, self.float8 = dtype, symmetric, weight.dtype == naive.FLOAT8
+        self.dtype, self.symmetric, self.float8, self.bits = dtype, symmetric, weight.dtype == naive.FLOAT8, bits
+        self.handoff: fusing.Handoff | None = None
+        self.bit = 0
         grid = "per token" if input_scale is None else "static"
         self.label = f"w8a8 Triton, {'float8' if self.float8 else 'int8'} ({grid} inputs)"
         sums = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
@@ -111,13 +115,16 @@ class Operand(Planned):
         found = weight.codes()
         if not weight.inputs.dynamic and found.input_scale is None:
             raise ValueError("its inputs are static, but have no scale")
-        codes = found.codes if found.codes.dtype == naive.FLOAT8 else (found.codes ^ 128).view(torch.int8)
+        codes = found.codes
+        if codes.dtype != naive.FLOAT8:
+            codes = (codes.to(torch.int16) - (1 << (weight.bits - 1))).to(torch.int8)
         scale = zero = None
         if not weight.inputs.dynamic:
             scale = found.input_scale.detach().reshape(1)
             zero = None if weight.inputs.symmetric else _zero_of(found)
         stored = found.scale.detach().reshape(-1, 1).contiguous()
-        return cls(codes.contiguous(), stored, weight.bias, scale, zero, weight.inputs.symmetric, weight.dtype)
+        about = weight.inputs.symmetric, weight.dtype, weight.bits
+        return cls(codes.contiguous(), stored, weight.bias, scale, zero, *about)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the input is of the layer's type, and on its device."""
@@ -128,6 +135,9 @@ class Operand(Planned):
         """``x`` [..., in] -> [..., out]."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return self._call(torch.ops.hf_optim.w8a8, x)
+        made = None if self.handoff is None else self.handoff.take(x, self.bit)
+        if made is not None:
+            return self.quantized_forward(*made)
         if not x.is_cuda or x.dtype != self.dtype:
             return self._call(op.linear, x)
         return self.planned(x, lambda: self._call(op.linear, x))
@@ -143,9 +153,15 @@ class Operand(Planned):
         call = torch.ops.hf_optim.w8a8_codes if torch.compiler.is_compiling() else op.linear_codes
         return call(codes, scale, zero, self.weight, self.w_scale, self.w_sum, self.bias, self.counters, self.dtype)
 
+    def fuse(self, norm: nn.Module, operands: Sequence[Operand]) -> fusing.NormQuantizer | None:
+        """Let ``norm`` quantize for ``operands``, of which this is one: see ``fusing.fuse``."""
+        return fusing.fuse(norm, operands)
+
     def codes(self) -> Codes:
         """The codes, scales and input grid this was made of, bit for bit."""
-        codes = self.weight if self.float8 else self.weight.view(torch.uint8) ^ 128
+        codes = self.weight
+        if not self.float8:
+            codes = (codes.to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
         return Codes(
             codes=codes, scale=self.stored_scale, zero=None, order=None,
             input_scale=self.input_scale, input_zero=self.input_zero,
@@ -172,13 +188,14 @@ def join(operands: Sequence[Any]) -> nn.Module | None:
     # Concatenation of float8 goes through its bytes.
     weight = torch.cat([part.weight.view(torch.uint8) for part in parts]).view(first.weight.dtype)
     scale = torch.cat([part.stored_scale for part in parts])
-    return Operand(weight, scale, bias, first.input_scale, first.input_zero, first.symmetric, first.dtype)
+    return Operand(weight, scale, bias, first.input_scale, first.input_zero, first.symmetric, first.dtype, first.bits)
 
 
 def _alike(one: Operand, other: Operand) -> bool:
     def kind(part: Operand) -> tuple:
         columns, scale = part.weight.shape[1], part.stored_scale.dtype
-        return part.dtype, part.symmetric, part.weight.dtype, part.weight.device, columns, scale, part.bias is None
+        grid = part.dtype, part.symmetric, part.bits
+        return *grid, part.weight.dtype, part.weight.device, columns, scale, part.bias is None
 
     grids = ((one.input_scale, other.input_scale), (one.input_zero, other.input_zero))
     return kind(one) == kind(other) and all(

@@ -1,0 +1,100 @@
+"""Layers that compute outlying columns of their input apart: which, and above what magnitude.
+
+No quantized format has words for it, so it stands in the model's configuration, where stock transformers keeps it from
+load to save without reading it::
+
+    "hf_optim": {"outliers": [{"threshold": 6.0, "modules": ["model.layers.*.mlp.up_proj", ...]}]}
+
+A threshold of null sets no column apart. In module names ``*`` is the number of a layer. What stock transformers
+computes does not depend on any of this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+FIELD, KEY = "hf_optim", "outliers"
+# What adapters call the layer that they wrap.
+WRAPPED = "base_layer"
+
+
+def set_outlier_threshold(model: Any, names: Iterable[str], threshold: float | None) -> None:
+    """Say that these linear layers multiply the columns of their input with a larger magnitude unquantized.
+
+    They have 8-bit symmetric weights with one scale a row; for others it means nothing. ``None``: no column is apart.
+    Raises ``ValueError`` for a threshold that is negative or not finite.
+    """
+    if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold {threshold}; it must be finite and not negative, or None")
+    names = sorted(names)
+    held = dict(getattr(model.config, FIELD, None) or {})
+    entries = [left for each in held.get(KEY, ()) if (left := _without(dict(each), set(names), model))]
+    if names:
+        entries.append({"threshold": threshold, "modules": _patterns(names, model)})
+    held[KEY] = entries
+    setattr(model.config, FIELD, held)
+
+
+def outlier_thresholds(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Those of ``names`` that set outliers apart, with their thresholds; infinity where none is apart."""
+    entries = _entries(model)
+    found: dict[str, float] = {}
+    for name in names if entries else ():
+        for entry in entries:
+            if any(_same(name, pattern) for pattern in entry["modules"]):
+                found[name] = math.inf if entry["threshold"] is None else float(entry["threshold"])
+    return found
+
+
+def forget_outliers(config: Any) -> None:
+    """Take it out of a configuration."""
+    held = getattr(config, FIELD, None)
+    if isinstance(held, Mapping) and KEY in held:
+        rest = {key: value for key, value in held.items() if key != KEY}
+        if rest:
+            setattr(config, FIELD, rest)
+        else:
+            delattr(config, FIELD)
+
+
+def _entries(model: nn.Module) -> list[Mapping[str, Any]]:
+    for part in model.modules():
+        held = getattr(getattr(part, "config", None), FIELD, None)
+        if isinstance(held, Mapping):
+            return list(held.get(KEY, ()))
+    return []
+
+
+def _without(entry: dict[str, Any], names: set[str], model: nn.Module) -> dict[str, Any]:
+    """An entry less these modules; empty where nothing is left."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = [name for name in linears if any(_same(name, pattern) for pattern in entry["modules"])]
+    left = [name for name in own if name not in names]
+    return {**entry, "modules": _patterns(left, model)} if left else {}
+
+
+def _patterns(names: list[str], model: nn.Module) -> list[str]:
+    """Names with ``*`` for numbers, where these hit no other linear layer; else the names themselves."""
+    chosen = set(names)
+    others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in chosen]
+    found: dict[str, None] = {}
+    for name in names:
+        general = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        found[name if any(_same(other, general) for other in others) else general] = None
+    return list(found)
+
+
+def _same(name: str, pattern: str) -> bool:
+    """Whether a name is of that pattern; a wrapper around the model, or its base model alone, counts as the model."""
+    parts = [part for part in name.split(".") if part != WRAPPED]
+    wanted = pattern.split(".")
+    if len(wanted) == len(parts) + 1 and len(parts) > 1:
+        wanted = wanted[1:]
+    if len(wanted) > len(parts):
+        return False
+    tail = parts[len(parts) - len(wanted) :]
+    return all(own == part or (part == "*" and own.isdigit()) for own, part in zip(tail, wanted, strict=True))

@@ -1,0 +1,62 @@
+"""What ``hf-optim bench`` times of ``hf_optim::codebook_linear``."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from .. import benching
+from ..benching import Contender
+from . import layer, naive
+
+# Of the weights of a real model, three in a thousand are outliers.
+SHARE = 0.003
+MATH = "bfloat16"
+
+
+def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
+    """Codes of 2, 3 and 4 bits with outliers, and the dense product."""
+    found = [contender(N, K, M, bits, dtype) for bits in (2, 3, 4)]
+    weight = torch.randn(N, K, device=benching.device()).to(dtype) * 0.02
+    x = torch.randn(M, K, device=benching.device()).to(dtype)
+    calls = [partial(nn.functional.linear, x, *copy) for copy in benching.copies_of((weight,))]
+    exact = x.double() @ weight.double().T
+    flops = 2 * M * N * K
+    return [*found, Contender("dense", calls, benching.bytes_of((weight,)), flops, exact, MATH, dense=True)]
+
+
+def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamespace:
+    """What ``bind`` reads of a module, of random codes, centroids and outliers."""
+    device = benching.device()
+    outlying = torch.rand(N, K, device=device) < SHARE
+    codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8).masked_fill_(outlying, 0)
+    centroids = (torch.randn(2**bits, device=device) * 0.02).sort().values.to(dtype)
+    columns = outlying.nonzero()[:, 1]
+    return SimpleNamespace(
+        bits=bits,
+        centroids=centroids,
+        outliers=(torch.randn(len(columns), device=device) * 0.2).to(dtype),
+        outlier_counts=outlying.sum(1),
+        outlier_columns=columns.to(torch.int16 if K < 1 << 15 else torch.int32),
+        bias=None,
+        codes=lambda: codes,
+    )
+
+
+def contender(N: int, K: int, M: int, bits: int, dtype: torch.dtype) -> Contender:
+    """The operand of a random weight on ``M`` rows of random inputs."""
+    operand = layer.bind(random_module(N, K, bits, dtype))
+    x = torch.randn(M, K, device=benching.device()).to(dtype)
+    held = (operand.words, operand.table, operand.values, operand.columns, operand.starts)
+    reference = x.double() @ naive.dequantize(*held, K, torch.float64).T
+    size = N * K * bits // 8 + benching.bytes_of((operand.values, operand.columns, operand.owners, operand.starts))
+    calls = [partial(_call, module, x) for module in benching.modules_of(operand)]
+    return Contender(f"codebook{bits}", calls, size, 2 * M * N * K, reference, MATH)
+
+
+def _call(operand: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return operand(x)
