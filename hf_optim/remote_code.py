@@ -29,9 +29,11 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .errors import ModelError
+from .toolkit import marking
 from .toolkit.transplant import auto_heads
 
 PACKAGE = "hf_optim_generated"
+FUTURE = "from __future__ import annotations"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class RemoteCode:
     Attributes:
         name: the technique's name; prefix of ``model_type``, and capitalised of class names.
         source: text of a module that imports only torch and transformers (``joined`` makes one of several).
-        config_base: name of the class in ``source`` which the configuration classes inherit from; empty for none.
+        config_base: name of the class in ``source`` which the configuration classes inherit from. It is to make stock
+            classes that are asked for by name refuse; empty for ``marking.RefusedByStock``, which does that.
         field: name of the configuration field that holds what the technique has to say: a number, or plain JSON.
         default: the field's value in a configuration made without it.
         model_base: name of the class in ``source`` which the model classes inherit from first; empty for none. Its
@@ -50,8 +53,8 @@ class RemoteCode:
 
     name: str
     source: str
-    config_base: str
-    field: str
+    config_base: str = ""
+    field: str = ""
     default: int | None = None
     model_base: str = ""
 
@@ -66,7 +69,7 @@ def joined(*modules: ModuleType) -> str:
 
     Such imports, and repeated ``from __future__`` lines, are left out of the text.
     """
-    kept = ["from __future__ import annotations"]
+    kept = [FUTURE]
     for module in modules:
         lines = inspect.getsource(module).splitlines()
         dropped = re.compile(r"from (__future__|hf_optim[\w.]*|\.[\w.]*) import [^(]*$")
@@ -164,14 +167,17 @@ def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: s
         bases = f"{code.model_base}, " * bool(code.model_base) + f"transformers.{model_class.__name__}"
         classes.append(f"class {code.prefix}{model_class.__name__}({bases}):\n    config_class = {own}")
     kind = "int" if isinstance(code.default, int) else "dict | None"
-    bases = f"{code.config_base}, " * bool(code.config_base) + f"transformers.{config_class.__name__}"
+    source, config_base = code.source.rstrip(), code.config_base
+    if not config_base:
+        own_lines = joined(marking).removeprefix(FUTURE).strip()
+        source, config_base = f"{source}\n\n\n{own_lines}", marking.RefusedByStock.__name__
     config = (
-        f"class {own}({bases}):\n"
+        f"class {own}({config_base}, transformers.{config_class.__name__}):\n"
         f'    model_type = "{code.name}_{config_class.model_type}"\n'
         f"    {code.field}: {kind} = {code.default}"
     )
     entries = "".join(f'    "{auto}": "{path}",\n' for auto, path in auto_map.items())
-    parts = [code.source.rstrip(), "import transformers  # noqa: E402", config, *classes, f"AUTO_MAP = {{\n{entries}}}"]
+    parts = [source, "import transformers  # noqa: E402", config, *classes, f"AUTO_MAP = {{\n{entries}}}"]
     return "\n\n\n".join(parts) + "\n"
 
 

@@ -27,7 +27,8 @@ for line in sys.stdin:
         cls = getattr(transformers, job["class"])
         model = cls.from_pretrained(job["directory"], trust_remote_code=job["trust"]).eval()
         with torch.no_grad():
-            logits = model(**load_file(job["inputs"])).logits
+            output = model(**load_file(job["inputs"]))
+        logits = output.logits if "logits" in output else output[0]
         save_file({"logits": logits.contiguous()}, job["logits"])
         answer = {"class": type(model).__name__}
     except Exception as error:
@@ -63,7 +64,10 @@ class StockTransformers:
     def logits(
         self, directory: Path, auto_class: str, inputs: Mapping[str, torch.Tensor], trust_remote_code: bool = False
     ) -> tuple[str, torch.Tensor]:
-        """The class that stock transformers made of the checkpoint, and its logits; ``OSError`` if it refused."""
+        """The class that stock transformers made of the checkpoint, and its logits; ``OSError`` if it refused.
+
+        Of a bare encoder, which has no logits, the last hidden states.
+        """
         home = Path(self._folder.name)
         save_file({key: value.contiguous() for key, value in inputs.items()}, home / "inputs.safetensors")
         job: dict[str, Any] = {

@@ -1,0 +1,267 @@
+r"""GOBO: every layer gets one small codebook; the few weights that fall out of its Gaussian stay as they are.
+
+With mean m and standard deviation s of the weights of a layer, a weight is an outlier (2005.03842, section IV) where::
+
+    log p(w) = -(w - m)^2 / (2 s^2) - log(s sqrt(2 pi)) < threshold
+
+log is natural and p the density, in 1 / unit of the weight, as the paper has it. The others, the paper's G group, go to
+2^bits centroids: first the means of bins of equal population, then, while ``sum |w - c(w)|`` falls, every weight to the
+nearest centroid and every centroid to the mean of its weights. The set with the least sum is kept.
+
+Nothing is trained and no data is seen. The paper keeps outliers in fp32; here they have the model's dtype. What a layer
+holds, in memory and on disk: ``bits`` bits a weight without gaps, the centroids, and of every outlier its value and its
+column (with a count per row), which the paper spends 32 bits and a position in its group of weights on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_optim import Contract, ModelError, Paper, Reload, Technique, formats, hookimpl, option, technique
+from hf_optim.remote_code import RemoteCode, convert, generate, joined
+from hf_optim.toolkit import linear_layers, replacing
+from hf_optim.toolkit.codebooks import make_codebook, nearest, outlier_mask
+from hf_optim.toolkit.masks import mask_of, require_finite
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+from . import gobo_modules
+
+if TYPE_CHECKING:
+    from hf_optim import Card, Run, Scope
+
+# A table on the card has at most so many layers.
+MOST_ROWS = 40
+NO_GAUSSIAN = "nearly all of its weights are outliers under the threshold"
+
+
+@technique(
+    "gobo",
+    family="quantization",
+    paper=Paper(
+        "2005.03842",
+        "GOBO: Quantizing Attention-Based NLP Models for Low Latency and Energy Efficient Inference",
+        2020,
+    ),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.REMOTE_CODE,
+)
+class GOBO(Technique):
+    """Codes of one codebook of 2^bits values a layer, and the outliers of its Gaussian as they are.
+
+    A layer with pruned weights has 0 among its centroids, so that these stay zero; neither the Gaussian nor the other
+    centroids count them.
+
+    Attributes:
+        targets: which linears.
+        skip: which of them to leave out.
+        bits: of a code, 2 to 8, where no earlier step assigned bits to the layer.
+        threshold: natural logarithm of the density below which a weight is an outlier.
+        iterations: most iterations over the centroids of a layer; it ends by itself after a few.
+        embedding_bits: of the codes of the input embedding's table; None leaves it as it is. A table that the output
+            head shares is left out.
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+    bits: int = option(3, low=2, high=8)
+    threshold: float = -4.0
+    iterations: int = option(100, low=0)
+    embedding_bits: int | None = option(None, low=2, high=8)
+
+    remote_code: ClassVar[RemoteCode] = RemoteCode(
+        name="gobo",
+        source=joined(replacing, gobo_modules),
+        field=gobo_modules.GoboModules.replaced_field,
+        model_base=gobo_modules.GoboModules.__name__,
+    )
+
+    def needs_data(self) -> bool:
+        return False
+
+    @hookimpl
+    def register_kernels(self, register):
+        from hf_optim import Kernel
+        from hf_optim_kernels.codebook import layer as codebook
+
+        register(Kernel("codebook", serves=codebook.serves, bind=codebook.bind, coded=True))
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        """Give the weights of a scope the values they will have; ``finalize_model`` puts coded layers in their place.
+
+        Until then a killed run can be resumed from ordinary layers.
+        """
+        yield from ()
+        self._classes(run)
+        layers, skipped = self._layers(run, scope)
+        require_finite(
+            {f"{name}.weight": linear_layers.weight_out_in(layer) for name, layer in layers.items()}, run.label(self)
+        )
+        for name, layer in list(layers.items()):
+            bits = run.bits_of(name, self.bits)
+            mask = mask_of(layer, run.masks, f"{name}.weight")
+            if not self._quantize(run, name, linear_layers.weight_out_in(layer), bits, mask):
+                skipped.setdefault(NO_GAUSSIAN, []).append(name)
+                del layers[name]
+            else:
+                layer.weight.requires_grad_(False)
+        run.touch(self, layers, skipped)
+
+    def _classes(self, run: Run) -> Any:
+        """The generated module with the classes of the model's architecture."""
+        config_class: Any = type(run.model.config)
+        try:
+            return generate(self.remote_code, config_class)
+        except ModelError as error:
+            raise ModelError(f"{run.label(self)}: {error}") from error
+
+    def _layers(self, run: Run, scope: Scope) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+        """The linears to quantize, and the names of those that cannot be, by reason."""
+        holders = linear_layers.owners(scope.model)
+        layers: dict[str, nn.Module] = {}
+        skipped: dict[str, list[str]] = {}
+        for name, layer in scope.select(self.targets, self.skip).items():
+            bits = run.bits_of(name, self.bits)
+            shared = [other for other in holders.get(id(layer.weight), ()) if other != f"{name}.weight"]
+            if type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
+                skipped.setdefault(f"a {type(layer).__name__} is no plain linear layer", []).append(name)
+            elif shared:
+                skipped.setdefault(f"its weight is shared with {shared[0]}", []).append(name)
+            elif not 2 <= bits <= 8:
+                skipped.setdefault(f"{bits} bits are assigned to it", []).append(name)
+            else:
+                layers[name] = layer
+        stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if formats.is_stack(m)]
+        stacks = [name for name in stacks if scope.holds(name)]
+        if stacks and "Linear" in self.targets:
+            skipped["stacked matrices: codebooks are made of linear layers"] = stacks
+        return layers, skipped
+
+    @torch.no_grad()
+    def _quantize(self, run: Run, name: str, weight: Tensor, bits: int, mask: Tensor | None) -> bool:
+        """Round a matrix in place and keep its centroids in the step's state; False if it has no Gaussian group."""
+        mask = None if mask is None or bool(mask.all()) else mask.to(weight.device)
+        outlying = outlier_mask(weight, self.threshold, mask)
+        inner = ~outlying if mask is None else ~outlying & mask
+        # The threshold is one of the density: for weights of a large deviation it lies above the peak.
+        if int(inner.sum()) <= int(outlying.sum()):
+            return False
+        before = weight.clone()
+        book = make_codebook(weight[inner], 2**bits, self.iterations, None if mask is None else 0.0)
+        centroids = book.centroids.to(weight.dtype)
+        weight.copy_(torch.where(outlying, weight, centroids[nearest(weight, centroids).long()]))
+        state, error = run.state(self), (weight - before).float()
+        setattr(state, f"centroids.{name}", centroids)
+        state.figures = {
+            **getattr(state, "figures", {}),
+            name: {
+                "bits": bits,
+                "weights": weight.numel(),
+                "outliers": int(outlying.sum()),
+                "iterations": len(book.history) - 1,
+                "l1_error": _rounded(error.abs().sum() / before.float().abs().sum()),
+                "l2_error": _rounded(error.norm() / before.float().norm()),
+            },
+        }
+        return True
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        state, classes = run.state(self), self._classes(run)
+        self._embedding(run)
+        entries, figures = {}, state.figures
+        for name in figures:
+            coded = self._coded(classes, run.model.get_submodule(name), getattr(state, f"centroids.{name}"))
+            replacing.replace_module(run.model, name, coded)
+            entries[name] = {"bits": coded.bits, "outliers": len(coded.outliers)}
+            entries[name]["most"] = int(coded.outlier_counts.max())
+            size = sum(value.numel() * value.element_size() for value in coded.buffers())
+            figures[name] |= {
+                "outlier_share": _rounded(figures[name]["outliers"] / figures[name]["weights"]),
+                "bits_per_weight": _rounded(8 * size / figures[name]["weights"]),
+                "bytes_before": figures[name]["weights"] * coded.centroids.element_size(),
+                "bytes": size,
+            }
+        convert(run.model, self.remote_code, {"modules": entries})
+        run.report(self, layers=figures, **totals(figures))
+
+    def _embedding(self, run: Run) -> None:
+        """Round the table of the input embedding, if asked for."""
+        if self.embedding_bits is None:
+            return
+        table: Any = run.model.get_input_embeddings()
+        name = next(name for name, module in run.model.named_modules() if module is table)
+        if type(table) is not nn.Embedding:
+            run.touch(self, [], {f"a {type(table).__name__} is no plain embedding": [name]})
+            return
+        holders = linear_layers.owners(run.model)[id(table.weight)]
+        if len(holders) > 1:
+            run.touch(self, [], {f"its table is shared with {holders[-1]}": [name]})
+            return
+        require_finite({f"{name}.weight": table.weight}, run.label(self))
+        quantized = self._quantize(run, name, table.weight, self.embedding_bits, None)
+        run.touch(self, [name] if quantized else [], {} if quantized else {NO_GAUSSIAN: [name]})
+
+    def _coded(self, classes: Any, module: Any, centroids: Tensor) -> Any:
+        """A coded layer of the generated module for a rounded one. What is none of the centroids is an outlier."""
+        table = isinstance(module, nn.Embedding)
+        weight: Any = module.weight.detach() if table else linear_layers.weight_out_in(module).detach()
+        centroids = centroids.to(weight)
+        codes = nearest(weight, centroids)
+        outlying = centroids[codes.long()] != weight
+        count = outlying.sum(1)
+        coded = classes.coded_like(module, len(centroids).bit_length() - 1, int(count.sum()), int(count.max()))
+        coded.fill(weight, codes, centroids, outlying)
+        return coded.train(module.training)
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        figures = run.record.steps.get(str(run.position(self)), {})
+        layers = figures.get("layers")
+        if not layers:
+            return
+        card.paragraph(
+            "GOBO",
+            f"{len(layers)} layers hold codes of one codebook each, {figures['bits_per_weight']:.2f} bits a weight "
+            f"with centroids, outliers and their places: {figures['bytes']:,} bytes where the weights had "
+            f"{figures['bytes_before']:,}, in memory and on disk. {100 * figures['outlier_share']:.2f} % of the "
+            "weights are outliers, kept in the model's dtype. The codes are decoded when a layer runs; reading them "
+            "takes the code that comes with the checkpoint (`trust_remote_code=True`).",
+        )
+        widest = sorted(layers, key=lambda name: layers[name]["outlier_share"], reverse=True)[:MOST_ROWS]
+        card.table(
+            "GOBO: the layers" + f" with most outliers, {MOST_ROWS} of {len(layers)}" * (len(layers) > MOST_ROWS),
+            ["layer", "bits", "outliers %", "bits a weight", "relative L1 error"],
+            [
+                [f"`{name}`", own["bits"], f"{100 * own['outlier_share']:.3f}", f"{own['bits_per_weight']:.3f}",
+                 f"{own['l1_error']:.4f}"]
+                for name, own in ((name, layers[name]) for name in widest)
+            ],
+        )  # fmt: skip
+
+
+def totals(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Bytes before and after, bits per weight and the share of outliers over all layers."""
+    size, before = (sum(own[key] for own in layers.values()) for key in ("bytes", "bytes_before"))
+    weights, outliers = (sum(own[key] for own in layers.values()) for key in ("weights", "outliers"))
+    return {
+        "bytes_before": before,
+        "bytes": size,
+        "bits_per_weight": _rounded(8 * size / weights),
+        "outlier_share": _rounded(outliers / weights),
+    }
+
+
+def _rounded(value: Any) -> float:
+    return float(f"{float(value):.6g}")
+
+
+@hookimpl
+def register_techniques(register):
+    register(GOBO)

@@ -1,0 +1,142 @@
+r"""LLM.int8(): int8 products of all but the outlying columns of the input, which are multiplied in 16 bits.
+
+A few input columns of a large transformer's linear layers hold magnitudes twenty times those of the others, and spoil
+the one scale of an int8 row. With O the columns of X [tokens, in] in which some ``|x|`` is above the threshold (6.0),
+``c`` and ``w`` int8 codes, one scale ``s`` for each row (token) of X and one ``t`` for each row of the weight [out, in]
+(vector-wise absmax, equations 3 to 8)::
+
+    Y[m, n] = s[m] t[n] sum_{k not in O} c[m, k] w[n, k]  +  sum_{k in O} X[m, k] W[n, k]  +  b[n]
+    s[m] = max_{k not in O} |X[m, k]| / 127      t[n] = max_k |W[n, k]| / 127      w[n, k] = round(W[n, k] / t[n])
+
+Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv
+2208.07339.
+
+Where this differs from the paper: the columns of O are not known before the inputs are, so the paper keeps the weight
+in 16 bits, or decodes its columns as bitsandbytes does. Here the int8 codes are all there is, and ``W[n, k]`` of an
+outlying column is ``w[n, k] t[n]``. So with a threshold of 0 the layer is the dense layer *of the decoded weight*, and
+with none (null) it is plain vector-wise int8. A magnitude below the threshold counts for ``s`` also where its column is
+outlying because of another token, so that a token's scale needs that token alone.
+
+The checkpoint holds int8 weights with one scale a row (W8A16 of compressed-tensors). Stock transformers decodes them
+and rounds no input: more exact than LLM.int8(), and slower. ``hf_optim.accelerate`` and ``from_pretrained(...,
+optim_config="auto")`` compute as above: on a CUDA device all layers, on a CPU those that are large enough to gain.
+The threshold stands in ``config.json`` (``"hf_optim": {"outliers": ...}``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hf_optim import Contract, Kernel, Paper, Reload, Technique, formats, hookimpl, option, technique
+from hf_optim.toolkit.grids import Grid, GridSpec
+from hf_optim.toolkit.masks import require_finite
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run, Scope
+    from hf_optim.cards import Card
+
+LEVELS = 127.0
+
+
+@technique(
+    "llm_int8",
+    family="quantization",
+    paper=Paper("2208.07339", "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_FORMAT,
+)
+class LLMInt8(Technique):
+    """Int8 weights, and int8 inputs but for their outlying columns.
+
+    Attributes:
+        threshold: columns of the input with a larger magnitude are multiplied unquantized. 6.0 is the paper's, for
+            models of 16-bit numbers; 0 quantizes no input, null every one.
+        targets: which linears.
+        skip: which of them to leave out.
+    """
+
+    threshold: float | None = option(6.0, low=0.0, below=float("inf"))
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def needs_data(self) -> bool:
+        return False
+
+    @hookimpl
+    def register_kernels(self, register):
+        from hf_optim_kernels.wna16 import layer as wna16
+
+        register(kernel())
+        # Where that does not serve: the same weights, with inputs that are not rounded.
+        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind, join=wna16.join))
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        yield
+        layers, skipped = formats.storable(scope, self.targets, self.skip, label=run.label(self))
+        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        scheme = formats.scheme(8)
+        for layer in layers.values():
+            quantize(layer, scheme.model_copy(deep=True))
+        run.touch(self, layers, skipped)
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        names = self._names(run)
+        formats.set_outlier_threshold(run.model, names, self.threshold)
+        formats.attach_quantizer(run.model)
+        run.report(self, threshold=self.threshold, layers=len(names))
+
+    def _names(self, run: Run) -> list[str]:
+        touched = run.touched(self)
+        return sorted(touched[0]) if touched else []
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        count = run.record.steps.get(str(run.position(self)), {}).get("layers", 0)
+        columns = "no column" if self.threshold is None else f"the columns with a magnitude above {self.threshold:g}"
+        card.paragraph(
+            "LLM.int8()",
+            f"{count} linear layers have int8 weights with one scale a row. Stock transformers decodes them and does "
+            "not round their inputs. On the kernels of hf_optim (`hf_optim.accelerate`) inputs are int8 too, one scale "
+            f"a token, with {columns} multiplied in the model's own type.",
+        )
+
+
+def kernel(everywhere: bool = False) -> Kernel:
+    """The kernel of LLM.int8().
+
+    Args:
+        everywhere: serve every layer on a CPU as well, also where that is slower than the decoded weight:
+            ``hf_optim.accelerate(model, [kernel(everywhere=True)])`` shows what a GPU would compute.
+    """
+    from hf_optim_kernels.llm_int8 import layer
+
+    serves = layer.serves_everywhere if everywhere else layer.serves
+    return Kernel("llm_int8", serves=serves, bind=layer.bind, join=layer.join, outliers=True)
+
+
+@torch.no_grad()
+def quantize(layer: nn.Linear, scheme: object) -> None:
+    """Put a linear layer into the quantized state: codes in [-127, 127], the largest weight of a row on the last one.
+
+    The scale is rounded to the layer's dtype, in which the checkpoint has it, before the codes are made. A row of zeros
+    has the codes 0. Weights that are 0 stay 0.
+    """
+    weight = layer.weight.detach()
+    wide = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    scale = (wide.abs().amax(1, keepdim=True) / LEVELS).to(weight.dtype).to(wide.dtype)
+    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
+    codes = Grid(GridSpec(8), scale).quantize(wide).clamp_(-127, 127)
+    formats.store(layer, scheme, codes, scale)  # type: ignore[arg-type]
+
+
+@hookimpl
+def register_techniques(register):
+    register(LLMInt8)

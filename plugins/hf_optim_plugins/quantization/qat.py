@@ -1,0 +1,313 @@
+r"""Quantization-aware training: the forward pass sees weights (and inputs) on their grid, the optimizer moves floats.
+
+``y = Q(x) Q(W)ᵀ + b`` with ``Q(v) = (clamp(round(v / s) + z) - z) s`` in the forward pass (1712.05877, section 3). In
+the backward pass the rounding counts as the identity where nothing was clamped, and stops the gradient elsewhere: the
+straight-through estimator (1308.3432). Scales follow from the weights as they are at each step, or are learned with the
+gradient of LSQ (1902.08153, equation 3); see ``hf_optim.toolkit.fake_quant``.
+
+While training lasts, the targeted layers are ``nn.Linear`` with another class and the parameters they had. A
+``checkpoint-N`` is therefore an ordinary checkpoint; learned scales travel in the files that hf_optim's callbacks write
+beside it. The last forward pass and the stored codes give the same numbers, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    RecipeError,
+    Reload,
+    Scope,
+    Technique,
+    formats,
+    hookimpl,
+    option,
+    technique,
+)
+from hf_optim.toolkit import fake_quant
+from hf_optim.toolkit.fake_quant import STEPS, FakeQuantLinear
+from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
+from hf_optim.toolkit.schedules import as_step
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    from hf_optim import Run
+    from hf_optim.cards import Card
+
+
+@technique(
+    "qat",
+    family="quantization",
+    paper=Paper(
+        "1712.05877",
+        "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        2018,
+    ),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_FORMAT,
+    trains=True,
+)
+class QAT(Technique):
+    """Train with weights, and if asked inputs, on the grid they will be stored on.
+
+    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``, learned scales included; ``scale_learning_rate``
+    takes ``hf_optim.OptimTrainer``. Layers begin to compute on their grid when those callbacks are made, and
+    leave it when training ends; a training loop that calls no callbacks trains without it, and the weights are
+    merely rounded.
+
+    Attributes:
+        targets: which linears.
+        skip: which of them to leave out.
+        bits: of a weight, 2 to 8 (a plan of bits comes first); None leaves the weights as they are.
+        format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
+        strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"`` (of
+            inputs). None: ``group`` where a ``group_size`` is given, else ``channel``.
+        group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used.
+        symmetric: no zero points for weights. Asymmetric codes are stored one to a byte (see
+            ``hf_optim.formats.scheme``); zero points do not move where scales are learned.
+        observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``,
+            slow), at every step; learned scales begin there, or at LSQ's ``"mean"``: ``2 mean|w| / sqrt(Q_P)``.
+        learn_scales: train the scales of the weights with LSQ's gradient. A weight decay of the trainer reaches them,
+            too, unless ``scale_learning_rate`` is set.
+        scale_learning_rate: of learned scales; None takes that of the weights.
+        activations: quantize the inputs of the layers to ``"int8"`` or ``"fp8"``.
+        dynamic: make the scale of the inputs on the fly, per token. False: one per layer, learned (``learn_scales``),
+            from LSQ's first value on the first batch.
+        symmetric_activations: no zero point for the inputs' grid.
+        begin: where quantization starts, after training without it: a step, or a share of training.
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+    bits: int | None = option(4, low=2, high=8)
+    format: Literal["int", "fp8"] = "int"
+    strategy: Literal["tensor", "channel", "group"] | None = None
+    group_size: int | None = option(None, low=1)
+    symmetric: bool = True
+    observer: Literal["minmax", "mse", "mean"] = "minmax"
+    learn_scales: bool = False
+    scale_learning_rate: float | None = option(None, low=0.0)
+    activations: Literal["int8", "fp8"] | None = None
+    dynamic: bool = True
+    symmetric_activations: bool = True
+    begin: int | float = option(0, low=0)
+
+    def validate(self) -> None:
+        fp8 = self.format == "fp8"
+        wrong = {
+            "bits: null quantizes nothing without activations: int8 or fp8": self.bits is None and not self.activations,
+            "format fp8 has 8 bits, no zero point and scales per tensor or channel": fp8
+            and (self.bits != 8 or not self.symmetric or self.group_size is not None),
+            "strategy group needs a group_size, such as 128": self.strategy == "group" and self.group_size is None,
+            f"group_size and strategy {self.strategy} exclude each other": self.group_size is not None
+            and self.strategy in ("tensor", "channel"),
+            "observer mean is the beginning of learned, symmetric scales: set learn_scales, or take minmax or mse": (
+                self.observer == "mean" and not (self.learn_scales and self.symmetric)
+            ),
+            "scale_learning_rate needs learn_scales": self.scale_learning_rate is not None and not self.learn_scales,
+            "dynamic: false learns the scale of the inputs: set activations and learn_scales": not self.dynamic
+            and not (self.activations and self.learn_scales),
+            "learned scales of inputs and fp8 have no zero point; leave symmetric_activations at true": (
+                not self.symmetric_activations and (not self.dynamic or self.activations == "fp8")
+            ),
+            f"begin is a share of training in [0, 1] or a whole number of steps, not {self.begin!r}": (
+                isinstance(self.begin, float) and self.begin > 1.0
+            ),
+        }
+        for reason, holds in wrong.items():
+            if holds:
+                raise RecipeError(f"qat: {reason}")
+
+    def implements(self, hook: str) -> bool:
+        # Without a rate of its own, a learned scale is one of the Trainer's parameters like any other.
+        return super().implements(hook) and (hook != "parameter_groups" or self.scale_learning_rate is not None)
+
+    @hookimpl
+    def register_kernels(self, register):
+        from hf_optim import Kernel
+        from hf_optim_kernels.w8a8 import layer as w8a8
+        from hf_optim_kernels.wna16 import layer as wna16
+
+        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind, join=wna16.join))
+        register(Kernel("w8a8", serves=w8a8.serves, bind=w8a8.bind, join=w8a8.join))
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return [FakeQuantization(self, run, self.prepare(run))]
+
+    @hookimpl
+    def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
+        if self.scale_learning_rate is None:
+            return None
+        steps = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in STEPS]
+        return [{"params": steps, "lr": self.scale_learning_rate, "weight_decay": 0.0}]
+
+    def prepare(self, run: Run) -> dict[str, FakeQuantLinear]:
+        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
+        layers = fake_quant.fake_layers(run.model.named_modules())
+        if layers:
+            return layers
+        label = run.label(self)
+        found, skipped = formats.storable(
+            Scope("", run.model, run.model),
+            self.targets,
+            self.skip,
+            integer=self.format == "int" and self.bits is not None,
+            label=label,
+        )
+        for name, layer in found.items():
+            if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+                skipped.setdefault(f"a {type(layer).__name__} does not compute as nn.Linear", []).append(name)
+                continue
+            layers[name] = self._attach(run, name, layer)
+        run.touch(self, layers, skipped)
+        if not layers:
+            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
+            raise ModelError(f"{label} found nothing to quantize in {type(run.model).__name__}. {why}")
+        return layers
+
+    def _attach(self, run: Run, name: str, layer: nn.Linear) -> FakeQuantLinear:
+        spec = self._spec(layer.weight.shape[1], run.bits_of(name, self.bits)) if self.bits is not None else None
+        observer: Literal["minmax", "mse"] = "mse" if self.observer == "mse" else "minmax"
+        fake = fake_quant.attach(layer, spec, observer, inputs=self._inputs(spec))
+        if not self.learn_scales:
+            return fake
+        if spec is not None:
+            weight = layer.weight.detach()
+            mean = self.observer == "mean"
+            grid = Grid(spec, fake_quant.first_step(weight, spec)) if mean else make_grid(weight, spec, observer)
+            fake.learn_step(grid)
+        if not self.dynamic:
+            fake.input_step = nn.Parameter(torch.zeros(1, device=layer.weight.device))
+        return fake
+
+    def _spec(self, in_features: int, bits: int) -> GridSpec:
+        strategy = self.strategy or ("group" if self.group_size else "channel")
+        size = fit_group_size(in_features, self.group_size) if self.group_size else None
+        return GridSpec(bits, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
+
+    def scheme(self, spec: GridSpec | None) -> QuantizationScheme:
+        """What a layer of this grid is stored with."""
+        return formats.scheme_of(spec, self.activations, not self.dynamic, self.symmetric_activations)
+
+    def _inputs(self, spec: GridSpec | None) -> fake_quant.Inputs | None:
+        if self.activations is None:
+            return None
+        if self.dynamic:
+            rounded = formats.input_quantizer(self.scheme(spec))
+            return lambda layer, input: rounded(input)  # nothing is clamped: all of the gradient passes
+        return LearnedInputs(GridSpec(8, "float" if self.activations == "fp8" else "int", "tensor"), self.scheme(spec))
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        idle = []
+        for name, layer in self.prepare(run).items():
+            if not self.dynamic and not bool(layer.input_step > 0):
+                idle.append(name)
+                fake_quant.detach(layer)
+                continue
+            store(layer, self.scheme(layer.spec))
+        if idle:
+            run.touch(self, [], {"no training input reached it": idle})
+        formats.attach_quantizer(run.model)
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        what = [f"{self.bits}-bit weights"] if self.bits is not None else []
+        what += [f"{self.activations} inputs"] if self.activations else []
+        scales = "learned (LSQ)" if self.learn_scales else f"from the weights ({self.observer})"
+        card.paragraph(
+            "Quantization-aware training",
+            f"{len(names)} linear layers were trained with {' and '.join(what)} in the forward pass and a straight-"
+            f"through gradient; scales were {scales}.",
+        )
+
+
+class LearnedInputs:
+    """Inputs on a grid with a learned step, LSQ's first one on the first batch."""
+
+    def __init__(self, spec: GridSpec, scheme: QuantizationScheme) -> None:
+        self.spec, self.scheme = spec, scheme
+
+    def __call__(self, layer: FakeQuantLinear, input: Tensor) -> Tensor:
+        step = layer.input_step
+        if not bool(step > 0):
+            if not layer.training:
+                return input
+            with torch.no_grad():
+                step.copy_(fake_quant.first_step(input, self.spec, layer.weight.dtype))
+        scale = fake_quant.stored_step(step, layer.weight.dtype)
+        found = fake_quant.fake_quantize(input, Grid(self.spec, scale))
+        # The value is that of the stored format, which rounds in the dtype of the input; the gradient is LSQ's.
+        rounded = formats.input_quantizer(self.scheme, scale.detach().to(layer.weight.dtype))
+        return rounded(input.detach()) + (found - found.detach())
+
+
+def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
+    """Put a layer into the quantized state with what its next forward pass would have computed with."""
+    step = layer._parameters.get("input_step")
+    scale = None if step is None else fake_quant.stored_step(step.detach(), layer.weight.dtype)
+    codes, grid = layer.codes() if layer.spec is not None else (None, None)
+    linear = fake_quant.detach(layer)
+    if grid is None:
+        formats.store(linear, scheme, input_scale=scale)
+    else:
+        formats.store(linear, scheme, codes, grid.scale, grid.zero_point, scale)
+
+
+class FakeQuantization(TrainerCallback):
+    """Switches quantization on when its time comes, and keeps learned scales with the state of the run."""
+
+    def __init__(self, step: QAT, run: Run, layers: Mapping[str, FakeQuantLinear]) -> None:
+        self.step, self.run, self.layers = step, run, layers
+        for key, parameter in self._steps():
+            setattr(run.state(step), key, parameter)
+
+    def _steps(self) -> list[tuple[str, nn.Parameter]]:
+        found = [(name, layer._parameters) for name, layer in self.layers.items()]
+        return [(f"{name}.{step}", own[step]) for name, own in found for step in STEPS if own.get(step) is not None]  # type: ignore[misc]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._recall()
+        self._switch(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._switch(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._switch(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._recall()
+
+    @torch.no_grad()
+    def _recall(self) -> None:
+        """Take the scales of a checkpoint that was just read, whose tensors then stand in the state of the run."""
+        own = self.run.state(self.step)
+        for key, parameter in self._steps():
+            saved = getattr(own, key)
+            if saved is not parameter:
+                parameter.copy_(saved)
+                setattr(own, key, parameter)
+
+    def _switch(self, state: Any) -> None:
+        active = state.global_step >= as_step(self.step.begin, state.max_steps)
+        for layer in self.layers.values():
+            layer.active = active
+
+
+@hookimpl
+def register_techniques(register):
+    register(QAT)

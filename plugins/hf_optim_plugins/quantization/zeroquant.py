@@ -1,0 +1,161 @@
+r"""ZeroQuant: group-wise weights and token-wise activations, without calibration data.
+
+A weight W [out, in] is cut into groups that have a scale each, and so is the input X [tokens, in], whose groups are its
+tokens; scales of tokens are made as the tokens come (section 4.1)::
+
+    W ~ t_g w,  t_g = max_{g} |W| / ((2^b - 1) / 2)     w = round(W / t_g)      for the weights of group g
+    X ~ s_m c,  s_m = max_k |X[m, k]| / 127.5           c = round(X[m, k] / s_m)
+    Y[m, n] = s_m t_{g(n)} sum_k c[m, k] w[n, k] + b[n]
+
+Yao, Aminabadi, Zhang, Wu, Li, He, "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale
+Transformers", arXiv 2206.01861.
+
+What shares a scale decides what a kernel can do. Groups of whole rows (``groups``) keep the sum over k one of integers,
+which is how the paper fits them to the tiles of the tensor cores; they are stored as one scale a row, equal within a
+group, and run on the W8A8 kernels. So does a scale for each row of its own, the finest such grouping, which costs these
+kernels nothing more and is the default. Groups along the inputs (``group_size``) are finer still and better at 4 bits,
+but no integer product serves them here: such layers compute on decoded weights.
+
+The paper's mix of INT4 weights in the feed-forward layers and INT8 in attention is two steps with targets of their own,
+or a plan of bits that another step made. Its backend quantizes inside of the layer before: on a CUDA device
+``hf_optim.accelerate`` does so where norms feed only layers on the W8A8 kernel (``hf_optim.packed.fusing``). Its
+layer-by-layer distillation is a technique of its own here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from hf_optim import Contract, Kernel, Paper, RecipeError, Reload, Technique, formats, hookimpl, option, technique
+from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
+from hf_optim.toolkit.masks import require_finite
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run, Scope
+    from hf_optim.cards import Card
+
+ALL = ("Linear",)
+DONE = "it is quantized already"
+
+
+@technique(
+    "zeroquant",
+    family="quantization",
+    paper=Paper(
+        "2206.01861",
+        "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers",
+        2022,
+    ),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_FORMAT,
+)
+class ZeroQuant(Technique):
+    """Group-wise weights and token-wise activations, without data.
+
+    Attributes:
+        bits: of a weight, where no step before has assigned them layer by layer.
+        groups: cut the rows of each weight into so many groups of neighbours with one scale each; the largest divisor
+            of its rows up to it is used. None: every row has its own.
+        group_size: instead, inputs that share a scale within a row; the largest divisor of the width up to it is used.
+        activations: ``"int8"``, a scale for each token, made on the fly; None leaves them as they are.
+        symmetric_activations: no zero point for a token's grid.
+        targets: which linears. With targets of its own a step may follow another that has quantized other layers.
+        skip: which of them to leave out.
+    """
+
+    bits: int = option(8, low=2, high=8)
+    groups: int | None = option(None, low=1)
+    group_size: int | None = option(None, low=1)
+    activations: Literal["int8"] | None = "int8"
+    symmetric_activations: bool = True
+    targets: tuple[str, ...] = ALL
+    skip: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        if self.groups is not None and self.group_size is not None:
+            raise RecipeError("zeroquant: groups (of rows) and group_size (inputs) exclude each other")
+
+    def contract(self) -> Contract:
+        own = self.spec.contract
+        needs = own.needs if self.targets == ALL else frozenset()
+        return Contract(needs=needs, adds=own.adds, drops=own.drops, keeps=own.keeps)
+
+    def needs_data(self) -> bool:
+        return False
+
+    @hookimpl
+    def register_kernels(self, register):
+        from hf_optim_kernels.w8a8 import layer as w8a8
+        from hf_optim_kernels.wna16 import layer as wna16
+
+        register(Kernel("w8a8", serves=w8a8.serves, bind=w8a8.bind, join=w8a8.join))
+        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind, join=wna16.join))
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        yield
+        layers, skipped = formats.storable(scope, self.targets, self.skip, label=run.label(self))
+        done = [name for name, layer in layers.items() if formats.scheme_on(layer) is not None]
+        if done:
+            skipped = {**skipped, DONE: done}
+            layers = {name: layer for name, layer in layers.items() if name not in done}
+        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        used = run.state(self).__dict__.setdefault("bits", {})
+        for name, layer in layers.items():
+            used[name] = run.bits_of(name, self.bits)
+            self._quantize(layer, used[name])
+        run.touch(self, layers, skipped)
+
+    def _quantize(self, layer: nn.Linear, bits: int) -> None:
+        weight = layer.weight.detach()
+        grid = self._grid(weight, bits)
+        scheme = formats.scheme_of(grid.spec, self.activations, False, self.symmetric_activations)
+        formats.store(layer, scheme, grid.quantize(weight), grid.scale)
+
+    def _grid(self, weight: torch.Tensor, bits: int) -> Grid:
+        if self.group_size is not None:
+            return make_grid(weight, GridSpec(bits, "int", "group", fit_group_size(weight.shape[1], self.group_size)))
+        return row_groups(weight, bits, self.groups)
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        formats.attach_quantizer(run.model)
+        layers = Counter(run.state(self).__dict__.get("bits", {}).values())
+        run.report(self, layers_by_bits={str(bits): count for bits, count in sorted(layers.items())})
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        layers = run.record.steps.get(str(run.position(self)), {}).get("layers_by_bits", {})
+        widths = ", ".join(f"{count} to {bits} bits" for bits, count in layers.items())
+        shared = f"up to {self.group_size} inputs of a row" if self.group_size else "a row"
+        shared = f"a group of rows ({self.groups} groups)" if self.groups else shared
+        inputs = "inputs to int8, one scale a token" if self.activations else "inputs stay as they are"
+        card.paragraph(
+            "ZeroQuant",
+            f"Linear layers were quantized without calibration data: {widths or 'none'}, one scale for {shared}; "
+            f"{inputs}.",
+        )
+
+
+def row_groups(weight: torch.Tensor, bits: int, groups: int | None) -> Grid:
+    """A symmetric grid for ``weight`` [out, in] whose scales [out, 1] are equal within each group of rows.
+
+    Args:
+        groups: how many groups; the largest divisor of ``out`` up to it is used. None: one for each row.
+    """
+    rows = len(weight)
+    count = rows if groups is None else fit_group_size(rows, groups)
+    grid = make_grid(weight.reshape(count, -1), GridSpec(bits))
+    return Grid(grid.spec, grid.scale.repeat_interleave(rows // count, 0))
+
+
+@hookimpl
+def register_techniques(register):
+    register(ZeroQuant)
