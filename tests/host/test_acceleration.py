@@ -518,3 +518,27 @@ def test_greedy_text_is_that_of_the_stock_reload(name, shared_models, tmp_path):
         texts.append(model.generate(tokens, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0))
     assert texts[0].shape[1] == 203
     assert torch.equal(*texts)
+
+
+def test_a_kernel_for_outliers_is_asked_first_for_the_weights_meant_for_it_alone():
+    model = quantize(tiny_llama().requires_grad_(False), bits=8, size=None)
+    formats.set_outlier_threshold(model, [UP], 5.0)
+    asked = []
+    apart = Kernel("apart", lambda weight: asked.append((weight.name, weight.outliers)), Operand, outliers=True)
+    hf_optim.accelerate(model, [NAIVE, apart])
+    assert asked == [(UP, 5.0)]
+    assert model.get_submodule(UP).packing.kernel is apart
+    assert model.model.layers[1].mlp.up_proj.packing.kernel is NAIVE
+    hf_optim.restore(model)
+    # Where it declines, the others may have it; what it means is in the description all the same.
+    hf_optim.accelerate(model, [Kernel("apart", lambda weight: "not here", Operand, outliers=True), NAIVE])
+    assert model.get_submodule(UP).packing.kernel is NAIVE
+    assert model.get_submodule(UP).packing.about.outliers == 5.0
+
+
+def test_outliers_mean_nothing_for_other_weights():
+    for fields in ({"bits": 4}, {"bits": 8, "size": 16}, {"bits": 8, "size": None, "activations": "int8"}):
+        model = quantize(tiny_llama().requires_grad_(False), **fields)
+        formats.set_outlier_threshold(model, [UP], 5.0)
+        hf_optim.accelerate(model, [NAIVE])
+        assert model.get_submodule(UP).packing.about.outliers is None

@@ -15,11 +15,14 @@ from tiny_models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from hf_optim import Reload
 from hf_optim.cli import COMMANDS, main
 from hf_optim.config import shipped_recipes
 from hf_optim.record import Record
 
-TECHNIQUES = {"rtn", "gptq", "smoothquant", "magnitude", "gmp", "nm", "logit_kd", "upcycle", "local"}
+QUANTIZATION = {"rtn", "gobo", "mixed_precision", "llm_int8", "qbert", "peg", "zeroquant", "lkd", "obq", "gptq"}
+QUANTIZATION |= {"smoothquant", "qat"}
+TECHNIQUES = QUANTIZATION | {"magnitude", "gmp", "nm", "logit_kd", "upcycle", "local"}
 BLOCKS = 5
 
 
@@ -138,11 +141,12 @@ def test_list_json_has_the_techniques_and_the_recipes(capsys):
     assert call(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {technique["name"] for technique in listed["techniques"]} == TECHNIQUES
+    assert {t["name"] for t in listed["techniques"] if t["family"] == "quantization"} == QUANTIZATION
     assert {recipe["name"] for recipe in listed["recipes"]} == set(shipped_recipes())
     for technique in listed["techniques"]:
         assert technique["summary"]
         assert technique["hooks"]
-        assert technique["reload"] in ("STOCK_DENSE", "STOCK_FORMAT", "STOCK_ARCH")
+        assert technique["reload"] in {level.name for level in Reload}
 
 
 def test_list_prints_a_table(capsys):

@@ -1,16 +1,17 @@
-"""A recipe of two stages on a real model: pruned to 2:4 under distillation, then quantized to 4 bits, zeros kept."""
+"""Recipes of several techniques: what each leaves, the next one keeps, and stock transformers reads the result."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from datasets import load_dataset
+from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
 
 import hf_optim
 from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit.masks import obeys_nm
-from hf_optim.traits import QUANTIZED, SPARSE_NM
+from hf_optim.traits import QUANTIZED, SPARSE, SPARSE_NM
 
 RECIPE = [
     {"technique": "nm", "keep": 2, "group": 4},
@@ -66,3 +67,26 @@ def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared
         name, logits = stock.logits(tmp_path / "out", "AutoModelForCausalLM", {"input_ids": calibration})
     assert name == "LlamaForCausalLM"
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"technique": "smoothquant"}, {"technique": "gptq", "group_size": None, "activations": "int8"}],
+        [{"technique": "magnitude", "sparsity": 0.5}, {"technique": "obq", "group_size": 16}],
+        [{"technique": "nm"}, {"technique": "gptq", "bits": 3, "group_size": 16}, {"technique": "lkd", "steps": 3}],
+        [{"technique": "nm"}, {"technique": "zeroquant"}],
+    ],
+    ids=lambda steps: ", ".join(step["technique"] for step in steps),
+)
+def test_post_training_techniques_compose(steps, tmp_path):
+    ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    model = hf_optim.optimize(tiny_llama(), steps, calibration=ids)
+    run = hf_optim.run_of(model)
+    for trait in run.traits:
+        assert trait.holds(run)
+    assert QUANTIZED in run.traits
+    assert (SPARSE_NM in run.traits or SPARSE in run.traits) == (steps[0]["technique"] in ("nm", "magnitude"))
+    model.save_pretrained(tmp_path)
+    with StockTransformers() as stock, torch.no_grad():
+        assert torch.equal(stock.logits(tmp_path, "AutoModelForCausalLM", {"input_ids": ids})[1], model(ids).logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -11,12 +12,26 @@ import textwrap
 
 import pytest
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny_models import tiny_bert, tiny_gpt2
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2Model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
-from hf_optim import ModelError, remote_code
+from hf_optim import ModelError, optimize, remote_code
 from hf_optim.remote_code import RemoteCode
+from hf_optim.testing.models import TINY
+from hf_optim.testing.stock import StockTransformers
+from hf_optim.toolkit import marking, replacing, topology
 from hf_optim_plugins.attention.local import Local
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -194,3 +209,186 @@ def test_the_generated_text_is_deterministic():
     texts = {remote_code.write_source(CODE, GPT2Config, "modeling_local_gpt2") for _ in range(2)}
     assert len(texts) == 1
     compile(texts.pop(), "modeling_local_gpt2.py", "exec")
+
+
+# -- modules of its own: several files as one, replaced modules, and the way back -------------------------------------
+class Doubled(nn.Module):
+    """A linear layer that holds its weight in halves: stands for one that stores codes."""
+
+    holds_codes = True
+
+    def __init__(self, stock, factor):
+        super().__init__()
+        self.factor, self.shape = factor, tuple(stock.weight.shape)
+        self.register_buffer("stored", torch.empty_like(stock.weight))
+        self.bias = stock.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.factor * self.stored, self.bias)
+
+
+SOURCE = "\n\n".join(
+    [
+        "import torch\nfrom torch import nn",
+        textwrap.dedent(inspect.getsource(Doubled)),
+        textwrap.dedent(
+            """
+            class DoublingModules(ReplacedModules):
+                replaced_field = "doubling"
+
+                def replacement(self, module, entry, said):
+                    return Doubled(module, entry)
+            """
+        ),
+    ]
+)
+DOUBLING = RemoteCode(
+    "doubling", remote_code.joined(replacing) + SOURCE, field="doubling", model_base="DoublingModules"
+)
+UP = "bert.encoder.layer.1.intermediate.dense"
+
+
+def doubled():
+    model = tiny_bert()
+    module = remote_code.generate(DOUBLING, type(model.config))
+    made = module.Doubled(model.get_submodule(UP), 2.0)
+    made.stored.copy_(model.get_submodule(UP).weight.detach() / 2)
+    replacing.replace_module(model, UP, made.eval())
+    return remote_code.convert(model, DOUBLING, {"modules": {UP: 2.0}})
+
+
+def test_joined_files_are_one_module_without_the_projects_imports(tmp_path, monkeypatch):
+    (tmp_path / "joined_first.py").write_text(
+        "from __future__ import annotations\n\nimport math\n\nfrom hf_optim.errors import ModelError\n\n\n"
+        "def half(x):\n    return x / 2\n"
+    )
+    (tmp_path / "joined_second.py").write_text(
+        "from __future__ import annotations\n\nfrom torch import nn\n\n"
+        "from joined_first import half\n\nHALF = half(3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import joined_first
+    import joined_second
+
+    text = remote_code.joined(joined_first)
+    assert text.splitlines()[0] == "from __future__ import annotations"
+    assert text.count("__future__") == 1
+    assert "hf_optim" not in text
+    assert "import math" in text
+    own = remote_code.joined(replacing, joined_second)
+    assert own.count("__future__") == 1
+    assert own.index("class ReplacedModules") < own.index("HALF")
+    compile(own, "joined.py", "exec")
+
+
+def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp_path):
+    model = doubled()
+    assert torch.equal(logits(model), logits(tiny_bert()))
+    model.save_pretrained(tmp_path / "out")
+    done = python(
+        f"""
+        from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification as Auto
+        ids = torch.tensor({IDS.tolist()})
+        model = Auto.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True).eval()
+        assert type(model.get_submodule({UP!r})).__name__ == "Doubled"
+        torch.save(model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
+        body = AutoModel.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True).eval()
+        assert type(body.get_submodule({UP.removeprefix("bert.")!r})).__name__ == "Doubled"
+        assert torch.equal(body(ids)[0], model.bert(ids)[0])
+        assert model.config.num_hidden_layers == 2
+        assert not hasattr(model.config, "layer_types") and not hasattr(model.config, "stock_layers")
+        model.save_pretrained({str(tmp_path / "again")!r})
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(model))
+    first, second = (json.loads((tmp_path / which / "config.json").read_text()) for which in ("out", "again"))
+    differing = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+    assert differing <= {"auto_map", "dtype"}
+    assert second["layer_types"] == [marking.FOREIGN] * 2
+    assert second["stock_layers"] == {"num_hidden_layers": 2}
+
+
+def test_a_module_is_found_with_and_without_a_head():
+    model = tiny_bert()
+    assert replacing.own_name(model, UP) == UP
+    assert replacing.own_name(model, UP.removeprefix("bert.")) == UP
+    assert replacing.own_name(model.bert, UP) == UP.removeprefix("bert.")
+    assert replacing.own_name(model, "bert.encoder.layer.9.output") is None
+
+
+def test_revert_gives_the_stock_classes_back():
+    model = doubled()
+    parameters = list(model.state_dict())
+    assert type(model).__name__ == "DoublingBertForSequenceClassification"
+    assert remote_code.revert(model) is model
+    stock = tiny_bert()
+    assert type(model) is type(stock)
+    assert type(model.config) is type(stock.config)
+    assert model.config.to_dict().keys() == stock.config.to_dict().keys()
+    assert {type(m.config) for m in model.modules() if hasattr(m, "config")} == {type(stock.config)}
+    assert list(model.state_dict()) == parameters  # the modules are left alone
+    assert remote_code.revert(stock) is stock
+    assert type(remote_code.revert(converted())) is type(tiny_gpt2())
+
+
+# -- stock classes that are asked for by name -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def stock():
+    with StockTransformers() as process:
+        yield process
+
+
+GOBO, PEG, MIXED = ({"technique": "gobo"}, {"technique": "peg"}, {"technique": "mixed_precision", "sites": "all"})
+# qwen2 has layer types of its own.
+CODED = [(name, GOBO) for name in ("llama", "bert", "gpt2", "vit", "t5", "qwen2")]
+CODED += [("bert", PEG), ("t5", PEG), ("vit", MIXED)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "step"), CODED, ids=lambda each: each if isinstance(each, str) else each["technique"]
+)
+def test_every_stock_class_refuses_and_with_trust_all_is_right(architecture, step, stock, tmp_path):
+    make = TINY[architecture]
+    name, inputs = type(make()).__name__, topology.dummy_inputs(make())
+    model = optimize(make(), [step], calibration=[inputs])
+    model.save_pretrained(tmp_path / "out")
+    for asked in (name, type(make().base_model).__name__):
+        with pytest.raises(OSError, match=r"(?s)layer_types.*needs_trust_remote_code"):
+            stock.logits(tmp_path / "out", asked, inputs)
+    # With trust, and in this process, which knows the type: the same model, also when it is saved again.
+    auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    auto = next(auto for auto, place in auto_map.items() if place.endswith(f".{type(model).__name__}"))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert torch.equal(stock.logits(tmp_path / "out", auto, inputs, trust_remote_code=True)[1], expected)
+    own = getattr(transformers, auto).from_pretrained(tmp_path / "out").eval()
+    told, before = own.config.to_dict(), model.config.to_dict()
+    assert {key for key in told.keys() | before.keys() if told.get(key) != before.get(key)} <= {"_name_or_path"}
+    own.save_pretrained(tmp_path / "again")
+    assert torch.equal(stock.logits(tmp_path / "again", auto, inputs, trust_remote_code=True)[1], expected)
+    with pytest.raises(OSError, match="layer_types"):
+        stock.logits(tmp_path / "again", name, inputs)
+
+
+def test_a_configuration_without_a_number_of_layers_is_refused_too(tmp_path):
+    config = remote_code.generate(DOUBLING, CLIPConfig).DoublingCLIPConfig(doubling={"modules": {}})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassClassValidationError, match="needs_trust_remote_code"):
+        CLIPConfig.from_pretrained(tmp_path)
+    again = type(config).from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert not hasattr(again, "num_hidden_layers")
+
+
+def test_layer_types_of_the_architecture_come_back(tmp_path):
+    types = ["full_attention", "sliding_attention"]
+    made = remote_code.generate(DOUBLING, Qwen2Config).DoublingQwen2Config(
+        num_hidden_layers=2, layer_types=types, use_sliding_window=True
+    )
+    made.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassClassValidationError, match="needs_trust_remote_code"):
+        Qwen2Config.from_pretrained(tmp_path)
+    assert type(made).from_pretrained(tmp_path).layer_types == types
+    assert PreTrainedConfig.from_pretrained(tmp_path).layer_types == [marking.FOREIGN] * 2  # as AutoTokenizer reads it
