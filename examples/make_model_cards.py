@@ -56,7 +56,7 @@ def main() -> None:
             card = CARDS / output.name
             shutil.rmtree(card, ignore_errors=True)
             shutil.copytree(
-                output, card, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "*token*", "gen*")
+                output, card, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "*token*", "gen*", "*.py")
             )
     hf_optim_command(["card", str(CARDS)])
 

@@ -110,7 +110,7 @@ def compress(job: Job) -> Run:
     journal.remove()
     job.say(f"wrote {job.output}")
     if job.evaluation:
-        run.record.measured["after"] |= figures_of(job, str(job.output), "result")
+        run.record.measured["after"] |= figures_of(job, str(job.output), "result", trust=True)
         _refresh(run, job.output)
     return run
 
@@ -133,13 +133,16 @@ def _streamed(
     work.output.remove()
     job.say(f"wrote {job.output}")
     if job.evaluation:
-        run.record.measured["after"] |= figures_of(job, str(job.output), "result")
+        run.record.measured["after"] |= figures_of(job, str(job.output), "result", trust=True)
         _refresh(run, job.output)
     return run
 
 
-def figures_of(job: Job, model: str, what: str) -> dict[str, Any]:
-    """Measure a checkpoint in a process of its own, so that its peak memory is its own: ``hf-optim eval --json``."""
+def figures_of(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
+    """Measure a checkpoint in a process of its own, so that its peak memory is its own: ``hf-optim eval --json``.
+
+    ``trust``: run the model code that lies beside it. The result's is what this very process wrote there.
+    """
     assert job.evaluation is not None
     job.say(f"measuring the {what}")
     command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--data", str(job.evaluation.dataset)]
@@ -155,7 +158,7 @@ def figures_of(job: Job, model: str, what: str) -> dict[str, Any]:
     ):
         if value is not None:
             command += [option, str(value)]
-    if job.source.trust_remote_code:
+    if job.source.trust_remote_code or trust:
         command.append("--trust-remote-code")
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ranks.own_environment())
     if done.returncode:

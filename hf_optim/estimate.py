@@ -38,9 +38,11 @@ def model_class(config: PreTrainedConfig) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     auto_map = getattr(config, "auto_map", None) or {}
-    for name in auto_map:
-        if name.startswith("AutoModel") and hasattr(transformers, name):
-            return getattr(transformers, name)
+    autos = [name for name in auto_map if name.startswith("AutoModel") and hasattr(transformers, name)]
+    # The map names a class for every head; the checkpoint has the weights of one.
+    autos.sort(key=lambda name: str(auto_map[name]).rpartition(".")[2] not in names)
+    if autos:
+        return getattr(transformers, autos[0])
     return transformers.AutoModelForCausalLM
 
 

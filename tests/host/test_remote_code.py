@@ -27,7 +27,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_optim import ModelError, optimize, remote_code
+from hf_optim import DataConfig, ModelError, OptimConfig, optimize, remote_code
 from hf_optim.remote_code import RemoteCode
 from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
@@ -392,3 +392,17 @@ def test_layer_types_of_the_architecture_come_back(tmp_path):
         Qwen2Config.from_pretrained(tmp_path)
     assert type(made).from_pretrained(tmp_path).layer_types == types
     assert PreTrainedConfig.from_pretrained(tmp_path).layer_types == [marking.FOREIGN] * 2  # as AutoTokenizer reads it
+
+
+@pytest.mark.slow
+def test_the_main_job_measures_a_result_with_code_of_its_own(shared_models, shared_data, tmp_path):
+    """The result is loaded with its own code, under the head that it was saved with, and its card has the figures."""
+    from hf_optim.compress import Job, compress
+    from hf_optim.sources import Source
+
+    evaluation = DataConfig(str(shared_data / "tinystories" / "eval.jsonl"), samples=2)
+    recipe = OptimConfig.parse([{"technique": "gobo", "bits": 4}])
+    run = compress(Job(Source(str(shared_models / "stories260k")), recipe, tmp_path / "out", evaluation, device="cpu"))
+    before, after = (run.record.measured[side] for side in ("before", "after"))
+    assert before["perplexity"] < after["perplexity"] < 1.5 * before["perplexity"]
+    assert run.record.reload == "REMOTE_CODE"

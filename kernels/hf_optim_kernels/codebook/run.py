@@ -14,7 +14,7 @@ from .lookup import BF16, FP16, FP32, MOST_BITS
 from .naive import WORD, rows_of
 
 # With more rows, decoding the whole weight and the library's product are faster than the fused kernel.
-MOST_ROWS = 64
+MOST_ROWS = 32
 _NAMES = ("BLOCK_M", "BLOCK_N", "SPLIT", "EDGE", "num_warps", "num_stages")
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
 MOST_BYTES = 256 << 20
