@@ -11,8 +11,8 @@ so an inverse of its own: ``out · in³`` operations a layer, against ``in³ + o
 It is for layers of up to a few thousand inputs.
 
 A weight that compensation has pushed beyond the ends of its grid, so that its error exceeds half a step, is quantized
-as soon as it appears, while there are many free weights left to make up for it (section 5). The
-paper does not say in which order several of them go; here the one that costs least goes first.
+as soon as it appears, while there are many free weights left to make up for it (section 5); of several, the one that
+costs least goes first.
 
 Grids are fixed before the recursion. On a pruned model zeros stay: they leave the problem of their row first, so that
 compensation is exact for the mask of each row.
