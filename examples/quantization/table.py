@@ -49,7 +49,7 @@ def cell(row: Row, subject: Subject, device: torch.device, stock: StockTransform
     except OptimError as error:
         return {"refused": str(error)}
     seconds = time.perf_counter() - started
-    run = run_of(model)
+    run = run_of(model.eval())  # a trainer leaves it with dropout
     with tempfile.TemporaryDirectory() as home:
         model.save_pretrained(home)
         found = {"bytes": bytes_on_disk(Path(home)), "reload": run.record.reload, "seconds": round(seconds, 1)}
