@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Contract, Paper, Reload, Technique, formats, hookimpl, option, technique
-from hf_optim.toolkit import topology
+from hf_optim.toolkit.execution_order import by_block
 from hf_optim.toolkit.experts import TokenSample, top_up
 from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid, round_codes
 from hf_optim.toolkit.hessian import inverse_factor
@@ -122,7 +122,7 @@ class GPTQ(Technique):
         wide = [name for name in layers if run.bits_of(name, self.bits) > 8]
         layers = {name: layer for name, layer in layers.items() if name not in wide}
         run.touch(self, [], {**skipped, **({"more than 8 bits are assigned to it": wide} if wide else {})})
-        for waiting in in_order(scope, layers):
+        for waiting in by_block(scope.model, layers) if scope.whole else [layers]:
             while waiting:
                 label = run.label(self)
                 with (
@@ -226,16 +226,6 @@ class GPTQ(Technique):
             ["layer", "relative squared output error"],
             [[f"`{name}`", f"{errors[name]:.2e}"] for name in worst],
         )
-
-
-def in_order(scope: Scope, layers: Mapping[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
-    """The layers of a scope by block, in execution order, and last those outside the blocks."""
-    if not scope.whole:
-        return [dict(layers)]
-    found = [block.holds for block in topology.blocks(scope.model)]
-    inside = [{name: layer for name, layer in layers.items() if holds(name)} for holds in found]
-    outside = {name: layer for name, layer in layers.items() if not any(holds(name) for holds in found)}
-    return [part for part in (*inside, outside) if part]
 
 
 def leading(moments: Sequence[Moment], layers: Mapping[str, nn.Linear]) -> list[Moment]:
