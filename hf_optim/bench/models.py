@@ -16,7 +16,7 @@ from ..schemes import scheme
 from ..toolkit import topology
 from .peers import GROUP, prune24
 
-SCHEMES = ("dense", "w4a16", "w8a8", "2:4")
+SCHEMES = ("dense", "w4a16", "w8a8", "2:4", "2:4-w4a16")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
@@ -95,11 +95,12 @@ def _compress(layer: nn.Module, scheme_name: str) -> None:
     weight: Tensor = layer.get_parameter("weight")
     if scheme_name == "2:4":
         weight.copy_(prune24(weight))
-    elif scheme_name == "w4a16":
+    elif scheme_name in ("w4a16", "2:4-w4a16"):
         grouped = weight.shape[1] % GROUP == 0
         strategy, size = ("group", GROUP) if grouped else ("channel", None)
         grid = scheme(4, strategy=strategy, group_size=size)  # type: ignore[arg-type]
-        store(layer, grid, *_random_codes(weight, 4, size or weight.shape[1]))
+        codes, scale = _random_codes(weight, 4, size or weight.shape[1])
+        store(layer, grid, prune24(codes) if scheme_name == "2:4-w4a16" else codes, scale)
     elif scheme_name == "w8a8":
         store(layer, scheme(8, activations="int8"), *_random_codes(weight, 8, weight.shape[1]))
 

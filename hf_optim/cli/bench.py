@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"instead: time `generate` of a shape ({DEFAULT_MODEL}, tiny), or of the architecture of a Hub model",
     )
-    whole.add_argument("--scheme", nargs="+", metavar="NAME", help="dense, w4a16, w8a8, 2:4 (default: all)")
+    whole.add_argument("--scheme", nargs="+", metavar="NAME", help="dense, w4a16, w8a8, 2:4, 2:4-w4a16 (default: all)")
     whole.add_argument(
         "--cache",
         nargs="+",

@@ -35,7 +35,7 @@ class Kernel:
 
             It can be copied (no closures). ``bind`` may raise ``ValueError`` with the reason why it cannot.
         sparse24: whether it is to be asked for 2:4 sparse weights, quantized or not (``kind == "dense"``). The pattern
-            is looked for only if some kernel asks.
+            is looked for only if some kernel asks. Such a kernel is asked first for the weights that have it.
         outliers: whether it computes outlying columns of the input apart (``QuantizedWeight.outliers``). Such a kernel
             is asked first for the weights that are meant for it, and for no others.
         coded: whether ``serves`` and ``bind`` take a module of remote code that holds codes (see ``packed.coded``)

@@ -42,9 +42,11 @@ def bind(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel, nn
 
 
 def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Those that are for what this weight has (outliers, 2:4) come before those that do without."""
     kernels = list(kernels)
     special = [kernel for kernel in kernels if kernel.outliers]
-    return (special if weight.outliers is not None else []) + [kernel for kernel in kernels if not kernel.outliers]
+    plain = sorted((k for k in kernels if not k.outliers), key=lambda k: not (weight.sparse24 and k.sparse24))
+    return (special if weight.outliers is not None else []) + plain
 
 
 def _checked(operand: Any) -> nn.Module:

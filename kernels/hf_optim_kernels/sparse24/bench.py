@@ -1,15 +1,21 @@
-"""Contenders for a 2:4 layer: the kernels of this folder, the dense product, and cuSPARSELt through PyTorch."""
+"""Contenders for a 2:4 layer: the kernels of this folder, the dense product, 4-bit codes without the pattern (by the
+kernel for these), and cuSPARSELt through PyTorch."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..benching import Contender, bytes_of, codes_of, copies_of, device, modules_of, weight_of
-from . import layer, library, naive
+from .. import tuning
+from ..benching import Contender, bytes_of, codes_of, copies_of, device, graph_time, modules_of, weight_of
+from ..wna16 import bench as unpruned
+from . import configs, fragments, layer, library, naive
 
+log = logging.getLogger(__name__)
 GROUP = 128
 
 
@@ -55,6 +61,7 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     reference = x.double() @ dense.double().T
     calls = [partial(torch.nn.functional.linear, x, *copy) for copy in copies_of((dense,))]
     found.append(Contender("dense", calls, bytes_of((dense,)), flops, reference, dense=True))
+    found.append(unpruned.contender("int4, not 2:4", N, K, M, 4, GROUP if K % GROUP == 0 else K, dtype))
     packed = library.share(dense, naive.pack(dense, dense != 0, 16)[0])
     if packed is not None:
         calls = [partial(library.product, x, copy, None, 0) for (copy,) in copies_of((packed,))]
@@ -64,10 +71,49 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
 
 def stored_bytes(module: layer.Operand) -> int:
     """Bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
+    if fragments.holds(module.bits):
+        return bytes_of(t for t in (module.values, module.bits, module.scale, module.zero) if t is not None)
     rows, fours = module.bits.shape[0], 2 * module.bits.shape[1]
     return rows * fours * 2 * module.width // 8 + bytes_of(
         tensor for tensor in (module.bits, module.scale, module.zero) if tensor is not None
     )
+
+
+def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Time the candidates for codes on sparse tensor cores and remember the fastest; tells what was found."""
+    from . import tiled
+
+    module, rows = operand(N, K, 4, dtype)[0], tuning.bucket(M)
+    if device().type != "cuda" or not fragments.holds(module.values) or rows > configs.MOST_TILED_ROWS:
+        return "nothing to tune"
+    found = timed(module, torch.randn(M, K, device=device(), dtype=dtype), configs.tiled_candidates(N, K, rows))
+    best, config = found[0]
+    tuning.remember("sparse24-tiles", (N, K, rows), dtype, config, device())
+    tiled.forget()
+    return f"{best:.1f} us with {config}"
+
+
+@torch.no_grad()
+def timed(module: layer.Operand, x: Tensor, tried: Iterable[configs.Config]) -> list[tuple[float, configs.Config]]:
+    """Microseconds of configurations on copies of a layer, fastest first; those that do not compile are left out."""
+    modules, times = modules_of(module), []
+    for config in tried:
+        try:
+            times.append((graph_time([partial(run, each, x, config) for each in modules], 11).us, config))
+        except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
+            log.info("%s: %s: %s", config, type(error).__name__, str(error)[:120])
+    return sorted(times, key=lambda pair: pair[0])
+
+
+def run(module: nn.Module, x: Tensor, config: configs.Config) -> Tensor:
+    """``module(x)`` with a given configuration."""
+    from . import dispatch
+
+    assert isinstance(module, layer.Operand)
+    return dispatch.sparse24(
+        x, module.values, module.bits, module.scale, module.zero, module.bias, module.counters, module.width,
+        module.group_size, module.middle, config,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ Config = dict[str, Any]
 # More rows than this are a matter of arithmetic, not of bytes.
 FEW_ROWS = 64
 COUNTERS = 1 << 14
+# With more, a weight in the order of sparse tensor cores is decompressed.
+MOST_TILED_ROWS = 256
 
 
 def config(
@@ -20,8 +22,8 @@ def config(
 ) -> Config:
     """A configuration.
 
-    ``path`` is "row", "dot", "library" (cuSPARSELt, with the number of its ``algorithm``) or "dense" (decompress, then
-    the dense product).
+    ``path`` is "row", "dot", "tiles" (see ``tiles``), "library" (cuSPARSELt, with the number of its ``algorithm``) or
+    "dense" (decompress, then the dense product).
     """
     names = ("path", "BLOCK_M", "BLOCK_N", "FOURS", "SPLIT", "num_warps", "num_stages", "algorithm")
     return dict(zip(names, (path, block_m, block_n, fours, split, warps, stages, algorithm), strict=True))
@@ -29,6 +31,44 @@ def config(
 
 DENSE = config("dense", 0, 0, 0, 1, 0, 0)
 LIBRARY = config("library", 0, 0, 0, 1, 0, 0)
+
+
+def tiles(rows: int, outputs: int, ahead: int, split: int, warps: int, inputs: int = 0) -> Config:
+    """A configuration of the kernel for sparse tensor cores.
+
+    ``rows`` of inputs (8, 16, 32, 64) and ``outputs`` (16, 32, 64) of a warp, whose registers hold ``ahead`` tiles of
+    128 columns. ``inputs``: how it reads them, in words (0), in pieces of 16 bytes (1), or put in the order of its
+    lanes by a launch before (2); that pays where many rows are read often.
+    """
+    return config("tiles", rows, outputs, 32 * ahead, split, warps, 1, inputs)
+
+
+def default_tiles(N: int, K: int, M: int) -> Config:
+    """A good guess for codes in the order of sparse tensor cores."""
+    units = K // 128
+    if M > MOST_TILED_ROWS:
+        return DENSE
+    if M == 1:
+        return tiles(8, 16, min(2 if units <= 48 else 4, units), 1, 4)
+    if M <= 8:
+        return tiles(8, 32, 2, 2, 4, 1) if N * K > 1 << 25 else tiles(8, 16, 2, 1, 8, 1)
+    return tiles(min(64, tuning.bucket(M)), 32, 1, 2, 4, 2)
+
+
+def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
+    """Configurations worth timing for codes in the order of sparse tensor cores, the likeliest first."""
+    if M <= 1:
+        shapes = [(16, 2, 1, 4, 0), (16, 4, 1, 4, 0), (16, 2, 1, 8, 0), (16, 3, 1, 4, 0), (32, 2, 2, 4, 0)]
+    elif M <= 8:
+        shapes = [(16, 2, 1, 4, 1), (32, 2, 2, 4, 1), (16, 2, 1, 8, 1), (16, 2, 1, 4, 2), (32, 2, 2, 4, 2)]
+        shapes += [(16, 2, 1, 4, 0), (16, 4, 1, 4, 1), (32, 2, 1, 4, 2)]
+    else:
+        shapes = [(32, 1, 2, 4, 2), (32, 2, 2, 4, 2), (16, 2, 1, 4, 2), (32, 1, 1, 4, 2), (16, 1, 1, 8, 2)]
+        shapes += [(64, 1, 4, 4, 2), (64, 1, 2, 4, 2), (32, 1, 4, 4, 2)]
+    blocks = [max(8, min(tuning.bucket(M), 64))] + ([32] if M >= 64 else [])
+    found = [tiles(rows, *shape) for shape in shapes for rows in blocks if rows * shape[0] <= 2048]
+    guess = default_tiles(N, K, M)
+    return [guess, *(each for each in found if each != guess), *([DENSE] if M >= 64 and guess != DENSE else [])]
 
 
 def split_of(N: int, K: int, block_n: int, tiles: int = 512) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..launching import aligned, interpreted, launch
-from . import configs, library
+from . import configs, fragments, library, naive, tiled
 from .kernel import BF16, FP16, FP32, HALF, decompress_kernel, dot_kernel, row_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -40,13 +40,16 @@ def sparse24(
     config: configs.Config | None = None,
 ) -> Tensor:
     """``x W^T + bias``; arguments as in ``op.sparse24``, ``config`` instead of the chosen one."""
-    K, N = x.shape[-1], bits.shape[0]
+    K, N = x.shape[-1], naive.shape_of(bits)[0]
     flat = x.reshape(-1, K)
     if not flat.is_contiguous() or not aligned(flat):
         flat = flat.clone(memory_format=torch.contiguous_format)
     M = flat.shape[0]
     if M == 0 or N == 0:
         return x.new_empty(*x.shape[:-1], N)
+    if fragments.holds(values):
+        y = _tiled(flat, values, bits, scale, zero, bias, counters, group_size, middle, config)
+        return y.view(*x.shape[:-1], N)
     shared = library.shared(values, bits)
     found = config or _choose(N, K, tuning.bucket(M), width, x.dtype, shared, x.device)
     if config is None and found["path"] == "library" and not library.pays(M, N, K):
@@ -62,6 +65,20 @@ def sparse24(
 
 
 _choose = functools.cache(configs.chosen)
+
+
+def _tiled(
+    x: Tensor, values: Tensor, bits: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None,
+    counters: Tensor, group_size: int, middle: int, config: configs.Config | None,
+) -> Tensor:  # fmt: skip
+    """``x`` [rows, in] with codes in the order of sparse tensor cores."""
+    assert scale is not None
+    (M, K), N = x.shape, naive.shape_of(bits)[0]
+    found = config or tiled.chosen(N, K, M, x.dtype, x.device)
+    if found["path"] == "dense" or interpreted(dot_kernel):
+        weight = tiled.decompress(values, bits, scale, zero, group_size, middle, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    return tiled.sparse24(x, values, bits, scale, zero, bias, counters, group_size, middle, found)
 
 
 def _run(
@@ -135,6 +152,9 @@ def decompress(
     columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The dense weight [out, in], of 16 bits: that of ``naive.dequantize``, rounded to ``dtype``."""
+    if fragments.holds(values):
+        assert scale is not None
+        return tiled.decompress(values, bits, scale, zero, group_size, middle, dtype)
     N, block = bits.shape[0], 32
     out = torch.empty((N, columns), dtype=dtype, device=bits.device)
     constants = {

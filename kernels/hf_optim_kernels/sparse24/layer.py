@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import Codes
-from . import configs, library, naive, op
+from . import configs, fragments, library, naive, op
 
 # Smaller layers are bound by the launch, which a dense product has too.
 LEAST_WEIGHTS = 1 << 22
 GROUP_MULTIPLE = 16
+# Shapes of inputs whose launch is kept ready; a server's prompts have ever new ones.
+MOST_PLANS = 64
 
 
 def serves(weight: Any) -> str | None:
@@ -68,9 +70,18 @@ def _size_refusal(weight: Any) -> str | None:
 
 
 def _speed_refusal(weight: Any) -> str | None:
-    # H200, 14336 x 4096, one row: int8 31.9 microseconds and int4 35.2, where dense takes 32.7, the kernels for integer
-    # weights that are not sparse 21.2 and 13.0, and 16-bit 2:4 values 26.6.
-    return None if weight.kind == "dense" else "integer codes run faster on a kernel that decodes all of them"
+    # In the order of ``naive.pack``, one row and 14336 x 4096 on an H200: int8 31.9 microseconds and int4 35.2, where
+    # dense takes 32.7, codes that are not sparse 21.2 and 13.0 on their own kernel, and 16-bit 2:4 values 26.6. In the
+    # order of ``fragments``, on an H100: int4 12.9, where dense takes 44.7 and int4 that is not sparse 15.5.
+    if weight.kind == "dense" or _for_tensor_cores(weight):
+        return None
+    return "integer codes run faster on a kernel that decodes all of them"
+
+
+def _for_tensor_cores(weight: Any) -> bool:
+    """Whether integer codes are to be laid out for sparse tensor cores."""
+    rows, columns = weight.shape
+    return weight.bits <= 4 and fragments.fits(rows, columns) and fragments.takes_groups(columns, weight.group_size)
 
 
 @torch.no_grad()
@@ -85,8 +96,11 @@ def bind(weight: Any) -> Operand:
     if weight.kind == "dense":
         return _bind_dense(found.codes, bias)
     width = 4 if weight.bits <= 4 else 8
-    middle_or_zero = middle if found.zero is None else _spread(found.zero, columns, weight.group_size)
-    values, bits = naive.pack(found.codes, found.codes != middle_or_zero, width)
+    kept = found.codes != (middle if found.zero is None else _spread(found.zero, columns, weight.group_size))
+    if _for_tensor_cores(weight):
+        values, bits = fragments.pack(found.codes, kept)
+    else:
+        values, bits = naive.pack(found.codes, kept, width)
     scale = found.scale.T.contiguous()
     zero = None if found.zero is None else found.zero.T.contiguous()
     return Operand(values, bits, scale, zero, bias, None, width, weight.group_size, middle, columns, weight.dtype)
@@ -112,6 +126,7 @@ class Operand(nn.Module):
         values, bits, scale, zero, bias: see ``op.sparse24``.
         negative: uint8 [out, in / 8], where a pruned weight is -0.0; None where none is. Only ``codes`` reads it.
         counters: int32, zeros; not saved.
+        plans: launches kept ready, by the shape of the input.
     """
 
     values: Tensor
@@ -144,11 +159,14 @@ class Operand(nn.Module):
             self.register_buffer(name, tensor)
         counters = torch.zeros(configs.COUNTERS, dtype=torch.int32, device=bits.device)
         self.register_buffer("counters", counters, persistent=False)
+        self.plans: dict[torch.Size, Any] = {}
 
     @property
     def label(self) -> str:
         """What reports say of a layer on this operand."""
         many = ", cuSPARSELt for many rows" if library.shared(self.values, self.bits) else ""
+        if fragments.holds(self.values):
+            return "sparse24 Triton, int4 values on sparse tensor cores"
         return f"sparse24 Triton, {'16-bit' if self.width == 16 else f'int{self.width}'} values{many}"
 
     def takes(self, x: Tensor) -> bool:
@@ -163,7 +181,33 @@ class Operand(nn.Module):
         )  # fmt: skip
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._records(x)):
             return torch.ops.hf_optim.sparse24(*arguments)
+        if not x.is_cuda or not fragments.holds(self.values):
+            return op.run(*arguments)
+        plan = self.plans.get(x.shape)
+        y = plan(x) if plan is not None and x.dtype == self.dtype and x.is_contiguous() else None
+        return self._plan(x, arguments) if y is None else y
+
+    def _plan(self, x: Tensor, arguments: tuple) -> Tensor:
+        """As ``forward``, for a shape without a plan; makes one where one will do."""
+        from . import tiled
+
+        if len(self.plans) < MOST_PLANS and x.shape not in self.plans and x.dtype == self.dtype:
+            held = (self.values, self.bits, self.scale, self.zero, self.bias, self.counters)
+            plan = tiled.plan_for(x, *held, self.group_size, self.middle)  # type: ignore[arg-type]
+            if plan is not None:
+                self.plans[x.shape] = plan
         return op.run(*arguments)
+
+    def renew(self) -> None:
+        """Forget what holds addresses of the buffers: one of them is another tensor now."""
+        self.plans = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Operand:
+        self.renew()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}}
 
     def _records(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
@@ -216,12 +260,15 @@ def _form(operand: Operand) -> tuple:
         operand.columns,
         operand.dtype,
         operand.bits.device,
+        operand.bits.dtype,
         kinds,
     )
 
 
 def _own_values(operand: Operand) -> Tensor:
     """The values [out, ...] without what cuSPARSELt keeps behind them."""
+    if fragments.holds(operand.values):
+        return operand.values
     rows, fours = operand.bits.shape[0], 2 * operand.bits.shape[1]
     flat = operand.values.flatten()
     return (

@@ -8,12 +8,17 @@ that say which columns these are. The numbers are the weights themselves in 16 b
 
 with ``zero`` = ``middle`` where none is given. ``y = x W^T + bias`` is accumulated in float32 (float64 for float64
 inputs) and rounded once, to the type of ``x``.
+
+Codes of four bits have a second layout, see ``fragments``: int32 ``values`` say that it is that one.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from . import fragments
+from .fours import places
 
 # Byte j of a chunk of 2 * HALF fours has the bits of four j in its low and of four HALF + j in its high half, so that
 # a kernel reads both with one contiguous load.
@@ -23,21 +28,6 @@ HALF = 32
 def stored_fours(columns: int) -> int:
     """The fours of a row that are stored: whole chunks; those past the end have no bit set."""
     return -(-columns // (8 * HALF)) * 2 * HALF
-
-
-def places(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Which two columns of each four are stored: uint8 [..., fours] each, the first below the second.
-
-    ``kept`` is bool [..., 4 * fours]. A four with fewer than two entries stores zeros beside them, chosen so that an
-    only entry in column 0, 1 or 2 comes first. Raises ``ValueError`` where a four has more than two.
-    """
-    four = kept.unflatten(-1, (-1, 4))
-    if bool((four.sum(-1, dtype=torch.uint8) > 2).any()):
-        raise ValueError("some four consecutive columns have more than two entries that are not zero")
-    zero, one, _, three = four.unbind(-1)
-    first = torch.where(zero, 0, torch.where(one, 1, 2)).to(torch.uint8)
-    last = torch.where(three, 3, torch.where(four[..., 2], 2, torch.where(one, 1, 0))).to(torch.uint8)
-    return first, torch.maximum(last, first + 1)
 
 
 def pack(numbers: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +54,13 @@ def pack(numbers: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return values.contiguous(), (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(rows, -1)
 
 
+def shape_of(bits: Tensor) -> tuple[int, int]:
+    """Rows of a packed weight, and its columns with those stored past the end."""
+    if fragments.holds(bits):
+        return fragments.ROWS * bits.shape[0], fragments.COLUMNS * bits.shape[1]
+    return bits.shape[0], 8 * bits.shape[1]
+
+
 def placed(bits: Tensor) -> Tensor:
     """Bool [out, fours, 4]: where the stored numbers of packed ``bits`` [out, fours / 2] belong."""
     chunks = bits.view(bits.shape[0], -1, 1, HALF)
@@ -76,6 +73,8 @@ def unpack(values: Tensor, bits: Tensor, width: int, columns: int) -> tuple[Tens
 
     ``values`` may be followed by other data (see ``library``).
     """
+    if fragments.holds(values):
+        return fragments.unpack(values, bits)
     rows, fours = bits.shape[0], 2 * bits.shape[1]
     if width == 4:
         stored = values.flatten()[: rows * fours].view(rows, fours)

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import naive
+from . import fragments, naive
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -37,8 +37,9 @@ def run(
     middle: int,
 ) -> Tensor:
     """The operator without PyTorch's dispatcher: no gradient, less work for the host."""
-    if naive.stored_fours(x.shape[-1]) != 2 * bits.shape[1] or x.shape[-1] % 4:
-        raise ValueError(f"inputs of {x.shape[-1]} columns for a weight of up to {8 * bits.shape[1]}, in fours")
+    stored, K = naive.shape_of(bits)[1], x.shape[-1]
+    if (stored != K if fragments.holds(bits) else 4 * naive.stored_fours(K) != stored) or K % 4:
+        raise ValueError(f"inputs of {K} columns for a weight of up to {stored}, in fours")
     if on_kernel(x, values):
         from .dispatch import sparse24 as kernels
 
@@ -64,7 +65,8 @@ def sparse24(
     Args:
         x: [..., in], floating point; ``in`` a multiple of 4.
         values: the two numbers of every four, made by ``naive.pack``; those of 16 bits have the type of the weight.
-        bits: uint8 [out, fours / 2], made by ``naive.pack``.
+        bits: uint8 [out, fours / 2], made by ``naive.pack``; int32, as are ``values`` then, if ``fragments.pack`` made
+            them (``width`` 4, whole tiles, groups that ``fragments.takes_groups``).
         scale: [groups, out], floating point; None for weights of 16 bits.
         zero: [groups, out], whole numbers in [0, 255]; None where it is ``middle``.
         bias: [out], or None.
@@ -91,7 +93,7 @@ def _(
     group_size: int,
     middle: int,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], bits.shape[0]))
+    return x.new_empty((*x.shape[:-1], naive.shape_of(bits)[0]))
 
 
 @torch.library.custom_op("hf_optim::sparse24_weight", mutates_args=())
@@ -128,7 +130,7 @@ def _(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return bits.new_empty((bits.shape[0], columns), dtype=dtype)
+    return bits.new_empty((naive.shape_of(bits)[0], columns), dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -9,6 +9,7 @@ time, that of the dense product, and every candidate's. Entries of ``best`` are 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -20,25 +21,21 @@ import torch
 from torch import Tensor
 
 from .. import tuning
-from ..benching import copies_of, graph_time, modules_of, relative_error
-from . import bench, configs, dispatch, layer, library
+from ..benching import copies_of, graph_time, relative_error
+from . import bench, configs, fragments, layer, library, naive
 
 SHAPES = ["14336x4096", "4096x14336", "4096x4096"]
 ROWS = [1, 16, 64, 256, 4096, 4, 128, 1024]
+TILES = [configs.tiles(8, 16, 2, 1, 4, inputs) for inputs in range(3)]
+TILES += [configs.tiles(16, 32, 1, 2, 4, 2), configs.tiles(64, 32, 1, 1, 2, 2), configs.DENSE]
 BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-def run(module: layer.Operand, x: Tensor, config: configs.Config) -> Tensor:
-    """``module(x)`` with a given configuration."""
-    return dispatch.sparse24(
-        x, module.values, module.bits, module.scale, module.zero, module.bias, module.counters, module.width,
-        module.group_size, module.middle, config,
-    )  # fmt: skip
 
 
 def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[configs.Config]) -> float:
     """The largest relative error over paths; each runs twice and has to give the same bits. Raises when wrong."""
     module, weight = bench.operand(*shape, bits, dtype)
+    if fragments.holds(module.bits):
+        paths = TILES
     worst = 0.0
     for M in rows:
         x = torch.randn(M, shape[1], device="cuda", dtype=dtype)
@@ -46,8 +43,8 @@ def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int]
         for config in paths:
             # The caching allocator hands this block to the output next.
             torch.full((M, shape[0]), float("nan"), dtype=dtype, device="cuda")
-            y = run(module, x, config)
-            again = run(module, x, config)
+            y = bench.run(module, x, config)
+            again = bench.run(module, x, config)
             error = relative_error(y, reference)
             worst = max(worst, error)
             limit = BOUND[dtype] * (1 if bits == 16 else 1.5)
@@ -81,20 +78,14 @@ def algorithms(module: layer.Operand, x: Tensor) -> list[configs.Config]:
     return [{**configs.LIBRARY, "algorithm": number} for number in sorted({0, int(found)})]
 
 
-def times(modules: list[layer.Operand], x: Tensor, end: float) -> list[tuple[float, configs.Config]]:
+def times(module: layer.Operand, x: Tensor, end: float) -> list[tuple[float, configs.Config]]:
     """Microseconds of the candidates, fastest first; those that do not compile or come after ``end`` are left out."""
-    (M, K), N = x.shape, modules[0].bits.shape[0]
-    found = []
-    candidates = [c for c in configs.candidates(N, K, M) if c["path"] != "library"]
-    for config in [*(algorithms(modules[0], x) if M % 8 == 0 else []), *candidates]:
-        if time.monotonic() > end:
-            break
-        calls = [partial(run, module, x, config) for module in modules]
-        try:
-            found.append((graph_time(calls, 11).us, config))
-        except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
-            print(f"  {config}: {type(error).__name__}: {str(error)[:120]}", flush=True)
-    return sorted(found, key=lambda pair: pair[0])
+    (M, K), N = x.shape, naive.shape_of(module.bits)[0]
+    tiled = fragments.holds(module.bits)
+    candidates = (configs.tiled_candidates if tiled else configs.candidates)(N, K, M)
+    candidates = [c for c in candidates if c["path"] != "library"]
+    tried = [*(algorithms(module, x) if M % 8 == 0 else []), *candidates]
+    return bench.timed(module, x, itertools.takewhile(lambda _: time.monotonic() < end, tried))
 
 
 def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[str, Any]:
@@ -102,18 +93,19 @@ def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[
     N, K = map(int, shape.split("x"))
     module, weight = bench.operand(N, K, bits, torch.bfloat16)
     del weight
-    modules = [each for each in modules_of(module) if isinstance(each, layer.Operand)]
     dense = copies_of((bench.sparse_weight(N, K, torch.bfloat16),))
     print(f"{shape} {bits}-bit, {module.label}: {bench.stored_bytes(module) / 1e6:.1f} MB", flush=True)
     results = {}
     for M in rows:
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
         plain = graph_time([partial(torch.nn.functional.linear, x, *copy) for copy in dense], 11).us
-        found = times(modules, x, end)
+        found = times(module, x, end)
         for us, config in found[:top]:
             print(f"  M={M:5d} {us:8.1f} dense {plain:8.1f}  {' '.join(map(str, config.values()))}", flush=True)
         if found:
-            key = tuning.key_of("sparse24", (N, K, module.width, M), torch.bfloat16)
+            op = "sparse24-tiles" if fragments.holds(module.bits) else "sparse24"
+            shape_of = (N, K, M) if fragments.holds(module.bits) else (N, K, bits, M)
+            key = tuning.key_of(op, shape_of, torch.bfloat16)
             results[key] = {"config": found[0][1], "us": found[0][0], "dense_us": plain, "all": found}
         if time.monotonic() > end:
             break
