@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import examples
 from .config import DataConfig
-from .data import texts
+from .data import calibration_data, texts
 from .errors import DataError, RecipeError
 from .rows import is_streamed
 from .tasks import task_of_model
@@ -26,7 +26,8 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
     Args:
         model: a model whose run waits for training.
         tokenizer: its tokenizer, or image processor.
-        data: what to train on; language models take windows of its texts, classifiers its labelled rows.
+        data: what to train on; language models take windows of its texts, classifiers its labelled rows. ``random``
+            is random inputs without labels, for steps that need none.
         training: arguments of ``transformers.TrainingArguments``; no checkpoints are kept unless they say so.
 
     Returns the model, which may be another object than before. Raises ``RecipeError`` for arguments that
@@ -73,6 +74,11 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
         default_data_collator,
     )
 
+    if data.dataset == "random":
+        made = calibration_data("random", model_config=model.config, data=data)
+        return [dict(zip(batch, row, strict=True)) for batch in made for row in zip(*batch.values(), strict=True)], (
+            default_data_collator
+        )
     task = task_of_model(model).tag
     if task in ("text-generation", "image-text-to-text"):
         return [

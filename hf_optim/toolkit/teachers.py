@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, RecipeError
+from .stacks import blocks
+
+SAME, OFFLOAD = "same", "offload"
 
 
 def load(source: str, label: str) -> nn.Module:
@@ -34,17 +37,92 @@ def load(source: str, label: str) -> nn.Module:
         raise ModelError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
 
 
-def freeze(teacher: nn.Module, device: torch.device) -> nn.Module:
-    """The teacher in evaluation mode, without gradients, on ``device`` unless its owner placed it on an accelerator."""
+def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Module:
+    """The teacher in evaluation mode, without gradients, where it is to run.
+
+    Args:
+        device: the student's.
+        where: ``"same"``: on the student's device, unless its owner placed it on an accelerator; ``"offload"``: in host
+            memory, its blocks brought to the student's device one after the other; else the name of a device
+            (``"cpu"``: it computes there).
+
+    Raises ``ModelError`` for a device that is not there, and for a teacher that its owner spread over several.
+    """
     teacher.eval().requires_grad_(False)
-    if getattr(teacher, "hf_device_map", None) is None and device_of(teacher).type == "cpu":
-        teacher.to(device)
+    spread = getattr(teacher, "hf_device_map", None) is not None
+    if where == SAME:
+        if not spread and device_of(teacher).type == "cpu":
+            teacher.to(device)
+        return teacher
+    if spread:
+        raise ModelError(
+            f"the teacher is spread over devices by its device_map: leave device at {SAME!r}, not {where!r}"
+        )
+    if where == OFFLOAD:
+        return offload(teacher, device)
+    try:
+        return teacher.to(torch.device(where))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"the teacher cannot be put on device {where!r}: {reason}") from error
+
+
+def require_place(where: str, step: str) -> None:
+    """Raise ``RecipeError`` unless ``freeze`` knows the word: ``same``, ``offload``, or a device of torch."""
+    if where in (SAME, OFFLOAD):
+        return
+    try:
+        torch.device(where)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"{step}: device must be {SAME!r}, {OFFLOAD!r}, or a device such as 'cpu' or 'cuda:1', not {where!r}"
+        ) from error
+
+
+def offload(teacher: nn.Module, device: torch.device) -> nn.Module:
+    """Keep the teacher's blocks in host memory; each is on ``device`` only while it runs. The rest stays there.
+
+    The weights do not change, so nothing is copied back. Where the device is the CPU nothing is moved.
+    """
+    if device.type == "cpu" or getattr(teacher, "_hf_optim_offloaded", False):
+        return teacher
+    found = [block.module for block in blocks(teacher)]
+    inside = {id(t) for block in found for t in _tensors(block)}
+    for tensor in _tensors(teacher):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+    for block in found:
+        home = [(t, t.data.cpu().pin_memory()) for t in _tensors(block)]  # copies overlap with computing
+        _bring_home(home)
+        block.register_forward_pre_hook(lambda module, args, home=home: _bring(home, device))
+        block.register_forward_hook(lambda module, args, output, home=home: _bring_home(home))
+    object.__setattr__(teacher, "_hf_optim_offloaded", True)
+    object.__setattr__(teacher, "_hf_optim_device", device)
     return teacher
 
 
-@torch.no_grad()
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bring(home: list[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    for tensor, kept in home:
+        tensor.data = kept.to(device, non_blocking=True)
+
+
+def _bring_home(home: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, kept in home:
+        tensor.data = kept
+
+
 def logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The teacher's logits for a batch of the student's, on the teacher's device. It gets what its forward knows."""
+    """The teacher's logits for a batch of the student's, on the teacher's device."""
+    return answer(teacher, inputs).logits
+
+
+@torch.no_grad()
+def answer(teacher: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The teacher's outputs for a batch of the student's, on the teacher's device. It gets what its forward knows."""
     device = device_of(teacher)
     known = inspect.signature(teacher.forward).parameters
     given = {name: value for name, value in inputs.items() if name in known and name != "labels"}
@@ -55,7 +133,7 @@ def logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         given["decoder_input_ids"] = shift(inputs["labels"].to(device))
     if "use_cache" in known:
         given["use_cache"] = False
-    return teacher(**given).logits
+    return teacher(**given)
 
 
 def require_same_classes(student: nn.Module, teacher: nn.Module, label: str) -> None:
@@ -68,14 +146,14 @@ def require_same_classes(student: nn.Module, teacher: nn.Module, label: str) -> 
         )
 
 
-def require_same_tokenizer(student: Any, teacher: Any, label: str) -> None:
-    """Raise ``ModelError`` if two tokenizers number tokens differently.
+def require_same_tokenizer(student: Any, teacher: Any, label: str) -> bool:
+    """Raise ``ModelError`` if two tokenizers number tokens differently; False if one is missing and nobody can tell.
 
-    Each is a tokenizer, or a path or Hub id beside which one may lie; what has none is not compared.
+    Each is a tokenizer, or a path or Hub id beside which one may lie.
     """
     mine, theirs = (tokenizer_at(x) if isinstance(x, str) else x for x in (student, teacher))
     if not (hasattr(mine, "get_vocab") and hasattr(theirs, "get_vocab")):
-        return
+        return False
     ours, others = mine.get_vocab(), theirs.get_vocab()
     for token in sorted(ours.keys() | others.keys()):
         if ours.get(token) != others.get(token):
@@ -83,6 +161,7 @@ def require_same_tokenizer(student: Any, teacher: Any, label: str) -> None:
                 f"{label}: teacher and student have different tokenizers ({token!r} is {others.get(token)} in the "
                 f"teacher's, {ours.get(token)} in the student's); logits can be compared only over one vocabulary"
             )
+    return True
 
 
 def tokenizer_at(source: str) -> Any:
@@ -119,5 +198,5 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's (first) weights are."""
-    return next(model.parameters()).device
+    """Where a model takes its inputs: where its first weights are."""
+    return getattr(model, "_hf_optim_device", None) or next(model.parameters()).device

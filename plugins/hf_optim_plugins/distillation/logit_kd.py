@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,13 @@ from transformers import TrainerCallback
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
 from hf_optim.toolkit import teachers
 from hf_optim.toolkit.logit_cache import LogitCache, sample_keys
-from hf_optim.toolkit.losses import DIRECTIONS, RESTS, Direction, Rest, TopK, kd_loss, scored_rows, top_k, top_k_kd_loss
+from hf_optim.toolkit.losses import DIRECTIONS, RESTS, Direction, Rest, TopK, scored_rows, top_k, top_k_kd_loss
 from hf_optim.traits import SPARSE, SPARSE_NM
 
+from .fused import kd_loss
+
 if TYPE_CHECKING:
-    from hf_optim import Run
+    from hf_optim import Card, Run
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,8 @@ class LogitKD(Technique):
     """Train the model to give the distribution of a teacher.
 
     For causal and sequence-to-sequence language models, masked language models, token and sequence classifiers. Only
-    positions that have a label are compared (without labels: those that are not padding).
+    positions that have a label are compared. Data needs no labels, and may be random tokens: then all positions that
+    are not padding are compared, there is no task loss, and the loss is the teacher's term alone, times ``alpha``.
 
     Attributes:
         teacher: a path or Hub id; or ``"self"``, the model as it was before the steps of its stage changed it (what
@@ -62,6 +66,8 @@ class LogitKD(Technique):
             them out and renormalizes both sides.
         cache: a directory for the teacher's top ``k`` of every sample; written in the first epoch, read afterwards and
             by later runs, which load no teacher if it is complete. ``8 k + 4`` bytes for each scored token.
+        device: where the teacher runs: ``"same"`` as the student, ``"offload"`` (in host memory, its blocks brought to
+            the student's device one by one), ``"cpu"``, or another device.
     """
 
     teacher: str | None = SELF
@@ -72,10 +78,12 @@ class LogitKD(Technique):
     top_k: int | None = option(None, low=1)
     rest: Rest = option("bucket", choices=RESTS)
     cache: str | None = None
+    device: str = teachers.SAME
 
     def validate(self) -> None:
         if self.cache is not None and self.top_k is None:
             raise RecipeError("logit_kd: a cache keeps the teacher's top classes: say how many with top_k (64, say)")
+        teachers.require_place(self.device, self.name)
 
     def phases(self) -> Any:
         # Taking a copy in transform_model changes nothing: the step may stand behind ones that calibrate.
@@ -100,9 +108,8 @@ class LogitKD(Technique):
                 f"{run.label(self)}: {type(run.model).__name__} has no `logits` in its outputs; distillation compares "
                 "the logits of language models and classifiers"
             )
-        rows = scored_rows(
-            logits, inputs.get("labels"), inputs.get("attention_mask"), shift=teachers.predicts_next(run.model)
-        )
+        mask = "decoder_attention_mask" if run.model.config.is_encoder_decoder else "attention_mask"
+        rows = scored_rows(logits, inputs.get("labels"), inputs.get(mask), shift=teachers.predicts_next(run.model))
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "direction": self.direction,
@@ -120,6 +127,16 @@ class LogitKD(Technique):
     def finalize_model(self, run: Run) -> None:
         for name in ("teacher", "ready", "cache"):
             vars(run.state(self)).pop(name, None)
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        figures = run.record.steps.get(str(run.position(self)), {})
+        if "cache_bytes" in figures:
+            card.paragraph(
+                "The teacher's cache",
+                f"The teacher was asked once: its {self.top_k} most probable classes of {figures['cache_samples']:,} "
+                f"samples were kept on disk, in {figures['cache_bytes']:,} bytes.",
+            )
 
     def _greet(self, run: Run, term: Tensor) -> None:
         own = run.state(self)
@@ -196,6 +213,9 @@ class TeacherKeeper(TrainerCallback):
         figures: dict[str, Any] = {"teacher": step.teacher or type(own.teacher).__name__}
         if step.cache is not None:
             figures |= {"cache_samples": len(own.cache), "cache_bytes": own.cache.bytes_on_disk}
+            log.info(
+                "%s: teacher cache %s: %d bytes on disk", self.run.label(step), step.cache, own.cache.bytes_on_disk
+            )
         self.run.report(step, **figures)
 
     def _flush(self) -> None:
@@ -216,10 +236,25 @@ def ready_teacher(step: LogitKD, run: Run) -> nn.Module:
                 "hf_optim.run_of(model).state(step).teacher to a module before training"
             )
         own.teacher = teachers.load(step.teacher, label)
-        teachers.require_same_tokenizer(run.tokenizer or run.model.config._name_or_path, step.teacher, label)
     teachers.require_same_classes(run.model, own.teacher, label)
-    own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model))
+    if step.teacher != SELF:
+        _compare_tokenizers(step, run)
+    own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model), step.device)
     return own.ready
+
+
+def _compare_tokenizers(step: LogitKD, run: Run) -> None:
+    """Refuse a teacher with another tokenizer; a pair that cannot be compared is noted."""
+    source = step.teacher or getattr(run.state(step).teacher.config, "_name_or_path", "")
+    mine = run.tokenizer or run.model.config._name_or_path
+    texts = getattr(run.model, "main_input_name", "") == "input_ids"
+    if texts and not teachers.require_same_tokenizer(mine, source, run.label(step)):
+        sentence = (
+            f"{run.label(step)}: whether teacher and student have the same tokenizer could not be told, since one of "
+            "them has none at hand; their vocabularies have the same size"
+        )
+        run.record.note(sentence)
+        log.warning(sentence)
 
 
 @hookimpl

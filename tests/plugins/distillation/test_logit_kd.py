@@ -10,12 +10,14 @@ import pytest
 import torch
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from toy_training import arguments, begin, sentences
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import hf_optim
-from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError
+from hf_optim import CheckpointError, DataConfig, ModelError, OptimConfig, RecipeError
 from hf_optim.masking import stray_weights
+from hf_optim.train_stage import training_rows
 from hf_optim.training import OptimTrainer
+from hf_optim_kernels.kd_loss import op
 from hf_optim_plugins.distillation.logit_kd import LogitKD
 
 T = 3.0
@@ -169,6 +171,123 @@ def test_models_without_logits_are_refused():
         run.call("training_loss", model=student, inputs={}, outputs=SimpleNamespace(logits=None))
 
 
+def test_a_module_teacher_with_another_tokenizer_is_refused_and_an_unknown_one_noted(tmp_path, shared_models):
+    home = shared_models / "babyllama-1m"
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(home) for _ in range(2))
+
+    def begun(tokenizer):
+        run = begin(student, step := LogitKD(teacher=None))
+        run.state(step).teacher, run.tokenizer = teacher, tokenizer
+        run.call("training_callbacks")[0][0].on_train_begin(SimpleNamespace(process_index=0), None, None)
+        return run
+
+    vocabulary = tokenizer.get_vocab()
+    one, other = sorted(vocabulary)[:2]
+    swapped = {**vocabulary, one: vocabulary[other], other: vocabulary[one]}
+    with pytest.raises(ModelError, match="different tokenizers"):
+        begun(SimpleNamespace(get_vocab=lambda: swapped))
+    assert begun(tokenizer).record.notes == []
+    teacher.config._name_or_path = ""
+    (note,) = begun(tokenizer).record.notes
+    assert "could not be told" in note
+
+
+def test_devices_that_are_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"logit_kd: device must be 'same', 'offload', or a device"):
+        LogitKD(device="nowhere")
+    with pytest.raises(ModelError, match="the teacher cannot be put on device 'cuda:77'"):
+        trained(tiny_llama(), LogitKD(teacher=None, device="cuda:77"), tmp_path, tiny_llama(seed=1))
+    spread = tiny_llama(seed=1)
+    spread.hf_device_map = {"": 0}
+    with pytest.raises(ModelError, match="spread over devices by its device_map"):
+        trained(tiny_llama(), LogitKD(teacher=None, device="cpu"), tmp_path, spread)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("device", ["same", "offload", "cpu"])
+def test_a_teacher_elsewhere_gives_the_same_term(device):
+    student = tiny_llama().cuda()
+    inputs = {name: value.cuda() for name, value in batch(student).items()}
+    near, _ = hooked(LogitKD(teacher=None), student, tiny_llama(seed=1), inputs)
+    teacher = tiny_llama(seed=1)
+    far, _ = hooked(LogitKD(teacher=None, device=device), student, teacher, inputs)
+    torch.testing.assert_close(far["kd"], near["kd"])
+    far["kd"].backward()
+    where = "cuda" if device == "same" else "cpu"
+    assert {p.device.type for p in teacher.model.layers.parameters()} == {where}
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+def test_the_kernel_takes_the_place_of_the_chunks(direction, monkeypatch):
+    """Its operator runs the specification on a CPU; the teacher's logits are overwritten in the backward."""
+    student, step = tiny_llama(), {"teacher": None, "temperature": T, "direction": direction, "beta": 0.3}
+    inputs = batch(student)
+    chunks, _ = hooked(LogitKD(**step), student, tiny_llama(seed=1), inputs)
+    chunks["kd"].backward()
+    expected = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    monkeypatch.setattr("hf_optim_plugins.distillation.fused._kernel_serves", lambda *logits: True)
+    called, stock = [], op.kd_loss
+    monkeypatch.setattr(op, "kd_loss", lambda *given, **options: called.append(options) or stock(*given, **options))
+    kernel, _ = hooked(LogitKD(**step), student, tiny_llama(seed=1), inputs)
+    assert called[0]["overwrite_teacher"]
+    torch.testing.assert_close(kernel["kd"], chunks["kd"])
+    kernel["kd"].backward()
+    for ours, wanted in zip(student.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+# -- data without labels ---------------------------------------------------------------------------------------------
+STILL = {
+    tiny_llama: {},
+    tiny_bert: {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    tiny_t5: {"dropout_rate": 0.0},
+}
+
+
+@pytest.mark.parametrize("builder", STILL, ids=["causal", "classifier", "seq2seq"])
+def test_without_labels_the_loss_is_the_teachers_term(builder, tmp_path):
+    """On random tokens, which need nobody's text."""
+    student = builder(**STILL[builder])
+    run = begin(student, step := LogitKD(teacher=None, alpha=0.7))
+    run.state(step).teacher = builder(seed=1)
+    settings = {"max_steps": 24, "learning_rate": 3e-3, "logging_steps": 8, "logging_strategy": "steps"}
+    found = {}
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            found.setdefault("logs", []).append(logs)
+
+    data = DataConfig("random", samples=16, seq_len=8, batch_size=4)
+    rows, collator = training_rows(student, None, data)
+    assert not any("labels" in row for row in rows)
+    args = arguments(tmp_path, **settings)
+    OptimTrainer(model=student, args=args, train_dataset=rows, data_collator=collator, callbacks=[Watch()]).train()
+    first, _, last = (logs for logs in found["logs"] if "kd" in logs)
+    assert first["task_loss"] == last["task_loss"] == 0
+    assert first["loss"] == pytest.approx(first["kd"], abs=2e-4)
+    assert last["kd"] < first["kd"]
+    assert run.finished
+
+
+def test_padding_of_a_decoder_is_left_out_by_its_own_mask():
+    """The encoder's mask may have the decoder's shape."""
+    student, teacher = tiny_t5(), tiny_t5(seed=1)
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids.flip(1)}
+    inputs["attention_mask"][:, 4:] = 0
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    whole, _ = hooked(LogitKD(teacher=None), student, teacher, inputs)
+    short, _ = hooked(LogitKD(teacher=None), student, teacher, {**inputs, "decoder_attention_mask": mask})
+    cut = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, :5]}
+    expected, _ = hooked(LogitKD(teacher=None), student, teacher, cut)
+    torch.testing.assert_close(short["kd"], expected["kd"])
+    assert whole["kd"] != short["kd"]
+
+
 # -- the cache -------------------------------------------------------------------------------------------------------
 def cached(folder, k: int | None, **fields) -> LogitKD:
     return LogitKD(teacher=None, top_k=k, cache=str(folder), **fields)
@@ -187,6 +306,8 @@ def test_a_cache_stands_for_the_teacher(tmp_path, k: int):
     shards = list((tmp_path / "cache").iterdir())
     assert [shard.name for shard in shards] == ["teacher-0-00000.safetensors"]
     report = first.run.record.steps["0"]
+    first.model.save_pretrained(tmp_path / "saved")
+    assert f"in {shards[0].stat().st_size:,} bytes" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     assert report["cache_samples"] == 8
     assert report["cache_bytes"] == shards[0].stat().st_size
     if k == 64:

@@ -1,0 +1,52 @@
+"""What ``hf-optim bench`` times of ``hf_optim::kd_rows``: the loss and its gradient over logits ``[M, N]``.
+
+A "layer of ``N`` outputs" is a vocabulary of ``N`` here, and ``K`` means nothing: logits have no inputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import benching
+from ..benching import Contender
+from . import naive, op
+
+TEMPERATURE, BETA = 2.0, 0.5
+# Multiplications, additions and exponentials for each pair of logits, of the loss and of the gradient.
+FLOPS = 20
+
+
+def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
+    """Each direction, and the formula in plain PyTorch; every call gives the gradient of the mean loss, ``[M, N]``."""
+    student, teacher = (torch.randn(M, N, device=benching.device()).mul_(3).to(dtype) for _ in range(2))
+    held = benching.copies_of((student, teacher))
+    upstream = torch.full((M,), 1.0 / M, device=student.device)
+    # Both logits read once, the gradient written: nothing can be less.
+    floor = 3 * benching.bytes_of((student,))
+    found = []
+    for direction in naive.DIRECTIONS:
+        calls = [partial(_fused, one, other, upstream, direction) for one, other in held]
+        exact = naive.gradient(student.double(), teacher.double(), None, upstream, TEMPERATURE, direction, BETA)
+        found.append(Contender(f"kd {direction}", calls, floor, FLOPS * M * N, exact, ""))
+    exact = naive.gradient(student.double(), teacher.double(), None, upstream, TEMPERATURE, "forward", BETA)
+    calls = [partial(plain, one, other) for one, other in held]
+    return [*found, Contender("plain formula", calls, floor, FLOPS * M * N, exact, "", graph=False, dense=True)]
+
+
+def _fused(student: Tensor, teacher: Tensor, upstream: Tensor, direction: str) -> Tensor:
+    settings = (TEMPERATURE, direction, BETA)
+    _, statistics = op.kd_rows(student, teacher, None, *settings, False)
+    return op.kd_gradient(student, teacher, None, statistics, upstream, *settings)
+
+
+def plain(student: Tensor, teacher: Tensor) -> Tensor:
+    """The two-line formula in float32, and its gradient by autograd."""
+    student = student.detach().requires_grad_()
+    log_q = F.log_softmax(student.float() / TEMPERATURE, -1)
+    log_p = F.log_softmax(teacher.float() / TEMPERATURE, -1)
+    loss = TEMPERATURE**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return torch.autograd.grad(loss, student)[0]

@@ -1,0 +1,170 @@
+"""The operator ``torch.ops.hf_optim.kd_rows``: the distillation loss of every row of logits (see ``naive``).
+
+Importing this module registers it. On a CUDA device it runs the Triton kernels, on a CPU the specification (or, under
+``TRITON_INTERPRET=1``, the kernels interpreted). The forward reads both logits once (``js``: twice) and keeps three
+numbers a row; the backward reads them again and writes the gradient, in the student's dtype, scaled by what comes from
+above. Written into the teacher's own memory (``overwrite_teacher``), it is no further tensor of the size of the logits.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import naive
+
+
+def on_triton(logits: Tensor) -> bool:
+    """Whether the kernels run these logits: on a CUDA device or interpreted, and not in float64."""
+    there = logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return there and logits.dtype != torch.float64
+
+
+@torch.library.custom_op("hf_optim::kd_rows", mutates_args=())
+def kd_rows(
+    student: Tensor,
+    teacher: Tensor,
+    kept: Tensor | None,
+    temperature: float,
+    direction: str,
+    beta: float,
+    overwrite_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    """``T² D`` of every row, and statistics for the gradient.
+
+    Args:
+        student: logits ``[rows, classes]`` with a gradient.
+        teacher: the same shape, any floating dtype; gets no gradient.
+        kept: bool ``[rows]``: rows that count, the others have loss 0 and no gradient; None for all.
+        temperature, direction, beta: as in ``naive``.
+        overwrite_teacher: the backward leaves the gradient in the teacher's memory (of the student's dtype) in place of
+            its logits. A second backward through the same loss is then an error.
+
+    Returns:
+        losses ``[rows]`` and statistics ``[rows, 3]``, float32 (float64 if the student is).
+    """
+    if on_triton(student):
+        from .run import losses
+
+        return losses(student, teacher, kept, temperature, direction, beta)
+    found = naive.losses(student, teacher, kept, temperature, direction, beta)
+    return found, found.new_zeros(len(found), 3)
+
+
+@kd_rows.register_fake
+def _(student, teacher, kept, temperature, direction, beta, overwrite_teacher) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return student.new_empty(student.shape[0], dtype=dtype), student.new_empty(student.shape[0], 3, dtype=dtype)
+
+
+@torch.library.custom_op("hf_optim::kd_gradient", mutates_args=())
+def kd_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    kept: Tensor | None,
+    statistics: Tensor,
+    upstream: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+) -> Tensor:
+    """The gradient of ``(upstream * losses).sum()`` with respect to ``student``, in its shape and dtype."""
+    if on_triton(student):
+        from .run import gradient
+
+        out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        gradient(student, teacher, kept, statistics, upstream, out, temperature, direction, beta)
+        return out
+    return naive.gradient(student, teacher, kept, upstream, temperature, direction, beta)
+
+
+@kd_gradient.register_fake
+def _(student, teacher, kept, statistics, upstream, temperature, direction, beta) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+@torch.library.custom_op("hf_optim::kd_gradient_", mutates_args=("teacher",))
+def kd_gradient_(
+    teacher: Tensor,
+    student: Tensor,
+    kept: Tensor | None,
+    statistics: Tensor,
+    upstream: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+) -> None:
+    """As ``kd_gradient``; the result takes the place of the teacher's logits."""
+    if on_triton(student):
+        from .run import gradient
+
+        gradient(student, teacher, kept, statistics, upstream, teacher, temperature, direction, beta)
+    else:
+        teacher.copy_(naive.gradient(student, teacher, kept, upstream, temperature, direction, beta))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, kept, *ctx.settings, ctx.overwrite = inputs
+    ctx.has_kept = kept is not None
+    ctx.save_for_backward(student, teacher, output[1], *([kept] if ctx.has_kept else []))
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, upstream: Tensor, _):
+    student, teacher, statistics, *kept = ctx.saved_tensors
+    mask = kept[0] if ctx.has_kept else None
+    if ctx.overwrite:
+        kd_gradient_(teacher, student, mask, statistics, upstream.contiguous(), *ctx.settings)
+        gradient = teacher
+    else:
+        gradient = kd_gradient(student, teacher, mask, statistics, upstream.contiguous(), *ctx.settings)
+    return gradient, *[None] * 6
+
+
+kd_rows.register_autograd(_backward, setup_context=_setup_context)
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    beta: float = 0.5,
+    rows: Tensor | None = None,
+    overwrite_teacher: bool = False,
+) -> Tensor:
+    """``T²·D``, the mean over rows: a float32 scalar (float64 if the student is), 0 without rows.
+
+    Args:
+        student, teacher: logits ``[..., classes]`` of one shape on one device; rows that are not in one piece are
+            copied.
+        temperature: ``T > 0``.
+        direction, beta: see ``naive``.
+        rows: int64 ``[n]``, distinct: the rows of ``student.view(-1, classes)`` that count; None takes all. Nothing is
+            gathered.
+        overwrite_teacher: the teacher's logits are not needed any more: the gradient takes their place where dtype and
+            layout allow.
+
+    Raises ``ValueError`` for shapes that differ and a direction that there is not.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")
+    if direction not in naive.DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(naive.DIRECTIONS)}, not {direction!r}")
+    ours, theirs = (_flat(logits) for logits in (student, teacher.detach()))
+    kept, count = None, ours.shape[0]
+    if rows is not None:
+        count = rows.numel()
+        kept = torch.zeros(ours.shape[0], dtype=torch.bool, device=ours.device)
+        kept[rows] = True
+    fits = theirs.dtype == ours.dtype and theirs.is_contiguous() and not torch.compiler.is_compiling()
+    losses, _ = kd_rows(ours, theirs, kept, temperature, direction, beta, overwrite_teacher and fits)
+    return losses.sum() / max(count, 1)
+
+
+def _flat(logits: Tensor) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()

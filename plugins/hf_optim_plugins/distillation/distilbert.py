@@ -1,0 +1,256 @@
+"""DistilBERT: a student of every other layer, initialised from its teacher and taught by three losses.
+
+    L = α_ce T² KL(softmax(z_t/T) ‖ softmax(z_s/T)) + α_task L_task(y, z_s) + α_cos (1 - cos(h_s, h_t))
+        + α_pool (1 - cos(mean h_s, mean h_t))
+
+Sanh et al., "DistilBERT, a distilled version of BERT", arXiv 1910.01108. `L_task` is masked language modelling there,
+and here the model's own loss; `h` are the last hidden states. The paper names the three terms without their weights;
+5, 2 and 1, and T = 2, are those of the training command that its authors published with their code. The first and the
+third term are means over all tokens that are no padding, as in that code, not only over those that have a label.
+Every other layer means there 0, 2, 4, 7, 9 and 11 of twelve: spread evenly, the first and the last among them.
+
+The student is a stock class with fewer layers, and everything outside the layers is a copy: embeddings, norms, head.
+The paper also drops token-type embeddings and the pooler. Stock BERT classes cannot say in their configuration that
+they have none, and would draw a missing pooler at random when they are loaded, so by default both stay. With
+`token_types: false` the student becomes the DistilBERT class of transformers, where that can hold it.
+
+Beyond the paper: decoders and encoder-decoders (whose encoder and decoder lose layers alike, and whose two last hidden
+states count equally), and models without logits, such as sentence encoders, which learn by the third term alone or,
+since what they are asked for is the mean of the states, by the fourth as well, which is not in the paper and off unless
+it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique
+from hf_optim.toolkit import students, teachers, topology
+from hf_optim.toolkit.last_states import LastStates
+from hf_optim.toolkit.losses import scored_rows
+from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+
+from .fused import kd_loss
+from .plain_bert import without_token_types
+
+if TYPE_CHECKING:
+    from hf_optim import Card, Run
+
+
+@technique(
+    "distilbert",
+    family="distillation",
+    paper=Paper("1910.01108", "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter", 2019),
+    contract=Contract(needs={FLOAT_WEIGHTS}, forbids={QUANTIZED}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+    trains=True,
+)
+class DistilBERT(Technique):
+    """Replace the model by a student of some of its layers, which the model then teaches.
+
+    Data needs no labels: without them the task loss is left out.
+
+    Attributes:
+        every: the student has one in `every` layers of the teacher, evenly spread from the first to the last; of each
+            stack, where there is more than one.
+        layers: the teacher's layers by index, in ascending order, instead of `every`; of each stack.
+        temperature: `T`; softens both distributions.
+        alpha_ce: weight of the teacher's distribution.
+        alpha_task: weight of the task loss.
+        alpha_cos: weight of the direction of the last hidden states of every token.
+        alpha_pool: weight of the direction of their mean over the tokens of a sequence: of sentence vectors.
+        token_types: False drops token-type embeddings and pooler, as the paper does: of a bare BERT encoder or masked
+            language model, for texts of one segment. Others are refused.
+        device: where the teacher runs: `"same"` as the student, `"offload"` (in host memory, its layers brought to the
+            student's device one by one), `"cpu"`, or another device.
+    """
+
+    every: int = option(2, low=2)
+    layers: tuple[int, ...] | None = None
+    temperature: float = option(2.0, above=0.0)
+    alpha_ce: float = option(5.0, low=0.0)
+    alpha_task: float = option(2.0, low=0.0)
+    alpha_cos: float = option(1.0, low=0.0)
+    alpha_pool: float = option(0.0, low=0.0)
+    token_types: bool = True
+    device: str = teachers.SAME
+
+    def validate(self) -> None:
+        teachers.require_place(self.device, self.name)
+
+    def reload(self) -> Reload:
+        return self.spec.reload if self.token_types else Reload.STOCK_ARCH
+
+    @hookimpl
+    def transform_model(self, run: Run) -> PreTrainedModel:
+        teacher, label = run.model, run.label(self)
+        kept = self._kept(teacher, label)
+        student, source = students.student_of(teacher, kept, label)
+        _move_masks(run, source)
+        if not self.token_types:
+            student, source = without_token_types(student, label)
+            _move_masks(run, source)
+        run.state(self).teacher = teacher
+        run.touch(self, [block.name for block in topology.blocks(student)])
+        run.report(
+            self,
+            layers={stack: list(layers) for stack, layers in kept.items()},
+            parameters_before=teacher.num_parameters(),
+            parameters_after=student.num_parameters(),
+            layer_parameters_before=students.block_parameters(teacher),
+            layer_parameters_after=students.block_parameters(student),
+        )
+        return student
+
+    def _kept(self, teacher: PreTrainedModel, label: str) -> dict[str, tuple[int, ...]]:
+        """For every stack of the teacher the layers that the student gets."""
+        kept = {}
+        for stack, found in students.stacks_of(teacher).items():
+            wanted = -(-len(found) // self.every)
+            layers = students.spread(len(found), wanted) if self.layers is None else self.layers
+            if list(layers) != sorted(set(layers)) or not layers or not 0 <= layers[0] <= layers[-1] < len(found):
+                raise ModelError(
+                    f"{label}: layers must be ascending indices below {len(found)}, the layers of {stack}, not {layers}"
+                )
+            if len(layers) == len(found):
+                raise ModelError(f"{label}: all {len(found)} layers of {stack} are kept: the student is no smaller")
+            kept[stack] = layers
+        if not kept:
+            raise ModelError(f"{label}: no sequence of layers was found in {type(teacher).__name__}")
+        return kept
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return [StateRecorder(self, run)]
+
+    @hookimpl
+    def training_loss(
+        self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any
+    ) -> dict[str, Tensor | float]:
+        own, label = run.state(self), run.label(self)
+        teacher = ready_teacher(self, run)
+        with LastStates(teacher) as asked:
+            theirs = teachers.answer(teacher, inputs)
+            wanted = asked.take()
+        recorder: LastStates | None = getattr(own, "states", None)
+        states = recorder.take() if recorder is not None else []
+        terms: dict[str, Tensor | float] = {"task_scale": self.alpha_task}
+        masks = token_masks(inputs, run.model.config.is_encoder_decoder)
+        for name, weight, pooled in (("cosine", self.alpha_cos, False), ("pooled", self.alpha_pool, True)):
+            if weight:
+                terms[name] = weight * cosine_loss(states, wanted, masks, label, pooled)
+        logits = getattr(outputs, "logits", None)
+        if isinstance(logits, Tensor) and self.alpha_ce:
+            terms["kd"] = self.alpha_ce * kd_loss(
+                logits, theirs.logits, temperature=self.temperature, rows=all_rows(run.model, logits, inputs)
+            )
+        return terms
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        own = run.state(self)
+        if getattr(own, "states", None) is not None:
+            own.states.__exit__()
+        for name in ("teacher", "ready", "states"):
+            vars(own).pop(name, None)
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        figures = run.record.steps[str(run.position(self))]
+        before, after = figures["layer_parameters_before"], figures["layer_parameters_after"]
+        chosen = "; ".join(f"{stack}: {', '.join(map(str, layers))}" for stack, layers in figures["layers"].items())
+        types = "kept where the teacher has them" if self.token_types else "dropped as well"
+        card.paragraph(
+            "The student",
+            f"It has {after:,} of the {before:,} parameters of the teacher's layers ({1 - after / before:.0%} fewer) "
+            f"and began as a copy of these (counted from 0): {chosen}. Embeddings and head were copied whole; "
+            f"token-type embeddings and pooler, which the paper drops, are {types}.",
+        )
+
+
+class StateRecorder(TrainerCallback):
+    """Records the student's last hidden states during a training step, and only then."""
+
+    def __init__(self, step: DistilBERT, run: Run) -> None:
+        self.step, self.run = step, run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ready_teacher(self.step, self.run)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)  # of a step that failed
+        self.run.state(self.step).states = LastStates(self.run.model).__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        recorder = vars(self.run.state(self.step)).pop("states", None)
+        if recorder is not None:
+            recorder.__exit__()
+
+
+def ready_teacher(step: DistilBERT, run: Run) -> nn.Module:
+    """The teacher, frozen, in evaluation mode and where it is to run."""
+    own = run.state(step)
+    if getattr(own, "teacher", None) is None:
+        raise ModelError(f"{run.label(step)} has no teacher any more: its stage is over; optimize the teacher again")
+    if getattr(own, "ready", None) is None:
+        own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model), step.device)
+    return own.ready
+
+
+def cosine_loss(
+    states: list[Tensor], wanted: list[Tensor], masks: list[Tensor | None], label: str, pooled: bool = False
+) -> Tensor:
+    """``1 - cos(h_s, h_t)``, the mean over tokens (``pooled``: of mean states, over sequences), and over bodies.
+
+    Args:
+        states, wanted: the student's and the teacher's, one ``[batch, tokens, width]`` for each body.
+        masks: for each body ``[batch, tokens]``, non-zero where a token counts; None where all do.
+    """
+    if not states or len(states) != len(wanted):
+        raise ModelError(f"{label}: the model's last hidden states cannot be told; set alpha_cos: 0 and alpha_pool: 0")
+    terms = []
+    for ours, theirs, mask in zip(states, wanted, masks, strict=True):
+        ours, theirs = ours.float(), theirs.to(ours.device).float()
+        weight = ours.new_ones(ours.shape[:2]) if mask is None or mask.shape != ours.shape[:2] else mask.to(ours)
+        if pooled:
+            # The length of a vector is nothing to its direction: sums serve for means.
+            ours, theirs = ((h * weight[..., None]).sum(1) for h in (ours, theirs))
+            weight = weight.amax(1)
+        distance = 1.0 - F.cosine_similarity(ours, theirs, dim=-1)
+        terms.append((distance * weight).sum() / weight.sum().clamp_min(1.0))
+    return sum(terms[1:], terms[0]) / len(terms)
+
+
+def token_masks(inputs: Mapping[str, Any], encodes: bool) -> list[Tensor | None]:
+    """Which tokens of a model's bodies are no padding."""
+    mask = inputs.get("attention_mask")
+    if not encodes:
+        return [mask]
+    labels, decoder = inputs.get("labels"), inputs.get("decoder_attention_mask")
+    return [mask, decoder if decoder is not None else labels != -100 if labels is not None else None]
+
+
+def all_rows(model: Any, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The rows of ``logits.view(-1, classes)`` of all tokens that are no padding."""
+    masks = token_masks(inputs, model.config.is_encoder_decoder)
+    return scored_rows(logits, None, masks[-1])
+
+
+def _move_masks(run: Run, source: Mapping[str, str]) -> None:
+    """Masks and N:M patterns of the teacher's weights become those of the student's copies."""
+    found: tuple[dict[str, Any], ...] = (run.masks, run.nm_patterns)
+    for kept in found:
+        moved = {name: kept[old] for name, old in source.items() if old in kept}
+        kept.clear()
+        kept.update(moved)
+
+
+@hookimpl
+def register_techniques(register):
+    register(DistilBERT)
