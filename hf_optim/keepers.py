@@ -1,4 +1,4 @@
-"""The host's callbacks around a training stage: its state in checkpoints, its health, its end."""
+"""The host's callbacks around a training stage: its state in checkpoints, and its end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -18,19 +17,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import snapshot
 from .compose import Stage
-from .errors import CheckpointError, NumericalError
+from .errors import CheckpointError
 from .masking import stray_weights
 from .memory import PeakMemory
 from .run import Run
+from .toolkit import shards
 
 log = logging.getLogger(__name__)
 
 MASKS_NAME = "hf_optim_masks.safetensors"
 STATE_NAME = "hf_optim_state.json"
-
-# With fp16 a loss scaler skips steps whose gradients overflow, and halves its scale, 65536 at first. That many in a row
-# are not its search for the scale.
-SKIPPED_STEPS = 25
 
 
 class StateKeeper(TrainerCallback):
@@ -70,6 +66,8 @@ class StateKeeper(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not args.should_save:
+            if shards.has_shards(self.run.model):
+                snapshot.take(self.run)  # the rank that writes gathers what is sharded, and needs the others
             return
         if not folder.is_dir():
             log.warning("no checkpoint folder %s: masks and step states were not saved", folder)
@@ -104,50 +102,19 @@ def read_state(run: Run, folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         tensors = load_file(folder / MASKS_NAME)
+        taken, training = meta["run"], meta["training"]
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {Path(error.filename or MASKS_NAME).name}: training cannot be resumed with its masks and "
             "schedules. Resume from a checkpoint written with hf_optim's callbacks, or start anew from its weights"
         ) from error
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{STATE_NAME} or {MASKS_NAME} in {folder} is corrupt ({error})") from error
-    if len(meta["run"]["states"]) != len(run.recipe.steps):
-        raise CheckpointError(f"{folder} was written with another recipe ({len(meta['run']['states'])} steps)")
+    snapshot.require_same(run, tensors, taken, folder)
     run.masks.clear()
     run.nm_patterns.clear()
-    snapshot.restore(run, tensors, meta["run"])
-    return meta["training"]
-
-
-class GradientGuard(TrainerCallback):
-    """Stops training with ``NumericalError`` before gradients that are not finite reach the weights.
-
-    The weights in memory and the last checkpoint stay good. With fp16, single overflows are the loss scaler's business.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._skipped = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model = kwargs["model"]
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-            self._skipped = 0
-            return
-        self._skipped += 1
-        if args.fp16 and self._skipped < SKIPPED_STEPS:
-            return
-        raise NumericalError(
-            f"training stage {self.run.stage}: the loss or its gradient became NaN or infinite in step "
-            f"{state.global_step + 1} (first in {next(_not_finite(model), 'the norm of all gradients')}). The weights "
-            "were not updated with it and earlier checkpoints stand; lower the learning rate, warm up, or train in "
-            "bf16 or fp32"
-        )
-
-
-def _not_finite(model: torch.nn.Module) -> Iterator[str]:
-    return (n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+    snapshot.restore(run, tensors, taken)
+    return training
 
 
 class StageKeeper(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +9,16 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .errors import ModelError
+from .errors import ModelError, NumericalError
 from .run import Run
+from .toolkit import shards, sharing
+from .zeroing import Zeroing
 
 # How torch.optim (and the optimizers that follow it) name the running mean of gradients in their state.
 MOMENTUM = ("exp_avg", "momentum_buffer")
+
+# Optimizers that leave a weight at zero whose gradient and running mean are zero, whatever its weight decay.
+STAY_AT_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class MaskKeeper(TrainerCallback):
@@ -23,20 +27,26 @@ class MaskKeeper(TrainerCallback):
     - Before an optimizer step, the gradients of masked weights are zeroed: they enter no running mean. Steps see the
       dense gradient in ``on_pre_optimizer_step``, since they come first; so does the clipping of the gradient norm.
     - After an optimizer step, masked weights are zeroed: weight decay, a running mean from before the mask, or a master
-      copy that an optimizer keeps elsewhere cannot bring them back.
+      copy that an optimizer keeps elsewhere cannot bring them back. Left out for optimizers that leave a weight
+      at zero that has neither gradient nor running mean (``STAY_AT_ZERO``).
     - A mask that is new (another tensor than before) is applied at once, and the running means of what it masks are
       cleared: a weight that a later mask lets grow again starts without the drift of its earlier life.
 
-    Gradient accumulation changes nothing: both happen once for each optimizer step.
+    Gradient accumulation changes nothing: both happen once for each optimizer step. Of sharded parameters (FSDP2) each
+    rank masks its part; ``run.masks`` holds whole masks, the same on every rank.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._known: dict[str, torch.Tensor] = {}
-        self._groups: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        self._state: tuple[list[str], list[int]] = ([], [])
+        self._parameters: list[nn.Parameter] = []
+        self._sharded = False
+        self._zeroing = Zeroing([], [])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._known.clear()  # the model may have moved since
+        self._state = ([], [])
         self._renew(kwargs.get("optimizer"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -44,63 +54,78 @@ class MaskKeeper(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._renew(kwargs.get("optimizer"))
-        for parameters, masks in self._groups:
-            pairs = [(p.grad, m) for p, m in zip(parameters, masks, strict=True) if p.grad is not None]
-            if pairs:
-                torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
+        gradients = [parameter.grad for parameter in self._parameters]
+        if self._sharded:
+            gradients = [g if g is None else shards.local(g) for g in gradients]
+        self._zeroing(gradients)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._renew(kwargs.get("optimizer"))
-        self.apply()
+        optimizer = kwargs.get("optimizer")
+        self._renew(optimizer)
+        if not stays_at_zero(optimizer):
+            self.apply()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._renew(kwargs.get("optimizer"))
+        if getattr(control, "should_save", False):
+            self.apply()  # whatever another callback did to weights or running means, a checkpoint is under its masks
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        require_agreement(self.run)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        require_agreement(self.run)
         # load_best_model_at_end may have put other weights and other masks in place.
         self._renew(kwargs.get("optimizer"))
         self.apply()
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Zero the masked weights."""
-        for parameters, masks in self._groups:
-            torch._foreach_mul_(parameters, masks)
+        self._zeroing([shards.local(parameter.detach()) for parameter in self._parameters])
 
     def _renew(self, optimizer: Any) -> None:
         masks = self.run.masks
-        changed = [name for name, mask in masks.items() if self._known.get(name) is not mask]
-        if not changed and len(masks) == len(self._known):
+        now = (list(masks), list(map(id, masks.values())))
+        if now == self._state:
             return
+        shards.reshard(self.run.model)
         found = {name: masked_parameter(self.run, name) for name in masks}
+        changed = [name for name, mask in masks.items() if self._known.get(name) is not mask]
         for name in changed:
             # The one that the device has takes the other's place: no second copy.
-            masks[name] = masks[name].to(found[name].device)
+            masks[name] = masks[name].to(shards.home_of(found[name])).contiguous()
         self._known = dict(masks)
-        groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
-        for name, parameter in found.items():
-            group = groups[parameter.device, parameter.dtype]
-            group[0].append(parameter)
-            group[1].append(masks[name])
-        self._groups = list(groups.values())
+        self._state = (list(masks), list(map(id, masks.values())))
+        parts = {name: shards.local_part(masks[name], parameter) for name, parameter in found.items()}
+        self._parameters = list(found.values())
+        self._sharded = any(map(shards.is_sharded, self._parameters))
+        self._zeroing = Zeroing(list(parts.values()), [shards.local(p.detach()) for p in self._parameters])
         apply_masks(self.run, changed)
         for name in changed:
-            _clear_momentum(optimizer, found[name], masks[name])
+            _clear_momentum(optimizer, found[name], parts[name])
+
+
+def stays_at_zero(optimizer: Any) -> bool:
+    """Whether masked gradients alone keep a weight at zero that is zero and has no running mean."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # Without epsilon, 0 / 0 would be NaN.
+    return type(inner) in STAY_AT_ZERO and all(group.get("eps", 1.0) > 0.0 for group in inner.param_groups)
 
 
 @torch.no_grad()
 def apply_masks(run: Run, names: Iterable[str] | None = None) -> None:
     """Zero the masked weights of ``run.model``: all, or those of the parameters ``names``."""
+    shards.reshard(run.model)
     for name in run.masks if names is None else names:
         parameter = masked_parameter(run, name)
-        parameter.mul_(run.masks[name].to(parameter.device))
+        shards.local(parameter).masked_fill_(~shards.local_part(run.masks[name], parameter), 0.0)
 
 
 def masked_parameter(run: Run, name: str) -> nn.Parameter:
-    """The parameter that a mask belongs to; inside a peft layer, that of the layer it wraps.
+    """The parameter that a mask belongs to; inside a peft layer, that of the layer it wraps. May be sharded (FSDP2).
 
-    Raises ``ModelError`` when it is gone, has another shape (as under sharded training: FSDP, ZeRO-3), or is a part of
-    an adapter layer: those parts have other names after a merge, or none.
+    Raises ``ModelError`` when it is gone, has another shape (as under FSDP1, ZeRO-3), or is a part of an adapter layer:
+    those parts have other names after a merge, or none.
     """
     try:
         parameter = run.model.get_parameter(name)
@@ -112,9 +137,11 @@ def masked_parameter(run: Run, name: str) -> nn.Parameter:
             "model without adapters; train it first and add adapters for recovery, or merge them before"
         )
     if parameter.shape != run.masks[name].shape:
+        flat = hasattr(parameter, "ds_id") or parameter.dim() == 1
+        why = ": masks follow the shards of FSDP2, not those of FSDP1 or ZeRO-3; train with FSDP2, DDP or on one device"
         raise ModelError(
-            f"the mask of {name} is {tuple(run.masks[name].shape)} and the parameter {tuple(parameter.shape)}: masks "
-            "work on whole parameters; train on one device or with DDP, not with sharded parameters (FSDP, ZeRO-3)"
+            f"the mask of {name} is {tuple(run.masks[name].shape)} and the parameter {tuple(parameter.shape)}"
+            + why * flat
         )
     return parameter
 
@@ -125,17 +152,56 @@ def _inside_adapter(model: nn.Module, name: str) -> bool:
 
 
 def stray_weights(run: Run) -> list[str]:
-    """The parameters that have non-zero weights where their mask says there are none."""
+    """The parameters that have non-zero weights where their mask says there are none; of shards, in this rank's."""
+    shards.reshard(run.model)
     found = []
     for name in run.masks:
-        weight = masked_parameter(run, name).detach()
-        if bool((weight != 0).logical_and_(~run.masks[name].to(weight.device)).any()):
+        parameter = masked_parameter(run, name)
+        weight = shards.local(parameter.detach())
+        if bool((weight != 0).logical_and_(~shards.local_part(run.masks[name], parameter)).any()):
             found.append(name)
     return found
 
 
+def require_agreement(run: Run) -> None:
+    """Raise ``NumericalError`` naming the first parameter of which two ranks have different masks.
+
+    A step that draws random numbers without a generator of its own, seeded alike on all ranks, would let each train
+    another model.
+    """
+    if sharing.ranks() == 1:
+        return
+    names = sorted(run.masks)
+    mine = torch.tensor([len(names), *(number for name in names for number in _digest(run.masks[name]))])
+    device = next(run.model.parameters()).device
+    apart = _apart(mine[:1].to(device)) or _apart(mine.to(device))
+    if apart:
+        where = names[(apart[0] - 1) // 2] if apart[0] else "their number"
+        raise NumericalError(
+            f"the ranks have different masks ({where} is the first): a step chooses them by random numbers that are "
+            "not seeded alike, or by what only one rank has seen"
+        )
+
+
+def _apart(numbers: torch.Tensor) -> list[int]:
+    """The places at which ranks have different numbers."""
+    low, high = sharing.reduce_(numbers.clone(), "min"), sharing.reduce_(numbers.clone(), "max")
+    return (low != high).nonzero().flatten().tolist()
+
+
+def _digest(mask: torch.Tensor) -> tuple[int, int]:
+    """Two numbers that tell masks apart: weighted sums over rows and over columns of how many weights are kept."""
+    matrix = mask.reshape(mask.shape[0] if mask.dim() else 1, -1)
+    rows, columns = matrix.sum(1), matrix.sum(0)
+    weights = [torch.arange(1, len(counts) + 1, device=mask.device) for counts in (rows, columns)]
+    return int((rows * weights[0]).sum()), int((columns * weights[1]).sum())
+
+
+@torch.no_grad()
 def _clear_momentum(optimizer: Any, parameter: nn.Parameter, mask: torch.Tensor) -> None:
     state = getattr(optimizer, "state", None) or {}
     for key, value in state.get(parameter, {}).items():
-        if key in MOMENTUM and isinstance(value, torch.Tensor) and value.shape == mask.shape:
-            value.mul_(mask.to(value.device))
+        if key in MOMENTUM and isinstance(value, torch.Tensor):
+            part = shards.local(value)
+            if part.shape == mask.shape:
+                part.mul_(mask.to(part.device))

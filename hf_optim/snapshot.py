@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
+from .errors import CheckpointError
 from .run import Run
+from .toolkit import shards
 from .traits import BUILT_IN
 
 SCALARS = (str, int, float, bool, type(None))
@@ -29,6 +34,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         "notes": run.record.notes,
         "states": {},
         "touched": {},
+        "recipe": [step.name for step in run.recipe.steps],
     }
     for position, step in enumerate(run.recipe.steps):
         plain = {}
@@ -41,7 +47,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         if (touched := run.touched(step)) is not None:
             names, skipped = touched
             meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, meta
+    return {name: shards.whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
 
 
 def _is_json(value: Any) -> bool:
@@ -50,8 +56,59 @@ def _is_json(value: Any) -> bool:
     return isinstance(value, SCALARS) or (isinstance(value, (list, tuple)) and all(map(_is_json, value)))
 
 
+@torch.no_grad()
+def _put(state: SimpleNamespace, key: str, tensor: torch.Tensor) -> None:
+    """Into the parameter of that name and shape, which an optimizer may hold; else in place of what was there."""
+    there = getattr(state, key, None)
+    if isinstance(there, nn.Parameter) and there.shape == tensor.shape and not shards.is_sharded(there):
+        there.copy_(tensor)
+    else:
+        setattr(state, key, tensor)
+
+
+def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], home: Path) -> None:
+    """Raise ``CheckpointError`` naming the first difference if a snapshot is not of this recipe and model.
+
+    Nothing of the run is changed. Snapshots that tell no names of steps are compared by their number.
+    """
+    mine = [step.name for step in run.recipe.steps]
+    theirs = meta.get("recipe", mine)
+    if len(meta["states"]) != len(mine) or len(theirs) != len(mine):
+        raise CheckpointError(
+            f"{home} was written with another recipe ({len(meta['states'])} steps, and this one has {len(mine)})"
+        )
+    for place, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        if here != there:
+            raise CheckpointError(
+                f"{home} was written with another recipe: step {place + 1} was {there}, and here it is {here}"
+            )
+    for name, mask in tensors.items():
+        if name.startswith("mask."):
+            _require_fit(run, name.removeprefix("mask."), mask, home)
+
+
+def _require_fit(run: Run, name: str, mask: torch.Tensor, home: Path) -> None:
+    remedy = "resume with the model that was trained there; nothing was changed"
+    try:
+        parameter = run.model.get_parameter(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"{home} has the masks of another model: {name} has a mask there, and {type(run.model).__name__} has no "
+            f"such parameter; {remedy}"
+        ) from None
+    if parameter.shape != mask.shape or mask.dtype != torch.bool:
+        raise CheckpointError(
+            f"{home} has the masks of another model: that of {name} is {mask.dtype} {tuple(mask.shape)}, and the "
+            f"parameter {tuple(parameter.shape)}; {remedy}"
+        )
+
+
 def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Put back what ``take`` took. Masks and patterns are added to those the run has."""
+    """Put back what ``take`` took. Masks and patterns are added to those the run has.
+
+    A parameter that a step keeps in its state stays that object and takes the value: a step may train it through
+    ``parameter_groups``, and finds it with its optimizer state when training is resumed.
+    """
     added = {trait for step in run.recipe.steps for trait in step.contract().adds}
     traits = {str(trait): trait for trait in added.union(BUILT_IN)}
     run.stage_index, run.stage_entered = meta["stage_index"], meta["stage_entered"]
@@ -66,7 +123,7 @@ def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, An
             run.masks[rest] = tensor
         else:
             number, key = rest.split(".", 1)
-            setattr(run.state(run.recipe.steps[int(number)]), key, tensor)
+            _put(run.state(run.recipe.steps[int(number)]), key, tensor)
     for position, step in enumerate(run.recipe.steps):
         vars(run.state(step)).update(meta["states"].get(str(position), {}))
         if (touched := meta["touched"].get(str(position))) is not None:

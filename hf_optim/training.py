@@ -12,10 +12,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .errors import OptimError, RecipeError
-from .keepers import GradientGuard, StageKeeper, StateKeeper
+from .guarding import GradientGuard
+from .keepers import StageKeeper, StateKeeper
 from .masking import MaskKeeper
 from .run import Run, run_of
 from .techniques import Technique
+from .toolkit import sharing
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ class OptimTrainer(Trainer):
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._beside = _Beside()
+        self.add_callback(self._beside)
         self._ours: list[TrainerCallback] = []
         self._attach(self.model)
 
@@ -119,7 +123,7 @@ class OptimTrainer(Trainer):
         if not steps:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
         share = self._share(given, num_items_in_batch)
         with self.accelerator.autocast():
             found = self.run.call_on(steps, "training_loss", model=model, inputs=given, outputs=outputs)
@@ -132,7 +136,20 @@ class OptimTrainer(Trainer):
             term = torch.as_tensor(term, device=loss.device) * share
             self._note(name, term * part)
             loss = loss + term
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise OptimError(
+                f"a batch of {', '.join(given)} gives no loss: it has no labels, and no step added a term to learn from"
+            )
         return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[torch.Tensor, Any]:
+        """The task loss, which is zero for a batch without labels: the terms of the steps are then all there is."""
+        if self.compute_loss_func is not None or any(name in inputs for name in self.label_names):
+            found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return found
+        outputs = model(**inputs)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        return (torch.zeros((), device=self.args.device) if loss is None else loss), outputs
 
     def _steps(self, hook: str) -> list[Technique]:
         stage = self.run.stage
@@ -205,6 +222,8 @@ class OptimTrainer(Trainer):
             group["params"] = [p for p in group["params"] if id(p) not in claimed]
         for _, group in groups:
             optimizer.add_param_group(group)
+        own = {id(p) for p in self.run.model.parameters()}
+        self._beside.parameters = [p for _, group in groups for p in group["params"] if id(p) not in own]
         self._grouped = optimizer
         return optimizer
 
@@ -219,16 +238,37 @@ class OptimTrainer(Trainer):
                 for group in asked:
                     parameters = list(group["params"])
                     for parameter in parameters:
-                        owner = owners.setdefault(id(parameter), step)
-                        if owner is not step:
-                            raise RecipeError(
-                                f"{self.run.label(owner)} and {self.run.label(step)} both claim the parameter "
-                                f"{names.get(id(parameter), 'of their own')}; leave one of them out"
-                            )
+                        self._claim(owners, step, parameter, names)
                     groups += [
                         (step, part) for part in _split(group, parameters, names, decayed, self.args.weight_decay)
                     ]
         return groups
+
+    def _claim(
+        self, owners: dict[int, Technique], step: Technique, parameter: nn.Parameter, names: Mapping[int, str]
+    ) -> None:
+        if id(parameter) not in names and sharing.ranks() > 1:
+            raise OptimError(
+                f"{self.run.label(step)} trains a parameter that is no part of the model: several ranks would each "
+                "train another one; use one rank"
+            )
+        owner = owners.setdefault(id(parameter), step)
+        if owner is not step:
+            raise RecipeError(
+                f"{self.run.label(owner)} and {self.run.label(step)} both claim the parameter "
+                f"{names.get(id(parameter), 'of their own')}; leave one of them out"
+            )
+
+
+class _Beside(TrainerCallback):
+    """Clears the gradients of what steps train beside the model: a Trainer clears those of the model alone."""
+
+    def __init__(self) -> None:
+        self.parameters: list[nn.Parameter] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def _split(

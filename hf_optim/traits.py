@@ -64,10 +64,9 @@ def _has_experts(run: Run) -> bool:
 
 
 def _is_sparse(run: Run) -> bool:
-    return bool(run.masks) and all(
-        bool((run.model.get_parameter(name).detach()[~mask.to(run.model.get_parameter(name).device)] == 0).all())
-        for name, mask in run.masks.items()
-    )
+    from .masking import stray_weights
+
+    return bool(run.masks) and not stray_weights(run)
 
 
 def _is_sparse_nm(run: Run) -> bool:

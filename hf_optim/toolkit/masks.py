@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import NumericalError
+from ..errors import ModelError, NumericalError
+from . import shards
 from .linear_layers import weight_out_in
 
 Masks = dict[str, Tensor]
+
+# A single tensor of up to this many weights is ranked by selection on a CPU: several times faster, with a copy.
+SELECTED = 1 << 24
 
 
 def removed_count(size: int, sparsity: float) -> int:
@@ -50,6 +54,7 @@ def layer_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str
 
 def global_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str, Tensor] | None = None) -> Masks:
     """Keep the largest scores of all tensors together; arguments and result as ``layer_masks``."""
+    scores = dict(scores.items())  # shards are gathered once
     return keep_largest(scores, removed_count(sum(s.numel() for s in scores.values()), sparsity), kept)
 
 
@@ -61,6 +66,11 @@ def keep_largest(scores: Mapping[str, Tensor], remove: int, kept: Mapping[str, T
     """
     kept = kept or {}
     wide = any(score.dtype == torch.float64 for score in scores.values())
+    if len(scores) == 1:
+        (name, score), *_ = scores.items()
+        if score.is_cuda:
+            rank = _ranks(score, kept.get(name), wide)
+            return {name: _largest(rank, score.numel() - remove).view(score.shape)}
     left = sum(int(kept[n].sum()) if n in kept else s.numel() for n, s in scores.items())
     keep = min(left, sum(s.numel() for s in scores.values()) - remove)
     ranks = {name: _ranks(score, kept.get(name), wide) for name, score in scores.items()}
@@ -75,15 +85,34 @@ def keep_largest(scores: Mapping[str, Tensor], remove: int, kept: Mapping[str, T
     return masks
 
 
+def _largest(rank: Tensor, keep: int) -> Tensor:
+    """The ``keep`` largest of ranks [n], of equal ones the first; none that is -1. Never waits for the device."""
+    place = torch.clamp((rank >= 0).sum(), max=keep)
+    cut = rank.sort().values.index_select(0, (rank.numel() - place).clamp(max=rank.numel() - 1).view(1))
+    tied = rank == cut
+    return (rank > cut) | (tied & (tied.cumsum(0) <= place - (rank > cut).sum()))
+
+
 def _ranks(score: Tensor, kept: Tensor | None, wide: bool) -> Tensor:
     """Integers [n] in the order of ``|score|``: the bit patterns of non-negative floats ascend. -1 = removed."""
+    _require_whole(score)
     size = score.detach().abs().reshape(-1).to(torch.float64 if wide else torch.float32)
     ranks = size.view(torch.int64 if wide else torch.int32)
     return ranks if kept is None else ranks.masked_fill(~kept.to(ranks.device).reshape(-1), -1)
 
 
+def _require_whole(score: Tensor) -> None:
+    if shards.is_sharded(score):
+        raise ModelError(
+            "weights that are sharded over ranks (FSDP2) cannot be ranked part by part, and this step does not gather "
+            "them: train it with DDP or on one device (a step that gathers reads toolkit.shards.WholeWeights)"
+        )
+
+
 def _cut(ranks: list[Tensor], keep: int, bits: int) -> int:
     """The largest rank of which at least ``keep`` entries are not smaller, by bisection on its bits."""
+    if len(ranks) == 1 and keep > 0 and ranks[0].device.type == "cpu" and ranks[0].numel() <= SELECTED:
+        return int(ranks[0].kthvalue(ranks[0].numel() - keep + 1).values)
     cut = 0
     for bit in reversed(range(bits)):
         higher = cut | (1 << bit)
@@ -107,16 +136,18 @@ def nm_mask(score: Tensor, keep: int, group: int, kept: Tensor | None = None) ->
         bool, the shape of ``score``; at most ``keep`` True in a group. Raises ``ValueError`` for an indivisible width.
     """
     _check_group(score.shape[-1], keep, group)
+    _require_whole(score)
     size = score.detach().abs()
     if kept is not None:
         size = size.masked_fill(~kept.to(size.device), -1.0)
-    size = size.unflatten(-1, (-1, group))
-    place = torch.zeros_like(size, dtype=torch.int16)
-    index = torch.arange(group, device=size.device)
-    for i in range(group):
-        rival = size[..., i : i + 1]
-        place += (rival > size) | ((rival == size) & (index > i))
-    mask = (place < keep).flatten(-2)
+    # Every pair of a group meets once, and the weights that lose fewer than ``keep`` times stay.
+    columns = size.unflatten(-1, (-1, group)).movedim(-1, 0).contiguous()
+    lost = torch.zeros_like(columns, dtype=torch.int16)
+    for i in range(group - 1):
+        wins = columns[i] >= columns[i + 1 :]
+        lost[i + 1 :] += wins
+        lost[i] += (group - 1 - i) - wins.sum(0, dtype=torch.int16)
+    mask = (lost < keep).movedim(0, -1).flatten(-2)
     return mask if kept is None else mask & kept.to(mask.device)
 
 
@@ -135,7 +166,7 @@ def obeys_nm(weight: Tensor, keep: int, group: int) -> bool:
 def follows_nm(model: nn.Module, parameter: str, keep: int, group: int) -> bool:
     """``obeys_nm`` for a linear layer's weight by its parameter name, whichever way round the layer stores it."""
     module = model.get_submodule(parameter.rpartition(".")[0])
-    return obeys_nm(weight_out_in(module).detach(), keep, group)
+    return obeys_nm(shards.whole(weight_out_in(module).detach()), keep, group)
 
 
 def _check_group(width: int, keep: int, group: int) -> None:
@@ -178,16 +209,18 @@ def require_finite(weights: Mapping[str, Tensor], label: str) -> None:
 
 def prune_(model: nn.Module, masks: Masks, new: Mapping[str, Tensor]) -> None:
     """Narrow ``masks`` (parameter name -> mask, in place) to ``new`` and zero the weights that are removed."""
+    shards.reshard(model)
     for name, mask in new.items():
-        parameter = model.get_parameter(name)
+        home = shards.home_of(model.get_parameter(name))
         old = masks.get(name)
-        masks[name] = mask.to(parameter.device) if old is None else (mask.to(old.device) & old).to(parameter.device)
+        masks[name] = mask.to(home) if old is None else (mask.to(old.device) & old).to(home)
     zero_(model, masks, new)
 
 
 def zero_(model: nn.Module, masks: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Set the removed weights of the parameters ``names`` to exactly zero, in place."""
+    """Set the removed weights of the parameters ``names`` to exactly zero, in place; of shards, each rank its own."""
+    shards.reshard(model)
     with torch.no_grad():
         for name in names:
             parameter = model.get_parameter(name)
-            parameter.masked_fill_(~masks[name].to(parameter.device), 0.0)
+            shards.local(parameter).masked_fill_(~shards.local_part(masks[name], parameter), 0.0)

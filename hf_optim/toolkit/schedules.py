@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -53,6 +55,33 @@ class Ramp:
         return self.sparsity(step - (step - self.begin) % self.every)
 
 
+def warn_unreached(ramp: Ramp, max_steps: int, label: str, note: Callable[[str], None]) -> None:
+    """Warn at the start of training if it ends before the ramp does, with the sparsity that will be reached.
+
+    Args:
+        ramp: of a sparsity.
+        max_steps: optimizer steps of the training.
+        label: of the step, ``run.label(step)``.
+        note: where the sentence is kept, ``run.record.note``.
+    """
+    if ramp.end <= max_steps:
+        return
+    sentence = (
+        f"{label}: the ramp ends at step {ramp.end}, but training at step {max_steps}: "
+        f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}; "
+        "train longer, or lower end"
+    )
+    note(sentence)
+    warnings.warn(sentence, stacklevel=2)
+
+
 def as_step(position: int | float, max_steps: int) -> int:
     """A position in training as a number of steps: a whole number is one, a float in [0, 1] is a share of all."""
     return position if isinstance(position, int) else round(position * max_steps)
+
+
+def linear_ramp(step: int, begin: int, end: int) -> float:
+    """0 up to ``begin``, 1 from ``end`` on, a straight line between."""
+    if step >= end:
+        return 1.0
+    return max(0.0, (step - begin) / (end - begin)) if step > begin else 0.0

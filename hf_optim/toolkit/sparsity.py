@@ -7,19 +7,33 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .shards import WholeWeights, has_shards
+
 NO_SPEED_UP = (
     "The zeros are stored in an ordinary dense checkpoint. On plain dense kernels zeros alone give no speed-up and "
     "save no memory; what they buy needs a sparse kernel or a compressed format."
 )
+COUNTED = "_hf_optim_counted_zeros"
 HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
 
 
 def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Layer name -> (weights, zeros among them), counted in the weights themselves, sorted by name."""
+    """Layer name -> (weights, zeros among them), counted in the weights themselves, sorted by name.
+
+    Sharded weights (FSDP2) are counted when all ranks ask for ``figures``. A save is the work of one rank, which cannot
+    ask the others: it gets what was counted then.
+    """
+    kept = vars(model).get(COUNTED, {})
+    names = sorted(names)
+    return {name: kept[name] for name in names} if kept.keys() >= set(names) else _count(model, names)
+
+
+def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     counted = {}
-    for name in sorted(names):
-        weight = model.get_parameter(f"{name}.weight").detach()
-        counted[name] = (weight.numel(), weight.numel() - int(weight.count_nonzero()))
+    for name, weight in WholeWeights(model, [f"{name}.weight" for name in sorted(names)]).items():
+        counted[name.removesuffix(".weight")] = (weight.numel(), weight.numel() - int(weight.count_nonzero()))
+    if has_shards(model):
+        vars(model).setdefault(COUNTED, {}).update(counted)
     return counted
 
 
@@ -31,7 +45,7 @@ def overall(counted: dict[str, tuple[int, int]]) -> float:
 
 def figures(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
     """``{"sparsity": share of zeros, "layers": {name: share}}``, JSON types rounded to six places."""
-    counted = layer_sparsity(model, names)
+    counted = _count(model, names)
     layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}
     return {"sparsity": round(overall(counted), 6), "layers": layers}
 

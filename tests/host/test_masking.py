@@ -11,8 +11,8 @@ from toy_training import ToyRamp, arguments, begin, sentences
 from transformers import Trainer, TrainerCallback
 
 import hf_optim
-from hf_optim import ModelError
-from hf_optim.masking import MaskKeeper, apply_masks, stray_weights
+from hf_optim import ModelError, masking, zeroing
+from hf_optim.masking import STAY_AT_ZERO, MaskKeeper, apply_masks, stays_at_zero, stray_weights
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -141,7 +141,7 @@ def test_masks_move_once_and_are_not_copied():
     run.masks[NAME] = mask = half(model.get_parameter(NAME))
     keeper.on_step_begin(None, None, None)
     assert run.masks[NAME] is mask
-    assert keeper._groups[0][1][0] is mask
+    assert next(iter(keeper._zeroing._parts))[1]._masks[0] is mask
 
 
 def test_groups_by_dtype_and_conv1d():
@@ -152,7 +152,7 @@ def test_groups_by_dtype_and_conv1d():
     run.masks |= {name: half(model.get_parameter(name), i) for i, name in enumerate(names)}
     assert len(stray_weights(run)) == 3
     keeper.on_step_begin(None, None, None)
-    assert sorted(len(parameters) for parameters, _ in keeper._groups) == [1, 2]
+    assert sorted(len(places) for places, _ in keeper._zeroing._parts) == [1, 2]
     assert stray_weights(run) == []
 
 
@@ -166,3 +166,124 @@ def test_a_mask_that_fits_nothing_is_named():
     run.masks[NAME] = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ModelError, match=r"mask of model\.layers\.0\.mlp\.up_proj\.weight is \(2, 2\)"):
         apply_masks(run)
+
+
+def test_parameters_of_zero_3_are_refused_with_the_remedy():
+    model = tiny_llama()
+    run, keeper = keeper_of(model)
+    parameter = model.get_parameter(NAME)
+    run.masks[NAME] = half(parameter)
+    parameter.ds_id, parameter.data = 0, torch.empty(0)  # as DeepSpeed leaves a partitioned parameter
+    with pytest.raises(ModelError, match=r"not those of FSDP1 or ZeRO-3; train with FSDP2, DDP"):
+        keeper.on_step_begin(None, None, None)
+
+
+@pytest.mark.parametrize("optimizer_class", STAY_AT_ZERO)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_leaves_zeros_alone_needs_no_second_pass(optimizer_class, fused: bool):
+    """Bit by bit what zeroing the weights after every step gives, also through masks that narrow and widen."""
+    found = []
+    for twice in (False, True):
+        model = tiny_llama()
+        run, keeper = keeper_of(model)
+        parameter = model.get_parameter(NAME)
+        more = {"momentum": 0.9, "nesterov": True} if optimizer_class is torch.optim.SGD else {"amsgrad": True}
+        optimizer = optimizer_class([parameter], lr=0.01, weight_decay=0.1, fused=fused, **more)
+        assert stays_at_zero(optimizer)
+        passes = []
+        keeper.apply = lambda keeper=keeper, passes=passes: (passes.append(1), MaskKeeper.apply(keeper))
+        for turn in range(8):
+            if turn in (1, 3, 6):
+                run.masks[NAME] = half(parameter, seed=turn) if turn != 6 else torch.ones_like(half(parameter))
+            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(turn))
+            step(keeper, optimizer, parameter, gradient)
+            if twice:
+                MaskKeeper.apply(keeper)
+            assert stray_weights(run) == []
+        assert passes == []
+        found.append(parameter.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_an_optimizer_nobody_knows_gets_the_second_pass():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert not stays_at_zero(None)
+    assert not stays_at_zero(Mastered([parameter]))
+    assert not stays_at_zero(torch.optim.AdamW([parameter], eps=0.0))
+    assert not stays_at_zero(torch.optim.RMSprop([parameter], centered=True))
+
+
+def test_on_cuda_the_kernel_takes_what_it_can_and_foreach_the_rest(monkeypatch):
+    """The seam alone: the kernel has tests of its own."""
+    seen = []
+
+    class Kernel:
+        class Zeroing:
+            def __init__(self, masks) -> None:
+                self.masks = masks
+
+            def __call__(self, tensors) -> None:
+                seen.append(len(tensors))
+                if not all(tensor.is_contiguous() for tensor in tensors):
+                    raise ValueError("in another order")
+                for tensor, mask in zip(tensors, self.masks, strict=True):
+                    tensor.masked_fill_(~mask, 0.0)
+
+    monkeypatch.setattr(zeroing, "_part", lambda masks: zeroing._Fused(masks, Kernel))
+    masks = [half(torch.empty(4, 4), i) for i in range(3)]
+    tensors = [torch.ones(4, 4), torch.ones(4, 4).bfloat16(), torch.ones(4, 4)]
+    zero = zeroing.Zeroing(masks, tensors)
+    zero(tensors)
+    assert sorted(seen) == [1, 2]
+    transposed = [torch.ones(4, 4).as_strided((4, 4), (1, 4)), torch.ones(4, 4).bfloat16(), torch.ones(4, 4)]
+    zero(transposed)
+    for group in (tensors, transposed):
+        assert all(torch.equal(tensor != 0, mask) for tensor, mask in zip(group, masks, strict=True))
+
+
+def test_a_kernel_that_cannot_be_compiled_is_tried_once(caplog):
+    tried = []
+
+    class Kernel:
+        class Zeroing:
+            def __init__(self, masks) -> None:
+                pass
+
+            def __call__(self, tensors) -> None:
+                tried.append(1)
+                raise RuntimeError("Failed to find C compiler")
+
+    mask, tensor = half(torch.empty(4, 4)), torch.ones(4, 4)
+    zero = zeroing._Fused([mask], Kernel)
+    for _ in range(2):
+        zero([tensor.fill_(1.0)])
+        assert torch.equal(tensor != 0, mask)
+    assert tried == [1]
+    assert "without the fused kernel, which failed: Failed to find C compiler" in caplog.text
+
+
+def test_without_triton_foreach_serves(monkeypatch):
+    def fails(name: str):
+        raise ImportError(name)
+
+    zeroing._kernel.cache_clear()
+    monkeypatch.setattr(zeroing.importlib, "import_module", fails)
+    assert zeroing._kernel() is None
+    zeroing._kernel.cache_clear()
+    assert isinstance(zeroing._part([torch.ones(2, dtype=torch.bool)]), zeroing._Foreach)
+
+
+def test_nothing_is_looked_up_while_masks_stay_the_same(monkeypatch):
+    model = tiny_llama()
+    run, keeper = keeper_of(model)
+    run.masks[NAME] = half(model.get_parameter(NAME))
+    keeper.on_step_begin(None, None, None)
+    monkeypatch.setattr(masking, "masked_parameter", lambda run, name: pytest.fail("looked up again"))
+    keeper.on_step_end(None, None, None)
+    keeper.on_pre_optimizer_step(None, None, None)
+    keeper.on_optimizer_step(None, None, None)
+    monkeypatch.undo()
+    other = "model.layers.1.mlp.up_proj.weight"
+    run.masks[other] = run.masks.pop(NAME)  # the same tensor under another name is another mask
+    keeper.on_step_begin(None, None, None)
+    assert stray_weights(run) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from transformers import Trainer, TrainerCallback
 
 import hf_optim
 from hf_optim import CheckpointError, NumericalError, OptimError, RecipeError, Technique, hookimpl
-from hf_optim.keepers import MASKS_NAME, STATE_NAME
+from hf_optim.guarding import GradientGuard
+from hf_optim.keepers import MASKS_NAME, STATE_NAME, read_state
 from hf_optim.masking import MaskKeeper, stray_weights
 from hf_optim.training import OptimTrainer
 
@@ -121,7 +123,7 @@ def test_the_recipe_goes_on_as_far_as_the_data_allows(tmp_path, data: bool, capl
 # -- health ----------------------------------------------------------------------------------------------------------
 @toy("toy_nan")
 class Poison(Technique):
-    """Makes the loss NaN at the third step."""
+    """Makes the loss NaN at the third micro-batch, and never again."""
 
     @hookimpl
     def training_loss(self, run, model, inputs, outputs):
@@ -130,17 +132,100 @@ class Poison(Technique):
         return {"poison": outputs.logits.mean() * (float("nan") if own.steps == 3 else 0.0)}
 
 
-def test_nan_stops_training_before_it_reaches_the_weights(tmp_path):
+class Weights(TrainerCallback):
+    """The weights after each step, and the steps that began."""
+
+    def __init__(self) -> None:
+        self.after, self.begun = {}, 0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.begun = state.global_step + 1
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.after[state.global_step + 1] = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("optim", "saving", "begun"),
+    [
+        ("adamw_torch", {}, 3),  # asked at once
+        ("adamw_torch_fused", {}, 4),  # asked one step later: the device left the step out by itself
+        ("adamw_torch_fused", {"save_strategy": "steps", "save_steps": 1}, 3),  # before a checkpoint
+        ("adamw_torch_fused", {"max_steps": 3}, 3),  # before the end
+        ("sgd", {"save_strategy": "steps", "save_steps": 1}, 3),
+    ],
+)
+def test_nan_stops_training_before_it_reaches_the_weights(tmp_path, optim: str, saving: dict, begun: int):
     model = tiny_llama()
     run = begin(model, Poison())
-    trainer = OptimTrainer(
-        model=model, args=arguments(tmp_path, save_strategy="steps", save_steps=1), train_dataset=sentences()
-    )
+    weights = Weights()
+    args = arguments(tmp_path, **{"optim": optim, "max_steps": 8, "weight_decay": 0.1, **saving})
+    trainer = OptimTrainer(model=model, args=args, train_dataset=sentences(), callbacks=[weights])
     with pytest.raises(NumericalError, match=r"\[toy_nan\].* in step 3 \(first in model\."):
         trainer.train()
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert weights.begun == begun
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights.after[2][name]), name
+    inner = trainer.optimizer.optimizer
+    for values in inner.state.values():
+        assert all(bool(torch.isfinite(v).all()) for v in values.values() if isinstance(v, torch.Tensor))
+        assert int(values.get("step", 2)) == 2
     assert not run.finished
-    same(model, tiny_llama().from_pretrained(tmp_path / "checkpoint-2"))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == (
+        ["checkpoint-1", "checkpoint-2"] if "save_steps" in saving else []
+    )
+    if "save_steps" in saving:
+        same(model, tiny_llama().from_pretrained(tmp_path / "checkpoint-2"))
+
+
+def test_a_fused_optimizer_is_not_waited_for(tmp_path, monkeypatch):
+    """While nothing breaks and nothing is saved, a step never reads its own verdict."""
+    asked = []
+    settle = GradientGuard._settle
+    monkeypatch.setattr(
+        GradientGuard, "_settle", lambda self: (asked.append(self._open and self._open.step), settle(self))
+    )
+    model = tiny_llama()
+    begin(model, ToyRamp())
+    args = {"optim": "adamw_torch_fused", "max_steps": 4}
+    trainer = train(Trainer, model, tmp_path, callbacks=hf_optim.callbacks(model), **args)
+    # Before steps 1 to 4; after the last one, at the end of the epoch and at the end.
+    assert asked == [None, 1, 2, 3, 4, None, None]
+    assert not hasattr(trainer.optimizer.optimizer, "found_inf")
+
+
+def test_training_goes_on_bit_by_bit_as_without_the_guard(tmp_path):
+    models = []
+    for guarded in (True, False):
+        model = tiny_llama()
+        begin(model, ToyRamp())
+        callbacks = [c for c in hf_optim.callbacks(model) if guarded or not isinstance(c, GradientGuard)]
+        train(Trainer, model, tmp_path / str(guarded), callbacks=callbacks, optim="adamw_torch_fused")
+        models.append(model)
+    same(*models)
+
+
+def test_what_a_step_trains_beside_the_model_is_watched():
+    own = torch.nn.Parameter(torch.ones(2))
+    model = tiny_llama()
+    guard = GradientGuard(begin(model, ToyRamp()))
+    optimizer = torch.optim.SGD([*model.parameters(), own])
+    own.grad = torch.tensor([1.0, float("inf")])
+    args, state = SimpleNamespace(fp16=False), SimpleNamespace(global_step=4)
+    with pytest.raises(NumericalError, match=r"in step 5 \(first in a parameter of a step\)"):
+        guard.on_pre_optimizer_step(args, state, None, model=model, optimizer=optimizer)
+
+
+def test_a_loss_scaler_may_skip_steps_but_not_for_ever():
+    model = tiny_llama()
+    guard = GradientGuard(begin(model, ToyRamp()))
+    args, state = SimpleNamespace(fp16=True), SimpleNamespace(global_step=0)
+    parameter = next(model.parameters())
+    for value in [float("inf")] * 24 + [1.0] + [float("inf")] * 24:
+        parameter.grad = torch.full_like(parameter, value)
+        guard.on_pre_optimizer_step(args, state, None, model=model)
+    with pytest.raises(NumericalError, match="became NaN or infinite"):
+        guard.on_pre_optimizer_step(args, state, None, model=model)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -200,6 +285,32 @@ def test_resuming_without_or_with_broken_state_is_refused(tmp_path):
     (checkpoint / STATE_NAME).unlink()
     with pytest.raises(CheckpointError, match=f"has no {STATE_NAME}"):
         resume()
+
+
+def test_the_masks_of_another_model_or_recipe_are_refused_before_anything_changes(tmp_path):
+    model = tiny_llama()
+    begin(model, ToyRamp())
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(Trainer, model, tmp_path, callbacks=hf_optim.callbacks(model), **saving)
+    checkpoint = tmp_path / "checkpoint-2"
+    for other, steps, message in [
+        (tiny_llama(intermediate_size=64), [ToyRamp()], rf"masks of another model: that of {NAME.split('.')[0]}.*bool"),
+        (tiny_bert(), [ToyRamp()], r"BertForSequenceClassification has no such parameter"),
+        (tiny_llama(), [ToyRamp(), ToyRamp()], r"another recipe \(1 steps, and this one has 2\)"),
+        (tiny_llama(), [Counting()], r"step 1 was toy_ramp, and here it is toy_counting"),
+    ]:
+        run = begin(other, *steps)
+        name = next(n for n, p in other.named_parameters() if p.dim() == 2)
+        run.masks[name] = mine = torch.ones_like(other.get_parameter(name), dtype=torch.bool)
+        run.state(steps[0]).calls = 7
+        notes, traits, before = list(run.record.notes), set(run.traits), other.get_parameter(name).clone()
+        with pytest.raises(CheckpointError, match=message):
+            read_state(run, checkpoint)
+        assert run.masks.keys() == {name}
+        assert run.masks[name] is mine
+        assert vars(run.state(steps[0])) == {"calls": 7}
+        assert (run.record.notes, run.traits) == (notes, traits)
+        assert torch.equal(other.get_parameter(name), before)
 
 
 def test_the_best_checkpoint_comes_back_with_its_masks(tmp_path):
@@ -401,6 +512,49 @@ def test_parameter_groups_leave_the_default_ones(tmp_path):
         assert decay == 0.0 or not any("norm" in name for name in members)
     trainer.train()
     assert run.finished
+
+
+@toy("toy_gate")
+class Gate(Technique):
+    """Trains a factor beside the model, which the loss sees."""
+
+    @hookimpl
+    def training_callbacks(self, run):
+        run.state(self).gate = torch.nn.Parameter(torch.full((3,), 2.0))
+        return []
+
+    @hookimpl
+    def parameter_groups(self, run, model):
+        return [{"params": [run.state(self).gate], "lr": 0.1}]
+
+    @hookimpl
+    def training_loss(self, run, model, inputs, outputs):
+        return {"gate": (run.state(self).gate * outputs.logits.square().mean()).sum()}
+
+
+def test_what_a_step_trains_beside_the_model_is_resumed_to_the_same_bits(tmp_path):
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = tiny_llama()
+        run = begin(model, step := Gate())
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        trainer = train(OptimTrainer, model, tmp_path, resume=resume, **saving)
+        gate = run.state(step).gate
+        assert gate.grad is None  # not summed over steps
+        assert any(gate is p for group in trainer.optimizer.param_groups for p in group["params"])
+        found.append(gate.detach().clone())
+        assert not any(key.endswith("gate") for key in load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], load_file(tmp_path / "checkpoint-2" / MASKS_NAME)["state.0.gate"])
+
+
+def test_several_ranks_do_not_train_what_only_each_of_them_knows(tmp_path, monkeypatch):
+    model = tiny_llama()
+    begin(model, Gate())
+    trainer = OptimTrainer(model=model, args=arguments(tmp_path), train_dataset=sentences())
+    monkeypatch.setattr("hf_optim.toolkit.sharing.ranks", lambda: 2)
+    with pytest.raises(OptimError, match=r"step 1 \(toy_gate\) trains a parameter that is no part of the model"):
+        trainer.create_optimizer()
 
 
 def test_two_claims_to_one_parameter_are_refused(tmp_path):

@@ -7,7 +7,6 @@ without gradient, and the weights that are left go on training and recover the l
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,8 @@ from transformers import TrainerCallback
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, sparsity
-from hf_optim.toolkit.schedules import Ramp, as_step
+from hf_optim.toolkit.schedules import Ramp, as_step, warn_unreached
+from hf_optim.toolkit.shards import WholeWeights
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ class RampPruning(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ramp = self.step.ramp(state.max_steps)
-        if ramp.end > state.max_steps:
-            self._warn(ramp, state.max_steps)
+        warn_unreached(ramp, state.max_steps, self.run.label(self.step), self.run.record.note)
         if state.global_step == 0 and ramp.updates_at(0):
             self._prune(ramp.sparsity(0))
 
@@ -134,19 +133,10 @@ class RampPruning(TrainerCallback):
             self._prune(ramp.sparsity(state.global_step))
 
     def _prune(self, share: float) -> None:
-        weights = {name: self.run.model.get_parameter(name).detach() for name in self.parameters}
+        weights = WholeWeights(self.run.model, self.parameters)
         masks.require_finite(weights, self.run.label(self.step))
         rank = masks.layer_masks if self.step.scope == "layer" else masks.global_masks
         masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))
-
-    def _warn(self, ramp: Ramp, max_steps: int) -> None:
-        sentence = (
-            f"{self.run.label(self.step)}: the ramp ends at step {ramp.end}, but training at step {max_steps}: "
-            f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}; "
-            "train longer, or lower end"
-        )
-        self.run.record.note(sentence)
-        warnings.warn(sentence, stacklevel=2)
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hf_optim import Contract, Paper, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, sparsity
+from hf_optim.toolkit.shards import WholeWeights
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Magnitude(Technique):
 
 
 def _rank(step: Magnitude, run: Run, names: dict[str, str]) -> masks.Masks:
-    weights = {name: run.model.get_parameter(name).detach() for name in names.values()}
+    weights = WholeWeights(run.model, names.values())
     masks.require_finite(weights, run.label(step))
     rank = masks.layer_masks if step.scope == "layer" else masks.global_masks
     return rank(weights, step.sparsity, run.masks)

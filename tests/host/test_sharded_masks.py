@@ -1,0 +1,43 @@
+"""Masks under FSDP2 and DDP: two ranks on the CPU, in processes of their own; and the pieces, on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+
+from hf_optim.toolkit import shards
+
+WORKER = Path(__file__).with_name("shard_worker.py")
+
+
+def test_masks_follow_the_shards(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    done = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
+    for check in ("magnitude", "resumption", "guard", "agreement", "stock_trainer"):
+        assert f"check_{check}" in done.stdout
+
+
+def test_without_shards_nothing_is_copied():
+    model = tiny_llama()
+    name = "model.layers.0.mlp.up_proj.weight"
+    parameter = model.get_parameter(name)
+    assert not shards.has_shards(model)
+    assert shards.whole(parameter) is parameter
+    assert shards.local(parameter) is parameter
+    mask = torch.ones_like(parameter, dtype=torch.bool)
+    assert shards.local_part(mask, parameter) is mask
+    weights = shards.WholeWeights(model, [name])
+    assert dict(weights).keys() == {name}
+    assert weights[name].data_ptr() == parameter.data_ptr()
+    with pytest.raises(AttributeError):
+        shards.WholeWeights(model, ["nothing"])["nothing"]
