@@ -39,6 +39,8 @@ _HOMES = {
     "advance": "loading",
     "callbacks": "training",
     "OptimTrainer": "training",
+    "Rounds": "rounds",
+    "RoundTraining": "round_training",
     "accelerate": "acceleration",
     "compile_config": "acceleration",
     "KernelWarning": "acceleration",
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
     from .loading import optimize as optimize
     from .loading import release as release
     from .packed import Kernel as Kernel
+    from .round_training import RoundTraining as RoundTraining
+    from .rounds import Rounds as Rounds
     from .run import Run as Run
     from .run import run_of as run_of
     from .scope import Scope as Scope

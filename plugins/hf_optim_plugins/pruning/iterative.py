@@ -1,0 +1,71 @@
+"""Iterative magnitude pruning: prune a part, fine-tune what is left, repeat (Han et al., 1506.02626).
+
+``s_r = 1 - (1 - s)^(r / n)`` is the sparsity after round ``r`` of ``n``. In a round the weights of smallest magnitude
+are removed, and the rest is trained on at one small learning rate, ``η = rate · η_max``: the retraining called
+fine-tuning by Renda et al. (2003.02389), who hold the last rate of the original schedule. The schedules of transformers
+end at 0, where nothing would be learnt; what is held instead is said at ``rate``.
+"""
+
+from __future__ import annotations
+
+from hf_optim import Contract, Paper, Reload, Rounds, RoundTraining, hookimpl, option, technique
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+from .in_rounds import InRounds
+
+# Of the highest rate: the mean over the last fifth of a linear decay, and about the last stage of a stepwise one.
+SMALL_RATE = 0.1
+
+
+@technique(
+    "iterative",
+    family="pruning",
+    paper=Paper("1506.02626", "Learning both Weights and Connections for Efficient Neural Networks", 2015),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+    trains=True,
+)
+class Iterative(InRounds):
+    """Prune a part of the weights, fine-tune the rest, and repeat until the sparsity is reached.
+
+    The steps of one training are divided evenly among the rounds (and the dense phase, where there is one). Weights and
+    the optimizer's state go on from round to round.
+
+    Attributes:
+        sparsity: share of the weights that is zero at the end, in [0, 1).
+        rounds: how often is pruned; each round removes the same share of what is left.
+        dense: whether training begins with a dense phase, which follows the Trainer's learning-rate schedule, as long
+            as a round; False prunes before the first step, which suits a model that is trained already.
+        rate: the learning rate of retraining, as a share of the Trainer's ``learning_rate``; None takes all of it when
+            there is no dense phase, and else where the schedule of the dense phase ends, but at least a tenth.
+        scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
+        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        skip: patterns of layers to leave dense.
+    """
+
+    sparsity: float = option(0.5, low=0.0, below=1.0)
+    rounds: int = option(3, low=1)
+    dense: bool = False
+    rate: float | None = option(None, above=0.0, high=1.0)
+    scope: str = option("layer", choices=("layer", "global"))
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    title = "Iterative magnitude pruning"
+
+    def between(self) -> str:
+        return "between them the remaining weights were fine-tuned at one learning rate"
+
+    def driver(self, rounds: Rounds) -> RoundTraining:
+        return RoundTraining(rounds, dense=self.dense, held=self.held)
+
+    def held(self, last: float) -> float:
+        """The multiplier of the learning rate in retraining, where that of the dense phase ends at ``last``."""
+        if self.rate is not None:
+            return self.rate
+        return max(last, SMALL_RATE) if self.dense else 1.0
+
+
+@hookimpl
+def register_techniques(register):
+    register(Iterative)
