@@ -62,7 +62,8 @@ def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[st
             if whole:
                 _whole_model(run, list(group))
             else:
-                driver = _Blockwise(run, list(group), blocks, journal)
+                # Asked again: a step before may have taken blocks out.
+                driver = _Blockwise(run, list(group), topology.blocks(run.model), journal)
                 driver.drive()
                 figures |= speed(run, driver.seconds, driver.passes, driver.device)
     for step in steps:
@@ -77,7 +78,6 @@ def _whole_model(run: Run, steps: Sequence[Technique]) -> None:
                 f"{run.label(step)} works block by block, towards what each block computed before: use driver: "
                 f"blockwise, with a model that has a sequence of blocks ({type(run.model).__name__})"
             )
-    scope = Scope("", run.model, run.model)
     device = device_of(run.model)
 
     def feed(step: Technique) -> None:
@@ -85,8 +85,8 @@ def _whole_model(run: Run, steps: Sequence[Technique]) -> None:
         for batch in tqdm(batches, desc=f"calibrating: {step.name}", unit="batch", leave=False, disable=not batches):
             run.model(**to_device(batch, device))
 
-    for step in steps:
-        drive(run, step, scope, feed)
+    for step in steps:  # a scope for each: a step may take layers out
+        drive(run, step, Scope("", run.model, run.model), feed)
 
 
 class _Blockwise:

@@ -119,7 +119,7 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """
     mask = batch.get("attention_mask")
     labels = batch.get("labels")
-    if labels is None and _is_causal(model) and "input_ids" in batch:
+    if labels is None and is_causal(model) and "input_ids" in batch:
         labels = batch["input_ids"]
         labels = labels if mask is None else labels.masked_fill(mask == 0, -100)
     if labels is not None:
@@ -139,7 +139,8 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return ((fixed.exp() * (fixed - log_p)).sum(-1) * kept).sum() / kept.sum()
 
 
-def _is_causal(model: nn.Module) -> bool:
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' causal language models, whose labels are its own inputs."""
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 

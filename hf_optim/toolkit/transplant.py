@@ -128,7 +128,7 @@ def difference(first: PreTrainedModel, second: PreTrainedModel, inputs: Mapping[
 
     Both run in evaluation mode without gradients and get their modes back.
     """
-    one, two = _output(first, inputs), _output(second, inputs)
+    one, two = output(first, inputs), output(second, inputs)
     if one.shape != two.shape:
         raise ModelError(f"{type(first).__name__} gives {tuple(one.shape)}, {type(second).__name__} {tuple(two.shape)}")
     gap = (one - two).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
@@ -141,7 +141,8 @@ def rounding(model: PreTrainedModel) -> float:
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
-def _output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+def output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits, or else the first output, in float64; in evaluation mode without gradients, as in `difference`."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,0 +1,256 @@
+r"""Sparse variational dropout: learn how much noise each weight bears, and remove those that drown in it (1701.05369).
+
+``L = -(1/N) Σ log p(y | x, w̃) + (λ/N) Σ_ij KL(α_ij)``, ``w̃ = w + σ ε``, ``α = σ² / w²`` (Molchanov et al., equations
+2, 3 and 14). The first term is the task loss with noise in the weights, the second the distance of their posterior
+from a log-uniform prior, which rewards large ``α``. A weight with ``log α > 3`` is 95 % noise: it is removed. Noise is
+drawn for the outputs of a layer rather than for its weights; see ``hf_optim.toolkit.sparse_variational``.
+
+Gale et al. (1902.09574) raise λ gradually and choose it, and the threshold, for a sparsity: ``weight``, ``begin``,
+``end`` and ``sparsity`` do that here.
+
+While training lasts, the targeted layers have another class and the parameters they had. A ``checkpoint-N`` is
+therefore an ordinary checkpoint (of the means); the variances travel in the files that hf_optim's callbacks write
+beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
+from hf_optim.toolkit import masks, noisy_layers, sparsity
+from hf_optim.toolkit.noisy_layers import NoisyLayer
+from hf_optim.toolkit.schedules import as_step, linear_ramp
+from hf_optim.toolkit.sparse_training import require_whole, trainable
+from hf_optim.toolkit.sparse_variational import WeightNoise
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run
+    from hf_optim.cards import Card
+
+
+@technique(
+    "variational_dropout",
+    family="pruning",
+    paper=Paper("1701.05369", "Variational Dropout Sparsifies Deep Neural Networks", 2017),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    reload=Reload.STOCK_DENSE,
+    trains=True,
+)
+class VariationalDropout(Technique):
+    """Learn a noise level for each weight while training, and remove the weights that are mostly noise.
+
+    Runs in ``hf_optim.OptimTrainer``: the divergence is the loss term ``kl``. In evaluation mode layers compute with
+    the means that would be kept now, without noise. A step costs two matrix products for each forward product of a
+    targeted layer, and the optimizer holds twice the targeted weights.
+
+    The ``N`` of the paper counts what the task loss is a mean over: tokens with a label for a language model, rows for
+    a classifier. A model with more weights than the data has tokens is pruned hard at ``weight: 1``, which is the
+    paper's bound; less weight trades sparsity for loss.
+
+    Attributes:
+        sparsity: share of the weights to remove, those with the largest α; None removes those above ``threshold``.
+        threshold: of ``log α``.
+        weight: ``λ``, of the divergence; 1 is the evidence lower bound.
+        examples: ``N``; None: the labels of the first batch times the batches of an epoch.
+        begin: where the divergence begins to count: a step, or a share of training.
+        end: where it counts fully, after a straight rise.
+        settle: where weights are removed for good: a step, or a share of training. Those left train on without noise;
+            1.0 is the end of training, as in the paper.
+        initial: ``log σ²`` of every weight at the beginning.
+        variance_learning_rate: of ``log σ²``; None takes that of the weights, too little for short training: a weight
+            is removed when ``log σ²`` has come some ten units up.
+        scope: with ``sparsity``: ``"global"`` ranks all targets together, ``"layer"`` removes this share of each layer.
+        targets: which linear layers, by class, name or pattern; output heads only where named exactly, and no weight
+            that another module shares.
+        skip: patterns of layers to leave dense.
+    """
+
+    sparsity: float | None = option(None, low=0.0, below=1.0)
+    threshold: float = 3.0
+    weight: float = option(1.0, low=0.0)
+    examples: int | None = option(None, low=1)
+    begin: int | float = option(0, low=0)
+    end: int | float = option(0.5, low=0)
+    settle: int | float = option(1.0, above=0)
+    initial: float = -10.0
+    variance_learning_rate: float | None = option(0.05, low=0.0)
+    scope: Literal["layer", "global"] = "global"
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        for field in ("begin", "end", "settle"):
+            value = getattr(self, field)
+            if isinstance(value, float) and value > 1.0:
+                raise RecipeError(
+                    f"variational_dropout: {field} is a share of training in [0, 1] or a whole number of steps, not "
+                    f"{value!r}"
+                )
+        if type(self.begin) is type(self.end) and self.begin > self.end:
+            raise RecipeError(f"variational_dropout: begin must be <= end, not {self.begin!r} > {self.end!r}")
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return [VariationalTraining(self, run, self.prepare(run))]
+
+    @hookimpl
+    def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
+        found = list(noisy_layers.parameters(self.prepare(run)).values())
+        rate = {} if self.variance_learning_rate is None else {"lr": self.variance_learning_rate}
+        return [{"params": found, "weight_decay": 0.0, **rate}]
+
+    @hookimpl
+    def training_loss(self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
+        own = run.state(self)
+        if own.settled:
+            return {}
+        if self.examples is None and own.examples is None:
+            own.examples = labelled(inputs) * own.batches
+        scale = own.ramp * self.weight / (self.examples or own.examples)
+        terms = [noise.divergence() for noise in own.noises if noise.heard]
+        return {"kl": scale * torch.stack(terms).sum()} if terms else {}
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        own, layers = run.state(self), self.prepare(run)
+        if not getattr(own, "settled", False):
+            self.remove(run)
+        noisy_layers.forget(own, layers)
+        for layer in layers.values():
+            noisy_layers.detach(layer)
+        for key in ("layers", "noises", "chosen"):
+            vars(own).pop(key, None)
+        run.report(self, **sparsity.figures(run.model, layers), above_threshold=own.above_threshold)
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        rule = f"log α > {self.threshold:g}" if self.sparsity is None else "the largest α"
+        card.paragraph(
+            "Sparse variational dropout",
+            f"Trained with Gaussian noise of a learned variance on every targeted weight (KL weight {self.weight:g}); "
+            f"the weights with {rule} were removed: {100 * share:.1f} % are zero. {sparsity.NO_SPEED_UP}",
+        )
+        card.table("Sparsity after variational dropout", sparsity.HEADER, sparsity.table(run.model, names))
+
+    # -- the layers ---------------------------------------------------------------------------------------------------
+    def prepare(self, run: Run) -> dict[str, NoisyLayer]:
+        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
+        own = run.state(self)
+        if hasattr(own, "layers"):
+            return own.layers
+        chosen = Scope("", run.model, run.model).select(self.targets, self.skip)
+        found, skipped = trainable(run.model, chosen)
+        run.touch(self, found, skipped)
+        if not found:
+            raise ModelError(
+                f"{run.label(self)}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
+                + "".join(f". {', '.join(names[:3])}: {reason}" for reason, names in skipped.items())
+            )
+        masks.require_finite({name: layer.get_parameter("weight") for name, layer in found.items()}, run.label(self))
+        own.layers, own.noises, own.settled = {}, [], False
+        for name, layer in found.items():
+            noise = WeightNoise(layer, f"{name}.weight", run.masks, lambda: self.choose(run), self.initial)
+            own.layers[name] = noise.layer
+            own.noises.append(noise)
+        noisy_layers.remember(own, own.layers)
+        return own.layers
+
+    @torch.no_grad()
+    def choose(self, run: Run) -> masks.Masks:
+        """What would be kept now: parameter name -> mask. Worked out once for each optimizer step."""
+        own = run.state(self)
+        if getattr(own, "chosen", None) is None:
+            alphas = {noise.parameter: noise.log_alpha() for noise in own.noises}
+            if self.sparsity is None:
+                own.chosen = {name: alpha <= self.threshold for name, alpha in alphas.items()}
+            else:
+                rank = masks.layer_masks if self.scope == "layer" else masks.global_masks
+                # The signal-to-noise ratio |w| / σ, which orders weights as 1/α does.
+                ratio = {name: (-0.5 * alpha).exp() for name, alpha in alphas.items()}
+                own.chosen = rank(ratio, self.sparsity, run.masks)
+        return own.chosen
+
+    def remove(self, run: Run) -> None:
+        """Remove what is not to be kept, for good."""
+        own = run.state(self)
+        weights = {noise.parameter: noise.layer.weight.detach() for noise in own.noises}
+        masks.require_finite(weights, run.label(self))
+        above = sum(int((noise.log_alpha() > self.threshold).sum()) for noise in own.noises)
+        own.above_threshold = round(above / sum(weight.numel() for weight in weights.values()), 6)
+        masks.prune_(run.model, run.masks, self.choose(run))
+
+
+class VariationalTraining(TrainerCallback):
+    """Lets the divergence rise, and removes weights when their time comes."""
+
+    def __init__(self, step: VariationalDropout, run: Run, layers: Mapping[str, NoisyLayer]) -> None:
+        self.step, self.run, self.layers = step, run, layers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        require_whole(self.layers)
+        noisy_layers.lower_epsilon(kwargs.get("optimizer"), self.layers)
+        own = self.run.state(self.step)
+        noisy_layers.recall(own, self.layers)
+        if state.global_step == 0:
+            own.settled, own.examples = False, None
+        own.batches = batches(args, state, kwargs.get("train_dataloader"))
+        self._move(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._move(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        own = self.run.state(self.step)
+        own.chosen = None
+        if not own.settled and state.global_step == as_step(self.step.settle, state.max_steps):
+            self.step.remove(self.run)
+            own.settled = True
+        self._move(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # load_best_model_at_end may have read another checkpoint.
+        own = self.run.state(self.step)
+        noisy_layers.recall(own, self.layers)
+        own.chosen = None
+
+    def _move(self, state: Any) -> None:
+        step, own = self.step, self.run.state(self.step)
+        begin, end = (as_step(position, state.max_steps) for position in (step.begin, step.end))
+        own.ramp = linear_ramp(state.global_step, begin, end)
+        for noise in own.noises:
+            noise.active = not own.settled
+
+
+def labelled(inputs: Mapping[str, Any]) -> int:
+    """How many items of a batch have a label (-100 is none); its rows, if there are no labels. Reads the device."""
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor):
+        return max(
+            1, int(labels.ne(-100).sum()) if labels.dim() > 1 and not labels.is_floating_point() else len(labels)
+        )
+    return len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+
+
+def batches(args: Any, state: Any, loader: Any) -> int:
+    """Micro-batches of an epoch over all processes; those of the whole training, where data comes without a length."""
+    try:
+        count = len(loader)
+    except TypeError:
+        count = state.max_steps * args.gradient_accumulation_steps
+    return max(1, count) * args.world_size
+
+
+@hookimpl
+def register_techniques(register):
+    register(VariationalDropout)

@@ -1,0 +1,153 @@
+"""Smaller models: the configuration is found, modules agree with it, and what cannot be expressed is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import DECODER, TINY, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5
+from torch import nn
+
+from hf_optim import ModelError
+from hf_optim.toolkit import shrinking
+from hf_optim.toolkit.shrinking import Narrowing
+from hf_optim.toolkit.topology import dummy_inputs
+from hf_optim.toolkit.transplant import output
+
+
+def halve_neurons(model, layers=2):
+    """The first 24 of 48 neurons of a Llama-like model."""
+    kept = torch.arange(24)
+    names = [f"model.layers.{index}.mlp" for index in range(layers)]
+    stays = {f"{name}.{leaf}.weight": {0: kept} for name in names for leaf in ("gate_proj", "up_proj")}
+    return Narrowing(stays | {f"{name}.down_proj.weight": {1: kept} for name in names}, {48: 24}, 24)
+
+
+def shrink(model, narrowings=(), depth=None):
+    plan = shrinking.plan(model, narrowings, depth)
+    shrinking.apply_(model, plan)
+    return plan
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def test_a_narrower_model_is_the_same_object_with_another_configuration(tmp_path):
+    model = tiny_llama()
+    config, layer, weight = (
+        model.config,
+        model.model.layers[0].mlp.down_proj,
+        model.model.layers[0].mlp.down_proj.weight,
+    )
+    before = weight.detach().clone()
+    shrink(model, [halve_neurons(model)])
+    assert model.config is config
+    assert config.intermediate_size == 24
+    assert layer is model.model.layers[0].mlp.down_proj
+    assert layer.weight is weight
+    assert (layer.in_features, model.model.layers[1].mlp.intermediate_size) == (24, 24)
+    assert torch.equal(weight, before[:, :24])
+    inputs = dummy_inputs(model)
+    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+
+
+def test_planning_changes_nothing():
+    model = tiny_llama()
+    before, rng = output(model, dummy_inputs(model)), torch.random.get_rng_state()
+    shrinking.plan(model, [halve_neurons(model)], {"model.layers": [1]})
+    assert model.config.num_hidden_layers == 2
+    assert torch.equal(output(model, dummy_inputs(model)), before)
+    assert torch.equal(torch.random.get_rng_state(), rng)
+
+
+def test_layers_are_numbered_anew_and_keep_their_kind():
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_qwen2(num_hidden_layers=4, layer_types=kinds, sliding_window=4, use_sliding_window=True)
+    kept = list(model.model.layers)[1:3]
+    plan = shrink(model, depth={"model.layers": [1, 2]})
+    assert list(model.model.layers) == kept
+    assert [layer.self_attn.layer_idx for layer in kept] == [0, 1]
+    assert model.config.layer_types == kinds[1:3]
+    assert [layer.self_attn.sliding_window for layer in kept] == [4, None]
+    assert plan.rename("model.layers.2.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
+    assert plan.rename("model.layers.3.mlp") is None
+    assert plan.rename("model.norm") == "model.norm"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "mixtral", "t5"])
+def test_the_cache_works_after_layers_went(family):
+    """Decoding with the cache gives the tokens that decoding without it gives."""
+    model = TINY[family](**({"n_layer": 3} if family == "gpt2" else {}))
+    depth = {"gpt2": {"transformer.h": [0, 2]}, "opt": {"model.decoder.layers": [1]}}.get(family, {"model.layers": [1]})
+    shrink(model, depth={"encoder.block": [0], "decoder.block": [0]} if family == "t5" else depth)
+    prompt = torch.randint(3, 60, (1, 6), generator=torch.Generator().manual_seed(1))
+    cached, plain = (
+        model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=use, eos_token_id=-1)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+def test_a_layer_with_position_codes_of_its_own_keeps_them(tmp_path):
+    """SmolLM3 leaves rotary positions out of some layers, by a list in the configuration."""
+    config = transformers.SmolLM3Config(**DECODER | {"num_hidden_layers": 4}, no_rope_layer_interval=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.SmolLM3ForCausalLM(config).eval()
+    turned = [layer.self_attn.use_rope for layer in model.model.layers]
+    assert len(set(turned)) == 2
+    shrink(model, depth={"model.layers": [1, 2, 3]})
+    assert [layer.self_attn.use_rope for layer in model.model.layers] == turned[1:]
+    inputs = dummy_inputs(model)
+    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+
+
+def test_a_layer_that_would_become_another_is_refused():
+    """Which layers of a Qwen2-MoE are dense is a list of their numbers."""
+    fields = {
+        **DECODER, "num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    }  # fmt: skip
+    model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**fields)).eval()
+    with pytest.raises(ModelError, match="no configuration of Qwen2MoeForCausalLM"):
+        shrinking.plan(model, [], {"model.layers": [1, 2]})
+    assert shrinking.removable(model) == {"model.layers": []}
+
+
+def test_shapes_that_no_configuration_gives_are_refused():
+    model = tiny_llama()
+    narrowing = halve_neurons(model, layers=1)
+    with pytest.raises(ModelError, match="no configuration of LlamaForCausalLM gives the smaller shapes"):
+        shrinking.plan(model, [narrowing])
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
+
+
+def test_a_field_that_is_not_set_may_be_the_one(tmp_path):
+    """GPT-2's feed-forward width is four times its own width where `n_inner` is None."""
+    model, kept = tiny_gpt2(), torch.arange(0, 128, 2)
+    stays = {}
+    for index in range(2):
+        name = f"transformer.h.{index}.mlp"
+        stays |= {f"{name}.c_fc.weight": {1: kept}, f"{name}.c_fc.bias": {0: kept}, f"{name}.c_proj.weight": {0: kept}}
+    shrink(model, [Narrowing(stays, {128: 64}, 64)])
+    assert model.config.n_inner == 64
+    assert model.transformer.h[0].mlp.c_fc.nf == 64
+    inputs = dummy_inputs(model)
+    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+
+
+def test_a_model_that_is_not_what_its_configuration_builds_is_refused():
+    class Other(nn.Linear):
+        pass
+
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj = Other(32, 48, bias=False)
+    with pytest.raises(ModelError, match="not what its configuration builds"):
+        shrinking.plan(model, [halve_neurons(model)])
+
+
+def test_a_block_that_holds_what_others_need_may_not_go():
+    assert shrinking.removable(tiny_t5(num_layers=3)) == {"encoder.block": [1, 2], "decoder.block": [1]}
+    assert shrinking.removable(tiny_llama()) == {"model.layers": [0, 1]}
