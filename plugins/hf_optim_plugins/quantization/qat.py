@@ -37,6 +37,7 @@ from hf_optim.toolkit import fake_quant
 from hf_optim.toolkit.fake_quant import STEPS, FakeQuantLinear
 from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
 from hf_optim.toolkit.schedules import as_step
+from hf_optim.toolkit.sparse_training import TRAINING_FORWARD
 from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
 
 if TYPE_CHECKING:
@@ -54,7 +55,13 @@ if TYPE_CHECKING:
         "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
         2018,
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={FLOAT_WEIGHTS},
+        adds={QUANTIZED},
+        drops={FLOAT_WEIGHTS},
+        keeps={SPARSE, SPARSE_NM},
+        owns={TRAINING_FORWARD},
+    ),
     reload=Reload.STOCK_FORMAT,
     trains=True,
 )

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Contract, NumericalError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, sharing, sparsity
+from hf_optim.toolkit import masks, nm_groups, sharing, sparsity
 from hf_optim.toolkit.least_squares import output_error, reconstruct
-from hf_optim.toolkit.linear_layers import features, weight_out_in
+from hf_optim.toolkit.linear_layers import weight_out_in
 from hf_optim.toolkit.observers import InputObserver, Moment, SecondMoment
 from hf_optim.toolkit.sensitivity import OutputShift, cheapest_within
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
@@ -56,8 +56,10 @@ class NM(Technique):
         score: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input channel (needs data).
         compensate: refit the weights that stay to the layer's dense outputs by least squares (needs data).
         budget: share of the target weights that may become N:M, in (0, 1]; the layers with the least error for each
-            weight go first, and a layer that would exceed the share stays dense. None: all. In a blockwise run the
-            share holds within each block (needs data).
+            weight go first, and a layer that would exceed the share stays dense. None: all (needs data).
+        scope: within what the budget's share holds. ``"block"``: within each block of a blockwise run; ``"model"``:
+            across the model, so that the most sensitive layers stay dense wherever they are, which takes all blocks
+            at once (the driver ``whole_model``).
         sensitivity: the error that ranks layers under a budget. ``"model"``: how far the output of the model (in a
             blockwise run: of the block) moves with this layer alone pruned, measured by one more forward for each
             layer and batch. ``"layer"``: relative squared error of the layer's own output, which costs no forward but
@@ -71,6 +73,7 @@ class NM(Technique):
     score: str = option("magnitude", choices=("magnitude", "activation"))
     compensate: bool = False
     budget: float | None = option(None, above=0.0, high=1.0)
+    scope: str = option("block", choices=("block", "model"))
     sensitivity: str = option("model", choices=("model", "layer"))
     targets: tuple[str, ...] = ("Linear",)
     skip: tuple[str, ...] = ()
@@ -78,9 +81,14 @@ class NM(Technique):
     def validate(self) -> None:
         if self.keep > self.group:
             raise RecipeError(f"nm: keep must be <= group, not {self.keep} of {self.group}")
+        if self.scope == "model" and self.budget is None:
+            raise RecipeError("nm: scope says where a budget holds; set budget, a share in (0, 1], or leave scope out")
 
     def needs_data(self) -> bool:
         return self.score == "activation" or self.compensate or self.budget is not None
+
+    def needs_whole_model(self) -> bool:
+        return self.budget is not None and self.scope == "model"
 
     @hookimpl
     def register_kernels(self, register):
@@ -96,7 +104,7 @@ class NM(Technique):
         selected = scope.select(self.targets, self.skip)
         layers = {name: selected[name] for name in masks.weight_names(selected)}
         sizes = {name: weight_out_in(layer).numel() for name, layer in layers.items()}
-        layers, skipped = divisible(layers, self.group)
+        layers, skipped = nm_groups.divisible(layers, self.group)
         masks.require_finite({name: weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
         energies, moments = yield from self._observe(run, layers)
         if energies is not None:
@@ -161,9 +169,7 @@ class NM(Technique):
         with torch.no_grad():
             weight_out_in(layer).copy_(plan.weight)
         masks.prune_(run.model, run.masks, {parameter: masks.as_stored(layer, plan.mask)})
-        tighter = (self.keep, self.group)
-        known = run.nm_patterns.get(parameter, tighter)
-        run.nm_patterns[parameter] = min(tighter, known, key=lambda pattern: pattern[0] / pattern[1])
+        nm_groups.tighten(run.nm_patterns, parameter, self.keep, self.group)
 
     def _report_errors(self, run: Run, errors: Mapping[str, float]) -> None:
         state = run.state(self)
@@ -216,15 +222,6 @@ class InputEnergy(InputObserver[Tensor]):
 
     def reduce(self) -> None:
         sharing.reduce_all(self.found, self.modules, "sum", self.device)
-
-
-def divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The layers whose input width is a multiple of ``group``, and the names of the others by reason."""
-    odd = {name: features(layer)[1] for name, layer in layers.items() if features(layer)[1] % group}
-    skipped: dict[str, list[str]] = {}
-    for name, width in odd.items():
-        skipped.setdefault(f"input width {width} is not a multiple of {group}", []).append(name)
-    return {name: layer for name, layer in layers.items() if name not in odd}, skipped
 
 
 @hookimpl

@@ -99,6 +99,52 @@ def test_compensation_is_the_least_squares_fit_of_each_layer(build):
         assert (inputs[name] @ (weight.double() - dense[name]).T).square().sum() < plain
 
 
+@pytest.mark.parametrize(("keep", "group"), [(6, 8), (4, 8), (1, 4)])
+def test_other_patterns_are_exact_compose_and_stay_in_training(keep, group, tmp_path):
+    """Of each group the ``keep`` largest stay, counted by sorting; refitting and training move nothing else."""
+    dense = {name: layer.weight.detach().clone() for name, layer in linears(tiny_llama()).items()}
+    step = {"technique": "nm", "keep": keep, "group": group}
+    model = hf_optim.optimize(tiny_llama(), step)
+    for name in touched(model)[0]:
+        groups = dense[name].abs().unflatten(-1, (-1, group))
+        least = groups.sort(-1, descending=True).values[..., keep - 1 : keep]
+        assert torch.equal(model.get_submodule(name).weight != 0, (groups >= least).flatten(-2))
+    quantized = [{**step, "compensate": True}, {"technique": "gptq", "bits": 4, "group_size": 16}]
+    model = hf_optim.optimize(tiny_llama(), quantized, calibration=tokens(24))
+    assert all(trait.holds(run_of(model)) for trait in run_of(model).traits)
+    assert set(run_of(model).nm_patterns.values()) == {(keep, group)}
+    model = hf_optim.optimize(tiny_llama(), step)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=False, learning_rate=1e-2, weight_decay=0.1,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in tokens(16)]
+    Trainer(model=model, args=settings, train_dataset=data, callbacks=hf_optim.callbacks(model)).train()
+    assert SPARSE_NM.holds(run_of(model))
+
+
+def test_a_budget_may_hold_across_the_model():
+    """The dense layers are those with the most error for each weight anywhere, in a blockwise recipe too."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.model.layers[0].parameters():
+            parameter.mul_(1.5)  # the first block matters more
+    step = {"technique": "nm", "budget": 0.5, "scope": "model", "sensitivity": "layer"}
+    model = hf_optim.optimize(model, {"steps": [step], "driver": "blockwise"}, calibration=tokens())
+    names, _ = touched(model)
+    sizes = {name: layer.weight.numel() for name, layer in linears(model).items() if name != "lm_head"}
+    errors = run_of(model).record.steps["0"]["errors"]
+    assert errors.keys() == sizes.keys()
+    room, expected = 0.5 * sum(sizes.values()), set()
+    for name in sorted(sizes, key=lambda name: errors[name] / sizes[name]):
+        if sizes[name] <= room:
+            expected.add(name)
+            room -= sizes[name]
+    assert names == expected
+    shares = [sum(sizes[n] for n in names if n.startswith(f"model.layers.{i}.")) for i in (0, 1)]
+    assert shares[0] != shares[1]
+
+
 @pytest.mark.parametrize("driver", ["whole_model", "blockwise"])
 @pytest.mark.parametrize("sensitivity", ["layer", "model"])
 def test_a_budget_leaves_the_sensitive_layers_dense(driver, sensitivity):
@@ -190,6 +236,7 @@ def test_data_is_asked_for_only_where_it_is_needed():
     [
         ({"keep": 5}, "keep must be <= group"),
         ({"budget": 0.0}, "budget must be > 0"),
+        ({"scope": "model"}, "scope says where a budget holds"),
         ({"score": "act"}, "one of 'magnitude', 'activation'"),
     ],
 )

@@ -1,0 +1,310 @@
+"""Channel permutations: put the input channels of linear layers into an order in which an N:M mask keeps more.
+
+    P* = argmax_P  Σ_rows Σ_groups  (sum of the N largest of each M in S P),      W x = (W P) (P^T x)
+
+An N:M mask chooses within groups of M neighbours, so it loses where large weights happen to stand together. The input
+channels of W are put into another order P, and whatever makes x gets its rows in the same order, which leaves the model
+the function that it was. S is ``|W|``, or ``|W_ij| ‖X_j‖₂`` for a mask that is chosen by activations.
+
+Orders that are exact are found on the wiring of the model: the neurons of a feed-forward layer (rows of up and gate,
+columns of down), the value channels of each key/value head (rows of the value projection, columns of the output
+projection under all its query heads), and one order of the residual stream, which is the best for the sum over all
+layers that read it. Queries and keys stay: their rows are no input of a linear layer, and rotary positions tie each
+channel to its place. Where a model returns its residual stream, or a router or fused experts read a channel, that
+channel is moved with all its readers or not at all. The outputs on a small batch are compared before and after.
+
+The search is that of Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021 (no arXiv number;
+https://proceedings.neurips.cc/paper/2021/hash/6e8404c3b93a9527c8db241a1846599a-Abstract.html): all splits of two or
+three stripes, best gain first, then bounded regressions. Ours starts narrow matrices from many orders instead of one,
+and searches wide ones by exchanges of columns. What a mask keeps stands in for quality and is not the same: where 2:4
+all but destroys a small model, one of two equally good orders can leave it with a much higher loss than the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_optim import Contract, ModelError, NumericalError, RecipeError, Reload, Technique, hookimpl, option, technique
+from hf_optim.toolkit import masks, sharing, topology
+from hf_optim.toolkit.linear_layers import weight_out_in
+from hf_optim.toolkit.observers import InputObserver
+from hf_optim.toolkit.permutation_search import kept_by_rows, kept_sum, search
+from hf_optim.toolkit.permuting import KINDS, Site, sites
+from hf_optim.toolkit.transplant import output, rounding
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run, Scope
+    from hf_optim.cards import Card
+
+UNSEEN = "no calibration input reached the layer"
+ROOM = {"cpu": 2**23, "cuda": 2**27}
+"""Scores that a search looks at; of larger sites it sees some of the rows, drawn at random."""
+
+
+@technique(
+    "channel_permutation",
+    family="sparsity",
+    contract=Contract(needs={FLOAT_WEIGHTS}, forbids={SPARSE_NM}, keeps={SPARSE}),
+    reload=Reload.STOCK_DENSE,
+)
+class ChannelPermutation(Technique):
+    """Reorder input channels so that an N:M mask, made by a later step, keeps more; the model computes what it did.
+
+    What the mask keeps, summed over the layers that read the channels, never falls: an order that is not better is not
+    used. Masks that an earlier step made move along, but N:M masks would be broken, so they must come after.
+
+    Attributes:
+        where: which channels: ``"neurons"``, ``"values"``, ``"residual"``.
+        keep: weights that the mask to come keeps in a group (the N of N:M).
+        group: consecutive input weights in a group (the M).
+        score: that of the mask to come: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input
+            channel (needs data).
+        stripes: how many groups are split anew at once, 2 or 3; three only for matrices of at most 84 columns.
+        tries: regressions from the order found; fewer where a matrix of more than 84 columns makes them costly, none
+            where it has more than 256 groups.
+        starts: from how many orders the search of a matrix of at most 84 columns starts.
+        seed: of the search.
+        targets: the linear layers that will be N:M, by class, name or pattern; output heads only where named exactly.
+        skip: patterns of layers that will stay dense: they are moved where others need it, and do not count.
+    """
+
+    where: tuple[str, ...] = KINDS
+    keep: int = option(2, low=1)
+    group: int = option(4, low=2)
+    score: str = option("magnitude", choices=("magnitude", "activation"))
+    stripes: int = option(2, low=2, high=3)
+    tries: int = option(100, low=0)
+    starts: int = option(64, low=1)
+    seed: int = option(0, low=0)
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        if self.keep >= self.group:
+            raise RecipeError(f"channel_permutation: keep must be < group, not {self.keep} of {self.group}")
+        for kind in self.where:
+            if kind not in KINDS:
+                raise RecipeError(
+                    f"channel_permutation: where must be among {', '.join(KINDS)}, not {kind!r}; the rows of queries "
+                    "and keys are no input of a linear layer, and under rotary positions another order would change "
+                    "the model"
+                )
+        if not self.where:
+            raise RecipeError(f"channel_permutation: where must name at least one of {', '.join(KINDS)}")
+
+    def needs_data(self) -> bool:
+        return self.score == "activation"
+
+    def needs_whole_model(self) -> bool:
+        return True
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        selected = scope.select(self.targets, self.skip)
+        layers = {name: selected[name] for name in masks.weight_names(selected)}
+        masks.require_finite({name: weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
+        norms: dict[str, Tensor] | None = None
+        if self.score == "activation":
+            with InputNorm(layers, run.label(self)) as norms:
+                yield
+        work = _Permutation(self, run, layers, norms)
+        work.do(*self._sites(run))
+        run.touch(self, work.readers, {reason: names for reason, names in work.skipped.items() if names})
+        work.report()
+
+    def _sites(self, run: Run) -> tuple[list[Site], dict[str, list[str]]]:
+        try:
+            return sites(run.model, self.where)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(f"{run.label(self)}: how the model is wired cannot be found: {error}") from error
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        figures = getattr(run.state(self), "figures", None)
+        if figures is None:
+            return
+        card.paragraph(
+            "Channel permutations",
+            f"Before {self.keep}:{self.group} pruning the input channels of {figures['layers_permuted']} linear layers "
+            f"were put into another order ({', '.join(self.where)}; Pool and Yu, NeurIPS 2021). The model computes the "
+            f"same; a {self.keep}:{self.group} mask by {self.score} keeps {figures['kept_after']:.2%} of the layers' "
+            f"scores instead of {figures['kept_before']:.2%}, which is {figures['efficacy']:.1%} of what the groups "
+            "lose against pruning each row freely.",
+        )
+
+
+@dataclass(eq=False)
+class _Permutation:
+    """The work on one model.
+
+    Attributes:
+        step, run: whose it is.
+        layers: name -> layer that will be N:M.
+        norms: name -> norm of each input channel, or None for magnitudes.
+        readers: the layers that read channels which may be permuted.
+        moved: those whose input was put into another order.
+        skipped: what could not be looked at: reason -> names.
+        orders: how many orders were searched, and how many were better than what was there.
+        gap: how far the outputs moved, relative to the largest.
+        before: what ``_measure`` found before anything was moved.
+    """
+
+    step: ChannelPermutation
+    run: Run
+    layers: dict[str, nn.Module]
+    norms: dict[str, Tensor] | None
+    readers: list[str] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    orders: tuple[int, int] = (0, 0)
+    gap: float = 0.0
+    before: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def do(self, found: list[Site], refused: Mapping[str, list[str]]) -> None:
+        """Search and apply every order, and see that the model computes what it did."""
+        step, run = self.step, self.run
+        self.skipped.update(refused)
+        if self.norms is not None:
+            self.skipped[UNSEEN] = [name for name in self.layers if name not in self.norms]
+            self.layers = {name: layer for name, layer in self.layers.items() if name in self.norms}
+        usable = [site for site in found if self._is_usable(site)]
+        if not usable:
+            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in self.skipped.items() if names)
+            raise ModelError(
+                f"{run.label(step)}: {type(run.model).__name__} has no channels of {', '.join(step.where)} that can be "
+                f"permuted{f' ({why})' if why else ''}"
+            )
+        self.readers = list(dict.fromkeys(name for site in usable for name in site.readers if name in self.layers))
+        self.before = self._measure()
+        inputs = topology.dummy_inputs(run.model)
+        expected = output(run.model, inputs)
+        applied = [(site, order) for site in usable if (order := self._permute_(site)) is not None]
+        gap = float((output(run.model, inputs) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not gap <= rounding(run.model):
+            for site, order in reversed(applied):
+                site.permute_(run.model, order.argsort(), run.masks)
+            raise NumericalError(
+                f"{run.label(step)}: permuting channels of {type(run.model).__name__} changes its outputs by {gap:.1e} "
+                "of the largest, so it was undone; name fewer kinds in where"
+            )
+        self.orders, self.gap = (len(usable), len(applied)), gap
+
+    def _is_usable(self, site: Site) -> bool:
+        group = self.step.group
+        if not any(name in self.layers for name in site.readers):
+            return False
+        if not site.fits(group):
+            reason = f"its {site.width} channels do not fill groups of {group}"
+            self.skipped.setdefault(reason, []).append(site.name)
+            return False
+        return True
+
+    def _permute_(self, site: Site) -> Tensor | None:
+        """Search an order and apply it; None where none is better."""
+        step, readers = self.step, [name for name in site.readers if name in self.layers]
+        options = {"stripes": step.stripes, "tries": step.tries, "starts": step.starts, "seed": step.seed}
+        order = search(self._sample(site, readers), step.keep, step.group, **options).order
+        gained = sum(
+            kept_sum(columns[:, order.to(columns.device)], step.keep, step.group)
+            - kept_sum(columns, step.keep, step.group)
+            for columns in self._columns(site, readers)
+        )
+        if gained <= 0:
+            return None
+        site.permute_(self.run.model, order, self.run.masks)
+        for name in readers if self.norms is not None else ():
+            for run in site.columns:
+                self.norms[name][run] = self.norms[name][run[order]]  # type: ignore[index]
+        self.moved.update(readers)
+        return order
+
+    def _columns(self, site: Site, readers: list[str]) -> Iterator[Tensor]:
+        """The scores of what reads the channels, ``[rows, channels]``, reader by reader and run by run."""
+        for name in readers:
+            scores = self.scores(name)
+            for run in site.columns:
+                yield scores[:, run.to(scores.device)]
+
+    def _sample(self, site: Site, readers: list[str]) -> Tensor:
+        """The scores of all readers one below the other, or of as many of their rows as there is room for."""
+        total = sum(len(weight_out_in(self.layers[name])) for name in readers) * len(site.columns)
+        generator = torch.Generator().manual_seed(self.step.seed)
+        parts = []
+        for part in self._columns(site, readers):
+            share = ROOM.get(part.device.type, ROOM["cpu"]) / (total * site.width)
+            if share < 1.0:
+                rows = torch.randperm(len(part), generator=generator)[: max(1, int(len(part) * share))]
+                part = part[rows.to(part.device)]
+            parts.append(part)
+        return torch.cat(parts)
+
+    def scores(self, name: str) -> Tensor:
+        """``[out, in]`` float32, where the run computes."""
+        weight = weight_out_in(self.layers[name]).detach()
+        scores = weight.to(self.run.device or weight.device).float().abs()
+        return scores if self.norms is None else scores * self.norms[name].to(scores.device)
+
+    def _measure(self) -> dict[str, tuple[float, float, float]]:
+        """Layer name -> what a mask keeps, what it would keep of whole rows, and the sum of all scores."""
+        pattern, found = (self.step.keep, self.step.group), {}
+        for name in self.readers:
+            scores = self.scores(name)
+            found[name] = (
+                kept_sum(scores, *pattern),
+                kept_by_rows(scores, *pattern),
+                float(scores.sum(dtype=torch.float64)),
+            )
+        return found
+
+    def report(self) -> None:
+        """Put on the record what a mask keeps of each layer before and after, as shares of the layer's scores."""
+        after = self._measure()
+        kept = {name: (self.before[name][0], after[name][0], *after[name][1:]) for name in self.readers}
+        old, new, rows, total = (sum(column) for column in zip(*kept.values(), strict=True))
+        figures = {
+            "orders_searched": self.orders[0],
+            "orders_used": self.orders[1],
+            "layers_permuted": len(self.moved),
+            "kept_before": round(old / total, 6) if total else 0.0,
+            "kept_after": round(new / total, 6) if total else 0.0,
+            "efficacy": round((new - old) / (rows - old), 6) if rows > old else 0.0,
+            "output_difference": float(f"{self.gap:.3g}"),
+        }
+        self.run.state(self.step).figures = figures
+        self.run.report(
+            self.step,
+            pattern=f"{self.step.keep}:{self.step.group}",
+            **figures,
+            kept_before_by_layer={name: round(v[0] / v[3], 6) for name, v in kept.items() if v[3]},
+            kept_after_by_layer={name: round(v[1] / v[3], 6) for name, v in kept.items() if v[3]},
+            efficacy_by_layer={
+                name: round((v[1] - v[0]) / (v[2] - v[0]), 6) for name, v in kept.items() if v[2] > v[0]
+            },
+        )
+
+
+class InputNorm(InputObserver[Tensor]):
+    """``‖X_j‖₂`` over all tokens, for each input channel: name -> float32 ``[in_features]``."""
+
+    def update(self, name: str, inputs: Tensor) -> None:
+        energy = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        self.check_finite(name, energy)
+        self.found[name] = self.found[name] + energy if name in self.found else energy
+
+    def reduce(self) -> None:
+        sharing.reduce_all(self.found, self.modules, "sum", self.device)
+
+    def complete(self) -> None:
+        self.found.update({name: energy.sqrt() for name, energy in self.found.items()})
+
+
+@hookimpl
+def register_techniques(register):
+    register(ChannelPermutation)

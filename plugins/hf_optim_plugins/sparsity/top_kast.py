@@ -1,0 +1,245 @@
+"""Top-KAST: sparse in the forward and in the backward, from the first step to the last (Jayakumar et al., 2106.03517).
+
+Of every layer, ``A`` is the share ``D`` of the weights that is largest by magnitude and ``B ⊇ A`` the share ``D + M``.
+The forward computes with ``α = A ∘ θ``; the weights in ``B`` take its gradient, the others keep their values. A weight
+of ``B \\ A`` that grows enters ``A``::
+
+    Δθ_i = -γ ∂L(α)/∂α_i   for i ∈ B,   0 elsewhere
+
+So that ``A`` does not stay what it was at first, a penalty holds weights down, those that are only
+explored ``1/D`` times as hard, which keeps the two in competition::
+
+    R = c (Σ_{i ∈ A} r(θ_i) + 1/D Σ_{i ∈ B \\ A} r(θ_i))     r(θ) = θ²/2  (l2)  or |θ|  (l1)
+
+The penalty is called L2 and printed with ``|θ|``: both are here, and the default goes by the name.
+
+It is applied as its gradient, ``c θ`` or ``c sign(θ)``, to what the backward left and clipping has seen. A stock
+``Trainer`` therefore suffices, and the loss it logs is the task's. What the paper's sparse tensors would save in memory
+and time is not saved: masks over dense weights compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
+from hf_optim.toolkit import masks, sparse_training, sparsity
+from hf_optim.toolkit.schedules import as_step
+from hf_optim.toolkit.sparse_training import MaskedLayer
+from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+if TYPE_CHECKING:
+    from hf_optim import Run
+    from hf_optim.cards import Card
+
+# As a checkpoint keeps the supports, one number for each weight; 0 is outside.
+EXPLORED, ACTIVE = 1, 2
+
+
+@technique(
+    "top_kast",
+    family="sparsity",
+    paper=Paper("2106.03517", "Top-KAST: Top-K Always Sparse Training", 2020),
+    contract=Contract(
+        needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={sparse_training.TRAINING_FORWARD}
+    ),
+    reload=Reload.STOCK_DENSE,
+    trains=True,
+)
+class TopKAST(Technique):
+    """Train with a constant sparsity in forward and backward, and let weights compete for their place.
+
+    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. A ``checkpoint-N`` holds the weights outside ``A``
+    too, and the supports beside them. When training ends, the weights outside ``A`` become zero. Weights that an
+    earlier step removed stay removed, and count. No weight outside ``B`` moves, whatever the optimizer does (weight
+    decay, running means).
+
+    Attributes:
+        sparsity: share of the weights that the forward leaves out, ``1 - D``, in [0, 1).
+        backward_sparsity: share that takes no gradient, ``1 - (D + M)``, at most ``sparsity``; equal to it (``M = 0``)
+            the supports are static.
+        penalty: ``"l2"`` or ``"l1"``.
+        strength: ``c``, the weight of the penalty.
+        every: optimizer steps between renewals of the supports. Weights that are explored move for that long without
+            being used: in 240 steps of Adam on a small language model, a renewal every 10 steps was no better than
+            static sparsity, and one at every step far better.
+        end: the end of exploration, a step, or a share of training where a float: from then on ``B = A``, and both
+            stay. None explores as long as training lasts.
+        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        skip: patterns of layers to leave dense.
+    """
+
+    sparsity: float = option(0.8, low=0.0, below=1.0)
+    backward_sparsity: float = option(0.5, low=0.0, below=1.0)
+    penalty: Literal["l2", "l1"] = "l2"
+    strength: float = option(1e-4, low=0.0)
+    every: int = option(1, low=1)
+    end: int | float | None = option(None, low=0)
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        if self.backward_sparsity > self.sparsity:
+            raise RecipeError(
+                f"top_kast: backward_sparsity must be <= sparsity (the gradient reaches more weights than the forward "
+                f"uses), not {self.backward_sparsity} > {self.sparsity}"
+            )
+        if isinstance(self.end, float) and self.end > 1.0:
+            raise RecipeError(
+                f"top_kast: end is a share of training in [0, 1] or a whole number of steps, not {self.end!r}"
+            )
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return [Exploration(self, run, self.prepare(run))]
+
+    def prepare(self, run: Run) -> dict[str, MaskedLayer]:
+        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
+        if layers := sparse_training.masked_layers(run.model):
+            return layers
+        label = run.label(self)
+        selected = Scope("", run.model, run.model).select(self.targets, self.skip)
+        try:
+            found, skipped = sparse_training.trainable(run.model, selected)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        run.touch(self, found, skipped)
+        if not found:
+            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
+            raise ModelError(
+                f"{label}: no linear layer of {type(run.model).__name__} is left. {why or 'Check targets and skip'}"
+            )
+        return {name: sparse_training.attach(layer) for name, layer in found.items()}
+
+    def supports(self, run: Run, layers: Mapping[str, MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``(A, B)`` of every layer as its weight is now. Raises ``NumericalError`` for weights that are not finite."""
+        weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
+        masks.require_finite(weights, run.label(self))
+        used = masks.layer_masks(weights, self.sparsity, run.masks)
+        reached = masks.layer_masks(weights, self.backward_sparsity, run.masks)
+        return {name: (used[f"{name}.weight"], reached[f"{name}.weight"]) for name in layers}
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        layers = self.prepare(run)
+        fresh: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, layer in layers.items():
+            remembered = vars(run.state(self)).pop(f"support.{name}", None)
+            if remembered is None:
+                fresh = fresh or self.supports(run, layers)
+            mask = fresh[name][0] if remembered is None else remembered == ACTIVE
+            sparse_training.detach(layer)
+            masks.prune_(run.model, run.masks, {f"{name}.weight": mask})
+        run.report(self, **sparsity.figures(run.model, layers))
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        explored = "throughout" if self.end is None else f"until {self.end} ({_unit(self.end)})"
+        card.paragraph(
+            "Sparse training (Top-KAST)",
+            f"Trained with {100 * (1 - self.sparsity):g} % of each layer's weights in the forward and "
+            f"{100 * (1 - self.backward_sparsity):g} % in the backward pass, exploring {explored}, with an "
+            f"{self.penalty} penalty of {self.strength:g}; {100 * share:.1f} % of the targeted weights are zero. The "
+            f"dense layers computed with masks, so training itself was not cheaper. {sparsity.NO_SPEED_UP}",
+        )
+        card.table("Sparsity after Top-KAST", sparsity.HEADER, sparsity.table(run.model, names))
+
+
+def _unit(position: int | float) -> str:
+    return "steps" if isinstance(position, int) else "share of training"
+
+
+class Exploration(TrainerCallback):
+    """Renews the supports, adds the penalty's gradient, and holds what lies outside ``B``."""
+
+    def __init__(self, step: TopKAST, run: Run, layers: Mapping[str, MaskedLayer]) -> None:
+        self.step, self.run, self.layers = step, run, layers
+        self._held: dict[str, Tensor] = {}
+        for name, supports in step.supports(run, layers).items():
+            layers[name].set_masks(*supports)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sparse_training.require_whole(self.layers, self.run.label(self.step))
+        if self.step.end is not None and self._end(state) > state.max_steps:
+            self._warn(self._end(state), state.max_steps)
+        if state.global_step > 0:
+            own, label = self.run.state(self.step), self.run.label(self.step)
+            saved = sparse_training.recalled(own, "support", self.layers, label)
+            self._set({name: (support == ACTIVE, support >= EXPLORED) for name, support in saved.items()})
+        else:
+            self._renew(0, self._end(state), kwargs.get("optimizer"))
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = self.step
+        if step.strength:
+            penalize_(self.layers.values(), step.strength, 1.0 - step.sparsity, step.penalty)
+        self._held = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, layer in self.layers.items():
+            if name in self._held and layer.backward_mask is not None:
+                layer.weight.copy_(torch.where(layer.backward_mask, layer.weight, self._held.pop(name)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        end = self._end(state)
+        due = state.global_step % self.step.every == 0 and state.global_step < end
+        if due or (state.global_step == end and self.step.end is not None):
+            self._renew(state.global_step, end, kwargs.get("optimizer"))
+
+    def _end(self, state: Any) -> int:
+        return state.max_steps if self.step.end is None else as_step(self.step.end, state.max_steps)
+
+    def _renew(self, now: int, end: int, optimizer: Any) -> None:
+        static = self.step.backward_sparsity == self.step.sparsity
+        if static and now > 0:
+            return
+        found = self.step.supports(self.run, self.layers)
+        if now >= end:
+            found = {name: (used, used) for name, (used, _) in found.items()}
+        self._set(found)
+        for layer in self.layers.values():
+            assert layer.backward_mask is not None
+            sparse_training.clear_running_means(optimizer, layer.weight, layer.backward_mask)
+
+    def _set(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        own = self.run.state(self.step)
+        for name, layer in self.layers.items():
+            used, reached = found[name]
+            layer.set_masks(used, reached)
+            setattr(own, f"support.{name}", used.to(torch.uint8) + reached.to(torch.uint8))
+
+    def _warn(self, end: int, max_steps: int) -> None:
+        sentence = (
+            f"{self.run.label(self.step)}: exploration ends at step {end}, but training at step {max_steps}: the "
+            "supports will be renewed to the last; train longer, or lower end"
+        )
+        self.run.record.note(sentence)
+        warnings.warn(sentence, stacklevel=2)
+
+
+@torch.no_grad()
+def penalize_(layers: Iterable[MaskedLayer], strength: float, density: float, kind: Literal["l2", "l1"]) -> None:
+    """Add the penalty's gradient to the gradients: ``c r'(θ)`` in ``A``, ``c/D r'(θ)`` in ``B \\ A``, else nothing."""
+    for layer in layers:
+        used, reached = layer.forward_mask, layer.backward_mask
+        if layer.weight.grad is None or used is None or reached is None:
+            continue
+        slope = layer.weight.detach() if kind == "l2" else layer.weight.detach().sign()
+        layer.weight.grad.add_(slope * used, alpha=strength)
+        layer.weight.grad.add_(slope * (reached & ~used), alpha=strength / density)
+
+
+@hookimpl
+def register_techniques(register):
+    register(TopKAST)
