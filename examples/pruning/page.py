@@ -1,0 +1,208 @@
+"""The pruning sweep as a page and a plot, from ``results.json``; with what the figures say of the papers' claims."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from methods import DENSE, METHODS, ROUNDS
+
+from hf_optim.plots import COLOURS
+from hf_optim.record import versions
+
+NAME = "results.json"
+LOWER_IS_BETTER = {"babyllama-1m": True, "MiniLM, SST-2": False}
+FIGURES = {"babyllama-1m": "perplexity", "MiniLM, SST-2": "accuracy"}
+
+HEAD = f"""# The pruning family on two real models
+
+Written by `examples/pruning/sweep.py`; that script computes every figure. babyllama-1m: perplexity on TinyStories
+(lower is better), trained on with the language-model loss on 700 stories. MiniLM: the pretrained encoder with a new
+head, pruned while it is fine-tuned on SST-2; accuracy on its dev split. All linear layers of the blocks are pruned,
+each to the same sparsity (variational dropout and l0: all together). Every method but "no training" gets the same
+number of optimizer steps, data, peak learning rate and batch; methods in rounds divide them into a dense phase and
+{ROUNDS} rounds. "random tickets" has the masks of weight rewinding, and random weights in the last round. "smaller
+dense" is a dense model with as many weights in its blocks, cut out of the large one by `structured`, and trained
+equally long. Means over the seeds, and the standard deviation where there are several.
+
+![Sparsity against quality](quality.png)
+"""
+
+
+class Claim(NamedTuple):
+    """A paper says that ``better`` beats ``worse``; where ``ties_count``, that it is at least as good."""
+
+    text: str
+    better: str
+    worse: str
+    ties_count: bool
+
+
+CLAIMS = (
+    Claim("Gale et al. (1902.09574): magnitude pruning is competitive", "gmp", "variational dropout", True),
+    Claim("Gale et al. (1902.09574): magnitude pruning is competitive", "gmp", "l0", True),
+    Claim("Renda et al. (2003.02389): lr rewinding matches or beats", "lr rewinding", "weight rewinding", True),
+    Claim("Renda et al. (2003.02389): beats", "lr rewinding", "iterative, fine-tuned", False),
+    Claim("Renda et al. (2003.02389): beats", "weight rewinding", "iterative, fine-tuned", False),
+    Claim("Zhu & Gupta (1710.01878): large-sparse beats small-dense", "gmp", "smaller dense", False),
+    Claim("Frankle & Carbin (1803.03635): tickets beat", "weight rewinding", "random tickets", False),
+    Claim("Zhu & Gupta (1710.01878): gradual beats one shot", "gmp", "magnitude, one shot", False),
+)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": {}}
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    results["versions"] = versions()
+    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    results["runs"] = dict(sorted(results["runs"].items()))
+    (folder / NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+class Cell(NamedTuple):
+    """Mean and standard deviation over seeds, how many they were, and the mean sparsity that was reached."""
+
+    mean: float
+    deviation: float
+    seeds: int
+    sparsity: float
+
+
+Table = dict[tuple[str, str, float], Cell]
+
+
+def tabulate(runs: dict[str, Any]) -> Table:
+    """(subject, method, sparsity) -> what its seeds gave."""
+    found: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for name, run in runs.items():
+        subject, method, sparsity, _ = name.split(" | ")
+        if "figure" in run:
+            found.setdefault((subject, method, float(sparsity)), []).append(run)
+    return {
+        place: Cell(
+            statistics.mean(run["figure"] for run in seeds),
+            statistics.stdev(run["figure"] for run in seeds) if len(seeds) > 1 else 0.0,
+            len(seeds),
+            statistics.mean(run["sparsity"] for run in seeds),
+        )
+        for place, seeds in found.items()
+    }
+
+
+def render(folder: Path) -> None:
+    """Write README.md and the plot."""
+    results = read(folder)
+    table = tabulate(results["runs"])
+    lines = [HEAD]
+    for subject, figure in FIGURES.items():
+        sparsities = sorted({s for name, _, s in table if name == subject and s > 0})
+        lines += [f"## {subject}: {figure}", "", *_rows(table, subject, sparsities), ""]
+        lines += [*_claims(table, subject, sparsities), ""]
+    failed = sorted(f"- {name}: {run['failed']}" for name, run in results["runs"].items() if "failed" in run)
+    lines += ["## Failed", "", *failed, ""] if failed else []
+    steps = sorted({run["steps"] for run in results["runs"].values() if run.get("steps")})
+    lines += [
+        f"{', '.join(map(str, steps))} steps a run. Computed on: {results.get('device')}; "
+        + ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
+        + ".",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    _plot(folder / "quality.png", table)
+
+
+def _rows(table: Table, subject: str, sparsities: list[float]) -> list[str]:
+    lines = [
+        "| method | " + " | ".join(f"{100 * s:g} %" for s in sparsities) + " |",
+        "|---" * (1 + len(sparsities)) + "|",
+    ]
+    dense = table.get((subject, DENSE.name, 0.0))
+    if dense:
+        lines.append(f"| dense, trained equally long | {_text(dense)} |" + " |" * (len(sparsities) - 1))
+    for method in METHODS:
+        cells = [table.get((subject, method.name, s)) for s in sparsities]
+        if any(cells):
+            lines.append(
+                f"| {method.name} | " + " | ".join(_text(c, s) for c, s in zip(cells, sparsities, strict=True)) + " |"
+            )
+    return lines
+
+
+def _text(cell: Cell | None, asked: float | None = None) -> str:
+    if cell is None:
+        return ""
+    spread = f" ± {cell.deviation:.3f}" if cell.seeds > 1 else ""
+    off = "" if asked is None or abs(cell.sparsity - asked) < 0.01 else f" (at {100 * cell.sparsity:.1f} %)"
+    return f"{cell.mean:.3f}{spread}{off}"
+
+
+def _claims(table: Table, subject: str, sparsities: list[float]) -> list[str]:
+    lines = ["| claim | against | holds at | contradicted at | undecided at |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        verdicts: dict[str, list[str]] = {"holds": [], "contradicted": [], "undecided": []}
+        for s in sparsities:
+            pair = table.get((subject, claim.better, s)), table.get((subject, claim.worse, s))
+            if None not in pair:
+                verdicts[_verdict(*pair, LOWER_IS_BETTER[subject], claim.ties_count)].append(f"{100 * s:g} %")  # type: ignore[arg-type]
+        lines.append(
+            f"| {claim.text} ({claim.better}) | {claim.worse} | "
+            + " | ".join(", ".join(v) for v in verdicts.values())
+            + " |"
+        )
+    lines += [
+        "",
+        "Undecided: the means differ by less than the two standard deviations together; a claim of a tie then holds.",
+    ]
+    return lines
+
+
+def _verdict(better: Cell, worse: Cell, lower: bool, ties_count: bool) -> str:
+    gain = (worse.mean - better.mean) * (1 if lower else -1)
+    if abs(gain) <= better.deviation + worse.deviation:
+        return "holds" if ties_count else "undecided"
+    return "holds" if gain > 0 else "contradicted"
+
+
+def _plot(path: Path, table: Table) -> None:
+    """A panel for each model: sparsity against quality, a line for each method, bars of a standard deviation."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    styles = ["-", "--", ":"]
+    for number, (subject, what) in enumerate(FIGURES.items()):
+        axes = figure.add_subplot(1, 2, number + 1)
+        for index, method in enumerate(METHODS):
+            points = sorted((s, c) for (name, m, s), c in table.items() if name == subject and m == method.name)
+            if points and method.trains:
+                axes.errorbar(
+                    [100 * s for s, _ in points],
+                    [c.mean for _, c in points],
+                    [c.deviation for _, c in points],
+                    label=method.name,
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle=styles[index // len(COLOURS)],
+                    marker="os^Dv<>pPX*h"[index],
+                    markersize=5,
+                    linewidth=1.2,
+                    capsize=2,
+                )
+        if dense := table.get((subject, DENSE.name, 0.0)):
+            axes.axhline(dense.mean, color="black", linewidth=0.8, linestyle="--", label="dense, trained equally long")
+        if LOWER_IS_BETTER[subject]:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_title(f"{subject}: {what} ({'lower' if LOWER_IS_BETTER[subject] else 'higher'} is better)", loc="left")
+        axes.set_xlabel("weights removed from the blocks (%)")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9)
+    figure.savefig(path, dpi=110)

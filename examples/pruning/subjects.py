@@ -1,0 +1,101 @@
+"""The two models of the pruning sweep, how they are trained and what they are measured by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import Shape
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_optim import DataConfig
+from hf_optim.measure import evaluate
+from hf_optim.train_stage import training_rows
+
+LABELLED = 38_400
+
+
+@dataclass
+class Subject:
+    """A model with its data.
+
+    Attributes:
+        name: as printed.
+        figure: of ``hf_optim.measure.evaluate``.
+        lower_is_better: of that figure.
+        load: the model before any training.
+        tokenizer: of the model.
+        data: texts or rows to train on, several files.
+        evaluation: what the figure is taken on.
+        training: arguments of ``TrainingArguments``; a share of the steps is warm-up, then the rate falls in a line.
+        shape: of the blocks.
+    """
+
+    name: str
+    figure: str
+    lower_is_better: bool
+    load: Callable[[], Any]
+    tokenizer: Any
+    data: list[DataConfig]
+    evaluation: DataConfig
+    training: dict[str, Any]
+    shape: Shape
+
+    def rows(self) -> tuple[list[dict[str, Any]], Any]:
+        """Training rows and their collator."""
+        model, found, collator = self.load(), [], None
+        for data in self.data:
+            rows, collator = training_rows(model, self.tokenizer, data)
+            found += rows
+        return found, collator
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> float:
+        return float(evaluate(model.eval(), self.tokenizer, self.evaluation, speed=False)[self.figure])
+
+
+def babyllama(models: Path, data: Path) -> Subject:
+    path, stories = models / "babyllama-1m", data / "tinystories"
+    return Subject(
+        "babyllama-1m",
+        "perplexity",
+        True,
+        lambda: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(path),
+        [DataConfig(str(stories / f"{part}.jsonl"), samples=None) for part in ("train", "calibration")],
+        DataConfig(str(stories / "eval.jsonl"), samples=None),
+        {"per_device_train_batch_size": 16, "learning_rate": 5e-4, "weight_decay": 0.01},
+        Shape(layers=5, attention=49_152, feed_forward=135_168, heads=4, neurons=352),
+    )
+
+
+def minilm(encoder: Path, data: Path) -> Subject:
+    """The encoder with a new head: pruned while it is fine-tuned, as tickets of pretrained encoders are looked for."""
+
+    def load() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2, dtype=torch.float32)
+
+    return Subject(
+        "MiniLM, SST-2",
+        "accuracy",
+        False,
+        load,
+        AutoTokenizer.from_pretrained(encoder),
+        [DataConfig(str(data / "sst2" / "train.tsv"), samples=LABELLED)],
+        DataConfig(str(data / "sst2" / "dev.tsv"), samples=None),
+        {"per_device_train_batch_size": 32, "learning_rate": 1e-4, "weight_decay": 0.01},
+        Shape(layers=6, attention=589_824, feed_forward=1_179_648, heads=0, neurons=1536),
+    )
+
+
+def calibration(rows: list[dict[str, Any]], collator: Any, seed: int) -> list[dict[str, Any]]:
+    """Four batches of training rows, for what is ranked by activations."""
+    chosen = random.Random(seed).sample(rows, 64)
+    batches = [collator([dict(row) for row in chosen[at : at + 16]]) for at in range(0, 64, 16)]
+    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
