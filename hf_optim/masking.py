@@ -12,10 +12,8 @@ from transformers import TrainerCallback
 from .errors import ModelError, NumericalError
 from .run import Run
 from .toolkit import shards, sharing
+from .toolkit.sparse_training import clear_running_means
 from .zeroing import Zeroing
-
-# How torch.optim (and the optimizers that follow it) name the running mean of gradients in their state.
-MOMENTUM = ("exp_avg", "momentum_buffer")
 
 # Optimizers that leave a weight at zero whose gradient and running mean are zero, whatever its weight decay.
 STAY_AT_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -102,7 +100,7 @@ class MaskKeeper(TrainerCallback):
         self._zeroing = Zeroing(list(parts.values()), [shards.local(p.detach()) for p in self._parameters])
         apply_masks(self.run, changed)
         for name in changed:
-            _clear_momentum(optimizer, found[name], parts[name])
+            clear_running_means(optimizer, found[name], parts[name])
 
 
 def stays_at_zero(optimizer: Any) -> bool:
@@ -195,13 +193,3 @@ def _digest(mask: torch.Tensor) -> tuple[int, int]:
     rows, columns = matrix.sum(1), matrix.sum(0)
     weights = [torch.arange(1, len(counts) + 1, device=mask.device) for counts in (rows, columns)]
     return int((rows * weights[0]).sum()), int((columns * weights[1]).sum())
-
-
-@torch.no_grad()
-def _clear_momentum(optimizer: Any, parameter: nn.Parameter, mask: torch.Tensor) -> None:
-    state = getattr(optimizer, "state", None) or {}
-    for key, value in state.get(parameter, {}).items():
-        if key in MOMENTUM and isinstance(value, torch.Tensor):
-            part = shards.local(value)
-            if part.shape == mask.shape:
-                part.mul_(mask.to(part.device))

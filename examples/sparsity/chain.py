@@ -51,7 +51,7 @@ class Link(NamedTuple):
         training: the share of ``--steps`` that it trains for. Training on labels alone wears a small text out: there a
             fifth of the steps is better than all.
         start: the link whose checkpoint it begins from; none: the dense model.
-        noise: share of the input tokens that are replaced by others of the text, drawn anew for every window.
+        noise: share of the input tokens of every second window that are replaced by others of the text.
         sampled: windows of text drawn from the dense model itself, each begun with a few tokens of a story; half of
             the windows trained on are of these.
     """
@@ -71,8 +71,8 @@ LINKS = (
     Link("+ retraining, fixed mask", [PERMUTE, ONCE], 0.2),
     Link("+ retraining, sr_ste", [PERMUTE, REFINED], 0.2),
     Link("+ KD", [PERMUTE, REFINED, KD], 1.0),
-    Link("+ KD, longer, noisy inputs", [ONCE, KD], 0.75, start="+ KD", noise=0.1),
-    Link("+ KD, longer, sampled text", [ONCE, KD], 0.75, start="+ KD", sampled=8192),
+    Link("+ KD, longer, noisy inputs", [ONCE, KD], 0.4, start="+ KD", noise=0.1),
+    Link("+ KD, longer, sampled text", [ONCE, KD], 0.4, start="+ KD", sampled=8192),
     Link("+ int4", [ONCE, INT4], start="+ KD, longer, sampled text"),
     Link("int4 alone", [INT4]),
 )
@@ -81,8 +81,8 @@ LINKS = (
 class Crops(Dataset):  # type: ignore[type-arg]
     """Windows of ``length`` tokens that begin anywhere in a stream [n] of token ids; ``count`` of them, by seed.
 
-    With ``noise``, that share of a window's tokens is replaced by tokens from anywhere in the stream. With ``sampled``
-    [m, length], every second window is one of those.
+    With ``noise``, that share of every second window's tokens is replaced by tokens from anywhere in the stream. With
+    ``sampled`` [m, length], every second window is one of those.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Crops(Dataset):  # type: ignore[type-arg]
             ids = self.sampled[index // 2 % len(self.sampled)]
         else:
             ids = self.stream[self.starts[index] : self.starts[index] + self.length]
-        if self.noise:
+        if self.noise and index % 2:
             generator = torch.Generator().manual_seed(self.seed + index)
             others = self.stream[torch.randint(0, len(self.stream), ids.shape, generator=generator)]
             ids = torch.where(torch.rand(ids.shape, generator=generator) < self.noise, others, ids)

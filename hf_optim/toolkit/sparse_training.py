@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, ModelError
+from . import shards
 from .linear_layers import owners, ties
 
 # The place of a recipe that a step takes which changes how linear layers compute while they are trained.
@@ -200,7 +201,7 @@ def _gradients(optimizer: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def clear_running_means(optimizer: Any, parameter: nn.Parameter, kept: Tensor) -> None:
-    """Set the running means of a parameter's gradient to zero outside ``kept`` (bool, the parameter's shape)."""
+    """Set the running means of a parameter's gradient to zero outside ``kept``: bool, the shape of this rank's part."""
     for key, value in (getattr(optimizer, "state", None) or {}).get(parameter, {}).items():
-        if key in RUNNING_MEANS and isinstance(value, Tensor) and value.shape == kept.shape:
-            value.mul_(kept.to(value.device))
+        if key in RUNNING_MEANS and isinstance(value, Tensor) and (part := shards.local(value)).shape == kept.shape:
+            part.mul_(kept.to(part.device))

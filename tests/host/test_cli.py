@@ -22,7 +22,11 @@ from hf_optim.record import Record
 
 QUANTIZATION = {"rtn", "gobo", "mixed_precision", "llm_int8", "qbert", "peg", "zeroquant", "lkd", "obq", "gptq"}
 QUANTIZATION |= {"smoothquant", "qat"}
-TECHNIQUES = QUANTIZATION | {"magnitude", "gmp", "nm", "logit_kd", "upcycle", "local"}
+PRUNING = {"magnitude", "gmp", "iterative", "lottery_ticket", "lr_rewinding"}
+PRUNING |= {"variational_dropout", "l0", "structured"}
+SPARSITY = {"nm", "channel_permutation", "sr_ste", "top_kast"}
+DISTILLATION = {"logit_kd", "distilbert"}
+TECHNIQUES = QUANTIZATION | PRUNING | SPARSITY | DISTILLATION | {"upcycle", "local"}
 BLOCKS = 5
 
 
@@ -141,7 +145,9 @@ def test_list_json_has_the_techniques_and_the_recipes(capsys):
     assert call(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {technique["name"] for technique in listed["techniques"]} == TECHNIQUES
-    assert {t["name"] for t in listed["techniques"] if t["family"] == "quantization"} == QUANTIZATION
+    families = {"quantization": QUANTIZATION, "pruning": PRUNING, "sparsity": SPARSITY, "distillation": DISTILLATION}
+    for family, names in families.items():
+        assert {t["name"] for t in listed["techniques"] if t["family"] == family} == names
     assert {recipe["name"] for recipe in listed["recipes"]} == set(shipped_recipes())
     for technique in listed["techniques"]:
         assert technique["summary"]

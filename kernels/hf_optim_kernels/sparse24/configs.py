@@ -52,6 +52,8 @@ def default_tiles(N: int, K: int, M: int) -> Config:
         return tiles(8, 16, min(2 if units <= 48 else 4, units), 1, 4)
     if M <= 8:
         return tiles(8, 32, 2, 2, 4, 1) if N * K > 1 << 25 else tiles(8, 16, 2, 1, 8, 1)
+    if M <= 16:
+        return tiles(16, 32, 2, 2, 4, 1)
     return tiles(min(64, tuning.bucket(M)), 32, 1, 2, 4, 2)
 
 

@@ -29,7 +29,7 @@ from hf_optim.toolkit import hard_concrete, masks, noisy_layers, sparsity, topol
 from hf_optim.toolkit.gated_layers import Gates, UnitGates, WeightGates
 from hf_optim.toolkit.noisy_layers import NoisyLayer
 from hf_optim.toolkit.schedules import as_step, linear_ramp
-from hf_optim.toolkit.sparse_training import require_whole, trainable
+from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, require_whole, trainable
 from hf_optim.toolkit.structures import find_units
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "l0",
     family="pruning",
     paper=Paper("1712.01312", "Learning Sparse Neural Networks through L0 Regularization", 2018),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={TRAINING_FORWARD}),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

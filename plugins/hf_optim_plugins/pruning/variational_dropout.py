@@ -27,7 +27,7 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Te
 from hf_optim.toolkit import masks, noisy_layers, sparsity
 from hf_optim.toolkit.noisy_layers import NoisyLayer
 from hf_optim.toolkit.schedules import as_step, linear_ramp
-from hf_optim.toolkit.sparse_training import require_whole, trainable
+from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, require_whole, trainable
 from hf_optim.toolkit.sparse_variational import WeightNoise
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "variational_dropout",
     family="pruning",
     paper=Paper("1701.05369", "Variational Dropout Sparsifies Deep Neural Networks", 2017),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={TRAINING_FORWARD}),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -1,0 +1,346 @@
+"""The distillation loss on a GPU: correctness against float64, then time and peak memory beside others.
+
+OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/kd_loss.py
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import traceback
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from hf_optim.toolkit import losses as toolkit
+from hf_optim_kernels import benching
+from hf_optim_kernels.kd_loss import linear, naive, op
+
+T, BETA = 2.0, 0.5
+OUT = Path(os.environ.get("OUT", "."))
+RESULT: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+GB = 1e9
+
+
+def save():
+    (OUT / "kd.json").write_text(json.dumps(RESULT, indent=1))
+
+
+def section(name):
+    def run(function):
+        print(f"== {name}", flush=True)
+        try:
+            RESULT[name] = function()
+        except Exception:
+            traceback.print_exc()
+            RESULT[name] = {"failed": traceback.format_exc()[-500:]}
+        gc.collect()
+        torch.cuda.empty_cache()
+        save()
+
+    return run
+
+
+def liger():
+    import liger_kernel.transformers as found
+
+    return found
+
+
+def logits(rows, V, seed, dtype=torch.bfloat16, scale=3.0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(rows, V, device="cuda", generator=generator) * scale).to(dtype)
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@section("correctness")
+def _():
+    found = []
+    for V in (3, 1000, 32000, 50257, 128256):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for direction in naive.DIRECTIONS:
+                for overwrite in (False, True):
+                    s, t = logits(37, V, 0, dtype), logits(37, V, 1, dtype)
+                    rows = torch.arange(0, 37, 2, device="cuda")
+                    exact = naive.losses(s.double(), t.double(), None, T, direction, BETA)[rows].mean()
+                    kept = torch.zeros(37, dtype=torch.bool, device="cuda")
+                    kept[rows] = True
+                    up = torch.full((37,), 1 / len(rows), dtype=torch.float64, device="cuda")
+                    grad = naive.gradient(s.double(), t.double(), kept, up, T, direction, BETA)
+                    leaf = s.clone().requires_grad_()
+                    loss = op.kd_loss(leaf, t, temperature=T, direction=direction, beta=BETA, rows=rows,
+                                      overwrite_teacher=overwrite)  # fmt: skip
+                    loss.backward()
+                    bound = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}[dtype]
+                    one, two = abs(float(loss) / float(exact) - 1), relative(leaf.grad, grad)
+                    good = one < 1e-5 and two < bound
+                    found.append(good)
+                    if not good or V == 128256:
+                        print(
+                            f"V={V} {dtype} {direction} overwrite={overwrite}: loss {one:.1e} grad {two:.1e} {'ok' if good else 'WRONG'}"
+                        )
+    s = logits(16, 32000, 0, torch.float32)
+    t = logits(16, 32000, 1, torch.float32)
+    s[:, 31900:] = t[:, 31900:] = -torch.inf
+    leaf = s.requires_grad_()
+    for direction in naive.DIRECTIONS:
+        loss = op.kd_loss(leaf, t, temperature=T, direction=direction, beta=BETA)
+        (g,) = torch.autograd.grad(loss, leaf)
+        exact = naive.losses(s.detach().double()[:, :31900], t.double()[:, :31900], None, T, direction, BETA).mean()
+        good = (
+            abs(float(loss) / float(exact) - 1) < 1e-5
+            and bool(torch.isfinite(g).all())
+            and float(g[:, 31900:].abs().max()) == 0
+        )
+        print("-inf", direction, good)
+        found.append(good)
+    compiled = torch.compile(lambda a, b: op.kd_loss(a, b, temperature=T), fullgraph=True)
+    a, b = logits(64, 5000, 2), logits(64, 5000, 3)
+    x, y = a.clone().requires_grad_(), a.clone().requires_grad_()
+    compiled(x, b).backward()
+    op.kd_loss(y, b, temperature=T).backward()
+    print("compiled equals eager:", torch.equal(x.grad, y.grad))
+    found.append(torch.equal(x.grad, y.grad))
+    return {"cases": len(found), "right": sum(found)}
+
+
+def timed(call, repeats=15):
+    """Median ms of a forward and backward, and peak bytes above what stood before it."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times), peak
+
+
+def table(contenders, floor_bytes, bandwidth, exact=None, inputs=()):
+    floor = floor_bytes / bandwidth / 1e3
+    rows = {}
+    print(f"{'':34s} {'ms':>8s} {'GB/s':>7s} {'of floor':>8s} {'peak GB':>8s} {'error':>8s}   floor {floor:.3f} ms")
+    for name, call in contenders.items():
+        try:
+            found = call()
+            error = None if exact is None or found is None else relative(found[: len(exact)], exact)
+            del found
+            ms, peak = timed(call)
+            rows[name] = {
+                "ms": ms,
+                "gb_s": floor_bytes / ms / 1e6,
+                "of_floor": floor / ms,
+                "peak_gb": peak / GB,
+                "error": error,
+            }
+            shown = "" if error is None else f"{error:8.1e}"
+            print(
+                f"{name:34s} {ms:8.3f} {floor_bytes / ms / 1e6:7.0f} {floor / ms:8.0%} {peak / GB:8.3f} {shown}",
+                flush=True,
+            )
+        except Exception as failure:
+            print(f"{name:34s} failed: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
+            rows[name] = {"failed": str(failure)[:300]}
+        gc.collect()
+        torch.cuda.empty_cache()
+    return {"floor_ms": floor, "rows": rows}
+
+
+def plain(student, teacher, upcast=True):
+    s, t = (student.float(), teacher.float()) if upcast else (student, teacher)
+    log_q, log_p = F.log_softmax(s / T, -1), F.log_softmax(t / T, -1)
+    return T**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+@section("bandwidth")
+def _():
+    found = benching.copy_bandwidth()
+    print(f"copy {found / 1e6:.2f} TB/s")
+    return found
+
+
+BANDWIDTH = RESULT["bandwidth"] if isinstance(RESULT["bandwidth"], float) else 3e6
+
+
+def direct(rows, V, direction):
+    s, t = logits(rows, V, 0).requires_grad_(), logits(rows, V, 1)
+    spare = t.clone()
+    few = 64
+    up = torch.full((few,), 1 / rows, dtype=torch.float64, device="cuda")
+    exact = naive.gradient(s[:few].detach().double(), t[:few].double(), None, up, T, direction, BETA)
+
+    def backward(loss):
+        return torch.autograd.grad(loss, s)[0]
+
+    options = {"temperature": T, "direction": direction, "beta": BETA}
+    contenders = {}
+    if direction == "forward":
+        compiled = torch.compile(plain)
+        contenders |= {
+            "plain formula, float32": lambda: backward(plain(s, t)),
+            "plain formula, bfloat16": lambda: backward(plain(s, t, False)),
+            "plain formula, torch.compile": lambda: backward(compiled(s, t)),
+        }
+    contenders |= {
+        "toolkit, chunks of torch": lambda: backward(toolkit.kd_loss(s, t, **options)),
+        "ours": lambda: backward(op.kd_loss(s, t, **options)),
+    }
+    try:
+        found = liger()
+        if direction == "forward":
+            kl = found.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+            contenders["liger KLDIV (log_softmax float32)"] = lambda: backward(
+                T**2 * kl(F.log_softmax(s.float() / T, -1), F.log_softmax(t.float() / T, -1))
+            )
+            contenders["liger KLDIV (log_softmax bfloat16)"] = lambda: backward(
+                T**2 * kl(F.log_softmax(s / T, -1), F.log_softmax(t / T, -1))
+            )
+        jsd = found.LigerJSD(beta={"forward": 0.0, "reverse": 1.0, "js": BETA}[direction])
+        contenders["liger JSD (log_softmax float32)"] = lambda: backward(
+            T**2 * jsd(F.log_softmax(s.float() / T, -1), F.log_softmax(t.float() / T, -1))
+        )
+    except Exception:
+        traceback.print_exc()
+
+    def overwriting():
+        return backward(op.kd_loss(s, spare, overwrite_teacher=True, **options))
+
+    # Last, and without an error: after the first call its teacher is the gradient.
+    contenders["ours, in the teacher's memory"] = lambda: (overwriting(), None)[1]
+    size = rows * V * 2
+    return table(contenders, 3 * size, BANDWIDTH, exact)
+
+
+for rows, V in ((8192, 32000), (4096, 128256)):
+    for direction in naive.DIRECTIONS:
+        section(f"logits {rows}x{V} {direction}")(
+            lambda rows=rows, V=V, direction=direction: direct(rows, V, direction)
+        )
+
+
+def fused(rows, V, H, H_t):
+    h = logits(rows, H, 0, scale=1.0).requires_grad_()
+    w = logits(V, H, 1, scale=H**-0.5 * 2).requires_grad_()
+    h_t, w_t = logits(rows, H_t, 2, scale=1.0), logits(V, H_t, 3, scale=H_t**-0.5 * 2)
+    few = 64
+
+    def both(loss):
+        return torch.autograd.grad(loss, (h, w))[0]
+
+    with torch.no_grad():
+        z, z_t = h[:few].double() @ w.double().T, h_t[:few].double() @ w_t.double().T
+        up = torch.full((few,), 1 / rows, dtype=torch.float64, device="cuda")
+        exact = naive.gradient(z, z_t, None, up, T, "forward", BETA) @ w.double()
+        del z, z_t
+    options = {"temperature": T}
+
+    def over_logits():
+        with torch.no_grad():
+            z_t = h_t @ w_t.T
+        return both(op.kd_loss(h @ w.T, z_t, overwrite_teacher=True, **options))
+
+    contenders = {
+        "plain formula, float32": lambda: both(plain(h @ w.T, h_t @ w_t.T)),
+        "whole logits, our loss": over_logits,
+        "ours, fused with the heads": lambda: both(linear.fused_linear_kd_loss(h, w, h_t, w_t, **options)),
+        "ours, fused, chunks of 2^25": lambda: both(
+            linear.fused_linear_kd_loss(h, w, h_t, w_t, chunk_elements=2**25, **options)
+        ),
+    }
+    try:
+        jsd = liger().LigerFusedLinearJSD(jsd_beta=0.0, temperature=T)
+        contenders["liger FusedLinearJSD (beta 0)"] = lambda: both(T**2 * jsd(h, w, h_t, w_t, None))
+    except Exception:
+        traceback.print_exc()
+    flops = 2 * rows * V * (3 * H + H_t)
+    rate = benching.matmul_rate()
+    print(f"products alone at the measured rate: {flops / rate / 1e3:.2f} ms")
+    return {"products_ms": flops / rate / 1e3} | table(contenders, 3 * rows * V * 2, BANDWIDTH, exact)
+
+
+for rows, V, H, H_t in ((8192, 32000, 2048, 4096), (4096, 128256, 2048, 4096)):
+    section(f"heads {rows}x{V} student {H} teacher {H_t}")(lambda a=(rows, V, H, H_t): fused(*a))
+
+
+@section("teacher in host memory")
+def _():
+    """A Llama of 24 blocks as teacher: its logits, time and memory where it stands and block by block from the host."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_optim.toolkit import teachers
+
+    config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+                         num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
+    with torch.device("cuda"):
+        teacher = LlamaForCausalLM(config).bfloat16()
+    ids = torch.randint(32000, (8, 1024), device="cuda")
+    found = {}
+    near = None
+    for where in ("same", "offload"):
+        if where == "offload":
+            teacher = teacher.cpu()
+        teacher = teachers.freeze(teacher, torch.device("cuda"), where)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        standing = torch.cuda.memory_allocated()
+        z = teachers.logits(teacher, {"input_ids": ids})
+        near = z.cpu() if near is None else near
+        equal = torch.equal(near, z.cpu())
+        del z
+        ms, _ = timed(lambda: teachers.logits(teacher, {"input_ids": ids}), 5)
+        found[where] = {
+            "ms": ms,
+            "standing_gb": standing / GB,
+            "peak_gb": torch.cuda.max_memory_allocated() / GB,
+            "equal": equal,
+        }
+        print(where, found[where])
+    return found
+
+
+@section("shapes of the kernel")
+def _():
+    """Other steps, pieces and warps, for the constants of run.py."""
+    from hf_optim_kernels.kd_loss import run
+
+    found = {}
+    for rows, V in ((8192, 32000), (4096, 128256)):
+        s, t = logits(rows, V, 0), logits(rows, V, 1)
+        up = torch.full((rows,), 1 / rows, device="cuda")
+        size = rows * V * 2
+        for step, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8), (8192, 16), (16384, 16)):
+            run._block = lambda V, most, chosen=(step, warps): chosen
+            run.launch.__globals__["_COMPILED"].clear()
+            try:
+                _, stats = run.losses(s, t, None, T, "forward", BETA)
+                out = torch.empty_like(s)
+                one = benching.eager_time([lambda: run.losses(s, t, None, T, "forward", BETA)]).us
+                two = benching.eager_time([lambda: run.gradient(s, t, None, stats, up, out, T, "forward", BETA)]).us
+                found[f"{rows}x{V} {step}/{warps}"] = (one, two)
+                print(f"{rows}x{V} block {step} warps {warps}: loss {one:.0f} us ({2 * size / one / 1e3:.0f} GB/s), "
+                      f"gradient {two:.0f} us ({3 * size / two / 1e3:.0f} GB/s)", flush=True)  # fmt: skip
+            except Exception as failure:
+                print(step, warps, type(failure).__name__, str(failure)[:100])
+    return found
+
+
+save()
+print("done", flush=True)
