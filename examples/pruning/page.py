@@ -108,6 +108,12 @@ def render(folder: Path) -> None:
         lines += [*_claims(table, subject, sparsities), ""]
     failed = sorted(f"- {name}: {run['failed']}" for name, run in results["runs"].items() if "failed" in run)
     lines += ["## Failed", "", *failed, ""] if failed else []
+    counts = sorted({cell.seeds for cell in table.values()})
+    lines += [
+        f"Seeds of a figure: {' to '.join(str(n) for n in sorted({counts[0], counts[-1]}))}."
+        + (" With one seed there is no deviation, and a verdict is that seed's." if counts[0] == 1 else ""),
+        "",
+    ]
     steps = sorted({run["steps"] for run in results["runs"].values() if run.get("steps")})
     lines += [
         f"{', '.join(map(str, steps))} steps a run. Computed on: {results.get('device')}; "
