@@ -26,7 +26,7 @@ for line in sys.stdin:
     try:
         cls = getattr(transformers, job["class"])
         model = cls.from_pretrained(job["directory"], trust_remote_code=job["trust"]).eval()
-        # A file's tensors lie as the file has them, and on some processors sums over unaligned memory end in other bits.
+        # Where a tensor of a file lies, the file says; on some processors sums over unaligned memory end in other bits.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
         with torch.no_grad():
