@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..errors import RecipeError
+
 
 def cubic_ramp(step: int, begin: int, end: int, initial: float, final: float) -> float:
     """The sparsity of Zhu & Gupta (1710.01878, equation 1) after ``step`` optimizer steps.
@@ -85,3 +87,18 @@ def linear_ramp(step: int, begin: int, end: int) -> float:
     if step >= end:
         return 1.0
     return max(0.0, (step - begin) / (end - begin)) if step > begin else 0.0
+
+
+def check_positions(name: str, **positions: int | float | None) -> None:
+    """Raise ``RecipeError`` for positions in training that make no sense: shares above 1, or ``begin`` after ``end``.
+
+    ``name`` is the technique's; each position is a step, a share of training where a float, or None.
+    """
+    for field, value in positions.items():
+        if isinstance(value, float) and value > 1.0:
+            raise RecipeError(
+                f"{name}: {field} is a share of training in [0, 1] or a whole number of steps, not {value!r}"
+            )
+    begin, end = positions.get("begin"), positions.get("end")
+    if begin is not None and end is not None and type(begin) is type(end) and begin > end:
+        raise RecipeError(f"{name}: begin must be <= end, not {begin!r} > {end!r}")

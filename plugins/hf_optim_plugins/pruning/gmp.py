@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, sparsity
-from hf_optim.toolkit.schedules import Ramp, as_step, warn_unreached
+from hf_optim.toolkit.schedules import Ramp, as_step, check_positions, warn_unreached
 from hf_optim.toolkit.shards import WholeWeights
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
@@ -62,14 +62,7 @@ class GMP(Technique):
     skip: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        for field in ("begin", "end"):
-            value = getattr(self, field)
-            if isinstance(value, float) and value > 1.0:
-                raise RecipeError(
-                    f"gmp: {field} is a share of training in [0, 1] or a whole number of steps, not {value!r}"
-                )
-        if type(self.begin) is type(self.end) and self.begin > self.end:
-            raise RecipeError(f"gmp: begin must be <= end, not {self.begin!r} > {self.end!r}")
+        check_positions(self.name, begin=self.begin, end=self.end)
         if self.initial > self.sparsity:
             raise RecipeError(f"gmp: initial must be <= sparsity, not {self.initial} > {self.sparsity}")
 

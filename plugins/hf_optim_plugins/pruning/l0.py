@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
+from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import hard_concrete, masks, noisy_layers, sparsity, topology
 from hf_optim.toolkit.gated_layers import Gates, UnitGates, WeightGates
 from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.schedules import as_step, linear_ramp
+from hf_optim.toolkit.schedules import as_step, check_positions, linear_ramp
 from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, require_whole, trainable
 from hf_optim.toolkit.structures import find_units
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
@@ -87,14 +87,7 @@ class L0(Technique):
     skip: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        for field in ("begin", "end", "settle"):
-            value = getattr(self, field)
-            if isinstance(value, float) and value > 1.0:
-                raise RecipeError(
-                    f"l0: {field} is a share of training in [0, 1] or a whole number of steps, not {value!r}"
-                )
-        if type(self.begin) is type(self.end) and self.begin > self.end:
-            raise RecipeError(f"l0: begin must be <= end, not {self.begin!r} > {self.end!r}")
+        check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl

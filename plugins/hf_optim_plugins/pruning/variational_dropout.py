@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
+from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, noisy_layers, sparsity
 from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.schedules import as_step, linear_ramp
+from hf_optim.toolkit.schedules import as_step, check_positions, linear_ramp
 from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, require_whole, trainable
 from hf_optim.toolkit.sparse_variational import WeightNoise
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
@@ -87,15 +87,7 @@ class VariationalDropout(Technique):
     skip: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        for field in ("begin", "end", "settle"):
-            value = getattr(self, field)
-            if isinstance(value, float) and value > 1.0:
-                raise RecipeError(
-                    f"variational_dropout: {field} is a share of training in [0, 1] or a whole number of steps, not "
-                    f"{value!r}"
-                )
-        if type(self.begin) is type(self.end) and self.begin > self.end:
-            raise RecipeError(f"variational_dropout: begin must be <= end, not {self.begin!r} > {self.end!r}")
+        check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl

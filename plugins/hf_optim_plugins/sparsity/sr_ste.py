@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, nm_groups, sparse_training, sparsity
 from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.schedules import as_step
+from hf_optim.toolkit.schedules import as_step, check_positions
 from hf_optim.toolkit.sparse_training import MaskedLayer
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
@@ -93,14 +93,7 @@ class SRSTE(Technique):
     def validate(self) -> None:
         if self.keep > self.group:
             raise RecipeError(f"sr_ste: keep must be <= group, not {self.keep} of {self.group}")
-        for field in ("begin", "end"):
-            value = getattr(self, field)
-            if isinstance(value, float) and value > 1.0:
-                raise RecipeError(
-                    f"sr_ste: {field} is a share of training in [0, 1] or a whole number of steps, not {value!r}"
-                )
-        if type(self.begin) is type(self.end) and self.begin > self.end:  # type: ignore[operator]
-            raise RecipeError(f"sr_ste: begin must be <= end, not {self.begin!r} > {self.end!r}")
+        check_positions(self.name, begin=self.begin, end=self.end)
 
     @property
     def masks_follow_weights(self) -> bool:

@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, sparse_training, sparsity
-from hf_optim.toolkit.schedules import as_step
+from hf_optim.toolkit.schedules import as_step, check_positions
 from hf_optim.toolkit.sparse_training import MaskedLayer
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
@@ -91,10 +91,7 @@ class TopKAST(Technique):
                 f"top_kast: backward_sparsity must be <= sparsity (the gradient reaches more weights than the forward "
                 f"uses), not {self.backward_sparsity} > {self.sparsity}"
             )
-        if isinstance(self.end, float) and self.end > 1.0:
-            raise RecipeError(
-                f"top_kast: end is a share of training in [0, 1] or a whole number of steps, not {self.end!r}"
-            )
+        check_positions(self.name, end=self.end)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
