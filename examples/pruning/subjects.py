@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Subject:
     training: dict[str, Any]
     shape: Shape
 
+    @cached_property
     def rows(self) -> tuple[list[dict[str, Any]], Any]:
         """Training rows and their collator."""
         model, found, collator = self.load(), [], None

@@ -52,7 +52,7 @@ def compute(subject: Subject, method: Method, sparsity: float, seed: int, args: 
     started = time.perf_counter()
     set_seed(seed)
     model = subject.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    rows, collator = subject.cached  # type: ignore[attr-defined]
+    rows, collator = subject.rows
     recipe = method.recipe(sparsity, subject.shape)
     if recipe:
         model = hf_optim.optimize(model, recipe, calibration(rows, collator, seed), tokenizer=subject.tokenizer)
@@ -71,7 +71,7 @@ def linears(model: Any) -> list[torch.nn.Linear]:
 
 
 def train(subject: Subject, model: Any, optimized: bool, seed: int, args: argparse.Namespace) -> Any:
-    rows, collator = subject.cached  # type: ignore[attr-defined]
+    rows, collator = subject.rows
     arguments = {
         **subject.training,
         "max_steps": args.steps,
@@ -105,8 +105,6 @@ def key(subject: str, method: Method, sparsity: float, seed: int) -> str:
 def work(args: argparse.Namespace) -> None:
     """Take jobs that nobody has taken, until there are none or time is up; a file for each result."""
     subjects = {subject.name: subject for subject in known(args)}
-    for subject in subjects.values():
-        subject.cached = subject.rows()  # type: ignore[attr-defined]
     done = page.read(args.output)["runs"]
     for number, job in enumerate(jobs(args, list(subjects))):
         if time.time() > args.until or key(*job) in done or not claim(args.claims / f"{number}.claim"):

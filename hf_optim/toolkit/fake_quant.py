@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grids import Grid, GridSpec, make_grid, round_codes, split
+from .hiding import hidden
 
 # Steps that are learned: parameters of the layer in training, and no part of its checkpoint.
 STEPS = ("weight_step", "input_step")
@@ -190,26 +191,12 @@ class FakeQuantLinear(nn.Linear):
 
     # -- what no checkpoint has ---------------------------------------------------------------------------------------
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _Hidden(self):
+        with hidden(self, STEPS):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _Hidden(self):
+        with hidden(self, STEPS):
             super()._load_from_state_dict(*args, **kwargs)
-
-
-class _Hidden:
-    """Takes the learned steps out of a layer for the length of a ``with`` block."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def __enter__(self) -> None:
-        parameters = self.layer._parameters
-        self.steps = {name: parameters.pop(name) for name in STEPS if name in parameters}
-
-    def __exit__(self, *error: object) -> None:
-        self.layer._parameters.update(self.steps)
 
 
 def attach(

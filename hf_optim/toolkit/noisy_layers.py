@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .hiding import hidden
 from .sparse_training import obstacle
 
 # Of Adam, for what the noise learns: a million gates have gradients of 1e-9, which the usual 1e-8 would drown.
@@ -41,11 +42,11 @@ class NoisyLayer(nn.Module):
         return self.noise(self, input)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _Hidden(self):
+        with hidden(self, self.learned):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _Hidden(self):
+        with hidden(self, self.learned):
             super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -55,19 +56,6 @@ class NoisyLinear(NoisyLayer, nn.Linear):
 
 class NoisyConv1D(NoisyLayer, Conv1D):
     """A ``Conv1D`` with noise; weight ``[in, out]``."""
-
-
-class _Hidden:
-    """Takes what the noise learns out of a layer for the length of a ``with`` block."""
-
-    def __init__(self, layer: NoisyLayer) -> None:
-        self.layer = layer
-
-    def __enter__(self) -> None:
-        self.parameters = {name: self.layer._parameters.pop(name) for name in self.layer.learned}
-
-    def __exit__(self, *error: object) -> None:
-        self.layer._parameters.update(self.parameters)
 
 
 def linear(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:

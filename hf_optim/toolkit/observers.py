@@ -279,3 +279,15 @@ def _rows(inputs: torch.Tensor) -> torch.Tensor:
 def version_of(tensor: torch.Tensor) -> int:
     """The counter of in-place changes of a tensor; 0 for inference tensors, which do not keep one."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+class InputEnergy(InputObserver[torch.Tensor]):
+    """``‖X_j‖²``, the sum over tokens of the squared input of each channel: name -> float32 ``[in_features]``."""
+
+    def update(self, name: str, inputs: torch.Tensor) -> None:
+        energy = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        self.check_finite(name, energy)
+        self.found[name] = self.found[name] + energy if name in self.found else energy
+
+    def reduce(self) -> None:
+        sharing.reduce_all(self.found, self.modules, "sum", self.device)

@@ -28,10 +28,12 @@ from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hook
 from hf_optim.toolkit import hard_concrete, masks, noisy_layers, sparsity, topology
 from hf_optim.toolkit.gated_layers import Gates, UnitGates, WeightGates
 from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.schedules import as_step, check_positions, linear_ramp
-from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, require_whole, trainable
+from hf_optim.toolkit.schedules import check_positions
+from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, trainable
 from hf_optim.toolkit.structures import find_units
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+from .learned_noise import NoiseTraining, optimizer_group, release
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -92,13 +94,12 @@ class L0(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [GateTraining(self, run, self.prepare(run))]
+        layers = self.prepare(run)
+        return [GateTraining(self, run, layers, run.state(self).gates)]
 
     @hookimpl
     def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
-        found = list(noisy_layers.parameters(self.prepare(run)).values())
-        rate = {} if self.gate_learning_rate is None else {"lr": self.gate_learning_rate}
-        return [{"params": found, "weight_decay": 0.0, **rate}]
+        return optimizer_group(self.prepare(run), self.gate_learning_rate)
 
     @hookimpl
     def training_loss(self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
@@ -119,11 +120,7 @@ class L0(Technique):
         own, layers = run.state(self), self.prepare(run)
         if not getattr(own, "settled", False):
             self.remove(run)
-        noisy_layers.forget(own, layers)
-        for layer in layers.values():
-            noisy_layers.detach(layer)
-        for key in ("layers", "gates", "missing", "multipliers"):
-            vars(own).pop(key, None)
+        release(own, layers, "gates", "missing", "multipliers")
         names, _ = run.touched(self) or (set(), {})
         run.report(self, **sparsity.figures(run.model, names), closed=own.closed)
 
@@ -182,46 +179,21 @@ class L0(Technique):
             masks.prune_(run.model, run.masks, gates.fold(final[gates.name]))
 
 
-class GateTraining(TrainerCallback):
-    """Lets the price rise, or finds it, and closes gates when their time comes."""
-
-    def __init__(self, step: L0, run: Run, layers: Mapping[str, NoisyLayer]) -> None:
-        self.step, self.run, self.layers = step, run, layers
+class GateTraining(NoiseTraining):
+    """Finds the price too, where a sparsity is the target."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        require_whole(self.layers)
-        noisy_layers.lower_epsilon(kwargs.get("optimizer"), self.layers)
-        own = self.run.state(self.step)
-        noisy_layers.recall(own, self.layers)
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step == 0:
-            own.settled, own.multipliers = False, torch.zeros(2)
-        self._move(state)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._move(state)
+            self.own.multipliers = torch.zeros(2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        own = self.run.state(self.step)
-        missing = vars(own).pop("missing", None)
+        missing = vars(self.own).pop("missing", None)
         if missing is not None:
             # Gradient ascent: of λ₁ m + λ₂ m², the derivatives are m and m².
             slope = torch.stack([missing, missing.square()])
-            own.multipliers = own.multipliers.to(slope.device) + self.step.multiplier_rate * slope
-        if not own.settled and state.global_step == as_step(self.step.settle, state.max_steps):
-            self.step.remove(self.run)
-            own.settled = True
-        self._move(state)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # load_best_model_at_end may have read another checkpoint.
-        noisy_layers.recall(self.run.state(self.step), self.layers)
-
-    def _move(self, state: Any) -> None:
-        step, own = self.step, self.run.state(self.step)
-        begin, end = (as_step(position, state.max_steps) for position in (step.begin, step.end))
-        own.ramp = linear_ramp(state.global_step, begin, end)
-        for gates in own.gates:
-            gates.active = not own.settled
+            self.own.multipliers = self.own.multipliers.to(slope.device) + self.step.multiplier_rate * slope
+        super().on_step_end(args, state, control, **kwargs)
 
 
 def open_share(gates: list[Gates], kept: Mapping[str, Tensor]) -> Tensor:

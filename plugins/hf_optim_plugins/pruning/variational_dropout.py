@@ -26,10 +26,12 @@ from transformers import TrainerCallback
 from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique
 from hf_optim.toolkit import masks, noisy_layers, sparsity
 from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.schedules import as_step, check_positions, linear_ramp
-from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, require_whole, trainable
+from hf_optim.toolkit.schedules import check_positions
+from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, trainable
 from hf_optim.toolkit.sparse_variational import WeightNoise
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+
+from .learned_noise import NoiseTraining, optimizer_group, release
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -92,13 +94,12 @@ class VariationalDropout(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [VariationalTraining(self, run, self.prepare(run))]
+        layers = self.prepare(run)
+        return [VariationalTraining(self, run, layers, run.state(self).noises)]
 
     @hookimpl
     def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
-        found = list(noisy_layers.parameters(self.prepare(run)).values())
-        rate = {} if self.variance_learning_rate is None else {"lr": self.variance_learning_rate}
-        return [{"params": found, "weight_decay": 0.0, **rate}]
+        return optimizer_group(self.prepare(run), self.variance_learning_rate)
 
     @hookimpl
     def training_loss(self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
@@ -116,11 +117,7 @@ class VariationalDropout(Technique):
         own, layers = run.state(self), self.prepare(run)
         if not getattr(own, "settled", False):
             self.remove(run)
-        noisy_layers.forget(own, layers)
-        for layer in layers.values():
-            noisy_layers.detach(layer)
-        for key in ("layers", "noises", "chosen"):
-            vars(own).pop(key, None)
+        release(own, layers, "noises", "chosen")
         run.report(self, **sparsity.figures(run.model, layers), above_threshold=own.above_threshold)
 
     @hookimpl
@@ -183,45 +180,22 @@ class VariationalDropout(Technique):
         masks.prune_(run.model, run.masks, self.choose(run))
 
 
-class VariationalTraining(TrainerCallback):
-    """Lets the divergence rise, and removes weights when their time comes."""
-
-    def __init__(self, step: VariationalDropout, run: Run, layers: Mapping[str, NoisyLayer]) -> None:
-        self.step, self.run, self.layers = step, run, layers
+class VariationalTraining(NoiseTraining):
+    """Counts the examples too, and forgets what would be kept where weights have moved."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        require_whole(self.layers)
-        noisy_layers.lower_epsilon(kwargs.get("optimizer"), self.layers)
-        own = self.run.state(self.step)
-        noisy_layers.recall(own, self.layers)
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step == 0:
-            own.settled, own.examples = False, None
-        own.batches = batches(args, state, kwargs.get("train_dataloader"))
-        self._move(state)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._move(state)
+            self.own.examples = None
+        self.own.batches = batches(args, state, kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        own = self.run.state(self.step)
-        own.chosen = None
-        if not own.settled and state.global_step == as_step(self.step.settle, state.max_steps):
-            self.step.remove(self.run)
-            own.settled = True
-        self._move(state)
+        self.own.chosen = None
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # load_best_model_at_end may have read another checkpoint.
-        own = self.run.state(self.step)
-        noisy_layers.recall(own, self.layers)
-        own.chosen = None
-
-    def _move(self, state: Any) -> None:
-        step, own = self.step, self.run.state(self.step)
-        begin, end = (as_step(position, state.max_steps) for position in (step.begin, step.end))
-        own.ramp = linear_ramp(state.global_step, begin, end)
-        for noise in own.noises:
-            noise.active = not own.settled
+        super().on_train_end(args, state, control, **kwargs)
+        self.own.chosen = None
 
 
 def labelled(inputs: Mapping[str, Any]) -> int:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Contract, ModelError, NumericalError, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, sharing, topology
+from hf_optim.toolkit import masks, topology
 from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.observers import InputObserver
+from hf_optim.toolkit.observers import InputEnergy
 from hf_optim.toolkit.permutation_search import kept_by_rows, kept_sum, search
 from hf_optim.toolkit.permuting import KINDS, Site, sites
 from hf_optim.toolkit.transplant import output, rounding
@@ -290,16 +290,8 @@ class _Permutation:
         )
 
 
-class InputNorm(InputObserver[Tensor]):
+class InputNorm(InputEnergy):
     """``‖X_j‖₂`` over all tokens, for each input channel: name -> float32 ``[in_features]``."""
-
-    def update(self, name: str, inputs: Tensor) -> None:
-        energy = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
-        self.check_finite(name, energy)
-        self.found[name] = self.found[name] + energy if name in self.found else energy
-
-    def reduce(self) -> None:
-        sharing.reduce_all(self.found, self.modules, "sum", self.device)
 
     def complete(self) -> None:
         self.found.update({name: energy.sqrt() for name, energy in self.found.items()})

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_optim import Contract, NumericalError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, nm_groups, sharing, sparsity
+from hf_optim.toolkit import masks, nm_groups, sparsity
 from hf_optim.toolkit.least_squares import output_error, reconstruct
 from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.observers import InputObserver, Moment, SecondMoment
+from hf_optim.toolkit.observers import InputEnergy, Moment, SecondMoment
 from hf_optim.toolkit.sensitivity import OutputShift, cheapest_within
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
@@ -210,18 +210,6 @@ class Plan:
     weight: Tensor
     mask: Tensor
     error: float
-
-
-class InputEnergy(InputObserver[Tensor]):
-    """``‖X_j‖²``, the sum over tokens of the squared input of each channel: name -> float32 ``[in_features]``."""
-
-    def update(self, name: str, inputs: Tensor) -> None:
-        energy = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
-        self.check_finite(name, energy)
-        self.found[name] = self.found[name] + energy if name in self.found else energy
-
-    def reduce(self) -> None:
-        sharing.reduce_all(self.found, self.modules, "sum", self.device)
 
 
 @hookimpl
