@@ -1,4 +1,4 @@
-"""The 2:4 chain as a page and a plot, from ``results.json`` and, where it is there, ``decode.json``."""
+"""The 2:4 chain as a page and a plot, from ``results.json`` and, where it is there, the benchmark in ``runtime``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hf_optim.bench.results import Results
 from hf_optim.plots import COLOURS
 from hf_optim.record import versions
 
 NAME = "results.json"
-DECODE = "decode.json"
+RUNTIME = "runtime"
 
 HEAD = """# 2:4 sparsity, step by step
 
@@ -34,8 +35,8 @@ TIMES = """
 ## What it is worth at run time
 
 A model of one million weights fits into the cache of any device, so its times say nothing. These are of random weights
-in the shape of {model}, decoded by stock `generate` on hf_optim's kernels ({device}); by
-`hf-optim bench --end-to-end --scheme dense w4a16 2:4-w4a16 --cache unguarded`.
+in the shape of {model}, run by stock transformers on hf_optim's kernels ({device}, torch {torch}, triton {triton}); by
+`{command}` ([all of it](runtime/README.md)). Prefill is one forward over a prompt, with a cache to fill.
 """
 
 
@@ -80,12 +81,17 @@ def render(folder: Path, order: Sequence[str]) -> None:
 
 
 def _times(folder: Path) -> list[str]:
-    path = folder / DECODE
-    if not path.is_file():
+    if not (folder / RUNTIME).is_dir():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = [TIMES.format(**found), "| weights | ms a token, batch 1 | weights GB |", "|---|---|---|"]
-    lines += [f"| {r['scheme']} | {r['ms']:.2f} | {r['weights_gb']:.2f} |" for r in found["rows"]]
+    found = Results.load(folder / RUNTIME)
+    prompts = sorted({row.tokens for row in found.prefill})
+    heads = ["weights", "weights GB", "ms a token, batch 1", *(f"ms, prefill of {tokens}" for tokens in prompts)]
+    about = {"model": found.decode[0].model, "device": found.device, "command": found.command, **found.versions}
+    lines = [TIMES.format(**about), f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in found.decode:
+        times = {each.tokens: each.ms for each in found.prefill if each.scheme == row.scheme}
+        cells = [row.scheme, f"{row.weights_gb:.2f}", f"{row.ms:.2f}", *(f"{times[tokens]:.1f}" for tokens in prompts)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -1,14 +1,9 @@
-"""End to end: milliseconds a token of stock ``generate``, greedy, eager and with a static cache."""
+"""Decoding end to end: milliseconds a token of stock ``generate``, greedy, eager and with a static cache."""
 
 from __future__ import annotations
 
-import gc
-import logging
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -16,12 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from ..acceleration import compile_config, report
-from . import models
-from .results import Decode, Results
-from .running import Deadline, benching, explain
+from ..acceleration import compile_config
 
-log = logging.getLogger(__name__)
 # "unguarded": a static cache, compiled with ``hf_optim.compile_config()``.
 MODES = ("dynamic", "static", "unguarded")
 PROMPT = 32
@@ -45,61 +36,6 @@ class Clock(LogitsProcessor):
         """Median milliseconds between steps, the first ones left out."""
         times = self.times[min(FIRST_STEADY, len(self.times) - 2) :]
         return statistics.median((b - a) * 1e3 for a, b in pairwise(times))
-
-
-def run_decode(
-    results: Results,
-    model: str,
-    schemes: Sequence[str] = models.SCHEMES,
-    modes: Sequence[str] = MODES,
-    batches: Sequence[int] = (1,),
-    new_tokens: int = NEW_TOKENS,
-    dtype: torch.dtype = torch.bfloat16,
-    profiled: bool = False,
-    deadline: Deadline | None = None,
-) -> None:
-    """Append a row for each scheme, cache and batch to ``results``; a scheme that fails gives rows that say so."""
-    deadline = deadline or Deadline.of(None)
-    for name in schemes:
-        if deadline.passed():
-            results.left_out.append(f"{model} under {name}")
-            continue
-        for row in _scheme_rows(model, name, modes, batches, new_tokens, dtype, profiled, results, deadline):
-            results.decode.append(row)
-            log.info("%s", f"{row.model} {row.scheme} {row.mode} batch {row.batch}: {row.failure or row.ms}")
-
-
-def _scheme_rows(
-    model: str,
-    scheme: str,
-    modes: Sequence[str],
-    batches: Sequence[int],
-    new_tokens: int,
-    dtype: torch.dtype,
-    profiled: bool,
-    results: Results,
-    deadline: Deadline,
-) -> Iterator[Decode]:
-    with _clean_device():
-        try:
-            built = models.build(model, scheme, dtype, benching().device())
-        except Exception as error:
-            log.debug("building failed", exc_info=True)
-            yield Decode(model, scheme, modes[0], batches[0], failure=explain(error))
-            return
-        about = _about(built, results.ceilings["copy"])
-        for mode in modes:
-            for batch in batches:
-                if deadline.passed():
-                    results.left_out.append(f"{model} under {scheme}, {mode} cache, batch {batch}")
-                    continue
-                try:
-                    times = measure(built, mode, batch, new_tokens, profiled)
-                    yield Decode(model, scheme, mode, batch, **about, **times)
-                except Exception as error:
-                    log.debug("generate failed", exc_info=True)
-                    yield Decode(model, scheme, mode, batch, **about, failure=explain(error))
-        del built
 
 
 def measure(model: PreTrainedModel, mode: str, batch: int, new_tokens: int, profiled: bool = False) -> dict[str, Any]:
@@ -129,7 +65,7 @@ def generate(model: PreTrainedModel, mode: str, batch: int, new_tokens: int) -> 
     cache: dict[str, Any] = {} if mode == "dynamic" else {"cache_implementation": "static"}
     if mode == "unguarded":
         cache["compile_config"] = compile_config()
-    _wait(model)
+    wait(model)
     start = time.perf_counter()
     model.generate(  # type: ignore[operator]
         ids,
@@ -139,7 +75,7 @@ def generate(model: PreTrainedModel, mode: str, batch: int, new_tokens: int) -> 
         logits_processor=[clock],
         **cache,
     )
-    _wait(model)
+    wait(model)
     return clock, (time.perf_counter() - start) * 1e3
 
 
@@ -162,27 +98,7 @@ def busy_ms(model: PreTrainedModel, mode: str, batch: int, new_tokens: int) -> f
     return busy / (last - begin) * clock.step_ms()
 
 
-def _about(model: PreTrainedModel, copy: float) -> dict[str, Any]:
-    labels = Counter(row.kernel or "dense" for row in report(model))
-    return {
-        "weights_gb": models.bytes_held(model) / 1e9,
-        "floor_ms": models.bytes_read(model) / copy / 1e3,
-        "kernels": dict(labels),
-    }
-
-
-@contextmanager
-def _clean_device() -> Iterator[None]:
-    """What was allocated inside is given back, compiled graphs too."""
-    try:
-        yield
-    finally:
-        torch.compiler.reset()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _wait(model: PreTrainedModel) -> None:
+def wait(model: PreTrainedModel) -> None:
+    """Until the device has done what it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()

@@ -8,9 +8,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..errors import OptimError
+
+Whole = TypeVar("Whole", "Decode", "Prefill")
 
 SCHEMA = 1
 FILE = "results.json"
@@ -89,9 +91,33 @@ class Decode:
     failure: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def name(self) -> str:
         """What was measured."""
-        return self.model, self.scheme, self.mode, self.batch
+        return f"{self.model} under {self.scheme}, {self.mode} cache, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One forward over a prompt, with a cache to fill, of one model under one scheme.
+
+    Attributes:
+        tokens: of each of the ``batch`` prompts.
+        ms: median milliseconds, eager.
+        peak_gb: the most the device held, in 10^9 bytes.
+    """
+
+    model: str
+    scheme: str
+    batch: int
+    tokens: int
+    ms: float | None = None
+    peak_gb: float | None = None
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        """What was measured."""
+        return f"{self.model} under {self.scheme}, prefill of {self.batch} x {self.tokens}"
 
 
 @dataclass
@@ -111,6 +137,7 @@ class Results:
     command: str
     rows: list[Row] = field(default_factory=list)
     decode: list[Decode] = field(default_factory=list)
+    prefill: list[Prefill] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -123,9 +150,11 @@ class Results:
         if data.get("schema") != SCHEMA:
             raise OptimError(f"benchmark results of schema {data.get('schema')!r}; this version reads {SCHEMA}")
         try:
-            parts = {f.name: data[f.name] for f in fields(cls)}
+            # Results from before prefill was timed have none.
+            parts = {f.name: data[f.name] for f in fields(cls) if f.name != "prefill" or f.name in data}
             parts["rows"] = [Row(**row) for row in parts["rows"]]
             parts["decode"] = [Decode(**row) for row in parts["decode"]]
+            parts["prefill"] = [Prefill(**row) for row in parts.get("prefill", [])]
         except (KeyError, TypeError) as error:
             raise OptimError(f"no benchmark results: {error}") from error
         return cls(**parts)
@@ -140,12 +169,12 @@ class Results:
             if old != new:
                 raise OptimError(f"the earlier results are of another {what.rstrip('s')}: {old}, now {new}")
         again = {(*row.place, row.contender) for row in self.rows}
-        decoded = {row.key for row in self.decode}
         rows = [row for row in earlier.rows if (*row.place, row.contender) not in again]
-        decode = [row for row in earlier.decode if row.key not in decoded]
+        decode = _behind(earlier.decode, self.decode)
+        prefill = _behind(earlier.prefill, self.prefill)
         command = f"{earlier.command}; {self.command}"
         both = sorted(rows + self.rows, key=lambda row: row.op)
-        return replace(self, rows=both, decode=decode + self.decode, command=command)
+        return replace(self, rows=both, decode=decode, prefill=prefill, command=command)
 
     def save(self, directory: Path) -> Path:
         """Write ``results.json``, whole or not at all."""
@@ -165,6 +194,11 @@ class Results:
             raise OptimError(f"{directory} has no {FILE}") from error
         except json.JSONDecodeError as error:
             raise OptimError(f"{path} is damaged: {error}") from error
+
+
+def _behind(earlier: list[Whole], now: list[Whole]) -> list[Whole]:
+    again = {row.name for row in now}
+    return [row for row in earlier if row.name not in again] + now
 
 
 def _finite(value: Any) -> Any:

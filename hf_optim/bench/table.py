@@ -40,6 +40,8 @@ def render(results: Results, plot: bool = False) -> str:
         )
     if results.decode:
         parts += ["## End to end", _decode_table(results)]
+    if results.prefill:
+        parts += ["## Prefill", _prefill_table(results)]
     for op, rows in groupby(results.rows, key=lambda row: row.op):
         parts.append(f"## {op}")
         for (N, K, dtype), group in groupby(rows, key=lambda row: (row.N, row.K, row.dtype)):
@@ -115,6 +117,25 @@ def _decode_table(results: Results) -> str:
         ]  # fmt: skip
         goal = _goal_text(decode_goal(row, results))
         rows.append([row.model, row.scheme, row.mode, str(row.batch), *numbers, goal, kernels])
+    return _table(header, rows)
+
+
+def _prefill_table(results: Results) -> str:
+    rows = []
+    for row in results.prefill:
+        of = [str(row.batch), str(row.tokens)]
+        if row.failure:
+            rows.append([row.model, row.scheme, *of, f"failed: {row.failure}", *[""] * 3])
+            continue
+        same = (row.model, row.batch, row.tokens)
+        dense = [r.ms for r in results.prefill if r.scheme == "dense" and (r.model, r.batch, r.tokens) == same and r.ms]
+        ratio = dense[0] / row.ms if dense and row.ms else None
+        rate = row.batch * row.tokens / row.ms * 1e3 if row.ms else None
+        numbers = [
+            _number(row.ms, ".2f"), _number(rate, ".0f"), _number(ratio, ".2f"), _number(row.peak_gb, ".2f")
+        ]  # fmt: skip
+        rows.append([row.model, row.scheme, *of, *numbers])
+    header = ("model", "scheme", "batch", "tokens", "ms", "tokens a second", "x dense", "peak GB")
     return _table(header, rows)
 
 

@@ -47,6 +47,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     whole.add_argument("--batch", nargs="+", type=_positive, default=[1], metavar="N", help="default: 1")
     whole.add_argument("--new-tokens", type=_steps, default=64, metavar="N", help="default: 64")
+    whole.add_argument(
+        "--prefill", nargs="+", type=_positive, default=[], metavar="N", help="also time prompts of so many tokens"
+    )
     whole.add_argument("--profile", action="store_true", help="also tell how much of a step the GPU computes")
     out = parser.add_argument_group("results")
     out.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing new after so long")
@@ -105,21 +108,14 @@ def _run_model(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     import torch
 
     from ..bench import decode, models
+    from ..bench.whole import Asked, run_models
 
     unknown = sorted(set(args.scheme or ()) - set(models.SCHEMES))
     if unknown:
         raise OptimError(f"no scheme {', '.join(unknown)}; there are {', '.join(models.SCHEMES)}")
-    decode.run_decode(
-        results,
-        args.end_to_end,
-        args.scheme or models.SCHEMES,
-        args.cache or decode.MODES,
-        args.batch,
-        args.new_tokens,
-        getattr(torch, args.dtype),
-        args.profile,
-        deadline,
-    )
+    asked = Asked(args.cache or decode.MODES, args.batch, args.new_tokens, args.prefill, args.profile)
+    schemes = args.scheme or models.SCHEMES
+    run_models(results, args.end_to_end, schemes, asked, getattr(torch, args.dtype), deadline)
 
 
 def _list() -> int:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from hf_optim.bench import decode, models, peers, running, table
+from hf_optim.bench import decode, models, peers, running, table, whole
 from hf_optim.bench.goals import decode_goal, goal_of
 from hf_optim.bench.results import Decode, Results, Row
 from hf_optim.cli import main
@@ -127,8 +127,8 @@ def test_a_failing_peer_is_a_row(monkeypatch):
 def test_nothing_begins_after_the_time_limit():
     found = results()
     running.run_ops(found, ["wna16"], [(64, 256)], [1, 2], deadline=running.Deadline(0.0, -1.0))
-    decode.run_decode(found, "tiny", deadline=running.Deadline(0.0, -1.0))
-    assert found.rows == found.decode == []
+    whole.run_models(found, "tiny", deadline=running.Deadline(0.0, -1.0))
+    assert found.rows == found.decode == found.prefill == []
     assert len(found.left_out) == 2 + len(models.SCHEMES)
 
 
@@ -159,7 +159,7 @@ def test_a_model_is_built_under_every_scheme(scheme):
 @pytest.mark.parametrize("mode", decode.MODES)
 def test_decoding_is_timed(mode):
     found = results()
-    decode.run_decode(found, "tiny", ["dense"], [mode], [2], 6, torch.float32)
+    whole.run_models(found, "tiny", ["dense"], whole.Asked([mode], [2], 6), torch.float32)
     (one,) = found.decode
     assert one.failure == ""
     assert 0 < one.ms <= one.overall_ms * 6
@@ -169,8 +169,33 @@ def test_decoding_is_timed(mode):
 
 def test_a_scheme_that_cannot_be_built_is_a_row():
     found = results()
-    decode.run_decode(found, "tiny", ["w5a5"], ["static"])
+    whole.run_models(found, "tiny", ["w5a5"], whole.Asked(["static"], prompts=[9]))
     assert "no scheme 'w5a5'" in found.decode[0].failure
+    assert "no scheme 'w5a5'" in found.prefill[0].failure
+
+
+@pytest.mark.filterwarnings("ignore:these layers stay as they are")
+def test_prefill_is_timed_and_compared_with_the_dense_model(tmp_path):
+    found = results()
+    whole.run_models(found, "tiny", ["dense", "2:4"], whole.Asked([], [2], prompts=[9, 33]), torch.float32)
+    assert [(row.scheme, row.batch, row.tokens) for row in found.prefill] == [
+        (scheme, 2, tokens) for scheme in ("dense", "2:4") for tokens in (9, 33)
+    ]
+    assert [row.failure for row in found.prefill] == [""] * 4
+    assert all(row.ms > 0 for row in found.prefill)
+    found.save(tmp_path)
+    assert Results.load(tmp_path).prefill == found.prefill
+    again = dataclasses.replace(found, prefill=found.prefill[:1]).behind(found)
+    assert sorted(again.prefill, key=str) == sorted(found.prefill, key=str)
+    dense, sparse = found.prefill[0], found.prefill[2]
+    line = next(line for line in table.render(found).splitlines() if "| 2:4 | 2 | 9 |" in line)
+    assert f"| {sparse.ms:.2f} | {18e3 / sparse.ms:.0f} | {dense.ms / sparse.ms:.2f} |" in line
+
+
+def test_results_from_before_prefill_are_read(tmp_path):
+    data = results().as_json()
+    del data["prefill"]
+    assert Results.from_json(data).prefill == []
 
 
 def test_the_command(tmp_path, capsys):
