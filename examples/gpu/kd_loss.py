@@ -1,6 +1,8 @@
 """The distillation loss on a GPU: correctness against float64, then time and peak memory beside others.
 
-OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/kd_loss.py
+OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/kd_loss.py [WORD ...]
+
+With words, only the sections that have one of them in their names.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import traceback
 from pathlib import Path
 
@@ -31,6 +34,8 @@ def save():
 
 def section(name):
     def run(function):
+        if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):
+            return
         print(f"== {name}", flush=True)
         try:
             RESULT[name] = function()
@@ -112,9 +117,9 @@ def _():
     return {"cases": len(found), "right": sum(found)}
 
 
-def timed(call, repeats=15):
-    """Median ms of a forward and backward, and peak bytes above what stood before it."""
-    for _ in range(3):
+def peak_of(call):
+    """Peak bytes of a forward and backward above what stood before it."""
+    for _ in range(2):
         call()
     torch.cuda.synchronize()
     gc.collect()
@@ -123,45 +128,46 @@ def timed(call, repeats=15):
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), peak
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ms_of(calls, repeats=15):
+    """Median ms of each call, in turns, so that a drifting clock meets all alike."""
+    times = [[] for _ in calls]
+    for turn in range(repeats + 2):
+        for call, found in zip(calls, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            # Two for the caches of memory and of compiled code.
+            if turn > 1:
+                found.append(start.elapsed_time(end))
+    return [statistics.median(found) for found in times]
 
 
 def table(contenders, floor_bytes, bandwidth, exact=None, inputs=()):
     floor = floor_bytes / bandwidth / 1e3
     rows = {}
-    print(f"{'':34s} {'ms':>8s} {'GB/s':>7s} {'of floor':>8s} {'peak GB':>8s} {'error':>8s}   floor {floor:.3f} ms")
     for name, call in contenders.items():
         try:
             found = call()
             error = None if exact is None or found is None else relative(found[: len(exact)], exact)
             del found
-            ms, peak = timed(call)
-            rows[name] = {
-                "ms": ms,
-                "gb_s": floor_bytes / ms / 1e6,
-                "of_floor": floor / ms,
-                "peak_gb": peak / GB,
-                "error": error,
-            }
-            shown = "" if error is None else f"{error:8.1e}"
-            print(
-                f"{name:34s} {ms:8.3f} {floor_bytes / ms / 1e6:7.0f} {floor / ms:8.0%} {peak / GB:8.3f} {shown}",
-                flush=True,
-            )
+            rows[name] = {"peak_gb": peak_of(call) / GB, "error": error}
         except Exception as failure:
             print(f"{name:34s} failed: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
             rows[name] = {"failed": str(failure)[:300]}
         gc.collect()
         torch.cuda.empty_cache()
+    able = [name for name, row in rows.items() if "failed" not in row]
+    print(f"{'':34s} {'ms':>8s} {'GB/s':>7s} {'of floor':>8s} {'peak GB':>8s} {'error':>8s}   floor {floor:.3f} ms")
+    for name, ms in zip(able, ms_of([contenders[name] for name in able]), strict=True):
+        row = rows[name]
+        row |= {"ms": ms, "gb_s": floor_bytes / ms / 1e6, "of_floor": floor / ms}
+        shown = "" if row["error"] is None else f"{row['error']:8.1e}"
+        print(f"{name:34s} {ms:8.3f} {row['gb_s']:7.0f} {floor / ms:8.0%} {row['peak_gb']:8.3f} {shown}", flush=True)
     return {"floor_ms": floor, "rows": rows}
 
 
@@ -178,7 +184,7 @@ def _():
     return found
 
 
-BANDWIDTH = RESULT["bandwidth"] if isinstance(RESULT["bandwidth"], float) else 3e6
+BANDWIDTH = RESULT["bandwidth"] if isinstance(RESULT.get("bandwidth"), float) else 3e6
 
 
 def direct(rows, V, direction):
@@ -262,10 +268,11 @@ def fused(rows, V, H, H_t):
         "plain formula, float32": lambda: both(plain(h @ w.T, h_t @ w_t.T)),
         "whole logits, our loss": over_logits,
         "ours, fused with the heads": lambda: both(linear.fused_linear_kd_loss(h, w, h_t, w_t, **options)),
-        "ours, fused, chunks of 2^25": lambda: both(
-            linear.fused_linear_kd_loss(h, w, h_t, w_t, chunk_elements=2**25, **options)
-        ),
     }
+    for rows_at_once in (512, 1024, 2048, 4096):
+        contenders[f"ours, fused, {rows_at_once} rows at once"] = lambda chunk=rows_at_once * V: both(
+            linear.fused_linear_kd_loss(h, w, h_t, w_t, chunk_elements=chunk, **options)
+        )
     try:
         jsd = liger().LigerFusedLinearJSD(jsd_beta=0.0, temperature=T)
         contenders["liger FusedLinearJSD (beta 0)"] = lambda: both(T**2 * jsd(h, w, h_t, w_t, None))
@@ -307,7 +314,7 @@ def _():
         near = z.cpu() if near is None else near
         equal = torch.equal(near, z.cpu())
         del z
-        ms, _ = timed(lambda: teachers.logits(teacher, {"input_ids": ids}), 5)
+        (ms,) = ms_of([lambda: teachers.logits(teacher, {"input_ids": ids})], 5)
         found[where] = {
             "ms": ms,
             "standing_gb": standing / GB,

@@ -1,6 +1,8 @@
 """Masking on a GPU: exactness, time of the kernel beside PyTorch's own, its share of a training step, FSDP2.
 
-OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking.py
+OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking.py [SECTION ...]
+
+The Trainer gets one GPU (it would wrap the model in DataParallel otherwise), FSDP2 all that are visible.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = (VISIBLE or "0").split(",")[0]
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +50,8 @@ DEVICE = torch.device("cuda")
 
 def section(name):
     def run(function):
+        if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            return
         print(f"== {name}", flush=True)
         try:
             RESULT[name] = function()
@@ -311,7 +317,7 @@ def _():
 @section("share of a step")
 def _():
     """Each kind between two plain runs, since the clock drifts: its time over the mean of its neighbours'."""
-    kinds, turns = ("stage", "stage-unguarded", "stage-twice", "stage-foreach"), 5
+    kinds, turns = ("stage", "stage-unguarded", "stage-foreach"), 5
     times = [("plain", train("plain", steps=40, warm=10)[0]["ms_a_step"])]
     for _turn in range(turns):
         for kind in kinds:
@@ -402,7 +408,10 @@ def _():
     with tempfile.TemporaryDirectory() as home:
         script = Path(home) / "fsdp.py"
         script.write_text(FSDP)
-        ranks = str(torch.cuda.device_count())
+        env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        env |= {"CUDA_VISIBLE_DEVICES": VISIBLE} if VISIBLE else {}
+        counted = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+        ranks = subprocess.run(counted, env=env, capture_output=True, text=True, check=True).stdout.strip()
         command = [
             sys.executable,
             "-m",
@@ -413,7 +422,7 @@ def _():
             str(script),
             home,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
         told = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
         return {"told": told, "status": done.returncode, "end": "" if told else (done.stdout + done.stderr)[-3000:]}
 

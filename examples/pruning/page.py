@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from methods import DENSE, METHODS, ROUNDS
@@ -16,6 +16,7 @@ from hf_optim.plots import COLOURS
 from hf_optim.record import versions
 
 NAME = "results.json"
+UNTRAINED = {method.name for method in METHODS if not method.trains}
 LOWER_IS_BETTER = {"babyllama-1m": True, "MiniLM, SST-2": False}
 FIGURES = {"babyllama-1m": "perplexity", "MiniLM, SST-2": "accuracy"}
 
@@ -62,7 +63,6 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     results["versions"] = versions()
-    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results["runs"] = dict(sorted(results["runs"].items()))
     (folder / NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -108,21 +108,24 @@ def render(folder: Path) -> None:
         lines += [*_claims(table, subject, sparsities), ""]
     failed = sorted(f"- {name}: {run['failed']}" for name, run in results["runs"].items() if "failed" in run)
     lines += ["## Failed", "", *failed, ""] if failed else []
-    counts = sorted({cell.seeds for cell in table.values()})
-    lines += [
-        f"Seeds of a figure: {' to '.join(str(n) for n in sorted({counts[0], counts[-1]}))}."
-        + (" With one seed there is no deviation, and a verdict is that seed's." if counts[0] == 1 else ""),
-        "",
-    ]
-    steps = sorted({run["steps"] for run in results["runs"].values() if run.get("steps")})
-    lines += [
-        f"{', '.join(map(str, steps))} steps a run. Computed on: {results.get('device')}; "
-        + ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
-        + ".",
-        "",
-    ]
+    lines += [_about(results, table), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
     _plot(folder / "quality.png", table)
+
+
+def _about(results: dict[str, Any], table: Table) -> str:
+    """Seeds, steps, devices, versions and what else was noted."""
+    runs = [run for run in results["runs"].values() if "figure" in run]
+    trained = sorted({cell.seeds for (_, name, _), cell in table.items() if name not in UNTRAINED})
+    seeds = " to ".join(str(n) for n in sorted({trained[0], trained[-1]})) if trained else "no"
+    alone = " With one seed there is no deviation, and a verdict is that seed's." if trained[:1] == [1] else ""
+    steps = ", ".join(str(n) for n in sorted({run["steps"] for run in runs if run["steps"]}))
+    devices = Counter(run.get("device", "unknown") for run in runs)
+    where = ", ".join(f"{name} ({count} runs)" for name, count in devices.most_common())
+    versions_of = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
+    told = [f"Seeds of a figure: {seeds}; of what is not trained one, since nothing in it is random.{alone}"]
+    told += [*results.get("notes", []), f"{steps} steps a run. Computed on {where}; last with {versions_of}."]
+    return " ".join(told)
 
 
 def _rows(table: Table, subject: str, sparsities: list[float]) -> list[str]:

@@ -61,7 +61,8 @@ def compute(subject: Subject, method: Method, sparsity: float, seed: int, args: 
         model, steps = train(subject, model, bool(recipe), seed, args), args.steps
     found = {"figure": subject.measure(model), "steps": steps, "seconds": round(time.perf_counter() - started, 1)}
     weights = sum(int(module.weight.count_nonzero()) for module in linears(model))
-    return {**found, "weights": weights, "sparsity": round(1.0 - weights / subject.shape.weights, 6)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {**found, "weights": weights, "sparsity": round(1.0 - weights / subject.shape.weights, 6), "device": device}
 
 
 def linears(model: Any) -> list[torch.nn.Linear]:
@@ -130,6 +131,10 @@ def gather(args: argparse.Namespace) -> None:
     results = page.read(args.output)
     for path in args.claims.glob("*.json"):
         results["runs"] |= json.loads(path.read_text(encoding="utf-8"))
+    results["notes"] = [
+        *results.get("notes", []),
+        *(note for note in args.note if note not in results.get("notes", [])),
+    ]
     page.write(args.output, results)
 
 
@@ -146,6 +151,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="*", default=["*"], help="patterns of model names")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no run is begun")
+    parser.add_argument("--note", nargs="*", default=[], help="sentences for the page, of what was particular to a run")
     parser.add_argument("--render", action="store_true", help="only write README.md and the plot anew")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
