@@ -8,45 +8,20 @@ With words, only the sections that have one of them in their names.
 from __future__ import annotations
 
 import gc
-import json
-import os
 import statistics
-import sys
 import traceback
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sections import Sections
 
 from hf_optim.toolkit import losses as toolkit
 from hf_optim_kernels import benching
 from hf_optim_kernels.kd_loss import linear, naive, op
 
 T, BETA = 2.0, 0.5
-OUT = Path(os.environ.get("OUT", "."))
-RESULT: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 GB = 1e9
-
-
-def save():
-    (OUT / "kd.json").write_text(json.dumps(RESULT, indent=1))
-
-
-def section(name):
-    def run(function):
-        if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):
-            return
-        print(f"== {name}", flush=True)
-        try:
-            RESULT[name] = function()
-        except Exception:
-            traceback.print_exc()
-            RESULT[name] = {"failed": traceback.format_exc()[-500:]}
-        gc.collect()
-        torch.cuda.empty_cache()
-        save()
-
-    return run
+section = Sections("kd.json")
 
 
 def liger():
@@ -177,14 +152,7 @@ def plain(student, teacher, upcast=True):
     return T**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-@section("bandwidth")
-def _():
-    found = benching.copy_bandwidth()
-    print(f"copy {found / 1e6:.2f} TB/s")
-    return found
-
-
-BANDWIDTH = RESULT["bandwidth"] if isinstance(RESULT.get("bandwidth"), float) else 3e6
+BANDWIDTH = section.result["bandwidth"] = benching.copy_bandwidth()
 
 
 def direct(rows, V, direction):
@@ -349,7 +317,3 @@ def _():
             except Exception as failure:
                 print(step, warps, type(failure).__name__, str(failure)[:100])
     return found
-
-
-save()
-print("done", flush=True)

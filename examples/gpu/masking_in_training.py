@@ -1,0 +1,218 @@
+"""What masks cost in a step of a stock Trainer: Llama of 85 M weights, bf16 autocast, on one GPU.
+
+OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking_in_training.py [WORD ...]     (sections by a word)
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+
+import torch
+from sections import Sections
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import hf_optim
+from hf_optim import masking, zeroing
+from hf_optim.guarding import GradientGuard
+from hf_optim.masking import MaskKeeper, stray_weights
+
+warnings.simplefilter("ignore")
+section = Sections("masking-in-training.json")
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count, length, vocabulary):
+        self.ids = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+class Clock(TrainerCallback):
+    """Wall time of a step once warm, and when each step ended."""
+
+    def __init__(self, warm):
+        self.warm, self.begun, self.ended, self.steps = warm, 0.0, 0.0, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.warm:
+            torch.cuda.synchronize()
+            self.begun = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        torch.cuda.synchronize()
+        self.ended, self.steps = time.perf_counter(), state.global_step - self.warm
+
+    @property
+    def ms(self):
+        return 1e3 * (self.ended - self.begun) / self.steps
+
+
+class Stopwatch:
+    """What the hooks of a callback take: on the device by events, on the host by the clock."""
+
+    def __init__(self, callback, names=("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")):
+        self.spans, self.host, self.calls = [], 0.0, 0
+        for name in names:
+            setattr(callback, name, self._timed(getattr(callback, name), name == "on_step_end"))
+
+    def _timed(self, hook, last):
+        def call(*args, **kwargs):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            start = time.perf_counter()
+            hook(*args, **kwargs)
+            self.host += time.perf_counter() - start
+            events[1].record()
+            self.spans.append(events)
+            self.calls += last
+
+        return call
+
+    def figures(self):
+        torch.cuda.synchronize()
+        spans = [a.elapsed_time(b) for a, b in self.spans]
+        per = len(spans) // max(1, self.calls)
+        steps = [sum(spans[i : i + per]) for i in range(0, len(spans), per)]
+        return {
+            "device_ms_a_step": round(statistics.median(steps), 3),
+            "host_ms_a_step": round(1e3 * self.host / self.calls, 3),
+        }
+
+
+def model_of(dtype=torch.float32, layers=12):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+ONCE = [{"technique": "gmp", "sparsity": 0.5, "begin": 0, "end": 0}]
+
+
+def train(kind, steps=60, warm=20, batch=8, length=1024, clock_parts=False, layers=12):
+    """``kind``: plain; stage (masks and the guard against NaN); stage-unguarded; stage-twice (masked after the step,
+    not within it); stage-foreach (without the kernel)."""
+    model = model_of(layers=layers)
+    callbacks, run = [], None
+    if kind != "plain":
+        model = hf_optim.optimize(model, ONCE)
+        run = hf_optim.run_of(model)
+        callbacks = hf_optim.callbacks(model)
+    zeroing._kernel.cache_clear()
+    known, stay = zeroing.KERNEL, masking.STAY_AT_ZERO
+    if kind == "stage-foreach":
+        zeroing.KERNEL = "no_such_package"
+    if kind in ("stage-twice", "stage-foreach"):
+        masking.STAY_AT_ZERO = ()
+    if kind == "stage-unguarded":
+        callbacks = [c for c in callbacks if not isinstance(c, GradientGuard)]
+    watches = {}
+    if clock_parts:
+        for callback in callbacks:
+            if isinstance(callback, (MaskKeeper, GradientGuard)):
+                watches[type(callback).__name__] = Stopwatch(callback)
+    clock = Clock(warm)
+    with tempfile.TemporaryDirectory() as home:
+        args = TrainingArguments(
+            output_dir=home,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=3e-4,
+            report_to=[],
+            bf16=True,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+            optim="adamw_torch_fused",
+            weight_decay=0.1,
+        )
+        # Several GPUs would make the Trainer wrap the model in DataParallel.
+        _ = args.device
+        args._n_gpu = 1
+        trainer = Trainer(model=model, args=args, train_dataset=Rows(512, length, 32000), callbacks=[*callbacks, clock])
+        trainer.train()
+    zeroing.KERNEL, masking.STAY_AT_ZERO = known, stay
+    zeroing._kernel.cache_clear()
+    figures = {"ms_a_step": round(clock.ms, 3), **{name: watch.figures() for name, watch in watches.items()}}
+    if run is not None:
+        figures["stray"] = len(stray_weights(run))
+        figures["masked_tensors"] = len(run.masks)
+        assert not figures["stray"]
+    return figures, model
+
+
+@section("exact training")
+def _():
+    """Same bits (up to the sign of zeros) from the kernel in one pass, in two, and from foreach."""
+    torch.use_deterministic_algorithms(False)
+    weights = {}
+    for kind in ("stage", "stage-twice", "stage-foreach"):
+        _, model = train(kind, steps=8, warm=2, batch=2, length=256, layers=2)
+        weights[kind] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    base = weights.pop("stage")
+    return {
+        kind: {
+            "equal": all(bool((base[n] == other[n]).all()) for n in base),
+            "largest difference": max(float((base[n] - other[n]).abs().max()) for n in base),
+        }
+        for kind, other in weights.items()
+    }
+
+
+@section("share of a step")
+def _():
+    """Each kind between two plain runs, since the clock drifts: its time over the mean of its neighbours'."""
+    kinds, turns = ("stage", "stage-unguarded", "stage-foreach"), 4
+    times = [("plain", train("plain", steps=40, warm=10)[0]["ms_a_step"])]
+    for _turn in range(turns):
+        for kind in kinds:
+            for each in (kind, "plain"):
+                times.append((each, train(each, steps=40, warm=10)[0]["ms_a_step"]))
+                gc.collect()
+                torch.cuda.empty_cache()
+    ratios = {kind: [] for kind in kinds}
+    for before, (kind, ms), after in zip(times[::2], times[1::2], times[2::2], strict=False):
+        ratios[kind].append(ms / statistics.mean((before[1], after[1])))
+    plain = [ms for kind, ms in times if kind == "plain"]
+    return {
+        "plain ms": [min(plain), statistics.median(plain), max(plain)],
+        **{
+            kind: {
+                "over plain": f"{100 * (statistics.median(found) - 1):.2f} %",
+                "each": [round(100 * (r - 1), 2) for r in found],
+            }
+            for kind, found in ratios.items()
+        },
+    }
+
+
+@section("parts")
+def _():
+    return {kind: train(kind, clock_parts=True)[0] for kind in ("stage", "stage-twice", "stage-foreach")}
+
+
+@section("accumulation and small batches")
+def _():
+    """Where masking costs most: a step of little work."""
+    return {
+        f"{kind} batch {batch}x{length}": train(kind, batch=batch, length=length)[0]["ms_a_step"]
+        for batch, length in ((1, 512), (32, 1024))
+        for kind in ("plain", "stage", "stage-foreach")
+    }
