@@ -26,14 +26,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique
 from hf_optim.toolkit import students, teachers, topology
-from hf_optim.toolkit.last_states import LastStates
+from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies, forget_states, take_states
 from hf_optim.toolkit.losses import scored_rows
+from hf_optim.toolkit.state_losses import cosine_loss, token_masks
 from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
 
 from .fused import kd_loss
@@ -127,24 +127,26 @@ class DistilBERT(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [StateRecorder(self, run)]
+        return [TeacherKeeper(self, run), StateRecorder(run.state(self), lambda: bodies(run.model))]
 
     @hookimpl
     def training_loss(
         self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any
     ) -> dict[str, Tensor | float]:
-        own, label = run.state(self), run.label(self)
-        teacher = ready_teacher(self, run)
-        with LastStates(teacher) as asked:
+        label, teacher = run.label(self), ready_teacher(self, run)
+        with HiddenStates(bodies(teacher)) as asked:
             theirs = teachers.answer(teacher, inputs)
             wanted = asked.take()
-        recorder: LastStates | None = getattr(own, "states", None)
-        states = recorder.take() if recorder is not None else []
+        states = take_states(run.state(self))
         terms: dict[str, Tensor | float] = {"task_scale": self.alpha_task}
         masks = token_masks(inputs, run.model.config.is_encoder_decoder)
         for name, weight, pooled in (("cosine", self.alpha_cos, False), ("pooled", self.alpha_pool, True)):
             if weight:
-                terms[name] = weight * cosine_loss(states, wanted, masks, label, pooled)
+                if not states or len(states) != len(wanted):
+                    raise ModelError(
+                        f"{label}: the model's last hidden states cannot be told; set alpha_cos: 0 and alpha_pool: 0"
+                    )
+                terms[name] = weight * cosine_loss(states, wanted, masks, pooled)
         logits = getattr(outputs, "logits", None)
         if isinstance(logits, Tensor) and self.alpha_ce:
             terms["kd"] = self.alpha_ce * kd_loss(
@@ -155,9 +157,8 @@ class DistilBERT(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         own = run.state(self)
-        if getattr(own, "states", None) is not None:
-            own.states.__exit__()
-        for name in ("teacher", "ready", "states"):
+        forget_states(own)
+        for name in ("teacher", "ready"):
             vars(own).pop(name, None)
 
     @hookimpl
@@ -174,23 +175,14 @@ class DistilBERT(Technique):
         )
 
 
-class StateRecorder(TrainerCallback):
-    """Records the student's last hidden states during a training step, and only then."""
+class TeacherKeeper(TrainerCallback):
+    """Fetches the teacher before training."""
 
     def __init__(self, step: DistilBERT, run: Run) -> None:
         self.step, self.run = step, run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ready_teacher(self.step, self.run)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_step_end(args, state, control)  # of a step that failed
-        self.run.state(self.step).states = LastStates(self.run.model).__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        recorder = vars(self.run.state(self.step)).pop("states", None)
-        if recorder is not None:
-            recorder.__exit__()
 
 
 def ready_teacher(step: DistilBERT, run: Run) -> nn.Module:
@@ -201,39 +193,6 @@ def ready_teacher(step: DistilBERT, run: Run) -> nn.Module:
     if getattr(own, "ready", None) is None:
         own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model), step.device)
     return own.ready
-
-
-def cosine_loss(
-    states: list[Tensor], wanted: list[Tensor], masks: list[Tensor | None], label: str, pooled: bool = False
-) -> Tensor:
-    """``1 - cos(h_s, h_t)``, the mean over tokens (``pooled``: of mean states, over sequences), and over bodies.
-
-    Args:
-        states, wanted: the student's and the teacher's, one ``[batch, tokens, width]`` for each body.
-        masks: for each body ``[batch, tokens]``, non-zero where a token counts; None where all do.
-    """
-    if not states or len(states) != len(wanted):
-        raise ModelError(f"{label}: the model's last hidden states cannot be told; set alpha_cos: 0 and alpha_pool: 0")
-    terms = []
-    for ours, theirs, mask in zip(states, wanted, masks, strict=True):
-        ours, theirs = ours.float(), theirs.to(ours.device).float()
-        weight = ours.new_ones(ours.shape[:2]) if mask is None or mask.shape != ours.shape[:2] else mask.to(ours)
-        if pooled:
-            # The length of a vector is nothing to its direction: sums serve for means.
-            ours, theirs = ((h * weight[..., None]).sum(1) for h in (ours, theirs))
-            weight = weight.amax(1)
-        distance = 1.0 - F.cosine_similarity(ours, theirs, dim=-1)
-        terms.append((distance * weight).sum() / weight.sum().clamp_min(1.0))
-    return sum(terms[1:], terms[0]) / len(terms)
-
-
-def token_masks(inputs: Mapping[str, Any], encodes: bool) -> list[Tensor | None]:
-    """Which tokens of a model's bodies are no padding."""
-    mask = inputs.get("attention_mask")
-    if not encodes:
-        return [mask]
-    labels, decoder = inputs.get("labels"), inputs.get("decoder_attention_mask")
-    return [mask, decoder if decoder is not None else labels != -100 if labels is not None else None]
 
 
 def all_rows(model: Any, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

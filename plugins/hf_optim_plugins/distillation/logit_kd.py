@@ -6,6 +6,10 @@ factor ``α`` this is ``T² KL + λ CE`` with ``λ = (1 - α)/α``. ``T²`` keep
 
 The divergence may be turned round (``reverse``: ``KL(student ‖ teacher)``, 2306.08543, which does not make a small
 student cover what it cannot) or lie between (``js``: the generalized Jensen-Shannon divergence of 2306.13649).
+
+A sparse model of the teacher's own shape learns more from every token if its blocks must agree as well: SquareHead
+(Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2310.06927), as
+``alpha_states``.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ from transformers import TrainerCallback
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
 from hf_optim.toolkit import teachers
+from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies_of_blocks, forget_states, take_states
 from hf_optim.toolkit.logit_cache import LogitCache, sample_keys
 from hf_optim.toolkit.losses import DIRECTIONS, RESTS, Direction, Rest, TopK, scored_rows, top_k, top_k_kd_loss
+from hf_optim.toolkit.stacks import blocks
+from hf_optim.toolkit.state_losses import squarehead_loss, token_masks
 from hf_optim.traits import SPARSE, SPARSE_NM
 
 from .fused import kd_loss
@@ -59,6 +66,8 @@ class LogitKD(Technique):
             recovers a model that is pruned); or None: set ``hf_optim.run_of(model).state(step).teacher`` to a module.
         temperature: ``T``; softens both distributions.
         alpha: weight of the teacher's term; the task loss has ``1 - alpha``.
+        alpha_states: weight of SquareHead, the hidden states of all blocks; the paper's is 1. Teacher and student need
+            as many blocks, of one width.
         direction: ``"forward"``, ``"reverse"`` or ``"js"``.
         beta: of ``"js"``: the teacher's weight in the mixture, in (0, 1).
         top_k: compare only the ``k`` most probable classes of the teacher; None compares all.
@@ -73,6 +82,7 @@ class LogitKD(Technique):
     teacher: str | None = SELF
     temperature: float = option(2.0, above=0.0)
     alpha: float = option(0.9, low=0.0, high=1.0)
+    alpha_states: float = option(0.0, low=0.0)
     direction: Direction = option("forward", choices=DIRECTIONS)
     beta: float = option(0.5, above=0.0, below=1.0)
     top_k: int | None = option(None, low=1)
@@ -83,6 +93,8 @@ class LogitKD(Technique):
     def validate(self) -> None:
         if self.cache is not None and self.top_k is None:
             raise RecipeError("logit_kd: a cache keeps the teacher's top classes: say how many with top_k (64, say)")
+        if self.cache is not None and self.alpha_states:
+            raise RecipeError("logit_kd: a cache keeps no hidden states: leave out cache or alpha_states")
         teachers.require_place(self.device, self.name)
 
     def phases(self) -> Any:
@@ -96,7 +108,8 @@ class LogitKD(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [TeacherKeeper(self, run)]
+        recorder = StateRecorder(run.state(self), lambda: [block.module for block in blocks(run.model)])
+        return [TeacherKeeper(self, run), *([recorder] if self.alpha_states else [])]
 
     @hookimpl
     def training_loss(
@@ -116,15 +129,20 @@ class LogitKD(Technique):
             "beta": self.beta,
             "rows": rows,
         }
-        if self.top_k is None:
-            term = kd_loss(logits, self._teacher_logits(run, inputs, logits), **options)
-        else:
-            term = top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
+        terms: dict[str, Tensor | float] = {"task_scale": 1.0 - self.alpha}
+        with self._asked(run) as asked:
+            if self.top_k is None:
+                term = kd_loss(logits, self._teacher_logits(run, inputs, logits), **options)
+            else:
+                term = top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
+            if self.alpha_states:
+                terms["states"] = self.alpha_states * self._squarehead(run, inputs, asked.take())
         self._greet(run, term)
-        return {"kd": self.alpha * term, "task_scale": 1.0 - self.alpha}
+        return {"kd": self.alpha * term, **terms}
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
+        forget_states(run.state(self))
         for name in ("teacher", "ready", "cache"):
             vars(run.state(self)).pop(name, None)
 
@@ -150,6 +168,23 @@ class LogitKD(Technique):
             )
             run.record.note(sentence)
             log.warning(sentence)
+
+    def _asked(self, run: Run) -> HiddenStates:
+        """Records the teacher's blocks, where they are asked for."""
+        return HiddenStates([block.module for block in blocks(ready_teacher(self, run))] if self.alpha_states else [])
+
+    def _squarehead(self, run: Run, inputs: Mapping[str, Any], wanted: list[Tensor]) -> Tensor:
+        states, label = take_states(run.state(self)), run.label(self)
+        if not states or [h.shape for h in states] != [h.shape for h in wanted]:
+            raise ModelError(
+                f"{label}: alpha_states compares the hidden states of all blocks; the teacher has {len(wanted)} "
+                f"{_widths(wanted)} and the student {len(states)} {_widths(states)}, but both need as many of one width"
+            )
+        # Blocks that come before all that trains have none.
+        if not states[-1].requires_grad:
+            raise ModelError(f"{label}: alpha_states: no gradient reaches the last block; does the model train at all?")
+        masks = token_masks(inputs, run.model.config.is_encoder_decoder)
+        return squarehead_loss(states, wanted, [masks[i] for i in bodies_of_blocks(run.model)])
 
     def _teacher_logits(self, run: Run, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
         teacher = ready_teacher(self, run)
@@ -222,6 +257,10 @@ class TeacherKeeper(TrainerCallback):
         cache = getattr(self.run.state(self.step), "cache", None)
         if cache is not None:
             cache.flush()
+
+
+def _widths(states: list[Tensor]) -> str:
+    return "of width " + " and ".join(str(width) for width in sorted({h.shape[-1] for h in states}))
 
 
 def ready_teacher(step: LogitKD, run: Run) -> nn.Module:

@@ -14,7 +14,7 @@ import hf_optim
 from hf_optim import ModelError, OptimError, RecipeError
 from hf_optim.run import run_of
 from hf_optim.toolkit import students
-from hf_optim.toolkit.last_states import LastStates
+from hf_optim.toolkit.hidden_states import HiddenStates, bodies
 from hf_optim.training import OptimTrainer
 from hf_optim_plugins.distillation.distilbert import DistilBERT
 
@@ -143,7 +143,7 @@ def terms_of(teacher, inputs, **fields):
     """The hook's terms, the student's outputs with hidden states, and the teacher's."""
     student = hf_optim.optimize(teacher, step := DistilBERT(**fields))
     run = run_of(student)
-    with LastStates(student) as run.state(step).states:
+    with HiddenStates(bodies(student)) as run.state(step).states:
         outputs = student(**inputs, output_hidden_states=True)
         (terms,) = run.call("training_loss", model=student, inputs=inputs, outputs=outputs)
     with torch.no_grad():

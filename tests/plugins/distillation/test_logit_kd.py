@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import hf_optim
 from hf_optim import CheckpointError, DataConfig, ModelError, OptimConfig, RecipeError
 from hf_optim.masking import stray_weights
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.hidden_states import StateRecorder
 from hf_optim.train_stage import training_rows
 from hf_optim.training import OptimTrainer
 from hf_optim_kernels.kd_loss import op
@@ -286,6 +288,84 @@ def test_padding_of_a_decoder_is_left_out_by_its_own_mask():
     expected, _ = hooked(LogitKD(teacher=None), student, teacher, cut)
     torch.testing.assert_close(short["kd"], expected["kd"])
     assert whole["kd"] != short["kd"]
+
+
+# -- hidden states ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("builder", STILL, ids=["causal", "classifier", "seq2seq"])
+def test_squarehead_is_the_papers(builder):
+    """The sum over blocks of the mean square difference over the teacher's mean square, without padding."""
+    student, teacher = builder(**STILL[builder]), builder(seed=1).eval()
+    inputs = batch(student)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1:, 4:] = 0
+    run = begin(student, step := LogitKD(teacher=None, alpha_states=0.5))
+    run.state(step).teacher = teacher
+    recorder = run_callbacks(run, StateRecorder)[0]
+    recorder.on_step_begin(None, None, None)
+    (terms,) = run.call("training_loss", model=student, inputs=inputs, outputs=student(**inputs))
+    recorder.on_step_end(None, None, None)
+    expected = 0.0
+    for ours, theirs, mask in zip(block_outputs(student, inputs), block_outputs(teacher, inputs),
+                                  block_masks(student, inputs), strict=True):  # fmt: skip
+        expected += ((ours - theirs)[mask] ** 2).mean() / (theirs[mask] ** 2).mean()
+    torch.testing.assert_close(terms["states"], 0.5 * expected)
+    terms["states"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    first = topology.blocks(student)[0].module
+    assert all(p.grad is not None and p.grad.any() for p in first.parameters() if p.dim() == 2)
+    assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
+
+
+def run_callbacks(run, kind):
+    return [c for found in run.call("training_callbacks") for c in found if isinstance(c, kind)]
+
+
+def block_outputs(model, inputs) -> list[torch.Tensor]:
+    """As transformers tells them: states before the first block, after it, ...; the last one after a norm."""
+    found = []
+    handles = [
+        block.module.register_forward_hook(lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for block in topology.blocks(model)
+    ]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def block_masks(model, inputs) -> list[torch.Tensor]:
+    encoder = inputs["attention_mask"].bool()
+    if not model.config.is_encoder_decoder:
+        return [encoder] * len(topology.blocks(model))
+    decoder = inputs["labels"] != -100
+    return [decoder if "decoder" in block.name else encoder for block in topology.blocks(model)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hidden_states_train_with_accumulation_and_gradient_checkpointing(tmp_path, checkpointing):
+    student, step = tiny_llama(), LogitKD(teacher=None, alpha=1.0, alpha_states=1.0)
+    settings = {"max_steps": 12, "learning_rate": 3e-3, "gradient_accumulation_steps": 2, "logging_steps": 4,
+                "logging_strategy": "steps", "activation_checkpointing": checkpointing}  # fmt: skip
+    trainer = trained(student, step, tmp_path, tiny_llama(seed=1), **settings)
+    terms = [logs["states"] for logs in trainer.state.log_history if "states" in logs]
+    assert terms[-1] < 0.9 * terms[0]
+    assert not any(block.module._forward_hooks for block in topology.blocks(student))
+
+
+def test_hidden_states_that_cannot_be_compared_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="a cache keeps no hidden states"):
+        LogitKD(top_k=4, cache="somewhere", alpha_states=1.0)
+    step = LogitKD(teacher=None, alpha_states=1.0)
+    deeper = tiny_llama(seed=1, num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"the teacher has 3 of width \d+ and the student 2 of width \d+"):
+        trained(tiny_llama(), step, tmp_path / "depth", deeper)
+    wider = tiny_llama(seed=1, hidden_size=64)
+    with pytest.raises(ModelError, match="the teacher has 2 of width 64 and the student 2 of width 32"):
+        trained(tiny_llama(), step, tmp_path / "width", wider)
+    frozen = tiny_llama().requires_grad_(False)
+    frozen.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ModelError, match="no gradient reaches the last block"):
+        trained(frozen, step, tmp_path / "frozen", tiny_llama(seed=1))
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
