@@ -59,7 +59,7 @@ class Stopwatch:
     """What the hooks of a callback take: on the device by events, on the host by the clock."""
 
     def __init__(self, callback, names=("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")):
-        self.spans, self.host, self.calls = [], 0.0, 0
+        self.spans, self.host, self.calls = [], [], 0
         for name in names:
             setattr(callback, name, self._timed(getattr(callback, name), name == "on_step_end"))
 
@@ -69,7 +69,7 @@ class Stopwatch:
             events[0].record()
             start = time.perf_counter()
             hook(*args, **kwargs)
-            self.host += time.perf_counter() - start
+            self.host.append(time.perf_counter() - start)
             events[1].record()
             self.spans.append(events)
             self.calls += last
@@ -80,10 +80,10 @@ class Stopwatch:
         torch.cuda.synchronize()
         spans = [a.elapsed_time(b) for a, b in self.spans]
         per = len(spans) // max(1, self.calls)
-        steps = [sum(spans[i : i + per]) for i in range(0, len(spans), per)]
+        steps, host = ([sum(found[i : i + per]) for i in range(0, len(found), per)] for found in (spans, self.host))
         return {
             "device_ms_a_step": round(statistics.median(steps), 3),
-            "host_ms_a_step": round(1e3 * self.host / self.calls, 3),
+            "host_ms_a_step": round(1e3 * statistics.median(host), 3),
         }
 
 

@@ -39,8 +39,6 @@ ONCE: Step = {"technique": "nm"}
 # Under Adam the decay is felt from about 10 on (docs/pruning.md).
 REFINED: Step = {"technique": "sr_ste", "decay": 10.0}
 KD: Step = {"technique": "logit_kd", "alpha": 1.0, "temperature": 1.0}
-# The hidden states of all blocks as well: more to learn from every token.
-SQUAREHEAD: Step = {**KD, "alpha_states": 1.0}
 INT4: Step = {"technique": "gptq", "bits": 4, "group_size": 32, "observer": "mse"}
 
 
@@ -73,7 +71,6 @@ LINKS = (
     Link("+ retraining, fixed mask", [PERMUTE, ONCE], 0.2),
     Link("+ retraining, sr_ste", [PERMUTE, REFINED], 0.2),
     Link("+ KD", [PERMUTE, REFINED, KD], 1.0),
-    Link("+ KD, SquareHead", [PERMUTE, REFINED, SQUAREHEAD], 1.0),
     Link("+ KD, longer, noisy inputs", [ONCE, KD], 0.4, start="+ KD", noise=0.1),
     Link("+ KD, longer, sampled text", [ONCE, KD], 0.4, start="+ KD", sampled=8192),
     Link("+ int4", [ONCE, INT4], start="+ KD, longer, sampled text"),

@@ -13,8 +13,8 @@ Config = dict[str, Any]
 # More rows than this are a matter of arithmetic, not of bytes.
 FEW_ROWS = 64
 COUNTERS = 1 << 14
-# With more, a weight in the order of sparse tensor cores is decompressed.
-MOST_TILED_ROWS = 256
+# With more, a weight in the order of sparse tensor cores is decompressed: faster on five shapes at 256 rows (H200).
+MOST_TILED_ROWS = 128
 
 
 def config(
@@ -46,15 +46,20 @@ def tiles(rows: int, outputs: int, ahead: int, split: int, warps: int, inputs: i
 def default_tiles(N: int, K: int, M: int) -> Config:
     """A good guess for codes in the order of sparse tensor cores."""
     units = K // 128
+    ahead = min(2 if units <= 48 else 4, units)
+    # Tiles of few outputs fill the card, of many use the inputs that they read more often.
+    narrow = N <= 8192
     if M > MOST_TILED_ROWS:
         return DENSE
     if M == 1:
-        return tiles(8, 16, min(2 if units <= 48 else 4, units), 1, 4)
+        return tiles(8, 16, ahead, 1, 4)
     if M <= 8:
         return tiles(8, 32, 2, 2, 4, 1) if N * K > 1 << 25 else tiles(8, 16, 2, 1, 8, 1)
     if M <= 16:
-        return tiles(16, 32, 2, 2, 4, 1)
-    return tiles(min(64, tuning.bucket(M)), 32, 1, 2, 4, 2)
+        return tiles(16, 32, ahead, 1, 4, 2) if narrow and units <= 48 else tiles(16, 16, min(4, units), 1, 4, 2)
+    if M <= 32:
+        return tiles(32, 16, ahead, 1, 4, 2) if narrow else tiles(32, 32, 1, 2, 2, 2)
+    return tiles(32, 32, 1, 1, 4, 2) if narrow and M <= 64 else tiles(64, 32, 1, 2, 2, 2)
 
 
 def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
@@ -66,7 +71,8 @@ def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
         shapes += [(16, 2, 1, 4, 0), (16, 4, 1, 4, 1), (32, 2, 1, 4, 2)]
     else:
         shapes = [(32, 1, 2, 4, 2), (32, 2, 2, 4, 2), (16, 2, 1, 4, 2), (32, 1, 1, 4, 2), (16, 1, 1, 8, 2)]
-        shapes += [(64, 1, 4, 4, 2), (64, 1, 2, 4, 2), (32, 1, 4, 4, 2)]
+        shapes += [(64, 1, 4, 4, 2), (64, 1, 2, 4, 2), (32, 1, 4, 4, 2), (16, 4, 1, 4, 2), (32, 1, 2, 2, 2)]
+        shapes += [(64, 1, 1, 4, 2)]
     blocks = [max(8, min(tuning.bucket(M), 64))] + ([32] if M >= 64 else [])
     found = [tiles(rows, *shape) for shape in shapes for rows in blocks if rows * shape[0] <= 2048]
     guess = default_tiles(N, K, M)
