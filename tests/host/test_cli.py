@@ -61,17 +61,6 @@ class Workshop:
         return self.compress(self.gptq, output, "--calibration", self.data, *options)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing by threads, and processes that share the cores lose much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     return Workshop(tmp_path_factory.mktemp("shop"))

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from real_stories import perplexity, windows
 from safetensors.torch import load_file, save_file
 from tiny_models import DECODER, tiny_mixtral
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_optim import Scope, formats, optimize
 from hf_optim.errors import ModelError, NumericalError
@@ -508,26 +509,6 @@ def test_a_copy_saves_the_same():
 
 
 # -- a real model -----------------------------------------------------------------------------------------------------
-
-
-def windows(home, data, split, count, length=256):
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
-    ids: list[int] = []
-    for line in (data / "tinystories" / f"{split}.jsonl").read_text().splitlines():
-        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
-        if len(ids) >= count * length:
-            break
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
-def perplexity(model, ids) -> float:
-    losses = []
-    with torch.no_grad():
-        for batch in ids.split(16):
-            out = model(batch).logits[:, :-1].flatten(0, 1)
-            losses.append(nn.functional.cross_entropy(out, batch[:, 1:].flatten(), reduction="none"))
-    return float(torch.cat(losses).double().mean().exp())
 
 
 @pytest.mark.slow

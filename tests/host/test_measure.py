@@ -26,20 +26,10 @@ def real(shared_models, name):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture
-def one_thread():
-    """Small models gain nothing from threads, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # -- the figures that must come out -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "expected"), [("babyllama-1m", 2.2251), ("stories260k", 4.3563)])
 def test_the_reference_perplexities(shared_models, shared_data, name, expected):
     model, tokenizer = real(shared_models, name)
@@ -50,7 +40,6 @@ def test_the_reference_perplexities(shared_models, shared_data, name, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_rounding_the_weights_gives_the_reference_figure(shared_models, shared_data):
     model, tokenizer = real(shared_models, "stories260k")
     for name, module in model.named_modules():

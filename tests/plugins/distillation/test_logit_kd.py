@@ -461,15 +461,6 @@ def test_the_shipped_recipe():
 
 
 # -- a real model ----------------------------------------------------------------------------------------------------
-@pytest.fixture
-def one_thread():
-    """Matrices this small gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def stories(folder, name: str, tokenizer, count: int) -> list[dict[str, torch.Tensor]]:
     """The first 48 tokens of stories, after bos."""
     rows = []
@@ -480,7 +471,6 @@ def stories(folder, name: str, tokenizer, count: int) -> list[dict[str, torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_student_of_half_the_depth_learns_more_from_the_teacher(tmp_path, shared_models, shared_data):
     """Layers 0, 2, 4 of five. Over seeds 0, 1, 2 the gain in evaluation loss is 0.38, 0.42 and 0.33 nats."""
     home = shared_models / "babyllama-1m"

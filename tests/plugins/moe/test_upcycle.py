@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from real_stories import windows
 from tiny_models import DECODER, TINY, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
@@ -273,22 +272,15 @@ def _train(model, windows, steps, lr):
         optimizer.zero_grad()
 
 
-def _windows(tokenizer, path, length=128):
-    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-    ids = [i for text in texts for i in [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]]
-    return torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
-
-
 @pytest.mark.slow
 def test_it_fits_a_little_data_better_than_the_dense_twin(shared_models, shared_data):
     # What a CPU can show: the loss on the windows that both were trained on, with one seed and four experts. The longer
     # comparison, with what it loses on held-out data, stands in model_cards/measurements.
     home = shared_models / "babyllama-1m"
-    tokenizer = AutoTokenizer.from_pretrained(home, model_max_length=10**9)
-    windows = _windows(tokenizer, shared_data / "tinystories" / "train.jsonl", length=64)[:16]
+    ids = windows(home, shared_data, "train", 16, 64)
     dense = AutoModelForCausalLM.from_pretrained(home)
     sparse = upcycle(AutoModelForCausalLM.from_pretrained(home), experts=4).model
-    assert _loss(sparse, windows) == pytest.approx(_loss(dense, windows), rel=1e-5)
+    assert _loss(sparse, ids) == pytest.approx(_loss(dense, ids), rel=1e-5)
     for model in (dense, sparse):
-        _train(model, windows, steps=20, lr=1e-3)
-    assert _loss(sparse, windows) < _loss(dense, windows) - 0.01
+        _train(model, ids, steps=20, lr=1e-3)
+    assert _loss(sparse, ids) < _loss(dense, ids) - 0.01

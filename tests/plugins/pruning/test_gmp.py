@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from real_stories import Stories
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -171,41 +170,15 @@ def test_nothing_to_prune_is_an_error():
         hf_optim.callbacks(model)
 
 
-def stories(path, tokenizer, width, count):
-    ids = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids.append(tokenizer.bos_token_id)
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // width * width]).view(-1, width)[:count]
-    return [{"input_ids": row, "labels": row} for row in windows]
-
-
-@pytest.fixture
-def one_thread():
-    """One thread: several are slower on tensors this small, by far when other processes have the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-def test_gradual_is_better_than_one_shot_at_equal_steps(tmp_path, one_thread, shared_models, shared_data):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared_models / "stories260k"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = stories(shared_data / "tinystories" / "train.jsonl", tokenizer, 48, 960)
-    held_out = torch.stack(
-        [row["input_ids"] for row in stories(shared_data / "tinystories" / "eval.jsonl", tokenizer, 48, 192)]
-    )
+def test_gradual_is_better_than_one_shot_at_equal_steps(tmp_path, shared_models, shared_data):
+    stories = Stories(shared_models, shared_data)
 
     def loss_after(recipe):
-        model = AutoModelForCausalLM.from_pretrained(folder, optim_config=recipe, dtype=torch.float32)
-        train(model, tmp_path, 240, data=data, learning_rate=3e-3, lr_scheduler_type="constant")
+        model = stories.load(recipe)
+        train(model, tmp_path, 240, data=stories.rows, learning_rate=3e-3, lr_scheduler_type="constant")
         assert total_sparsity(run_of(model).masks) == pytest.approx(0.8, abs=1e-3)
-        with torch.no_grad():
-            return model.eval()(held_out, labels=held_out).loss.item()
+        return stories.loss(model)
 
     gradual = loss_after([{"technique": "gmp", "sparsity": 0.8, "end": 0.7, "every": 5}])
     one_shot = loss_after([{"technique": "magnitude", "sparsity": 0.8}])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from real_stories import Stories
 from safetensors.torch import load_file
-from test_variational_dropout import IDS, same, stories
+from test_variational_dropout import IDS, same
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 from toy_training import arguments, sentences
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 import hf_optim
 from hf_optim import ModelError, OptimTrainer, RecipeError, optimize, run_of
@@ -187,29 +188,17 @@ def test_a_model_without_such_units_is_refused():
 @pytest.mark.slow
 def test_a_fifth_of_the_neurons_of_a_real_model_closes(tmp_path, shared_models, shared_data):
     """At a loss below that of closing as many by chance, without training; a dense model's is out of reach so soon."""
-    folder = shared_models / "stories260k"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = stories(shared_data / "tinystories" / "train.jsonl", tokenizer, 64, 960)
-    held_out = stories(shared_data / "tinystories" / "eval.jsonl", tokenizer, 64, 96)
-    rows = [{"input_ids": row, "labels": row} for row in data]
-
-    def loss(model):
-        with torch.no_grad():
-            return model.eval()(held_out, labels=held_out).loss.item()
-
-    def load(**more):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
-
+    stories = Stories(shared_models, shared_data, width=64, held_out=96)
     step = {"technique": "l0", "on": "neurons", "sparsity": 0.2, "gate_learning_rate": 0.1, "multiplier_rate": 1.0}
-    model = load(optim_config=[{**step, "initial": 0.95, "end": 0.3, "settle": 0.8}])
-    train(model, tmp_path, 120, data=rows, learning_rate=1e-3, per_device_train_batch_size=8)
+    model = stories.load([{**step, "initial": 0.95, "end": 0.3, "settle": 0.8}])
+    train(model, tmp_path, 120, data=stories.rows, learning_rate=1e-3, per_device_train_batch_size=8)
     closed = run_of(model).record.steps["0"]["closed"]
-    by_chance = load()
+    by_chance = stories.load()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in by_chance.model.layers:
             width = layer.mlp.down_proj.in_features
             layer.mlp.down_proj.weight[:, torch.randperm(width, generator=generator)[: round(closed * width)]] = 0.0
-    chance, found = loss(by_chance), loss(model)
+    chance, found = stories.loss(by_chance), stories.loss(model)
     assert closed >= 0.199
     assert found < chance - 0.1, (chance, found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from round_training_runs import Stories, original_rates, train
+from real_stories import Stories
+from round_training_runs import original_rates, train
 from tiny_models import tiny_gpt2, tiny_llama
 
 import hf_optim

@@ -160,17 +160,8 @@ def perplexity(model, tokenizer, path):
     return math.exp(total / (windows.shape[0] * (width - 1)))
 
 
-@pytest.fixture
-def one_thread():
-    """One thread: several are slower on tensors this small, by far when other processes have the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-def test_half_of_stories260k_costs_what_it_should(one_thread, shared_models, shared_data):
+def test_half_of_stories260k_costs_what_it_should(shared_models, shared_data):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shared_models / "stories260k"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 
 import pytest
 import torch
+from real_stories import mean_loss, windows
 from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
@@ -335,14 +335,6 @@ def test_shared_position_biases_lose_the_same_heads_in_every_layer():
         assert len({tuple(kept_of(model, dense, one.reader)) for one in together}) == 1
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # -- what it is worth ---------------------------------------------------------------------------------------------
 def fastest(models, inputs, rounds=9):
     """Seconds of one forward of each model: the least of several, taken in turn, so that other load counts little."""
@@ -357,7 +349,6 @@ def fastest(models, inputs, rounds=9):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_the_gain_in_time_is_the_ratio_of_the_operations():
     """512 tokens through four layers of width 512: half of 4096 neurons, half of the heads, half of the layers."""
     config = LlamaConfig(
@@ -380,28 +371,16 @@ def test_the_gain_in_time_is_the_ratio_of_the_operations():
         assert 0.8 < ratio < 1.2, (fields, ratio)
 
 
-def windows(path, tokenizer, count, width=128):
-    ids = []
-    for line in path.read_text().splitlines():
-        ids += [tokenizer.bos_token_id, *tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]]
-        if len(ids) >= count * width:
-            break
-    return torch.tensor(ids[: count * width]).view(count, width)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_scores_that_look_at_data_keep_a_real_model_better(shared_models, shared_data, monkeypatch):
     """babyllama-1m. With more data, a quarter of the neurons: activation 3.05, magnitude 4.01, random 4.10 to 4.68;
     one of five layers: taylor 5.28, magnitude 32.2 (dense: 2.26)."""
-    home, stories = shared_models / "babyllama-1m", shared_data / "tinystories"
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    calibration = windows(stories / "calibration.jsonl", tokenizer, 16)
-    held_out = windows(stories / "eval.jsonl", tokenizer, 24)
+    home = shared_models / "babyllama-1m"
+    calibration = windows(home, shared_data, "calibration", 16, 128)
+    held_out = windows(home, shared_data, "eval", 24, 128)
 
     def perplexity(**fields):
         model = prune(AutoModelForCausalLM.from_pretrained(home), calibration, **fields)
-        with torch.no_grad():
-            return model.num_parameters(), math.exp(float(model(input_ids=held_out, labels=held_out).loss))
+        return model.num_parameters(), math.exp(mean_loss(model, held_out))
 
     size, activation = perplexity(neurons=0.25)
     other, magnitude = perplexity(neurons=0.25, score="magnitude")

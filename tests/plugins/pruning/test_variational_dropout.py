@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
+from real_stories import Stories
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2, tiny_llama, tiny_qwen2
 from torch import nn
 from toy_training import arguments, sentences
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 import hf_optim
 from hf_optim import ModelError, OptimError, OptimTrainer, RecipeError, optimize, run_of
@@ -179,36 +179,16 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
         optimize(tiny_llama(), {"technique": "variational_dropout", **fields})
 
 
-def stories(path, tokenizer, width, count):
-    ids = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids += [tokenizer.bos_token_id]
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)[:count]
-
-
 @pytest.mark.slow
 def test_a_third_of_a_real_model_is_noise_at_held_loss(tmp_path, shared_models, shared_data):
     """Beside as many weights of smallest magnitude, removed at once; both ranked over all layers."""
-    folder = shared_models / "stories260k"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = stories(shared_data / "tinystories" / "train.jsonl", tokenizer, 64, 960)
-    held_out = stories(shared_data / "tinystories" / "eval.jsonl", tokenizer, 64, 96)
-    rows = [{"input_ids": row, "labels": row} for row in data]
-
-    def load(recipe):
-        return AutoModelForCausalLM.from_pretrained(folder, optim_config=recipe, dtype=torch.float32)
-
-    def loss(model):
-        with torch.no_grad():
-            return model.eval()(held_out, labels=held_out).loss.item()
-
-    dense = loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    magnitude = loss(load([{"technique": "magnitude", "sparsity": 0.3, "scope": "global"}]))
+    stories = Stories(shared_models, shared_data, width=64, held_out=96)
+    dense = stories.loss(stories.load())
+    magnitude = stories.loss(stories.load([{"technique": "magnitude", "sparsity": 0.3, "scope": "global"}]))
     step = {"technique": "variational_dropout", "sparsity": 0.3, "weight": 0.3, "variance_learning_rate": 0.1}
-    model = load([{**step, "end": 0.2, "settle": 0.4}])
-    train(model, tmp_path, 120, data=rows, learning_rate=1e-3, per_device_train_batch_size=8)
+    model = stories.load([{**step, "end": 0.2, "settle": 0.4}])
+    train(model, tmp_path, 120, data=stories.rows, learning_rate=1e-3, per_device_train_batch_size=8)
     assert run_of(model).record.steps["0"]["sparsity"] == pytest.approx(0.3, abs=1e-3)
-    found = loss(model)
+    found = stories.loss(model)
     assert found < magnitude - 0.2, (dense, magnitude, found)
     assert found < dense + 0.25, (dense, magnitude, found)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import weakref
 
 import pytest
 import torch
+from real_stories import perplexity, windows
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_optim import Contract, Reload, Technique, formats, hookimpl, optimize, technique
 from hf_optim.errors import ModelError, NumericalError
@@ -248,26 +248,6 @@ def test_card_has_the_error_table():
     assert figures == sorted(figures, reverse=True)
     (text,) = card.paragraphs.values()
     assert "14 linear layers" in text
-
-
-def windows(home, data, split, count, length=256):
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
-    ids: list[int] = []
-    for line in (data / "tinystories" / f"{split}.jsonl").read_text().splitlines():
-        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
-        if len(ids) >= count * length:
-            break
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
-def perplexity(model, ids) -> float:
-    losses = []
-    with torch.no_grad():
-        for batch in ids.split(16):
-            out = model(batch).logits[:, :-1].flatten(0, 1)
-            losses.append(nn.functional.cross_entropy(out, batch[:, 1:].flatten(), reduction="none"))
-    return float(torch.cat(losses).double().mean().exp())
 
 
 @pytest.mark.slow

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
+from real_stories import windows
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_optim import (
     Contract,
@@ -232,17 +232,6 @@ def test_the_head_outside_the_blocks_is_named():
     model = distilled(tiny_llama(), targets=["lm_head", "Linear"], bits=4, group_size=16)
     _, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
     assert skipped == {"it lies outside the blocks": {"lm_head"}}
-
-
-def windows(home, data, split, count, length=256):
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
-    ids: list[int] = []
-    for line in (data / "tinystories" / f"{split}.jsonl").read_text().splitlines():
-        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
-        if len(ids) >= count * length:
-            break
-    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from real_stories import perplexity, windows
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import OptimConfig, formats, optimize
@@ -243,26 +244,9 @@ def test_the_record_and_the_card():
     assert "above 4.5" in card.text
 
 
-def windows(home, data, count, length=256):
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
-    ids: list[int] = []
-    for line in (data / "tinystories" / "eval.jsonl").read_text().splitlines():
-        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
-        if len(ids) >= count * length:
-            break
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
-def perplexity(model, ids):
-    with torch.no_grad():
-        found = model(ids).logits[:, :-1].float()
-    return float(nn.functional.cross_entropy(found.flatten(0, 1), ids[:, 1:].flatten()).exp())
-
-
 def test_planted_outliers_cost_it_nothing_where_naive_int8_breaks(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
-    ids = windows(home, shared_data, 8)
+    ids = windows(home, shared_data, "eval", 8)
     dense = perplexity(AutoModelForCausalLM.from_pretrained(home).eval(), ids)
 
     def planted():

@@ -7,7 +7,8 @@ import logging
 
 import pytest
 import torch
-from test_gptq import problem, windows
+from real_stories import windows
+from test_gptq import problem
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM

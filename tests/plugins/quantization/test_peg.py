@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from real_stories import perplexity, windows
 from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, BertModel
 
@@ -190,8 +191,6 @@ def test_a_layer_that_nothing_reaches_is_named_and_infinite_inputs_are_refused()
 
 @pytest.mark.slow
 def test_within_a_percent_of_dense_on_a_planted_language_model(shared_models, shared_data):
-    from test_gptq import perplexity, windows
-
     home = shared_models / "babyllama-1m"
     calibration, held_out = windows(home, shared_data, "calibration", 16), windows(home, shared_data, "eval", 12)
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()

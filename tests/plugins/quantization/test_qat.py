@@ -6,11 +6,12 @@ import copy
 import json
 
 import pytest
+import real_stories
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, OptimError, RecipeError, formats, optimize, run_of
@@ -250,31 +251,20 @@ def test_a_loop_of_ones_own_that_makes_the_callbacks():
         assert torch.equal(model(IDS).logits, expected)
 
 
-def windows(home, data, split, count, length):
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
-    ids: list[int] = []
-    for line in (data / "tinystories" / f"{split}.jsonl").read_text().splitlines():
-        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
-        if len(ids) >= count * length:
-            break
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
 @pytest.mark.slow
 def test_it_beats_post_training_quantization_on_a_real_model(shared_models, shared_data, tmp_path):
     """babyllama-1m at 3 bits, on a small part of the evaluation text, after 40 steps towards the model it was."""
     from hf_optim.measure import perplexity
 
     home = shared_models / "babyllama-1m"
-    held_out = windows(home, shared_data, "eval", 16, 256)
+    held_out = real_stories.windows(home, shared_data, "eval", 16)
     dense = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
     grid = {"bits": 3, "group_size": 32}
-    calibration = windows(home, shared_data, "calibration", 16, 256)
+    calibration = real_stories.windows(home, shared_data, "calibration", 16)
     found = {"gptq": optimize(copy.deepcopy(dense), {"technique": "gptq", **grid}, calibration=calibration)}
     step = {"technique": "qat", **grid, "learn_scales": True, "observer": "mse"}
     found["qat"] = optimize(copy.deepcopy(dense), [step, {"technique": "logit_kd", "temperature": 1.0, "alpha": 1.0}])
-    data = [{"input_ids": ids, "labels": ids} for ids in windows(home, shared_data, "train", 320, 256)]
+    data = real_stories.rows(real_stories.windows(home, shared_data, "train", 320))
     train(found["qat"], tmp_path, 40, ours=True, data=data, learning_rate=1e-4, per_device_train_batch_size=8)
     loss = {name: perplexity(model, held_out)["perplexity"] for name, model in found.items()}
     assert loss["qat"] < 0.97 * loss["gptq"]

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from real_stories import perplexity, windows
 from safetensors.torch import load_file
-from test_gptq import perplexity, windows
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_vit
 from torch import nn
 from transformers import AutoModelForCausalLM, BertModel

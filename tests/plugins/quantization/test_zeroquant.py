@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import pytest
 import torch
+from real_stories import perplexity, windows
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -220,17 +220,6 @@ def test_int8_minilm_is_as_good_as_dense_without_data(minilm, shared_data):
 
 def test_an_int8_language_model_is_as_good_as_dense_without_data(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
-    tokenizer = AutoTokenizer.from_pretrained(home)
-    bos = json.loads((home / "config.json").read_text())["bos_token_id"]
-    ids: list[int] = []
-    for line in (shared_data / "tinystories" / "eval.jsonl").read_text().splitlines():
-        ids += [bos, *tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]]
-    batch = torch.tensor(ids[: 4 * 256]).view(4, 256)
-
-    def perplexity(model):
-        with torch.no_grad():
-            found = model(batch).logits[:, :-1].float()
-        return float(nn.functional.cross_entropy(found.flatten(0, 1), batch[:, 1:].flatten()).exp())
-
-    dense = perplexity(AutoModelForCausalLM.from_pretrained(home).eval())
-    assert perplexity(quantized(AutoModelForCausalLM.from_pretrained(home).eval())) < 1.003 * dense
+    held_out = windows(home, shared_data, "eval", 4)
+    dense = perplexity(AutoModelForCausalLM.from_pretrained(home).eval(), held_out)
+    assert perplexity(quantized(AutoModelForCausalLM.from_pretrained(home).eval()), held_out) < 1.003 * dense

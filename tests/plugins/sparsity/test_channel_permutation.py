@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
+from real_stories import mean_loss, windows
 from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from transformers import BertModel
 
@@ -294,23 +294,14 @@ def test_the_card_says_what_was_done(tmp_path):
     assert f"keeps {figures['kept_after']:.2%} of the layers' scores instead of {figures['kept_before']:.2%}" in text
 
 
-def windows(path, tokenizer, width, count):
-    ids = []
-    for line in path.read_text(encoding="utf-8").splitlines()[: 2 * count]:
-        ids.append(tokenizer.bos_token_id)
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)[:count]
-
-
 def test_a_real_model_loses_less_by_pruning(shared_models, shared_data):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = shared_models / "babyllama-1m"
-    held_out = windows(shared_data / "tinystories" / "eval.jsonl", AutoTokenizer.from_pretrained(folder), 256, 8)
+    held_out = windows(folder, shared_data, "eval", 8)
 
     def perplexity(*steps):
         model = AutoModelForCausalLM.from_pretrained(folder, optim_config=[*steps, "nm"], dtype=torch.float32)
-        with torch.no_grad():
-            return math.exp(model(held_out, labels=held_out).loss.item())
+        return math.exp(mean_loss(model, held_out))
 
     assert perplexity({"technique": NAME, **QUICK}) < 0.9 * perplexity()

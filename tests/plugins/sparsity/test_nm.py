@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
+from real_stories import mean_loss, windows
 from tiny_models import TINY, tiny_gpt2, tiny_llama
 from transformers import Trainer, TrainingArguments
 
@@ -269,38 +269,19 @@ def test_the_card_names_pattern_and_skipped_layers(tmp_path):
     assert ["model.layers.*.mlp.up_proj", "2", "2,944", "50.0 %", "50.0 %", "50.0 %"] in rows
 
 
-def windows(path, tokenizer, width, count):
-    ids = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids.append(tokenizer.bos_token_id)
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)[:count]
-
-
-@pytest.fixture
-def one_thread():
-    """One thread: several are slower on tensors this small, by far when other processes have the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-def test_scores_refitting_and_budget_each_help_a_real_model(one_thread, shared_models, shared_data):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_scores_refitting_and_budget_each_help_a_real_model(shared_models, shared_data):
+    from transformers import AutoModelForCausalLM
 
-    folder, stories = shared_models / "stories260k", shared_data / "tinystories"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = windows(stories / "calibration.jsonl", tokenizer, 256, 12)
-    held_out = windows(stories / "eval.jsonl", tokenizer, 256, 16)
+    folder = shared_models / "stories260k"
+    calibration = windows(folder, shared_data, "calibration", 12)
+    held_out = windows(folder, shared_data, "eval", 16)
 
     def perplexity(**fields):
         model = AutoModelForCausalLM.from_pretrained(
             folder, optim_config={"technique": "nm", **fields}, calibration=calibration, dtype=torch.float32
         )
-        with torch.no_grad():
-            return math.exp(model(held_out, labels=held_out).loss.item())
+        return math.exp(mean_loss(model, held_out))
 
     magnitude, activation = perplexity(), perplexity(score="activation")
     refitted = perplexity(score="activation", compensate=True)

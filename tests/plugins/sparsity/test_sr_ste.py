@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from real_stories import Stories
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError, formats, run_of
@@ -391,40 +391,16 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
         OptimConfig.parse([{"technique": "sr_ste", **fields}])
 
 
-def stories(path, tokenizer, width, count):
-    ids = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids.append(tokenizer.bos_token_id)
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // width * width]).view(-1, width)[:count]
-    return [{"input_ids": row, "labels": row} for row in windows]
-
-
-@pytest.fixture
-def one_thread():
-    """One thread: several are slower on tensors this small, by far when other processes have the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-def test_the_refined_term_is_worth_its_place(tmp_path, one_thread, shared_models, shared_data):
+def test_the_refined_term_is_worth_its_place(tmp_path, shared_models, shared_data):
     """Better than STE at equal steps. From a trained model, in this few, no better than keeping the first mask."""
-    folder = shared_models / "stories260k"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = stories(shared_data / "tinystories" / "train.jsonl", tokenizer, 48, 960)
-    held_out = torch.stack(
-        [row["input_ids"] for row in stories(shared_data / "tinystories" / "eval.jsonl", tokenizer, 48, 192)]
-    )
+    stories = Stories(shared_models, shared_data)
 
     def loss_after(**step):
-        model = AutoModelForCausalLM.from_pretrained(folder, optim_config=step, dtype=torch.float32)
-        train(model, tmp_path, 240, data=data, learning_rate=3e-3, lr_scheduler_type="linear")
+        model = stories.load(step)
+        train(model, tmp_path, 240, data=stories.rows, learning_rate=3e-3, lr_scheduler_type="linear")
         assert all(masks.follows_nm(model, name, 2, 4) for name in run_of(model).nm_patterns)
-        with torch.no_grad():
-            return model(held_out, labels=held_out).loss.item()
+        return stories.loss(model)
 
     fixed = loss_after(technique="nm")
     ste, refined = (loss_after(technique="sr_ste", decay=decay) for decay in (0.0, 30.0))

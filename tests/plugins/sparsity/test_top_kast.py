@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from real_stories import Stories
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -259,43 +258,15 @@ def test_warnings_and_refusals(tmp_path):
             OptimConfig.parse([{"technique": "top_kast", **fields}])
 
 
-def stories(path, tokenizer, width, count):
-    ids = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        ids.append(tokenizer.bos_token_id)
-        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // width * width]).view(-1, width)[:count]
-    return [{"input_ids": row, "labels": row} for row in windows]
-
-
-@pytest.fixture
-def one_thread():
-    """One thread: several are slower on tensors this small, by far when other processes have the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-def test_exploring_is_better_than_static_sparsity_at_equal_steps(tmp_path, one_thread, shared_models, shared_data):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared_models / "stories260k"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = stories(shared_data / "tinystories" / "train.jsonl", tokenizer, 48, 960)
-    held_out = torch.stack(
-        [row["input_ids"] for row in stories(shared_data / "tinystories" / "eval.jsonl", tokenizer, 48, 192)]
-    )
+def test_exploring_is_better_than_static_sparsity_at_equal_steps(tmp_path, shared_models, shared_data):
+    stories = Stories(shared_models, shared_data)
 
     def loss_after(**fields):
         step = {"technique": "top_kast", "sparsity": 0.8, **fields}
-        model = AutoModelForCausalLM.from_pretrained(folder, optim_config=step, dtype=torch.float32)
-        train(model, tmp_path, 240, data=data, learning_rate=3e-3, lr_scheduler_type="linear")
-        found = run_of(model).masks.values()
-        assert sum(int((~m).sum()) for m in found) / sum(m.numel() for m in found) == pytest.approx(0.8, abs=1e-3)
-        with torch.no_grad():
-            return model.eval()(held_out, labels=held_out).loss.item()
+        loss = stories.loss_after(step, tmp_path, 240, lr_scheduler_type="linear", seed=42)
+        assert stories.sparsity == pytest.approx(0.8, abs=1e-3)
+        return loss
 
     static, explored = loss_after(backward_sparsity=0.8), loss_after(backward_sparsity=0.5, end=0.75)
     assert explored < static - 0.1
