@@ -139,6 +139,11 @@ class _Search:
         self.names: dict[int, str] = {}
         for name, parameter in self.trace.model.named_parameters():
             self.names[id(parameter)] = name
+        self.linears: dict[int, list[Op]] = {}
+        for op in self.trace.ops:
+            if op.linear is not None:
+                weight = self.trace.modules[op.linear].get_parameter("weight")
+                self.linears.setdefault(id(weight), []).append(op)
 
     def follow(self, start: int) -> None:
         self._carry(start, len(self.trace.shapes[start]) - 1)
@@ -261,7 +266,16 @@ class _Search:
         yield from self.trace.modules[module].parameters(recurse=False)
 
     def _hold(self, parameter: nn.Parameter, dim: int) -> None:
-        self.parameters.setdefault(self.names[id(parameter)], set()).add(dim)
+        held = self.parameters.setdefault(self.names[id(parameter)], set())
+        if dim in held:
+            return
+        held.add(dim)
+        # A tied weight: the head of a masked language model has the embedding's, and reads a stream of its own.
+        for op in self.linears.get(id(parameter), ()):
+            assert op.linear is not None
+            reads = dim == (1 if isinstance(self.trace.modules[op.linear], nn.Linear) else 0)
+            value = op.reads[0] if reads else op.writes[0]
+            self._carry(value, len(self.trace.shapes[value]) - 1)
 
 
 _ANY = object()

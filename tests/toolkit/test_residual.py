@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import BertModel
 
@@ -44,6 +45,24 @@ def test_a_permutation_is_exact_where_norms_compute_in_float32(family):
     before = logits(model, inputs)
     permute_residual_(model, shuffled(32))
     assert torch.allclose(logits(model, inputs), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "ModernBert"])
+def test_a_tied_head_that_reads_a_stream_of_its_own_moves_along(kind):
+    """The head of a masked language model has the embedding's weight, and between the stream and it a transform."""
+    names = {"DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}}
+    sizes = names.get(
+        kind, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    )
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, pad_token_id=0, **sizes)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config).double().eval()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    before, table = logits(model, inputs), model.get_input_embeddings().weight.detach().clone()
+    permute_residual_(model, order := shuffled(32))
+    assert torch.equal(model.get_input_embeddings().weight, table[:, order])
+    assert torch.allclose(logits(model, inputs), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", TINY)
