@@ -5,7 +5,7 @@
 
 Every decoder linear becomes 2:4. ``--data`` is a folder with train.jsonl and calibration.jsonl, which are trained and
 calibrated on, and eval.jsonl, on which each link is measured once, after stock transformers has reloaded it from
-disk. 4000 steps take three minutes on a GPU of 2022, and twenty on two CPU cores.
+disk. 4000 steps take four to eight minutes on a GPU of 2022, and an hour on two CPU cores.
 """
 
 from __future__ import annotations
