@@ -47,7 +47,7 @@ class Job:
         evaluation: data to measure the model on, before and after; None measures nothing.
         training: data for stages that train; None takes the calibration data's source.
         dense: write the dense equivalent instead of a compressed format.
-        resume: go on with a calibration that was killed.
+        resume: go on with a calibration or a training that was killed.
         device: where blocks are calibrated and models are measured; None takes CUDA where there is some.
         say: takes the lines that tell how far the job is.
     """

@@ -61,7 +61,7 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
     model = weightless(config)
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    changed = any(step.implements("transform_model") for step in recipe.steps)
+    changed = any(step.changes_architecture() for step in recipe.steps)
     stored = None if changed else _stored_bytes(recipe, model, width)
     block = max((sum(p.numel() for p in b.module.parameters()) for b in topology.blocks(model)), default=parameters)
     tokens = _calibration_tokens(recipe, config)

@@ -21,6 +21,7 @@ from .errors import CheckpointError
 from .masking import stray_weights
 from .memory import PeakMemory
 from .run import Run
+from .techniques import Phase
 from .toolkit import shards
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,8 @@ def finish_stage(run: Run) -> None:
 
 
 def _can_follow(run: Run, stage: Stage) -> bool:
-    # A transform may put another model in the place of the one that the Trainer and its owner hold.
-    if any(step.implements("transform_model") for step in stage.steps):
+    # A transform may put another model in the place of the one that the Trainer and its owner hold. A step that merely
+    # looks at the model there (to copy it as a teacher) says so in phases().
+    if any(Phase.TRANSFORM in step.phases() for step in stage.steps):
         return False
     return not stage.needs_data or any(x is not None for x in (run.data, run.source, run.recipe.calibration.dataset))

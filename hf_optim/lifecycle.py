@@ -13,6 +13,7 @@ from .compose import Stage
 from .errors import DataError
 from .memory import PeakMemory
 from .run import Run
+from .techniques import Technique
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def proceed(run: Run, source: Any = None) -> None:
 
 def _enter(run: Run, stage: Stage) -> None:
     with staged(run) as entry:
-        for step in stage.steps:
+        for step in _transforming(run, stage):
             for model in run.call_on([step], "transform_model"):
                 run.model = model
         if stage.calibrates:
@@ -45,6 +46,16 @@ def _enter(run: Run, stage: Stage) -> None:
                 run.data = _data(run)
                 run.record.calibration = run.data.description
             entry |= calibration.calibrate(run, stage, run.journal)
+
+
+def _transforming(run: Run, stage: Stage) -> list[Technique]:
+    """The steps of a stage that have ``transform_model``: in recipe order, those first whose hook is ``tryfirst``.
+
+    A step is called alone, since each must find the model that the one before it returned.
+    """
+    # pluggy keeps them in the reverse of the order in which it calls them.
+    called = [id(impl.plugin) for impl in reversed(run.manager.hook.transform_model.get_hookimpls())]
+    return sorted((step for step in stage.steps if id(step) in called), key=lambda step: called.index(id(step)))
 
 
 @contextmanager

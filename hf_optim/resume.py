@@ -21,6 +21,7 @@ from .techniques import Technique
 from .toolkit import sharing
 
 HEADER = "journal.json"
+SET_ON_THE_WAY = ("use_cache", "architectures", "dtype", "transformers_version")
 
 
 class BlockJournal:
@@ -92,7 +93,7 @@ class BlockJournal:
 
     def _check(self, run: Run) -> None:
         # Taken once, while the weights are still those that were loaded.
-        mine = self._mine = self._mine or _fingerprint(run)
+        mine = self._mine = self._mine or fingerprint(run)
         header = self.directory / HEADER
         if header.is_file():
             theirs = json.loads(header.read_text(encoding="utf-8"))
@@ -111,8 +112,11 @@ class BlockJournal:
         os.replace(beside, header)
 
 
-def _fingerprint(run: Run) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps(run.model.config.to_dict(), sort_keys=True, default=str).encode())
+def fingerprint(run: Run) -> dict[str, Any]:
+    """What must be the same for a journal to go on: recipe, model, data and versions, as JSON types."""
+    # A Trainer and saving set these; whether they did before this moment depends on where the run goes on.
+    config = {key: value for key, value in run.model.config.to_dict().items() if key not in SET_ON_THE_WAY}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for parameter in run.model.parameters():
         # A thousand values of each: enough to tell two trainings apart, and quick on any size.
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]

@@ -3,15 +3,17 @@
 Three techniques differ in what they put back between the rounds, and all do it with the object of this module. It
 serves a training loop of one's own as well::
 
-    rounds = Rounds(hf_optim.run_of(model), sparsity=0.8, rounds=4)
+    model = AutoModelForCausalLM.from_pretrained("org/model", optim_config="lottery80")
+    rounds = Rounds(hf_optim.run_of(model))  # of the step that the recipe has
     rounds.point("out/rewind-0", optimizer)
     train(model, optimizer, scheduler)
     while rounds.left:
-        rounds.next()                # 1 - 0.2^(r / 4) of the weights are zero now
+        rounds.next()                # 1 - 0.2^(r / n) of the weights are zero now
         rounds.rewind(optimizer)     # the others are what they were at the rewinding point
         rounds.restart(scheduler)    # and so is the learning rate
         train(model, optimizer, scheduler)  # with rounds.keep() after each optimizer.step()
-    rounds.finish()
+    rounds.finish()                  # the recipe's step is done, and its record and card are made
+    model.save_pretrained("out/sparse")
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from . import ranks
 from .atomic import replaced_directory
-from .errors import CheckpointError, ModelError, OptimError
+from .errors import CheckpointError, ModelError, OptimError, RecipeError
 from .keepers import finish_stage, write_state
 from .masking import apply_masks
 from .run import Run
 from .scope import Scope
 from .techniques import Technique
 from .toolkit import masks
-from .toolkit.phases import compounded
+from .toolkit.phases import ROUNDS, compounded
 from .toolkit.rewinding import adopt_, drawn_anew, positioned, seek_
 from .toolkit.shards import WholeWeights, has_shards
 
@@ -46,6 +48,7 @@ class Rounds:
 
     Attributes:
         run: the run whose masks are narrowed.
+        step: the step of the recipe this is done for, whose ``run.state`` holds the progress; None without one.
         sparsity: share of the weights that is zero after the last round.
         rounds: how many there are.
         parameters: names of the weights that are pruned.
@@ -56,14 +59,16 @@ class Rounds:
         self,
         run: Run,
         *,
-        sparsity: float,
-        rounds: int,
-        scope: str = "layer",
-        targets: Iterable[str] = ("Linear",),
-        skip: Iterable[str] = (),
+        sparsity: float | None = None,
+        rounds: int | None = None,
+        scope: str | None = None,
+        targets: Iterable[str] | None = None,
+        skip: Iterable[str] | None = None,
         step: Technique | None = None,
     ) -> None:
         """Choose what is pruned; nothing changes yet.
+
+        Where the recipe has a step that prunes in rounds, this is done for it: what is left out is as the step has it.
 
         Args:
             run: as ``hf_optim.run_of(model)``.
@@ -71,12 +76,21 @@ class Rounds:
             rounds: in how many rounds, each of which removes the same share of what is left.
             scope: ``"layer"`` ranks within each layer, ``"global"`` across all of them.
             targets, skip: which linear layers, and which of them not.
-            step: the step of the recipe this is done for; its ``run.state`` then holds the progress.
+            step: the step of the recipe this is done for; None takes the one that prunes in rounds, if there is one.
 
-        Raises ``ModelError`` when no layer is left.
+        Raises ``ModelError`` when no layer is left, and ``RecipeError`` for an argument that contradicts the step, or
+        one that neither it nor the caller gives.
         """
-        self.run, self.step, self.sparsity, self.rounds, self.scope = run, step, sparsity, rounds, scope
+        if step is None:
+            found = [one for one in run.recipe.steps if ROUNDS in one.contract().owns]
+            step = found[0] if len(found) == 1 else None
+        self.run, self.step = run, step
         self.label = run.label(step) if step is not None else "rounds"
+        self.sparsity: float = self._settled("sparsity", sparsity)
+        self.rounds: int = self._settled("rounds", rounds)
+        self.scope: str = self._settled("scope", scope, "layer")
+        targets = self._settled("targets", targets if targets is None else tuple(targets), ("Linear",))
+        skip = self._settled("skip", skip if skip is None else tuple(skip), ())
         layers = Scope("", run.model, run.model).select(targets, skip)
         if not layers:
             raise ModelError(
@@ -90,6 +104,20 @@ class Rounds:
         self.state = run.state(step) if step is not None else SimpleNamespace()
         if not hasattr(self.state, "done"):
             self.reset()
+
+    def _settled(self, name: str, given: Any, default: Any = None) -> Any:
+        """What is given, or else what the step has, or else the default."""
+        if self.step is not None and ROUNDS in self.step.contract().owns:
+            own = getattr(self.step, name)
+            if given is not None and given != own:
+                raise RecipeError(
+                    f"{self.label} has {name}={own!r}, and Rounds was given {given!r}: leave {name} out, or change the "
+                    "recipe"
+                )
+            return own
+        if given is None and default is None:
+            raise RecipeError(f"{self.label}: give Rounds its {name}, which no step of the recipe has")
+        return default if given is None else given
 
     def reset(self) -> None:
         """Count from the first round again. Masks stay."""

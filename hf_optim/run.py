@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +160,28 @@ class Run:
         """What ``touch`` was told: module names, and the skipped ones by reason; None if it never was."""
         state = self._states.get(-1 - self.position(step))
         return (state.names, state.skipped) if state else None
+
+    def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
+        """Say that modules and parameters have other names now: what the run keeps by name follows them.
+
+        That is ``masks``, ``nm_patterns``, ``bit_plan``, and what earlier steps told ``touch``. A step whose
+        ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``touch``.
+
+        Args:
+            renamed: the names that the module or parameter of a name has afterwards: none where it is gone, several
+                where it was copied.
+        """
+        tables: list[dict[str, Any]] = [self.masks, self.nm_patterns, self.bit_plan]
+        for table in tables:
+            moved = {new: value for name, value in table.items() for new in renamed(name)}
+            table.clear()
+            table.update(moved)
+        for step in self.recipe.steps:
+            names, skipped = self.touched(step) or (set(), {})
+            for told in (names, *skipped.values()):
+                left = {new for name in told for new in renamed(name)}
+                told.clear()
+                told.update(left)
 
 
 class _Link:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from .errors import CheckpointError
 from .run import Run
+from .techniques import Technique
 from .toolkit import shards
 from .traits import BUILT_IN
 
 SCALARS = (str, int, float, bool, type(None))
+
+# Fields that say where something runs or lies, and nothing of what is computed: they may differ when training is
+# resumed. So may all fields of a step whose stage had not begun.
+FREE_FIELDS = ("device", "cache")
 
 
 def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -35,6 +42,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         "states": {},
         "touched": {},
         "recipe": [step.name for step in run.recipe.steps],
+        "fields": [_fields(step) for step in run.recipe.steps],
     }
     for position, step in enumerate(run.recipe.steps):
         plain = {}
@@ -48,6 +56,11 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
             names, skipped = touched
             meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
     return {name: shards.whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
+
+
+def _fields(step: Technique) -> dict[str, Any]:
+    # What is no plain JSON has no value that could be compared.
+    return {key: value for key, value in step.to_dict().items() if key != "technique" and _is_json(value)}
 
 
 def _is_json(value: Any) -> bool:
@@ -69,7 +82,8 @@ def _put(state: SimpleNamespace, key: str, tensor: torch.Tensor) -> None:
 def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], home: Path) -> None:
     """Raise ``CheckpointError`` naming the first difference if a snapshot is not of this recipe and model.
 
-    Nothing of the run is changed. Snapshots that tell no names of steps are compared by their number.
+    Nothing of the run is changed. Snapshots that tell no names of steps are compared by their number, and those that
+    tell no fields by the names.
     """
     mine = [step.name for step in run.recipe.steps]
     theirs = meta.get("recipe", mine)
@@ -82,9 +96,31 @@ def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
             raise CheckpointError(
                 f"{home} was written with another recipe: step {place + 1} was {there}, and here it is {here}"
             )
+    for step, name, saved, given, free in _changes(run, meta):
+        if not free:
+            raise CheckpointError(
+                f"{run.label(step)}: {home} was written with {name}={saved!r}, and here it is {given!r}: resume with "
+                f"{name}={saved!r}, or start anew from its weights; nothing was changed"
+            )
     for name, mask in tensors.items():
         if name.startswith("mask."):
             _require_fit(run, name.removeprefix("mask."), mask, home)
+
+
+def _changes(run: Run, meta: Mapping[str, Any]) -> Iterator[tuple[Technique, str, Any, Any, bool]]:
+    """Fields with another value than in the snapshot: step, name, the values there and here, and if that is free."""
+    begun = {id(step) for stage in run.stages[: meta["stage_index"] + 1] for step in stage.steps}
+    for step, there in zip(run.recipe.steps, meta.get("fields", ()), strict=False):
+        here, defaults = _fields(step), {f.name: f.default for f in dataclasses.fields(cast(Any, step))}
+        for name in sorted({*here, *there}):
+            saved, given = (_plain(fields.get(name, defaults.get(name))) for fields in (there, here))
+            # As text: 1 is a step and 1.0 a share, where a field is a position in training.
+            if json.dumps(saved) != json.dumps(given):
+                yield step, name, saved, given, name in FREE_FIELDS or id(step) not in begun
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _require_fit(run: Run, name: str, mask: torch.Tensor, home: Path) -> None:
@@ -117,6 +153,8 @@ def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, An
     run.bit_plan |= meta.get("bit_plan", {})
     run.record.steps = dict(meta["steps"])
     run.record.notes = list(meta["notes"])
+    for step, name, saved, given, _ in _changes(run, meta):
+        run.record.note(f"{run.label(step)}: resumed with {name}={given!r}, where it was {saved!r}")
     for name, tensor in tensors.items():
         kind, rest = name.split(".", 1)
         if kind == "mask":

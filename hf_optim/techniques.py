@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Set
@@ -56,6 +57,8 @@ PHASE_OF_HOOK = {
     "training_loss": Phase.TRAIN,
     "parameter_groups": Phase.TRAIN,
 }
+# Training hooks that a callback cannot serve: they take OptimTrainer.
+TRAINER_HOOKS = ("training_loss", "parameter_groups")
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,15 @@ def option(
     below: float | None = None,
     above: float | None = None,
     choices: Iterable[Any] | None = None,
+    infinite: bool = False,
 ) -> Any:
     """A field with a stated range: ``low <= value <= high``, ``above < value < below``, or one of ``choices``.
 
-    Checked when the technique is constructed; ``None`` passes if the annotation admits it.
+    Checked when the technique is constructed; ``None`` passes if the annotation admits it. A float must be finite,
+    unless ``infinite`` says that infinity has a meaning; NaN never passes.
     """
     limits = {"low": low, "high": high, "below": below, "above": above, "choices": choices and tuple(choices)}
-    metadata = {key: value for key, value in limits.items() if value is not None}
+    metadata = {key: value for key, value in limits.items() if value is not None} | {"infinite": infinite}
     if isinstance(default, (list, dict, set)):
         raise TypeError("a technique is frozen: give a tuple as the default")
     return field(default=default, metadata=metadata)
@@ -135,7 +140,7 @@ class Technique:
     """Base of every technique. Subclasses are made with the decorator ``@technique``.
 
     Some things may depend on the fields, and are methods for that reason: ``contract()``, ``reload()``,
-    ``needs_data()``, ``needs_whole_model()`` and ``needs_teacher()``.
+    ``needs_data()``, ``needs_whole_model()``, ``needs_teacher()`` and ``changes_architecture()``.
     """
 
     spec: ClassVar[Spec]
@@ -171,6 +176,14 @@ class Technique:
         """The phases of a stage that this step takes part in, read off the hooks it implements."""
         return frozenset(phase for hook, phase in PHASE_OF_HOOK.items() if hasattr(type(self), hook))
 
+    def changes_architecture(self) -> bool:
+        """Whether the model behind this step has other modules or shapes than the configuration said before it.
+
+        True by default for a technique that takes part in the phase of ``transform_model``; override it in one that
+        makes the model smaller while it calibrates.
+        """
+        return Phase.TRANSFORM in self.phases()
+
     def implements(self, hook: str) -> bool:
         """Whether this technique has a hook of that name."""
         return hasattr(type(self), hook)
@@ -179,12 +192,20 @@ class Technique:
     def name(self) -> str:
         return self.spec.name
 
+    @classmethod
+    def sample(cls) -> Technique:
+        """A step that does something, for tests: with its defaults, unless these leave to say what it is to do."""
+        return cls()
+
     def to_dict(self) -> dict[str, Any]:
         """``{"technique": name, field: value, ...}`` with the fields that differ from their defaults."""
-        changed = {}
+        changed, hints = {}, typing.get_type_hints(type(self))
         for f in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, f.name)
-            if f.default is dataclasses.MISSING or value != f.default:
+            # Of a position in training, 1 is the first step and 1.0 the end, though they are equal.
+            either = _admits(hints[f.name], 1) and _admits(hints[f.name], 0.5)
+            same = value == f.default and not (either and type(value) is not type(f.default))
+            if f.default is dataclasses.MISSING or not same:
                 changed[f.name] = list(value) if isinstance(value, tuple) else value
         return {"technique": self.name, **changed}
 
@@ -238,7 +259,10 @@ def technique(
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    word, names = str(word), [str(name) for name in known]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+    # The beginning of a name is meant for it, however long it goes on.
+    close = close or [name for name in names if len(word) > 2 and name.startswith(word)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -254,16 +278,21 @@ def check_fields(step: Technique) -> None:
             value = value if _admits(hints[f.name], 1) else float(value)
             object.__setattr__(step, f.name, value)
         if not _admits(hints[f.name], value):
-            raise RecipeError(f"{step.name}: {f.name} must be {_spell(hints[f.name])}, not {value!r}")
+            raise _misfit(f"{step.name}: {f.name}", value, hints[f.name])
         if value is not None:
+            _check_finite(f"{step.name}: {f.name}", value, f.metadata.get("infinite", False))
             _check_range(f"{step.name}: {f.name}", value, f.metadata)
+
+
+def _check_finite(what: str, value: Any, infinite: bool) -> None:
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, float) and not (math.isfinite(part) or (infinite and math.isinf(part))):
+            raise RecipeError(f"{what} must be a finite number, not {value!r}")
 
 
 def _check_range(what: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
     if "choices" in limits and value not in limits["choices"]:
-        choices = limits["choices"]
-        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-        raise RecipeError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+        raise _no_choice(what, value, limits["choices"])
     for key, sign, fine in (
         ("low", ">=", lambda v, b: v >= b),
         ("high", "<=", lambda v, b: v <= b),
@@ -272,6 +301,31 @@ def _check_range(what: str, value: Any, limits: typing.Mapping[str, Any]) -> Non
     ):
         if key in limits and not fine(value, limits[key]):
             raise RecipeError(f"{what} must be {sign} {limits[key]}, not {value!r}")
+
+
+def _misfit(what: str, value: Any, hint: Any) -> RecipeError:
+    choices = choices_of(hint)
+    if choices:
+        return _no_choice(what, value, choices)
+    remedy = f"; write [{value}]" if isinstance(value, str) and _admits(hint, (value,)) else ""
+    return RecipeError(f"{what} must be {spell(hint)}, not {value!r}{remedy}")
+
+
+def _no_choice(what: str, value: Any, choices: Iterable[Any]) -> RecipeError:
+    choices = tuple(choices)
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    return RecipeError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values that a ``Literal`` admits (with None, where that is an arm of a union); empty for other types."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        arms = [(None,) if arm is type(None) else choices_of(arm) for arm in typing.get_args(hint)]
+        found = tuple(value for arm in arms for value in arm)
+        return found if all(arms) and found != (None,) else ()
+    return ()
 
 
 def _admits(hint: Any, value: Any) -> bool:
@@ -298,5 +352,18 @@ def _admits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+_PLURALS = {str: "names", int: "whole numbers", float: "numbers", bool: "booleans"}
+
+
+def spell(hint: Any) -> str:
+    """A type as people write it: ``int | None``, ``a list of names``."""
+    if hint is None or hint is type(None):
+        return "None"
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(spell, arms))
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arms))
+    if origin is tuple and len(arms) == 2 and arms[1] is Ellipsis:
+        return f"a list of {_PLURALS.get(arms[0], spell(arms[0]))}"
+    return hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")

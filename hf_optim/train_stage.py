@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +15,12 @@ from .config import DataConfig
 from .data import calibration_data, texts
 from .errors import DataError, RecipeError
 from .rows import is_streamed
+from .run import run_of
 from .tasks import task_of_model
 from .techniques import did_you_mean
 from .windows import window_length, windows
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -28,22 +33,38 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
         tokenizer: its tokenizer, or image processor.
         data: what to train on; language models take windows of its texts, classifiers its labelled rows. ``random``
             is random inputs without labels, for steps that need none.
-        training: arguments of ``transformers.TrainingArguments``; no checkpoints are kept unless they say so.
+        training: arguments of ``transformers.TrainingArguments``. Checkpoints are kept if they say so, or if the run
+            has a journal: beside that (or in the ``output_dir`` that they name), and a training that was killed goes
+            on from the last one that is whole, with the same bits.
 
     Returns the model, which may be another object than before. Raises ``RecipeError`` for arguments that
-    ``TrainingArguments`` does not take and ``DataError`` for data that does not serve.
+    ``TrainingArguments`` does not take, ``DataError`` for data that does not serve, and ``CheckpointError`` for a
+    journal of another training.
     """
+    from .masked_rows import Epochs, MaskedRows
+    from .train_journal import TrainJournal
     from .training import OptimTrainer
 
     rows, collator = training_rows(model, tokenizer, data)
+    run, training = run_of(model), training or {}
+    journal = TrainJournal(run.journal, run) if run.journal is not None else None
+    checkpoint = journal.begin(rows) if journal is not None else None
     with tempfile.TemporaryDirectory() as home:
+        if journal is not None:
+            home, training = str(journal.output_dir), {**journal.habits("output_dir" in training), **training}
         trainer = OptimTrainer(
             model=model,
-            args=training_arguments(home, training or {}),
+            args=training_arguments(home, training),
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=collator,
         )
-        trainer.train()
+        if isinstance(collator, MaskedRows):
+            trainer.add_callback(Epochs(collator))
+        if journal is not None:
+            trainer.add_callback(journal.keeper())
+        if checkpoint is not None:
+            log.info("training goes on from %s", Path(checkpoint).name)
+        trainer.train(resume_from_checkpoint=checkpoint)
     # A replaced model hangs on the run, not on the trainer.
     return trainer.run.model
 
@@ -67,12 +88,7 @@ def training_arguments(home: str, training: Mapping[str, Any]) -> Any:
 
 def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Row], Any]:
     """Rows with labels, and the collator that makes batches of them, for the task of the model."""
-    from transformers import (
-        DataCollatorForLanguageModeling,
-        DataCollatorForSeq2Seq,
-        DataCollatorWithPadding,
-        default_data_collator,
-    )
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
     if data.dataset == "random":
         made = calibration_data("random", model_config=model.config, data=data)
@@ -86,7 +102,9 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
         ], default_data_collator
     if task == "fill-mask":
         rows = [{"input_ids": ids} for ids in _windows(model, tokenizer, data)]
-        return rows, DataCollatorForLanguageModeling(tokenizer, mlm_probability=examples.MASKED_SHARE, seed=data.seed)
+        from .masked_rows import MaskedRows
+
+        return rows, MaskedRows(tokenizer, mlm_probability=examples.MASKED_SHARE, seed=data.seed)
     if task == "text-classification":
         found = examples.classes(examples.chosen_rows(data), model, tokenizer, data)
         return _apart(found), DataCollatorWithPadding(tokenizer)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -16,14 +19,12 @@ from .guarding import GradientGuard
 from .keepers import StageKeeper, StateKeeper
 from .masking import MaskKeeper
 from .run import Run, run_of
-from .techniques import Technique
+from .techniques import TRAINER_HOOKS, Technique
 from .toolkit import sharing
 
 log = logging.getLogger(__name__)
 
 TASK_SCALE = "task_scale"
-# Hooks that a callback cannot serve.
-TRAINER_HOOKS = ("training_loss", "parameter_groups")
 
 
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
@@ -110,6 +111,16 @@ class OptimTrainer(Trainer):
                     callback.checkpoint = resume_from_checkpoint
         self._terms.clear()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _load_renamed(self.run.model, Path(resume_from_checkpoint))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        # Resumed from the checkpoint of its last step, amid an epoch, the stock loop would take one step more.
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # -- the loss -------------------------------------------------------------------------------------------------
     def compute_loss(
@@ -269,6 +280,26 @@ class _Beside(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+@torch.no_grad()
+def _load_renamed(model: Any, folder: Path) -> None:
+    """Load what a checkpoint has under other names, such as experts one by one: a stock Trainer skips it in silence."""
+    stored: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    lacking = [name for name, _ in model.named_parameters() if name not in stored]
+    if not lacking or stored <= set(model.state_dict()):
+        return
+    before = torch.random.get_rng_state()
+    try:
+        whole = type(model).from_pretrained(folder, config=copy.deepcopy(model.config)).state_dict()
+    finally:
+        torch.random.set_rng_state(before)
+    for name in lacking:
+        if name in whole:
+            model.get_parameter(name).copy_(whole[name])
 
 
 def _split(

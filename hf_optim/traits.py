@@ -54,7 +54,10 @@ def _has_stored_quantization(run: Run) -> bool:
 
 
 def _has_bit_plan(run: Run) -> bool:
-    return bool(run.bit_plan) and run.bit_plan.keys() <= dict(run.model.named_modules()).keys()
+    from .toolkit.topology import expert_linears
+
+    known = {**dict(run.model.named_modules()), **expert_linears(run.model)}
+    return bool(run.bit_plan) and run.bit_plan.keys() <= known.keys()
 
 
 def _has_experts(run: Run) -> bool:

@@ -139,7 +139,7 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
     """Whether the steps find layers to work on; sentences about what will be otherwise than asked."""
     notes: list[str] = []
     for position, step in enumerate(recipe.steps):
-        if step.implements("transform_model"):
+        if step.changes_architecture():
             break  # what follows works on another model
         label = f"step {position + 1} ({step.name})"
         _require_targets(step, model, label)

@@ -16,7 +16,7 @@ from ..errors import OptimError
 # Name -> help. Each command is a module of this package: ``EXAMPLE``, ``arguments(parser)``, and ``run(args) -> int``
 # with heavy imports inside, so that `hf-optim list` does not wait for what `hf-optim compress` needs.
 COMMANDS = {
-    "list": "show the techniques and the shipped recipes",
+    "list": "show the techniques and the shipped recipes, or all about one of them",
     "check": "tell whether a recipe composes, what it needs, and what will come out",
     "compress": "run a recipe on a model; write the checkpoint, its record and its card",
     "eval": "measure a checkpoint on data",

@@ -35,7 +35,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", metavar="DATA", help="data for steps that train (default: the calibration data)")
     parser.add_argument("--eval", metavar="DATA", help="data to measure on, before and after")
     parser.add_argument("--dense", action="store_true", help="write the dense equivalent of a compressed format")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was killed, from its last block")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was killed, from its last block or training checkpoint",
+    )
     driver_options(parser)
     data_options(parser, "default: 128 to calibrate, all to train with --train, all to measure")
     parser.add_argument("--eval-split", metavar="NAME", help="split of a Hub dataset to measure on (default: --split)")

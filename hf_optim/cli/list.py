@@ -1,25 +1,39 @@
-"""``hf-optim list``: Show the techniques (those of other installed packages too) and the shipped recipes."""
+"""``hf-optim list``: Show the techniques (those of other installed packages too) and the shipped recipes.
+
+With the name of a technique: what it does, what it asks of a model and leaves, and its fields. With the name of a
+shipped recipe: its steps."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import textwrap
 from typing import Any
 
 from ..catalogue import catalogue
 from ..config import OptimConfig, shipped_recipes
-from ..techniques import PHASE_OF_HOOK, Technique
-from .table import print_table
+from ..errors import RecipeError
+from ..techniques import PHASE_OF_HOOK, TRAINER_HOOKS, Phase, Technique, did_you_mean
+from .fields import fields_of, introduction
+from .table import format_table, print_table
 
-EXAMPLE = "hf-optim list --json | jq -r '.techniques[].name'"
+EXAMPLE = """\
+hf-optim list gptq
+hf-optim list --json | jq -r '.techniques[].name'"""
+WIDTH = 120
+TRAITS = ("needs", "forbids", "adds", "drops", "keeps", "owes", "owns")
 HOOKS = (*PHASE_OF_HOOK, "register_kernels", "finalize_model", "export")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a technique or a shipped recipe: all about it")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.name is not None:
+        return _run_one(args.name, args.json)
     techniques = [describe(cls) for cls in catalogue().all()]
     recipes = [describe_recipe(name) for name in sorted(shipped_recipes())]
     if args.json:
@@ -34,6 +48,82 @@ def run(args: argparse.Namespace) -> int:
         ("recipe", "steps", "what for"), [(r["name"], " | ".join(r["stages"]), r["description"]) for r in recipes]
     )
     return 0
+
+
+def _run_one(name: str, as_json: bool) -> int:
+    """All about a name; it may be that of a technique and that of a recipe."""
+    known, shipped = catalogue().names(), shipped_recipes()
+    if name not in known and name not in shipped:
+        hint = did_you_mean(name, [*known, *shipped])
+        raise RecipeError(f"no technique or shipped recipe {name!r}{hint} (`hf-optim list` shows them)")
+    techniques = [describe_fully(catalogue().get(name))] if name in known else []
+    recipes = [describe_recipe(name)] if name in shipped else []
+    if as_json:
+        print(json.dumps({"techniques": techniques, "recipes": recipes}, indent=2))
+        return 0
+    print("\n\n".join([*map(_technique_page, techniques), *map(_recipe_page, recipes)]))
+    return 0
+
+
+def _technique_page(one: dict[str, Any]) -> str:
+    paper = one["paper"]
+    depends = " (depends on the fields)"
+    rows = [
+        ("family", one["family"]),
+        ("paper", f"{paper['title']} ({paper['year']}), {paper['url']}" if paper else "-"),
+        *((key, ", ".join(one[key]) + (depends if one["contract_depends"] else "")) for key in TRAITS if one[key]),
+        ("trains", one["training"]),
+        ("reloads as", f"{one['reload']}: {one['reload_means']}{depends if one['reload_depends'] else ''}"),
+    ]
+    fields = [
+        (f["name"], _kind(f), "required" if f["required"] else _value(f["default"]), f["description"])
+        for f in one["fields"]
+    ]
+    table = format_table(("field", "type", "default", "what"), fields) if fields else "It has no fields."
+    return f"{one['name']}\n\n{one['description']}\n\n{_pairs(rows)}\n\n{table}"
+
+
+def _recipe_page(one: dict[str, Any]) -> str:
+    rows = [("stages", " | ".join(one["stages"])), ("reloads as", one["reload"])]
+    steps = dataclasses.replace(OptimConfig.parse(one["recipe"]), description="").to_yaml().strip()
+    return f"{one['name']} (recipe)\n\n{textwrap.fill(one['description'], WIDTH)}\n\n{_pairs(rows)}\n\n{steps}"
+
+
+def _pairs(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(format_table(("", ""), rows).splitlines()[2:])
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """The type of a field, or its choices, with its range."""
+    kind = " | ".join(map(_value, field["choices"])) if field["choices"] else field["type"].replace("None", "null")
+    return f"{kind}{', ' if field['range'] else ''}{field['range']}"
+
+
+def _value(value: Any) -> str:
+    """As a recipe writes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def describe_fully(cls: type[Technique]) -> dict[str, Any]:
+    """``describe``, with the text of the docstring, what training takes, and the fields."""
+    hooks = [hook for hook, phase in PHASE_OF_HOOK.items() if phase == Phase.TRAIN and hasattr(cls, hook)]
+    trainer = "OptimTrainer" if set(hooks) & set(TRAINER_HOOKS) else "Trainer"
+    how = "in hf_optim.OptimTrainer" if trainer == "OptimTrainer" else "in a Trainer with hf_optim.callbacks(model)"
+    part = "takes part in training when there is some, " if hooks else "no"
+    return {
+        **describe(cls),
+        "description": introduction(cls),
+        "reload_means": cls.spec.reload.value,
+        "reload_depends": cls.reload is not Technique.reload,
+        **{key: sorted(map(str, getattr(cls.spec.contract, key))) for key in TRAITS},
+        "contract_depends": cls.contract is not Technique.contract,
+        "trainer": trainer if hooks or cls.spec.trains else None,
+        "training": f"yes, {how}" if cls.spec.trains else f"{part}{how if hooks else ''}",
+        "fields": fields_of(cls),
+    }
 
 
 def describe(cls: type[Technique]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Gates:
         name: of the layer.
         layer: the layer.
         active: whether there are gates; without, the layer is an ordinary one.
-        heard: whether gates were drawn since this was last set to False.
+        heard: whether gates were ever drawn, which the first forward in training does; it stays True.
     """
 
     def __init__(self, name: str, layer: nn.Module, shape: tuple[int, ...], initial: float, temperature: float) -> None:

@@ -51,6 +51,11 @@ class LogitCache:
         for path in sorted(self.directory.glob("teacher-*.safetensors")):
             self._index(path)
 
+    @staticmethod
+    def begun(directory: str | Path) -> bool:
+        """Whether a directory has shards of a cache."""
+        return any(Path(directory).glob("teacher-*.safetensors"))
+
     def __len__(self) -> int:
         return len(self._where) + len(self._new)
 

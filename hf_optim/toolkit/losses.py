@@ -10,6 +10,14 @@ With teacher logits ``z_t``, student logits ``z_s`` and a temperature ``T``, let
 ``T²`` keeps the gradient's size when ``T`` changes; for ``T → ∞`` the forward loss goes to half the mean square
 difference of centred logits, ``mean((z_s - z̄_s - z_t + z̄_t)²) / 2`` (1503.02531, section 2.1).
 
+Two heads of sequence classifiers have no distribution over classes (``head_of``). With ``n`` outputs, and averaged over
+rows as well:
+
+- ``regression``: ``Σ_i (z_s,i - z_t,i)² / n``, the mean squared error that such a model is trained with; a temperature
+  has no place in it;
+- ``labels``, each of which holds or does not: ``T² Σ_i D(p_i, q_i) / n`` with ``p_i = (σ(z_t,i/T), 1 - σ(z_t,i/T))``
+  and ``q_i`` likewise: ``D`` between two outcomes, for every label alone.
+
 Two softmaxes over ``[rows, vocabulary]`` would be several times as large as the logits. Here rows go through in chunks,
 and each chunk's gradient is taken at once, so that what stands is one tensor of the size of the student's logits: their
 gradient.
@@ -28,8 +36,11 @@ from torch.autograd.function import once_differentiable
 
 Direction = Literal["forward", "reverse", "js"]
 Rest = Literal["bucket", "renormalize"]
+Head = Literal["classes", "regression", "labels"]
 DIRECTIONS = ("forward", "reverse", "js")
 RESTS = ("bucket", "renormalize")
+# Heads that transformers trains by the `problem_type` of their configuration.
+SEQUENCE_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
 
 # Elements of one chunk of rows: 32 MB in float32, of which a handful of copies exist for a moment.
 CHUNK_ELEMENTS = 2**23
@@ -114,6 +125,61 @@ def kd_loss(
 
     targets = (teacher.reshape(-1, classes),)
     return _mean_over_rows(student.reshape(-1, classes), per_row, rows, targets, chunk_elements, rows)
+
+
+def head_of(model: Any) -> Head:
+    """What the logits of a model are of: ``classes`` of which one is right, a ``regression``, or single ``labels``.
+
+    The last two only for classifiers of whole sequences (or images), whose configuration says so: by ``num_labels`` of
+    1, or by ``problem_type``. transformers sets a ``problem_type`` that is None at the first batch that has labels.
+    """
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if not any(name.endswith(SEQUENCE_CLASSIFIERS) for name in names):
+        return "classes"
+    if model.config.problem_type == "multi_label_classification":
+        return "labels"
+    return "regression" if model.config.problem_type == "regression" or model.config.num_labels == 1 else "classes"
+
+
+def head_loss(
+    head: Head,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    beta: float = 0.5,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The loss of a head (see above), the mean over rows. No gradient goes to the teacher.
+
+    Args:
+        head: ``classes`` (``kd_loss``), ``labels``, or ``regression``, to which temperature and direction mean nothing.
+        others: as ``kd_loss``; the logits are ``[..., n]``.
+
+    Returns:
+        A scalar (zero without rows), in float32 or float64.
+    """
+    if head == "classes":
+        return kd_loss(student, teacher, temperature=temperature, direction=direction, beta=beta, rows=rows)
+    if student.shape != teacher.shape:
+        raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")
+
+    def squared_error(part: Tensor, target: Tensor) -> Tensor:
+        return (part - target.to(part.dtype)).square().mean(-1)
+
+    def of_labels(part: Tensor, target: Tensor) -> Tensor:
+        p, q = (_outcomes(logits / temperature) for logits in (target.to(part.dtype), part))
+        return temperature**2 * divergence(p, q, direction, beta).mean(-1)
+
+    ours, theirs = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
+    per_row = squared_error if head == "regression" else of_labels
+    return _mean_over_rows(ours, per_row, rows, (theirs,), CHUNK_ELEMENTS, rows)
+
+
+def _outcomes(logits: Tensor) -> Tensor:
+    """Log-probabilities ``[..., 2]`` that a label holds and that it does not."""
+    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
 
 
 def top_k(teacher: Tensor, k: int, temperature: float = 1.0, *, chunk_elements: int = CHUNK_ELEMENTS) -> TopK:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, NumericalError
 from . import shards
-from .linear_layers import weight_out_in
+from .linear_layers import is_linear, weight_out_in
 
 Masks = dict[str, Tensor]
 
@@ -164,9 +164,12 @@ def obeys_nm(weight: Tensor, keep: int, group: int) -> bool:
 
 
 def follows_nm(model: nn.Module, parameter: str, keep: int, group: int) -> bool:
-    """``obeys_nm`` for a linear layer's weight by its parameter name, whichever way round the layer stores it."""
+    """``obeys_nm`` for a weight by its parameter name, whichever way round the linear layer or the experts store it."""
     module = model.get_submodule(parameter.rpartition(".")[0])
-    return obeys_nm(shards.whole(weight_out_in(module).detach()), keep, group)
+    if is_linear(module):
+        return obeys_nm(shards.whole(weight_out_in(module).detach()), keep, group)
+    stacked = shards.whole(model.get_parameter(parameter).detach())
+    return obeys_nm(stacked.mT if getattr(module, "is_transposed", False) else stacked, keep, group)
 
 
 def _check_group(width: int, keep: int, group: int) -> None:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from .schedules import as_step
 
+# The place of a recipe that a step takes which prunes in rounds, and sets the learning rate between them. Such a step
+# has the fields ``sparsity``, ``rounds``, ``scope``, ``targets`` and ``skip``.
+ROUNDS = "the rounds of a training"
+
 
 def compounded(sparsity: float, number: int, rounds: int) -> float:
     """The sparsity after round ``number`` of ``rounds`` that all remove the same share of what is left.

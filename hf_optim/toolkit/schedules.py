@@ -68,13 +68,15 @@ def warn_unreached(ramp: Ramp, max_steps: int, label: str, note: Callable[[str],
     """
     if ramp.end <= max_steps:
         return
-    sentence = (
-        f"{label}: the ramp ends at step {ramp.end}, but training at step {max_steps}: "
-        f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}; "
-        "train longer, or lower end"
-    )
+    reached = f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}"
+    warn_cut(ramp.end, f"training at step {max_steps}", reached, "train longer, or lower end", label, note)
+
+
+def warn_cut(end: int, cut: str, reached: str, remedy: str, label: str, note: Callable[[str], None]) -> None:
+    """Warn that a ramp is cut off: its last step, what comes before that, what is reached, and what to do about it."""
+    sentence = f"{label}: the ramp ends at step {end}, but {cut}: {reached}; {remedy}"
     note(sentence)
-    warnings.warn(sentence, stacklevel=2)
+    warnings.warn(sentence, stacklevel=3)
 
 
 def as_step(position: int | float, max_steps: int) -> int:
@@ -90,7 +92,8 @@ def linear_ramp(step: int, begin: int, end: int) -> float:
 
 
 def check_positions(name: str, **positions: int | float | None) -> None:
-    """Raise ``RecipeError`` for positions in training that make no sense: shares above 1, or ``begin`` after ``end``.
+    """Raise ``RecipeError`` for positions in training that make no sense: shares above 1, ``begin`` after ``end``, or
+    ``end`` after ``settle``.
 
     ``name`` is the technique's; each position is a step, a share of training where a float, or None.
     """
@@ -99,6 +102,7 @@ def check_positions(name: str, **positions: int | float | None) -> None:
             raise RecipeError(
                 f"{name}: {field} is a share of training in [0, 1] or a whole number of steps, not {value!r}"
             )
-    begin, end = positions.get("begin"), positions.get("end")
-    if begin is not None and end is not None and type(begin) is type(end) and begin > end:
-        raise RecipeError(f"{name}: begin must be <= end, not {begin!r} > {end!r}")
+    for first, second in (("begin", "end"), ("end", "settle")):
+        one, other = positions.get(first), positions.get(second)
+        if one is not None and other is not None and type(one) is type(other) and one > other:
+            raise RecipeError(f"{name}: {first} must be <= {second}, not {one!r} > {other!r}")

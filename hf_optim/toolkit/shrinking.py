@@ -62,6 +62,10 @@ class Shrinking:
         """What a module or parameter of that name is called afterwards; None where it went with its block."""
         return _renamed(name, self.depth)
 
+    def renamed(self, name: str) -> list[str]:
+        """``rename`` as ``Run.rename`` asks for it: the one name, or none."""
+        return [new] if (new := self.rename(name)) is not None else []
+
     def narrow(self, name: str, tensor: Tensor) -> Tensor:
         """What stays of a tensor in the shape of the parameter ``name`` (its old name), such as its mask."""
         for narrowing in self.narrowings:
@@ -97,8 +101,7 @@ def plan(
         wide = _twin(model, config)
         shapes = {new: shape for name, shape in shapes.items() if (new := _renamed(name, depth)) is not None}
         sizes = {counts[stack]: len(kept) for stack, kept in depth.items()}
-        config = _fit(model, config, shapes, sizes, lists=_agreed(counts, depth))
-        _require_same_behaviour(wide, _twin(model, config), depth)
+        config = _fit_depth(model, wide, shapes, sizes, _agreed(counts, depth), depth)
     return Shrinking(tuple(narrowings), depth, before, _twin(model, config))
 
 
@@ -148,10 +151,9 @@ def _fit(
     wanted: Shapes,
     sizes: Mapping[int, int],
     unset: int | None = None,
-    lists: Mapping[int, Sequence[int]] | None = None,
+    always: Sequence[Change] = (),
 ) -> PretrainedConfig:
-    """``config`` with the fewest changes that give the ``wanted`` shapes. Raises ``ModelError``."""
-    always = list(_list_changes(config, lists or {}))
+    """``config`` with ``always`` and the fewest changes that give the ``wanted`` shapes. Raises ``ModelError``."""
     reason = ""
     for changes in _choices(config, sizes, unset, _asked_for(model, config) if unset is not None else ()):
         changed = _changed(config, [*always, *changes])
@@ -167,6 +169,35 @@ def _fit(
         f"no configuration of {type(model).__name__} gives the smaller shapes: none of its fields that hold the old "
         f"number does, nor any of them together ({numbers}){reason}"
     )
+
+
+def _fit_depth(
+    model: PreTrainedModel,
+    wide: PreTrainedModel,
+    wanted: Shapes,
+    sizes: Mapping[int, int],
+    lists: Mapping[int, Sequence[int]],
+    depth: Mapping[str, Sequence[int]],
+) -> PretrainedConfig:
+    """The configuration of ``wide`` without the blocks that go. Raises ``ModelError``.
+
+    A list as long as the stack loses their places if its name speaks of layers (``layer_types``,
+    ``no_rope_layers``). Any other may be as long by chance (three ids that end a text, beside three layers): it loses
+    them only if the blocks that stay are not built as they were without that (``activation_sparsity_pattern``).
+    """
+    changes = list(_list_changes(wide.config, lists))
+    named = [change for change in changes if "layer" in change[0][-1]]
+    others = [change for change in changes if change not in named][:MOST_FIELDS]
+    first: ModelError | None = None
+    for more in (subset for count in range(len(others) + 1) for subset in combinations(others, count)):
+        try:
+            config = _fit(model, wide.config, wanted, sizes, always=[*named, *more])
+            _require_same_behaviour(wide, _twin(model, config), depth)
+            return config
+        except ModelError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _choices(
@@ -197,7 +228,8 @@ def _fields(config: PretrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tu
 
 def _list_changes(config: PretrainedConfig, lists: Mapping[int, Sequence[int]]) -> Iterator[Change]:
     for path, value in _fields(config):
-        if isinstance(value, (list, tuple)) and len(value) in lists:
+        # Ids of tokens have nothing to do with layers, however many there are.
+        if isinstance(value, (list, tuple)) and len(value) in lists and "token" not in path[-1]:
             yield path, type(value)(value[index] for index in lists[len(value)])
 
 

@@ -66,7 +66,7 @@ class WeightNoise:
         layer: whose noise it is; ``log_variance`` is its parameter, of the shape of its weight, float32 or float64.
         parameter: full name of the weight.
         active: whether there is noise; without, the layer is an ordinary one.
-        heard: whether noise was drawn since this was last set to False.
+        heard: whether noise was ever drawn, which the first forward in training does; it stays True.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .experts import ExpertLinear, expert_linears
 from .shards import WholeWeights, has_shards
 
 NO_SPEED_UP = (
@@ -30,8 +31,17 @@ def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[in
 
 def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     counted = {}
-    for name, weight in WholeWeights(model, [f"{name}.weight" for name in sorted(names)]).items():
+    views = expert_linears(model)
+    names = sorted(names)
+    for name, weight in WholeWeights(model, [f"{name}.weight" for name in names if name not in views]).items():
         counted[name.removesuffix(".weight")] = (weight.numel(), weight.numel() - int(weight.count_nonzero()))
+    # Each stack of experts is gathered once.
+    stacks: dict[str, list[ExpertLinear]] = {}
+    for view in (views[name] for name in names if name in views):
+        stacks.setdefault(f"{view.stack_name}.{view.parameter}".removeprefix("."), []).append(view)
+    for parameter, weight in WholeWeights(model, stacks).items():
+        for view in stacks[parameter]:
+            counted[view.name] = (weight[0].numel(), weight[0].numel() - int(weight[view.index].count_nonzero()))
     if has_shards(model):
         vars(model).setdefault(COUNTED, {}).update(counted)
     return counted

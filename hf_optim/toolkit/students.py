@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,7 @@ def spread(count: int, wanted: int) -> tuple[int, ...]:
 
 def student_of(
     teacher: PreTrainedModel, kept: Mapping[str, Sequence[int]], label: str
-) -> tuple[PreTrainedModel, dict[str, str]]:
+) -> tuple[PreTrainedModel, Callable[[str], list[str]]]:
     """A model of the teacher's class that has, of each stack, only the layers `kept`, and everything else as it is.
 
     Args:
@@ -40,9 +40,9 @@ def student_of(
         label: names the step in messages.
 
     Returns:
-        The student, with the teacher's mode, ties, dtype, device and generation settings, and for each of its
-        parameters the name of the teacher's that it is a copy of. Raises `ModelError` for a model whose
-        configuration cannot express the student, and for layers that cannot be left out.
+        The student, with the teacher's mode, ties, dtype, device and generation settings; and for `Run.rename` what
+        the teacher's modules and parameters are called there. Raises `ModelError` for a model whose configuration
+        cannot express the student, and for layers that cannot be left out.
     """
     _require_removable(teacher, kept, label)
     try:
@@ -54,8 +54,7 @@ def student_of(
     memo: dict[int, Any] = {id(block.module): nn.Identity() for block in left_out}
     student = copy.deepcopy(teacher, memo)
     shrinking.apply_(student, plan)
-    renamed = {plan.rename(name): name for name, _ in teacher.named_parameters(remove_duplicate=False)}
-    return student, {new: name for new, name in renamed.items() if new is not None}
+    return student, plan.renamed
 
 
 def block_parameters(model: PreTrainedModel) -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
+from . import shards
 from .stacks import blocks
 
 SAME, OFFLOAD = "same", "offload"
+SAMPLED_BYTES = 2**16
 
 
 def load(source: str, label: str) -> nn.Module:
@@ -23,6 +27,9 @@ def load(source: str, label: str) -> nn.Module:
     """
     import transformers
 
+    source, given = os.path.expanduser(source), source
+    if _looks_like_path(given) and not os.path.isdir(source):
+        raise ModelError(f"{label}: the teacher {given!r} cannot be loaded: no such folder")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         name = (config.architectures or ["model without `architectures`"])[0]
@@ -169,7 +176,7 @@ def tokenizer_at(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source) if source else None
+        return AutoTokenizer.from_pretrained(os.path.expanduser(source)) if source else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -188,6 +195,27 @@ def classes_of(model: Any) -> int | None:
     return int(config.num_labels) if config is not None else None
 
 
+def is_copy(model: nn.Module, teacher: nn.Module) -> bool:
+    """Whether a model is for certain what its teacher is: the same classes of modules, and equal values in them.
+
+    False where that cannot be told: of models with hooks inside, and of weights that are sharded over ranks.
+    """
+    kinds = [{name: type(module) for name, module in one.named_modules()} for one in (model, teacher)]
+    if kinds[0] != kinds[1]:
+        return False
+    inside = [module for module in model.modules() if module is not model]
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inside):
+        return False
+    ours, theirs = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (model, teacher))
+    if ours.keys() != theirs.keys() or shards.has_shards(model):
+        return False
+    return all(_equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
 def fingerprint(model: nn.Module) -> str:
     """A hash of a few values of every parameter, to tell one teacher from another."""
     digest = hashlib.sha256()
@@ -195,6 +223,44 @@ def fingerprint(model: nn.Module) -> str:
         few = parameter.detach().reshape(-1)[:16].double().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {few.tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def files_fingerprint(source: str) -> str:
+    """What tells a teacher at a path or Hub id from another one that comes to lie there, without reading its weights.
+
+    Of a folder a hash over its configuration and, of every safetensors file, name, size, header, and the first and last
+    64 KiB of data; of a Hub id the commit, if it is on this machine, else the id itself.
+    """
+    home = Path(source).expanduser()
+    if not home.is_dir():
+        return _commit_of(source) or source
+    digest = hashlib.sha256()
+    config = home / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for path in sorted(home.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), size))
+            digest.update(length + header + file.read(SAMPLED_BYTES))
+            file.seek(max(file.tell(), size - SAMPLED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _commit_of(source: str) -> str | None:
+    """The commit of a Hub id that lies in the cache of huggingface_hub; nothing is asked of the Hub."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return extract_commit_hash(cached_file(source, "config.json", local_files_only=True), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((os.sep, "./", "../", "~")) or source.count(os.sep) > 1
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_optim import Reload
+from hf_optim.catalogue import catalogue
 from hf_optim.cli import COMMANDS, main
 from hf_optim.config import shipped_recipes
 from hf_optim.record import Record
@@ -148,6 +150,61 @@ def test_list_prints_a_table(capsys):
     assert call(["list"]) == 0
     words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line and line[0] != " "}
     assert words >= TECHNIQUES | set(shipped_recipes())
+
+
+def test_list_of_a_technique_has_its_fields(capsys):
+    assert call(["list", "gmp"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("gmp\n\nPrune gradually during training, along a cubic ramp.\n\nSteps are optimizer")
+    rows = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert "https://arxiv.org/abs/1710.01878" in printed
+    assert "sparse-nm" in rows["keeps"]
+    assert "yes, in a Trainer with hf_optim.callbacks(model)" in rows["trains"]
+    assert "STOCK_DENSE" in rows["reloads as"]
+    header = next(line for line in printed.splitlines() if line.startswith("field"))
+    assert header.split() == ["field", "type", "default", "what"]
+    assert "float, >= 0.0 and < 1.0" in rows["sparsity"]
+    assert "share of the weights that is removed at the end" in rows["sparsity"]
+    assert "layer | global" in rows["scope"]
+    assert "[Linear]" in rows["targets"]
+    assert max(map(len, printed.splitlines())) <= 120
+    assert call(["list", "logit_kd"]) == 0
+    printed = capsys.readouterr().out
+    assert "yes, in hf_optim.OptimTrainer" in printed
+    assert "int | null, >= 1" in printed
+
+
+@pytest.mark.parametrize("name", sorted(TECHNIQUES))
+def test_every_field_of_every_technique_is_described(capsys, name):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert call(["list", name, "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["techniques"]
+    assert one["name"] == name
+    assert "Attributes" not in one["description"]
+    fields = {f.name for f in dataclasses.fields(catalogue().get(name))}
+    assert {field["name"] for field in one["fields"]} == fields
+    assert [field["name"] for field in one["fields"] if not field["description"]] == []
+    assert [field["name"] for field in one["fields"] if "Literal" in field["type"]] == []
+    assert call(["list", name]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+
+
+def test_list_of_a_recipe_has_its_steps(capsys):
+    assert call(["list", "w4a16"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("w4a16 (recipe)\n\nGPTQ to 4 bits.")
+    assert "- technique: gptq\n  group_size: 32" in printed
+    assert call(["list", "distilbert", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert [one["name"] for kind in ("techniques", "recipes") for one in both[kind]] == ["distilbert", "distilbert"]
+
+
+def test_list_of_an_unknown_name(capsys):
+    line = complaint(capsys, ["list", "gptw"])
+    assert line == "hf-optim: no technique or shipped recipe 'gptw'; did you mean 'gptq'? (`hf-optim list` shows them)"
+    assert "did you mean" not in complaint(capsys, ["list", "abacus"])
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -489,4 +546,33 @@ hf_optim.resume.BlockJournal.keep = keep
         assert (shop.home / "killed" / name).read_bytes() == (small / name).read_bytes(), name
     steps, undisturbed = (Record.read(home).steps for home in (shop.home / "killed", small))
     assert steps == undisturbed
+    assert not journal.exists()
+
+
+def test_a_run_that_is_killed_in_training_goes_on_with_the_same_bits(shop):
+    steps = [{"technique": "gmp", "sparsity": 0.5}, {"technique": "logit_kd"}, {"technique": "gptq", "group_size": 16}]
+    training = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    recipe = shop.recipe("ramp6", steps, {"dataset": str(shop.data), "samples": 8, "seq_len": 32}, training)
+    assert call(shop.compress(recipe, "unbroken", "--device", "cpu")) == 0
+    victim = PythonSession(
+        {},
+        """
+import os, signal, hf_optim.training
+stock = hf_optim.training.OptimTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stock(self, *args, **kwargs)
+hf_optim.training.OptimTrainer.training_step = step
+""",
+    )
+    with pytest.raises(AssertionError, match=str(-signal.SIGKILL)):
+        victim.command(shop.compress(recipe, "broken", "--device", "cpu"))
+    victim.close()
+    journal = shop.home / ".broken.journal"
+    checkpoints = {path.name for path in journal.glob("training-1/trainer/checkpoint-*")}
+    assert checkpoints == {"checkpoint-2", "checkpoint-4"}
+    assert call(shop.compress(recipe, "broken", "--device", "cpu", "--resume")) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (shop.home / "broken" / name).read_bytes() == (shop.home / "unbroken" / name).read_bytes(), name
     assert not journal.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import pytest
@@ -43,6 +44,33 @@ def test_fields_are_checked():
         Example(targets="Linear")
 
 
+@pytest.mark.parametrize(
+    ("technique", "fields", "message"),
+    [
+        ("logit_kd", {"direction": "foward"}, "'forward', 'reverse', 'js', not 'foward'; did you mean 'forward'?"),
+        ("gptq", {"activations": "int4"}, "must be one of 'int8', None, not 'int4'; did you mean 'int8'?"),
+        ("channel_permutation", {"score": "activations"}, "not 'activations'; did you mean 'activation'?"),
+        ("gptq", {"targets": "Linear"}, "targets must be a list of names, not 'Linear'; write [Linear]"),
+        ("gptq", {"targets": 3}, "targets must be a list of names, not 3"),
+        ("distilbert", {"layers": "0"}, "layers must be a list of whole numbers | None, not '0'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_what_would_be_right(technique, fields, message):
+    with pytest.raises(RecipeError) as caught:
+        OptimConfig.parse([{"technique": technique, **fields}])
+    assert str(caught.value).endswith(message)
+
+
+def test_only_names_that_are_close_are_suggested():
+    with pytest.raises(RecipeError) as caught:
+        OptimConfig.parse([{"technique": "gmp", "start": 3}])
+    assert str(caught.value) == (
+        "step 1: gmp has no field 'start' (it has sparsity, initial, begin, end, every, scope, targets, skip)"
+    )
+    with pytest.raises(RecipeError, match="did you mean 'group_size'"):
+        OptimConfig.parse([{"technique": "gptq", "group": 32}])
+
+
 def test_a_step_is_frozen_and_compares_by_identity():
     step = Example()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -64,6 +92,38 @@ def test_phases_are_read_off_the_hooks():
 
 def test_only_changed_fields_are_written():
     assert Example(rate=0.25).to_dict() == {"technique": "example", "rate": 0.25}
+
+
+def test_numbers_are_finite_unless_an_option_says_otherwise():
+    @technique("wide", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
+    class Wide(Technique):
+        """Another example."""
+
+        plain: float = 3.0
+        several: tuple[float, ...] = ()
+        open: float = option(0.0, infinite=True)
+
+    assert Wide(open=-math.inf).open == -math.inf
+    for name, value in [("plain", math.nan), ("plain", math.inf), ("several", (1.0, math.nan)), ("open", math.nan)]:
+        with pytest.raises(RecipeError, match=f"wide: {name} must be a finite number, not"):
+            Wide(**{name: value})
+    with pytest.raises(RecipeError, match="finite number, not nan"):
+        Example(rate=math.nan)
+
+
+def test_a_step_and_a_share_are_told_apart():
+    """``1`` is the first step and ``1.0`` the end of training: a recipe that is written and read stays what it was."""
+
+    @technique("positioned", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
+    class Positioned(Technique):
+        """Another example."""
+
+        end: int | float = 1.0
+        rate: float = 1
+
+    assert Positioned(end=1).to_dict() == {"technique": "positioned", "end": 1}
+    assert isinstance(Positioned(end=1).to_dict()["end"], int)
+    assert Positioned(end=1.0, rate=1).to_dict() == {"technique": "positioned"}
 
 
 def test_a_hook_with_an_unknown_name_is_an_error():

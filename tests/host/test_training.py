@@ -15,9 +15,10 @@ from toy_training import ToyGroups, ToyLoss, ToyRamp, arguments, begin, sentence
 from transformers import Trainer, TrainerCallback
 
 import hf_optim
-from hf_optim import CheckpointError, NumericalError, OptimError, RecipeError, Technique, hookimpl
+from hf_optim import CheckpointError, NumericalError, OptimError, RecipeError, Run, Technique, hookimpl
+from hf_optim.catalogue import catalogue
 from hf_optim.guarding import GradientGuard
-from hf_optim.keepers import MASKS_NAME, STATE_NAME, read_state
+from hf_optim.keepers import MASKS_NAME, STATE_NAME, read_state, write_state
 from hf_optim.masking import MaskKeeper, stray_weights
 from hf_optim.training import OptimTrainer
 
@@ -118,6 +119,19 @@ def test_the_recipe_goes_on_as_far_as_the_data_allows(tmp_path, data: bool, capl
     assert run.finished is not data
     assert hasattr(run.state(after), "entered") is not data
     assert ("call model = hf_optim.advance(model, calibration=...)" in caplog.text) is data
+
+
+def test_the_recipe_goes_on_to_a_step_that_copies_its_teacher(tmp_path, caplog):
+    """logit_kd has ``transform_model``, and puts no other model in the place of the Trainer's."""
+    model = tiny_llama()
+    distilled = catalogue().get("logit_kd")()
+    run = begin(model, ToyRamp(), Counting(data=False), distilled)
+    assert len(run.stages) == 2
+    train(Trainer, model, tmp_path, callbacks=hf_optim.callbacks(model))
+    assert "call model = hf_optim.advance" not in caplog.text
+    assert run.stage is run.stages[1]
+    assert run.stage_entered
+    same(run.state(distilled).teacher, model)
 
 
 # -- health ----------------------------------------------------------------------------------------------------------
@@ -311,6 +325,74 @@ def test_the_masks_of_another_model_or_recipe_are_refused_before_anything_change
         assert vars(run.state(steps[0])) == {"calls": 7}
         assert (run.record.notes, run.traits) == (notes, traits)
         assert torch.equal(other.get_parameter(name), before)
+
+
+@toy("toy_fields")
+class Fields(Technique):
+    """Does nothing, by fields of several kinds."""
+
+    end: int | float = 1
+    skip: tuple[str, ...] = ("a",)
+    device: str = "cpu"
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        return []
+
+
+@toy("toy_later")
+class Later(Fields):
+    """Stands in a stage of its own, behind training."""
+
+    @hookimpl
+    def calibrate(self, run, scope):
+        yield
+
+
+def test_a_checkpoint_of_other_fields_is_refused_before_anything_changes(tmp_path):
+    """Masks of one sparsity under the ramp of another would end at neither."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    write_state(begin(tiny_llama(), Fields(), Later()), folder, {})
+    for fields, message in [
+        ({"end": 1.0}, r"step 1 \(toy_fields\): .*checkpoint-2 was written with end=1, and here it is 1\.0: resume"),
+        ({"end": 2}, "end=1, and here it is 2: resume with end=1, or start anew from its weights"),
+        ({"skip": ["b"]}, r"skip=\['a'\], and here it is \['b'\]"),
+    ]:
+        run = begin(tiny_llama(), Fields.from_dict(fields), Later())
+        run.masks["mine"] = torch.ones(1)
+        with pytest.raises(CheckpointError, match=message):
+            read_state(run, folder)
+        assert list(run.masks) == ["mine"]
+    for there, here in [({"end": 2}, {}), ({"skip": ["a", "b"]}, {"skip": ["a", "b"], "end": 3})]:
+        write_state(begin(tiny_llama(), Fields.from_dict(there), Later()), folder, {})
+        with pytest.raises(CheckpointError, match="was written with end="):
+            read_state(begin(tiny_llama(), Fields.from_dict(here), Later()), folder)
+
+
+def test_fields_that_change_no_result_may_change_with_a_note(tmp_path):
+    write_state(begin(tiny_llama(), Fields(), Later()), tmp_path, {})
+    run = begin(tiny_llama(), Fields(device="cuda"), Later(end=5))
+    read_state(run, tmp_path)
+    assert run.record.notes == [
+        "step 1 (toy_fields): resumed with device='cuda', where it was 'cpu'",
+        "step 2 (toy_later): resumed with end=5, where it was 1",
+    ]
+    run = begin(tiny_llama(), Fields(), Later())
+    run.stage_index = 1
+    write_state(run, tmp_path, {})
+    with pytest.raises(CheckpointError, match=r"step 2 \(toy_later\).*end=1, and here it is 5"):
+        read_state(begin(tiny_llama(), Fields(), Later(end=5)), tmp_path)
+
+
+def test_a_checkpoint_from_before_fields_were_kept_is_read(tmp_path):
+    write_state(begin(tiny_llama(), Fields(end=3)), tmp_path, {})
+    state = json.loads((tmp_path / STATE_NAME).read_text())
+    assert state["run"].pop("fields") == [{"end": 3}]
+    (tmp_path / STATE_NAME).write_text(json.dumps(state))
+    run = begin(tiny_llama(), Fields())
+    read_state(run, tmp_path)
+    assert run.record.notes == []
 
 
 def test_the_best_checkpoint_comes_back_with_its_masks(tmp_path):

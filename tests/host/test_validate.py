@@ -38,7 +38,7 @@ def model(sound, tmp_path):
 
 
 def look(home, recipe=None, output=None):
-    recipe = OptimConfig.parse(recipe or STREAMED)
+    recipe = OptimConfig.parse(STREAMED if recipe is None else recipe)
     return validate.validate(Source(str(home)), recipe, AutoConfig.from_pretrained(home), output)
 
 
@@ -122,6 +122,26 @@ def test_targets_that_match_nothing(model):
         look(model, {**STREAMED, "steps": steps[1:]})
     with pytest.raises(ModelError, match=r"step 1 \(rtn\): nothing matches 'down_prj'.*down_proj"):
         look(model, {**STREAMED, "steps": [{**RTN, "skip": ["down_prj"]}]})
+
+
+LOST = {"technique": "gptq", "targets": ["nope"]}
+
+
+@pytest.mark.parametrize("copying", [{"technique": "logit_kd"}, {"technique": "lkd"}], ids=["logit_kd", "lkd"])
+def test_a_step_that_only_looks_at_the_model_does_not_end_the_check(model, copying):
+    """Both have ``transform_model``, to copy or to look at the model; neither changes it."""
+    with pytest.raises(ModelError, match=r"step 3 \(gptq\): nothing matches 'nope'"):
+        validate.check_steps(OptimConfig.parse([{"technique": "nm"}, copying, LOST]), tiny_llama())
+    figures = look(model, [{"technique": "nm"}, copying]).figures
+    assert figures["bytes_after"] is not None
+
+
+@pytest.mark.parametrize("step", [{"technique": "structured", "neurons": 0.5}, {"technique": "distilbert"}])
+def test_nothing_is_claimed_of_what_follows_a_step_that_changes_shapes(model, step):
+    figures = look(model, [step]).figures
+    assert figures["bytes_after"] is None
+    assert "depends on the new architecture" in figures["readable"]["weights on disk"]
+    assert validate.check_steps(OptimConfig.parse([step, LOST]), tiny_llama()) == []
 
 
 def test_layers_that_cannot_be_stored(tmp_path):

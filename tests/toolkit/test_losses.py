@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_optim.toolkit.losses import DIRECTIONS, divergence, kd_loss, scored_rows, top_k, top_k_kd_loss
+from hf_optim.toolkit.losses import DIRECTIONS, divergence, head_loss, kd_loss, scored_rows, top_k, top_k_kd_loss
 
 T = 2.5
 BETA = 0.3
@@ -41,6 +41,29 @@ def test_equals_the_formula_with_gradient(direction: str, chunk: int):
     (expected_grad,) = torch.autograd.grad(7 * expected, student)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours_grad, expected_grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_labels_are_compared_one_by_one(direction: str):
+    student, teacher, rows = logits(0, 5, 3).requires_grad_(), logits(1, 5, 3), torch.tensor([0, 2, 3])
+    ours = head_loss("labels", student, teacher, temperature=T, direction=direction, beta=BETA, rows=rows)
+    both = [torch.stack([z, torch.zeros_like(z)], -1)[rows] for z in (student, teacher)]  # σ(z) = softmax([z, 0])
+    expected = formula(*both, direction)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-14)
+    far = torch.tensor([[800.0, -800.0]], dtype=torch.float64)
+    assert head_loss("labels", far, -far, direction=direction).isfinite()
+
+
+def test_a_regression_is_the_mean_squared_error():
+    student, teacher = logits(0, 5, 2).requires_grad_(), logits(1, 5, 2)
+    ours = head_loss("regression", student, teacher, temperature=T)
+    expected = ((student - teacher) ** 2).mean()
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (ours, expected)))
+    with pytest.raises(ValueError, match="differ"):
+        head_loss("regression", student, teacher[:, :1])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -104,6 +104,36 @@ def test_a_layer_with_position_codes_of_its_own_keeps_them(tmp_path):
     assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
 
 
+def test_lists_that_are_as_long_by_chance_stay(tmp_path):
+    model = tiny_llama(num_hidden_layers=3, eos_token_id=[2, 5, 7])
+    model.config.favourite_numbers = [1, 2, 3]
+    plan = shrink(model, depth={"model.layers": [0, 2]})
+    assert model.config.num_hidden_layers == 2
+    assert model.config.eos_token_id == plan.after.config.eos_token_id == [2, 5, 7]
+    assert model.config.favourite_numbers == [1, 2, 3]
+    assert reloaded(model, tmp_path).config.eos_token_id == [2, 5, 7]
+
+
+class Shares(transformers.LlamaForCausalLM):
+    """Its blocks are built by a list whose name says nothing, as Gemma3n's are by `activation_sparsity_pattern`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, share in zip(self.model.layers, config.shares, strict=False):
+            layer.mlp.share = share
+
+
+def test_a_list_that_blocks_are_built_by_follows_whatever_its_name(tmp_path):
+    config = tiny_llama(num_hidden_layers=3, eos_token_id=[2, 5, 7]).config
+    config.shares, config.favourite_numbers = [0.5, 0.0, 0.25], [1, 2, 3]
+    model = Shares(config).eval()
+    shrink(model, depth={"model.layers": [1, 2]})
+    assert model.config.shares == [layer.mlp.share for layer in model.model.layers] == [0.0, 0.25]
+    assert model.config.favourite_numbers == [1, 2, 3]
+    assert model.config.eos_token_id == [2, 5, 7]
+    assert reloaded(model, tmp_path).model.layers[1].mlp.share == 0.25
+
+
 def test_a_layer_that_would_become_another_is_refused():
     """Which layers of a Qwen2-MoE are dense is a list of their numbers."""
     fields = {

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
 from hf_optim.toolkit import students, teachers, topology
 from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies, forget_states, take_states
-from hf_optim.toolkit.losses import scored_rows
+from hf_optim.toolkit.losses import head_of, scored_rows
 from hf_optim.toolkit.state_losses import cosine_loss, token_masks
 from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
 
@@ -60,8 +60,10 @@ class DistilBERT(Technique):
         every: the student has one in `every` layers of the teacher, evenly spread from the first to the last; of each
             stack, where there is more than one.
         layers: the teacher's layers by index, in ascending order, instead of `every`; of each stack.
-        temperature: `T`; softens both distributions.
-        alpha_ce: weight of the teacher's distribution.
+        temperature: `T`; softens both distributions; without effect for a regression.
+        alpha_ce: weight of the teacher's distribution; for a sequence classifier with one label, a regression, of the
+            mean squared error between the two outputs, and with `problem_type: multi_label_classification` of the
+            divergence for each label by itself, their mean.
         alpha_task: weight of the task loss.
         alpha_cos: weight of the direction of the last hidden states of every token.
         alpha_pool: weight of the direction of their mean over the tokens of a sequence: of sentence vectors.
@@ -82,6 +84,14 @@ class DistilBERT(Technique):
     device: str = teachers.SAME
 
     def validate(self) -> None:
+        layers = self.layers
+        if layers is not None and (not layers or layers[0] < 0 or list(layers) != sorted(set(layers))):
+            raise RecipeError(
+                "distilbert: layers are the indices of the teacher's layers that stay, one at least, counted from 0 "
+                f"and in ascending order, not {list(layers)}"
+            )
+        if not (self.alpha_ce or self.alpha_task or self.alpha_cos or self.alpha_pool):
+            raise RecipeError("distilbert: all four weights are 0, so nothing is learnt: raise alpha_ce, say")
         teachers.require_place(self.device, self.name)
 
     def reload(self) -> Reload:
@@ -91,11 +101,11 @@ class DistilBERT(Technique):
     def transform_model(self, run: Run) -> PreTrainedModel:
         teacher, label = run.model, run.label(self)
         kept = self._kept(teacher, label)
-        student, source = students.student_of(teacher, kept, label)
-        _move_masks(run, source)
+        student, renamed = students.student_of(teacher, kept, label)
+        run.rename(renamed)
         if not self.token_types:
-            student, source = without_token_types(student, label)
-            _move_masks(run, source)
+            student, renamed = without_token_types(student, label)
+            run.rename(renamed)
         run.state(self).teacher = teacher
         run.touch(self, [block.name for block in topology.blocks(student)])
         run.report(
@@ -114,9 +124,9 @@ class DistilBERT(Technique):
         for stack, found in students.stacks_of(teacher).items():
             wanted = -(-len(found) // self.every)
             layers = students.spread(len(found), wanted) if self.layers is None else self.layers
-            if list(layers) != sorted(set(layers)) or not layers or not 0 <= layers[0] <= layers[-1] < len(found):
+            if layers[-1] >= len(found):
                 raise ModelError(
-                    f"{label}: layers must be ascending indices below {len(found)}, the layers of {stack}, not {layers}"
+                    f"{label}: layers must be indices below {len(found)}, the layers of {stack}, not {list(layers)}"
                 )
             if len(layers) == len(found):
                 raise ModelError(f"{label}: all {len(found)} layers of {stack} are kept: the student is no smaller")
@@ -150,7 +160,11 @@ class DistilBERT(Technique):
         logits = getattr(outputs, "logits", None)
         if isinstance(logits, Tensor) and self.alpha_ce:
             terms["kd"] = self.alpha_ce * kd_loss(
-                logits, theirs.logits, temperature=self.temperature, rows=all_rows(run.model, logits, inputs)
+                logits,
+                theirs.logits,
+                head=head_of(run.model),
+                temperature=self.temperature,
+                rows=all_rows(run.model, logits, inputs),
             )
         return terms
 
@@ -199,15 +213,6 @@ def all_rows(model: Any, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """The rows of ``logits.view(-1, classes)`` of all tokens that are no padding."""
     masks = token_masks(inputs, model.config.is_encoder_decoder)
     return scored_rows(logits, None, masks[-1])
-
-
-def _move_masks(run: Run, source: Mapping[str, str]) -> None:
-    """Masks and N:M patterns of the teacher's weights become those of the student's copies."""
-    found: tuple[dict[str, Any], ...] = (run.masks, run.nm_patterns)
-    for kept in found:
-        moved = {name: kept[old] for name, old in source.items() if old in kept}
-        kept.clear()
-        kept.update(moved)
 
 
 @hookimpl

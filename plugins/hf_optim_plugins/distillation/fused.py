@@ -11,11 +11,13 @@ from torch import Tensor
 from hf_optim.toolkit import losses
 
 
-def kd_loss(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """As ``hf_optim.toolkit.losses.kd_loss``, with the same options.
+def kd_loss(student: Tensor, teacher: Tensor, *, head: losses.Head = "classes", **options: Any) -> Tensor:
+    """As ``hf_optim.toolkit.losses.head_loss``, with the same options.
 
     The teacher's logits are given up: on the kernel, the backward may leave the gradient in their memory.
     """
+    if head != "classes":
+        return losses.head_loss(head, student, teacher, **options)
     if not _kernel_serves(student, teacher):
         return losses.kd_loss(student, teacher, **options)
     from hf_optim_kernels.kd_loss import op

@@ -28,9 +28,21 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique
 from hf_optim.toolkit import teachers
 from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies_of_blocks, forget_states, take_states
 from hf_optim.toolkit.logit_cache import LogitCache, sample_keys
-from hf_optim.toolkit.losses import DIRECTIONS, RESTS, Direction, Rest, TopK, scored_rows, top_k, top_k_kd_loss
+from hf_optim.toolkit.losses import (
+    DIRECTIONS,
+    RESTS,
+    Direction,
+    Head,
+    Rest,
+    TopK,
+    head_of,
+    scored_rows,
+    top_k,
+    top_k_kd_loss,
+)
 from hf_optim.toolkit.stacks import blocks
 from hf_optim.toolkit.state_losses import squarehead_loss, token_masks
+from hf_optim.toolkit.stream_order import stream_order
 from hf_optim.traits import SPARSE, SPARSE_NM
 
 from .fused import kd_loss
@@ -61,16 +73,23 @@ class LogitKD(Technique):
     positions that have a label are compared. Data needs no labels, and may be random tokens: then all positions that
     are not padding are compared, there is no task loss, and the loss is the teacher's term alone, times ``alpha``.
 
+    A sequence classifier with one label is a regression: the teacher's term is the mean squared error between the two
+    outputs, whatever the temperature. Where each of several labels holds or not (``problem_type:
+    multi_label_classification``) it is the divergence of that for each label by itself, their mean.
+
     Attributes:
         teacher: a path or Hub id; or ``"self"``, the model as it was before the steps of its stage changed it (what
-            recovers a model that is pruned); or None: set ``hf_optim.run_of(model).state(step).teacher`` to a module.
-        temperature: ``T``; softens both distributions.
+            recovers a model that is pruned; alone in its stage it holds a model to what it was while labels teach it,
+            and is refused where they do not: with ``alpha`` 1, and without labels); or None: set
+            ``hf_optim.run_of(model).state(step).teacher`` to a module.
+        temperature: ``T``; softens both distributions; without effect for a regression.
         alpha: weight of the teacher's term; the task loss has ``1 - alpha``.
         alpha_states: weight of SquareHead, the hidden states of all blocks; the paper's is 1. Teacher and student need
             as many blocks, of one width.
         direction: ``"forward"``, ``"reverse"`` or ``"js"``.
         beta: of ``"js"``: the teacher's weight in the mixture, in (0, 1).
-        top_k: compare only the ``k`` most probable classes of the teacher; None compares all.
+        top_k: compare only the ``k`` most probable classes of the teacher; None compares all. Refused for a regression
+            and for several labels.
         rest: what then becomes of the others: ``"bucket"`` compares their sum as one class, ``"renormalize"`` leaves
             them out and renormalizes both sides.
         cache: a directory for the teacher's top ``k`` of every sample; written in the first epoch, read afterwards and
@@ -103,6 +122,7 @@ class LogitKD(Technique):
 
     @hookimpl(tryfirst=True)
     def transform_model(self, run: Run) -> None:
+        self._head(run)
         if self.teacher == SELF:
             run.state(self).teacher = copy.deepcopy(run.model)
 
@@ -122,7 +142,10 @@ class LogitKD(Technique):
                 "the logits of language models and classifiers"
             )
         mask = "decoder_attention_mask" if run.model.config.is_encoder_decoder else "attention_mask"
-        rows = scored_rows(logits, inputs.get("labels"), inputs.get(mask), shift=teachers.predicts_next(run.model))
+        head = self._head(run)
+        # The labels of the other heads are no classes, of which -100 would be none.
+        labels = inputs.get("labels") if head == "classes" else None
+        rows = scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next(run.model))
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "direction": self.direction,
@@ -132,18 +155,18 @@ class LogitKD(Technique):
         terms: dict[str, Tensor | float] = {"task_scale": 1.0 - self.alpha}
         with self._asked(run) as asked:
             if self.top_k is None:
-                term = kd_loss(logits, self._teacher_logits(run, inputs, logits), **options)
+                term = kd_loss(logits, self._teacher_logits(run, inputs, logits), head=head, **options)
             else:
                 term = top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
             if self.alpha_states:
                 terms["states"] = self.alpha_states * self._squarehead(run, inputs, asked.take())
-        self._greet(run, term)
+        self._greet(run, term, 0.0 if head == "regression" else NOTHING_TO_LEARN, getattr(outputs, "loss", None))
         return {"kd": self.alpha * term, **terms}
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         forget_states(run.state(self))
-        for name in ("teacher", "ready", "cache"):
+        for name in ("teacher", "loaded", "ready", "cache", "order"):
             vars(run.state(self)).pop(name, None)
 
     @hookimpl
@@ -156,14 +179,27 @@ class LogitKD(Technique):
                 f"samples were kept on disk, in {figures['cache_bytes']:,} bytes.",
             )
 
-    def _greet(self, run: Run, term: Tensor) -> None:
+    def _head(self, run: Run) -> Head:
+        """What the model predicts. Raises ``ModelError`` where ``top_k`` asks for classes that it does not have."""
+        head = head_of(run.model)
+        if head != "classes" and self.top_k is not None:
+            predicts = "a number" if head == "regression" else "labels that hold each by itself"
+            raise ModelError(
+                f"{run.label(self)}: {type(run.model).__name__} predicts {predicts}, so it has no most probable "
+                "classes: leave out top_k and cache"
+            )
+        return head
+
+    def _greet(self, run: Run, term: Tensor, nothing: float, task_loss: Tensor | None) -> None:
         own = run.state(self)
         if getattr(own, "met", False):
             return
+        if task_loss is None:
+            _require_difference(self, run)
         own.met = True
-        if float(term.detach()) < NOTHING_TO_LEARN:
+        if float(term.detach()) <= nothing:
             sentence = (
-                f"{run.label(self)}: teacher and student gave the same distribution on the first batch; with teacher: "
+                f"{run.label(self)}: teacher and student gave the same outputs on the first batch; with teacher: "
                 "self there must be a step in the same stage that changes the model"
             )
             run.record.note(sentence)
@@ -174,7 +210,8 @@ class LogitKD(Technique):
         return HiddenStates([block.module for block in blocks(ready_teacher(self, run))] if self.alpha_states else [])
 
     def _squarehead(self, run: Run, inputs: Mapping[str, Any], wanted: list[Tensor]) -> Tensor:
-        states, label = take_states(run.state(self)), run.label(self)
+        own, label = run.state(self), run.label(self)
+        states = take_states(own)
         if not states or [h.shape for h in states] != [h.shape for h in wanted]:
             raise ModelError(
                 f"{label}: alpha_states compares the hidden states of all blocks; the teacher has {len(wanted)} "
@@ -183,6 +220,11 @@ class LogitKD(Technique):
         # Blocks that come before all that trains have none.
         if not states[-1].requires_grad:
             raise ModelError(f"{label}: alpha_states: no gradient reaches the last block; does the model train at all?")
+        if not hasattr(own, "order"):
+            # The student's channels may have been permuted, here or before its checkpoint was made.
+            own.order = stream_order(run.model, own.ready)
+        if own.order is not None:
+            wanted = [h[..., own.order.to(h.device)] for h in wanted]
         masks = token_masks(inputs, run.model.config.is_encoder_decoder)
         return squarehead_loss(states, wanted, [masks[i] for i in bodies_of_blocks(run.model)])
 
@@ -223,9 +265,12 @@ class TeacherKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, own = self.step, self.run.state(self.step)
+        step._head(self.run)
+        if step.alpha == 1.0:
+            _require_difference(step, self.run)
         if step.cache is not None:
             settings = {
-                "teacher": teachers.fingerprint(own.teacher) if hasattr(own, "teacher") else step.teacher,
+                **_identity(step, self.run),
                 "temperature": step.temperature,
                 "top_k": step.top_k,
                 "classes": teachers.classes_of(self.run.model),
@@ -259,6 +304,35 @@ class TeacherKeeper(TrainerCallback):
             cache.flush()
 
 
+def _require_difference(step: LogitKD, run: Run) -> None:
+    """Refuse a student that is its own teacher, and that no other step will change in training either.
+
+    For trainings that have no task loss. Only when they begin can this be told: until then the model's owner may change
+    it (adapters, pruning of their own).
+    """
+    teacher = getattr(run.state(step), "teacher", None)
+    alone = run.stage is not None and len(run.stage.steps) == 1
+    if step.teacher == SELF and alone and teacher is not None and teachers.is_copy(run.model, teacher):
+        raise RecipeError(
+            f"{run.label(step)}: no other step of its stage changes the model, which with teacher: self would learn "
+            "from itself alone: put the step that changes it into the same stage, or name a teacher"
+        )
+
+
+def _identity(step: LogitKD, run: Run) -> dict[str, Any]:
+    """What tells the teacher of a cache from others."""
+    own = run.state(step)
+    given = getattr(own, "teacher", None)
+    if given is not None and given is not getattr(own, "loaded", None):
+        return {"teacher": teachers.fingerprint(given)}
+    if step.teacher in (None, SELF):
+        return {"teacher": step.teacher}
+    if not LogitCache.begun(step.cache or ""):
+        # It will be asked in any case, and the commit of a Hub id is known when it is here.
+        ready_teacher(step, run)
+    return {"teacher": step.teacher, "teacher_files": teachers.files_fingerprint(step.teacher or "")}
+
+
 def _widths(states: list[Tensor]) -> str:
     return "of width " + " and ".join(str(width) for width in sorted({h.shape[-1] for h in states}))
 
@@ -274,7 +348,7 @@ def ready_teacher(step: LogitKD, run: Run) -> nn.Module:
                 f"{label} has no teacher: give `teacher:` a path or Hub id, or set "
                 "hf_optim.run_of(model).state(step).teacher to a module before training"
             )
-        own.teacher = teachers.load(step.teacher, label)
+        own.teacher = own.loaded = teachers.load(step.teacher, label)
     teachers.require_same_classes(run.model, own.teacher, label)
     if step.teacher != SELF:
         _compare_tokenizers(step, run)

@@ -6,6 +6,7 @@ The embedding of the first segment is added to those of the positions, so that t
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ LETTERS = {"self.q": "self.query", "self.k": "self.key", "self.v": "self.value"}
 EPS = 1e-12  # of every norm of DistilBERT
 
 
-def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The DistilBERT that holds a BERT's tensors, and for each of its parameters the name of the BERT's.
+def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedModel, Callable[[str], list[str]]]:
+    """The DistilBERT that holds a BERT's tensors; and for ``Run.rename`` what the BERT's modules are called there.
 
     Raises ``ModelError`` for a class or a configuration that DistilBERT has no place for, and if the two differ.
     """
@@ -66,7 +67,9 @@ def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedM
     gap = transplant.difference(model, plain, dummy_inputs(model))
     if not gap <= transplant.rounding(model):
         raise ModelError(f"{label}: without token types the model is another one (relative difference {gap:.1e})")
-    return plain, source
+    members = (*plain.named_modules(remove_duplicate=False), *plain.named_parameters(remove_duplicate=False))
+    names = {bert_name(name): [name] for name, _ in members}
+    return plain, lambda name: names.get(name, [])
 
 
 def bert_name(name: str) -> str:

@@ -120,6 +120,7 @@ class Upcycle(Technique):
         model, spare = transplant.transplant(dense, target, config)
         layers = self._fill_experts(model, spare, label)
         _move_masks(run, layers, self.experts)
+        run.rename(lambda name: _expert_names(name, layers, self.experts))
         self._verify(dense, model, label)
         run.state(self).routers = [f"{name}.{ROUTER}" for name in layers]
         run.touch(self, [f"{name}.experts" for name in layers])
@@ -253,6 +254,16 @@ def _move_masks(run: Run, layers: list[str], experts: int) -> None:
                 run.masks[name] = copies(whole, experts)
             if patterns[0] is not None and all(pattern == patterns[0] for pattern in patterns):
                 run.nm_patterns[name] = patterns[0]
+
+
+def _expert_names(name: str, layers: list[str], experts: int) -> list[str]:
+    """What a module of the dense model is called now: a projection by the matrices that hold its copies."""
+    layer, _, leaf = name.rpartition(".")
+    for parameter, leaves in ((GATE_UP, (GATE, UP)), (EXPERTS_DOWN, (DOWN,))):
+        if layer in layers and f"{leaf}.weight" in leaves:
+            stack, _, matrix = parameter.partition(".")
+            return [f"{layer}.{stack}.{index}.{matrix}" for index in range(experts)]
+    return [name]
 
 
 @hookimpl

@@ -9,6 +9,7 @@ end at 0, where nothing would be learnt; what is held instead is said at ``rate`
 from __future__ import annotations
 
 from hf_optim import Contract, Paper, Reload, Rounds, RoundTraining, hookimpl, option, technique
+from hf_optim.toolkit.phases import ROUNDS
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
 from .in_rounds import InRounds
@@ -21,7 +22,7 @@ SMALL_RATE = 0.1
     "iterative",
     family="pruning",
     paper=Paper("1506.02626", "Learning both Weights and Connections for Efficient Neural Networks", 2015),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={ROUNDS}),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -91,6 +91,15 @@ class L0(Technique):
     def validate(self) -> None:
         check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 
+    def cut_off(self, share: float) -> str:
+        """What comes of a ramp that ends at this share of its height."""
+        if self.sparsity is None:
+            return f"the price reaches {share * self.weight:.4g} instead of {self.weight:g}"
+        return (
+            f"the target reaches a sparsity of {share * self.sparsity:.4f} instead of {self.sparsity:g}, and the gates "
+            "that are missing are closed at once"
+        )
+
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from hf_optim import Contract, Paper, RecipeError, Reload, Rounds, RoundTraining, hookimpl, option, technique
+from hf_optim.toolkit.phases import ROUNDS
+from hf_optim.toolkit.sparse_training import TRAINING_FORWARD
 from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
 from .in_rounds import InRounds, check_position
@@ -21,7 +23,8 @@ from .in_rounds import InRounds, check_position
     "lottery_ticket",
     family="pruning",
     paper=Paper("1803.03635", "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", 2018),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    # The training forward as well: gates, variances and scales that another step trains would not be put back.
+    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={ROUNDS, TRAINING_FORWARD}),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

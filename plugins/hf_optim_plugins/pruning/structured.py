@@ -18,8 +18,8 @@ finds most probable.
 
 On babyllama-1m (perplexity 2.26), a quarter of the neurons by ``activation`` leaves 3.05, by ``taylor`` 3.06, by
 ``magnitude`` 4.01, at random 4.10 to 4.68. Of its five layers ``taylor`` finds the one that costs least (5.28);
-``activation`` and ``magnitude`` take out the first (32.2), so rank layers by ``taylor``, in a step of its own if need
-be.
+``activation`` and ``magnitude`` take out the first (32.2). So unless a ``score`` is asked for, units are ranked by
+``activation``, which costs no backward pass, and layers by ``taylor``.
 
 Every layer loses the same number, so that the result is an ordinary model of the same class with another configuration.
 What this leaves out: LLM-Pruner and Michel et al. rank units across layers, whose widths then differ, which no class
@@ -28,9 +28,10 @@ that ships in transformers can express.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 if TYPE_CHECKING:
     from hf_optim import Run, Scope
     from hf_optim.cards import Card
+
+log = logging.getLogger(__name__)
 
 Scores = dict[str, Tensor]
 
@@ -64,21 +67,24 @@ class Structured(Technique):
     one layer, ``layers: 0.5`` half of them. The removed units' weights are gone at once; training afterwards, best
     towards the outputs of the model as it was, wins quality back.
 
+    At least one of the three has to be asked for.
+
     Attributes:
         heads: how many heads of each attention to remove; of key/value heads, each with its query heads. Llama's
             configuration wants the query heads that stay to divide the hidden size.
         neurons: how many neurons of each feed-forward layer to remove.
         layers: how many blocks of each stack to remove (of encoder and decoder each, unless ``skip`` has all of one).
         score: what ranks units and layers, see above: ``"activation"`` and ``"taylor"`` need data, the latter a
-            backward pass and its memory; ``"magnitude"`` needs none.
+            backward pass and its memory; ``"magnitude"`` needs none. None: heads and neurons by ``"activation"``,
+            layers by ``"taylor"`` (by ``"activation"`` where the model has no loss to differentiate, with a warning).
         round_to: the neurons that stay are a multiple of this, at the price of removing fewer.
         skip: patterns of blocks that stay (``model.layers.0``); heads and neurons have to be as many everywhere.
     """
 
     heads: int | float = option(0, low=0)
-    neurons: int | float = option(0.25, low=0)
+    neurons: int | float = option(0, low=0)
     layers: int | float = option(0, low=0)
-    score: str = option("activation", choices=("magnitude", "activation", "taylor"))
+    score: str | None = option(None, choices=("magnitude", "activation", "taylor"))
     round_to: int = option(8, low=1)
     skip: tuple[str, ...] = ()
 
@@ -88,9 +94,15 @@ class Structured(Technique):
             if isinstance(value, float) and value >= 1.0:
                 raise RecipeError(f"structured: {name} is a share in [0, 1) or a whole number, not {value!r}")
         if not (self.heads or self.neurons or self.layers):
-            raise RecipeError("structured: nothing to remove; give heads, neurons or layers")
+            raise RecipeError(
+                "structured: say what to remove: heads, neurons or layers, each a share or a number (neurons: 0.25)"
+            )
         if self.skip and not self.layers:
             raise RecipeError("structured: skip names layers that stay, but no layers are removed")
+
+    @classmethod
+    def sample(cls) -> Technique:
+        return cls.from_dict({"neurons": 0.25})
 
     def contract(self) -> Contract:
         # Taking columns out moves what is left across the groups of an N:M pattern; taking layers out does not.
@@ -103,20 +115,24 @@ class Structured(Technique):
     def needs_whole_model(self) -> bool:
         return True
 
+    def changes_architecture(self) -> bool:
+        return True
+
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         model, label = scope.model, run.label(self)
         units = self._units(model, label)
         before = model.num_parameters()
-        unit_scores, block_scores = yield from self._scores(model, units, self._blocks(model, label), label)
+        unit_scores, block_scores, ranked_by = yield from self._scores(model, units, self._blocks(model, label), label)
         gone = self._gone(model, block_scores, label)
         kept = self._kept(units, unit_scores, gone, label)
         plan = self._plan(model, units, kept, gone, label)
         expected = outputs_without(model, units, kept, gone)
         shrinking.apply_(model, plan)
         require_equal(model, expected, label)
-        carry(run, plan)
-        self._report(run, units, kept, gone, plan, before)
+        run.masks.update({name: plan.narrow(name, mask) for name, mask in run.masks.items()})
+        run.rename(plan.renamed)
+        self._report(run, units, kept, gone, plan, before, ranked_by)
 
     # -- what there is ------------------------------------------------------------------------------------------------
     def _units(self, model: PreTrainedModel, label: str) -> list[Units]:
@@ -155,24 +171,48 @@ class Structured(Technique):
     # -- what it is worth ---------------------------------------------------------------------------------------------
     def _scores(
         self, model: PreTrainedModel, units: Sequence[Units], blocks: Mapping[str, nn.Module], label: str
-    ) -> Generator[None, None, tuple[Scores, dict[str, float]]]:
-        """Reader -> score of each of its units, and block -> its score."""
-        if self.score == "taylor":
+    ) -> Generator[None, None, tuple[Scores, dict[str, float], dict[str, str]]]:
+        """Reader -> score of each of its units, block -> its score, and by which score each kind was ranked."""
+        kinds = [*dict.fromkeys(one.kind for one in units), *(["layers"] if blocks else [])]
+        if self.score is None and blocks:
+            return (yield from self._scores_by_default(model, units, blocks, label))
+        score = self.score or "activation"
+        named = dict.fromkeys(kinds, score)
+        if score == "taylor":
             with SeenBatches(model) as batches:
                 yield
             found = importance.gate_gradients(model, batches, units, blocks, label)
-            return found, {name: float(found.get(name, torch.zeros(1))) for name in blocks}
-        if self.score == "activation":
+            return found, {name: float(found.get(name, torch.zeros(1))) for name in blocks}, named
+        if score == "activation":
             with (
                 importance.Contributions(model, units, label) as added,
                 importance.BlockInfluence(blocks, label) as influence,
             ):
                 yield
-            return added, {name: float(sums[0] / sums[1]) for name, sums in influence.items()}
+            return added, _mean(influence), named
         yield
         masks.require_finite(dict(model.named_parameters()), label)
         magnitudes = {one.reader: importance.unit_magnitude(model, one) for one in units}
-        return magnitudes, {name: importance.block_magnitude(block) for name, block in blocks.items()}
+        return magnitudes, {name: importance.block_magnitude(block) for name, block in blocks.items()}, named
+
+    def _scores_by_default(
+        self, model: PreTrainedModel, units: Sequence[Units], blocks: Mapping[str, nn.Module], label: str
+    ) -> Generator[None, None, tuple[Scores, dict[str, float], dict[str, str]]]:
+        """Units by what they add, layers by the gradient of their gates, on one pass of the data."""
+        named = dict.fromkeys((one.kind for one in units), "activation")
+        with (
+            importance.Contributions(model, units, label) as added,
+            importance.BlockInfluence(blocks, label) as influence,
+            SeenBatches(model) as batches,
+        ):
+            yield
+        try:
+            found = importance.gate_gradients(model, batches, (), blocks, label)
+        except ModelError as error:
+            log.warning("%s: layers are ranked by activation, since taylor takes a loss (%s)", label, error)
+            return added, _mean(influence), {**named, "layers": "activation"}
+        gradients = {name: float(found.get(name, torch.zeros(1))) for name in blocks}
+        return added, gradients, {**named, "layers": "taylor"}
 
     # -- what goes ----------------------------------------------------------------------------------------------------
     def _gone(self, model: PreTrainedModel, scores: Mapping[str, float], label: str) -> set[str]:
@@ -253,6 +293,7 @@ class Structured(Technique):
         gone: set[str],
         plan: shrinking.Shrinking,
         before: int,
+        ranked_by: dict[str, str],
     ) -> None:
         widths: dict[str, list[list[int]]] = {}
         for one in units:
@@ -269,6 +310,7 @@ class Structured(Technique):
             widths=widths,
             layers=stacks,
             removed_layers=sorted(gone),
+            ranked_by=ranked_by,
         )
 
     @hookimpl
@@ -277,10 +319,11 @@ class Structured(Technique):
         if not figures:
             return
         before, after = figures["parameters_before"], figures["parameters_after"]
+        by = ", ".join(f"{kind} by {score}" for kind, score in figures["ranked_by"].items())
         gone = f" Removed layers: {', '.join(figures['removed_layers'])}." if figures["removed_layers"] else ""
         card.paragraph(
             "Structured pruning",
-            f"Parts of the model were taken out whole, those of the least {self.score} score first, as many in every "
+            f"Parts of the model were taken out whole, those of the least score first ({by}), as many in every "
             f"layer: {before:,} parameters became {after:,} ({100 * (1 - after / before):.1f} % fewer). It is an "
             f"ordinary {type(run.model).__name__} with a smaller configuration, and needs nothing to run faster.{gone}",
         )
@@ -288,6 +331,10 @@ class Structured(Technique):
         rows += [[f"{kind} in a layer", str(a), str(b)] for kind, pairs in figures["widths"].items() for a, b in pairs]
         rows += [[f"layers of `{stack}`", str(a), str(b)] for stack, (a, b) in figures["layers"].items()]
         card.table("What structured pruning removed", ["", "before", "after"], rows)
+
+
+def _mean(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(pair[0] / pair[1]) for name, pair in sums.items()}
 
 
 def narrowing(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> shrinking.Narrowing:
@@ -339,26 +386,6 @@ def require_equal(model: PreTrainedModel, expected: Tensor, label: str) -> None:
             f"removed parts (relative difference {gap:.1e}): something in it depends on how many there are. Load the "
             "model again, and remove parts of another kind"
         )
-
-
-def carry(run: Run, plan: shrinking.Shrinking) -> None:
-    """Masks, patterns, widths in bits and coverage of earlier steps, for the parameters and modules as they are now."""
-    run.masks.update({name: plan.narrow(name, mask) for name, mask in run.masks.items()})
-    tables: list[dict[str, Any]] = [run.masks, run.nm_patterns, run.bit_plan]
-    for table in tables:
-        renamed = {new: value for name, value in table.items() if (new := plan.rename(name)) is not None}
-        table.clear()
-        table.update(renamed)
-    for step in run.recipe.steps:
-        for names in _touched(run, step):
-            left = set(filter(None, map(plan.rename, names)))
-            names.clear()
-            names.update(left)
-
-
-def _touched(run: Run, step: Technique) -> list[set[str]]:
-    names, skipped = run.touched(step) or (set(), {})
-    return [names, *skipped.values()]
 
 
 def _count(asked: int | float, size: int) -> int:

@@ -15,6 +15,7 @@ beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +67,7 @@ class VariationalDropout(Technique):
         end: where it counts fully, after a straight rise.
         settle: where weights are removed for good: a step, or a share of training. Those left train on without noise;
             1.0 is the end of training, as in the paper.
-        initial: ``log σ²`` of every weight at the beginning.
+        initial: ``log σ²`` of every weight at the beginning; ``-inf`` is no noise at all.
         variance_learning_rate: of ``log σ²``; None takes that of the weights, too little for short training: a weight
             is removed when ``log σ²`` has come some ten units up.
         scope: with ``sparsity``: ``"global"`` ranks all targets together, ``"layer"`` removes this share of each layer.
@@ -82,7 +83,7 @@ class VariationalDropout(Technique):
     begin: int | float = option(0, low=0)
     end: int | float = option(0.5, low=0)
     settle: int | float = option(1.0, above=0)
-    initial: float = -10.0
+    initial: float = option(-10.0, below=math.inf, infinite=True)
     variance_learning_rate: float | None = option(0.05, low=0.0)
     scope: Literal["layer", "global"] = "global"
     targets: tuple[str, ...] = ("Linear",)
@@ -90,6 +91,11 @@ class VariationalDropout(Technique):
 
     def validate(self) -> None:
         check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
+
+    def cut_off(self, share: float) -> str:
+        """What comes of a ramp that ends at this share of its height."""
+        made = "" if self.sparsity is None else f", and a sparsity of {self.sparsity:g} is made of the ranking so far"
+        return f"the weight of the divergence reaches {share * self.weight:.4g} instead of {self.weight:g}{made}"
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl

@@ -79,8 +79,8 @@ class NM(Technique):
     skip: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        if self.keep > self.group:
-            raise RecipeError(f"nm: keep must be <= group, not {self.keep} of {self.group}")
+        if self.keep >= self.group:
+            raise RecipeError(f"nm: keep must be < group, not {self.keep} of {self.group}: that removes nothing")
         if self.scope == "model" and self.budget is None:
             raise RecipeError("nm: scope says where a budget holds; set budget, a share in (0, 1], or leave scope out")
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
@@ -68,8 +69,10 @@ class SRSTE(Technique):
         keep: weights kept in a group (the N of N:M).
         group: consecutive input weights in a group (the M); 2 and 4 is what sparse tensor cores run.
         decay: ``λ``; 0 is the straight-through estimator. The paper's value is for SGD. With ``term: update`` a step
-            takes off a share ``γ λ``, which the small rates of Adam make nothing (said at the start of training): at
-            a rate of 3e-3, 10 to 100 did best on a small language model.
+            takes off a share ``γ λ``, which the small rates of Adam make nothing (said at the start of training):
+            with AdamW at a rate of 3e-3, 10 to 100 did best on a small language model. A share above 1 turns the sign
+            of a weight at every step, and above 2 lets it grow without end; under SGD, where that holds for both
+            places of the term, training is then refused.
         term: where the decay goes. ``"update"`` subtracts ``γ λ W`` from the weights that are left out, beside the
             optimizer's step as decoupled weight decay does; ``"gradient"`` adds ``λ W`` to their gradient, so that it
             passes through the running means. With SGD without momentum both are the formula.
@@ -91,8 +94,8 @@ class SRSTE(Technique):
     skip: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        if self.keep > self.group:
-            raise RecipeError(f"sr_ste: keep must be <= group, not {self.keep} of {self.group}")
+        if self.keep >= self.group:
+            raise RecipeError(f"sr_ste: keep must be < group, not {self.keep} of {self.group}: that removes nothing")
         check_positions(self.name, begin=self.begin, end=self.end)
 
     @property
@@ -183,6 +186,7 @@ class SparseRefinement(TrainerCallback):
         if begin > state.max_steps:
             self._warn(begin, state.max_steps)
         self._look_at_the_rate(args.learning_rate, state.max_steps)
+        self._require_damping(kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state.max_steps)
         if state.global_step < begin:
             self._set({})
         elif state.global_step == 0 or self.step.masks_follow_weights:
@@ -226,6 +230,21 @@ class SparseRefinement(TrainerCallback):
             self.run.record.note(sentence)
             log.warning(sentence)
 
+    def _require_damping(self, optimizer: Any, scheduler: Any, max_steps: int) -> None:
+        # W -= γ λ W, whatever the gradient: under SGD in both places of the term (momentum only adds to it), and under
+        # any optimizer where the term is part of the update.
+        sgd = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
+        if not sgd and self.step.term != "update":
+            return
+        peak = peak_rate(optimizer, scheduler, [layer.weight for layer in self.layers.values()], max_steps)
+        if peak * self.step.decay > 1.0:
+            raise RecipeError(
+                f"{self.run.label(self.step)}: at a learning rate of {peak:g}, a decay of "
+                f"{self.step.decay:g} takes {peak * self.step.decay:.3g} times a weight off it in one step, which "
+                f"turns its sign and, above 2, lets it grow: set decay to about {0.1 / peak:.2g}, or lower "
+                "the learning rate"
+            )
+
     def _warn(self, begin: int, max_steps: int) -> None:
         sentence = (
             f"{self.run.label(self.step)}: sparsity begins at step {begin}, but training ends at step {max_steps}: the "
@@ -233,6 +252,20 @@ class SparseRefinement(TrainerCallback):
         )
         self.run.record.note(sentence)
         warnings.warn(sentence, stacklevel=2)
+
+
+def peak_rate(optimizer: Any, scheduler: Any, weights: Iterable[Tensor], max_steps: int) -> float:
+    """The highest learning rate of any of these parameters in a training of ``max_steps``, where a schedule tells it.
+
+    A scheduler that is no ``LambdaLR`` is taken to begin at its highest.
+    """
+    wanted, highest = {id(weight) for weight in weights}, 0.0
+    lambdas = scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else [None] * len(optimizer.param_groups)
+    for group, rate in zip(optimizer.param_groups, lambdas, strict=True):
+        if any(id(parameter) in wanted for parameter in group["params"]):
+            times = 1.0 if rate is None else max(rate(step) for step in range(max(1, max_steps)))
+            highest = max(highest, float(group.get("initial_lr", group["lr"])) * times)
+    return highest
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from toy_training import arguments, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 import hf_optim
-from hf_optim import ModelError, OptimError, RecipeError
+from hf_optim import ModelError, OptimConfig, OptimError, RecipeError, Run
 from hf_optim.run import run_of
 from hf_optim.toolkit import students
 from hf_optim.toolkit.hidden_states import HiddenStates, bodies
@@ -90,9 +90,13 @@ def test_every_other_layer_is_that_of_the_papers_code():
 
 
 def test_students_that_cannot_be_are_refused():
-    for layers in ((2, 1), (0, 4), (), (0, 0)):
-        with pytest.raises(ModelError, match=r"step 1 \(distilbert\): layers must be ascending indices below 4"):
-            hf_optim.optimize(deep(tiny_llama), DistilBERT(layers=layers))
+    for layers in ([2, 1], [-1, 1], [], [0, 0]):
+        with pytest.raises(RecipeError, match=r"distilbert: layers are the indices .* in ascending order, not \["):
+            OptimConfig.parse([{"technique": "distilbert", "layers": layers}])
+    with pytest.raises(RecipeError, match="all four weights are 0"):
+        DistilBERT(alpha_ce=0.0, alpha_task=0.0, alpha_cos=0.0, alpha_pool=0.0)
+    with pytest.raises(ModelError, match=r"step 1 \(distilbert\): layers must be indices below 4, .* not \[0, 4\]"):
+        hf_optim.optimize(deep(tiny_llama), DistilBERT(layers=(0, 4)))
     with pytest.raises(ModelError, match=r"all 4 layers of model\.layers are kept"):
         hf_optim.optimize(deep(tiny_llama), DistilBERT(layers=(0, 1, 2, 3)))
     with pytest.raises(ModelError, match=r"layer 0 of encoder\.block has parameters that others lack"):
@@ -136,6 +140,57 @@ def test_masks_move_with_their_layers():
     assert {name.split(".")[2] for name in run.masks} == {"0", "1"}
     for name, mask in run.masks.items():
         assert ((student.get_parameter(name) != 0) == mask).all()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"technique": "magnitude"},
+        {"technique": "nm"},
+        {"technique": "gmp", "end": 1},
+        {"technique": "lr_rewinding", "rounds": 1},
+    ],
+    ids=lambda step: step["technique"],
+)
+def test_a_pruned_teacher_gives_a_student_whose_card_names_its_own_layers(first, tmp_path):
+    recipe = OptimConfig.parse([{**first, "skip": ["*.3.mlp.*"]}, {"technique": "distilbert"}])
+    model = hf_optim.optimize(deep(tiny_llama), recipe)
+    settings = {"save_strategy": "no", "max_steps": 2, "learning_rate": 1e-4}
+    if recipe.steps[0].spec.trains:
+        OptimTrainer(model=model, args=arguments(tmp_path / "a", **settings), train_dataset=sentences()).train()
+        model = hf_optim.advance(model)
+    run = run_of(model)
+    projections = {name for name, _ in model.named_modules() if name.endswith("_proj")}
+    assert run.touched(recipe.steps[0])[0] == {n for n in projections if not n.startswith("model.layers.1.mlp")}
+    OptimTrainer(model=model, args=arguments(tmp_path / "b", **settings), train_dataset=sentences()).train()
+    model.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| model.layers.*.self_attn.q_proj | 2 | 2,048 |" in card
+    assert "| model.layers.*.mlp.up_proj | 1 | 1,536 |" in card
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, mask in run.masks.items():
+        assert not again.get_parameter(name)[~mask].any()
+
+
+def test_masks_and_coverage_move_to_the_class_without_token_types(tmp_path):
+    recipe = OptimConfig.parse([{"technique": "nm"}, {"technique": "distilbert", "token_types": False}])
+    student = hf_optim.optimize(bert(BertForMaskedLM), recipe)
+    run = run_of(student)
+    names = run.touched(recipe.steps[0])[0]
+    assert "distilbert.transformer.layer.1.attention.q_lin" in names
+    assert {f"{name}.weight" for name in names} == set(run.masks) == set(run.nm_patterns)
+    OptimTrainer(model=student, args=arguments(tmp_path, max_steps=1), train_dataset=sentences()).train()
+    student.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"{len(names)} linear layers keep at most 2 of every 4" in card
+
+
+def test_bits_move_with_their_layers():
+    run = Run(OptimConfig.parse([{"technique": "distilbert"}]), deep(tiny_llama).config)
+    run.model = deep(tiny_llama)
+    run.bit_plan = {f"model.layers.{i}.mlp.up_proj": 2 + i for i in range(4)}
+    run.call("transform_model")
+    assert run.bit_plan == {"model.layers.0.mlp.up_proj": 2, "model.layers.1.mlp.up_proj": 5}
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------
@@ -210,6 +265,17 @@ def test_a_classifier_and_a_bare_encoder():
     states = [o.last_hidden_state for o in (ours, theirs)]
     vectors = [torch.stack([h[k].mean(0) for h, k in zip(each, keep, strict=True)]) for each in states]
     torch.testing.assert_close(terms["pooled"], 3.0 * cosine(*vectors, torch.ones(2, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
+def test_a_classifier_without_classes(fields):
+    inputs = {"input_ids": torch.arange(3, 11)[None].repeat(2, 1), "attention_mask": torch.ones(2, 8)}
+    terms, ours, theirs, _ = terms_of(deep(tiny_bert, **fields), inputs)
+    p, q = (theirs.logits / T).sigmoid(), (ours.logits / T).sigmoid()
+    binary = T**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    expected = (ours.logits - theirs.logits).square().mean() if "num_labels" in fields else binary
+    assert expected > 0
+    torch.testing.assert_close(terms["kd"], 5.0 * expected)
 
 
 def test_a_model_whose_states_cannot_be_told_is_refused():

@@ -13,10 +13,12 @@ from toy_training import arguments, begin, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import hf_optim
-from hf_optim import CheckpointError, DataConfig, ModelError, OptimConfig, RecipeError
+from hf_optim import CheckpointError, DataConfig, ModelError, OptimConfig, RecipeError, run_of
 from hf_optim.masking import stray_weights
-from hf_optim.toolkit import topology
+from hf_optim.toolkit import teachers, topology
 from hf_optim.toolkit.hidden_states import StateRecorder
+from hf_optim.toolkit.logit_cache import LogitCache
+from hf_optim.toolkit.losses import TopK
 from hf_optim.train_stage import training_rows
 from hf_optim.training import OptimTrainer
 from hf_optim_kernels.kd_loss import op
@@ -63,6 +65,58 @@ def test_the_term_is_the_papers(builder):
     assert any(p.grad is not None for p in student.parameters())
 
 
+LABELS = {
+    "regression": ({"num_labels": 1}, torch.tensor([0.3, -100.0, 2.0, -1.0])),
+    "several numbers": ({"num_labels": 3, "problem_type": "regression"}, torch.zeros(4, 3)),
+    "labels": ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.eye(4, 3)),
+    "labels by the batch": ({"num_labels": 3}, torch.eye(4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_the_term_of_a_head_without_classes(kind):
+    fields, labels = LABELS[kind]
+    student, teacher = tiny_bert(**fields), tiny_bert(seed=1, **fields)
+    inputs = {**batch(student), "labels": labels}
+    terms, outputs = hooked(LogitKD(teacher=None, temperature=T, alpha=0.7), student, teacher, inputs)
+    z_s, z_t = outputs.logits, teacher(input_ids=inputs["input_ids"]).logits
+    p, q = (z_t / T).sigmoid(), (z_s / T).sigmoid()
+    expected = {
+        "labels": T**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(),
+        "regression": (z_s - z_t).square().mean(),
+    }["labels" if kind.startswith("labels") else "regression"]
+    torch.testing.assert_close(terms["kd"], 0.7 * expected)
+    assert terms["kd"] > 0
+    terms["kd"].backward()
+    assert student.classifier.weight.grad.abs().sum() > 0
+
+
+def test_a_regression_learns_from_the_model_before_it_was_pruned(tmp_path):
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = hf_optim.optimize(
+        tiny_bert(num_labels=1, **quiet),
+        [{"technique": "magnitude", "sparsity": 0.9}, {"technique": "logit_kd", "alpha": 1.0}],
+    )
+    rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(0.5)} for row in sentences()]
+    args = arguments(tmp_path, max_steps=16, logging_strategy="steps", logging_steps=4)
+    trainer = OptimTrainer(model=model, args=args, train_dataset=rows)
+    trainer.train()
+    terms = [entry["kd"] for entry in trainer.state.log_history if "kd" in entry]
+    assert 0 < terms[-1] < terms[0]
+    assert run_of(model).record.notes == []
+
+
+@pytest.mark.parametrize("kind", ["regression", "labels"])
+def test_a_head_without_classes_has_no_top_k(kind, tmp_path):
+    fields, _ = LABELS[kind]
+    step = LogitKD(teacher=None, top_k=2, cache=str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match=r"step 1 \(logit_kd\): Bert\w+ predicts .*: leave out top_k and cache"):
+        hf_optim.optimize(tiny_bert(**fields), [step])
+    with pytest.raises(ModelError, match="leave out top_k and cache"):
+        trained(tiny_bert(**fields), step, tmp_path / "out", tiny_bert(seed=1, **fields))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_padding_is_left_out_where_there_are_no_labels():
     student, teacher = tiny_llama(), tiny_llama(seed=1)
     inputs = {"input_ids": batch(student)["input_ids"], "attention_mask": torch.ones(4, 12, dtype=torch.long)}
@@ -107,13 +161,78 @@ def test_self_is_the_model_before_its_stage(tmp_path):
     assert run.record.steps["1"]["teacher"] == "self"
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"technique": "distilbert", "alpha_ce": 0.0},
+        {"technique": "upcycle", "experts": 2, "noise": 0.1},
+        {"technique": "structured", "neurons": 0.25, "score": "magnitude"},
+    ],
+    ids=lambda step: step["technique"],
+)
+def test_self_is_the_model_before_another_step_made_a_new_one(other, tmp_path):
+    recipe = OptimConfig.parse([other, {"technique": "logit_kd", "alpha": 1.0}])
+    assert len(recipe.stages) == 1
+    dense = tiny_llama(num_hidden_layers=4)
+    model = hf_optim.optimize(copy.deepcopy(dense), recipe)
+    run = run_of(model)
+    teacher = run.state(recipe.steps[1]).teacher
+    assert type(teacher) is type(dense)
+    assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), dense.parameters(), strict=True))
+    args = arguments(tmp_path, max_steps=2, logging_strategy="steps", logging_steps=1)
+    trainer = OptimTrainer(model=model, args=args, train_dataset=sentences())
+    trainer.train()
+    assert trainer.state.log_history[0]["kd"] > 1e-3
+    assert run.record.notes == []
+
+
+def test_a_student_that_would_learn_from_itself_is_refused(tmp_path):
+    def train(model, rows=None):
+        args = arguments(tmp_path, max_steps=2, logging_strategy="steps", logging_steps=1)
+        trainer = OptimTrainer(model=model, args=args, train_dataset=rows or sentences())
+        trainer.train()
+        return [entry["kd"] for entry in trainer.state.log_history if "kd" in entry]
+
+    message = r"step 1 \(logit_kd\): no other step of its stage changes the model.*put the step.*or name a teacher"
+    with pytest.raises(RecipeError, match=message):
+        train(hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0)]))
+    with pytest.raises(RecipeError, match=message):
+        train(hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0), {"technique": "distilbert"}]))
+    unlabelled = [{"input_ids": row["input_ids"]} for row in sentences()]
+    with pytest.raises(RecipeError, match=message):
+        train(hf_optim.optimize(tiny_llama(), [LogitKD()]), unlabelled)
+    # Labels teach, or a step that changes the model while it trains, or its owner changed it.
+    assert train(hf_optim.optimize(tiny_llama(), [LogitKD()]))[-1] > 0
+    assert train(hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0), {"technique": "gmp", "end": 1}]))
+    model = hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0)])
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5, 5:] = 0
+    assert train(model)[0] > 0
+    model = hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0)])
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    assert train(model)[0] > 0
+    model = hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0)])
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output / 2)
+    assert train(model)[0] > 0
+
+
+def test_adapters_may_learn_from_the_model_without_them(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = hf_optim.optimize(tiny_llama(), [LogitKD(alpha=1.0)])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    args = arguments(tmp_path, max_steps=4, logging_strategy="steps", logging_steps=1)
+    trainer = OptimTrainer(model=adapted, args=args, train_dataset=sentences())
+    trainer.train()
+    assert [entry["kd"] for entry in trainer.state.log_history if "kd" in entry][-1] > 0
+
+
 def test_a_teacher_that_is_the_student_is_noticed(caplog):
     model = hf_optim.optimize(tiny_llama(), [LogitKD()])
     run = hf_optim.run_of(model)
     inputs = batch(model)
     run.call("training_loss", model=model, inputs=inputs, outputs=model(**inputs))
     run.call("training_loss", model=model, inputs=inputs, outputs=model(**inputs))
-    assert caplog.text.count("gave the same distribution on the first batch") == 1
+    assert caplog.text.count("gave the same outputs on the first batch") == 1
 
 
 def test_a_teacher_from_a_folder(tmp_path):
@@ -143,8 +262,11 @@ def test_teachers_that_cannot_teach_are_refused_before_training(tmp_path):
         trained(tiny_llama(), LogitKD(teacher=None), tmp_path, tiny_llama(vocab_size=72))
     with pytest.raises(ModelError, match="predicts 5 classes and the student 3"):
         trained(tiny_bert(), LogitKD(teacher=None), tmp_path, tiny_bert(num_labels=5))
-    with pytest.raises(ModelError, match="nowhere' cannot be loaded"):
-        trained(tiny_llama(), LogitKD(teacher=str(tmp_path / "nowhere")), tmp_path)
+    for place in (str(tmp_path / "nowhere"), "/nowhere", "./nowhere", "../nowhere", "~/nowhere", "a/b/nowhere"):
+        with pytest.raises(ModelError, match=r"step 1 \(logit_kd\): .*nowhere' cannot be loaded: no such folder"):
+            trained(tiny_llama(), LogitKD(teacher=place), tmp_path)
+    with pytest.raises(ModelError, match=r"'org/nowhere' cannot be loaded: (?!no such folder)"):
+        trained(tiny_llama(), LogitKD(teacher="org/nowhere"), tmp_path)
 
 
 def test_another_tokenizer_is_refused(tmp_path, shared_models):
@@ -316,6 +438,29 @@ def test_squarehead_is_the_papers(builder):
     assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["in this run", "before the checkpoint"])
+def test_hidden_states_are_compared_channel_by_channel_after_a_permutation(tmp_path, again):
+    """A permuted model computes what it did: nothing is to be learnt before the first step."""
+    dense = tiny_llama()
+    dense.save_pretrained(tmp_path / "dense")
+    kd = {"technique": "logit_kd", "alpha_states": 1.0}
+    permuted = hf_optim.optimize(dense, [{"technique": "channel_permutation"}, *([] if again else [kd])])
+    embedding = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").get_input_embeddings().weight
+    assert not torch.equal(permuted.get_input_embeddings().weight, embedding)
+    if again:
+        permuted.save_pretrained(tmp_path / "permuted")
+        recipe = [{**kd, "teacher": str(tmp_path / "dense")}]
+        permuted = hf_optim.optimize(AutoModelForCausalLM.from_pretrained(tmp_path / "permuted"), recipe)
+    run = run_of(permuted)
+    for callback in (c for found in run.call("training_callbacks") for c in found):
+        callback.on_train_begin(None, None, None)
+        callback.on_step_begin(None, None, None)
+    inputs = batch(permuted)
+    (terms,) = run.call("training_loss", model=permuted, inputs=inputs, outputs=permuted(**inputs))
+    assert abs(float(terms["kd"].detach())) < 1e-6
+    assert float(terms["states"].detach()) < 1e-6
+
+
 def run_callbacks(run, kind):
     return [c for found in run.call("training_callbacks") for c in found if isinstance(c, kind)]
 
@@ -429,6 +574,72 @@ def test_a_cache_of_other_settings_is_refused(tmp_path):
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="no readable shard"):
         trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "b", tiny_llama(seed=1), max_steps=1)
+
+
+def test_a_cache_of_a_teacher_that_changed_at_its_path_is_refused(tmp_path, monkeypatch):
+    step = LogitKD(teacher=str(tmp_path / "teacher"), top_k=5, cache=str(tmp_path / "cache"))
+    tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
+    trained(tiny_llama(), step, tmp_path / "a", max_steps=1)
+    trained(tiny_llama(), step, tmp_path / "b", max_steps=1)
+    tiny_llama(seed=2).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(CheckpointError, match="give another directory"):
+        trained(tiny_llama(), step, tmp_path / "c", max_steps=1)
+    tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
+    trained(tiny_llama(), step, tmp_path / "d", max_steps=1)
+    changed = json.loads((tmp_path / "teacher" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps({**changed, "rope_theta": 77.0}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="give another directory"):
+        trained(tiny_llama(), step, tmp_path / "e", max_steps=1)
+
+
+def test_a_cache_that_does_not_know_its_teachers_files_is_refused(tmp_path):
+    tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
+    step = LogitKD(teacher=str(tmp_path / "teacher"), top_k=5, cache=str(tmp_path / "cache"))
+    settings = {"teacher": step.teacher, "temperature": step.temperature, "top_k": 5, "classes": 64}
+    cache = LogitCache(tmp_path / "cache", settings)
+    cache.put("some sample", TopK(torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 5), torch.zeros(1)))
+    cache.flush()
+    with pytest.raises(CheckpointError, match="give another directory"):
+        trained(tiny_llama(), step, tmp_path / "out", max_steps=1)
+
+
+def test_a_training_that_failed_goes_on_with_the_teacher_it_has_loaded(tmp_path):
+    """The module that was loaded from a path is no teacher of another kind."""
+    tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
+    step = LogitKD(teacher=str(tmp_path / "teacher"), top_k=5, cache=str(tmp_path / "cache"))
+    run = begin(tiny_llama(), step)
+    (keeper,) = run.call("training_callbacks")[0]
+    inputs = batch(run.model)
+    for _ in range(2):
+        keeper.on_train_begin(SimpleNamespace(process_index=0), None, None)
+        run.call("training_loss", model=run.model, inputs=inputs, outputs=run.model(**inputs))
+        keeper.on_save(None, None, None)
+
+
+def test_the_files_of_a_teacher(tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    tiny_llama().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    found = {teachers.files_fingerprint(str(folder))}
+    assert {teachers.files_fingerprint(str(folder))} == found
+    raw = weights.read_bytes()
+    header = 8 + int.from_bytes(raw[:8], "little")
+    for place in (header, len(raw) - 1):
+        weights.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        found.add(teachers.files_fingerprint(str(folder)))
+    weights.rename(folder / "other.safetensors")
+    found.add(teachers.files_fingerprint(str(folder)))
+    assert len(found) == 4
+    # Of a Hub id the commit, where one is on this machine.
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}", encoding="utf-8")
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("ab" * 20, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert teachers.files_fingerprint("org/model") == "ab" * 20
+    assert teachers.files_fingerprint("org/other") == "org/other"
 
 
 def test_a_sample_is_found_in_any_batch_and_padding():

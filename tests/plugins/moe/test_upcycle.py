@@ -22,8 +22,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, Run
 from hf_optim.toolkit import topology
+from hf_optim.traits import BITS_ASSIGNED
 from hf_optim_plugins.moe.upcycle import BalanceExperts, Upcycle
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -162,6 +164,33 @@ def test_masks_move_to_the_experts():
     assert torch.equal(run.masks[mixture + "gate_up_proj"][1], torch.cat([masks["gate_proj"], masks["up_proj"]]))
     assert all(mask.shape == run.model.get_parameter(name).shape for name, mask in run.masks.items())
     assert run.nm_patterns[mixture + "down_proj"] == (2, 4)
+
+
+@pytest.mark.parametrize("technique", ["magnitude", "nm"])
+def test_a_pruned_model_gives_experts_that_its_card_counts(technique, tmp_path):
+    model = hf_optim.optimize(tiny_llama(), [{"technique": technique}, {"technique": "upcycle", "experts": 3}])
+    run = hf_optim.run_of(model)
+    names = run.touched(run.recipe.steps[0])[0]
+    assert "model.layers.1.mlp.experts.2.gate_up_proj" in names
+    assert not any(name.endswith(("mlp.gate_proj", "mlp.down_proj")) for name in names)
+    assert all(trait.holds(run) for trait in run.traits)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| model.layers.*.mlp.experts.*.down_proj | 6 | 9,216 | 50.0 % |" in card
+    assert "| model.layers.*.self_attn.q_proj | 2 | 2,048 | 50.0 % |" in card
+    again = type(model).from_pretrained(tmp_path)
+    for name, mask in run.masks.items():
+        assert not again.get_parameter(name)[~mask].any()
+
+
+def test_bits_go_to_every_expert():
+    def prepare(run):
+        run.bit_plan = {"model.layers.0.mlp.down_proj": 3, "model.layers.0.self_attn.q_proj": 4}
+
+    run = upcycle(tiny_llama(), before=prepare, experts=2)
+    experts = {f"model.layers.0.mlp.experts.{index}.down_proj": 3 for index in range(2)}
+    assert run.bit_plan == {**experts, "model.layers.0.self_attn.q_proj": 4}
+    assert BITS_ASSIGNED.holds(run)
 
 
 def test_routers_get_their_own_learning_rate():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from real_stories import Stories
 from round_training_runs import original_rates, train
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
+from toy_training import sentences
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
@@ -89,6 +91,53 @@ def test_stopping_early_is_said_with_what_was_reached(tmp_path):
         run.complete_stage()
     assert any("instead of 0.75" in note for note in run.record.notes)
     assert run.record.steps["0"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("given", [{}, {"sparsity": 0.75, "rounds": 2, "targets": ["Linear"]}])
+def test_a_loop_of_ones_own_is_on_the_record_and_the_card(tmp_path, given):
+    """As the documents have it: the rounds are those of the recipe's step, whether or not their numbers are said."""
+    model = hf_optim.optimize(tiny_llama(), {"technique": "iterative", "sparsity": 0.75, "rounds": 2})
+    run = run_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = {key: value[None] for key, value in sentences(1)[0].items()}
+    rounds = hf_optim.Rounds(run, **given)
+    while rounds.left:
+        rounds.next()
+        model(**batch).loss.backward()
+        optimizer.step()
+        rounds.keep()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rounds.finish()
+    assert run.finished
+    record = run.record.steps["0"]
+    assert (record["rounds"], record["sparsities"]) == (2, [0.5, 0.75])
+    assert record["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "README.md").read_text()
+    assert "sparsity after each: 50.0 %, 75.0 %" in text
+    assert "75.0 % of the targeted weights are zero" in text
+    assert json.loads((tmp_path / "saved" / "hf_optim.json").read_text())["finished"] is True
+
+
+def test_rounds_that_contradict_the_recipe_are_refused():
+    run = run_of(hf_optim.optimize(tiny_llama(), {"technique": "iterative", "sparsity": 0.75, "rounds": 2}))
+    for name, value in {"sparsity": 0.8, "rounds": 3, "scope": "global", "skip": ["*.q_proj"]}.items():
+        with pytest.raises(RecipeError, match=rf"step 1 \(iterative\) has {name}=.*: leave {name} out"):
+            hf_optim.Rounds(run, **{name: value})
+    other = run_of(hf_optim.optimize(tiny_llama(), {"technique": "gmp"}))
+    with pytest.raises(RecipeError, match="give Rounds its rounds, which no step of the recipe has"):
+        hf_optim.Rounds(other, sparsity=0.5)
+
+
+@pytest.mark.parametrize("second", ["iterative", "lottery_ticket", "lr_rewinding"])
+@pytest.mark.parametrize("first", ["iterative", "lottery_ticket", "lr_rewinding"])
+def test_two_owners_of_the_rounds_are_refused(first, second):
+    """Each divides the steps and sets the learning rate: of two, one would be dropped without a word."""
+    recipe = OptimConfig.parse([{"technique": first}, {"technique": second}])
+    message = rf"step 2 \({second}\) and step 1 \({first}\) both set '[a-z ]+'; leave one of them out"
+    with pytest.raises(RecipeError, match=message):
+        recipe.check()
 
 
 class Pages:

@@ -169,6 +169,8 @@ def test_what_an_earlier_step_removed_stays_removed(on, tmp_path):
     ("fields", "message"),
     [
         ({"begin": 9, "end": 3}, "begin must be <= end"),
+        ({"end": 1.0, "settle": 0.2}, r"l0: end must be <= settle, not 1\.0 > 0\.2"),
+        ({"end": 5, "settle": 4}, "end must be <= settle, not 5 > 4"),
         ({"settle": 1.5}, r"settle is a share of training in \[0, 1\] or a whole number"),
         ({"on": "layers"}, "on must be"),
         ({"initial": 1.0}, "initial must be < 1"),
@@ -177,6 +179,44 @@ def test_what_an_earlier_step_removed_stays_removed(on, tmp_path):
 def test_fields_that_do_not_go_together_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         optimize(tiny_llama(), {"technique": "l0", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "cut", "outcome"),
+    [
+        ({"end": 1000}, "training at step 10", r"the price reaches 0\.01 instead of 1; train longer, or lower end"),
+        ({"begin": 500, "end": 1000}, "training at step 10", "the price reaches 0 instead of 1"),
+        ({"end": 20, "sparsity": 0.6}, "training at step 10", r"reaches a sparsity of 0\.3000 instead of 0\.6, and"),
+        ({"end": 8, "settle": 0.4}, "weights are removed for good at step 4", r"0\.5 instead of 1; raise settle, or"),
+    ],
+)
+def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, fields, cut, outcome):
+    model = optimize(tiny_llama(), {"technique": "l0", **fields})
+    message = rf"step 1 \(l0\): the ramp ends at step {fields['end']}, but {cut}: .*{outcome}"
+    with pytest.warns(UserWarning, match=message):
+        train(model, tmp_path, 10)
+    assert any("the ramp ends at step" in note for note in run_of(model).record.notes)
+
+
+def test_a_ramp_that_finishes_is_not_talked_about(tmp_path):
+    model = optimize(tiny_llama(), {"technique": "l0", "end": 4, "settle": 4})
+    train(model, tmp_path, 4)
+    assert run_of(model).record.notes == []
+
+
+def test_a_ramp_that_ends_before_it_begins_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"step 1 \(l0\): the ramp begins at step 500 and ends at step 5 of 10"):
+        train(optimize(tiny_llama(), {"technique": "l0", "begin": 500, "end": 0.5}), tmp_path, 10)
+
+
+def test_gates_are_heard_from_the_first_forward_in_training_on():
+    model = optimize(tiny_llama(), {"technique": "l0"})
+    run = run_of(model)
+    run.recipe.steps[0].prepare(run)
+    gates = run.state(run.recipe.steps[0]).gates
+    for mode, expected in (("eval", False), ("train", True), ("eval", True)):
+        getattr(model, mode)()(torch.ones(1, 4, dtype=torch.long))
+        assert {one.heard for one in gates} == {expected}
 
 
 def test_a_model_without_such_units_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from real_stories import Stories
@@ -40,6 +42,19 @@ def test_rewound_weights_equal_those_of_step_k_where_the_mask_is_1(tmp_path, mak
     assert seen.rates == [*original, *original[k:], *original[k:]]
     assert (tmp_path / "a" / f"rewind-{k}" / "model.safetensors").is_file()
     assert run_of(model).record.steps["0"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("other", "place"),
+    [*itertools.product(["l0", "variational_dropout", "sr_ste", "top_kast"], [0, 1]), ("qat", 1)],
+)
+def test_a_step_whose_learning_would_not_go_back_is_refused(other, place):
+    """Gates, variances, masks and scales lie beside the weights, and rewinding leaves them where they are."""
+    steps = [{"technique": "lottery_ticket"}]
+    steps.insert(place, {"technique": other})
+    with pytest.raises(RecipeError, match="both set 'the training forward of linear layers'; leave one of them out"):
+        OptimConfig.parse(steps).check()
+    OptimConfig.parse([{"technique": "logit_kd"}, {"technique": "lottery_ticket"}]).check()
 
 
 def test_without_a_dense_phase_the_weights_that_came_are_ranked_and_come_back(tmp_path):

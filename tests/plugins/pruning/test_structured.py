@@ -212,13 +212,50 @@ def test_layers_go_by_block_influence_and_by_the_gradient_of_their_gates():
         assert figures(model)["removed_layers"] == [f"model.layers.{int(expected.argmin())}"]
 
 
+def test_only_what_is_asked_for_goes():
+    model = prune(tiny_llama(num_hidden_layers=3), layers=1, score="magnitude")
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (2, 48)
+    assert figures(model)["ranked_by"] == {"layers": "magnitude"}
+    assert figures(model)["widths"] == {}
+
+
+def test_without_a_score_layers_go_by_taylor_and_units_by_activation(tmp_path):
+    """On a model where the two disagree about layers."""
+    data = batches(tiny_llama(), 3)
+
+    def pruned(**fields):
+        return prune(tiny_llama(num_hidden_layers=4), data, round_to=1, **fields)
+
+    def gone(model):
+        return figures(model)["removed_layers"]
+
+    first, by_taylor = pruned(layers=1, score="activation"), pruned(layers=1, score="taylor")
+    assert gone(first) != gone(by_taylor)
+    both = pruned(layers=1, neurons=0.5)
+    assert gone(both) == gone(by_taylor)
+    assert figures(both)["ranked_by"] == {"neurons": "activation", "layers": "taylor"}
+    narrow = pruned(neurons=0.5)
+    left = [index for index in range(4) if f"model.layers.{index}" not in gone(both)]
+    for now, index in enumerate(left):
+        weight = narrow.model.layers[index].mlp.down_proj.weight
+        assert torch.equal(both.model.layers[now].mlp.down_proj.weight, weight)
+    both.save_pretrained(tmp_path)
+    assert "(neurons by activation, layers by taylor)" in (tmp_path / "README.md").read_text()
+
+
+def test_layers_of_a_model_without_a_loss_go_by_activation(caplog):
+    model = prune(tiny_bert(num_labels=1), batches(tiny_bert()), layers=1)
+    assert figures(model)["ranked_by"] == {"layers": "activation"}
+    assert "step 1 (structured): layers are ranked by activation" in caplog.text
+
+
 @pytest.mark.parametrize("family", ["bert", "vit", "t5"])
 def test_without_labels_a_model_is_ranked_by_its_own_predictions(family):
     model = TINY[family]()
     model = prune(model, batches(model), score="taylor", layers=1, neurons=0.5)
     assert len(figures(model)["removed_layers"]) == len(figures(model)["layers"])
     with pytest.raises(ModelError, match="predicts no classes"):
-        prune(tiny_bert(num_labels=1), batches(tiny_bert()), score="taylor")
+        prune(tiny_bert(num_labels=1), batches(tiny_bert()), score="taylor", neurons=0.25)
 
 
 # -- with others --------------------------------------------------------------------------------------------------
@@ -238,7 +275,7 @@ def test_masks_of_an_earlier_step_follow():
 def test_a_pattern_along_the_inputs_survives_only_where_columns_stay():
     nm = {"technique": "nm"}
     with pytest.raises(RecipeError, match="would destroy sparse-nm"):
-        OptimConfig.parse([nm, {"technique": "structured"}]).check()
+        OptimConfig.parse([nm, {"technique": "structured", "neurons": 0.25}]).check()
     model = hf_optim.optimize(
         tiny_llama(), [nm, {"technique": "structured", "neurons": 0, "layers": 1, "score": "magnitude"}]
     )
@@ -296,7 +333,7 @@ def test_heads_whose_width_is_derived_are_refused(family):
 @pytest.mark.parametrize(
     ("build", "fields", "message"),
     [
-        (tiny_mixtral, {}, "its feed-forward layers are experts"),
+        (tiny_mixtral, {"neurons": 0.25}, "its feed-forward layers are experts"),
         (tiny_llama, {"neurons": 48}, r"48 of 48 neurons \(a multiple of 8 stays\)"),
         (tiny_llama, {"neurons": 0.01}, "at least one must go"),
         (tiny_llama, {"heads": 2}, "2 of 2 heads"),
@@ -313,8 +350,9 @@ def test_what_cannot_be_removed_is_refused(build, fields, message):
     ("fields", "message"),
     [
         ({"neurons": 1.0}, r"neurons is a share in \[0, 1\) or a whole number"),
-        ({"neurons": 0}, "nothing to remove"),
-        ({"skip": ["x"]}, "no layers are removed"),
+        ({}, "say what to remove: heads, neurons or layers"),
+        ({"neurons": 0, "score": "magnitude"}, "say what to remove"),
+        ({"neurons": 0.25, "skip": ["x"]}, "no layers are removed"),
         ({"layers": -1}, "layers must be >= 0"),
     ],
 )

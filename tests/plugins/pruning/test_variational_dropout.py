@@ -169,6 +169,11 @@ def test_a_stock_trainer_is_refused():
     ("fields", "message"),
     [
         ({"begin": 9, "end": 3}, "begin must be <= end"),
+        ({"end": 1.0, "settle": 0.2}, r"variational_dropout: end must be <= settle, not 1\.0 > 0\.2"),
+        ({"threshold": math.nan}, "variational_dropout: threshold must be a finite number, not nan"),
+        ({"threshold": -math.inf}, "threshold must be a finite number, not -inf"),
+        ({"initial": math.inf}, "initial must be < inf"),
+        ({"initial": math.nan}, "initial must be a finite number, not nan"),
         ({"settle": 1.5}, r"settle is a share of training in \[0, 1\] or a whole number"),
         ({"sparsity": 1.0}, "must be < 1"),
         ({"weight": -1.0}, "weight must be >= 0"),
@@ -177,6 +182,15 @@ def test_a_stock_trainer_is_refused():
 def test_fields_that_do_not_go_together_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         optimize(tiny_llama(), {"technique": "variational_dropout", **fields})
+
+
+def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path):
+    for number, (fields, told) in enumerate([({}, ""), ({"sparsity": 0.5}, r", and a sparsity of 0\.5 is")]):
+        model = optimize(tiny_llama(), {"technique": "variational_dropout", "end": 1000, **fields})
+        message = r"step 1 \(variational_dropout\): the ramp ends at step 1000, but .* step 10: .* 0\.01 instead of 1"
+        with pytest.warns(UserWarning, match=message + told):
+            train(model, tmp_path / str(number), 10)
+        assert any("0.01 instead of 1" in note for note in run_of(model).record.notes)
 
 
 @pytest.mark.slow

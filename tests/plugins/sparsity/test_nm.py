@@ -234,7 +234,8 @@ def test_data_is_asked_for_only_where_it_is_needed():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"keep": 5}, "keep must be <= group"),
+        ({"keep": 5}, "keep must be < group"),
+        ({"keep": 4}, "nm: keep must be < group, not 4 of 4: that removes nothing"),
         ({"budget": 0.0}, "budget must be > 0"),
         ({"scope": "model"}, "scope says where a budget holds"),
         ({"score": "act"}, "one of 'magnitude', 'activation'"),

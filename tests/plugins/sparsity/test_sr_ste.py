@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,7 @@ from hf_optim.toolkit import masks, sparse_training
 from hf_optim.toolkit.linear_layers import linears, weight_out_in
 from hf_optim.toolkit.sparse_training import MaskedLayer
 from hf_optim.traits import SPARSE, SPARSE_NM
-from hf_optim_plugins.sparsity.sr_ste import refine_
+from hf_optim_plugins.sparsity.sr_ste import SparseRefinement, refine_
 
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(9))
 RATE = 1e-2
@@ -155,16 +157,56 @@ def test_the_two_places_of_the_term_differ_under_adam(tmp_path):
     assert not torch.allclose(*found, atol=1e-4)
 
 
-def test_keep_equal_to_group_is_dense_training(tmp_path):
-    model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "keep": 4, "decay": 1.0})
-    train(model, tmp_path)
+class Last(TrainerCallback):
+    """The model as it is before the stage ends."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.model = copy.deepcopy(model)
+
+
+def test_before_sparsity_begins_it_is_dense_training(tmp_path):
+    model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "begin": 5, "decay": 1.0})
+    last = Last()
+    with pytest.warns(UserWarning, match="begins at step 5"):
+        train(model, tmp_path, after=[last])
     plain = tiny_llama()
     args = TrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=RATE, lr_scheduler_type="constant",
         use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
     Trainer(model=plain, args=args, train_dataset=rows()).train()
-    assert same(model, plain)
+    assert same(last.model, plain)
+
+
+@pytest.mark.parametrize("term", ["update", "gradient"])
+def test_a_decay_that_turns_signs_is_refused_under_sgd(term, tmp_path):
+    """W ← (1 - γ λ) W of what is left out: above 1 its sign turns, above 2 it grows. Other optimizers go on."""
+    step = {"technique": "sr_ste", "decay": 150.0, "term": term}
+    message = r"step 1 \(sr_ste\): at a learning rate of 0\.01, a decay of 150 takes 1\.5 times.*about 10, or"
+    for schedule in ({}, {"lr_scheduler_type": "cosine", "warmup_steps": 2}):
+        with pytest.raises(RecipeError, match=message):
+            train(hf_optim.optimize(tiny_llama(), step), tmp_path, optim="sgd", **schedule)
+    model = hf_optim.optimize(tiny_llama(), step)
+    # Of a warm-up that training does not see the end of, the peak is where it gets.
+    train(model, tmp_path, optim="sgd", lr_scheduler_type="linear", warmup_steps=6)
+    train(hf_optim.optimize(tiny_llama(), {**step, "decay": 100.0}), tmp_path, optim="sgd")
+    # Adam divides a gradient by its size, but not what is part of the update.
+    adam = hf_optim.optimize(tiny_llama(), step)
+    with pytest.raises(RecipeError, match=message) if step["term"] == "update" else contextlib.nullcontext():
+        train(adam, tmp_path, optim="adamw_torch")
+
+
+def test_the_rate_that_counts_is_that_of_the_layers_under_sgd(tmp_path):
+    """An optimizer of the caller's own, whose rate the arguments do not know."""
+    model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "decay": 3.0})
+    run, step = run_of(model), run_of(model).recipe.steps[0]
+    ours = [layer.weight for layer in targets(model).values()]
+    others = [p for p in model.parameters() if not any(p is weight for weight in ours)]
+    for fast, slow, refused in ((ours, others, True), (others, ours, False)):
+        optimizer = torch.optim.SGD([{"params": fast, "lr": 0.5}, {"params": slow, "lr": 0.01}])
+        driver = SparseRefinement(step, run, step.prepare(run))
+        with pytest.raises(RecipeError, match=r"at a learning rate of 0\.5") if refused else contextlib.nullcontext():
+            driver._require_damping(optimizer, None, 4)
 
 
 def test_a_step_that_the_loss_scaler_leaves_out_decays_nothing():
@@ -276,6 +318,14 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste"})
     train(model, tmp_path, 2, save_strategy="steps", save_steps=1)
     model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "every": 2})
+    with pytest.raises(CheckpointError, match=r"step 1 \(sr_ste\): .* was written with every=1, and here it is 2"):
+        train(model, tmp_path, 4, resume=str(tmp_path / "checkpoint-1"))
+    # One that does not tell the fields is found out by what it lacks.
+    path = tmp_path / "checkpoint-1" / "hf_optim_state.json"
+    state = json.loads(path.read_text())
+    del state["run"]["fields"]
+    path.write_text(json.dumps(state))
+    model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "every": 2})
     with pytest.raises(CheckpointError, match=r"step 1 \(sr_ste\): the checkpoint has no mask of model.layers.0"):
         train(model, tmp_path, 4, resume=str(tmp_path / "checkpoint-1"))
 
@@ -379,7 +429,8 @@ def test_a_decay_that_the_learning_rate_makes_nothing_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"keep": 5}, "keep must be <= group"),
+        ({"keep": 5}, "keep must be < group"),
+        ({"keep": 4}, "sr_ste: keep must be < group, not 4 of 4: that removes nothing"),
         ({"decay": -1e-4}, "decay must be >= 0"),
         ({"term": "loss"}, "term"),
         ({"begin": 5, "end": 2}, "begin must be <= end"),
