@@ -17,12 +17,25 @@ from matplotlib.figure import Figure
 from hf_optim.plots import COLOURS
 
 NAME = "results.json"
-SETTINGS = ("layers", "alpha_pool", "steps", "batch", "encoder_rate", "decoder_steps", "decoder_rate", "seed", "device")
+SETTINGS = (
+    "layers",
+    "alpha_pool",
+    "steps",
+    "batch",
+    "encoder_rate",
+    "decoder_steps",
+    "decoder_rate",
+    "seed",
+    "device",
+    "rate",
+)
 
-HEAD = """# Distillation on two real models
+STUDENTS = ("teacher", "copied layers", "task loss alone", "distilbert")
 
-Written by `examples/distillation/page.py` from what `examples/distillation/minilm_student.py` computed: students of
-`distilbert`, made of layers of their teachers.
+HEAD = """# Distillation on real models
+
+Written by `examples/distillation/page.py` from what `minilm_student.py` and `classifier_student.py` beside it computed:
+students of `distilbert`, made of layers of their teachers.
 
 ![Teacher, copied layers, student](students.png)
 """
@@ -74,16 +87,41 @@ def decoder_rows(run: dict[str, Any]) -> list[str]:
         "| | perplexity |",
         "|---|---|",
     ]
-    names = ("teacher", "copied layers", "task loss alone", "distilbert")
-    return [*lines, *(f"| {name} | {found[name]:.3f} |" for name in names), ""]
+    return [*lines, *(f"| {name} | {found[name]:.3f} |" for name in STUDENTS), ""]
+
+
+def classifier_rows(run: dict[str, Any]) -> list[str]:
+    found, settings = run["classifier"], run["settings"]
+    (before, after), (slow, fast) = found["layer parameters"], found["encoding seconds"]
+    layers = ", ".join(map(str, next(iter(found["layers"].values()))))
+    lines = [
+        f"## all-MiniLM-L6-v2 fine-tuned on SST-2, layers {layers}: accuracy on dev",
+        "",
+        f"{settings['steps']} steps of {settings['batch']} sentences on {settings['device']}, the same copied layers "
+        f"twice: with the recipe, and by the task loss alone. Parameters of the layers: {before:,} to {after:,}. "
+        f"Encoding the sentences: {slow:.2f} s to {fast:.2f} s, {found['speed-up']:.2f} times as fast.",
+        "",
+        "| | accuracy | share of the teacher |",
+        "|---|---|---|",
+    ]
+    for name in STUDENTS:
+        lines.append(f"| {name} | {found[name]:.4f} | {100 * found[name] / found['teacher']:.1f} % |")
+    return [*lines, ""]
 
 
 def plot(path: Path, runs: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
+    titles = {
+        "encoder": "Spearman, STS-B test (higher is better)",
+        "classifier": "accuracy, SST-2 dev (higher is better)",
+        "decoder": "perplexity (logarithmic, lower is better)",
+    }
     panels = [
-        *(("Spearman, STS-B test (higher is better)", _spearman(run), run) for run in runs if "encoder" in run),
-        *(("perplexity (logarithmic, lower is better)", _perplexity(run), run) for run in runs if "decoder" in run),
+        (label, _spearman(run) if kind == "encoder" else _both_ways(run[kind]), run)
+        for kind, label in titles.items()
+        for run in runs
+        if kind in run
     ]
     for number, (label, bars, run) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
@@ -94,7 +132,7 @@ def plot(path: Path, runs: list[dict[str, Any]]) -> None:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         else:
-            axes.set_ylim(0.6, 0.85)
+            axes.set_ylim(*((0.6, 0.85) if "encoder" in run else (0.5, 0.92)))
         axes.set_title(label, fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -107,14 +145,9 @@ def _spearman(run: dict[str, Any]) -> dict[str, float]:
     return {label: run["encoder"][name]["test"] for label, name in names.items()}
 
 
-def _perplexity(run: dict[str, Any]) -> dict[str, float]:
-    names = {
-        "teacher": "teacher",
-        "copied": "copied layers",
-        "task loss": "task loss alone",
-        "distilbert": "distilbert",
-    }
-    return {label: run["decoder"][name] for label, name in names.items()}
+def _both_ways(found: dict[str, Any]) -> dict[str, float]:
+    labels = ("teacher", "copied", "task loss", "distilbert")
+    return {label: found[name] for label, name in zip(labels, STUDENTS, strict=True)}
 
 
 def main() -> None:
@@ -127,6 +160,7 @@ def main() -> None:
     lines = [HEAD]
     for run in runs:
         lines += encoder_rows(run) if "encoder" in run else []
+        lines += classifier_rows(run) if "classifier" in run else []
         lines += decoder_rows(run) if "decoder" in run else []
     (args.output / "README.md").write_text("\n".join(lines), encoding="utf-8")
     plot(args.output / "students.png", runs)

@@ -152,7 +152,8 @@ def test_list_prints_a_table(capsys):
     assert words >= TECHNIQUES | set(shipped_recipes())
 
 
-def test_list_of_a_technique_has_its_fields(capsys):
+def test_list_of_a_technique_has_its_fields(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # lines are broken to the width of the terminal
     assert call(["list", "gmp"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("gmp\n\nPrune gradually during training, along a cubic ramp.\n\nSteps are optimizer")

@@ -70,9 +70,9 @@ class SRSTE(Technique):
         group: consecutive input weights in a group (the M); 2 and 4 is what sparse tensor cores run.
         decay: ``λ``; 0 is the straight-through estimator. The paper's value is for SGD. With ``term: update`` a step
             takes off a share ``γ λ``, which the small rates of Adam make nothing (said at the start of training):
-            with AdamW at a rate of 3e-3, 10 to 100 did best on a small language model. A share above 1 turns the sign
-            of a weight at every step, and above 2 lets it grow without end; under SGD, where that holds for both
-            places of the term, training is then refused.
+            with AdamW at a rate of 3e-3, 10 to 100 did best on a small language model. A share above
+            1 turns the sign of a weight at every step, and above 2 lets it grow without end: it is refused at the start
+            of training, under SGD for both places of the term.
         term: where the decay goes. ``"update"`` subtracts ``γ λ W`` from the weights that are left out, beside the
             optimizer's step as decoupled weight decay does; ``"gradient"`` adds ``λ W`` to their gradient, so that it
             passes through the running means. With SGD without momentum both are the formula.
