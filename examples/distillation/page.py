@@ -110,12 +110,12 @@ def classifier_rows(run: dict[str, Any]) -> list[str]:
 
 
 def plot(path: Path, runs: list[dict[str, Any]]) -> None:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     titles = {
-        "encoder": "Spearman, STS-B test (higher is better)",
-        "classifier": "accuracy, SST-2 dev (higher is better)",
-        "decoder": "perplexity (logarithmic, lower is better)",
+        "encoder": "Spearman, STS-B test\n(higher is better)",
+        "classifier": "accuracy, SST-2 dev\n(higher is better)",
+        "decoder": "perplexity, TinyStories\n(logarithmic, lower is better)",
     }
     panels = [
         (label, _spearman(run) if kind == "encoder" else _both_ways(run[kind]), run)
