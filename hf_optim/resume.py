@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from . import formats, snapshot
 from .errors import CheckpointError
+from .journal_header import is_begun, write_json
 from .ranks import barrier, is_main
 from .record import versions
 from .run import Run
@@ -95,21 +96,10 @@ class BlockJournal:
         # Taken once, while the weights are still those that were loaded.
         mine = self._mine = self._mine or fingerprint(run)
         header = self.directory / HEADER
-        if header.is_file():
-            theirs = json.loads(header.read_text(encoding="utf-8"))
-            differing = sorted(key for key in mine if mine[key] != theirs.get(key))
-            if differing:
-                raise CheckpointError(
-                    f"cannot resume: the journal in {self.directory.name} was made with another "
-                    f"{', '.join(differing)}; start without --resume"
-                )
-            return
-        if not is_main():
+        if is_begun(header, mine, f"the journal in {self.directory.name} was made with") or not is_main():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        beside = header.with_suffix(".writing")
-        beside.write_text(json.dumps(mine, indent=2), encoding="utf-8")
-        os.replace(beside, header)
+        write_json(header, mine)
 
 
 def fingerprint(run: Run) -> dict[str, Any]:

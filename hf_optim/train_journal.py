@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .errors import CheckpointError
+from .journal_header import is_begun, write_json
 from .resume import BlockJournal, fingerprint
 from .run import Run
 
@@ -68,20 +68,13 @@ class TrainJournal:
         """
         mine = {**fingerprint(self.run), "training data": _digest(rows)}
         header = self.home / HEADER
-        if header.is_file():
-            theirs = json.loads(header.read_text(encoding="utf-8"))
-            differing = sorted(key for key in mine if mine[key] != theirs.get(key))
-            if differing:
-                raise CheckpointError(
-                    f"cannot resume: the training of {self.run.stage} in {self.home.parent.name} was begun with "
-                    f"another {', '.join(differing)}; start without --resume"
-                )
-            if (found := self._whole()) is not None:
-                return found
+        what = f"the training of {self.run.stage} in {self.home.parent.name} was begun with"
+        if is_begun(header, mine, what) and (found := self._whole()) is not None:
+            return found
         # What a kill left of a checkpoint that it was the first to write is of no use.
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir(parents=True)
-        _write(header, mine)
+        write_json(header, mine)
         return None
 
     def keeper(self) -> TrainerCallback:
@@ -104,13 +97,7 @@ class _Keeper(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir():
-            _write(self.path, {"checkpoint": os.path.abspath(folder)})
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_suffix(".writing")
-    beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(beside, path)
+            write_json(self.path, {"checkpoint": os.path.abspath(folder)})
 
 
 def _digest(rows: Iterable[Mapping[str, Any]]) -> str:

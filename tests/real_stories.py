@@ -27,6 +27,15 @@ def windows(home: Path, data: Path, split: str, count: int, width: int = 256) ->
     return torch.tensor(ids[: count * width]).view(count, width)
 
 
+def beginnings(data: Path, name: str, tokenizer: Any, count: int) -> list[dict[str, Tensor]]:
+    """The first 48 tokens of stories, after bos."""
+    rows = []
+    for line in (data / "tinystories" / name).read_text(encoding="utf-8").splitlines()[:count]:
+        ids = [tokenizer.bos_token_id, *tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids][:48]
+        rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)})
+    return rows
+
+
 def rows(windows: Tensor) -> list[dict[str, Tensor]]:
     """What a trainer takes for windows [count, width]: every row with itself as labels, each [width], int64."""
     return [{"input_ids": row, "labels": row} for row in windows]

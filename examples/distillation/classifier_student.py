@@ -17,21 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minilm_student import arguments, seconds, variants
+from minilm_student import arguments, batches, seconds, variants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_optim
 from hf_optim import DataConfig
 from hf_optim.measure import evaluate
-from hf_optim.rows import load_rows
 from hf_optim.train_stage import training_rows
-
-
-def batches(data: Path, tokenizer: Any, size: int = 64) -> list[dict[str, torch.Tensor]]:
-    """The sentences of dev by length, in batches."""
-    texts = sorted((str(row["sentence"]) for row in load_rows(DataConfig(str(data / "dev.tsv")))), key=len)
-    parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-    return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
 
 
 def classifier(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,7 +56,9 @@ def classifier(args: argparse.Namespace) -> dict[str, Any]:
         found["layer parameters"] = [figures[f"layer_parameters_{when}"] for when in ("before", "after")]
         found["layers"] = figures["layers"]
         print(name, found[name], flush=True)
-    slow, fast = seconds([teacher.base_model, student.base_model], batches(args.data, tokenizer))
+    slow, fast = seconds(
+        [teacher.base_model, student.base_model], batches(args.data / "dev.tsv", "sentence", tokenizer)
+    )
     return {**found, "encoding seconds": [slow, fast], "speed-up": slow / fast}
 
 

@@ -91,10 +91,10 @@ def spearman(model: Any, tokenizer: Any, data: Path) -> dict[str, float]:
     return {part: evaluate(model, tokenizer, where, speed=False)["spearman"] for part, where in parts.items()}
 
 
-def batches(data: Path, tokenizer: Any, size: int = 64) -> list[dict[str, torch.Tensor]]:
-    """The first 1,024 test sentences by length, in batches."""
-    rows = load_rows(DataConfig(str(data / "stsb" / "test.tsv")), limit=1024)
-    texts = sorted((str(row["sentence1"]) for row in rows), key=len)
+def batches(file: Path, column: str, tokenizer: Any, size: int = 64) -> list[dict[str, torch.Tensor]]:
+    """The first 1,024 sentences of a file by length, in batches."""
+    rows = load_rows(DataConfig(str(file)), limit=1024)
+    texts = sorted((str(row[column]) for row in rows), key=len)
     parts = [texts[i : i + size] for i in range(0, len(texts), size)]
     return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
 
@@ -136,7 +136,7 @@ def encoder(args: argparse.Namespace) -> dict[str, Any]:
     student = trainer.run.model
     figures = trainer.run.record.steps["0"]
     ours = spearman(student, tokenizer, args.data)
-    slow, fast = seconds([teacher, student], batches(args.data, tokenizer))
+    slow, fast = seconds([teacher, student], batches(args.data / "stsb" / "test.tsv", "sentence1", tokenizer))
     if args.output:
         student.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)

@@ -151,10 +151,11 @@ class Results:
             raise OptimError(f"benchmark results of schema {data.get('schema')!r}; this version reads {SCHEMA}")
         try:
             # Results from before prefill was timed have none.
-            parts = {f.name: data[f.name] for f in fields(cls) if f.name != "prefill" or f.name in data}
+            data = {"prefill": [], **data}
+            parts = {f.name: data[f.name] for f in fields(cls)}
             parts["rows"] = [Row(**row) for row in parts["rows"]]
             parts["decode"] = [Decode(**row) for row in parts["decode"]]
-            parts["prefill"] = [Prefill(**row) for row in parts.get("prefill", [])]
+            parts["prefill"] = [Prefill(**row) for row in parts["prefill"]]
         except (KeyError, TypeError) as error:
             raise OptimError(f"no benchmark results: {error}") from error
         return cls(**parts)

@@ -7,7 +7,6 @@ run that was killed reads a finished block back from its shard, bit by bit as it
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import formats, snapshot
 from ..errors import CheckpointError
+from ..journal_header import is_begun, write_json
 from ..packed.headers import Entry, Listing
 from ..packing import Readability, packed_state_dict
 from ..quantized import quantized_modules
@@ -50,20 +50,11 @@ class Output:
         if not resume:
             shutil.rmtree(directory, ignore_errors=True)
         header = directory / HEADER
-        if header.is_file():
-            theirs = json.loads(header.read_text(encoding="utf-8"))
-            differing = sorted(key for key in identity if identity[key] != theirs.get(key))
-            if differing:
-                raise CheckpointError(
-                    f"cannot resume: the journal in {directory.name} was made with another "
-                    f"{', '.join(differing)}; start without --resume"
-                )
+        if is_begun(header, identity, f"the journal in {directory.name} was made with"):
             return
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        beside = header.with_suffix(".writing")
-        beside.write_text(json.dumps(identity, indent=2), encoding="utf-8")
-        os.replace(beside, header)
+        write_json(header, identity)
 
     # -- names ----------------------------------------------------------------------------------------------------
     def shard(self, number: int) -> Path:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from real_stories import beginnings
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_qwen2, tiny_t5, tiny_vit
 from toy_training import arguments, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
@@ -339,22 +338,13 @@ def test_evaluation_has_the_task_loss_alone(tmp_path):
 
 
 # -- a real model ----------------------------------------------------------------------------------------------------
-def stories(folder, name: str, tokenizer, count: int) -> list[dict[str, torch.Tensor]]:
-    """The first 48 tokens of stories, after bos."""
-    rows = []
-    for line in (folder / "tinystories" / name).read_text(encoding="utf-8").splitlines()[:count]:
-        ids = [tokenizer.bos_token_id, *tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids][:48]
-        rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)})
-    return rows
-
-
 @pytest.mark.slow
 def test_a_student_of_half_the_depth_is_better_than_without_its_teacher(shared_models, shared_data, tmp_path):
     """Layers 0, 2, 4 of five, 40 steps; the gain in evaluation loss is 0.42 nats."""
     home = shared_models / "babyllama-1m"
     tokenizer = AutoTokenizer.from_pretrained(home)
-    train = stories(shared_data, "train.jsonl", tokenizer, 320)
-    held_out = stories(shared_data, "eval.jsonl", tokenizer, 32)
+    train = beginnings(shared_data, "train.jsonl", tokenizer, 320)
+    held_out = beginnings(shared_data, "eval.jsonl", tokenizer, 32)
     found = {}
     for name, weights in (("kd", {}), ("alone", {"alpha_ce": 0.0, "alpha_task": 1.0, "alpha_cos": 0.0})):
         student = hf_optim.optimize(AutoModelForCausalLM.from_pretrained(home), DistilBERT(**weights))
