@@ -14,9 +14,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hf_optim import demo_corpus
 from hf_optim.cli import main as hf_optim_command
-from hf_optim.demo import bundled_model
+from hf_optim.cli.jobs import demo_corpus
+from hf_optim.cli.jobs.demo import bundled_model
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 

@@ -26,8 +26,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertCon
 
 import hf_optim
 import hf_optim.acceleration
-from hf_optim import demo_corpus
-from hf_optim.demo import bundled_model
+from hf_optim.cli.jobs import demo_corpus
+from hf_optim.cli.jobs.demo import bundled_model
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "w8a8": {"technique": "rtn", "bits": 8, "activations": "int8"},

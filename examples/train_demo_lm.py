@@ -23,7 +23,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_optim import demo_corpus
+from hf_optim.cli.jobs import demo_corpus
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_optim
-from hf_optim import demo_corpus
-from hf_optim.demo import bundled_model
-from hf_optim.run import evaluating
+from hf_optim.cli.jobs import demo_corpus
+from hf_optim.cli.jobs.demo import bundled_model
+from hf_optim.toolkit.modules import evaluating
 
 
 def tokens(tokenizer, split: str, limit: int | None) -> torch.Tensor:

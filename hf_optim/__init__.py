@@ -9,93 +9,108 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .hookup import install
+from .lifecycle.from_pretrained import install
 
 __version__ = "0.1.0"
 
 # Public name -> the module that has it. Imported on first use, so that `import hf_optim` stays cheap.
 _HOMES = {
-    "OptimConfig": "config",
-    "DataConfig": "config",
-    "Technique": "techniques",
-    "technique": "techniques",
-    "option": "techniques",
-    "Contract": "techniques",
-    "Paper": "techniques",
-    "Reload": "techniques",
-    "Trait": "traits",
-    "hookimpl": "hookspecs",
-    "Run": "run",
-    "Scope": "scope",
-    "run_of": "run",
-    "Kernel": "packed",
+    "OptimConfig": "recipes.config",
+    "DataConfig": "recipes.config",
+    "Technique": "recipes.technique",
+    "technique": "recipes.technique",
+    "option": "recipes.field_checks",
+    "Contract": "recipes.contract",
+    "Paper": "recipes.contract",
+    "Phase": "recipes.contract",
+    "Reload": "recipes.contract",
+    "Trait": "recipes.traits",
+    "hookimpl": "recipes.hooks",
+    "Run": "runs.run",
+    "Scope": "runs.scope",
+    "run_of": "runs.run",
+    "Card": "evaluation.cards.card",
+    "Kernel": "compressed.packed.kernel",
     "OptimError": "errors",
     "RecipeError": "errors",
     "DataError": "errors",
     "ModelError": "errors",
     "NumericalError": "errors",
     "CheckpointError": "errors",
-    "optimize": "loading",
-    "advance": "loading",
-    "callbacks": "training",
-    "OptimTrainer": "training",
-    "Rounds": "rounds",
-    "RoundTraining": "round_training",
-    "accelerate": "acceleration",
-    "compile_config": "acceleration",
-    "KernelWarning": "acceleration",
-    "restore": "acceleration",
-    "report": "acceleration",
-    "release": "loading",
+    "optimize": "lifecycle.loading",
+    "advance": "lifecycle.stages",
+    "callbacks": "training.callbacks",
+    "OptimTrainer": "training.trainer",
+    "Rounds": "training.pruning_rounds",
+    "RoundTraining": "training.rounds_callback",
+    "accelerate": "compressed.packed.accelerate",
+    "compile_config": "compressed.packed.accelerate",
+    "KernelWarning": "compressed.packed.packed_linear",
+    "restore": "compressed.packed.accelerate",
+    "report": "compressed.packed.accelerate",
+    "release": "lifecycle.loading",
+    "merge_adapters": "training.peft",
 }
+# Public modules.
+_MODULES = {"traits": "recipes.traits", "compressed": "compressed", "remote_code": "checkpoints.remote_code"}
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    value: Any
+    if name in _MODULES:
+        value = importlib.import_module(f".{_MODULES[name]}", __name__)
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    else:
         raise AttributeError(f"module 'hf_optim' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 if TYPE_CHECKING:
-    from .acceleration import KernelWarning as KernelWarning
-    from .acceleration import accelerate as accelerate
-    from .acceleration import compile_config as compile_config
-    from .acceleration import report as report
-    from .acceleration import restore as restore
-    from .config import DataConfig as DataConfig
-    from .config import OptimConfig as OptimConfig
+    from . import compressed as compressed
+    from .checkpoints import remote_code as remote_code
+    from .compressed.packed.accelerate import accelerate as accelerate
+    from .compressed.packed.accelerate import compile_config as compile_config
+    from .compressed.packed.accelerate import report as report
+    from .compressed.packed.accelerate import restore as restore
+    from .compressed.packed.kernel import Kernel as Kernel
+    from .compressed.packed.packed_linear import KernelWarning as KernelWarning
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
     from .errors import ModelError as ModelError
     from .errors import NumericalError as NumericalError
     from .errors import OptimError as OptimError
     from .errors import RecipeError as RecipeError
-    from .hookspecs import hookimpl as hookimpl
-    from .loading import advance as advance
-    from .loading import optimize as optimize
-    from .loading import release as release
-    from .packed import Kernel as Kernel
-    from .round_training import RoundTraining as RoundTraining
-    from .rounds import Rounds as Rounds
-    from .run import Run as Run
-    from .run import run_of as run_of
-    from .scope import Scope as Scope
-    from .techniques import Contract as Contract
-    from .techniques import Paper as Paper
-    from .techniques import Reload as Reload
-    from .techniques import Technique as Technique
-    from .techniques import option as option
-    from .techniques import technique as technique
-    from .training import OptimTrainer as OptimTrainer
-    from .training import callbacks as callbacks
-    from .traits import Trait as Trait
+    from .evaluation.cards.card import Card as Card
+    from .lifecycle.loading import optimize as optimize
+    from .lifecycle.loading import release as release
+    from .lifecycle.stages import advance as advance
+    from .recipes import traits as traits
+    from .recipes.config import DataConfig as DataConfig
+    from .recipes.config import OptimConfig as OptimConfig
+    from .recipes.contract import Contract as Contract
+    from .recipes.contract import Paper as Paper
+    from .recipes.contract import Phase as Phase
+    from .recipes.contract import Reload as Reload
+    from .recipes.field_checks import option as option
+    from .recipes.hooks import hookimpl as hookimpl
+    from .recipes.technique import Technique as Technique
+    from .recipes.technique import technique as technique
+    from .recipes.traits import Trait as Trait
+    from .runs.run import Run as Run
+    from .runs.run import run_of as run_of
+    from .runs.scope import Scope as Scope
+    from .training.callbacks import callbacks as callbacks
+    from .training.peft import merge_adapters as merge_adapters
+    from .training.pruning_rounds import Rounds as Rounds
+    from .training.rounds_callback import RoundTraining as RoundTraining
+    from .training.trainer import OptimTrainer as OptimTrainer
 
 install()

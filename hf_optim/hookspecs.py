@@ -10,29 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pluggy
+from .recipes.hooks import hookspec
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainerCallback
 
-    from .cards import Card
-    from .run import Run
-    from .scope import Scope
-    from .techniques import Technique
-
-PROJECT = "hf_optim"
-
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
-
-
-@hookspec
-def register_techniques(register: Callable[[type[Technique]], None]) -> None:
-    """Announce technique classes. Called on a module when the catalogue loads it.
-
-    Call ``register(cls)`` once for each class decorated with ``@technique``.
-    """
+    from .evaluation.cards.card import Card
+    from .runs.run import Run
+    from .runs.scope import Scope
 
 
 @hookspec

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_optim import Contract, OptimConfig, Reload, Run, Technique, hookimpl, option, technique
-from hf_optim.run import traits_of
-from hf_optim.traits import SPARSE
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.recipes.traits import SPARSE
+from hf_optim.runs.run import traits_of
 
 
 def toy(name: str, **settings: Any) -> Callable[[type], type]:
@@ -85,7 +86,7 @@ class ToyGroups(Technique):
 
 def begin(model: Any, *steps: Technique) -> Run:
     """A run that waits for training, made by hand."""
-    run = Run(OptimConfig(steps=steps), model.config)
+    run = start_run(OptimConfig(steps=steps), model.config)
     run.model = model
     run.traits = traits_of(model)
     run.stage_entered = True

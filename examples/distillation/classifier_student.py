@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_optim
 from hf_optim import DataConfig
-from hf_optim.measure import evaluate
-from hf_optim.train_stage import training_rows
+from hf_optim.evaluation.evaluate import evaluate
+from hf_optim.training.fit import training_rows
 
 
 def classifier(args: argparse.Namespace) -> dict[str, Any]:

@@ -37,9 +37,9 @@ from transformers import (
 
 import hf_optim
 from hf_optim import DataConfig
-from hf_optim.measure import evaluate, mean_pooled
-from hf_optim.rows import load_rows
-from hf_optim.run import evaluating
+from hf_optim.data.datasets import load_rows
+from hf_optim.evaluation.evaluate import evaluate, mean_pooled
+from hf_optim.toolkit.modules import evaluating
 
 SOURCES = {
     "stsb/train.tsv": ("sentence1", "sentence2"),

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_optim.plots import COLOURS
+from hf_optim.evaluation.cards.plots import COLOURS
 
 NAME = "results.json"
 SETTINGS = (

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, default_data_collator
 
 import hf_optim
-from hf_optim.record import versions
-from hf_optim.run import evaluating
-from hf_optim.train_stage import training_arguments
+from hf_optim.runs.record import versions
+from hf_optim.toolkit.modules import evaluating
+from hf_optim.training.fit import training_arguments
 
 BATCH, WIDTH, HELD_OUT = 8, 256, 64
 

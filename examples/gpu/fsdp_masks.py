@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_optim
-from hf_optim.masking import stray_weights
-from hf_optim.toolkit import shards
+from hf_optim.runs.masking import stray_weights
+from hf_optim.toolkit.distributed import fsdp
 
 warnings.simplefilter("ignore")
 GMP = [{"technique": "gmp", "sparsity": 0.6, "initial": 0.2, "every": 1}]
@@ -64,7 +64,7 @@ def train(home, resume=None):
     run = hf_optim.run_of(model)
     if stray_weights(run) or not run.finished:
         raise AssertionError("weights outside their masks")
-    return trainer, run, {name: shards.whole(p.detach()).clone() for name, p in run.model.named_parameters()}
+    return trainer, run, {name: fsdp.whole(p.detach()).clone() for name, p in run.model.named_parameters()}
 
 
 def main():

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from sections import Sections
 
-from hf_optim.toolkit import losses as toolkit
-from hf_optim_kernels import benching
+from hf_optim.toolkit.distillation import losses as toolkit
+from hf_optim_kernels.common import benchmark
 from hf_optim_kernels.kd_loss import linear, naive, op
 
 T, BETA = 2.0, 0.5
@@ -152,7 +152,7 @@ def plain(student, teacher, upcast=True):
     return T**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-BANDWIDTH = section.result["bandwidth"] = benching.copy_bandwidth()
+BANDWIDTH = section.result["bandwidth"] = benchmark.copy_bandwidth()
 
 
 def direct(rows, V, direction):
@@ -247,7 +247,7 @@ def fused(rows, V, H, H_t):
     except Exception:
         traceback.print_exc()
     flops = 2 * rows * V * (3 * H + H_t)
-    rate = benching.matmul_rate()
+    rate = benchmark.matmul_rate()
     print(f"products alone at the measured rate: {flops / rate / 1e3:.2f} ms")
     return {"products_ms": flops / rate / 1e3} | table(contenders, 3 * rows * V * 2, BANDWIDTH, exact)
 
@@ -261,7 +261,7 @@ def _():
     """A Llama of 24 blocks as teacher: its logits, time and memory where it stands and block by block from the host."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hf_optim.toolkit import teachers
+    from hf_optim.toolkit.distillation import teachers
 
     config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
                          num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
@@ -296,7 +296,8 @@ def _():
 @section("shapes of the kernel")
 def _():
     """Other steps, pieces and warps, for the constants of run.py."""
-    from hf_optim_kernels.kd_loss import run
+    from hf_optim_kernels.common import launch_plan
+    from hf_optim_kernels.kd_loss import launch
 
     found = {}
     for rows, V in ((8192, 32000), (4096, 128256)):
@@ -304,13 +305,13 @@ def _():
         up = torch.full((rows,), 1 / rows, device="cuda")
         size = rows * V * 2
         for step, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8), (8192, 16), (16384, 16)):
-            run._block = lambda V, most, chosen=(step, warps): chosen
-            run.launch.__globals__["_COMPILED"].clear()
+            launch._block = lambda V, most, chosen=(step, warps): chosen
+            launch_plan.launch.__globals__["_COMPILED"].clear()
             try:
-                _, stats = run.losses(s, t, None, T, "forward", BETA)
+                _, stats = launch.losses(s, t, None, T, "forward", BETA)
                 out = torch.empty_like(s)
-                one = benching.eager_time([lambda: run.losses(s, t, None, T, "forward", BETA)]).us
-                two = benching.eager_time([lambda: run.gradient(s, t, None, stats, up, out, T, "forward", BETA)]).us
+                one = benchmark.eager_time([lambda: launch.losses(s, t, None, T, "forward", BETA)]).us
+                two = benchmark.eager_time([lambda: launch.gradient(s, t, None, stats, up, out, T, "forward", BETA)]).us
                 found[f"{rows}x{V} {step}/{warps}"] = (one, two)
                 print(f"{rows}x{V} block {step} warps {warps}: loss {one:.0f} us ({2 * size / one / 1e3:.0f} GB/s), "
                       f"gradient {two:.0f} us ({3 * size / two / 1e3:.0f} GB/s)", flush=True)  # fmt: skip

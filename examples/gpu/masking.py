@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from sections import Sections
 
-from hf_optim_kernels import benching
+from hf_optim_kernels.common import benchmark
+from hf_optim_kernels.masked_step import launch as fused
 from hf_optim_kernels.masked_step import naive
-from hf_optim_kernels.masked_step import run as fused
 
 DEVICE = torch.device("cuda")
 section = Sections("masking.json")
@@ -58,11 +58,11 @@ def _():
                 "ours": lambda: zero(tensors),
             }
             for way, call in ways.items():
-                graph = benching.graph_time([call]).us
+                graph = benchmark.graph_time([call]).us
                 rows[f"{name} {dtype} {way}"] = {
                     "graph_us": round(graph, 1),
-                    "eager_us": round(benching.eager_time([call]).us, 1),
-                    "host_us": round(benching.host_time(call).us, 1),
+                    "eager_us": round(benchmark.eager_time([call]).us, 1),
+                    "host_us": round(benchmark.host_time(call).us, 1),
                     "TB/s (mask + read + write)": round(count * (1 + 2 * dtype.itemsize) / graph / 1e6, 2),
                 }
                 print(name, dtype, way, rows[f"{name} {dtype} {way}"], flush=True)

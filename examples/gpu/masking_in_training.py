@@ -16,9 +16,10 @@ from sections import Sections
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
-from hf_optim import masking, zeroing
-from hf_optim.guarding import GradientGuard
-from hf_optim.masking import MaskKeeper, stray_weights
+from hf_optim.runs.masking import stray_weights
+from hf_optim.training import fused_masking, mask_callback
+from hf_optim.training.mask_callback import MaskKeeper
+from hf_optim.training.nonfinite_callback import GradientGuard
 
 warnings.simplefilter("ignore")
 section = Sections("masking-in-training.json")
@@ -114,12 +115,12 @@ def train(kind, steps=60, warm=20, batch=8, length=1024, clock_parts=False, laye
         model = hf_optim.optimize(model, ONCE)
         run = hf_optim.run_of(model)
         callbacks = hf_optim.callbacks(model)
-    zeroing._kernel.cache_clear()
-    known, stay = zeroing.KERNEL, masking.STAY_AT_ZERO
+    fused_masking._kernel.cache_clear()
+    known, stay = fused_masking.KERNEL, mask_callback.STAY_AT_ZERO
     if kind == "stage-foreach":
-        zeroing.KERNEL = "no_such_package"
+        fused_masking.KERNEL = "no_such_package"
     if kind in ("stage-twice", "stage-foreach"):
-        masking.STAY_AT_ZERO = ()
+        mask_callback.STAY_AT_ZERO = ()
     if kind == "stage-unguarded":
         callbacks = [c for c in callbacks if not isinstance(c, GradientGuard)]
     watches = {}
@@ -148,8 +149,8 @@ def train(kind, steps=60, warm=20, batch=8, length=1024, clock_parts=False, laye
         args._n_gpu = 1
         trainer = Trainer(model=model, args=args, train_dataset=Rows(512, length, 32000), callbacks=[*callbacks, clock])
         trainer.train()
-    zeroing.KERNEL, masking.STAY_AT_ZERO = known, stay
-    zeroing._kernel.cache_clear()
+    fused_masking.KERNEL, mask_callback.STAY_AT_ZERO = known, stay
+    fused_masking._kernel.cache_clear()
     figures = {"ms_a_step": round(clock.ms, 3), **{name: watch.figures() for name, watch in watches.items()}}
     if run is not None:
         figures["stray"] = len(stray_weights(run))

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_optim
-from hf_optim.run import run_of
+from hf_optim import run_of
 
 OUT = Path(os.environ.get("OUT", "."))
 BLOCKS, TOKENS = 4, 4096
@@ -94,8 +94,7 @@ def decode(model: LlamaForCausalLM) -> float:
 
 def correctness() -> None:
     """On the GPU: zeroed neurons and heads go, and the outputs stay."""
-    from hf_optim.toolkit.structures import find_units
-    from hf_optim.toolkit.topology import trace
+    from hf_optim.toolkit.topology import find_units, trace
 
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from methods import DENSE, METHODS, ROUNDS
 
-from hf_optim.plots import COLOURS
-from hf_optim.record import versions
+from hf_optim.evaluation.cards.plots import COLOURS
+from hf_optim.runs.record import versions
 
 NAME = "results.json"
 UNTRAINED = {method.name for method in METHODS if not method.trains}

@@ -14,8 +14,8 @@ from methods import Shape
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_optim import DataConfig
-from hf_optim.measure import evaluate
-from hf_optim.train_stage import training_rows
+from hf_optim.evaluation.evaluate import evaluate
+from hf_optim.training.fit import training_rows
 
 LABELLED = 38_400
 

@@ -31,7 +31,7 @@ from transformers import Trainer, set_seed
 
 import hf_optim
 from hf_optim.toolkit import topology
-from hf_optim.train_stage import training_arguments
+from hf_optim.training.fit import training_arguments
 
 log = logging.getLogger("sweep")
 

@@ -21,9 +21,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_optim
-from hf_optim import DataConfig, measure
-from hf_optim.catalogue import catalogue
-from hf_optim.plots import COLOURS, MARKERS
+from hf_optim import DataConfig
+from hf_optim.evaluation import evaluate
+from hf_optim.evaluation.cards.plots import COLOURS, MARKERS
+from hf_optim.recipes.catalogue import catalogue
 from hf_optim.testing.outliers import plant_outliers
 
 CARD = Path(__file__).resolve().parents[2] / "model_cards" / "planted-outliers"
@@ -84,10 +85,10 @@ class Subject:
     def value(self, model: Any) -> float:
         if self.encoder:
             held_out = DataConfig(dataset=str(self.data / "test.tsv"), samples=None)
-            return float(measure.evaluate(model, self.tokenizer, held_out)["spearman"])
+            return float(evaluate.evaluate(model, self.tokenizer, held_out)["spearman"])
         lines = (self.data / "eval.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        return float(measure.evaluate_lm(model, self.tokenizer, texts, samples=self.samples)["perplexity"])
+        return float(evaluate.evaluate_lm(model, self.tokenizer, texts, samples=self.samples)["perplexity"])
 
     def loss(self, value: float, dense: float) -> float:
         """How much worse than dense, in percent."""

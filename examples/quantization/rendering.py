@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rows import Row
 
-from hf_optim.record import versions
+from hf_optim.runs.record import versions
 
 NAME = "results.json"
 SUBJECTS = ("babyllama-1m", "stories260k", "MiniLM, STS-B", "SST-2 classifier")

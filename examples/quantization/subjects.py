@@ -14,9 +14,9 @@ import transformers
 from transformers import AutoTokenizer
 
 from hf_optim import DataConfig, OptimTrainer
-from hf_optim.measure import evaluate, mean_pooled
-from hf_optim.rows import load_rows
-from hf_optim.train_stage import train_stage, training_arguments
+from hf_optim.data.datasets import load_rows
+from hf_optim.evaluation.evaluate import evaluate, mean_pooled
+from hf_optim.training.fit import train_stage, training_arguments
 
 SENTENCES = 512  # of an encoder's calibration
 WINDOWS = 240  # of a language model's

@@ -28,7 +28,7 @@ from subjects import Subject, subjects
 
 import hf_optim
 from hf_optim import DataConfig, OptimConfig, OptimError, Reload, run_of
-from hf_optim.sizes import bytes_on_disk
+from hf_optim.evaluation.sizes import bytes_on_disk
 from hf_optim.testing.stock import StockTransformers
 from hf_optim_plugins.quantization import llm_int8
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from hf_optim import DataConfig
-from hf_optim.measure import evaluate
-from hf_optim.train_stage import training_arguments, training_rows
+from hf_optim.evaluation.evaluate import evaluate
+from hf_optim.training.fit import training_arguments, training_rows
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 
 import hf_optim
 from hf_optim import DataConfig, OptimTrainer
-from hf_optim.measure import evaluate
-from hf_optim.sizes import bytes_on_disk
-from hf_optim.train_stage import training_arguments
+from hf_optim.evaluation.evaluate import evaluate
+from hf_optim.evaluation.sizes import bytes_on_disk
+from hf_optim.training.fit import training_arguments
 
 Step = dict[str, Any]
 

@@ -12,9 +12,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_optim.bench.results import Results
-from hf_optim.plots import COLOURS
-from hf_optim.record import versions
+from hf_optim.evaluation.bench.results import Results
+from hf_optim.evaluation.cards.plots import COLOURS
+from hf_optim.runs.record import versions
 
 NAME = "results.json"
 RUNTIME = "runtime"

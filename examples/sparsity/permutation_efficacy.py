@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_optim.toolkit.permutation_search import search
+from hf_optim.toolkit.permutation import search
 
 REFERENCE = {"stripe groups of 8": 35.5, "stripe groups of 12": 36.6, "seconds on a CPU, groups of 8": 60.653}
 MATRICES: dict[str, Callable[[int], np.ndarray]] = {

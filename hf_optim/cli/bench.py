@@ -60,8 +60,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import running, table
-    from ..bench.results import Results
+    from ..evaluation.bench import running, table
+    from ..evaluation.bench.results import Results
 
     if args.render is not None:
         _say(table.publish(Results.load(args.render), args.render))
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_ops(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     import torch
 
-    from ..bench import running
+    from ..evaluation.bench import running
 
     known = running.benching().operations()
     ops = args.op or known
@@ -107,8 +107,8 @@ def _run_ops(args: argparse.Namespace, results: Any, deadline: Any) -> None:
 def _run_model(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     import torch
 
-    from ..bench import decode, models
-    from ..bench.whole import Asked, run_models
+    from ..evaluation.bench import decode, models
+    from ..evaluation.bench.whole import Asked, run_models
 
     unknown = sorted(set(args.scheme or ()) - set(models.SCHEMES))
     if unknown:
@@ -119,7 +119,7 @@ def _run_model(args: argparse.Namespace, results: Any, deadline: Any) -> None:
 
 
 def _list() -> int:
-    from ..bench import peers, running
+    from ..evaluation.bench import peers, running
 
     installed = [(p.name, p.missing() or "installed", ", ".join(p.ops) or "all") for p in peers.PEERS]
     print_table(("operator",), [(op,) for op in running.benching().operations()])
@@ -130,7 +130,7 @@ def _list() -> int:
 
 def _joined(results: Any, directory: Path) -> Any:
     """The new results behind the rows of the earlier ones that they do not replace."""
-    from ..bench.results import FILE, Results
+    from ..evaluation.bench.results import FILE, Results
 
     if not (directory / FILE).exists():
         return results

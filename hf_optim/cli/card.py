@@ -19,8 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cards import Card, render_index
-    from ..record import FILE_NAME, Record
+    from ..evaluation.cards.card import Card
+    from ..evaluation.cards.index import render_index
+    from ..runs.record import FILE_NAME, Record
 
     home = args.directory
     if (home / FILE_NAME).is_file():

@@ -8,9 +8,9 @@ import argparse
 import json
 from typing import Any
 
-from ..config import OptimConfig
 from ..errors import RecipeError
-from ..traits import FLOAT_WEIGHTS
+from ..recipes.config import OptimConfig
+from ..recipes.traits import FLOAT_WEIGHTS
 from .options import remote_code_option
 from .table import print_table
 
@@ -46,10 +46,11 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
     recipe = OptimConfig.parse(source)
     config = None
     if model is not None:
-        from ..estimate import load_config, traits_of_config
-        from ..figures import bytes_text
-        from ..sources import Source
-        from ..validate import validate
+        from ..checkpoints.source import Source
+        from ..evaluation.reported import bytes_text
+        from ..toolkit.checkpoint.model_config import load_config
+        from .jobs.estimate import traits_of_config
+        from .jobs.preflight import validate
 
         config = load_config(model, trust_remote_code)
     traits = recipe.check(traits_of_config(config) if config is not None else {FLOAT_WEIGHTS})

@@ -10,8 +10,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..figures import FIGURES, change
-from ..record import Record
+from ..evaluation.reported import FIGURES, change
+from ..runs.record import Record
 from .options import data_config, data_options, driver_of, driver_options, model_options, source_of
 from .table import print_table
 
@@ -47,9 +47,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import ranks
-    from ..compress import Job, compress
-    from ..config import DataConfig, OptimConfig
+    from ..recipes.config import DataConfig, OptimConfig
+    from ..runs import distributed
+    from .jobs.compress import Job, compress
 
     recipe = OptimConfig.parse(args.recipe)
     calibration = data_config(args, args.calibration, base=recipe.calibration)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
     )
     training = dataclasses.replace(calibration, dataset=args.train, samples=args.samples) if args.train else None
-    with ranks.joined():
+    with distributed.joined():
         done = compress(
             Job(
                 source=source_of(args),
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 say=print,
             )
         )
-        if not ranks.is_main():
+        if not distributed.is_main():
             return 0
     print()
     print_result(done.record)

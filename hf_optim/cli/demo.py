@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..demo import demo
+    from .jobs.demo import demo
 
     record = demo(args.output)
     print()

@@ -9,12 +9,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..figures import FIGURES
+from ..evaluation.reported import FIGURES
 from .options import data_config, data_options, model_options, source_of
 from .table import print_table
 
 if TYPE_CHECKING:
-    from ..config import DataConfig
+    from ..recipes.config import DataConfig
 
 EXAMPLE = "hf-optim eval llama-w4a16 --data eval.jsonl"
 
@@ -46,10 +46,10 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
     """Load the checkpoint as stock transformers does (or, with ``--auto``, on our kernels) and measure it."""
     import torch
 
-    from ..acceleration import accelerate
-    from ..measure import evaluate
-    from ..memory import PeakMemory
-    from ..sources import device_named, load_model, load_processor
+    from ..checkpoints.source import device_named, load_model, load_processor
+    from ..compressed.packed.accelerate import accelerate
+    from ..evaluation.evaluate import evaluate
+    from ..runs.memory import PeakMemory
 
     source = source_of(args)
     device = device_named(args.device) or torch.device("cpu")

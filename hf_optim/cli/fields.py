@@ -7,7 +7,8 @@ import inspect
 import typing
 from typing import Any
 
-from ..techniques import Technique, choices_of, spell
+from ..recipes.field_checks import choices_of, spell
+from ..recipes.technique import Technique
 
 SECTION = "Attributes:"
 LIMITS = {"low": ">=", "above": ">", "high": "<=", "below": "<"}

@@ -11,10 +11,12 @@ import json
 import textwrap
 from typing import Any
 
-from ..catalogue import catalogue
-from ..config import OptimConfig, shipped_recipes
 from ..errors import RecipeError
-from ..techniques import PHASE_OF_HOOK, TRAINER_HOOKS, Phase, Technique, did_you_mean
+from ..recipes.catalogue import catalogue
+from ..recipes.config import OptimConfig, shipped_recipes
+from ..recipes.contract import PHASE_OF_HOOK, TRAINER_HOOKS, Phase
+from ..recipes.field_checks import did_you_mean
+from ..recipes.technique import Technique
 from .fields import fields_of, introduction
 from .table import format_table, print_table
 

@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..config import DataConfig, OptimConfig
-    from ..sources import Source
+    from ..checkpoints.source import Source
+    from ..recipes.config import DataConfig, OptimConfig
 
 DRIVERS = ("auto", "whole_model", "blockwise", "streamed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -70,7 +70,7 @@ def remote_code_option(parser: argparse._ActionsContainer) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """The model that ``model_options`` describe."""
-    from ..sources import Source
+    from ..checkpoints.source import Source
 
     return Source(args.model, args.revision, args.dtype, args.trust_remote_code)
 
@@ -79,7 +79,7 @@ def data_config(args: argparse.Namespace, dataset: str | None, base: Any = None)
     """A ``DataConfig`` of the command's options; what was not given comes from ``base`` (default: all of the data)."""
     import dataclasses
 
-    from ..config import DataConfig
+    from ..recipes.config import DataConfig
 
     given = {
         "dataset": dataset,

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..hub import push
+    from ..checkpoints.hub import push
 
     print(push(args.directory, args.repo, private=args.private, revision=args.revision, message=args.message))
     return 0

@@ -25,11 +25,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, Reload, Technique
-from hf_optim.catalogue import catalogue
-from hf_optim.run import run_of
+from hf_optim.recipes.catalogue import catalogue
+from hf_optim.runs.run import run_of
 from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit import topology
+
+from .trait_checks import holds
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "vit", "t5", "mixtral")
 AUTO = {
@@ -56,7 +58,7 @@ def recipe_for(cls: type[Technique]) -> OptimConfig:
 
 
 def _free_traits() -> set[Any]:
-    from hf_optim.traits import FLOAT_WEIGHTS
+    from hf_optim.recipes.traits import FLOAT_WEIGHTS
 
     return {FLOAT_WEIGHTS}
 
@@ -211,7 +213,7 @@ def test_a_checkpoint_outlives_the_tool(
         return
     run = run_of(model)
     for trait in run.traits:
-        assert trait.holds(run), f"{trait} does not hold in the tensors"
+        assert holds(trait, run), f"{trait} does not hold in the tensors"
     _assert_clean(model)
     inputs = inputs_for(model, seed=99)
     with torch.no_grad():

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..run import evaluating
-from ..toolkit import folding, topology
-from ..toolkit.observers import InputObserver
-from ..toolkit.topology import weight_out_in
+from ..toolkit import topology
+from ..toolkit.modules.modes import evaluating
+from ..toolkit.permutation import folding
+from ..toolkit.statistics.observers import InputObserver
+from ..toolkit.topology.linear_layers import weight_out_in
 
 
 @dataclass(frozen=True)

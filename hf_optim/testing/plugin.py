@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if Path(metafunc.definition.path) == SUITE and "cls" in metafunc.fixturenames:
-        from ..catalogue import catalogue
+        from ..recipes.catalogue import catalogue
 
         asked = metafunc.config.getoption("--hf-optim")
         names = catalogue().names() if not asked or "all" in asked else asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_optim.catalogue import catalogue
+from hf_optim.recipes.catalogue import catalogue
 from hf_optim.testing.conformance import *  # noqa: F403
 
 

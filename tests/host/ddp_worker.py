@@ -18,7 +18,7 @@ from tiny_models import tiny_llama
 from toy_training import arguments, sentences
 
 import hf_optim
-from hf_optim.toolkit import sharing
+from hf_optim.toolkit.distributed import collectives
 
 KD = {"technique": "logit_kd", "alpha": 0.7}
 HALF: dict[str, Any] = {"sparsity": 0.5}
@@ -76,7 +76,7 @@ def main() -> int:
         dist.all_gather(gathered, flat)
         if not torch.equal(*gathered):
             raise AssertionError(f"{name}: the ranks have become different models")
-        if sharing.rank() == 0:
+        if collectives.rank() == 0:
             save_file(found, home / f"{name}.safetensors")
             print(name, flush=True)
         dist.barrier()

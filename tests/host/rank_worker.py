@@ -7,10 +7,10 @@ import sys
 import torch
 from torch import nn
 
-from hf_optim import ranks
 from hf_optim.errors import NumericalError
-from hf_optim.toolkit import sharing
-from hf_optim.toolkit.observers import ChannelAbsMax, InputObserver, SecondMoment, TensorMinMax
+from hf_optim.runs import distributed
+from hf_optim.toolkit.distributed import collectives
+from hf_optim.toolkit.statistics.observers import ChannelAbsMax, InputObserver, SecondMoment, TensorMinMax
 
 LAYERS = {name: nn.Linear(6, 2) for name in ("q", "k", "late")}
 
@@ -33,7 +33,7 @@ def check_observers() -> None:
     everything = list(enumerate(torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))))
     for kind in (ChannelAbsMax, TensorMinMax, SecondMoment):
         with kind(LAYERS) as found:
-            feed(everything[sharing.rank() :: 2])
+            feed(everything[collectives.rank() :: 2])
         whole = kind(LAYERS)
         for number, batch in everything:
             whole.update("q", batch)
@@ -50,11 +50,11 @@ def check_observers() -> None:
 
 
 def check_union() -> None:
-    mine = [[(3, 1), (2,)], [(2,), (4, 4, 4), (0,)]][sharing.rank()]
-    assert sharing.union(mine) == [(3, 1), (2,), (4, 4, 4), (0,)]
-    assert sharing.union([]) == []
-    assert sharing.total(sharing.rank() + 1) == 3
-    assert not sharing.agreed(ranks.is_main())
+    mine = [[(3, 1), (2,)], [(2,), (4, 4, 4), (0,)]][collectives.rank()]
+    assert collectives.union(mine) == [(3, 1), (2,), (4, 4, 4), (0,)]
+    assert collectives.union([]) == []
+    assert collectives.total(collectives.rank() + 1) == 3
+    assert not collectives.agreed(distributed.is_main())
 
 
 def check_refusals() -> None:
@@ -72,10 +72,10 @@ def check_refusals() -> None:
     model = nn.Linear(2, 2)
     nn.init.constant_(model.weight, 1.0)
     nn.init.constant_(model.bias, 1.0)
-    ranks.require_agreement(model)
-    nn.init.constant_(model.weight, 1.0 + sharing.rank())
+    distributed.require_agreement(model)
+    nn.init.constant_(model.weight, 1.0 + collectives.rank())
     try:
-        ranks.require_agreement(model)
+        distributed.require_agreement(model)
     except NumericalError as error:
         assert "weight" in str(error)  # noqa: PT017
     else:
@@ -83,17 +83,17 @@ def check_refusals() -> None:
 
 
 def main() -> int:
-    with ranks.joined(), torch.no_grad():
-        assert sharing.ranks() == 2
+    with distributed.joined(), torch.no_grad():
+        assert collectives.ranks() == 2
         if "fail" in sys.argv:
-            if not ranks.is_main():
+            if not distributed.is_main():
                 raise ValueError("this rank fails")
-            ranks.barrier()  # the other one waits, and is ended
+            distributed.barrier()  # the other one waits, and is ended
         check_observers()
         check_union()
         check_refusals()
         print("checked")
-    assert sharing.ranks() == 1
+    assert collectives.ranks() == 1
     return 0
 
 

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback
 
 import hf_optim
 from hf_optim import Contract, Rounds, RoundTraining, Run, Technique, hookimpl
-from hf_optim.toolkit import sharing
-from hf_optim.traits import SPARSE
+from hf_optim.recipes.traits import SPARSE
+from hf_optim.toolkit.distributed import collectives
 
 
 @toy("toy_rewinder", contract=Contract(adds=frozenset({SPARSE}), keeps=frozenset({SPARSE})))
@@ -80,9 +80,9 @@ def main() -> int:
         callbacks=[*hf_optim.callbacks(model), Check(run)],
     )
     trainer.train()
-    assert sharing.ranks() == 2
+    assert collectives.ranks() == 2
     sums = torch.stack([p.detach().double().abs().sum() for p in model.parameters()])
-    found = [sharing.reduce_(sums.clone(), how) for how in ("min", "max")]
+    found = [collectives.reduce_(sums.clone(), how) for how in ("min", "max")]
     assert torch.equal(*found)
     assert rounds_of(run).done == 2
     print("agreed")

@@ -23,10 +23,12 @@ from transformers.distributed import DistributedConfig
 
 import hf_optim
 from hf_optim.errors import CheckpointError, ModelError, NumericalError
-from hf_optim.guarding import GradientGuard
-from hf_optim.keepers import StateKeeper, read_state
-from hf_optim.masking import MaskKeeper, require_agreement, stray_weights
-from hf_optim.toolkit import masks, shards, sharing, sparsity
+from hf_optim.runs.masking import require_agreement, stray_weights
+from hf_optim.toolkit.distributed import collectives, fsdp
+from hf_optim.toolkit.pruning import masks, sparsity
+from hf_optim.training.checkpoint_callback import StateKeeper, read_state
+from hf_optim.training.mask_callback import MaskKeeper
+from hf_optim.training.nonfinite_callback import GradientGuard
 
 HOME = Path(sys.argv[1])
 # 49 rows do not divide among two ranks.
@@ -94,7 +96,7 @@ def check_stock_trainer() -> None:
             assert same_on_all(mask.byte())
         dist.barrier()
         read = AutoModelForCausalLM.from_pretrained(HOME / f"fsdp-{name}" / "final")
-        parts = shards.WholeWeights(found, [n for n, _ in found.named_parameters()])
+        parts = fsdp.WholeWeights(found, [n for n, _ in found.named_parameters()])
         for key, weight in parts.items():
             assert torch.equal(read.get_parameter(key), weight), key
             if name == "once":  # a later choice may fall otherwise for the rounding of a sum
@@ -114,7 +116,7 @@ def check_magnitude() -> None:
     found = hf_optim.optimize(shard(tiny_llama(**ODD)), [{"technique": "magnitude", "scope": "global"}])
     for name, mask in hf_optim.run_of(plain).masks.items():
         assert torch.equal(hf_optim.run_of(found).masks[name], mask)
-        assert torch.equal(shards.whole(found.get_parameter(name).detach()), plain.get_parameter(name))
+        assert torch.equal(fsdp.whole(found.get_parameter(name).detach()), plain.get_parameter(name))
     assert hf_optim.run_of(found).record.steps == hf_optim.run_of(plain).record.steps
     assert masks.follows_nm(found, NAME, 4, 4)
     for ranking in (lambda w: masks.layer_masks({NAME: w}, 0.5), lambda w: masks.nm_mask(w, 2, 4)):
@@ -136,7 +138,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.1)
         self.keepers = [k for k in hf_optim.callbacks(self.model) if not hasattr(k, "stage")]
         self.args = SimpleNamespace(
-            output_dir=str(HOME / "loop"), should_save=sharing.rank() == 0, resume_from_checkpoint=str(resume),
+            output_dir=str(HOME / "loop"), should_save=collectives.rank() == 0, resume_from_checkpoint=str(resume),
             fp16=False, load_best_model_at_end=False,
         )  # fmt: skip
         self.state = SimpleNamespace(global_step=0, max_steps=4)
@@ -153,7 +155,7 @@ class Loop:
     def go(self, until: int) -> Loop:
         while self.state.global_step < until:
             self.call("on_step_begin")
-            rows = sentences(seed=10 * self.state.global_step + sharing.rank())[:2]
+            rows = sentences(seed=10 * self.state.global_step + collectives.rank())[:2]
             ids = torch.stack([row["input_ids"] for row in rows])
             self.model(input_ids=ids, labels=ids).loss.backward()
             self.call("on_pre_optimizer_step")
@@ -202,14 +204,14 @@ def check_resumption() -> None:
     for name, mask in whole.run.masks.items():
         assert torch.equal(again.run.masks[name], mask)
         assert mask.shape == whole.model.get_parameter(name).shape
-        assert not shards.whole(whole.model.get_parameter(name).detach())[~mask].any()
+        assert not fsdp.whole(whole.model.get_parameter(name).detach())[~mask].any()
     assert not isinstance(whole.model.lm_head.weight, DTensor)  # the evaluation left it gathered
     for loop in (whole, again):
-        shards.reshard(loop.model)
+        fsdp.reshard(loop.model)
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter.to_local(), again.model.get_parameter(name).to_local()), name
     uneven = whole.model.get_parameter(NAME).to_local().shape[0]
-    assert uneven == (25, 24)[sharing.rank()]
+    assert uneven == (25, 24)[collectives.rank()]
     other = begin(tiny_llama(), ToyRamp())
     try:
         read_state(other, folder)
@@ -224,7 +226,7 @@ def check_guard() -> None:
     loop = Loop()
     parameter = loop.model.get_parameter(NAME)
     local = torch.zeros_like(parameter.to_local())
-    local[0, 0] = float("nan") if sharing.rank() else 1.0
+    local[0, 0] = float("nan") if collectives.rank() else 1.0
     shape = {"shape": parameter.shape, "stride": parameter.stride()}
     parameter.grad = DTensor.from_local(local, parameter.device_mesh, parameter.placements, **shape)
     guard = next(k for k in loop.keepers if isinstance(k, GradientGuard))
@@ -242,7 +244,7 @@ def check_agreement() -> None:
     generator = torch.Generator().manual_seed(0)
     run.masks[NAME] = torch.rand(run.model.get_parameter(NAME).shape, generator=generator) < 0.5
     require_agreement(run)
-    if sharing.rank():
+    if collectives.rank():
         run.masks[NAME] = run.masks[NAME].roll(1, 0)  # as many, elsewhere
     keepers: list = [StateKeeper(run), MaskKeeper(run)]
     try:
@@ -259,13 +261,13 @@ def check_agreement() -> None:
 def main() -> int:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
-    if sharing.rank() == 0:
+    if collectives.rank() == 0:
         tiny_llama().save_pretrained(HOME / "dense")
     dist.barrier()
     for check in (check_magnitude, check_resumption, check_guard, check_agreement, check_stock_trainer):
         check()
         dist.barrier()
-        if sharing.rank() == 0:
+        if collectives.rank() == 0:
             print(check.__name__, flush=True)
     dist.destroy_process_group()
     return 0

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 
 import hf_optim
-from hf_optim import OptimConfig, saving
-from hf_optim.data import calibration_data
-from hf_optim.sources import Source, load_model
-from hf_optim.streaming import skeleton
-from hf_optim.streaming.job import StreamedJob
+from hf_optim import OptimConfig
+from hf_optim.checkpoints import meta_model, saving
+from hf_optim.checkpoints.source import Source, load_model
+from hf_optim.cli.jobs.streamed import StreamedJob
+from hf_optim.data.calibration_set import calibration_data
 from hf_optim.toolkit import topology
 
 
@@ -46,7 +46,7 @@ def blockwise(home: Path, steps, batches, output: Path):
 def streamed(home: Path, steps, batches, output: Path, spill=None, resume=False):
     """The run of the streamed driver; what it wrote is in ``output``."""
     source = Source(str(home))
-    built = skeleton.build(source)
+    built = meta_model.build(source)
     recipe = recipe_of(steps, "streamed", spill)
     data = calibration_data(batches, model_config=built.model.config) if batches is not None else None
     job = StreamedJob(recipe, built, source, output.with_name(f".{output.name}.journal"), resume, data)

@@ -16,13 +16,12 @@ from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 
 import hf_optim
-from hf_optim import Contract, Kernel, Reload, Technique, formats, hookimpl, technique
-from hf_optim.acceleration import KernelWarning
-from hf_optim.config import OptimConfig
+from hf_optim import Contract, Kernel, Reload, Technique, compressed, hookimpl, technique
+from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
 from hf_optim.errors import ModelError
-from hf_optim.packed import PackedLinear
-from hf_optim.run import Run
-from hf_optim.toolkit.grids import GridSpec, make_grid
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.recipes.config import OptimConfig
+from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
 
 UP = "model.layers.0.mlp.up_proj"
 TOKENS = torch.arange(5, 15)[None]
@@ -38,9 +37,9 @@ def quantize(model, bits=4, size=16, symmetric=True, only=".mlp.", kind="int", *
             static = {"input_scale": torch.tensor([0.02])} if inputs.get("static") else {}
             if inputs.get("static") and not inputs.get("symmetric_activations", True):
                 static["input_zero_point"] = torch.tensor([3], dtype=torch.int8)
-            scheme = formats.scheme_of(spec, **inputs)
-            formats.store(module, scheme, codes, grid.scale, grid.zero_point, **static)
-    formats.attach_quantizer(model)
+            scheme = compressed.scheme_of(spec, **inputs)
+            compressed.store(module, scheme, codes, grid.scale, grid.zero_point, **static)
+    compressed.attach_quantizer(model)
     return model
 
 
@@ -124,7 +123,7 @@ def test_a_weight_off_its_grid_stays(model, x):
 
 
 def test_memory_holds_no_dense_weight(model):
-    from hf_optim.sizes import parameter_bytes
+    from hf_optim.evaluation.sizes import parameter_bytes
 
     dense = parameter_bytes(model)
     weights = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".mlp." in n)
@@ -409,7 +408,7 @@ class Silent(Technique):
 
 
 def optimized(model, *steps):
-    run = Run(OptimConfig(steps=steps), model.config)
+    run = start_run(OptimConfig(steps=steps), model.config)
     run.model = model
     return run
 
@@ -436,7 +435,7 @@ def test_what_is_no_kernel_is_refused(model):
 
 def test_a_model_without_a_recipe_asks_the_catalogue(model, monkeypatch):
     found = SimpleNamespace(all=lambda: [Silent, Offering])
-    monkeypatch.setattr("hf_optim.acceleration.catalogue", lambda: found)
+    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: found)
     hf_optim.accelerate(model)
     assert runs_on(model).kernel == "naive int4"
 
@@ -522,7 +521,7 @@ def test_greedy_text_is_that_of_the_stock_reload(name, shared_models, tmp_path):
 
 def test_a_kernel_for_outliers_is_asked_first_for_the_weights_meant_for_it_alone():
     model = quantize(tiny_llama().requires_grad_(False), bits=8, size=None)
-    formats.set_outlier_threshold(model, [UP], 5.0)
+    compressed.set_outlier_threshold(model, [UP], 5.0)
     asked = []
     apart = Kernel("apart", lambda weight: asked.append((weight.name, weight.outliers)), Operand, outliers=True)
     hf_optim.accelerate(model, [NAIVE, apart])
@@ -539,6 +538,6 @@ def test_a_kernel_for_outliers_is_asked_first_for_the_weights_meant_for_it_alone
 def test_outliers_mean_nothing_for_other_weights():
     for fields in ({"bits": 4}, {"bits": 8, "size": 16}, {"bits": 8, "size": None, "activations": "int8"}):
         model = quantize(tiny_llama().requires_grad_(False), **fields)
-        formats.set_outlier_threshold(model, [UP], 5.0)
+        compressed.set_outlier_threshold(model, [UP], 5.0)
         hf_optim.accelerate(model, [NAIVE])
         assert model.get_submodule(UP).packing.about.outliers is None

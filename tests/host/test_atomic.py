@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from hf_optim import CheckpointError, atomic
-from hf_optim.atomic import replaced_directory
+from hf_optim import CheckpointError
+from hf_optim.checkpoints import atomic
+from hf_optim.checkpoints.atomic import replaced_directory
 
 
 def files(directory):

@@ -8,11 +8,11 @@ import json
 import pytest
 import torch
 
-from hf_optim.bench import decode, models, peers, running, table, whole
-from hf_optim.bench.goals import decode_goal, goal_of
-from hf_optim.bench.results import Decode, Results, Row
 from hf_optim.cli import main
 from hf_optim.errors import OptimError
+from hf_optim.evaluation.bench import decode, models, peers, running, table, whole
+from hf_optim.evaluation.bench.goals import decode_goal, goal_of
+from hf_optim.evaluation.bench.results import Decode, Results, Row
 
 H100 = {"copy": 3e6, "bfloat16": 797e6, "int8": 975e6}
 BYTES = 14336 * 4096 // 2 + 14336 * 32 * 2

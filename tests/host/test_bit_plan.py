@@ -12,12 +12,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_optim
-from hf_optim import OptimConfig, RecipeError, formats, optimize, snapshot
-from hf_optim.resume import BlockJournal
-from hf_optim.run import Run, run_of
+from hf_optim import OptimConfig, RecipeError, compressed, optimize
+from hf_optim.calibration.block_journal import BlockJournal
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
+from hf_optim.runs import snapshot
+from hf_optim.runs.run import run_of
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit.bit_budget import row_bytes
-from hf_optim.traits import BITS_ASSIGNED, QUANTIZED
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.quantization.bit_budget import row_bytes
 
 IDS = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(0))
 ASSIGN = {"technique": "qbert", "assign_only": True, "budget": 3.5, "shards": 1, "rows": 1, "iterations": 2}
@@ -36,7 +39,7 @@ def stock():
 
 
 def widths(model: nn.Module) -> dict[str, int]:
-    return {name: m.quantization_scheme.weights.num_bits for name, m in formats.quantized_modules(model).items()}
+    return {name: m.quantization_scheme.weights.num_bits for name, m in compressed.quantized_modules(model).items()}
 
 
 @pytest.mark.parametrize("later", LATER)
@@ -46,7 +49,7 @@ def test_layers_carry_the_planned_bits_into_the_checkpoint_and_back(build, later
     model = optimize(model, [ASSIGN, LATER[later]], calibration=[{"input_ids": IDS}])
     run = run_of(model)
     assert {BITS_ASSIGNED, QUANTIZED} <= run.traits
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     assert len(set(run.bit_plan.values())) > 1
     assert widths(model) == run.bit_plan
     with torch.no_grad():
@@ -80,7 +83,7 @@ def test_a_layer_without_a_plan_has_the_bits_of_the_step():
 def test_inputs_alone_and_float8_take_no_bits_from_a_plan():
     for fields in ({"bits": None, "activations": "int8"}, {"format": "fp8"}):
         model = optimize(tiny_llama(), [ASSIGN, {"technique": "rtn", **fields}], calibration=IDS)
-        schemes = [m.quantization_scheme.weights for m in formats.quantized_modules(model).values()]
+        schemes = [m.quantization_scheme.weights for m in compressed.quantized_modules(model).values()]
         assert {scheme and scheme.num_bits for scheme in schemes} == ({None} if "activations" in fields else {8})
 
 
@@ -122,7 +125,7 @@ def test_a_snapshot_has_the_plan():
     model = optimize(tiny_llama(), [ASSIGN, LATER["rtn"]], calibration=IDS)
     run = run_of(model)
     tensors, meta = snapshot.take(run)
-    other = Run(run.recipe, model.config)
+    other = start_run(run.recipe, model.config)
     assert other.bit_plan == {}
     snapshot.restore(other, tensors, json.loads(json.dumps(meta)))
     assert other.bit_plan == run.bit_plan

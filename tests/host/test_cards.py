@@ -11,11 +11,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from hf_optim import CheckpointError, Contract, Paper, Reload, Technique, option, plots, technique
-from hf_optim.cards import Card, render_index
-from hf_optim.catalogue import catalogue
-from hf_optim.figures import FIGURES, bytes_text, recipe_label
-from hf_optim.record import Record
+from hf_optim import CheckpointError, Contract, Paper, Reload, Technique, option, technique
+from hf_optim.evaluation.cards import plots
+from hf_optim.evaluation.cards.card import Card
+from hf_optim.evaluation.cards.index import render_index
+from hf_optim.evaluation.reported import FIGURES, bytes_text, recipe_label
+from hf_optim.recipes.catalogue import catalogue
+from hf_optim.runs.record import Record
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -17,10 +17,10 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_optim import Reload
-from hf_optim.catalogue import catalogue
 from hf_optim.cli import COMMANDS, main
-from hf_optim.config import shipped_recipes
-from hf_optim.record import Record
+from hf_optim.recipes.catalogue import catalogue
+from hf_optim.recipes.config import shipped_recipes
+from hf_optim.runs.record import Record
 
 QUANTIZATION = {"rtn", "gobo", "mixed_precision", "llm_int8", "qbert", "peg", "zeroquant", "lkd", "obq", "gptq"}
 QUANTIZATION |= {"smoothquant", "qat"}
@@ -425,7 +425,7 @@ def test_evaluation_data_that_is_not_there(capsys, shop):
 
 def test_what_the_measuring_process_complains_of_is_passed_on(capsys, shop, monkeypatch):
     done = subprocess.CompletedProcess([], 2, "", "noise\nhf-optim: the data is odd\nlate noise\n")
-    monkeypatch.setattr("hf_optim.compress.subprocess.run", lambda *args, **kwargs: done)
+    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", lambda *args, **kwargs: done)
     line = complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the original: the data is odd"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_optim import OptimConfig, RecipeError
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE_NM
+from hf_optim.recipes.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE_NM
 
 
 def recipe(*names: str | dict) -> OptimConfig:

@@ -9,9 +9,10 @@ from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
 
 import hf_optim
+from hf_optim.recipes.traits import QUANTIZED, SPARSE, SPARSE_NM
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit.masks import obeys_nm
-from hf_optim.traits import QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.pruning.masks import obeys_nm
 
 RECIPE = [
     {"technique": "nm", "keep": 2, "group": 4},
@@ -84,7 +85,7 @@ def test_post_training_techniques_compose(steps, tmp_path):
     model = hf_optim.optimize(tiny_llama(), steps, calibration=ids)
     run = hf_optim.run_of(model)
     for trait in run.traits:
-        assert trait.holds(run)
+        assert holds(trait, run)
     assert QUANTIZED in run.traits
     assert (SPARSE_NM in run.traits or SPARSE in run.traits) == (steps[0]["technique"] in ("nm", "magnitude"))
     model.save_pretrained(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from hf_optim import OptimConfig, RecipeError
-from hf_optim.catalogue import catalogue
-from hf_optim.config import DataConfig, shipped_recipes
+from hf_optim.recipes.catalogue import catalogue
+from hf_optim.recipes.config import DataConfig, shipped_recipes
 
 RTN = {"technique": "rtn", "bits": 4}
 

@@ -13,9 +13,10 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer, BertTokenizer
 
 from hf_optim import DataConfig, DataError
-from hf_optim import rows as rows_module
-from hf_optim.data import calibration_data, load_rows, random_tokens, texts, windows
-from hf_optim.windows import TokenWindows, reservoir, window_length
+from hf_optim.data import datasets as rows_module
+from hf_optim.data.calibration_set import calibration_data, texts
+from hf_optim.data.datasets import load_rows
+from hf_optim.data.token_windows import TokenWindows, random_tokens, reservoir, window_length, windows
 
 STORIES = ["One day, a cat sat.", "", "Two dogs ran home.", "   ", 'He said "no" and left; NA is a word.']
 LLAMA = tiny_llama(vocab_size=259).config

@@ -16,17 +16,19 @@ from tiny_models import DECODER, tiny_mixtral
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_optim import Scope, formats, optimize
+from hf_optim import Scope, compressed, optimize
+from hf_optim.compressed.experts import rows_of, store_expert
+from hf_optim.compressed.state_dict import packed_state_dict
 from hf_optim.errors import ModelError, NumericalError
-from hf_optim.experts import rows_of, store_expert
-from hf_optim.packing import packed_state_dict
-from hf_optim.run import run_of
+from hf_optim.runs.run import run_of
 from hf_optim.testing.models import _build
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit import sharing, topology
-from hf_optim.toolkit.experts import TokenSample, expert_linears, intermediate, parameters, stacks, top_up
-from hf_optim.toolkit.grids import GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.observers import SecondMoment
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.distributed import collectives
+from hf_optim.toolkit.quantization.grids import GridSpec, fit_group_size, make_grid
+from hf_optim.toolkit.statistics.expert_tokens import TokenSample, top_up
+from hf_optim.toolkit.statistics.observers import SecondMoment
+from hf_optim.toolkit.topology.experts import expert_linears, intermediate, parameters, stacks
 
 IDS = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(0))
 MOE: dict[str, Any] = {**DECODER, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -218,9 +220,11 @@ def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
     (name,) = sample
     mine, others = sample[name].clone(), torch.randn(14, 32)
     padded = torch.cat([others, torch.zeros(6, 32)])
-    monkeypatch.setattr(sharing, "ranks", lambda: 2)
-    monkeypatch.setattr(sharing, "rank", lambda: 1)
-    monkeypatch.setattr(sharing, "reduce_", lambda t, how: t.add_(torch.tensor([14, 0]) if t.dim() == 1 else padded))
+    monkeypatch.setattr(collectives, "ranks", lambda: 2)
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
+    monkeypatch.setattr(
+        collectives, "reduce_", lambda t, how: t.add_(torch.tensor([14, 0]) if t.dim() == 1 else padded)
+    )
     watcher.reduce()
     assert torch.equal(sample[name], torch.cat([others, mine])[::2])
 
@@ -230,11 +234,11 @@ def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
 
 def one_by_one(model: nn.Module, spec_of: Any) -> nn.Module:
     """Every storable layer on the grid that ``spec_of(name, in_features)`` says."""
-    for name, layer in formats.storable(whole(model), ("Linear",), experts=True)[0].items():
+    for name, layer in compressed.storable(whole(model), ("Linear",), experts=True)[0].items():
         weight = layer.weight.detach()
         grid = make_grid(weight, spec_of(name, weight.shape[1]))
-        formats.store(layer, formats.scheme_of(grid.spec), grid.quantize(weight), grid.scale)
-    formats.attach_quantizer(model)
+        compressed.store(layer, compressed.scheme_of(grid.spec), grid.quantize(weight), grid.scale)
+    compressed.attach_quantizer(model)
     return model
 
 
@@ -371,16 +375,16 @@ def test_experts_are_quantized_all_or_none(fields):
 
 def test_a_technique_without_experts_is_refused():
     with pytest.raises(ModelError, match=r"step 1 cannot store integer weights .*which this technique leaves"):
-        formats.storable(whole(tiny_mixtral()), ("Linear",), label="step 1")
+        compressed.storable(whole(tiny_mixtral()), ("Linear",), label="step 1")
 
 
 def test_store_refuses_what_stock_does_not_read():
     view = expert_linears(tiny_mixtral())["model.layers.0.mlp.experts.0.down_proj"]
     grid = make_grid(view.weight, GridSpec(4, "int", "group", 16, False))
     with pytest.raises(ModelError, match=r"experts\.0\.down_proj: .*symmetric"):
-        store_expert(view, formats.scheme_of(grid.spec), grid.quantize(view.weight), grid.scale, grid.zero_point)
+        store_expert(view, compressed.scheme_of(grid.spec), grid.quantize(view.weight), grid.scale, grid.zero_point)
     with pytest.raises(ModelError, match="without quantized inputs"):
-        store_expert(view, formats.scheme_of(GridSpec(8), "int8"), None, None, None)
+        store_expert(view, compressed.scheme_of(GridSpec(8), "int8"), None, None, None)
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------
@@ -439,8 +443,8 @@ def test_an_expert_that_never_fires_is_named_and_calibrated(caplog):
 def test_dense_leaves_no_trace():
     reference, model = tiny_mixtral(), quantized(tiny_mixtral(), bits=4, group_size=16)
     expected = logits(model)
-    assert len(formats.quantized_modules(model)) == 10
-    assert formats.dense(model) == []
+    assert len(compressed.quantized_modules(model)) == 10
+    assert compressed.dense(model) == []
     assert torch.equal(logits(model), expected)
     assert model.state_dict().keys() == reference.state_dict().keys()
     attributes = {name: set(vars(module)) for name, module in reference.named_modules() if name}
@@ -452,16 +456,16 @@ def test_block_state_survives_a_file(tmp_path):
     model, other = quantized(tiny_mixtral(), bits=4, group_size=16), tiny_mixtral(seed=1)
     other.load_state_dict(tiny_mixtral().state_dict())
     for block, blank in zip(model.model.layers, other.model.layers, strict=True):
-        tensors, meta = formats.dump_module_state(block)
+        tensors, meta = compressed.dump_module_state(block)
         save_file(tensors, tmp_path / "block.safetensors")
-        formats.load_module_state(blank, load_file(tmp_path / "block.safetensors"), json.loads(json.dumps(meta)))
+        compressed.load_module_state(blank, load_file(tmp_path / "block.safetensors"), json.loads(json.dumps(meta)))
     assert torch.equal(logits(other), logits(model))
-    formats.attach_quantizer(other)
+    compressed.attach_quantizer(other)
     mine, theirs = packed_state_dict(model)[0], packed_state_dict(other)[0]
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    formats.load_module_state(other.model.layers[0], *formats.dump_module_state(tiny_mixtral().model.layers[0]))
-    assert not any(".layers.0." in name for name in formats.quantized_modules(other))
+    compressed.load_module_state(other.model.layers[0], *compressed.dump_module_state(tiny_mixtral().model.layers[0]))
+    assert not any(".layers.0." in name for name in compressed.quantized_modules(other))
 
 
 def test_a_part_is_packed_as_the_whole_is():
@@ -477,7 +481,7 @@ def test_a_part_is_packed_as_the_whole_is():
 def test_when_an_expert_changed_the_checkpoint_is_an_ordinary_one(tmp_path, caplog):
     model = quantized(tiny_mixtral(), bits=4, group_size=16)
     model.model.layers[1].mlp.experts.down_proj.data[3] += 1e-3
-    with caplog.at_level(logging.WARNING, "hf_optim.packing"):
+    with caplog.at_level(logging.WARNING, "hf_optim.compressed.state_dict"):
         model.save_pretrained(tmp_path)
     assert "10 of 10" in caplog.text
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
@@ -494,7 +498,7 @@ def test_a_reloaded_model_can_be_saved(round_trip, tmp_path, how):
     else:
         model = AutoModelForCausalLM.from_pretrained(directory)
         logits(model)
-        formats.dense(model)
+        compressed.dense(model)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_optim
-from hf_optim import Scope, formats
+from hf_optim import Scope, compressed
+from hf_optim.compressed.quantization_config import patterns
+from hf_optim.compressed.state_dict import packed_state_dict
 from hf_optim.errors import CheckpointError, ModelError
-from hf_optim.packing import packed_state_dict, patterns
-from hf_optim.toolkit.grids import GridSpec, fit_group_size, make_grid
+from hf_optim.toolkit.quantization.grids import GridSpec, fit_group_size, make_grid
 
 STOCK = """
 import sys, torch
@@ -70,23 +71,23 @@ def quantize(model: nn.Module, spec, activations=None, static=False, symmetric=T
     for name, module in inner(model).items():
         if not only(name):
             continue
-        scheme = formats.scheme_of(spec, activations, static, symmetric)
+        scheme = compressed.scheme_of(spec, activations, static, symmetric)
         inputs = {}
         if static:
             inputs["input_scale"] = torch.tensor([0.03]).to(module.weight.dtype).float()
             if not symmetric:
                 inputs["input_zero_point"] = torch.tensor([5], dtype=torch.int8)
         if spec is None:
-            formats.store(module, scheme, **inputs)
+            compressed.store(module, scheme, **inputs)
             continue
         weight = module.weight.detach()
         grid = make_grid(weight, spec)
-        formats.store(module, scheme, grid.quantize(weight), grid.scale, grid.zero_point, **inputs)
+        compressed.store(module, scheme, grid.quantize(weight), grid.scale, grid.zero_point, **inputs)
 
 
 def w4(model: nn.Module) -> nn.Module:
     quantize(model, GridSpec(4, "int", "group", 16))
-    formats.attach_quantizer(model)
+    compressed.attach_quantizer(model)
     return model
 
 
@@ -135,12 +136,12 @@ def round_trip(tmp_path_factory):
         quantize(model, spec, activations, static, symmetric)
         models[name] = model
     for name, model in extra_models().items():
-        if not formats.quantized_modules(model):
+        if not compressed.quantized_modules(model):
             quantize(model, GridSpec(8), "int8")
         models[name] = model
     found = {}
     for name, model in models.items():
-        formats.attach_quantizer(model)
+        compressed.attach_quantizer(model)
         before = copy.deepcopy(model.state_dict())
         model.save_pretrained(root / name)
         after = model.state_dict()
@@ -215,12 +216,12 @@ def test_store_is_what_stock_computes_and_binds_its_forward():
     assert not module.weight.requires_grad
     steps = module.weight.view(48, 2, 16) / module.weight_scale[..., None]
     torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
-    assert set(formats.quantized_modules(model)) == set(inner(model))
+    assert set(compressed.quantized_modules(model)) == set(inner(model))
 
 
 def test_activations_are_quantized_per_token():
     layer = nn.Linear(8, 3)
-    formats.store(layer, formats.scheme_of(None, "int8"))
+    compressed.store(layer, compressed.scheme_of(None, "int8"))
     x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
     steps = make_grid(x, GridSpec(8, "int", "token"))
     torch.testing.assert_close(layer(x), nn.functional.linear(steps.nearest(x), layer.weight, layer.bias))
@@ -228,7 +229,7 @@ def test_activations_are_quantized_per_token():
 
 def test_gradients_pass_through_quantized_activations():
     layer = nn.Linear(8, 3)
-    formats.store(layer, formats.scheme_of(None, "int8"))
+    compressed.store(layer, compressed.scheme_of(None, "int8"))
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -254,7 +255,7 @@ def test_store_refuses_what_does_not_fit(wrong):
     else:
         scale = scale * 1.001
     with pytest.raises(ModelError):
-        formats.store(layer, formats.scheme_of(grid.spec), codes, scale, zero)
+        compressed.store(layer, compressed.scheme_of(grid.spec), codes, scale, zero)
     assert torch.equal(layer.weight, before)
     assert not hasattr(layer, "quantization_scheme")
 
@@ -262,34 +263,34 @@ def test_store_refuses_what_does_not_fit(wrong):
 def test_store_refuses_other_layers():
     layer = tiny_gpt2().transformer.h[0].attn.c_attn
     with pytest.raises(ModelError, match="Conv1D"):
-        formats.store(layer, formats.scheme_of(None, "int8"))
+        compressed.store(layer, compressed.scheme_of(None, "int8"))
 
 
 def test_storing_twice_leaves_one_state():
     layer = nn.Linear(32, 8)
-    formats.store(layer, formats.scheme_of(None, "int8", static=True), input_scale=torch.tensor([0.5]))
-    formats.store(layer, formats.scheme_of(None, "int8"))
+    compressed.store(layer, compressed.scheme_of(None, "int8", static=True), input_scale=torch.tensor([0.5]))
+    compressed.store(layer, compressed.scheme_of(None, "int8"))
     assert "input_scale" not in layer._parameters
     assert not hasattr(layer.forward.__wrapped__.__wrapped__, "__wrapped__")
 
 
 def test_storable_names_what_it_leaves_out():
     model = tiny_gpt2()
-    layers, skipped = formats.storable(Scope("", model, model), ("Linear",))
+    layers, skipped = compressed.storable(Scope("", model, model), ("Linear",))
     assert layers == {}
     assert len(skipped["Conv1D: compressed-tensors stores nn.Linear only"]) == 8
 
     model = tiny_mixtral()
-    layers, skipped = formats.storable(Scope("", model, model), ("Linear",), integer=False)
+    layers, skipped = compressed.storable(Scope("", model, model), ("Linear",), integer=False)
     assert "model.layers.0.self_attn.q_proj" in layers
     stacked = skipped["stacked matrices: compressed-tensors stores nn.Linear only"]
     assert stacked == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
     with pytest.raises(ModelError, match="step 1 cannot store integer weights of MixtralForCausalLM"):
-        formats.storable(Scope("", model, model), ("Linear",), label="step 1")
+        compressed.storable(Scope("", model, model), ("Linear",), label="step 1")
 
     model = tiny_qwen2()
-    layers, skipped = formats.storable(Scope("", model, model), ("lm_head",))
+    layers, skipped = compressed.storable(Scope("", model, model), ("lm_head",))
     assert layers == {}
     assert skipped == {"its weight is shared with model.embed_tokens.weight": ["lm_head"]}
 
@@ -300,7 +301,7 @@ def test_dense_leaves_no_trace():
     attributes = set(vars(model))
     w4(model)
     expected = logits(model)
-    assert formats.dense(model) == []
+    assert compressed.dense(model) == []
     assert torch.equal(logits(model), expected)
     assert model.state_dict().keys() == reference.state_dict().keys()
     assert set(vars(model)) == attributes
@@ -314,13 +315,13 @@ def test_dense_leaves_no_trace():
 def test_dense_says_whose_activations_are_no_longer_quantized():
     model = tiny_llama()
     quantize(model, GridSpec(8), "int8", only=lambda n: "mlp" in n)
-    formats.attach_quantizer(model)
-    assert formats.dense(model) == [n for n in inner(model) if "mlp" in n]
+    compressed.attach_quantizer(model)
+    assert compressed.dense(model) == [n for n in inner(model) if "mlp" in n]
 
 
 def test_attaching_to_a_model_without_quantization_is_refused():
     with pytest.raises(ModelError, match="no module"):
-        formats.attach_quantizer(tiny_llama())
+        compressed.attach_quantizer(tiny_llama())
 
 
 def test_the_trainer_is_told_to_train_adapters_only():
@@ -335,10 +336,10 @@ def test_a_changed_weight_is_saved_as_it_is(tmp_path, caplog, activations):
     """As after merging an adapter: never packed wrongly in silence."""
     model = tiny_llama()
     quantize(model, GridSpec(8), activations)
-    formats.attach_quantizer(model)
+    compressed.attach_quantizer(model)
     changed = "model.layers.0.mlp.up_proj"
     model.get_submodule(changed).weight.data += 1e-4
-    with caplog.at_level(logging.WARNING, "hf_optim.packing"):
+    with caplog.at_level(logging.WARNING, "hf_optim.compressed.state_dict"):
         model.save_pretrained(tmp_path)
     assert "1 of 14" in caplog.text
     assert changed in caplog.text
@@ -346,7 +347,7 @@ def test_a_changed_weight_is_saved_as_it_is(tmp_path, caplog, activations):
     assert torch.equal(stored[changed + ".weight"], model.get_submodule(changed).weight)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(reloaded), logits(model))
-    assert len(formats.quantized_modules(reloaded)) == (13 if activations is None else 14)
+    assert len(compressed.quantized_modules(reloaded)) == (13 if activations is None else 14)
 
 
 def test_when_all_weights_changed_the_checkpoint_is_an_ordinary_one(tmp_path):
@@ -373,38 +374,38 @@ def test_block_state_survives_a_file(tmp_path, activations):
     other.load_state_dict(model.state_dict())
     quantize(model, GridSpec(4, "int", "group", 16, symmetric=False), activations)
     for block, blank in zip(model.model.layers, other.model.layers, strict=True):
-        tensors, meta = formats.dump_module_state(block)
+        tensors, meta = compressed.dump_module_state(block)
         save_file(tensors, tmp_path / "block.safetensors")
-        formats.load_module_state(blank, load_file(tmp_path / "block.safetensors"), json.loads(json.dumps(meta)))
+        compressed.load_module_state(blank, load_file(tmp_path / "block.safetensors"), json.loads(json.dumps(meta)))
     mine, theirs = model.state_dict(), other.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) and mine[key].dtype == theirs[key].dtype for key in mine)
     assert torch.equal(logits(model), logits(other))
-    assert formats.quantized_modules(other).keys() == formats.quantized_modules(model).keys()
-    for name, module in formats.quantized_modules(other).items():
+    assert compressed.quantized_modules(other).keys() == compressed.quantized_modules(model).keys()
+    for name, module in compressed.quantized_modules(other).items():
         assert module.quantization_scheme == model.get_submodule(name).quantization_scheme
         assert not module.weight.requires_grad
 
 
 def test_block_state_of_a_plain_block_takes_the_quantization_off():
     model, other = tiny_llama(), w4(tiny_llama(seed=1))
-    formats.load_module_state(other.model.layers[0], *formats.dump_module_state(model.model.layers[0]))
-    assert not any(".layers.0." in name for name in formats.quantized_modules(other))
+    compressed.load_module_state(other.model.layers[0], *compressed.dump_module_state(model.model.layers[0]))
+    assert not any(".layers.0." in name for name in compressed.quantized_modules(other))
 
 
 def test_block_state_of_another_block_is_refused():
-    tensors, meta = formats.dump_module_state(tiny_llama().model.layers[0])
+    tensors, meta = compressed.dump_module_state(tiny_llama().model.layers[0])
     with pytest.raises(CheckpointError, match="saved as"):
-        formats.load_module_state(tiny_llama(intermediate_size=40).model.layers[0], tensors, meta)
+        compressed.load_module_state(tiny_llama(intermediate_size=40).model.layers[0], tensors, meta)
     tensors.pop("mlp.up_proj.weight")
     with pytest.raises(CheckpointError, match="only one has"):
-        formats.load_module_state(tiny_llama().model.layers[0], tensors, meta)
+        compressed.load_module_state(tiny_llama().model.layers[0], tensors, meta)
 
 
 def test_a_classifier_reloads_through_the_auto_class(tmp_path):
     model = tiny_bert()
     quantize(model, GridSpec(8))
-    formats.attach_quantizer(model)
+    compressed.attach_quantizer(model)
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(reloaded), logits(model))
@@ -417,7 +418,7 @@ def test_an_adapter_trains_on_top_and_merges(tmp_path, activations):
     peft = pytest.importorskip("peft")
     base = tiny_llama()
     quantize(base, GridSpec(8), activations)
-    formats.attach_quantizer(base)
+    compressed.attach_quantizer(base)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights="gaussian")
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from hf_optim import hookup
+from hf_optim.lifecycle import from_pretrained
 
 
 def _python(code: str) -> str:
@@ -55,12 +55,12 @@ def test_a_call_without_optim_config_is_the_stock_call(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path)
     ours, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    hookup.uninstall()
+    from_pretrained.uninstall()
     try:
         stock = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert not hasattr(PreTrainedModel.from_pretrained.__func__, "_hf_optim_original")
     finally:
-        hookup.install()
+        from_pretrained.install()
     assert not loading["missing_keys"]
     assert set(vars(ours)) == set(vars(stock))
     for (name, a), (other, b) in zip(ours.state_dict().items(), stock.state_dict().items(), strict=True):
@@ -70,7 +70,7 @@ def test_a_call_without_optim_config_is_the_stock_call(tmp_path):
 
 def test_the_wrapper_keeps_the_signature_and_is_installed_once():
     before = PreTrainedModel.__dict__["from_pretrained"]
-    hookup.install()
+    from_pretrained.install()
     assert PreTrainedModel.__dict__["from_pretrained"] is before
     assert "pretrained_model_name_or_path" in inspect.signature(LlamaForCausalLM.from_pretrained).parameters
 

@@ -13,7 +13,7 @@ from python_session import PythonSession
 from tiny_models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
-from hf_optim.record import Record
+from hf_optim.runs.record import Record
 
 RECIPE = "steps: [{technique: rtn, bits: 4, group_size: 16}]\n"
 CHECKPOINT = {

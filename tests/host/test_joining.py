@@ -19,9 +19,8 @@ from torch import nn
 
 import hf_optim
 from hf_optim import Kernel
-from hf_optim.acceleration import KernelWarning
-from hf_optim.packed import PackedLinear
-from hf_optim.packed.sharing import Part
+from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
+from hf_optim.compressed.packed.shared_output import Part
 
 OPERANDS = "test_acceleration.py"  # in stack traces of what Traced computes
 TOKENS = torch.arange(5, 15)[None]
@@ -88,7 +87,7 @@ def x():
 
 
 def inputs_of(model):
-    from hf_optim.toolkit.inputs import dummy_inputs
+    from hf_optim.toolkit.topology.fake_inputs import dummy_inputs
 
     return dummy_inputs(model)
 
@@ -409,7 +408,7 @@ def test_an_input_that_the_joint_operand_does_not_take(model, x):
 
 def test_twice_is_once(model, monkeypatch):
     before = [id(operand) for operand in operands(model)]
-    monkeypatch.setattr("hf_optim.packed.joining.trace", lambda model: pytest.fail("traced again"))
+    monkeypatch.setattr("hf_optim.compressed.packed.fused_projections.trace", lambda model: pytest.fail("traced again"))
     hf_optim.accelerate(model, [JOINING])
     assert [id(operand) for operand in operands(model)] == before
 

@@ -22,7 +22,7 @@ from hf_optim import (
     hookimpl,
     technique,
 )
-from hf_optim.run import find_run
+from hf_optim.runs.run import find_run
 
 HALF = [{"technique": "magnitude", "sparsity": 0.5}]
 

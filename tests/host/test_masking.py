@@ -11,8 +11,10 @@ from toy_training import ToyRamp, arguments, begin, sentences
 from transformers import Trainer, TrainerCallback
 
 import hf_optim
-from hf_optim import ModelError, masking, zeroing
-from hf_optim.masking import STAY_AT_ZERO, MaskKeeper, apply_masks, stays_at_zero, stray_weights
+from hf_optim import ModelError
+from hf_optim.runs.masking import apply_masks, stray_weights
+from hf_optim.training import fused_masking, mask_callback
+from hf_optim.training.mask_callback import STAY_AT_ZERO, MaskKeeper, stays_at_zero
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -229,10 +231,10 @@ def test_on_cuda_the_kernel_takes_what_it_can_and_foreach_the_rest(monkeypatch):
                 for tensor, mask in zip(tensors, self.masks, strict=True):
                     tensor.masked_fill_(~mask, 0.0)
 
-    monkeypatch.setattr(zeroing, "_part", lambda masks: zeroing._Fused(masks, Kernel))
+    monkeypatch.setattr(fused_masking, "_part", lambda masks: fused_masking._Fused(masks, Kernel))
     masks = [half(torch.empty(4, 4), i) for i in range(3)]
     tensors = [torch.ones(4, 4), torch.ones(4, 4).bfloat16(), torch.ones(4, 4)]
-    zero = zeroing.Zeroing(masks, tensors)
+    zero = fused_masking.Zeroing(masks, tensors)
     zero(tensors)
     assert sorted(seen) == [1, 2]
     transposed = [torch.ones(4, 4).as_strided((4, 4), (1, 4)), torch.ones(4, 4).bfloat16(), torch.ones(4, 4)]
@@ -254,7 +256,7 @@ def test_a_kernel_that_cannot_be_compiled_is_tried_once(caplog):
                 raise RuntimeError("Failed to find C compiler")
 
     mask, tensor = half(torch.empty(4, 4)), torch.ones(4, 4)
-    zero = zeroing._Fused([mask], Kernel)
+    zero = fused_masking._Fused([mask], Kernel)
     for _ in range(2):
         zero([tensor.fill_(1.0)])
         assert torch.equal(tensor != 0, mask)
@@ -266,11 +268,11 @@ def test_without_triton_foreach_serves(monkeypatch):
     def fails(name: str):
         raise ImportError(name)
 
-    zeroing._kernel.cache_clear()
-    monkeypatch.setattr(zeroing.importlib, "import_module", fails)
-    assert zeroing._kernel() is None
-    zeroing._kernel.cache_clear()
-    assert isinstance(zeroing._part([torch.ones(2, dtype=torch.bool)]), zeroing._Foreach)
+    fused_masking._kernel.cache_clear()
+    monkeypatch.setattr(fused_masking.importlib, "import_module", fails)
+    assert fused_masking._kernel() is None
+    fused_masking._kernel.cache_clear()
+    assert isinstance(fused_masking._part([torch.ones(2, dtype=torch.bool)]), fused_masking._Foreach)
 
 
 def test_nothing_is_looked_up_while_masks_stay_the_same(monkeypatch):
@@ -278,7 +280,7 @@ def test_nothing_is_looked_up_while_masks_stay_the_same(monkeypatch):
     run, keeper = keeper_of(model)
     run.masks[NAME] = half(model.get_parameter(NAME))
     keeper.on_step_begin(None, None, None)
-    monkeypatch.setattr(masking, "masked_parameter", lambda run, name: pytest.fail("looked up again"))
+    monkeypatch.setattr(mask_callback, "masked_parameter", lambda run, name: pytest.fail("looked up again"))
     keeper.on_step_end(None, None, None)
     keeper.on_pre_optimizer_step(None, None, None)
     keeper.on_optimizer_step(None, None, None)

@@ -14,9 +14,10 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5,
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
-from hf_optim import CheckpointError, DataConfig, DataError, ModelError, OptimError, measure
-from hf_optim.data import texts
-from hf_optim.tasks import task_of, task_of_model
+from hf_optim import CheckpointError, DataConfig, DataError, ModelError, OptimError
+from hf_optim.data.calibration_set import texts
+from hf_optim.data.tasks import task_of, task_of_model
+from hf_optim.evaluation import evaluate, latency, sizes
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 6, "Pack my box with five dozen jugs. " * 5]
 
@@ -34,7 +35,7 @@ def real(shared_models, name):
 def test_the_reference_perplexities(shared_models, shared_data, name, expected):
     model, tokenizer = real(shared_models, name)
     data = DataConfig(str(shared_data / "tinystories/eval.jsonl"), samples=None)
-    found = measure.evaluate(model, tokenizer, data, speed=False)
+    found = evaluate.evaluate(model, tokenizer, data, speed=False)
     assert round(found["perplexity"], 4) == expected
     assert found["nll"] == pytest.approx(math.log(found["perplexity"]), rel=1e-12)
 
@@ -48,7 +49,7 @@ def test_rounding_the_weights_gives_the_reference_figure(shared_models, shared_d
                 scale = module.weight.abs().amax(1, keepdim=True) / 7
                 module.weight.copy_((module.weight / scale).round().clamp(-7, 7) * scale)
     stories = texts(DataConfig(str(shared_data / "tinystories/eval.jsonl")))
-    assert round(measure.evaluate_lm(model, tokenizer, stories)["perplexity"], 4) == 5.1329
+    assert round(evaluate.evaluate_lm(model, tokenizer, stories)["perplexity"], 4) == 5.1329
 
 
 # -- language models --------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_perplexity_is_the_plain_formula(make):
     model, tokenizer = make(vocab_size=259), tiny_tokenizer()
     model.train()
     ids = torch.tensor([i for t in TEXTS for i in tokenizer(t, verbose=False)["input_ids"]])
-    found = measure.evaluate_lm(model, tokenizer, TEXTS)
+    found = evaluate.evaluate_lm(model, tokenizer, TEXTS)
     assert model.training
     assert found["nll"] == pytest.approx(by_hand(model.eval(), ids, 64), rel=1e-6)
     assert found["tokens"] == len(ids) // 64 * 63
@@ -76,45 +77,45 @@ def test_perplexity_is_the_plain_formula(make):
 
 def test_a_text_below_one_window_is_scored_whole():
     model, tokenizer = tiny_llama(vocab_size=259), tiny_tokenizer()
-    assert measure.evaluate_lm(model, tokenizer, ["short"])["tokens"] == 5
+    assert evaluate.evaluate_lm(model, tokenizer, ["short"])["tokens"] == 5
     with pytest.raises(DataError, match="has 0 tokens"):
-        measure.evaluate_lm(model, tokenizer, [])
+        evaluate.evaluate_lm(model, tokenizer, [])
 
 
 def test_samples_choose_windows_and_the_window_function_agrees():
     model, tokenizer = tiny_llama(vocab_size=259), tiny_tokenizer()
-    found = measure.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
+    found = evaluate.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
     assert found["tokens"] == 60
-    assert found == measure.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
-    from hf_optim.data import windows
+    assert found == evaluate.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
+    from hf_optim.data.token_windows import windows
 
     ids = windows(TEXTS, tokenizer, 16, 4, 1)
-    assert measure.perplexity(model, ids)["perplexity"] == pytest.approx(found["perplexity"], rel=1e-9)
+    assert evaluate.perplexity(model, ids)["perplexity"] == pytest.approx(found["perplexity"], rel=1e-9)
 
 
 def test_agreement_with_a_reference(tmp_path):
     model, other, tokenizer = tiny_llama(vocab_size=259), tiny_llama(seed=1, vocab_size=259), tiny_tokenizer()
-    same = measure.evaluate_lm(model, tokenizer, TEXTS, reference=model)
+    same = evaluate.evaluate_lm(model, tokenizer, TEXTS, reference=model)
     assert (same["top1_agreement"], same["kl"]) == (1.0, 0.0)
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     data = DataConfig(str(file), samples=None)
-    apart = measure.compare(model, other, tokenizer, data)
+    apart = evaluate.compare(model, other, tokenizer, data)
     assert 0 <= apart["top1_agreement"] < 0.5
     assert apart["kl"] > 0.1
-    assert apart != measure.compare(other, model, tokenizer, data)
+    assert apart != evaluate.compare(other, model, tokenizer, data)
     with pytest.raises(DataError, match="cannot be compared"):
-        measure.compare(model, tiny_llama(vocab_size=300), tokenizer, data)
+        evaluate.compare(model, tiny_llama(vocab_size=300), tokenizer, data)
 
 
 def test_evaluate_times_models_that_generate(tmp_path):
     file = tmp_path / "eval.txt"
     file.write_text(TEXTS[0])
-    found = measure.evaluate(tiny_llama(vocab_size=259), tiny_tokenizer(), DataConfig(str(file), samples=2))
+    found = evaluate.evaluate(tiny_llama(vocab_size=259), tiny_tokenizer(), DataConfig(str(file), samples=2))
     assert found["task"] == "text-generation"
     assert 0 < found["ms_per_token"] < 1000
     with pytest.raises(DataError, match="pass tokenizer"):
-        measure.evaluate(tiny_llama(), None, DataConfig(str(file)))
+        evaluate.evaluate(tiny_llama(), None, DataConfig(str(file)))
 
 
 # -- other tasks ------------------------------------------------------------------------------------------------------
@@ -136,14 +137,14 @@ def test_classification_accuracy_is_over_the_right_labels(tmp_path, wordpieces):
     file = tmp_path / "dev.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{s}\t{n}\n" for s, n in zip(sentences, labels, strict=True)))
     data = DataConfig(str(file), samples=None)
-    assert measure.evaluate(model, wordpieces, data) == {"task": "text-classification", "accuracy": 0.75}
-    assert measure.compare(model, model, wordpieces, data)["top1_agreement"] == 1.0
+    assert evaluate.evaluate(model, wordpieces, data) == {"task": "text-classification", "accuracy": 0.75}
+    assert evaluate.compare(model, model, wordpieces, data)["top1_agreement"] == 1.0
     file.write_text("sentence\tlabel\na\t9\n")
     with pytest.raises(DataError, match="label 9 is none of the model's 3 classes"):
-        measure.evaluate(model, wordpieces, data)
+        evaluate.evaluate(model, wordpieces, data)
     file.write_text("sentence\tgrade\na\t1\n")
     with pytest.raises(DataError, match="needs a column label"):
-        measure.evaluate(model, wordpieces, data)
+        evaluate.evaluate(model, wordpieces, data)
 
 
 def test_similarity_is_spearman_of_mean_pooled_cosines(tmp_path, wordpieces):
@@ -159,12 +160,12 @@ def test_similarity_is_spearman_of_mean_pooled_cosines(tmp_path, wordpieces):
     file = tmp_path / "sts.tsv"
     lines = [f"{a}\t{b}\t{c**3 if c > 0 else c}\n" for (a, b), c in zip(pairs, cosines, strict=True)]
     file.write_text("sentence1\tsentence2\tscore\n" + "".join(lines))
-    found = measure.evaluate(model, wordpieces, DataConfig(str(file), samples=None))
+    found = evaluate.evaluate(model, wordpieces, DataConfig(str(file), samples=None))
     assert found["spearman"] == pytest.approx(1.0, abs=1e-12)
     assert found["pairs"] == 4
     file.write_text("text\na\n")
     with pytest.raises(DataError, match="no measure for BertModel"):
-        measure.evaluate(model, wordpieces, DataConfig(str(file)))
+        evaluate.evaluate(model, wordpieces, DataConfig(str(file)))
 
 
 def test_masked_language_models_predict_the_masked_tokens(tmp_path, wordpieces):
@@ -174,15 +175,15 @@ def test_masked_language_models_predict_the_masked_tokens(tmp_path, wordpieces):
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps({"text": "a b c d e f g h i j " * 20}) + "\n" for _ in range(4)))
     data = DataConfig(str(file), samples=None, seq_len=32)
-    found = measure.evaluate(model, wordpieces, data)
+    found = evaluate.evaluate(model, wordpieces, data)
     # 26 windows of 30 tokens that are not special; 15 % of them are hidden.
     assert 80 < found["tokens"] < 160
     assert 0 <= found["accuracy"] <= 1
-    assert found == measure.evaluate(model, wordpieces, data)
+    assert found == evaluate.evaluate(model, wordpieces, data)
     with torch.no_grad():
         model.cls.predictions.decoder.bias.fill_(-1e4)
         model.cls.predictions.decoder.bias[5] = 1e4
-    assert measure.evaluate(model, wordpieces, data)["accuracy"] == pytest.approx(0.1, abs=0.1)
+    assert evaluate.evaluate(model, wordpieces, data)["accuracy"] == pytest.approx(0.1, abs=0.1)
 
 
 def test_image_classification(tmp_path):
@@ -203,7 +204,7 @@ def test_image_classification(tmp_path):
     labels = [(right[0] + 1) % 3, *right[1:]]
     file = tmp_path / "images.parquet"
     Dataset.from_dict({"image": [{"bytes": i, "path": None} for i in images], "label": labels}).to_parquet(file)
-    found = measure.evaluate(model, processor, DataConfig(str(file), samples=None))
+    found = evaluate.evaluate(model, processor, DataConfig(str(file), samples=None))
     assert found == {"task": "image-classification", "accuracy": 0.9}
 
 
@@ -211,7 +212,7 @@ def test_encoder_decoders_score_the_target(tmp_path):
     model, tokenizer = tiny_t5(vocab_size=259), tiny_tokenizer()
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps({"source": f"input {i}", "target": "out" * (i + 1)}) + "\n" for i in range(3)))
-    found = measure.evaluate(model, tokenizer, DataConfig(str(file), samples=None))
+    found = evaluate.evaluate(model, tokenizer, DataConfig(str(file), samples=None))
     assert found["tokens"] == sum(len(tokenizer("out" * (i + 1))["input_ids"]) for i in range(3))
     # Padding of a batch must not reach the score.
     single = 0.0
@@ -254,21 +255,21 @@ def test_bytes_on_disk_are_those_of_the_safetensors(tmp_path):
     shards = list(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
     (tmp_path / "training_args.bin").write_bytes(b"x" * 1000)
-    assert measure.bytes_on_disk(tmp_path) == sum(s.stat().st_size for s in shards)
+    assert sizes.bytes_on_disk(tmp_path) == sum(s.stat().st_size for s in shards)
     with pytest.raises(CheckpointError, match="no safetensors"):
-        measure.bytes_on_disk(tmp_path / "none")
+        sizes.bytes_on_disk(tmp_path / "none")
 
 
 def test_parameter_bytes_count_shared_storage_once():
     plain, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
-    assert measure.parameter_bytes(plain) - measure.parameter_bytes(tied) == 64 * 32 * 4
+    assert sizes.parameter_bytes(plain) - sizes.parameter_bytes(tied) == 64 * 32 * 4
     expected = sum(t.numel() * t.element_size() for t in (*plain.parameters(), *plain.buffers()))
     # inv_freq and its original copy may share one storage.
-    assert expected * 0.99 < measure.parameter_bytes(plain) <= expected
+    assert expected * 0.99 < sizes.parameter_bytes(plain) <= expected
 
 
 def test_peak_memory_says_of_what():
-    with measure.peak_memory(torch.device("cpu")) as peak:
+    with evaluate.peak_memory(torch.device("cpu")) as peak:
         block = torch.ones(40_000_000)
     assert peak.bytes > block.numel() * 4
     assert peak.figures()["device"] == "cpu"
@@ -286,19 +287,19 @@ def test_milliseconds_per_token_generates_that_many_and_leaves_the_model_as_it_w
     model.generate = generate
     model.train()
     config = model.generation_config.to_dict()
-    assert measure.milliseconds_per_token(model, prompt=32, new_tokens=64, repeats=2) > 0
+    assert latency.milliseconds_per_token(model, prompt=32, new_tokens=64, repeats=2) > 0
     # The context of 64 tokens holds 16 + 32.
     assert made == [8, 32, 32]
     assert model.training
     assert model.generation_config.to_dict() == config
     with pytest.raises(ModelError, match="does not generate"):
-        measure.milliseconds_per_token(tiny_bert())
+        latency.milliseconds_per_token(tiny_bert())
 
 
 def test_lm_eval_is_optional_and_gets_the_model_in_memory(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(OptimError, match=r"hf-optim\[lm-eval\]"):
-        measure.lm_eval_tasks(tiny_llama(), None, ["arc_easy"])
+        evaluate.lm_eval_tasks(tiny_llama(), None, ["arc_easy"])
     seen = {}
 
     class HFLM:
@@ -313,6 +314,6 @@ def test_lm_eval_is_optional_and_gets_the_model_in_memory(monkeypatch):
     for module in (package, models, hf):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     model = tiny_llama()
-    found = measure.lm_eval_tasks(model, "tokenizer", ["arc_easy"], limit=3)
+    found = evaluate.lm_eval_tasks(model, "tokenizer", ["arc_easy"], limit=3)
     assert found == {"arc_easy": {"acc,none": 0.5, "limit": 3}}
     assert seen["pretrained"] is model

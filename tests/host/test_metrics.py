@@ -8,8 +8,8 @@ import evaluate
 import pytest
 import torch
 
-from hf_optim import metrics
-from hf_optim.metrics import Accuracy, KLDivergence, Perplexity, Spearman, TopOneAgreement, ranks, spearman
+from hf_optim.evaluation import metrics
+from hf_optim.evaluation.metrics import Accuracy, KLDivergence, Perplexity, Spearman, TopOneAgreement, ranks, spearman
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:

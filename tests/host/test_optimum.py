@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_optim.cli import COMMANDS
 from hf_optim.errors import ModelError, RecipeError
-from hf_optim.record import Record
+from hf_optim.runs.record import Record
 
 optimum_cli = pytest.importorskip("optimum.commands.optimum_cli")
 
@@ -87,7 +87,7 @@ print([getattr(package, "__file__", None) for package in (optimum, optimum.comma
 def quantizer_class():
     from optimum.quantization_base import OptimumQuantizer
 
-    from hf_optim.integrations.optimum import OptimQuantizer
+    from hf_optim.lifecycle.optimum import OptimQuantizer
 
     assert issubclass(OptimQuantizer, OptimumQuantizer)
     return OptimQuantizer

@@ -20,9 +20,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 import hf_optim
-from hf_optim.acceleration import KernelWarning
+from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
 from hf_optim.errors import CheckpointError
-from hf_optim.packed import PackedLinear
 
 TOKENS = torch.arange(5, 17)[None]
 
@@ -32,13 +31,13 @@ def served(monkeypatch):
     """Every layer is served, by the naive kernel of the tests."""
     offer = SimpleNamespace(register_kernels=lambda register: register(NAIVE))
     cls = type("Offers", (), {"register_kernels": staticmethod(offer.register_kernels)})
-    monkeypatch.setattr("hf_optim.acceleration.catalogue", lambda: SimpleNamespace(all=lambda: [cls]))
+    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: SimpleNamespace(all=lambda: [cls]))
 
 
 @pytest.fixture
 def unserved(monkeypatch):
     """There is no kernel at all."""
-    monkeypatch.setattr("hf_optim.acceleration.catalogue", lambda: SimpleNamespace(all=lambda: []))
+    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: SimpleNamespace(all=lambda: []))
 
 
 def build(folder, bits, size, symmetric, layout, config, scattered=False, shards=1, **sizes):
@@ -227,7 +226,7 @@ from naive_operand import NAIVE
 import hf_optim, hf_optim.acceleration
 from transformers import AutoModelForCausalLM
 cls = type("Offers", (), {"register_kernels": staticmethod(lambda register: register(NAIVE))})
-hf_optim.acceleration.catalogue = lambda: SimpleNamespace(all=lambda: [cls])
+hf_optim.compressed.packed.accelerate.catalogue = lambda: SimpleNamespace(all=lambda: [cls])
 warm = torch.zeros(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], optim_config="auto", dtype=torch.float32)
@@ -267,7 +266,7 @@ def test_restored_is_what_no_kernel_would_have_been(tmp_path, served, monkeypatc
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
     hf_optim.restore(model)
-    monkeypatch.setattr("hf_optim.acceleration.catalogue", lambda: SimpleNamespace(all=lambda: []))
+    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: SimpleNamespace(all=lambda: []))
     with pytest.warns(KernelWarning):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
     a, b = model.state_dict(), plain.state_dict()

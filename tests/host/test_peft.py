@@ -11,9 +11,10 @@ from transformers import Trainer
 
 import hf_optim
 from hf_optim import ModelError, OptimError
-from hf_optim.integrations.peft import keep_masks, merge
-from hf_optim.masking import apply_masks, stray_weights
-from hf_optim.training import OptimTrainer
+from hf_optim.runs.masking import apply_masks, stray_weights
+from hf_optim.testing.trait_checks import holds
+from hf_optim.training.peft import keep_masks, merge_adapters
+from hf_optim.training.trainer import OptimTrainer
 
 # peft asks a transformers model for a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -61,11 +62,11 @@ def test_recovery_of_a_pruned_model_and_merge_under_the_masks(tmp_path):
     layer = base.model.layers[0].mlp.up_proj
     expected = layer.base_layer.weight + layer.get_delta_weight("default")
     mask = run.masks["model.layers.0.mlp.up_proj.weight"]
-    merged = merge(model)
+    merged = merge_adapters(model)
     assert merged is base
     assert type(base.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert stray_weights(run) == []
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     torch.testing.assert_close(base.model.layers[0].mlp.up_proj.weight, expected * mask)
     (note,) = run.record.notes
     share = float(note.split()[2])
@@ -83,7 +84,7 @@ def test_adapters_trained_under_the_masks_merge_exactly(tmp_path, builder):
     assert not torch.allclose(trained, before, atol=1e-2)
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), before)
-    merged = merge(model)
+    merged = merge_adapters(model)
     torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
     assert stray_weights(hf_optim.run_of(merged)) == []
     assert hf_optim.run_of(merged).record.notes == []
@@ -92,7 +93,7 @@ def test_adapters_trained_under_the_masks_merge_exactly(tmp_path, builder):
 def test_without_keep_masks_the_merged_model_is_another(tmp_path):
     model = train(lora(pruned()), tmp_path)
     trained = logits(model)
-    assert not torch.allclose(logits(merge(model)), trained, atol=1e-2)
+    assert not torch.allclose(logits(merge_adapters(model)), trained, atol=1e-2)
 
 
 def test_keep_masks_refuses_what_it_cannot_hold():
@@ -116,7 +117,7 @@ def test_adapters_on_a_quantized_model(tmp_path):
     trained = logits(model)
     assert not torch.allclose(trained, before, atol=1e-3)
     with pytest.raises(OptimError, match=r"8 of the layers with adapters are quantized .*q_proj.* merge the adapter"):
-        merge(model)
+        merge_adapters(model)
     torch.testing.assert_close(logits(model), trained, rtol=0, atol=0)  # nothing was merged
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(hf_optim.optimize(tiny_llama(), [BITS8]), tmp_path / "adapter")
@@ -130,7 +131,7 @@ def test_merging_dense_adapters_of_a_partly_quantized_model_is_allowed():
     base = hf_optim.optimize(tiny_llama(), [{**BITS8, "targets": ["*.mlp.*"]}])
     model = lora(base, target_modules=["q_proj"], init_lora_weights=False)
     trained = logits(model)
-    torch.testing.assert_close(logits(merge(model)), trained, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merge_adapters(model)), trained, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_saved_by_peft_load_on_a_pruned_model(tmp_path):
@@ -147,11 +148,11 @@ def test_a_stage_trained_with_adapters_ends_with_the_merge(tmp_path, trainer_cla
     run = begin(base, *steps)
     model = lora(base)
     train(model, tmp_path, trainer_class, save_strategy="steps", save_steps=2)
-    assert "hf_optim.integrations.peft.merge(model)" in caplog.text
+    assert "hf_optim.merge_adapters(model)" in caplog.text
     assert not run.finished
     assert stray_weights(run) == []
     assert run.record.stages[0]["training_steps"] == 4
-    merge(model)
+    merge_adapters(model)
     assert run.finished
     assert stray_weights(run) == []
     assert 0.25 < 1 - run.masks["model.layers.1.mlp.up_proj.weight"].float().mean() < 0.45
@@ -170,6 +171,6 @@ def test_masks_on_the_parts_of_an_adapter_are_refused():
 
 def test_only_peft_models_of_a_run_merge():
     with pytest.raises(OptimError, match="not a LlamaForCausalLM"):
-        merge(pruned())
+        merge_adapters(pruned())
     with pytest.raises(OptimError, match="not a PeftModel"):
-        merge(lora(tiny_llama()))
+        merge_adapters(lora(tiny_llama()))

@@ -11,7 +11,7 @@ from tiny_models import TINY, tiny_bert, tiny_llama
 import hf_optim
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.outliers import plant_outliers
-from hf_optim.toolkit.observers import ChannelAbsMax
+from hf_optim.toolkit.statistics.observers import ChannelAbsMax
 
 
 def logits(model, inputs):

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_optim import ranks
 from hf_optim.cli import main
-from hf_optim.config import OptimConfig
 from hf_optim.errors import DataError, RecipeError
-from hf_optim.toolkit import sharing
+from hf_optim.recipes.config import OptimConfig
+from hf_optim.runs import distributed
+from hf_optim.toolkit.distributed import collectives
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 
@@ -31,8 +31,8 @@ def torchrun(*command: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def as_rank(monkeypatch, number, count):
-    monkeypatch.setattr(sharing, "ranks", lambda: count)
-    monkeypatch.setattr(sharing, "rank", lambda: number)
+    monkeypatch.setattr(collectives, "ranks", lambda: count)
+    monkeypatch.setattr(collectives, "rank", lambda: number)
 
 
 @pytest.mark.parametrize("sizes", [[8, 8, 8, 8], [8, 8, 5], [3], [1, 2, 4]])
@@ -43,7 +43,7 @@ def test_shares_are_disjoint_and_complete(monkeypatch, sizes, count):
     shares = []
     for number in range(count):
         as_rank(monkeypatch, number, count)
-        shares.append(ranks.share_of(batches))
+        shares.append(distributed.share_of(batches))
     rows = [torch.cat([batch["input_ids"] for batch in share]).flatten().tolist() for share in shares]
     assert sorted(row for part in rows for row in part) == ids.tolist()
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
@@ -53,37 +53,40 @@ def test_shares_are_disjoint_and_complete(monkeypatch, sizes, count):
 def test_too_few_rows_for_the_ranks(monkeypatch):
     as_rank(monkeypatch, 0, 3)
     with pytest.raises(DataError, match="2 rows of calibration data are too few for 3 ranks"):
-        ranks.share_of([{"input_ids": torch.zeros(2, 4)}])
+        distributed.share_of([{"input_ids": torch.zeros(2, 4)}])
 
 
 def test_one_rank_needs_no_process_group():
-    with ranks.joined():
-        assert ranks.is_main()
-        assert sharing.union([(1,), (1,)]) == [(1,)]
-        ranks.barrier()
-        ranks.require_agreement(torch.nn.Linear(2, 2))
-    assert ranks.share_of([{"a": torch.ones(1)}]) == [{"a": torch.ones(1)}]
+    with distributed.joined():
+        assert distributed.is_main()
+        assert collectives.union([(1,), (1,)]) == [(1,)]
+        distributed.barrier()
+        distributed.require_agreement(torch.nn.Linear(2, 2))
+    assert distributed.share_of([{"a": torch.ones(1)}]) == [{"a": torch.ones(1)}]
 
 
 def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(RecipeError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"), ranks.joined():
+    with (
+        pytest.raises(RecipeError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        distributed.joined(),
+    ):
         pass
 
 
 def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
     as_rank(monkeypatch, 0, 2)
-    ranks.refuse(OptimConfig.parse(["gptq"]))
+    distributed.refuse(OptimConfig.parse(["gptq"]))
     with pytest.raises(RecipeError, match=r"logit_kd.*one rank"):
-        ranks.refuse(OptimConfig.parse([{"technique": "logit_kd", "teacher": "t"}]))
+        distributed.refuse(OptimConfig.parse([{"technique": "logit_kd", "teacher": "t"}]))
 
 
 def test_a_child_process_is_no_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert not {"WORLD_SIZE", "RANK"} & ranks.own_environment().keys()
+    assert not {"WORLD_SIZE", "RANK"} & distributed.own_environment().keys()
 
 
 def test_observers_find_what_one_rank_finds():

@@ -27,11 +27,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from hf_optim import DataConfig, ModelError, OptimConfig, optimize, remote_code
-from hf_optim.remote_code import RemoteCode
+from hf_optim import DataConfig, ModelError, OptimConfig, optimize
+from hf_optim.checkpoints import remote_code
+from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit import marking, replacing, topology
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.modules import remote_marker, replace
 from hf_optim_plugins.attention.local import Local
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -242,9 +244,7 @@ SOURCE = "\n\n".join(
         ),
     ]
 )
-DOUBLING = RemoteCode(
-    "doubling", remote_code.joined(replacing) + SOURCE, field="doubling", model_base="DoublingModules"
-)
+DOUBLING = RemoteCode("doubling", remote_code.joined(replace) + SOURCE, field="doubling", model_base="DoublingModules")
 UP = "bert.encoder.layer.1.intermediate.dense"
 
 
@@ -253,7 +253,7 @@ def doubled():
     module = remote_code.generate(DOUBLING, type(model.config))
     made = module.Doubled(model.get_submodule(UP), 2.0)
     made.stored.copy_(model.get_submodule(UP).weight.detach() / 2)
-    replacing.replace_module(model, UP, made.eval())
+    replace.replace_module(model, UP, made.eval())
     return remote_code.convert(model, DOUBLING, {"modules": {UP: 2.0}})
 
 
@@ -275,7 +275,7 @@ def test_joined_files_are_one_module_without_the_projects_imports(tmp_path, monk
     assert text.count("__future__") == 1
     assert "hf_optim" not in text
     assert "import math" in text
-    own = remote_code.joined(replacing, joined_second)
+    own = remote_code.joined(replace, joined_second)
     assert own.count("__future__") == 1
     assert own.index("class ReplacedModules") < own.index("HALF")
     compile(own, "joined.py", "exec")
@@ -306,16 +306,16 @@ def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp
     first, second = (json.loads((tmp_path / which / "config.json").read_text()) for which in ("out", "again"))
     differing = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
     assert differing <= {"auto_map", "dtype"}
-    assert second["layer_types"] == [marking.FOREIGN] * 2
+    assert second["layer_types"] == [remote_marker.FOREIGN] * 2
     assert second["stock_layers"] == {"num_hidden_layers": 2}
 
 
 def test_a_module_is_found_with_and_without_a_head():
     model = tiny_bert()
-    assert replacing.own_name(model, UP) == UP
-    assert replacing.own_name(model, UP.removeprefix("bert.")) == UP
-    assert replacing.own_name(model.bert, UP) == UP.removeprefix("bert.")
-    assert replacing.own_name(model, "bert.encoder.layer.9.output") is None
+    assert replace.own_name(model, UP) == UP
+    assert replace.own_name(model, UP.removeprefix("bert.")) == UP
+    assert replace.own_name(model.bert, UP) == UP.removeprefix("bert.")
+    assert replace.own_name(model, "bert.encoder.layer.9.output") is None
 
 
 def test_revert_gives_the_stock_classes_back():
@@ -391,14 +391,16 @@ def test_layer_types_of_the_architecture_come_back(tmp_path):
     with pytest.raises(StrictDataclassClassValidationError, match="needs_trust_remote_code"):
         Qwen2Config.from_pretrained(tmp_path)
     assert type(made).from_pretrained(tmp_path).layer_types == types
-    assert PreTrainedConfig.from_pretrained(tmp_path).layer_types == [marking.FOREIGN] * 2  # as AutoTokenizer reads it
+    assert (
+        PreTrainedConfig.from_pretrained(tmp_path).layer_types == [remote_marker.FOREIGN] * 2
+    )  # as AutoTokenizer reads it
 
 
 @pytest.mark.slow
 def test_the_main_job_measures_a_result_with_code_of_its_own(shared_models, shared_data, tmp_path):
     """The result is loaded with its own code, under the head that it was saved with, and its card has the figures."""
-    from hf_optim.compress import Job, compress
-    from hf_optim.sources import Source
+    from hf_optim.checkpoints.source import Source
+    from hf_optim.cli.jobs.compress import Job, compress
 
     evaluation = DataConfig(str(shared_data / "tinystories" / "eval.jsonl"), samples=2)
     recipe = OptimConfig.parse([{"technique": "gobo", "bits": 4}])

@@ -18,8 +18,8 @@ from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer, Train
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimError, RecipeError, Rounds, run_of
-from hf_optim.toolkit import masks
-from hf_optim.toolkit.phases import Phases, compounded
+from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.pruning.rounds import Phases, compounded
 
 WORKER = Path(__file__).with_name("round_worker.py")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from hf_optim.toolkit import shards
+from hf_optim.toolkit.distributed import fsdp
 
 WORKER = Path(__file__).with_name("shard_worker.py")
 
@@ -31,13 +31,13 @@ def test_without_shards_nothing_is_copied():
     model = tiny_llama()
     name = "model.layers.0.mlp.up_proj.weight"
     parameter = model.get_parameter(name)
-    assert not shards.has_shards(model)
-    assert shards.whole(parameter) is parameter
-    assert shards.local(parameter) is parameter
+    assert not fsdp.has_shards(model)
+    assert fsdp.whole(parameter) is parameter
+    assert fsdp.local(parameter) is parameter
     mask = torch.ones_like(parameter, dtype=torch.bool)
-    assert shards.local_part(mask, parameter) is mask
-    weights = shards.WholeWeights(model, [name])
+    assert fsdp.local_part(mask, parameter) is mask
+    weights = fsdp.WholeWeights(model, [name])
     assert dict(weights).keys() == {name}
     assert weights[name].data_ptr() == parameter.data_ptr()
     with pytest.raises(AttributeError):
-        shards.WholeWeights(model, ["nothing"])["nothing"]
+        fsdp.WholeWeights(model, ["nothing"])["nothing"]

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import Contract, ModelError, RecipeError, Reload, Technique, hookimpl, technique
-from hf_optim.compress import Job, compress
-from hf_optim.record import Record
-from hf_optim.sources import Source
-from hf_optim.streaming import flow, skeleton
-from hf_optim.streaming.reader import Checkpoint
+from hf_optim.calibration.streamed import activation_store
+from hf_optim.checkpoints import meta_model
+from hf_optim.checkpoints.reader import Checkpoint
+from hf_optim.checkpoints.source import Source
+from hf_optim.cli.jobs.compress import Job, compress
+from hf_optim.runs.record import Record
 from hf_optim.toolkit import topology
 
 RTN = ({"technique": "rtn", "bits": 4, "group_size": 16},)
@@ -96,7 +97,7 @@ def _first(output):
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """The plots on the cards are not looked at here, and take longer than the rest."""
-    monkeypatch.setattr("hf_optim.cards.Card._draw", lambda self, directory: [])
+    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_activations_may_be_spilled(homes, tmp_path):
     spill.mkdir()
     batches = random_batches(tiny_llama())
     seen = []
-    stock = flow.Stream._write
+    stock = activation_store.Stream._write
 
     def write(self, number, leaves):
         kept = stock(self, number, leaves)
@@ -142,7 +143,7 @@ def test_activations_may_be_spilled(homes, tmp_path):
         return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow.Stream, "_write", write)
+        patch.setattr(activation_store.Stream, "_write", write)
         streamed(homes("llama"), GPTQ, batches, tmp_path / "spilled", spill=str(spill))
     assert set(seen) == {2 * 7 * 32 * 4}  # a batch of two rows, seven tokens, width 32, float32
     assert not list(spill.iterdir())
@@ -176,7 +177,7 @@ def test_a_write_outside_the_block_is_refused(homes, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_a_skeleton_is_the_model_without_weights(name, homes):
-    built = skeleton.build(Source(str(homes(name)))).model
+    built = meta_model.build(Source(str(homes(name)))).model
     loaded = type(built).from_pretrained(homes(name))
     assert {n: (p.shape, p.dtype) for n, p in built.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in loaded.named_parameters()
@@ -192,7 +193,7 @@ def test_a_skeleton_is_the_model_without_weights(name, homes):
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_every_tensor_is_read_as_transformers_loads_it(name, dtype, homes):
     source = Source(str(homes(name)), dtype=dtype)
-    built = skeleton.build(source)
+    built = meta_model.build(source)
     checkpoint = Checkpoint(built.files, built.model)
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     for key, tensor in type(built.model).from_pretrained(homes(name), dtype=dtype).state_dict().items():

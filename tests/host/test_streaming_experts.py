@@ -9,15 +9,16 @@ from streamed_and_blockwise import assert_same_checkpoint, blockwise, random_bat
 from tiny_models import DECODER, tiny_mixtral
 from torch import nn
 
-from hf_optim import Contract, ModelError, Reload, Technique, hookimpl, technique, validate
-from hf_optim.experts import expert_schemes
-from hf_optim.packed.headers import Listing
-from hf_optim.sources import Source
-from hf_optim.streaming import driver
+from hf_optim import Contract, ModelError, Reload, Technique, hookimpl, technique
+from hf_optim.calibration.streamed import driver
+from hf_optim.checkpoints.source import Source
+from hf_optim.cli.jobs import preflight
+from hf_optim.compressed.experts import expert_schemes
+from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit.experts import stacks
-from hf_optim.traits import BITS_ASSIGNED, QUANTIZED
+from hf_optim.toolkit.checkpoint.safetensors import Listing
+from hf_optim.toolkit.topology.experts import stacks
 
 RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
 GPTQ = {"technique": "gptq", "bits": 4, "group_size": 16}
@@ -65,7 +66,7 @@ class Stop(Exception):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr("hf_optim.cards.Card._draw", lambda self, directory: [])
+    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, mon
 # -- what is refused ---------------------------------------------------------------------------------------------------
 def look(home, *steps):
     config = transformers.AutoConfig.from_pretrained(home)
-    return validate.validate(Source(str(home)), recipe_of(steps, "streamed"), config)
+    return preflight.validate(Source(str(home)), recipe_of(steps, "streamed"), config)
 
 
 def test_experts_that_stock_could_not_read_are_refused_before_a_block_is_read(homes, tmp_path):

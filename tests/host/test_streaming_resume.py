@@ -13,9 +13,9 @@ from tiny_models import tiny_llama, tiny_t5
 from tiny_tokenizer import tiny_tokenizer
 
 from hf_optim import CheckpointError
+from hf_optim.calibration.streamed import driver, materialize, output
 from hf_optim.cli import main
-from hf_optim.record import Record
-from hf_optim.streaming import driver, output
+from hf_optim.runs.record import Record
 from hf_optim.toolkit import topology
 
 BLOCKS = 8
@@ -50,14 +50,14 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr("hf_optim.cards.Card._draw", lambda self, directory: [])
+    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
 
 
 # A process that has imported everything; a command runs in a copy of it, which can be killed.
 BEGIN = """
 import os
 import transformers.models.llama.modeling_llama
-import hf_optim.cli.compress, hf_optim.compress
+import hf_optim.cli.compress, hf_optim.cli.jobs.compress
 from hf_optim.cli import main
 
 def begin(words):
@@ -180,7 +180,7 @@ def test_a_run_without_data_skips_what_is_finished(tmp_path, monkeypatch):
         with pytest.raises(Stop):
             streamed(home, rtn, None, tmp_path / "out")
     read = []
-    stock = driver.make_real
+    stock = materialize.make_real
     monkeypatch.setattr(driver, "make_real", lambda *args: read.append(args) or stock(*args))
     streamed(home, rtn, None, tmp_path / "out", resume=True)
     assert not read

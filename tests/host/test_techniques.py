@@ -9,8 +9,8 @@ from typing import Literal
 import pytest
 
 from hf_optim import Contract, OptimConfig, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.run import Run
-from hf_optim.techniques import Phase
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.recipes.contract import Phase
 
 
 @technique("example", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
@@ -80,7 +80,7 @@ def test_a_step_is_frozen_and_compares_by_identity():
 
 def test_one_technique_may_stand_twice_in_a_recipe():
     recipe = OptimConfig.parse([Example(), Example(rate=0.1)])
-    run = Run(recipe, config=None)
+    run = start_run(recipe, config=None)
     run.state(recipe.steps[0]).seen = 1
     assert not hasattr(run.state(recipe.steps[1]), "seen")
 
@@ -136,7 +136,7 @@ def test_a_hook_with_an_unknown_name_is_an_error():
             yield
 
     with pytest.raises(Exception, match="unknown hook 'calibrat'"):
-        Run(OptimConfig.parse(Misspelt()), config=None)
+        start_run(OptimConfig.parse(Misspelt()), config=None)
 
 
 def test_an_argument_that_a_hook_does_not_have_is_an_error():
@@ -149,4 +149,4 @@ def test_an_argument_that_a_hook_does_not_have_is_an_error():
             return None
 
     with pytest.raises(Exception, match="scope"):
-        Run(OptimConfig.parse(Greedy()), config=None)
+        start_run(OptimConfig.parse(Greedy()), config=None)

@@ -13,12 +13,12 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import BertForMaskedLM
 
 import hf_optim
-from hf_optim.config import DataConfig
+from hf_optim.calibration.block_journal import BlockJournal
 from hf_optim.errors import CheckpointError, DataError, RecipeError
-from hf_optim.resume import BlockJournal
-from hf_optim.run import run_of
-from hf_optim.train_stage import train_stage, training_rows
-from hf_optim.training import OptimTrainer
+from hf_optim.recipes.config import DataConfig
+from hf_optim.runs.run import run_of
+from hf_optim.training.fit import train_stage, training_rows
+from hf_optim.training.trainer import OptimTrainer
 
 STEPS = [{"technique": "gmp", "sparsity": 0.5, "begin": 0.0, "end": 0.5, "every": 1}]
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
@@ -239,7 +239,7 @@ def test_the_recipe_s_own_folder_is_used_and_kept(tmp_path, monkeypatch):
 
 def test_no_room_for_checkpoints_is_told(tmp_path, monkeypatch, caplog):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("hf_optim.train_journal.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("hf_optim.training.resume.shutil.disk_usage", lambda path: usage._replace(free=1000))
     journaled(tmp_path, texts, RAMP, TRAINING, monkeypatch)
     assert "no room for checkpoints" in caplog.text
     assert not list(tmp_path.glob(".out.journal/**/checkpoint-*"))

@@ -16,11 +16,13 @@ from transformers import Trainer, TrainerCallback
 
 import hf_optim
 from hf_optim import CheckpointError, NumericalError, OptimError, RecipeError, Run, Technique, hookimpl
-from hf_optim.catalogue import catalogue
-from hf_optim.guarding import GradientGuard
-from hf_optim.keepers import MASKS_NAME, STATE_NAME, read_state, write_state
-from hf_optim.masking import MaskKeeper, stray_weights
-from hf_optim.training import OptimTrainer
+from hf_optim.lifecycle.stages import complete_stage
+from hf_optim.recipes.catalogue import catalogue
+from hf_optim.runs.masking import stray_weights
+from hf_optim.training.checkpoint_callback import MASKS_NAME, STATE_NAME, read_state, write_state
+from hf_optim.training.mask_callback import MaskKeeper
+from hf_optim.training.nonfinite_callback import GradientGuard
+from hf_optim.training.trainer import OptimTrainer
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -61,7 +63,7 @@ def test_a_stage_ends_with_training_and_is_recorded(tmp_path):
 def test_recovery_training_of_a_finished_run_keeps_the_masks_only(tmp_path):
     model = tiny_llama()
     run = begin(model, ToyRamp())
-    run.complete_stage()
+    complete_stage(run)
     assert hf_optim.callbacks(model) == []
     run.masks[NAME] = torch.rand_like(model.get_parameter(NAME)) < 0.5
     (keeper,) = hf_optim.callbacks(model)
@@ -634,7 +636,7 @@ def test_several_ranks_do_not_train_what_only_each_of_them_knows(tmp_path, monke
     model = tiny_llama()
     begin(model, Gate())
     trainer = OptimTrainer(model=model, args=arguments(tmp_path), train_dataset=sentences())
-    monkeypatch.setattr("hf_optim.toolkit.sharing.ranks", lambda: 2)
+    monkeypatch.setattr("hf_optim.toolkit.distributed.collectives.ranks", lambda: 2)
     with pytest.raises(OptimError, match=r"step 1 \(toy_gate\) trains a parameter that is no part of the model"):
         trainer.create_optimizer()
 

@@ -15,11 +15,12 @@ from toy_training import ToyRamp, arguments, begin, sentences
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 
 import hf_optim
-from hf_optim.formats import quantized_modules
-from hf_optim.integrations.peft import keep_masks, merge
-from hf_optim.keepers import MASKS_NAME
-from hf_optim.masking import stray_weights
-from hf_optim.training import OptimTrainer
+from hf_optim.compressed.state import quantized_modules
+from hf_optim.runs.masking import stray_weights
+from hf_optim.testing.trait_checks import holds
+from hf_optim.training.checkpoint_callback import MASKS_NAME
+from hf_optim.training.peft import keep_masks, merge_adapters
+from hf_optim.training.trainer import OptimTrainer
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 GMP = {"technique": "gmp", "sparsity": 0.6, "every": 1}
@@ -134,10 +135,10 @@ def test_a_pruned_student_with_adapters_learns_from_its_dense_self(tmp_path):
     before = divergence(model, tiny_llama())
     train(model, tmp_path, trainer_class=OptimTrainer, data=sentences(64), learning_rate=1e-2, max_steps=120)
     assert not run.finished
-    merged = merge(model)
+    merged = merge_adapters(model)
     assert run.finished
     assert stray_weights(run) == []
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     assert divergence(merged, tiny_llama()) < 0.6 * before
     merged.save_pretrained(tmp_path / "merged")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -167,7 +168,7 @@ def test_sparsity_distillation_and_quantization_are_one_stage(tmp_path, more: di
     assert all("kd" in entry for entry in trainer.state.log_history if "loss" in entry)
     assert run.finished
     assert {str(trait) for trait in run.traits} >= {"sparse", "sparse-nm", "quantized"}
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     assert len(quantized_modules(model)) == len(run.masks) == 14
     assert not torch.equal(model.get_parameter(NAME), before)
     with warnings.catch_warnings():

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig
 
-from hf_optim import CheckpointError, ModelError, OptimConfig, validate
+from hf_optim import CheckpointError, ModelError, OptimConfig
+from hf_optim.checkpoints.source import Source
 from hf_optim.cli import main
 from hf_optim.cli.check import check
+from hf_optim.cli.jobs import preflight
 from hf_optim.errors import OptimError
-from hf_optim.memory import host_memory
-from hf_optim.sources import Source
+from hf_optim.runs.memory import host_memory
 
 RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
 STREAMED = {"steps": [RTN], "driver": "streamed"}
@@ -39,7 +40,7 @@ def model(sound, tmp_path):
 
 def look(home, recipe=None, output=None):
     recipe = OptimConfig.parse(STREAMED if recipe is None else recipe)
-    return validate.validate(Source(str(home)), recipe, AutoConfig.from_pretrained(home), output)
+    return preflight.validate(Source(str(home)), recipe, AutoConfig.from_pretrained(home), output)
 
 
 def shard_with(home, name):
@@ -131,7 +132,7 @@ LOST = {"technique": "gptq", "targets": ["nope"]}
 def test_a_step_that_only_looks_at_the_model_does_not_end_the_check(model, copying):
     """Both have ``transform_model``, to copy or to look at the model; neither changes it."""
     with pytest.raises(ModelError, match=r"step 3 \(gptq\): nothing matches 'nope'"):
-        validate.check_steps(OptimConfig.parse([{"technique": "nm"}, copying, LOST]), tiny_llama())
+        preflight.check_steps(OptimConfig.parse([{"technique": "nm"}, copying, LOST]), tiny_llama())
     figures = look(model, [{"technique": "nm"}, copying]).figures
     assert figures["bytes_after"] is not None
 
@@ -141,7 +142,7 @@ def test_nothing_is_claimed_of_what_follows_a_step_that_changes_shapes(model, st
     figures = look(model, [step]).figures
     assert figures["bytes_after"] is None
     assert "depends on the new architecture" in figures["readable"]["weights on disk"]
-    assert validate.check_steps(OptimConfig.parse([step, LOST]), tiny_llama()) == []
+    assert preflight.check_steps(OptimConfig.parse([step, LOST]), tiny_llama()) == []
 
 
 def test_layers_that_cannot_be_stored(tmp_path):
@@ -164,7 +165,7 @@ def test_a_model_without_blocks(driver):
     model.model.layers = model.model.layers[:0]
     recipe = OptimConfig.parse({"steps": [{"technique": "nm"}], "driver": driver})
     with pytest.raises(ModelError, match=f"driver {driver}: no sequence of blocks was found in LlamaForCausalLM"):
-        validate.check_steps(recipe, model)
+        preflight.check_steps(recipe, model)
 
 
 @pytest.mark.parametrize("driver", ["streamed", "auto"])
@@ -182,13 +183,13 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_not_enough_space_for_the_result(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
     with pytest.raises(CheckpointError, match=r"not enough space for the result at .*out: about .* are needed, 5"):
         look(model, output=tmp_path / "out")
 
 
 def test_not_enough_space_to_spill(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
     recipe = {"steps": [{"technique": "gptq"}], "calibration": {"seq_len": 64}}
     with pytest.raises(CheckpointError, match="not enough space for the activations that are spilled"):
         look(model, {**STREAMED, **recipe, "spill": str(tmp_path)})
@@ -199,7 +200,7 @@ def test_not_enough_space_to_spill(model, tmp_path, monkeypatch):
     [("blockwise", None, "--driver streamed"), ("streamed", None, "--spill"), ("streamed", ".", "fewer")],
 )
 def test_not_enough_memory_says_what_would_do(model, monkeypatch, driver, spill, remedy):
-    monkeypatch.setattr(validate, "host_memory", lambda: 10**6)
+    monkeypatch.setattr(preflight, "host_memory", lambda: 10**6)
     recipe = {"steps": [RTN], "driver": driver, **({"spill": spill} if spill else {})}
     with pytest.raises(ModelError, match=rf"driver {driver} needs about .* of memory.*{remedy}"):
         look(model, recipe)
@@ -217,7 +218,7 @@ def test_the_estimate_of_memory_counts_what_flows(model):
 def test_compress_finds_it_before_it_reads_data(model, tmp_path, capsys, monkeypatch):
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(shard_with(model, name), lambda tensors: tensors.pop(name))
-    monkeypatch.setattr("hf_optim.compress._calibration", lambda *args: pytest.fail("data was read"))
+    monkeypatch.setattr("hf_optim.cli.jobs.compress._calibration", lambda *args: pytest.fail("data was read"))
     words = ["compress", model, "--recipe", "rtn", "--output", tmp_path / "out", "--driver", "streamed"]
     assert main([str(word) for word in words]) == 2
     assert name in capsys.readouterr().err

@@ -191,12 +191,12 @@ def test_the_operand_refuses_what_is_not_its_business():
 )
 @pytest.mark.parametrize("split", [1, 2])
 def test_the_fused_kernel(device, N, K, M, bits, dtype, split):
-    from hf_optim_kernels.codebook import run
+    from hf_optim_kernels.codebook import launch
 
     module, operand = operand_of(N, K, bits, dtype, device, bias=True)
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": split, "EDGE": 32, "num_warps": 4, "num_stages": 2}
-    y = run.fused(x, operand._held(), operand.bias, operand.counters, tiles)
+    y = launch.fused(x, operand._held(), operand.bias, operand.counters, tiles)
     assert y.dtype == dtype
     assert relative(y, brute_force(module, x)) < BOUND[dtype]
     assert not operand.counters.any()
@@ -205,24 +205,24 @@ def test_the_fused_kernel(device, N, K, M, bits, dtype, split):
 @on_triton
 @pytest.mark.parametrize(("N", "K", "bits"), [(70, 300, 3), (64, 512, 4), (5, 17, 6)])
 def test_the_decoded_weight_is_exact(device, N, K, bits):
-    from hf_optim_kernels.codebook import run
+    from hf_optim_kernels.codebook import launch
 
     module, operand = operand_of(N, K, bits, torch.float16, device)
     wanted = brute_force(module, torch.eye(K, dtype=torch.float64, device=device)).T
     held = operand._held()
-    assert torch.equal(run.dense(held, K, torch.float16).double(), wanted)
-    assert torch.equal(run.dense(held, K, torch.float16, 2, 3).double(), wanted[2:5])
+    assert torch.equal(launch.dense(held, K, torch.float16).double(), wanted)
+    assert torch.equal(launch.dense(held, K, torch.float16, 2, 3).double(), wanted[2:5])
 
 
 @on_triton
 def test_many_rows_take_the_library_and_agree(device, monkeypatch):
-    from hf_optim_kernels.codebook import run
+    from hf_optim_kernels.codebook import launch
 
     module, operand = operand_of(300, 64, 3, torch.float32, device, bias=True)
     x = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(4)).to(device)
-    monkeypatch.setattr(run, "MOST_ROWS", 8)
+    monkeypatch.setattr(launch, "MOST_ROWS", 8)
     assert relative(operand(x), brute_force(module, x)) < BOUND[torch.float32]
-    monkeypatch.setattr(run, "MOST_BYTES", 200 * 64)
+    monkeypatch.setattr(launch, "MOST_BYTES", 200 * 64)
     assert relative(operand(x), brute_force(module, x)) < BOUND[torch.float32]
     assert operand(x[:0]).shape == (0, 10, 300)
 

@@ -68,10 +68,10 @@ def test_with_a_diagonal_factor_it_rounds_to_nearest():
 @on_triton
 @pytest.mark.parametrize("sizes", CASES)
 def test_the_kernel_equals_the_specification(device, sizes):
-    from hf_optim_kernels.column_recursion import run
+    from hf_optim_kernels.column_recursion import launch
 
     case = random_case(*sizes, device=device)
-    found = run.recurse(*case)
+    found = launch.recurse(*case)
     assert found.dtype == torch.int8
     # float32: a value near the middle between two codes may go either way, and what follows it in its row with it.
     assert differing(found, in_float64(*case)) < 0.002
@@ -85,38 +85,38 @@ def spread(case):
 @on_triton
 @pytest.mark.parametrize("block_size", [1, 7, 1000])
 def test_blocks_of_any_size(device, block_size):
-    from hf_optim_kernels.column_recursion import run
+    from hf_optim_kernels.column_recursion import launch
 
     case = random_case(20, 40, 20, 4, True, device=device)
-    assert differing(run.recurse(*case, block_size=block_size), in_float64(*case)) < 0.002
+    assert differing(launch.recurse(*case, block_size=block_size), in_float64(*case)) < 0.002
 
 
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits(device, dtype):
-    from hf_optim_kernels.column_recursion import run
+    from hf_optim_kernels.column_recursion import launch
 
     case = random_case(24, 48, 24, 4, False, dtype=dtype, device=device)
-    assert differing(run.recurse(*case), in_float64(*case)) < 0.002
+    assert differing(launch.recurse(*case), in_float64(*case)) < 0.002
 
 
 @on_triton
 def test_double_precision_is_refused(device):
-    from hf_optim_kernels.column_recursion import run
+    from hf_optim_kernels.column_recursion import launch
 
     case = random_case(4, 32, 8, 4, False, device=device)
     case[1] = case[1].double()
     with pytest.raises(ValueError, match="float32"):
-        run.recurse(*case)
+        launch.recurse(*case)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", [CUDA])
 def test_a_layer_of_a_large_model(device):
-    from hf_optim_kernels.column_recursion import run
+    from hf_optim_kernels.column_recursion import launch
 
     case = random_case(512, 4096, 128, 4, True, dtype=torch.bfloat16, device=device)
-    assert differing(run.recurse(*case), in_float64(*case)) < 0.005
+    assert differing(launch.recurse(*case), in_float64(*case)) < 0.005
 
 
 @in_this_process

@@ -16,7 +16,7 @@ from torch import nn
 
 import hf_optim
 from hf_optim import Kernel, optimize
-from hf_optim.packed.fusing import QuantizingNorm, unfuse
+from hf_optim.compressed.packed.fused_norm import QuantizingNorm
 from hf_optim_kernels.w8a8 import fusing, layer, tiles
 
 LONG = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ NORM = "model.layers.0.input_layernorm"
 @pytest.fixture(autouse=True)
 def pays_from_eight_rows(monkeypatch):
     """Not from 65: the interpreter takes each row by itself."""
-    importlib.import_module("hf_optim_kernels.w8a8.run")  # takes the limit when it is first imported, and keeps it
+    importlib.import_module("hf_optim_kernels.w8a8.launch")  # takes the limit when it is first imported, and keeps it
     monkeypatch.setattr(tiles, "MOST_DECODE_ROWS", 7)
 
 
@@ -57,7 +57,8 @@ def unfused(model):
     """A copy whose norms are ordinary."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        unfuse(module)
+        if isinstance(module, QuantizingNorm):
+            module.unfuse()
     return model
 
 

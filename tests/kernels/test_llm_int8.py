@@ -13,7 +13,7 @@ import torch
 from interpreting import BOUND, CUDA, in_this_process, on_triton, pass_interpreted, relative
 from torch import nn
 
-from hf_optim_kernels.llm_int8 import layer, naive, op
+from hf_optim_kernels.llm_int8 import layer, naive, op, tiles
 
 DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
 GROUPED = {
@@ -41,7 +41,7 @@ def random_case(rows, out, columns, dtype, device="cpu", outliers=(), seed=0):
 
 
 def counters(out, columns, device):
-    return torch.zeros(op.counters_size(out, columns), dtype=torch.int32, device=device)
+    return torch.zeros(tiles.counters_size(out, columns), dtype=torch.int32, device=device)
 
 
 def in_float64(x, weight, scale, bias, threshold=6.0):
@@ -101,7 +101,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[:3]}-{len(case[3])}")
 def test_every_kernel_equals_float64(case, dtype, device, monkeypatch):
-    from hf_optim_kernels.llm_int8 import run
+    from hf_optim_kernels.llm_int8 import launch
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(77))
@@ -110,7 +110,7 @@ def test_every_kernel_equals_float64(case, dtype, device, monkeypatch):
     reference = in_float64(*operands)
     count = counters(out, columns, device)
     for config in CONFIGS:
-        y = run.llm_int8(*operands, 6.0, count, config)
+        y = launch.llm_int8(*operands, 6.0, count, config)
         assert y.dtype == dtype
         # A code at the middle between two may be the other one in float32: one step of one entry.
         assert relative(y, reference) < BOUND[dtype], config
@@ -121,13 +121,13 @@ def test_every_kernel_equals_float64(case, dtype, device, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_spans_of_many_columns(rows, device):
     """A bit of the word that says where outliers are stands for 256 columns, multiplied 64 at a time."""
-    from hf_optim_kernels.llm_int8 import run
+    from hf_optim_kernels.llm_int8 import launch
 
     found = [(i % rows, column) for i, column in enumerate((0, 255, 256, 8190, 8255, 8299))]
     operands = random_case(rows, 20, 8300, torch.float32, device, found)
     reference, count = in_float64(*operands), counters(20, 8300, device)
     for config in CONFIGS[:3]:
-        y = run.llm_int8(*operands, 6.0, count, config | {"BLOCK_K": 512})
+        y = launch.llm_int8(*operands, 6.0, count, config | {"BLOCK_K": 512})
         assert relative(y, reference) < 1e-6, config
 
 
@@ -148,17 +148,17 @@ def test_numbers_of_rows(rows, device):
 
 @on_triton
 def test_the_list_of_columns(device):
-    from hf_optim_kernels.llm_int8 import run
+    from hf_optim_kernels.llm_int8 import launch
 
     x = torch.zeros(4, 50, device=device)
     x[0, 3], x[2, 3], x[3, 49], x[1, 10], x[1, 11] = 7.0, -8.0, float("nan"), 6.0, float("-inf")
     count = counters(8, 50, device)
-    codes, scale, _, columns, number = run.quantize(x, 6.0, count, 8)
+    codes, scale, _, columns, number = launch.quantize(x, 6.0, count, 8)
     assert columns[: int(number)].tolist() == [3, 11, 49]
     assert not bool(count.any())
     assert scale.tolist() == pytest.approx([0, 6 / 127, 0, 0])
     assert codes[1, 10] == 127
-    words = run.quantize(x, 6.0, count, 8, span=4)[2]
+    words = launch.quantize(x, 6.0, count, 8, span=4)[2]
     assert words.tolist() == [1, 1 << 2, 1, 1 << 12]
 
 
@@ -178,14 +178,14 @@ def test_no_rows_more_dimensions_and_strides(device):
 @on_triton
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, interpreting
 def test_what_is_not_finite_propagates(device):
-    from hf_optim_kernels.llm_int8 import run
+    from hf_optim_kernels.llm_int8 import launch
 
     x, weight, scale, bias = random_case(3, 24, 64, torch.float32, device)
     weight = torch.where(weight == 0, 1, weight)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
     dense = x.double() @ (weight.double() * scale[:, None].double()).T + bias.double()
     for config in CONFIGS:
-        y = run.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device), config)
+        y = launch.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device), config)
         assert torch.equal(y.isnan(), dense.isnan())
         assert torch.equal(y.isinf(), dense.isinf())
 

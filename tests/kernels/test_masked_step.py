@@ -39,7 +39,7 @@ def test_the_specification_zeroes_what_is_not_finite_and_leaves_no_sign():
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_kernel_equals_the_specification(device, dtype):
-    from hf_optim_kernels.masked_step.run import Zeroing
+    from hf_optim_kernels.masked_step.launch import Zeroing
 
     tensors, masks = random_case(dtype, device)
     expected = [t.clone() for t in tensors]
@@ -52,7 +52,7 @@ def test_the_kernel_equals_the_specification(device, dtype):
 
 @on_triton
 def test_tensors_that_move_come_and_go(device):
-    from hf_optim_kernels.masked_step.run import Zeroing
+    from hf_optim_kernels.masked_step.launch import Zeroing
 
     _, masks = random_case(torch.float32, device)
     zeroing = Zeroing(masks)
@@ -71,7 +71,7 @@ def test_tensors_that_move_come_and_go(device):
 
 @on_triton
 def test_the_table_is_copied_only_when_a_tensor_moved(device):
-    from hf_optim_kernels.masked_step.run import Zeroing
+    from hf_optim_kernels.masked_step.launch import Zeroing
 
     tensors, masks = random_case(torch.float32, device)
     zeroing = Zeroing(masks)
@@ -88,7 +88,7 @@ def test_the_table_is_copied_only_when_a_tensor_moved(device):
 
 @on_triton
 def test_views_that_begin_anywhere(device):
-    from hf_optim_kernels.masked_step.run import Zeroing
+    from hf_optim_kernels.masked_step.launch import Zeroing
 
     buffer = torch.ones(9001, dtype=torch.bfloat16, device=device)
     parts = [buffer[1:4501], buffer[4503:8999]]
@@ -101,7 +101,7 @@ def test_views_that_begin_anywhere(device):
 
 @on_triton
 def test_what_does_not_fit_is_refused_and_nothing_is_written(device):
-    from hf_optim_kernels.masked_step.run import Zeroing
+    from hf_optim_kernels.masked_step.launch import Zeroing
 
     masks = [torch.zeros(4, 6, dtype=torch.bool, device=device)] * 2
     zeroing, fine = Zeroing(masks), torch.ones(4, 6, device=device)

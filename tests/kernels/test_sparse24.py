@@ -15,7 +15,8 @@ import pytest
 import torch
 from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
 
-from hf_optim_kernels.sparse24 import configs, layer, naive, op
+from hf_optim_kernels.sparse24 import layer, naive, op
+from hf_optim_kernels.sparse24 import tiles as configs
 
 ROW = 1 << 20
 # width, group, zero points.
@@ -127,13 +128,13 @@ CASES = [
 @on_triton
 @pytest.mark.parametrize(("shape", "grid", "dtype"), CASES, ids=str)
 def test_every_path_equals_float64(shape, grid, dtype, device, poisoned):
-    from hf_optim_kernels.sparse24 import dispatch
+    from hf_optim_kernels.sparse24 import launch
 
     arguments, reference = random_case(*shape, *grid, dtype, device)
     for name, config in PATHS.items():
         if name.startswith("row") and shape[0] > 5:
             continue  # interpreting every row by itself is slow
-        y = dispatch.sparse24(*arguments, config=config)
+        y = launch.sparse24(*arguments, config=config)
         # A weight that was scaled one by one is rounded once more.
         bound = BOUND[dtype] * (1.5 if grid[0] != 16 else 1)
         assert relative(y, reference) < bound, name
@@ -149,23 +150,23 @@ def test_every_number_of_rows(rows, device):
 
 @on_triton
 def test_split_sums_are_the_same_every_time(device):
-    from hf_optim_kernels.sparse24 import dispatch
+    from hf_optim_kernels.sparse24 import launch
 
     arguments, _ = random_case(4, 40, 1024, 16, ROW, False, torch.float16, device)
     config = configs.config("dot", 16, 32, 32, 4, 4, 2)
-    first = dispatch.sparse24(*arguments, config=config)
+    first = launch.sparse24(*arguments, config=config)
     for _ in range(3 if INTERPRETED else 50):
-        assert torch.equal(dispatch.sparse24(*arguments, config=config), first)
+        assert torch.equal(launch.sparse24(*arguments, config=config), first)
 
 
 @on_triton
 def test_more_tiles_than_counters_are_not_split(device):
-    from hf_optim_kernels.sparse24 import dispatch
+    from hf_optim_kernels.sparse24 import launch
 
     (*tensors, _, width, group, middle), reference = random_case(3, 40, 512, 16, ROW, False, torch.float16, device)
     counters = torch.zeros(1, dtype=torch.int32, device=device)
     config = configs.config("dot", 16, 32, 32, 2, 4, 2)
-    y = dispatch.sparse24(*tensors, counters, width, group, middle, config=config)
+    y = launch.sparse24(*tensors, counters, width, group, middle, config=config)
     assert relative(y, reference) < BOUND[torch.float16]
 
 
@@ -189,12 +190,12 @@ def test_no_rows_more_dimensions_and_strides(grid, device):
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, interpreting
 @pytest.mark.parametrize("path", ["row split", "dot split", "dense"])
 def test_what_is_not_finite_propagates(path, device):
-    from hf_optim_kernels.sparse24 import dispatch
+    from hf_optim_kernels.sparse24 import launch
 
     (x, values, bits, *rest), _ = random_case(3, 24, 64, 16, ROW, False, torch.float16, device)
     weight = naive.dequantize(values, bits, None, None, 16, 64, 0, 64, torch.float64)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
-    y = dispatch.sparse24(x, values, bits, *rest, config=PATHS[path])
+    y = launch.sparse24(x, values, bits, *rest, config=PATHS[path])
     wanted = x.double() @ weight.T  # a pruned weight times infinity is NaN, as in the dense product
     assert torch.equal(y.isnan(), wanted.isnan())
     assert torch.equal(y.isinf(), wanted.isinf())

@@ -12,9 +12,9 @@ from tiny_models import tiny_llama
 from torch import nn
 
 import hf_optim
-from hf_optim import Kernel, formats
-from hf_optim.packed.swapping import bind as bind_first
-from hf_optim_kernels.sparse24 import configs, fragments, layer, naive, op
+from hf_optim import Kernel, compressed
+from hf_optim.compressed.packed.swap import bind as bind_first
+from hf_optim_kernels.sparse24 import layer, mma_layout, naive, op, tiles
 
 ROW = 1 << 20
 # group, zero points
@@ -43,8 +43,8 @@ def random_case(rows, out, columns, group, zero, dtype, device="cpu", seed=0, bi
     added = torch.randn(out, generator=g).to(dtype) if bias else None
     x = torch.randn(rows, columns, generator=g).to(dtype)
     reference = x.double() @ weight.T + (0.0 if added is None else added.double())
-    counters = torch.zeros(configs.COUNTERS, dtype=torch.int32)
-    tensors = [x, *fragments.pack(codes, kept), scale, points, added, counters]
+    counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
+    tensors = [x, *mma_layout.pack(codes, kept), scale, points, added, counters]
     moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
     return (*moved, 4, size, 8), reference.to(device)
 
@@ -54,11 +54,11 @@ def random_case(rows, out, columns, group, zero, dtype, device="cpu", seed=0, bi
 @pytest.mark.parametrize("shape", [(16, 128), (48, 384)])
 def test_packing_is_undone_by_unpacking(shape):
     codes, kept, *_ = random_codes(*shape, 128, True)
-    values, bits = fragments.pack(codes, kept)
+    values, bits = mma_layout.pack(codes, kept)
     assert values.shape == (shape[0] // 16, shape[1] // 128, 32, 4)
     # Three bits a weight.
     assert 4 * (values.numel() + bits.numel()) == shape[0] * shape[1] * 3 // 8
-    found, at = fragments.unpack(values, bits)
+    found, at = mma_layout.unpack(values, bits)
     assert torch.equal(found[kept], codes[kept])
     assert not bool((kept & ~at).any())
     assert bool((at.view(-1, 4).sum(1) == 2).all())
@@ -69,7 +69,7 @@ def test_more_than_two_of_four_are_refused():
     kept = torch.zeros(16, 128, dtype=torch.bool)
     kept[3, 8:11] = True
     with pytest.raises(ValueError, match="more than two"):
-        fragments.pack(torch.ones(16, 128, dtype=torch.uint8), kept)
+        mma_layout.pack(torch.ones(16, 128, dtype=torch.uint8), kept)
 
 
 def inputs_of(x, unit, i):
@@ -131,10 +131,10 @@ def test_a_weight_is_decompressed_as_the_specification_says(grid, device):
 @on_triton
 @pytest.mark.parametrize("rows", [1, 8, 11, 17])
 def test_staged_inputs_are_what_lanes_read(rows, device):
-    from hf_optim_kernels.sparse24 import tiled
+    from hf_optim_kernels.sparse24 import tensor_core_launch
 
     x = torch.randn(rows, 384, generator=torch.Generator().manual_seed(0)).half()
-    found = tiled.staged(x.to(device), 2).cpu()
+    found = tensor_core_launch.staged(x.to(device), 2).cpu()
     assert found.shape == (2 * -(-rows // 16), 3, 1024)
     padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16))
     for block in range(len(found)):
@@ -152,7 +152,7 @@ def test_the_operator_equals_float64(grid, dtype, device):
     for rows in (1, 3) if INTERPRETED else (*range(1, 18), 31, 65, 300):
         arguments, reference = random_case(rows, 80, 768, *grid, dtype, device)
         # Decompressed, a weight is rounded by itself.
-        bound = BOUND[dtype] * (1.5 if INTERPRETED or rows > configs.MOST_TILED_ROWS else 1)
+        bound = BOUND[dtype] * (1.5 if INTERPRETED or rows > tiles.MOST_TILED_ROWS else 1)
         assert relative(op.run(*arguments), reference) < bound, rows
         assert not bool(arguments[6].any())
 
@@ -161,15 +161,15 @@ def test_the_operator_equals_float64(grid, dtype, device):
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("shape", [(48, 256), (336, 11008), (1008, 14336)], ids=str)
 def test_every_configuration_equals_float64(shape, device):
-    from hf_optim_kernels.sparse24 import dispatch
+    from hf_optim_kernels.sparse24 import launch
 
     for rows, dtype in ((1, torch.bfloat16), (5, torch.float16), (16, torch.bfloat16), (65, torch.bfloat16)):
         arguments, reference = random_case(rows, *shape, 128, True, dtype, device)
-        for config in configs.tiled_candidates(*shape, rows)[: 4 if rows == 5 else 3]:
+        for config in tiles.tiled_candidates(*shape, rows)[: 4 if rows == 5 else 3]:
             torch.full((rows, shape[0]), float("nan"), dtype=dtype, device=device)
-            y = dispatch.sparse24(*arguments, config=config)
+            y = launch.sparse24(*arguments, config=config)
             assert relative(y, reference) < BOUND[dtype] * (1.5 if config["path"] == "dense" else 1), config
-            assert torch.equal(dispatch.sparse24(*arguments, config=config), y), config
+            assert torch.equal(launch.sparse24(*arguments, config=config), y), config
             assert not bool(arguments[6].any()), config
 
 
@@ -239,7 +239,7 @@ def same(found, wanted):
 def test_codes_come_back_bit_for_bit(grid):
     weight, codes = weight_as_told(48, 256, *grid)
     bound = layer.bind(weight)
-    assert fragments.holds(bound.values)
+    assert mma_layout.holds(bound.values)
     assert "sparse tensor cores" in bound.label
     same(bound.codes(), codes)
     again = layer.bind(weight)
@@ -257,7 +257,7 @@ def test_joined_operands(device, bias):
     assert relative(whole(x), torch.cat([part(x).double() for part in bound], -1)) < BOUND[torch.float16]
     assert torch.equal(whole.codes().codes.cpu(), torch.cat([weight.codes().codes for weight in told]))
     other = layer.bind(weight_as_told(24, 256, 128, True, bias=bias)[0]).to(device)
-    assert not fragments.holds(other.values)
+    assert not mma_layout.holds(other.values)
     assert layer.join([*bound, other]) is None
 
 
@@ -317,8 +317,8 @@ def test_a_kernel_of_24_is_asked_first_for_what_is_24():
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (4096, 4096), (16, 128), (48, 896)])
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128, 256, 8192])
 def test_configurations_are_whole_tiles(shape, rows):
-    for config in [configs.default_tiles(*shape, rows), *configs.tiled_candidates(*shape, rows)]:
-        assert config.keys() == configs.DENSE.keys()
+    for config in [tiles.default_tiles(*shape, rows), *tiles.tiled_candidates(*shape, rows)]:
+        assert config.keys() == tiles.DENSE.keys()
         if config["path"] == "tiles":
             assert config["BLOCK_M"] in (8, 16, 32, 64)
             assert config["BLOCK_N"] in (16, 32, 64)
@@ -334,15 +334,15 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
 def pruned_llama(device="cpu", **sizes):
     """A Llama of 2:4 codes of four bits, in groups of 32, the last layer not 2:4."""
     model = tiny_llama(**{**SIZES, **sizes}).to(torch.bfloat16).requires_grad_(False)
-    scheme = hf_optim.schemes.scheme(4, strategy="group", group_size=32)
+    scheme = hf_optim.compressed.schemes.scheme(4, strategy="group", group_size=32)
     g = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             codes, _, scale, _ = random_codes(module.out_features, module.in_features, 32, False)
             if "down" in name:
                 codes = torch.randint(0, 16, codes.shape, generator=g, dtype=torch.uint8)
-            formats.store(module, scheme, (codes.int() - 8).to(torch.int8), scale.T.bfloat16() / 10)
-    formats.attach_quantizer(model)
+            compressed.store(module, scheme, (codes.int() - 8).to(torch.int8), scale.T.bfloat16() / 10)
+    compressed.attach_quantizer(model)
     return model.to(device)
 
 

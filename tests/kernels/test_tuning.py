@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from hf_optim_kernels import tuning
+from hf_optim_kernels.common import tuning
 
 CARD = torch.device("cuda", 0)
 DEFAULT = {"BLOCK": 16, "num_warps": 4}

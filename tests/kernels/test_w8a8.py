@@ -13,7 +13,7 @@ import torch
 from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
 from torch.nn import functional as F
 
-from hf_optim.weights import Codes, Inputs, QuantizedWeight
+from hf_optim.compressed.weights import Codes, Inputs, QuantizedWeight
 from hf_optim_kernels.w8a8 import layer, naive, op, producers
 
 GRIDS = [(False, True), (False, False), (True, True)]  # float8, symmetric
@@ -195,7 +195,7 @@ CASES = [
 @on_triton
 @pytest.mark.parametrize(("rows", "out", "columns", "grid", "dtype"), CASES, ids=str)
 def test_every_kernel_equals_float64(rows, out, columns, grid, dtype, device, monkeypatch):
-    from hf_optim_kernels.w8a8 import quantize, run
+    from hf_optim_kernels.w8a8 import launch, quantize
 
     float8, symmetric = grid
     empty = torch.empty
@@ -207,7 +207,7 @@ def test_every_kernel_equals_float64(rows, out, columns, grid, dtype, device, mo
     # Of float8, the tensor core's own accumulator has fewer digits than float32.
     bound = max(BOUND[dtype], 1e-3 if float8 and not INTERPRETED else 0)
     for config in CONFIGS:
-        y = run.linear(x, weight, scale, sums, bias, None, None, count, symmetric, config)
+        y = launch.linear(x, weight, scale, sums, bias, None, None, count, symmetric, config)
         assert y.dtype == dtype
         assert relative(y, reference) < bound, config
         assert not bool(count.any()), config
@@ -216,14 +216,14 @@ def test_every_kernel_equals_float64(rows, out, columns, grid, dtype, device, mo
 @on_triton
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_static_inputs(symmetric, device):
-    from hf_optim_kernels.w8a8 import run
+    from hf_optim_kernels.w8a8 import launch
 
     weight, scale, sums, bias = random_layer(24, 64, float8=False, dtype=torch.float32, device=device)
     x = random_input(3, 64, torch.float32, device)
     given = torch.tensor([0.02], device=device), None if symmetric else torch.tensor([11], device=device).char()
     wanted = exact(by_naive(x, False, symmetric, *given), weight, scale, bias)
     for config in CONFIGS:
-        y = run.linear(x, weight, scale, sums, bias, *given, counters(24, device), symmetric, config)
+        y = launch.linear(x, weight, scale, sums, bias, *given, counters(24, device), symmetric, config)
         assert relative(y, wanted) < 1e-6
 
 
@@ -272,7 +272,7 @@ def test_no_rows_more_dimensions_and_strides(device):
 @pytest.mark.parametrize(("float8", "symmetric"), GRIDS)
 @pytest.mark.parametrize("static", [False, True])
 def test_what_is_not_finite_propagates(float8, symmetric, static, device):
-    from hf_optim_kernels.w8a8 import run
+    from hf_optim_kernels.w8a8 import launch
 
     weight, scale, sums, bias = random_layer(24, 64, float8=float8, dtype=torch.float32, device=device)
     x = random_input(3, 64, torch.float32, device)
@@ -280,7 +280,7 @@ def test_what_is_not_finite_propagates(float8, symmetric, static, device):
     given = torch.tensor([0.02], device=device) if static else None
     zero = torch.tensor([3], device=device, dtype=torch.int8) if static and not symmetric else None
     for config in (DECODE, DECODE | {"PREQUANT": 1}, GROUPED):
-        y = run.linear(x, weight, scale, sums, bias, given, zero, counters(24, device), symmetric, config)
+        y = launch.linear(x, weight, scale, sums, bias, given, zero, counters(24, device), symmetric, config)
         assert bool(y[0].isnan().all())
         assert not bool(y[1].isfinite().any())
         assert bool(y[2].isfinite().all())

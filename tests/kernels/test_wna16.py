@@ -92,28 +92,28 @@ CASES = [
 @on_triton
 @pytest.mark.parametrize(("shape", "width", "zero", "dtype"), CASES, ids=str)
 def test_the_triton_kernels_equal_float64(shape, width, zero, dtype, device, monkeypatch):
-    from hf_optim_kernels.wna16 import run
+    from hf_optim_kernels.wna16 import launch
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     arguments, reference = random_case(*shape, width, zero=zero, dtype=dtype, device=device)
     (x, packed, scale, zeros, bias, counters, _, group) = arguments
     for split in (1, 3):
-        tiles = {**run.default(1, 64, 64, width), "BLOCK_M": 16, "SPLIT": split}
-        assert relative(run.fused(*arguments, tiles), reference) < BOUND[dtype]
+        tiles = {**launch.default(1, 64, 64, width), "BLOCK_M": 16, "SPLIT": split}
+        assert relative(launch.fused(*arguments, tiles), reference) < BOUND[dtype]
         assert not bool(counters.any())
-    assert relative(run.by_library(x, packed, scale, zeros, bias, width, group), reference) < 2 * BOUND[dtype]
+    assert relative(launch.by_library(x, packed, scale, zeros, bias, width, group), reference) < 2 * BOUND[dtype]
 
 
 @on_triton
 def test_a_large_weight_is_decoded_in_parts(device, monkeypatch):
-    from hf_optim_kernels.wna16 import run
+    from hf_optim_kernels.wna16 import launch
 
     arguments, reference = random_case(5, 300, 96, 48, 4, zero=True, dtype=torch.float32, device=device)
     (x, packed, scale, zeros, bias, _, width, group) = arguments
-    monkeypatch.setattr(run, "MOST_BYTES", 128 * 96 * 4)
+    monkeypatch.setattr(launch, "MOST_BYTES", 128 * 96 * 4)
     monkeypatch.setattr(torch.nn.functional, "linear", None)  # not all at once
-    assert relative(run.by_library(x, packed, scale, zeros, bias, width, group), reference) < 1e-6
+    assert relative(launch.by_library(x, packed, scale, zeros, bias, width, group), reference) < 1e-6
 
 
 @on_triton
@@ -125,10 +125,10 @@ def test_every_number_of_rows(rows, device):
 
 @on_triton
 def test_many_rows_go_to_the_library(device, monkeypatch):
-    from hf_optim_kernels.wna16 import run
+    from hf_optim_kernels.wna16 import launch
 
-    monkeypatch.setattr(run, "MOST_ROWS", 4)
-    monkeypatch.setattr(run, "fused", None)
+    monkeypatch.setattr(launch, "MOST_ROWS", 4)
+    monkeypatch.setattr(launch, "fused", None)
     arguments, reference = random_case(5, 20, 48, 48, 4, zero=True, dtype=torch.float32, device=device)
     assert relative(op.wna16(*arguments), reference) < 1e-6
 

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from hf_optim.toolkit import bit_budget
-from hf_optim.toolkit.bit_budget import cheapest_bits, ranked_bits, row_bytes, stored_bytes
+from hf_optim.toolkit.quantization import bit_budget
+from hf_optim.toolkit.quantization.bit_budget import cheapest_bits, ranked_bits, row_bytes, stored_bytes
 
 CHOICES = (2, 4, 8)
 

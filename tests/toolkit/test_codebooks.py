@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hf_optim.toolkit.codebooks import make_codebook, nearest, outlier_mask
+from hf_optim.toolkit.quantization.codebooks import make_codebook, nearest, outlier_mask
 
 
 def heavy_tailed(n, seed):

@@ -8,7 +8,7 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5, tiny_vit
 from torch import nn
 from transformers import BertModel
 
-from hf_optim.toolkit.curvature import (
+from hf_optim.toolkit.statistics.curvature import (
     SeenBatches,
     gradients,
     hessian_product,

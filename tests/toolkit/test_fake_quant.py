@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from hf_optim import formats
-from hf_optim.toolkit import fake_quant
-from hf_optim.toolkit.fake_quant import FakeQuantLinear, attach, detach, fake_quantize, first_step, stored_step
-from hf_optim.toolkit.grids import Grid, GridSpec, make_grid
+from hf_optim import compressed
+from hf_optim.toolkit.quantization import fake_quant
+from hf_optim.toolkit.quantization.fake_quant import (
+    FakeQuantLinear,
+    attach,
+    detach,
+    fake_quantize,
+    first_step,
+    stored_step,
+)
+from hf_optim.toolkit.quantization.grids import Grid, GridSpec, make_grid
 
 DOUBLE = torch.float64
 SPECS = [
@@ -37,7 +44,7 @@ def test_values_are_what_the_stored_codes_decode_to(spec, dtype):
     fake = attach(layer, spec)
     expected = fake.fake_weight().detach()
     codes, grid = fake.codes()
-    formats.store(detach(fake), formats.scheme_of(spec), codes, grid.scale, grid.zero_point)
+    compressed.store(detach(fake), compressed.scheme_of(spec), codes, grid.scale, grid.zero_point)
     assert torch.equal(layer.weight, expected)
     assert expected.unique().numel() > 3
 

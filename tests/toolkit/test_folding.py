@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_qwen2
 
-from hf_optim.toolkit import folding, topology
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.permutation import folding
 
 
 def logits(model):

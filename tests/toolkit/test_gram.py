@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_optim.toolkit import gram
+from hf_optim.toolkit.statistics import gram
 
 
 @pytest.fixture

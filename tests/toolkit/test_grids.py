@@ -7,8 +7,8 @@ import torch
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from hf_optim import formats
-from hf_optim.toolkit.grids import FLOAT8, GridSpec, fit_group_size, make_grid, split
+from hf_optim import compressed
+from hf_optim.toolkit.quantization.grids import FLOAT8, GridSpec, fit_group_size, make_grid, split
 
 INTEGERS = [
     GridSpec(bits, "int", strategy, 16 if strategy == "group" else None, symmetric)
@@ -30,7 +30,7 @@ def weights(rows: int = 24, columns: int = 48, seed: int = 0) -> torch.Tensor:
 def test_grid_is_compressed_tensors_own(spec):
     weight = weights()
     grid = make_grid(weight, spec)
-    args = formats.scheme_of(spec).weights
+    args = compressed.scheme_of(spec).weights
     low, high = torch.aminmax(split(weight, spec), dim=-1)
     scale, zero = calculate_qparams(low.reshape(grid.scale.shape), high.reshape(grid.scale.shape), args)
     assert torch.equal(grid.scale, scale)
@@ -82,7 +82,7 @@ def test_a_token_has_its_own_scale():
     inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     grid = make_grid(inputs, GridSpec(8, "int", "token"))
     assert grid.scale.shape == (2, 5, 1)
-    args = formats.activation_args("int8")
+    args = compressed.activation_args("int8")
     assert torch.equal(grid.nearest(inputs), fake_quantize(inputs, grid.scale, None, args))
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_optim.toolkit.hard_concrete import (
+from hf_optim.toolkit.pruning.hard_concrete import (
     CLOSED,
     GAMMA,
     TEMPERATURE,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_optim.errors import NumericalError
-from hf_optim.toolkit import hessian as hessian_module
-from hf_optim.toolkit.hessian import damped, dead_columns, inverse_factor, invert_lower_, reverse_
+from hf_optim.toolkit.quantization import hessian as hessian_module
+from hf_optim.toolkit.quantization.hessian import damped, dead_columns, inverse_factor, invert_lower_, reverse_
 
 
 def gram(width: int = 12, tokens: int = 40, seed: int = 0) -> torch.Tensor:

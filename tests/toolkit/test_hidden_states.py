@@ -9,7 +9,13 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch.utils.checkpoint import checkpoint
 
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies, bodies_of_blocks, take_states
+from hf_optim.toolkit.distillation.hidden_states import (
+    HiddenStates,
+    StateRecorder,
+    bodies,
+    bodies_of_blocks,
+    take_states,
+)
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 

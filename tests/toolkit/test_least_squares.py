@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_optim.toolkit.least_squares import output_error, reconstruct
-from hf_optim.toolkit.masks import nm_mask
+from hf_optim.toolkit.pruning.masks import nm_mask
+from hf_optim.toolkit.quantization.least_squares import output_error, reconstruct
 
 
 @pytest.fixture

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_optim.toolkit.losses import DIRECTIONS, divergence, head_loss, kd_loss, scored_rows, top_k, top_k_kd_loss
+from hf_optim.toolkit.distillation.losses import (
+    DIRECTIONS,
+    divergence,
+    head_loss,
+    kd_loss,
+    scored_rows,
+    top_k,
+    top_k_kd_loss,
+)
 
 T = 2.5
 BETA = 0.3

@@ -10,7 +10,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 
 from hf_optim import NumericalError
-from hf_optim.toolkit import masks
+from hf_optim.toolkit.pruning import masks
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

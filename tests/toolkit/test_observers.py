@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_optim.errors import NumericalError
-from hf_optim.toolkit.observers import ChannelAbsMax, SecondMoment, TensorMinMax
+from hf_optim.toolkit.statistics.observers import ChannelAbsMax, SecondMoment, TensorMinMax
 
 
 def layer(width: int = 6, out: int = 4) -> nn.Linear:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_optim.toolkit import permutation_search
-from hf_optim.toolkit.masks import nm_mask
-from hf_optim.toolkit.permutation_scores import Direct, Table, has_table, largest
-from hf_optim.toolkit.permutation_search import Found, kept_by_rows, kept_sum, search
-from hf_optim.toolkit.permutation_splits import ascending_sets, split_count, splits_of
-from hf_optim.toolkit.permutation_stripes import Stripes, converge_
-from hf_optim.toolkit.permutation_swaps import disjoint_pairs, exchange_, swap_gains
+from hf_optim.toolkit.permutation import column_search
+from hf_optim.toolkit.permutation.column_search import Found, kept_by_rows, kept_sum, search
+from hf_optim.toolkit.permutation.scores import Direct, Table, has_table, largest
+from hf_optim.toolkit.permutation.splits import ascending_sets, split_count, splits_of
+from hf_optim.toolkit.permutation.stripes import Stripes, converge_
+from hf_optim.toolkit.permutation.swaps import disjoint_pairs, exchange_, swap_gains
+from hf_optim.toolkit.pruning.masks import nm_mask
 
 
 def gaussian(rows, columns, seed=0):
@@ -216,4 +216,4 @@ def test_efficacy_and_bounds():
     assert kept_by_rows(weight, 2, 4) == pytest.approx(float(weight.sort(1).values[:, 8:].sum()))
     assert has_table(64, 128, 4)
     assert not has_table(128, 128, 4)
-    assert permutation_search.ALL_PAIRS * 4 < 1088
+    assert column_search.ALL_PAIRS * 4 < 1088

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_optim.toolkit.activation_sites import RoundingShift, rounded_inputs
-from hf_optim.toolkit.ranges import ChannelMinMax, even_groups, fitted_groups, group_grids, rounded_to
+from hf_optim.toolkit.quantization.activation_rounding import RoundingShift, rounded_inputs
+from hf_optim.toolkit.quantization.ranges import ChannelMinMax, even_groups, fitted_groups, group_grids, rounded_to
 
 
 def draws(n, seed=0):

@@ -13,7 +13,7 @@ from transformers import BertModel
 from hf_optim import ModelError
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.residual import find_residual, permute_residual_
+from hf_optim.toolkit.topology.residual_stream import find_residual, permute_residual_
 
 
 def logits(model, inputs):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hf_optim.toolkit.schedules import Ramp, as_step, cubic_ramp
+from hf_optim.toolkit.pruning.schedules import Ramp, as_step, cubic_ramp
 
 
 def test_cubic_ramp_is_the_equation_at_every_step():

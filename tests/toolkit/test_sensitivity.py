@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from hf_optim.toolkit.sensitivity import OutputShift, cheapest_within, divergence
+from hf_optim.toolkit.statistics.sensitivity import OutputShift, cheapest_within, divergence
 
 
 def test_cheapest_takes_the_least_error_for_each_weight_that_fits():

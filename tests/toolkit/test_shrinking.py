@@ -9,10 +9,10 @@ from tiny_models import DECODER, TINY, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t
 from torch import nn
 
 from hf_optim import ModelError
-from hf_optim.toolkit import shrinking
-from hf_optim.toolkit.shrinking import Narrowing
-from hf_optim.toolkit.topology import dummy_inputs
-from hf_optim.toolkit.transplant import output
+from hf_optim.toolkit.modules.transplant import output
+from hf_optim.toolkit.pruning import shrink as shrinking
+from hf_optim.toolkit.pruning.shrink import Narrowing
+from hf_optim.toolkit.topology.fake_inputs import dummy_inputs
 
 
 def halve_neurons(model, layers=2):

@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 
-from hf_optim.toolkit.sparse_variational import FLOOR, K1, K2, K3, WeightNoise, kl, log_alpha, output_noise
+from hf_optim.toolkit.pruning.sparse_variational import FLOOR, K1, K2, K3, WeightNoise, kl, log_alpha, output_noise
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
 TAIL = 14.0

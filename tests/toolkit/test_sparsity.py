@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_models import tiny_llama
 
-from hf_optim.toolkit import sparsity
+from hf_optim.toolkit.pruning import sparsity
 
 
 def test_figures_and_rows_count_zeros_in_the_weights():

@@ -7,9 +7,10 @@ import torch
 import transformers
 from tiny_models import TINY
 
-from hf_optim.toolkit.structures import HEADS, NEURONS, coupled, find_units
-from hf_optim.toolkit.topology import dummy_inputs, trace
-from hf_optim.toolkit.transplant import output
+from hf_optim.toolkit.modules.transplant import output
+from hf_optim.toolkit.topology.fake_inputs import dummy_inputs
+from hf_optim.toolkit.topology.prunable_units import HEADS, NEURONS, coupled, find_units
+from hf_optim.toolkit.topology.tracing import trace
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,

@@ -8,16 +8,10 @@ import pytest
 import torch
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5, tiny_vit
 from torch import nn
-from transformers import (
-    DeepseekV3ForCausalLM,
-    FalconForCausalLM,
-    Gemma2ForCausalLM,
-    LlamaModel,
-    Phi3ForCausalLM,
-)
+from transformers import DeepseekV3ForCausalLM, FalconForCausalLM, Gemma2ForCausalLM, LlamaModel, Phi3ForCausalLM
 
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.folding import move_norm_scale_, move_pair_scale_, permute_pair_
+from hf_optim.toolkit.permutation.folding import move_norm_scale_, move_pair_scale_, permute_pair_
 
 FAMILIES = sorted(TINY)
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .. import benching
-from ..benching import Contender
+from ..common import benchmark
+from ..common.benchmark import Contender
 from . import layer, naive
 
 # Of the weights of a real model, three in a thousand are outliers.
@@ -20,17 +20,17 @@ MATH = "bfloat16"
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     """Codes of 2, 3 and 4 bits with outliers, and the dense product."""
     found = [contender(N, K, M, bits, dtype) for bits in (2, 3, 4)]
-    weight = torch.randn(N, K, device=benching.device()).to(dtype) * 0.02
-    x = torch.randn(M, K, device=benching.device()).to(dtype)
-    calls = [partial(nn.functional.linear, x, *copy) for copy in benching.copies_of((weight,))]
+    weight = torch.randn(N, K, device=benchmark.device()).to(dtype) * 0.02
+    x = torch.randn(M, K, device=benchmark.device()).to(dtype)
+    calls = [partial(nn.functional.linear, x, *copy) for copy in benchmark.copies_of((weight,))]
     exact = x.double() @ weight.double().T
     flops = 2 * M * N * K
-    return [*found, Contender("dense", calls, benching.bytes_of((weight,)), flops, exact, MATH, dense=True)]
+    return [*found, Contender("dense", calls, benchmark.bytes_of((weight,)), flops, exact, MATH, dense=True)]
 
 
 def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamespace:
     """What ``bind`` reads of a module, of random codes, centroids and outliers."""
-    device = benching.device()
+    device = benchmark.device()
     outlying = torch.rand(N, K, device=device) < SHARE
     codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8).masked_fill_(outlying, 0)
     centroids = (torch.randn(2**bits, device=device) * 0.02).sort().values.to(dtype)
@@ -49,11 +49,11 @@ def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamesp
 def contender(N: int, K: int, M: int, bits: int, dtype: torch.dtype) -> Contender:
     """The operand of a random weight on ``M`` rows of random inputs."""
     operand = layer.bind(random_module(N, K, bits, dtype))
-    x = torch.randn(M, K, device=benching.device()).to(dtype)
+    x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     held = (operand.words, operand.table, operand.values, operand.columns, operand.starts)
     reference = x.double() @ naive.dequantize(*held, K, torch.float64).T
-    size = N * K * bits // 8 + benching.bytes_of((operand.values, operand.columns, operand.owners, operand.starts))
-    calls = [partial(_call, module, x) for module in benching.modules_of(operand)]
+    size = N * K * bits // 8 + benchmark.bytes_of((operand.values, operand.columns, operand.owners, operand.starts))
+    calls = [partial(_call, module, x) for module in benchmark.modules_of(operand)]
     return Contender(f"codebook{bits}", calls, size, 2 * M * N * K, reference, MATH)
 
 

@@ -80,8 +80,8 @@ class CodebookWeight(nn.Module):
         bias: Tensor | None,
     ) -> None:
         super().__init__()
+        from .launch import counters_for
         from .lookup import MOST_BITS, tables
-        from .run import counters_for
 
         self.bits, self.width, self.dtype = bits, codes.shape[1], centroids.dtype
         self.label = f"codebook{bits} Triton"
@@ -123,13 +123,13 @@ class CodebookWeight(nn.Module):
 
     def _plan(self, x: Tensor) -> Tensor:
         """As ``forward``, for a shape without a plan; makes one where one will do."""
-        from . import run
+        from . import launch
 
         if len(self.plans) < MOST_PLANS and x.shape not in self.plans:
-            plan = run.plan_for(x, self._held(), self.bias, self.counters)
+            plan = launch.plan_for(x, self._held(), self.bias, self.counters)
             if plan is not None:
                 self.plans[x.shape] = plan
-        return run.codebook_linear(x, self._held(), self.bias, self.counters)
+        return launch.codebook_linear(x, self._held(), self.bias, self.counters)
 
     def renew(self) -> None:
         """Forget what holds addresses of the buffers: one of them is another tensor now."""

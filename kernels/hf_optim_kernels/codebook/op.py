@@ -48,7 +48,7 @@ def codebook_linear(
         counters: int32, made by ``run.counters_for``; zeros before and after.
     """
     if on_triton(x):
-        from .run import codebook_linear as run
+        from .launch import codebook_linear as run
 
         return run(x, (words, table, registers, values, columns, owners, starts), bias, counters)
     return naive.codebook_linear(x, words, table, values, columns, starts, bias)
@@ -73,7 +73,7 @@ def codebook_dense(
 ) -> Tensor:
     """The weight [out, in] in ``dtype``. Arguments as of ``codebook_linear``; ``width`` is ``in``."""
     if on_triton(words):
-        from .run import dense
+        from .launch import dense
 
         return dense((words, table, registers, values, columns, owners, starts), width, dtype)
     return naive.dequantize(words, table, values, columns, starts, width, dtype)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import benching
-from ..benching import Contender
+from ..common import benchmark
+from ..common.benchmark import Contender
 from . import naive, op
 
 TEMPERATURE, BETA = 2.0, 0.5
@@ -22,11 +22,11 @@ FLOPS = 20
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     """Each direction, and the formula in plain PyTorch; every call gives the gradient of the mean loss, ``[M, N]``."""
-    student, teacher = (torch.randn(M, N, device=benching.device()).mul_(3).to(dtype) for _ in range(2))
-    held = benching.copies_of((student, teacher))
+    student, teacher = (torch.randn(M, N, device=benchmark.device()).mul_(3).to(dtype) for _ in range(2))
+    held = benchmark.copies_of((student, teacher))
     upstream = torch.full((M,), 1.0 / M, device=student.device)
     # Both logits read once, the gradient written: nothing can be less.
-    floor = 3 * benching.bytes_of((student,))
+    floor = 3 * benchmark.bytes_of((student,))
     found = []
     for direction in naive.DIRECTIONS:
         calls = [partial(_fused, one, other, upstream, direction) for one, other in held]

@@ -46,7 +46,7 @@ def kd_rows(
         losses ``[rows]`` and statistics ``[rows, 3]``, float32 (float64 if the student is).
     """
     if on_triton(student):
-        from .run import losses
+        from .launch import losses
 
         return losses(student, teacher, kept, temperature, direction, beta)
     found = naive.losses(student, teacher, kept, temperature, direction, beta)
@@ -72,7 +72,7 @@ def kd_gradient(
 ) -> Tensor:
     """The gradient of ``(upstream * losses).sum()`` with respect to ``student``, in its shape and dtype."""
     if on_triton(student):
-        from .run import gradient
+        from .launch import gradient
 
         out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         gradient(student, teacher, kept, statistics, upstream, out, temperature, direction, beta)
@@ -98,7 +98,7 @@ def kd_gradient_(
 ) -> None:
     """As ``kd_gradient``; the result takes the place of the teacher's logits."""
     if on_triton(student):
-        from .run import gradient
+        from .launch import gradient
 
         gradient(student, teacher, kept, statistics, upstream, teacher, temperature, direction, beta)
     else:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..benching import Contender, bytes_of, copies_of, device, modules_of
+from ..common.benchmark import Contender, bytes_of, copies_of, device, modules_of
 from . import layer, naive
 
 OUTLIERS = 8

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes
+from ..common.codes import Codes
 from ..w8a8.op import KERNEL_TYPES
 from ..w8a8.plans import Planned
-from . import cpu, naive, op
+from . import cpu, naive, op, tiles
 
 LEAST_CAPABILITY = (8, 0)
 
@@ -85,7 +85,7 @@ class LLMInt8Linear(Planned):
         self.register_buffer("stored_scale", w_scale.reshape(-1, 1).clone())
         self.register_buffer("w_scale", w_scale.flatten().float())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        size = op.counters_size(*weight.shape)
+        size = tiles.counters_size(*weight.shape)
         self.register_buffer("counters", torch.zeros(size, dtype=torch.int32, device=weight.device))
 
     @classmethod

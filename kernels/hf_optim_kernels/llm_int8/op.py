@@ -13,17 +13,12 @@ from ..w8a8.op import on_triton
 from . import cpu, naive
 
 
-def counters_size(N: int, K: int) -> int:
-    """How many int32 zeros a call uses: a counter for each tile, a byte for each column."""
-    return max(1, -(-N // 16)) + -(-K // 4)
-
-
 def linear(
     x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float, counters: Tensor
 ) -> Tensor:  # fmt: skip
     """``torch.ops.hf_optim.llm_int8`` without PyTorch's dispatch, and without a gradient."""
     if on_triton(x, x.dtype):
-        from .run import llm_int8 as kernel
+        from .launch import llm_int8 as kernel
 
         return kernel(x, weight, w_scale, bias, threshold, counters)
     return cpu.llm_int8(x, weight, w_scale, bias, threshold)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import tuning
+from ..common import tuning
 from ..w8a8 import tiles as w8a8
 from ..w8a8.tiles import MOST_DECODE_ROWS
 
@@ -61,3 +61,8 @@ def tiles_for(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) 
             found = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3), strict=True))
         _TILES[key] = found
     return _TILES[key]
+
+
+def counters_size(N: int, K: int) -> int:
+    """How many int32 zeros a call uses: a counter for each tile, a byte for each column."""
+    return max(1, -(-N // 16)) + -(-K // 4)

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import tuning
-from ..benching import Contender, bytes_of, codes_of, copies_of, device, graph_time, modules_of, weight_of
+from ..common import tuning
+from ..common.benchmark import Contender, bytes_of, codes_of, copies_of, device, graph_time, modules_of, weight_of
 from ..wna16 import bench as unpruned
-from . import configs, fragments, layer, library, naive
+from . import cusparselt, layer, mma_layout, naive, tiles
 
 log = logging.getLogger(__name__)
 GROUP = 128
@@ -62,16 +62,16 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     calls = [partial(torch.nn.functional.linear, x, *copy) for copy in copies_of((dense,))]
     found.append(Contender("dense", calls, bytes_of((dense,)), flops, reference, dense=True))
     found.append(unpruned.contender("int4, not 2:4", N, K, M, 4, GROUP if K % GROUP == 0 else K, dtype))
-    packed = library.share(dense, naive.pack(dense, dense != 0, 16)[0])
+    packed = cusparselt.share(dense, naive.pack(dense, dense != 0, 16)[0])
     if packed is not None:
-        calls = [partial(library.product, x, copy, None, 0) for (copy,) in copies_of((packed,))]
+        calls = [partial(cusparselt.product, x, copy, None, 0) for (copy,) in copies_of((packed,))]
         found.append(Contender("cuSPARSELt", calls, bytes_of((packed,)), flops, reference, peer=True))
     return found
 
 
 def stored_bytes(module: layer.Operand) -> int:
     """Bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
-    if fragments.holds(module.bits):
+    if mma_layout.holds(module.bits):
         return bytes_of(t for t in (module.values, module.bits, module.scale, module.zero) if t is not None)
     rows, fours = module.bits.shape[0], 2 * module.bits.shape[1]
     return rows * fours * 2 * module.width // 8 + bytes_of(
@@ -81,20 +81,20 @@ def stored_bytes(module: layer.Operand) -> int:
 
 def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """Time the candidates for codes on sparse tensor cores and remember the fastest; tells what was found."""
-    from . import tiled
+    from . import tensor_core_launch
 
     module, rows = operand(N, K, 4, dtype)[0], tuning.bucket(M)
-    if device().type != "cuda" or not fragments.holds(module.values) or rows > configs.MOST_TILED_ROWS:
+    if device().type != "cuda" or not mma_layout.holds(module.values) or rows > tiles.MOST_TILED_ROWS:
         return "nothing to tune"
-    found = timed(module, torch.randn(M, K, device=device(), dtype=dtype), configs.tiled_candidates(N, K, rows))
+    found = timed(module, torch.randn(M, K, device=device(), dtype=dtype), tiles.tiled_candidates(N, K, rows))
     best, config = found[0]
     tuning.remember("sparse24-tiles", (N, K, rows), dtype, config, device())
-    tiled.forget()
+    tensor_core_launch.forget()
     return f"{best:.1f} us with {config}"
 
 
 @torch.no_grad()
-def timed(module: layer.Operand, x: Tensor, tried: Iterable[configs.Config]) -> list[tuple[float, configs.Config]]:
+def timed(module: layer.Operand, x: Tensor, tried: Iterable[tiles.Config]) -> list[tuple[float, tiles.Config]]:
     """Microseconds of configurations on copies of a layer, fastest first; those that do not compile are left out."""
     modules, times = modules_of(module), []
     for config in tried:
@@ -105,12 +105,12 @@ def timed(module: layer.Operand, x: Tensor, tried: Iterable[configs.Config]) -> 
     return sorted(times, key=lambda pair: pair[0])
 
 
-def run(module: nn.Module, x: Tensor, config: configs.Config) -> Tensor:
+def run(module: nn.Module, x: Tensor, config: tiles.Config) -> Tensor:
     """``module(x)`` with a given configuration."""
-    from . import dispatch
+    from . import launch
 
     assert isinstance(module, layer.Operand)
-    return dispatch.sparse24(
+    return launch.sparse24(
         x, module.values, module.bits, module.scale, module.zero, module.bias, module.counters, module.width,
         module.group_size, module.middle, config,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import naive
-from .device import BF16, FP16, FP32, as_number, numbers, place
+from .triton_helpers import BF16, FP16, FP32, as_number, numbers, place
 
 HALF = tl.constexpr(naive.HALF)
 

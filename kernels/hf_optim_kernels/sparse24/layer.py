@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes
-from . import configs, fragments, library, naive, op
+from ..common.codes import Codes
+from . import cusparselt, mma_layout, naive, op, tiles
 
 # Smaller layers are bound by the launch, which a dense product has too.
 LEAST_WEIGHTS = 1 << 22
@@ -81,7 +81,7 @@ def _speed_refusal(weight: Any) -> str | None:
 def _for_tensor_cores(weight: Any) -> bool:
     """Whether integer codes are to be laid out for sparse tensor cores."""
     rows, columns = weight.shape
-    return weight.bits <= 4 and fragments.fits(rows, columns) and fragments.takes_groups(columns, weight.group_size)
+    return weight.bits <= 4 and mma_layout.fits(rows, columns) and mma_layout.takes_groups(columns, weight.group_size)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def bind(weight: Any) -> Operand:
     width = 4 if weight.bits <= 4 else 8
     kept = found.codes != (middle if found.zero is None else _spread(found.zero, columns, weight.group_size))
     if _for_tensor_cores(weight):
-        values, bits = fragments.pack(found.codes, kept)
+        values, bits = mma_layout.pack(found.codes, kept)
     else:
         values, bits = naive.pack(found.codes, kept, width)
     scale = found.scale.T.contiguous()
@@ -112,7 +112,7 @@ def _bind_dense(dense: Tensor, bias: Tensor | None) -> Operand:
     # Only zeros were dropped, and they may be negative (a mask multiplied a weight).
     lost = numbers.view(torch.int16) != dense.view(torch.int16)
     negative = _to_bits(lost) if bool(lost.any()) else None
-    both = library.share(dense, values)
+    both = cusparselt.share(dense, values)
     return Operand(
         values if both is None else both, bits, None, None, bias, negative, 16, dense.shape[1], 0, dense.shape[1],
         dense.dtype,
@@ -157,15 +157,15 @@ class Operand(nn.Module):
             ("values", values), ("bits", bits), ("scale", scale), ("zero", zero), ("bias", bias), ("negative", negative)
         ):  # fmt: skip
             self.register_buffer(name, tensor)
-        counters = torch.zeros(configs.COUNTERS, dtype=torch.int32, device=bits.device)
+        counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32, device=bits.device)
         self.register_buffer("counters", counters, persistent=False)
         self.plans: dict[torch.Size, Any] = {}
 
     @property
     def label(self) -> str:
         """What reports say of a layer on this operand."""
-        many = ", cuSPARSELt for many rows" if library.shared(self.values, self.bits) else ""
-        if fragments.holds(self.values):
+        many = ", cuSPARSELt for many rows" if cusparselt.shared(self.values, self.bits) else ""
+        if mma_layout.holds(self.values):
             return "sparse24 Triton, int4 values on sparse tensor cores"
         return f"sparse24 Triton, {'16-bit' if self.width == 16 else f'int{self.width}'} values{many}"
 
@@ -181,7 +181,7 @@ class Operand(nn.Module):
         )  # fmt: skip
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._records(x)):
             return torch.ops.hf_optim.sparse24(*arguments)
-        if not x.is_cuda or not fragments.holds(self.values):
+        if not x.is_cuda or not mma_layout.holds(self.values):
             return op.run(*arguments)
         plan = self.plans.get(x.shape)
         y = plan(x) if plan is not None and x.dtype == self.dtype and x.is_contiguous() else None
@@ -189,11 +189,11 @@ class Operand(nn.Module):
 
     def _plan(self, x: Tensor, arguments: tuple) -> Tensor:
         """As ``forward``, for a shape without a plan; makes one where one will do."""
-        from . import tiled
+        from . import tensor_core_launch
 
         if len(self.plans) < MOST_PLANS and x.shape not in self.plans and x.dtype == self.dtype:
             held = (self.values, self.bits, self.scale, self.zero, self.bias, self.counters)
-            plan = tiled.plan_for(x, *held, self.group_size, self.middle)  # type: ignore[arg-type]
+            plan = tensor_core_launch.plan_for(x, *held, self.group_size, self.middle)  # type: ignore[arg-type]
             if plan is not None:
                 self.plans[x.shape] = plan
         return op.run(*arguments)
@@ -241,7 +241,7 @@ def join(operands: Sequence[Operand]) -> Operand | None:
     bits = torch.cat([operand.bits for operand in operands])
     values = torch.cat([_own_values(operand) for operand in operands])
     if first.width == 16:
-        both = library.share(naive.unpack(values, bits, 16, first.columns)[0], values)
+        both = cusparselt.share(naive.unpack(values, bits, 16, first.columns)[0], values)
         values = values if both is None else both
     return Operand(
         values, bits, _joined([o.scale for o in operands], 1), _joined([o.zero for o in operands], 1),
@@ -267,7 +267,7 @@ def _form(operand: Operand) -> tuple:
 
 def _own_values(operand: Operand) -> Tensor:
     """The values [out, ...] without what cuSPARSELt keeps behind them."""
-    if fragments.holds(operand.values):
+    if mma_layout.holds(operand.values):
         return operand.values
     rows, fours = operand.bits.shape[0], 2 * operand.bits.shape[1]
     flat = operand.values.flatten()

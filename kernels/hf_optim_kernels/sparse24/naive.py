@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import fragments
-from .fours import places
+from . import mma_layout
+from .groups24 import places
 
 # Byte j of a chunk of 2 * HALF fours has the bits of four j in its low and of four HALF + j in its high half, so that
 # a kernel reads both with one contiguous load.
@@ -56,8 +56,8 @@ def pack(numbers: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def shape_of(bits: Tensor) -> tuple[int, int]:
     """Rows of a packed weight, and its columns with those stored past the end."""
-    if fragments.holds(bits):
-        return fragments.ROWS * bits.shape[0], fragments.COLUMNS * bits.shape[1]
+    if mma_layout.holds(bits):
+        return mma_layout.ROWS * bits.shape[0], mma_layout.COLUMNS * bits.shape[1]
     return bits.shape[0], 8 * bits.shape[1]
 
 
@@ -73,8 +73,8 @@ def unpack(values: Tensor, bits: Tensor, width: int, columns: int) -> tuple[Tens
 
     ``values`` may be followed by other data (see ``library``).
     """
-    if fragments.holds(values):
-        return fragments.unpack(values, bits)
+    if mma_layout.holds(values):
+        return mma_layout.unpack(values, bits)
     rows, fours = bits.shape[0], 2 * bits.shape[1]
     if width == 4:
         stored = values.flatten()[: rows * fours].view(rows, fours)

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import fragments, naive
+from . import mma_layout, naive
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -38,10 +38,10 @@ def run(
 ) -> Tensor:
     """The operator without PyTorch's dispatcher: no gradient, less work for the host."""
     stored, K = naive.shape_of(bits)[1], x.shape[-1]
-    if (stored != K if fragments.holds(bits) else 4 * naive.stored_fours(K) != stored) or K % 4:
+    if (stored != K if mma_layout.holds(bits) else 4 * naive.stored_fours(K) != stored) or K % 4:
         raise ValueError(f"inputs of {K} columns for a weight of up to {stored}, in fours")
     if on_kernel(x, values):
-        from .dispatch import sparse24 as kernels
+        from .launch import sparse24 as kernels
 
         return kernels(x, values, bits, scale, zero, bias, counters, width, group_size, middle)
     return naive.sparse24(x, values, bits, scale, zero, bias, width, group_size, middle)
@@ -110,7 +110,7 @@ def weight_of(
 ) -> Tensor:
     """The dense weight [out, in] in ``dtype``; arguments as in ``sparse24``."""
     if on_kernel(bits.new_empty(0, dtype=dtype), values):
-        from .dispatch import decompress
+        from .launch import decompress
 
         return decompress(values, bits, scale, zero, width, group_size, middle, columns, dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32

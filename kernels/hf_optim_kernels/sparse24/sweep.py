@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tuning
-from ..benching import copies_of, graph_time, relative_error
-from . import bench, configs, fragments, layer, library, naive
+from ..common import tuning
+from ..common.benchmark import copies_of, graph_time, relative_error
+from . import bench, cusparselt, layer, mma_layout, naive, tiles
 
 SHAPES = ["14336x4096", "4096x14336", "4096x4096"]
 ROWS = [1, 16, 64, 256, 4096, 4, 128, 1024]
-TILES = [configs.tiles(8, 16, 2, 1, 4, inputs) for inputs in range(3)]
-TILES += [configs.tiles(16, 32, 1, 2, 4, 2), configs.tiles(64, 32, 1, 1, 2, 2), configs.DENSE]
+TILES = [tiles.tiles(8, 16, 2, 1, 4, inputs) for inputs in range(3)]
+TILES += [tiles.tiles(16, 32, 1, 2, 4, 2), tiles.tiles(64, 32, 1, 1, 2, 2), tiles.DENSE]
 BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
-def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[configs.Config]) -> float:
+def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[tiles.Config]) -> float:
     """The largest relative error over paths; each runs twice and has to give the same bits. Raises when wrong."""
     module, weight = bench.operand(*shape, bits, dtype)
-    if fragments.holds(module.bits):
+    if mma_layout.holds(module.bits):
         paths = TILES
     worst = 0.0
     for M in rows:
@@ -56,10 +56,10 @@ def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int]
 def check_all() -> None:
     """Odd and even shapes, every width and type, few configurations: compiling them takes longer than running."""
     paths = [
-        configs.config("row", 1, 32, 32, 2, 4, 2),
-        configs.config("dot", 16, 32, 32, 2, 2, 3),
-        configs.config("dot", 64, 64, 32, 1, 4, 3),
-        configs.DENSE,
+        tiles.config("row", 1, 32, 32, 2, 4, 2),
+        tiles.config("dot", 16, 32, 32, 2, 2, 3),
+        tiles.config("dot", 64, 64, 32, 1, 4, 3),
+        tiles.DENSE,
     ]
     for shape, dtype, widths in (
         ((352, 172), torch.bfloat16, (16,)),
@@ -70,19 +70,19 @@ def check_all() -> None:
         print(shape, dtype, {bits: f"{error:.1e}" for bits, error in errors.items()}, flush=True)
 
 
-def algorithms(module: layer.Operand, x: Tensor) -> list[configs.Config]:
+def algorithms(module: layer.Operand, x: Tensor) -> list[tiles.Config]:
     """cuSPARSELt's default and the algorithm its own search prefers."""
-    if not library.shared(module.values, module.bits):
+    if not cusparselt.shared(module.values, module.bits):
         return []
     found = torch._cslt_sparse_mm_search(module.values, x.t(), transpose_result=True)
-    return [{**configs.LIBRARY, "algorithm": number} for number in sorted({0, int(found)})]
+    return [{**tiles.LIBRARY, "algorithm": number} for number in sorted({0, int(found)})]
 
 
-def times(module: layer.Operand, x: Tensor, end: float) -> list[tuple[float, configs.Config]]:
+def times(module: layer.Operand, x: Tensor, end: float) -> list[tuple[float, tiles.Config]]:
     """Microseconds of the candidates, fastest first; those that do not compile or come after ``end`` are left out."""
     (M, K), N = x.shape, naive.shape_of(module.bits)[0]
-    tiled = fragments.holds(module.bits)
-    candidates = (configs.tiled_candidates if tiled else configs.candidates)(N, K, M)
+    tiled = mma_layout.holds(module.bits)
+    candidates = (tiles.tiled_candidates if tiled else tiles.candidates)(N, K, M)
     candidates = [c for c in candidates if c["path"] != "library"]
     tried = [*(algorithms(module, x) if M % 8 == 0 else []), *candidates]
     return bench.timed(module, x, itertools.takewhile(lambda _: time.monotonic() < end, tried))
@@ -103,8 +103,8 @@ def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[
         for us, config in found[:top]:
             print(f"  M={M:5d} {us:8.1f} dense {plain:8.1f}  {' '.join(map(str, config.values()))}", flush=True)
         if found:
-            op = "sparse24-tiles" if fragments.holds(module.bits) else "sparse24"
-            shape_of = (N, K, M) if fragments.holds(module.bits) else (N, K, bits, M)
+            op = "sparse24-tiles" if mma_layout.holds(module.bits) else "sparse24"
+            shape_of = (N, K, M) if mma_layout.holds(module.bits) else (N, K, bits, M)
             key = tuning.key_of(op, shape_of, torch.bfloat16)
             results[key] = {"config": found[0][1], "us": found[0][0], "dense_us": plain, "all": found}
         if time.monotonic() > end:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import BF16
+from .triton_helpers import BF16
 
 FOUR, EIGHT = tl.constexpr((tl.float32,) * 4), tl.constexpr((tl.float32,) * 8)
 SIXTEEN, MORE = tl.constexpr((tl.float32,) * 16), tl.constexpr((tl.float32,) * 32)

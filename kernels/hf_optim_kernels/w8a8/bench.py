@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ..benching import Contender, bytes_of, codes_of, copies_of, device, modules_of, weight_of
+from ..common.benchmark import Contender, bytes_of, codes_of, copies_of, device, modules_of, weight_of
 from . import layer, naive
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes
+from ..common.codes import Codes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = 127.5

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes
+from ..common.codes import Codes
 from . import fusing, naive, op
 from .plans import Planned
 

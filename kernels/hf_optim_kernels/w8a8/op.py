@@ -29,7 +29,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """``torch.ops.hf_optim.w8a8`` without PyTorch's dispatch, and without a gradient."""
     if on_triton(x, x.dtype):
-        from .run import linear as kernel
+        from .launch import linear as kernel
 
         return kernel(x, weight, w_scale, w_sum, bias, x_scale, x_zero, counters, symmetric)
     if not x.shape[-1]:
@@ -44,7 +44,7 @@ def linear_codes(
 ) -> Tensor:  # fmt: skip
     """``torch.ops.hf_optim.w8a8_codes`` without PyTorch's dispatch."""
     if on_triton(codes, dtype):
-        from .run import linear_codes as kernel
+        from .launch import linear_codes as kernel
 
         return kernel(codes, scale, zero, weight, w_scale, w_sum, bias, counters, dtype)
     return naive.multiply(codes, scale, zero, weight, w_scale, bias, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import launching
+from ..common import launch_plan
 
 # Shapes of inputs whose launches are kept; a server's prompts have ever new ones.
 MOST_PLANS = 64
@@ -33,7 +33,7 @@ _STATE = _State()
 
 def launch(kernel: Any, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any], **options: Any) -> None:
     """``launching.launch``, noted where a function is being recorded."""
-    compiled = launching.launch(kernel, grid, args, constants, **options)
+    compiled = launch_plan.launch(kernel, grid, args, constants, **options)
     if _STATE.log is not None:
         _STATE.log.append((compiled, grid, args))
 
@@ -129,7 +129,7 @@ class Planned(nn.Module):
         if plan is not None and fits:
             y = plan(x)
             return call() if y is None else y
-        if fits and x.shape not in self.plans and len(self.plans) < MOST_PLANS and x.numel() and launching.aligned(x):
+        if fits and x.shape not in self.plans and len(self.plans) < MOST_PLANS and x.numel() and launch_plan.aligned(x):
             kept = [buffer for buffer in self.buffers() if buffer.numel()]
             y, self.plans[x.shape] = recorded(call, x, kept)
             return y

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import aligned
+from ..common.launch_plan import aligned
 from . import naive
 from .plans import launch
 

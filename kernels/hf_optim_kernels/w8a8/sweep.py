@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tuning
-from ..benching import graph_time
+from ..common import tuning
+from ..common.benchmark import graph_time
+from ..llm_int8 import launch as llm
 from ..llm_int8 import naive as llm_naive
-from ..llm_int8 import run as llm
 from ..llm_int8 import tiles as llm_tiles
-from . import naive, run, tiles
+from . import launch, naive, tiles
 
 SHAPES = ("14336x4096", "4096x14336", "4096x4096")
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -51,7 +51,9 @@ class Case:
         self.sums = codes.sum(1, dtype=torch.int32)
         count = copies or max(1, min(16, -(-L2_BYTES // (N * K))))
         self.weights = [self.weight] + [self.weight.clone() for _ in range(count - 1)]
-        self.counters = llm.counters_for(N, K, self.weight.device) if op == "llm" else run.counters_for(N, codes.device)
+        self.counters = (
+            llm.counters_for(N, K, self.weight.device) if op == "llm" else launch.counters_for(N, codes.device)
+        )
 
     def input(self, M: int) -> Tensor:
         """A random input; eight columns of outliers for LLM.int8()."""
@@ -67,7 +69,7 @@ class Case:
         if self.op == "llm":
             return [partial(llm.llm_int8, x, w, self.scale, None, 6.0, self.counters, config) for w in weights]
         return [
-            partial(run.linear, x, w, self.scale, self.sums, None, None, None, self.counters, True, config)
+            partial(launch.linear, x, w, self.scale, self.sums, None, None, None, self.counters, True, config)
             for w in weights
         ]
 

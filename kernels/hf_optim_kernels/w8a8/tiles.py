@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import tuning
+from ..common import tuning
 
 MOST_DECODE_ROWS = 64
 _DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")

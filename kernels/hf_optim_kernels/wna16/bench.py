@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import benching, tuning
-from ..benching import Contender
+from ..common import benchmark, tuning
+from ..common.benchmark import Contender
 from . import layer
 
 GROUP = 128
@@ -23,10 +23,10 @@ MATH = "bfloat16"
 
 def random_codes(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype):
     """Random codes ``[N, K]`` with scales per group, in the attributes of ``hf_optim.weights.Codes``."""
-    device = benching.device()
+    device = benchmark.device()
     codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8)
     scale = (torch.rand(N, K // group_size, device=device) * 0.01 + 0.001).to(dtype)
-    return benching.codes_of(codes, scale)
+    return benchmark.codes_of(codes, scale)
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
@@ -38,11 +38,11 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
 def contender(name: str, N: int, K: int, M: int, bits: int, group_size: int, dtype: torch.dtype) -> Contender:
     """The layer's operand, bound as ``hf_optim.accelerate`` binds it, on ``M`` rows of random inputs."""
     found = random_codes(N, K, bits, group_size, dtype)
-    operand = layer.bind(benching.weight_of(found, dtype, bits, group_size))
-    x = torch.randn(M, K, device=benching.device()).to(dtype)
+    operand = layer.bind(benchmark.weight_of(found, dtype, bits, group_size))
+    x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     reference = _reference(x, found, bits, group_size)
-    size = N * K * bits // 8 + benching.bytes_of((found.scale,))
-    calls = [partial(_call, module, x) for module in benching.modules_of(operand)]
+    size = N * K * bits // 8 + benchmark.bytes_of((found.scale,))
+    calls = [partial(_call, module, x) for module in benchmark.modules_of(operand)]
     return Contender(name, calls, size, 2 * M * N * K, reference, MATH)
 
 
@@ -50,31 +50,31 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """Time the fused kernel's candidates for 4-bit groups of 128 and remember the fastest; tells what was found."""
     from triton.runtime.errors import OutOfResources
 
-    from . import run
+    from . import launch
 
     rows, group = tuning.bucket(M), GROUP if K % GROUP == 0 else K
-    if benching.device().type != "cuda" or rows > run.MOST_ROWS:
+    if benchmark.device().type != "cuda" or rows > launch.MOST_ROWS:
         return "nothing to tune"
     found = random_codes(N, K, 4, group, dtype)
-    operands = benching.modules_of(layer.bind(benching.weight_of(found, dtype, 4, group)))
-    x = torch.randn(M, K, device=benching.device()).to(dtype)
+    operands = benchmark.modules_of(layer.bind(benchmark.weight_of(found, dtype, 4, group)))
+    x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     times = []
-    for tiles in run.candidates(rows, N, K, 4):
+    for tiles in launch.candidates(rows, N, K, 4):
         calls = [partial(_fused, module, x, tiles) for module in operands]
         try:
-            times.append((benching.graph_time(calls, 11).us, tiles))
+            times.append((benchmark.graph_time(calls, 11).us, tiles))
         except OutOfResources:
             continue
     best, tiles = min(times, key=lambda pair: pair[0])
-    tuning.remember("w4a16", (N, K, rows), dtype, tiles, benching.device())
+    tuning.remember("w4a16", (N, K, rows), dtype, tiles, benchmark.device())
     return f"{best:.1f} us with {tiles}"
 
 
 def _fused(operand: Any, x: Tensor, tiles: dict[str, int]) -> Tensor:
-    from . import run
+    from . import launch
 
     parts = (operand.packed, operand.scale, operand.zero, operand.bias, operand.counters)
-    return run.fused(x, *parts, operand.width, operand.group_size, tiles)
+    return launch.fused(x, *parts, operand.width, operand.group_size, tiles)
 
 
 def _call(operand: nn.Module, x: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     options = parser.parse_args()
     N, K = map(int, options.shape.split("x"))
-    bandwidth = benching.copy_bandwidth()
-    print(f"{benching.device()}, copy {bandwidth / 1e6:.2f} TB/s, N={N} K={K}")
+    bandwidth = benchmark.copy_bandwidth()
+    print(f"{benchmark.device()}, copy {bandwidth / 1e6:.2f} TB/s, N={N} K={K}")
     print("    M  name        graph   eager    host  of byte floor   error")
     for M in options.rows:
         for one in contenders(N, K, M):
-            got = benching.measure(one)
+            got = benchmark.measure(one)
             share = one.bytes / bandwidth / (got["graph_us"] or math.inf)
             print(
                 f"{M:5d}  {one.name:<8} {got['graph_us']:8.1f} {got['eager_us']:7.1f} {got['host_us']:7.1f} "

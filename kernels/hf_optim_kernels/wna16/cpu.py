@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..codes import Codes
+from ..common.codes import Codes
 
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 16

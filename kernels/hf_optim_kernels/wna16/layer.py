@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import Codes
+from ..common.codes import Codes
 from . import naive, op
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -93,7 +93,7 @@ class PackedWeight(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        from .run import counters_for
+        from .launch import counters_for
 
         self.bits, self.width, self.group_size, self.columns = bits, _width(bits), group_size, columns
         self.dtype = dtype
@@ -156,14 +156,14 @@ class PackedWeight(nn.Module):
 
     def _plan(self, x: Tensor) -> Tensor:
         """As ``forward``, for a shape without a plan; makes one where one will do."""
-        from . import run
+        from . import launch
 
         held = (self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size)
         if len(self.plans) < MOST_PLANS and x.shape not in self.plans:
-            plan = run.plan_for(x, *held)
+            plan = launch.plan_for(x, *held)
             if plan is not None:
                 self.plans[x.shape] = plan
-        return run.wna16(x, *held)
+        return launch.wna16(x, *held)
 
     def renew(self) -> None:
         """Forget what holds addresses of the buffers: one of them is another tensor now."""

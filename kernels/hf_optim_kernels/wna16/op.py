@@ -45,7 +45,7 @@ def wna16(
         group_size: columns that share a scale: a multiple of 16, or ``in`` or more for one scale a row.
     """
     if on_triton(x):
-        from .run import wna16 as run
+        from .launch import wna16 as run
 
         return run(x, packed, scale, zero, bias, counters, width, group_size)
     return naive.wna16(x, packed, scale, zero, bias, width, group_size)
@@ -77,7 +77,7 @@ def wna16_dense(
 ) -> Tensor:
     """The weight [out, in] in ``dtype``. Arguments as of ``wna16``; ``columns`` is ``in``."""
     if on_triton(packed):
-        from .run import dense
+        from .launch import dense
 
         return dense(packed, scale, zero, width, group_size, columns, dtype)
     return naive.dequantize(packed, scale, zero, width, group_size, columns, torch.float32).to(dtype)

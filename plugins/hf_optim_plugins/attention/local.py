@@ -31,13 +31,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique
-from hf_optim.remote_code import RemoteCode, convert
-from hf_optim.toolkit import transplant
-from hf_optim.toolkit.inputs import dummy_inputs
-from hf_optim.traits import LOCAL_ATTENTION, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
+from hf_optim.checkpoints.remote_code import RemoteCode, convert
+from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.topology import dummy_inputs
 
-from . import windowed
+from . import _windowed_attention
 
 # A class that is another one with a window.
 WITH_WINDOW = {"llama": "mistral"}
@@ -47,7 +46,12 @@ WITH_WINDOW = {"llama": "mistral"}
     "local",
     family="attention",
     paper=Paper("2004.05150", "Longformer: The Long-Document Transformer", 2020),
-    contract=Contract(forbids={LOCAL_ATTENTION}, adds={LOCAL_ATTENTION}, keeps={SPARSE, SPARSE_NM}, owns={"attention"}),
+    contract=Contract(
+        forbids={traits.LOCAL_ATTENTION},
+        adds={traits.LOCAL_ATTENTION},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={"attention"},
+    ),
     reload=Reload.STOCK_ARCH,
 )
 class Local(Technique):
@@ -65,8 +69,8 @@ class Local(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="local",
-        source=inspect.getsource(windowed),
-        config_base=windowed.WindowedConfig.__name__,
+        source=inspect.getsource(_windowed_attention),
+        config_base=_windowed_attention.WindowedConfig.__name__,
         field="attention_window",
         default=4096,
     )
@@ -84,7 +88,7 @@ class Local(Technique):
         state = run.state(self)
         state.before = run.config._attn_implementation
         run.config.attention_window = self.window
-        return {"attn_implementation": windowed.PREFIX + (chosen or kernel_of(run.config))}
+        return {"attn_implementation": _windowed_attention.PREFIX + (chosen or kernel_of(run.config))}
 
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
@@ -135,7 +139,7 @@ class Local(Technique):
         """The model with a class of its own, in place. Raises `ModelError`, and leaves it alone, if that is in vain."""
         before, had = model.config._attn_implementation, hasattr(model.config, "attention_window")
         try:
-            model.set_attn_implementation(windowed.implementation(self._kernel(model.config)))
+            model.set_attn_implementation(_windowed_attention.implementation(self._kernel(model.config)))
         except ValueError as error:
             raise ModelError(f"{label}: {type(model).__name__} cannot take a windowed attention: {error}") from error
         try:
@@ -152,7 +156,7 @@ class Local(Technique):
                 f"{label}: a window does not reach the attention of {type(model).__name__}, which does not take its "
                 "mask from transformers' AttentionMaskInterface; this architecture is not supported"
             )
-        chosen = windowed.implementation(self._kernel(model.config))
+        chosen = _windowed_attention.implementation(self._kernel(model.config))
         convert(model, self.remote_code, self.window)
         model.config.bound_cache()
         model.set_attn_implementation(chosen)
@@ -165,7 +169,7 @@ class Local(Technique):
         """Undo what `prepare_load` asked for, so that the model can be compared with itself."""
         config, state = run.model.config, run.state(self)
         if hasattr(state, "before"):
-            if (config._attn_implementation or "").startswith(windowed.PREFIX):
+            if (config._attn_implementation or "").startswith(_windowed_attention.PREFIX):
                 run.model.set_attn_implementation(kernel_of(config) if state.before is None else state.before)
             config.__dict__.pop("attention_window", None)
 
@@ -192,7 +196,7 @@ def window_fields(config: PretrainedConfig, window: int) -> dict[str, Any]:
 
 def kernel_of(config: PretrainedConfig) -> str:
     """The attention implementation that a configuration names, without a window; `sdpa` if it names none."""
-    return (config._attn_implementation or "sdpa").removeprefix(windowed.PREFIX)
+    return (config._attn_implementation or "sdpa").removeprefix(_windowed_attention.PREFIX)
 
 
 def refuse_cross_attention(config: PretrainedConfig, label: str) -> None:

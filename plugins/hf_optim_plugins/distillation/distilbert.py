@@ -29,15 +29,24 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import students, teachers, topology
-from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies, forget_states, take_states
-from hf_optim.toolkit.losses import head_of, scored_rows
-from hf_optim.toolkit.state_losses import cosine_loss, token_masks
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.distillation import (
+    HiddenStates,
+    StateRecorder,
+    bodies,
+    cosine_loss,
+    forget_states,
+    head_of,
+    scored_rows,
+    students,
+    take_states,
+    teachers,
+    token_masks,
+)
 
-from .fused import kd_loss
-from .plain_bert import without_token_types
+from ._fused_kd import kd_loss
+from ._plain_bert import without_token_types
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -47,7 +56,9 @@ if TYPE_CHECKING:
     "distilbert",
     family="distillation",
     paper=Paper("1910.01108", "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter", 2019),
-    contract=Contract(needs={FLOAT_WEIGHTS}, forbids={QUANTIZED}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS}, forbids={traits.QUANTIZED}, keeps={traits.SPARSE, traits.SPARSE_NM}
+    ),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -24,28 +24,32 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import teachers
-from hf_optim.toolkit.hidden_states import HiddenStates, StateRecorder, bodies_of_blocks, forget_states, take_states
-from hf_optim.toolkit.logit_cache import LogitCache, sample_keys
-from hf_optim.toolkit.losses import (
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit.distillation import (
     DIRECTIONS,
     RESTS,
     Direction,
     Head,
+    HiddenStates,
+    LogitCache,
     Rest,
+    StateRecorder,
     TopK,
+    bodies_of_blocks,
+    forget_states,
     head_of,
+    sample_keys,
     scored_rows,
+    squarehead_loss,
+    take_states,
+    teachers,
+    token_masks,
     top_k,
     top_k_kd_loss,
 )
-from hf_optim.toolkit.stacks import blocks
-from hf_optim.toolkit.state_losses import squarehead_loss, token_masks
-from hf_optim.toolkit.stream_order import stream_order
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.toolkit.topology import blocks, stream_order
 
-from .fused import kd_loss
+from ._fused_kd import kd_loss
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -62,7 +66,7 @@ NOTHING_TO_LEARN = 1e-7
     "logit_kd",
     family="distillation",
     paper=Paper("1503.02531", "Distilling the Knowledge in a Neural Network", 2015),
-    contract=Contract(keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

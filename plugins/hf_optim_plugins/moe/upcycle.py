@@ -22,10 +22,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Run, Technique, hookimpl, option, technique
-from hf_optim.toolkit import transplant
-from hf_optim.toolkit.inputs import dummy_inputs
-from hf_optim.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    RecipeError,
+    Reload,
+    Run,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.topology import dummy_inputs
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
 ROUTER, GATE_UP, EXPERTS_DOWN = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
@@ -71,7 +82,11 @@ NATIVE = {"llama": Native("mixtral"), "mistral": Native("mixtral"), "qwen3": Nat
     family="moe",
     paper=Paper("2212.05055", "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", 2022),
     contract=Contract(
-        needs={FLOAT_WEIGHTS}, forbids={MOE, QUANTIZED}, adds={MOE}, keeps={SPARSE, SPARSE_NM}, owns={"experts"}
+        needs={traits.FLOAT_WEIGHTS},
+        forbids={traits.MOE, traits.QUANTIZED},
+        adds={traits.MOE},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={"experts"},
     ),
     reload=Reload.STOCK_ARCH,
 )

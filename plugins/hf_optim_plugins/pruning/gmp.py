@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, sparsity
-from hf_optim.toolkit.schedules import Ramp, as_step, check_positions, warn_unreached
-from hf_optim.toolkit.shards import WholeWeights
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    RecipeError,
+    Reload,
+    Scope,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit.distributed import WholeWeights
+from hf_optim.toolkit.pruning import Ramp, as_step, check_positions, masks, sparsity, warn_unreached
 
 if TYPE_CHECKING:
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 
 @technique(
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
     paper=Paper(
         "1710.01878", "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

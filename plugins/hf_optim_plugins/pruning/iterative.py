@@ -8,11 +8,10 @@ end at 0, where nothing would be learnt; what is held instead is said at ``rate`
 
 from __future__ import annotations
 
-from hf_optim import Contract, Paper, Reload, Rounds, RoundTraining, hookimpl, option, technique
-from hf_optim.toolkit.phases import ROUNDS
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, Paper, Reload, Rounds, RoundTraining, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import ROUNDS
 
-from .in_rounds import InRounds
+from ._rounds import InRounds
 
 # Of the highest rate: the mean over the last fifth of a linear decay, and about the last stage of a stepwise one.
 SMALL_RATE = 0.1
@@ -22,7 +21,9 @@ SMALL_RATE = 0.1
     "iterative",
     family="pruning",
     paper=Paper("1506.02626", "Learning both Weights and Connections for Efficient Neural Networks", 2015),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={ROUNDS}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE}, keeps={traits.SPARSE, traits.SPARSE_NM}, owns={ROUNDS}
+    ),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -24,27 +24,39 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import hard_concrete, masks, noisy_layers, sparsity, topology
-from hf_optim.toolkit.gated_layers import Gates, UnitGates, WeightGates
-from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.schedules import check_positions
-from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, trainable
-from hf_optim.toolkit.structures import find_units
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.pruning import (
+    TRAINING_FORWARD,
+    Gates,
+    NoisyLayer,
+    UnitGates,
+    WeightGates,
+    check_positions,
+    hard_concrete,
+    masks,
+    noisy_layers,
+    sparsity,
+    trainable,
+)
+from hf_optim.toolkit.topology import find_units
 
-from .learned_noise import NoiseTraining, optimizer_group, release
+from ._learned_noise import NoiseTraining, optimizer_group, release
 
 if TYPE_CHECKING:
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 
 @technique(
     "l0",
     family="pruning",
     paper=Paper("1712.01312", "Learning Sparse Neural Networks through L0 Regularization", 2018),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={TRAINING_FORWARD}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.SPARSE},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={TRAINING_FORWARD},
+    ),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_optim import Contract, Paper, RecipeError, Reload, Rounds, RoundTraining, hookimpl, option, technique
-from hf_optim.toolkit.phases import ROUNDS
-from hf_optim.toolkit.sparse_training import TRAINING_FORWARD
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, Paper, RecipeError, Reload, Rounds, RoundTraining, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import ROUNDS, TRAINING_FORWARD
 
-from .in_rounds import InRounds, check_position
+from ._rounds import InRounds, check_position
 
 
 @technique(
@@ -24,7 +22,12 @@ from .in_rounds import InRounds, check_position
     family="pruning",
     paper=Paper("1803.03635", "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", 2018),
     # The training forward as well: gates, variances and scales that another step trains would not be put back.
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={ROUNDS, TRAINING_FORWARD}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.SPARSE},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={ROUNDS, TRAINING_FORWARD},
+    ),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

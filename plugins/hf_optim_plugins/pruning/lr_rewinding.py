@@ -6,18 +6,19 @@ from their trained values: ``s_r = 1 - (1 - s)^(r / n)`` of them are zero after 
 
 from __future__ import annotations
 
-from hf_optim import Contract, Paper, Reload, Rounds, RoundTraining, hookimpl, option, technique
-from hf_optim.toolkit.phases import ROUNDS
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, Paper, Reload, Rounds, RoundTraining, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import ROUNDS
 
-from .in_rounds import InRounds, check_position
+from ._rounds import InRounds, check_position
 
 
 @technique(
     "lr_rewinding",
     family="pruning",
     paper=Paper("2003.02389", "Comparing Rewinding and Fine-tuning in Neural Network Pruning", 2020),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={ROUNDS}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE}, keeps={traits.SPARSE, traits.SPARSE_NM}, owns={ROUNDS}
+    ),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -11,21 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_optim import Contract, Paper, Reload, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, sparsity
-from hf_optim.toolkit.shards import WholeWeights
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit.distributed import WholeWeights
+from hf_optim.toolkit.pruning import masks, sparsity
 
 if TYPE_CHECKING:
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 
 @technique(
     "magnitude",
     family="pruning",
     paper=Paper("1506.02626", "Learning both Weights and Connections for Efficient Neural Networks", 2015),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
 )
 class Magnitude(Technique):

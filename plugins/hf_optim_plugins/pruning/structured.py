@@ -37,16 +37,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import importance, masks, shrinking, topology, transplant
-from hf_optim.toolkit.curvature import SeenBatches
-from hf_optim.toolkit.inputs import dummy_inputs
-from hf_optim.toolkit.structures import HEADS, NEURONS, Units, coupled, find_units
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.pruning import masks, shrink
+from hf_optim.toolkit.statistics import SeenBatches, importance
+from hf_optim.toolkit.topology import HEADS, NEURONS, Units, coupled, dummy_inputs, find_units
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ Scores = dict[str, Tensor]
     "structured",
     family="pruning",
     paper=Paper("2305.11627", "LLM-Pruner: On the Structural Pruning of Large Language Models", 2023),
-    contract=Contract(needs={FLOAT_WEIGHTS}, keeps={SPARSE}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, keeps={traits.SPARSE}),
     reload=Reload.STOCK_DENSE,
 )
 class Structured(Technique):
@@ -106,8 +105,8 @@ class Structured(Technique):
 
     def contract(self) -> Contract:
         # Taking columns out moves what is left across the groups of an N:M pattern; taking layers out does not.
-        keeps = {SPARSE} if self.heads or self.neurons else {SPARSE, SPARSE_NM}
-        return Contract(needs={FLOAT_WEIGHTS}, keeps=keeps)
+        keeps = {traits.SPARSE} if self.heads or self.neurons else {traits.SPARSE, traits.SPARSE_NM}
+        return Contract(needs={traits.FLOAT_WEIGHTS}, keeps=keeps)
 
     def needs_data(self) -> bool:
         return self.score != "magnitude"
@@ -128,7 +127,7 @@ class Structured(Technique):
         kept = self._kept(units, unit_scores, gone, label)
         plan = self._plan(model, units, kept, gone, label)
         expected = outputs_without(model, units, kept, gone)
-        shrinking.apply_(model, plan)
+        shrink.apply_(model, plan)
         require_equal(model, expected, label)
         run.masks.update({name: plan.narrow(name, mask) for name, mask in run.masks.items()})
         run.rename(plan.renamed)
@@ -154,7 +153,7 @@ class Structured(Technique):
         if not topology.blocks(model):
             raise ModelError(f"{label}: {type(model).__name__} has no sequence of layers")
         stay = self._staying_blocks(model, label)
-        free = shrinking.removable(model)
+        free = shrink.removable(model)
         return {
             block.name: block.module
             for block in topology.blocks(model)
@@ -264,7 +263,7 @@ class Structured(Technique):
 
     def _plan(
         self, model: PreTrainedModel, units: Sequence[Units], kept: Mapping[str, Tensor], gone: set[str], label: str
-    ) -> shrinking.Shrinking:
+    ) -> shrink.Shrinking:
         present = {one.kind: None for one in units}
         depth: dict[str, list[int]] = {}
         for block in topology.blocks(model) if gone else ():
@@ -273,7 +272,7 @@ class Structured(Technique):
                 depth[block.stack].append(block.index)
         try:
             steps = [narrowing(model, [one for one in units if one.kind == kind], kept) for kind in present]
-            return shrinking.plan(model, steps, depth)
+            return shrink.plan(model, steps, depth)
         except ModelError as error:
             remedy = (
                 ". Some configurations admit only numbers of query heads that divide the hidden size: ask for another "
@@ -291,7 +290,7 @@ class Structured(Technique):
         units: Sequence[Units],
         kept: Mapping[str, Tensor],
         gone: set[str],
-        plan: shrinking.Shrinking,
+        plan: shrink.Shrinking,
         before: int,
         ranked_by: dict[str, str],
     ) -> None:
@@ -337,7 +336,7 @@ def _mean(sums: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(pair[0] / pair[1]) for name, pair in sums.items()}
 
 
-def narrowing(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> shrinking.Narrowing:
+def narrowing(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> shrink.Narrowing:
     """What stays of every parameter, and the numbers that the configuration then has, for units of one kind."""
     stays: dict[str, dict[int, Tensor]] = {}
     sizes: dict[int, int] = {}
@@ -349,7 +348,7 @@ def narrowing(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tenso
             everything = torch.ones(model.get_parameter(name).shape[dim], dtype=torch.bool)
             everything[entries[gone].flatten()] = False
             stays.setdefault(name, {})[dim] = everything.nonzero().flatten()
-    return shrinking.Narrowing(stays, sizes, len(left) if one.kind == NEURONS else one.size)
+    return shrink.Narrowing(stays, sizes, len(left) if one.kind == NEURONS else one.size)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

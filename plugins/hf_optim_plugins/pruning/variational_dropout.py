@@ -24,26 +24,34 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, noisy_layers, sparsity
-from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.schedules import check_positions
-from hf_optim.toolkit.sparse_training import TRAINING_FORWARD, trainable
-from hf_optim.toolkit.sparse_variational import WeightNoise
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import (
+    TRAINING_FORWARD,
+    NoisyLayer,
+    WeightNoise,
+    check_positions,
+    masks,
+    noisy_layers,
+    sparsity,
+    trainable,
+)
 
-from .learned_noise import NoiseTraining, optimizer_group, release
+from ._learned_noise import NoiseTraining, optimizer_group, release
 
 if TYPE_CHECKING:
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 
 @technique(
     "variational_dropout",
     family="pruning",
     paper=Paper("1701.05369", "Variational Dropout Sparsifies Deep Neural Networks", 2017),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={TRAINING_FORWARD}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.SPARSE},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={TRAINING_FORWARD},
+    ),
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, formats, hookimpl, option, technique
-from hf_optim.remote_code import RemoteCode, convert, generate, joined
-from hf_optim.toolkit import linear_layers, replacing
-from hf_optim.toolkit.codebooks import make_codebook, nearest, outlier_mask
-from hf_optim.toolkit.masks import mask_of, require_finite
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
+from hf_optim.toolkit.modules import replace
+from hf_optim.toolkit.pruning import mask_of, require_finite
+from hf_optim.toolkit.quantization import make_codebook, nearest, outlier_mask
+from hf_optim.toolkit.topology import linear_layers
 
-from . import gobo_modules
+from . import _gobo_modules
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -48,7 +48,12 @@ NO_GAUSSIAN = "nearly all of its weights are outliers under the threshold"
         "GOBO: Quantizing Attention-Based NLP Models for Low Latency and Energy Efficient Inference",
         2020,
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.REMOTE_CODE,
 )
 class GOBO(Technique):
@@ -76,9 +81,9 @@ class GOBO(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="gobo",
-        source=joined(replacing, gobo_modules),
-        field=gobo_modules.GoboModules.replaced_field,
-        model_base=gobo_modules.GoboModules.__name__,
+        source=joined(replace, _gobo_modules),
+        field=_gobo_modules.GoboModules.replaced_field,
+        model_base=_gobo_modules.GoboModules.__name__,
     )
 
     def needs_data(self) -> bool:
@@ -137,7 +142,7 @@ class GOBO(Technique):
                 skipped.setdefault(f"{bits} bits are assigned to it", []).append(name)
             else:
                 layers[name] = layer
-        stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if formats.is_stack(m)]
+        stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if compressed.is_stack(m)]
         stacks = [name for name in stacks if scope.holds(name)]
         if stacks and "Linear" in self.targets:
             skipped["stacked matrices: codebooks are made of linear layers"] = stacks
@@ -178,7 +183,7 @@ class GOBO(Technique):
         entries, figures = {}, state.figures
         for name in figures:
             coded = self._coded(classes, run.model.get_submodule(name), getattr(state, f"centroids.{name}"))
-            replacing.replace_module(run.model, name, coded)
+            replace.replace_module(run.model, name, coded)
             entries[name] = {"bits": coded.bits, "outliers": len(coded.outliers)}
             entries[name]["most"] = int(coded.outlier_counts.max())
             size = sum(value.numel() * value.element_size() for value in coded.buffers())

@@ -34,19 +34,22 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, Paper, Reload, Technique, formats, hookimpl, option, technique
-from hf_optim.toolkit.execution_order import by_block
-from hf_optim.toolkit.experts import TokenSample, top_up
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid, round_codes
-from hf_optim.toolkit.hessian import inverse_factor
-from hf_optim.toolkit.least_squares import output_error
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.toolkit.observers import Moment, SecondMoment
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import Contract, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import (
+    Grid,
+    GridSpec,
+    fit_group_size,
+    inverse_factor,
+    make_grid,
+    output_error,
+    round_codes,
+)
+from hf_optim.toolkit.statistics import Moment, SecondMoment, TokenSample, top_up
+from hf_optim.toolkit.topology import by_block
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 log = logging.getLogger(__name__)
 # Rows whose scales are fitted at a time.
@@ -59,7 +62,12 @@ STRIP = 2048
     paper=Paper(
         "2210.17323", "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class GPTQ(Technique):
@@ -115,7 +123,7 @@ class GPTQ(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = formats.storable(
+        layers, skipped = compressed.storable(
             scope, self.targets, self.skip, label=run.label(self), experts=True, symmetric=self.symmetric
         )
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
@@ -162,7 +170,9 @@ class GPTQ(Technique):
                 own = grid.rows(rows.start, rows.stop)
                 # The inputs of experts stay as they are: transformers reads no scheme for them.
                 inputs = self.activations if isinstance(layers[name], nn.Linear) else None
-                formats.store(layers[name], formats.scheme_of(own.spec, inputs), codes[rows], own.scale, own.zero_point)
+                compressed.store(
+                    layers[name], compressed.scheme_of(own.spec, inputs), codes[rows], own.scale, own.zero_point
+                )
                 errors[name] = output_error(dense[rows], layers[name].weight, moment.total)
         self._report(run, {name: errors[name] for name in layers})
         run.touch(self, layers)
@@ -201,7 +211,7 @@ class GPTQ(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        formats.attach_quantizer(run.model)
+        compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -287,7 +297,7 @@ def recurse(weight: Tensor, upper: Tensor, order: Tensor, grid: Grid, block_size
     size = grid.spec.group_size or weight.shape[1]
     if upper.is_cuda and upper.dtype == torch.float32:
         try:
-            from hf_optim_kernels.column_recursion import run as kernels
+            from hf_optim_kernels.column_recursion import launch as kernels
         except ImportError:
             pass  # no Triton: torch does it, column by column
         else:

@@ -28,18 +28,36 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, formats, hookimpl, option, technique
-from hf_optim.toolkit import fake_quant, topology
-from hf_optim.toolkit.block_training import Lessons, imitate, vectors_of
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    Reload,
+    Scope,
+    Technique,
+    compressed,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import (
+    Grid,
+    GridSpec,
+    Lessons,
+    fake_quant,
+    fit_group_size,
+    imitate,
+    make_grid,
+    vectors_of,
+)
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +90,7 @@ class Student:
         "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers",
         2022,
     ),
-    contract=Contract(adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(adds={traits.QUANTIZED}, drops={traits.FLOAT_WEIGHTS}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_FORMAT,
 )
 class LKD(Technique):
@@ -126,7 +144,7 @@ class LKD(Technique):
 
     @hookimpl
     def transform_model(self, run: Run) -> None:
-        if FLOAT_WEIGHTS not in run.traits:
+        if traits.FLOAT_WEIGHTS not in run.traits:
             raise ModelError(
                 f"{run.label(self)}: the model was quantized before this stage, so there is no original block to "
                 "match; start from the floating-point checkpoint, and quantize in the stage of this step"
@@ -164,7 +182,7 @@ class LKD(Technique):
 
     def _follows(self, run: Run) -> bool:
         """Whether a step before this one quantizes."""
-        return any(QUANTIZED in step.contract().adds for step in run.recipe.steps[: run.position(self)])
+        return any(traits.QUANTIZED in step.contract().adds for step in run.recipe.steps[: run.position(self)])
 
     # -- what is trained ------------------------------------------------------------------------------------------
     def _on_top(self, run: Run, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
@@ -179,19 +197,19 @@ class LKD(Technique):
             grid = grid_on(layer)
             inputs = (layer._parameters.get("input_scale"), layer._parameters.get("input_zero_point"))
             students[name] = Student(
-                layer, formats.scheme_on(layer), grid, _wide(layer.weight).requires_grad_(), True, *inputs
+                layer, compressed.scheme_on(layer), grid, _wide(layer.weight).requires_grad_(), True, *inputs
             )
         return students, skipped
 
     def _afresh(self, run: Run, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
         label = run.label(self)
-        layers, skipped = formats.storable(scope, self.targets, self.skip, label=label)
+        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=label)
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, label)
         students = {}
         for name, layer in layers.items():
             spec = self._spec(layer.weight.shape[1], run.bits_of(name, self.bits))
             grid = make_grid(layer.weight.detach(), spec, self.observer)
-            scheme = formats.scheme_of(spec, self.activations)
+            scheme = compressed.scheme_of(spec, self.activations)
             students[name] = Student(layer, scheme, grid, _wide(layer.weight).requires_grad_(), False)
         return students, skipped
 
@@ -225,7 +243,7 @@ class LKD(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        formats.attach_quantizer(run.model)
+        compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -252,7 +270,7 @@ def _wide(weight: Tensor) -> Tensor:
 
 def _obstacle(layer: nn.Module) -> str:
     """Why the codes of a layer cannot be trained; empty if they can."""
-    scheme = formats.scheme_on(layer)
+    scheme = compressed.scheme_on(layer)
     if scheme is None or scheme.weights is None:
         return "its weights are not on a grid"
     if scheme.weights.strategy not in ("tensor", "channel", "group"):
@@ -262,7 +280,7 @@ def _obstacle(layer: nn.Module) -> str:
 
 def grid_on(layer: nn.Linear) -> Grid:
     """The grid of a layer in the quantized state."""
-    args = formats.scheme_on(layer).weights
+    args = compressed.scheme_on(layer).weights
     spec = GridSpec(args.num_bits, str(args.type), str(args.strategy), args.group_size, bool(args.symmetric))  # type: ignore[arg-type]
     scale: Any = layer._parameters["weight_scale"]
     zero = None if args.symmetric else layer._parameters["weight_zero_point"]
@@ -277,7 +295,7 @@ def _in_training(
     layers: dict[str, fake_quant.FakeQuantLinear] = {}
     try:
         for name, student in students.items():
-            formats.clear(student.layer)
+            compressed.clear(student.layer)
             layers[name] = layer = fake_quant.attach(
                 student.layer,
                 student.grid.spec,
@@ -295,7 +313,7 @@ def _in_training(
             fake_quant.detach(layer)
     for name, (codes, grid) in found.items():
         student = students[name]
-        formats.store(
+        compressed.store(
             student.layer, student.scheme, codes, grid.scale, grid.zero_point, student.input_scale, student.input_zero
         )
 
@@ -303,7 +321,7 @@ def _in_training(
 def _inputs(student: Student) -> fake_quant.Inputs | None:
     if student.scheme.input_activations is None:
         return None
-    rounded = formats.input_quantizer(student.scheme, student.input_scale, student.input_zero)
+    rounded = compressed.input_quantizer(student.scheme, student.input_scale, student.input_zero)
     return lambda layer, input: rounded(input)
 
 

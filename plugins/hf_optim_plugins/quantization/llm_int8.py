@@ -32,14 +32,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_optim import Contract, Kernel, Paper, Reload, Technique, formats, hookimpl, option, technique
-from hf_optim.toolkit.grids import Grid, GridSpec
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import Contract, Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import Grid, GridSpec
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 LEVELS = 127.0
 
@@ -48,7 +46,12 @@ LEVELS = 127.0
     "llm_int8",
     family="quantization",
     paper=Paper("2208.07339", "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class LLMInt8(Technique):
@@ -79,9 +82,9 @@ class LLMInt8(Technique):
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         yield
-        layers, skipped = formats.storable(scope, self.targets, self.skip, label=run.label(self))
+        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
-        scheme = formats.scheme(8)
+        scheme = compressed.scheme(8)
         for layer in layers.values():
             quantize(layer, scheme.model_copy(deep=True))
         run.touch(self, layers, skipped)
@@ -89,8 +92,8 @@ class LLMInt8(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names = self._names(run)
-        formats.set_outlier_threshold(run.model, names, self.threshold)
-        formats.attach_quantizer(run.model)
+        compressed.set_outlier_threshold(run.model, names, self.threshold)
+        compressed.attach_quantizer(run.model)
         run.report(self, threshold=self.threshold, layers=len(names))
 
     def _names(self, run: Run) -> list[str]:
@@ -134,7 +137,7 @@ def quantize(layer: nn.Linear, scheme: object) -> None:
     scale = (wide.abs().amax(1, keepdim=True) / LEVELS).to(weight.dtype).to(wide.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
     codes = Grid(GridSpec(8), scale).quantize(wide).clamp_(-127, 127)
-    formats.store(layer, scheme, codes, scale)  # type: ignore[arg-type]
+    compressed.store(layer, scheme, codes, scale)  # type: ignore[arg-type]
 
 
 @hookimpl

@@ -37,25 +37,32 @@ from hf_optim import (
     Run,
     Scope,
     Technique,
-    formats,
+    compressed,
     hookimpl,
     option,
     technique,
+    traits,
 )
-from hf_optim.remote_code import RemoteCode
+from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.activation_sites import Rounding, RoundingShift, shared_inputs
-from hf_optim.toolkit.grids import GridSpec, make_grid, scale_of_range
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.toolkit.observers import TensorMinMax
-from hf_optim.toolkit.ranges import GRID, rounded_to
-from hf_optim.toolkit.residual import find_residual
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import (
+    GRID,
+    GridSpec,
+    Rounding,
+    RoundingShift,
+    make_grid,
+    rounded_to,
+    scale_of_range,
+    shared_inputs,
+)
+from hf_optim.toolkit.statistics import TensorMinMax
+from hf_optim.toolkit.topology import find_residual
 
-from .activation_code import Grids, code_of, install, separate
+from ._activation_code import Grids, code_of, install, separate
 
 if TYPE_CHECKING:
-    from hf_optim.cards import Card
+    from hf_optim import Card
 
 UNSEEN = "no calibration input reached it"
 EVERY = "all inputs"
@@ -69,7 +76,12 @@ Scales = dict[str, tuple[Tensor, Tensor]]
     paper=Paper(
         "2109.12948", "Understanding and Overcoming the Challenges of Efficient Transformer Quantization", 2021
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class MixedPrecision(Technique):
@@ -157,7 +169,7 @@ class MixedPrecision(Technique):
         if self.sites == "all":
             return separate(scope.model, scope.select(self.targets, self.skip))
         integer = self.bits is not None
-        layers, skipped = formats.storable(scope, self.targets, self.skip, integer=integer, label=run.label(self))
+        layers, skipped = compressed.storable(scope, self.targets, self.skip, integer=integer, label=run.label(self))
         return dict(layers), skipped
 
     def _norms(self, model: Any) -> dict[str, nn.Module]:
@@ -183,16 +195,16 @@ class MixedPrecision(Technique):
             if grid is None and name not in scales:
                 continue
             spec = grid.spec if grid else None
-            scheme = formats.scheme_of(
+            scheme = compressed.scheme_of(
                 spec, "int8" if name in scales else None, static=True, symmetric_activations=False
             )
             codes = grid.quantize(layer.weight.detach()) if grid else None
-            formats.store(layer, scheme, codes, grid.scale if grid else None, None, *inputs)
+            compressed.store(layer, scheme, codes, grid.scale if grid else None, None, *inputs)
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         if self.sites == "linears":
-            formats.attach_quantizer(run.model)
+            compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -36,18 +36,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, formats, hookimpl, option, technique
-from hf_optim.toolkit.brain_surgeon import quantize_greedily
-from hf_optim.toolkit.execution_order import by_block
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.least_squares import output_error
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.toolkit.observers import Moment, SecondMoment
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import Contract, ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid, output_error, quantize_greedily
+from hf_optim.toolkit.statistics import Moment, SecondMoment
+from hf_optim.toolkit.topology import by_block
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 log = logging.getLogger(__name__)
 # A layer expected to take longer than this, in seconds, is announced.
@@ -62,7 +58,12 @@ LONG = 60.0
         "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
         2022,
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class OBQ(Technique):
@@ -107,7 +108,7 @@ class OBQ(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = formats.storable(scope, self.targets, self.skip, label=run.label(self))
+        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         self._refuse_wide(run, scope)
         run.touch(self, [], skipped)
@@ -136,7 +137,7 @@ class OBQ(Technique):
         dense = layer.weight.detach().to(moment.total.dtype, copy=True)
         grid = self._grid(layer, run.bits_of(name, self.bits), moment.total.diagonal())
         codes = self._codes(run, name, dense, moment.mean, grid)
-        formats.store(layer, formats.scheme_of(grid.spec), codes, grid.scale, grid.zero_point)
+        compressed.store(layer, compressed.scheme_of(grid.spec), codes, grid.scale, grid.zero_point)
         self._report(run, name, output_error(dense, layer.weight, moment.total))
         run.touch(self, [name])
 
@@ -176,7 +177,7 @@ class OBQ(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        formats.attach_quantizer(run.model)
+        compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -40,16 +40,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, ModelError, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique
-from hf_optim.remote_code import RemoteCode
-from hf_optim.toolkit import folding, topology
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.toolkit.ranges import ChannelMinMax, even_groups, fitted_groups, group_grids
-from hf_optim.toolkit.residual import Residual, find_residual, permute_residual_
-from hf_optim.toolkit.topology import LinearPair
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED
+from hf_optim import Contract, ModelError, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim.checkpoints.remote_code import RemoteCode
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.permutation import folding
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import ChannelMinMax, even_groups, fitted_groups, group_grids
+from hf_optim.toolkit.topology import LinearPair, Residual, find_residual, permute_residual_
 
-from .activation_code import Grids, code_of, install, separate
+from ._activation_code import Grids, code_of, install, separate
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
 UNSEEN = "no calibration input reached it"
@@ -61,7 +60,7 @@ UNSEEN = "no calibration input reached it"
     paper=Paper(
         "2109.12948", "Understanding and Overcoming the Challenges of Efficient Transformer Quantization", 2021
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, adds={traits.QUANTIZED}, drops={traits.FLOAT_WEIGHTS}),
     reload=Reload.REMOTE_CODE,
 )
 class PEG(Technique):

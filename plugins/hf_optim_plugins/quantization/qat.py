@@ -28,23 +28,19 @@ from hf_optim import (
     Reload,
     Scope,
     Technique,
-    formats,
+    compressed,
     hookimpl,
     option,
     technique,
+    traits,
 )
-from hf_optim.toolkit import fake_quant
-from hf_optim.toolkit.fake_quant import STEPS, FakeQuantLinear
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.schedules import as_step
-from hf_optim.toolkit.sparse_training import TRAINING_FORWARD
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim.toolkit.pruning import TRAINING_FORWARD, as_step
+from hf_optim.toolkit.quantization import STEPS, FakeQuantLinear, Grid, GridSpec, fake_quant, fit_group_size, make_grid
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 
 @technique(
@@ -56,10 +52,10 @@ if TYPE_CHECKING:
         2018,
     ),
     contract=Contract(
-        needs={FLOAT_WEIGHTS},
-        adds={QUANTIZED},
-        drops={FLOAT_WEIGHTS},
-        keeps={SPARSE, SPARSE_NM},
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
         owns={TRAINING_FORWARD},
     ),
     reload=Reload.STOCK_FORMAT,
@@ -166,7 +162,7 @@ class QAT(Technique):
         if layers:
             return layers
         label = run.label(self)
-        found, skipped = formats.storable(
+        found, skipped = compressed.storable(
             Scope("", run.model, run.model),
             self.targets,
             self.skip,
@@ -206,13 +202,13 @@ class QAT(Technique):
 
     def scheme(self, spec: GridSpec | None) -> QuantizationScheme:
         """What a layer of this grid is stored with."""
-        return formats.scheme_of(spec, self.activations, not self.dynamic, self.symmetric_activations)
+        return compressed.scheme_of(spec, self.activations, not self.dynamic, self.symmetric_activations)
 
     def _inputs(self, spec: GridSpec | None) -> fake_quant.Inputs | None:
         if self.activations is None:
             return None
         if self.dynamic:
-            rounded = formats.input_quantizer(self.scheme(spec))
+            rounded = compressed.input_quantizer(self.scheme(spec))
             return lambda layer, input: rounded(input)  # nothing is clamped: all of the gradient passes
         return LearnedInputs(GridSpec(8, "float" if self.activations == "fp8" else "int", "tensor"), self.scheme(spec))
 
@@ -227,7 +223,7 @@ class QAT(Technique):
             store(layer, self.scheme(layer.spec))
         if idle:
             run.touch(self, [], {"no training input reached it": idle})
-        formats.attach_quantizer(run.model)
+        compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -258,7 +254,7 @@ class LearnedInputs:
         scale = fake_quant.stored_step(step, layer.weight.dtype)
         found = fake_quant.fake_quantize(input, Grid(self.spec, scale))
         # The value is that of the stored format, which rounds in the dtype of the input; the gradient is LSQ's.
-        rounded = formats.input_quantizer(self.scheme, scale.detach().to(layer.weight.dtype))
+        rounded = compressed.input_quantizer(self.scheme, scale.detach().to(layer.weight.dtype))
         return rounded(input.detach()) + (found - found.detach())
 
 
@@ -269,9 +265,9 @@ def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
     codes, grid = layer.codes() if layer.spec is not None else (None, None)
     linear = fake_quant.detach(layer)
     if grid is None:
-        formats.store(linear, scheme, input_scale=scale)
+        compressed.store(linear, scheme, input_scale=scale)
     else:
-        formats.store(linear, scheme, codes, grid.scale, grid.zero_point, scale)
+        compressed.store(linear, scheme, codes, grid.scale, grid.zero_point, scale)
 
 
 class FakeQuantization(TrainerCallback):

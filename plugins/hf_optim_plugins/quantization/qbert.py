@@ -53,14 +53,24 @@ from hf_optim import (
     RecipeError,
     Reload,
     Technique,
-    formats,
+    compressed,
     hookimpl,
     option,
     technique,
+    traits,
 )
-from hf_optim.toolkit import sharing
-from hf_optim.toolkit.bit_budget import cheapest_bits, ranked_bits, stored_bytes
-from hf_optim.toolkit.curvature import (
+from hf_optim.toolkit.distributed import collectives
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import (
+    Grid,
+    GridSpec,
+    cheapest_bits,
+    fit_group_size,
+    make_grid,
+    ranked_bits,
+    stored_bytes,
+)
+from hf_optim.toolkit.statistics import (
     SeenBatches,
     gradients,
     hessian_product,
@@ -70,21 +80,22 @@ from hf_optim.toolkit.curvature import (
     random_direction,
     shards,
 )
-from hf_optim.toolkit.execution_order import by_block
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.traits import BITS_ASSIGNED, FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim.toolkit.topology import by_block
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 
 @technique(
     "qbert",
     family="quantization",
     paper=Paper("1909.05840", "Q-BERT: Hessian Based Ultra Low Precision Quantization of BERT", 2019),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class QBERT(Technique):
@@ -139,7 +150,12 @@ class QBERT(Technique):
     def contract(self) -> Contract:
         if not self.assign_only:
             return self.spec.contract
-        return Contract(needs={FLOAT_WEIGHTS}, adds={BITS_ASSIGNED}, keeps={SPARSE, SPARSE_NM}, owes={QUANTIZED})
+        return Contract(
+            needs={traits.FLOAT_WEIGHTS},
+            adds={traits.BITS_ASSIGNED},
+            keeps={traits.SPARSE, traits.SPARSE_NM},
+            owes={traits.QUANTIZED},
+        )
 
     def needs_whole_model(self) -> bool:
         return True
@@ -155,7 +171,7 @@ class QBERT(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = formats.storable(scope, self.targets, self.skip, label=run.label(self))
+        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         with SeenBatches(scope.model) as batches:
             yield
@@ -165,7 +181,7 @@ class QBERT(Technique):
         found: dict[str, torch.Tensor] = {}
         for block in by_block(scope.model, layers):
             found |= self._measured(run, scope.model, block, parts)
-        sharing.reduce_all(found, layers, "sum")
+        collectives.reduce_all(found, layers, "sum")
         idle = [name for name in layers if name not in found]
         if idle:
             skipped["the loss does not depend on it"] = idle
@@ -255,7 +271,9 @@ class QBERT(Technique):
         for name, layer in layers.items():
             grid = self._grid(layer, plan[name])
             codes = grid.quantize(layer.weight.detach())
-            formats.store(layer, formats.scheme_of(grid.spec, self.activations), codes, grid.scale, grid.zero_point)
+            compressed.store(
+                layer, compressed.scheme_of(grid.spec, self.activations), codes, grid.scale, grid.zero_point
+            )
 
     def _bytes(self, layer: nn.Linear, bits: float) -> int:
         rows, columns = layer.weight.shape
@@ -270,7 +288,7 @@ class QBERT(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         if not self.assign_only:
-            formats.attach_quantizer(run.model)
+            compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -26,21 +26,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from hf_optim import (
-    Contract,
-    Paper,
-    RecipeError,
-    Reload,
-    Technique,
-    formats,
-    hookimpl,
-    option,
-    technique,
-)
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid, scale_of_range
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.toolkit.observers import TensorMinMax
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import Contract, Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid, scale_of_range
+from hf_optim.toolkit.statistics import TensorMinMax
+from hf_optim.toolkit.topology import ExpertLinear
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -59,7 +49,12 @@ Inputs = tuple["torch.Tensor | None", "torch.Tensor | None"]
         "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
         2018,
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class RTN(Technique):
@@ -124,7 +119,7 @@ class RTN(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = formats.storable(
+        layers, skipped = compressed.storable(
             scope,
             self.targets,
             self.skip,
@@ -136,7 +131,7 @@ class RTN(Technique):
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.needs_data():
-            read = {name: layer for name, layer in layers.items() if not isinstance(layer, formats.ExpertLinear)}
+            read = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertLinear)}
             with TensorMinMax(read, run.label(self)) as ranges:
                 yield
             idle = [name for name in read if name not in ranges]
@@ -147,7 +142,7 @@ class RTN(Technique):
             grid = self._grid(layer, self._bits(run, name))
             inputs = self._input_grid(layer, *ranges[name]) if name in ranges else (None, None)
             quantize(layer, grid, self._scheme(layer, grid), inputs)
-        if self.activations and any(isinstance(layer, formats.ExpertLinear) for layer in layers.values()):
+        if self.activations and any(isinstance(layer, ExpertLinear) for layer in layers.values()):
             run.record.note("The inputs of experts are not quantized: stock transformers runs experts on plain inputs.")
         run.touch(self, layers, skipped)
 
@@ -160,15 +155,15 @@ class RTN(Technique):
         size = fit_group_size(in_features, self.group_size) if self.group_size else None
         return GridSpec(bits, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
 
-    def _grid(self, layer: nn.Linear | formats.ExpertLinear, bits: int | None) -> Grid | None:
+    def _grid(self, layer: nn.Linear | ExpertLinear, bits: int | None) -> Grid | None:
         weight = layer.weight.detach()
         return make_grid(weight, self._spec(weight.shape[1], bits), self.observer) if bits else None
 
-    def _scheme(self, layer: nn.Linear | formats.ExpertLinear, grid: Grid | None) -> QuantizationScheme:
-        if isinstance(layer, formats.ExpertLinear):
-            return formats.scheme_of(grid.spec if grid else None)
+    def _scheme(self, layer: nn.Linear | ExpertLinear, grid: Grid | None) -> QuantizationScheme:
+        if isinstance(layer, ExpertLinear):
+            return compressed.scheme_of(grid.spec if grid else None)
         static, symmetric = not self.dynamic, self.symmetric_activations
-        return formats.scheme_of(grid.spec if grid else None, self.activations, static, symmetric)
+        return compressed.scheme_of(grid.spec if grid else None, self.activations, static, symmetric)
 
     def _input_grid(
         self, layer: nn.Linear, low: torch.Tensor, high: torch.Tensor
@@ -179,21 +174,21 @@ class RTN(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        formats.attach_quantizer(run.model)
+        compressed.attach_quantizer(run.model)
 
 
 def quantize(
-    layer: nn.Linear | formats.ExpertLinear,
+    layer: nn.Linear | ExpertLinear,
     grid: Grid | None,
     scheme: QuantizationScheme,
     inputs: Inputs = (None, None),
 ) -> None:
     """Round a layer's weight to ``grid`` and store it; ``inputs`` are scale and zero point of static activations."""
     if grid is None:
-        formats.store(layer, scheme, input_scale=inputs[0], input_zero_point=inputs[1])
+        compressed.store(layer, scheme, input_scale=inputs[0], input_zero_point=inputs[1])
     else:
         codes = grid.quantize(layer.weight.detach())
-        formats.store(layer, scheme, codes, grid.scale, grid.zero_point, *inputs)
+        compressed.store(layer, scheme, codes, grid.scale, grid.zero_point, *inputs)
 
 
 @hookimpl

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import folding, topology
-from hf_optim.toolkit.observers import ChannelAbsMax
+from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.permutation import folding
+from hf_optim.toolkit.statistics import ChannelAbsMax
 from hf_optim.toolkit.topology import LinearPair, NormGroup, weight_out_in
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
 
 SHARED = "the norm that feeds it also feeds something that is no linear layer (a residual sum, a router, experts)"
 APART = "it shares its norm with layers that are not selected or lie in another block"
@@ -39,7 +39,7 @@ UNFED = "neither a norm nor a scalable layer feeds it alone"
     paper=Paper(
         "2211.10438", "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2022
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, owes={QUANTIZED}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, owes={traits.QUANTIZED}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
 )
 class SmoothQuant(Technique):

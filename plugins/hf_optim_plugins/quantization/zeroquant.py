@@ -32,14 +32,24 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from hf_optim import Contract, Kernel, Paper, RecipeError, Reload, Technique, formats, hookimpl, option, technique
-from hf_optim.toolkit.grids import Grid, GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.masks import require_finite
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    Kernel,
+    Paper,
+    RecipeError,
+    Reload,
+    Technique,
+    compressed,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 ALL = ("Linear",)
 DONE = "it is quantized already"
@@ -53,7 +63,12 @@ DONE = "it is quantized already"
         "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers",
         2022,
     ),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={QUANTIZED}, drops={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.QUANTIZED},
+        drops={traits.FLOAT_WEIGHTS},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+    ),
     reload=Reload.STOCK_FORMAT,
 )
 class ZeroQuant(Technique):
@@ -101,8 +116,8 @@ class ZeroQuant(Technique):
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         yield
-        layers, skipped = formats.storable(scope, self.targets, self.skip, label=run.label(self))
-        done = [name for name, layer in layers.items() if formats.scheme_on(layer) is not None]
+        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
+        done = [name for name, layer in layers.items() if compressed.scheme_on(layer) is not None]
         if done:
             skipped = {**skipped, DONE: done}
             layers = {name: layer for name, layer in layers.items() if name not in done}
@@ -116,8 +131,8 @@ class ZeroQuant(Technique):
     def _quantize(self, layer: nn.Linear, bits: int) -> None:
         weight = layer.weight.detach()
         grid = self._grid(weight, bits)
-        scheme = formats.scheme_of(grid.spec, self.activations, False, self.symmetric_activations)
-        formats.store(layer, scheme, grid.quantize(weight), grid.scale)
+        scheme = compressed.scheme_of(grid.spec, self.activations, False, self.symmetric_activations)
+        compressed.store(layer, scheme, grid.quantize(weight), grid.scale)
 
     def _grid(self, weight: torch.Tensor, bits: int) -> Grid:
         if self.group_size is not None:
@@ -126,7 +141,7 @@ class ZeroQuant(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        formats.attach_quantizer(run.model)
+        compressed.attach_quantizer(run.model)
         layers = Counter(run.state(self).__dict__.get("bits", {}).values())
         run.report(self, layers_by_bits={str(bits): count for bits, count in sorted(layers.items())})
 

@@ -30,18 +30,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, ModelError, NumericalError, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, topology
-from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.observers import InputEnergy
-from hf_optim.toolkit.permutation_search import kept_by_rows, kept_sum, search
-from hf_optim.toolkit.permuting import KINDS, Site, sites
-from hf_optim.toolkit.transplant import output, rounding
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    ModelError,
+    NumericalError,
+    RecipeError,
+    Reload,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.modules import output, rounding
+from hf_optim.toolkit.permutation import KINDS, Site, kept_by_rows, kept_sum, search, sites
+from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.statistics import InputEnergy
+from hf_optim.toolkit.topology import weight_out_in
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 UNSEEN = "no calibration input reached the layer"
 ROOM = {"cpu": 2**23, "cuda": 2**27}
@@ -51,7 +60,7 @@ ROOM = {"cpu": 2**23, "cuda": 2**27}
 @technique(
     "channel_permutation",
     family="sparsity",
-    contract=Contract(needs={FLOAT_WEIGHTS}, forbids={SPARSE_NM}, keeps={SPARSE}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, forbids={traits.SPARSE_NM}, keeps={traits.SPARSE}),
     reload=Reload.STOCK_DENSE,
 )
 class ChannelPermutation(Technique):

@@ -20,17 +20,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, NumericalError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, nm_groups, sparsity
-from hf_optim.toolkit.least_squares import output_error, reconstruct
-from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.observers import InputEnergy, Moment, SecondMoment
-from hf_optim.toolkit.sensitivity import OutputShift, cheapest_within
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    NumericalError,
+    Paper,
+    RecipeError,
+    Reload,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit.pruning import masks, nm_groups, sparsity
+from hf_optim.toolkit.quantization import output_error, reconstruct
+from hf_optim.toolkit.statistics import InputEnergy, Moment, OutputShift, SecondMoment, cheapest_within
+from hf_optim.toolkit.topology import weight_out_in
 
 if TYPE_CHECKING:
-    from hf_optim import Run, Scope
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run, Scope
 
 
 # Name -> squared norm of each input channel (None: not observed), and name -> second moment.
@@ -41,7 +49,9 @@ Observed = tuple[dict[str, Tensor] | None, dict[str, Moment]]
     "nm",
     family="sparsity",
     paper=Paper("2104.08378", "Accelerating Sparse Deep Neural Networks", 2021),
-    contract=Contract(needs={FLOAT_WEIGHTS}, adds={SPARSE, SPARSE_NM}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(
+        needs={traits.FLOAT_WEIGHTS}, adds={traits.SPARSE, traits.SPARSE_NM}, keeps={traits.SPARSE, traits.SPARSE_NM}
+    ),
     reload=Reload.STOCK_DENSE,
 )
 class NM(Technique):

@@ -25,16 +25,24 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, nm_groups, sparse_training, sparsity
-from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.schedules import as_step, check_positions
-from hf_optim.toolkit.sparse_training import MaskedLayer
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    RecipeError,
+    Reload,
+    Scope,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit.pruning import MaskedLayer, as_step, check_positions, masked_layers, masks, nm_groups, sparsity
+from hf_optim.toolkit.topology import weight_out_in
 
 if TYPE_CHECKING:
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +55,10 @@ LEAST_DECAY = 0.01
     family="sparsity",
     paper=Paper("2102.04010", "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021),
     contract=Contract(
-        needs={FLOAT_WEIGHTS},
-        adds={SPARSE, SPARSE_NM},
-        keeps={SPARSE, SPARSE_NM},
-        owns={sparse_training.TRAINING_FORWARD},
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.SPARSE, traits.SPARSE_NM},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={masked_layers.TRAINING_FORWARD},
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
@@ -118,13 +126,13 @@ class SRSTE(Technique):
 
     def prepare(self, run: Run) -> dict[str, MaskedLayer]:
         """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
-        if layers := sparse_training.masked_layers(run.model):
+        if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
         selected = Scope("", run.model, run.model).select(self.targets, self.skip)
         found, skipped = nm_groups.divisible(selected, self.group)
         try:
-            found, others = sparse_training.trainable(run.model, found)
+            found, others = masked_layers.trainable(run.model, found)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
         skipped |= others
@@ -135,7 +143,7 @@ class SRSTE(Technique):
                 f"{label}: no linear layer of {type(run.model).__name__} is left. {why or 'Check targets and skip'}"
             )
         masks.require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in found.items()}, label)
-        return {name: sparse_training.attach(layer) for name, layer in found.items()}
+        return {name: masked_layers.attach(layer) for name, layer in found.items()}
 
     def mask(self, run: Run, name: str, layer: MaskedLayer) -> Tensor:
         """``M(W)`` of a layer as its weight is now, the way round that it is stored."""
@@ -147,7 +155,7 @@ class SRSTE(Technique):
         layers = self.prepare(run)
         found = {name: self._last_mask(run, name, layer) for name, layer in layers.items()}
         for name, layer in layers.items():
-            sparse_training.detach(layer)
+            masked_layers.detach(layer)
             masks.prune_(run.model, run.masks, {f"{name}.weight": found[name]})
             nm_groups.tighten(run.nm_patterns, f"{name}.weight", self.keep, self.group)
         run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.figures(run.model, layers))
@@ -181,7 +189,7 @@ class SparseRefinement(TrainerCallback):
                 layer.set_masks(step.mask(run, name, layer))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sparse_training.require_whole(self.layers, self.run.label(self.step))
+        masked_layers.require_whole(self.layers, self.run.label(self.step))
         begin, _ = self._span(state)
         if begin > state.max_steps:
             self._warn(begin, state.max_steps)
@@ -192,14 +200,12 @@ class SparseRefinement(TrainerCallback):
         elif state.global_step == 0 or self.step.masks_follow_weights:
             self._renew()
         else:
-            self._set(
-                sparse_training.recalled(self.run.state(self.step), "mask", self.layers, self.run.label(self.step))
-            )
+            self._set(masked_layers.recalled(self.run.state(self.step), "mask", self.layers, self.run.label(self.step)))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs.get("optimizer")
-        if self.step.decay and not (self.step.term == "update" and sparse_training.will_skip(optimizer)):
-            refine_(self.layers.values(), self.step.decay, self.step.term, sparse_training.learning_rates(optimizer))
+        if self.step.decay and not (self.step.term == "update" and masked_layers.will_skip(optimizer)):
+            refine_(self.layers.values(), self.step.decay, self.step.term, masked_layers.learning_rates(optimizer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin, end = self._span(state)

@@ -29,15 +29,23 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Scope, Technique, hookimpl, option, technique
-from hf_optim.toolkit import masks, sparse_training, sparsity
-from hf_optim.toolkit.schedules import as_step, check_positions
-from hf_optim.toolkit.sparse_training import MaskedLayer
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    RecipeError,
+    Reload,
+    Scope,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
+from hf_optim.toolkit.pruning import MaskedLayer, as_step, check_positions, masked_layers, masks, sparsity
 
 if TYPE_CHECKING:
-    from hf_optim import Run
-    from hf_optim.cards import Card
+    from hf_optim import Card, Run
 
 # As a checkpoint keeps the supports, one number for each weight; 0 is outside.
 EXPLORED, ACTIVE = 1, 2
@@ -48,7 +56,10 @@ EXPLORED, ACTIVE = 1, 2
     family="sparsity",
     paper=Paper("2106.03517", "Top-KAST: Top-K Always Sparse Training", 2020),
     contract=Contract(
-        needs={FLOAT_WEIGHTS}, adds={SPARSE}, keeps={SPARSE, SPARSE_NM}, owns={sparse_training.TRAINING_FORWARD}
+        needs={traits.FLOAT_WEIGHTS},
+        adds={traits.SPARSE},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
+        owns={masked_layers.TRAINING_FORWARD},
     ),
     reload=Reload.STOCK_DENSE,
     trains=True,
@@ -99,12 +110,12 @@ class TopKAST(Technique):
 
     def prepare(self, run: Run) -> dict[str, MaskedLayer]:
         """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
-        if layers := sparse_training.masked_layers(run.model):
+        if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
         selected = Scope("", run.model, run.model).select(self.targets, self.skip)
         try:
-            found, skipped = sparse_training.trainable(run.model, selected)
+            found, skipped = masked_layers.trainable(run.model, selected)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
         run.touch(self, found, skipped)
@@ -113,7 +124,7 @@ class TopKAST(Technique):
             raise ModelError(
                 f"{label}: no linear layer of {type(run.model).__name__} is left. {why or 'Check targets and skip'}"
             )
-        return {name: sparse_training.attach(layer) for name, layer in found.items()}
+        return {name: masked_layers.attach(layer) for name, layer in found.items()}
 
     def supports(self, run: Run, layers: Mapping[str, MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
         """``(A, B)`` of every layer as its weight is now. Raises ``NumericalError`` for weights that are not finite."""
@@ -132,7 +143,7 @@ class TopKAST(Technique):
             if remembered is None:
                 fresh = fresh or self.supports(run, layers)
             mask = fresh[name][0] if remembered is None else remembered == ACTIVE
-            sparse_training.detach(layer)
+            masked_layers.detach(layer)
             masks.prune_(run.model, run.masks, {f"{name}.weight": mask})
         run.report(self, **sparsity.figures(run.model, layers))
 
@@ -165,12 +176,12 @@ class Exploration(TrainerCallback):
             layers[name].set_masks(*supports)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sparse_training.require_whole(self.layers, self.run.label(self.step))
+        masked_layers.require_whole(self.layers, self.run.label(self.step))
         if self.step.end is not None and self._end(state) > state.max_steps:
             self._warn(self._end(state), state.max_steps)
         if state.global_step > 0:
             own, label = self.run.state(self.step), self.run.label(self.step)
-            saved = sparse_training.recalled(own, "support", self.layers, label)
+            saved = masked_layers.recalled(own, "support", self.layers, label)
             self._set({name: (support == ACTIVE, support >= EXPLORED) for name, support in saved.items()})
         else:
             self._renew(0, self._end(state), kwargs.get("optimizer"))
@@ -207,7 +218,7 @@ class Exploration(TrainerCallback):
         self._set(found)
         for layer in self.layers.values():
             assert layer.backward_mask is not None
-            sparse_training.clear_running_means(optimizer, layer.weight, layer.backward_mask)
+            masked_layers.clear_running_means(optimizer, layer.weight, layer.backward_mask)
 
     def _set(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         own = self.run.state(self.step)

@@ -21,9 +21,10 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_optim
-from hf_optim import ModelError, OptimConfig, RecipeError, Run
+from hf_optim import ModelError, OptimConfig, RecipeError
+from hf_optim.lifecycle.stages import start_run
 from hf_optim.toolkit import topology
-from hf_optim_plugins.attention import windowed
+from hf_optim_plugins.attention import _windowed_attention
 from hf_optim_plugins.attention.local import Local, attended_share
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -34,7 +35,7 @@ OWN = ("gpt2", "opt", "bert", "vit")
 def localize(model, **fields):
     """Drive the hooks by hand, as the host does for a model in memory; the run."""
     recipe = OptimConfig.parse([Local(**fields)])
-    run = Run(recipe, model.config)
+    run = start_run(recipe, model.config)
     step = recipe.steps[0]
     asked = step.prepare_load(run, {}) or {}
     if "attn_implementation" in asked:
@@ -225,7 +226,7 @@ def test_a_model_that_ignores_its_mask_is_refused_and_left_alone(monkeypatch):
 def test_an_implementation_without_a_window_is_refused():
     model = localize(tiny_gpt2(), window=4).model
     with pytest.raises(ValueError, match="not on 'paged"):
-        windowed.implementation("paged|sdpa")
+        _windowed_attention.implementation("paged|sdpa")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="not on 'flash_attention_2'"):
         logits(model)

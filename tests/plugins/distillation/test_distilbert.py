@@ -10,11 +10,12 @@ from toy_training import arguments, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 import hf_optim
-from hf_optim import ModelError, OptimConfig, OptimError, RecipeError, Run
-from hf_optim.run import run_of
-from hf_optim.toolkit import students
-from hf_optim.toolkit.hidden_states import HiddenStates, bodies
-from hf_optim.training import OptimTrainer
+from hf_optim import ModelError, OptimConfig, OptimError, RecipeError
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.runs.run import run_of
+from hf_optim.toolkit.distillation import students
+from hf_optim.toolkit.distillation.hidden_states import HiddenStates, bodies
+from hf_optim.training.trainer import OptimTrainer
 from hf_optim_plugins.distillation.distilbert import DistilBERT
 
 T = 2.0
@@ -185,7 +186,7 @@ def test_masks_and_coverage_move_to_the_class_without_token_types(tmp_path):
 
 
 def test_bits_move_with_their_layers():
-    run = Run(OptimConfig.parse([{"technique": "distilbert"}]), deep(tiny_llama).config)
+    run = start_run(OptimConfig.parse([{"technique": "distilbert"}]), deep(tiny_llama).config)
     run.model = deep(tiny_llama)
     run.bit_plan = {f"model.layers.{i}.mlp.up_proj": 2 + i for i in range(4)}
     run.call("transform_model")

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import hf_optim
 from hf_optim import CheckpointError, DataConfig, ModelError, OptimConfig, RecipeError, run_of
-from hf_optim.masking import stray_weights
-from hf_optim.toolkit import teachers, topology
-from hf_optim.toolkit.hidden_states import StateRecorder
-from hf_optim.toolkit.logit_cache import LogitCache
-from hf_optim.toolkit.losses import TopK
-from hf_optim.train_stage import training_rows
-from hf_optim.training import OptimTrainer
+from hf_optim.runs.masking import stray_weights
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.distillation import teachers
+from hf_optim.toolkit.distillation.hidden_states import StateRecorder
+from hf_optim.toolkit.distillation.logit_cache import LogitCache
+from hf_optim.toolkit.distillation.losses import TopK
+from hf_optim.training.fit import training_rows
+from hf_optim.training.trainer import OptimTrainer
 from hf_optim_kernels.kd_loss import op
 from hf_optim_plugins.distillation.logit_kd import LogitKD
 
@@ -154,7 +156,7 @@ def test_self_is_the_model_before_its_stage(tmp_path):
     trainer.train()
     assert run.finished
     assert stray_weights(run) == []
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     assert {str(trait) for trait in run.traits} == {"float-weights", "sparse", "sparse-nm"}
     first, last = (entry for entry in trainer.state.log_history if "kd" in entry)
     assert last["kd"] < first["kd"]
@@ -353,7 +355,7 @@ def test_the_kernel_takes_the_place_of_the_chunks(direction, monkeypatch):
     chunks["kd"].backward()
     expected = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    monkeypatch.setattr("hf_optim_plugins.distillation.fused._kernel_serves", lambda *logits: True)
+    monkeypatch.setattr("hf_optim_plugins.distillation._fused_kd._kernel_serves", lambda *logits: True)
     called, stock = [], op.kd_loss
     monkeypatch.setattr(op, "kd_loss", lambda *given, **options: called.append(options) or stock(*given, **options))
     kernel, _ = hooked(LogitKD(**step), student, tiny_llama(seed=1), inputs)
@@ -546,7 +548,9 @@ def test_a_complete_cache_needs_no_teacher(tmp_path, monkeypatch):
     step = LogitKD(teacher=str(tmp_path / "teacher"), top_k=5, cache=str(tmp_path / "cache"))
     one, two = tiny_llama(), tiny_llama()
     trained(one, step, tmp_path / "a")
-    monkeypatch.setattr("hf_optim.toolkit.teachers.load", lambda *args: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(
+        "hf_optim.toolkit.distillation.teachers.load", lambda *args: pytest.fail("the teacher was loaded")
+    )
     trained(two, step, tmp_path / "b")
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -555,8 +559,8 @@ def test_a_killed_run_goes_on_with_what_was_written(tmp_path, monkeypatch):
     teacher = tiny_llama(seed=1)
     trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "a", teacher, max_steps=2)  # half of an epoch
     calls = []
-    stock = hf_optim.toolkit.teachers.logits
-    monkeypatch.setattr("hf_optim.toolkit.teachers.logits", lambda *args: calls.append(1) or stock(*args))
+    stock = hf_optim.toolkit.distillation.teachers.logits
+    monkeypatch.setattr("hf_optim.toolkit.distillation.teachers.logits", lambda *args: calls.append(1) or stock(*args))
     trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "b", teacher, max_steps=4)
     assert len(calls) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -644,7 +648,7 @@ def test_the_files_of_a_teacher(tmp_path, monkeypatch):
 
 
 def test_a_sample_is_found_in_any_batch_and_padding():
-    from hf_optim.toolkit.logit_cache import sample_keys
+    from hf_optim.toolkit.distillation.logit_cache import sample_keys
 
     row, other = [5, 6, 7], [8, 9]
 

@@ -23,9 +23,11 @@ from transformers import (
 )
 
 import hf_optim
-from hf_optim import ModelError, OptimConfig, RecipeError, Run
+from hf_optim import ModelError, OptimConfig, RecipeError
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.recipes.traits import BITS_ASSIGNED
+from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
-from hf_optim.traits import BITS_ASSIGNED
 from hf_optim_plugins.moe.upcycle import BalanceExperts, Upcycle
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -34,7 +36,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 def upcycle(model, before=None, **fields):
     """Drive the hook by hand; `before(run)` prepares the run."""
     recipe = OptimConfig.parse([Upcycle(**fields)])
-    run = Run(recipe, model.config)
+    run = start_run(recipe, model.config)
     run.model = model
     if before is not None:
         before(run)
@@ -173,7 +175,7 @@ def test_a_pruned_model_gives_experts_that_its_card_counts(technique, tmp_path):
     names = run.touched(run.recipe.steps[0])[0]
     assert "model.layers.1.mlp.experts.2.gate_up_proj" in names
     assert not any(name.endswith(("mlp.gate_proj", "mlp.down_proj")) for name in names)
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| model.layers.*.mlp.experts.*.down_proj | 6 | 9,216 | 50.0 % |" in card
@@ -190,7 +192,7 @@ def test_bits_go_to_every_expert():
     run = upcycle(tiny_llama(), before=prepare, experts=2)
     experts = {f"model.layers.0.mlp.experts.{index}.down_proj": 3 for index in range(2)}
     assert run.bit_plan == {**experts, "model.layers.0.self_attn.q_proj": 4}
-    assert BITS_ASSIGNED.holds(run)
+    assert holds(BITS_ASSIGNED, run)
 
 
 def test_routers_get_their_own_learning_rate():

@@ -41,7 +41,7 @@ class Watch(TrainerCallback):
 
 def train(model: Any, folder: Path, steps: int, **changes: Any) -> Watch:
     """Train a model that waits for it, or a plain one, in a stock Trainer."""
-    run = hf_optim.run.find_run(model)
+    run = hf_optim.runs.run.find_run(model)
     watch = Watch(run) if run is not None else None
     callbacks = [*hf_optim.callbacks(model), watch] if watch is not None else []
     args = arguments(folder, max_steps=steps, **changes)

@@ -10,9 +10,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
-from hf_optim.toolkit import masks
-from hf_optim.toolkit.schedules import cubic_ramp
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.pruning.schedules import cubic_ramp
 
 
 class Watch(TrainerCallback):
@@ -80,7 +81,7 @@ def test_the_ramp_at_every_step_and_masks_monotone(tmp_path, scope):
             assert all(not (mask & ~seen[t - 1][name]).any() for name, mask in seen[t].items())
     run = run_of(model)
     assert SPARSE in run.traits
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
     assert run.record.steps["0"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
 
 

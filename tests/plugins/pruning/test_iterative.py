@@ -14,8 +14,10 @@ from toy_training import sentences
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
-from hf_optim.toolkit import masks
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.lifecycle.stages import complete_stage
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.pruning import masks
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -36,7 +38,7 @@ def test_fractions_compound_to_the_target_exactly(tmp_path, make, scope):
         assert gone == expected if scope == "layer" else sum(gone) == masks.removed_count(sum(sizes), share)
         assert all(not seen.weights[after][name][~mask].any() for name, mask in found.items())
     assert SPARSE in run.traits
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
     record = json.loads(json.dumps(run.record.steps["0"]))
     assert record["rounds"] == 4
     assert record["sparsities"] == pytest.approx([1 - 0.2 ** (r / 4) for r in (1, 2, 3, 4)], abs=1e-3)
@@ -88,7 +90,7 @@ def test_stopping_early_is_said_with_what_was_reached(tmp_path):
     with pytest.warns(
         UserWarning, match=r"step 1 \(iterative\).* round 1 of 2, with a sparsity of 0\.5000 instead of 0\.75"
     ):
-        run.complete_stage()
+        complete_stage(run)
     assert any("instead of 0.75" in note for note in run.record.notes)
     assert run.record.steps["0"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 

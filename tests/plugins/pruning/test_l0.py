@@ -13,12 +13,14 @@ from transformers import TrainerCallback
 
 import hf_optim
 from hf_optim import ModelError, OptimTrainer, RecipeError, optimize, run_of
-from hf_optim.run import evaluating
-from hf_optim.toolkit import hard_concrete, masks, topology
-from hf_optim.toolkit.linear_layers import weight_out_in
-from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.toolkit.structures import find_units
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.pruning import hard_concrete, masks
+from hf_optim.toolkit.pruning.noisy_layers import NoisyLayer
+from hf_optim.toolkit.topology.linear_layers import weight_out_in
+from hf_optim.toolkit.topology.prunable_units import find_units
 
 # Gates that move fast: some close within a handful of steps.
 QUICK = {"technique": "l0", "initial": 0.2, "gate_learning_rate": 0.5, "end": 0, "weight": 1.0}
@@ -55,7 +57,7 @@ def test_gates_of_weights_are_folded_by_the_formula_of_test_time(build, tmp_path
         assert torch.equal(weight, watch.weights[f"{name}.weight"] * hard_concrete.at_test_time(alpha))
         assert torch.equal(run.masks[f"{name}.weight"], alpha > hard_concrete.CLOSED)
     assert 0.02 < run.record.steps["0"]["sparsity"] < 0.98
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, watch.logits, rtol=0, atol=1e-5)
     assert not any(isinstance(module, NoisyLayer) for module in model.modules())
@@ -85,7 +87,7 @@ def test_closed_units_are_zero_in_every_layer_that_makes_or_reads_them(build, on
         for parameter, (dim, index) in units[name].entries.items():
             if parameter.endswith(".weight"):
                 assert not model.get_parameter(parameter).index_select(dim, index[gone].flatten()).any()
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
 
 
 def test_other_parameters_of_a_unit_are_left_alone():
@@ -160,7 +162,7 @@ def test_what_an_earlier_step_removed_stays_removed(on, tmp_path):
     run = run_of(model)
     before = {name: mask.clone() for name, mask in run.masks.items()}
     train(model, tmp_path)
-    assert SPARSE_NM.holds(run)
+    assert holds(SPARSE_NM, run)
     assert all(not (run.masks[name] & ~mask).any() for name, mask in before.items())
     assert any((mask & ~run.masks[name]).any() for name, mask in before.items())
 
@@ -222,7 +224,7 @@ def test_gates_are_heard_from_the_first_forward_in_training_on():
 def test_a_model_without_such_units_is_refused():
     model = optimize(tiny_mixtral(), {**QUICK, "on": "neurons"})
     with pytest.raises(ModelError, match=r"step 1 \(l0\): MixtralForCausalLM has no neurons"):
-        hf_optim.training.stage_callbacks(run_of(model))
+        hf_optim.training.callbacks.stage_callbacks(run_of(model))
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from tiny_models import tiny_gpt2, tiny_llama
 
 import hf_optim
 from hf_optim import OptimConfig, RecipeError, run_of
-from hf_optim.toolkit import masks
-from hf_optim.toolkit.rewinding import drawn_anew
+from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.pruning.rewinding import drawn_anew
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

@@ -11,8 +11,9 @@ from tiny_models import TINY, tiny_gpt2, tiny_llama
 
 import hf_optim
 from hf_optim import NumericalError, OptimConfig, RecipeError, run_of
-from hf_optim.toolkit import masks
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.pruning import masks
 
 
 def targeted(model):
@@ -35,7 +36,7 @@ def test_every_layer_loses_exactly_its_share(family):
         assert dense[name][gone].abs().max() <= dense[name][~gone].abs().min()
         assert torch.equal(parameter[~gone], dense[name][~gone])
     assert SPARSE in run_of(model).traits
-    assert SPARSE.holds(run_of(model))
+    assert holds(SPARSE, run_of(model))
 
 
 @pytest.mark.parametrize("driver", ["whole_model", "blockwise"])

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
+from hf_optim.recipes.traits import SPARSE
 from hf_optim.testing.conformance import inputs_for, training_rows
+from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.structures import HEADS, coupled, find_units
-from hf_optim.traits import SPARSE
+from hf_optim.toolkit.topology.prunable_units import HEADS, coupled, find_units
 
 PRE_NORM = ("llama", "qwen2", "gpt2", "opt", "vit", "t5", "mixtral")
 WITH_HEADS = ("llama", "qwen2", "mixtral", "t5", "vit")
@@ -269,7 +270,7 @@ def test_masks_of_an_earlier_step_follow():
         weight = model.get_parameter(name)
         assert mask.shape == weight.shape
         assert torch.equal(weight != 0, mask)
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
 
 
 def test_a_pattern_along_the_inputs_survives_only_where_columns_stay():
@@ -280,7 +281,7 @@ def test_a_pattern_along_the_inputs_survives_only_where_columns_stay():
         tiny_llama(), [nm, {"technique": "structured", "neurons": 0, "layers": 1, "score": "magnitude"}]
     )
     assert all(name.startswith("model.layers.0.") for name in run_of(model).nm_patterns)
-    assert all(trait.holds(run_of(model)) for trait in run_of(model).traits)
+    assert all(holds(trait, run_of(model)) for trait in run_of(model).traits)
 
 
 def test_a_blockwise_step_after_it_sees_the_layers_that_are_left():
@@ -289,7 +290,7 @@ def test_a_blockwise_step_after_it_sees_the_layers_that_are_left():
     model = hf_optim.optimize(model, {"steps": steps, "driver": "blockwise"}, calibration=batches(model))
     run = run_of(model)
     assert len(run.nm_patterns) == 2 * 7
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
 
 
 def test_it_recovers_in_one_stage_with_the_model_as_it_was_for_a_teacher(tmp_path):
@@ -428,7 +429,7 @@ def test_scores_that_look_at_data_keep_a_real_model_better(shared_models, shared
     other, magnitude = perplexity(neurons=0, layers=1, score="magnitude")
     assert size == other
     assert magnitude > 2 * taylor
-    from hf_optim.toolkit import importance
+    from hf_optim.toolkit.statistics import importance
 
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)

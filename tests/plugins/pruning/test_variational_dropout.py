@@ -15,10 +15,11 @@ from transformers import TrainerCallback
 
 import hf_optim
 from hf_optim import ModelError, OptimError, OptimTrainer, RecipeError, optimize, run_of
-from hf_optim.run import evaluating
-from hf_optim.toolkit import masks, sparse_variational
-from hf_optim.toolkit.noisy_layers import NoisyLayer
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.pruning import masks, sparse_variational
+from hf_optim.toolkit.pruning.noisy_layers import NoisyLayer
 
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(9))
 # Variances that rise fast: a tenth or so of the weights is noise after a handful of steps.
@@ -64,7 +65,7 @@ def test_the_weights_above_the_threshold_are_removed_and_evaluation_saw_it_comin
     share = 1 - sum(int(m.sum()) for m in run.masks.values()) / sum(m.numel() for m in run.masks.values())
     assert 0.02 < share < 0.98
     assert run.record.steps["0"]["sparsity"] == pytest.approx(share, abs=1e-5)
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, watch.logits, rtol=0, atol=1e-5)
     assert not any(isinstance(module, NoisyLayer) for module in model.modules())
@@ -145,7 +146,7 @@ def test_what_an_earlier_step_removed_stays_removed_and_counts(tmp_path):
     before = {name: mask.clone() for name, mask in run_of(model).masks.items()}
     train(model, tmp_path)
     run = run_of(model)
-    assert SPARSE_NM.holds(run)
+    assert holds(SPARSE_NM, run)
     assert SPARSE_NM in run.traits
     assert all(not (run.masks[name] & ~mask).any() for name, mask in before.items())
     removed = sum(int((~mask).sum()) for mask in run.masks.values())
@@ -157,7 +158,7 @@ def test_heads_and_shared_weights_are_left_alone(tmp_path):
     train(model, tmp_path, 2)
     assert not any("lm_head" in name or "embed" in name for name in run_of(model).masks)
     with pytest.raises(ModelError, match=r"step 1 \(variational_dropout\).*lm_head: tied to"):
-        hf_optim.training.stage_callbacks(run_of(optimize(tiny_qwen2(), {**QUICK, "targets": ["lm_head"]})))
+        hf_optim.training.callbacks.stage_callbacks(run_of(optimize(tiny_qwen2(), {**QUICK, "targets": ["lm_head"]})))
 
 
 def test_a_stock_trainer_is_refused():

@@ -18,15 +18,17 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import hf_optim
-from hf_optim import Kernel, ModelError, formats, measure
-from hf_optim.acceleration import KernelWarning
-from hf_optim.config import DataConfig
-from hf_optim.run import run_of
-from hf_optim.toolkit.codebooks import make_codebook, nearest, outlier_mask
-from hf_optim.toolkit.grids import GridSpec, make_grid
-from hf_optim.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
-from hf_optim_plugins.quantization import gobo_modules
-from hf_optim_plugins.quantization.gobo_modules import GoboEmbedding, GoboLinear, pack_codes, unpack_codes
+from hf_optim import Kernel, ModelError, compressed
+from hf_optim.compressed.packed.packed_linear import KernelWarning
+from hf_optim.evaluation import evaluate
+from hf_optim.recipes.config import DataConfig
+from hf_optim.recipes.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
+from hf_optim.runs.run import run_of
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.quantization.codebooks import make_codebook, nearest, outlier_mask
+from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
+from hf_optim_plugins.quantization import _gobo_modules
+from hf_optim_plugins.quantization._gobo_modules import GoboEmbedding, GoboLinear, pack_codes, unpack_codes
 
 IDS = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -85,7 +87,7 @@ def test_a_layer_decodes_to_its_centroids_and_outliers(bits, shape):
 def test_a_large_layer_is_decoded_in_parts(monkeypatch):
     made, weight = layer_of((10, 24), 3)
     x = torch.randn(4, 24)
-    monkeypatch.setattr(gobo_modules, "MOST_DECODED", 3 * 24)
+    monkeypatch.setattr(_gobo_modules, "MOST_DECODED", 3 * 24)
     assert torch.allclose(made(x), nn.functional.linear(x, weight, made.bias), atol=1e-6)
 
 
@@ -140,7 +142,7 @@ def test_the_record_and_the_card_tell_the_size(tmp_path):
 
 
 def test_bits_that_a_step_assigned_are_followed(monkeypatch):
-    from hf_optim.run import Run
+    from hf_optim.runs.run import Run
 
     plan = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.mlp.up_proj": 4, "model.layers.0.mlp.down_proj": 16}
     monkeypatch.setattr(Run, "bits_of", lambda self, name, default: plan.get(name, default))
@@ -188,7 +190,7 @@ def test_pruned_weights_stay_zero(step, trait, tmp_path):
     run = run_of(model)
     assert {trait, QUANTIZED} <= run.traits
     assert FLOAT_WEIGHTS not in run.traits
-    assert all(t.holds(run) for t in run.traits)
+    assert all(holds(t, run) for t in run.traits)
     for name, mask in run.masks.items():
         weight = model.get_parameter(name)
         assert bool((weight[~mask] == 0).all())
@@ -247,7 +249,7 @@ def test_a_dense_export_is_the_stock_model_of_the_same_outputs(build):
     inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if build is tiny_t5 else {})}
     with torch.no_grad():
         expected = model(**inputs).logits
-    assert formats.dense(model) == []
+    assert compressed.dense(model) == []
     assert type(model) is type(build())
     assert not coded(model)
     assert not hasattr(model.config, "gobo")
@@ -351,8 +353,8 @@ def test_sentence_vectors_survive_where_rounding_breaks_them(encoder, minilm, sh
     # Dense: 0.8203; rounded per channel: 0.7895 and 0.2945.
     data = DataConfig(str(shared_data / "stsb/test.tsv"), samples=None)
     model = gobo(copy.deepcopy(encoder), bits=bits)
-    formats.dense(model)  # the same weights, decoded once
+    compressed.dense(model)  # the same weights, decoded once
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    found = measure.evaluate(model, tokenizer, data, speed=False)
+    found = evaluate.evaluate(model, tokenizer, data, speed=False)
     assert found["pairs"] == 1379
     assert found["spearman"] >= least

@@ -13,14 +13,14 @@ from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_optim import Contract, Reload, Technique, formats, hookimpl, optimize, technique
+from hf_optim import Contract, Reload, Technique, compressed, hookimpl, optimize, technique
 from hf_optim.errors import ModelError, NumericalError
-from hf_optim.run import run_of
-from hf_optim.toolkit.grids import GridSpec, make_grid
-from hf_optim.toolkit.hessian import damped, inverse_factor
-from hf_optim.toolkit.least_squares import output_error
-from hf_optim.toolkit.observers import SecondMoment
-from hf_optim.traits import BITS_ASSIGNED
+from hf_optim.recipes.traits import BITS_ASSIGNED
+from hf_optim.runs.run import run_of
+from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
+from hf_optim.toolkit.quantization.hessian import damped, inverse_factor
+from hf_optim.toolkit.quantization.least_squares import output_error
+from hf_optim.toolkit.statistics.observers import SecondMoment
 from hf_optim_plugins.quantization import gptq
 from hf_optim_plugins.quantization.gptq import GPTQ, quantize_columns
 
@@ -128,12 +128,12 @@ def quantized(model, driver="auto", **fields) -> nn.Module:
 
 
 def codes(model) -> dict[str, torch.Tensor]:
-    return {name: m.weight.detach().clone() for name, m in formats.quantized_modules(model).items()}
+    return {name: m.weight.detach().clone() for name, m in compressed.quantized_modules(model).items()}
 
 
 def test_all_linears_but_the_head_and_the_report():
     model = quantized(tiny_llama(), group_size=128)
-    modules = formats.quantized_modules(model)
+    modules = compressed.quantized_modules(model)
     assert len(modules) == 14
     assert "lm_head" not in modules
     sizes = {m.quantization_scheme.weights.group_size for m in modules.values()}
@@ -184,7 +184,7 @@ def test_is_deterministic():
 
 def test_a_named_head_is_quantized_too():
     model = quantized(tiny_llama(), targets=["lm_head", "Linear"])
-    assert len(formats.quantized_modules(model)) == 15
+    assert len(compressed.quantized_modules(model)) == 15
 
 
 def test_zeros_of_a_pruned_model_stay():
@@ -196,7 +196,7 @@ def test_zeros_of_a_pruned_model_stay():
                     module.weight[module.weight.abs() < 0.1] = 0.0
     zeros = {name: m.weight == 0 for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     model = quantized(model, bits=4, group_size=16, symmetric=False)
-    for name, module in formats.quantized_modules(model).items():
+    for name, module in compressed.quantized_modules(model).items():
         assert bool((module.weight[zeros[name]] == 0).all())
 
 
@@ -286,7 +286,7 @@ def test_layers_with_one_input_have_the_bits_that_are_assigned_to_them():
     plan = {first + "q_proj": 2, first + "v_proj": 8, "model.layers.1.mlp.up_proj": 16}
     fields = {"bits": 4, "group_size": 16, "precision": "float64"}
     model = optimize(tiny_llama(), [Plan(plan=plan), GPTQ(**fields)], calibration=IDS)
-    modules = formats.quantized_modules(model)
+    modules = compressed.quantized_modules(model)
     widths = {name: module.quantization_scheme.weights.num_bits for name, module in modules.items()}
     assert len(modules) == 13
     assert widths == {name: plan.get(name, 4) for name in modules}

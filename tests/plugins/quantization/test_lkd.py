@@ -17,14 +17,15 @@ from hf_optim import (
     NumericalError,
     Reload,
     Technique,
-    formats,
+    compressed,
     hookimpl,
     optimize,
     run_of,
     technique,
 )
-from hf_optim.run import evaluating
-from hf_optim.toolkit.masks import follows_nm
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.pruning.masks import follows_nm
 from hf_optim_plugins.quantization.lkd import LKD, grid_on
 
 IDS = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -107,7 +108,7 @@ def test_on_top_of_a_quantizer_scheme_and_grid_stay_and_codes_move():
     plain = optimize(tiny_llama(), quantizer, calibration=IDS)
     model = distilled(tiny_llama(), quantizer, bits=8, learning_rate=1e-2)
     moved = 0
-    for name, layer in formats.quantized_modules(model).items():
+    for name, layer in compressed.quantized_modules(model).items():
         other = plain.get_submodule(name)
         assert layer.quantization_scheme == other.quantization_scheme
         assert torch.equal(layer.weight_scale, other.weight_scale)
@@ -122,7 +123,9 @@ def test_learned_scales_change_on_top_too():
     quantizer = {"technique": "gptq", "bits": 2, "group_size": 16}
     plain = optimize(tiny_llama(), quantizer, calibration=IDS)
     model = distilled(tiny_llama(), quantizer, learn_scales=True)
-    pairs = [(m.weight_scale, plain.get_submodule(n).weight_scale) for n, m in formats.quantized_modules(model).items()]
+    pairs = [
+        (m.weight_scale, plain.get_submodule(n).weight_scale) for n, m in compressed.quantized_modules(model).items()
+    ]
     assert all(not torch.equal(a, b) for a, b in pairs)
     assert all(bool((a > 0).all()) for a, _ in pairs)
 
@@ -132,7 +135,7 @@ def test_what_is_not_trained_is_untouched_and_flags_are_as_before():
     source.model.layers[1].input_layernorm.weight.requires_grad_(False)
     dense = copy.deepcopy(source)
     model = distilled(source, bits=3, group_size=16, skip=["*.0.*"])
-    trained = formats.quantized_modules(model)
+    trained = compressed.quantized_modules(model)
     assert len(trained) == 7
     for name, parameter in dense.named_parameters():
         now = model.get_parameter(name)
@@ -150,7 +153,7 @@ def test_masks_are_kept():
     model = distilled(tiny_llama(), {"technique": "nm"}, bits=4, group_size=16)
     run = run_of(model)
     assert {str(trait) for trait in run.traits} >= {"sparse", "sparse-nm", "quantized"}
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     assert all(follows_nm(model, name, 2, 4) for name in run.nm_patterns)
     assert all(last < first for first, last in losses(model).values())
 
@@ -170,7 +173,7 @@ class BitsTwo(Technique):
 
 def test_a_plan_of_bits_comes_first():
     model = optimize(tiny_llama(), [BitsTwo(), LKD(bits=4, group_size=16, **FEW)], calibration=IDS)
-    found = {name: m.quantization_scheme.weights.num_bits for name, m in formats.quantized_modules(model).items()}
+    found = {name: m.quantization_scheme.weights.num_bits for name, m in compressed.quantized_modules(model).items()}
     assert found.pop("model.layers.0.mlp.up_proj") == 2
     assert set(found.values()) == {4}
 
@@ -237,7 +240,7 @@ def test_the_head_outside_the_blocks_is_named():
 @pytest.mark.slow
 def test_it_improves_what_it_stands_on(shared_models, shared_data):
     """babyllama-1m at 2 bits, on a small part of the evaluation text: alone, and after another step."""
-    from hf_optim.measure import perplexity
+    from hf_optim.evaluation.evaluate import perplexity
 
     home = shared_models / "babyllama-1m"
     calibration = windows(home, shared_data, "calibration", 16)

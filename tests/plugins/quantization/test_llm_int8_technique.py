@@ -12,14 +12,14 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_optim
-from hf_optim import OptimConfig, formats, optimize
-from hf_optim.acceleration import offered_to
+from hf_optim import OptimConfig, compressed, optimize
+from hf_optim.compressed.outlier_columns import outlier_thresholds, set_outlier_threshold
+from hf_optim.compressed.packed.accelerate import offered_to
+from hf_optim.compressed.weights import Codes, QuantizedWeight
 from hf_optim.errors import ModelError, NumericalError, RecipeError
-from hf_optim.outliers import outlier_thresholds, set_outlier_threshold
-from hf_optim.run import run_of
+from hf_optim.runs.run import run_of
 from hf_optim.testing.outliers import plant_outliers
 from hf_optim.toolkit import topology
-from hf_optim.weights import Codes, QuantizedWeight
 from hf_optim_plugins.quantization.llm_int8 import LLMInt8, kernel
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -147,9 +147,9 @@ def test_a_packed_checkpoint_loads_onto_the_kernel(tmp_path, monkeypatch):
 
 def test_dense_forgets_the_threshold():
     model = quantized()
-    formats.dense(model)
+    compressed.dense(model)
     assert not hasattr(model.config, "hf_optim")
-    assert not formats.quantized_modules(model)
+    assert not compressed.quantized_modules(model)
 
 
 def test_other_steps_and_other_layers_stay_what_they_are():
@@ -175,7 +175,7 @@ def test_names_under_wrappers_are_found():
 
 def test_a_named_head_is_quantized_too():
     model = quantized(targets=("lm_head", "Linear"))
-    assert len(formats.quantized_modules(model)) == 15
+    assert len(compressed.quantized_modules(model)) == 15
     assert "lm_head" in outlier_thresholds(model, ["lm_head"])
 
 
@@ -186,7 +186,7 @@ def test_zeros_stay():
         if isinstance(module, nn.Linear):
             module.weight.data[module.weight.abs() < 0.1] = 0.0
             zeros[name] = module.weight == 0
-    for name, module in formats.quantized_modules(quantized(model)).items():
+    for name, module in compressed.quantized_modules(quantized(model)).items():
         assert bool((module.weight[zeros[name]] == 0).all())
 
 

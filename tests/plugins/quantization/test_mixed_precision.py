@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_bert, tiny_llama, tiny_opt, tiny_vit
 
 import hf_optim
-from hf_optim import RecipeError, Reload, formats, run_of
+from hf_optim import RecipeError, Reload, compressed, run_of
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.outliers import plant_outliers
 from hf_optim_plugins.quantization.mixed_precision import MixedPrecision
@@ -113,7 +113,9 @@ def test_the_chosen_set_is_the_one_a_brute_force_ablation_ranks_first(family):
     count = report["sites_with_16_bits"]
     assert count == len(expected) // 2
     chosen = {
-        name for name, m in formats.quantized_modules(made).items() if m.quantization_scheme.input_activations is None
+        name
+        for name, m in compressed.quantized_modules(made).items()
+        if m.quantization_scheme.input_activations is None
     }
     assert chosen == set().union(*expected[:count])
     assert list(report["ranking"].values()) == pytest.approx([by_hand[m] for m in expected], rel=1e-2, abs=2e-7)
@@ -124,7 +126,9 @@ def test_planted_sites_are_the_ones_that_are_found():
     planted = plant_outliers(model, factor=100.0, pairs=False)
     made = calibrated(model, batches_of(model), budget=0.5, tolerance=0.0)
     chosen = {
-        name for name, m in formats.quantized_modules(made).items() if m.quantization_scheme.input_activations is None
+        name
+        for name, m in compressed.quantized_modules(made).items()
+        if m.quantization_scheme.input_activations is None
     }
     assert chosen == planted.inputs.keys() - {"lm_head"}
 
@@ -147,7 +151,7 @@ def test_a_generous_tolerance_leaves_everything_at_8_bits():
     model = tiny_llama()
     made = calibrated(model, batches_of(model), tolerance=1e3)
     assert run_of(made).record.steps["0"]["sites_with_16_bits"] == 0
-    schemes = [m.quantization_scheme for m in formats.quantized_modules(made).values()]
+    schemes = [m.quantization_scheme for m in compressed.quantized_modules(made).values()]
     assert all(s.input_activations is not None and not s.input_activations.dynamic for s in schemes)
 
 

@@ -13,15 +13,15 @@ from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_optim import formats, optimize
+from hf_optim import compressed, optimize
 from hf_optim.errors import ModelError, NumericalError
-from hf_optim.run import run_of
-from hf_optim.toolkit.brain_surgeon import quantize_greedily, spread
-from hf_optim.toolkit.execution_order import by_block
-from hf_optim.toolkit.grids import GridSpec, make_grid, round_codes
-from hf_optim.toolkit.hessian import damped
-from hf_optim.toolkit.least_squares import output_error
-from hf_optim.toolkit.observers import SecondMoment
+from hf_optim.runs.run import run_of
+from hf_optim.toolkit.quantization.grids import GridSpec, make_grid, round_codes
+from hf_optim.toolkit.quantization.hessian import damped
+from hf_optim.toolkit.quantization.least_squares import output_error
+from hf_optim.toolkit.quantization.obq_recursion import quantize_greedily, spread
+from hf_optim.toolkit.statistics.observers import SecondMoment
+from hf_optim.toolkit.topology.block_lists import by_block
 from hf_optim_plugins.quantization.gptq import quantize_columns
 
 DOUBLE = torch.float64
@@ -147,7 +147,7 @@ def test_drivers_agree_and_the_report_has_every_layer():
     models = [
         quantized(tiny_llama(), driver, group_size=16, precision="float64") for driver in ("blockwise", "whole_model")
     ]
-    blockwise, whole = (formats.quantized_modules(model) for model in models)
+    blockwise, whole = (compressed.quantized_modules(model) for model in models)
     assert len(blockwise) == 14
     assert blockwise.keys() == whole.keys()
     assert all(torch.equal(blockwise[name].weight, whole[name].weight) for name in whole)
@@ -166,7 +166,7 @@ def test_a_bit_plan_is_followed():
         return optimized
 
     assigned = {"technique": "qbert", "assign_only": True, "budget": 3.0, "shards": 1, "iterations": 3}
-    found = formats.quantized_modules(plan([assigned, {"technique": "obq", "group_size": 16}]))
+    found = compressed.quantized_modules(plan([assigned, {"technique": "obq", "group_size": 16}]))
     assert len(set(run["plan"].values())) > 1
     assert {name: m.quantization_scheme.weights.num_bits for name, m in found.items()} == run["plan"]
 

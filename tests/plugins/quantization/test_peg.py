@@ -11,11 +11,11 @@ from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, BertModel
 
 import hf_optim
-from hf_optim import NumericalError, formats, run_of
+from hf_optim import NumericalError, compressed, run_of
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.outliers import plant_outliers
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.ranges import even_groups
+from hf_optim.toolkit.quantization.ranges import even_groups
 from hf_optim_plugins.quantization.peg import PEG, Wiring, sort_pair_
 
 
@@ -157,7 +157,7 @@ def test_the_dense_equivalent_has_stock_modules_and_the_decoded_weights():
     model = calibrated(tiny_gpt2())
     layer = model.transformer.h[0].mlp.c_fc
     decoded = layer.decoded()
-    lost = formats.dense(model)
+    lost = compressed.dense(model)
     assert "transformer.h.0.mlp.c_fc" in lost
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"

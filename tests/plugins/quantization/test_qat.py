@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
-from hf_optim import ModelError, OptimError, RecipeError, formats, optimize, run_of
-from hf_optim.run import evaluating
-from hf_optim.toolkit.fake_quant import FakeQuantLinear
-from hf_optim.toolkit.masks import follows_nm
+from hf_optim import ModelError, OptimError, RecipeError, compressed, optimize, run_of
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.pruning.masks import follows_nm
+from hf_optim.toolkit.quantization.fake_quant import FakeQuantLinear
 from hf_optim_plugins.quantization.qat import QAT
 
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(9))
@@ -163,7 +164,7 @@ def test_gradients_pass_the_rounding_and_stop_at_the_clamp():
     slope = torch.randn(5, layer.out_features)
     (layer(x) * slope).sum().backward()
     assert torch.allclose(x.grad, slope @ layer.fake_weight(), atol=1e-5)
-    rounded = formats.input_quantizer(layer_scheme(model))(x.detach())
+    rounded = compressed.input_quantizer(layer_scheme(model))(x.detach())
     assert torch.allclose(layer.weight.grad, slope.T @ rounded, atol=1e-5)
 
 
@@ -194,7 +195,7 @@ def test_the_teacher_of_one_stage_is_the_model_before_it(order, tmp_path):
     )  # fmt: skip
     hf_optim.OptimTrainer(model=model, args=args, train_dataset=trainer_data, callbacks=[Look()]).train()
     assert seen == [False, False]
-    assert len(formats.quantized_modules(model)) == 14
+    assert len(compressed.quantized_modules(model)) == 14
     assert not any("same distribution" in note for note in run.record.notes)
 
 
@@ -206,7 +207,7 @@ def test_zeros_of_a_pruned_model_stay(first, tmp_path):
     train(model, tmp_path)
     run = run_of(model)
     assert {str(trait) for trait in run.traits} >= {"sparse", "quantized"}
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
     for name, mask in run.masks.items():
         assert not model.get_parameter(name)[~mask].any()
     assert all(follows_nm(model, name, 2, 4) for name in run.nm_patterns)
@@ -215,7 +216,7 @@ def test_zeros_of_a_pruned_model_stay(first, tmp_path):
 def test_tied_heads_are_left_out_and_others_on_request(tmp_path):
     model = optimize(tiny_llama(), {"technique": "qat", "targets": ["lm_head", "Linear"], "skip": ["*.o_proj"]})
     train(model, tmp_path, 1)
-    names = formats.quantized_modules(model)
+    names = compressed.quantized_modules(model)
     assert not any(name.endswith("o_proj") for name in names)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert ("lm_head" in names) != tied
@@ -254,7 +255,7 @@ def test_a_loop_of_ones_own_that_makes_the_callbacks():
 @pytest.mark.slow
 def test_it_beats_post_training_quantization_on_a_real_model(shared_models, shared_data, tmp_path):
     """babyllama-1m at 3 bits, on a small part of the evaluation text, after 40 steps towards the model it was."""
-    from hf_optim.measure import perplexity
+    from hf_optim.evaluation.evaluate import perplexity
 
     home = shared_models / "babyllama-1m"
     held_out = real_stories.windows(home, shared_data, "eval", 16)

@@ -12,11 +12,11 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_vit
 from torch import nn
 from transformers import AutoModelForCausalLM, BertModel
 
-from hf_optim import ModelError, RecipeError, formats, optimize
-from hf_optim.run import run_of
+from hf_optim import ModelError, RecipeError, compressed, optimize
+from hf_optim.runs.run import run_of
 from hf_optim.testing.conformance import inputs_for
-from hf_optim.toolkit.curvature import gradients, own_loss, probing
-from hf_optim.toolkit.grids import GridSpec, make_grid
+from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
+from hf_optim.toolkit.statistics.curvature import gradients, own_loss, probing
 from hf_optim_plugins.quantization.qbert import QBERT, grouped_grid
 
 IDS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -102,15 +102,17 @@ def test_the_checkpoint_holds_the_bytes_that_were_allowed(assign, fields, tmp_pa
     model = quantized(tiny_llama(), assign=assign, **fields)
     figures = run_of(model).record.steps["0"]
     assert figures["bytes"] <= figures["bytes_allowed"]
-    widths = {name: m.quantization_scheme.weights.num_bits for name, m in formats.quantized_modules(model).items()}
+    widths = {name: m.quantization_scheme.weights.num_bits for name, m in compressed.quantized_modules(model).items()}
     assert widths == {name: row["bits"] for name, row in figures["layers"].items()}
     assert set(widths.values()) <= set(fields.get("choices", (2, 4, 8)))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     stored = [t for name, t in tensors.items() if name.endswith(("weight_packed", "weight_scale"))]
     assert sum(t.numel() * t.element_size() for t in stored) == figures["bytes"]
-    uniform = sum(m.weight.numel() * fields.get("budget", 4.0) / 8 for m in formats.quantized_modules(model).values())
-    scales = sum(m.weight_scale.numel() * 4 for m in formats.quantized_modules(model).values())
+    uniform = sum(
+        m.weight.numel() * fields.get("budget", 4.0) / 8 for m in compressed.quantized_modules(model).values()
+    )
+    scales = sum(m.weight_scale.numel() * 4 for m in compressed.quantized_modules(model).values())
     assert figures["bytes_allowed"] == pytest.approx(uniform + scales, rel=0.02)
 
 
@@ -142,7 +144,7 @@ def test_models_without_labels_and_without_logits():
 
 def test_inputs_are_quantized_when_asked():
     schemes = [
-        m.quantization_scheme for m in formats.quantized_modules(quantized(tiny_bert(), activations="int8")).values()
+        m.quantization_scheme for m in compressed.quantized_modules(quantized(tiny_bert(), activations="int8")).values()
     ]
     assert all(scheme.input_activations.dynamic for scheme in schemes)
 
@@ -174,7 +176,7 @@ def test_mixed_bits_beat_uniform_ones_at_equal_bytes_on_a_real_model(shared_mode
     uniform = optimize(copy.deepcopy(dense), [{"technique": "rtn", "bits": 4, "group_size": 32, "observer": "mse"}])
     figures = run_of(mixed).record.steps["0"]
     assert {row["bits"] for row in figures["layers"].values()} == {2, 4, 8}
-    layers = formats.quantized_modules(uniform).values()
+    layers = compressed.quantized_modules(uniform).values()
     assert figures["bytes"] <= sum(m.out_features * (m.in_features // 2 + 4 * m.in_features // 32) for m in layers)
     assert perplexity(mixed, held_out) < perplexity(uniform, held_out)
 

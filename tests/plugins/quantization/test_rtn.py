@@ -9,10 +9,10 @@ from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_optim import formats, optimize
-from hf_optim.config import OptimConfig
+from hf_optim import compressed, optimize
 from hf_optim.errors import DataError, ModelError, NumericalError, RecipeError
-from hf_optim.run import run_of
+from hf_optim.recipes.config import OptimConfig
+from hf_optim.runs.run import run_of
 from hf_optim_plugins.quantization.rtn import RTN
 
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def logits(model) -> torch.Tensor:
 def test_schemes(tmp_path, name):
     fields, stored, strategy = SCHEMES[name]
     dense, model = tiny_llama(), rounded(tiny_llama(), **fields)
-    modules = formats.quantized_modules(model)
+    modules = compressed.quantized_modules(model)
     assert len(modules) == 14
     for key, module in modules.items():
         scheme, before = module.quantization_scheme, dense.get_submodule(key).weight.detach()
@@ -120,7 +120,7 @@ def test_zeros_stay(bits, symmetric):
         if isinstance(module, nn.Linear):
             module.weight.data[module.weight.abs() < 0.1] = 0.0
     zeros = {name: m.weight == 0 for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, module in formats.quantized_modules(rounded(model, bits=bits, symmetric=symmetric)).items():
+    for name, module in compressed.quantized_modules(rounded(model, bits=bits, symmetric=symmetric)).items():
         assert bool((module.weight[zeros[name]] == 0).all())
 
 
@@ -165,7 +165,7 @@ def test_fields_that_do_not_go_together_are_refused(fields):
 def test_families(family):
     model = TINY[family]()
     model = rounded(model)
-    assert len(formats.quantized_modules(model)) >= 4
+    assert len(compressed.quantized_modules(model)) >= 4
     model.hf_quantizer.get_state_dict_and_metadata(model)
 
 
@@ -187,7 +187,7 @@ def test_integer_weights_of_a_mixture_without_its_experts_are_refused_since_stoc
 
 def test_targets_and_skip():
     model = rounded(tiny_bert(), targets=["*.attention.*"], skip=["re:.*layer\\.0\\..*"])
-    names = list(formats.quantized_modules(model))
+    names = list(compressed.quantized_modules(model))
     assert names
     assert all("layer.1.attention" in name for name in names)
 
@@ -204,7 +204,7 @@ def test_shipped_recipes(recipe):
     parsed = OptimConfig.parse(recipe)
     parsed.check()
     model = optimize(tiny_llama(), parsed, calibration=IDS)
-    (module, *_) = formats.quantized_modules(model).values()
+    (module, *_) = compressed.quantized_modules(model).values()
     scheme = module.quantization_scheme
     bits, inputs = scheme.weights.num_bits, scheme.input_activations
     assert (bits, inputs and inputs.type) == {

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import hf_optim
-from hf_optim import OptimConfig, RecipeError, Run, Scope
-from hf_optim.toolkit import folding, topology
-from hf_optim.toolkit.topology import weight_out_in
+from hf_optim import OptimConfig, RecipeError, Scope
+from hf_optim.lifecycle.stages import start_run
+from hf_optim.toolkit import topology
+from hf_optim.toolkit.permutation import folding
+from hf_optim.toolkit.topology.linear_layers import weight_out_in
 from hf_optim_plugins.quantization.smoothquant import SHARED, SmoothQuant, smoothing_scale
 
 OUTLIERS = (3, 17, 29)
@@ -50,7 +52,7 @@ def plant_outliers_(model, channels=OUTLIERS, factor=50.0):
 def smooth_(model, inputs, **fields):
     """Drive the hook by hand over the whole model; the run, for what it recorded."""
     recipe = OptimConfig.parse([SmoothQuant(**fields)])
-    run = Run(recipe, model.config)
+    run = start_run(recipe, model.config)
     run.model = model
     steps = recipe.steps[0].calibrate(run, Scope("", model, model))
     with torch.no_grad():
@@ -225,7 +227,7 @@ def test_zeros_stay_zeros():
 
 def test_observers_are_gone_when_a_pass_fails():
     model = tiny_llama()
-    run = Run(OptimConfig.parse([SmoothQuant()]), model.config)
+    run = start_run(OptimConfig.parse([SmoothQuant()]), model.config)
     run.model = model
     steps = run.recipe.steps[0].calibrate(run, Scope("", model, model))
     next(steps)

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_optim
-from hf_optim import formats, optimize
+from hf_optim import compressed, optimize
 from hf_optim.errors import ModelError, NumericalError, RecipeError
-from hf_optim.measure import mean_pooled
-from hf_optim.metrics import spearman
-from hf_optim.run import run_of
+from hf_optim.evaluation.evaluate import mean_pooled
+from hf_optim.evaluation.metrics import spearman
+from hf_optim.runs.run import run_of
 from hf_optim_plugins.quantization.zeroquant import ZeroQuant, row_groups
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,7 @@ def test_two_steps_mix_widths():
         {"technique": "zeroquant", "targets": ["*.mlp.*"], "bits": 4, "groups": 8},
     ]
     model = optimize(tiny_llama(), recipe)
-    bits = {n: m.quantization_scheme.weights.num_bits for n, m in formats.quantized_modules(model).items()}
+    bits = {n: m.quantization_scheme.weights.num_bits for n, m in compressed.quantized_modules(model).items()}
     assert len(bits) == 14
     assert all(width == (8 if "self_attn" in name else 4) for name, width in bits.items())
     assert run_of(model).record.steps["1"]["layers_by_bits"] == {"4": 6}
@@ -116,7 +116,7 @@ def test_two_steps_mix_widths():
 
 def test_a_plan_of_bits_is_followed():
     from hf_optim import Contract, Reload, Technique, hookimpl, technique
-    from hf_optim.traits import BITS_ASSIGNED, FLOAT_WEIGHTS
+    from hf_optim.recipes.traits import BITS_ASSIGNED, FLOAT_WEIGHTS
 
     @technique(
         "planner",
@@ -157,12 +157,12 @@ def test_zeros_stay():
         if isinstance(module, nn.Linear):
             module.weight.data[module.weight.abs() < 0.1] = 0.0
             zeros[name] = module.weight == 0
-    for name, module in formats.quantized_modules(quantized(model, bits=4, groups=2)).items():
+    for name, module in compressed.quantized_modules(quantized(model, bits=4, groups=2)).items():
         assert bool((module.weight[zeros[name]] == 0).all())
 
 
 def test_a_named_head_is_quantized_too():
-    assert "lm_head" in formats.quantized_modules(quantized(targets=("lm_head", "Linear")))
+    assert "lm_head" in compressed.quantized_modules(quantized(targets=("lm_head", "Linear")))
 
 
 def test_what_is_refused():

@@ -12,10 +12,12 @@ from transformers import BertModel
 
 import hf_optim
 from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, run_of
+from hf_optim.recipes.traits import SPARSE
 from hf_optim.testing.conformance import inputs_for
-from hf_optim.toolkit import masks, permuting
-from hf_optim.toolkit.linear_layers import linears, weight_out_in
-from hf_optim.traits import SPARSE
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.permutation import permutation_sites
+from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.topology.linear_layers import linears, weight_out_in
 
 NAME = "channel_permutation"
 QUICK = {"tries": 0, "starts": 8}
@@ -48,7 +50,7 @@ def column_order(before, after):
     return torch.cdist(new.T, old.T).argmin(1)
 
 
-@pytest.mark.parametrize("where", permuting.KINDS)
+@pytest.mark.parametrize("where", permutation_sites.KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "vit"])
 def test_outputs_are_the_same_in_float64(family, where):
     model = TINY[family]().double()
@@ -59,7 +61,7 @@ def test_outputs_are_the_same_in_float64(family, where):
     assert any(not torch.equal(weight, dense[name]) for name, weight in weights(model).items())
 
 
-@pytest.mark.parametrize("where", permuting.KINDS)
+@pytest.mark.parametrize("where", permutation_sites.KINDS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "t5", "mixtral"])
 def test_outputs_are_the_same_where_norms_compute_in_float32(family, where):
     if (family, where) == ("mixtral", "neurons"):
@@ -164,7 +166,7 @@ def test_masks_of_an_earlier_step_move_along():
     pruned = hf_optim.optimize(tiny_llama(), steps[:1])
     model = hf_optim.optimize(tiny_llama(), steps)
     run = run_of(model)
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
     assert SPARSE in run.traits
     assert any(not torch.equal(mask, run_of(pruned).masks[name]) for name, mask in run.masks.items())
     for name, mask in run.masks.items():
@@ -256,14 +258,14 @@ def test_fused_experts_have_no_neurons_to_permute():
 
 
 def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
-    real = permuting._of_residual
+    real = permutation_sites._of_residual
 
     def broken(model, residual):
         parameters = {name: dims for name, dims in residual.parameters.items() if "lm_head" not in name}
         object.__setattr__(residual, "parameters", parameters)
         return real(model, residual)
 
-    monkeypatch.setattr(permuting, "_of_residual", broken)
+    monkeypatch.setattr(permutation_sites, "_of_residual", broken)
     model = tiny_llama()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(NumericalError, match=r"step 1 \(channel_permutation\).*changes its outputs.*undone"):

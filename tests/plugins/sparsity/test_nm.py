@@ -12,9 +12,10 @@ from transformers import Trainer, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
-from hf_optim.toolkit import masks
-from hf_optim.toolkit.linear_layers import linears, weight_out_in
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.topology.linear_layers import linears, weight_out_in
 
 
 def tokens(count=6, width=16, seed=3):
@@ -60,7 +61,7 @@ def test_every_layer_follows_the_pattern_along_its_input(family, keep, group):
     for name in dense.keys() - names:
         assert torch.equal(weight_out_in(model.get_submodule(name)), dense[name])
     assert {SPARSE, SPARSE_NM} <= run.traits
-    assert SPARSE.holds(run)
+    assert holds(SPARSE, run)
 
 
 def test_activation_score_is_wandas():
@@ -111,7 +112,7 @@ def test_other_patterns_are_exact_compose_and_stay_in_training(keep, group, tmp_
         assert torch.equal(model.get_submodule(name).weight != 0, (groups >= least).flatten(-2))
     quantized = [{**step, "compensate": True}, {"technique": "gptq", "bits": 4, "group_size": 16}]
     model = hf_optim.optimize(tiny_llama(), quantized, calibration=tokens(24))
-    assert all(trait.holds(run_of(model)) for trait in run_of(model).traits)
+    assert all(holds(trait, run_of(model)) for trait in run_of(model).traits)
     assert set(run_of(model).nm_patterns.values()) == {(keep, group)}
     model = hf_optim.optimize(tiny_llama(), step)
     settings = TrainingArguments(
@@ -120,7 +121,7 @@ def test_other_patterns_are_exact_compose_and_stay_in_training(keep, group, tmp_
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in tokens(16)]
     Trainer(model=model, args=settings, train_dataset=data, callbacks=hf_optim.callbacks(model)).train()
-    assert SPARSE_NM.holds(run_of(model))
+    assert holds(SPARSE_NM, run_of(model))
 
 
 def test_a_budget_may_hold_across_the_model():
@@ -202,7 +203,7 @@ def test_zeros_that_are_there_stay_and_the_tighter_pattern_is_kept():
         assert masks.follows_nm(model, name, 2, 4)
     model = hf_optim.optimize(tiny_llama(), [{"technique": "nm", "keep": 1}, {"technique": "nm"}])
     assert set(run_of(model).nm_patterns.values()) == {(1, 4)}
-    assert SPARSE_NM.holds(run_of(model))
+    assert holds(SPARSE_NM, run_of(model))
 
 
 def test_the_pattern_is_kept_in_training(tmp_path):

@@ -16,12 +16,13 @@ from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
-from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError, formats, run_of
-from hf_optim.run import evaluating
-from hf_optim.toolkit import masks, sparse_training
-from hf_optim.toolkit.linear_layers import linears, weight_out_in
-from hf_optim.toolkit.sparse_training import MaskedLayer
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError, compressed, run_of
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.pruning import masked_layers, masks
+from hf_optim.toolkit.pruning.masked_layers import MaskedLayer
+from hf_optim.toolkit.topology.linear_layers import linears, weight_out_in
 from hf_optim_plugins.sparsity.sr_ste import SparseRefinement, refine_
 
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(9))
@@ -71,7 +72,7 @@ def targets(model):
 def test_sign_and_size_of_the_term(term):
     """One step of SGD, in float64, is W - γ (g + λ ¬M ∘ W): what is left out decays, what is kept does not."""
     torch.manual_seed(0)
-    layer = sparse_training.attach(torch.nn.Linear(8, 3).double())
+    layer = masked_layers.attach(torch.nn.Linear(8, 3).double())
     start = layer.weight.detach().clone()
     mask = masks.nm_mask(start, 2, 4)
     layer.set_masks(mask)
@@ -79,7 +80,7 @@ def test_sign_and_size_of_the_term(term):
     layer(x).square().sum().backward()
     gradient = 2 * (x @ (start * mask).T + layer.bias.detach()).T @ x
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    refine_([layer], 0.5, term, sparse_training.learning_rates(optimizer))
+    refine_([layer], 0.5, term, masked_layers.learning_rates(optimizer))
     optimizer.step()
     assert torch.allclose(layer.weight, start - 0.1 * (gradient + 0.5 * ~mask * start), atol=1e-12)
     layer.weight.grad = torch.zeros_like(start)
@@ -210,14 +211,14 @@ def test_the_rate_that_counts_is_that_of_the_layers_under_sgd(tmp_path):
 
 
 def test_a_step_that_the_loss_scaler_leaves_out_decays_nothing():
-    layer = sparse_training.attach(torch.nn.Linear(8, 3))
+    layer = masked_layers.attach(torch.nn.Linear(8, 3))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer.weight.grad = torch.full_like(layer.weight, float("inf"))
-    assert not sparse_training.will_skip(optimizer)
+    assert not masked_layers.will_skip(optimizer)
     scaled = SimpleNamespace(scaler=object(), param_groups=optimizer.param_groups)
-    assert sparse_training.will_skip(scaled)
+    assert masked_layers.will_skip(scaled)
     layer.weight.grad.zero_()
-    assert not sparse_training.will_skip(scaled)
+    assert not masked_layers.will_skip(scaled)
 
 
 def test_recomputed_blocks_and_bfloat16_autocast_change_no_rule(tmp_path):
@@ -238,11 +239,11 @@ def test_recomputed_blocks_and_bfloat16_autocast_change_no_rule(tmp_path):
 
 
 def test_shards_are_refused():
-    layer = sparse_training.attach(torch.nn.Linear(8, 3))
-    sparse_training.require_whole({"some.layer": layer}, "step 1 (sr_ste)")
+    layer = masked_layers.attach(torch.nn.Linear(8, 3))
+    masked_layers.require_whole({"some.layer": layer}, "step 1 (sr_ste)")
     layer.weight = torch.nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves between two forwards
     with pytest.raises(ModelError, match=r"step 1 \(sr_ste\): some.layer.weight is sharded.*DDP"):
-        sparse_training.require_whole({"some.layer": layer}, "step 1 (sr_ste)")
+        masked_layers.require_whole({"some.layer": layer}, "step 1 (sr_ste)")
 
 
 # -- the lifecycle ----------------------------------------------------------------------------------------------------
@@ -253,14 +254,14 @@ class Watch(TrainerCallback):
         self.masks = {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        layers = sparse_training.masked_layers(model)
+        layers = masked_layers.masked_layers(model)
         self.masks[state.global_step] = {name: layer.forward_mask for name, layer in layers.items()}
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         plain = copy.deepcopy(model)
-        for layer in sparse_training.masked_layers(plain).values():
+        for layer in masked_layers.masked_layers(plain).values():
             mask = masks.nm_mask(layer.weight, 2, 4)
-            sparse_training.detach(layer)
+            masked_layers.detach(layer)
             layer.weight.data.mul_(mask)
         with evaluating(model), evaluating(plain):
             assert torch.equal(model(IDS).logits, plain(IDS).logits)
@@ -276,8 +277,8 @@ def test_the_mask_follows_the_weights_and_evaluation_is_sparse(tmp_path):
     assert changed > 0
     run = run_of(model)
     assert {SPARSE, SPARSE_NM} <= run.traits
-    assert all(trait.holds(run) for trait in run.traits)
-    assert not sparse_training.masked_layers(model)
+    assert all(holds(trait, run) for trait in run.traits)
+    assert not masked_layers.masked_layers(model)
     for name, mask in watch.masks[6].items():
         assert torch.equal(run.masks[f"{name}.weight"], mask)
         assert run.nm_patterns[f"{name}.weight"] == (2, 4)
@@ -355,7 +356,7 @@ def test_what_an_earlier_step_removed_stays_removed(tmp_path):
     model = hf_optim.optimize(tiny_llama(), [{"technique": "nm", "keep": 1}, {"technique": "sr_ste"}])
     train(model, tmp_path)
     assert set(run_of(model).nm_patterns.values()) == {(1, 4)}
-    assert SPARSE_NM.holds(run_of(model))
+    assert holds(SPARSE_NM, run_of(model))
 
 
 def test_one_stage_with_a_teacher(tmp_path):
@@ -382,8 +383,8 @@ def test_quantizing_afterwards_keeps_the_zeros(tmp_path):
     train(model, tmp_path)
     run = run_of(model)
     assert run.finished
-    assert len(formats.quantized_modules(model)) == 14
-    assert all(trait.holds(run) for trait in run.traits)
+    assert len(compressed.quantized_modules(model)) == 14
+    assert all(holds(trait, run) for trait in run.traits)
     assert all(masks.follows_nm(model, name, 2, 4) for name in run.nm_patterns)
 
 
@@ -415,7 +416,7 @@ def test_training_that_ends_before_sparsity_begins_warns(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "begin": 9})
     with pytest.warns(UserWarning, match="begins at step 9, but training ends at step 3: .* pruned once"):
         train(model, tmp_path, 3)
-    assert SPARSE_NM.holds(run_of(model))
+    assert holds(SPARSE_NM, run_of(model))
 
 
 def test_a_decay_that_the_learning_rate_makes_nothing_is_noted(tmp_path):

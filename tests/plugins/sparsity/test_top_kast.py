@@ -11,9 +11,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_optim
 from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, run_of
-from hf_optim.toolkit import masks, sparse_training
-from hf_optim.toolkit.linear_layers import linears
-from hf_optim.traits import SPARSE, SPARSE_NM
+from hf_optim.recipes.traits import SPARSE, SPARSE_NM
+from hf_optim.testing.trait_checks import holds
+from hf_optim.toolkit.pruning import masked_layers, masks
+from hf_optim.toolkit.topology.linear_layers import linears
 from hf_optim_plugins.sparsity.top_kast import penalize_
 
 RATE = 1e-2
@@ -31,7 +32,7 @@ class Watch(TrainerCallback):
         self.weights, self.used, self.reached, self.means = {}, {}, {}, {}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        layers = sparse_training.masked_layers(model)
+        layers = masked_layers.masked_layers(model)
         now = state.global_step
         self.weights[now] = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         self.used[now] = {name: layer.forward_mask for name, layer in layers.items()}
@@ -78,7 +79,7 @@ def test_supports_are_exact_under_ties():
             layer.weight.copy_(torch.where(torch.rand(layer.weight.shape) < 0.5, 0.5, -0.5))
     model = hf_optim.optimize(model, {"technique": "top_kast", "sparsity": 0.77, "backward_sparsity": 0.33})
     hf_optim.callbacks(model)
-    layers = sparse_training.masked_layers(model)
+    layers = masked_layers.masked_layers(model)
     assert len(layers) == 14
     for layer in layers.values():
         size = layer.weight.numel()
@@ -138,7 +139,7 @@ def test_training_is_the_papers_algorithm(build, kind, tmp_path):
 
 
 def test_the_penalty_of_what_is_explored_is_one_over_d():
-    layer = sparse_training.attach(torch.nn.Linear(4, 1, bias=False).double())
+    layer = masked_layers.attach(torch.nn.Linear(4, 1, bias=False).double())
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0]]))
     layer.set_masks(torch.tensor([[True, False, False, False]]), torch.tensor([[True, True, False, False]]))
@@ -207,7 +208,7 @@ def test_exploration_ends(end, tmp_path):
     assert torch.equal(watch.used[4][name], expected)
     assert int(expected.sum()) == size - masks.removed_count(size, 0.7)
     assert torch.equal(run_of(model).masks[f"{name}.weight"], expected)
-    assert SPARSE.holds(run_of(model))
+    assert holds(SPARSE, run_of(model))
 
 
 # -- the lifecycle ----------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_what_an_earlier_step_removed_stays_removed(tmp_path):
         assert not (mask & ~before[name]).any()
         assert int((~mask).sum()) == masks.removed_count(mask.numel(), 0.7)
     assert {SPARSE, SPARSE_NM} <= run.traits
-    assert all(trait.holds(run) for trait in run.traits)
+    assert all(holds(trait, run) for trait in run.traits)
 
 
 def test_warnings_and_refusals(tmp_path):

@@ -11,16 +11,15 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique
+from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit.topology import weight_out_in
-from hf_optim.traits import FLOAT_WEIGHTS, SPARSE, SPARSE_NM
 
 
 @technique(
     "ternary",
     family="quantization",
     paper=Paper("1605.04711", "Ternary Weight Networks", 2016),
-    contract=Contract(needs={FLOAT_WEIGHTS}, keeps={SPARSE, SPARSE_NM}),
+    contract=Contract(needs={traits.FLOAT_WEIGHTS}, keeps={traits.SPARSE, traits.SPARSE_NM}),
     reload=Reload.STOCK_DENSE,
 )
 class Ternary(Technique):

@@ -1,0 +1,1 @@
+"""Calibrate: drive techniques over batches, the whole model at once or block by block."""

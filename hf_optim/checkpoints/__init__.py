@@ -1,0 +1,1 @@
+"""Files: read, write and replace checkpoints, on disk and on the Hub."""

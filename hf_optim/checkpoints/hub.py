@@ -1,0 +1,168 @@
+"""The Hub: pushing a checkpoint directory, or a model in memory by its own ``push_to_hub``; always with its card."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..runs.record import FILE_NAME, Record
+from ..runs.run import find_run
+
+# Leftovers of training and editors do not belong in a published checkpoint, and pickles are never published.
+IGNORED = ["checkpoint-*", "checkpoint-*/**", "runs/**", ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp"]
+# Weights of an earlier push. Stock transformers prefers a single file to shards: a stale one would be loaded instead.
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+
+
+def push(
+    directory: Path | str, repo_id: str, *, private: bool = False, revision: str | None = None, message: str = ""
+) -> str:
+    """Create the repository if need be and upload the checkpoint. Returns the URL of the commit.
+
+    The token is the one of ``hf auth login`` or ``HF_TOKEN``. Weights of an earlier push that are not in ``directory``
+    are removed from the repository. Raises ``CheckpointError`` for a directory that is not a finished checkpoint of
+    hf_optim, without a token, or when the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import get_token
+
+    directory = Path(directory)
+    _refuse_incomplete(directory)
+    if get_token() is None:
+        raise CheckpointError(f"cannot push to {repo_id} without a token: run `hf auth login`, or set HF_TOKEN")
+    with _explained(repo_id):
+        commit = _upload(
+            directory,
+            repo_id,
+            private=private or None,
+            revision=revision,
+            commit_message=message or "Upload with hf-optim",
+        )
+    return str(commit.commit_url)
+
+
+def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+    """Upload the optimized model: as ``PreTrainedModel.push_to_hub``, with hf_optim's record and card.
+
+    Takes ``commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags`` and returns
+    the ``CommitInfo``, as the stock method does. (That one writes a card of its own over the one that was saved.)
+    """
+    run = find_run(self)
+    if run is None or not run.finished:
+        return type(self).push_to_hub(self, repo_id, **kwargs)
+    kwargs.setdefault("commit_message", None)
+    kwargs["commit_message"] = kwargs["commit_message"] or "Upload model"
+    shard, tags = kwargs.pop("max_shard_size", None), kwargs.pop("tags", None)
+    with tempfile.TemporaryDirectory() as home:
+        self.save_pretrained(home, **({} if shard is None else {"max_shard_size": shard}))
+        if tags:
+            _add_tags(Path(home) / "README.md", tags)
+        return _upload(Path(home), repo_id, **kwargs)
+
+
+def _upload(
+    directory: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: Any = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> Any:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        revision=revision,
+        create_pr=create_pr,
+        ignore_patterns=list(IGNORED),
+        delete_patterns=list(WEIGHTS),
+        **kwargs,
+    )
+
+
+def cached_home(source: str, revision: str | None = None) -> Path | None:
+    """Where the files of a model lie: its directory, or its place in the Hub's cache once it was loaded; or None."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(source, "config.json", revision=revision, local_files_only=True)
+    except OSError:
+        return None
+    return Path(path).parent if path is not None else None
+
+
+def commit_of(source: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub model whose configuration was loaded; None for a local directory."""
+    from transformers.utils.hub import extract_commit_hash
+
+    home = None if Path(source).is_dir() else cached_home(source, revision)
+    return extract_commit_hash(str(home / "config.json"), None) if home is not None else None
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """The errors of the Hub's client as one line that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id!r} is no name for a repository ({_line(error)}); use owner/name") from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"the Hub refused {repo_id}: {_reason(error)}") from error
+    except OfflineModeIsEnabled as error:
+        raise CheckpointError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set") from error
+    except httpx.HTTPError as error:
+        raise CheckpointError(f"cannot reach the Hub to push {repo_id}: {_line(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"the Hub's client refused {repo_id}: {_line(error)}") from error
+
+
+def _reason(error: Any) -> str:
+    status = error.response.status_code
+    message = error.server_message or _line(error)
+    remedy = {
+        401: "; is the token valid? `hf auth whoami` tells",
+        403: "; the token needs the right to write there",
+    }.get(status, "")
+    return f"{status}: {' '.join(message.split())}{remedy}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _add_tags(card: Path, tags: list[str]) -> None:
+    from huggingface_hub import ModelCard
+
+    made = ModelCard.load(card)
+    known = list(made.data.tags or [])
+    made.data.tags = known + [tag for tag in tags if tag not in known]
+    made.save(card)
+
+
+def _refuse_incomplete(directory: Path) -> None:
+    if not directory.is_dir():
+        raise CheckpointError(f"no directory {str(directory)!r}")
+    for name in ("config.json", FILE_NAME, "README.md"):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} has no {name}: push what `hf-optim compress` or save_pretrained wrote")
+    if not list(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{directory} has no safetensors weights")
+    try:
+        finished = Record.read(directory).finished
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {_line(error)}") from error
+    if not finished:
+        raise CheckpointError(f"{directory} is a checkpoint from the middle of a recipe; finish the recipe and save it")

@@ -1,0 +1,225 @@
+"""Models that no class of transformers expresses: their own code travels with the checkpoint.
+
+``convert`` gives a model a class and a configuration class of its own, generated from the text of one self-contained
+module. From then on stock ``save_pretrained`` and ``push_to_hub`` write that module beside the weights and name it in
+``auto_map``, through transformers' own mechanism for custom models. The ``model_type`` is new, so that stock
+transformers refuses the checkpoint, and never loads it as something else, unless
+
+- the reader passes ``trust_remote_code=True`` (the code comes from the checkpoint), or
+- ``hf_optim.remote_code.register(model_type)`` was called (the code comes from the installed technique; nothing of the
+  checkpoint is executed), after which ``AutoModel...from_pretrained`` needs no flag.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import inspect
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+
+from ..errors import ModelError
+from ..toolkit.modules import remote_marker
+from ..toolkit.modules.transplant import auto_heads
+
+PACKAGE = "hf_optim_generated"
+FUTURE = "from __future__ import annotations"
+
+
+@dataclass(frozen=True)
+class RemoteCode:
+    """What a technique brings for models that need their own code; its class attribute ``remote_code``.
+
+    Attributes:
+        name: the technique's name; prefix of ``model_type``, and capitalised of class names.
+        source: text of a module that imports only torch and transformers (``joined`` makes one of several).
+        config_base: name of the class in ``source`` which the configuration classes inherit from. It is to make stock
+            classes that are asked for by name refuse; empty for ``marking.RefusedByStock``, which does that.
+        field: name of the configuration field that holds what the technique has to say: a number, or plain JSON.
+        default: the field's value in a configuration made without it.
+        model_base: name of the class in ``source`` which the model classes inherit from first; empty for none. Its
+            ``__init__`` runs when a checkpoint is loaded, not in ``convert``.
+    """
+
+    name: str
+    source: str
+    config_base: str = ""
+    field: str = ""
+    default: int | None = None
+    model_base: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the class names."""
+        return "".join(part.capitalize() for part in self.name.split("_"))
+
+
+def joined(*modules: ModuleType) -> str:
+    """The texts of several modules as one: each may import from those before it, by any path of hf_optim.
+
+    Such imports, and repeated ``from __future__`` lines, are left out of the text.
+    """
+    kept = [FUTURE]
+    for module in modules:
+        lines = inspect.getsource(module).splitlines()
+        dropped = re.compile(r"from (__future__|hf_optim[\w.]*|\.[\w.]*) import [^(]*$")
+        kept += [line for line in lines if not dropped.match(line)]
+    return "\n".join(kept) + "\n"
+
+
+def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedModel:
+    """Make ``model`` a model of its own class, in place; ``value`` goes into the field that ``code`` names.
+
+    Parameters, hooks and names stay as they are: only the classes of the model and of its configuration change. What
+    an ``__init__`` of the new class would do to the modules, the technique has done to this model already. Raises
+    ``ModelError`` for a model that is not of a class of transformers.
+    """
+    config_class, model_class = type(model.config), type(model)
+    module = generate(code, config_class)  # type: ignore[arg-type]
+    name = code.prefix + model_class.__name__
+    if not hasattr(module, name):
+        raise ModelError(f"{model_class.__name__} is not among the classes that transformers' AutoModel classes know")
+    own = getattr(module, code.prefix + config_class.__name__)
+    for config in _configs(model, config_class):
+        config.__class__ = own
+        setattr(config, code.field, value)
+        config.auto_map = dict(module.AUTO_MAP)
+    model.__class__ = getattr(module, name)
+    return model
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo ``convert`` in place: the stock classes again. The modules stay as they are; a stock model is left alone."""
+    stock = stock_class(type(model))
+    if stock is type(model):
+        return model
+    config_class = type(model.config)
+    field = next(name for name in vars(config_class).get("__annotations__", {}))
+    for config in _configs(model, config_class):
+        config.__class__ = stock_class(config_class)
+        for name in (field, "auto_map"):
+            config.__dict__.pop(name, None)
+    model.__class__ = stock
+    return model
+
+
+def stock_class(cls: type) -> type:
+    """The class of transformers that a generated class stands for; any other class itself."""
+    if not cls.__module__.startswith(f"{PACKAGE}."):
+        return cls
+    return next(base for base in cls.__mro__[1:] if getattr(transformers, base.__name__, None) is base)
+
+
+def register(model_type: str) -> type[PretrainedConfig]:
+    """Teach this process a ``model_type`` such as ``local_gpt2``, from the technique that makes it.
+
+    Returns the configuration class. Raises ``ModelError`` for one that no technique of the catalogue makes.
+    """
+    from ..recipes.catalogue import catalogue
+
+    for name in catalogue().names():
+        code = getattr(catalogue().get(name), "remote_code", None) if model_type.startswith(name + "_") else None
+        base = model_type.removeprefix(name + "_")
+        if isinstance(code, RemoteCode) and base in CONFIG_MAPPING:
+            module = generate(code, CONFIG_MAPPING[base])  # type: ignore[arg-type]
+            return getattr(module, code.prefix + CONFIG_MAPPING[base].__name__)
+    raise ModelError(f"no technique makes models of type {model_type!r}")
+
+
+@cache
+def generate(code: RemoteCode, config_class: type[PretrainedConfig]) -> ModuleType:
+    """The module of ``code`` for one architecture: imported, and registered with the ``Auto`` classes."""
+    heads = auto_heads(config_class)
+    if not heads or getattr(transformers, config_class.__name__, None) is not config_class:
+        raise ModelError(f"{config_class.__name__} is not a configuration class of transformers")
+    name = f"modeling_{code.name}_{config_class.model_type}"
+    module = _import_text(name, write_source(code, config_class, name))
+    own = getattr(module, code.prefix + config_class.__name__)
+    own.register_for_auto_class()
+    AutoConfig.register(own.model_type, own, exist_ok=True)
+    for model_class, autos in heads.items():
+        generated = getattr(module, code.prefix + model_class.__name__)
+        generated.register_for_auto_class(autos[0].__name__)
+        for auto in autos:
+            auto.register(own, generated, exist_ok=True)  # type: ignore[attr-defined]
+    return module
+
+
+def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: str) -> str:
+    """The text of the generated module: the technique's source, then one class for each class of the architecture."""
+    heads = auto_heads(config_class)
+    own = code.prefix + config_class.__name__
+    auto_map = {"AutoConfig": f"{name}.{own}"}
+    classes = []
+    for model_class, autos in heads.items():
+        for auto in autos:
+            auto_map.setdefault(auto.__name__, f"{name}.{code.prefix}{model_class.__name__}")
+        bases = f"{code.model_base}, " * bool(code.model_base) + f"transformers.{model_class.__name__}"
+        classes.append(f"class {code.prefix}{model_class.__name__}({bases}):\n    config_class = {own}")
+    kind = "int" if isinstance(code.default, int) else "dict | None"
+    source, config_base = code.source.rstrip(), code.config_base
+    if not config_base:
+        own_lines = joined(remote_marker).removeprefix(FUTURE).strip()
+        source, config_base = f"{source}\n\n\n{own_lines}", remote_marker.RefusedByStock.__name__
+    config = (
+        f"class {own}({config_base}, transformers.{config_class.__name__}):\n"
+        f'    model_type = "{code.name}_{config_class.model_type}"\n'
+        f"    {code.field}: {kind} = {code.default}"
+    )
+    entries = "".join(f'    "{auto}": "{path}",\n' for auto, path in auto_map.items())
+    parts = [source, "import transformers  # noqa: E402", config, *classes, f"AUTO_MAP = {{\n{entries}}}"]
+    return "\n\n\n".join(parts) + "\n"
+
+
+def _configs(model: PreTrainedModel, config_class: type[PretrainedConfig]) -> list[PretrainedConfig]:
+    """Every configuration object of that class that some part of the model holds."""
+    held = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in held if type(config) is config_class}.values())
+
+
+def _import_text(name: str, text: str) -> ModuleType:
+    # transformers copies the file of the module in which a class was defined, so there must be one.
+    path = _folder() / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    qualified = f"{PACKAGE}.{name}"
+    spec = importlib.util.spec_from_file_location(qualified, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[qualified] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception:
+        del sys.modules[qualified]
+        raise
+    return module
+
+
+@cache
+def _folder() -> Path:
+    """Where generated modules live; gone when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="hf_optim_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+__all__: list[Any] = [
+    "RemoteCode",
+    "convert",
+    "generate",
+    "joined",
+    "register",
+    "revert",
+    "stock_class",
+    "write_source",
+]

@@ -1,0 +1,99 @@
+"""Saving: what stock ``save_pretrained`` writes for an optimized model.
+
+The weights and ``config.json`` are written by transformers itself, through its own hooks (``model.hf_quantizer``, the
+class of the model and of its configuration). Around that call, and on the instance alone, stands this module: the save
+is atomic, and the record, the card and what the steps export are written with it.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError
+from ..runs.run import Run, find_run
+from .atomic import replaced_directory
+
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
+
+
+def bind(run: Run) -> None:
+    """Make ``run.model.save_pretrained`` and ``push_to_hub`` write the record and the card too."""
+    from .hub import push_to_hub
+
+    run.model.save_pretrained = types.MethodType(_make_method(), run.model)  # type: ignore[method-assign]
+    run.model.push_to_hub = types.MethodType(push_to_hub, run.model)  # type: ignore[method-assign,assignment]
+
+
+def unbind(model: PreTrainedModel) -> None:
+    """Undo ``bind``."""
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
+
+
+def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
+    """Write the checkpoint of a finished run: weights, config, tokenizer, record, card. Atomic.
+
+    Raises ``CheckpointError`` when it cannot be written, or when weights that were pruned have come back (an adapter
+    was merged past the masks); what was in ``directory`` before is then untouched.
+    """
+    from ..runs.masking import stray_weights
+
+    directory = Path(directory)
+    if stray := stray_weights(run):
+        raise CheckpointError(
+            f"{stray[0]} (and {len(stray) - 1} more) has weights where it was pruned: merge adapters with "
+            "hf_optim.merge_adapters(model), which keeps the masks, or hf_optim.release(model) to give them up"
+        )
+    with replaced_directory(directory, stale=is_weights) as beside:
+        type(run.model).save_pretrained(run.model, beside, **kwargs)
+        describe(run, beside)
+    return directory
+
+
+def describe(run: Run, beside: Path) -> None:
+    """Write what stands beside the weights of a finished run: tokenizer, files of the steps, record and card."""
+    from ..evaluation.cards.card import Card
+    from ..evaluation.sizes import bytes_on_disk
+
+    if run.tokenizer is not None:
+        run.tokenizer.save_pretrained(beside)
+    run.record.measured.setdefault("after", {})["bytes_on_disk"] = bytes_on_disk(beside)
+    card = Card(run.record, beside)
+    run.call_on(run.recipe.steps, "export", directory=beside, card=card)
+    run.record.write(beside)
+    card.write(beside)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint holds weights, or tells where they are."""
+    return bool(_WEIGHTS.match(name))
+
+
+def _make_method() -> Any:
+    # A function of this name: a pickled model finds its class's own method again.
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save with transformers' own method; the record, the card and the steps' files are written beside."""
+        run = find_run(self)
+        stock = type(self).save_pretrained
+        main = args[0] if args else kwargs.get("is_main_process", True)
+        if run is None or not main:
+            stock(self, save_directory, *args, **kwargs)
+            return
+        if args:
+            kwargs["is_main_process"] = main
+        push = kwargs.pop("push_to_hub", False)
+        if run.finished:
+            save(run, save_directory, **kwargs)
+        else:
+            # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
+            stock(self, save_directory, **kwargs)
+            run.record.write(Path(save_directory))
+        if push:
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
+
+    return save_pretrained

@@ -1,0 +1,93 @@
+"""Where a model comes from: a checkpoint on the Hub or on disk, how it is loaded, and what it weighs there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, ModelError, OptimError
+from ..evaluation.sizes import bytes_on_disk, parameter_bytes
+from ..toolkit.checkpoint.model_config import load_config, model_class
+from .hub import cached_home
+from .read_errors import explained
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and how it is loaded.
+
+    Attributes:
+        model: a Hub id or the directory of a checkpoint.
+        revision: branch, tag or commit of a Hub model.
+        dtype: ``auto`` (the checkpoint's), or the name of a torch dtype.
+        trust_remote_code: allow model code that comes with the checkpoint.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that configuration, tokenizer and weights are loaded with alike."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_model(source: Source) -> Any:
+    """The model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` when it cannot be loaded."""
+    config = load_config(source.model, source.trust_remote_code, source.revision)
+    dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+    try:
+        with explained(source.model):
+            model = model_class(config).from_pretrained(
+                source.model, dtype=dtype, use_safetensors=True, **source.arguments
+            )
+    except OptimError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
+    return model.eval()
+
+
+def load_processor(source: Source, cls: Any) -> Any:
+    """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint; None without one."""
+    return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.arguments)
+
+
+def stored_bytes(source: Source, model: Any) -> int:
+    """Bytes of the weights as the original stores them, whatever they were loaded as."""
+    home = cached_home(source.model, source.revision)
+    try:
+        return bytes_on_disk(home) if home is not None else parameter_bytes(model)
+    except CheckpointError:
+        return parameter_bytes(model)
+
+
+def device_named(name: str | None) -> torch.device | None:
+    """The device of that name; for None the CUDA device if there is one. Raises ``ModelError`` if it is not there."""
+    if name is not None:
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"no device {name!r} here: {first_line(error)}") from error
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def find_processor(home: str, main_input: str = "input_ids", **arguments: Any) -> Any:
+    """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint, or None."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    reader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
+    try:
+        return reader.from_pretrained(home, **arguments) if home else None
+    except (OSError, ValueError, KeyError):
+        return None

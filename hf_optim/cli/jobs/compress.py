@@ -1,0 +1,271 @@
+"""The main job: a model and a recipe in, a checkpoint with its record, its measured figures and its card out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...calibration.block_journal import BlockJournal
+from ...checkpoints import dense, saving
+from ...checkpoints.hub import commit_of
+from ...checkpoints.source import Source, device_named, load_model, load_processor, stored_bytes
+from ...data.calibration_set import CalibrationData, calibration_data
+from ...data.datasets import load_rows
+from ...errors import CheckpointError, DataError, OptimError
+from ...evaluation.evaluate import compare
+from ...lifecycle.loading import optimize
+from ...lifecycle.stages import advance
+from ...recipes.config import DataConfig, OptimConfig
+from ...recipes.contract import Reload
+from ...recipes.drivers import refuse
+from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
+from ...runs import distributed
+from ...runs.record import public_name
+from ...runs.run import Run, run_of
+from ...toolkit.checkpoint.model_config import load_config, model_class
+from .estimate import traits_of_config
+from .preflight import validate
+from .streamed import StreamedJob
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compress and how.
+
+    Attributes:
+        source: the model.
+        recipe: the recipe, with the calibration data it is to use.
+        output: the directory to write.
+        evaluation: data to measure the model on, before and after; None measures nothing.
+        training: data for stages that train; None takes the calibration data's source.
+        dense: write the dense equivalent instead of a compressed format.
+        resume: go on with a calibration or a training that was killed.
+        device: where blocks are calibrated and models are measured; None takes CUDA where there is some.
+        say: takes the lines that tell how far the job is.
+    """
+
+    source: Source
+    recipe: OptimConfig
+    output: Path
+    evaluation: DataConfig | None = None
+    training: DataConfig | None = None
+    dense: bool = False
+    resume: bool = False
+    device: str | None = None
+    say: Callable[[str], None] = field(default=log.info)
+
+
+def compress(job: Job) -> Run:
+    """Do the job. Returns the finished run: its model, and its record as written to ``output/hf_optim.json``.
+
+    What can be refused is refused before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
+    """
+    device = device_named(job.device)
+    job = _pinned(job)
+    config = load_config(job.source.model, job.source.trust_remote_code, job.source.revision)
+    job.recipe.check(traits_of_config(config))
+    distributed.refuse(job.recipe)
+    if job.recipe.driver == "streamed":
+        refuse(job.recipe, job.dense)
+    _refuse_output(job)
+    _refuse_missing_data(job)
+    _refuse_unreadable(job.evaluation)
+    _refuse_unreadable(job.training)
+    found = validate(job.source, job.recipe, config, job.output)
+    for note in found.notes:
+        job.say(note)
+    tokenizer = load_processor(job.source, model_class(config))
+    calibration = _calibration(job, config, tokenizer)
+    before = figures_of(job, job.source.model, "original") if job.evaluation and distributed.is_main() else {}
+    if job.recipe.driver == "streamed":
+        return _streamed(job, found.skeleton, calibration, tokenizer, device, before)
+    job.say(f"loading {job.source.model}")
+    model = load_model(job.source)
+    original_bytes = stored_bytes(job.source, model)
+    journal = BlockJournal(_journal_home(job.output), resume=job.resume)
+    model = optimize(model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal)
+    model = _train(job, model, tokenizer)
+    run = run_of(model)
+    distributed.require_agreement(model)
+    if not distributed.is_main():
+        return run
+    run.record.base_model["revision"] = job.source.revision
+    if job.dense:
+        _make_dense(run)
+    run.record.measured = {"before": {"bytes_on_disk": original_bytes, **before}, "after": {}}
+    if job.evaluation:
+        run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
+        job.say("comparing with the original, token by token")
+        run.record.measured["after"] |= _compare(job, run)
+    saving.save(run, job.output)
+    # Kept until here, and by a run that fails: what was calibrated need not be calibrated again.
+    journal.remove()
+    job.say(f"wrote {job.output}")
+    if job.evaluation:
+        run.record.measured["after"] |= figures_of(job, str(job.output), "result", trust=True)
+        _refresh(run, job.output)
+    return run
+
+
+def _streamed(
+    job: Job, skeleton: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, before: dict[str, Any]
+) -> Run:
+    """The job under the streamed driver: nothing but one block at a time is in memory."""
+    work = StreamedJob(
+        job.recipe, skeleton, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
+    )
+    job.say(f"streaming {job.source.model}")
+    work.calibrate()
+    run = work.run
+    original = sum(path.stat().st_size for path in skeleton.files)
+    run.record.measured = {"before": {"bytes_on_disk": original, **before}, "after": {}}
+    if job.evaluation:
+        run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
+    work.save(job.output)
+    work.output.remove()
+    job.say(f"wrote {job.output}")
+    if job.evaluation:
+        run.record.measured["after"] |= figures_of(job, str(job.output), "result", trust=True)
+        _refresh(run, job.output)
+    return run
+
+
+def figures_of(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
+    """Measure a checkpoint in a process of its own, so that its peak memory is its own: ``hf-optim eval --json``.
+
+    ``trust``: run the model code that lies beside it. The result's is what this very process wrote there.
+    """
+    assert job.evaluation is not None
+    job.say(f"measuring the {what}")
+    command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--data", str(job.evaluation.dataset)]
+    for option, value in (
+        ("--text-column", job.evaluation.text_column),
+        ("--split", job.evaluation.split),
+        ("--samples", job.evaluation.samples),
+        ("--seq-len", job.evaluation.seq_len),
+        ("--seed", job.evaluation.seed),
+        ("--device", job.device),
+        ("--dtype", job.source.dtype),
+        ("--revision", job.source.revision if what == "original" else None),
+    ):
+        if value is not None:
+            command += [option, str(value)]
+    if job.source.trust_remote_code or trust:
+        command.append("--trust-remote-code")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=distributed.own_environment())
+    if done.returncode:
+        raise OptimError(f"could not measure the {what}: {_complaint(done.stderr)}")
+    return json.loads(done.stdout)
+
+
+def _complaint(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    ours = [line.removeprefix("hf-optim: ") for line in lines if line.startswith("hf-optim: ")]
+    return (ours or lines or ["no message"])[-1]
+
+
+def _pinned(job: Job) -> Job:
+    """The job with the commit that its revision means now: everything is then loaded from that one."""
+    source = job.source
+    load_config(source.model, source.trust_remote_code, source.revision)
+    commit = commit_of(source.model, source.revision)
+    return replace(job, source=replace(source, revision=commit)) if commit is not None else job
+
+
+def _refuse_output(job: Job) -> None:
+    if job.output.exists() and not job.output.is_dir():
+        raise CheckpointError(f"{job.output} is a file, not a directory")
+    if job.output.is_dir() and Path(job.source.model).is_dir() and job.output.samefile(job.source.model):
+        raise CheckpointError(f"{job.output} is the model itself: choose another directory to write to")
+
+
+def _refuse_missing_data(job: Job) -> None:
+    for stage in job.recipe.stages:
+        if stage.needs_data and job.recipe.calibration.dataset is None:
+            raise DataError(
+                f"{stage} needs calibration data: pass --calibration DATA, or name a dataset in the recipe under "
+                "`calibration:`"
+            )
+        if stage.trains and (job.training or job.recipe.calibration).dataset is None:
+            raise DataError(f"{stage} trains: pass --train DATA, or name a dataset in the recipe under `calibration:`")
+        if stage.trains and not (job.recipe.training or {}).keys() & {"max_steps", "num_train_epochs"}:
+            log.info("%s trains for 3 epochs: the recipe names no max_steps and no num_train_epochs", stage)
+
+
+def _refuse_unreadable(data: DataConfig | None) -> None:
+    if data is not None and next(iter(load_rows(data, limit=1)), None) is None:
+        raise DataError(f"{data.dataset}: no rows")
+
+
+def _calibration(job: Job, config: Any, tokenizer: Any) -> CalibrationData | None:
+    """The batches, read and checked now: bad data should not show after an hour."""
+    if not any(stage.needs_data for stage in job.recipe.stages):
+        return None
+    return calibration_data(None, model_config=config, tokenizer=tokenizer, data=job.recipe.calibration)
+
+
+def _compare(job: Job, run: Run) -> dict[str, Any]:
+    """Top-1 agreement and KL divergence to the original, where the model has a vocabulary to compare over."""
+    assert job.evaluation is not None
+    device = device_named(job.device) or torch.device("cpu")
+    ours: Any = run.model
+    return compare(ours.to(device), load_model(job.source).to(device), run.tokenizer, job.evaluation)
+
+
+def _train(job: Job, model: Any, tokenizer: Any) -> Any:
+    """Run the training stages, if the recipe has some, and what follows them."""
+    from ...training.fit import train_stage
+
+    while (stage := run_of(model).stage) is not None:
+        if not run_of(model).stage_entered:
+            model = advance(model)
+            continue
+        job.say(f"training {stage}")
+        on_cpu = {"use_cpu": True} if job.device == "cpu" else {}
+        model = train_stage(model, tokenizer, job.training or job.recipe.calibration, {**on_cpu, **job.recipe.training})
+    return model
+
+
+def _make_dense(run: Run) -> None:
+    rounded = dense.dense(run.model)
+    run.traits = (run.traits - {QUANTIZED}) | {FLOAT_WEIGHTS}
+    run.record.traits = sorted(map(str, run.traits))
+    if run.record.reload == Reload.STOCK_FORMAT.name:
+        run.record.reload = Reload.STOCK_DENSE.name
+    run.record.note(
+        "Written as its dense equivalent: the weights have the values of the compressed format, stored uncompressed."
+    )
+    if rounded:
+        run.record.note(
+            f"The compressed format also rounds the inputs of {len(rounded)} layers, which dense weights cannot say: "
+            "outputs differ from those of the compressed checkpoint by that rounding."
+        )
+
+
+def _refresh(run: Run, directory: Path) -> None:
+    """Write the record and the card again, now that the result is measured."""
+    from ...evaluation.cards.card import Card
+
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.card-") as beside:
+        run.record.write(Path(beside))
+        Card(run.record, directory).write(beside)
+        for path in sorted(p for p in Path(beside).rglob("*") if p.is_file()):
+            target = directory / path.relative_to(beside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+
+
+def _journal_home(output: Path) -> Path:
+    return Path(os.path.abspath(output)).with_name(f".{output.name}.journal")

@@ -1,0 +1,89 @@
+"""The main job on the bundled model: what ``make demo`` and ``hf-optim demo`` run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from ...checkpoints.source import Source
+from ...errors import OptimError
+from ...recipes.config import DataConfig, OptimConfig
+from ...runs.record import Record
+from ...runs.run import Run
+from . import demo_corpus
+from .compress import Job, compress
+
+RECIPE = "w4a16"
+CALIBRATION_WINDOWS = 64
+EVALUATION_WINDOWS = 48
+
+# Runs where hf_optim cannot be imported: what it prints is what stock transformers makes of the checkpoint.
+STOCK_RELOAD = """
+import sys
+sys.modules["hf_optim"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(load_file(sys.argv[2])["input_ids"]).logits
+save_file({"logits": logits.contiguous()}, sys.argv[3])
+"""
+
+
+def bundled_model() -> Path:
+    """The directory of the demo model that comes with hf_optim."""
+    return Path(str(resources.files("hf_optim.cli.jobs") / "demo_model"))
+
+
+def demo(output: Path, say: Callable[[str], None] = print) -> Record:
+    """Compress the bundled model, measure it, write checkpoint and card, and check the reload. Returns the record."""
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = _corpus(Path(folder) / "stdlib-train.jsonl", "train")
+        held_out = _corpus(Path(folder) / "stdlib-held-out.jsonl", "held_out")
+        recipe = OptimConfig.load(RECIPE)
+        recipe = dataclasses.replace(
+            recipe, calibration=DataConfig(dataset=str(calibration), samples=CALIBRATION_WINDOWS)
+        )
+        source = Source(str(bundled_model()), dtype="float32")
+        evaluation = DataConfig(dataset=str(held_out), samples=EVALUATION_WINDOWS)
+        run = compress(Job(source, recipe, output, evaluation, device="cpu", say=say))
+        check_stock_reload(run, output, Path(folder))
+        say("reloaded by stock transformers in a process without hf_optim: identical logits")
+    return run.record
+
+
+def check_stock_reload(run: Run, output: Path, folder: Path) -> None:
+    """Reload ``output`` with stock transformers in a process of its own and compare the logits, bit by bit.
+
+    Raises ``OptimError`` when they differ.
+    """
+    from safetensors.torch import load_file, save_file
+
+    text = "def main(argv):\n    parser = argparse.ArgumentParser()\n"
+    ids = run.tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = run.model(ids).logits
+    files = [folder / "ids.safetensors", folder / "logits.safetensors"]
+    save_file({"input_ids": ids}, files[0])
+    command = [sys.executable, "-c", STOCK_RELOAD, str(output), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OptimError(f"stock transformers could not load {output}: {done.stderr.strip().splitlines()[-1]}")
+    if not torch.equal(load_file(files[1])["logits"], expected):
+        raise OptimError("stock transformers gives other logits than the model in memory")
+
+
+def _corpus(path: Path, split: str) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        for text in demo_corpus.texts(split):
+            file.write(json.dumps({"text": text}) + "\n")
+    return path

@@ -1,0 +1,93 @@
+"""What a recipe will cost and give on a model, from the model's configuration alone; no weights are downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ...calibration.throughput import flops_per_second
+from ...data.token_windows import window_length
+from ...evaluation.reported import bytes_text
+from ...recipes.config import OptimConfig
+from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
+from ...toolkit import topology
+from ...toolkit.checkpoint.model_config import weightless
+from ...toolkit.quantization.grids import fit_group_size
+
+
+def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
+    """The traits a model will arrive with, as far as its configuration tells."""
+    return {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
+
+
+def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
+    """Parameters, bytes before and after, memory and time of calibration; estimates, with what they rest on.
+
+    ``bytes_after`` is None where a step changes the architecture: what comes out is then not in the configuration.
+    """
+    model = weightless(config)
+    width = (getattr(config, "dtype", None) or torch.float32).itemsize
+    parameters = sum(p.numel() for p in model.parameters())
+    changed = any(step.changes_architecture() for step in recipe.steps)
+    stored = None if changed else _stored_bytes(recipe, model, width)
+    block = max((sum(p.numel() for p in b.module.parameters()) for b in topology.blocks(model)), default=parameters)
+    tokens = _calibration_tokens(recipe, config)
+    seconds = 2 * 2.0 * parameters * tokens / flops_per_second(_device(), torch.float32) if tokens else 0.0
+    return {
+        "class": type(model).__name__,
+        "parameters": parameters,
+        "bytes_before": parameters * width,
+        "bytes_after": stored,
+        "block_bytes": block * width,
+        "calibration_tokens": tokens,
+        "calibration_seconds": round(seconds, 3),
+        "readable": {
+            "parameters": f"{parameters:,}",
+            "weights on disk": f"{bytes_text(parameters * width)} -> "
+            + ("depends on the new architecture" if stored is None else bytes_text(stored)),
+            "on the accelerator at once": f"{bytes_text(block * width)} of weights (the largest block)",
+            "calibration": f"{tokens:,} tokens, {_duration(seconds)} of forward passes here" if tokens else "no data",
+        },
+    }
+
+
+def _stored_bytes(recipe: OptimConfig, model: Any, width: int) -> int:
+    total = sum(p.numel() for p in model.parameters()) * width
+    step = next((s for s in reversed(recipe.steps) if QUANTIZED in s.contract().adds), None)
+    bits = getattr(step, "bits", None)
+    if step is None or bits is None:
+        return total
+    linears = topology.linears(model)
+    for name in topology.match(linears, getattr(step, "targets", ("Linear",)), getattr(step, "skip", ())):
+        module = linears[name]
+        if not isinstance(module, torch.nn.Linear) or topology.is_output_head(model, name):
+            continue
+        rows, columns = module.weight.shape
+        asked = getattr(step, "group_size", None)
+        groups = columns // fit_group_size(columns, asked) if asked else 1
+        total += rows * (_packed_bytes(columns, bits) + groups * width - columns * width)
+    return total
+
+
+def _packed_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row: whole bytes at 8 bits; below, codes packed into 32-bit words."""
+    return columns if bits == 8 else 4 * -(-columns * bits // 32)
+
+
+def _calibration_tokens(recipe: OptimConfig, config: PreTrainedConfig) -> int:
+    if not any(stage.needs_data for stage in recipe.stages) or getattr(config, "vocab_size", None) is None:
+        return 0
+    return (recipe.calibration.samples or 128) * window_length(config, None, recipe.calibration.seq_len)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= size:
+            return f"about {seconds / size:,.0f} {unit}"
+    return "under a second"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

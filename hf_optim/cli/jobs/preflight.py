@@ -1,0 +1,269 @@
+"""What can be known to go wrong before anything is calibrated, from configurations, headers and free space.
+
+``validate`` looks at everything that does not need a weight: whether the shards hold what the model needs, whether the
+steps find layers that they can work on, whether there is room for the result, and roughly what memory it will take.
+It takes seconds, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ...compressed.storability import storable
+from ...errors import CheckpointError, ModelError
+from ...evaluation.reported import bytes_text
+from ...recipes.config import OptimConfig
+from ...recipes.contract import Reload
+from ...recipes.technique import Technique
+from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
+from ...runs.memory import host_memory
+from ...runs.scope import Scope
+from ...toolkit import topology
+from ...toolkit.checkpoint.model_config import weightless
+from ...toolkit.checkpoint.safetensors import Listing
+from ...toolkit.quantization.grids import fit_group_size
+from .estimate import estimate
+
+if TYPE_CHECKING:
+    from ...checkpoints.meta_model import Skeleton
+    from ...checkpoints.source import Source
+
+log = logging.getLogger(__name__)
+
+# Python, torch and transformers themselves, as measured; the estimates of memory are upwards of it.
+INTERPRETER = 600 * 2**20
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found.
+
+    Attributes:
+        skeleton: the model without weights; None where its weights are not at hand, or cannot be looked at this way.
+        figures: ``estimate(recipe, config)``, and ``host_bytes``, ``activation_bytes``.
+        notes: what will be otherwise than asked, in sentences.
+    """
+
+    skeleton: Skeleton | None
+    figures: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def validate(
+    source: Source, recipe: OptimConfig, config: PreTrainedConfig, output: Path | None = None, offline: bool = False
+) -> Findings:
+    """Look for everything that can be refused without reading a weight.
+
+    Args:
+        source: the model. With ``offline`` its shards are looked at only if they are on this machine.
+        recipe, config: what is to be done with it, and its configuration.
+        output: the directory that is to be written.
+
+    Raises ``OptimError`` for the first thing found, naming the module, tensor or file.
+    """
+    if recipe.driver == "streamed":
+        from ...recipes.drivers import refuse
+
+        refuse(recipe)
+    if output is not None:
+        require_writable(output)
+    if recipe.spill is not None:
+        require_writable(Path(recipe.spill) / "activations")
+    skeleton = _skeleton(source, recipe, offline)
+    model: Any = skeleton.model if skeleton is not None else weightless(config)
+    notes: list[str] = []
+    if skeleton is not None:
+        notes += check_shards(skeleton, source.model, recipe.driver == "streamed")
+    notes += check_steps(recipe, model)
+    figures = estimate(recipe, config)
+    figures |= _memory(recipe, config, model, figures)
+    if output is not None:
+        _require_space(output, figures["bytes_after"] or figures["bytes_before"], "the result")
+    if recipe.spill is not None:
+        _require_space(Path(recipe.spill), figures["activation_bytes"], "the activations that are spilled")
+    _require_memory(recipe, figures)
+    return Findings(skeleton, figures, notes)
+
+
+def _skeleton(source: Source, recipe: OptimConfig, offline: bool) -> Skeleton | None:
+    from ...checkpoints import meta_model
+
+    if offline and not meta_model.at_hand(source):
+        return None
+    try:
+        return meta_model.build(source)
+    except ModelError as error:
+        # Code that cannot be loaded without weights can still be loaded with them, by the other drivers.
+        if recipe.driver == "streamed":
+            raise
+        log.debug("not looked at without weights: %s", error)
+        return None
+
+
+# -- the shards -------------------------------------------------------------------------------------------------------
+def check_shards(skeleton: Skeleton, source: str, strict: bool) -> list[str]:
+    """Whether the shards hold what the model needs; sentences about what they hold besides.
+
+    ``strict`` refuses any missing tensor; else those of the blocks alone (a new head waits for its training).
+    """
+    from ...checkpoints.reader import DTYPES
+
+    kind = type(skeleton.model).__name__
+    inside = tuple(f"{block.name}." for block in topology.blocks(skeleton.model))
+    lacking = [name for name in skeleton.missing if strict or name.startswith(inside)]
+    if lacking:
+        raise CheckpointError(
+            f"{source} has no weights for {len(lacking)} tensors of {kind} ({', '.join(lacking[:3])}"
+            f"{' ...' if len(lacking) > 3 else ''}): load it with the class that its config.json names, or fetch the "
+            "shards that lack"
+        )
+    for entry in Listing(skeleton.files).entries.values():
+        if entry.type not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read"
+            )
+    extra = skeleton.unexpected
+    return [f"{len(extra)} tensors of the checkpoint have no place in {kind}: {', '.join(extra[:3])}"] if extra else []
+
+
+# -- the steps --------------------------------------------------------------------------------------------------------
+def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
+    """Whether the steps find layers to work on; sentences about what will be otherwise than asked."""
+    notes: list[str] = []
+    for position, step in enumerate(recipe.steps):
+        if step.changes_architecture():
+            break  # what follows works on another model
+        label = f"step {position + 1} ({step.name})"
+        _require_targets(step, model, label)
+        if QUANTIZED in step.contract().adds and step.reload() == Reload.STOCK_FORMAT:
+            if recipe.driver == "streamed" and topology.has_experts(model):
+                _check_streamed_experts(recipe, step, model, label)
+            notes += _check_layers(step, model, label)
+    if recipe.driver in ("streamed", "blockwise") and not topology.blocks(model):
+        raise ModelError(f"driver {recipe.driver}: no sequence of blocks was found in {type(model).__name__}")
+    return notes
+
+
+def _require_targets(step: Technique, model: nn.Module, label: str) -> None:
+    targets = getattr(step, "targets", None)
+    if not isinstance(targets, tuple) or not all(isinstance(target, str) for target in targets):
+        return
+    try:
+        # Any module counts: a step may have targets that are no linears (embeddings, norms).
+        everything = {**dict(model.named_modules()), **topology.linears(model)}
+        topology.match(everything, targets, tuple(getattr(step, "skip", ())))
+    except ValueError as error:
+        raise ModelError(f"{label}: {error} in {type(model).__name__}") from error
+
+
+def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
+    """What a step that quantizes can store, and in what groups. Models with experts have rules of their own."""
+    if topology.has_experts(model):
+        return []
+    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
+    scope = Scope("", model, model)
+    try:
+        layers, skipped = storable(scope, targets, skip, label=label)
+    except ValueError as error:
+        raise ModelError(f"{label}: {error}") from error
+    if not layers:
+        why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(skipped.items()))
+        raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or 'No module matched'}")
+    notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
+    asked = getattr(step, "group_size", None)
+    return notes + (list(_odd_groups(layers, asked, label)) if asked else [])
+
+
+def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, label: str) -> None:
+    """Refuse experts that stock transformers could not read, before a block is read, and those of several schemes."""
+    if any(BITS_ASSIGNED in other.contract().adds for other in recipe.steps):
+        raise ModelError(
+            f"{label}: other bits are assigned to other layers. Stock transformers decodes the experts of all blocks "
+            "by one scheme, which the streamed driver cannot know when it writes the first block; use driver: blockwise"
+        )
+    integer = getattr(step, "format", "int") == "int" and getattr(step, "bits", 8) is not None
+    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
+    symmetric = getattr(step, "symmetric", True)
+    storable(Scope("", model, model), targets, skip, integer, label, experts=True, symmetric=symmetric)
+
+
+def _odd_groups(layers: dict[str, nn.Linear], asked: int, label: str) -> Iterator[str]:
+    odd: dict[tuple[int, int], list[str]] = {}
+    for name, layer in layers.items():
+        size = fit_group_size(layer.in_features, asked)
+        if size != min(asked, layer.in_features):
+            odd.setdefault((layer.in_features, size), []).append(name)
+    for (width, size), names in sorted(odd.items()):
+        yield f"{label}: group_size {asked} does not divide the {width} inputs of {_few(names)}: groups of {size}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# -- room -------------------------------------------------------------------------------------------------------------
+def require_writable(path: Path) -> None:
+    """Raise ``CheckpointError`` unless a directory can be made at ``path``."""
+    home = _existing(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=home, prefix=".hf-optim-"):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {path}: {error.strerror} ({home})") from error
+
+
+def _existing(path: Path) -> Path:
+    """The directory, or the nearest one above it that is there."""
+    path = path.absolute()
+    return next((each for each in (path, *path.parents) if each.is_dir()), Path("/"))
+
+
+def _require_space(path: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(_existing(path)).free
+    if needed > free:
+        raise CheckpointError(
+            f"not enough space for {what} at {path}: about {bytes_text(needed)} are needed, {bytes_text(free)} are free"
+        )
+
+
+def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of what flows between blocks, and of host memory at most, as far as shapes tell."""
+    width = (getattr(config, "dtype", None) or torch.float32).itemsize
+    hidden = getattr(config.get_text_config(), "hidden_size", None) or 0
+    streams = 3 if any(step.implements("calibrate") and step.needs_teacher() for step in recipe.steps) else 1
+    activations = figures["calibration_tokens"] * hidden * width * streams
+    host = INTERPRETER + (0 if recipe.spill is not None else activations)
+    if recipe.driver == "streamed":
+        inside = [block.name for block in topology.blocks(model)]
+        outside = [
+            p.numel() for n, p in model.named_parameters() if not any(n.startswith(f"{name}.") for name in inside)
+        ]
+        # One block in work, the next one being read; or what lies outside the blocks, a module at a time.
+        host += max(2 * figures["block_bytes"], max(outside, default=0) * width + figures["block_bytes"])
+    else:
+        host += figures["bytes_before"]
+    return {"activation_bytes": activations, "host_bytes": host}
+
+
+def _require_memory(recipe: OptimConfig, figures: dict[str, Any]) -> None:
+    total = host_memory()
+    needed = figures["host_bytes"]
+    if total is None or needed <= total:
+        return
+    remedy = "--driver streamed holds one block at a time"
+    if recipe.driver == "streamed":
+        remedy = "give fewer or shorter samples" if recipe.spill else "--spill DIR keeps the activations on disk"
+    raise ModelError(
+        f"driver {recipe.driver} needs about {bytes_text(needed)} of memory for this, and this machine has "
+        f"{bytes_text(total)}: {remedy}"
+    )

@@ -1,0 +1,33 @@
+"""The bridge to compressed-tensors, the quantized format that transformers reads natively.
+
+A quantized module is kept as stock transformers has it after reloading the checkpoint: the dequantized weight in
+``module.weight``, ``weight_scale`` (and ``weight_zero_point``) beside it, ``quantization_scheme``, the status
+``DECOMPRESSED``, and a forward that quantizes the activations if the scheme says so. Nothing is packed until
+``save_pretrained``, which packs through transformers' own hook for quantized models (``attach_quantizer``).
+"""
+
+from .codec import scheme_on
+from .outlier_columns import set_outlier_threshold
+from .quantizer import attach_quantizer, detach_quantizer
+from .schemes import activation_args, scheme, scheme_of, weight_args
+from .state import clear, dump_module_state, input_quantizer, load_module_state, quantized_modules, store
+from .storability import is_stack, storable
+
+__all__ = [
+    "activation_args",
+    "attach_quantizer",
+    "clear",
+    "detach_quantizer",
+    "dump_module_state",
+    "input_quantizer",
+    "is_stack",
+    "load_module_state",
+    "quantized_modules",
+    "scheme",
+    "scheme_of",
+    "scheme_on",
+    "set_outlier_threshold",
+    "storable",
+    "store",
+    "weight_args",
+]

@@ -1,0 +1,286 @@
+"""Faster layers for a model in memory: ``accelerate`` packs them for kernels, ``restore`` unpacks, ``report`` tells.
+
+A technique whose result has a kernel offers it from its ``register_kernels`` hook; the import stands inside, so that
+neither Triton nor a kernel is loaded before the first ``accelerate()``::
+
+    @hookimpl
+    def register_kernels(self, register):
+        from hf_optim_kernels.wna16 import layer as wna16
+
+        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind))
+
+(with ``from hf_optim import Kernel, hookimpl``). Two steps may offer the same kernel: it is tried once.
+
+A layer on a kernel is the same module with another class, ``PackedLinear``: it keeps its compressed weight in the
+kernel's layout and no dense one. Nothing of a class and nothing global is touched. ``save_pretrained`` writes the same
+checkpoint as before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ...recipes.catalogue import catalogue
+from ...runs.run import Run, find_run
+from ...toolkit import topology
+from ...toolkit.topology.linear_layers import owners
+from ..outlier_columns import outlier_thresholds
+from . import codebook_layers
+from .describe import described_module
+from .fused_norm import fuse_norms
+from .fused_projections import join_layers
+from .kernel import Kernel
+from .packed_linear import KernelWarning, PackedLinear
+from .swap import bind, obstacle, pack, unpack
+
+__all__ = [
+    "Kernel",
+    "KernelWarning",
+    "Report",
+    "Row",
+    "accelerate",
+    "compile_config",
+    "offered_to",
+    "report",
+    "restore",
+]
+
+REFUSALS = "_hf_optim_refusals"
+ATTACHED = "_hf_optim_attached"
+NOT_COMPRESSED = "not compressed"
+NOT_ASKED = "accelerate() was not called"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why on none."""
+
+    name: str
+    shape: tuple[int, int]
+    kernel: str | None
+    reason: str = ""
+
+
+class Report(list[Row]):
+    """Every linear layer of a model; ``str()`` prints a table."""
+
+    def __str__(self) -> str:
+        cells = [("layer", "out x in", "runs on")]
+        cells += [(r.name, f"{r.shape[0]} x {r.shape[1]}", r.kernel or f"dense: {r.reason}") for r in self]
+        wide = [max(len(row[i]) for row in cells) for i in range(2)]
+        lines = [f"{name:<{wide[0]}}  {shape:>{wide[1]}}  {what}".rstrip() for name, shape, what in cells]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.Module:
+    """Run the compressed layers of ``model`` on kernels, in place, where that is possible and faster.
+
+    The kernels come from the ``register_kernels`` hooks of the model's own recipe; for a model without one (a
+    compressed checkpoint that stock transformers loaded) from every technique of the catalogue. A layer that a kernel
+    runs gives its dense weight up. One that no kernel can run stays as it is, and one ``KernelWarning`` names those
+    layers and why. Layers already on a kernel are kept; one that fell off its kernel is tried anew.
+
+    Layers that read the same tensor, as q, k and v do, run as one product where their kernel can join them: the first
+    that is called computes for all. They stay modules of their own. A norm that feeds only layers whose kernel can take
+    the codes of their inputs from it makes them in its own kernel (on a CUDA device, where that saves a launch).
+
+    Args:
+        model: a model, or a wrapper around one (peft).
+        kernels: try these, in this order, instead.
+    """
+    offered = tuple(kernels) if kernels is not None else offered_to(model)
+    look_for_24 = any(kernel.sparse24 for kernel in offered)
+    shared = _shared(model)
+    linears = topology.linears(model)
+    apart = outlier_thresholds(model, linears)
+    refusals: dict[str, str] = {}
+    for name, module in linears.items():
+        if isinstance(module, PackedLinear):
+            if not module.packing.failure:
+                continue
+            unpack(module)
+        _decompress(module)
+        refusals[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""), apart.get(name))
+    for name, module in codebook_layers.coded_linears(model).items():
+        refusals[name] = codebook_layers.offer(module, offered)
+    _decompress_rest(model)
+    inner = _pretrained(model)
+    if inner is not None:
+        fuse_norms(inner, join_layers(inner))
+    model.__dict__[REFUSALS] = {name: reason for name, reason in refusals.items() if reason}
+    _make_savable(model)
+    _warn_of({name: reason for name, reason in refusals.items() if reason not in ("", NOT_COMPRESSED)})
+    return model
+
+
+def _make_savable(model: nn.Module) -> None:
+    """See to it that ``save_pretrained`` writes the stored format of packed layers, whoever quantized them."""
+    inner: Any = _pretrained(model)
+    packed = any(isinstance(m, PackedLinear) and hasattr(m, "quantization_scheme") for m in model.modules())
+    if not packed or inner is None:
+        return
+    from ..quantizer import attach_quantizer, quantizer_class
+
+    former = getattr(inner, "hf_quantizer", None)
+    if not isinstance(former, quantizer_class()):
+        inner.__dict__[ATTACHED] = former is None
+        attach_quantizer(inner)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``: every layer has the weight and the forward it had before, bit by bit.
+
+    Nothing happens to a model without kernels.
+    """
+    from ..quantizer import detach_quantizer
+
+    for module in list(model.modules()):
+        if isinstance(module, PackedLinear):
+            unpack(module)
+        codebook_layers.unpack(module)
+    model.__dict__.pop(REFUSALS, None)
+    inner = _pretrained(model)
+    if inner is not None and inner.__dict__.pop(ATTACHED, False):
+        detach_quantizer(inner)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Which kernel each linear layer runs on, or why it runs dense."""
+    refusals = model.__dict__.get(REFUSALS)
+    rows = Report()
+    for name, module in (topology.linears(model) | codebook_layers.coded_linears(model)).items():
+        shape = topology.features(module)
+        if isinstance(module, codebook_layers.OnKernel):
+            rows.append(Row(name, shape, str(module.operand.label)))  # type: ignore[union-attr]
+        elif isinstance(module, PackedLinear):
+            failure = module.packing.failure
+            rows.append(Row(name, shape, None if failure else str(module.operand.label), failure))
+        else:
+            rows.append(Row(name, shape, None, NOT_ASKED if refusals is None else refusals.get(name, NOT_COMPRESSED)))
+    return rows
+
+
+_OFFERS: WeakKeyDictionary[Run, tuple[Kernel, ...]] = WeakKeyDictionary()
+
+
+def offered_to(model: nn.Module | None) -> tuple[Kernel, ...]:
+    """The kernels of a model's run, its hooks called once; without a run, those of the whole catalogue."""
+    run = None if model is None else find_run(model)
+    if run is not None and run in _OFFERS:
+        return _OFFERS[run]
+    found: list[Kernel] = []
+
+    def register(kernel: Kernel) -> None:
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"register_kernels gave a {type(kernel).__name__}, not an hf_optim.Kernel")
+        if kernel not in found:
+            found.append(kernel)
+
+    if run is not None:
+        run.call_on(run.recipe.steps, "register_kernels", register=register)
+        _OFFERS[run] = tuple(found)
+    else:
+        for cls in catalogue().all():
+            offer = getattr(cls(), "register_kernels", None) if hasattr(cls, "register_kernels") else None
+            if offer is not None:
+                offer(register=register)
+    return tuple(found)
+
+
+def _pack(
+    name: str,
+    module: nn.Module,
+    kernels: tuple[Kernel, ...],
+    look_for_24: bool,
+    shared: str,
+    outliers: float | None,
+) -> str:
+    """Pack a layer for the first kernel that serves it; the empty string, or the reason why none does."""
+    compressed = getattr(module, "quantization_scheme", None) is not None
+    if not isinstance(module, nn.Linear):
+        return f"a {type(module).__name__} is not laid out as nn.Linear" if compressed else NOT_COMPRESSED
+    weight = described_module(name, module, look_for_24, outliers)
+    if isinstance(weight, str):
+        return weight or NOT_COMPRESSED
+    if shared:
+        return f"its weight is shared with {shared}" if compressed else NOT_COMPRESSED
+    found = bind(weight, kernels)
+    if isinstance(found, str):
+        return found or ("no technique of the recipe offers a kernel for it" if compressed else NOT_COMPRESSED)
+    if reason := obstacle(module):
+        return reason
+    pack(module, weight, *found)
+    return ""
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Parameter -> another name of it, for those that have one."""
+    several = [names for names in owners(model).values() if len(names) > 1]
+    return {name: names[i == 0] for names in several for i, name in enumerate(names)}
+
+
+def _decompress(module: nn.Module) -> None:
+    """Do now what compressed-tensors would do at the first forward, of one layer that stock transformers loaded."""
+    status = getattr(module, "quantization_status", None)
+    if getattr(status, "value", None) == "compressed" and "weight_scale" in module._parameters:
+        from compressed_tensors.compressors.base import decompress_module
+
+        decompress_module(module)
+
+
+def _decompress_rest(model: nn.Module) -> None:
+    for module in model.modules():
+        if "ct_decompress_hook" in module.__dict__:
+            for part in module.modules():
+                _decompress(part)
+            module.ct_decompress_hook.remove()  # type: ignore[union-attr, operator]
+            del module.ct_decompress_hook
+
+
+def _pretrained(model: nn.Module) -> nn.Module | None:
+    from transformers import PreTrainedModel
+
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+
+
+def _warn_of(refusals: Mapping[str, str]) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refusals.items():
+        by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        parts = [f"{_few(names)} ({reason})" for reason, names in by_reason.items()]
+        text = "these layers stay as they are: " + "; ".join(parts)
+        warnings.warn(text, KernelWarning, stacklevel=3)
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def compile_config(**changes: Any) -> Any:
+    """How ``generate`` may compile a model whose modules do not change meanwhile: without guards on them.
+
+    Before each compiled step torch checks some hundred attributes and tensors of every block: 2.7 of the 6.9
+    milliseconds of a step of a W4A16 8B model on an H200 with a slow host. Here these checks are left out::
+
+        model.generate(..., cache_implementation="static", compile_config=hf_optim.compile_config())
+
+    The compiled step then does not notice a change of the model (``restore``, adapters, other weights): call
+    ``torch.compiler.reset()`` after one. Inputs are checked as ever.
+
+    Args:
+        changes: other fields of transformers' ``CompileConfig``.
+    """
+    import torch
+    from transformers import CompileConfig
+
+    options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return CompileConfig(**{"fullgraph": True, "mode": None, "options": options, **changes})

@@ -1,0 +1,136 @@
+"""Modules of remote code that hold codes (``holds_codes``), on kernels and back, in place.
+
+Such a module keeps the codes of a linear layer in one buffer, ``codes_buffer``; ``pack(codes)`` makes that buffer of
+codes, ``uint8 [out, in]``. On a kernel the buffer is gone, and the operand has the codes in its own layout; everything
+else stays where it is. ``save_pretrained`` writes what it would write without a kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...toolkit.topology.linear_layers import holds_matrix, is_linear
+from .kernel import Kernel
+from .packed_linear import CHECKPOINT, OPERAND, KernelWarning
+
+KERNEL = "_hf_optim_kernel"
+
+
+class OnKernel:
+    """Part of the class of a module that computes with its ``operand``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        operand: Any = self._modules[OPERAND]  # type: ignore[attr-defined]
+        if not operand.takes(input):
+            return super().forward(input)  # type: ignore[misc]
+        try:
+            output = operand(input)
+        except Exception as error:
+            if type(error).__module__ == CHECKPOINT:
+                raise
+            # A fault of the input is the module's own to report: it then raises here.
+            output = super().forward(input)  # type: ignore[misc]
+            unpack(self)  # type: ignore[arg-type]
+            text = f"a {type(self).__name__} decodes its weight from now on: {type(error).__name__}: {error}"
+            warnings.warn(text, KernelWarning, stacklevel=2)
+            return output
+        bias = self.bias  # type: ignore[attr-defined]
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            # The operand has the bias' values; a difference of zero brings the gradient.
+            output = output + (bias - bias.detach())
+        return output
+
+    def codes(self) -> Tensor:
+        """The codes, ``uint8 [out, in]``, made now."""
+        operand: Any = self._modules[OPERAND]  # type: ignore[attr-defined]
+        return operand.codes()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == type(self).codes_buffer:  # type: ignore[attr-defined]
+            return self.pack(self.codes())
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "bias" and OPERAND in self._modules:  # type: ignore[attr-defined]
+            operand: Any = self._modules[OPERAND]  # type: ignore[attr-defined]
+            operand.bias = None if value is None else value.detach()
+            operand.renew()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        name = type(self).codes_buffer  # type: ignore[attr-defined]
+        destination[prefix + name] = getattr(self, name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # The layout depends on dtype and device: it is made anew. Codes are few bits, so this is cheap.
+        kernel = self.__dict__[KERNEL]
+        unpack(self)  # type: ignore[arg-type]
+        module: Any = self
+        module._apply(fn, recurse)
+        if kernel.serves(module) is None:
+            pack(module, kernel)
+        return self
+
+
+@cache
+def _on_kernel(cls: type) -> type:
+    return type(cls.__name__, (OnKernel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def coded_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model that are modules of remote code, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if holds_matrix(module) and not is_linear(module) and hasattr(module, "in_features")
+    }
+
+
+def offer(module: nn.Module, kernels: Iterable[Kernel]) -> str:
+    """Put a module on the first kernel that serves it; the empty string, or the reason why none does."""
+    if isinstance(module, OnKernel):
+        return ""
+    reasons = []
+    for kernel in kernels:
+        if not kernel.coded:
+            continue
+        reason = kernel.serves(module)  # type: ignore[arg-type]
+        if reason is None:
+            try:
+                pack(module, kernel)
+                return ""
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if reason:
+            reasons.append(f"{kernel.name}: {reason}")
+    return "; ".join(reasons) or "no technique of the recipe offers a kernel for it"
+
+
+@torch.no_grad()
+def pack(module: nn.Module, kernel: Kernel) -> None:
+    """Give the module its operand in place of its codes."""
+    operand = kernel.bind(module)  # type: ignore[arg-type]
+    del module._buffers[module.codes_buffer]  # type: ignore[arg-type]
+    module.__class__ = _on_kernel(type(module))  # type: ignore[arg-type]
+    module.__dict__[KERNEL] = kernel
+    module._modules[OPERAND] = operand
+
+
+@torch.no_grad()
+def unpack(module: nn.Module) -> None:
+    """Undo ``pack``: the module is what it was, bit by bit. One that is on no kernel is left alone."""
+    if not isinstance(module, OnKernel):
+        return
+    name: Any = type(module).codes_buffer  # type: ignore[attr-defined]
+    held = getattr(module, name)
+    del module._modules[OPERAND], module.__dict__[KERNEL]
+    module.__class__ = type(module).__mro__[2]
+    # In its old place: buffers are saved in their order.
+    module._buffers.update({name: held, **{key: module._buffers.pop(key) for key in list(module._buffers)}})

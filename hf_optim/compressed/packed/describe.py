@@ -1,0 +1,138 @@
+"""A layer in the words of ``hf_optim.weights``: from its quantization scheme, or from a 2:4 pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codes import codes_of, group_size_of, is_sparse24
+from ..weights import Codes, Inputs, QuantizedWeight
+
+OFFLOADED = "its weight is offloaded"
+
+
+def scheme_refusal(scheme: Any) -> str:
+    """Why a layer of this ``QuantizationScheme`` cannot be described; the empty string if it can."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights is None:
+        return "its weights are not quantized"
+    if scheme.output_activations is not None:
+        return "its outputs are quantized"
+    if weights.strategy not in ("tensor", "channel", "group"):
+        return f"scales per {_plain(weights.strategy)}"
+    fits = weights.num_bits == 8 and bool(weights.symmetric) if weights.type == "float" else 2 <= weights.num_bits <= 8
+    if not fits:
+        return f"{weights.num_bits}-bit {_plain(weights.type)} codes"
+    if inputs is None:
+        return ""
+    strategy = "token" if inputs.dynamic is True else "tensor"
+    if inputs.num_bits != 8 or inputs.dynamic not in (True, False) or inputs.strategy != strategy:
+        return f"inputs quantized to {inputs.num_bits} bits per {_plain(inputs.strategy)}"
+    return ""
+
+
+def described(
+    name: str,
+    shape: tuple[int, int],
+    scheme: Any,
+    scale: Tensor,
+    bias: Tensor | None,
+    codes: Callable[[], Codes],
+    *,
+    ordered: bool = False,
+    sparse24: bool = False,
+    outliers: float | None = None,
+) -> QuantizedWeight:
+    """A quantized weight. Its dtype and device are those of ``scale``; ``scheme_refusal`` must be empty.
+
+    ``outliers`` is left out where the weight is not of the form that ``QuantizedWeight`` wants for it.
+    """
+    args, inputs = scheme.weights, scheme.input_activations
+    return QuantizedWeight(
+        name=name,
+        shape=shape,
+        dtype=scale.dtype,
+        device=scale.device,
+        kind="float" if args.type == "float" else "int",
+        bits=args.num_bits,
+        group_size=group_size_of(args, shape[1]),
+        symmetric=bool(args.symmetric),
+        ordered=ordered,
+        inputs=inputs
+        and Inputs("float8" if inputs.type == "float" else "int8", inputs.dynamic is True, bool(inputs.symmetric)),
+        sparse24=sparse24,
+        bias=None if bias is None else bias.detach(),
+        codes=codes,
+        outliers=outliers if _may_split(scheme) and not ordered else None,
+    )
+
+
+def _may_split(scheme: Any) -> bool:
+    args = scheme.weights
+    plain = args.type == "int" and args.num_bits == 8 and bool(args.symmetric) and args.strategy != "group"
+    return plain and scheme.input_activations is None
+
+
+def described_module(
+    name: str, module: nn.Linear, look_for_24: bool, outliers: float | None = None
+) -> QuantizedWeight | str:
+    """The weight of a layer in memory, or the reason why no kernel can be asked; empty if it is not compressed."""
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    weight = module._parameters.get("weight")
+    if scheme is None and not look_for_24:
+        return ""
+    if weight is None:
+        return "its weight is not a parameter" if scheme is not None else ""
+    if scheme is None:
+        return _described_dense(name, module, weight.detach())
+    if weight.is_meta:
+        return OFFLOADED
+    if reason := scheme_refusal(scheme):
+        return reason
+    scale: Any = getattr(module, "weight_scale", None)
+    if scale is None:
+        return "it has no weight_scale"
+    if scale.dtype != weight.dtype:
+        return f"its scales are {scale.dtype}, its weight is {weight.dtype}"
+    g_idx = getattr(module, "weight_g_idx", None)
+    size = group_size_of(scheme.weights, weight.shape[1])
+    plain = g_idx is None or bool((g_idx.long() == torch.arange(len(g_idx), device=g_idx.device) // size).all())
+    return described(
+        name,
+        (weight.shape[0], weight.shape[1]),
+        scheme,
+        weight.detach(),
+        module.bias,
+        # Not kept beyond the binding, or the dense weight would be.
+        lambda: codes_of(module),
+        ordered=not plain,
+        sparse24=look_for_24 and plain and is_sparse24(weight.detach()),
+        outliers=outliers,
+    )
+
+
+def _described_dense(name: str, module: nn.Linear, weight: Tensor) -> QuantizedWeight | str:
+    if weight.is_meta or not weight.is_floating_point() or not is_sparse24(weight):
+        return ""
+    return QuantizedWeight(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=weight.dtype,
+        device=weight.device,
+        kind="dense",
+        bits=weight.element_size() * 8,
+        group_size=weight.shape[1],
+        symmetric=True,
+        ordered=False,
+        inputs=None,
+        sparse24=True,
+        bias=None if module.bias is None else module.bias.detach(),
+        codes=lambda: Codes(weight, None, None),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)

@@ -1,0 +1,81 @@
+"""Norms that quantize for the layers that read them.
+
+Which layers read a norm is found by tracing, as in ``joining``. Where all of them are on a kernel that can do it, the
+norm's class is changed to ``QuantizingNorm``: the same module, whose forward asks the kernel first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...toolkit.topology.graph import Trace
+from ...toolkit.topology.norm_groups import NormGroup, norm_groups
+from .fused_projections import wiring_of
+from .packed_linear import OPERAND, PackedLinear
+from .shared_output import Part
+
+FORMER, FUSED = "_former", "_fused"
+
+
+class QuantizingNorm(nn.Module):
+    """A norm that makes the codes of its output beside it, where its kernel says that this pays."""
+
+    _former: type[nn.Module]
+    _fused: Callable[[nn.Module, Tensor], Tensor | None]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the norm computes, to rounding."""
+        if len(args) == 1 and not kwargs:
+            output = self._fused(self, args[0])
+            if output is not None:
+                return output
+        return self._former.forward(self, *args, **kwargs)
+
+    def unfuse(self) -> None:
+        """Give the norm its own class back."""
+        self.__class__ = self.__dict__.pop(FORMER)
+        del self.__dict__[FUSED]
+
+
+def fuse_norms(model: nn.Module, wiring: Trace | None = None) -> None:
+    """Let the norms of a model quantize for the packed layers that read them, where these can take it.
+
+    Args:
+        wiring: a trace of the model with its packed layers; None makes one, if it is needed.
+    """
+    ready = [m for m in model.modules() if isinstance(m, PackedLinear) and _fuses(m) and m.packing.norm is None]
+    if not ready:
+        return
+    wiring = wiring or wiring_of(model)
+    for group in norm_groups(wiring) if wiring is not None else ():
+        _fuse(group)
+
+
+def _fuses(layer: nn.Module) -> bool:
+    return isinstance(layer, PackedLinear) and not layer.packing.failure and hasattr(_operand(layer), "fuse")
+
+
+def _operand(layer: PackedLinear) -> Any:
+    operand = layer._modules[OPERAND]
+    return operand.joint if isinstance(operand, Part) else operand
+
+
+def _fuse(group: NormGroup) -> None:
+    norm: Any = group.module
+    layers: list[Any] = list(group.linears.values())
+    own = "forward" in norm.__dict__ or "_old_forward" in norm.__dict__
+    if own or isinstance(norm, QuantizingNorm) or not layers or not all(_fuses(layer) for layer in layers):
+        return
+    operands = list({id(_operand(layer)): _operand(layer) for layer in layers}.values())
+    if len({type(operand) for operand in operands}) > 1:
+        return
+    made = operands[0].fuse(norm, operands)
+    if made is None:
+        return
+    norm.__dict__[FORMER], norm.__dict__[FUSED] = type(norm), made
+    norm.__class__ = QuantizingNorm
+    for layer in layers:
+        layer.packing.norm = norm

@@ -1,0 +1,157 @@
+"""Turning a linear layer into a ``PackedLinear`` and back, in place."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codes import scales, state_of
+from ..weights import Codes, QuantizedWeight
+from .kernel import Kernel
+from .packed_linear import OPERAND, PackedLinear, Packing
+
+# What the operand holds; everything else of a layer stays where it is.
+REPLACED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
+# Where the forward of an instance may stand: its own, and the one that hooks of accelerate (the library) have taken.
+FORWARDS = ("forward", "_old_forward")
+NEEDED = ("forward", "takes", "codes", "label")
+
+
+def bind(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel, nn.Module] | str:
+    """The operand of the first kernel that serves a weight, or the reasons why none does (empty: none is concerned)."""
+    reasons = []
+    for kernel in _in_order(weight, kernels):
+        if weight.kind == "dense" and not kernel.sparse24:
+            continue
+        reason = kernel.serves(weight)
+        if reason is None:
+            try:
+                return kernel, _checked(kernel.bind(weight))
+            except ValueError as error:
+                reason = str(error)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        if reason:
+            reasons.append(f"{kernel.name}: {reason}")
+    return "; ".join(reasons)
+
+
+def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Those that are for what this weight has (outliers, 2:4) come before those that do without."""
+    kernels = list(kernels)
+    special = [kernel for kernel in kernels if kernel.outliers]
+    plain = sorted((k for k in kernels if not k.outliers), key=lambda k: not (weight.sparse24 and k.sparse24))
+    return (special if weight.outliers is not None else []) + plain
+
+
+def _checked(operand: Any) -> nn.Module:
+    lacking = [name for name in NEEDED if not hasattr(operand, name)]
+    if not isinstance(operand, nn.Module) or lacking:
+        raise TypeError(f"its operand is no nn.Module with {', '.join(NEEDED)}")
+    return operand
+
+
+def obstacle(module: nn.Linear) -> str:
+    """Why the class of this layer cannot be changed; the empty string if it can."""
+    if type(module).forward is not nn.Linear.forward:
+        return f"a {type(module).__name__} is not laid out as nn.Linear"
+    own = module.__dict__.get("forward")
+    quantized = getattr(module, "quantization_scheme", None) is not None
+    if own is None or "_old_forward" in module.__dict__:
+        return ""
+    if quantized and isinstance(own, types.MethodType) and own.__self__ is module:
+        return ""  # compressed-tensors' own, which quantizes inputs
+    return "something else has replaced its forward"
+
+
+@torch.no_grad()
+def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, operand: nn.Module) -> None:
+    """Give the module its operand in place of its dense weight."""
+    replaced = {}
+    parameters = tuple(module._parameters)
+    for name in REPLACED:
+        old = module._parameters.get(name)
+        if old is not None:
+            replaced[name] = (old.shape, old.dtype, old.requires_grad)
+            del module._parameters[name]
+    former = type(module)
+    attributes = {name: module.__dict__[name] for name in FORWARDS if name in module.__dict__}
+    if "_old_forward" in attributes:
+        module.__dict__["_old_forward"] = types.MethodType(PackedLinear.forward, module)
+        attributes.pop("forward", None)
+    else:
+        module.__dict__.pop("forward", None)
+    module.__class__ = PackedLinear
+    about = replace(weight, bias=None, codes=_unasked)
+    module.__dict__["packing"] = Packing(about, kernel, former, unpack, parameters, replaced, attributes)
+    module._modules[OPERAND] = operand
+    module.tie()  # type: ignore[operator]
+
+
+def _unasked() -> Codes:
+    raise ValueError("a packed layer gives its codes itself")
+
+
+@torch.no_grad()
+def unpack(module: PackedLinear) -> None:
+    """Undo ``pack``: the module is what it was, bit by bit. Layers it was joined with have their own operands again."""
+    module.packing.apart()
+    if module.packing.group is not None:
+        module.packing.group.end()
+    packing, found, weight = module.packing, module.codes(), module.decoded()
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    del module._modules[OPERAND]
+    for name in ("packing", "_run", "_takes"):
+        module.__dict__.pop(name, None)
+    module.__class__ = packing.former  # type: ignore[assignment]
+    module.__dict__.update(packing.attributes)
+    if packing.replaced:
+        _refill(module, packing, found, weight, scheme)
+    else:
+        from ..state import store
+
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, packing.about.group_size))
+
+
+def _refill(module: nn.Linear, packing: Packing, found: Codes, weight: Tensor, scheme: Any) -> None:
+    values: dict[str, Tensor] = {"weight": weight}
+    if scheme is not None:
+        values |= scales(found, scheme)
+        if "weight_zero_point" not in values and "weight_zero_point" in packing.replaced:
+            values["weight_zero_point"] = torch.zeros((), dtype=torch.int8, device=weight.device)
+    if "weight_g_idx" in packing.replaced:
+        g_idx = g_idx_of(found, packing.about.group_size)
+        values["weight_g_idx"] = _plain_g_idx(found, packing) if g_idx is None else g_idx
+    kept = dict(module._parameters)
+    module._parameters.clear()
+    for name in packing.parameters:
+        if name in packing.replaced:
+            shape, dtype, trains = packing.replaced[name]
+            if name != "weight" and dtype.is_floating_point:
+                dtype = weight.dtype
+            value = values[name].to(weight.dtype if name == "weight" else dtype)
+            value = value.reshape(shape) if value.numel() == shape.numel() else value.expand(shape)
+            module._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=trains)
+        else:
+            module._parameters[name] = kept.pop(name)
+    module._parameters.update(kept)
+
+
+def g_idx_of(found: Codes, group_size: int) -> Tensor | None:
+    """The group of each column, int32 ``[in]``; None where the groups are of neighbouring columns."""
+    if found.order is None:
+        return None
+    groups = torch.arange(len(found.order), device=found.order.device) // group_size
+    return torch.empty_like(groups).index_copy_(0, found.order, groups).int()
+
+
+def _plain_g_idx(found: Codes, packing: Packing) -> Tensor:
+    return torch.arange(packing.about.shape[1], device=found.codes.device).div(
+        packing.about.group_size, rounding_mode="floor"
+    )

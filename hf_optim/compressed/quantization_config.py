@@ -1,0 +1,122 @@
+"""The ``quantization_config`` of config.json: schemes, and patterns that match exactly their modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import CheckpointError
+from .codec import scheme_on
+from .experts import checkpoint_modules, expert_schemes, stored_scheme
+from .state import quantized_modules
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+    from transformers import CompressedTensorsConfig
+
+
+def stored_schemes(model: nn.Module, loose: Iterable[str] = ()) -> dict[str, QuantizationScheme]:
+    """The scheme of every quantized module, by name; of a module with a dense weight, what is left of it.
+
+    Stacks of experts have the one scheme in which all of them are written.
+    """
+    schemes: dict[str, QuantizationScheme] = {name: scheme_on(m) for name, m in quantized_modules(model).items()}
+    experts = stored_scheme(model)
+    schemes |= {name: experts for name, m in model.named_modules() if experts is not None and expert_schemes(m)}
+    for name in loose:
+        left = schemes.pop(name)
+        if left.input_activations is not None:
+            schemes[name] = left.model_copy(update={"weights": None, "format": "dense"})
+    return schemes
+
+
+def quantization_config(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> CompressedTensorsConfig:
+    """The ``quantization_config`` of config.json: the schemes, and patterns that hit exactly their modules."""
+    from transformers import CompressedTensorsConfig
+
+    by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
+    experts = {name: scheme for name, scheme in schemes.items() if expert_schemes(model.get_submodule(name))}
+    for name, scheme in schemes.items():
+        if name not in experts:
+            by_scheme.setdefault(_key(scheme), (scheme, []))[1].append(name)
+    targets, ignore = patterns(model, [names for _, names in by_scheme.values()])
+    common = next(iter(experts.values()), None)
+    if common is not None and (targets != [["Linear"]] or [*by_scheme] != [_key(common)]):
+        # transformers takes the scheme of experts from the first group that has a pattern with this word.
+        by_scheme = {"experts": (common, []), **by_scheme}
+        targets = [expert_patterns(checkpoint_modules(model)), *targets]
+    groups: dict[str, Any] = {
+        f"group_{i}": {**scheme.model_dump(), "targets": found}
+        for i, ((scheme, _), found) in enumerate(zip(by_scheme.values(), targets, strict=True))
+    }
+    formats = {str(getattr(s.format, "value", s.format)) for s, _ in by_scheme.values()}
+    return CompressedTensorsConfig(
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=ignore,
+    )
+
+
+def _key(scheme: QuantizationScheme) -> str:
+    return scheme.model_dump_json(exclude={"targets"})
+
+
+def expert_patterns(names: Iterable[str]) -> list[str]:
+    """Patterns for experts by the end of their names: what is before it differs between model and checkpoint."""
+    ends = sorted({re.sub(r"^.*?([^.]*experts[^.]*)\.\d+\.", r"\1.0.", name) for name in names})
+    return [r"re:.*\b" + re.escape(end).replace(r"\.0\.", r"\.\d+\.", 1) + "$" for end in ends]
+
+
+def patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+    """Target patterns per group of module names, and patterns to ignore, in compressed-tensors' language.
+
+    The class ``Linear`` and an ignore list where all is quantized alike; else expressions without layer numbers; else
+    one for each module. The first form that hits exactly the groups is taken. They hit the same modules in the base
+    model, and under another head. Raises ``CheckpointError`` if none does.
+    """
+    named = dict(model.named_modules())
+    chosen = {name for names in groups for name in names}
+    others = [name for name, m in named.items() if isinstance(m, nn.Linear) and name not in chosen]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    bare = [[name.removeprefix(prefix) for name in names] for names in groups]
+    spared = [name.removeprefix(prefix) for name in others]
+    forms: list[tuple[list[list[str]], list[str]]] = []
+    if len(groups) == 1:
+        forms += [([["Linear"]], _exactly(spared)), ([["Linear"]], _generalize(spared))]
+        if len(others) > 8:
+            forms.reverse()
+    forms += [([_generalize(names) for names in bare], []), ([_exactly(names) for names in bare], [])]
+    wanted = {name: i for i, names in enumerate(groups) for name in names}
+    for targets, ignore in forms:
+        if _hits(named, targets, ignore) == wanted:
+            return targets, ignore
+    raise CheckpointError("no compressed-tensors pattern tells the quantized modules of this model from the others")
+
+
+def _exactly(names: Iterable[str]) -> list[str]:
+    # A head is named alike everywhere; what lies in the base model may have a prefix or not.
+    return sorted(_anywhere(re.escape(name)) if "." in name else name for name in names)
+
+
+def _generalize(names: Iterable[str]) -> list[str]:
+    return sorted({_anywhere(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name))) for name in names})
+
+
+def _anywhere(pattern: str) -> str:
+    return r"re:(?:.*\.)?" + pattern + "$"
+
+
+def _hits(named: Mapping[str, nn.Module], targets: list[list[str]], ignore: list[str]) -> dict[str, int]:
+    from compressed_tensors.utils.match import is_match, match_targets
+
+    group_of = {target: i for i, found in enumerate(targets) for target in found}
+    hits = {}
+    for name, module in named.items():
+        matched = match_targets(name, module, list(group_of))
+        if matched and isinstance(module, (nn.Linear, nn.Embedding)) and not is_match(name, module, ignore):
+            hits[name] = group_of[matched[0]]
+    return hits

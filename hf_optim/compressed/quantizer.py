@@ -1,0 +1,181 @@
+"""Writing a quantized model as a compressed-tensors checkpoint, through transformers' hook for quantized models.
+
+``quantizer_class()`` is what ``formats.attach_quantizer`` puts on a model: ``save_pretrained`` asks it for the state
+dict. It packs module by module and leaves the model in memory as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..runs.run import find_run
+from .codec import scheme_on
+from .experts import (
+    expert_schemes,
+    forget_decoding,
+)
+from .quantization_config import quantization_config, stored_schemes
+from .state import quantized_modules
+from .state_dict import packed_state_dict
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def quantizer_class() -> type:
+    """The quantizer of a model in the state of ``formats``; made when first needed."""
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    class StoredQuantizer(CompressedTensorsHfQuantizer):
+        """Saves packed codes, and lets adapters train on top of the frozen weights."""
+
+        use_fp8_kernel = False  # set by validate_environment, which runs only when transformers loads a checkpoint
+        is_trainable = True
+        is_qat_trainable = False  # type: ignore[assignment]  # transformers reads it as a property
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, torch.Tensor] | None, dict]:
+            if getattr(model, "_hf_peft_config_loaded", False):
+                return None, {}  # only the adapter is saved
+            forget_decoding(model)
+            state, loose = packed_state_dict(model)
+            if loose:
+                logger.warning(
+                    "%d of %d quantized weights have changed since they were quantized (a merged adapter, a cast, "
+                    "experts that transformers decoded) and are saved as they are, in full: %s. Quantize again for a "
+                    "smaller checkpoint.",
+                    len(loose),
+                    len(quantized_modules(model)),
+                    ", ".join(loose[:3]) + (", ..." if len(loose) > 3 else ""),
+                )
+            self._renew(model, set(loose))
+            return state, {}
+
+        def _renew(self, model: Any, loose: set[str]) -> None:
+            # save_pretrained writes model.config after this call.
+            schemes = stored_schemes(model, loose)
+            if schemes:
+                self.quantization_config = model.config.quantization_config = quantization_config(model, schemes)
+            else:
+                model.config.__dict__.pop("quantization_config", None)
+
+    return StoredQuantizer
+
+
+def keep_readable(model: Any) -> None:
+    """Store one code to a byte, under the name ``weight``, where transformers could not prepare a packed model.
+
+    Before it reads weights, transformers initializes the modules. Some classes (T5) do that through ``module.weight``,
+    which a packed linear does not have. Tried here on a twin without data.
+    """
+    packed = packed_modules(model)
+    if packed and not _initializes_without_weights(model, packed):
+        store_bytes(model, packed)
+
+
+def packed_modules(model: Any, inside: str = "") -> dict[str, nn.Module]:
+    """The quantized linears of a model whose codes are packed, by full name; only those inside the module ``inside``.
+
+    Experts are none: they exist as linears in the checkpoint only.
+    """
+    holder = model.get_submodule(inside) if inside else model
+    found = quantized_modules(holder).items()
+    named = {f"{inside}.{name}" if inside and name else inside + name: m for name, m in found}
+    return {n: m for n, m in named.items() if scheme_on(m).format == "pack-quantized" and not expert_schemes(m)}
+
+
+def store_bytes(model: Any, packed: Mapping[str, nn.Module]) -> None:
+    """Store the codes of these modules one to a byte, and note why on the model's record."""
+    for module in packed.values():
+        scheme_on(module).format = "naive-quantized"
+    sentence = (
+        f"Codes are stored one to a byte: transformers cannot prepare a packed {type(model).__name__}, whose "
+        "initialization reads the weights of its linears."
+    )
+    if (run := find_run(model)) is not None:
+        if sentence in run.record.notes:
+            return
+        run.record.note(sentence)
+    logger.warning(sentence)
+
+
+class Readability:
+    """``keep_readable`` for a model that is quantized and written block by block: found out at the first block."""
+
+    def __init__(self) -> None:
+        self._readable: bool | None = None
+
+    def settle(self, run: Any, name: str) -> None:
+        """Settle how the codes of the module ``name`` are stored, before they are written."""
+        packed = packed_modules(run.model, name)
+        if not packed:
+            return
+        if self._readable is None:
+            self._readable = _initializes_without_weights(run.model, packed)
+        if not self._readable:
+            store_bytes(run.model, packed)
+
+
+def _initializes_without_weights(model: Any, names: Iterable[str]) -> bool:
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"), torch.no_grad():
+        twin = type(model)(config)
+        for name in names:
+            del twin.get_submodule(name).weight
+        try:
+            for module in twin.modules():
+                twin._init_weights(module)
+        except AttributeError as error:
+            if "weight" not in str(error):
+                raise
+            return False
+    return True
+
+
+def attach_quantizer(model: Any) -> None:
+    """Make ``model.save_pretrained`` write a compressed-tensors checkpoint, and ``model.config`` say so.
+
+    Call it when the quantized modules are in their state; a second call brings the configuration up to date.
+    Raises ``ModelError`` if no module is quantized.
+    """
+    from .quantization_config import quantization_config, stored_schemes
+
+    keep_readable(model)
+    schemes = stored_schemes(model)
+    if not schemes:
+        raise ModelError("no module of this model is quantized")
+    config = quantization_config(model, schemes)
+    model.hf_quantizer = quantizer_class()(config)
+    model.quantization_method = config.quant_method
+    model.is_quantized = True
+    model.config.quantization_config = config
+    for config in _configs(model):
+        config._is_quantized = True
+
+
+def detach_quantizer(model: Any) -> None:
+    """Undo ``attach_quantizer``. The modules are left as they are."""
+    forget_decoding(model)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    for config in _configs(model):
+        for name in ("quantization_config", "_is_quantized"):
+            vars(config).pop(name, None)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedConfig
+
+    found = (getattr(part, "config", None) for part in model.modules())
+    return [config for config in found if isinstance(config, PreTrainedConfig)]

@@ -1,0 +1,223 @@
+"""The quantized state of a linear layer in memory: putting a layer into it, taking it off, and keeping it in a file.
+
+That of experts which a model keeps as stacked matrices is in ``experts``; the functions here take both.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ModelError
+from ..toolkit.topology.experts import ExpertLinear
+from .codec import check_fit, decode, quantize_input, scheme_on
+from .experts import SCALE, bind, clear_experts, expert_schemes, store_expert
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+PARAMETERS = ("weight_scale", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point")
+
+
+@torch.no_grad()
+def store(
+    module: nn.Module | ExpertLinear,
+    scheme: QuantizationScheme,
+    codes: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_zero_point: torch.Tensor | None = None,
+    g_idx: torch.Tensor | None = None,
+) -> None:
+    """Put a linear layer into the quantized state, in place.
+
+    Args:
+        module: an ``nn.Linear``, or one matrix of an expert as ``storable`` gives it; its weight's dtype is the dtype
+            in which the codes are decoded.
+        scheme: made by ``scheme``.
+        codes: int8 ``[out, in]`` on the grid of ``scheme.weights``, or float8 for FP8. None with unquantized weights.
+        scale: ``[out, groups]``, ``[out, 1]`` or ``[1]``; must be exact in the weight's dtype, since the checkpoint
+            has it in that dtype (``grids.Grid`` sees to it).
+        zero_point: int8, of the shape of ``scale``, for asymmetric grids; None for symmetric ones.
+        input_scale, input_zero_point: ``[1]``, for statically quantized inputs.
+        g_idx: int32 ``[in]``, the group of each column of the layer's input, where groups are of scattered columns;
+            the columns of ``codes`` are then sorted by their group.
+
+    Raises ``ModelError`` if the module or the tensors do not fit the scheme.
+    """
+    if isinstance(module, ExpertLinear):
+        store_expert(module, scheme, codes, scale, zero_point)
+        return
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"compressed-tensors stores nn.Linear weights only, not those of a {type(module).__name__}")
+    clear(module)
+    weight = module.weight
+    if scheme.weights is not None:
+        check_fit(weight, scheme, codes, scale, zero_point)
+        decoded = decode(codes, scale, zero_point, scheme.weights, weight)
+        if g_idx is None:
+            weight.copy_(decoded)
+        else:
+            weight.index_copy_(1, g_idx.to(weight.device).long().argsort(stable=True), decoded)
+    given = {
+        "weight_scale": scale,
+        "weight_zero_point": zero_point,
+        "weight_g_idx": g_idx,
+        "input_scale": input_scale,
+        "input_zero_point": input_zero_point,
+    }
+    for name, value in given.items():
+        if value is not None:
+            integer = torch.int32 if name == "weight_g_idx" else torch.int8
+            value = value.to(weight.device, weight.dtype if value.is_floating_point() else integer)
+            module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+    weight.requires_grad_(False)
+    _bind(module, scheme)
+
+
+def _bind(module: nn.Module, scheme: QuantizationScheme) -> None:
+    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
+
+    module.quantization_scheme = scheme
+    module.quantization_status = QuantizationStatus.DECOMPRESSED
+    set_forward_quantized(module)  # type: ignore[arg-type]
+    if scheme.input_activations is not None:
+        _pass_gradients(module)
+
+
+def mark(
+    module: nn.Linear, scheme: QuantizationScheme, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None
+) -> None:
+    """Give a layer that is about to be packed its scheme, as ``store`` would, without a weight."""
+    from compressed_tensors.quantization import QuantizationStatus
+
+    module.quantization_scheme = scheme  # type: ignore[assignment]
+    module.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
+    for name, value in (("input_scale", input_scale), ("input_zero_point", input_zero)):
+        if value is not None:
+            module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+
+
+def _pass_gradients(module: nn.Module) -> None:
+    # compressed-tensors quantizes inputs without a gradient, which would cut an adapter in a lower layer off. Where no
+    # gradient is asked for, its own forward runs.
+    plain = module.forward.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return plain(self, input)
+        return type(self).forward(self, quantize_input(self, input))
+
+    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def input_quantizer(
+    scheme: QuantizationScheme, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What rounds inputs as a layer with this scheme would, for a layer that is not in the quantized state.
+
+    Args:
+        scheme: made by ``scheme``, with activations.
+        scale, zero_point: ``[1]``, of statically quantized inputs.
+    """
+    from compressed_tensors.quantization import QuantizationStatus
+
+    held: Any = types.SimpleNamespace(
+        quantization_scheme=scheme,
+        quantization_status=QuantizationStatus.DECOMPRESSED,
+        input_scale=scale,
+        input_zero_point=zero_point,
+    )
+    return functools.partial(quantize_input, held)
+
+
+def clear(module: nn.Module) -> bool:
+    """Take the quantized state off one module; its weight stays as it is. True if there was one."""
+    if scheme_on(module) is None:
+        return False
+    if expert_schemes(module):
+        clear_experts(module)
+        return True
+    packing: Any = getattr(module, "packing", None)
+    if packing is not None:  # a ``PackedLinear``
+        packing.undo(module)
+    for name in (*PARAMETERS, "weight_shape"):
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+    for name in ("quantization_scheme", "quantization_status", "quantization_enabled", "forward"):
+        module.__dict__.pop(name, None)
+    return True
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module in the quantized state, by name: linears, and the modules that hold stacked experts."""
+    return {name: module for name, module in model.named_modules() if scheme_on(module) is not None}
+
+
+def dump_module_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state of a block with its quantization, for a file: tensors by name, and what else it takes (JSON types).
+
+    The tensors are the module's own, not copies.
+    """
+    tensors = {name: value.detach() for name, value in module.state_dict().items()}
+    schemes: dict[str, Any] = {}
+    experts: dict[str, Any] = {}
+    for name, part in quantized_modules(module).items():
+        stacked = expert_schemes(part)
+        if stacked:
+            experts[name] = {parameter: scheme.model_dump(mode="json") for parameter, scheme in stacked.items()}
+        else:
+            schemes[name] = scheme_on(part).model_dump(mode="json")
+    return tensors, {"schemes": schemes, "experts": experts}
+
+
+@torch.no_grad()
+def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Bring a block to the state that ``dump_module_state`` took, bit by bit.
+
+    Raises ``CheckpointError`` if the block has other parameters, shapes or dtypes than the one dumped.
+    """
+    from compressed_tensors.quantization import QuantizationScheme
+
+    for quantized in quantized_modules(module).values():
+        clear(quantized)
+    for name, fields in meta["schemes"].items():
+        part = module.get_submodule(name)
+        weight = part.get_parameter("weight").requires_grad_(False)
+        _make_room(part, name, PARAMETERS, tensors, weight.device)
+        _bind(part, QuantizationScheme.model_validate(fields))
+    for name, stacked in meta.get("experts", {}).items():
+        part = module.get_submodule(name)
+        for parameter in stacked:
+            device = part.get_parameter(parameter).requires_grad_(False).device
+            _make_room(part, name, (parameter + SCALE,), tensors, device)
+        bind(part, {parameter: QuantizationScheme.model_validate(fields) for parameter, fields in stacked.items()})
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        raise CheckpointError(f"the saved block and this one do not have the same tensors: only one has {name!r}")
+    for name, value in own.items():
+        if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
+            raise CheckpointError(
+                f"{name} was saved as {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"and here it is {value.dtype} {tuple(value.shape)}"
+            )
+        value.copy_(tensors[name])
+
+
+def _make_room(
+    module: nn.Module, name: str, keys: Iterable[str], tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Register blank parameters for those ``keys`` of a module that the saved tensors have."""
+    for key in keys:
+        value = tensors.get(f"{name}.{key}" if name else key)
+        if value is not None:
+            blank = torch.empty_like(value, device=device)
+            module.register_parameter(key, nn.Parameter(blank, requires_grad=False))

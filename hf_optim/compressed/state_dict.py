@@ -1,0 +1,103 @@
+"""The state dict of a compressed checkpoint, packed module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..toolkit.topology.experts import stacks
+from .codec import pack, scheme_on
+from .codes import checkpoint_tensors
+from .experts import SCALE, expert_schemes, packed_experts, stored_scheme
+from .packed.packed_linear import OPERAND, PackedLinear
+
+
+@torch.no_grad()
+def packed_state_dict(
+    model: nn.Module, owner: nn.Module | None = None, inside: str = ""
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The state dict of the compressed checkpoint, and the names of modules that no longer fit their grid.
+
+    A layer that runs on a kernel gives its codes itself; no dense weight is made of it. Elsewhere the codes are
+    recovered from the weights in float32, where that is exact: a weight is a code times a scale rounded to the model's
+    dtype. Each packed module is decoded again, and must give the weight bit by bit; one that does not (somebody wrote
+    into it) keeps its dense weight. So does one whose groups are of scattered columns: stock transformers would read
+    its checkpoint without a word, and wrong.
+
+    Experts are packed all or none: stock transformers reads them in no other way. If one no longer fits its grid, the
+    whole checkpoint is dense.
+
+    Args:
+        model: a model, or a part of one.
+        owner, inside: for a part, the model that it is of and the name that it has there: the names of experts in a
+            checkpoint are a matter of the whole model.
+    """
+    state = dict(model.state_dict())
+    loose = []
+    experts = _packed_experts(model, owner or model, inside)
+    as_they_are = experts is None
+    for name, module in model.named_modules():
+        if expert_schemes(module):
+            _put_experts(state, name, module, experts)
+            loose += [name] if experts is None else []
+            continue
+        if not isinstance(module, PackedLinear) and scheme_on(module) is None:
+            continue
+        prefix = f"{name}." if name else ""
+        own = [*module._parameters, *module._buffers]
+        local = {key: state.pop(prefix + key) for key in own if prefix + key in state}
+        packed: dict[str, torch.Tensor] | None
+        if isinstance(module, PackedLinear):
+            for key in [key for key in state if key.startswith(f"{prefix}{OPERAND}.")]:
+                del state[key]
+            packed = None if as_they_are else _given(local, module)
+        else:
+            packed = None if as_they_are else pack(local, scheme_on(module))
+        if packed is None:
+            loose.append(name)
+            weight = {"weight": module.decoded()} if isinstance(module, PackedLinear) else {}
+            packed = {**{key: value for key, value in local.items() if not key.startswith("weight_")}, **weight}
+        state.update({prefix + key: value for key, value in packed.items()})
+    return state, loose
+
+
+def _packed_experts(model: nn.Module, owner: Any, inside: str) -> dict[str, dict[str, torch.Tensor]] | None:
+    """The checkpoint's tensors of every quantized stack of experts; None if one does not fit its grid any more."""
+    integer = any(s.weights is not None and s.weights.type == "int" for s in map(scheme_on, model.modules()) if s)
+    if integer and any(not expert_schemes(stack) for stack in stacks(model).values()):
+        return None  # transformers decoded them while it loaded the checkpoint
+    common = stored_scheme(model)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if common is not None and expert_schemes(module):
+            packed = packed_experts(owner, ".".join(filter(None, (inside, name))), common)
+            if packed is None:
+                return None
+            found[name] = {key.removeprefix(f"{inside}."): value for key, value in packed.items()}
+    return found
+
+
+def _put_experts(state: dict[str, torch.Tensor], name: str, stack: nn.Module, packed: Any) -> None:
+    """Replace the tensors of a stack of experts by their packed form, or leave the decoded weights alone."""
+    prefix = f"{name}." if name else ""
+    for parameter in expert_schemes(stack):
+        del state[f"{prefix}{parameter}{SCALE}"]
+        if packed is not None:
+            del state[prefix + parameter]
+    state.update({} if packed is None else packed[name])
+
+
+def _given(local: Mapping[str, torch.Tensor], module: PackedLinear) -> dict[str, torch.Tensor] | None:
+    """The checkpoint's tensors of a layer on a kernel; None if compressed-tensors cannot express it."""
+    scheme = scheme_on(module)
+    if scheme is None:
+        return {**local, "weight": module.decoded()}
+    if module.packing.about.ordered:
+        return None
+    packed = {**local, **checkpoint_tensors(module.codes(), scheme)}
+    if scheme.input_activations is not None and scheme.input_activations.symmetric:
+        packed.pop("input_zero_point", None)
+    return packed

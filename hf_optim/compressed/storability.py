@@ -1,0 +1,121 @@
+"""Which layers of a scope compressed-tensors can store, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import ModelError
+from ..toolkit.topology.experts import ExpertLinear, expert_linears
+from ..toolkit.topology.linear_layers import linears, owners
+from ..toolkit.topology.selection import match
+from .experts import expert_schemes, unreadable
+
+if TYPE_CHECKING:
+    from ..runs.scope import Scope
+
+
+def storable(
+    scope: Scope,
+    targets: Iterable[str],
+    skip: Iterable[str] = (),
+    integer: bool = True,
+    label: str = "this step",
+    *,
+    experts: bool = False,
+    symmetric: bool = True,
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The linears of a scope that compressed-tensors can store, and the names of what it cannot, by reason.
+
+    Of experts that a model keeps as stacked matrices (no ``nn.Linear`` of their own) transformers (5.17 to 5.23) looks
+    for codes in a checkpoint of integers, and cannot read one without. So with ``integer`` weights all of them are
+    quantized, or the model is refused.
+
+    Args:
+        scope, targets, skip: see ``Scope.select``. ``Linear`` includes the matrices of experts; routers are none.
+        integer: whether the weights get integer codes. If not, experts are among what is left out.
+        label: what messages begin with.
+        experts: whether the caller quantizes ``ExpertLinear`` too, which are then among the layers.
+        symmetric: whether the codes have no zero points; with experts they must not.
+
+    Raises ``ModelError`` for integer weights of a model with experts that would not be stored, or not be read.
+    """
+    targets, skip = tuple(targets), tuple(skip)
+    selected = scope.select(targets, skip, experts=experts)
+    holders = owners(scope.model)
+    layers: dict[str, Any] = {}
+    skipped: dict[str, list[str]] = {}
+    for name, module in selected.items():
+        if isinstance(module, ExpertLinear):
+            if integer:
+                layers[name] = module
+            continue
+        reason = _unstorable(name, module, holders)
+        if reason or not isinstance(module, nn.Linear):
+            skipped.setdefault(reason, []).append(name)
+        else:
+            layers[name] = module
+    stacks = {name: m for name, m in scope.model.named_modules() if is_stack(m)}
+    inside = [name for name in stacks if scope.holds(name)]
+    if stacks and integer and layers:
+        _require_whole_experts(scope, stacks, targets, skip, label, experts, symmetric)
+    elif inside and "Linear" in targets:
+        skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
+    return layers, skipped
+
+
+def _require_whole_experts(
+    scope: Scope,
+    stacks: Mapping[str, nn.Module],
+    targets: tuple[str, ...],
+    skip: tuple[str, ...],
+    label: str,
+    experts: bool,
+    symmetric: bool,
+) -> None:
+    """Raise ``ModelError`` unless a step on these targets leaves experts that stock transformers reads."""
+    model = scope.model
+    begin = f"{label} cannot store integer weights of {type(model).__name__}: its experts are stacked matrices"
+    left = {name: stack for name, stack in stacks.items() if not expert_schemes(stack)}
+    if not experts and left:
+        raise ModelError(
+            f"{begin} ({next(iter(left))}), which this technique leaves as they are, and stock transformers reads an "
+            "integer checkpoint of a mixture of experts only with its experts packed too. Use a technique that "
+            "quantizes experts too, or fp8, which stock transformers reads beside experts that are not quantized"
+        )
+    views = expert_linears(model)
+    chosen = set(match({**linears(model), **views}, targets, skip)) if experts else set()
+    out = [name for name, view in views.items() if name not in chosen and view.stack_name in left]
+    if out:
+        raise ModelError(
+            f"{begin} of which targets and skip leave out {len(out)}, such as {out[0]}, and stock transformers reads "
+            "an integer checkpoint of a mixture of experts only with all its experts packed. Select all of them, or "
+            "use fp8"
+        )
+    checked = {name: stack for name, stack in left.items() if scope.holds(name)} or dict([*left.items()][:1])
+    for name, stack in checked.items():
+        if why := unreadable(model, name, stack):
+            raise ModelError(
+                f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
+                "leaves experts as they are"
+            )
+        if not symmetric:
+            raise ModelError(
+                f"{begin} ({name}), and stock transformers reads the codes of experts without zero points only. Use "
+                "symmetric: true"
+            )
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module holds stacked matrices ``[n, ., .]``, as experts are kept."""
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return not convolution and any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
+
+
+def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]]) -> str:
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__}: compressed-tensors stores nn.Linear only"
+    others = [other for other in holders.get(id(module.weight), ()) if other != f"{name}.weight"]
+    return f"its weight is shared with {others[0]}" if others else ""

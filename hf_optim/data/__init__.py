@@ -1,0 +1,1 @@
+"""Inputs: datasets, token windows, calibration sets, labelled batches."""

@@ -1,0 +1,72 @@
+"""The roofline plot: the rate of each contender over the operations a byte, under the ceilings of the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..cards.plots import COLOURS, DPI, GREY, MARKERS, SIZE, _save
+from .results import Results, Row
+
+
+def roofline(results: Results, path: Path) -> Path:
+    """A panel per operator: ours and the dense product, a point per row, both axes logarithmic.
+
+    x: operations over the bytes that the format must read. y: operations a second. The lines are the copy bandwidth
+    and the measured matrix rates.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [row for row in results.rows if row.graph_us and row.bytes]
+    ops = list(dict.fromkeys(row.op for row in timed))
+    columns = min(2, len(ops))
+    lines = -(-len(ops) // columns)
+    figure = Figure(figsize=(SIZE[0] * columns * 0.8, SIZE[1] * lines), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, op in zip(panels, ops, strict=False):
+        _panel(axes, [row for row in timed if row.op == op], results)
+        axes.set_title(op, fontsize=10, loc="left")
+    for axes in list(panels)[len(ops) :]:
+        axes.remove()
+    figure.supxlabel("operations a byte of the weight", fontsize=9)
+    figure.supylabel("TFLOP/s", fontsize=9)
+    figure.suptitle(results.device, fontsize=10)
+    return _save(figure, path)
+
+
+def _panel(axes: Any, rows: list[Row], results: Results) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    names = sorted({(row.role != "ours", row.role == "peer", row.contender) for row in rows})
+    for i, (_, _, name) in enumerate(names):
+        own = [row for row in rows if row.contender == name]
+        peer = own[0].role != "ours"
+        axes.scatter(
+            [row.flops / row.bytes for row in own],
+            [row.flops / (row.graph_us or 1) / 1e6 for row in own],
+            s=16 if peer else 34,
+            alpha=0.6 if peer else 1.0,
+            color=GREY if own[0].role == "dense" else COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            label=name,
+            zorder=2 if peer else 3,
+        )
+    _ceilings(axes, rows, results.ceilings)
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+
+
+def _ceilings(axes: Any, rows: list[Row], ceilings: dict[str, float]) -> None:
+    xs = [row.flops / row.bytes for row in rows]
+    low, high = min(xs) / 2, max(xs) * 2
+    for name, style in (("bfloat16", "--"), ("int8", ":")):
+        rate, copy = ceilings[name], ceilings["copy"]
+        knee = min(max(rate / copy, low), high)
+        ends = [low, knee, high]
+        heights = [min(x * copy, rate) / 1e6 for x in ends]
+        axes.plot(ends, heights, color="#000000", linewidth=0.9, linestyle=style, zorder=1)
+        axes.annotate(name, (high, heights[-1]), fontsize=7, ha="right", va="bottom" if name == "bfloat16" else "top")

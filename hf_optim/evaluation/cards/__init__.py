@@ -1,0 +1,1 @@
+"""Model cards: sections, front matter, plots, and the index of all cards."""

@@ -1,0 +1,339 @@
+"""Plots of a model card: PNG files of 1000 x 600 pixels, readable in colour, in grey and by colour-blind people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..reported import Figure, bytes_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+DPI = 150
+SIZE = (1000 / DPI, 600 / DPI)
+# Okabe and Ito's palette, without its yellow, which is too faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#555555"
+MOST_BARS = 18
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: its weights' bytes, its quality, the text beside it and the series it belongs to."""
+
+    bytes: float
+    quality: float
+    label: str
+    series: str = ""
+
+
+def _canvas() -> tuple[Canvas, Axes]:
+    figure, panels = _panels(1)
+    return figure, panels[0]
+
+
+def _panels(count: int) -> tuple[Canvas, list[Axes]]:
+    """A canvas with panels one below the other that share the x axis; taller when there are more than two."""
+    # Not pyplot: it keeps figures in a global list and may ask for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(SIZE[0], SIZE[1] * max(1, count / 2)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8)
+    return figure, panels
+
+
+def _save(figure: Canvas, path: Path) -> Path:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()
+    drawn = figure.canvas
+    drawn.draw()
+    pixels = Image.frombuffer("RGBA", drawn.get_width_height(), drawn.buffer_rgba())  # type: ignore[attr-defined]
+    # A palette instead of true colour: a third of the bytes, and no difference to see.
+    pixels.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True, dpi=(DPI, DPI))
+    return path
+
+
+def _axis_text(quality: Figure) -> str:
+    return f"{quality.label} ({'lower' if quality.lower_is_better else 'higher'} is better)"
+
+
+def quality_against_bytes(before: Point, after: Point, quality: Figure, path: Path, title: str = "") -> Path:
+    """Two points, original and result, and the way between them. x: bytes from zero; y: the quality."""
+    figure, axes = _canvas()
+    scale, unit = _byte_unit(max(before.bytes, after.bytes))
+    places = [(p.bytes / scale, p.quality) for p in (before, after)]
+    axes.annotate(
+        "",
+        xy=places[1],
+        xytext=places[0],
+        arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.2, "shrinkA": 8, "shrinkB": 8},
+    )
+    for (x, y), colour, marker in zip(places, COLOURS, MARKERS, strict=False):
+        axes.scatter([x], [y], s=70, color=colour, marker=marker, zorder=3)
+    axes.set_xlim(0, max(x for x, _ in places) * 1.18)
+    axes.set_ylim(*_span([y for _, y in places]))
+    axes.set_xlabel(f"weights on disk ({unit})", fontsize=9)
+    axes.set_ylabel(_axis_text(quality), fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    _plain_ticks(axes)
+    texts = [f"{p.label}\n{bytes_text(p.bytes)}, {quality.write(p.quality)}" for p in (before, after)]
+    _place_labels(figure, axes, places, texts, COLOURS[:2], [places])
+    return _save(figure, path)
+
+
+def pareto(points: Sequence[Point], quality: Figure, path: Path, title: str = "") -> Path:
+    """Many models: bytes (log) against quality. One panel, colour and marker per series, its best points joined.
+
+    Panels of their own because the perplexities of models with different tokenizers cannot be compared.
+    """
+    names = list(dict.fromkeys(p.series for p in points))
+    figure, panels = _panels(len(names))
+    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        _pareto_panel(axes, [p for p in points if p.series == name], quality, i)
+        axes.set_title(name, fontsize=9, loc="left", color=COLOURS[i % len(COLOURS)])
+    sizes = [p.bytes for p in points]
+    room = max((max(sizes) / min(sizes)) ** 0.16, 1.35)
+    panels[0].set_xlim(min(sizes) / room, max(sizes) * room)
+    _byte_ticks(panels[-1])
+    panels[-1].set_xlabel("weights on disk (logarithmic)", fontsize=9)
+    figure.supylabel(_axis_text(quality), fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        own = [p for p in points if p.series == name]
+        edge = [(p.bytes, p.quality) for p in frontier(own, quality.lower_is_better)]
+        places = [(p.bytes, p.quality) for p in own]
+        _place_labels(figure, axes, places, [p.label for p in own], [COLOURS[i % len(COLOURS)]] * len(own), [edge])
+    return _save(figure, path)
+
+
+def _pareto_panel(axes: Axes, points: Sequence[Point], quality: Figure, number: int) -> None:
+    colour = COLOURS[number % len(COLOURS)]
+    values = [p.quality for p in points]
+    axes.set_xscale("log")
+    axes.scatter([p.bytes for p in points], values, s=36, color=colour, marker=MARKERS[number % len(MARKERS)], zorder=3)
+    edge = frontier(points, quality.lower_is_better)
+    axes.plot([p.bytes for p in edge], [p.quality for p in edge], color=colour, linewidth=1, alpha=0.6)
+    if min(values) > 0 and max(values) / min(values) > 3:
+        axes.set_yscale("log")
+        room = (max(values) / min(values)) ** 0.2
+        axes.set_ylim(min(values) / room, max(values) * room)
+        _value_ticks(axes)
+    else:
+        axes.set_ylim(*_span(values))
+        _plain_ticks(axes, "y")
+
+
+def frontier(points: Sequence[Point], lower_is_better: bool = True) -> list[Point]:
+    """The points that no other beats in both bytes and quality, by bytes."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bytes, p.quality if lower_is_better else -p.quality)):
+        better = not best or (point.quality < best[-1].quality if lower_is_better else point.quality > best[-1].quality)
+        if better:
+            best.append(point)
+    return best
+
+
+def layers(values: Mapping[str, float], metric: str, path: Path, title: str = "") -> Path:
+    """A number per layer: bars while there are few; else over the blocks, one line per kind of layer."""
+    ordered = {name: values[name] for name in sorted(values, key=_by_number)}
+    return _bars(ordered, metric, path, title) if len(ordered) <= MOST_BARS else _lines(ordered, metric, path, title)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _bars(values: Mapping[str, float], metric: str, path: Path, title: str) -> Path:
+    figure, axes = _canvas()
+    names = short_names(list(values))
+    size = 8 if len(names) <= 12 else 6.5
+    bars = axes.barh(range(len(names)), list(values.values()), color=COLOURS[0], height=0.7)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.invert_yaxis()
+    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=3, fontsize=size)
+    axes.margins(x=0.12)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(metric, fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    return _save(figure, path)
+
+
+def _lines(values: Mapping[str, float], metric: str, path: Path, title: str) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _canvas()
+    series: dict[str, dict[int, float]] = {}
+    for position, (name, value) in enumerate(values.items()):
+        number = re.search(r"\.(\d+)\.", name + ".")
+        block = int(number.group(1)) if number else position
+        kind = name[number.end() :] if number and name[number.end() :] else re.sub(r"\.?\d+", "", name)
+        series.setdefault(kind or "layer", {})[block] = value
+    for i, (kind, points) in enumerate(series.items()):
+        blocks = sorted(points)
+        axes.plot(
+            blocks,
+            [points[b] for b in blocks],
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.1,
+            label=kind,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("block", fontsize=9)
+    axes.set_ylabel(metric, fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7.5, frameon=False)
+    return _save(figure, path)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names without the dotted prefix that all share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
+
+
+def layer_plots(steps: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, float], str]]:
+    """What can be drawn per layer: ``(position, technique, {layer: number}, metric)`` of the record's steps.
+
+    A step reports ``layers={name: number}`` and, as ``layer_metric``, what the numbers are; any other mapping of at
+    least two layer names to numbers is drawn under its own key.
+    """
+    found = []
+    for position, figures in sorted(steps.items()):
+        for key, value in figures.items():
+            if not isinstance(value, Mapping) or len(value) < 2 or not all("." in name for name in value):
+                continue
+            if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()):
+                metric = figures.get("layer_metric") if key == "layers" else key
+                metric = metric or ("sparsity" if "sparsity" in figures else "value")
+                found.append((position, str(figures.get("technique", "")), dict(value), str(metric).replace("_", " ")))
+    return found
+
+
+def _byte_unit(largest: float) -> tuple[float, str]:
+    return next(
+        ((size, unit) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if largest >= size), (1.0, "bytes")
+    )
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of the y axis: room for labels, and at least a twentieth of the value, so that a hair looks like one."""
+    low, high = min(values), max(values)
+    room = max(high - low, 0.05 * abs(high), 1e-6)
+    return low - 0.45 * room, high + 0.45 * room
+
+
+def _plain_ticks(axes: Axes, axis: Any = "both") -> None:
+    axes.ticklabel_format(axis=axis, useOffset=False, style="plain")
+
+
+def _byte_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    subs = (1.0,) if high / low > 1000 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _value_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low > 30 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _place_labels(
+    figure: Canvas,
+    axes: Axes,
+    places: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
+) -> None:
+    """Write each text near its point where it covers no other text, point or line; a thin line leads to far ones."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    inside = axes.get_window_extent(renderer)
+    dots = axes.transData.transform(places)
+    radius = DPI / 72 * 6
+    taken = [Bbox([[x - radius, y - radius], [x + radius, y + radius]]) for x, y in dots]
+    tracks = [axes.transData.transform(line) for line in lines if len(line) > 1]
+    directions = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+    for number, (place, text, colour) in enumerate(zip(places, texts, colours, strict=True)):
+        best: tuple[float, Any, Any] | None = None
+        for distance, (dx, dy) in product((9, 18, 30, 44, 60), directions):
+            note = axes.annotate(
+                text,
+                place,
+                xytext=(dx * distance, dy * distance),
+                textcoords="offset points",
+                ha={1: "left", 0: "center", -1: "right"}[dx],
+                va={1: "bottom", 0: "center", -1: "top"}[dy],
+                fontsize=8,
+                color=colour,
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if distance > 18 else None,
+                zorder=4,
+            )
+            words = _text_box(note, renderer)
+            others = [other for i, other in enumerate(taken) if i != number]
+            hidden = sum(words.overlaps(other) for other in others) + sum(_crosses(track, words) for track in tracks)
+            cost = 10 * hidden + 20 * _outside(words, inside) + distance / 100
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost, note, words)
+            else:
+                note.remove()
+            if cost < 1:
+                break
+        assert best is not None
+        taken.append(best[2])
+
+
+def _text_box(note: Any, renderer: Any) -> Any:
+    """Where the words stand, without the line that leads to them."""
+    from matplotlib.text import Text
+
+    note.update_positions(renderer)
+    return Text.get_window_extent(note, renderer)
+
+
+def _crosses(track: Any, box: Any) -> bool:
+    """Whether a line of pixels ``[n, 2]`` runs through a box."""
+    from matplotlib.path import Path as Line
+
+    return bool(Line(track).intersects_bbox(box, filled=False))
+
+
+def _outside(box: Any, frame: Any) -> bool:
+    return bool(box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)

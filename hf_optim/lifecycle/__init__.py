@@ -1,0 +1,1 @@
+"""The state machine: ``from_pretrained``, ``optimize``, and the stages of a run."""

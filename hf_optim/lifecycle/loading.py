@@ -1,0 +1,242 @@
+"""From a recipe and a model to an optimized model: the doors ``from_pretrained``, ``optimize`` and ``advance``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..checkpoints import saving
+from ..checkpoints.hub import commit_of
+from ..checkpoints.read_errors import explained
+from ..errors import CheckpointError, ModelError, RecipeError
+from ..recipes.config import OptimConfig
+from ..recipes.technique import Technique
+from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
+from ..runs.record import public_name
+from ..runs.run import ATTRIBUTE, Run, find_run, traits_of
+from ..toolkit import topology
+from . import stages
+from .stages import start_run
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+LOOKUP = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+def load(
+    cls: type[PreTrainedModel],
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    optim_config: Any,
+) -> Any:
+    """``from_pretrained`` with ``optim_config``: load with the stock method, optimize, and run the result on kernels.
+
+    Beside the arguments of the stock method, which pass through untouched, it takes ``calibration=`` (anything that
+    ``optimize`` takes) and ``tokenizer=``.
+    """
+    calibration, tokenizer = kwargs.pop("calibration", None), kwargs.pop("tokenizer", None)
+    if isinstance(optim_config, str) and optim_config == AUTO:
+        return _load_auto(cls, stock, args, kwargs)
+    recipe = OptimConfig.parse(optim_config)
+    _refuse_streamed(recipe)
+    source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
+    config, kwargs = _resolve_config(cls, source, kwargs)
+    run = start_run(recipe, config)
+    run.tokenizer, run.loading = tokenizer, True
+    # Everything that can be refused is refused here, before a weight is read.
+    recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
+    stages.require_data(run, calibration)
+    kwargs |= _prepared_load(run, kwargs)
+    if kwargs.setdefault("use_safetensors", True) is False:
+        raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
+    wants_info = kwargs.pop("output_loading_info", False)
+    with explained(source):
+        model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
+    run.loading = False
+    _refuse_random_blocks(model, info["missing_keys"], source)
+    begin(run, model, source, kwargs.get("revision"))
+    stages.proceed(run, calibration)
+    if run.stage is None:
+        _put_on_kernels(run.model)
+    return (run.model, info) if wants_info else run.model
+
+
+def optimize(
+    model: PreTrainedModel,
+    config: Any,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    device: torch.device | str | None = None,
+    journal: Any = None,
+) -> PreTrainedModel:
+    """Optimize a model that is in memory.
+
+    Args:
+        model: the model; it is changed in place, unless a step replaces it by a model of another class.
+        config: the recipe: an ``OptimConfig``, a technique, a list of techniques or mappings, a mapping, the path of a
+            YAML or JSON file, or the name of a shipped recipe.
+        calibration: calibration data: a ``datasets.Dataset``, a list of texts, token ids ``[n, seq_len]`` (int64), a
+            list of batches (mappings of tensors), a ``DataLoader``, a file or Hub id; None for what the recipe names.
+        tokenizer: needed for texts; None loads the one of the model's own checkpoint.
+        device: where blocks are calibrated; None for where the model is.
+        journal: a ``resume.BlockJournal`` that keeps finished blocks.
+
+    Returns:
+        The optimized model. After a recipe with a training stage it is ready to be trained: give it to
+        ``OptimTrainer``, or to a stock ``Trainer`` with ``hf_optim.callbacks(model)``.
+
+    Raises:
+        RecipeError, DataError, ModelError, NumericalError: see ``hf_optim.errors``.
+    """
+    recipe = OptimConfig.parse(config)
+    _refuse_streamed(recipe)
+    run = start_run(recipe, model.config)
+    run.tokenizer, run.journal = tokenizer, journal
+    run.device = torch.device(device) if device is not None else None
+    recipe.check(traits_of(model))
+    stages.require_data(run, calibration)
+    apply_prepared(run, model)
+    begin(run, model, getattr(model.config, "_name_or_path", None))
+    stages.proceed(run, calibration)
+    return run.model
+
+
+def release(model: PreTrainedModel) -> PreTrainedModel:
+    """Forget the run of a model: it is an ordinary model again. Its weights and its stored format stay."""
+    saving.unbind(model)
+    model.__dict__.pop(ATTRIBUTE, None)
+    return model
+
+
+def _refuse_streamed(recipe: OptimConfig) -> None:
+    if recipe.driver == "streamed":
+        raise RecipeError(
+            "driver streamed never has the model whole in memory, so there is no model to give back: run "
+            "`hf-optim compress MODEL --recipe R --output D --driver streamed` and load what it writes, or leave the "
+            "driver out"
+        )
+
+
+def _put_on_kernels(model: PreTrainedModel) -> None:
+    """``accelerate`` a model that is done. Whoever asked for a recipe asked for no kernel: refusals are logged."""
+    from ..compressed.packed.accelerate import accelerate
+    from ..compressed.packed.packed_linear import KernelWarning
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", KernelWarning)
+        accelerate(model)
+    for each in told:
+        log.warning("%s", each.message)
+
+
+def begin(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
+    if find_run(model) is not None:
+        release(model)
+    run.model = model
+    run.traits = traits_of(model)
+    run.record.base_model = {
+        "id": public_name(source),
+        "revision": commit_of(os.fspath(source), revision) if source is not None else None,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source: Any) -> None:
+    # A new head waits for its training. A block without its weights means that this is not that model's checkpoint.
+    inside = sorted(name for name in missing for block in topology.blocks(model) if name.startswith(block.name + "."))
+    if inside:
+        raise CheckpointError(
+            f"{source} has no weights for {len(inside)} tensors of {type(model).__name__} "
+            f"({', '.join(inside[:3])} ...): "
+            "load it with the class that its config.json names"
+        )
+
+
+def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Load a checkpoint as it is, and run what is compressed in it on kernels."""
+    from ..compressed.packed.accelerate import accelerate
+    from ..toolkit.checkpoint.safetensors import Unreadable
+
+    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    with explained(source):
+        try:
+            loaded = _load_packed(cls, stock, args, kwargs)
+        except Unreadable as reason:
+            log.debug("loaded by stock transformers, since %s", reason)
+            loaded = stock(*args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    accelerate(model)
+    return loaded
+
+
+def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The stock method with our quantizer in place of the checkpoint's. Raises ``Unreadable`` where it cannot help."""
+    from ..compressed.packed.loader import redirected
+    from ..toolkit.checkpoint.safetensors import Unreadable
+
+    if any(kwargs.get(key) is not None for key in ("quantization_config", "gguf_file", "state_dict")):
+        raise Unreadable("the call says how to load it")
+    ours = dict(kwargs)
+    source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
+    config, ours = _resolve_config(cls, source, ours)
+    return stock(source, *args[1:], config=redirected(config), **ours)
+
+
+def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    given = kwargs.pop("config", None)
+    if isinstance(given, PreTrainedConfig):
+        return given, kwargs
+    # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
+    reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
+    config, rest = reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)
+    # Both the configuration and the weights are looked up by these.
+    return config, {**{key: kwargs[key] for key in LOOKUP if key in kwargs}, **rest}
+
+
+def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the steps of the first stage ask of ``from_pretrained``. Two owners of one key are refused."""
+    asked: dict[str, Any] = {}
+    owners: dict[str, Technique] = {}
+    for step in run.stages[0].steps:
+        for wishes in run.call_on([step], "prepare_load", load_kwargs=MappingProxyType(dict(kwargs))):
+            for key, value in wishes.items():
+                if key in owners and asked[key] != value:
+                    raise RecipeError(
+                        f"{run.label(owners[key])} and {run.label(step)} both set {key!r} "
+                        f"({asked[key]!r} and {value!r}); leave one of them out"
+                    )
+                given = kwargs.get(key)
+                if given is None and key == "attn_implementation":
+                    # AutoModel has put the caller's wish into the configuration already.
+                    given = getattr(run.config, "_attn_implementation_internal", None)
+                if given is not None and given != value and run.loading:
+                    raise RecipeError(f"{run.label(step)} sets {key!r} to {value!r}, the call to {given!r}")
+                asked[key], owners[key] = value, step
+    return asked
+
+
+def apply_prepared(run: Run, model: PreTrainedModel) -> None:
+    """What ``prepare_load`` asks, done to a model that is loaded already."""
+    for key, value in _prepared_load(run, {}).items():
+        if key == "attn_implementation":
+            model.set_attn_implementation(value)
+        elif key == "experts_implementation" and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation(value)
+        elif key == "dtype":
+            model.to(value)
+        else:
+            raise ModelError(
+                f"{key!r} can only be set while the model is loaded: use from_pretrained(optim_config=...)"
+            )

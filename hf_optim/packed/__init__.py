@@ -1,6 +1,0 @@
-"""Layers that hold compressed weights alone, and the readers of checkpoints that have them."""
-
-from .kernel import Kernel
-from .linear import KernelWarning, PackedLinear
-
-__all__ = ["Kernel", "KernelWarning", "PackedLinear"]

@@ -1,0 +1,50 @@
+"""Traits: what is true of a model's weights and structure, as techniques see it.
+
+A contract (``techniques.Contract``) is written over traits, so that no technique ever names another one. A trait can be
+checked in the tensors: ``hf_optim.testing.trait_checks.holds(trait, run)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A named property of a model.
+
+    Attributes:
+        name: what error messages print.
+        meaning: one line that completes "the model ...".
+        fragile: True for a property of weight *values*, which any step that rewrites weights destroys unless its
+            contract ``keeps`` it.
+        remedy: what a user can do when the trait is missing and no technique adds it.
+        check: for traits of third parties, the property tested in the tensors of ``run.model``; the built-in ones are
+            checked by ``hf_optim.testing.trait_checks``.
+    """
+
+    name: str
+    meaning: str
+    fragile: bool = False
+    remedy: str = ""
+    check: Callable[[Any], bool] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FLOAT_WEIGHTS = Trait(
+    "float-weights",
+    "computes with floating-point weights",
+    remedy="start from the floating-point checkpoint: this one is quantized already",
+)
+QUANTIZED = Trait("quantized", "stores weights as codes on a grid")
+BITS_ASSIGNED = Trait("bits-assigned", "has a width in bits assigned to each of its layers")
+SPARSE = Trait("sparse", "has weights that were pruned to zero", fragile=True)
+SPARSE_NM = Trait("sparse-nm", "keeps N of every M weights in a row", fragile=True)
+MOE = Trait("moe", "routes tokens to experts")
+LOCAL_ATTENTION = Trait("local-attention", "attends to a bounded part of the sequence")
+
+BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, BITS_ASSIGNED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION)

@@ -1,0 +1,51 @@
+"""How much of the model a step worked on: recorded, and told, never silently less than all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..toolkit import topology
+
+if TYPE_CHECKING:
+    from ..recipes.technique import Technique
+    from .run import Run
+
+log = logging.getLogger(__name__)
+
+
+def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
+    """Put the coverage of each step that reported one (``Run.touch``) on the record, and log it."""
+    for step in steps:
+        if (touched := run.touched(step)) is not None:
+            _record(run, step, *touched)
+
+
+def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[str]]) -> None:
+    coverage = topology.coverage(run.model, names)
+    total = coverage.total - _scales(run.model)
+    share = coverage.touched / total if total else 0.0
+    run.record.coverage[run.label(step)] = {
+        "weights_touched": coverage.touched,
+        "weights_total": total,
+        "share": round(share, 6),
+        "skipped": {reason: sorted(left_out) for reason, left_out in sorted(skipped.items())},
+    }
+    log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.touched, total, 100 * share)
+    for reason, left_out in sorted(skipped.items()):
+        first = ", ".join(sorted(left_out)[:5])
+        log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, first)
+
+
+def _scales(model: nn.Module) -> int:
+    """Scales and zero points that quantization put beside the weights: they are parameters, but no weights."""
+    quantized = (module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None)
+    return sum(
+        parameter.numel()
+        for module in quantized
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.endswith(("_scale", "_zero_point"))
+    )

@@ -1,0 +1,215 @@
+"""A run: one recipe on its way through one model. It owns the model, the state of every step, and the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pluggy
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import ModelError, OptimError
+from ..recipes.composition import Stage
+from ..recipes.config import OptimConfig
+from ..recipes.technique import Technique
+from ..recipes.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, Trait
+from ..toolkit import topology
+from .record import Record, public_recipe, versions
+
+ATTRIBUTE = "_hf_optim_run"
+
+
+class Run:
+    """The state of one optimization.
+
+    Attributes:
+        model: the model as it is now; a ``transform_model`` hook may replace it.
+        config: the model's configuration; during ``prepare_load`` the model does not exist yet, and this does.
+        recipe: what is being done.
+        record: what was done, written as ``hf_optim.json``.
+        traits: what holds of the model now.
+        masks: parameter name -> bool tensor of the parameter's shape, True = kept. They live here, never in the
+            state dict; the host re-applies them after every optimizer step.
+        nm_patterns: parameter name -> ``(keep, group)`` for parameters whose mask follows an N:M pattern
+            (along the input dimension).
+        bit_plan: module name -> bits of a weight, where some step assigns them; steps that quantize follow it
+            (``bits_of``).
+        source: the calibration data that the caller brought, in whatever form; None for what the recipe names.
+        data: what calibration batches come from (``calibration.CalibrationData``), or None.
+        tokenizer: the tokenizer or processor of the model, where one was given or found.
+        stage_index: the stage in work; ``len(stages)`` when all are done.
+        stage_entered: whether its transforms and calibration are behind it (it then waits for training).
+        loading: True from ``from_pretrained`` until the weights are there.
+        journal: keeps finished blocks, so that a killed run can go on (``resume.BlockJournal``), or None.
+    """
+
+    def __init__(self, recipe: OptimConfig, config: PretrainedConfig, manager: pluggy.PluginManager) -> None:
+        self.recipe = recipe
+        self.config = config
+        self.record = Record(recipe=public_recipe(recipe.to_dict()), versions=versions(), reload=recipe.reload.name)
+        self.traits: set[Trait] = set()
+        self.masks: dict[str, torch.Tensor] = {}
+        self.nm_patterns: dict[str, tuple[int, int]] = {}
+        self.bit_plan: dict[str, int] = {}
+        self.source: Any = None
+        self.data: Any = None
+        self.tokenizer: Any = None
+        self.device: torch.device | None = None
+        self.stages: list[Stage] = recipe.stages
+        self.stage_index = 0
+        self.stage_entered = False
+        self.loading = False
+        self.journal: Any = None
+        self._model: PreTrainedModel | None = None
+        self._states: dict[int, SimpleNamespace] = {}
+        self.manager = manager
+
+    # -- the model ------------------------------------------------------------------------------------------------
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model. Raises ``ModelError`` before it is loaded."""
+        if self._model is None:
+            raise ModelError("the model is not loaded yet: during prepare_load only run.config is there")
+        return self._model
+
+    @model.setter
+    def model(self, model: PreTrainedModel) -> None:
+        if self._model is not None and self._model is not model:
+            _detach(self._model)
+        self._model = model
+        self.config = model.config
+        object.__setattr__(model, ATTRIBUTE, _Link(self))
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+    def state(self, step: Technique) -> SimpleNamespace:
+        """The mutable state of a step in this run; empty at first."""
+        return self._states.setdefault(id(step), SimpleNamespace())
+
+    def label(self, step: Technique) -> str:
+        """``"step 2 (gptq)"``, for messages."""
+        return f"step {self.position(step) + 1} ({step.name})"
+
+    def position(self, step: Technique) -> int:
+        return next(i for i, s in enumerate(self.recipe.steps) if s is step)
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage in work, or None when all are done."""
+        return self.stages[self.stage_index] if self.stage_index < len(self.stages) else None
+
+    @property
+    def finished(self) -> bool:
+        return self.stage is None
+
+    def call(self, hook: str, **arguments: Any) -> list[Any]:
+        """Call a hook on the steps of the stage in work, in recipe order; results that are not None."""
+        return self.call_on(self.stage.steps if self.stage else (), hook, **arguments)
+
+    def call_on(self, steps: Iterable[Technique], hook: str, **arguments: Any) -> list[Any]:
+        """Call a hook on these steps, in recipe order; results that are not None."""
+        chosen = {id(step) for step in steps}
+        others = [plugin for plugin in self.manager.get_plugins() if id(plugin) not in chosen]
+        return self.manager.subset_hook_caller(hook, others)(run=self, **arguments)
+
+    def bits_of(self, name: str, default: int) -> int:
+        """Bits for the weight of the module ``name``: those the plan assigns, else ``default``."""
+        return self.bit_plan.get(name, default)
+
+    # -- what steps report ----------------------------------------------------------------------------------------
+    def report(self, step: Technique, **numbers: Any) -> None:
+        """Put figures of a step (JSON types) on the record; they appear on the card."""
+        entry = self.record.steps.setdefault(str(self.position(step)), {"technique": step.name})
+        entry.update(numbers)
+
+    def touch(self, step: Technique, names: Iterable[str], skipped: Mapping[str, Iterable[str]] | None = None) -> None:
+        """Say which modules a step worked on (full names), and which it left out for what reason.
+
+        Called as often as there are scopes; the host sums it up, prints it, and records the coverage.
+        """
+        state = self._states.setdefault(-1 - self.position(step), SimpleNamespace(names=set(), skipped={}))
+        state.names.update(names)
+        for reason, left_out in (skipped or {}).items():
+            state.skipped.setdefault(reason, set()).update(left_out)
+
+    def touched(self, step: Technique) -> tuple[set[str], dict[str, set[str]]] | None:
+        """What ``touch`` was told: module names, and the skipped ones by reason; None if it never was."""
+        state = self._states.get(-1 - self.position(step))
+        return (state.names, state.skipped) if state else None
+
+    def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
+        """Say that modules and parameters have other names now: what the run keeps by name follows them.
+
+        That is ``masks``, ``nm_patterns``, ``bit_plan``, and what earlier steps told ``touch``. A step whose
+        ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``touch``.
+
+        Args:
+            renamed: the names that the module or parameter of a name has afterwards: none where it is gone, several
+                where it was copied.
+        """
+        tables: list[dict[str, Any]] = [self.masks, self.nm_patterns, self.bit_plan]
+        for table in tables:
+            moved = {new: value for name, value in table.items() for new in renamed(name)}
+            table.clear()
+            table.update(moved)
+        for step in self.recipe.steps:
+            names, skipped = self.touched(step) or (set(), {})
+            for told in (names, *skipped.values()):
+                left = {new for name in told for new in renamed(name)}
+                told.clear()
+                told.update(left)
+
+
+class _Link:
+    """Ties a model to its run without following it into copies: a deep copy or a pickle of the model has no run."""
+
+    def __init__(self, run: Run | None) -> None:
+        self.run = run
+
+    def __deepcopy__(self, memo: Any) -> _Link:
+        return _Link(None)
+
+    def __reduce__(self) -> Any:
+        return (_Link, (None,))
+
+
+def run_of(model: nn.Module) -> Run:
+    """The run of an optimized model (peft and DDP wrappers are looked through). Raises ``OptimError`` without one."""
+    run = find_run(model)
+    if run is None:
+        raise OptimError(
+            f"this {type(model).__name__} was not optimized by hf_optim: load it with "
+            "from_pretrained(..., optim_config=...) or call hf_optim.optimize(model, recipe) first"
+        )
+    return run
+
+
+def find_run(model: Any) -> Run | None:
+    """The run of a model, or None."""
+    seen: set[int] = set()
+    while model is not None and id(model) not in seen:
+        seen.add(id(model))
+        link = getattr(model, "__dict__", {}).get(ATTRIBUTE)
+        if link is not None and link.run is not None:
+            return link.run
+        base = getattr(model, "get_base_model", None)
+        model = base() if callable(base) else getattr(model, "module", None)
+    return None
+
+
+def _detach(model: PreTrainedModel) -> None:
+    model.__dict__.pop(ATTRIBUTE, None)
+
+
+def traits_of(model: nn.Module) -> set[Trait]:
+    """The traits a model arrives with."""
+    config = getattr(model, "config", None)
+    quantized = getattr(config, "quantization_config", None) is not None or any(
+        getattr(m, "quantization_scheme", None) is not None for m in model.modules()
+    )
+    traits = {QUANTIZED} if quantized else {FLOAT_WEIGHTS}
+    if topology.has_experts(model):
+        traits.add(MOE)
+    return traits

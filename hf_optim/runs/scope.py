@@ -1,0 +1,85 @@
+"""The part of a model that a calibrating step may touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..toolkit import topology
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One batch as a block saw it before the stage changed anything: its arguments, and what it made of them.
+
+    Tensors are where the model is; a step moves them to the device of the block. ``output`` is whatever the block
+    returns: the hidden states, or a tuple that begins with them.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One block of a model, or all of it. Names are always the full names in ``model``.
+
+    Attributes:
+        name: the qualified name of ``module`` in ``model``; empty for the whole model.
+        module: the block (or the model itself).
+        model: the model that is being optimized.
+        index, count: position among the scopes of this pass, for progress and messages.
+        outside: names of modules that are not part of the scope although they lie inside ``module``.
+        teacher: for a step with ``needs_teacher()``, what the block computed before this stage, batch by batch: on the
+            inputs that the model gave it then, not on those that changed blocks before it give it now.
+    """
+
+    name: str
+    module: nn.Module
+    model: PreTrainedModel
+    index: int = 0
+    count: int = 1
+    outside: tuple[str, ...] = ()
+    teacher: Sequence[Example] = ()
+
+    @property
+    def whole(self) -> bool:
+        """True when the scope is the whole model."""
+        return self.module is self.model
+
+    def holds(self, name: str) -> bool:
+        """Whether the qualified ``name`` lies inside the scope."""
+        return _within(name, self.name) and not any(_within(name, other) for other in self.outside)
+
+    @cached_property
+    def linears(self) -> Mapping[str, nn.Module]:
+        """Every ``nn.Linear`` and ``Conv1D`` inside, by qualified name, in execution order where known."""
+        return {name: m for name, m in topology.linears(self.model).items() if self.holds(name)}
+
+    def select(self, targets: Iterable[str], skip: Iterable[str] = (), experts: bool = False) -> dict[str, Any]:
+        """The linears of this scope that match ``targets`` and not ``skip`` (see ``topology.match``).
+
+        Output heads are left out unless a target names them exactly. The patterns are matched against the whole
+        model, so that a pattern for one block is no error in another. With ``experts`` the matrices of fused experts
+        are among the linears (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
+        """
+        targets = tuple(targets)
+        everything: dict[str, Any] = dict(topology.linears(self.model))
+        if experts:
+            everything |= topology.expert_linears(self.model)
+        names = topology.match(everything, targets, tuple(skip))
+        chosen = {name: everything[name] for name in names if self.holds(name)}
+        return {name: layer for name, layer in chosen.items() if name in targets or not self._is_head(name, layer)}
+
+    def _is_head(self, name: str, layer: Any) -> bool:
+        return isinstance(layer, nn.Module) and topology.is_output_head(self.model, name)
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name == module or name.startswith(module + ".")

@@ -1,0 +1,168 @@
+"""The state of a run as tensors and JSON, for Trainer checkpoints and for resuming a killed calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..recipes.technique import Technique
+from ..recipes.traits import BUILT_IN
+from ..toolkit.distributed import fsdp
+from .run import Run
+
+SCALARS = (str, int, float, bool, type(None))
+
+# Fields that say where something runs or lies, and nothing of what is computed: they may differ when training is
+# resumed. So may all fields of a step whose stage had not begun.
+FREE_FIELDS = ("device", "cache")
+
+
+def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The run's masks (of parameters whose name starts with ``inside``), the steps' states, and its bookkeeping.
+
+    Of a step's state, the attributes that are tensors or plain JSON types are kept; others must be derivable.
+    """
+    tensors = {f"mask.{name}": mask for name, mask in run.masks.items() if name.startswith(inside)}
+    meta: dict[str, Any] = {
+        "stage_index": run.stage_index,
+        "stage_entered": run.stage_entered,
+        "traits": sorted(str(trait) for trait in run.traits),
+        "nm_patterns": {name: list(pattern) for name, pattern in run.nm_patterns.items() if name.startswith(inside)},
+        "bit_plan": dict(run.bit_plan),
+        "steps": run.record.steps,
+        "notes": run.record.notes,
+        "states": {},
+        "touched": {},
+        "recipe": [step.name for step in run.recipe.steps],
+        "fields": [_fields(step) for step in run.recipe.steps],
+    }
+    for position, step in enumerate(run.recipe.steps):
+        plain = {}
+        for key, value in vars(run.state(step)).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"state.{position}.{key}"] = value
+            elif _is_json(value):
+                plain[key] = value
+        meta["states"][str(position)] = plain
+        if (touched := run.touched(step)) is not None:
+            names, skipped = touched
+            meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
+    return {name: fsdp.whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
+
+
+def _fields(step: Technique) -> dict[str, Any]:
+    # What is no plain JSON has no value that could be compared.
+    return {key: value for key, value in step.to_dict().items() if key != "technique" and _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
+    return isinstance(value, SCALARS) or (isinstance(value, (list, tuple)) and all(map(_is_json, value)))
+
+
+@torch.no_grad()
+def _put(state: SimpleNamespace, key: str, tensor: torch.Tensor) -> None:
+    """Into the parameter of that name and shape, which an optimizer may hold; else in place of what was there."""
+    there = getattr(state, key, None)
+    if isinstance(there, nn.Parameter) and there.shape == tensor.shape and not fsdp.is_sharded(there):
+        there.copy_(tensor)
+    else:
+        setattr(state, key, tensor)
+
+
+def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], home: Path) -> None:
+    """Raise ``CheckpointError`` naming the first difference if a snapshot is not of this recipe and model.
+
+    Nothing of the run is changed. Snapshots that tell no names of steps are compared by their number, and those that
+    tell no fields by the names.
+    """
+    mine = [step.name for step in run.recipe.steps]
+    theirs = meta.get("recipe", mine)
+    if len(meta["states"]) != len(mine) or len(theirs) != len(mine):
+        raise CheckpointError(
+            f"{home} was written with another recipe ({len(meta['states'])} steps, and this one has {len(mine)})"
+        )
+    for place, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        if here != there:
+            raise CheckpointError(
+                f"{home} was written with another recipe: step {place + 1} was {there}, and here it is {here}"
+            )
+    for step, name, saved, given, free in _changes(run, meta):
+        if not free:
+            raise CheckpointError(
+                f"{run.label(step)}: {home} was written with {name}={saved!r}, and here it is {given!r}: resume with "
+                f"{name}={saved!r}, or start anew from its weights; nothing was changed"
+            )
+    for name, mask in tensors.items():
+        if name.startswith("mask."):
+            _require_fit(run, name.removeprefix("mask."), mask, home)
+
+
+def _changes(run: Run, meta: Mapping[str, Any]) -> Iterator[tuple[Technique, str, Any, Any, bool]]:
+    """Fields with another value than in the snapshot: step, name, the values there and here, and if that is free."""
+    begun = {id(step) for stage in run.stages[: meta["stage_index"] + 1] for step in stage.steps}
+    for step, there in zip(run.recipe.steps, meta.get("fields", ()), strict=False):
+        here, defaults = _fields(step), {f.name: f.default for f in dataclasses.fields(cast(Any, step))}
+        for name in sorted({*here, *there}):
+            saved, given = (_plain(fields.get(name, defaults.get(name))) for fields in (there, here))
+            # As text: 1 is a step and 1.0 a share, where a field is a position in training.
+            if json.dumps(saved) != json.dumps(given):
+                yield step, name, saved, given, name in FREE_FIELDS or id(step) not in begun
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _require_fit(run: Run, name: str, mask: torch.Tensor, home: Path) -> None:
+    remedy = "resume with the model that was trained there; nothing was changed"
+    try:
+        parameter = run.model.get_parameter(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"{home} has the masks of another model: {name} has a mask there, and {type(run.model).__name__} has no "
+            f"such parameter; {remedy}"
+        ) from None
+    if parameter.shape != mask.shape or mask.dtype != torch.bool:
+        raise CheckpointError(
+            f"{home} has the masks of another model: that of {name} is {mask.dtype} {tuple(mask.shape)}, and the "
+            f"parameter {tuple(parameter.shape)}; {remedy}"
+        )
+
+
+def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Put back what ``take`` took. Masks and patterns are added to those the run has.
+
+    A parameter that a step keeps in its state stays that object and takes the value: a step may train it through
+    ``parameter_groups``, and finds it with its optimizer state when training is resumed.
+    """
+    added = {trait for step in run.recipe.steps for trait in step.contract().adds}
+    traits = {str(trait): trait for trait in added.union(BUILT_IN)}
+    run.stage_index, run.stage_entered = meta["stage_index"], meta["stage_entered"]
+    run.traits |= {traits[name] for name in meta["traits"] if name in traits}
+    run.nm_patterns |= {name: (keep, group) for name, (keep, group) in meta["nm_patterns"].items()}
+    run.bit_plan |= meta.get("bit_plan", {})
+    run.record.steps = dict(meta["steps"])
+    run.record.notes = list(meta["notes"])
+    for step, name, saved, given, _ in _changes(run, meta):
+        run.record.note(f"{run.label(step)}: resumed with {name}={given!r}, where it was {saved!r}")
+    for name, tensor in tensors.items():
+        kind, rest = name.split(".", 1)
+        if kind == "mask":
+            run.masks[rest] = tensor
+        else:
+            number, key = rest.split(".", 1)
+            _put(run.state(run.recipe.steps[int(number)]), key, tensor)
+    for position, step in enumerate(run.recipe.steps):
+        vars(run.state(step)).update(meta["states"].get(str(position), {}))
+        if (touched := meta["touched"].get(str(position))) is not None:
+            run.touch(step, *touched)

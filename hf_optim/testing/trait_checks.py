@@ -1,0 +1,59 @@
+"""Check that a model really has the traits it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..recipes.traits import BITS_ASSIGNED, FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
+from ..runs.masking import stray_weights
+from ..toolkit.pruning.masks import follows_nm
+from ..toolkit.topology.experts import expert_linears, has_experts
+
+if TYPE_CHECKING:
+    from ..runs.run import Run
+
+
+def holds(trait: Trait, run: Run) -> bool:
+    """Return True if ``run.model`` has the trait, or if its tensors cannot show it and the run claims it."""
+    check = CHECKS.get(trait, trait.check)
+    return check(run) if check is not None else trait in run.traits
+
+
+def _has_float_weights(run: Run) -> bool:
+    return not _has_stored_quantization(run)
+
+
+def _has_stored_quantization(run: Run) -> bool:
+    # A module of remote code that holds codes says so itself.
+    return any(
+        getattr(m, "quantization_scheme", None) is not None or getattr(m, "holds_codes", False)
+        for m in run.model.modules()
+    )
+
+
+def _has_bit_plan(run: Run) -> bool:
+    known = {**dict(run.model.named_modules()), **expert_linears(run.model)}
+    return bool(run.bit_plan) and run.bit_plan.keys() <= known.keys()
+
+
+def _has_experts(run: Run) -> bool:
+    return has_experts(run.model)
+
+
+def _is_sparse(run: Run) -> bool:
+    return bool(run.masks) and not stray_weights(run)
+
+
+def _is_sparse_nm(run: Run) -> bool:
+    return bool(run.nm_patterns) and all(follows_nm(run.model, n, *pattern) for n, pattern in run.nm_patterns.items())
+
+
+CHECKS: dict[Trait, Callable[[Run], bool]] = {
+    FLOAT_WEIGHTS: _has_float_weights,
+    QUANTIZED: _has_stored_quantization,
+    BITS_ASSIGNED: _has_bit_plan,
+    SPARSE: _is_sparse,
+    SPARSE_NM: _is_sparse_nm,
+    MOE: _has_experts,
+}

@@ -1,0 +1,1 @@
+"""Headers of safetensors files, and models on the meta device."""

@@ -1,0 +1,75 @@
+"""What the weight files of a checkpoint hold, from their headers: names, types and shapes, no weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import CheckpointError
+
+# safetensors' names of the types that compressed layers are stored in.
+FLOATS = ("F64", "F32", "F16", "BF16")
+MOST = 100_000_000  # bytes of a header, as the safetensors library bounds it
+
+
+class Unreadable(Exception):
+    """The packed loader cannot load this checkpoint, which may be sound: the stock loader is to try."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: its key, safetensors' name of its type, its shape, and where its bytes are."""
+
+    key: str
+    type: str
+    shape: tuple[int, ...]
+    file: Path = Path()
+    begin: int = 0
+    end: int = 0
+
+
+class Listing:
+    """The tensors of a checkpoint, found by the names that a model has for them."""
+
+    def __init__(self, files: Iterable[str | Path], prefix: str = "") -> None:
+        """``prefix`` is the model's ``base_model_prefix``: keys may have it where the model has not, or not have it."""
+        self.entries = {entry.key: entry for path in files for entry in _header(Path(path))}
+        self.prefix = f"{prefix}." if prefix else ""
+
+    def find(self, name: str) -> Entry | None:
+        """The tensor that the loader puts into the parameter ``name``, or None."""
+        for key in (name, self.prefix + name, name.removeprefix(self.prefix)):
+            if key in self.entries:
+                return self.entries[key]
+        return None
+
+    def count(self, suffix: str) -> int:
+        """How many keys end so."""
+        return sum(key.endswith(suffix) for key in self.entries)
+
+
+def _header(path: Path) -> list[Entry]:
+    if path.suffix != ".safetensors":
+        raise Unreadable(f"{path.name} is no safetensors file")
+    try:
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > MOST:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+            size = path.stat().st_size - 8 - length
+        found = {key: value for key, value in header.items() if key != "__metadata__"}
+        for key, value in found.items():
+            if value["data_offsets"][1] > size:
+                raise CheckpointError(
+                    f"{path.name} is truncated: {key} ends beyond the end of the file; fetch or copy it again"
+                )
+        return [
+            Entry(key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"]))
+            for key, value in found.items()
+        ]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} is truncated or corrupt ({error}); fetch or copy it again") from error

@@ -1,0 +1,268 @@
+"""Teachers of a distillation: loading one, making sure that it speaks the student's language, asking it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ModelError, RecipeError
+from ..distributed import fsdp
+from ..topology.block_lists import blocks
+
+SAME, OFFLOAD = "same", "offload"
+SAMPLED_BYTES = 2**16
+
+
+def load(source: str, label: str) -> nn.Module:
+    """A teacher from a path or Hub id, as the class that its configuration names, in the dtype of its checkpoint.
+
+    ``label`` names the step in messages. Raises ``ModelError``.
+    """
+    import transformers
+
+    source, given = os.path.expanduser(source), source
+    if _looks_like_path(given) and not os.path.isdir(source):
+        raise ModelError(f"{label}: the teacher {given!r} cannot be loaded: no such folder")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        name = (config.architectures or ["model without `architectures`"])[0]
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise ModelError(
+                f"{label}: the teacher {source} is a {name}, a class that transformers does not have; load it yourself "
+                "and set hf_optim.run_of(model).state(step).teacher"
+            )
+        return cls.from_pretrained(source, dtype="auto", use_safetensors=True)
+    except OSError as error:
+        raise ModelError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
+
+
+def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Module:
+    """The teacher in evaluation mode, without gradients, where it is to run.
+
+    Args:
+        device: the student's.
+        where: ``"same"``: on the student's device, unless its owner placed it on an accelerator; ``"offload"``: in host
+            memory, its blocks brought to the student's device one after the other; else the name of a device
+            (``"cpu"``: it computes there).
+
+    Raises ``ModelError`` for a device that is not there, and for a teacher that its owner spread over several.
+    """
+    teacher.eval().requires_grad_(False)
+    spread = getattr(teacher, "hf_device_map", None) is not None
+    if where == SAME:
+        if not spread and device_of(teacher).type == "cpu":
+            teacher.to(device)
+        return teacher
+    if spread:
+        raise ModelError(
+            f"the teacher is spread over devices by its device_map: leave device at {SAME!r}, not {where!r}"
+        )
+    if where == OFFLOAD:
+        return offload(teacher, device)
+    try:
+        return teacher.to(torch.device(where))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"the teacher cannot be put on device {where!r}: {reason}") from error
+
+
+def require_place(where: str, step: str) -> None:
+    """Raise ``RecipeError`` unless ``freeze`` knows the word: ``same``, ``offload``, or a device of torch."""
+    if where in (SAME, OFFLOAD):
+        return
+    try:
+        torch.device(where)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"{step}: device must be {SAME!r}, {OFFLOAD!r}, or a device such as 'cpu' or 'cuda:1', not {where!r}"
+        ) from error
+
+
+def offload(teacher: nn.Module, device: torch.device) -> nn.Module:
+    """Keep the teacher's blocks in host memory; each is on ``device`` only while it runs. The rest stays there.
+
+    The weights do not change, so nothing is copied back. Where the device is the CPU nothing is moved.
+    """
+    if device.type == "cpu" or getattr(teacher, "_hf_optim_offloaded", False):
+        return teacher
+    found = [block.module for block in blocks(teacher)]
+    inside = {id(t) for block in found for t in _tensors(block)}
+    for tensor in _tensors(teacher):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+    for block in found:
+        home = [(t, t.data.cpu().pin_memory()) for t in _tensors(block)]  # copies overlap with computing
+        _bring_home(home)
+        block.register_forward_pre_hook(lambda module, args, home=home: _bring(home, device))
+        block.register_forward_hook(lambda module, args, output, home=home: _bring_home(home))
+    object.__setattr__(teacher, "_hf_optim_offloaded", True)
+    object.__setattr__(teacher, "_hf_optim_device", device)
+    return teacher
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bring(home: list[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    for tensor, kept in home:
+        tensor.data = kept.to(device, non_blocking=True)
+
+
+def _bring_home(home: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, kept in home:
+        tensor.data = kept
+
+
+def logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The teacher's logits for a batch of the student's, on the teacher's device."""
+    return answer(teacher, inputs).logits
+
+
+@torch.no_grad()
+def answer(teacher: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The teacher's outputs for a batch of the student's, on the teacher's device. It gets what its forward knows."""
+    device = device_of(teacher)
+    known = inspect.signature(teacher.forward).parameters
+    given = {name: value for name, value in inputs.items() if name in known and name != "labels"}
+    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    encodes = getattr(getattr(teacher, "config", None), "is_encoder_decoder", False)
+    if encodes and "decoder_input_ids" not in given and "labels" in inputs:
+        shift: Any = teacher.prepare_decoder_input_ids_from_labels
+        given["decoder_input_ids"] = shift(inputs["labels"].to(device))
+    if "use_cache" in known:
+        given["use_cache"] = False
+    return teacher(**given)
+
+
+def require_same_classes(student: nn.Module, teacher: nn.Module, label: str) -> None:
+    """Raise ``ModelError`` if the two predict another number of classes."""
+    mine, theirs = classes_of(student), classes_of(teacher)
+    if None not in (mine, theirs) and mine != theirs:
+        raise ModelError(
+            f"{label}: the teacher predicts {theirs} classes and the student {mine}; logits can be compared only over "
+            "one vocabulary (or one set of labels): take a teacher of the same family"
+        )
+
+
+def require_same_tokenizer(student: Any, teacher: Any, label: str) -> bool:
+    """Raise ``ModelError`` if two tokenizers number tokens differently; False if one is missing and nobody can tell.
+
+    Each is a tokenizer, or a path or Hub id beside which one may lie.
+    """
+    mine, theirs = (tokenizer_at(x) if isinstance(x, str) else x for x in (student, teacher))
+    if not (hasattr(mine, "get_vocab") and hasattr(theirs, "get_vocab")):
+        return False
+    ours, others = mine.get_vocab(), theirs.get_vocab()
+    for token in sorted(ours.keys() | others.keys()):
+        if ours.get(token) != others.get(token):
+            raise ModelError(
+                f"{label}: teacher and student have different tokenizers ({token!r} is {others.get(token)} in the "
+                f"teacher's, {ours.get(token)} in the student's); logits can be compared only over one vocabulary"
+            )
+    return True
+
+
+def tokenizer_at(source: str) -> Any:
+    """The tokenizer that lies beside a checkpoint, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(os.path.expanduser(source)) if source else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def predicts_next(model: Any) -> bool:
+    """Whether the logits at ``t`` belong to the label at ``t + 1``: true of decoders that generate."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
+def classes_of(model: Any) -> int | None:
+    """How many classes the logits have: of the vocabulary, or of the labels; None where that cannot be told."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        return int(head.weight.shape[0])
+    config = getattr(model, "config", None)
+    return int(config.num_labels) if config is not None else None
+
+
+def is_copy(model: nn.Module, teacher: nn.Module) -> bool:
+    """Whether a model is for certain what its teacher is: the same classes of modules, and equal values in them.
+
+    False where that cannot be told: of models with hooks inside, and of weights that are sharded over ranks.
+    """
+    kinds = [{name: type(module) for name, module in one.named_modules()} for one in (model, teacher)]
+    if kinds[0] != kinds[1]:
+        return False
+    inside = [module for module in model.modules() if module is not model]
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inside):
+        return False
+    ours, theirs = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (model, teacher))
+    if ours.keys() != theirs.keys() or fsdp.has_shards(model):
+        return False
+    return all(_equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a few values of every parameter, to tell one teacher from another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = parameter.detach().reshape(-1)[:16].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {few.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def files_fingerprint(source: str) -> str:
+    """What tells a teacher at a path or Hub id from another one that comes to lie there, without reading its weights.
+
+    Of a folder a hash over its configuration and, of every safetensors file, name, size, header, and the first and last
+    64 KiB of data; of a Hub id the commit, if it is on this machine, else the id itself.
+    """
+    home = Path(source).expanduser()
+    if not home.is_dir():
+        return _commit_of(source) or source
+    digest = hashlib.sha256()
+    config = home / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for path in sorted(home.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(min(int.from_bytes(length, "little"), size))
+            digest.update(length + header + file.read(SAMPLED_BYTES))
+            file.seek(max(file.tell(), size - SAMPLED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _commit_of(source: str) -> str | None:
+    """The commit of a Hub id that lies in the cache of huggingface_hub; nothing is asked of the Hub."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return extract_commit_hash(cached_file(source, "config.json", local_files_only=True), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((os.sep, "./", "../", "~")) or source.count(os.sep) > 1
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: where its first weights are."""
+    return getattr(model, "_hf_optim_device", None) or next(model.parameters()).device

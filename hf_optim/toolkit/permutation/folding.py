@@ -1,0 +1,112 @@
+"""Changes of weights that leave the function of a model as it is: scales and permutations of inner channels.
+
+A scale of the channels between two layers can be taken out of the first and put into the second.  Which layers allow
+that, and which channels belong together, `topology` finds; here the weights are changed, in place, in the dtype they
+have.  All scales are positive, one for each channel; they are moved to the weights' device and dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..topology.layer_pairs import LinearPair
+from ..topology.linear_layers import weight_out_in
+from ..topology.norm_groups import NormGroup
+
+
+@torch.no_grad()
+def scale_columns_(module: nn.Module, factor: Tensor) -> None:
+    """Multiply column j of a linear's weight [out, in] by `factor[j]`."""
+    weight = weight_out_in(module)
+    weight.mul_(factor.to(weight))
+
+
+@torch.no_grad()
+def scale_rows_(module: Any, rows: Tensor, factor: Tensor) -> None:
+    """Multiply row `rows[k]` of a linear's weight [out, in], and its bias, by `factor[k]`."""
+    weight = weight_out_in(module)
+    rows, factor = rows.to(weight.device), factor.to(weight)
+    weight[rows] = weight[rows] * factor[:, None]
+    if module.bias is not None:
+        module.bias[rows] = module.bias[rows] * factor
+
+
+@torch.no_grad()
+def scale_norm_(module: Any, factor: Tensor, offset: float = 0.0) -> None:
+    """Multiply the output of a norm, `(weight + offset) * n(x) + bias`, by `factor` [channels]."""
+    weight = module.weight
+    factor = factor.to(weight)
+    weight.copy_((weight + offset) * factor - offset)
+    if getattr(module, "bias", None) is not None:
+        module.bias.mul_(factor)
+
+
+def move_norm_scale_(group: NormGroup, scale: Tensor) -> None:
+    """Divide what a norm gives out by `scale` [d], and multiply the columns of the linears that read it by it.
+
+    Raises `ValueError` for a scale that is not positive or not [d], and for a group that is not exclusive: whatever
+    else reads the norm would see the change.
+    """
+    if not group.exclusive:
+        raise ValueError(f"{group.name} is also read by {', '.join(group.others)}")
+    _check(scale, group.module.get_parameter("weight").numel(), group.name)
+    scale_norm_(group.module, 1.0 / scale, group.offset)
+    for module in group.linears.values():
+        scale_columns_(module, scale)
+
+
+def move_pair_scale_(pair: LinearPair, scale: Tensor) -> None:
+    """Divide the rows of a pair's producer by `scale` [K], and multiply the columns that read them by it.
+
+    Raises `ValueError` for a scale that is not positive or not [K], and for a pair that is not scalable.
+    """
+    if not pair.scalable:
+        raise ValueError(f"{pair.producer} and {pair.consumer}: what is between them is not homogeneous")
+    _check(scale, pair.groups.numel(), pair.producer)
+    scale_rows_(pair.producer_module, pair.rows, 1.0 / scale)
+    scale_columns_(pair.consumer_module, spread_over_columns(pair, scale))
+
+
+def spread_over_columns(pair: LinearPair, values: Tensor) -> Tensor:
+    """`values` [K], one for each row that is read, as one for each column [in_features] of the consumer."""
+    result = values.new_empty(pair.index.numel())
+    columns = pair.columns.to(values.device)
+    result[columns] = values[:, None].expand(columns.shape)
+    return result
+
+
+def gather_from_columns(pair: LinearPair, values: Tensor) -> Tensor:
+    """The largest of `values` [in_features] among the columns that read a row, for each row [K]."""
+    return values[pair.columns.to(values.device)].amax(1)
+
+
+@torch.no_grad()
+def permute_pair_(pair: LinearPair, order: Tensor) -> None:
+    """Row `rows[k]` of the producer becomes what `rows[order[k]]` was; columns and partners follow.
+
+    Raises `ValueError` if `order` [K] is no permutation or moves a row out of its group.
+    """
+    columns = pair.column_order(order)  # checks the order before anything is changed
+    for module, rows in _producers(pair):
+        weight = weight_out_in(module)
+        there = rows.to(weight.device)
+        moved = there[order.to(weight.device)]
+        weight[there] = weight[moved]
+        if module.bias is not None:
+            module.bias[there] = module.bias[moved]
+    weight = weight_out_in(pair.consumer_module)
+    weight.copy_(weight[:, columns.to(weight.device)])
+
+
+def _producers(pair: LinearPair) -> list[tuple[Any, Tensor]]:
+    return [(pair.producer_module, pair.rows), *((partner.module, partner.rows) for partner in pair.permutable_with)]
+
+
+def _check(scale: Tensor, channels: int, name: str) -> None:
+    if scale.shape != (channels,):
+        raise ValueError(f"{name} has {channels} channels, the scale {tuple(scale.shape)}")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"a scale of {name} must be positive and finite in every channel")

@@ -1,0 +1,157 @@
+"""Channels of a model that may stand in any order: where they are, and the order put into the weights.
+
+Three kinds of places are exact, and nothing in a model but its wiring says where they are:
+
+- ``neurons``: the rows of an up projection (and of its gate) with the columns of the down projection;
+- ``values``: the value channels of a head with the columns of the output projection that read them. All query heads of
+  a key/value head share its order;
+- ``residual``: the residual stream of the model, one order for everything that reads or writes it.
+
+The channels of queries and keys are none of them. Their product sums over the channels, so an order would not show
+there, but no linear layer reads them along its input, and rotary positions tie each channel to its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import ModelError
+from ..topology.graph import Trace
+from ..topology.layer_pairs import LinearPair, pairs
+from ..topology.linear_layers import features
+from ..topology.residual_stream import Residual, find_residual
+from ..topology.tracing import trace
+
+KINDS = ("neurons", "values", "residual")
+
+Masks = dict[str, Tensor]
+Moves = Iterator[tuple[str, int, Tensor]]
+"""Parameter name, dimension, and the order of the parameter along it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Channels that may be permuted among themselves.
+
+    Attributes:
+        kind: ``"neurons"``, ``"values"`` or ``"residual"``.
+        name: of what makes the channels, with the number of the head where there are several.
+        readers: names of the linear layers that read them.
+        columns: ``[runs, channels]`` int64: the columns of every reader at which they stand, once for each time that
+            they are read.
+        moves: what an order ``[channels]`` of them does to the parameters of the model.
+    """
+
+    kind: str
+    name: str
+    readers: tuple[str, ...]
+    columns: Tensor
+    moves: Callable[[Tensor], Moves]
+
+    @property
+    def width(self) -> int:
+        return int(self.columns.shape[1])
+
+    def fits(self, group: int) -> bool:
+        """Whether the channels fill whole groups of ``group`` consecutive columns, each time that they are read."""
+        first = self.columns[:, :1]
+        in_line = torch.equal(self.columns, first + torch.arange(self.width))
+        return in_line and self.width % group == 0 and not bool((first % group).any())
+
+    @torch.no_grad()
+    def permute_(self, model: nn.Module, order: Tensor, masks: Masks | None = None) -> None:
+        """Channel ``c`` becomes what channel ``order[c]`` was, in place; ``masks`` by parameter name follow."""
+        masks = {} if masks is None else masks
+        masked: dict[int, list[str]] = {}
+        for name in masks:
+            masked.setdefault(id(model.get_parameter(name)), []).append(name)
+        for name, dim, index in self.moves(order):
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.detach().index_select(dim, index.to(parameter.device)))
+            for mask in masked.get(id(parameter), ()):
+                masks[mask] = masks[mask].index_select(dim, index.to(masks[mask].device))
+
+
+def sites(
+    model: PreTrainedModel, kinds: Iterable[str] = KINDS, source: Trace | None = None
+) -> tuple[list[Site], dict[str, list[str]]]:
+    """The places of a model whose channels may be permuted, and why others may not: reason -> names.
+
+    Raises ``ValueError`` for a kind that there is none of.
+    """
+    kinds = tuple(kinds)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+    traced = source or trace(model)
+    found: list[Site] = []
+    refused: dict[str, list[str]] = {}
+    for pair in pairs(traced):
+        for site in _of_pair(pair):
+            if site.kind in kinds:
+                found.append(site)
+    if "residual" in kinds:
+        try:
+            found.append(_of_residual(model, find_residual(traced)))
+        except ModelError as error:
+            refused[str(error)] = ["the residual stream"]
+    return found, refused
+
+
+def _of_pair(pair: LinearPair) -> Iterator[Site]:
+    """One site for the neurons, or one for each key/value head; none for rows that must stay where they are."""
+    columns = pair.columns
+    numbers = pair.groups.unique()
+    kind = "neurons" if len(numbers) == 1 and pair.repeat == 1 else "values"
+    for head, number in enumerate(numbers.tolist()):
+        members = (pair.groups == number).nonzero().flatten()
+        if len(members) > 1:
+            name = pair.producer if len(numbers) == 1 else f"{pair.producer}[{head}]"
+            yield Site(kind, name, (pair.consumer,), columns[members].T, _PairMoves(pair, members))
+
+
+@dataclass(frozen=True, eq=False)
+class _PairMoves:
+    """The moves of some rows, ``members`` among those that a pair's consumer reads."""
+
+    pair: LinearPair
+    members: Tensor
+
+    def __call__(self, order: Tensor) -> Moves:
+        pair, whole = self.pair, torch.arange(len(self.pair.groups))
+        whole[self.members] = self.members[order.cpu()]
+        columns = pair.column_order(whole)  # checks the order
+        yield f"{pair.consumer}.weight", _dim(pair.consumer_module, 1), columns
+        producers: list[tuple[str, Any, Tensor]] = [(pair.producer, pair.producer_module, pair.rows)]
+        producers += [(partner.name, partner.module, partner.rows) for partner in pair.permutable_with]
+        for name, module, rows in producers:
+            index = torch.arange(features(module)[0])
+            index[rows] = rows[whole]
+            yield f"{name}.weight", _dim(module, 0), index
+            if module.bias is not None:
+                yield f"{name}.bias", 0, index
+
+
+def _dim(module: nn.Module, dim: int) -> int:
+    """Where a linear layer stores dimension ``dim`` of ``[out, in]``."""
+    return 1 - dim if isinstance(module, Conv1D) else dim
+
+
+def _of_residual(model: nn.Module, residual: Residual) -> Site:
+    if residual.returned:
+        raise ModelError(f"{type(model).__name__} returns its residual stream: another order would show")
+
+    def moves(order: Tensor) -> Moves:
+        if not torch.equal(order.cpu().sort().values, torch.arange(residual.width)):
+            raise ValueError(f"no permutation of {residual.width} channels")
+        for name, dims in residual.parameters.items():
+            for dim in dims:
+                yield name, dim, order
+
+    return Site("residual", "residual stream", residual.readers, torch.arange(residual.width)[None], moves)

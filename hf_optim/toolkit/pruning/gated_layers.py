@@ -1,0 +1,132 @@
+"""Linear layers with hard concrete gates in training: one for each weight, or one for each unit that a layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..topology.linear_layers import is_linear, weight_out_in
+from ..topology.prunable_units import Units
+from . import hard_concrete
+from .noisy_layers import NoisyLayer, as_out_in, attach, linear
+
+
+class Gates:
+    """The gates of a layer; ``log_alpha`` is its parameter, float32 or float64.
+
+    Attributes:
+        name: of the layer.
+        layer: the layer.
+        active: whether there are gates; without, the layer is an ordinary one.
+        heard: whether gates were ever drawn, which the first forward in training does; it stays True.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, shape: tuple[int, ...], initial: float, temperature: float) -> None:
+        weight = layer.get_parameter("weight")
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.name, self.temperature = name, temperature
+        self.active, self.heard = True, False
+        self.layer: NoisyLayer = attach(layer, self, log_alpha=torch.full(shape, initial, dtype=wide))
+
+    @property
+    def log_alpha(self) -> nn.Parameter:
+        return self.layer.get_parameter("log_alpha")
+
+    def open_count(self, kept: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The number of weights under these gates that is expected to be used, and all; ``kept`` as in ``sizes``."""
+        sizes = self.sizes(kept)
+        return (sizes * hard_concrete.open_probability(self.log_alpha, self.temperature)).sum(), sizes.sum()
+
+    def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
+        """How many weights each gate governs, of those in the masks ``kept`` (by parameter name)."""
+        raise NotImplementedError
+
+    def fold(self, gates: Tensor) -> dict[str, Tensor]:
+        """Multiply the weights by ``gates`` (of the shape of ``log_alpha``); the masks of those with a gate of 0."""
+        raise NotImplementedError
+
+    def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
+        """The layer's output with these gates."""
+        raise NotImplementedError
+
+    def __call__(self, layer: NoisyLayer, input: Tensor) -> Tensor:
+        if not self.active:
+            return linear(layer, input, weight_out_in(layer))
+        own = layer.get_parameter("log_alpha")
+        if not layer.training:
+            return self.compute(layer, input, hard_concrete.at_test_time(own))
+        self.heard = True
+        return self.compute(layer, input, hard_concrete.draw(own, self.temperature))
+
+
+class WeightGates(Gates):
+    """A gate for each weight: ``y = x (z ∘ W)ᵀ + b``, drawn once for each forward pass."""
+
+    def __init__(self, name: str, layer: nn.Module, initial: float, temperature: float) -> None:
+        super().__init__(name, layer, tuple(layer.get_parameter("weight").shape), initial, temperature)
+
+    def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
+        weight = weight_out_in(layer)
+        return linear(layer, input, weight * as_out_in(layer, gates).to(weight.dtype))
+
+    def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
+        mask = kept.get(f"{self.name}.weight")
+        alpha = self.log_alpha
+        return torch.ones_like(alpha) if mask is None else mask.to(alpha.device, alpha.dtype)
+
+    @torch.no_grad()
+    def fold(self, gates: Tensor) -> dict[str, Tensor]:
+        self.layer.weight.mul_(gates)
+        return {f"{self.name}.weight": gates != 0}
+
+
+class UnitGates(Gates):
+    """A gate for each unit: ``y = (z ∘ x) Wᵀ + b``, where ``z`` has the unit's gate at each of its columns."""
+
+    def __init__(self, model: nn.Module, units: Units, initial: float, temperature: float) -> None:
+        layer = model.get_submodule(units.reader)
+        self.units = units
+        weights = {name: at for name, at in units.entries.items() if name.endswith(".weight") and at[1].numel()}
+        shapes = {name: model.get_parameter(name).shape for name in weights}
+        # Of linears alone: other parameters of a unit (T5's bias on scores) may serve other layers.
+        self.entries = {n: at for n, at in weights.items() if len(shapes[n]) == 2 and _is_of_linear(model, n)}
+        self.shapes = {name: tuple(shapes[name]) for name in self.entries}
+        width = weight_out_in(layer).shape[1]
+        self.unit_of = torch.full((width,), len(units), dtype=torch.int64)
+        self.unit_of[units.columns] = torch.arange(len(units)).unsqueeze(1)
+        super().__init__(units.reader, layer, (len(units),), initial, temperature)
+
+    def columns(self, gates: Tensor) -> Tensor:
+        """The factor of each column, ``[in]``; 1 for those of no unit."""
+        self.unit_of = self.unit_of.to(gates.device)
+        return torch.cat([gates, gates.new_ones(1)])[self.unit_of]
+
+    def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
+        return linear(layer, input * self.columns(gates).to(input.dtype), weight_out_in(layer))
+
+    def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
+        alpha = self.log_alpha
+        total = torch.zeros_like(alpha)
+        for name, (dim, index) in self.entries.items():
+            mask = kept.get(name)
+            if mask is None:
+                total += index.shape[1] * self.shapes[name][1 - dim]
+            else:
+                total += mask.to(alpha.device).sum(1 - dim)[index.to(alpha.device)].sum(1)
+        return total
+
+    @torch.no_grad()
+    def fold(self, gates: Tensor) -> dict[str, Tensor]:
+        weight_out_in(self.layer).mul_(self.columns(gates))
+        closed = (gates == 0).nonzero().flatten().cpu()
+        masks = {}
+        for name, (dim, index) in self.entries.items():
+            masks[name] = torch.ones(self.shapes[name], dtype=torch.bool)
+            masks[name].index_fill_(dim, index[closed].flatten(), False)
+        return masks
+
+
+def _is_of_linear(model: nn.Module, parameter: str) -> bool:
+    return is_linear(model.get_submodule(parameter.rpartition(".")[0]))

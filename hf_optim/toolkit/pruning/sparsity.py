@@ -1,0 +1,74 @@
+"""How sparse the layers of a model are: figures for the record, rows for the card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..distributed.fsdp import WholeWeights, has_shards
+from ..topology.experts import ExpertLinear, expert_linears
+
+NO_SPEED_UP = (
+    "The zeros are stored in an ordinary dense checkpoint. On plain dense kernels zeros alone give no speed-up and "
+    "save no memory; what they buy needs a sparse kernel or a compressed format."
+)
+COUNTED = "_hf_optim_counted_zeros"
+HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
+
+
+def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Layer name -> (weights, zeros among them), counted in the weights themselves, sorted by name.
+
+    Sharded weights (FSDP2) are counted when all ranks ask for ``figures``. A save is the work of one rank, which cannot
+    ask the others: it gets what was counted then.
+    """
+    kept = vars(model).get(COUNTED, {})
+    names = sorted(names)
+    return {name: kept[name] for name in names} if kept.keys() >= set(names) else _count(model, names)
+
+
+def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    counted = {}
+    views = expert_linears(model)
+    names = sorted(names)
+    for name, weight in WholeWeights(model, [f"{name}.weight" for name in names if name not in views]).items():
+        counted[name.removesuffix(".weight")] = (weight.numel(), weight.numel() - int(weight.count_nonzero()))
+    # Each stack of experts is gathered once.
+    stacks: dict[str, list[ExpertLinear]] = {}
+    for view in (views[name] for name in names if name in views):
+        stacks.setdefault(f"{view.stack_name}.{view.parameter}".removeprefix("."), []).append(view)
+    for parameter, weight in WholeWeights(model, stacks).items():
+        for view in stacks[parameter]:
+            counted[view.name] = (weight[0].numel(), weight[0].numel() - int(weight[view.index].count_nonzero()))
+    if has_shards(model):
+        vars(model).setdefault(COUNTED, {}).update(counted)
+    return counted
+
+
+def overall(counted: dict[str, tuple[int, int]]) -> float:
+    """The share of zeros over all the layers counted; 0 for none."""
+    weights = sum(size for size, _ in counted.values())
+    return sum(zeros for _, zeros in counted.values()) / weights if weights else 0.0
+
+
+def figures(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
+    """``{"sparsity": share of zeros, "layers": {name: share}}``, JSON types rounded to six places."""
+    counted = _count(model, names)
+    layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}
+    return {"sparsity": round(overall(counted), 6), "layers": layers}
+
+
+def table(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Rows under ``HEADER``. Layers whose names differ only in a number (the blocks of a stack) share a row."""
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for layer, count in layer_sparsity(model, names).items():
+        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), []).append(count)
+    rows = []
+    for name, counts in groups.items():
+        size = sum(weights for weights, _ in counts)
+        shares = [zeros / weights for weights, zeros in counts]
+        parts = [sum(zeros for _, zeros in counts) / size, min(shares), max(shares)]
+        rows.append([name, str(len(counts)), f"{size:,}", *(f"{100 * part:.1f} %" for part in parts)])
+    return rows

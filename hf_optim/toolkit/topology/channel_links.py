@@ -1,0 +1,216 @@
+"""Pairs of linear layers whose channels correspond: value and output projection, up and down, fc1 and fc2.
+
+For a producer with output `y` and a consumer with input `x`, the operations in between are run again on
+random numbers.  One directional derivative along `r`, another along `f * r` with a different factor `f[c]`
+for every channel `c`: where `x[j]` depends on one channel of `y` alone, the ratio of the two derivatives is
+the factor of that channel. That finds the whole map at once, through attention and repeated key/value heads
+too.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .graph import Op, Trace
+from .replay import NotReplayable, Replay, close, draw, moves_elements, remember, signature, spread
+
+STEP = 1e-4
+"""Half the distance of the finite difference; central, so the error is of the order of its square."""
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """Consumer column `j` reads producer row `index[j]` and no other.
+
+    `ops` lead from the output value `source` of the producer to the input value `target` of the consumer.
+    `scalable` says that the path is homogeneous: scaling a row scales the columns that read it.
+    """
+
+    producer: str
+    consumer: str
+    source: int
+    target: int
+    ops: tuple[Op, ...]
+    index: Tensor
+    scalable: bool
+
+    @property
+    def columns(self) -> Tensor:
+        """[rows, repeat] int64: the consumer columns that read each row, rows in ascending order."""
+        return torch.argsort(self.index, stable=True).reshape(self.index.unique().numel(), -1)
+
+    @property
+    def rows(self) -> Tensor:
+        """[rows] int64: the producer rows that are read, ascending."""
+        return self.index.unique()
+
+
+def links(trace: Trace, producer: str) -> list[Link]:
+    """The links that start at the linear `producer`: at most one for each independent part of its output.
+
+    A fused projection (q, k, v in one matrix; gate and up in one) has several parts.  A layer that the
+    forward calls more than once has no links.
+    """
+    calls = trace.calls_of(producer)
+    if len(calls) != 1 or len(calls[0].writes) != 1:
+        return []
+    source = calls[0].writes[0]
+    try:
+        movements, parts = _parts(trace, source)
+    except NotReplayable:
+        return []
+    found = (_link(trace, producer, source, movements, channels, leaves) for channels, leaves in parts)
+    return [link for link in found if link is not None]
+
+
+def _parts(trace: Trace, source: int) -> tuple[list[Op], list[tuple[Tensor, list[int]]]]:
+    """Which channels of `source` go separate ways.
+
+    Follows views, splits and transposes to the values that are computed with.  Returns those movements, and
+    for each set of channels that belong together the channels [n] int64 and the values which hold them.
+    """
+    movements: dict[int, Op] = {}
+    leaves: list[tuple[int, set[int]]] = []
+    pending: list[tuple[int, tuple[Op, ...]]] = [(source, ())]
+    while pending:
+        value, path = pending.pop()
+        readers = trace.readers.get(value, ())
+        moving = [op for op in readers if moves_elements(trace, op, value)]
+        movements.update({op.position: op for op in moving})
+        pending.extend((write, (*path, op)) for op in moving for write in op.writes)
+        if len(moving) < len(readers) or value in trace.results:
+            leaves.append((value, _channels_in(trace, source, value, path)))
+    united = _unite((value, channels) for value, channels in leaves if channels)
+    return list(movements.values()), [(torch.tensor(sorted(channels)), values) for channels, values in united]
+
+
+def _channels_in(trace: Trace, source: int, value: int, path: tuple[Op, ...]) -> set[int]:
+    """The channels of `source` that the movements of `path` bring into `value`."""
+
+    def answer() -> set[int]:
+        shape = trace.shapes[source]
+        labels = torch.arange(shape[-1], dtype=torch.float64).expand(shape)
+        return set(Replay(trace, path).run({source: labels})[value].unique().long().tolist())
+
+    return remember(trace, ("channels", signature(trace, path, (source, value))), answer)
+
+
+def _unite(leaves: Iterable[tuple[int, set[int]]]) -> list[tuple[set[int], list[int]]]:
+    """Join the leaves that have channels in common."""
+    united: list[tuple[set[int], list[int]]] = []
+    for value, channels in leaves:
+        touching = [group for group in united if group[0] & channels]
+        united = [group for group in united if not group[0] & channels]
+        merged = channels.union(*(group[0] for group in touching))
+        united.append((merged, [v for group in touching for v in group[1]] + [value]))
+    return united
+
+
+def _link(
+    trace: Trace, producer: str, source: int, movements: list[Op], channels: Tensor, leaves: list[int]
+) -> Link | None:
+    """The link from some channels of a producer to the one linear that reads all of them, if there is one."""
+    path = _path_to_one_linear(trace, leaves)
+    if path is None or len(trace.calls_of(path[0])) != 1:
+        return None
+    consumer, target, between = path
+    ops = tuple({op.position: op for op in (*movements, *between)}.values())
+    question = ("map", signature(trace, ops, (source, target)), tuple(channels.tolist()))
+    index, scalable = remember(trace, question, lambda: _map(trace, ops, source, target, channels))
+    return None if index is None else Link(producer, consumer, source, target, ops, index, scalable)
+
+
+def _map(trace: Trace, ops: tuple[Op, ...], source: int, target: int, channels: Tensor) -> tuple[Tensor | None, bool]:
+    """The index of a `Link` and whether it is scalable; no index if the channels do not correspond."""
+    replay = Replay(trace, ops, seed=1)
+    try:
+        index = _channel_map(trace, replay, source, target, channels)
+        if index is None or not _is_local(trace, replay, source, target, channels, index):
+            return None, False
+        return index, _is_homogeneous(trace, replay, source, target, index)
+    except NotReplayable:
+        return None, False
+
+
+def _path_to_one_linear(trace: Trace, leaves: Iterable[int]) -> tuple[str, int, list[Op]] | None:
+    """The one linear that all that is computed from `leaves` goes into: name, input, operations before it.
+
+    None if there are several, or if the model returns some of it.
+    """
+    fringe = list(leaves)
+    ahead: list[tuple[int, Op]] = []
+    seen: dict[int, Op] = {}
+    ends: dict[str, int] = {}
+    while fringe:
+        for value in fringe:
+            if value in trace.results:
+                return None
+            for op in trace.readers.get(value, ()):
+                if op.linear is not None:
+                    ends[op.linear] = value
+                elif op.position not in seen:
+                    seen[op.position] = op
+                    heapq.heappush(ahead, (op.position, op))
+        if len(ends) > 1:
+            return None
+        fringe = list(heapq.heappop(ahead)[1].produces) if ahead else []
+    if not ends:
+        return None
+    ((name, value),) = ends.items()
+    return name, value, list(seen.values())
+
+
+def _channel_map(trace: Trace, replay: Replay, source: int, target: int, channels: Tensor) -> Tensor | None:
+    """[in_features] int64: the only one of `channels` of `source` that each column of `target` depends on.
+
+    None where a column depends on several channels or on none, or where the channels are not read equally
+    often.
+    """
+    shape = trace.shapes[source]
+    factors, order = spread(channels.numel()).sort()
+    direction = torch.zeros(shape, dtype=torch.float64)
+    direction[..., channels] = draw((*shape[:-1], channels.numel()), seed=2).abs()
+    stretched = direction.clone()
+    stretched[..., channels[order]] *= factors
+    start = draw(shape, seed=3)
+
+    def slope(along: Tensor) -> Tensor:
+        ahead, behind = (replay.run({source: start + sign * STEP * along})[target] for sign in (1.0, -1.0))
+        return ((ahead - behind) / (2 * STEP)).flatten(0, -2)
+
+    once, times_factor = slope(direction), slope(stretched)
+    energy = once.square().sum(0)
+    if not bool((energy > 0).all()):
+        return None
+    ratio = (once * times_factor).sum(0) / energy
+    nearest = torch.bucketize(ratio, (factors[1:] + factors[:-1]) / 2)
+    if not bool(((ratio - factors[nearest]).abs() < min(1e-5, 0.1 / channels.numel())).all()):
+        return None
+    index = channels[order[nearest]]
+    counts = torch.bincount(index, minlength=shape[-1])[channels]
+    return index if bool((counts == counts[0]).all()) else None
+
+
+def _is_local(trace: Trace, replay: Replay, source: int, target: int, channels: Tensor, index: Tensor) -> bool:
+    """Whether new numbers in every other channel leave the columns that read the remaining ones unchanged."""
+    start = draw(trace.shapes[source], seed=3)
+    other = start.clone()
+    other[..., channels[::2]] = draw(start.shape, seed=4)[..., channels[::2]]
+    kept = ~torch.isin(index, channels[::2])
+    before, after = replay.run({source: start})[target], replay.run({source: other})[target]
+    return close(after[..., kept], before[..., kept])
+
+
+def _is_homogeneous(trace: Trace, replay: Replay, source: int, target: int, index: Tensor) -> bool:
+    """Whether positive factors on the channels of `source` scale the columns that read them exactly alike."""
+    start = draw(trace.shapes[source], seed=3)
+    rows = index.unique()
+    factors = torch.ones(start.shape[-1], dtype=torch.float64)
+    factors[rows] = spread(rows.numel(), seed=1)
+    before, after = replay.run({source: start})[target], replay.run({source: start * factors})[target]
+    return close(after, before * factors[index])

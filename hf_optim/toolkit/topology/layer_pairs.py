@@ -1,0 +1,200 @@
+"""Pairs of linear layers between which a channel can be rescaled or moved without changing the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .block_lists import Part
+from .channel_links import Link, links
+from .graph import Trace
+from .linear_layers import owners, ties
+from .norm_groups import _traced
+from .replay import TOLERANCE, NotReplayable, Replay, close, draw, remember, signature
+
+
+@dataclass(frozen=True, eq=False)
+class Partner:
+    """A linear whose rows have to be permuted together with those of a pair's producer: a gate.
+
+    `rows[k]` is the row that belongs to row `k` of the pair.  A fused gate and up projection is its own
+    partner.
+    """
+
+    name: str
+    module: nn.Module
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPair:
+    """Column `j` of the consumer reads row `index[j]` of the producer and, of that producer, nothing else.
+
+    `index` is int64 [consumer.in_features].  Nothing but the consumer reads those rows.  With grouped-query
+    attention one row is read by several columns.  `rows` [K] int64 are the rows that are read, ascending: all
+    rows of a value or up projection, the last third of a fused q, k, v projection.
+
+    `scalable`: dividing rows (and their bias) by a positive factor and multiplying the columns that read them
+    by it changes nothing.  True for a value projection, for an up projection, through ReLU; false through
+    GELU or tanh.
+
+    `groups` [K] int64: rows of equal number may be permuted among themselves, if the columns (`column_order`)
+    and the rows of every module in `permutable_with` are permuted too; that changes nothing either.  One
+    group for an MLP, one for each key/value head in attention.
+    """
+
+    producer: str
+    producer_module: nn.Module
+    consumer: str
+    consumer_module: nn.Module
+    index: Tensor
+    scalable: bool
+    groups: Tensor
+    permutable_with: tuple[Partner, ...]
+
+    @property
+    def rows(self) -> Tensor:
+        """[K] int64: the producer rows that are read, ascending."""
+        return self.index.unique()
+
+    @property
+    def repeat(self) -> int:
+        """How many columns read each row."""
+        return self.index.numel() // self.groups.numel()
+
+    @property
+    def columns(self) -> Tensor:
+        """[K, repeat] int64: the columns that read each row."""
+        return torch.argsort(self.index, stable=True).reshape(-1, self.repeat)
+
+    def column_order(self, order: Tensor) -> Tensor:
+        """The order of the columns [in_features] that goes with an `order` [K] of the rows.
+
+        Row `rows[k]` becomes what row `rows[order[k]]` was; column `j` has to become what column `result[j]`
+        was. Raises `ValueError` if `order` is no permutation or moves a row out of its group.
+        """
+        if not torch.equal(order.sort().values, torch.arange(self.groups.numel())):
+            raise ValueError(f"no permutation of {self.groups.numel()} rows")
+        if not torch.equal(self.groups[order], self.groups):
+            raise ValueError(f"the permutation moves rows of {self.producer} out of their groups")
+        result = torch.empty_like(self.index)
+        result[self.columns] = self.columns[order]
+        return result
+
+
+def pairs(trace: Trace, block: Part | None = None) -> Iterator[LinearPair]:
+    """The pairs of a trace in the order of their consumers; those whose producer `block` holds, if given.
+
+    A consumer has at most one pair.  If several producers feed it, the one that can be scaled is the
+    producer, the others are in `permutable_with`.  Layers whose weights another module shares have no pair.
+    """
+    held_by = owners(trace.model)
+    by_consumer: dict[str, list[Link]] = defaultdict(list)
+    for name in dict.fromkeys(op.linear for op in trace.ops if op.linear is not None):
+        if block is None or block.holds(name):
+            for link in links(trace, name):
+                by_consumer[link.consumer].append(link)
+    for consumer, found in by_consumer.items():
+        if any(ties(trace.modules[name], name, held_by) for name in (consumer, *(link.producer for link in found))):
+            continue
+        yield _pair(trace, consumer, sorted(found, key=lambda link: not link.scalable))
+
+
+def _pair(trace: Trace, consumer: str, found: list[Link]) -> LinearPair:
+    """The pair of a consumer, given all links to it, the preferred one first."""
+    first, others = found[0], found[1:]
+    together = all(_corresponds(first, other) for other in others)
+    return LinearPair(
+        producer=first.producer,
+        producer_module=trace.modules[first.producer],
+        consumer=consumer,
+        consumer_module=trace.modules[consumer],
+        index=first.index,
+        scalable=first.scalable,
+        groups=_groups(trace, found) if together else torch.arange(len(first.rows)),
+        permutable_with=tuple(
+            Partner(other.producer, trace.modules[other.producer], other.index[first.columns[:, 0]])
+            for other in others
+            if together
+        ),
+    )
+
+
+def _corresponds(first: Link, other: Link) -> bool:
+    """Whether the rows of two links to one consumer correspond one to one: the same columns read each."""
+    rows = other.index[first.columns]
+    return bool((rows == rows[:, :1]).all()) and len(other.rows) == len(first.rows)
+
+
+def _groups(trace: Trace, members: list[Link]) -> Tensor:
+    """`_exchange_groups`, worked out once for equal members."""
+    ops = {op.position: op for link in members for op in link.ops}.values()
+    values = [members[0].target, *(link.source for link in members)]
+    rows = tuple(tuple(link.index.tolist()) for link in members)
+    question = ("groups", signature(trace, ops, values), rows)
+    return remember(trace, question, lambda: _exchange_groups(trace, members))
+
+
+def _exchange_groups(trace: Trace, members: list[Link]) -> Tensor:
+    """[rows] int64: rows of equal number may be permuted, in all `members` and the consumer together.
+
+    `members` are the links of one consumer whose rows correspond.  The rows of the first one are numbered; a
+    row that may not move has a number of its own.  Rows are alike if equal inputs give equal outputs: those
+    of one head are, those of two heads are not, since each head weighs the tokens in its own way.
+    """
+    target, columns = members[0].target, members[0].columns
+    ops = {op.position: op for link in members for op in link.ops}.values()
+    replay = Replay(trace, tuple(ops), seed=5)
+    flat = {link.source: draw(trace.shapes[link.source], seed=6 + n) for n, link in enumerate(members)}
+    free = {source: tensor.clone() for source, tensor in flat.items()}
+    for n, link in enumerate(members):
+        flat[link.source][..., link.rows] = draw((*trace.shapes[link.source][:-1], 1), seed=9 + n)
+    alone = torch.arange(len(columns))
+    try:
+        groups = _clusters(replay.run(flat)[target].flatten(0, -2).T[columns].flatten(1))
+        order = _shuffle_within(groups)
+        moved = {source: tensor.clone() for source, tensor in free.items()}
+        for link in members:
+            rows = link.index[columns[:, 0]]
+            moved[link.source][..., rows] = free[link.source][..., rows[order]]
+        before, after = replay.run(free)[target], replay.run(moved)[target]
+    except NotReplayable:
+        return alone
+    expected = before.clone()
+    expected[..., columns] = before[..., columns[order]]
+    return groups if close(after, expected) else alone
+
+
+def _clusters(signatures: Tensor) -> Tensor:
+    """[n] int64: the cluster of each row of `signatures` [n, m], equal rows together, numbered from row 0."""
+    weights = torch.rand(signatures.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    ordered, order = (signatures @ weights).sort()
+    gap = TOLERANCE * max(float(ordered.abs().max()), 1.0)
+    numbers = torch.empty(len(ordered), dtype=torch.int64)
+    numbers[order] = torch.cat([torch.zeros(1, dtype=torch.int64), (ordered.diff() > gap).long().cumsum(0)])
+    first = {int(number): None for number in numbers}
+    renamed = torch.empty(len(first), dtype=torch.int64)
+    renamed[torch.tensor(list(first))] = torch.arange(len(first))
+    return renamed[numbers]
+
+
+def _shuffle_within(groups: Tensor) -> Tensor:
+    """[n] int64: a permutation that moves every element within its group only."""
+    order = torch.empty_like(groups)
+    generator = torch.Generator().manual_seed(8)
+    for number in groups.unique():
+        members = (groups == number).nonzero().flatten()
+        order[members] = members[torch.randperm(len(members), generator=generator)]
+    return order
+
+
+def linear_pairs(source: nn.Module | Trace, block: Part | None = None) -> list[LinearPair]:
+    """The pairs of linears whose channels correspond, in the order in which they run.
+
+    With `block` only those whose producer it holds.  See `LinearPair` for what is exact.
+    """
+    return list(pairs(_traced(source), block))

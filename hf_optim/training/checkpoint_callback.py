@@ -1,0 +1,115 @@
+"""The host's callbacks around a training stage: its state in checkpoints, and its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import CheckpointError
+from ..runs import snapshot
+from ..runs.masking import stray_weights
+from ..runs.run import Run
+from ..toolkit.distributed import fsdp
+
+log = logging.getLogger(__name__)
+
+MASKS_NAME = "hf_optim_masks.safetensors"
+STATE_NAME = "hf_optim_state.json"
+
+
+class StateKeeper(TrainerCallback):
+    """Writes masks, step states and the place in the recipe into every ``checkpoint-N``, and restores them from it.
+
+    What a step keeps in ``run.state(step)`` is saved if it is a tensor or a plain JSON type. It comes first: when
+    training is resumed, the callbacks of the steps find masks and state as they were.
+
+    Attributes:
+        checkpoint: the folder that is being resumed from, if the caller knows.
+        seconds: training time of this stage before a resumption.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.checkpoint: str | None = None
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training of this stage, with those before a resumption."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+        if state.global_step > 0:
+            folder = self._resumed_from(args, state)
+            self.seconds = float(read_state(self.run, folder).get("seconds", 0.0))
+            stray = stray_weights(self.run)
+            if stray:
+                raise CheckpointError(
+                    f"{folder} has other masks than the weights that were loaded (non-zero where pruned: {stray[0]}); "
+                    "to resume from another folder than output_dir, set TrainingArguments(resume_from_checkpoint=...)"
+                )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not args.should_save:
+            if fsdp.has_shards(self.run.model):
+                snapshot.take(self.run)  # the rank that writes gathers what is sharded, and needs the others
+            return
+        if not folder.is_dir():
+            log.warning("no checkpoint folder %s: masks and step states were not saved", folder)
+            return
+        write_state(self.run, folder, {"seconds": round(self.elapsed, 3)})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer has just loaded the weights of its best checkpoint: masks and states must be of that moment too.
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            read_state(self.run, Path(state.best_model_checkpoint))
+
+    def _resumed_from(self, args: Any, state: Any) -> Path:
+        given = self.checkpoint or args.resume_from_checkpoint
+        if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
+            return Path(given)
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def write_state(run: Run, folder: Path, training: Mapping[str, Any]) -> None:
+    """Write ``hf_optim_masks.safetensors`` and ``hf_optim_state.json``; each appears whole or not at all."""
+    tensors, meta = snapshot.take(run)
+    beside = folder / f".{MASKS_NAME}"
+    save_file(tensors, beside)
+    os.replace(beside, folder / MASKS_NAME)
+    beside = folder / f".{STATE_NAME}"
+    beside.write_text(json.dumps({"run": meta, "training": dict(training)}, indent=1), encoding="utf-8")
+    os.replace(beside, folder / STATE_NAME)
+
+
+def read_state(run: Run, folder: Path) -> dict[str, Any]:
+    """Restore what ``write_state`` wrote, and return ``training``. Raises ``CheckpointError`` if that cannot be."""
+    try:
+        meta = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(folder / MASKS_NAME)
+        taken, training = meta["run"], meta["training"]
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no {Path(error.filename or MASKS_NAME).name}: training cannot be resumed with its masks and "
+            "schedules. Resume from a checkpoint written with hf_optim's callbacks, or start anew from its weights"
+        ) from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{STATE_NAME} or {MASKS_NAME} in {folder} is corrupt ({error})") from error
+    snapshot.require_same(run, tensors, taken, folder)
+    run.masks.clear()
+    run.nm_patterns.clear()
+    snapshot.restore(run, tensors, taken)
+    return training

@@ -1,0 +1,146 @@
+"""Training a stage of a recipe on data that is named, for those who bring no training loop of their own."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data import labelled_batches
+from ..data.calibration_set import calibration_data, texts
+from ..data.datasets import is_streamed
+from ..data.tasks import task_of_model
+from ..data.token_windows import window_length, windows
+from ..errors import DataError, RecipeError
+from ..recipes.config import DataConfig
+from ..recipes.field_checks import did_you_mean
+from ..runs.run import run_of
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[str, Any] | None = None) -> Any:
+    """Train the stage in work with ``OptimTrainer``, on data of the model's task, and go on with the recipe.
+
+    Args:
+        model: a model whose run waits for training.
+        tokenizer: its tokenizer, or image processor.
+        data: what to train on; language models take windows of its texts, classifiers its labelled rows. ``random``
+            is random inputs without labels, for steps that need none.
+        training: arguments of ``transformers.TrainingArguments``. Checkpoints are kept if they say so, or if the run
+            has a journal: beside that (or in the ``output_dir`` that they name), and a training that was killed goes
+            on from the last one that is whole, with the same bits.
+
+    Returns the model, which may be another object than before. Raises ``RecipeError`` for arguments that
+    ``TrainingArguments`` does not take, ``DataError`` for data that does not serve, and ``CheckpointError`` for a
+    journal of another training.
+    """
+    from ..data.mlm_collator import Epochs, MaskedRows
+    from .resume import TrainJournal
+    from .trainer import OptimTrainer
+
+    rows, collator = training_rows(model, tokenizer, data)
+    run, training = run_of(model), training or {}
+    journal = TrainJournal(run.journal, run) if run.journal is not None else None
+    checkpoint = journal.begin(rows) if journal is not None else None
+    with tempfile.TemporaryDirectory() as home:
+        if journal is not None:
+            home, training = str(journal.output_dir), {**journal.habits("output_dir" in training), **training}
+        trainer = OptimTrainer(
+            model=model,
+            args=training_arguments(home, training),
+            train_dataset=rows,  # type: ignore[arg-type]
+            data_collator=collator,
+        )
+        if isinstance(collator, MaskedRows):
+            trainer.add_callback(Epochs(collator))
+        if journal is not None:
+            trainer.add_callback(journal.keeper())
+        if checkpoint is not None:
+            log.info("training goes on from %s", Path(checkpoint).name)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    # A replaced model hangs on the run, not on the trainer.
+    return trainer.run.model
+
+
+def training_arguments(home: str, training: Mapping[str, Any]) -> Any:
+    """``TrainingArguments`` of a recipe's ``training:``."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    for key in training:
+        if key not in known:
+            raise RecipeError(f"training has no argument {key!r}{did_you_mean(key, known)} (see TrainingArguments)")
+    quiet = {"output_dir": home, "report_to": [], "save_strategy": "no", "seed": 0}
+    try:
+        return TrainingArguments(**{**quiet, **training})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+
+
+def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Row], Any]:
+    """Rows with labels, and the collator that makes batches of them, for the task of the model."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
+
+    if data.dataset == "random":
+        made = calibration_data("random", model_config=model.config, data=data)
+        return [dict(zip(batch, row, strict=True)) for batch in made for row in zip(*batch.values(), strict=True)], (
+            default_data_collator
+        )
+    task = task_of_model(model).tag
+    if task in ("text-generation", "image-text-to-text"):
+        return [
+            {"input_ids": ids, "labels": ids.clone()} for ids in _windows(model, tokenizer, data)
+        ], default_data_collator
+    if task == "fill-mask":
+        rows = [{"input_ids": ids} for ids in _windows(model, tokenizer, data)]
+        from ..data.mlm_collator import MaskedRows
+
+        return rows, MaskedRows(tokenizer, mlm_probability=labelled_batches.MASKED_SHARE, seed=data.seed)
+    if task == "text-classification":
+        found = labelled_batches.classes(labelled_batches.chosen_rows(data), model, tokenizer, data)
+        return _apart(found), DataCollatorWithPadding(tokenizer)
+    if task == "image-classification":
+        return _apart(
+            labelled_batches.images(labelled_batches.chosen_rows(data), model, tokenizer)
+        ), default_data_collator
+    if task == "text2text-generation":
+        return _apart(
+            labelled_batches.pairs(labelled_batches.chosen_rows(data), model, tokenizer)
+        ), DataCollatorForSeq2Seq(tokenizer)
+    raise DataError(
+        f"there is no ready training for {type(model).__name__}: train it with OptimTrainer and data of your own"
+    )
+
+
+def _windows(model: Any, tokenizer: Any, data: DataConfig) -> Tensor:
+    if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
+        raise DataError("training on texts needs the model's tokenizer, and its folder has none")
+    length = window_length(model.config, tokenizer, data.seq_len)
+    pool = labelled_batches.POOL * data.samples if data.samples and is_streamed(data) else None
+    return windows(texts(data), tokenizer, length, data.samples, data.seed, pool=pool)
+
+
+def _apart(batches: labelled_batches.Examples) -> list[Row]:
+    """Batches taken apart into rows; what was padded in is cut off, for the collator to pad anew."""
+    rows = []
+    for inputs, labels in batches:
+        for i, label in enumerate(labels):
+            row = {key: value[i] for key, value in inputs.items()}
+            if "attention_mask" in row:
+                kept = row["attention_mask"].bool()
+                row = {key: value[kept] if value.shape == kept.shape else value for key, value in row.items()}
+            row.pop("decoder_input_ids", None)
+            # Collators take one label as a tensor, and a row of them as a list.
+            rows.append(
+                {**row, "labels": label if label.dim() == 0 else label[label != labelled_batches.IGNORE].tolist()}
+            )
+    return rows

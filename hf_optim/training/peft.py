@@ -1,0 +1,146 @@
+"""Adapters (peft) on an optimized model: recovery after pruning or quantization, and the way back to one model.
+
+Up to the merge everything is stock: ``peft.get_peft_model(model, LoraConfig(...))`` on a pruned or quantized model, a
+``Trainer`` with ``hf_optim.callbacks(model)`` (or ``OptimTrainer``), ``save_pretrained`` for the adapter alone. A
+quantized layer is an ``nn.Linear`` whose weight holds the decoded values, so peft puts its ordinary LoRA layer around
+it.
+
+Merging is where an optimized model differs. ``W + s B A`` is dense, though ``W`` is sparse; and it lies between the
+points of a grid, though ``W`` lies on one.
+
+- *Pruned*: ``merge_adapters`` masks the sum again. What the adapter added outside the mask is lost, and the merged
+  model differs from the one that was trained, unless the adapter learned under the mask (``keep_masks``): then merging
+  is exact.
+- *Quantized*: ``merge_adapters`` refuses. Keep the adapter beside the model, or merge into the dense model and quantize
+  that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..compressed.state import quantized_modules
+from ..errors import OptimError
+from ..lifecycle.stages import finish_stage
+from ..runs.masking import apply_masks
+from ..runs.run import Run, find_run
+
+log = logging.getLogger(__name__)
+
+HOOK = "_hf_optim_mask_hook"
+
+
+def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
+    """Merge the adapters into the model: peft's ``merge_and_unload``, with the masks of the run kept.
+
+    A training stage that waited for this (its adapters were trained, but still in place) ends here, and the recipe
+    goes on. How much of the adapters' update lay outside the masks is logged, and noted on the record.
+
+    Args:
+        model: a ``PeftModel`` around an optimized model.
+        kwargs: for ``merge_and_unload``: ``safe_merge``, ``adapter_names``, ``progressbar``.
+
+    Returns:
+        The model inside, without adapters; masked weights are exactly zero.
+
+    Raises ``OptimError`` if adapters sit on quantized layers, or the model is no ``PeftModel`` of an optimized model.
+    """
+    run = find_run(model)
+    merging: Any = getattr(model, "merge_and_unload", None)
+    if run is None or merging is None:
+        raise OptimError(f"merge_adapters takes a PeftModel around an optimized model, not a {type(model).__name__}")
+    _refuse_quantized(run)
+    lost = _share_outside(run)
+    merging(**kwargs)
+    apply_masks(run)
+    if lost:
+        sentence = (
+            f"merged adapters: {100 * lost:.1f} % of their update (squared) lay outside the masks and was dropped"
+        )
+        run.record.note(sentence)
+        log.warning("%s; train under the masks with hf_optim.training.keep_masks(model)", sentence)
+    if run.stage is not None and run.stage.trains and run.stage_entered:
+        finish_stage(run)
+    return run.model
+
+
+def keep_masks(model: nn.Module) -> nn.Module:
+    """Train the adapters of a pruned model under its masks: ``y = x (W + M ∘ s B A)ᵀ`` in place of ``x (W + s B A)ᵀ``.
+
+    Call it on a ``PeftModel`` before training; ``merge_adapters`` is then exact up to rounding. It costs one dense
+    product more for each masked layer with an adapter. An adapter trained this way belongs to its masks:
+    ``save_pretrained`` saves it as usual, but whoever loads it onto the pruned model must call ``keep_masks`` too.
+
+    Returns the model. Raises ``OptimError`` if it has no masks, or adapters whose update is not one fixed matrix: other
+    kinds than LoRA, its variants (DoRA), or dropout inside.
+    """
+    run = find_run(model)
+    if run is None or not run.masks:
+        raise OptimError("keep_masks takes a PeftModel around a model that hf_optim pruned; this one has no masks")
+    for name, layer in _masked_adapters(run).items():
+        dropout = any(getattr(module, "p", 0.0) for module in getattr(layer, "lora_dropout", {}).values())
+        if not hasattr(layer, "lora_A") or getattr(layer, "lora_variant", None) or dropout:
+            raise OptimError(
+                f"{name}: only a plain LoRA adapter without dropout can be held under a mask "
+                "(LoraConfig(lora_dropout=0.0, use_dora=False))"
+            )
+        if not hasattr(layer, HOOK):
+            setattr(layer, HOOK, layer.register_forward_hook(_under_mask(run, f"{name}.weight")))
+    return model
+
+
+def _under_mask(run: Run, parameter: str) -> Callable[..., Tensor]:
+    def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if layer.disable_adapters or layer.merged:
+            return output
+        outside = ~run.masks[parameter].to(output.device)
+        transposed = not isinstance(layer.get_base_layer(), Conv1D)
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                stray = layer.get_delta_weight(adapter) * outside
+                output = output - (args[0].to(stray.dtype) @ (stray.T if transposed else stray)).to(output.dtype)
+        return output
+
+    return hook
+
+
+def _masked_adapters(run: Run) -> dict[str, Any]:
+    """The adapter layers around weights that have a mask, by the name of the layer they wrap."""
+    return {
+        name: module
+        for name, module in run.model.named_modules()
+        if hasattr(module, "base_layer") and f"{name}.weight" in run.masks
+    }
+
+
+@torch.no_grad()
+def _share_outside(run: Run) -> float:
+    """The share of the adapters' update, by its square, that masks will remove; 0 if they learned under them."""
+    total = outside = 0.0
+    for name, layer in _masked_adapters(run).items():
+        if not hasattr(layer, "get_delta_weight") or hasattr(layer, HOOK):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter in getattr(layer, "lora_A", {adapter}):
+                square = layer.get_delta_weight(adapter).float().square()
+                total += float(square.sum())
+                outside += float(square.masked_fill(run.masks[f"{name}.weight"].to(square.device), 0.0).sum())
+    return outside / total if total else 0.0
+
+
+def _refuse_quantized(run: Run) -> None:
+    inside = [name.removesuffix(".base_layer") for name in quantized_modules(run.model) if name.endswith(".base_layer")]
+    if inside:
+        raise OptimError(
+            f"{len(inside)} of the layers with adapters are quantized ({', '.join(inside[:3])}, ...): W + BA is not on "
+            "their grid, and rounding it there again would undo much of what the adapter learned. Keep the adapter "
+            "beside the model (save_pretrained, then PeftModel.from_pretrained); or load the float model, merge "
+            "the adapter into that (merge_and_unload), and quantize the result with hf_optim.optimize"
+        )

@@ -1,0 +1,257 @@
+"""Pruning in rounds: prune a part, retrain, and again, until the sparsity is reached.
+
+Three techniques differ in what they put back between the rounds, and all do it with the object of this module. It
+serves a training loop of one's own as well::
+
+    model = AutoModelForCausalLM.from_pretrained("org/model", optim_config="lottery80")
+    rounds = Rounds(hf_optim.run_of(model))  # of the step that the recipe has
+    rounds.point("out/rewind-0", optimizer)
+    train(model, optimizer, scheduler)
+    while rounds.left:
+        rounds.next()                # 1 - 0.2^(r / n) of the weights are zero now
+        rounds.rewind(optimizer)     # the others are what they were at the rewinding point
+        rounds.restart(scheduler)    # and so is the learning rate
+        train(model, optimizer, scheduler)  # with rounds.keep() after each optimizer.step()
+    rounds.finish()                  # the recipe's step is done, and its record and card are made
+    model.save_pretrained("out/sparse")
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.trainer import OPTIMIZER_NAME
+
+from ..checkpoints.atomic import replaced_directory
+from ..errors import CheckpointError, ModelError, OptimError, RecipeError
+from ..lifecycle.stages import finish_stage
+from ..recipes.technique import Technique
+from ..runs import distributed
+from ..runs.masking import apply_masks
+from ..runs.run import Run
+from ..runs.scope import Scope
+from ..toolkit.distributed.fsdp import WholeWeights, has_shards
+from ..toolkit.pruning import masks
+from ..toolkit.pruning.rewinding import adopt_, drawn_anew, positioned, seek_
+from ..toolkit.pruning.rounds import ROUNDS, compounded
+from .checkpoint_callback import write_state
+
+
+class Rounds:
+    """The rounds of one pruning: masks that narrow, and a rewinding point to go back to.
+
+    Attributes:
+        run: the run whose masks are narrowed.
+        step: the step of the recipe this is done for, whose ``run.state`` holds the progress; None without one.
+        sparsity: share of the weights that is zero after the last round.
+        rounds: how many there are.
+        parameters: names of the weights that are pruned.
+        home: the folder that rewinding points are looked for in when their path is relative.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        sparsity: float | None = None,
+        rounds: int | None = None,
+        scope: str | None = None,
+        targets: Iterable[str] | None = None,
+        skip: Iterable[str] | None = None,
+        step: Technique | None = None,
+    ) -> None:
+        """Choose what is pruned; nothing changes yet.
+
+        Where the recipe has a step that prunes in rounds, this is done for it: what is left out is as the step has it.
+
+        Args:
+            run: as ``hf_optim.run_of(model)``.
+            sparsity: share of the weights to remove in all, in [0, 1).
+            rounds: in how many rounds, each of which removes the same share of what is left.
+            scope: ``"layer"`` ranks within each layer, ``"global"`` across all of them.
+            targets, skip: which linear layers, and which of them not.
+            step: the step of the recipe this is done for; None takes the one that prunes in rounds, if there is one.
+
+        Raises ``ModelError`` when no layer is left, and ``RecipeError`` for an argument that contradicts the step, or
+        one that neither it nor the caller gives.
+        """
+        if step is None:
+            found = [one for one in run.recipe.steps if ROUNDS in one.contract().owns]
+            step = found[0] if len(found) == 1 else None
+        self.run, self.step = run, step
+        self.label = run.label(step) if step is not None else "rounds"
+        self.sparsity: float = self._settled("sparsity", sparsity)
+        self.rounds: int = self._settled("rounds", rounds)
+        self.scope: str = self._settled("scope", scope, "layer")
+        targets = self._settled("targets", targets if targets is None else tuple(targets), ("Linear",))
+        skip = self._settled("skip", skip if skip is None else tuple(skip), ())
+        layers = Scope("", run.model, run.model).select(targets, skip)
+        if not layers:
+            raise ModelError(
+                f"{self.label}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
+            )
+        names = masks.weight_names(layers)
+        self.parameters = list(names.values())
+        if step is not None:
+            run.touch(step, names)
+        self.home = Path()
+        self.state = run.state(step) if step is not None else SimpleNamespace()
+        if not hasattr(self.state, "done"):
+            self.reset()
+
+    def _settled(self, name: str, given: Any, default: Any = None) -> Any:
+        """What is given, or else what the step has, or else the default."""
+        if self.step is not None and ROUNDS in self.step.contract().owns:
+            own = getattr(self.step, name)
+            if given is not None and given != own:
+                raise RecipeError(
+                    f"{self.label} has {name}={own!r}, and Rounds was given {given!r}: leave {name} out, or change the "
+                    "recipe"
+                )
+            return own
+        if given is None and default is None:
+            raise RecipeError(f"{self.label}: give Rounds its {name}, which no step of the recipe has")
+        return default if given is None else given
+
+    def reset(self) -> None:
+        """Count from the first round again. Masks stay."""
+        self.state.done, self.state.sparsities = 0, []
+        self.state.point, self.state.point_sha256 = None, None
+
+    @property
+    def done(self) -> int:
+        """Rounds that have begun."""
+        return self.state.done
+
+    @property
+    def left(self) -> int:
+        """Rounds that are still to come."""
+        return self.rounds - self.done
+
+    @property
+    def active(self) -> bool:
+        """Whether the stage of the step is in work."""
+        stage = self.run.stage
+        return self.step is None or (stage is not None and any(step is self.step for step in stage.steps))
+
+    def next(self) -> float:
+        """Prune for the next round the weights that are smallest now, and return the sparsity of all the targets."""
+        if not self.left:
+            raise OptimError(f"{self.label}: all {self.rounds} rounds are done")
+        weights = WholeWeights(self.run.model, self.parameters)
+        masks.require_finite(weights, self.label)
+        rank = masks.layer_masks if self.scope == "layer" else masks.global_masks
+        share = compounded(self.sparsity, self.done + 1, self.rounds)
+        masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))
+        kept = [self.run.masks[name] for name in self.parameters]
+        reached = 1.0 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
+        self.state.done += 1
+        self.state.sparsities = [*self.state.sparsities, round(reached, 6)]
+        return reached
+
+    # -- the rewinding point --------------------------------------------------------------------------------------
+    def point(self, folder: str | Path, optimizer: Any = None, write: bool | None = None) -> None:
+        """Write the rewinding point: an ordinary checkpoint, the optimizer's state and the masks beside it. Atomic.
+
+        Args:
+            folder: where; what was there is replaced.
+            optimizer: the optimizer, whose state of this moment ``rewind`` brings back.
+            write: whether this process writes, in a training of several; by default the first does.
+        """
+        self.require_whole()
+        folder = Path(folder)
+        if distributed.is_main() if write is None else write:
+            with replaced_directory(folder, stale=lambda name: True) as beside:
+                self.run.model.save_pretrained(beside)
+                if optimizer is not None:
+                    torch.save(optimizer.state_dict(), beside / OPTIMIZER_NAME)
+                write_state(self.run, beside, {})
+        distributed.barrier()
+        inside = folder.is_relative_to(self.home)
+        self.state.point = str(folder.relative_to(self.home) if inside else folder.absolute())
+        self.state.point_sha256 = _digest(folder)
+
+    def require_whole(self) -> None:
+        """Raise ``ModelError`` for sharded parameters: masks follow them, rewinding does not."""
+        model = self.run.model
+        if has_shards(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ModelError(
+                f"{self.label}: weights are rewound as a whole: train on one device or with DDP, not with sharded "
+                "parameters (FSDP, ZeRO-3), or take a technique that leaves the weights where they are"
+            )
+
+    def find_point(self) -> Path:
+        """The folder of the rewinding point. Raises ``CheckpointError`` if it is gone, or is that of another model."""
+        if self.state.point is None:
+            raise CheckpointError(f"{self.label}: there is no rewinding point yet: call point(folder) before rewind()")
+        folder = self.home / self.state.point
+        if not any(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{self.label}: the rewinding point {folder} is missing: put back the folder that the training wrote "
+                "beside its checkpoints, or train anew"
+            )
+        if _digest(folder) != self.state.point_sha256:
+            raise CheckpointError(
+                f"{self.label}: the rewinding point {folder} is not the one that this training wrote (other weights): "
+                "give each training an output_dir of its own, or train anew"
+            )
+        return folder
+
+    def rewind(self, optimizer: Any = None) -> None:
+        """Put the weights back to the rewinding point, under the masks of now; the optimizer's state too, if given."""
+        folder = self.find_point()
+        adopt_(self.run.model, self._stored(folder))
+        if optimizer is not None:
+            if not (folder / OPTIMIZER_NAME).is_file():
+                raise CheckpointError(f"{self.label}: the rewinding point {folder} has no {OPTIMIZER_NAME}")
+            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state)
+        apply_masks(self.run)
+
+    def _stored(self, folder: Path) -> Any:
+        model = self.run.model
+        # One dtype that holds the values of all parameters exactly.
+        dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+        before = torch.random.get_rng_state()
+        try:
+            return type(model).from_pretrained(folder, config=deepcopy(model.config), dtype=dtype)
+        finally:
+            torch.random.set_rng_state(before)
+
+    def reinitialize(self, seed: int = 0, optimizer: Any = None) -> None:
+        """Draw all weights anew, as the model's class does, under the masks of now; clear the optimizer's state."""
+        self.require_whole()
+        adopt_(self.run.model, drawn_anew(self.run.model, seed))
+        if optimizer is not None:
+            optimizer.state.clear()
+        apply_masks(self.run)
+
+    # -- around them ----------------------------------------------------------------------------------------------
+    def restart(self, scheduler: Any, position: int = 0) -> None:
+        """Put the learning rate where the schedule has it at ``position``. Raises ``RecipeError`` if that cannot be."""
+        seek_(positioned(scheduler, self.label), position)
+
+    def keep(self) -> None:
+        """Zero what is pruned: for a loop of one's own, after each step of the optimizer."""
+        apply_masks(self.run)
+
+    def finish(self) -> None:
+        """End the training stage of a loop of one's own: finalize the model, and go on with the recipe."""
+        if self.run.stage is not None:
+            finish_stage(self.run)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    return digest.hexdigest()

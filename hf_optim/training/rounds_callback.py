@@ -1,0 +1,163 @@
+"""Rounds in a stock ``Trainer``: one training, divided into a dense phase and rounds of retraining."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, get_scheduler
+
+from ..errors import CheckpointError, ModelError, RecipeError
+from ..toolkit.pruning.rewinding import Multiplier, held_after, positioned
+from ..toolkit.pruning.rounds import Phases, compounded
+from .pruning_rounds import Rounds
+from .stage_callback import has_adapters
+
+
+class RoundTraining(TrainerCallback):
+    """Drives ``Rounds``: prunes where a round begins, and puts the learning rate back.
+
+    All of it happens right after an optimizer step, before the checkpoint of that step is written, so that a resumed
+    training finds the round begun. The schedule that the training's arguments describe is made for one phase instead of
+    for all of training; a scheduler that the caller made is taken as it is, as that of one phase. Of the checkpoints
+    that are compared as the best, those of the round in work count alone: earlier ones are less sparse.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        *,
+        dense: bool,
+        rewind_to: int | float = 0,
+        keeps_point: bool = False,
+        renew: Callable[[Rounds, Any], None] | None = None,
+        held: Callable[[float], float] | None = None,
+    ) -> None:
+        """Say how training is divided.
+
+        Args:
+            rounds: what is pruned.
+            dense: whether a dense phase comes before the first round.
+            rewind_to: position in the schedule where rounds begin: a step, or a share of one phase.
+            keeps_point: whether a rewinding point ``output_dir/rewind-K`` is written at that step.
+            renew: called with the rounds and the optimizer after each pruning, to put weights back.
+            held: for retraining at one rate: called with the schedule's last multiplier, returns that of retraining.
+        """
+        self.rounds, self.dense, self.rewind_to = rounds, dense, rewind_to
+        self.keeps_point, self.renew, self.held = keeps_point, renew, held
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.rounds.active:
+            return
+        self._check_model()
+        phases = self._phases(state.max_steps)
+        self.rounds.home = Path(args.output_dir)
+        self._schedule(args, phases, kwargs["lr_scheduler"])
+        if state.global_step > 0:
+            self._resume(state)
+            return
+        self.rounds.reset()
+        self.rounds.state.max_steps = state.max_steps
+        self._announce(phases, args)
+        self.rounds.restart(kwargs["lr_scheduler"])
+        self._act(args, state, phases, kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.rounds.active:
+            self._act(args, state, self._phases(state.max_steps), kwargs)
+
+    def _act(self, args: Any, state: Any, phases: Phases, kwargs: Any) -> None:
+        rounds, optimizer = self.rounds, kwargs["optimizer"]
+        if self.keeps_point and state.global_step == phases.position:
+            rounds.point(rounds.home / f"rewind-{phases.position}", optimizer, write=args.should_save)
+        if phases.round_at(state.global_step):
+            rounds.next()
+            if self.renew is not None:
+                self.renew(rounds, optimizer)
+            rounds.restart(kwargs["lr_scheduler"], phases.position if self.held is None else phases.length)
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    # -- before the first step ------------------------------------------------------------------------------------
+    def _phases(self, max_steps: int) -> Phases:
+        phases = Phases.divide(max_steps, self.rounds.rounds, self.dense, self.rewind_to)
+        if not phases.fitting:
+            raise RecipeError(
+                f"{self.rounds.label}: a training of {max_steps} steps has no room for a round of retraining after "
+                f"{phases.starts(1)} steps: train longer, or lower rewind_to"
+            )
+        return phases
+
+    def _check_model(self) -> None:
+        if has_adapters(self.rounds.run):
+            raise ModelError(
+                f"{self.rounds.label}: rounds rank and rewind the weights themselves, which adapters leave alone: "
+                "train the model without adapters, and add them for recovery"
+            )
+        if self.keeps_point:
+            self.rounds.require_whole()
+
+    def _schedule(self, args: Any, phases: Phases, scheduler: Any) -> None:
+        scheduler = positioned(scheduler, self.rounds.label)
+        length, own = phases.length, list(scheduler.lr_lambdas)
+        described = _multiplier(args, scheduler, phases.max_steps)
+        if all(_same(one, described) for one in own):
+            own = [_multiplier(args, scheduler, length)] * len(own)
+        held = self.held
+        scheduler.lr_lambdas = [
+            held_after(one, length, held(one(length - 1)) if held is not None else None) for one in own
+        ]
+
+    def _resume(self, state: Any) -> None:
+        planned = getattr(self.rounds.state, "max_steps", None)
+        if planned != state.max_steps:
+            raise CheckpointError(
+                f"{self.rounds.label}: the checkpoint is of a training of {planned} steps, whose rounds begin at other "
+                f"steps than those of one of {state.max_steps}: resume with the same max_steps, or start anew from its "
+                "weights"
+            )
+        if self.rounds.state.point is not None and self.rounds.left:
+            self.rounds.find_point()
+
+    def _announce(self, phases: Phases, args: Any) -> None:
+        rounds = self.rounds
+        if phases.fitting < rounds.rounds:
+            reached = compounded(rounds.sparsity, phases.fitting, rounds.rounds)
+            self._warn(
+                f"a training of {phases.max_steps} steps has room for {phases.fitting} of {rounds.rounds} rounds: "
+                f"the model reaches a sparsity of {reached:.4f} instead of {rounds.sparsity:g}; train longer, or lower "
+                "rounds"
+            )
+        warm_up = args.get_warmup_steps(phases.length)
+        if phases.length <= warm_up < phases.max_steps:
+            self._warn(
+                f"a warm-up of {warm_up} steps does not end within a phase of {phases.length}; train longer, or warm "
+                "up for a share (warmup_steps below 1)"
+            )
+
+    def _warn(self, sentence: str) -> None:
+        sentence = f"{self.rounds.label}: {sentence}"
+        self.rounds.run.record.note(sentence)
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _multiplier(args: Any, scheduler: Any, steps: int) -> Multiplier:
+    """The multiplier of the learning rate that the arguments describe, for a training of ``steps`` steps."""
+    aside = torch.optim.SGD([torch.zeros(1)], lr=scheduler.optimizer.defaults["lr"])
+    made: Any = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=aside,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return made.lr_lambdas[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, functools.partial) and isinstance(other, functools.partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return one is other

@@ -1,0 +1,57 @@
+"""The Trainer callback that finishes a training stage."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..lifecycle.stages import finish_stage
+from ..recipes.composition import Stage
+from ..runs.memory import PeakMemory
+from ..runs.run import Run
+from .checkpoint_callback import StateKeeper
+
+log = logging.getLogger(__name__)
+
+
+class StageKeeper(TrainerCallback):
+    """Ends the training stage when training ends: finalize, record, and go on with the recipe. Comes last."""
+
+    def __init__(self, run: Run, stage: Stage, states: StateKeeper) -> None:
+        self.run, self.stage, self.states = run, stage, states
+        self._memory: PeakMemory | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run.stage is self.stage:
+            self._memory = PeakMemory(args.device).__enter__()
+            log.info("training stage %s: %d steps", self.stage, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run, memory = self.run, self._memory
+        if run.stage is not self.stage or memory is None:
+            return
+        memory.__exit__()
+        run.record.stages.append(
+            {
+                "steps": [step.name for step in self.stage.steps],
+                "driver": "training",
+                "training_steps": state.global_step,
+                "seconds": round(self.states.elapsed, 3),
+                **memory.figures(),
+            }
+        )
+        if has_adapters(run):
+            log.warning(
+                "%s is trained, with adapters in place: hf_optim.merge_adapters(model) merges them under the "
+                "masks and goes on with the recipe",
+                self.stage,
+            )
+            return
+        finish_stage(run)
+
+
+def has_adapters(run: Run) -> bool:
+    """Whether a module of the model is wrapped by an adapter layer (peft)."""
+    return any(hasattr(module, "base_layer") for module in run.model.modules())

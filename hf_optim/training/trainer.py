@@ -1,0 +1,286 @@
+"""The training side of the host: callbacks for a stock ``Trainer``, and ``OptimTrainer`` for steps that need more."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..errors import OptimError, RecipeError
+from ..recipes.technique import Technique
+from ..runs.run import run_of
+from ..toolkit.distributed import collectives
+from .callbacks import stage_callbacks
+from .checkpoint_callback import StateKeeper
+from .mask_callback import MaskKeeper
+
+log = logging.getLogger(__name__)
+
+TASK_SCALE = "task_scale"
+
+
+class OptimTrainer(Trainer):
+    """``transformers.Trainer`` for an optimized model: same arguments, same behaviour, and the steps take part.
+
+    - The terms that ``training_loss`` hooks return are added to the task loss in training (never in evaluation), scaled
+      like it under gradient accumulation, and logged under their names beside ``task_loss``; each is a mean over steps.
+    - The groups that ``parameter_groups`` hooks return leave the Trainer's own; weight decay is split as in those.
+    - The callbacks of ``hf_optim.callbacks`` are there already.
+    """
+
+    @functools.wraps(Trainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._beside = _Beside()
+        self.add_callback(self._beside)
+        self._ours: list[TrainerCallback] = []
+        self._attach(self.model)
+
+    def _attach(self, model: Any) -> None:
+        self.run = run_of(model)
+        self._stage = self.run.stage
+        self._terms: dict[str, torch.Tensor] = {}
+        self._terms_since = 0
+        self._grouped: torch.optim.Optimizer | None = None
+        for callback in self._ours:
+            self.remove_callback(callback)
+        # callbacks=hf_optim.callbacks(model) may have been passed as well.
+        present = any(isinstance(c, MaskKeeper) and c.run is self.run for c in self.callback_handler.callbacks)
+        self._ours = [] if present else stage_callbacks(self.run)
+        for callback in self._ours:
+            self.add_callback(callback)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if hasattr(self, "_ours"):
+            self._attach(model)
+        return model
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self.run.stage is not self._stage:
+            self._attach(self.model)  # another stage of the recipe has come
+        if isinstance(resume_from_checkpoint, str):
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StateKeeper):
+                    callback.checkpoint = resume_from_checkpoint
+        self._terms.clear()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _load_renamed(self.run.model, Path(resume_from_checkpoint))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        # Resumed from the checkpoint of its last step, amid an epoch, the stock loop would take one step more.
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        steps = self._steps("training_loss") if model.training else []
+        if not steps:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)  # label smoothing takes the labels out
+        loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
+        share = self._share(given, num_items_in_batch)
+        with self.accelerator.autocast():
+            found = self.run.call_on(steps, "training_loss", model=model, inputs=given, outputs=outputs)
+        # What a backward pass of this batch contributes to the step, for the log.
+        part = 1.0 if self._loss_is_scaled(num_items_in_batch) else 1.0 / self._accumulation
+        self._note("task_loss", loss * part)
+        for terms in found:
+            loss = loss * terms.get(TASK_SCALE, 1.0)
+        for name, term in _named(found):
+            term = torch.as_tensor(term, device=loss.device) * share
+            self._note(name, term * part)
+            loss = loss + term
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise OptimError(
+                f"a batch of {', '.join(given)} gives no loss: it has no labels, and no step added a term to learn from"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[torch.Tensor, Any]:
+        """The task loss, which is zero for a batch without labels: the terms of the steps are then all there is."""
+        if self.compute_loss_func is not None or any(name in inputs for name in self.label_names):
+            found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return found
+        outputs = model(**inputs)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        return (torch.zeros((), device=self.args.device) if loss is None else loss), outputs
+
+    def _steps(self, hook: str) -> list[Technique]:
+        stage = self.run.stage
+        return [step for step in stage.steps if step.implements(hook)] if stage is not None else []
+
+    @property
+    def _accumulation(self) -> int:
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+
+    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether the task loss is a share of the accumulated batch's already; as ``Trainer.training_step`` decides."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Any:
+        """The factor that puts a mean over this batch on the scale of the task loss.
+
+        A task loss that is the mean over the batch is divided by the accumulation steps later on, and so are terms. One
+        that is normalized by the items of the whole accumulated batch is a share, and a term must be the same share.
+        """
+        if not self._loss_is_scaled(num_items_in_batch):
+            return 1.0
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if num_items_in_batch is None or not isinstance(labels, torch.Tensor):
+            return 1.0 / self._accumulation
+        if "shift_labels" not in inputs and getattr(self, "_loss_shifts_labels", False):
+            labels = labels[..., 1:]
+        # DataParallel repeats the number for each of its devices.
+        share = labels.ne(-100).sum() / torch.as_tensor(num_items_in_batch).reshape(-1)[0]
+        if self.args.n_gpu > 1:
+            return share if self.args.average_tokens_across_devices else share / self.args.n_gpu
+        if self.args.average_tokens_across_devices:
+            # The task loss is scaled up by the processes, since their gradients are averaged afterwards.
+            share = share * (self.accelerator.num_processes // self.get_tp_size())
+        return share
+
+    # -- the log --------------------------------------------------------------------------------------------------
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        # Summed on the device: reading a value would make every step wait.
+        value = value.detach().float().mean()
+        if not self._terms:
+            self._terms_since = self.state.global_step
+        self._terms[name] = self._terms[name] + value if name in self._terms else value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._terms:
+            steps = max(1, self.state.global_step - self._terms_since)
+            for name, total in self._terms.items():
+                logs.setdefault(name, self.accelerator.gather(total.reshape(1)).mean().item() / steps)
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # -- the optimizer --------------------------------------------------------------------------------------------
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        # After a first training it is wrapped by accelerate.
+        given = getattr(self.optimizer, "optimizer", self.optimizer)
+        groups = [] if given is not None and given is self._grouped else self._claimed_groups(model or self.model)
+        if given is not None and groups:
+            raise OptimError(
+                f"{self.run.label(groups[0][0])} sets optimizer groups of its own: leave `optimizers=` out, and choose "
+                "the optimizer with TrainingArguments(optim=...) or optimizer_cls_and_kwargs"
+            )
+        optimizer: Any = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if not groups:
+            return optimizer
+        claimed = {id(p) for _, group in groups for p in group["params"]}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in claimed]
+        for _, group in groups:
+            optimizer.add_param_group(group)
+        own = {id(p) for p in self.run.model.parameters()}
+        self._beside.parameters = [p for _, group in groups for p in group["params"] if id(p) not in own]
+        self._grouped = optimizer
+        return optimizer
+
+    def _claimed_groups(self, model: Any) -> list[tuple[Technique, dict[str, Any]]]:
+        """The groups that steps ask for, each split by weight decay unless it names its own."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decayed = set(self.get_decay_parameter_names(model))
+        owners: dict[int, Technique] = {}
+        groups = []
+        for step in self._steps("parameter_groups"):
+            for asked in self.run.call_on([step], "parameter_groups", model=model):
+                for group in asked:
+                    parameters = list(group["params"])
+                    for parameter in parameters:
+                        self._claim(owners, step, parameter, names)
+                    groups += [
+                        (step, part) for part in _split(group, parameters, names, decayed, self.args.weight_decay)
+                    ]
+        return groups
+
+    def _claim(
+        self, owners: dict[int, Technique], step: Technique, parameter: nn.Parameter, names: Mapping[int, str]
+    ) -> None:
+        if id(parameter) not in names and collectives.ranks() > 1:
+            raise OptimError(
+                f"{self.run.label(step)} trains a parameter that is no part of the model: several ranks would each "
+                "train another one; use one rank"
+            )
+        owner = owners.setdefault(id(parameter), step)
+        if owner is not step:
+            raise RecipeError(
+                f"{self.run.label(owner)} and {self.run.label(step)} both claim the parameter "
+                f"{names.get(id(parameter), 'of their own')}; leave one of them out"
+            )
+
+
+class _Beside(TrainerCallback):
+    """Clears the gradients of what steps train beside the model: a Trainer clears those of the model alone."""
+
+    def __init__(self) -> None:
+        self.parameters: list[nn.Parameter] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _load_renamed(model: Any, folder: Path) -> None:
+    """Load what a checkpoint has under other names, such as experts one by one: a stock Trainer skips it in silence."""
+    stored: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    lacking = [name for name, _ in model.named_parameters() if name not in stored]
+    if not lacking or stored <= set(model.state_dict()):
+        return
+    before = torch.random.get_rng_state()
+    try:
+        whole = type(model).from_pretrained(folder, config=copy.deepcopy(model.config)).state_dict()
+    finally:
+        torch.random.set_rng_state(before)
+    for name in lacking:
+        if name in whole:
+            model.get_parameter(name).copy_(whole[name])
+
+
+def _split(
+    group: Mapping[str, Any], parameters: list[nn.Parameter], names: Mapping[int, str], decayed: set[str], decay: float
+) -> Iterator[dict[str, Any]]:
+    if "weight_decay" in group:
+        yield {**group, "params": parameters}
+        return
+    for wanted, weight_decay in ((True, decay), (False, 0.0)):
+        part = [p for p in parameters if (names.get(id(p)) in decayed) is wanted]
+        if part:
+            yield {**group, "params": part, "weight_decay": weight_decay}
+
+
+def _named(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The terms of all steps; one name used twice is numbered, so that the log tells them apart."""
+    seen: dict[str, int] = {}
+    for terms in found:
+        for name, term in terms.items():
+            if name != TASK_SCALE:
+                seen[name] = seen.get(name, 0) + 1
+                yield (name if seen[name] == 1 else f"{name}_{seen[name]}"), term

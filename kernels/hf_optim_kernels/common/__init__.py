@@ -1,0 +1,1 @@
+"""What several kernels share: cached launches, tuned tiles, codes as numbers, benchmarks."""

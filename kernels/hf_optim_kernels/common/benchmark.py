@@ -1,0 +1,258 @@
+"""Timing of operators: contenders, cold replays of CUDA graphs, host time, and the ceilings of the device.
+
+Each folder of an operator has a module ``bench`` with ``contenders(N, K, M, dtype) -> list[Contender]`` (a layer of
+``N`` outputs and ``K`` inputs, ``M`` rows), which this module finds (``operations``) and times (``measure``). Times are
+in microseconds. On a CPU the same functions give wall-clock medians.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+REPLAYS = 31
+MOST_COPIES = 64
+# Host time is taken in bursts that the launch queue holds, with a wait after each.
+BURST = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """One way to do the work of a row.
+
+    Attributes:
+        name: what a table prints.
+        calls: the same work over several copies of the weight, which together are larger than the L2 cache.
+        bytes: the fewest bytes that the weight's format makes it read.
+        flops: multiplications and additions of the product.
+        reference: float64 output that ``calls[0]`` should give, or None.
+        math: type whose measured matrix rate bounds ``flops``: ``bfloat16`` or ``int8``; empty: that of the operator.
+        graph: whether a CUDA graph can hold the call (it does not wait for the device).
+        dense: the unquantized product that others are compared with.
+        peer: somebody else's operator.
+    """
+
+    name: str
+    calls: Sequence[Callable[[], Tensor]]
+    bytes: int
+    flops: int
+    reference: Tensor | None = None
+    math: str = ""
+    graph: bool = True
+    dense: bool = False
+    peer: bool = False
+
+
+class Timing(NamedTuple):
+    """Median microseconds of one call, and the distance of the 10th to the 90th percentile over the median."""
+
+    us: float
+    spread: float
+
+
+def device() -> torch.device:
+    """Where operators are timed: the CUDA device if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def operations() -> list[str]:
+    """The operators of this package that have a ``bench`` module."""
+    return sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/bench.py"))
+
+
+def bench_of(op: str) -> Any:
+    """The ``bench`` module of an operator."""
+    return importlib.import_module(f"hf_optim_kernels.{op}.bench")
+
+
+def measure(contender: Contender) -> dict[str, float | None]:
+    """``graph_us``, ``spread``, ``eager_us``, ``host_us`` and ``error`` of a contender; None for what cannot be had."""
+    output = contender.calls[0]()
+    error = None if contender.reference is None else relative_error(output, contender.reference)
+    del output
+    cuda = device().type == "cuda"
+    replayed = graph_time(contender.calls) if contender.graph or not cuda else None
+    return {
+        "graph_us": None if replayed is None else replayed.us,
+        "spread": None if replayed is None else replayed.spread,
+        "eager_us": eager_time(contender.calls).us,
+        "host_us": host_time(contender.calls[0]).us,
+        "error": error,
+    }
+
+
+def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> Timing:
+    """One call, from replays of a graph that makes all ``calls`` one after the other (on a CPU: without a graph)."""
+    for call in calls:
+        call()
+    if device().type == "cpu":
+        return _wall_time(calls, replays)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    return _summary([_span(graph.replay) / len(calls) for _ in range(replays)])
+
+
+def eager_time(calls: Sequence[Callable[[], object]], passes: int = 12) -> Timing:
+    """One call when the host launches each, one behind the other."""
+    for call in calls:
+        call()
+    if device().type == "cpu":
+        return _wall_time(calls, passes)
+    turns = max(1, 16 // len(calls))
+
+    def turn() -> None:
+        for _ in range(turns):
+            for call in calls:
+                call()
+
+    turn()
+    return _summary([_span(turn) / (turns * len(calls)) for _ in range(passes)])
+
+
+def host_time(call: Callable[[], object], bursts: int = 24) -> Timing:
+    """What one call costs the host: the time until it returns, while the device works behind."""
+    times = []
+    for _ in range(bursts):
+        _wait()
+        start = time.perf_counter()
+        for _ in range(BURST):
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / BURST)
+    _wait()
+    return _summary(times[bursts // 4 :])
+
+
+def copy_bandwidth(size: int | None = None) -> float:
+    """Bytes a microsecond of a large copy on the device, read and write counted.
+
+    The faster of the runtime's copy (2.7 TB/s on an H200) and of a kernel that adds one (4.2 there).
+    """
+    size = size or (1 << 30 if device().type == "cuda" else 1 << 26)
+    source = torch.randint(0, 255, (size // 4,), dtype=torch.int32, device=device())
+    target = torch.empty_like(source)
+    ways = (lambda: target.copy_(source), lambda: torch.add(source, 1, out=target))
+    return 2 * size / min(graph_time([way]).us for way in ways)
+
+
+def matmul_rate(math: str = "bfloat16", size: int | None = None) -> float:
+    """Operations a microsecond (multiplication and addition counted) of a square product of random numbers.
+
+    Args:
+        math: ``int8`` (``torch._int_mm``), or the name of a floating type.
+    """
+    size = size or (8192 if device().type == "cuda" else 512)
+    if math == "int8":
+        a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device()) for _ in range(2))
+        call = lambda: torch._int_mm(a, b.T)  # noqa: E731
+    else:
+        a, b = (torch.randn(size, size, dtype=getattr(torch, math), device=device()) for _ in range(2))
+        call = lambda: torch.mm(a, b.T)  # noqa: E731
+    return 2 * size**3 / graph_time([call]).us
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """Norm of the difference to ``reference`` over its norm; NaN where an output was not written."""
+    wanted = reference.double()
+    return float((output.double().view_as(wanted) - wanted).norm() / wanted.norm())
+
+
+def copies_for(size: int) -> int:
+    """How many weights of ``size`` bytes are together three times the L2 cache; one on a CPU."""
+    if device().type == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device()).L2_cache_size
+    return max(2, min(MOST_COPIES, -(-3 * cache // max(1, size))))
+
+
+def copies_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The tensors and clones of them, together larger than the L2 cache."""
+    count = copies_for(bytes_of(tensors))
+    return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and copies of it, their buffers and parameters together larger than the L2 cache."""
+    import copy
+
+    held = [*module.parameters(), *module.buffers()]
+    return [module, *(copy.deepcopy(module) for _ in range(copies_for(bytes_of(held)) - 1))]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def weight_of(found: Any, dtype: torch.dtype, bits: int, group_size: int, **more: Any) -> Any:
+    """A weight as ``serves`` and ``bind`` of an operator read it, of codes made here.
+
+    Args:
+        found: with the attributes of ``hf_optim.weights.Codes``.
+        more: attributes of ``hf_optim.weights.QuantizedWeight`` that are not those of a plain integer weight.
+    """
+    about = {
+        "name": "layer",
+        "shape": tuple(found.codes.shape),
+        "dtype": dtype,
+        "device": found.codes.device,
+        "kind": "int",
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": found.zero is None,
+        "ordered": found.order is not None,
+        "inputs": None,
+        "sparse24": False,
+        "bias": None,
+        "codes": lambda: found,
+    }
+    return SimpleNamespace(**{**about, **more})
+
+
+def codes_of(codes: Tensor, scale: Tensor | None, zero: Tensor | None = None) -> Any:
+    """Codes with the attributes of ``hf_optim.weights.Codes``."""
+    return SimpleNamespace(codes=codes, scale=scale, zero=zero, order=None, input_scale=None, input_zero=None)
+
+
+def _span(work: Callable[[], object]) -> float:
+    """Microseconds between two events around ``work``."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _wall_time(calls: Sequence[Callable[[], object]], passes: int) -> Timing:
+    times = []
+    for _ in range(passes):
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / len(calls))
+    return _summary(times)
+
+
+def _summary(times: Sequence[float]) -> Timing:
+    middle = statistics.median(times)
+    tenths = statistics.quantiles(times, n=10) if len(times) > 1 else [middle, middle]
+    return Timing(middle, (tenths[-1] - tenths[0]) / middle if middle else 0.0)
+
+
+def _wait() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,134 @@
+"""Which kernel runs for how many rows, and its tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..common import tuning
+from .naive import HALF, stored_fours
+
+Config = dict[str, Any]
+# More rows than this are a matter of arithmetic, not of bytes.
+FEW_ROWS = 64
+COUNTERS = 1 << 14
+# With more, a weight in the order of sparse tensor cores is decompressed: faster on five shapes at 256 rows (H200).
+MOST_TILED_ROWS = 128
+
+
+def config(
+    path: str, block_m: int, block_n: int, fours: int, split: int, warps: int, stages: int, algorithm: int = 0
+) -> Config:
+    """A configuration.
+
+    ``path`` is "row", "dot", "tiles" (see ``tiles``), "library" (cuSPARSELt, with the number of its ``algorithm``) or
+    "dense" (decompress, then the dense product).
+    """
+    names = ("path", "BLOCK_M", "BLOCK_N", "FOURS", "SPLIT", "num_warps", "num_stages", "algorithm")
+    return dict(zip(names, (path, block_m, block_n, fours, split, warps, stages, algorithm), strict=True))
+
+
+DENSE = config("dense", 0, 0, 0, 1, 0, 0)
+LIBRARY = config("library", 0, 0, 0, 1, 0, 0)
+
+
+def tiles(rows: int, outputs: int, ahead: int, split: int, warps: int, inputs: int = 0) -> Config:
+    """A configuration of the kernel for sparse tensor cores.
+
+    ``rows`` of inputs (8, 16, 32, 64) and ``outputs`` (16, 32, 64) of a warp, whose registers hold ``ahead`` tiles of
+    128 columns. ``inputs``: how it reads them, in words (0), in pieces of 16 bytes (1), or put in the order of its
+    lanes by a launch before (2); that pays where many rows are read often.
+    """
+    return config("tiles", rows, outputs, 32 * ahead, split, warps, 1, inputs)
+
+
+def default_tiles(N: int, K: int, M: int) -> Config:
+    """A good guess for codes in the order of sparse tensor cores."""
+    units = K // 128
+    ahead = min(2 if units <= 48 else 4, units)
+    # Tiles of few outputs fill the card, of many use the inputs that they read more often.
+    narrow = N <= 8192
+    if M > MOST_TILED_ROWS:
+        return DENSE
+    if M == 1:
+        return tiles(8, 16, ahead, 1, 4)
+    if M <= 8:
+        return tiles(8, 32, 2, 2, 4, 1) if N * K > 1 << 25 else tiles(8, 16, 2, 1, 8, 1)
+    if M <= 16:
+        return tiles(16, 32, ahead, 1, 4, 2) if narrow and units <= 48 else tiles(16, 16, min(4, units), 1, 4, 2)
+    if M <= 32:
+        return tiles(32, 16, ahead, 1, 4, 2) if narrow else tiles(32, 32, 1, 2, 2, 2)
+    return tiles(32, 32, 1, 1, 4, 2) if narrow and M <= 64 else tiles(64, 32, 1, 2, 2, 2)
+
+
+def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
+    """Configurations worth timing for codes in the order of sparse tensor cores, the likeliest first."""
+    if M <= 1:
+        shapes = [(16, 2, 1, 4, 0), (16, 4, 1, 4, 0), (16, 2, 1, 8, 0), (16, 3, 1, 4, 0), (32, 2, 2, 4, 0)]
+    elif M <= 8:
+        shapes = [(16, 2, 1, 4, 1), (32, 2, 2, 4, 1), (16, 2, 1, 8, 1), (16, 2, 1, 4, 2), (32, 2, 2, 4, 2)]
+        shapes += [(16, 2, 1, 4, 0), (16, 4, 1, 4, 1), (32, 2, 1, 4, 2)]
+    else:
+        shapes = [(32, 1, 2, 4, 2), (32, 2, 2, 4, 2), (16, 2, 1, 4, 2), (32, 1, 1, 4, 2), (16, 1, 1, 8, 2)]
+        shapes += [(64, 1, 4, 4, 2), (64, 1, 2, 4, 2), (32, 1, 4, 4, 2), (16, 4, 1, 4, 2), (32, 1, 2, 2, 2)]
+        shapes += [(64, 1, 1, 4, 2)]
+    blocks = [max(8, min(tuning.bucket(M), 64))] + ([32] if M >= 64 else [])
+    found = [tiles(rows, *shape) for shape in shapes for rows in blocks if rows * shape[0] <= 2048]
+    guess = default_tiles(N, K, M)
+    return [guess, *(each for each in found if each != guess), *([DENSE] if M >= 64 and guess != DENSE else [])]
+
+
+def split_of(N: int, K: int, block_n: int, tiles: int = 512) -> int:
+    """Programs that share the columns of a tile, for about ``tiles`` programs, each with two chunks or more."""
+    chunks = stored_fours(K) // (2 * HALF)
+    wanted = max(1, round(tiles / -(-N // block_n)))
+    return max(1, min(wanted, chunks // 2, 16))
+
+
+def candidates(N: int, K: int, M: int) -> list[Config]:
+    """Configurations worth timing for a weight [N, K] and M rows, the likeliest first."""
+    if M <= 1:
+        row = [
+            config("row", 1, n, HALF, split_of(N, K, n, programs), warps, stages)
+            for n, programs, warps, stages in ((64, 528, 4, 2), (32, 1056, 2, 3), (32, 1056, 4, 2))
+        ]
+        return [*_few(N, K, 16)[:4], *row, *_few(N, K, 16)[4:5]]
+    return _few(N, K, max(16, tuning.bucket(M))) if M <= FEW_ROWS else _many(N, K, M)
+
+
+def _few(N: int, K: int, block_m: int) -> list[Config]:
+    """Tiles of one block of rows: on one or two warps, or on four or eight with Hopper's instructions for 64 outputs.
+
+    The former runs out of registers with more than 16 rows.
+    """
+    two = ((32, 1056, 2, 3), (64, 528, 2, 3), (32, 1056, 2, 5), (32, 528, 2, 5), (16, 2112, 1, 4))
+    four = ((64, 528, 4, 3), (64, 1056, 4, 3), (128, 264, 8, 3), (128, 528, 8, 3))
+    tiles: tuple[tuple[int, int, int, int], ...] = (two[0], four[0], two[1], two[2], four[1], four[2], two[3], two[4])
+    if block_m > 16:
+        tiles = (*four, (64, 264, 4, 4), (128, 264, 4, 3), two[0])
+    return [config("dot", block_m, n, HALF, split_of(N, K, n, programs), w, s) for n, programs, w, s in tiles]
+
+
+def _many(N: int, K: int, M: int) -> list[Config]:
+    tiles = ((64, 128, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 128, 8, 2))
+    splits = sorted({1, split_of(N, K, 128, 264)}) if M <= 128 else [1]
+    ours = [config("dot", m, n, HALF, split, w, s) for m, n, w, s in tiles for split in splits]
+    return [LIBRARY, *ours[: 6 if M <= 256 else 2], DENSE]
+
+
+def default(N: int, K: int, M: int, library: bool) -> Config:
+    """A good guess where nothing was measured; ``library``: the weight is in cuSPARSELt's format too."""
+    if M <= FEW_ROWS:
+        return candidates(N, K, M)[0]
+    if library and M > 128:
+        return LIBRARY
+    return config("dot", 64, 128, HALF, split_of(N, K, 128, 264), 8, 3) if M <= 256 else DENSE
+
+
+def chosen(N: int, K: int, M: int, width: int, dtype: torch.dtype, library: bool, device: torch.device) -> Config:
+    """The configuration for M rows. The tuned one, unless it asks for a library that cannot serve this weight."""
+    rows = tuning.bucket(M)
+    guess = default(N, K, rows, library)
+    found = tuning.choose("sparse24", (N, K, width, rows), dtype, guess, device)
+    return guess if found["path"] == "library" and not library else found

@@ -1,0 +1,89 @@
+"""What the techniques that prune in rounds share: the hooks, and what the record and the card say.
+
+After round ``r`` of ``n`` a share ``s_r = 1 - (1 - s)^(r / n)`` of the weights is zero: every round removes the same
+share of what is left, and the last one ends exactly at ``s``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+from hf_optim import RecipeError, Rounds, RoundTraining, Technique, hookimpl
+from hf_optim.toolkit.pruning import masks, sparsity
+
+if TYPE_CHECKING:
+    from hf_optim import Card, Run
+
+
+class InRounds(Technique):
+    """A technique with the fields ``sparsity``, ``rounds``, ``dense``, ``scope``, ``targets`` and ``skip``."""
+
+    sparsity: float
+    rounds: int
+    dense: bool
+    scope: str
+    targets: tuple[str, ...]
+    skip: tuple[str, ...]
+
+    title = ""
+
+    def driver(self, rounds: Rounds) -> RoundTraining:
+        """The callback that drives the rounds, with what this technique does between them."""
+        raise NotImplementedError
+
+    def between(self) -> str:
+        """What happens between the rounds, as the end of a sentence on the card."""
+        raise NotImplementedError
+
+    @hookimpl
+    def training_callbacks(self, run: Run) -> list[TrainerCallback]:
+        rounds = Rounds(
+            run,
+            sparsity=self.sparsity,
+            rounds=self.rounds,
+            scope=self.scope,
+            targets=self.targets,
+            skip=self.skip,
+            step=self,
+        )
+        return [self.driver(rounds)]
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        state = run.state(self)
+        names, _ = run.touched(self) or (set(), {})
+        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names if f"{name}.weight" in run.masks])
+        done, reached = getattr(state, "done", 0), getattr(state, "sparsities", [])
+        run.report(self, **sparsity.figures(run.model, names), rounds=done, sparsities=reached)
+        if done < self.rounds:
+            sentence = (
+                f"{run.label(self)}: the model is that of round {done} of {self.rounds}, with a sparsity of "
+                f"{reached[-1] if reached else 0.0:.4f} instead of {self.sparsity:g}: training was too short or "
+                "stopped early"
+            )
+            run.record.note(sentence)
+            warnings.warn(sentence, stacklevel=2)
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.touched(self) or (set(), {})
+        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        rounds = ", ".join(f"{100 * reached:.1f} %" for reached in getattr(run.state(self), "sparsities", []))
+        card.paragraph(
+            self.title,
+            f"Pruned by magnitude in rounds (sparsity after each: {rounds or 'none was begun'}); {self.between()}. "
+            f"{100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+        )
+        card.table(f"Sparsity after {self.title.lower()}", sparsity.HEADER, sparsity.table(run.model, names))
+
+
+def check_position(name: str, position: int | float) -> None:
+    """Raise ``RecipeError`` for a rewinding position that is neither a step nor a share in [0, 1)."""
+    if isinstance(position, float) and position >= 1.0:
+        raise RecipeError(
+            f"{name}: rewind_to is a share of one phase in [0, 1) or a whole number of steps, not {position!r}"
+        )
