@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import hf_optim
 from hf_optim.runs.masking import stray_weights
 from hf_optim.training import fused_masking, mask_callback
-from hf_optim.training.mask_callback import MaskKeeper
-from hf_optim.training.nonfinite_callback import GradientGuard
+from hf_optim.training.mask_callback import MaskCallback
+from hf_optim.training.nonfinite_callback import NonFiniteCallback
 
 warnings.simplefilter("ignore")
 section = Sections("masking-in-training.json")
@@ -122,11 +122,11 @@ def train(kind, steps=60, warm=20, batch=8, length=1024, clock_parts=False, laye
     if kind in ("stage-twice", "stage-foreach"):
         mask_callback.STAY_AT_ZERO = ()
     if kind == "stage-unguarded":
-        callbacks = [c for c in callbacks if not isinstance(c, GradientGuard)]
+        callbacks = [c for c in callbacks if not isinstance(c, NonFiniteCallback)]
     watches = {}
     if clock_parts:
         for callback in callbacks:
-            if isinstance(callback, (MaskKeeper, GradientGuard)):
+            if isinstance(callback, (MaskCallback, NonFiniteCallback)):
                 watches[type(callback).__name__] = Stopwatch(callback)
     clock = Clock(warm)
     with tempfile.TemporaryDirectory() as home:

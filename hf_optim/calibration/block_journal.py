@@ -91,7 +91,7 @@ class BlockJournal:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _path(self, run: Run, first: Technique, name: str) -> Path:
-        return self.directory / f"step-{run.position(first) + 1}-{name}.safetensors"
+        return self.directory / f"step-{run.index(first) + 1}-{name}.safetensors"
 
     def _check(self, run: Run) -> None:
         # Taken once, while the weights are still those that were loaded.

@@ -15,7 +15,7 @@ from ..recipes.technique import Technique
 from ..runs.run import Run
 from ..runs.scope import Example, Scope
 from ..toolkit import topology
-from .forward import Batch, device_of, reach, to_device
+from .forward import Batch, capture_block_inputs, device_of, to_device
 from .steps import any_needs_data, batches_for, drive, named_exactly
 
 
@@ -110,7 +110,7 @@ class _Blockwise:
 
     def _reach(self, index: int, number: int, batch: Batch, outputs: Mapping[str, list[Any]]) -> tuple[Any, Any]:
         """The arguments of block ``index`` for one batch, given the ``outputs`` of the blocks before it."""
-        return reach(
+        return capture_block_inputs(
             self.run.model, self.blocks, index, to_device(batch, self.home), lambda stack: outputs[stack][number]
         )
 

@@ -16,7 +16,7 @@ from ..toolkit import topology
 Batch = dict[str, torch.Tensor]
 
 
-class Reached(Exception):
+class BlockInputsCaptured(Exception):
     """Ends a forward at the block in work, and carries that block's arguments."""
 
     def __init__(self, args: Any, kwargs: Any) -> None:
@@ -24,7 +24,7 @@ class Reached(Exception):
         self.args_, self.kwargs = args, kwargs
 
 
-def reach(
+def capture_block_inputs(
     model: nn.Module,
     blocks: Sequence[topology.Block],
     index: int,
@@ -40,20 +40,20 @@ def reach(
         return lambda *args, **kwargs: output_of(stack)
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise Reached(args, kwargs)
+        raise BlockInputsCaptured(args, kwargs)
 
     forwards = {block.module: stub(block.stack) for block in blocks[:index]}
     forwards[blocks[index].module] = stop
-    with replaced(forwards):
+    with blocks_replaced(forwards):
         try:
             model(**batch)
-        except Reached as reached:
+        except BlockInputsCaptured as reached:
             return reached.args_, reached.kwargs
     raise ModelError(f"{blocks[index].name} did not run; calibrate with driver: whole_model")
 
 
 @contextmanager
-def replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def blocks_replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """The modules with other forwards, on the instances alone; undone also when the body raises."""
     before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:

@@ -39,7 +39,7 @@ def named_exactly(step: Technique, scope: Scope) -> tuple[str, ...]:
 
 
 def refuse_idle(run: Run, step: Technique) -> None:
-    touched = run.touched(step)
+    touched = run.covered(step)
     if touched is None or touched[0]:
         return
     why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(touched[1].items()))

@@ -25,7 +25,7 @@ from .source import Source, first_line
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MetaModel:
     """A model without weights, and where its weights are.
 
     Attributes:
@@ -41,7 +41,7 @@ class Skeleton:
     unexpected: tuple[str, ...]
 
 
-def build(source: Source) -> Skeleton:
+def build(source: Source) -> MetaModel:
     """The skeleton of a checkpoint. A Hub model is downloaded into the cache, unless it is there.
 
     Raises ``ModelError`` or ``CheckpointError``: no such model, pickles, truncated shards, tensors of another shape
@@ -73,7 +73,7 @@ def build(source: Source) -> Skeleton:
     _compute_buffers(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = tuple(sorted(set(info["missing_keys"]) - tied))
-    return Skeleton(model.eval(), tuple(files), missing, tuple(sorted(info["unexpected_keys"])))
+    return MetaModel(model.eval(), tuple(files), missing, tuple(sorted(info["unexpected_keys"])))
 
 
 def at_hand(source: Source) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
-from ..toolkit.checkpoint.safetensors import Entry, Listing
+from ..toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders
 
 DTYPES = {
     "F64": torch.float64,
@@ -65,7 +65,7 @@ def read_sample(entry: Entry) -> bytes:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorSources:
     """How parameters of the model come from the checkpoint: the tensors they are made of, and what joins them.
 
     Attributes:
@@ -87,7 +87,7 @@ class Checkpoint:
     """
 
     def __init__(self, files: Iterable[str | Path], model: PreTrainedModel) -> None:
-        self.listing = Listing(files)
+        self.listing = SafetensorsHeaders(files)
         self.model = model
         self.wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         self._recipes = _recipes(self.listing, model, self.wanted)
@@ -137,7 +137,9 @@ class Checkpoint:
             yield name, value[0] if isinstance(value, list) else value
 
 
-def _recipes(listing: Listing, model: PreTrainedModel, wanted: Mapping[str, Any]) -> dict[str, Recipe]:
+def _recipes(
+    listing: SafetensorsHeaders, model: PreTrainedModel, wanted: Mapping[str, Any]
+) -> dict[str, TensorSources]:
     # As transformers' own loader goes about it: in natural order, and a name that needs no renaming is left alone.
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -153,12 +155,12 @@ def _recipes(listing: Listing, model: PreTrainedModel, wanted: Mapping[str, Any]
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
         sources[name].append((entry, pattern))
     return {
-        name: Recipe(tuple(found), by_pattern[found[0][1]] if found[0][1] is not None else None)
+        name: TensorSources(tuple(found), by_pattern[found[0][1]] if found[0][1] is not None else None)
         for name, found in sources.items()
     }
 
 
-def _targets(first: str, recipe: Recipe, wanted: Mapping[str, Any]) -> list[str]:
+def _targets(first: str, recipe: TensorSources, wanted: Mapping[str, Any]) -> list[str]:
     """The parameters that a recipe makes: one, but for conversions that split a tensor."""
     if recipe.converter is None or len(recipe.converter.target_patterns) < 2:
         return [first] if first in wanted else []

@@ -21,7 +21,7 @@ from .atomic import replaced_directory
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
 
 
-def bind(run: Run) -> None:
+def attach_save_methods(run: Run) -> None:
     """Make ``run.model.save_pretrained`` and ``push_to_hub`` write the record and the card too."""
     from .hub import push_to_hub
 
@@ -29,8 +29,8 @@ def bind(run: Run) -> None:
     run.model.push_to_hub = types.MethodType(push_to_hub, run.model)  # type: ignore[method-assign,assignment]
 
 
-def unbind(model: PreTrainedModel) -> None:
-    """Undo ``bind``."""
+def detach_save_methods(model: PreTrainedModel) -> None:
+    """Undo ``attach_save_methods``."""
     for name in ("save_pretrained", "push_to_hub"):
         model.__dict__.pop(name, None)
 

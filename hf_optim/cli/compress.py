@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..evaluation.reported import FIGURES, change
+from ..evaluation.reported import REPORTED_METRICS, change
 from ..runs.record import Record
 from .options import data_config, data_options, driver_of, driver_options, model_options, source_of
 from .table import print_table
@@ -87,7 +87,7 @@ def print_result(record: Record) -> None:
     """The table before against after, of what was measured; below it what share of the weights each step touched."""
     before, after = record.measured.get("before", {}), record.measured.get("after", {})
     rows = []
-    for figure in FIGURES:
+    for figure in REPORTED_METRICS:
         left, right = before.get(figure.key), after.get(figure.key)
         if left is not None or right is not None:
             written = [figure.write(value) if value is not None else "-" for value in (left, right)]

@@ -9,7 +9,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.reported import FIGURES
+from ..evaluation.reported import REPORTED_METRICS
 from .options import data_config, data_options, model_options, source_of
 from .table import print_table
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(figures))
         return 0
-    known = {figure.key: figure for figure in FIGURES}
+    known = {figure.key: figure for figure in REPORTED_METRICS}
     rows = [
         (known[key].label, known[key].write(value)) if key in known and value is not None else (key, value)
         for key, value in figures.items()

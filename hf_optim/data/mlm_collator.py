@@ -9,14 +9,14 @@ import torch
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 
-class MaskedRows(DataCollatorForLanguageModeling):
+class MlmCollator(DataCollatorForLanguageModeling):
     """The stock collator; once ``epoch`` is set, the masks of a batch are a function of seed, epoch and tokens.
 
     The stock generator goes on from batch to batch. A resumed training skips the batches that are behind it, and would
     find that generator at its beginning.
 
     Attributes:
-        epoch: set by ``Epochs``; None leaves the masks to the stock generator.
+        epoch: set by ``MaskingEpochCallback``; None leaves the masks to the stock generator.
     """
 
     epoch: int | None = None
@@ -30,10 +30,10 @@ class MaskedRows(DataCollatorForLanguageModeling):
         return super().torch_call(examples)
 
 
-class Epochs(TrainerCallback):
-    """Tells a ``MaskedRows`` the epoch, before its first batch is made."""
+class MaskingEpochCallback(TrainerCallback):
+    """Tells a ``MlmCollator`` the epoch, before its first batch is made."""
 
-    def __init__(self, collator: MaskedRows) -> None:
+    def __init__(self, collator: MlmCollator) -> None:
         self.collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Figure:
+class ReportedMetric:
     """One row of the before/after table.
 
     Attributes:
@@ -43,12 +43,12 @@ def _both(number: float) -> str:
     return f"{bytes_text(number)} ({number:,.0f})"
 
 
-FIGURES = (
-    Figure("perplexity", "perplexity", "{:.4f}".format, "perplexity"),
-    Figure("bits_per_byte", "bits per byte", "{:.4f}".format, "bits_per_byte"),
-    Figure("accuracy", "accuracy", "{:.4f}".format, "accuracy", lower_is_better=False),
-    Figure("spearman", "Spearman correlation", "{:.4f}".format, "spearmanr", lower_is_better=False),
-    Figure(
+REPORTED_METRICS = (
+    ReportedMetric("perplexity", "perplexity", "{:.4f}".format, "perplexity"),
+    ReportedMetric("bits_per_byte", "bits per byte", "{:.4f}".format, "bits_per_byte"),
+    ReportedMetric("accuracy", "accuracy", "{:.4f}".format, "accuracy", lower_is_better=False),
+    ReportedMetric("spearman", "Spearman correlation", "{:.4f}".format, "spearmanr", lower_is_better=False),
+    ReportedMetric(
         "top1_agreement",
         "top-1 agreement with the original",
         "{:.2%}".format,
@@ -57,16 +57,18 @@ FIGURES = (
         relative=False,
         of_two=True,
     ),
-    Figure("kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False, of_two=True),
-    Figure("bytes_on_disk", "weights on disk (bytes)", _both),
-    Figure("parameter_bytes", "weights in memory (bytes)", _both),
-    Figure("peak_memory_bytes", "peak memory (bytes)", _both),
-    Figure("ms_per_token", "milliseconds per token (greedy, batch 1)", "{:.2f}".format),
+    ReportedMetric(
+        "kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False, of_two=True
+    ),
+    ReportedMetric("bytes_on_disk", "weights on disk (bytes)", _both),
+    ReportedMetric("parameter_bytes", "weights in memory (bytes)", _both),
+    ReportedMetric("peak_memory_bytes", "peak memory (bytes)", _both),
+    ReportedMetric("ms_per_token", "milliseconds per token (greedy, batch 1)", "{:.2f}".format),
 )
-QUALITY = tuple(f for f in FIGURES if f.key in ("perplexity", "accuracy", "spearman"))
+QUALITY = tuple(f for f in REPORTED_METRICS if f.key in ("perplexity", "accuracy", "spearman"))
 
 
-def quality_of(*measured: Mapping[str, Any]) -> Figure | None:
+def quality_of(*measured: Mapping[str, Any]) -> ReportedMetric | None:
     """The first figure of quality that all of these have."""
     return next((f for f in QUALITY if all(is_number(m.get(f.key)) for m in measured)), None)
 
@@ -75,7 +77,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def change(figure: Figure, before: Any, after: Any) -> str:
+def change(figure: ReportedMetric, before: Any, after: Any) -> str:
     """``"-74.2 %"``, or an empty string where a relative change says nothing."""
     if not (figure.relative and is_number(before) and is_number(after) and before):
         return ""

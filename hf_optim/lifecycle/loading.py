@@ -113,7 +113,7 @@ def optimize(
 
 def release(model: PreTrainedModel) -> PreTrainedModel:
     """Forget the run of a model: it is an ordinary model again. Its weights and its stored format stay."""
-    saving.unbind(model)
+    saving.detach_save_methods(model)
     model.__dict__.pop(ATTRIBUTE, None)
     return model
 
@@ -167,13 +167,13 @@ def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint as it is, and run what is compressed in it on kernels."""
     from ..compressed.packed.accelerate import accelerate
-    from ..toolkit.checkpoint.safetensors import Unreadable
+    from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     with explained(source):
         try:
             loaded = _load_packed(cls, stock, args, kwargs)
-        except Unreadable as reason:
+        except UnsupportedCheckpoint as reason:
             log.debug("loaded by stock transformers, since %s", reason)
             loaded = stock(*args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -182,12 +182,12 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The stock method with our quantizer in place of the checkpoint's. Raises ``Unreadable`` where it cannot help."""
+    """The stock method with our quantizer in place of the checkpoint's. Raises ``UnsupportedCheckpoint`` where it cannot help."""
     from ..compressed.packed.loader import redirected
-    from ..toolkit.checkpoint.safetensors import Unreadable
+    from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
     if any(kwargs.get(key) is not None for key in ("quantization_config", "gguf_file", "state_dict")):
-        raise Unreadable("the call says how to load it")
+        raise UnsupportedCheckpoint("the call says how to load it")
     ours = dict(kwargs)
     source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
     config, ours = _resolve_config(cls, source, ours)

@@ -57,7 +57,7 @@ def proceed(run: Run, source: Any = None) -> None:
             log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
             break
         complete_stage(run)
-    saving.bind(run)
+    saving.attach_save_methods(run)
 
 
 def complete_stage(run: Run) -> None:

@@ -9,7 +9,7 @@ from .contract import Reload
 REMEDY = "use driver: blockwise, on a machine with room for the model"
 
 
-def refuse(recipe: OptimConfig, dense: bool = False) -> None:
+def refuse_streamed(recipe: OptimConfig, dense: bool = False) -> None:
     """Raise ``RecipeError`` for a recipe that needs more of a model than one block at a time."""
     for position, step in enumerate(recipe.steps):
         label = f"step {position + 1} ({step.name})"

@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
-    """Put the coverage of each step that reported one (``Run.touch``) on the record, and log it."""
+    """Put the coverage of each step that reported one (``Run.cover``) on the record, and log it."""
     for step in steps:
-        if (touched := run.touched(step)) is not None:
+        if (touched := run.covered(step)) is not None:
             _record(run, step, *touched)
 
 

@@ -70,7 +70,7 @@ def own_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
 
-def refuse(recipe: Any) -> None:
+def refuse_distributed(recipe: Any) -> None:
     """Raise ``RecipeError`` for a recipe that several ranks cannot do together."""
     if collectives.ranks() == 1:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,9 @@ from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, Trait
 from ..toolkit import topology
 from .record import Record, public_recipe, versions
+from .scope import Scope
+
+log = logging.getLogger(__name__)
 
 ATTRIBUTE = "_hf_optim_run"
 
@@ -65,6 +69,7 @@ class Run:
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
         self._states: dict[int, SimpleNamespace] = {}
+        self._covered: dict[int, tuple[set[str], dict[str, set[str]]]] = {}
         self.manager = manager
 
     # -- the model ------------------------------------------------------------------------------------------------
@@ -90,9 +95,10 @@ class Run:
 
     def label(self, step: Technique) -> str:
         """``"step 2 (gptq)"``, for messages."""
-        return f"step {self.position(step) + 1} ({step.name})"
+        return f"step {self.index(step) + 1} ({step.name})"
 
-    def position(self, step: Technique) -> int:
+    def index(self, step: Technique) -> int:
+        """Return the place of a step in the recipe, from 0."""
         return next(i for i, s in enumerate(self.recipe.steps) if s is step)
 
     @property
@@ -119,31 +125,50 @@ class Run:
         return self.bit_plan.get(name, default)
 
     # -- what steps report ----------------------------------------------------------------------------------------
-    def report(self, step: Technique, **numbers: Any) -> None:
-        """Put figures of a step (JSON types) on the record; they appear on the card."""
-        entry = self.record.steps.setdefault(str(self.position(step)), {"technique": step.name})
-        entry.update(numbers)
+    def report(self, step: Technique, **metrics: Any) -> None:
+        """Put metrics of a step (JSON types) on the record; they appear on the card.
 
-    def touch(self, step: Technique, names: Iterable[str], skipped: Mapping[str, Iterable[str]] | None = None) -> None:
-        """Say which modules a step worked on (full names), and which it left out for what reason.
-
-        Called as often as there are scopes; the host sums it up, prints it, and records the coverage.
+        Calls accumulate: a mapping is merged into the one reported before under the same name, any other value
+        replaces it.
         """
-        state = self._states.setdefault(-1 - self.position(step), SimpleNamespace(names=set(), skipped={}))
-        state.names.update(names)
-        for reason, left_out in (skipped or {}).items():
-            state.skipped.setdefault(reason, set()).update(left_out)
+        entry = self.record.steps.setdefault(str(self.index(step)), {"technique": step.name})
+        for name, value in metrics.items():
+            former = entry.get(name)
+            entry[name] = {**former, **value} if isinstance(former, dict) and isinstance(value, Mapping) else value
 
-    def touched(self, step: Technique) -> tuple[set[str], dict[str, set[str]]] | None:
-        """What ``touch`` was told: module names, and the skipped ones by reason; None if it never was."""
-        state = self._states.get(-1 - self.position(step))
-        return (state.names, state.skipped) if state else None
+    def reported(self, step: Technique) -> dict[str, Any]:
+        """Return what a step has reported; empty if it has reported nothing."""
+        return self.record.steps.get(str(self.index(step)), {})
+
+    def warn(self, step: Technique, sentence: str) -> None:
+        """Log a warning about a step, and note it on the card."""
+        sentence = f"{self.label(step)}: {sentence}"
+        self.record.note(sentence)
+        log.warning(sentence)
+
+    def cover(self, step: Technique, names: Iterable[str], skipped: Mapping[str, Iterable[str]] | None = None) -> None:
+        """Record which modules a step worked on (full names), and which it skipped, by reason.
+
+        May be called once per scope; calls accumulate. The host logs the coverage and puts it on the record.
+        """
+        covered = self._covered.setdefault(self.index(step), (set(), {}))
+        covered[0].update(names)
+        for reason, left_out in (skipped or {}).items():
+            covered[1].setdefault(reason, set()).update(left_out)
+
+    def covered(self, step: Technique) -> tuple[set[str], dict[str, set[str]]] | None:
+        """Return the modules recorded by ``cover`` and the skipped ones by reason, or None if there are none."""
+        return self._covered.get(self.index(step))
+
+    def select(self, targets: Iterable[str], skip: Iterable[str] = ()) -> dict[str, Any]:
+        """Return the linears of the whole model that match ``targets`` and not ``skip`` (see ``Scope.select``)."""
+        return Scope("", self.model, self.model).select(targets, skip)
 
     def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
         """Say that modules and parameters have other names now: what the run keeps by name follows them.
 
-        That is ``masks``, ``nm_patterns``, ``bit_plan``, and what earlier steps told ``touch``. A step whose
-        ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``touch``.
+        That is ``masks``, ``nm_patterns``, ``bit_plan``, and what earlier steps told ``cover``. A step whose
+        ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``cover``.
 
         Args:
             renamed: the names that the module or parameter of a name has afterwards: none where it is gone, several
@@ -155,7 +180,7 @@ class Run:
             table.clear()
             table.update(moved)
         for step in self.recipe.steps:
-            names, skipped = self.touched(step) or (set(), {})
+            names, skipped = self.covered(step) or (set(), {})
             for told in (names, *skipped.values()):
                 left = {new for name in told for new in renamed(name)}
                 told.clear()

@@ -52,7 +52,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
             elif _is_json(value):
                 plain[key] = value
         meta["states"][str(position)] = plain
-        if (touched := run.touched(step)) is not None:
+        if (touched := run.covered(step)) is not None:
             names, skipped = touched
             meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
     return {name: fsdp.whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
@@ -165,4 +165,4 @@ def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, An
     for position, step in enumerate(run.recipe.steps):
         vars(run.state(step)).update(meta["states"].get(str(position), {}))
         if (touched := meta["touched"].get(str(position))) is not None:
-            run.touch(step, *touched)
+            run.cover(step, *touched)

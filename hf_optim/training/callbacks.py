@@ -8,10 +8,10 @@ from transformers import TrainerCallback
 from ..errors import OptimError
 from ..recipes.contract import TRAINER_HOOKS
 from ..runs.run import Run, run_of
-from .checkpoint_callback import StateKeeper
-from .mask_callback import MaskKeeper
-from .nonfinite_callback import GradientGuard
-from .stage_callback import StageKeeper
+from .checkpoint_callback import CheckpointCallback
+from .mask_callback import MaskCallback
+from .nonfinite_callback import NonFiniteCallback
+from .stage_callback import StageCallback
 
 
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
@@ -40,7 +40,7 @@ def stage_callbacks(run: Run) -> list[TrainerCallback]:
     """As ``callbacks``, for a trainer that serves the other training hooks itself."""
     stage = run.stage
     if stage is None:
-        return [MaskKeeper(run)] if run.masks else []
+        return [MaskCallback(run)] if run.masks else []
     if not stage.trains:
         raise OptimError(
             f"{stage} waits for data, not for training: call hf_optim.advance(model, calibration=...) first"
@@ -48,5 +48,5 @@ def stage_callbacks(run: Run) -> list[TrainerCallback]:
     if not run.stage_entered:
         raise OptimError(f"{stage} was not prepared for training: call model = hf_optim.advance(model) first")
     native = [callback for group in run.call("training_callbacks") for callback in group]
-    states = StateKeeper(run)
-    return [states, GradientGuard(run), *native, MaskKeeper(run), StageKeeper(run, stage, states)]
+    states = CheckpointCallback(run)
+    return [states, NonFiniteCallback(run), *native, MaskCallback(run), StageCallback(run, stage, states)]

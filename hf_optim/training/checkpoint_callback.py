@@ -27,7 +27,7 @@ MASKS_NAME = "hf_optim_masks.safetensors"
 STATE_NAME = "hf_optim_state.json"
 
 
-class StateKeeper(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Writes masks, step states and the place in the recipe into every ``checkpoint-N``, and restores them from it.
 
     What a step keeps in ``run.state(step)`` is saved if it is a tensor or a plain JSON type. It comes first: when

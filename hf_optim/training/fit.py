@@ -41,7 +41,7 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
     ``TrainingArguments`` does not take, ``DataError`` for data that does not serve, and ``CheckpointError`` for a
     journal of another training.
     """
-    from ..data.mlm_collator import Epochs, MaskedRows
+    from ..data.mlm_collator import MaskingEpochCallback, MlmCollator
     from .resume import TrainJournal
     from .trainer import OptimTrainer
 
@@ -58,8 +58,8 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=collator,
         )
-        if isinstance(collator, MaskedRows):
-            trainer.add_callback(Epochs(collator))
+        if isinstance(collator, MlmCollator):
+            trainer.add_callback(MaskingEpochCallback(collator))
         if journal is not None:
             trainer.add_callback(journal.keeper())
         if checkpoint is not None:
@@ -102,9 +102,9 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
         ], default_data_collator
     if task == "fill-mask":
         rows = [{"input_ids": ids} for ids in _windows(model, tokenizer, data)]
-        from ..data.mlm_collator import MaskedRows
+        from ..data.mlm_collator import MlmCollator
 
-        return rows, MaskedRows(tokenizer, mlm_probability=labelled_batches.MASKED_SHARE, seed=data.seed)
+        return rows, MlmCollator(tokenizer, mlm_probability=labelled_batches.MASKED_SHARE, seed=data.seed)
     if task == "text-classification":
         found = labelled_batches.classes(labelled_batches.chosen_rows(data), model, tokenizer, data)
         return _apart(found), DataCollatorWithPadding(tokenizer)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 KERNEL = "hf_optim_kernels.masked_step.launch"
 
 
-class Zeroing:
+class FusedMasking:
     """Zeroes elements of tensors whose masks are known in advance.
 
     Args:

@@ -12,13 +12,13 @@ from ..runs.masking import apply_masks, masked_parameter, require_agreement
 from ..runs.run import Run
 from ..toolkit.distributed import fsdp
 from ..toolkit.pruning.masked_layers import clear_running_means
-from .fused_masking import Zeroing
+from .fused_masking import FusedMasking
 
 # Optimizers that leave a weight at zero whose gradient and running mean are zero, whatever its weight decay.
 STAY_AT_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
-class MaskKeeper(TrainerCallback):
+class MaskCallback(TrainerCallback):
     """Applies ``run.masks`` in training. Comes after the callbacks of the steps, which may renew masks at any event.
 
     - Before an optimizer step, the gradients of masked weights are zeroed: they enter no running mean. Steps see the
@@ -39,7 +39,7 @@ class MaskKeeper(TrainerCallback):
         self._state: tuple[list[str], list[int]] = ([], [])
         self._parameters: list[nn.Parameter] = []
         self._sharded = False
-        self._zeroing = Zeroing([], [])
+        self._zeroing = FusedMasking([], [])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._known.clear()  # the model may have moved since
@@ -96,7 +96,7 @@ class MaskKeeper(TrainerCallback):
         parts = {name: fsdp.local_part(masks[name], parameter) for name, parameter in found.items()}
         self._parameters = list(found.values())
         self._sharded = any(map(fsdp.is_sharded, self._parameters))
-        self._zeroing = Zeroing(list(parts.values()), [fsdp.local(p.detach()) for p in self._parameters])
+        self._zeroing = FusedMasking(list(parts.values()), [fsdp.local(p.detach()) for p in self._parameters])
         apply_masks(self.run, changed)
         for name in changed:
             clear_running_means(optimizer, found[name], parts[name])

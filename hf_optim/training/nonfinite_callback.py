@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     norms: list[Tensor]
 
 
-class GradientGuard(TrainerCallback):
+class NonFiniteCallback(TrainerCallback):
     """Stops training with ``NumericalError`` before gradients that are not finite reach the weights.
 
     The weights in memory and the last checkpoint stay good. With fp16, single overflows are the loss scaler's business.

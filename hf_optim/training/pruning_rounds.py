@@ -36,7 +36,6 @@ from ..recipes.technique import Technique
 from ..runs import distributed
 from ..runs.masking import apply_masks
 from ..runs.run import Run
-from ..runs.scope import Scope
 from ..toolkit.distributed.fsdp import WholeWeights, has_shards
 from ..toolkit.pruning import masks
 from ..toolkit.pruning.rewinding import adopt_, drawn_anew, positioned, seek_
@@ -92,7 +91,7 @@ class Rounds:
         self.scope: str = self._settled("scope", scope, "layer")
         targets = self._settled("targets", targets if targets is None else tuple(targets), ("Linear",))
         skip = self._settled("skip", skip if skip is None else tuple(skip), ())
-        layers = Scope("", run.model, run.model).select(targets, skip)
+        layers = run.select(targets, skip)
         if not layers:
             raise ModelError(
                 f"{self.label}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
@@ -100,7 +99,7 @@ class Rounds:
         names = masks.weight_names(layers)
         self.parameters = list(names.values())
         if step is not None:
-            run.touch(step, names)
+            run.cover(step, names)
         self.home = Path()
         self.state = run.state(step) if step is not None else SimpleNamespace()
         if not hasattr(self.state, "done"):

@@ -11,15 +11,15 @@ from ..lifecycle.stages import finish_stage
 from ..recipes.composition import Stage
 from ..runs.memory import PeakMemory
 from ..runs.run import Run
-from .checkpoint_callback import StateKeeper
+from .checkpoint_callback import CheckpointCallback
 
 log = logging.getLogger(__name__)
 
 
-class StageKeeper(TrainerCallback):
+class StageCallback(TrainerCallback):
     """Ends the training stage when training ends: finalize, record, and go on with the recipe. Comes last."""
 
-    def __init__(self, run: Run, stage: Stage, states: StateKeeper) -> None:
+    def __init__(self, run: Run, stage: Stage, states: CheckpointCallback) -> None:
         self.run, self.stage, self.states = run, stage, states
         self._memory: PeakMemory | None = None
 

@@ -19,8 +19,8 @@ from ..recipes.technique import Technique
 from ..runs.run import run_of
 from ..toolkit.distributed import collectives
 from .callbacks import stage_callbacks
-from .checkpoint_callback import StateKeeper
-from .mask_callback import MaskKeeper
+from .checkpoint_callback import CheckpointCallback
+from .mask_callback import MaskCallback
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class OptimTrainer(Trainer):
         for callback in self._ours:
             self.remove_callback(callback)
         # callbacks=hf_optim.callbacks(model) may have been passed as well.
-        present = any(isinstance(c, MaskKeeper) and c.run is self.run for c in self.callback_handler.callbacks)
+        present = any(isinstance(c, MaskCallback) and c.run is self.run for c in self.callback_handler.callbacks)
         self._ours = [] if present else stage_callbacks(self.run)
         for callback in self._ours:
             self.add_callback(callback)
@@ -69,7 +69,7 @@ class OptimTrainer(Trainer):
             self._attach(self.model)  # another stage of the recipe has come
         if isinstance(resume_from_checkpoint, str):
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, StateKeeper):
+                if isinstance(callback, CheckpointCallback):
                     callback.checkpoint = resume_from_checkpoint
         self._terms.clear()
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -26,9 +26,9 @@ from hf_optim.errors import CheckpointError, ModelError, NumericalError
 from hf_optim.runs.masking import require_agreement, stray_weights
 from hf_optim.toolkit.distributed import collectives, fsdp
 from hf_optim.toolkit.pruning import masks, sparsity
-from hf_optim.training.checkpoint_callback import StateKeeper, read_state
-from hf_optim.training.mask_callback import MaskKeeper
-from hf_optim.training.nonfinite_callback import GradientGuard
+from hf_optim.training.checkpoint_callback import CheckpointCallback, read_state
+from hf_optim.training.mask_callback import MaskCallback
+from hf_optim.training.nonfinite_callback import NonFiniteCallback
 
 HOME = Path(sys.argv[1])
 # 49 rows do not divide among two ranks.
@@ -104,7 +104,7 @@ def check_stock_trainer() -> None:
                 assert key not in run.masks or torch.equal(run.masks[key], ours.masks[key].cpu()), key
             if key in run.masks:
                 assert not weight[~run.masks[key]].any(), key
-        share = sparsity.overall(sparsity.layer_sparsity(found, run.touched(run.recipe.steps[0])[0]))
+        share = sparsity.overall(sparsity.layer_sparsity(found, run.covered(run.recipe.steps[0])[0]))
         assert abs(share - (0.6 if name == "once" else 0.7)) < 0.001
         tensors = HOME / f"fsdp-{name}" / "checkpoint-2" / "hf_optim_masks.safetensors"
         assert tensors.is_file()
@@ -229,7 +229,7 @@ def check_guard() -> None:
     local[0, 0] = float("nan") if collectives.rank() else 1.0
     shape = {"shape": parameter.shape, "stride": parameter.stride()}
     parameter.grad = DTensor.from_local(local, parameter.device_mesh, parameter.placements, **shape)
-    guard = next(k for k in loop.keepers if isinstance(k, GradientGuard))
+    guard = next(k for k in loop.keepers if isinstance(k, NonFiniteCallback))
     try:
         guard.on_pre_optimizer_step(loop.args, loop.state, None, model=loop.model, optimizer=loop.optimizer)
     except NumericalError as error:
@@ -246,7 +246,7 @@ def check_agreement() -> None:
     require_agreement(run)
     if collectives.rank():
         run.masks[NAME] = run.masks[NAME].roll(1, 0)  # as many, elsewhere
-    keepers: list = [StateKeeper(run), MaskKeeper(run)]
+    keepers: list = [CheckpointCallback(run), MaskCallback(run)]
     try:
         for keeper in keepers:
             keeper.on_save(

@@ -63,7 +63,7 @@ class Watcher(Technique):
         with torch.no_grad():
             for module in modules.values():
                 module.weight.mul_(self.scale)
-        run.touch(self, modules)
+        run.cover(self, modules)
 
 
 def batches(model, count=3):

@@ -15,7 +15,7 @@ from hf_optim import CheckpointError, Contract, Paper, Reload, Technique, option
 from hf_optim.evaluation.cards import plots
 from hf_optim.evaluation.cards.card import Card
 from hf_optim.evaluation.cards.index import render_index
-from hf_optim.evaluation.reported import FIGURES, bytes_text, recipe_label
+from hf_optim.evaluation.reported import REPORTED_METRICS, bytes_text, recipe_label
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.record import Record
 
@@ -200,7 +200,7 @@ def number(cell: str) -> float:
 def test_every_figure_of_the_table_is_the_records():
     made = record()
     rows = {row[0]: row[1:] for row in table(section(Card(made).render(), "Results"))}
-    keys = {figure.label: figure for figure in FIGURES}
+    keys = {figure.label: figure for figure in REPORTED_METRICS}
     assert len(rows) == 7
     digits = {"perplexity": 4, "bits_per_byte": 4, "top1_agreement": 4, "kl": 5, "ms_per_token": 2}
     for label, cells in rows.items():
@@ -287,7 +287,7 @@ def test_what_steps_add_is_kept_in_the_record_and_rendered_again(tmp_path):
     for text in ("Old words.", "New words."):
         card.paragraph("Grids", text)
         card.table("Worst layers", ["layer", "error"], [["`a|b`", 0.25], ["`c`", 3]])
-        card.figure("Curve", tmp_path / "curve.png", "error over time")
+        card.image("Curve", tmp_path / "curve.png", "error over time")
     (tmp_path / "hf_optim.json").write_text(made.to_json())
     again = Card(Record.read(tmp_path), tmp_path).render()
     assert again == card.render()
@@ -298,7 +298,7 @@ def test_what_steps_add_is_kept_in_the_record_and_rendered_again(tmp_path):
     with pytest.raises(ValueError, match="every row needs 2 cells"):
         card.table("Bad", ["a", "b"], [["x"]])
     with pytest.raises(ValueError, match="does not lie in the checkpoint"):
-        card.figure("Bad", "/etc/picture.png", "")
+        card.image("Bad", "/etc/picture.png", "")
 
 
 def test_labels_use_the_defaults_that_a_recipe_leaves_out():
@@ -389,7 +389,7 @@ def test_labels_cover_neither_each_other_nor_the_frame(monkeypatch, tmp_path, sp
         plots.Point(1e6 * (1 + spread * i), 2.2 + 0.1 * spread * i, f"recipe {i} 4-bit", "model") for i in range(6)
     ]
     points.append(plots.Point(4e6, 2.2, "original", "model"))
-    boxes = labels_of(monkeypatch, lambda: plots.pareto(points, FIGURES[0], tmp_path / "p.png"))
+    boxes = labels_of(monkeypatch, lambda: plots.pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"))
     assert len(boxes) == 7
     for i, (name, box, frame) in enumerate(boxes):
         assert frame.x0 <= box.x0, name
@@ -434,4 +434,4 @@ def test_several_base_models_get_a_panel_each(tmp_path):
     points = [
         plots.Point(s, q, "r", m) for m, s, q in (("a", 1e6, 2.0), ("b", 2e6, 20.0), ("c", 3e6, 9.0), ("a", 2e6, 90.0))
     ]
-    check_picture(plots.pareto(points, FIGURES[0], tmp_path / "p.png"), height=900)
+    check_picture(plots.pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"), height=900)

@@ -14,7 +14,7 @@ import hf_optim
 from hf_optim import ModelError
 from hf_optim.runs.masking import apply_masks, stray_weights
 from hf_optim.training import fused_masking, mask_callback
-from hf_optim.training.mask_callback import STAY_AT_ZERO, MaskKeeper, stays_at_zero
+from hf_optim.training.mask_callback import STAY_AT_ZERO, MaskCallback, stays_at_zero
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -61,12 +61,12 @@ def test_renewed_masks_hold_in_a_stock_trainer(tmp_path, at: str, optim: str):
     assert (model.get_parameter(NAME)[run.masks[NAME]] != 0).all()  # and no more than that
 
 
-def keeper_of(model) -> tuple[hf_optim.Run, MaskKeeper]:
+def keeper_of(model) -> tuple[hf_optim.Run, MaskCallback]:
     run = begin(model, ToyRamp())
-    return run, MaskKeeper(run)
+    return run, MaskCallback(run)
 
 
-def step(keeper: MaskKeeper, optimizer, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+def step(keeper: MaskCallback, optimizer, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
     """One optimizer step as the Trainer makes it."""
     none = SimpleNamespace()
     keeper.on_step_begin(none, none, none, optimizer=optimizer)
@@ -193,14 +193,14 @@ def test_an_optimizer_that_leaves_zeros_alone_needs_no_second_pass(optimizer_cla
         optimizer = optimizer_class([parameter], lr=0.01, weight_decay=0.1, fused=fused, **more)
         assert stays_at_zero(optimizer)
         passes = []
-        keeper.apply = lambda keeper=keeper, passes=passes: (passes.append(1), MaskKeeper.apply(keeper))
+        keeper.apply = lambda keeper=keeper, passes=passes: (passes.append(1), MaskCallback.apply(keeper))
         for turn in range(8):
             if turn in (1, 3, 6):
                 run.masks[NAME] = half(parameter, seed=turn) if turn != 6 else torch.ones_like(half(parameter))
             gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(turn))
             step(keeper, optimizer, parameter, gradient)
             if twice:
-                MaskKeeper.apply(keeper)
+                MaskCallback.apply(keeper)
             assert stray_weights(run) == []
         assert passes == []
         found.append(parameter.detach().clone())
@@ -234,7 +234,7 @@ def test_on_cuda_the_kernel_takes_what_it_can_and_foreach_the_rest(monkeypatch):
     monkeypatch.setattr(fused_masking, "_part", lambda masks: fused_masking._Fused(masks, Kernel))
     masks = [half(torch.empty(4, 4), i) for i in range(3)]
     tensors = [torch.ones(4, 4), torch.ones(4, 4).bfloat16(), torch.ones(4, 4)]
-    zero = fused_masking.Zeroing(masks, tensors)
+    zero = fused_masking.FusedMasking(masks, tensors)
     zero(tensors)
     assert sorted(seen) == [1, 2]
     transposed = [torch.ones(4, 4).as_strided((4, 4), (1, 4)), torch.ones(4, 4).bfloat16(), torch.ones(4, 4)]

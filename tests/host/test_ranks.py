@@ -78,9 +78,9 @@ def test_half_an_environment_is_refused(monkeypatch):
 
 def test_what_several_ranks_cannot_do_is_refused(monkeypatch):
     as_rank(monkeypatch, 0, 2)
-    distributed.refuse(OptimConfig.parse(["gptq"]))
+    distributed.refuse_distributed(OptimConfig.parse(["gptq"]))
     with pytest.raises(RecipeError, match=r"logit_kd.*one rank"):
-        distributed.refuse(OptimConfig.parse([{"technique": "logit_kd", "teacher": "t"}]))
+        distributed.refuse_distributed(OptimConfig.parse([{"technique": "logit_kd", "teacher": "t"}]))
 
 
 def test_a_child_process_is_no_rank(monkeypatch):

@@ -87,7 +87,7 @@ class Onlooker(Technique):
         for linear in scope.linears.values():
             with torch.no_grad():
                 linear.weight.mul_(0.5)
-        run.touch(self, scope.linears)
+        run.cover(self, scope.linears)
 
 
 def _first(output):
@@ -135,7 +135,7 @@ def test_activations_may_be_spilled(homes, tmp_path):
     spill.mkdir()
     batches = random_batches(tiny_llama())
     seen = []
-    stock = activation_store.Stream._write
+    stock = activation_store.ActivationStore._write
 
     def write(self, number, leaves):
         kept = stock(self, number, leaves)
@@ -143,7 +143,7 @@ def test_activations_may_be_spilled(homes, tmp_path):
         return kept
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activation_store.Stream, "_write", write)
+        patch.setattr(activation_store.ActivationStore, "_write", write)
         streamed(homes("llama"), GPTQ, batches, tmp_path / "spilled", spill=str(spill))
     assert set(seen) == {2 * 7 * 32 * 4}  # a batch of two rows, seven tokens, width 32, float32
     assert not list(spill.iterdir())
@@ -276,7 +276,7 @@ def test_three_blocks_at_most_are_in_memory(tmp_path):
         def calibrate(self, run, scope):
             peaks.append(live_bytes() - before)
             yield
-            run.touch(self, scope.linears)
+            run.cover(self, scope.linears)
 
     streamed(tmp_path / "model", [Gauge()], random_batches(tiny_llama()), tmp_path / "out")
     block = sum(t.nbytes for name, t in tensors_of(tmp_path / "out").items() if name.startswith("model.layers.0."))

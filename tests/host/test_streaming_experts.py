@@ -17,7 +17,7 @@ from hf_optim.compressed.experts import expert_schemes
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
 from hf_optim.testing.stock import StockTransformers
-from hf_optim.toolkit.checkpoint.safetensors import Listing
+from hf_optim.toolkit.checkpoint.safetensors import SafetensorsHeaders
 from hf_optim.toolkit.topology.experts import stacks
 
 RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
@@ -137,7 +137,7 @@ def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, mon
     with pytest.raises(Stop):
         streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")
     for path in (tmp_path / ".out.journal").glob("state-*.safetensors"):
-        kept = {key for key in Listing([path]).entries if key.startswith("kept.")}
+        kept = {key for key in SafetensorsHeaders([path]).entries if key.startswith("kept.")}
         assert {key for key in kept if "experts" in key} == {
             "kept.mlp.experts.down_proj_scale",
             "kept.mlp.experts.gate_up_proj_scale",

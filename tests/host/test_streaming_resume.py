@@ -180,8 +180,8 @@ def test_a_run_without_data_skips_what_is_finished(tmp_path, monkeypatch):
         with pytest.raises(Stop):
             streamed(home, rtn, None, tmp_path / "out")
     read = []
-    stock = materialize.make_real
-    monkeypatch.setattr(driver, "make_real", lambda *args: read.append(args) or stock(*args))
+    stock = materialize.materialize
+    monkeypatch.setattr(driver, "materialize", lambda *args: read.append(args) or stock(*args))
     streamed(home, rtn, None, tmp_path / "out", resume=True)
     assert not read
     for path in (tmp_path / "undisturbed").glob("*.safetensors"):

@@ -20,8 +20,8 @@ from hf_optim.lifecycle.stages import complete_stage
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.masking import stray_weights
 from hf_optim.training.checkpoint_callback import MASKS_NAME, STATE_NAME, read_state, write_state
-from hf_optim.training.mask_callback import MaskKeeper
-from hf_optim.training.nonfinite_callback import GradientGuard
+from hf_optim.training.mask_callback import MaskCallback
+from hf_optim.training.nonfinite_callback import NonFiniteCallback
 from hf_optim.training.trainer import OptimTrainer
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -67,7 +67,7 @@ def test_recovery_training_of_a_finished_run_keeps_the_masks_only(tmp_path):
     assert hf_optim.callbacks(model) == []
     run.masks[NAME] = torch.rand_like(model.get_parameter(NAME)) < 0.5
     (keeper,) = hf_optim.callbacks(model)
-    assert isinstance(keeper, MaskKeeper)
+    assert isinstance(keeper, MaskCallback)
     train(Trainer, model, tmp_path, callbacks=[keeper])
     assert stray_weights(run) == []
     assert run.record.stages == []
@@ -197,9 +197,9 @@ def test_nan_stops_training_before_it_reaches_the_weights(tmp_path, optim: str, 
 def test_a_fused_optimizer_is_not_waited_for(tmp_path, monkeypatch):
     """While nothing breaks and nothing is saved, a step never reads its own verdict."""
     asked = []
-    settle = GradientGuard._settle
+    settle = NonFiniteCallback._settle
     monkeypatch.setattr(
-        GradientGuard, "_settle", lambda self: (asked.append(self._open and self._open.step), settle(self))
+        NonFiniteCallback, "_settle", lambda self: (asked.append(self._open and self._open.step), settle(self))
     )
     model = tiny_llama()
     begin(model, ToyRamp())
@@ -215,7 +215,7 @@ def test_training_goes_on_bit_by_bit_as_without_the_guard(tmp_path):
     for guarded in (True, False):
         model = tiny_llama()
         begin(model, ToyRamp())
-        callbacks = [c for c in hf_optim.callbacks(model) if guarded or not isinstance(c, GradientGuard)]
+        callbacks = [c for c in hf_optim.callbacks(model) if guarded or not isinstance(c, NonFiniteCallback)]
         train(Trainer, model, tmp_path / str(guarded), callbacks=callbacks, optim="adamw_torch_fused")
         models.append(model)
     same(*models)
@@ -224,7 +224,7 @@ def test_training_goes_on_bit_by_bit_as_without_the_guard(tmp_path):
 def test_what_a_step_trains_beside_the_model_is_watched():
     own = torch.nn.Parameter(torch.ones(2))
     model = tiny_llama()
-    guard = GradientGuard(begin(model, ToyRamp()))
+    guard = NonFiniteCallback(begin(model, ToyRamp()))
     optimizer = torch.optim.SGD([*model.parameters(), own])
     own.grad = torch.tensor([1.0, float("inf")])
     args, state = SimpleNamespace(fp16=False), SimpleNamespace(global_step=4)
@@ -234,7 +234,7 @@ def test_what_a_step_trains_beside_the_model_is_watched():
 
 def test_a_loss_scaler_may_skip_steps_but_not_for_ever():
     model = tiny_llama()
-    guard = GradientGuard(begin(model, ToyRamp()))
+    guard = NonFiniteCallback(begin(model, ToyRamp()))
     args, state = SimpleNamespace(fp16=True), SimpleNamespace(global_step=0)
     parameter = next(model.parameters())
     for value in [float("inf")] * 24 + [1.0] + [float("inf")] * 24:
@@ -571,7 +571,7 @@ def test_model_init_brings_its_own_run(tmp_path):
     trainer = OptimTrainer(model_init=model_init, args=arguments(tmp_path), train_dataset=sentences())
     trainer.train()
     assert [run.finished for run in runs] == [False] * (len(runs) - 1) + [True]
-    keepers = [c for c in trainer.callback_handler.callbacks if isinstance(c, MaskKeeper)]
+    keepers = [c for c in trainer.callback_handler.callbacks if isinstance(c, MaskCallback)]
     assert [keeper.run for keeper in keepers] == [runs[-1]]
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation.hidden_states import (
     HiddenStates,
-    StateRecorder,
+    HiddenStatesCallback,
     bodies,
     bodies_of_blocks,
     take_states,
@@ -68,7 +68,7 @@ def test_a_repeated_forward_of_the_backward_is_not_recorded():
 
 def test_the_callback_records_within_a_step_alone():
     model, own = tiny_llama(), SimpleNamespace()
-    recorder = StateRecorder(own, lambda: bodies(model))
+    recorder = HiddenStatesCallback(own, lambda: bodies(model))
     model(IDS)
     assert take_states(own) == []
     recorder.on_step_begin(None, None, None)

@@ -20,7 +20,7 @@ from ...errors import CheckpointError
 Leaf = Any
 
 
-class Stream:
+class ActivationStore:
     """Trees of tensors by batch number.
 
     Args:

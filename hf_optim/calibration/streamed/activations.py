@@ -12,15 +12,15 @@ from torch import nn
 from ...errors import ModelError
 from ...runs.scope import Example
 from ...toolkit import topology
-from ..forward import Batch, reach, replaced, to_device
-from .activation_store import Stream
+from ..forward import Batch, blocks_replaced, capture_block_inputs, to_device
+from .activation_store import ActivationStore
 from .block_arguments import Arguments, shape_of, survey
-from .materialize import Outskirts
+from .materialize import NonBlockWeights
 
 CPU = torch.device("cpu")
 
 
-class Flow:
+class ActivationCache:
     """The activations of one state of a model, from block to block.
 
     Args:
@@ -39,7 +39,7 @@ class Flow:
         model: nn.Module,
         blocks: Sequence[topology.Block],
         batches: Sequence[Batch],
-        outskirts: Outskirts,
+        outskirts: NonBlockWeights,
         device: torch.device,
         directory: Path | None = None,
         name: str = "hidden",
@@ -48,8 +48,8 @@ class Flow:
         self.model, self.blocks, self.batches, self.outskirts = model, blocks, batches, outskirts
         self.device = device
         self._arguments: dict[str, Arguments | None] = {}
-        self._make = lambda number: Stream(device, directory, f"{name}{number}-{len(self._streams)}")
-        self._streams: dict[str, list[Stream]] = {}
+        self._make = lambda number: ActivationStore(device, directory, f"{name}{number}-{len(self._streams)}")
+        self._streams: dict[str, list[ActivationStore]] = {}
         self._copies = 2 if keeps_inputs else 1
 
     def enter(self, index: int) -> None:
@@ -100,7 +100,7 @@ class Flow:
 
     def forward(self, number: int) -> Any:
         """The model's output for a batch, when every block is done: what lies outside runs on what they returned."""
-        with replaced(self._stubs(self.blocks, number)):
+        with blocks_replaced(self._stubs(self.blocks, number)):
             return self.model(**self.batches[number])
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ class Flow:
     def _reached(self, index: int, number: int) -> tuple[Any, Any]:
         # A stack that is behind has what it returned in the last stream; the stack in work, in the first.
         own = self.blocks[index].stack
-        return reach(
+        return capture_block_inputs(
             self.model,
             self.blocks,
             index,
@@ -160,7 +160,7 @@ class Flow:
 class Lessons(Sequence[Example]):
     """What a block computed as it was, batch by batch; fetched from the flow when asked for."""
 
-    def __init__(self, flow: Flow, index: int) -> None:
+    def __init__(self, flow: ActivationCache, index: int) -> None:
         self.flow, self.block = flow, index
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...toolkit import topology
-from ..forward import Batch, Reached, replaced
+from ..forward import Batch, BlockInputsCaptured, blocks_replaced
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def survey(
             fitting = fitting and spec == shape.spec and position == len(seen)
             seen.append(leaves)
             if not fitting or position == len(stack) - 1:
-                raise Reached(args, kwargs)
+                raise BlockInputsCaptured(args, kwargs)
             like = leaves[shape.place]
             marker = torch.full((), torch.nan, dtype=shape.dtype, device=like.device).expand(like.shape)
             markers.append(marker)
@@ -147,7 +147,7 @@ def survey(
         return forward
 
     forwards = {block.module: stub(position) for position, block in enumerate(stack)}
-    with replaced({**earlier, **forwards}), contextlib.suppress(Reached):
+    with blocks_replaced({**earlier, **forwards}), contextlib.suppress(BlockInputsCaptured):
         model(**batch)
     if not fitting or len(seen) != len(stack):
         return None

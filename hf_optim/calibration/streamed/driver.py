@@ -27,8 +27,8 @@ from ...toolkit.modules.modes import evaluating
 from ..forward import without_cache
 from ..steps import any_needs_data, drive, named_exactly, refuse_idle
 from ..throughput import speed
-from .activations import CPU, Flow, Lessons
-from .materialize import Outskirts, make_real, make_weightless, state_names
+from .activations import CPU, ActivationCache, Lessons
+from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
 from .output import Output
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class Streamed:
         self.blocks = topology.blocks(self.model)
         self.device = run.device or CPU
         inside = [block.name for block in self.blocks]
-        self.outskirts = Outskirts(self.model, inside, self.checkpoint.read)
+        self.outskirts = NonBlockWeights(self.model, inside, self.checkpoint.read)
         batches = run.data.batches if run.data is not None and any_needs_data(steps) else ()
-        flow = functools.partial(Flow, self.model, self.blocks, batches, self.outskirts, self.device, spill)
+        flow = functools.partial(ActivationCache, self.model, self.blocks, batches, self.outskirts, self.device, spill)
         self.flow = flow() if batches else None
         teaching = bool(batches) and any(step.needs_teacher() for step in steps)
         self.taught = flow(name="taught", keeps_inputs=True) if teaching else None
@@ -132,11 +132,11 @@ class Streamed:
             for args, kwargs in self.flow.arguments(index):
                 block(*args, **kwargs)
 
-    def _pass(self, flow: Flow, index: int) -> None:
+    def _pass(self, flow: ActivationCache, index: int) -> None:
         flow.enter(index)
         self._outputs(flow, index)
 
-    def _outputs(self, flow: Flow, index: int) -> None:
+    def _outputs(self, flow: ActivationCache, index: int) -> None:
         self.passes += 1
         block = self.blocks[index].module
         for number, (args, kwargs) in enumerate(flow.arguments(index)):
@@ -180,7 +180,7 @@ class Streamed:
             self.outskirts.make_weightless()
             for name in topology.linears(self.model):
                 if not any(block.holds(name) for block in self.blocks):
-                    make_weightless(self.model.get_submodule(name))
+                    offload_to_meta(self.model.get_submodule(name))
 
     def _feed_outside(self, step: Technique) -> None:
         if step.needs_data() and self.flow is not None:
@@ -205,12 +205,12 @@ class Streamed:
     @contextmanager
     def _real(self, index: int, tensors: dict[str, Tensor]) -> Iterator[None]:
         module = self.blocks[index].module
-        make_real(module, tensors, self.device)
+        materialize(module, tensors, self.device)
         tensors.clear()
         try:
             yield
         finally:
-            make_weightless(module)
+            offload_to_meta(module)
 
     @contextmanager
     def _nothing_else_changes(self, block: topology.Block) -> Iterator[None]:

@@ -22,7 +22,7 @@ def state_names(module: nn.Module, name: str) -> list[str]:
 
 
 @torch.no_grad()
-def make_real(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+def materialize(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Give a weightless module its tensors, named as in its own ``state_dict``, on ``device``.
 
     Buffers that no checkpoint holds move there too. A tensor on another device is copied without waiting for the copy.
@@ -39,7 +39,7 @@ def make_real(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.de
 
 
 @torch.no_grad()
-def make_weightless(module: nn.Module) -> None:
+def offload_to_meta(module: nn.Module) -> None:
     """Put the parameters and persistent buffers of a module on the meta device, and its other buffers on the CPU."""
     for part in module.modules():
         for key, parameter in part._parameters.items():
@@ -52,7 +52,7 @@ def make_weightless(module: nn.Module) -> None:
                 part._buffers[key] = buffer.to(home)
 
 
-class Outskirts:
+class NonBlockWeights:
     """What lies outside the blocks (embeddings, last norm, head): real, on the CPU, while it is in use.
 
     Args:

@@ -26,7 +26,7 @@ from ...errors import CheckpointError
 from ...runs import snapshot
 from ...runs.resume_header import is_begun, write_json
 from ...runs.run import Run
-from ...toolkit.checkpoint.safetensors import Entry, Listing
+from ...toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders
 from .decode import coded, decoded, experts_of, require_one_scheme
 
 HEADER = "journal.json"
@@ -161,7 +161,7 @@ class Output:
     def restore(self, run: Run, number: int) -> list[str]:
         """Put the run where it was when block ``number`` was finished. Returns what ``write_block`` returned."""
         about = self.about(number)
-        entries = Listing([self._state(number)]).entries
+        entries = SafetensorsHeaders([self._state(number)]).entries
         tensors = {
             key.removeprefix("run."): read_tensor(entry) for key, entry in entries.items() if key.startswith("run.")
         }
@@ -186,7 +186,10 @@ class Output:
     def dense(self, number: int, keys: list[str] | None = None, about: Any = None) -> dict[str, Tensor]:
         """Tensors of a finished block as they were in memory, by their names in the block; None for all."""
         about = about or self.about(number)
-        saved, kept = Listing([self.shard(number)]).entries, Listing([self._state(number)]).entries
+        saved, kept = (
+            SafetensorsHeaders([self.shard(number)]).entries,
+            SafetensorsHeaders([self._state(number)]).entries,
+        )
         made: dict[str, Tensor] = {}
         for key in about["inventory"] if keys is None else keys:
             dtype, shape = about["inventory"][key]
@@ -206,7 +209,7 @@ class Output:
     def mask(self, number: int, name: str) -> Tensor:
         """The mask of a parameter, which was kept beside a block."""
         shape = self.about(number)["masks"][name]
-        return _unpack_bits(read_tensor(Listing([self._state(number)]).entries[f"bits.{name}"]), shape)
+        return _unpack_bits(read_tensor(SafetensorsHeaders([self._state(number)]).entries[f"bits.{name}"]), shape)
 
     def _decoded(self, key: str, about: Mapping[str, Any], saved: Mapping[str, Any]) -> Tensor:
         held: dict[str, dict[str, str]] = defaultdict(dict)
@@ -224,7 +227,7 @@ class Output:
         """The index of all shards, as transformers writes it."""
         weight_map, total = {}, 0
         for path in self.shards:
-            for key, entry in Listing([path]).entries.items():
+            for key, entry in SafetensorsHeaders([path]).entries.items():
                 weight_map[key] = path.name
                 total += entry.end - entry.begin
         return {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}

@@ -27,7 +27,7 @@ from ...lifecycle.loading import optimize
 from ...lifecycle.stages import advance
 from ...recipes.config import DataConfig, OptimConfig
 from ...recipes.contract import Reload
-from ...recipes.drivers import refuse
+from ...recipes.drivers import refuse_streamed
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed
 from ...runs.record import public_name
@@ -76,9 +76,9 @@ def compress(job: Job) -> Run:
     job = _pinned(job)
     config = load_config(job.source.model, job.source.trust_remote_code, job.source.revision)
     job.recipe.check(traits_of_config(config))
-    distributed.refuse(job.recipe)
+    distributed.refuse_distributed(job.recipe)
     if job.recipe.driver == "streamed":
-        refuse(job.recipe, job.dense)
+        refuse_streamed(job.recipe, job.dense)
     _refuse_output(job)
     _refuse_missing_data(job)
     _refuse_unreadable(job.evaluation)

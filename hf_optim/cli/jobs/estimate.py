@@ -13,7 +13,7 @@ from ...evaluation.reported import bytes_text
 from ...recipes.config import OptimConfig
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
 from ...toolkit import topology
-from ...toolkit.checkpoint.model_config import weightless
+from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.quantization.grids import fit_group_size
 
 
@@ -27,7 +27,7 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
 
     ``bytes_after`` is None where a step changes the architecture: what comes out is then not in the configuration.
     """
-    model = weightless(config)
+    model = build_meta_model(config)
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.changes_architecture() for step in recipe.steps)

@@ -29,13 +29,13 @@ from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
 from ...runs.memory import host_memory
 from ...runs.scope import Scope
 from ...toolkit import topology
-from ...toolkit.checkpoint.model_config import weightless
-from ...toolkit.checkpoint.safetensors import Listing
+from ...toolkit.checkpoint.model_config import build_meta_model
+from ...toolkit.checkpoint.safetensors import SafetensorsHeaders
 from ...toolkit.quantization.grids import fit_group_size
 from .estimate import estimate
 
 if TYPE_CHECKING:
-    from ...checkpoints.meta_model import Skeleton
+    from ...checkpoints.meta_model import MetaModel
     from ...checkpoints.source import Source
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Findings:
         notes: what will be otherwise than asked, in sentences.
     """
 
-    skeleton: Skeleton | None
+    skeleton: MetaModel | None
     figures: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -72,15 +72,15 @@ def validate(
     Raises ``OptimError`` for the first thing found, naming the module, tensor or file.
     """
     if recipe.driver == "streamed":
-        from ...recipes.drivers import refuse
+        from ...recipes.drivers import refuse_streamed
 
-        refuse(recipe)
+        refuse_streamed(recipe)
     if output is not None:
         require_writable(output)
     if recipe.spill is not None:
         require_writable(Path(recipe.spill) / "activations")
     skeleton = _skeleton(source, recipe, offline)
-    model: Any = skeleton.model if skeleton is not None else weightless(config)
+    model: Any = skeleton.model if skeleton is not None else build_meta_model(config)
     notes: list[str] = []
     if skeleton is not None:
         notes += check_shards(skeleton, source.model, recipe.driver == "streamed")
@@ -95,7 +95,7 @@ def validate(
     return Findings(skeleton, figures, notes)
 
 
-def _skeleton(source: Source, recipe: OptimConfig, offline: bool) -> Skeleton | None:
+def _skeleton(source: Source, recipe: OptimConfig, offline: bool) -> MetaModel | None:
     from ...checkpoints import meta_model
 
     if offline and not meta_model.at_hand(source):
@@ -111,7 +111,7 @@ def _skeleton(source: Source, recipe: OptimConfig, offline: bool) -> Skeleton | 
 
 
 # -- the shards -------------------------------------------------------------------------------------------------------
-def check_shards(skeleton: Skeleton, source: str, strict: bool) -> list[str]:
+def check_shards(skeleton: MetaModel, source: str, strict: bool) -> list[str]:
     """Whether the shards hold what the model needs; sentences about what they hold besides.
 
     ``strict`` refuses any missing tensor; else those of the blocks alone (a new head waits for its training).
@@ -127,7 +127,7 @@ def check_shards(skeleton: Skeleton, source: str, strict: bool) -> list[str]:
             f"{' ...' if len(lacking) > 3 else ''}): load it with the class that its config.json names, or fetch the "
             "shards that lack"
         )
-    for entry in Listing(skeleton.files).entries.values():
+    for entry in SafetensorsHeaders(skeleton.files).entries.values():
         if entry.type not in DTYPES:
             raise CheckpointError(
                 f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read"

@@ -15,14 +15,14 @@ from ...calibration.streamed.finished_model import readable
 from ...calibration.streamed.output import INDEX, Output
 from ...checkpoints import saving
 from ...checkpoints.atomic import replaced_directory
-from ...checkpoints.meta_model import Skeleton
+from ...checkpoints.meta_model import MetaModel
 from ...checkpoints.reader import Checkpoint, read_sample
 from ...compressed.quantization_config import quantization_config, stored_schemes
 from ...errors import CheckpointError
 from ...lifecycle.loading import apply_prepared, begin
 from ...lifecycle.stages import complete_stage, staged, start_run
 from ...recipes.config import OptimConfig
-from ...recipes.drivers import refuse
+from ...recipes.drivers import refuse_streamed
 from ...runs.record import versions
 from ...toolkit import topology
 
@@ -42,7 +42,7 @@ class StreamedJob:
     def __init__(
         self,
         recipe: OptimConfig,
-        skeleton: Skeleton,
+        skeleton: MetaModel,
         source: Any,
         work: Path,
         resume: bool,
@@ -50,7 +50,7 @@ class StreamedJob:
         tokenizer: Any = None,
         device: Any = None,
     ) -> None:
-        refuse(recipe)
+        refuse_streamed(recipe)
         self.run = start_run(recipe, skeleton.model.config)
         self.run.tokenizer, self.run.device, self.run.data = tokenizer, device, data
         apply_prepared(self.run, skeleton.model)

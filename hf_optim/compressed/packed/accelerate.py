@@ -42,8 +42,8 @@ from .swap import bind, obstacle, pack, unpack
 __all__ = [
     "Kernel",
     "KernelWarning",
+    "LayerReport",
     "Report",
-    "Row",
     "accelerate",
     "compile_config",
     "offered_to",
@@ -58,7 +58,7 @@ NOT_ASKED = "accelerate() was not called"
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerReport:
     """One linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why on none."""
 
     name: str
@@ -67,7 +67,7 @@ class Row:
     reason: str = ""
 
 
-class Report(list[Row]):
+class Report(list[LayerReport]):
     """Every linear layer of a model; ``str()`` prints a table."""
 
     def __str__(self) -> str:
@@ -158,12 +158,14 @@ def report(model: nn.Module) -> Report:
     for name, module in (topology.linears(model) | codebook_layers.coded_linears(model)).items():
         shape = topology.features(module)
         if isinstance(module, codebook_layers.OnKernel):
-            rows.append(Row(name, shape, str(module.operand.label)))  # type: ignore[union-attr]
+            rows.append(LayerReport(name, shape, str(module.operand.label)))  # type: ignore[union-attr]
         elif isinstance(module, PackedLinear):
             failure = module.packing.failure
-            rows.append(Row(name, shape, None if failure else str(module.operand.label), failure))
+            rows.append(LayerReport(name, shape, None if failure else str(module.operand.label), failure))
         else:
-            rows.append(Row(name, shape, None, NOT_ASKED if refusals is None else refusals.get(name, NOT_COMPRESSED)))
+            rows.append(
+                LayerReport(name, shape, None, NOT_ASKED if refusals is None else refusals.get(name, NOT_COMPRESSED))
+            )
     return rows
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ...toolkit.checkpoint.safetensors import FLOATS, Listing, Unreadable
+from ...toolkit.checkpoint.safetensors import FLOATS, SafetensorsHeaders, UnsupportedCheckpoint
 from .describe import scheme_refusal
 from .layouts import AWQ, GPTQ, Compressed, Layout
 
 # A model and what its checkpoint holds -> the layout of each of its linears that is compressed.
-Plan = Callable[[nn.Module, Listing], dict[str, Layout]]
+Plan = Callable[[nn.Module, SafetensorsHeaders], dict[str, Layout]]
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 # What a compressed-tensors configuration may hold beside its schemes that says nothing about the layers.
@@ -20,7 +20,7 @@ HARMLESS = ("version", "quant_method", "config_groups", "format", "ignore", "qua
 
 
 def plan_for(config: Mapping[str, Any]) -> Plan:
-    """How to read a checkpoint with this ``quantization_config``. Raises ``Unreadable``."""
+    """How to read a checkpoint with this ``quantization_config``. Raises ``UnsupportedCheckpoint``."""
     from transformers.utils.quantization_config import QuantizationMethod as Method
 
     method = config.get("quant_method")
@@ -30,7 +30,7 @@ def plan_for(config: Mapping[str, Any]) -> Plan:
         Method.AWQ.value: _awq,
     }
     if method not in plans:
-        raise Unreadable(f"quant_method {method!r}")
+        raise UnsupportedCheckpoint(f"quant_method {method!r}")
     return plans[method](config)
 
 
@@ -39,21 +39,21 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Plan:
     from pydantic import ValidationError
 
     if not config.get("config_groups"):
-        raise Unreadable("no config_groups")
+        raise UnsupportedCheckpoint("no config_groups")
     for key, value in config.items():
         # kv_cache_scheme, transform_config, sparsity_config: a layer is not all that they concern.
         if key not in HARMLESS and value and key in ("kv_cache_scheme", "transform_config"):
-            raise Unreadable(f"a {key}")
+            raise UnsupportedCheckpoint(f"a {key}")
         if key == "sparsity_config" and value and value.get("format", "dense") != "dense":
-            raise Unreadable(f"a {key}")
+            raise UnsupportedCheckpoint(f"a {key}")
     if config.get("quantization_status") != "compressed":
-        raise Unreadable("its weights are not compressed")
+        raise UnsupportedCheckpoint("its weights are not compressed")
     try:
         known = {key: value for key, value in config.items() if key in HARMLESS and key != "version"}
         known["config_groups"] = {name: _unordered(group) for name, group in config["config_groups"].items()}
         parsed = QuantizationConfig.model_validate(known)
     except (ValidationError, ValueError) as error:
-        raise Unreadable(f"quantization_config: {error}") from error
+        raise UnsupportedCheckpoint(f"quantization_config: {error}") from error
     layouts = {name: _layout(scheme, config.get("format")) for name, scheme in parsed.config_groups.items()}
     targets = {target: layouts[name] for name, scheme in parsed.config_groups.items() for target in scheme.targets}
     return lambda model, listing: _matched(model, listing, targets, parsed.ignore or [])
@@ -69,11 +69,11 @@ def _layout(scheme: Any, format_of_all: Any) -> Compressed:
     from compressed_tensors.config import CompressionFormat
 
     if reason := scheme_refusal(scheme):
-        raise Unreadable(reason)
+        raise UnsupportedCheckpoint(reason)
     own = scheme.format or format_of_all
     stored = str(getattr(own, "value", own))
     if stored not in FORMATS:
-        raise Unreadable(f"format {stored!r}")
+        raise UnsupportedCheckpoint(f"format {stored!r}")
     kept = scheme.model_copy(deep=True)
     kept.format = CompressionFormat(stored)
     if stored == "pack-quantized" and not kept.weights.symmetric:
@@ -83,7 +83,7 @@ def _layout(scheme: Any, format_of_all: Any) -> Compressed:
 
 
 def _matched(
-    model: nn.Module, listing: Listing, targets: Mapping[str, Compressed], ignore: list[str]
+    model: nn.Module, listing: SafetensorsHeaders, targets: Mapping[str, Compressed], ignore: list[str]
 ) -> dict[str, Layout]:
     from compressed_tensors.utils.match import match_named_modules, match_targets
 
@@ -92,7 +92,7 @@ def _matched(
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         if type(module).forward is not nn.Linear.forward:
-            raise Unreadable(f"{name} is a {type(module).__name__}")
+            raise UnsupportedCheckpoint(f"{name} is a {type(module).__name__}")
         layout = targets[match_targets(name, module, list(targets))[0]]
         entry = listing.find(f"{name}.{layout.key}")
         if entry is None and listing.find(f"{name}.weight_scale") is None:
@@ -108,7 +108,9 @@ def _gptq(config: Mapping[str, Any]) -> Plan:
     first = str(config["quant_method"])  # the first version of the format has its plain name
     form = config.get("checkpoint_format") or first
     if bits not in (2, 3, 4, 8) or form not in (first, f"{first}_v2") or config.get("dynamic"):
-        raise Unreadable(f"GPTQ with bits {bits}, checkpoint_format {form!r}, dynamic {config.get('dynamic')}")
+        raise UnsupportedCheckpoint(
+            f"GPTQ with bits {bits}, checkpoint_format {form!r}, dynamic {config.get('dynamic')}"
+        )
     layout = GPTQ(bits, _size(size), less_one=form == first)
     return lambda model, listing: _named(model, listing, layout)
 
@@ -117,7 +119,7 @@ def _awq(config: Mapping[str, Any]) -> Plan:
     bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size", 128))
     version = str(getattr(config.get("version"), "value", config.get("version") or "gemm")).lower()
     if bits != 4 or version != "gemm":
-        raise Unreadable(f"AWQ with bits {bits}, version {version!r}")
+        raise UnsupportedCheckpoint(f"AWQ with bits {bits}, version {version!r}")
     layout = AWQ(_size(size))
     return lambda model, listing: _named(model, listing, layout)
 
@@ -126,14 +128,16 @@ def _size(size: Any) -> int | None:
     return None if size in (None, -1) else int(size)
 
 
-def _named(model: nn.Module, listing: Listing, layout: Layout) -> dict[str, Layout]:
+def _named(model: nn.Module, listing: SafetensorsHeaders, layout: Layout) -> dict[str, Layout]:
     """The linears of which the checkpoint has a ``qweight``: the configuration does not tell them."""
     found: dict[str, Layout] = {}
     for name, module in model.named_modules():
         if listing.find(f"{name}.{layout.key}") is not None:
             if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-                raise Unreadable(f"{name} is a {type(module).__name__}")
+                raise UnsupportedCheckpoint(f"{name} is a {type(module).__name__}")
             found[name] = layout
     if len(found) != listing.count(f".{layout.key}"):
-        raise Unreadable(f"{listing.count(f'.{layout.key}') - len(found)} of its layers are none of the model's")
+        raise UnsupportedCheckpoint(
+            f"{listing.count(f'.{layout.key}') - len(found)} of its layers are none of the model's"
+        )
     return found

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...toolkit.checkpoint.safetensors import Entry, Listing, Unreadable
+from ...toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders, UnsupportedCheckpoint
 from ..codes import is_sparse24, state_of
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
@@ -33,7 +33,7 @@ PLANNED = "_hf_optim_layout"
 STRICT = "_keep_in_fp32_modules_strict"
 
 
-class WaitingLinear(nn.Linear):
+class PlaceholderLinear(nn.Linear):
     """A linear whose compressed tensors are being loaded."""
 
     @property
@@ -47,14 +47,14 @@ class WaitingLinear(nn.Linear):
 
 
 def redirected(config: Any) -> Any:
-    """A copy of a model's configuration that has our quantizer load the checkpoint. Raises ``Unreadable``."""
+    """A copy of a model's configuration that has our quantizer load the checkpoint. Raises ``UnsupportedCheckpoint``."""
     config = copy.deepcopy(config)
     holder = config
     if getattr(config, "quantization_config", None) is None:
         holder = config.get_text_config(decoder=True)
     stored = getattr(holder, "quantization_config", None)
     if stored is None:
-        raise Unreadable("it is not compressed")
+        raise UnsupportedCheckpoint("it is not compressed")
     stored = dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
     stored["quant_method"] = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
     plan_for(stored)
@@ -89,9 +89,9 @@ def _register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
             if not checkpoint_files:
-                raise Unreadable("its weights are no files")
+                raise UnsupportedCheckpoint("its weights are no files")
             config: Any = self.quantization_config
-            listing = Listing(checkpoint_files, getattr(model, "base_model_prefix", ""))
+            listing = SafetensorsHeaders(checkpoint_files, getattr(model, "base_model_prefix", ""))
             prepare(model, plan_for(config.stored)(model, listing), listing)
             return model
 
@@ -107,7 +107,7 @@ def _register() -> None:
             return model
 
 
-def prepare(model: nn.Module, layouts: Mapping[str, Layout], listing: Listing) -> None:
+def prepare(model: nn.Module, layouts: Mapping[str, Layout], listing: SafetensorsHeaders) -> None:
     """Give the linears of a model on the meta device the tensors that their layouts name.
 
     Raises ``CheckpointError`` where the checkpoint lacks one or has it in another shape or type.
@@ -135,7 +135,7 @@ def prepare(model: nn.Module, layouts: Mapping[str, Layout], listing: Listing) -
                 )
         dtype = module._parameters.pop("weight").dtype
         module.__dict__[PLANNED] = (layout, type(module), dtype, tuple(found))
-        module.__class__ = WaitingLinear
+        module.__class__ = PlaceholderLinear
         for key, entry in found.items():
             module._parameters[key] = nn.Parameter(blank(entry, dtype), requires_grad=False)
 
@@ -144,7 +144,7 @@ def _require_plain(model: Any) -> None:
     from ..storability import is_stack
 
     if any(is_stack(module) for module in model.modules()):
-        raise Unreadable("its experts are stacked matrices")
+        raise UnsupportedCheckpoint("its experts are stacked matrices")
 
 
 def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> None:
@@ -157,7 +157,7 @@ def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> None:
             layout, former, dtype, keys = module.__dict__.pop(PLANNED)
             parts = {key: module._parameters.pop(key).detach() for key in keys}  # type: ignore[union-attr]
             if any(part.is_meta for part in parts.values()):
-                raise Unreadable("its weights are offloaded")
+                raise UnsupportedCheckpoint("its weights are offloaded")
             module.__class__ = former
             if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
                 dtype = next(part.dtype for part in parts.values() if part.dtype.is_floating_point)

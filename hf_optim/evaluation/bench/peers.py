@@ -22,14 +22,14 @@ Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Problem:
     """A dense weight ``[out, in]`` and inputs ``[rows, in]`` on the device."""
 
     weight: Tensor
     x: Tensor
 
     @classmethod
-    def random(cls, op: str, N: int, K: int, M: int, dtype: torch.dtype, device: torch.device) -> Task:
+    def random(cls, op: str, N: int, K: int, M: int, dtype: torch.dtype, device: torch.device) -> Problem:
         """Normal weights (2:4 sparse for that operator) and inputs (with large columns for LLM.int8)."""
         weight = torch.randn(N, K, device=device, dtype=dtype) * 0.02
         x = torch.randn(M, K, device=device, dtype=dtype)
@@ -80,7 +80,7 @@ class Peer:
             return ""
         return f"{self.package} is not installed"
 
-    def contender(self, task: Task, tools: Any) -> Any:
+    def contender(self, task: Problem, tools: Any) -> Any:
         """The work over several copies of the weight. Raises whatever the peer raises."""
         size = int(task.weight.numel() * self.bits / 8)
         products = [self.prepare(task.weight) for _ in range(tools.copies_for(size))]

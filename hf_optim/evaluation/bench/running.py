@@ -134,7 +134,7 @@ def _place(
     chosen = [p for p in wanted if not p.missing()]
     if not chosen:
         return
-    task = peering.Task.random(op, N, K, M, dtype, tools.device())
+    task = peering.Problem.random(op, N, K, M, dtype, tools.device())
     for peer in chosen:
         build = partial(peer.contender, task, tools)
         yield _measured(about, peer.name, peer.role, build, math, ceilings)

@@ -50,7 +50,7 @@ class Card:
             raise ValueError(f"table {title!r}: every row needs {len(header)} cells")
         self._add({"kind": "table", "title": title, "header": list(header), "rows": listed})
 
-    def figure(self, title: str, path: str | Path, alt: str) -> None:
+    def image(self, title: str, path: str | Path, alt: str) -> None:
         """Add a picture that lies in the checkpoint, by its path there; ``alt`` says what it shows."""
         place = Path(path)
         if place.is_absolute() and self.directory is not None and place.is_relative_to(self.directory):

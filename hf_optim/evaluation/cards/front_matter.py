@@ -12,7 +12,7 @@ from ...recipes.catalogue import catalogue
 from ...recipes.contract import Reload
 from ...recipes.traits import QUANTIZED
 from ...runs.record import Record
-from ..reported import FIGURES, is_number
+from ..reported import REPORTED_METRICS, is_number
 
 
 def front_matter(record: Record, name: str, class_name: str) -> str:
@@ -40,7 +40,7 @@ def front_matter(record: Record, name: str, class_name: str) -> str:
             metric_name=figure.label,
             metric_value=after[figure.key],
         )
-        for figure in FIGURES
+        for figure in REPORTED_METRICS
         if data and figure.metric and is_number(after.get(figure.key))
     ]
     if results:

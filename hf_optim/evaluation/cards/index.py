@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ...runs.record import FILE_NAME, Record
-from ..reported import QUALITY, Figure, bytes_text, is_number, recipe_label, short_id
+from ..reported import QUALITY, ReportedMetric, bytes_text, is_number, recipe_label, short_id
 from .sections import markdown_table, measured_on
 
 PLOT = "quality_against_bytes"
@@ -61,7 +61,7 @@ def _table(cards: list[tuple[str, Record]]) -> str:
     return markdown_table([*header, "original weights", "weights", "reload"], rows)
 
 
-def _draw(cards: list[tuple[str, Record]], quality: Figure, folder: Path) -> str:
+def _draw(cards: list[tuple[str, Record]], quality: ReportedMetric, folder: Path) -> str:
     """Draw the plot of one measure. Returns its file name, or an empty string when no card has the measure."""
     from .plots import Point, pareto
 

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reported import Figure, bytes_text
+from ..reported import ReportedMetric, bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,11 +69,11 @@ def _save(figure: Canvas, path: Path) -> Path:
     return path
 
 
-def _axis_text(quality: Figure) -> str:
+def _axis_text(quality: ReportedMetric) -> str:
     return f"{quality.label} ({'lower' if quality.lower_is_better else 'higher'} is better)"
 
 
-def quality_against_bytes(before: Point, after: Point, quality: Figure, path: Path, title: str = "") -> Path:
+def quality_against_bytes(before: Point, after: Point, quality: ReportedMetric, path: Path, title: str = "") -> Path:
     """Two points, original and result, and the way between them. x: bytes from zero; y: the quality."""
     figure, axes = _canvas()
     scale, unit = _byte_unit(max(before.bytes, after.bytes))
@@ -97,7 +97,7 @@ def quality_against_bytes(before: Point, after: Point, quality: Figure, path: Pa
     return _save(figure, path)
 
 
-def pareto(points: Sequence[Point], quality: Figure, path: Path, title: str = "") -> Path:
+def pareto(points: Sequence[Point], quality: ReportedMetric, path: Path, title: str = "") -> Path:
     """Many models: bytes (log) against quality. One panel, colour and marker per series, its best points joined.
 
     Panels of their own because the perplexities of models with different tokenizers cannot be compared.
@@ -122,7 +122,7 @@ def pareto(points: Sequence[Point], quality: Figure, path: Path, title: str = ""
     return _save(figure, path)
 
 
-def _pareto_panel(axes: Axes, points: Sequence[Point], quality: Figure, number: int) -> None:
+def _pareto_panel(axes: Axes, points: Sequence[Point], quality: ReportedMetric, number: int) -> None:
     colour = COLOURS[number % len(COLOURS)]
     values = [p.quality for p in points]
     axes.set_xscale("log")

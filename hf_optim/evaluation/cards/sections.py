@@ -12,7 +12,7 @@ from ...recipes.config import KEYS
 from ...recipes.contract import Paper, Reload
 from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM
 from ...runs.record import Record
-from ..reported import FIGURES, bytes_text, change, is_number, recipe_label, short_id
+from ..reported import REPORTED_METRICS, bytes_text, change, is_number, recipe_label, short_id
 from .front_matter import evaluation_name, is_hub_id, spec_of
 
 QUALITY_PLOT = "Quality against bytes"
@@ -68,12 +68,12 @@ def results(record: Record) -> str:
     """The table before against after. Quality that nobody measured is said to be not measured."""
     before, after = (record.measured.get(side, {}) for side in ("before", "after"))
     rows = []
-    for figure in FIGURES:
+    for figure in REPORTED_METRICS:
         old, new = before.get(figure.key), after.get(figure.key)
         if is_number(old) or is_number(new):
             written = [figure.write(v) if is_number(v) else "-" for v in (old, new)]
             rows.append([figure.label, *written, change(figure, old, new)])
-    measured = any(is_number(after.get(f.key)) for f in FIGURES if f.metric)
+    measured = any(is_number(after.get(f.key)) for f in REPORTED_METRICS if f.metric)
     table = markdown_table(["", "original", "this checkpoint", "change"], rows) if rows else ""
     return "\n\n".join(part for part in (table, _conditions(record) if measured else NOT_MEASURED) if part)
 
@@ -239,7 +239,7 @@ def limits(record: Record) -> str:
         said.append("All experts are held in memory; only those that a token is routed to are computed.")
     if record.calibration.get("dataset"):
         said.append(f"Calibrated on {record.calibration['dataset']}; text of other kinds may lose more.")
-    if any(is_number(record.measured.get("after", {}).get(f.key)) for f in FIGURES if f.metric):
+    if any(is_number(record.measured.get("after", {}).get(f.key)) for f in REPORTED_METRICS if f.metric):
         said.append(
             f"Measured on {evaluation_name(record) or 'one dataset'} alone; nothing else was evaluated, "
             "and what is known of the original's biases and risks holds here too."

@@ -34,7 +34,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def weightless(config: PreTrainedConfig) -> Any:
+def build_meta_model(config: PreTrainedConfig) -> Any:
     """The model that ``config`` describes, on the meta device."""
     cls = model_class(config)
     with torch.device("meta"):

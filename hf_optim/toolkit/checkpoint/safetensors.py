@@ -15,7 +15,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MOST = 100_000_000  # bytes of a header, as the safetensors library bounds it
 
 
-class Unreadable(Exception):
+class UnsupportedCheckpoint(Exception):
     """The packed loader cannot load this checkpoint, which may be sound: the stock loader is to try."""
 
 
@@ -31,7 +31,7 @@ class Entry:
     end: int = 0
 
 
-class Listing:
+class SafetensorsHeaders:
     """The tensors of a checkpoint, found by the names that a model has for them."""
 
     def __init__(self, files: Iterable[str | Path], prefix: str = "") -> None:
@@ -53,7 +53,7 @@ class Listing:
 
 def _header(path: Path) -> list[Entry]:
     if path.suffix != ".safetensors":
-        raise Unreadable(f"{path.name} is no safetensors file")
+        raise UnsupportedCheckpoint(f"{path.name} is no safetensors file")
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]

@@ -2,7 +2,7 @@
 
 from . import losses, students, teachers
 from .hidden_losses import cosine_loss, squarehead_loss, token_masks
-from .hidden_states import HiddenStates, StateRecorder, bodies, bodies_of_blocks, forget_states, take_states
+from .hidden_states import HiddenStates, HiddenStatesCallback, bodies, bodies_of_blocks, forget_states, take_states
 from .logit_cache import LogitCache, sample_keys
 from .losses import DIRECTIONS, RESTS, Direction, Head, Rest, TopK, head_of, scored_rows, top_k, top_k_kd_loss
 
@@ -12,9 +12,9 @@ __all__ = [
     "Direction",
     "Head",
     "HiddenStates",
+    "HiddenStatesCallback",
     "LogitCache",
     "Rest",
-    "StateRecorder",
     "TopK",
     "bodies",
     "bodies_of_blocks",

@@ -52,7 +52,7 @@ class HiddenStates:
         return record
 
 
-class StateRecorder(TrainerCallback):
+class HiddenStatesCallback(TrainerCallback):
     """Records the states of ``modules()`` in every training step, and only then: ``own.states`` holds the recorder.
 
     ``own`` is the state of a step of a run.
@@ -70,13 +70,13 @@ class StateRecorder(TrainerCallback):
 
 
 def take_states(own: Any) -> list[Tensor]:
-    """What the recorder of ``StateRecorder`` found in the forward before; empty outside a training step."""
+    """What the recorder of ``HiddenStatesCallback`` found in the forward before; empty outside a training step."""
     recorder: HiddenStates | None = getattr(own, "states", None)
     return [] if recorder is None else recorder.take()
 
 
 def forget_states(own: Any) -> None:
-    """Take the recorder of ``StateRecorder`` off the model, if there is one."""
+    """Take the recorder of ``HiddenStatesCallback`` off the model, if there is one."""
     recorder = vars(own).pop("states", None)
     if recorder is not None:
         recorder.__exit__()

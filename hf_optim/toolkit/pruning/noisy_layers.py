@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..modules.hidden_parameters import hidden
+from ..modules.hidden_parameters import parameters_hidden
 from .masked_layers import obstacle
 
 # Of Adam, for what the noise learns: a million gates have gradients of 1e-9, which the usual 1e-8 would drown.
@@ -42,11 +42,11 @@ class NoisyLayer(nn.Module):
         return self.noise(self, input)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with hidden(self, self.learned):
+        with parameters_hidden(self, self.learned):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with hidden(self, self.learned):
+        with parameters_hidden(self, self.learned):
             super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.hidden_parameters import hidden
+from ..modules.hidden_parameters import parameters_hidden
 from .grids import Grid, GridSpec, make_grid, round_codes, split
 
 # Steps that are learned: parameters of the layer in training, and no part of its checkpoint.
@@ -191,11 +191,11 @@ class FakeQuantLinear(nn.Linear):
 
     # -- what no checkpoint has ---------------------------------------------------------------------------------------
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with hidden(self, STEPS):
+        with parameters_hidden(self, STEPS):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with hidden(self, STEPS):
+        with parameters_hidden(self, STEPS):
             super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -12,12 +12,12 @@ from .curvature import (
     shards,
 )
 from .expert_tokens import TokenSample, top_up
-from .observers import ChannelAbsMax, InputEnergy, Moment, SecondMoment, TensorMinMax
+from .observers import ChannelAbsMax, HessianDiagonal, Moment, SecondMoment, TensorMinMax
 from .sensitivity import OutputShift, cheapest_within
 
 __all__ = [
     "ChannelAbsMax",
-    "InputEnergy",
+    "HessianDiagonal",
     "Moment",
     "OutputShift",
     "SecondMoment",

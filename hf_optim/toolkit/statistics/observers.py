@@ -282,7 +282,7 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class InputEnergy(InputObserver[torch.Tensor]):
+class HessianDiagonal(InputObserver[torch.Tensor]):
     """``‖X_j‖²``, the sum over tokens of the squared input of each channel: name -> float32 ``[in_features]``."""
 
     def update(self, name: str, inputs: torch.Tensor) -> None:

@@ -33,7 +33,7 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation import (
     HiddenStates,
-    StateRecorder,
+    HiddenStatesCallback,
     bodies,
     cosine_loss,
     forget_states,
@@ -118,7 +118,7 @@ class DistilBERT(Technique):
             student, renamed = without_token_types(student, label)
             run.rename(renamed)
         run.state(self).teacher = teacher
-        run.touch(self, [block.name for block in topology.blocks(student)])
+        run.cover(self, [block.name for block in topology.blocks(student)])
         run.report(
             self,
             layers={stack: list(layers) for stack, layers in kept.items()},
@@ -148,7 +148,7 @@ class DistilBERT(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [TeacherKeeper(self, run), StateRecorder(run.state(self), lambda: bodies(run.model))]
+        return [TeacherCallback(self, run), HiddenStatesCallback(run.state(self), lambda: bodies(run.model))]
 
     @hookimpl
     def training_loss(
@@ -188,7 +188,7 @@ class DistilBERT(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.record.steps[str(run.position(self))]
+        figures = run.reported(self)
         before, after = figures["layer_parameters_before"], figures["layer_parameters_after"]
         chosen = "; ".join(f"{stack}: {', '.join(map(str, layers))}" for stack, layers in figures["layers"].items())
         types = "kept where the teacher has them" if self.token_types else "dropped as well"
@@ -200,7 +200,7 @@ class DistilBERT(Technique):
         )
 
 
-class TeacherKeeper(TrainerCallback):
+class TeacherCallback(TrainerCallback):
     """Fetches the teacher before training."""
 
     def __init__(self, step: DistilBERT, run: Run) -> None:

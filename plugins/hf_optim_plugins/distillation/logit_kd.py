@@ -31,9 +31,9 @@ from hf_optim.toolkit.distillation import (
     Direction,
     Head,
     HiddenStates,
+    HiddenStatesCallback,
     LogitCache,
     Rest,
-    StateRecorder,
     TopK,
     bodies_of_blocks,
     forget_states,
@@ -132,8 +132,8 @@ class LogitKD(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        recorder = StateRecorder(run.state(self), lambda: [block.module for block in blocks(run.model)])
-        return [TeacherKeeper(self, run), *([recorder] if self.alpha_states else [])]
+        recorder = HiddenStatesCallback(run.state(self), lambda: [block.module for block in blocks(run.model)])
+        return [TeacherCallback(self, run), *([recorder] if self.alpha_states else [])]
 
     @hookimpl
     def training_loss(
@@ -175,7 +175,7 @@ class LogitKD(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.record.steps.get(str(run.position(self)), {})
+        figures = run.reported(self)
         if "cache_bytes" in figures:
             card.paragraph(
                 "The teacher's cache",
@@ -261,7 +261,7 @@ class LogitKD(Technique):
         return TopK(*(torch.cat(parts).to(logits.device) for parts in zip(*entries, strict=True)))
 
 
-class TeacherKeeper(TrainerCallback):
+class TeacherCallback(TrainerCallback):
     """Fetches the teacher or its cache before training, and writes what the cache learned."""
 
     def __init__(self, step: LogitKD, run: Run) -> None:

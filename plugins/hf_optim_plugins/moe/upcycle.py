@@ -138,7 +138,7 @@ class Upcycle(Technique):
         run.rename(lambda name: _expert_names(name, layers, self.experts))
         self._verify(dense, model, label)
         run.state(self).routers = [f"{name}.{ROUTER}" for name in layers]
-        run.touch(self, [f"{name}.experts" for name in layers])
+        run.cover(self, [f"{name}.experts" for name in layers])
         run.report(
             self,
             experts=self.experts,

@@ -55,7 +55,7 @@ class InRounds(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         state = run.state(self)
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names if f"{name}.weight" in run.masks])
         done, reached = getattr(state, "done", 0), getattr(state, "sparsities", [])
         run.report(self, **sparsity.figures(run.model, names), rounds=done, sparsities=reached)
@@ -70,7 +70,7 @@ class InRounds(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
         rounds = ", ".join(f"{100 * reached:.1f} %" for reached in getattr(run.state(self), "sparsities", []))
         card.paragraph(

@@ -18,7 +18,6 @@ from hf_optim import (
     Paper,
     RecipeError,
     Reload,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -87,25 +86,25 @@ class GMP(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        layers = Scope("", run.model, run.model).select(self.targets, self.skip)
+        layers = run.select(self.targets, self.skip)
         if not layers:
             raise ModelError(
                 f"{run.label(self)}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
             )
         names = masks.weight_names(layers)
-        run.touch(self, names)
+        run.cover(self, names)
         return [RampPruning(self, run, list(names.values()))]
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         pruned = [name for name in names if f"{name}.weight" in run.masks]
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in pruned])
         run.report(self, **sparsity.figures(run.model, names))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
         card.paragraph(
             "Gradual magnitude pruning",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     TRAINING_FORWARD,
@@ -142,12 +142,12 @@ class L0(Technique):
         if not getattr(own, "settled", False):
             self.remove(run)
         release(own, layers, "gates", "missing", "multipliers")
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         run.report(self, **sparsity.figures(run.model, names), closed=own.closed)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
         price = f"λ = {self.weight:g}" if self.sparsity is None else f"a target sparsity of {100 * self.sparsity:g} %"
         card.paragraph(
@@ -163,7 +163,7 @@ class L0(Technique):
         own = run.state(self)
         if hasattr(own, "layers"):
             return own.layers
-        chosen = Scope("", run.model, run.model).select(self.targets, self.skip)
+        chosen = run.select(self.targets, self.skip)
         found, skipped = trainable(run.model, chosen)
         units = [] if self.on == "weights" else find_units(topology.trace(run.model))
         units = [one for one in units if one.kind == self.on and one.reader in found]
@@ -176,10 +176,10 @@ class L0(Technique):
         start = hard_concrete.log_alpha_of(self.initial)
         if self.on == "weights":
             own.gates = [WeightGates(name, layer, start, self.temperature) for name, layer in found.items()]
-            run.touch(self, found, skipped)
+            run.cover(self, found, skipped)
         else:
             own.gates = [UnitGates(run.model, one, start, self.temperature) for one in units]
-            run.touch(self, {name.rpartition(".")[0] for gates in own.gates for name in gates.entries}, skipped)
+            run.cover(self, {name.rpartition(".")[0] for gates in own.gates for name in gates.entries}, skipped)
         own.layers, own.settled = {gates.name: gates.layer for gates in own.gates}, False
         noisy_layers.remember(own, own.layers)
         return own.layers

@@ -61,18 +61,18 @@ class Magnitude(Technique):
                 state.masks = _rank(self, run, masks.weight_names(whole.select(self.targets, self.skip)))
             new = {name: state.masks.pop(name) for name in names.values() if name in state.masks}
         masks.prune_(run.model, run.masks, new)
-        run.touch(self, names)
+        run.cover(self, names)
         yield from ()
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
         run.report(self, **sparsity.figures(run.model, names))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         how = "within every layer" if self.scope == "layer" else "over all layers together"
         card.paragraph(
             "Magnitude pruning",

@@ -301,7 +301,7 @@ class Structured(Technique):
                 widths[one.kind].append(pair)
         stacks = {stack: [len(plan.before.get_submodule(stack)), len(stay)] for stack, stay in plan.depth.items()}  # type: ignore[arg-type]
         worked_on = {name.rpartition(".")[0] for one in units for name in one.entries}
-        run.touch(self, [*filter(None, map(plan.rename, worked_on)), *plan.depth])
+        run.cover(self, [*filter(None, map(plan.rename, worked_on)), *plan.depth])
         run.report(
             self,
             parameters_before=before,
@@ -314,7 +314,7 @@ class Structured(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.record.steps.get(str(run.position(self)))
+        figures = run.reported(self)
         if not figures:
             return
         before, after = figures["parameters_before"], figures["parameters_after"]

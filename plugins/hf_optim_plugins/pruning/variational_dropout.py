@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit.pruning import (
     TRAINING_FORWARD,
     NoisyLayer,
@@ -136,7 +136,7 @@ class VariationalDropout(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
         rule = f"log α > {self.threshold:g}" if self.sparsity is None else "the largest α"
         card.paragraph(
@@ -152,9 +152,9 @@ class VariationalDropout(Technique):
         own = run.state(self)
         if hasattr(own, "layers"):
             return own.layers
-        chosen = Scope("", run.model, run.model).select(self.targets, self.skip)
+        chosen = run.select(self.targets, self.skip)
         found, skipped = trainable(run.model, chosen)
-        run.touch(self, found, skipped)
+        run.cover(self, found, skipped)
         if not found:
             raise ModelError(
                 f"{run.label(self)}: no linear layer of {type(run.model).__name__} is left; check targets and skip"

@@ -116,7 +116,7 @@ class GOBO(Technique):
                 del layers[name]
             else:
                 layer.weight.requires_grad_(False)
-        run.touch(self, layers, skipped)
+        run.cover(self, layers, skipped)
 
     def _classes(self, run: Run) -> Any:
         """The generated module with the classes of the model's architecture."""
@@ -203,15 +203,15 @@ class GOBO(Technique):
         table: Any = run.model.get_input_embeddings()
         name = next(name for name, module in run.model.named_modules() if module is table)
         if type(table) is not nn.Embedding:
-            run.touch(self, [], {f"a {type(table).__name__} is no plain embedding": [name]})
+            run.cover(self, [], {f"a {type(table).__name__} is no plain embedding": [name]})
             return
         holders = linear_layers.owners(run.model)[id(table.weight)]
         if len(holders) > 1:
-            run.touch(self, [], {f"its table is shared with {holders[-1]}": [name]})
+            run.cover(self, [], {f"its table is shared with {holders[-1]}": [name]})
             return
         require_finite({f"{name}.weight": table.weight}, run.label(self))
         quantized = self._quantize(run, name, table.weight, self.embedding_bits, None)
-        run.touch(self, [name] if quantized else [], {} if quantized else {NO_GAUSSIAN: [name]})
+        run.cover(self, [name] if quantized else [], {} if quantized else {NO_GAUSSIAN: [name]})
 
     def _coded(self, classes: Any, module: Any, centroids: Tensor) -> Any:
         """A coded layer of the generated module for a rounded one. What is none of the centroids is an outlier."""
@@ -227,7 +227,7 @@ class GOBO(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.record.steps.get(str(run.position(self)), {})
+        figures = run.reported(self)
         layers = figures.get("layers")
         if not layers:
             return

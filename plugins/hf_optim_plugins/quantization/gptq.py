@@ -129,7 +129,7 @@ class GPTQ(Technique):
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         wide = [name for name in layers if run.bits_of(name, self.bits) > 8]
         layers = {name: layer for name, layer in layers.items() if name not in wide}
-        run.touch(self, [], {**skipped, **({"more than 8 bits are assigned to it": wide} if wide else {})})
+        run.cover(self, [], {**skipped, **({"more than 8 bits are assigned to it": wide} if wide else {})})
         for waiting in by_block(scope.model, layers) if scope.whole else [layers]:
             while waiting:
                 label = run.label(self)
@@ -142,7 +142,7 @@ class GPTQ(Technique):
                 groups = list({id(moment): moment for moment in moments.values()}.values())
                 idle = [name for name in waiting if name not in moments]
                 if idle:
-                    run.touch(self, [], {"no calibration input reached it": idle})
+                    run.cover(self, [], {"no calibration input reached it": idle})
                 waiting = {name: layer for name, layer in waiting.items() if name in moments}
                 moments.clear()  # each is gone as soon as its layers are done
                 if self.true_sequential:
@@ -175,7 +175,7 @@ class GPTQ(Technique):
                 )
                 errors[name] = output_error(dense[rows], layers[name].weight, moment.total)
         self._report(run, {name: errors[name] for name in layers})
-        run.touch(self, layers)
+        run.cover(self, layers)
 
     def _grid(self, weight: Tensor, bits: int, energy: Tensor) -> Grid:
         """Fixed scales, from the weights as they are."""
@@ -215,7 +215,7 @@ class GPTQ(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.record.steps.get(str(run.position(self)), {})
+        figures = run.reported(self)
         errors = figures.get("relative_error")
         if not errors:
             return

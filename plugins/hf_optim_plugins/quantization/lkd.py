@@ -164,7 +164,7 @@ class LKD(Technique):
         label = run.label(self)
         self._name_the_rest(run, scope)
         students, skipped = self._on_top(run, scope) if self._follows(run) else self._afresh(run, scope)
-        run.touch(self, students, skipped)
+        run.cover(self, students, skipped)
         if students:
             lessons = Lessons(scope.teacher, next(scope.module.parameters()).device)
             lessons.require_finite(f"{label}: {scope.name}")
@@ -175,14 +175,14 @@ class LKD(Technique):
         if scope.index == 0:
             whole = Scope("", scope.model, scope.model).select(self.targets, self.skip)
             blocks = {name for name in whole if self._outside_blocks(scope, name)}
-            run.touch(self, [], {"it lies outside the blocks": sorted(blocks)} if blocks else {})
+            run.cover(self, [], {"it lies outside the blocks": sorted(blocks)} if blocks else {})
 
     def _outside_blocks(self, scope: Scope, name: str) -> bool:
         return not any(block.holds(name) for block in topology.blocks(scope.model))
 
     def _follows(self, run: Run) -> bool:
         """Whether a step before this one quantizes."""
-        return any(traits.QUANTIZED in step.contract().adds for step in run.recipe.steps[: run.position(self)])
+        return any(traits.QUANTIZED in step.contract().adds for step in run.recipe.steps[: run.index(self)])
 
     # -- what is trained ------------------------------------------------------------------------------------------
     def _on_top(self, run: Run, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
@@ -247,7 +247,7 @@ class LKD(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        losses = run.record.steps.get(str(run.position(self)), {}).get("losses")
+        losses = run.reported(self).get("losses")
         if not losses:
             return
         card.paragraph(

@@ -87,7 +87,7 @@ class LLMInt8(Technique):
         scheme = compressed.scheme(8)
         for layer in layers.values():
             quantize(layer, scheme.model_copy(deep=True))
-        run.touch(self, layers, skipped)
+        run.cover(self, layers, skipped)
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
@@ -97,12 +97,12 @@ class LLMInt8(Technique):
         run.report(self, threshold=self.threshold, layers=len(names))
 
     def _names(self, run: Run) -> list[str]:
-        touched = run.touched(self)
+        touched = run.covered(self)
         return sorted(touched[0]) if touched else []
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        count = run.record.steps.get(str(run.position(self)), {}).get("layers", 0)
+        count = run.reported(self).get("layers", 0)
         columns = "no column" if self.threshold is None else f"the columns with a magnitude above {self.threshold:g}"
         card.paragraph(
             "LLM.int8()",

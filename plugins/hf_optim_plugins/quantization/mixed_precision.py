@@ -152,7 +152,7 @@ class MixedPrecision(Technique):
         chosen = ranking[:low]
         wide = {member for name in chosen for member in sites[name]}
         self._store(scope, layers, norms, {name: s for name, s in scales.items() if name not in wide})
-        run.touch(self, [name for name in layers if name in ranges], skipped)
+        run.cover(self, [name for name in layers if name in ranges], skipped)
         state = run.state(self)
         state.table = [[", ".join(sites[name]), alone[name], 16 if name in chosen else 8] for name in ranking]
         run.report(

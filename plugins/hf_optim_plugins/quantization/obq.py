@@ -111,7 +111,7 @@ class OBQ(Technique):
         layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         self._refuse_wide(run, scope)
-        run.touch(self, [], skipped)
+        run.cover(self, [], skipped)
         for part in by_block(scope.model, layers) if scope.whole else [layers]:
             with SecondMoment(part, run.label(self), getattr(torch, self.precision)) as moments:
                 yield
@@ -120,7 +120,7 @@ class OBQ(Technique):
                     self._quantize(run, name, layer, moments[name])
             idle = [name for name in part if name not in moments]
             if idle:
-                run.touch(self, [], {"no calibration input reached it": idle})
+                run.cover(self, [], {"no calibration input reached it": idle})
 
     def _refuse_wide(self, run: Run, scope: Scope) -> None:
         for name, layer in scope.select(self.targets, self.skip).items():
@@ -139,7 +139,7 @@ class OBQ(Technique):
         codes = self._codes(run, name, dense, moment.mean, grid)
         compressed.store(layer, compressed.scheme_of(grid.spec), codes, grid.scale, grid.zero_point)
         self._report(run, name, output_error(dense, layer.weight, moment.total))
-        run.touch(self, [name])
+        run.cover(self, [name])
 
     def _codes(self, run: Run, name: str, dense: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
         started = time.monotonic()
@@ -181,7 +181,7 @@ class OBQ(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures: Mapping = run.record.steps.get(str(run.position(self)), {})
+        figures: Mapping = run.reported(self)
         errors = figures.get("relative_error")
         if not errors:
             return

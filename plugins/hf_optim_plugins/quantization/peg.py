@@ -113,7 +113,7 @@ class PEG(Technique):
         seen = [name for name in layers if name in ranges]
         sums = [name for name in norms if name in ranges]
         install(scope.model, self.remote_code, seen, sums, grids, self.bits, self.strategy == "group")
-        run.touch(self, seen, skipped)
+        run.cover(self, seen, skipped)
         run.report(
             self,
             linear_inputs=len(seen),

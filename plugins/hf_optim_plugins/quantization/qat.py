@@ -174,7 +174,7 @@ class QAT(Technique):
                 skipped.setdefault(f"a {type(layer).__name__} does not compute as nn.Linear", []).append(name)
                 continue
             layers[name] = self._attach(run, name, layer)
-        run.touch(self, layers, skipped)
+        run.cover(self, layers, skipped)
         if not layers:
             why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
             raise ModelError(f"{label} found nothing to quantize in {type(run.model).__name__}. {why}")
@@ -222,12 +222,12 @@ class QAT(Technique):
                 continue
             store(layer, self.scheme(layer.spec))
         if idle:
-            run.touch(self, [], {"no training input reached it": idle})
+            run.cover(self, [], {"no training input reached it": idle})
         compressed.attach_quantizer(run.model)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         what = [f"{self.bits}-bit weights"] if self.bits is not None else []
         what += [f"{self.activations} inputs"] if self.activations else []
         scales = "learned (LSQ)" if self.learn_scales else f"from the weights ({self.observer})"

@@ -188,7 +188,7 @@ class QBERT(Technique):
         table = {name: self._row(layers[name], sums) for name, sums in found.items()}
         if table:
             self._plan(run, {name: layers[name] for name in table}, table)
-        run.touch(self, table, skipped)
+        run.cover(self, table, skipped)
 
     # -- curvature ------------------------------------------------------------------------------------------------
     def _measured(
@@ -292,7 +292,7 @@ class QBERT(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.record.steps.get(str(run.position(self)), {})
+        figures = run.reported(self)
         table = figures.get("layers")
         if not table:
             return

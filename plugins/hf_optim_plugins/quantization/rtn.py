@@ -144,7 +144,7 @@ class RTN(Technique):
             quantize(layer, grid, self._scheme(layer, grid), inputs)
         if self.activations and any(isinstance(layer, ExpertLinear) for layer in layers.values()):
             run.record.note("The inputs of experts are not quantized: stock transformers runs experts on plain inputs.")
-        run.touch(self, layers, skipped)
+        run.cover(self, layers, skipped)
 
     def _bits(self, run: Run, name: str) -> int | None:
         """Bits of a layer's weight: those an earlier step has assigned; None and fp8 have no choice."""

@@ -67,7 +67,7 @@ class SmoothQuant(Technique):
             if plan.watched:
                 yield
         made = plan.apply(peaks, self.alpha)
-        run.touch(self, made.touched, made.skipped)
+        run.cover(self, made.touched, made.skipped)
         self._report(run, made)
 
     def _wiring(self, run: Run, scope: Scope) -> tuple[list[NormGroup], list[LinearPair]]:

@@ -126,7 +126,7 @@ class ZeroQuant(Technique):
         for name, layer in layers.items():
             used[name] = run.bits_of(name, self.bits)
             self._quantize(layer, used[name])
-        run.touch(self, layers, skipped)
+        run.cover(self, layers, skipped)
 
     def _quantize(self, layer: nn.Linear, bits: int) -> None:
         weight = layer.weight.detach()
@@ -147,7 +147,7 @@ class ZeroQuant(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        layers = run.record.steps.get(str(run.position(self)), {}).get("layers_by_bits", {})
+        layers = run.reported(self).get("layers_by_bits", {})
         widths = ", ".join(f"{count} to {bits} bits" for bits, count in layers.items())
         shared = f"up to {self.group_size} inputs of a row" if self.group_size else "a row"
         shared = f"a group of rows ({self.groups} groups)" if self.groups else shared

@@ -46,7 +46,7 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import output, rounding
 from hf_optim.toolkit.permutation import KINDS, Site, kept_by_rows, kept_sum, search, sites
 from hf_optim.toolkit.pruning import masks
-from hf_optim.toolkit.statistics import InputEnergy
+from hf_optim.toolkit.statistics import HessianDiagonal
 from hf_optim.toolkit.topology import weight_out_in
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class ChannelPermutation(Technique):
                 yield
         work = _Permutation(self, run, layers, norms)
         work.do(*self._sites(run))
-        run.touch(self, work.readers, {reason: names for reason, names in work.skipped.items() if names})
+        run.cover(self, work.readers, {reason: names for reason, names in work.skipped.items() if names})
         work.report()
 
     def _sites(self, run: Run) -> tuple[list[Site], dict[str, list[str]]]:
@@ -299,7 +299,7 @@ class _Permutation:
         )
 
 
-class InputNorm(InputEnergy):
+class InputNorm(HessianDiagonal):
     """``‖X_j‖₂`` over all tokens, for each input channel: name -> float32 ``[in_features]``."""
 
     def complete(self) -> None:

@@ -34,7 +34,7 @@ from hf_optim import (
 )
 from hf_optim.toolkit.pruning import masks, nm_groups, sparsity
 from hf_optim.toolkit.quantization import output_error, reconstruct
-from hf_optim.toolkit.statistics import InputEnergy, Moment, OutputShift, SecondMoment, cheapest_within
+from hf_optim.toolkit.statistics import HessianDiagonal, Moment, OutputShift, SecondMoment, cheapest_within
 from hf_optim.toolkit.topology import weight_out_in
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class NM(Technique):
             self._report_errors(run, errors)
         for name, plan in plans.items():
             self._apply(run, name, layers[name], plan)
-        run.touch(self, plans, {reason: names for reason, names in skipped.items() if names})
+        run.cover(self, plans, {reason: names for reason, names in skipped.items() if names})
 
     def _observe(self, run: Run, layers: Mapping[str, nn.Module]) -> Generator[None, None, Observed]:
         """What is needed of the layers' inputs: the energy of each channel, and second moments."""
@@ -138,7 +138,7 @@ class NM(Technique):
                 yield
             return {name: moment.total.diagonal() for name, moment in moments.items()}, moments
         if self.score == "activation":
-            with InputEnergy(layers, run.label(self)) as energies:
+            with HessianDiagonal(layers, run.label(self)) as energies:
                 yield
             return energies, {}
         return None, {}
@@ -188,13 +188,13 @@ class NM(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
         run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.figures(run.model, names))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, skipped = run.touched(self) or (set(), {})
+        names, skipped = run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         fitted = " The weights that stay were refitted to the dense layers' outputs." if self.compensate else ""
         card.paragraph(

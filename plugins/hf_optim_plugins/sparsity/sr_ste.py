@@ -31,7 +31,6 @@ from hf_optim import (
     Paper,
     RecipeError,
     Reload,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -129,14 +128,14 @@ class SRSTE(Technique):
         if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
-        selected = Scope("", run.model, run.model).select(self.targets, self.skip)
+        selected = run.select(self.targets, self.skip)
         found, skipped = nm_groups.divisible(selected, self.group)
         try:
             found, others = masked_layers.trainable(run.model, found)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
         skipped |= others
-        run.touch(self, found, skipped)
+        run.cover(self, found, skipped)
         if not found:
             why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
             raise ModelError(
@@ -166,7 +165,7 @@ class SRSTE(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, skipped = run.touched(self) or (set(), {})
+        names, skipped = run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         card.paragraph(
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",

@@ -35,7 +35,6 @@ from hf_optim import (
     Paper,
     RecipeError,
     Reload,
-    Scope,
     Technique,
     hookimpl,
     option,
@@ -113,12 +112,12 @@ class TopKAST(Technique):
         if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
-        selected = Scope("", run.model, run.model).select(self.targets, self.skip)
+        selected = run.select(self.targets, self.skip)
         try:
             found, skipped = masked_layers.trainable(run.model, selected)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
-        run.touch(self, found, skipped)
+        run.cover(self, found, skipped)
         if not found:
             why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
             raise ModelError(
@@ -149,7 +148,7 @@ class TopKAST(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.touched(self) or (set(), {})
+        names, _ = run.covered(self) or (set(), {})
         share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
         explored = "throughout" if self.end is None else f"until {self.end} ({_unit(self.end)})"
         card.paragraph(

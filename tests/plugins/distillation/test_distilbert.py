@@ -161,7 +161,7 @@ def test_a_pruned_teacher_gives_a_student_whose_card_names_its_own_layers(first,
         model = hf_optim.advance(model)
     run = run_of(model)
     projections = {name for name, _ in model.named_modules() if name.endswith("_proj")}
-    assert run.touched(recipe.steps[0])[0] == {n for n in projections if not n.startswith("model.layers.1.mlp")}
+    assert run.covered(recipe.steps[0])[0] == {n for n in projections if not n.startswith("model.layers.1.mlp")}
     OptimTrainer(model=model, args=arguments(tmp_path / "b", **settings), train_dataset=sentences()).train()
     model.save_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -176,7 +176,7 @@ def test_masks_and_coverage_move_to_the_class_without_token_types(tmp_path):
     recipe = OptimConfig.parse([{"technique": "nm"}, {"technique": "distilbert", "token_types": False}])
     student = hf_optim.optimize(bert(BertForMaskedLM), recipe)
     run = run_of(student)
-    names = run.touched(recipe.steps[0])[0]
+    names = run.covered(recipe.steps[0])[0]
     assert "distilbert.transformer.layer.1.attention.q_lin" in names
     assert {f"{name}.weight" for name in names} == set(run.masks) == set(run.nm_patterns)
     OptimTrainer(model=student, args=arguments(tmp_path, max_steps=1), train_dataset=sentences()).train()

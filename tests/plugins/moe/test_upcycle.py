@@ -172,7 +172,7 @@ def test_masks_move_to_the_experts():
 def test_a_pruned_model_gives_experts_that_its_card_counts(technique, tmp_path):
     model = hf_optim.optimize(tiny_llama(), [{"technique": technique}, {"technique": "upcycle", "experts": 3}])
     run = hf_optim.run_of(model)
-    names = run.touched(run.recipe.steps[0])[0]
+    names = run.covered(run.recipe.steps[0])[0]
     assert "model.layers.1.mlp.experts.2.gate_up_proj" in names
     assert not any(name.endswith(("mlp.gate_proj", "mlp.down_proj")) for name in names)
     assert all(holds(trait, run) for trait in run.traits)

@@ -17,7 +17,7 @@ from hf_optim.toolkit.pruning import masks
 
 
 def targeted(model):
-    return run_of(model).touched(run_of(model).recipe.steps[-1])[0]
+    return run_of(model).covered(run_of(model).recipe.steps[-1])[0]
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -290,7 +290,7 @@ def test_layers_with_one_input_have_the_bits_that_are_assigned_to_them():
     widths = {name: module.quantization_scheme.weights.num_bits for name, module in modules.items()}
     assert len(modules) == 13
     assert widths == {name: plan.get(name, 4) for name in modules}
-    assert run_of(model).touched(run_of(model).recipe.steps[1])[1]["more than 8 bits are assigned to it"] == {
+    assert run_of(model).covered(run_of(model).recipe.steps[1])[1]["more than 8 bits are assigned to it"] == {
         "model.layers.1.mlp.up_proj"
     }
     assert model.model.layers[1].mlp.up_proj.weight.equal(tiny_llama().model.layers[1].mlp.up_proj.weight)

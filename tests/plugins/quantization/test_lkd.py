@@ -233,7 +233,7 @@ def test_a_failure_in_training_leaves_plain_layers(monkeypatch):
 
 def test_the_head_outside_the_blocks_is_named():
     model = distilled(tiny_llama(), targets=["lm_head", "Linear"], bits=4, group_size=16)
-    _, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
+    _, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert skipped == {"it lies outside the blocks": {"lm_head"}}
 
 

@@ -176,7 +176,7 @@ def test_an_unsupported_model_is_refused_with_the_reason():
 
 def test_experts_are_named_as_skipped():
     model = rounded(tiny_mixtral(), format="fp8", activations="fp8")
-    _, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
+    _, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert any("model.layers.1.mlp.experts" in names for names in skipped.values())
 
 

@@ -103,7 +103,7 @@ def test_outputs_are_equal_and_the_w8a8_error_is_at_least_halved(family):
     before, start = logits(model, inputs), copy.deepcopy(model.state_dict())
     error = w8a8_error(model, inputs, before)
     run = smooth_(model, inputs)
-    touched, _ = run.touched(run.recipe.steps[0])
+    touched, _ = run.covered(run.recipe.steps[0])
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     assert {f"{name}.weight" for name in touched} <= changed
     assert torch.allclose(logits(model, inputs), before, rtol=0, atol=1e-10)
@@ -183,7 +183,7 @@ def test_a_gain_stored_as_a_difference_from_one():
 def test_norms_of_a_post_norm_model_are_skipped_with_the_reason():
     model = tiny_bert()
     run = smooth_(model, inputs_of(model))
-    touched, skipped = run.touched(run.recipe.steps[0])
+    touched, skipped = run.covered(run.recipe.steps[0])
     assert "bert.encoder.layer.1.intermediate.dense" in skipped[SHARED]
     assert touched == {
         f"bert.encoder.layer.{layer}.attention.{name}" for layer in (0, 1) for name in ("self.value", "output.dense")
@@ -195,7 +195,7 @@ def test_norms_that_feed_a_router_are_skipped_with_the_reason():
     inputs = inputs_of(model)
     before = logits(model, inputs)
     run = smooth_(model, inputs)
-    touched, _ = run.touched(run.recipe.steps[0])
+    touched, _ = run.covered(run.recipe.steps[0])
     assert "model.layers.0.self_attn.q_proj" in touched
     assert run.record.steps["0"]["norms"] == 2
     assert torch.allclose(logits(model, inputs), before, atol=1e-4)
@@ -211,7 +211,7 @@ def test_a_skipped_linear_keeps_its_whole_group():
         for layer in (0, 1)
         for name in ("mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm")
     }
-    assert any("k_proj" in name for names in run.touched(run.recipe.steps[0])[1].values() for name in names)
+    assert any("k_proj" in name for names in run.covered(run.recipe.steps[0])[1].values() for name in names)
 
 
 def test_zeros_stay_zeros():

@@ -132,7 +132,7 @@ def test_a_plan_of_bits_is_followed():
         def calibrate(self, run, scope):
             yield
             run.bit_plan.update(dict.fromkeys((n for n in scope.linears if n.endswith("up_proj")), 3))
-            run.touch(self, scope.linears)
+            run.cover(self, scope.linears)
 
     model = optimize(tiny_llama(), [Planner(), ZeroQuant()])
     assert model.get_submodule(UP).quantization_scheme.weights.num_bits == 3

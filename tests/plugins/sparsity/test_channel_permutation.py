@@ -92,7 +92,7 @@ def test_what_a_mask_keeps_grows_and_is_reported(family, keep, group):
     assert figures["kept_before"] == pytest.approx(old / total, abs=2e-6)
     assert figures["kept_after"] == pytest.approx(new / total, abs=2e-6)
     assert 0.05 < figures["efficacy"] < 1
-    assert 0 < figures["layers_permuted"] <= len(run.touched(run.recipe.steps[0])[0]) == len(names)
+    assert 0 < figures["layers_permuted"] <= len(run.covered(run.recipe.steps[0])[0]) == len(names)
     assert 0 < figures["orders_used"] <= figures["orders_searched"]
     for name in names:
         share = kept(after[name], keep, group) / float(after[name].abs().sum(dtype=torch.float64))
@@ -208,7 +208,7 @@ def test_only_layers_that_will_be_sparse_count():
     model = tiny_llama()
     dense = weights(model)
     model = permuted(model, targets=["*.down_proj"], skip=["model.layers.1.*"])
-    names, _ = run_of(model).touched(run_of(model).recipe.steps[0])
+    names, _ = run_of(model).covered(run_of(model).recipe.steps[0])
     assert names == {"model.layers.0.mlp.down_proj"}
     same = [name for name, weight in weights(model).items() if torch.equal(weight, dense[name])]
     assert set(dense) - set(same) == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
@@ -230,7 +230,7 @@ def test_an_order_that_is_not_better_is_not_used():
 
 def test_widths_that_do_not_divide_are_named():
     model = permuted(tiny_llama(intermediate_size=46))
-    _, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
+    _, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert skipped["its 46 channels do not fill groups of 4"] == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
     with pytest.raises(ModelError, match=r"step 1 \(channel_permutation\).*46 channels do not fill groups of 4"):
         permuted(tiny_llama(intermediate_size=46), where=["neurons"])
@@ -245,7 +245,7 @@ def test_a_stream_that_is_returned_stays_and_the_rest_is_permuted():
     model = permuted(model)
     with torch.no_grad():
         assert torch.allclose(model(**inputs).last_hidden_state, before, atol=1e-5)
-    names, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
+    names, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert any("returns its residual stream" in reason for reason in skipped)
     assert any(name.endswith("output.dense") for name in names)
     with pytest.raises(ModelError, match=r"step 1 \(channel_permutation\).*returns its residual stream"):

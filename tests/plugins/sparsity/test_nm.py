@@ -23,7 +23,7 @@ def tokens(count=6, width=16, seed=3):
 
 
 def touched(model):
-    return run_of(model).touched(run_of(model).recipe.steps[-1])
+    return run_of(model).covered(run_of(model).recipe.steps[-1])
 
 
 def inputs_of(model, data):

@@ -401,7 +401,7 @@ def test_layers_that_cannot_take_part_are_named():
         {"technique": "sr_ste", "targets": ["Linear", "lm_head"]},
     )
     hf_optim.callbacks(model)
-    names, skipped = run_of(model).touched(run_of(model).recipe.steps[0])
+    names, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert skipped == {
         "input width 46 is not a multiple of 4": {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)},
         "tied to model.embed_tokens.weight": {"lm_head"},

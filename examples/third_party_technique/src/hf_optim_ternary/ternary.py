@@ -46,7 +46,7 @@ class Ternary(Technique):
             for module in modules.values():
                 weight = weight_out_in(module)
                 weight.copy_(ternary(weight, self.threshold))
-        run.touch(self, modules)
+        run.cover(self, modules)
 
 
 def ternary(weight: torch.Tensor, threshold: float) -> torch.Tensor:
