@@ -95,7 +95,7 @@ class BlockJournal:
 
     def _check(self, run: Run) -> None:
         # Taken once, while the weights are still those that were loaded.
-        mine = self._mine = self._mine or fingerprint(run)
+        mine = self._mine = self._mine or run_identity(run)
         header = self.directory / HEADER
         if is_begun(header, mine, f"the journal in {self.directory.name} was made with") or not is_main():
             return
@@ -103,7 +103,7 @@ class BlockJournal:
         write_json(header, mine)
 
 
-def fingerprint(run: Run) -> dict[str, Any]:
+def run_identity(run: Run) -> dict[str, Any]:
     """What must be the same for a journal to go on: recipe, model, data and versions, as JSON types."""
     # A Trainer and saving set these; whether they did before this moment depends on where the run goes on.
     config = {key: value for key, value in run.model.config.to_dict().items() if key not in SET_ON_THE_WAY}

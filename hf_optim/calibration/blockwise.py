@@ -16,7 +16,7 @@ from ..runs.run import Run
 from ..runs.scope import Example, Scope
 from ..toolkit import topology
 from .forward import Batch, capture_block_inputs, device_of, to_device
-from .steps import any_needs_data, batches_for, drive, named_exactly
+from .steps import any_needs_data, batches_for, exact_targets, run_calibration
 
 
 class Journal(Protocol):
@@ -27,7 +27,7 @@ class Journal(Protocol):
     def keep(self, run: Run, first: Technique, name: str) -> None: ...
 
 
-class _Blockwise:
+class BlockwiseDriver:
     """Calibrates blocks in execution order, each on the outputs of the blocks before it as they are by then.
 
     A block's arguments (masks, rotary embeddings, position biases) are made by the model's own forward: it is run with
@@ -59,7 +59,7 @@ class _Blockwise:
                 if not restored:
                     for step in self.steps:
                         bar.set_postfix_str(f"{block.name}: {step.name}")
-                        drive(self.run, step, scope, functools.partial(self._feed, index))
+                        run_calibration(self.run, step, scope, functools.partial(self._feed, index))
                     if self.journal:
                         self.journal.keep(self.run, self.steps[0], block.name)
                 bar.set_postfix_str(f"{block.name}: outputs", refresh=False)
@@ -76,14 +76,14 @@ class _Blockwise:
         model = self.run.model
         inside = tuple(block.name for block in self.blocks)
         scope = Scope("", model, model, count, count + 1, outside=inside)
-        steps = [step for step in self.steps if scope.select(named_exactly(step, scope)) and not step.needs_teacher()]
+        steps = [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
 
         def feed(step: Technique) -> None:
             for batch in batches_for(self.run, step):
                 model(**to_device(batch, self.home))
 
         for step in steps:
-            drive(self.run, step, scope, feed)
+            run_calibration(self.run, step, scope, feed)
 
     def _feed(self, index: int, step: Technique) -> None:
         if step.needs_data():

@@ -20,14 +20,14 @@ from ..runs.run import Run
 from ..runs.scope import Scope
 from ..toolkit import topology
 from ..toolkit.modules.modes import evaluating
-from .blockwise import Journal, _Blockwise
+from .blockwise import BlockwiseDriver, Journal
 from .forward import device_of, to_device, without_cache
-from .steps import batches_for, drive, refuse_idle
-from .throughput import speed
+from .steps import batches_for, require_covered, run_calibration
+from .throughput import summarize_throughput
 
 
 def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[str, Any]:
-    """Run the calibrating steps of a stage. Returns the ``driver`` that was used and its figures (see ``speed``).
+    """Run the calibrating steps of a stage. Returns the ``driver`` that was used and its figures (see ``summarize_throughput``).
 
     Raises ``ModelError`` when a step finds nothing to work on and ``NumericalError`` for non-finite activations, both
     naming the step. Every observer is detached and every module restored when anything raises.
@@ -43,11 +43,11 @@ def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[st
                 _whole_model(run, list(group))
             else:
                 # Asked again: a step before may have taken blocks out.
-                driver = _Blockwise(run, list(group), topology.blocks(run.model), journal)
+                driver = BlockwiseDriver(run, list(group), topology.blocks(run.model), journal)
                 driver.drive()
-                figures |= speed(run, driver.seconds, driver.passes, driver.device)
+                figures |= summarize_throughput(run, driver.seconds, driver.passes, driver.device)
     for step in steps:
-        refuse_idle(run, step)
+        require_covered(run, step)
     return {"driver": "blockwise" if blocks else "whole_model", **figures}
 
 
@@ -66,4 +66,4 @@ def _whole_model(run: Run, steps: Sequence[Technique]) -> None:
             run.model(**to_device(batch, device))
 
     for step in steps:  # a scope for each: a step may take layers out
-        drive(run, step, Scope("", run.model, run.model), feed)
+        run_calibration(run, step, Scope("", run.model, run.model), feed)

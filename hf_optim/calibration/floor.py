@@ -22,7 +22,7 @@ from ..toolkit.topology.linear_layers import features
 
 
 @dataclass(frozen=True)
-class Floor:
+class LowerBound:
     """Floating point operations for one block; ``forward`` is for one pass."""
 
     forward: float
@@ -45,7 +45,7 @@ class Floor:
         return (passes * self.forward + self.moments) / rate + self.solution / wide_rate
 
 
-def block_floor(trace: Trace, block: str, tokens: int) -> Floor:
+def block_lower_bound(trace: Trace, block: str, tokens: int) -> LowerBound:
     """The floor of the block of this qualified name for so many tokens; linears that it does not run cost nothing."""
     linears: dict[str, tuple[int, int]] = {}
     inputs: dict[int, int] = {}
@@ -55,7 +55,7 @@ def block_floor(trace: Trace, block: str, tokens: int) -> Floor:
         out, width = features(trace.modules[op.linear])
         linears[op.linear] = (out, width)
         inputs[op.reads[0]] = width
-    return Floor(
+    return LowerBound(
         forward=float(sum(2 * tokens * out * width for out, width in linears.values())),
         moments=float(sum(tokens * width**2 for width in inputs.values())),
         factorization=sum(2 / 3 * width**3 for width in inputs.values()),

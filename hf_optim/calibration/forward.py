@@ -44,7 +44,7 @@ def capture_block_inputs(
 
     forwards = {block.module: stub(block.stack) for block in blocks[:index]}
     forwards[blocks[index].module] = stop
-    with blocks_replaced(forwards):
+    with replace_forwards(forwards):
         try:
             model(**batch)
         except BlockInputsCaptured as reached:
@@ -53,7 +53,7 @@ def capture_block_inputs(
 
 
 @contextmanager
-def blocks_replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replace_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """The modules with other forwards, on the instances alone; undone also when the body raises."""
     before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:

@@ -11,7 +11,7 @@ from ..runs.scope import Scope
 from .forward import Batch
 
 
-def drive(run: Run, step: Technique, scope: Scope, feed: Callable[[Technique], None]) -> None:
+def run_calibration(run: Run, step: Technique, scope: Scope, feed: Callable[[Technique], None]) -> None:
     """Run one step's generator over one scope, feeding batches at each yield; close it whatever happens."""
     for generator in run.call_on([step], "calibrate", scope=scope):
         try:
@@ -33,12 +33,12 @@ def any_needs_data(steps: Sequence[Technique]) -> bool:
     return any(step.needs_data() for step in steps)
 
 
-def named_exactly(step: Technique, scope: Scope) -> tuple[str, ...]:
+def exact_targets(step: Technique, scope: Scope) -> tuple[str, ...]:
     """The targets of a step that are exact names of linears in the scope."""
     return tuple(target for target in getattr(step, "targets", ()) if target in scope.linears)
 
 
-def refuse_idle(run: Run, step: Technique) -> None:
+def require_covered(run: Run, step: Technique) -> None:
     touched = run.covered(step)
     if touched is None or touched[0]:
         return

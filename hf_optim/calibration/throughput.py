@@ -12,12 +12,12 @@ import torch
 
 from ..runs.run import Run
 from ..toolkit import topology
-from .floor import block_floor
+from .floor import block_lower_bound
 
 log = logging.getLogger(__name__)
 
 
-def calibration_tokens(run: Run) -> int:
+def count_calibration_tokens(run: Run) -> int:
     """Tokens (or pictures, or whatever the main input has) of one pass over the calibration data."""
     if run.data is None:
         return 0
@@ -26,7 +26,7 @@ def calibration_tokens(run: Run) -> int:
     return sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes)
 
 
-def speed(run: Run, seconds: Sequence[float], passes: int, device: torch.device) -> dict[str, Any]:
+def summarize_throughput(run: Run, seconds: Sequence[float], passes: int, device: torch.device) -> dict[str, Any]:
     """``blocks``, ``seconds_per_block``, and with data ``tokens_per_second`` through a block and its ``floor``.
 
     Args:
@@ -43,7 +43,7 @@ def speed(run: Run, seconds: Sequence[float], passes: int, device: torch.device)
         "seconds_per_block": round(mean, 4),
         "slowest_block_seconds": round(max(seconds), 4),
     }
-    if passes and (tokens := calibration_tokens(run)):
+    if passes and (tokens := count_calibration_tokens(run)):
         figures |= {"calibration_tokens": tokens, "tokens_per_second": round(tokens / mean, 1)}
         figures |= _floor(run, tokens, passes / len(seconds), device)
     return figures
@@ -59,8 +59,8 @@ def _floor(run: Run, tokens: int, passes: float, device: torch.device) -> dict[s
         log.debug("no floor: %s", error)
         return {}
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block.module.parameters()))
-    floor = block_floor(trace, largest.name, tokens)
-    rate, wide = flops_per_second(device, run.model.dtype), flops_per_second(device, torch.float32)
+    floor = block_lower_bound(trace, largest.name, tokens)
+    rate, wide = measure_flops_per_second(device, run.model.dtype), measure_flops_per_second(device, torch.float32)
     return {
         "floor": {
             "passes_per_block": round(passes, 2),
@@ -74,7 +74,7 @@ def _floor(run: Run, tokens: int, passes: float, device: torch.device) -> dict[s
 
 
 @functools.cache
-def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+def measure_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product here, measured in about a tenth of a second or less."""
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)

@@ -21,7 +21,7 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def replaced_directory(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
+def replace_directory(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
     """Yield an empty directory beside ``directory``; when the body succeeds, it takes the other's place at once.
 
     Files of the old directory that the body did not write are carried over (as hard links), except those whose name

@@ -12,7 +12,7 @@ from ..compressed.quantizer import _configs, detach_quantizer
 from ..compressed.state import clear, quantized_modules
 
 
-def dense(model: nn.Module) -> list[str]:
+def convert_to_dense(model: nn.Module) -> list[str]:
     """Turn a quantized model into an ordinary one, in place, with the dequantized weights and the stock forward.
 
     A module of remote code that ``holds_codes`` gives ``to_dense() -> (module, exact)``: the stock module in its place,

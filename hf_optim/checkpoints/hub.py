@@ -90,7 +90,7 @@ def _upload(
     )
 
 
-def cached_home(source: str, revision: str | None = None) -> Path | None:
+def local_directory(source: str, revision: str | None = None) -> Path | None:
     """Where the files of a model lie: its directory, or its place in the Hub's cache once it was loaded; or None."""
     from transformers.utils.hub import cached_file
 
@@ -105,7 +105,7 @@ def commit_of(source: str, revision: str | None = None) -> str | None:
     """The commit of a Hub model whose configuration was loaded; None for a local directory."""
     from transformers.utils.hub import extract_commit_hash
 
-    home = None if Path(source).is_dir() else cached_home(source, revision)
+    home = None if Path(source).is_dir() else local_directory(source, revision)
     return extract_commit_hash(str(home / "config.json"), None) if home is not None else None
 
 

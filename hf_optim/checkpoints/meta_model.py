@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ModelError, OptimError
 from ..toolkit.checkpoint.model_config import load_config, model_class
-from .hub import cached_home
-from .read_errors import explained
-from .source import Source, first_line
+from .hub import local_directory
+from .read_errors import readable_errors
+from .source import ModelSource, summarize_error
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MetaModel:
     unexpected: tuple[str, ...]
 
 
-def build(source: Source) -> MetaModel:
+def build(source: ModelSource) -> MetaModel:
     """The skeleton of a checkpoint. A Hub model is downloaded into the cache, unless it is there.
 
     Raises ``ModelError`` or ``CheckpointError``: no such model, pickles, truncated shards, tensors of another shape
@@ -51,7 +51,7 @@ def build(source: Source) -> MetaModel:
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     files: list[Path] = []
     try:
-        with explained(source.model), _files_noted(files), _quiet():
+        with readable_errors(source.model), _files_noted(files), _quiet():
             model, info = model_class(config).from_pretrained(
                 source.model,
                 dtype=dtype,
@@ -64,7 +64,7 @@ def build(source: Source) -> MetaModel:
     except OptimError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
+        raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
     for name, stored, built in sorted(info["mismatched_keys"], key=str):
         raise CheckpointError(
             f"{name} is {list(stored)} in {source.model}, and {type(model).__name__} with its config.json has "
@@ -76,9 +76,9 @@ def build(source: Source) -> MetaModel:
     return MetaModel(model.eval(), tuple(files), missing, tuple(sorted(info["unexpected_keys"])))
 
 
-def at_hand(source: Source) -> bool:
+def is_local(source: ModelSource) -> bool:
     """Whether the shards of a checkpoint are on this machine: a directory, or in the Hub's cache."""
-    home = cached_home(source.model, source.revision)
+    home = local_directory(source.model, source.revision)
     return home is not None and any(home.glob("*.safetensors"))
 
 

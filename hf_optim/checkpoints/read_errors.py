@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 
-class explained:
+class readable_errors:
     """Turns the errors of unreadable weight files into ones that name the file and the remedy."""
 
     def __init__(self, source: Any) -> None:

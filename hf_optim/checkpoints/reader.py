@@ -44,7 +44,7 @@ def read_tensor(entry: Entry, pinned: bool = False) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.type], pin_memory=pinned)
     if not tensor.numel():
         return tensor
-    into = raw(tensor)
+    into = byte_view(tensor)
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.begin)
         done = 0
@@ -168,6 +168,6 @@ def _targets(first: str, recipe: TensorSources, wanted: Mapping[str, Any]) -> li
     return [name for each in recipe.converter.target_patterns if (name := first.replace(begin, each)) in wanted]
 
 
-def raw(tensor: Tensor) -> memoryview:
+def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, to be written to a file or read into."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs on 3.10

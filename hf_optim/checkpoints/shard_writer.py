@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..toolkit.checkpoint.safetensors import Entry
-from .reader import DTYPES, NAMES, raw
+from .reader import DTYPES, NAMES, byte_view
 
 PIECE = 1 << 24
 METADATA = {"format": "pt"}
@@ -58,7 +58,7 @@ def _write(file: BinaryIO, value: Tensor | Entry) -> None:
     if isinstance(value, Tensor):
         host = value.detach().to("cpu").contiguous()
         if host.numel():
-            file.write(raw(host))
+            file.write(byte_view(host))
         return
     with value.file.open("rb") as source:
         source.seek(value.begin)

@@ -10,12 +10,12 @@ import torch
 from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
 from ..toolkit.checkpoint.model_config import load_config, model_class
-from .hub import cached_home
-from .read_errors import explained
+from .hub import local_directory
+from .read_errors import readable_errors
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A checkpoint and how it is loaded.
 
     Attributes:
@@ -36,47 +36,47 @@ class Source:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def load_model(source: Source) -> Any:
+def load_model(source: ModelSource) -> Any:
     """The model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` when it cannot be loaded."""
     config = load_config(source.model, source.trust_remote_code, source.revision)
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     try:
-        with explained(source.model):
+        with readable_errors(source.model):
             model = model_class(config).from_pretrained(
                 source.model, dtype=dtype, use_safetensors=True, **source.arguments
             )
     except OptimError:
         raise
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
+        raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
     return model.eval()
 
 
-def load_processor(source: Source, cls: Any) -> Any:
+def load_processor(source: ModelSource, cls: Any) -> Any:
     """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint; None without one."""
     return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.arguments)
 
 
-def stored_bytes(source: Source, model: Any) -> int:
+def checkpoint_bytes(source: ModelSource, model: Any) -> int:
     """Bytes of the weights as the original stores them, whatever they were loaded as."""
-    home = cached_home(source.model, source.revision)
+    home = local_directory(source.model, source.revision)
     try:
         return bytes_on_disk(home) if home is not None else parameter_bytes(model)
     except CheckpointError:
         return parameter_bytes(model)
 
 
-def device_named(name: str | None) -> torch.device | None:
+def resolve_device(name: str | None) -> torch.device | None:
     """The device of that name; for None the CUDA device if there is one. Raises ``ModelError`` if it is not there."""
     if name is not None:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"no device {name!r} here: {first_line(error)}") from error
+            raise ModelError(f"no device {name!r} here: {summarize_error(error)}") from error
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-def first_line(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """The first line of an error's message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -46,7 +46,7 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
     recipe = OptimConfig.parse(source)
     config = None
     if model is not None:
-        from ..checkpoints.source import Source
+        from ..checkpoints.source import ModelSource
         from ..evaluation.reported import bytes_text
         from ..toolkit.checkpoint.model_config import load_config
         from .jobs.estimate import traits_of_config
@@ -69,7 +69,7 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
         "reload_means": recipe.reload.value,
     }
     if config is not None:
-        found = validate(Source(str(model), trust_remote_code=trust_remote_code), recipe, config, offline=True)
+        found = validate(ModelSource(str(model), trust_remote_code=trust_remote_code), recipe, config, offline=True)
         report["model"] = found.figures
         report["model"]["readable"]["host memory"] = f"about {bytes_text(found.figures['host_bytes'])}"
         report["notes"] = found.notes

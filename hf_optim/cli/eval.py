@@ -46,16 +46,16 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
     """Load the checkpoint as stock transformers does (or, with ``--auto``, on our kernels) and measure it."""
     import torch
 
-    from ..checkpoints.source import device_named, load_model, load_processor
+    from ..checkpoints.source import load_model, load_processor, resolve_device
     from ..compressed.packed.accelerate import accelerate
     from ..evaluation.evaluate import evaluate
     from ..runs.memory import PeakMemory
 
     source = source_of(args)
-    device = device_named(args.device) or torch.device("cpu")
+    device = resolve_device(args.device) or torch.device("cpu")
     with PeakMemory(device) as memory:
         model = load_model(source).to(device)
         if args.auto:
             accelerate(model)
         figures = evaluate(model, load_processor(source, type(model)), data)
-    return {**figures, **memory.figures()}
+    return {**figures, **memory.metrics()}

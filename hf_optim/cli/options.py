@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..checkpoints.source import Source
+    from ..checkpoints.source import ModelSource
     from ..recipes.config import DataConfig, OptimConfig
 
 DRIVERS = ("auto", "whole_model", "blockwise", "streamed")
@@ -68,11 +68,11 @@ def remote_code_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def source_of(args: argparse.Namespace) -> Source:
+def source_of(args: argparse.Namespace) -> ModelSource:
     """The model that ``model_options`` describe."""
-    from ..checkpoints.source import Source
+    from ..checkpoints.source import ModelSource
 
-    return Source(args.model, args.revision, args.dtype, args.trust_remote_code)
+    return ModelSource(args.model, args.revision, args.dtype, args.trust_remote_code)
 
 
 def data_config(args: argparse.Namespace, dataset: str | None, base: Any = None) -> DataConfig:

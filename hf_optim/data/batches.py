@@ -44,7 +44,7 @@ def with_decoder_inputs(batch: dict[str, Tensor], config: PretrainedConfig) -> d
     return {**batch, "decoder_input_ids": shifted.masked_fill(shifted == -100, pad)}
 
 
-def fingerprint(batches: Iterable[Mapping[str, Tensor]]) -> str:
+def hash_batches(batches: Iterable[Mapping[str, Tensor]]) -> str:
     """SHA-256 of the inputs, however they are cut into batches.
 
     For batches of ``input_ids`` alone it is the hash of the token ids as little-endian int64, row after row.

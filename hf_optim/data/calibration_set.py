@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..runs.distributed import share_of
-from .batches import cpu_batch, fingerprint, with_decoder_inputs
+from .batches import cpu_batch, hash_batches, with_decoder_inputs
 from .datasets import find_column, image_column, is_local, is_streamed, load_image, load_rows, string_columns
 from .token_windows import random_tokens, reservoir, window_length, windows
 
@@ -103,7 +103,7 @@ def calibration_data(
     maker = _Maker(model_config, tokenizer, data, batch_size or data.batch_size)
     batches, described = maker.make(source)
     kept = {"dataset": described.pop("dataset", None), "seed": data.seed, **described}
-    return CalibrationData(share_of(batches), {**kept, "sha256": fingerprint(batches)})
+    return CalibrationData(share_of(batches), {**kept, "sha256": hash_batches(batches)})
 
 
 @dataclass(frozen=True)

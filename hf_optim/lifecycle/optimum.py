@@ -8,7 +8,7 @@ from typing import Any
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from ..checkpoints.source import Source, find_processor, load_model, load_processor
+from ..checkpoints.source import ModelSource, find_processor, load_model, load_processor
 from ..errors import RecipeError
 from ..recipes.config import OptimConfig
 from .loading import optimize
@@ -55,7 +55,7 @@ class OptimQuantizer(OptimumQuantizer):
         if isinstance(model_or_path, PreTrainedModel):
             home = getattr(model_or_path.config, "_name_or_path", "")
             return cls(model_or_path, tokenizer or find_processor(home, model_or_path.main_input_name))
-        source = Source(str(model_or_path), revision, dtype, trust_remote_code)
+        source = ModelSource(str(model_or_path), revision, dtype, trust_remote_code)
         model = load_model(source)
         return cls(model, tokenizer or load_processor(source, type(model)))
 

@@ -107,7 +107,7 @@ def share_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def require_agreement(model: nn.Module) -> None:
+def require_equal_weights(model: nn.Module) -> None:
     """Raise ``NumericalError`` unless all ranks have the same weights, to rounding.
 
     A step that uses calibration data in a way of its own would leave each rank with weights of its own.

@@ -63,7 +63,7 @@ def stray_weights(run: Run) -> list[str]:
     return found
 
 
-def require_agreement(run: Run) -> None:
+def require_equal_masks(run: Run) -> None:
     """Raise ``NumericalError`` naming the first parameter of which two ranks have different masks.
 
     A step that draws random numbers without a generator of its own, seeded alike on all ranks, would let each train

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..runs.masking import apply_masks, masked_parameter, require_agreement
+from ..runs.masking import apply_masks, masked_parameter, require_equal_masks
 from ..runs.run import Run
 from ..toolkit.distributed import fsdp
 from ..toolkit.pruning.masked_layers import clear_running_means
@@ -68,10 +68,10 @@ class MaskCallback(TrainerCallback):
             self.apply()  # whatever another callback did to weights or running means, a checkpoint is under its masks
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        require_agreement(self.run)
+        require_equal_masks(self.run)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        require_agreement(self.run)
+        require_equal_masks(self.run)
         # load_best_model_at_end may have put other weights and other masks in place.
         self._renew(kwargs.get("optimizer"))
         self.apply()

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from transformers.trainer import OPTIMIZER_NAME
 
-from ..checkpoints.atomic import replaced_directory
+from ..checkpoints.atomic import replace_directory
 from ..errors import CheckpointError, ModelError, OptimError, RecipeError
 from ..lifecycle.stages import finish_stage
 from ..recipes.technique import Technique
@@ -167,7 +167,7 @@ class Rounds:
         self.require_whole()
         folder = Path(folder)
         if distributed.is_main() if write is None else write:
-            with replaced_directory(folder, stale=lambda name: True) as beside:
+            with replace_directory(folder, stale=lambda name: True) as beside:
                 self.run.model.save_pretrained(beside)
                 if optimizer is not None:
                     torch.save(optimizer.state_dict(), beside / OPTIMIZER_NAME)

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..calibration.block_journal import BlockJournal, fingerprint
+from ..calibration.block_journal import BlockJournal, run_identity
 from ..runs.resume_header import is_begun, write_json
 from ..runs.run import Run
 
@@ -66,7 +66,7 @@ class TrainJournal:
 
         Raises ``CheckpointError`` if another training was begun here.
         """
-        mine = {**fingerprint(self.run), "training data": _digest(rows)}
+        mine = {**run_identity(self.run), "training data": _digest(rows)}
         header = self.home / HEADER
         what = f"the training of {self.run.stage} in {self.home.parent.name} was begun with"
         if is_begun(header, mine, what) and (found := self._whole()) is not None:

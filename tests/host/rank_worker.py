@@ -72,10 +72,10 @@ def check_refusals() -> None:
     model = nn.Linear(2, 2)
     nn.init.constant_(model.weight, 1.0)
     nn.init.constant_(model.bias, 1.0)
-    distributed.require_agreement(model)
+    distributed.require_equal_weights(model)
     nn.init.constant_(model.weight, 1.0 + collectives.rank())
     try:
-        distributed.require_agreement(model)
+        distributed.require_equal_weights(model)
     except NumericalError as error:
         assert "weight" in str(error)  # noqa: PT017
     else:

@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_optim
 from hf_optim.errors import CheckpointError, ModelError, NumericalError
-from hf_optim.runs.masking import require_agreement, stray_weights
+from hf_optim.runs.masking import require_equal_masks, stray_weights
 from hf_optim.toolkit.distributed import collectives, fsdp
 from hf_optim.toolkit.pruning import masks, sparsity
 from hf_optim.training.checkpoint_callback import CheckpointCallback, read_state
@@ -243,7 +243,7 @@ def check_agreement() -> None:
     run = begin(tiny_llama(), ToyRamp())
     generator = torch.Generator().manual_seed(0)
     run.masks[NAME] = torch.rand(run.model.get_parameter(NAME).shape, generator=generator) < 0.5
-    require_agreement(run)
+    require_equal_masks(run)
     if collectives.rank():
         run.masks[NAME] = run.masks[NAME].roll(1, 0)  # as many, elsewhere
     keepers: list = [CheckpointCallback(run), MaskCallback(run)]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import hf_optim
 from hf_optim import OptimConfig
 from hf_optim.checkpoints import meta_model, saving
-from hf_optim.checkpoints.source import Source, load_model
+from hf_optim.checkpoints.source import ModelSource, load_model
 from hf_optim.cli.jobs.streamed import StreamedJob
 from hf_optim.data.calibration_set import calibration_data
 from hf_optim.toolkit import topology
@@ -37,7 +37,7 @@ def recipe_of(steps, driver, spill=None):
 
 def blockwise(home: Path, steps, batches, output: Path):
     """The result in memory and on disk."""
-    model = load_model(Source(str(home)))
+    model = load_model(ModelSource(str(home)))
     made = hf_optim.optimize(model, recipe_of(steps, "blockwise"), batches)
     saving.save(hf_optim.run_of(made), output)
     return hf_optim.run_of(made)
@@ -45,7 +45,7 @@ def blockwise(home: Path, steps, batches, output: Path):
 
 def streamed(home: Path, steps, batches, output: Path, spill=None, resume=False):
     """The run of the streamed driver; what it wrote is in ``output``."""
-    source = Source(str(home))
+    source = ModelSource(str(home))
     built = meta_model.build(source)
     recipe = recipe_of(steps, "streamed", spill)
     data = calibration_data(batches, model_config=built.model.config) if batches is not None else None

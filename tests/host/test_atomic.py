@@ -13,7 +13,7 @@ import pytest
 
 from hf_optim import CheckpointError
 from hf_optim.checkpoints import atomic
-from hf_optim.checkpoints.atomic import replaced_directory
+from hf_optim.checkpoints.atomic import replace_directory
 
 
 def files(directory):
@@ -26,7 +26,7 @@ def never(name):
 
 def test_a_new_directory_appears_whole(tmp_path):
     target = tmp_path / "deep" / "out"
-    with replaced_directory(target, never) as beside:
+    with replace_directory(target, never) as beside:
         (beside / "a").write_text("1")
         assert not target.exists()
     assert files(target) == {"a": "1"}
@@ -42,7 +42,7 @@ def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):
         ("a", "0"),
     ):
         (tmp_path / "out" / name).write_text(text)
-    with replaced_directory(tmp_path / "out", lambda name: name.startswith("model")) as beside:
+    with replace_directory(tmp_path / "out", lambda name: name.startswith("model")) as beside:
         (beside / "a").write_text("1")
     assert files(tmp_path / "out") == {"a": "1", "runs/log": "l", "tokenizer.json": "t"}
 
@@ -52,12 +52,12 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, swap):
     if not swap:
         monkeypatch.setattr(atomic, "_swap", lambda one, other: False)
     out = tmp_path / "out"
-    with replaced_directory(out, never) as beside:
+    with replace_directory(out, never) as beside:
         (beside / "a").write_text("old")
-    with pytest.raises(KeyError), replaced_directory(out, never) as beside:
+    with pytest.raises(KeyError), replace_directory(out, never) as beside:
         raise KeyError((beside / "a").write_text("new"))
     assert files(out) == {"a": "old"}
-    with replaced_directory(out, never) as beside:
+    with replace_directory(out, never) as beside:
         (beside / "a").write_text("new")
     assert files(out) == {"a": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -65,16 +65,16 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, swap):
 
 def test_a_full_disk_is_explained(tmp_path):
     out = tmp_path / "out"
-    with replaced_directory(out, never) as beside:
+    with replace_directory(out, never) as beside:
         (beside / "a").write_text("old")
-    with pytest.raises(CheckpointError, match="the disk is full"), replaced_directory(out, never):
+    with pytest.raises(CheckpointError, match="the disk is full"), replace_directory(out, never):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert files(out) == {"a": "old"}
 
 
 def test_a_killed_writer_leaves_the_old_directory_and_its_litter_is_swept(tmp_path):
     out = tmp_path / "out"
-    with replaced_directory(out, never) as beside:
+    with replace_directory(out, never) as beside:
         (beside / "a").write_text("old")
     code = (
         "import sys, time; from pathlib import Path; from hf_optim.atomic import replaced_directory\n"
@@ -87,7 +87,7 @@ def test_a_killed_writer_leaves_the_old_directory_and_its_litter_is_swept(tmp_pa
         writer.wait()
     assert files(out) == {"a": "old"}
     assert len(list(tmp_path.iterdir())) == 2
-    with replaced_directory(out, never) as beside:
+    with replace_directory(out, never) as beside:
         (beside / "a").write_text("new")
     assert files(out) == {"a": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -97,7 +97,7 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path):
     old = tmp_path / ".out.old-999999999"
     old.mkdir()
     (old / "a").write_text("old")
-    with replaced_directory(tmp_path / "out", never) as beside:
+    with replace_directory(tmp_path / "out", never) as beside:
         assert files(tmp_path / "out") == {"a": "old"}
         (beside / "b").write_text("new")
     assert files(tmp_path / "out") == {"a": "old", "b": "new"}
@@ -105,7 +105,7 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path):
 
 def test_a_reader_never_sees_a_half(tmp_path):
     out = tmp_path / "out"
-    with replaced_directory(out, never) as beside:
+    with replace_directory(out, never) as beside:
         (beside / "a").write_text("0")
         (beside / "b").write_text("0")
     code = (
@@ -137,5 +137,5 @@ def test_a_reader_never_sees_a_half(tmp_path):
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(CheckpointError, match="is a file"), replaced_directory(tmp_path / "out", never):
+    with pytest.raises(CheckpointError, match="is a file"), replace_directory(tmp_path / "out", never):
         pass

@@ -61,7 +61,7 @@ def test_one_rank_needs_no_process_group():
         assert distributed.is_main()
         assert collectives.union([(1,), (1,)]) == [(1,)]
         distributed.barrier()
-        distributed.require_agreement(torch.nn.Linear(2, 2))
+        distributed.require_equal_weights(torch.nn.Linear(2, 2))
     assert distributed.share_of([{"a": torch.ones(1)}]) == [{"a": torch.ones(1)}]
 
 

@@ -399,12 +399,14 @@ def test_layer_types_of_the_architecture_come_back(tmp_path):
 @pytest.mark.slow
 def test_the_main_job_measures_a_result_with_code_of_its_own(shared_models, shared_data, tmp_path):
     """The result is loaded with its own code, under the head that it was saved with, and its card has the figures."""
-    from hf_optim.checkpoints.source import Source
+    from hf_optim.checkpoints.source import ModelSource
     from hf_optim.cli.jobs.compress import Job, compress
 
     evaluation = DataConfig(str(shared_data / "tinystories" / "eval.jsonl"), samples=2)
     recipe = OptimConfig.parse([{"technique": "gobo", "bits": 4}])
-    run = compress(Job(Source(str(shared_models / "stories260k")), recipe, tmp_path / "out", evaluation, device="cpu"))
+    run = compress(
+        Job(ModelSource(str(shared_models / "stories260k")), recipe, tmp_path / "out", evaluation, device="cpu")
+    )
     before, after = (run.record.measured[side] for side in ("before", "after"))
     assert before["perplexity"] < after["perplexity"] < 1.5 * before["perplexity"]
     assert run.record.reload == "REMOTE_CODE"

@@ -18,7 +18,7 @@ from hf_optim import Contract, ModelError, RecipeError, Reload, Technique, hooki
 from hf_optim.calibration.streamed import activation_store
 from hf_optim.checkpoints import meta_model
 from hf_optim.checkpoints.reader import Checkpoint
-from hf_optim.checkpoints.source import Source
+from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli.jobs.compress import Job, compress
 from hf_optim.runs.record import Record
 from hf_optim.toolkit import topology
@@ -177,7 +177,7 @@ def test_a_write_outside_the_block_is_refused(homes, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_a_skeleton_is_the_model_without_weights(name, homes):
-    built = meta_model.build(Source(str(homes(name)))).model
+    built = meta_model.build(ModelSource(str(homes(name)))).model
     loaded = type(built).from_pretrained(homes(name))
     assert {n: (p.shape, p.dtype) for n, p in built.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in loaded.named_parameters()
@@ -192,7 +192,7 @@ def test_a_skeleton_is_the_model_without_weights(name, homes):
 @pytest.mark.parametrize("name", sorted(TINY))
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_every_tensor_is_read_as_transformers_loads_it(name, dtype, homes):
-    source = Source(str(homes(name)), dtype=dtype)
+    source = ModelSource(str(homes(name)), dtype=dtype)
     built = meta_model.build(source)
     checkpoint = Checkpoint(built.files, built.model)
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -216,7 +216,7 @@ def test_what_needs_the_whole_model_is_refused(case, homes, tmp_path):
     steps = [Onlooker(whole=True)] if "onlooker" in reason else steps
     recipe = recipe_of(steps, "streamed")
     with pytest.raises(RecipeError, match=f"(?s){reason}.*blockwise"):
-        compress(Job(Source(str(homes("llama"))), recipe, tmp_path / "out"))
+        compress(Job(ModelSource(str(homes("llama"))), recipe, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

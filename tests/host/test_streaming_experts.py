@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_optim import Contract, ModelError, Reload, Technique, hookimpl, technique
 from hf_optim.calibration.streamed import driver
-from hf_optim.checkpoints.source import Source
+from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli.jobs import preflight
 from hf_optim.compressed.experts import expert_schemes
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
@@ -105,7 +105,7 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path
 
 def stop_in(monkeypatch, name, at):
     """Let the driver's method raise when it is called for the ``at``-th time."""
-    stock_method, calls = getattr(driver.Streamed, name), []
+    stock_method, calls = getattr(driver.StreamedDriver, name), []
 
     def method(*args, **kwargs):
         calls.append(args)
@@ -113,7 +113,7 @@ def stop_in(monkeypatch, name, at):
             raise Stop
         return stock_method(*args, **kwargs)
 
-    monkeypatch.setattr(driver.Streamed, name, method)
+    monkeypatch.setattr(driver.StreamedDriver, name, method)
 
 
 @pytest.mark.parametrize(("name", "place"), [("mixtral", "_outputs"), ("qwen3", "_outside")])
@@ -147,7 +147,7 @@ def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, mon
 # -- what is refused ---------------------------------------------------------------------------------------------------
 def look(home, *steps):
     config = transformers.AutoConfig.from_pretrained(home)
-    return preflight.validate(Source(str(home)), recipe_of(steps, "streamed"), config)
+    return preflight.validate(ModelSource(str(home)), recipe_of(steps, "streamed"), config)
 
 
 def test_experts_that_stock_could_not_read_are_refused_before_a_block_is_read(homes, tmp_path):

@@ -14,7 +14,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoConfig
 
 from hf_optim import CheckpointError, ModelError, OptimConfig
-from hf_optim.checkpoints.source import Source
+from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli import main
 from hf_optim.cli.check import check
 from hf_optim.cli.jobs import preflight
@@ -40,7 +40,7 @@ def model(sound, tmp_path):
 
 def look(home, recipe=None, output=None):
     recipe = OptimConfig.parse(STREAMED if recipe is None else recipe)
-    return preflight.validate(Source(str(home)), recipe, AutoConfig.from_pretrained(home), output)
+    return preflight.validate(ModelSource(str(home)), recipe, AutoConfig.from_pretrained(home), output)
 
 
 def shard_with(home, name):

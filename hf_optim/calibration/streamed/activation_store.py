@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...checkpoints.reader import raw
+from ...checkpoints.reader import byte_view
 from ...errors import CheckpointError
 
 Leaf = Any
@@ -88,7 +88,7 @@ class ActivationStore:
                 for leaf in leaves:
                     if isinstance(leaf, Tensor):
                         host = leaf.detach().to("cpu").contiguous()
-                        file.write(raw(host))
+                        file.write(byte_view(host))
                         leaf = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
                     kept.append(leaf)
         except OSError as error:
@@ -101,7 +101,7 @@ class ActivationStore:
             for leaf in self._leaves[number]:
                 if isinstance(leaf, Tensor):
                     host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=self.device.type == "cuda")
-                    file.readinto(raw(host))
+                    file.readinto(byte_view(host))
                     leaf = host
                 leaves.append(leaf)
         return leaves

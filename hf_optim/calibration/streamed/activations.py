@@ -12,9 +12,9 @@ from torch import nn
 from ...errors import ModelError
 from ...runs.scope import Example
 from ...toolkit import topology
-from ..forward import Batch, blocks_replaced, capture_block_inputs, to_device
+from ..forward import Batch, capture_block_inputs, replace_forwards, to_device
 from .activation_store import ActivationStore
-from .block_arguments import Arguments, shape_of, survey
+from .block_arguments import RecordedArguments, infer_signature, record_calls
 from .materialize import NonBlockWeights
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class ActivationCache:
     ) -> None:
         self.model, self.blocks, self.batches, self.outskirts = model, blocks, batches, outskirts
         self.device = device
-        self._arguments: dict[str, Arguments | None] = {}
+        self._arguments: dict[str, RecordedArguments | None] = {}
         self._make = lambda number: ActivationStore(device, directory, f"{name}{number}-{len(self._streams)}")
         self._streams: dict[str, list[ActivationStore]] = {}
         self._copies = 2 if keeps_inputs else 1
@@ -100,7 +100,7 @@ class ActivationCache:
 
     def forward(self, number: int) -> Any:
         """The model's output for a batch, when every block is done: what lies outside runs on what they returned."""
-        with blocks_replaced(self._stubs(self.blocks, number)):
+        with replace_forwards(self._stubs(self.blocks, number)):
             return self.model(**self.batches[number])
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class ActivationCache:
             lambda stack: self._output_of(stack, number, 0 if stack == own else -1),
         )
 
-    def _survey(self, index: int) -> Arguments | None:
+    def _survey(self, index: int) -> RecordedArguments | None:
         """Record how the blocks of the stack that begins at ``index`` are called, and keep the first hidden states."""
         block = self.blocks[index]
         stack = [other for other in self.blocks if other.stack == block.stack]
@@ -143,12 +143,12 @@ class ActivationCache:
             return None
         args, kwargs = self._reached(index, 0)
         output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
-        shape = shape_of((args, kwargs), output)
+        shape = infer_signature((args, kwargs), output)
         if shape is None:
             return None
-        found = Arguments(shape)
+        found = RecordedArguments(shape)
         for number, batch in enumerate(self.batches):
-            surveyed = survey(self.model, stack, batch, shape, self._stubs(self.blocks[:index], number))
+            surveyed = record_calls(self.model, stack, batch, shape, self._stubs(self.blocks[:index], number))
             if surveyed is None:
                 return None
             hidden, calls, slots = surveyed
@@ -157,7 +157,7 @@ class ActivationCache:
         return found
 
 
-class Lessons(Sequence[Example]):
+class ReferenceOutputs(Sequence[Example]):
     """What a block computed as it was, batch by batch; fetched from the flow when asked for."""
 
     def __init__(self, flow: ActivationCache, index: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...toolkit import topology
-from ..forward import Batch, BlockInputsCaptured, blocks_replaced
+from ..forward import Batch, BlockInputsCaptured, replace_forwards
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ HIDDEN = _Hidden()
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallSignature:
     """How a stack hands on its hidden state.
 
     Attributes:
@@ -68,10 +68,10 @@ class Shape:
         return found[0] if sum(isinstance(leaf, Tensor) for leaf in leaves) == 1 else None
 
 
-class Arguments:
+class RecordedArguments:
     """The arguments of all blocks of one stack, but for the hidden state, for the batches surveyed so far."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: CallSignature) -> None:
         self.shape = shape
         self._calls: dict[int, list[list[Any]]] = {}
         self._slots: dict[int, list[Tensor]] = {}
@@ -100,7 +100,7 @@ class Arguments:
         return tensor.to(device, non_blocking=True) if known is None else known
 
 
-def shape_of(first: tuple[Any, Any], output: Any) -> Shape | None:
+def infer_signature(first: tuple[Any, Any], output: Any) -> CallSignature | None:
     """The shape of a stack by its first block's arguments and output; None if there is more than a hidden state.
 
     The place of the hidden state is not known yet (-1) unless only one tensor is of the output's shape.
@@ -116,11 +116,15 @@ def shape_of(first: tuple[Any, Any], output: Any) -> Shape | None:
         for place, leaf in enumerate(leaves)
         if isinstance(leaf, Tensor) and leaf.shape == tensors[0].shape and leaf.is_floating_point()
     ]
-    return Shape(alike[0], spec, marked, out_spec, tensors[0].dtype) if len(alike) == 1 else None
+    return CallSignature(alike[0], spec, marked, out_spec, tensors[0].dtype) if len(alike) == 1 else None
 
 
-def survey(
-    model: nn.Module, stack: Sequence[topology.Block], batch: Batch, shape: Shape, earlier: Mapping[nn.Module, Callable]
+def record_calls(
+    model: nn.Module,
+    stack: Sequence[topology.Block],
+    batch: Batch,
+    shape: CallSignature,
+    earlier: Mapping[nn.Module, Callable],
 ) -> tuple[Tensor, list[list[Any]], list[Tensor]] | None:
     """The first block's hidden state, and the calls of all blocks of a stack, for one batch.
 
@@ -147,7 +151,7 @@ def survey(
         return forward
 
     forwards = {block.module: stub(position) for position, block in enumerate(stack)}
-    with blocks_replaced({**earlier, **forwards}), contextlib.suppress(BlockInputsCaptured):
+    with replace_forwards({**earlier, **forwards}), contextlib.suppress(BlockInputsCaptured):
         model(**batch)
     if not fitting or len(seen) != len(stack):
         return None

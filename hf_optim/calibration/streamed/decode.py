@@ -42,7 +42,7 @@ def require_one_scheme(model: nn.Module, name: str, earlier: Iterable[str], loos
         )
 
 
-def experts_of(model: nn.Module, name: str) -> dict[str, Any]:
+def describe_experts(model: nn.Module, name: str) -> dict[str, Any]:
     """How the quantized experts of the block ``name`` are written, in JSON types.
 
     ``scheme``, ``transposed``, and ``parts``: stacked parameter -> linear in the checkpoint -> expert, first row, end.
@@ -60,7 +60,9 @@ def experts_of(model: nn.Module, name: str) -> dict[str, Any]:
     return {**made, "scheme": scheme.model_dump(mode="json"), "parts": parts} if scheme is not None else {}
 
 
-def coded(block: nn.Module, key: str, where: Mapping[str, str], loose: list[str], experts: Mapping[str, Any]) -> bool:
+def is_stored_quantized(
+    block: nn.Module, key: str, where: Mapping[str, str], loose: list[str], experts: Mapping[str, Any]
+) -> bool:
     """Whether the tensor ``key`` of a block is a weight that the shard holds as codes."""
     part, _, leaf = key.rpartition(".")
     if key in experts.get("parts", {}):
@@ -70,7 +72,7 @@ def coded(block: nn.Module, key: str, where: Mapping[str, str], loose: list[str]
     return leaf == "weight" and scheme is not None and scheme.weights is not None and part not in loose and held
 
 
-def decoded(key: str, about: Mapping[str, Any], stored: Tensors, dtype: torch.dtype) -> Tensor:
+def decode_weight(key: str, about: Mapping[str, Any], stored: Tensors, dtype: torch.dtype) -> Tensor:
     """The weight as it was in memory. ``stored`` gives the tensors of a linear by its name in the block."""
     parts = about.get("experts", {}).get("parts", {}).get(key)
     if parts is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...checkpoints.reader import Checkpoint
-from ...compressed.quantizer import Readability
+from ...compressed.quantizer import PackingFallback
 from ...errors import ModelError
 from ...recipes.technique import Technique
 from ...runs.masking import stray_weights
@@ -25,16 +25,16 @@ from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.modules.modes import evaluating
 from ..forward import without_cache
-from ..steps import any_needs_data, drive, named_exactly, refuse_idle
-from ..throughput import speed
-from .activations import CPU, ActivationCache, Lessons
+from ..steps import any_needs_data, exact_targets, require_covered, run_calibration
+from ..throughput import summarize_throughput
+from .activations import CPU, ActivationCache, ReferenceOutputs
 from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
-from .output import Output
+from .output import StreamedOutput
 
 log = logging.getLogger(__name__)
 
 
-class Streamed:
+class StreamedDriver:
     """Calibrates the blocks of a weightless model in execution order, and writes each when it is done.
 
     Args:
@@ -46,7 +46,12 @@ class Streamed:
     """
 
     def __init__(
-        self, run: Run, steps: Sequence[Technique], checkpoint: Checkpoint, output: Output, spill: Path | None = None
+        self,
+        run: Run,
+        steps: Sequence[Technique],
+        checkpoint: Checkpoint,
+        output: StreamedOutput,
+        spill: Path | None = None,
     ) -> None:
         self.run, self.steps, self.checkpoint, self.output = run, steps, checkpoint, output
         self.model = run.model
@@ -59,7 +64,7 @@ class Streamed:
         self.flow = flow() if batches else None
         teaching = bool(batches) and any(step.needs_teacher() for step in steps)
         self.taught = flow(name="taught", keeps_inputs=True) if teaching else None
-        self.readability = Readability()
+        self.packing_fallback = PackingFallback()
         self.loose: list[str] = []
         self.seconds: list[float] = []
         self.passes = 0
@@ -75,7 +80,7 @@ class Streamed:
                     if flow is not None:
                         flow.close()
         for step in self.steps:
-            refuse_idle(self.run, step)
+            require_covered(self.run, step)
 
     def _drive(self, reader: ThreadPoolExecutor) -> None:
         bar = tqdm(self.blocks, desc="compressing", unit="block", disable=len(self.blocks) < 2)
@@ -102,7 +107,7 @@ class Streamed:
         if self.taught is not None:
             bar.set_postfix_str(f"{block.name}: as it was")
             self._pass(self.taught, index)
-            lesson = Lessons(self.taught, index)
+            lesson = ReferenceOutputs(self.taught, index)
         if self.flow is not None:
             self.flow.enter(index)
         if finished:
@@ -123,7 +128,7 @@ class Streamed:
         with self._nothing_else_changes(block):
             for step in self.steps:
                 bar.set_postfix_str(f"{block.name}: {step.name}")
-                drive(self.run, step, scope, functools.partial(self._feed, index))
+                run_calibration(self.run, step, scope, functools.partial(self._feed, index))
 
     def _feed(self, index: int, step: Technique) -> None:
         if step.needs_data() and self.flow is not None:
@@ -148,19 +153,19 @@ class Streamed:
         if stray := stray_weights(self.run):
             raise ModelError(f"{stray[0]} has weights where it was pruned by an earlier step")
         block = self.blocks[index]
-        self.readability.settle(self.run, block.name)
+        self.packing_fallback.apply(self.run, block.name)
         self.loose += self.output.write_block(self.run, index)
         # Kept beside the block; they would grow with the model, and are read back when the run is finished.
         self.run.masks.clear()
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Figures for the record: seconds a block, and tokens of calibration a second."""
-        return speed(self.run, self.seconds, self.passes, self.device)
+        return summarize_throughput(self.run, self.seconds, self.passes, self.device)
 
     # -- what lies outside the blocks -----------------------------------------------------------------------------
     def _outer_steps(self) -> list[Technique]:
         scope = self._outer_scope()
-        return [step for step in self.steps if scope.select(named_exactly(step, scope)) and not step.needs_teacher()]
+        return [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
 
     def _outer_scope(self) -> Scope:
         count = len(self.blocks)
@@ -174,8 +179,8 @@ class Streamed:
             if steps:
                 self.outskirts.make_real()
             for step in steps:
-                drive(self.run, step, self._outer_scope(), self._feed_outside)
-            self.output.write_rest(self.run, self.outskirts.names, self.checkpoint, self.readability, self.loose)
+                run_calibration(self.run, step, self._outer_scope(), self._feed_outside)
+            self.output.write_rest(self.run, self.outskirts.names, self.checkpoint, self.packing_fallback, self.loose)
         finally:
             self.outskirts.make_weightless()
             for name in topology.linears(self.model):

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...runs.run import Run
-from .output import Output
+from .output import StreamedOutput
 
 
 class _Masks(MutableMapping[str, Tensor]):
     """``run.masks`` of a finished run: read from beside the finished blocks, one at a time."""
 
-    def __init__(self, output: Output, live: MutableMapping[str, Tensor]) -> None:
+    def __init__(self, output: StreamedOutput, live: MutableMapping[str, Tensor]) -> None:
         self.output, self.live, self.kept = output, dict(live), output.masks()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -37,7 +37,7 @@ class _Masks(MutableMapping[str, Tensor]):
 
 
 @contextmanager
-def readable(run: Run, output: Output) -> Iterator[None]:
+def finished_weights(run: Run, output: StreamedOutput) -> Iterator[None]:
     """In the body, ``run.model.get_parameter`` gives the finished weights, and ``run.masks`` has every mask.
 
     Both read what is asked for from the finished files. What is written into such a weight is lost, which is right for

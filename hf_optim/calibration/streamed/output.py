@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.reader import DTYPES, NAMES, Checkpoint, read_tensor
 from ...checkpoints.shard_writer import write_shard
-from ...compressed.quantizer import Readability
+from ...compressed.quantizer import PackingFallback
 from ...compressed.state import dump_module_state, load_module_state, quantized_modules
 from ...compressed.state_dict import packed_state_dict
 from ...errors import CheckpointError
@@ -27,13 +27,13 @@ from ...runs import snapshot
 from ...runs.resume_header import is_begun, write_json
 from ...runs.run import Run
 from ...toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders
-from .decode import coded, decoded, experts_of, require_one_scheme
+from .decode import decode_weight, describe_experts, is_stored_quantized, require_one_scheme
 
 HEADER = "journal.json"
 INDEX = "model.safetensors.index.json"
 
 
-class Output:
+class StreamedOutput:
     """The result as far as it is written, in a directory of its own.
 
     Args:
@@ -80,9 +80,9 @@ class Output:
         dense, meta = dump_module_state(block)
         state, loose = packed_state_dict(block, run.model, name)
         require_one_scheme(run.model, name, self.names[:number], loose)
-        experts = experts_of(run.model, name)
+        experts = describe_experts(run.model, name)
         own = {f"{name}.{key}": value for key, value in state.items()}
-        saved = as_saved(run.model, own)
+        saved = to_saved_names(run.model, own)
         write_shard(self.shard(number), saved)
         keys = {id(value): key for key, value in saved.items()}
         where = {key.removeprefix(f"{name}."): keys[id(value)] for key, value in own.items() if id(value) in keys}
@@ -90,7 +90,8 @@ class Output:
         kept = {
             f"kept.{key}": value
             for key, value in dense.items()
-            if not _says(state.get(key), value, key in where) and not coded(block, key, where, loose, experts)
+            if not _says(state.get(key), value, key in where)
+            and not is_stored_quantized(block, key, where, loose, experts)
         }
         tensors, known = snapshot.take(run, inside=f"{name}.")
         masks = {key.removeprefix("mask."): tensors.pop(key) for key in list(tensors) if key.startswith("mask.")}
@@ -109,7 +110,7 @@ class Output:
         return [f"{name}.{part}" if part else name for part in loose]
 
     def write_rest(
-        self, run: Run, names: list[str], checkpoint: Checkpoint, readability: Readability, loose: list[str]
+        self, run: Run, names: list[str], checkpoint: Checkpoint, packing_fallback: PackingFallback, loose: list[str]
     ) -> None:
         """Write what lies outside the blocks: from memory what is real there, the rest as it stands in the checkpoint.
 
@@ -120,7 +121,7 @@ class Output:
         model: Any = run.model
         for name, module in quantized_modules(model).items():
             if f"{name}.weight" in names and not module.get_parameter("weight").is_meta:
-                readability.settle(run, name)
+                packing_fallback.apply(run, name)
         prefixes = tuple(f"{name}." for name in self.names)
         # Of a tied tensor, the name that transformers keeps.
         state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
@@ -132,7 +133,7 @@ class Output:
                 loose += [name for _ in left]
                 state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
                 packed |= {f"{name}.{key}": value for key, value in own.items()}
-        saved = as_saved(model, state | packed)
+        saved = to_saved_names(model, state | packed)
         empty = {id(value): name for name, value in state.items() if value.is_meta}
         made: dict[str, Tensor | Entry] = {}
         for key, value in saved.items():
@@ -144,7 +145,7 @@ class Output:
                 made[key] = entry if entry is not None else checkpoint.read([name])[name]
         if len(made) < len(saved):
             real = checkpoint.read(list(empty.values()))
-            made = dict(as_saved(model, state | packed | real))
+            made = dict(to_saved_names(model, state | packed | real))
         write_shard(self.shard(len(self.names)), made)
 
     # -- reading back ---------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class Output:
         def stored(linear: str) -> dict[str, Tensor]:
             return {leaf: read_tensor(saved[name]) for leaf, name in held[linear].items()}
 
-        return decoded(key, about, stored, DTYPES[about["inventory"][key][0]])
+        return decode_weight(key, about, stored, DTYPES[about["inventory"][key][0]])
 
     # -- the end --------------------------------------------------------------------------------------------------
     def index(self, parameters: int) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class Output:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def as_saved(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_saved_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A part of a state dict under the names that ``save_pretrained`` writes, without what it leaves out."""
     from transformers.core_model_loading import revert_weight_conversion
 

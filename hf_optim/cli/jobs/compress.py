@@ -18,7 +18,7 @@ import torch
 from ...calibration.block_journal import BlockJournal
 from ...checkpoints import dense, saving
 from ...checkpoints.hub import commit_of
-from ...checkpoints.source import Source, device_named, load_model, load_processor, stored_bytes
+from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.calibration_set import CalibrationData, calibration_data
 from ...data.datasets import load_rows
 from ...errors import CheckpointError, DataError, OptimError
@@ -56,7 +56,7 @@ class Job:
         say: takes the lines that tell how far the job is.
     """
 
-    source: Source
+    source: ModelSource
     recipe: OptimConfig
     output: Path
     evaluation: DataConfig | None = None
@@ -72,7 +72,7 @@ def compress(job: Job) -> Run:
 
     What can be refused is refused before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
     """
-    device = device_named(job.device)
+    device = resolve_device(job.device)
     job = _pinned(job)
     config = load_config(job.source.model, job.source.trust_remote_code, job.source.revision)
     job.recipe.check(traits_of_config(config))
@@ -88,17 +88,17 @@ def compress(job: Job) -> Run:
         job.say(note)
     tokenizer = load_processor(job.source, model_class(config))
     calibration = _calibration(job, config, tokenizer)
-    before = figures_of(job, job.source.model, "original") if job.evaluation and distributed.is_main() else {}
+    before = evaluate_checkpoint(job, job.source.model, "original") if job.evaluation and distributed.is_main() else {}
     if job.recipe.driver == "streamed":
         return _streamed(job, found.skeleton, calibration, tokenizer, device, before)
     job.say(f"loading {job.source.model}")
     model = load_model(job.source)
-    original_bytes = stored_bytes(job.source, model)
+    original_bytes = checkpoint_bytes(job.source, model)
     journal = BlockJournal(_journal_home(job.output), resume=job.resume)
     model = optimize(model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal)
     model = _train(job, model, tokenizer)
     run = run_of(model)
-    distributed.require_agreement(model)
+    distributed.require_equal_weights(model)
     if not distributed.is_main():
         return run
     run.record.base_model["revision"] = job.source.revision
@@ -114,7 +114,7 @@ def compress(job: Job) -> Run:
     journal.remove()
     job.say(f"wrote {job.output}")
     if job.evaluation:
-        run.record.measured["after"] |= figures_of(job, str(job.output), "result", trust=True)
+        run.record.measured["after"] |= evaluate_checkpoint(job, str(job.output), "result", trust=True)
         _refresh(run, job.output)
     return run
 
@@ -137,12 +137,12 @@ def _streamed(
     work.output.remove()
     job.say(f"wrote {job.output}")
     if job.evaluation:
-        run.record.measured["after"] |= figures_of(job, str(job.output), "result", trust=True)
+        run.record.measured["after"] |= evaluate_checkpoint(job, str(job.output), "result", trust=True)
         _refresh(run, job.output)
     return run
 
 
-def figures_of(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
+def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
     """Measure a checkpoint in a process of its own, so that its peak memory is its own: ``hf-optim eval --json``.
 
     ``trust``: run the model code that lies beside it. The result's is what this very process wrote there.
@@ -219,7 +219,7 @@ def _calibration(job: Job, config: Any, tokenizer: Any) -> CalibrationData | Non
 def _compare(job: Job, run: Run) -> dict[str, Any]:
     """Top-1 agreement and KL divergence to the original, where the model has a vocabulary to compare over."""
     assert job.evaluation is not None
-    device = device_named(job.device) or torch.device("cpu")
+    device = resolve_device(job.device) or torch.device("cpu")
     ours: Any = run.model
     return compare(ours.to(device), load_model(job.source).to(device), run.tokenizer, job.evaluation)
 
@@ -239,7 +239,7 @@ def _train(job: Job, model: Any, tokenizer: Any) -> Any:
 
 
 def _make_dense(run: Run) -> None:
-    rounded = dense.dense(run.model)
+    rounded = dense.convert_to_dense(run.model)
     run.traits = (run.traits - {QUANTIZED}) | {FLOAT_WEIGHTS}
     run.record.traits = sorted(map(str, run.traits))
     if run.record.reload == Reload.STOCK_FORMAT.name:

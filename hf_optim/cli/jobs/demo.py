@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoints.source import Source
+from ...checkpoints.source import ModelSource
 from ...errors import OptimError
 from ...recipes.config import DataConfig, OptimConfig
 from ...runs.record import Record
@@ -53,7 +53,7 @@ def demo(output: Path, say: Callable[[str], None] = print) -> Record:
         recipe = dataclasses.replace(
             recipe, calibration=DataConfig(dataset=str(calibration), samples=CALIBRATION_WINDOWS)
         )
-        source = Source(str(bundled_model()), dtype="float32")
+        source = ModelSource(str(bundled_model()), dtype="float32")
         evaluation = DataConfig(dataset=str(held_out), samples=EVALUATION_WINDOWS)
         run = compress(Job(source, recipe, output, evaluation, device="cpu", say=say))
         check_stock_reload(run, output, Path(folder))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ...calibration.throughput import flops_per_second
+from ...calibration.throughput import measure_flops_per_second
 from ...data.token_windows import window_length
 from ...evaluation.reported import bytes_text
 from ...recipes.config import OptimConfig
@@ -34,7 +34,7 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
     stored = None if changed else _stored_bytes(recipe, model, width)
     block = max((sum(p.numel() for p in b.module.parameters()) for b in topology.blocks(model)), default=parameters)
     tokens = _calibration_tokens(recipe, config)
-    seconds = 2 * 2.0 * parameters * tokens / flops_per_second(_device(), torch.float32) if tokens else 0.0
+    seconds = 2 * 2.0 * parameters * tokens / measure_flops_per_second(_device(), torch.float32) if tokens else 0.0
     return {
         "class": type(model).__name__,
         "parameters": parameters,

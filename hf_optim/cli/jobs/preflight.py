@@ -36,7 +36,7 @@ from .estimate import estimate
 
 if TYPE_CHECKING:
     from ...checkpoints.meta_model import MetaModel
-    from ...checkpoints.source import Source
+    from ...checkpoints.source import ModelSource
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,11 @@ class Findings:
 
 
 def validate(
-    source: Source, recipe: OptimConfig, config: PreTrainedConfig, output: Path | None = None, offline: bool = False
+    source: ModelSource,
+    recipe: OptimConfig,
+    config: PreTrainedConfig,
+    output: Path | None = None,
+    offline: bool = False,
 ) -> Findings:
     """Look for everything that can be refused without reading a weight.
 
@@ -95,10 +99,10 @@ def validate(
     return Findings(skeleton, figures, notes)
 
 
-def _skeleton(source: Source, recipe: OptimConfig, offline: bool) -> MetaModel | None:
+def _skeleton(source: ModelSource, recipe: OptimConfig, offline: bool) -> MetaModel | None:
     from ...checkpoints import meta_model
 
-    if offline and not meta_model.at_hand(source):
+    if offline and not meta_model.is_local(source):
         return None
     try:
         return meta_model.build(source)

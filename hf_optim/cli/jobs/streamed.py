@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...calibration.streamed.driver import Streamed
-from ...calibration.streamed.finished_model import readable
-from ...calibration.streamed.output import INDEX, Output
+from ...calibration.streamed.driver import StreamedDriver
+from ...calibration.streamed.finished_model import finished_weights
+from ...calibration.streamed.output import INDEX, StreamedOutput
 from ...checkpoints import saving
-from ...checkpoints.atomic import replaced_directory
+from ...checkpoints.atomic import replace_directory
 from ...checkpoints.meta_model import MetaModel
 from ...checkpoints.reader import Checkpoint, read_sample
 from ...compressed.quantization_config import quantization_config, stored_schemes
@@ -57,7 +57,7 @@ class StreamedJob:
         begin(self.run, skeleton.model, source.model, source.revision)
         self.checkpoint = Checkpoint(skeleton.files, skeleton.model)
         self.names = [block.name for block in topology.blocks(skeleton.model)]
-        self.output = Output(work, self.names, self._identity(), resume)
+        self.output = StreamedOutput(work, self.names, self._identity(), resume)
         self.loose: list[str] = []
 
     def calibrate(self) -> None:
@@ -69,26 +69,26 @@ class StreamedJob:
         try:
             with staged(run) as entry:
                 steps = [step for step in run.recipe.steps if step.implements("calibrate")]
-                driver = Streamed(run, steps, self.checkpoint, self.output, spill)
+                driver = StreamedDriver(run, steps, self.checkpoint, self.output, spill)
                 driver.drive()
-                entry |= {"driver": "streamed", **driver.figures()}
+                entry |= {"driver": "streamed", **driver.metrics()}
         finally:
             if spill is not None:
                 shutil.rmtree(spill, ignore_errors=True)
         self.loose = driver.loose
-        with readable(run, self.output):
+        with finished_weights(run, self.output):
             complete_stage(run)
 
     def save(self, directory: Path) -> None:
         """Put the shards, the configuration, the record and the card in the place of ``directory``, at once."""
         run, model = self.run, self._described()
-        with replaced_directory(directory, stale=saving.is_weights) as beside:
+        with replace_directory(directory, stale=saving.is_weights) as beside:
             self._write_config(model, beside)
             for path in self.output.shards:
                 _link(path, beside / path.name)
             index = self.output.index(model.num_parameters())
             (beside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            with readable(run, self.output):
+            with finished_weights(run, self.output):
                 saving.describe(run, beside)
 
     def _described(self) -> Any:

@@ -216,7 +216,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
-def fingerprint(model: nn.Module) -> str:
+def hash_parameters(model: nn.Module) -> str:
     """A hash of a few values of every parameter, to tell one teacher from another."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -225,7 +225,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def files_fingerprint(source: str) -> str:
+def hash_files(source: str) -> str:
     """What tells a teacher at a path or Hub id from another one that comes to lie there, without reading its weights.
 
     Of a folder a hash over its configuration and, of every safetensors file, name, size, header, and the first and last

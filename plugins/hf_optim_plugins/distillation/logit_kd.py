@@ -328,13 +328,13 @@ def _identity(step: LogitKD, run: Run) -> dict[str, Any]:
     own = run.state(step)
     given = getattr(own, "teacher", None)
     if given is not None and given is not getattr(own, "loaded", None):
-        return {"teacher": teachers.fingerprint(given)}
+        return {"teacher": teachers.hash_parameters(given)}
     if step.teacher in (None, SELF):
         return {"teacher": step.teacher}
     if not LogitCache.begun(step.cache or ""):
         # It will be asked in any case, and the commit of a Hub id is known when it is here.
         ready_teacher(step, run)
-    return {"teacher": step.teacher, "teacher_files": teachers.files_fingerprint(step.teacher or "")}
+    return {"teacher": step.teacher, "teacher_files": teachers.hash_files(step.teacher or "")}
 
 
 def _widths(states: list[Tensor]) -> str:

@@ -625,15 +625,15 @@ def test_the_files_of_a_teacher(tmp_path, monkeypatch):
     folder = tmp_path / "teacher"
     tiny_llama().save_pretrained(folder)
     weights = folder / "model.safetensors"
-    found = {teachers.files_fingerprint(str(folder))}
-    assert {teachers.files_fingerprint(str(folder))} == found
+    found = {teachers.hash_files(str(folder))}
+    assert {teachers.hash_files(str(folder))} == found
     raw = weights.read_bytes()
     header = 8 + int.from_bytes(raw[:8], "little")
     for place in (header, len(raw) - 1):
         weights.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
-        found.add(teachers.files_fingerprint(str(folder)))
+        found.add(teachers.hash_files(str(folder)))
     weights.rename(folder / "other.safetensors")
-    found.add(teachers.files_fingerprint(str(folder)))
+    found.add(teachers.hash_files(str(folder)))
     assert len(found) == 4
     # Of a Hub id the commit, where one is on this machine.
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("ab" * 20)
@@ -643,8 +643,8 @@ def test_the_files_of_a_teacher(tmp_path, monkeypatch):
     refs.mkdir()
     (refs / "main").write_text("ab" * 20, encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert teachers.files_fingerprint("org/model") == "ab" * 20
-    assert teachers.files_fingerprint("org/other") == "org/other"
+    assert teachers.hash_files("org/model") == "ab" * 20
+    assert teachers.hash_files("org/other") == "org/other"
 
 
 def test_a_sample_is_found_in_any_batch_and_padding():
