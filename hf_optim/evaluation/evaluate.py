@@ -240,7 +240,7 @@ def _number(value: Any) -> float:
 
 
 def peak_memory(device: torch.device | None = None) -> PeakMemory:
-    """``with peak_memory(device) as peak: ...``, then ``peak.bytes`` and ``peak.figures()`` (see ``memory``)."""
+    """``with peak_memory(device) as peak: ...``, then ``peak.bytes`` and ``peak.metrics()`` (see ``memory``)."""
     return PeakMemory(device)
 
 

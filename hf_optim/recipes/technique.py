@@ -85,7 +85,7 @@ class Technique:
         return self.spec.name
 
     @classmethod
-    def sample(cls) -> Technique:
+    def for_testing(cls) -> Technique:
         """A step that does something, for tests: with its defaults, unless these leave to say what it is to do."""
         return cls()
 

@@ -45,7 +45,7 @@ STEPS = 3
 # -- the smallest recipe, data and training around a technique -------------------------------------------------------
 def recipe_for(cls: type[Technique]) -> OptimConfig:
     """The technique's sample (its defaults, mostly), followed by techniques that pay what it owes."""
-    steps: list[Technique] = [cls.sample()]
+    steps: list[Technique] = [cls.for_testing()]
     for trait in sorted(steps[0].contract().owes, key=str):
         payer = next(c for c in catalogue().all() if trait in c.spec.contract.adds and not c.spec.trains)
         steps.append(payer())
@@ -144,7 +144,7 @@ def stock() -> Iterator[StockTransformers]:
 
 # -- the class ----------------------------------------------------------------------------------------------------
 def test_defaults_construct_and_are_frozen(cls: type[Technique]) -> None:
-    step = cls.sample()
+    step = cls.for_testing()
     assert step.name == cls.spec.name
     for field in dataclasses.fields(step):  # type: ignore[arg-type]
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -187,15 +187,15 @@ def test_the_catalogue_has_it(cls: type[Technique]) -> None:
 
 def test_its_recipe_composes(cls: type[Technique]) -> None:
     traits = recipe_for(cls).check()
-    assert cls.sample().contract().adds - {t for s in recipe_for(cls).steps for t in s.contract().drops} <= traits
+    assert cls.for_testing().contract().adds - {t for s in recipe_for(cls).steps for t in s.contract().drops} <= traits
 
 
 def test_what_it_owes_must_be_paid(cls: type[Technique]) -> None:
-    if not cls.sample().contract().owes:
-        OptimConfig(steps=(cls.sample(),)).check(cls.sample().contract().needs | _free_traits())
+    if not cls.for_testing().contract().owes:
+        OptimConfig(steps=(cls.for_testing(),)).check(cls.for_testing().contract().needs | _free_traits())
         return
     with pytest.raises(RecipeError, match="owes"):
-        OptimConfig(steps=(cls.sample(),)).check()
+        OptimConfig(steps=(cls.for_testing(),)).check()
 
 
 # -- on models ----------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], tmp_path: P
 
 def test_activations_that_are_not_finite_are_named(cls: type[Technique], tmp_path: Path) -> None:
     architecture, _ = _supported(cls, tmp_path)
-    if not (cls.sample().implements("calibrate") and cls.sample().needs_data()):
+    if not (cls.for_testing().implements("calibrate") and cls.for_testing().needs_data()):
         pytest.skip("it observes no activations")
     model = TINY[architecture]()
     with torch.no_grad():

@@ -272,7 +272,7 @@ def test_peak_memory_says_of_what():
     with evaluate.peak_memory(torch.device("cpu")) as peak:
         block = torch.ones(40_000_000)
     assert peak.bytes > block.numel() * 4
-    assert peak.figures()["device"] == "cpu"
+    assert peak.metrics()["device"] == "cpu"
 
 
 def test_milliseconds_per_token_generates_that_many_and_leaves_the_model_as_it_was():

@@ -14,7 +14,7 @@ def test_figures_and_rows_count_zeros_in_the_weights():
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:24] = 0.0
         model.lm_head.weight[:16] = 0.0
-    found = sparsity.figures(model, names)
+    found = sparsity.metrics(model, names)
     assert found["layers"] == {names[0]: 0.5, names[1]: 0.0, "lm_head": 0.25}
     assert found["sparsity"] == round((768 + 512) / (2 * 1536 + 2048), 6)
     assert sparsity.table(model, names) == [
@@ -25,4 +25,4 @@ def test_figures_and_rows_count_zeros_in_the_weights():
 
 
 def test_no_layers_are_no_zeros():
-    assert sparsity.figures(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}}
+    assert sparsity.metrics(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}}

@@ -21,7 +21,7 @@ HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
 def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Layer name -> (weights, zeros among them), counted in the weights themselves, sorted by name.
 
-    Sharded weights (FSDP2) are counted when all ranks ask for ``figures``. A save is the work of one rank, which cannot
+    Sharded weights (FSDP2) are counted when all ranks ask for ``metrics``. A save is the work of one rank, which cannot
     ask the others: it gets what was counted then.
     """
     kept = vars(model).get(COUNTED, {})
@@ -53,7 +53,7 @@ def overall(counted: dict[str, tuple[int, int]]) -> float:
     return sum(zeros for _, zeros in counted.values()) / weights if weights else 0.0
 
 
-def figures(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
+def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
     """``{"sparsity": share of zeros, "layers": {name: share}}``, JSON types rounded to six places."""
     counted = _count(model, names)
     layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}

@@ -143,7 +143,7 @@ class L0(Technique):
             self.remove(run)
         release(own, layers, "gates", "missing", "multipliers")
         names, _ = run.covered(self) or (set(), {})
-        run.report(self, **sparsity.figures(run.model, names), closed=own.closed)
+        run.report(self, **sparsity.metrics(run.model, names), closed=own.closed)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

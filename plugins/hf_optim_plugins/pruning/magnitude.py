@@ -68,7 +68,7 @@ class Magnitude(Technique):
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
-        run.report(self, **sparsity.figures(run.model, names))
+        run.report(self, **sparsity.metrics(run.model, names))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

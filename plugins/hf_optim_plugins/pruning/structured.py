@@ -100,7 +100,7 @@ class Structured(Technique):
             raise RecipeError("structured: skip names layers that stay, but no layers are removed")
 
     @classmethod
-    def sample(cls) -> Technique:
+    def for_testing(cls) -> Technique:
         return cls.from_dict({"neurons": 0.25})
 
     def contract(self) -> Contract:

@@ -132,7 +132,7 @@ class VariationalDropout(Technique):
         if not getattr(own, "settled", False):
             self.remove(run)
         release(own, layers, "noises", "chosen")
-        run.report(self, **sparsity.figures(run.model, layers), above_threshold=own.above_threshold)
+        run.report(self, **sparsity.metrics(run.model, layers), above_threshold=own.above_threshold)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
