@@ -6,7 +6,7 @@ from .masked_layers import TRAINING_FORWARD, MaskedLayer, require_whole, trainab
 from .masks import mask_of, require_finite
 from .noisy_layers import NoisyLayer
 from .rounds import ROUNDS
-from .schedules import Ramp, as_step, check_positions, linear_ramp, warn_cut, warn_unreached
+from .schedules import Ramp, as_step, check_positions, cut_ramp, linear_ramp, unfinished_ramp
 from .sparse_variational import WeightNoise
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "WeightNoise",
     "as_step",
     "check_positions",
+    "cut_ramp",
     "hard_concrete",
     "linear_ramp",
     "mask_of",
@@ -33,6 +34,5 @@ __all__ = [
     "shrink",
     "sparsity",
     "trainable",
-    "warn_cut",
-    "warn_unreached",
+    "unfinished_ramp",
 ]

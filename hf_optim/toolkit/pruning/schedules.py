@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...errors import RecipeError
@@ -57,26 +55,20 @@ class Ramp:
         return self.sparsity(step - (step - self.begin) % self.every)
 
 
-def warn_unreached(ramp: Ramp, max_steps: int, label: str, note: Callable[[str], None]) -> None:
-    """Warn at the start of training if it ends before the ramp does, with the sparsity that will be reached.
+def unfinished_ramp(ramp: Ramp, max_steps: int) -> str:
+    """Return a warning if training ends after ``max_steps`` steps and the ramp later, else the empty string.
 
-    Args:
-        ramp: of a sparsity.
-        max_steps: optimizer steps of the training.
-        label: of the step, ``run.label(step)``.
-        note: where the sentence is kept, ``run.record.note``.
+    The warning gives the sparsity that the model reaches.
     """
     if ramp.end <= max_steps:
-        return
+        return ""
     reached = f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}"
-    warn_cut(ramp.end, f"training at step {max_steps}", reached, "train longer, or lower end", label, note)
+    return cut_ramp(ramp.end, f"training at step {max_steps}", reached, "train longer, or lower end")
 
 
-def warn_cut(end: int, cut: str, reached: str, remedy: str, label: str, note: Callable[[str], None]) -> None:
-    """Warn that a ramp is cut off: its last step, what comes before that, what is reached, and what to do about it."""
-    sentence = f"{label}: the ramp ends at step {end}, but {cut}: {reached}; {remedy}"
-    note(sentence)
-    warnings.warn(sentence, stacklevel=3)
+def cut_ramp(end: int, cut: str, reached: str, remedy: str) -> str:
+    """Return the warning for a ramp that is cut off: its last step, the cause, what is reached, and the remedy."""
+    return f"the ramp ends at step {end}, but {cut}: {reached}; {remedy}"
 
 
 def as_step(position: int | float, max_steps: int) -> int:

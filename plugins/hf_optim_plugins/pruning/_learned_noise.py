@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from hf_optim import RecipeError
-from hf_optim.toolkit.pruning import NoisyLayer, as_step, linear_ramp, noisy_layers, require_whole, warn_cut
+from hf_optim.toolkit.pruning import NoisyLayer, as_step, cut_ramp, linear_ramp, noisy_layers, require_whole
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -77,12 +77,12 @@ class NoiseTraining(TrainerCallback):
         noisy_layers.recall(self.own, self.layers)
 
     def _look_at_the_ramp(self, max_steps: int) -> None:
-        step, label = self.step, self.run.label(self.step)
+        step = self.step
         begin, end, settle = (as_step(position, max_steps) for position in (step.begin, step.end, step.settle))
         if begin > end:
             raise RecipeError(
-                f"{label}: the ramp begins at step {begin} and ends at step {end} of {max_steps}; give begin and end "
-                "both as steps or both as shares"
+                f"{self.run.label(step)}: the ramp begins at step {begin} and ends at step {end} of {max_steps}; give "
+                "begin and end both as steps or both as shares"
             )
         last = min(settle, max_steps)
         if end <= last:
@@ -91,7 +91,7 @@ class NoiseTraining(TrainerCallback):
         if settle < max_steps:
             cut, remedy = f"weights are removed for good at step {settle}", "raise settle, or lower end"
         reached = step.cut_off(linear_ramp(last, begin, end))
-        warn_cut(end, cut, reached, remedy, label, self.run.record.note)
+        self.run.warn(step, cut_ramp(end, cut, reached, remedy))
 
     def _move(self, state: Any) -> None:
         begin, end = (as_step(position, state.max_steps) for position in (self.step.begin, self.step.end))

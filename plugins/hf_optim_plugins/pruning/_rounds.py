@@ -6,7 +6,6 @@ share of what is left, and the last one ends exactly at ``s``.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,15 +57,14 @@ class InRounds(Technique):
         names, _ = run.covered(self) or (set(), {})
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names if f"{name}.weight" in run.masks])
         done, reached = getattr(state, "done", 0), getattr(state, "sparsities", [])
-        run.report(self, **sparsity.figures(run.model, names), rounds=done, sparsities=reached)
+        run.report(self, **sparsity.metrics(run.model, names), rounds=done, sparsities=reached)
         if done < self.rounds:
-            sentence = (
-                f"{run.label(self)}: the model is that of round {done} of {self.rounds}, with a sparsity of "
+            run.warn(
+                self,
+                f"the model is that of round {done} of {self.rounds}, with a sparsity of "
                 f"{reached[-1] if reached else 0.0:.4f} instead of {self.sparsity:g}: training was too short or "
-                "stopped early"
+                "stopped early",
             )
-            run.record.note(sentence)
-            warnings.warn(sentence, stacklevel=2)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

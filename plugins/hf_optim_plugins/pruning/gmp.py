@@ -25,7 +25,7 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.distributed import WholeWeights
-from hf_optim.toolkit.pruning import Ramp, as_step, check_positions, masks, sparsity, warn_unreached
+from hf_optim.toolkit.pruning import Ramp, as_step, check_positions, masks, sparsity, unfinished_ramp
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -100,7 +100,7 @@ class GMP(Technique):
         names, _ = run.covered(self) or (set(), {})
         pruned = [name for name in names if f"{name}.weight" in run.masks]
         masks.zero_(run.model, run.masks, [f"{name}.weight" for name in pruned])
-        run.report(self, **sparsity.figures(run.model, names))
+        run.report(self, **sparsity.metrics(run.model, names))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -124,7 +124,8 @@ class RampPruning(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ramp = self.step.ramp(state.max_steps)
-        warn_unreached(ramp, state.max_steps, self.run.label(self.step), self.run.record.note)
+        if sentence := unfinished_ramp(ramp, state.max_steps):
+            self.run.warn(self.step, sentence)
         if state.global_step == 0 and ramp.updates_at(0):
             self._prune(ramp.sparsity(0))
 

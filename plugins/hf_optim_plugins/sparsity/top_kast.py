@@ -20,7 +20,6 @@ and time is not saved: masks over dense weights compute the same numbers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,7 +143,7 @@ class TopKAST(Technique):
             mask = fresh[name][0] if remembered is None else remembered == ACTIVE
             masked_layers.detach(layer)
             masks.prune_(run.model, run.masks, {f"{name}.weight": mask})
-        run.report(self, **sparsity.figures(run.model, layers))
+        run.report(self, **sparsity.metrics(run.model, layers))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -176,14 +175,19 @@ class Exploration(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         masked_layers.require_whole(self.layers, self.run.label(self.step))
-        if self.step.end is not None and self._end(state) > state.max_steps:
-            self._warn(self._end(state), state.max_steps)
+        end, last = self._end(state), state.max_steps
+        if end > last:
+            self.run.warn(
+                self.step,
+                f"exploration ends at step {end}, but training at step {last}: the supports will be renewed to the "
+                "last; train longer, or lower end",
+            )
         if state.global_step > 0:
             own, label = self.run.state(self.step), self.run.label(self.step)
             saved = masked_layers.recalled(own, "support", self.layers, label)
             self._set({name: (support == ACTIVE, support >= EXPLORED) for name, support in saved.items()})
         else:
-            self._renew(0, self._end(state), kwargs.get("optimizer"))
+            self._renew(0, end, kwargs.get("optimizer"))
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -225,14 +229,6 @@ class Exploration(TrainerCallback):
             used, reached = found[name]
             layer.set_masks(used, reached)
             setattr(own, f"support.{name}", used.to(torch.uint8) + reached.to(torch.uint8))
-
-    def _warn(self, end: int, max_steps: int) -> None:
-        sentence = (
-            f"{self.run.label(self.step)}: exploration ends at step {end}, but training at step {max_steps}: the "
-            "supports will be renewed to the last; train longer, or lower end"
-        )
-        self.run.record.note(sentence)
-        warnings.warn(sentence, stacklevel=2)
 
 
 @torch.no_grad()
