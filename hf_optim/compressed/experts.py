@@ -66,7 +66,7 @@ def store_expert(layer: ExpertLinear, scheme: QuantizationScheme, codes: Any, sc
         stack.register_parameter(key, known)
     known.data[layer.index] = scale
     stacked.requires_grad_(False)
-    bind(stack, {**expert_schemes(stack), layer.parameter: by_rows(scheme)})
+    attach_expert_schemes(stack, {**expert_schemes(stack), layer.parameter: by_rows(scheme)})
 
 
 def by_rows(scheme: QuantizationScheme) -> QuantizationScheme:
@@ -78,7 +78,7 @@ def by_rows(scheme: QuantizationScheme) -> QuantizationScheme:
     return made(args.num_bits, "int", strategy, args.group_size if strategy == "group" else None)
 
 
-def bind(stack: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> None:
+def attach_expert_schemes(stack: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> None:
     """Say on a stack how its parameters are quantized. Their scales are there already."""
     from compressed_tensors.quantization import QuantizationStatus
 

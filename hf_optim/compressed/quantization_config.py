@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import CompressedTensorsConfig
 
 
-def stored_schemes(model: nn.Module, loose: Iterable[str] = ()) -> dict[str, QuantizationScheme]:
+def stored_schemes(model: nn.Module, off_grid: Iterable[str] = ()) -> dict[str, QuantizationScheme]:
     """The scheme of every quantized module, by name; of a module with a dense weight, what is left of it.
 
     Stacks of experts have the one scheme in which all of them are written.
@@ -26,7 +26,7 @@ def stored_schemes(model: nn.Module, loose: Iterable[str] = ()) -> dict[str, Qua
     schemes: dict[str, QuantizationScheme] = {name: scheme_on(m) for name, m in quantized_modules(model).items()}
     experts = stored_scheme(model)
     schemes |= {name: experts for name, m in model.named_modules() if experts is not None and expert_schemes(m)}
-    for name in loose:
+    for name in off_grid:
         left = schemes.pop(name)
         if left.input_activations is not None:
             schemes[name] = left.model_copy(update={"weights": None, "format": "dense"})

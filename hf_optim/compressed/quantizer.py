@@ -48,22 +48,22 @@ def quantizer_class() -> type:
             if getattr(model, "_hf_peft_config_loaded", False):
                 return None, {}  # only the adapter is saved
             forget_decoding(model)
-            state, loose = packed_state_dict(model)
-            if loose:
+            state, off_grid = packed_state_dict(model)
+            if off_grid:
                 logger.warning(
                     "%d of %d quantized weights have changed since they were quantized (a merged adapter, a cast, "
                     "experts that transformers decoded) and are saved as they are, in full: %s. Quantize again for a "
                     "smaller checkpoint.",
-                    len(loose),
+                    len(off_grid),
                     len(quantized_modules(model)),
-                    ", ".join(loose[:3]) + (", ..." if len(loose) > 3 else ""),
+                    ", ".join(off_grid[:3]) + (", ..." if len(off_grid) > 3 else ""),
                 )
-            self._renew(model, set(loose))
+            self._renew(model, set(off_grid))
             return state, {}
 
-        def _renew(self, model: Any, loose: set[str]) -> None:
+        def _renew(self, model: Any, off_grid: set[str]) -> None:
             # save_pretrained writes model.config after this call.
-            schemes = stored_schemes(model, loose)
+            schemes = stored_schemes(model, off_grid)
             if schemes:
                 self.quantization_config = model.config.quantization_config = quantization_config(model, schemes)
             else:
@@ -72,7 +72,7 @@ def quantizer_class() -> type:
     return StoredQuantizer
 
 
-def keep_readable(model: Any) -> None:
+def apply_packing_fallback(model: Any) -> None:
     """Store one code to a byte, under the name ``weight``, where transformers could not prepare a packed model.
 
     Before it reads weights, transformers initializes the modules. Some classes (T5) do that through ``module.weight``,
@@ -80,7 +80,7 @@ def keep_readable(model: Any) -> None:
     """
     packed = packed_modules(model)
     if packed and not _initializes_without_weights(model, packed):
-        store_bytes(model, packed)
+        store_unpacked(model, packed)
 
 
 def packed_modules(model: Any, inside: str = "") -> dict[str, nn.Module]:
@@ -94,7 +94,7 @@ def packed_modules(model: Any, inside: str = "") -> dict[str, nn.Module]:
     return {n: m for n, m in named.items() if scheme_on(m).format == "pack-quantized" and not expert_schemes(m)}
 
 
-def store_bytes(model: Any, packed: Mapping[str, nn.Module]) -> None:
+def store_unpacked(model: Any, packed: Mapping[str, nn.Module]) -> None:
     """Store the codes of these modules one to a byte, and note why on the model's record."""
     for module in packed.values():
         scheme_on(module).format = "naive-quantized"
@@ -109,21 +109,21 @@ def store_bytes(model: Any, packed: Mapping[str, nn.Module]) -> None:
     logger.warning(sentence)
 
 
-class Readability:
-    """``keep_readable`` for a model that is quantized and written block by block: found out at the first block."""
+class PackingFallback:
+    """``apply_packing_fallback`` for a model written block by block; decided at the first block."""
 
     def __init__(self) -> None:
-        self._readable: bool | None = None
+        self._packable: bool | None = None
 
-    def settle(self, run: Any, name: str) -> None:
+    def apply(self, run: Any, name: str) -> None:
         """Settle how the codes of the module ``name`` are stored, before they are written."""
         packed = packed_modules(run.model, name)
         if not packed:
             return
-        if self._readable is None:
-            self._readable = _initializes_without_weights(run.model, packed)
-        if not self._readable:
-            store_bytes(run.model, packed)
+        if self._packable is None:
+            self._packable = _initializes_without_weights(run.model, packed)
+        if not self._packable:
+            store_unpacked(run.model, packed)
 
 
 def _initializes_without_weights(model: Any, names: Iterable[str]) -> bool:
@@ -151,7 +151,7 @@ def attach_quantizer(model: Any) -> None:
     """
     from .quantization_config import quantization_config, stored_schemes
 
-    keep_readable(model)
+    apply_packing_fallback(model)
     schemes = stored_schemes(model)
     if not schemes:
         raise ModelError("no module of this model is quantized")

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import CheckpointError, ModelError
 from ..toolkit.topology.experts import ExpertLinear
 from .codec import check_fit, decode, quantize_input, scheme_on
-from .experts import SCALE, bind, clear_experts, expert_schemes, store_expert
+from .experts import SCALE, attach_expert_schemes, clear_experts, expert_schemes, store_expert
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -78,10 +78,10 @@ def store(
             value = value.to(weight.device, weight.dtype if value.is_floating_point() else integer)
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
     weight.requires_grad_(False)
-    _bind(module, scheme)
+    _quantize_forward(module, scheme)
 
 
-def _bind(module: nn.Module, scheme: QuantizationScheme) -> None:
+def _quantize_forward(module: nn.Module, scheme: QuantizationScheme) -> None:
     from compressed_tensors.quantization import QuantizationStatus
     from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
 
@@ -92,7 +92,7 @@ def _bind(module: nn.Module, scheme: QuantizationScheme) -> None:
         _pass_gradients(module)
 
 
-def mark(
+def attach_scheme(
     module: nn.Linear, scheme: QuantizationScheme, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None
 ) -> None:
     """Give a layer that is about to be packed its scheme, as ``store`` would, without a weight."""
@@ -193,13 +193,15 @@ def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], me
         part = module.get_submodule(name)
         weight = part.get_parameter("weight").requires_grad_(False)
         _make_room(part, name, PARAMETERS, tensors, weight.device)
-        _bind(part, QuantizationScheme.model_validate(fields))
+        _quantize_forward(part, QuantizationScheme.model_validate(fields))
     for name, stacked in meta.get("experts", {}).items():
         part = module.get_submodule(name)
         for parameter in stacked:
             device = part.get_parameter(parameter).requires_grad_(False).device
             _make_room(part, name, (parameter + SCALE,), tensors, device)
-        bind(part, {parameter: QuantizationScheme.model_validate(fields) for parameter, fields in stacked.items()})
+        attach_expert_schemes(
+            part, {parameter: QuantizationScheme.model_validate(fields) for parameter, fields in stacked.items()}
+        )
     own = module.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
         raise CheckpointError(f"the saved block and this one do not have the same tensors: only one has {name!r}")

@@ -12,7 +12,7 @@ from ..toolkit.topology.experts import stacks
 from .codec import pack, scheme_on
 from .codes import checkpoint_tensors
 from .experts import SCALE, expert_schemes, packed_experts, stored_scheme
-from .packed.packed_linear import OPERAND, PackedLinear
+from .packed.packed_linear import PACKED_WEIGHT, PackedLinear
 
 
 @torch.no_grad()
@@ -36,13 +36,13 @@ def packed_state_dict(
             checkpoint are a matter of the whole model.
     """
     state = dict(model.state_dict())
-    loose = []
+    off_grid = []
     experts = _packed_experts(model, owner or model, inside)
     as_they_are = experts is None
     for name, module in model.named_modules():
         if expert_schemes(module):
             _put_experts(state, name, module, experts)
-            loose += [name] if experts is None else []
+            off_grid += [name] if experts is None else []
             continue
         if not isinstance(module, PackedLinear) and scheme_on(module) is None:
             continue
@@ -51,17 +51,17 @@ def packed_state_dict(
         local = {key: state.pop(prefix + key) for key in own if prefix + key in state}
         packed: dict[str, torch.Tensor] | None
         if isinstance(module, PackedLinear):
-            for key in [key for key in state if key.startswith(f"{prefix}{OPERAND}.")]:
+            for key in [key for key in state if key.startswith(f"{prefix}{PACKED_WEIGHT}.")]:
                 del state[key]
             packed = None if as_they_are else _given(local, module)
         else:
             packed = None if as_they_are else pack(local, scheme_on(module))
         if packed is None:
-            loose.append(name)
+            off_grid.append(name)
             weight = {"weight": module.decoded()} if isinstance(module, PackedLinear) else {}
             packed = {**{key: value for key, value in local.items() if not key.startswith("weight_")}, **weight}
         state.update({prefix + key: value for key, value in packed.items()})
-    return state, loose
+    return state, off_grid
 
 
 def _packed_experts(model: nn.Module, owner: Any, inside: str) -> dict[str, dict[str, torch.Tensor]] | None:
@@ -95,7 +95,7 @@ def _given(local: Mapping[str, torch.Tensor], module: PackedLinear) -> dict[str,
     scheme = scheme_on(module)
     if scheme is None:
         return {**local, "weight": module.decoded()}
-    if module.packing.about.ordered:
+    if module.packing.description.ordered:
         return None
     packed = {**local, **checkpoint_tensors(module.codes(), scheme)}
     if scheme.input_activations is not None and scheme.input_activations.symmetric:

@@ -183,7 +183,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The stock method with our quantizer in place of the checkpoint's. Raises ``UnsupportedCheckpoint`` where it cannot help."""
-    from ..compressed.packed.loader import redirected
+    from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
     if any(kwargs.get(key) is not None for key in ("quantization_config", "gguf_file", "state_dict")):
@@ -191,7 +191,7 @@ def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwa
     ours = dict(kwargs)
     source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
     config, ours = _resolve_config(cls, source, ours)
-    return stock(source, *args[1:], config=redirected(config), **ours)
+    return stock(source, *args[1:], config=with_packed_quantizer(config), **ours)
 
 
 def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""accelerate, restore and report, on a kernel of the tests that serves every weight."""
+"""accelerate, restore and report, on a kernel of the tests that supports every weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from naive_operand import NAIVE, NAIVE24, Operand
+from naive_kernel import NAIVE, NAIVE24, PackedWeight
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 
@@ -168,9 +168,9 @@ def test_something_elses_forward_is_left_alone(model, x):
 
 def test_twice_is_once(model):
     hf_optim.accelerate(model, [NAIVE])
-    operand = model.get_submodule(UP).operand
+    packed_weight = model.get_submodule(UP).packed_weight
     hf_optim.accelerate(model, [NAIVE])
-    assert model.get_submodule(UP).operand is operand
+    assert model.get_submodule(UP).packed_weight is packed_weight
 
 
 def test_the_report_is_a_table_of_every_linear(model):
@@ -187,7 +187,7 @@ def test_the_report_is_a_table_of_every_linear(model):
 
 
 def test_layers_that_stay_dense_are_named_in_one_warning(model):
-    stubborn = Kernel("stubborn", serves=lambda w: "made of wood", bind=Operand)
+    stubborn = Kernel("stubborn", supports=lambda w: "made of wood", prepack=PackedWeight)
     with pytest.warns(KernelWarning) as caught:
         hf_optim.accelerate(model, [stubborn])
     assert len(caught) == 1
@@ -202,28 +202,28 @@ def test_layers_that_stay_dense_are_named_in_one_warning(model):
 
 @pytest.mark.parametrize("error", [ValueError("off the grid"), OSError("no driver")])
 def test_a_kernel_that_cannot_bind_leaves_the_layer(model, x, error):
-    def bind(weight):
+    def prepack(weight):
         raise error
 
     dense = model.get_submodule(UP)(x)
     with pytest.warns(KernelWarning, match=str(error)):
-        hf_optim.accelerate(model, [Kernel("weak", serves=lambda w: None, bind=bind)])
+        hf_optim.accelerate(model, [Kernel("weak", supports=lambda w: None, prepack=prepack)])
     assert torch.equal(model.get_submodule(UP)(x), dense)
     assert str(error) in runs_on(model).reason
 
 
 def test_an_operand_must_give_its_codes_back(model):
-    with pytest.warns(KernelWarning, match="its operand is no nn.Module with forward, takes, codes, label"):
-        hf_optim.accelerate(model, [Kernel("plain", serves=lambda w: None, bind=lambda w: nn.Identity())])
+    with pytest.warns(KernelWarning, match="its packed weight is not an nn.Module with forward, accepts, codes, label"):
+        hf_optim.accelerate(model, [Kernel("plain", supports=lambda w: None, prepack=lambda w: nn.Identity())])
     assert runs_on(model).kernel is None
 
 
 def test_the_next_kernel_is_tried(model):
-    hf_optim.accelerate(model, [Kernel("first", serves=lambda w: "not today", bind=Operand), NAIVE])
+    hf_optim.accelerate(model, [Kernel("first", supports=lambda w: "not today", prepack=PackedWeight), NAIVE])
     assert runs_on(model).kernel == "naive int4"
 
 
-class Broken(Operand):
+class Broken(PackedWeight):
     def forward(self, x):
         self.calls += 1
         raise RuntimeError("out of shared memory")
@@ -232,11 +232,11 @@ class Broken(Operand):
 def test_a_kernel_that_raises_falls_back_once_and_loudly(model, x):
     up = model.get_submodule(UP)
     dense = up(x)
-    hf_optim.accelerate(model, [Kernel("broken", serves=lambda w: None, bind=Broken)])
+    hf_optim.accelerate(model, [Kernel("broken", supports=lambda w: None, prepack=Broken)])
     with pytest.warns(KernelWarning, match=r"layers\.0\.mlp\.up_proj is dense from now on: broken raised RuntimeError"):
         assert torch.equal(up(x), dense)
     assert torch.equal(up(x), dense)
-    assert up.operand.calls == 1
+    assert up.packed_weight.calls == 1
     assert "out of shared memory" in runs_on(model).reason
     assert torch.equal(copy.deepcopy(up)(x), dense)
     hf_optim.accelerate(model, [NAIVE])
@@ -248,7 +248,7 @@ def test_the_fallback_rounds_inputs_too(inputs, x):
     model = quantize(tiny_llama().requires_grad_(False), 8, None, **inputs)
     up, x = model.get_submodule(UP), x[None]
     dense = up(x)
-    hf_optim.accelerate(model, [Kernel("broken", serves=lambda w: None, bind=Broken)])
+    hf_optim.accelerate(model, [Kernel("broken", supports=lambda w: None, prepack=Broken)])
     with pytest.warns(KernelWarning):
         assert torch.equal(up(x), dense)
     assert torch.equal(up(x[0]), dense[0])
@@ -272,9 +272,9 @@ def test_an_input_that_the_operand_does_not_take(model, x):
     hf_optim.accelerate(model, [NAIVE])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(up(x.bfloat16()), wanted)
-    assert up.operand.calls == 0
+    assert up.packed_weight.calls == 0
     assert torch.allclose(up(x), dense, atol=1e-6)
-    assert up.operand.calls == 1
+    assert up.packed_weight.calls == 1
 
 
 def test_gradients_reach_the_input_and_the_bias():
@@ -284,7 +284,7 @@ def test_gradients_reach_the_input_and_the_bias():
     wanted = torch.autograd.grad((layer(x) ** 2).sum(), (x, layer.bias))
     hf_optim.accelerate(model, [NAIVE])
     found = torch.autograd.grad((layer(x) ** 2).sum(), (x, layer.bias))
-    assert layer.operand.calls == 1
+    assert layer.packed_weight.calls == 1
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True))
     for each in (layer, copy.deepcopy(layer)):
         with torch.no_grad():
@@ -313,11 +313,11 @@ def test_writing_into_the_decoded_weight_raises(model):
 def test_a_copy_runs_on_its_own_operand(model, x):
     hf_optim.accelerate(model, [NAIVE])
     dense = model.get_submodule(UP)(x)
-    calls = model.get_submodule(UP).operand.calls
+    calls = model.get_submodule(UP).packed_weight.calls
     other = copy.deepcopy(model)
     up = other.get_submodule(UP)
     assert torch.equal(up(x), dense)
-    assert model.get_submodule(UP).operand.calls == calls
+    assert model.get_submodule(UP).packed_weight.calls == calls
     hf_optim.restore(other)
     assert type(up) is nn.Linear
     assert runs_on(model).kernel == "naive int4"
@@ -338,7 +338,9 @@ def test_another_dtype_is_bound_anew_and_scales_are_not_rounded(model, x):
     assert torch.equal(up.codes().scale, exact.scale)
     model.to(torch.float32)
     assert torch.allclose(up(x), x @ up.weight.T, atol=1e-5)
-    picky = Kernel("picky", serves=lambda w: None if w.dtype == torch.float32 else "float32 only", bind=Operand)
+    picky = Kernel(
+        "picky", supports=lambda w: None if w.dtype == torch.float32 else "float32 only", prepack=PackedWeight
+    )
     hf_optim.accelerate(hf_optim.restore(model), [picky])
     with pytest.warns(KernelWarning, match="picky: float32 only"):
         model.to(torch.bfloat16)
@@ -347,14 +349,14 @@ def test_another_dtype_is_bound_anew_and_scales_are_not_rounded(model, x):
 
 
 def test_nothing_keeps_a_model_alive(model):
-    alive = weakref.ref(hf_optim.accelerate(model, [NAIVE]).get_submodule(UP).operand)
+    alive = weakref.ref(hf_optim.accelerate(model, [NAIVE]).get_submodule(UP).packed_weight)
     hf_optim.restore(model)
     gc.collect()
     assert alive() is None
 
 
 def test_a_compiled_model_has_no_graph_break(model):
-    hf_optim.accelerate(model, [Kernel("twice", serves=lambda w: None, bind=Traced)])
+    hf_optim.accelerate(model, [Kernel("twice", supports=lambda w: None, prepack=Traced)])
     mlp = model.model.layers[0].mlp
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -362,7 +364,7 @@ def test_a_compiled_model_has_no_graph_break(model):
         assert torch.allclose(torch.compile(mlp, backend="eager", fullgraph=True)(x), wanted)
 
 
-class Traced(Operand):
+class Traced(PackedWeight):
     """Without the counter, at whose every value a compiler would compile again."""
 
     def forward(self, x):
@@ -519,20 +521,20 @@ def test_greedy_text_is_that_of_the_stock_reload(name, shared_models, tmp_path):
     assert torch.equal(*texts)
 
 
-def test_a_kernel_for_outliers_is_asked_first_for_the_weights_meant_for_it_alone():
+def test_a_kernel_for_outliers_is_tried_first_and_only_for_weights_with_a_threshold():
     model = quantize(tiny_llama().requires_grad_(False), bits=8, size=None)
     compressed.set_outlier_threshold(model, [UP], 5.0)
     asked = []
-    apart = Kernel("apart", lambda weight: asked.append((weight.name, weight.outliers)), Operand, outliers=True)
+    apart = Kernel("apart", lambda weight: asked.append((weight.name, weight.outliers)), PackedWeight, outliers=True)
     hf_optim.accelerate(model, [NAIVE, apart])
     assert asked == [(UP, 5.0)]
     assert model.get_submodule(UP).packing.kernel is apart
     assert model.model.layers[1].mlp.up_proj.packing.kernel is NAIVE
     hf_optim.restore(model)
     # Where it declines, the others may have it; what it means is in the description all the same.
-    hf_optim.accelerate(model, [Kernel("apart", lambda weight: "not here", Operand, outliers=True), NAIVE])
+    hf_optim.accelerate(model, [Kernel("apart", lambda weight: "not here", PackedWeight, outliers=True), NAIVE])
     assert model.get_submodule(UP).packing.kernel is NAIVE
-    assert model.get_submodule(UP).packing.about.outliers == 5.0
+    assert model.get_submodule(UP).packing.description.outliers == 5.0
 
 
 def test_outliers_mean_nothing_for_other_weights():
@@ -540,4 +542,4 @@ def test_outliers_mean_nothing_for_other_weights():
         model = quantize(tiny_llama().requires_grad_(False), **fields)
         compressed.set_outlier_threshold(model, [UP], 5.0)
         hf_optim.accelerate(model, [NAIVE])
-        assert model.get_submodule(UP).packing.about.outliers is None
+        assert model.get_submodule(UP).packing.description.outliers is None

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from naive_operand import NAIVE, PARTS, Operand, serves_all
+from naive_kernel import NAIVE, PARTS, PackedWeight, supports_all
 from test_acceleration import Broken, Traced, quantize, runs_on, state
 from tiny_models import TINY, tiny_llama
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 import hf_optim
 from hf_optim import Kernel
 from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
-from hf_optim.compressed.packed.shared_output import Part
+from hf_optim.compressed.packed.shared_output import FusedSlice
 
 OPERANDS = "test_acceleration.py"  # in stack traces of what Traced computes
 TOKENS = torch.arange(5, 15)[None]
@@ -28,10 +28,10 @@ Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 GATE, UP = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up"))
 
 
-def joined(operands):
-    """One naive operand of several."""
-    first = operands[0]
-    parts = [operand.codes() for operand in operands]
+def joined(packed_weights):
+    """One naive packed weight of several."""
+    first = packed_weights[0]
+    parts = [packed_weight.codes() for packed_weight in packed_weights]
 
     def codes():
         whole = {"order": first.own_order, "input_scale": first.own_input_scale, "input_zero": first.own_input_zero}
@@ -40,15 +40,15 @@ def joined(operands):
             whole[name] = None if held[0] is None else torch.cat(held)
         return SimpleNamespace(**whole)
 
-    bias = None if first.bias is None else torch.cat([operand.bias for operand in operands])
-    shape = (sum(operand.shape[0] for operand in operands), first.shape[1])
+    bias = None if first.bias is None else torch.cat([packed_weight.bias for packed_weight in packed_weights])
+    shape = (sum(packed_weight.shape[0] for packed_weight in packed_weights), first.shape[1])
     weight = SimpleNamespace(codes=codes, bias=bias, shape=shape, dtype=first.dtype, bits=first.bits,
                              kind="int" if first.own_scale is not None else "dense",
                              inputs=first.inputs)  # fmt: skip
     return type(first)(weight)
 
 
-JOINING = Kernel("joining", serves=serves_all, bind=Operand, join=joined)
+JOINING = Kernel("joining", supports=supports_all, prepack=PackedWeight, join=joined)
 
 
 def quantized(name):
@@ -63,17 +63,17 @@ def packed(name="llama", kernel=JOINING):
     return hf_optim.accelerate(model, [kernel])
 
 
-def operands(model):
-    """Every operand that holds a weight."""
-    return [module for module in model.modules() if isinstance(module, Operand)]
+def packed_weights(model):
+    """Every packed weight that holds a weight."""
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
 
 
-def boards(model):
-    return [module.board for module in model.modules() if isinstance(module, Part)]
+def fused_outputs(model):
+    return [module.fused_output for module in model.modules() if isinstance(module, FusedSlice)]
 
 
 def calls(model):
-    return sum(operand.calls for operand in operands(model))
+    return sum(packed_weight.calls for packed_weight in packed_weights(model))
 
 
 @pytest.fixture
@@ -109,11 +109,11 @@ def test_every_architecture_runs_as_before(name):
         wanted, found = apart(**inputs), model(**inputs)
     assert torch.allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-5)
     assert (calls(model), calls(apart)) == COUNTS[name]
-    assert all(board.held is None for board in boards(model))
+    assert all(fused_output.held is None for fused_output in fused_outputs(model))
     if model.can_generate():
         texts = [m.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False) for m in (model, apart)]
         assert torch.equal(*texts)
-        assert all(board.held is None for board in boards(model))
+        assert all(fused_output.held is None for fused_output in fused_outputs(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "bert"])
@@ -136,7 +136,7 @@ def test_restore_leaves_no_trace(name):
     model = quantized(name)
     before, weights = state(model), {key: value.clone() for key, value in model.state_dict().items()}
     hf_optim.accelerate(model, [JOINING])
-    assert any(isinstance(module, Part) for module in model.modules())
+    assert any(isinstance(module, FusedSlice) for module in model.modules())
     hf_optim.restore(model)
     assert state(model) == before
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
@@ -150,7 +150,7 @@ def test_dense_weights_of_a_pattern_are_joined_too(tmp_path):
         model.get_submodule(name).weight.view(-1, 4)[:, :2] = 0
     model.save_pretrained(tmp_path / "a")
     wanted = model(TOKENS).logits
-    hf_optim.accelerate(model, [Kernel("24", serves=serves_all, bind=Operand, sparse24=True, join=joined)])
+    hf_optim.accelerate(model, [Kernel("24", supports=supports_all, prepack=PackedWeight, sparse24=True, join=joined)])
     assert runs_on(model, Q).kernel == "naive dense32, with k_proj, v_proj"
     assert runs_on(model, UP).kernel == "naive dense32"
     assert torch.allclose(model(TOKENS).logits, wanted, atol=1e-5)
@@ -167,12 +167,12 @@ def test_the_report_tells_it(model):
 
 
 def test_a_kernel_that_cannot_join_is_left_alone():
-    def weary(operands):
+    def weary(packed_weights):
         raise RuntimeError("not today")
 
-    for join in (None, lambda operands: None, weary):
-        model = packed(kernel=Kernel("single", serves=serves_all, bind=Operand, join=join))
-        assert not boards(model)
+    for join in (None, lambda packed_weights: None, weary):
+        model = packed(kernel=Kernel("single", supports=supports_all, prepack=PackedWeight, join=join))
+        assert not fused_outputs(model)
         assert runs_on(model, K).kernel == "naive int4"
 
 
@@ -208,10 +208,10 @@ def test_the_product_is_computed_once_and_let_go(model, x):
     with torch.no_grad():
         assert q(once).shape == (2, 5, 32)
         k(once)
-        assert q.operand.board.held is not None
+        assert q.packed_weight.fused_output.held is not None
         v(once)
     assert calls(model) == before + 1
-    assert q.operand.board.held is None
+    assert q.packed_weight.fused_output.held is None
     alive = weakref.ref(once)
     del once
     assert alive() is None
@@ -276,7 +276,7 @@ def test_a_model_that_cannot_be_traced_stays_apart(monkeypatch):
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: [][0])
     model = packed()
-    assert not boards(model)
+    assert not fused_outputs(model)
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     assert type(model.get_submodule(Q)) is PackedLinear
     assert calls(model) == 0
@@ -345,20 +345,20 @@ def test_copies_are_joined_and_whole(model, x):
         q(x)
         alone = copy.deepcopy(model.get_submodule(V))
         assert torch.equal(alone(x), model.get_submodule(V)(x))
-        assert alone.operand.board.held is not None
-        assert alone.operand.board.held[0] is x
+        assert alone.packed_weight.fused_output.held is not None
+        assert alone.packed_weight.fused_output.held[0] is x
         file = io.BytesIO()
         torch.save(model.get_submodule(K), file)
         file.seek(0)
         assert torch.equal(torch.load(file, weights_only=False)(x), model.get_submodule(K)(x))
     hf_optim.restore(other)
-    assert not boards(other)
+    assert not fused_outputs(other)
     assert torch.equal(model(TOKENS).logits, wanted)
 
 
 def test_state_goes_in_and_out(model):
     other = packed()
-    for buffer in operands(other):
+    for buffer in packed_weights(other):
         buffer.own_codes.zero_()
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_another_dtype_joins_anew():
 
 
 def test_a_joint_operand_that_fails_falls_back_layer_by_layer(x):
-    model = packed(kernel=Kernel("broken", serves=serves_all, bind=Broken, join=joined))
+    model = packed(kernel=Kernel("broken", supports=supports_all, prepack=Broken, join=joined))
     q, k = model.get_submodule(Q), model.get_submodule(K)
     for layer in (q, k):
         with pytest.warns(KernelWarning, match="is dense from now on: broken raised RuntimeError"):
@@ -407,21 +407,21 @@ def test_an_input_that_the_joint_operand_does_not_take(model, x):
 
 
 def test_twice_is_once(model, monkeypatch):
-    before = [id(operand) for operand in operands(model)]
+    before = [id(packed_weight) for packed_weight in packed_weights(model)]
     monkeypatch.setattr("hf_optim.compressed.packed.fused_projections.trace", lambda model: pytest.fail("traced again"))
     hf_optim.accelerate(model, [JOINING])
-    assert [id(operand) for operand in operands(model)] == before
+    assert [id(packed_weight) for packed_weight in packed_weights(model)] == before
 
 
 def test_nothing_keeps_operands_alive(model):
-    alive = weakref.ref(model.get_submodule(K).operand.joint)
+    alive = weakref.ref(model.get_submodule(K).packed_weight.fused)
     hf_optim.restore(model)
     gc.collect()
     assert alive() is None
 
 
 # -- compiled ---------------------------------------------------------------------------------------------------------
-TRACED = Kernel("traced", serves=serves_all, bind=Traced, join=joined)
+TRACED = Kernel("traced", supports=supports_all, prepack=Traced, join=joined)
 
 
 @pytest.fixture
@@ -449,7 +449,7 @@ def test_a_compiled_model_has_one_product_a_group(captured, mode):
     assert len(captured.graphs) == 1
     nodes = [node for node in captured.graphs[0].graph.nodes if node.target is operator.matmul]
     assert len([node for node in nodes if "in decoded" not in node.stack_trace and OPERANDS in node.stack_trace]) == 9
-    assert all(board.held is None for board in boards(model))
+    assert all(fused_output.held is None for fused_output in fused_outputs(model))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -462,12 +462,12 @@ def test_a_compiled_model_generates(backend):
     torch._dynamo.reset()
 
 
-# -- the operands that ship -------------------------------------------------------------------------------------------
+# -- the packed weights that ship -------------------------------------------------------------------------------------
 def test_wna16_joined_is_wna16_apart():
     layer = pytest.importorskip("hf_optim_kernels.wna16.layer")
     form = (4, 16, torch.bfloat16)
 
-    def bind(weight):
+    def prepack(weight):
         return layer.PackedWeight.from_codes(weight.codes(), *form, weight.bias)
 
     logits = []
@@ -477,7 +477,7 @@ def test_wna16_joined_is_wna16_apart():
         )
         codes = hf_optim.accelerate(model, [NAIVE]).get_submodule(K).codes()
         hf_optim.restore(model)
-        hf_optim.accelerate(model, [Kernel("wna16", serves=serves_all, bind=bind, join=join)])
+        hf_optim.accelerate(model, [Kernel("wna16", supports=supports_all, prepack=prepack, join=join)])
         found = model.get_submodule(K).codes()
         for name in ("codes", "scale", "zero"):
             assert torch.equal(getattr(found, name), getattr(codes, name))
@@ -494,7 +494,7 @@ def test_w8a8_on_a_cpu_joined_is_w8a8_apart(inputs):
     logits, saved = [], []
     for join in (None, layer.join):
         model = quantize(TINY["qwen2"]().requires_grad_(False), 8, None, only="proj", activations="int8", **inputs)
-        hf_optim.accelerate(model, [Kernel("w8a8", serves=serves_all, bind=cpu.bind, join=join)])
+        hf_optim.accelerate(model, [Kernel("w8a8", supports=supports_all, prepack=cpu.prepack, join=join)])
         with torch.no_grad():
             logits.append(model(TOKENS).logits)
         saved.append(model.get_submodule(K).codes())

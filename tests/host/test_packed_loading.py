@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from naive_operand import NAIVE
+from naive_kernel import NAIVE
 from reference_packers import Grid, awq, compressed_tensors, gptq, write
 from tiny_models import tiny_llama
 from torch import nn
@@ -251,7 +251,7 @@ def test_loading_makes_no_dense_copy(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["packed"] == len(layers)
-    # The operand of the tests holds a byte a weight; stored are 3 bits; a dense copy would be four bytes more.
+    # The packed weight of the tests holds a byte a weight; stored are 3 bits; a dense copy would be four bytes more.
     assert found["bytes"] < 2.2 * weights + 2**24
 
 

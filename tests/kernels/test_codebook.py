@@ -14,7 +14,7 @@ from hf_optim_kernels.codebook import bench, layer, naive, op
 pytest.importorskip("triton")
 
 
-def operand_of(N, K, bits, dtype, device="cpu", seed=0, bias=False):
+def packed_weight_of(N, K, bits, dtype, device="cpu", seed=0, bias=False):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = bench.random_module(N, K, bits, dtype)
@@ -23,7 +23,7 @@ def operand_of(N, K, bits, dtype, device="cpu", seed=0, bias=False):
     for name in ("centroids", "outliers", "outlier_counts", "outlier_columns"):
         setattr(module, name, getattr(module, name).to(device))
     module.bias = torch.linspace(-1, 1, N).to(device, dtype) if bias else None
-    return module, layer.bind(module)
+    return module, layer.prepack(module)
 
 
 def brute_force(module, x):
@@ -64,18 +64,18 @@ def test_the_layout_is_bits_wide_where_chunks_divide_the_columns():
 @in_this_process
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_specification_is_the_product_with_the_decoded_weight(bits):
-    module, operand = operand_of(37, 100, bits, torch.float32, bias=True)
+    module, packed_weight = packed_weight_of(37, 100, bits, torch.float32, bias=True)
     x = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(1))
-    assert len(operand.values) > 0
-    assert relative(operand(x), brute_force(module, x)) < BOUND[torch.float32]
+    assert len(packed_weight.values) > 0
+    assert relative(packed_weight(x), brute_force(module, x)) < BOUND[torch.float32]
 
 
 @in_this_process
 def test_gradients_are_those_of_the_decoded_weight():
-    module, operand = operand_of(9, 20, 3, torch.float32, bias=True)
+    module, packed_weight = packed_weight_of(9, 20, 3, torch.float32, bias=True)
     x = torch.randn(4, 20, generator=torch.Generator().manual_seed(2), requires_grad=True)
     bias = module.bias.clone().requires_grad_()
-    y = op.codebook_linear(x, *operand._held(), bias, operand.counters)
+    y = op.codebook_linear(x, *packed_weight._held(), bias, packed_weight.counters)
     y.square().sum().backward()
     twin, other = x.detach().double().requires_grad_(), bias.detach().double().requires_grad_()
     module.bias = None
@@ -86,16 +86,16 @@ def test_gradients_are_those_of_the_decoded_weight():
 
 @in_this_process
 def test_the_operator_passes_pytorchs_own_checks():
-    _, operand = operand_of(9, 20, 3, torch.float32, bias=True)
-    args = (torch.randn(4, 20), *operand._held(), operand.bias, operand.counters)
+    _, packed_weight = packed_weight_of(9, 20, 3, torch.float32, bias=True)
+    args = (torch.randn(4, 20), *packed_weight._held(), packed_weight.bias, packed_weight.counters)
     torch.library.opcheck(op.codebook_linear, args, test_utils=("test_schema", "test_faketensor"))
 
 
 class Machine:
     """Runs the few PTX instructions of ``lookup.text`` on Python numbers."""
 
-    def __init__(self, operands):
-        self.held = dict(operands)
+    def __init__(self, packed_weights):
+        self.held = dict(packed_weights)
 
     def read(self, name):
         return self.held[name] if name in self.held else int(name, 0)
@@ -167,14 +167,14 @@ def test_the_instructions_look_up_the_right_numbers(bits, first):
 
 @in_this_process
 def test_the_operand_refuses_what_is_not_its_business():
-    assert layer.serves(torch.nn.Linear(3, 3)) == ""
-    module, operand = operand_of(8, 32, 3, torch.float32)
+    assert layer.supports(torch.nn.Linear(3, 3)) == ""
+    module, packed_weight = packed_weight_of(8, 32, 3, torch.float32)
     module.holds_codes, module.shape, module.in_features = True, (8, 32), 32
-    assert "cpu" in layer.serves(module)
-    assert operand.takes(torch.zeros(1, 32))
-    assert not operand.takes(torch.zeros(1, 32, dtype=torch.float16))
-    assert not operand.state_dict()
-    twin = copy.deepcopy(operand)
+    assert "cpu" in layer.supports(module)
+    assert packed_weight.accepts(torch.zeros(1, 32))
+    assert not packed_weight.accepts(torch.zeros(1, 32, dtype=torch.float16))
+    assert not packed_weight.state_dict()
+    twin = copy.deepcopy(packed_weight)
     assert torch.equal(twin.codes(), module.codes())
 
 
@@ -193,13 +193,13 @@ def test_the_operand_refuses_what_is_not_its_business():
 def test_the_fused_kernel(device, N, K, M, bits, dtype, split):
     from hf_optim_kernels.codebook import launch
 
-    module, operand = operand_of(N, K, bits, dtype, device, bias=True)
+    module, packed_weight = packed_weight_of(N, K, bits, dtype, device, bias=True)
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": split, "EDGE": 32, "num_warps": 4, "num_stages": 2}
-    y = launch.fused(x, operand._held(), operand.bias, operand.counters, tiles)
+    y = launch.fused(x, packed_weight._held(), packed_weight.bias, packed_weight.counters, tiles)
     assert y.dtype == dtype
     assert relative(y, brute_force(module, x)) < BOUND[dtype]
-    assert not operand.counters.any()
+    assert not packed_weight.counters.any()
 
 
 @on_triton
@@ -207,9 +207,9 @@ def test_the_fused_kernel(device, N, K, M, bits, dtype, split):
 def test_the_decoded_weight_is_exact(device, N, K, bits):
     from hf_optim_kernels.codebook import launch
 
-    module, operand = operand_of(N, K, bits, torch.float16, device)
+    module, packed_weight = packed_weight_of(N, K, bits, torch.float16, device)
     wanted = brute_force(module, torch.eye(K, dtype=torch.float64, device=device)).T
-    held = operand._held()
+    held = packed_weight._held()
     assert torch.equal(launch.dense(held, K, torch.float16).double(), wanted)
     assert torch.equal(launch.dense(held, K, torch.float16, 2, 3).double(), wanted[2:5])
 
@@ -218,13 +218,13 @@ def test_the_decoded_weight_is_exact(device, N, K, bits):
 def test_many_rows_take_the_library_and_agree(device, monkeypatch):
     from hf_optim_kernels.codebook import launch
 
-    module, operand = operand_of(300, 64, 3, torch.float32, device, bias=True)
+    module, packed_weight = packed_weight_of(300, 64, 3, torch.float32, device, bias=True)
     x = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(4)).to(device)
     monkeypatch.setattr(launch, "MOST_ROWS", 8)
-    assert relative(operand(x), brute_force(module, x)) < BOUND[torch.float32]
+    assert relative(packed_weight(x), brute_force(module, x)) < BOUND[torch.float32]
     monkeypatch.setattr(launch, "MOST_BYTES", 200 * 64)
-    assert relative(operand(x), brute_force(module, x)) < BOUND[torch.float32]
-    assert operand(x[:0]).shape == (0, 10, 300)
+    assert relative(packed_weight(x), brute_force(module, x)) < BOUND[torch.float32]
+    assert packed_weight(x[:0]).shape == (0, 10, 300)
 
 
 @pytest.mark.gpu
@@ -232,13 +232,19 @@ def test_many_rows_take_the_library_and_agree(device, monkeypatch):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("M", [1, 16, 64, 256, 600])
 def test_large_layers_on_a_device(bits, M):
-    _, operand = operand_of(1536, 4096, bits, torch.bfloat16, "cuda")
+    _, packed_weight = packed_weight_of(1536, 4096, bits, torch.bfloat16, "cuda")
     x = torch.randn(M, 4096, device="cuda").bfloat16()
     wanted = (
         x.double()
         @ naive.dequantize(
-            operand.words, operand.table, operand.values, operand.columns, operand.starts, 4096, torch.float64
+            packed_weight.words,
+            packed_weight.table,
+            packed_weight.values,
+            packed_weight.columns,
+            packed_weight.starts,
+            4096,
+            torch.float64,
         ).T
     )
     for _ in range(2):  # the second call takes the plan
-        assert relative(operand(x), wanted) < BOUND[torch.bfloat16]
+        assert relative(packed_weight(x), wanted) < BOUND[torch.bfloat16]

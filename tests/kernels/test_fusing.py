@@ -30,18 +30,18 @@ def pays_from_eight_rows(monkeypatch):
     monkeypatch.setattr(tiles, "MOST_DECODE_ROWS", 7)
 
 
-def serves_all(weight):
+def supports_all(weight):
     return None
 
 
 def bind_triton(weight):
-    return layer.Operand.of(weight)
+    return layer.PackedWeight.of(weight)
 
 
 def w8a8(model, device, **fields):
     step = {"technique": "zeroquant", **fields}
     model = optimize(model.requires_grad_(False), [step]).to(device)
-    return hf_optim.accelerate(model, [Kernel("w8a8", serves=serves_all, bind=bind_triton, join=layer.join)])
+    return hf_optim.accelerate(model, [Kernel("w8a8", supports=supports_all, prepack=bind_triton, join=layer.join)])
 
 
 def fused_norms(model):
@@ -75,7 +75,7 @@ def test_fused_codes_equal_unfused_ones_to_one_ulp_of_the_scale(dtype, symmetric
     with torch.no_grad():
         y = norm(x)
         plain = norm._former.forward(norm, x)
-        made = up.operand.joint.handoff.take(y, 1)
+        made = up.packed_weight.fused.handoff.take(y, 1)
     # What is quantized is what the norm gives out, exactly as a launch of its own would do it.
     assert all(torch.equal(a, b) for a, b in zip(made, quantize.rows(y, False, symmetric)[:3], strict=True))
     # The norm's own sums, in float32, may end in another order: at most one place of a shorter type.
@@ -98,7 +98,7 @@ def test_a_fused_model_computes_the_same(device, monkeypatch):
     monkeypatch.setattr(fusing.Handoff, "take", lambda *a: taken.append(real(*a)) or taken[-1])
     fused = run(model)
     assert sum(found is not None for found in taken) == 4  # joined q, k, v and joined gate, up of two blocks
-    assert model.model.layers[0].self_attn.q_proj.operand.joint.handoff.held is None
+    assert model.model.layers[0].self_attn.q_proj.packed_weight.fused.handoff.held is None
     # A value in the middle between two codes may go either way, and moves those of the next layer.
     apart, rounding = run(unfused(model)), run(tiny_llama().to(device))
     assert relative(fused, apart) < relative(apart, rounding) / 2

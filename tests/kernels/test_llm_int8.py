@@ -219,8 +219,8 @@ def test_the_layer(device):
     wanted = naive.llm_int8(x, made.weight, made.w_scale, made.bias, 6.0)
     assert relative(made(x), wanted) < 1e-6
     assert made(x.clone().requires_grad_()).requires_grad
-    assert made.takes(x)
-    assert not made.takes(x.half())
+    assert made.accepts(x)
+    assert not made.accepts(x.half())
     found = made.codes()
     assert torch.equal((found.codes.int() - 128).float() * found.scale, naive.dequantize(made.weight, made.w_scale))
 

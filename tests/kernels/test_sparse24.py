@@ -284,9 +284,9 @@ def same(found, wanted):
 @pytest.mark.parametrize("columns", [256, 172])
 def test_codes_come_back_bit_for_bit(grid, columns):
     weight, codes, _ = weight_as_told(24, columns, *grid, torch.bfloat16)
-    bound = layer.bind(weight)
+    bound = layer.prepack(weight)
     same(bound.codes(), codes)
-    again = layer.bind(weight)
+    again = layer.prepack(weight)
     again.load_state_dict(copy.deepcopy(bound).state_dict())
     same(again.codes(), codes)
 
@@ -297,7 +297,7 @@ def test_negative_zeros_come_back():
     g = torch.Generator().manual_seed(9)
     codes.codes = torch.randn(24, 172, generator=g).to(torch.bfloat16) * mask_of(24, 172, g)
     assert bool((codes.codes.view(torch.int16) == -(2**15)).any())
-    same(layer.bind(weight).codes(), codes)
+    same(layer.prepack(weight).codes(), codes)
 
 
 @in_this_process
@@ -309,19 +309,19 @@ def test_a_weight_that_is_not_two_of_four_is_refused(grid):
     if codes.zero is not None:
         codes.codes[3, 8:11] = (codes.zero[3, 0].int() + 1) % 256
     with pytest.raises(ValueError, match="more than two"):
-        layer.bind(weight)
+        layer.prepack(weight)
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_layer_equals_the_weight(grid, device):
     weight, _, value = weight_as_told(48, 172, *grid, torch.float16)
-    bound = layer.bind(weight).to(device)
+    bound = layer.prepack(weight).to(device)
     x = torch.randn(2, 3, 172, generator=torch.Generator().manual_seed(7)).half().to(device)
     wanted = x.double() @ value.T.to(device) + weight.bias.double().to(device)
     assert relative(bound(x), wanted) < 1.5 * BOUND[torch.float16]
-    assert bound.takes(x)
-    assert not bound.takes(x.float())
+    assert bound.accepts(x)
+    assert not bound.accepts(x.float())
     y = bound(x.clone().requires_grad_())
     assert y.requires_grad
     compiled = torch.compile(bound, backend="eager", fullgraph=True)
@@ -334,12 +334,12 @@ def test_the_layer_equals_the_weight(grid, device):
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_operands(grid, bias):
     told = [weight_as_told(out, 172, *grid, torch.float16, bias=bias, seed=out) for out in (24, 8, 8)]
-    bound = [layer.bind(weight) for weight, _, _ in told]
+    bound = [layer.prepack(weight) for weight, _, _ in told]
     whole = layer.join(bound)
     x = torch.randn(3, 172, generator=torch.Generator().manual_seed(7)).half()
     assert torch.equal(whole(x), torch.cat([part(x) for part in bound], -1))
     assert torch.equal(whole.codes().codes, torch.cat([codes.codes for _, codes, _ in told]))
-    other = layer.bind(weight_as_told(8, 172, *grid, torch.float16, bias=not bias)[0])
+    other = layer.prepack(weight_as_told(8, 172, *grid, torch.float16, bias=not bias)[0])
     assert layer.join([*bound, other]) is None
 
 
@@ -348,7 +348,7 @@ def test_negative_zeros_of_joined_operands():
     first, codes, _ = weight_as_told(8, 172, 16, ROW, False, torch.float16)
     second, others, _ = weight_as_told(8, 172, 16, ROW, False, torch.float16, seed=1)
     codes.codes = torch.where(codes.codes == 0, -0.0, codes.codes)
-    whole = layer.join([layer.bind(first), layer.bind(second)]).codes()
+    whole = layer.join([layer.prepack(first), layer.prepack(second)]).codes()
     same(whole, SimpleNamespace(codes=torch.cat((codes.codes, others.codes)), scale=None, zero=None))
 
 
@@ -370,7 +370,7 @@ def test_negative_zeros_of_joined_operands():
 )
 def test_what_is_not_served_is_told_why(changes, reason):
     weight, _, _ = weight_as_told(24, 256, 4, 32, False, torch.float16)
-    assert re.search(reason, layer.serves(SimpleNamespace(**{**vars(weight), **changes})))
+    assert re.search(reason, layer.supports(SimpleNamespace(**{**vars(weight), **changes})))
 
 
 @in_this_process

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_optim
 from hf_optim import Kernel, compressed
-from hf_optim.compressed.packed.swap import bind as bind_first
+from hf_optim.compressed.packed.swap import prepack as prepack_first
 from hf_optim_kernels.sparse24 import layer, mma_layout, naive, op, tiles
 
 ROW = 1 << 20
@@ -238,11 +238,11 @@ def same(found, wanted):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_codes_come_back_bit_for_bit(grid):
     weight, codes = weight_as_told(48, 256, *grid)
-    bound = layer.bind(weight)
+    bound = layer.prepack(weight)
     assert mma_layout.holds(bound.values)
     assert "sparse tensor cores" in bound.label
     same(bound.codes(), codes)
-    again = layer.bind(weight)
+    again = layer.prepack(weight)
     again.load_state_dict(copy.deepcopy(bound).state_dict())
     same(again.codes(), codes)
 
@@ -251,12 +251,12 @@ def test_codes_come_back_bit_for_bit(grid):
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_operands(device, bias):
     told = [weight_as_told(out, 256, 128, True, bias=bias, seed=out)[0] for out in (48, 16, 16)]
-    bound = [layer.bind(weight).to(device) for weight in told]
+    bound = [layer.prepack(weight).to(device) for weight in told]
     whole = layer.join(bound)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(7)).half().to(device)
     assert relative(whole(x), torch.cat([part(x).double() for part in bound], -1)) < BOUND[torch.float16]
     assert torch.equal(whole.codes().codes.cpu(), torch.cat([weight.codes().codes for weight in told]))
-    other = layer.bind(weight_as_told(24, 256, 128, True, bias=bias)[0]).to(device)
+    other = layer.prepack(weight_as_told(24, 256, 128, True, bias=bias)[0]).to(device)
     assert not mma_layout.holds(other.values)
     assert layer.join([*bound, other]) is None
 
@@ -265,7 +265,7 @@ def test_joined_operands(device, bias):
 def test_a_layer_again_and_again(device):
     """Launches that are kept ready, compiled graphs, a gradient, and a bias that became another tensor."""
     weight, found = weight_as_told(48, 256, 128, True)
-    bound = layer.bind(weight).to(device)
+    bound = layer.prepack(weight).to(device)
     scale, zero = (part.double().repeat_interleave(128, 1) for part in (found.scale, found.zero))
     value = (found.codes.double() - zero) * scale
     for rows in (1, 1, 4, 40, 1):
@@ -297,20 +297,20 @@ def test_a_layer_again_and_again(device):
     ],
 )
 def test_which_codes_are_served(monkeypatch, shape, changes, served):
-    monkeypatch.setattr(layer, "_device_refusal", lambda device: None)
+    monkeypatch.setattr(layer, "_unsupported_device", lambda device: None)
     told = {**vars(weight_as_told(16, 128, 128, False)[0]), "shape": shape, "group_size": 128, **changes}
-    reason = layer.serves(SimpleNamespace(**told))
+    reason = layer.supports(SimpleNamespace(**told))
     assert reason is None if served else reason
 
 
 @in_this_process
 def test_a_kernel_of_24_is_asked_first_for_what_is_24():
     weight, _ = weight_as_told(16, 128, 128, False)
-    every = Kernel("every", serves=lambda w: None, bind=layer.bind)
-    special = Kernel("24", serves=lambda w: None, bind=layer.bind, sparse24=True)
-    assert bind_first(weight, [every, special])[0] is special
+    every = Kernel("every", supports=lambda w: None, prepack=layer.prepack)
+    special = Kernel("24", supports=lambda w: None, prepack=layer.prepack, sparse24=True)
+    assert prepack_first(weight, [every, special])[0] is special
     weight.sparse24 = False
-    assert bind_first(weight, [every, special])[0] is every
+    assert prepack_first(weight, [every, special])[0] is every
 
 
 @in_this_process
@@ -353,7 +353,7 @@ def labels(model):
 @in_this_process
 def test_a_model_lands_on_the_kernel_and_is_saved_as_it_was(monkeypatch, tmp_path):
     """The host's part, with the specification for a kernel: without a recipe the whole catalogue offers."""
-    monkeypatch.setattr(layer, "_device_refusal", lambda device: None)
+    monkeypatch.setattr(layer, "_unsupported_device", lambda device: None)
     monkeypatch.setattr(layer, "LEAST_WEIGHTS", 0)
     lands_and_is_saved(pruned_llama(), tmp_path)
 

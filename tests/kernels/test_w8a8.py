@@ -368,8 +368,8 @@ def quantized_weight(out, columns, *, float8=False, symmetric=True, dynamic=True
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_the_operand(float8, symmetric, dynamic, device):
     given = quantized_weight(24, 64, float8=float8, symmetric=symmetric, dynamic=dynamic, device=device)
-    operand, found, made = layer.Operand.of(given), given.codes(), None
-    made = operand.codes()
+    packed_weight, found, made = layer.PackedWeight.of(given), given.codes(), None
+    made = packed_weight.codes()
     bits = [t.view(torch.uint8) for t in (made.codes, found.codes)]
     assert torch.equal(*bits)
     assert made.codes.dtype == found.codes.dtype
@@ -377,16 +377,16 @@ def test_the_operand(float8, symmetric, dynamic, device):
     assert (made.input_scale is None) == dynamic
     x = random_input(6, 64, torch.float32, device).view(2, 3, 64)
     values = found.codes.double() - (0 if float8 else 128)
-    y = copy.deepcopy(operand)(x)
+    y = copy.deepcopy(packed_weight)(x)
     codes, rows, zero, _ = producers.quantize_rows(x, float8, symmetric, found.input_scale, found.input_zero)
     wanted = naive.dequantize(codes, rows, zero, torch.float64) @ (values * found.scale.double()).T + given.bias
     assert relative(y, wanted) < (1e-3 if float8 and not INTERPRETED else 1e-6)
-    assert torch.equal(operand.quantized_forward(codes, rows, zero), y)
-    recorded = operand(x.clone().requires_grad_())
+    assert torch.equal(packed_weight.quantized_forward(codes, rows, zero), y)
+    recorded = packed_weight(x.clone().requires_grad_())
     assert recorded.requires_grad
     assert torch.equal(recorded, y)
-    assert operand.takes(x)
-    assert not operand.takes(x.half())
+    assert packed_weight.accepts(x)
+    assert not packed_weight.accepts(x.half())
 
 
 @pytest.mark.parametrize("device", [CUDA])
@@ -394,24 +394,31 @@ def test_the_operand(float8, symmetric, dynamic, device):
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_launches_that_are_kept(rows, dynamic, device):
     """The second call of a shape goes by a plan, which the first one made; moving or copying a layer forgets it."""
-    operand = layer.Operand.of(quantized_weight(48, 64, symmetric=False, dynamic=dynamic, device=device))
+    packed_weight = layer.PackedWeight.of(quantized_weight(48, 64, symmetric=False, dynamic=dynamic, device=device))
     first, x = (random_input(rows, 64, torch.float32, device, seed=s) for s in (1, 2))
-    operand(first)
-    plan = operand.plans[x.shape]
+    packed_weight(first)
+    plan = packed_weight.plans[x.shape]
     assert plan is not None
-    y = operand(x)
+    y = packed_weight(x)
     assert torch.equal(y, plan(x))
-    assert torch.equal(y, op.linear(x, operand.weight, *rest_of(operand)))
-    assert not bool(operand.counters.any())
+    assert torch.equal(y, op.linear(x, packed_weight.weight, *rest_of(packed_weight)))
+    assert not bool(packed_weight.counters.any())
     assert plan(torch.empty(rows * 64 + 1, device=device)[1:].view(rows, 64)) is None
-    assert torch.equal(operand(x.T.contiguous().T), y)
-    assert copy.deepcopy(operand).plans == {}
-    assert operand.float().plans == {}
+    assert torch.equal(packed_weight(x.T.contiguous().T), y)
+    assert copy.deepcopy(packed_weight).plans == {}
+    assert packed_weight.float().plans == {}
 
 
-def rest_of(operand):
-    grid = operand.input_scale, operand.input_zero
-    return operand.w_scale, operand.w_sum, operand.bias, *grid, operand.counters, operand.symmetric
+def rest_of(packed_weight):
+    grid = packed_weight.input_scale, packed_weight.input_zero
+    return (
+        packed_weight.w_scale,
+        packed_weight.w_sum,
+        packed_weight.bias,
+        *grid,
+        packed_weight.counters,
+        packed_weight.symmetric,
+    )
 
 
 @in_this_process
@@ -451,13 +458,13 @@ def test_a_plan_makes_the_same_launches(monkeypatch):
 
 @on_triton
 def test_joined_operands(device):
-    parts = [layer.Operand.of(quantized_weight(n, 64, float8=True, device=device, seed=n)) for n in (24, 8, 40)]
+    parts = [layer.PackedWeight.of(quantized_weight(n, 64, float8=True, device=device, seed=n)) for n in (24, 8, 40)]
     joined = layer.join(parts)
     x = random_input(3, 64, torch.float32, device)
     assert relative(joined(x), torch.cat([part(x) for part in parts], -1)) < 1e-3
-    assert layer.join([parts[0], layer.Operand.of(quantized_weight(8, 64, device=device))]) is None
-    assert layer.join([parts[0], layer.Operand.of(quantized_weight(8, 64, float8=True, bias=False))]) is None
-    static = [layer.Operand.of(quantized_weight(8, 64, dynamic=False, device=device, seed=s)) for s in (1, 2)]
+    assert layer.join([parts[0], layer.PackedWeight.of(quantized_weight(8, 64, device=device))]) is None
+    assert layer.join([parts[0], layer.PackedWeight.of(quantized_weight(8, 64, float8=True, bias=False))]) is None
+    static = [layer.PackedWeight.of(quantized_weight(8, 64, dynamic=False, device=device, seed=s)) for s in (1, 2)]
     assert layer.join(static) is not None
     static[1].input_scale *= 2
     assert layer.join(static) is None
@@ -480,7 +487,7 @@ def test_joined_operands(device):
 def test_what_is_not_served_says_why(changes, reason):
     from dataclasses import replace
 
-    found = layer.serves(replace(quantized_weight(24, 64), **({"device": torch.device("cuda")} | changes)))
+    found = layer.supports(replace(quantized_weight(24, 64), **({"device": torch.device("cuda")} | changes)))
     assert reason in found
     assert bool(found) == bool(reason)
 
@@ -492,12 +499,12 @@ def test_compute_capability_decides(monkeypatch):
     pytest.importorskip("triton")
     on_cuda = {"device": torch.device("cuda")}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert layer.serves(replace(quantized_weight(24, 64), **on_cuda)) is None
-    assert "float8 needs compute capability 8.9" in layer.serves(
+    assert layer.supports(replace(quantized_weight(24, 64), **on_cuda)) is None
+    assert "float8 needs compute capability 8.9" in layer.supports(
         replace(quantized_weight(24, 64, float8=True), **on_cuda)
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "int8 needs compute capability 8.0" in layer.serves(replace(quantized_weight(24, 64), **on_cuda))
+    assert "int8 needs compute capability 8.0" in layer.supports(replace(quantized_weight(24, 64), **on_cuda))
 
 
 @in_this_process
@@ -507,10 +514,10 @@ def test_static_inputs_without_a_scale_are_refused():
     given = quantized_weight(24, 64)
     found = given.codes()
     with pytest.raises(ValueError, match="no scale"):
-        layer.Operand.of(replace(given, inputs=Inputs("int8", False, True)))
+        layer.PackedWeight.of(replace(given, inputs=Inputs("int8", False, True)))
     half = Codes(found.codes, found.scale, None, input_scale=torch.ones(1))
     with pytest.raises(ValueError, match="no zero point"):
-        layer.Operand.of(replace(given, inputs=Inputs("int8", False, False), codes=lambda: half))
+        layer.PackedWeight.of(replace(given, inputs=Inputs("int8", False, False), codes=lambda: half))
 
 
 @in_this_process
@@ -534,9 +541,9 @@ def test_fewer_bits_take_a_byte_each(bits):
     g = torch.Generator().manual_seed(0)
     weight = quantized_weight(24, 64)
     found = replace(weight.codes(), codes=torch.randint(0, 2**bits, (24, 64), generator=g, dtype=torch.uint8))
-    operand = layer.Operand.of(replace(weight, bits=bits, codes=lambda: found))
-    assert torch.equal(operand.codes().codes, found.codes)
-    assert torch.equal(operand.weight.int(), found.codes.int() - 2 ** (bits - 1))
-    joined = layer.join([operand, operand])
+    packed_weight = layer.PackedWeight.of(replace(weight, bits=bits, codes=lambda: found))
+    assert torch.equal(packed_weight.codes().codes, found.codes)
+    assert torch.equal(packed_weight.weight.int(), found.codes.int() - 2 ** (bits - 1))
+    joined = layer.join([packed_weight, packed_weight])
     assert torch.equal(joined.codes().codes, torch.cat([found.codes, found.codes]))
-    assert layer.join([operand, layer.Operand.of(weight)]) is None
+    assert layer.join([packed_weight, layer.PackedWeight.of(weight)]) is None

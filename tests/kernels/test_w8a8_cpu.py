@@ -86,9 +86,9 @@ def apart(y, wanted):
 @pytest.mark.parametrize(("rows", "out", "columns"), SHAPES)
 def test_it_is_the_fake_quantized_product(rows, out, columns, dynamic, symmetric, dtype):
     weight = random_weight(out, columns, dynamic=dynamic, symmetric=symmetric, dtype=dtype)
-    assert cpu.refusal(weight) is None
+    assert cpu.unsupported_reason(weight) is None
     x = random_input(rows, columns, dtype=dtype)
-    y = cpu.bind(weight)(x)
+    y = cpu.prepack(weight)(x)
     assert y.dtype == dtype
     assert y.shape == (rows, out)
     assert apart(y, reference(weight, x)) < BOUND[dtype]
@@ -99,18 +99,18 @@ def test_it_is_the_fake_quantized_product(rows, out, columns, dynamic, symmetric
 def test_weights_with_zero_points_and_fewer_bits(bits, dynamic, symmetric):
     weight = random_weight(48, 96, bits=bits, zero=True, dynamic=dynamic, symmetric=symmetric)
     x = random_input(5, 96)
-    assert apart(cpu.bind(weight)(x), reference(weight, x)) < BOUND[torch.float32]
+    assert apart(cpu.prepack(weight)(x), reference(weight, x)) < BOUND[torch.float32]
 
 
 def test_no_bias_more_dimensions_and_strided_inputs():
     weight = random_weight(48, 96, bias=False)
-    operand = cpu.bind(weight)
+    packed_weight = cpu.prepack(weight)
     x = random_input(2, 96, 6).transpose(1, 2)
-    assert apart(operand(x), reference(weight, x)) < BOUND[torch.float32]
+    assert apart(packed_weight(x), reference(weight, x)) < BOUND[torch.float32]
     x = random_input(4, 192)[:, ::2]
-    assert apart(operand(x), reference(weight, x)) < BOUND[torch.float32]
-    assert operand(random_input(96)).shape == (48,)
-    assert operand(random_input(3, 0, 96)).shape == (3, 0, 48)
+    assert apart(packed_weight(x), reference(weight, x)) < BOUND[torch.float32]
+    assert packed_weight(random_input(96)).shape == (48,)
+    assert packed_weight(random_input(3, 0, 96)).shape == (3, 0, 48)
 
 
 @pytest.mark.parametrize(("dynamic", "symmetric"), GRIDS)
@@ -118,13 +118,13 @@ def test_the_largest_sums_are_exact(dynamic, symmetric):
     weight = random_weight(3, 8192, dynamic=dynamic, symmetric=symmetric, bias=False)
     weight.codes().codes.zero_()
     x = -torch.ones(2, 8192)
-    assert apart(cpu.bind(weight)(x), reference(weight, x)) < BOUND[torch.float32]
+    assert apart(cpu.prepack(weight)(x), reference(weight, x)) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize(("dynamic", "symmetric"), GRIDS)
 def test_rows_of_zeros_give_the_bias(dynamic, symmetric):
     weight = random_weight(48, 96, zero=True, dynamic=dynamic, symmetric=symmetric)
-    y = cpu.bind(weight)(torch.zeros(3, 96))
+    y = cpu.prepack(weight)(torch.zeros(3, 96))
     assert torch.equal(y, weight.bias.expand(3, 48))
 
 
@@ -132,76 +132,76 @@ def test_rows_of_zeros_give_the_bias(dynamic, symmetric):
 @pytest.mark.parametrize(("dynamic", "symmetric"), GRIDS)
 def test_a_row_that_is_not_finite_stays_visible_and_alone(dynamic, symmetric, value):
     weight = random_weight(48, 96, dynamic=dynamic, symmetric=symmetric)
-    operand, x = cpu.bind(weight), random_input(4, 96)
-    expected = operand(x)
+    packed_weight, x = cpu.prepack(weight), random_input(4, 96)
+    expected = packed_weight(x)
     x[1, 7] = value
-    y = operand(x)
+    y = packed_weight(x)
     assert not y[1].isfinite().any()
     assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
-    assert not operand(x[1]).isfinite().any()
+    assert not packed_weight(x[1]).isfinite().any()
 
 
 def test_the_codes_come_back_bit_for_bit():
     for bits, zero, dynamic in ((8, False, True), (8, True, False), (3, True, False)):
         weight = random_weight(7, 33, bits=bits, zero=zero, dynamic=dynamic, symmetric=False, dtype=torch.bfloat16)
-        wanted, found = weight.codes(), copy.deepcopy(cpu.bind(weight)).codes()
+        wanted, found = weight.codes(), copy.deepcopy(cpu.prepack(weight)).codes()
         for name in ("codes", "scale", "zero", "order", "input_scale", "input_zero"):
             a, b = getattr(wanted, name), getattr(found, name)
             assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
 
 
 def test_the_state_of_one_operand_loads_into_another():
-    operand = cpu.bind(random_weight(48, 96, seed=0))
-    other = cpu.bind(random_weight(48, 96, seed=5))
+    packed_weight = cpu.prepack(random_weight(48, 96, seed=0))
+    other = cpu.prepack(random_weight(48, 96, seed=5))
     x = random_input(4, 96)
-    assert not torch.equal(operand(x), other(x))
-    other.load_state_dict(operand.state_dict())
-    assert torch.equal(operand(x), other(x))
+    assert not torch.equal(packed_weight(x), other(x))
+    other.load_state_dict(packed_weight.state_dict())
+    assert torch.equal(packed_weight(x), other(x))
 
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_joined_operands_give_their_outputs_side_by_side(zero):
-    parts = [cpu.bind(random_weight(n, 96, zero=zero, symmetric=False, seed=n)) for n in (48, 16, 7)]
+    parts = [cpu.prepack(random_weight(n, 96, zero=zero, symmetric=False, seed=n)) for n in (48, 16, 7)]
     whole = cpu.join(parts)
     x = random_input(5, 96)
     assert torch.equal(whole(x), torch.cat([part(x) for part in parts], -1))
 
 
 def test_operands_with_other_inputs_do_not_join():
-    first = cpu.bind(random_weight(48, 96, dynamic=False))
+    first = cpu.prepack(random_weight(48, 96, dynamic=False))
     other = random_weight(48, 96, dynamic=False)
     other.codes().input_scale.mul_(2)
-    assert cpu.join([first, cpu.bind(other)]) is None
-    assert cpu.join([first, cpu.bind(random_weight(48, 96))]) is None
-    assert cpu.join([first, cpu.bind(random_weight(48, 96, dynamic=False, bias=False))]) is None
+    assert cpu.join([first, cpu.prepack(other)]) is None
+    assert cpu.join([first, cpu.prepack(random_weight(48, 96))]) is None
+    assert cpu.join([first, cpu.prepack(random_weight(48, 96, dynamic=False, bias=False))]) is None
 
 
 def test_the_gradient_goes_straight_through_and_trains_an_adapter():
     weight = random_weight(48, 96, zero=True)
-    operand = cpu.bind(weight)
+    packed_weight = cpu.prepack(weight)
     x = random_input(2, 3, 96).requires_grad_()
     grad = random_input(2, 3, 48, seed=3)
-    y = operand(x)
-    assert torch.equal(y, operand(x.detach()))
+    y = packed_weight(x)
+    assert torch.equal(y, packed_weight(x.detach()))
     y.backward(grad)
     assert apart(x.grad, grad.double() @ decoded(weight)) < BOUND[torch.float32]
 
     down, up = nn.Linear(96, 4, bias=False), nn.Linear(4, 48, bias=False)
-    (operand(x.detach()) + up(down(x.detach()))).square().sum().backward()
+    (packed_weight(x.detach()) + up(down(x.detach()))).square().sum().backward()
     assert float(up.weight.grad.abs().sum()) > 0
 
 
 def test_it_traces_into_one_graph():
     weight = random_weight(48, 96, dynamic=False, symmetric=False)
-    operand, x = cpu.bind(weight), random_input(4, 96)
-    traced = torch.compile(operand, fullgraph=True, backend="eager", dynamic=False)
-    assert torch.equal(traced(x), operand(x))
+    packed_weight, x = cpu.prepack(weight), random_input(4, 96)
+    traced = torch.compile(packed_weight, fullgraph=True, backend="eager", dynamic=False)
+    assert torch.equal(traced(x), packed_weight(x))
 
 
 def test_it_takes_its_own_type_alone():
-    operand = cpu.bind(random_weight(48, 96))
-    assert operand.takes(random_input(1, 96))
-    assert not operand.takes(random_input(1, 96, dtype=torch.bfloat16))
+    packed_weight = cpu.prepack(random_weight(48, 96))
+    assert packed_weight.accepts(random_input(1, 96))
+    assert not packed_weight.accepts(random_input(1, 96, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -220,12 +220,12 @@ def test_it_takes_its_own_type_alone():
 def test_what_it_cannot_do_is_refused_with_the_reason(change, reason):
     weight = random_weight(48, 96)
     weight.__dict__.update(change)
-    assert reason in cpu.refusal(weight)
+    assert reason in cpu.unsupported_reason(weight)
 
 
 def test_a_cpu_without_vnni_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert "VNNI" in cpu.refusal(random_weight(48, 96))
+    assert "VNNI" in cpu.unsupported_reason(random_weight(48, 96))
 
 
 def test_codes_are_those_of_the_specification():
@@ -233,8 +233,8 @@ def test_codes_are_those_of_the_specification():
 
     x = random_input(64, 384) * torch.logspace(-3, 3, 64)[:, None]
     for symmetric in (True, False):
-        operand = cpu.bind(random_weight(16, 384, symmetric=symmetric))
-        codes, scale, zero = operand._quantize(x, None)
+        packed_weight = cpu.prepack(random_weight(16, 384, symmetric=symmetric))
+        codes, scale, zero = packed_weight._quantize(x, None)
         wanted, wanted_scale, wanted_zero = naive.quantize(x, False, symmetric)
         assert torch.equal(codes, wanted)
         assert torch.equal(scale.flatten(), wanted_scale)

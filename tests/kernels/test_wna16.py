@@ -201,7 +201,7 @@ def test_the_triton_kernel_interpreted():
     pass_interpreted(__file__)
 
 
-# -- operands ---------------------------------------------------------------------------------------------------------
+# -- packed weights ---------------------------------------------------------------------------------------------------
 def found_codes(out, columns, group, bits, *, zero=False, order=None, dtype=torch.float32, device="cpu", seed=0):
     g = torch.Generator().manual_seed(seed)
     groups = columns // group
@@ -237,40 +237,40 @@ def test_the_operand_equals_the_weight_and_gives_its_codes_back(bits, group, zer
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     found = found_codes(48, 64, group, bits, zero=zero, order=order, dtype=dtype, device=device)
     bias = torch.randn(48, dtype=dtype, device=device)
-    operand = layer.PackedWeight.from_codes(found, bits, group, dtype, bias)
+    packed_weight = layer.PackedWeight.from_codes(found, bits, group, dtype, bias)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(7)).to(device, dtype)
     reference = x.double() @ decoded(found, bits, group).T + bias.double()
-    for subject in (operand, copy.deepcopy(operand)):
+    for subject in (packed_weight, copy.deepcopy(packed_weight)):
         for _ in range(2):  # the second call takes the plan that the first one made
             assert relative(subject(x), reference) < BOUND[dtype]
         with torch.inference_mode():
             assert relative(subject(x[:, ::2]), reference[:, ::2]) < BOUND[dtype]
-    again = operand.codes()
+    again = packed_weight.codes()
     for name in ("codes", "scale", "zero", "order"):
         was, now = getattr(found, name), getattr(again, name)
         assert (was is None) == (now is None), name
         assert was is None or (torch.equal(was, now) and was.dtype == now.dtype), name
-    assert operand.takes(x)
-    assert not operand.takes(x.double())
+    assert packed_weight.accepts(x)
+    assert not packed_weight.accepts(x.double())
 
 
 @in_this_process
 def test_operands_that_are_joined_give_their_outputs_side_by_side():
     parts = [found_codes(n, 64, 32, 4, zero=True, seed=n) for n in (16, 48, 8)]
-    operands = [layer.PackedWeight.from_codes(p, 4, 32, torch.float32, None) for p in parts]
-    whole = layer.join(operands)
+    packed_weights = [layer.PackedWeight.from_codes(p, 4, 32, torch.float32, None) for p in parts]
+    whole = layer.join(packed_weights)
     x = torch.randn(3, 64)
     assert relative(whole(x), torch.cat([x.double() @ decoded(p, 4, 32).T for p in parts], 1)) < 1e-6
     other = layer.PackedWeight.from_codes(found_codes(8, 64, 64, 4, zero=True), 4, 64, torch.float32, None)
-    assert layer.join([*operands, other]) is None
+    assert layer.join([*packed_weights, other]) is None
 
 
 @in_this_process
 def test_an_operand_compiles_without_a_break_and_trains_what_is_before_it():
     found = found_codes(16, 64, 32, 4)
-    operand = layer.PackedWeight.from_codes(found, 4, 32, torch.float32, torch.zeros(16))
+    packed_weight = layer.PackedWeight.from_codes(found, 4, 32, torch.float32, torch.zeros(16))
     x = torch.randn(2, 64, requires_grad=True)
-    y = torch.compile(operand, backend="aot_eager", fullgraph=True)(x)
+    y = torch.compile(packed_weight, backend="aot_eager", fullgraph=True)(x)
     y.sum().backward()
     assert relative(x.grad, decoded(found, 4, 32).sum(0).expand(2, -1)) < 1e-6
 
@@ -299,4 +299,4 @@ def described(**changes):
 def test_what_is_not_served_is_said(changes, reason):
     import re
 
-    assert re.search(reason, layer.serves(described(**changes)))
+    assert re.search(reason, layer.supports(described(**changes)))

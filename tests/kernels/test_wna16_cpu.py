@@ -86,9 +86,9 @@ def apart(y, wanted):
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_product(case, rows, dtype):
     weight = random_weight(*case, dtype=dtype)
-    assert cpu.refusal(weight) is None
+    assert cpu.unsupported_reason(weight) is None
     x = random_input(rows, weight.shape[1], dtype=dtype)
-    y = cpu.bind(weight)(x)
+    y = cpu.prepack(weight)(x)
     assert y.dtype == dtype
     assert y.shape == (rows, weight.shape[0])
     assert apart(y, reference(weight, x)) < BOUND
@@ -97,7 +97,7 @@ def test_it_is_the_product(case, rows, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_the_codes_come_back_bit_for_bit(case):
     weight = random_weight(*case, dtype=torch.float16)
-    wanted, found = weight.codes(), copy.deepcopy(cpu.bind(weight)).codes()
+    wanted, found = weight.codes(), copy.deepcopy(cpu.prepack(weight)).codes()
     for name in ("codes", "scale", "zero", "order"):
         a, b = getattr(wanted, name), getattr(found, name)
         assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
@@ -106,34 +106,34 @@ def test_the_codes_come_back_bit_for_bit(case):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_no_bias_more_dimensions_and_strided_inputs(bits):
     weight = random_weight(48, 96, bits=bits, bias=False)
-    operand = cpu.bind(weight)
+    packed_weight = cpu.prepack(weight)
     x = random_input(2, 96, 6).transpose(1, 2)
-    assert apart(operand(x), reference(weight, x)) < BOUND
+    assert apart(packed_weight(x), reference(weight, x)) < BOUND
     x = random_input(4, 192)[:, ::2]
-    assert apart(operand(x), reference(weight, x)) < BOUND
-    assert operand(random_input(96)).shape == (48,)
-    assert operand(random_input(3, 0, 96)).shape == (3, 0, 48)
+    assert apart(packed_weight(x), reference(weight, x)) < BOUND
+    assert packed_weight(random_input(96)).shape == (48,)
+    assert packed_weight(random_input(3, 0, 96)).shape == (3, 0, 48)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_where_dense_products_are_fast_many_rows_are_decoded(bits, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     weight = random_weight(48, 96, bits=bits)
-    operand = cpu.bind(weight)
-    operand.multiply = None
+    packed_weight = cpu.prepack(weight)
+    packed_weight.multiply = None
     x = random_input(cpu.MOST_ROWS + 1, 96)
-    assert apart(operand(x), reference(weight, x)) < BOUND
+    assert apart(packed_weight(x), reference(weight, x)) < BOUND
     with pytest.raises(TypeError):
-        operand(x[1:])
+        packed_weight(x[1:])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_stays_visible_and_alone(bits, value):
-    operand, x = cpu.bind(random_weight(48, 96, bits=bits)), random_input(4, 96)
-    expected = operand(x)
+    packed_weight, x = cpu.prepack(random_weight(48, 96, bits=bits)), random_input(4, 96)
+    expected = packed_weight(x)
     x[1, 7] = value
-    y = operand(x)
+    y = packed_weight(x)
     assert not y[1].isfinite().any()
     assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
 
@@ -141,42 +141,42 @@ def test_a_row_that_is_not_finite_stays_visible_and_alone(bits, value):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_gradient_is_that_of_the_weight_and_trains_an_adapter(bits):
     weight = random_weight(48, 96, bits=bits)
-    operand = cpu.bind(weight)
+    packed_weight = cpu.prepack(weight)
     x = random_input(2, 3, 96).requires_grad_()
     grad = random_input(2, 3, 48, seed=3)
-    y = operand(x)
-    assert torch.equal(y, operand(x.detach()))
+    y = packed_weight(x)
+    assert torch.equal(y, packed_weight(x.detach()))
     y.backward(grad)
     assert apart(x.grad, grad.double() @ decoded(weight)) < BOUND
 
     down, up = nn.Linear(96, 4, bias=False).bfloat16(), nn.Linear(4, 48, bias=False).bfloat16()
-    (operand(x.detach()) + up(down(x.detach()))).square().sum().backward()
+    (packed_weight(x.detach()) + up(down(x.detach()))).square().sum().backward()
     assert float(up.weight.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_it_traces_into_one_graph(bits):
-    operand, x = cpu.bind(random_weight(48, 96, bits=bits)), random_input(4, 96)
-    traced = torch.compile(operand, fullgraph=True, backend="eager", dynamic=False)
-    assert torch.equal(traced(x), operand(x))
+    packed_weight, x = cpu.prepack(random_weight(48, 96, bits=bits)), random_input(4, 96)
+    traced = torch.compile(packed_weight, fullgraph=True, backend="eager", dynamic=False)
+    assert torch.equal(traced(x), packed_weight(x))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_joined_operands_give_their_outputs_side_by_side(bits):
-    parts = [cpu.bind(random_weight(n, 96, bits=bits, seed=n)) for n in (48, 16, 32)]
+    parts = [cpu.prepack(random_weight(n, 96, bits=bits, seed=n)) for n in (48, 16, 32)]
     x = random_input(5, 96)
     assert torch.equal(cpu.join(parts)(x), torch.cat([part(x) for part in parts], -1))
-    assert cpu.join([parts[0], cpu.bind(random_weight(48, 96, bits=bits, bias=False))]) is None
-    assert cpu.join([parts[0], cpu.bind(random_weight(48, 96, bits=3))]) is None
+    assert cpu.join([parts[0], cpu.prepack(random_weight(48, 96, bits=bits, bias=False))]) is None
+    assert cpu.join([parts[0], cpu.prepack(random_weight(48, 96, bits=3))]) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_state_of_one_operand_loads_into_another(bits):
-    operand, other = (cpu.bind(random_weight(48, 96, bits=bits, seed=seed)) for seed in (0, 5))
+    packed_weight, other = (cpu.prepack(random_weight(48, 96, bits=bits, seed=seed)) for seed in (0, 5))
     x = random_input(4, 96)
-    assert not torch.equal(operand(x), other(x))
-    other.load_state_dict(operand.state_dict())
-    assert torch.equal(operand(x), other(x))
+    assert not torch.equal(packed_weight(x), other(x))
+    other.load_state_dict(packed_weight.state_dict())
+    assert torch.equal(packed_weight(x), other(x))
 
 
 @pytest.mark.parametrize(
@@ -189,35 +189,35 @@ def test_in_float32_it_is_dense_and_exact(case, ordered):
     if ordered:
         weight.ordered = True
         found.order = torch.randperm(columns, generator=torch.Generator().manual_seed(7))
-    assert cpu.refusal(weight) is None
-    operand = copy.deepcopy(cpu.bind(weight))
+    assert cpu.unsupported_reason(weight) is None
+    packed_weight = copy.deepcopy(cpu.prepack(weight))
     x = random_input(2, 9, columns, dtype=torch.float32).requires_grad_()
     stored = x.detach() if found.order is None else x.detach()[..., found.order]
-    assert apart(operand(x).detach(), reference(weight, stored)) < 1e-6
-    operand(x).sum().backward()
+    assert apart(packed_weight(x).detach(), reference(weight, stored)) < 1e-6
+    packed_weight(x).sum().backward()
     wanted = decoded(weight).sum(0)
     got = x.grad[0, 0] if found.order is None else x.grad[0, 0][found.order]
     assert apart(got, wanted) < 1e-6
     for name in ("codes", "scale", "zero", "order"):
-        a, b = getattr(found, name), getattr(operand.codes(), name)
+        a, b = getattr(found, name), getattr(packed_weight.codes(), name)
         assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)), name
-    assert operand.takes(x)
-    assert not operand.takes(x.bfloat16())
-    assert "dense" in operand.label
-    assert cpu.join([operand, operand]) is None
+    assert packed_weight.accepts(x)
+    assert not packed_weight.accepts(x.bfloat16())
+    assert "dense" in packed_weight.label
+    assert cpu.join([packed_weight, packed_weight]) is None
 
 
 def test_float32_scales_that_lose_the_codes_are_refused_at_binding():
     weight = random_weight(48, 96, dtype=torch.float32)
     weight.codes().scale[3] = 0
     with pytest.raises(ValueError, match="does not tell its codes apart"):
-        cpu.bind(weight)
+        cpu.prepack(weight)
 
 
 def test_it_takes_its_own_type_alone():
-    operand = cpu.bind(random_weight(48, 96))
-    assert operand.takes(random_input(1, 96))
-    assert not operand.takes(random_input(1, 96, dtype=torch.float16))
+    packed_weight = cpu.prepack(random_weight(48, 96))
+    assert packed_weight.accepts(random_input(1, 96))
+    assert not packed_weight.accepts(random_input(1, 96, dtype=torch.float16))
 
 
 def test_scales_that_bfloat16_cannot_hold_are_refused_at_binding():
@@ -228,7 +228,7 @@ def test_scales_that_bfloat16_cannot_hold_are_refused_at_binding():
     found.zero.fill_(14)
     found.scale = torch.full((48, 1), 1 + 2**-8)
     with pytest.raises(ValueError, match="bfloat16 scales would move"):
-        cpu.bind(weight)
+        cpu.prepack(weight)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,9 @@ def test_scales_that_bfloat16_cannot_hold_are_refused_at_binding():
 def test_what_it_cannot_do_is_refused_with_the_reason(change, reason):
     weight = random_weight(48, 96)
     weight.__dict__.update(change)
-    assert reason in cpu.refusal(weight)
+    assert reason in cpu.unsupported_reason(weight)
 
 
 def test_another_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert "DEFAULT" in cpu.refusal(random_weight(48, 96))
+    assert "DEFAULT" in cpu.unsupported_reason(random_weight(48, 96))

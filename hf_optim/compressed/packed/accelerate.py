@@ -32,12 +32,12 @@ from ...toolkit import topology
 from ...toolkit.topology.linear_layers import owners
 from ..outlier_columns import outlier_thresholds
 from . import codebook_layers
-from .describe import described_module
+from .describe import describe_module
 from .fused_norm import fuse_norms
 from .fused_projections import join_layers
 from .kernel import Kernel
 from .packed_linear import KernelWarning, PackedLinear
-from .swap import bind, obstacle, pack, unpack
+from .swap import pack, prepack, unpack, unsupported_reason
 
 __all__ = [
     "Kernel",
@@ -46,12 +46,12 @@ __all__ = [
     "Report",
     "accelerate",
     "compile_config",
-    "offered_to",
+    "kernels_for",
     "report",
     "restore",
 ]
 
-REFUSALS = "_hf_optim_refusals"
+UNSUPPORTED = "_hf_optim_unsupported"
 ATTACHED = "_hf_optim_attached"
 NOT_COMPRESSED = "not compressed"
 NOT_ASKED = "accelerate() was not called"
@@ -94,28 +94,28 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
         model: a model, or a wrapper around one (peft).
         kernels: try these, in this order, instead.
     """
-    offered = tuple(kernels) if kernels is not None else offered_to(model)
+    offered = tuple(kernels) if kernels is not None else kernels_for(model)
     look_for_24 = any(kernel.sparse24 for kernel in offered)
     shared = _shared(model)
     linears = topology.linears(model)
     apart = outlier_thresholds(model, linears)
-    refusals: dict[str, str] = {}
+    unsupported: dict[str, str] = {}
     for name, module in linears.items():
         if isinstance(module, PackedLinear):
             if not module.packing.failure:
                 continue
             unpack(module)
         _decompress(module)
-        refusals[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""), apart.get(name))
-    for name, module in codebook_layers.coded_linears(model).items():
-        refusals[name] = codebook_layers.offer(module, offered)
+        unsupported[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""), apart.get(name))
+    for name, module in codebook_layers.codebook_linears(model).items():
+        unsupported[name] = codebook_layers.try_kernels(module, offered)
     _decompress_rest(model)
     inner = _pretrained(model)
     if inner is not None:
         fuse_norms(inner, join_layers(inner))
-    model.__dict__[REFUSALS] = {name: reason for name, reason in refusals.items() if reason}
+    model.__dict__[UNSUPPORTED] = {name: reason for name, reason in unsupported.items() if reason}
     _make_savable(model)
-    _warn_of({name: reason for name, reason in refusals.items() if reason not in ("", NOT_COMPRESSED)})
+    _warn_of({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})
     return model
 
 
@@ -144,7 +144,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLinear):
             unpack(module)
         codebook_layers.unpack(module)
-    model.__dict__.pop(REFUSALS, None)
+    model.__dict__.pop(UNSUPPORTED, None)
     inner = _pretrained(model)
     if inner is not None and inner.__dict__.pop(ATTACHED, False):
         detach_quantizer(inner)
@@ -153,30 +153,32 @@ def restore(model: nn.Module) -> nn.Module:
 
 def report(model: nn.Module) -> Report:
     """Which kernel each linear layer runs on, or why it runs dense."""
-    refusals = model.__dict__.get(REFUSALS)
+    unsupported = model.__dict__.get(UNSUPPORTED)
     rows = Report()
-    for name, module in (topology.linears(model) | codebook_layers.coded_linears(model)).items():
+    for name, module in (topology.linears(model) | codebook_layers.codebook_linears(model)).items():
         shape = topology.features(module)
-        if isinstance(module, codebook_layers.OnKernel):
-            rows.append(LayerReport(name, shape, str(module.operand.label)))  # type: ignore[union-attr]
+        if isinstance(module, codebook_layers.PackedCodebookLayer):
+            rows.append(LayerReport(name, shape, str(module.packed_weight.label)))  # type: ignore[union-attr]
         elif isinstance(module, PackedLinear):
             failure = module.packing.failure
-            rows.append(LayerReport(name, shape, None if failure else str(module.operand.label), failure))
+            rows.append(LayerReport(name, shape, None if failure else str(module.packed_weight.label), failure))
         else:
             rows.append(
-                LayerReport(name, shape, None, NOT_ASKED if refusals is None else refusals.get(name, NOT_COMPRESSED))
+                LayerReport(
+                    name, shape, None, NOT_ASKED if unsupported is None else unsupported.get(name, NOT_COMPRESSED)
+                )
             )
     return rows
 
 
-_OFFERS: WeakKeyDictionary[Run, tuple[Kernel, ...]] = WeakKeyDictionary()
+_REGISTERED: WeakKeyDictionary[Run, tuple[Kernel, ...]] = WeakKeyDictionary()
 
 
-def offered_to(model: nn.Module | None) -> tuple[Kernel, ...]:
+def kernels_for(model: nn.Module | None) -> tuple[Kernel, ...]:
     """The kernels of a model's run, its hooks called once; without a run, those of the whole catalogue."""
     run = None if model is None else find_run(model)
-    if run is not None and run in _OFFERS:
-        return _OFFERS[run]
+    if run is not None and run in _REGISTERED:
+        return _REGISTERED[run]
     found: list[Kernel] = []
 
     def register(kernel: Kernel) -> None:
@@ -187,12 +189,12 @@ def offered_to(model: nn.Module | None) -> tuple[Kernel, ...]:
 
     if run is not None:
         run.call_on(run.recipe.steps, "register_kernels", register=register)
-        _OFFERS[run] = tuple(found)
+        _REGISTERED[run] = tuple(found)
     else:
         for cls in catalogue().all():
-            offer = getattr(cls(), "register_kernels", None) if hasattr(cls, "register_kernels") else None
-            if offer is not None:
-                offer(register=register)
+            try_kernels = getattr(cls(), "register_kernels", None) if hasattr(cls, "register_kernels") else None
+            if try_kernels is not None:
+                try_kernels(register=register)
     return tuple(found)
 
 
@@ -208,15 +210,15 @@ def _pack(
     compressed = getattr(module, "quantization_scheme", None) is not None
     if not isinstance(module, nn.Linear):
         return f"a {type(module).__name__} is not laid out as nn.Linear" if compressed else NOT_COMPRESSED
-    weight = described_module(name, module, look_for_24, outliers)
+    weight = describe_module(name, module, look_for_24, outliers)
     if isinstance(weight, str):
         return weight or NOT_COMPRESSED
     if shared:
         return f"its weight is shared with {shared}" if compressed else NOT_COMPRESSED
-    found = bind(weight, kernels)
+    found = prepack(weight, kernels)
     if isinstance(found, str):
         return found or ("no technique of the recipe offers a kernel for it" if compressed else NOT_COMPRESSED)
-    if reason := obstacle(module):
+    if reason := unsupported_reason(module):
         return reason
     pack(module, weight, *found)
     return ""
@@ -252,9 +254,9 @@ def _pretrained(model: nn.Module) -> nn.Module | None:
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
 
 
-def _warn_of(refusals: Mapping[str, str]) -> None:
+def _warn_of(unsupported: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
-    for name, reason in refusals.items():
+    for name, reason in unsupported.items():
         by_reason.setdefault(reason, []).append(name)
     if by_reason:
         parts = [f"{_few(names)} ({reason})" for reason, names in by_reason.items()]

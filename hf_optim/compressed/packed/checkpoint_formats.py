@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from ...toolkit.checkpoint.safetensors import FLOATS, SafetensorsHeaders, UnsupportedCheckpoint
-from .describe import scheme_refusal
+from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, UnsupportedCheckpoint
+from .describe import scheme_unsupported_reason
 from .layouts import AWQ, GPTQ, Compressed, Layout
 
 # A model and what its checkpoint holds -> the layout of each of its linears that is compressed.
-Plan = Callable[[nn.Module, SafetensorsHeaders], dict[str, Layout]]
+CheckpointFormat = Callable[[nn.Module, SafetensorsHeaders], dict[str, Layout]]
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 # What a compressed-tensors configuration may hold beside its schemes that says nothing about the layers.
 HARMLESS = ("version", "quant_method", "config_groups", "format", "ignore", "quantization_status")
 
 
-def plan_for(config: Mapping[str, Any]) -> Plan:
+def parse_checkpoint_format(config: Mapping[str, Any]) -> CheckpointFormat:
     """How to read a checkpoint with this ``quantization_config``. Raises ``UnsupportedCheckpoint``."""
     from transformers.utils.quantization_config import QuantizationMethod as Method
 
@@ -34,7 +34,7 @@ def plan_for(config: Mapping[str, Any]) -> Plan:
     return plans[method](config)
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Plan:
+def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
     from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
 
@@ -56,7 +56,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Plan:
         raise UnsupportedCheckpoint(f"quantization_config: {error}") from error
     layouts = {name: _layout(scheme, config.get("format")) for name, scheme in parsed.config_groups.items()}
     targets = {target: layouts[name] for name, scheme in parsed.config_groups.items() for target in scheme.targets}
-    return lambda model, listing: _matched(model, listing, targets, parsed.ignore or [])
+    return lambda model, headers: _matched(model, headers, targets, parsed.ignore or [])
 
 
 def _unordered(group: Any) -> Any:
@@ -68,7 +68,7 @@ def _unordered(group: Any) -> Any:
 def _layout(scheme: Any, format_of_all: Any) -> Compressed:
     from compressed_tensors.config import CompressionFormat
 
-    if reason := scheme_refusal(scheme):
+    if reason := scheme_unsupported_reason(scheme):
         raise UnsupportedCheckpoint(reason)
     own = scheme.format or format_of_all
     stored = str(getattr(own, "value", own))
@@ -83,7 +83,7 @@ def _layout(scheme: Any, format_of_all: Any) -> Compressed:
 
 
 def _matched(
-    model: nn.Module, listing: SafetensorsHeaders, targets: Mapping[str, Compressed], ignore: list[str]
+    model: nn.Module, headers: SafetensorsHeaders, targets: Mapping[str, Compressed], ignore: list[str]
 ) -> dict[str, Layout]:
     from compressed_tensors.utils.match import match_named_modules, match_targets
 
@@ -94,16 +94,16 @@ def _matched(
         if type(module).forward is not nn.Linear.forward:
             raise UnsupportedCheckpoint(f"{name} is a {type(module).__name__}")
         layout = targets[match_targets(name, module, list(targets))[0]]
-        entry = listing.find(f"{name}.{layout.key}")
-        if entry is None and listing.find(f"{name}.weight_scale") is None:
+        entry = headers.find(f"{name}.{layout.key}")
+        if entry is None and headers.find(f"{name}.weight_scale") is None:
             continue  # a layer that is new (a head), or that was left dense
-        if entry is not None and layout.key == "weight" and entry.type in FLOATS:
+        if entry is not None and layout.key == "weight" and entry.type in FLOAT_DTYPES:
             continue
         found[name] = layout
     return found
 
 
-def _gptq(config: Mapping[str, Any]) -> Plan:
+def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
     bits, size = config.get("bits"), config.get("group_size", 128)
     first = str(config["quant_method"])  # the first version of the format has its plain name
     form = config.get("checkpoint_format") or first
@@ -111,33 +111,33 @@ def _gptq(config: Mapping[str, Any]) -> Plan:
         raise UnsupportedCheckpoint(
             f"GPTQ with bits {bits}, checkpoint_format {form!r}, dynamic {config.get('dynamic')}"
         )
-    layout = GPTQ(bits, _size(size), less_one=form == first)
-    return lambda model, listing: _named(model, listing, layout)
+    layout = GPTQ(bits, _size(size), zero_points_minus_one=form == first)
+    return lambda model, headers: _named(model, headers, layout)
 
 
-def _awq(config: Mapping[str, Any]) -> Plan:
+def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
     bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size", 128))
     version = str(getattr(config.get("version"), "value", config.get("version") or "gemm")).lower()
     if bits != 4 or version != "gemm":
         raise UnsupportedCheckpoint(f"AWQ with bits {bits}, version {version!r}")
     layout = AWQ(_size(size))
-    return lambda model, listing: _named(model, listing, layout)
+    return lambda model, headers: _named(model, headers, layout)
 
 
 def _size(size: Any) -> int | None:
     return None if size in (None, -1) else int(size)
 
 
-def _named(model: nn.Module, listing: SafetensorsHeaders, layout: Layout) -> dict[str, Layout]:
+def _named(model: nn.Module, headers: SafetensorsHeaders, layout: Layout) -> dict[str, Layout]:
     """The linears of which the checkpoint has a ``qweight``: the configuration does not tell them."""
     found: dict[str, Layout] = {}
     for name, module in model.named_modules():
-        if listing.find(f"{name}.{layout.key}") is not None:
+        if headers.find(f"{name}.{layout.key}") is not None:
             if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
                 raise UnsupportedCheckpoint(f"{name} is a {type(module).__name__}")
             found[name] = layout
-    if len(found) != listing.count(f".{layout.key}"):
+    if len(found) != headers.count(f".{layout.key}"):
         raise UnsupportedCheckpoint(
-            f"{listing.count(f'.{layout.key}') - len(found)} of its layers are none of the model's"
+            f"{headers.count(f'.{layout.key}') - len(found)} of its layers are none of the model's"
         )
     return found

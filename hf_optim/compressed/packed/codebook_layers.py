@@ -1,8 +1,8 @@
 """Modules of remote code that hold codes (``holds_codes``), on kernels and back, in place.
 
 Such a module keeps the codes of a linear layer in one buffer, ``codes_buffer``; ``pack(codes)`` makes that buffer of
-codes, ``uint8 [out, in]``. On a kernel the buffer is gone, and the operand has the codes in its own layout; everything
-else stays where it is. ``save_pretrained`` writes what it would write without a kernel.
+codes, ``uint8 [out, in]``. On a kernel the buffer is gone, and the packed weight has the codes in its own layout;
+everything else stays where it is. ``save_pretrained`` writes what it would write without a kernel.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from ...toolkit.topology.linear_layers import holds_matrix, is_linear
 from .kernel import Kernel
-from .packed_linear import CHECKPOINT, OPERAND, KernelWarning
+from .packed_linear import CHECKPOINT, PACKED_WEIGHT, KernelWarning
 
 KERNEL = "_hf_optim_kernel"
 
 
-class OnKernel:
-    """Part of the class of a module that computes with its ``operand``."""
+class PackedCodebookLayer:
+    """Part of the class of a module that computes with its ``packed_weight``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        operand: Any = self._modules[OPERAND]  # type: ignore[attr-defined]
-        if not operand.takes(input):
+        packed_weight: Any = self._modules[PACKED_WEIGHT]  # type: ignore[attr-defined]
+        if not packed_weight.accepts(input):
             return super().forward(input)  # type: ignore[misc]
         try:
-            output = operand(input)
+            output = packed_weight(input)
         except Exception as error:
             if type(error).__module__ == CHECKPOINT:
                 raise
@@ -42,14 +42,14 @@ class OnKernel:
             return output
         bias = self.bias  # type: ignore[attr-defined]
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            # The operand has the bias' values; a difference of zero brings the gradient.
+            # The packed weight has the bias' values; a difference of zero brings the gradient.
             output = output + (bias - bias.detach())
         return output
 
     def codes(self) -> Tensor:
         """The codes, ``uint8 [out, in]``, made now."""
-        operand: Any = self._modules[OPERAND]  # type: ignore[attr-defined]
-        return operand.codes()
+        packed_weight: Any = self._modules[PACKED_WEIGHT]  # type: ignore[attr-defined]
+        return packed_weight.codes()
 
     def __getattr__(self, name: str) -> Any:
         if name == type(self).codes_buffer:  # type: ignore[attr-defined]
@@ -58,10 +58,10 @@ class OnKernel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "bias" and OPERAND in self._modules:  # type: ignore[attr-defined]
-            operand: Any = self._modules[OPERAND]  # type: ignore[attr-defined]
-            operand.bias = None if value is None else value.detach()
-            operand.renew()
+        if name == "bias" and PACKED_WEIGHT in self._modules:  # type: ignore[attr-defined]
+            packed_weight: Any = self._modules[PACKED_WEIGHT]  # type: ignore[attr-defined]
+            packed_weight.bias = None if value is None else value.detach()
+            packed_weight.renew()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -74,17 +74,17 @@ class OnKernel:
         unpack(self)  # type: ignore[arg-type]
         module: Any = self
         module._apply(fn, recurse)
-        if kernel.serves(module) is None:
+        if kernel.supports(module) is None:
             pack(module, kernel)
         return self
 
 
 @cache
-def _on_kernel(cls: type) -> type:
-    return type(cls.__name__, (OnKernel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _packed_class(cls: type) -> type:
+    return type(cls.__name__, (PackedCodebookLayer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def coded_linears(model: nn.Module) -> dict[str, nn.Module]:
+def codebook_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model that are modules of remote code, by name."""
     return {
         name: module
@@ -93,15 +93,15 @@ def coded_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def offer(module: nn.Module, kernels: Iterable[Kernel]) -> str:
+def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
     """Put a module on the first kernel that serves it; the empty string, or the reason why none does."""
-    if isinstance(module, OnKernel):
+    if isinstance(module, PackedCodebookLayer):
         return ""
     reasons = []
     for kernel in kernels:
-        if not kernel.coded:
+        if not kernel.codebook:
             continue
-        reason = kernel.serves(module)  # type: ignore[arg-type]
+        reason = kernel.supports(module)  # type: ignore[arg-type]
         if reason is None:
             try:
                 pack(module, kernel)
@@ -115,22 +115,22 @@ def offer(module: nn.Module, kernels: Iterable[Kernel]) -> str:
 
 @torch.no_grad()
 def pack(module: nn.Module, kernel: Kernel) -> None:
-    """Give the module its operand in place of its codes."""
-    operand = kernel.bind(module)  # type: ignore[arg-type]
+    """Give the module its packed weight in place of its codes."""
+    packed_weight = kernel.prepack(module)  # type: ignore[arg-type]
     del module._buffers[module.codes_buffer]  # type: ignore[arg-type]
-    module.__class__ = _on_kernel(type(module))  # type: ignore[arg-type]
+    module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]
     module.__dict__[KERNEL] = kernel
-    module._modules[OPERAND] = operand
+    module._modules[PACKED_WEIGHT] = packed_weight
 
 
 @torch.no_grad()
 def unpack(module: nn.Module) -> None:
     """Undo ``pack``: the module is what it was, bit by bit. One that is on no kernel is left alone."""
-    if not isinstance(module, OnKernel):
+    if not isinstance(module, PackedCodebookLayer):
         return
     name: Any = type(module).codes_buffer  # type: ignore[attr-defined]
     held = getattr(module, name)
-    del module._modules[OPERAND], module.__dict__[KERNEL]
+    del module._modules[PACKED_WEIGHT], module.__dict__[KERNEL]
     module.__class__ = type(module).__mro__[2]
     # In its old place: buffers are saved in their order.
     module._buffers.update({name: held, **{key: module._buffers.pop(key) for key in list(module._buffers)}})

@@ -14,7 +14,7 @@ from ..weights import Codes, Inputs, QuantizedWeight
 OFFLOADED = "its weight is offloaded"
 
 
-def scheme_refusal(scheme: Any) -> str:
+def scheme_unsupported_reason(scheme: Any) -> str:
     """Why a layer of this ``QuantizationScheme`` cannot be described; the empty string if it can."""
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None:
@@ -34,7 +34,7 @@ def scheme_refusal(scheme: Any) -> str:
     return ""
 
 
-def described(
+def describe_weight(
     name: str,
     shape: tuple[int, int],
     scheme: Any,
@@ -46,7 +46,7 @@ def described(
     sparse24: bool = False,
     outliers: float | None = None,
 ) -> QuantizedWeight:
-    """A quantized weight. Its dtype and device are those of ``scale``; ``scheme_refusal`` must be empty.
+    """A quantized weight. Its dtype and device are those of ``scale``; ``scheme_unsupported_reason`` must be empty.
 
     ``outliers`` is left out where the weight is not of the form that ``QuantizedWeight`` wants for it.
     """
@@ -76,7 +76,7 @@ def _may_split(scheme: Any) -> bool:
     return plain and scheme.input_activations is None
 
 
-def described_module(
+def describe_module(
     name: str, module: nn.Linear, look_for_24: bool, outliers: float | None = None
 ) -> QuantizedWeight | str:
     """The weight of a layer in memory, or the reason why no kernel can be asked; empty if it is not compressed."""
@@ -87,10 +87,10 @@ def described_module(
     if weight is None:
         return "its weight is not a parameter" if scheme is not None else ""
     if scheme is None:
-        return _described_dense(name, module, weight.detach())
+        return _describe_dense(name, module, weight.detach())
     if weight.is_meta:
         return OFFLOADED
-    if reason := scheme_refusal(scheme):
+    if reason := scheme_unsupported_reason(scheme):
         return reason
     scale: Any = getattr(module, "weight_scale", None)
     if scale is None:
@@ -100,7 +100,7 @@ def described_module(
     g_idx = getattr(module, "weight_g_idx", None)
     size = group_size_of(scheme.weights, weight.shape[1])
     plain = g_idx is None or bool((g_idx.long() == torch.arange(len(g_idx), device=g_idx.device) // size).all())
-    return described(
+    return describe_weight(
         name,
         (weight.shape[0], weight.shape[1]),
         scheme,
@@ -114,7 +114,7 @@ def described_module(
     )
 
 
-def _described_dense(name: str, module: nn.Linear, weight: Tensor) -> QuantizedWeight | str:
+def _describe_dense(name: str, module: nn.Linear, weight: Tensor) -> QuantizedWeight | str:
     if weight.is_meta or not weight.is_floating_point() or not is_sparse24(weight):
         return ""
     return QuantizedWeight(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ...toolkit.topology.graph import Trace
 from ...toolkit.topology.norm_groups import NormGroup, norm_groups
 from .fused_projections import wiring_of
-from .packed_linear import OPERAND, PackedLinear
-from .shared_output import Part
+from .packed_linear import PACKED_WEIGHT, PackedLinear
+from .shared_output import FusedSlice
 
 FORMER, FUSED = "_former", "_fused"
 
@@ -55,12 +55,12 @@ def fuse_norms(model: nn.Module, wiring: Trace | None = None) -> None:
 
 
 def _fuses(layer: nn.Module) -> bool:
-    return isinstance(layer, PackedLinear) and not layer.packing.failure and hasattr(_operand(layer), "fuse")
+    return isinstance(layer, PackedLinear) and not layer.packing.failure and hasattr(_prepacked(layer), "fuse")
 
 
-def _operand(layer: PackedLinear) -> Any:
-    operand = layer._modules[OPERAND]
-    return operand.joint if isinstance(operand, Part) else operand
+def _prepacked(layer: PackedLinear) -> Any:
+    packed_weight = layer._modules[PACKED_WEIGHT]
+    return packed_weight.fused if isinstance(packed_weight, FusedSlice) else packed_weight
 
 
 def _fuse(group: NormGroup) -> None:
@@ -69,10 +69,10 @@ def _fuse(group: NormGroup) -> None:
     own = "forward" in norm.__dict__ or "_old_forward" in norm.__dict__
     if own or isinstance(norm, QuantizingNorm) or not layers or not all(_fuses(layer) for layer in layers):
         return
-    operands = list({id(_operand(layer)): _operand(layer) for layer in layers}.values())
-    if len({type(operand) for operand in operands}) > 1:
+    packed_weights = list({id(_prepacked(layer)): _prepacked(layer) for layer in layers}.values())
+    if len({type(packed_weight) for packed_weight in packed_weights}) > 1:
         return
-    made = operands[0].fuse(norm, operands)
+    made = packed_weights[0].fuse(norm, packed_weights)
     if made is None:
         return
     norm.__dict__[FORMER], norm.__dict__[FUSED] = type(norm), made

@@ -20,98 +20,106 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...toolkit.topology.block_lists import block_of, blocks
 from ...toolkit.topology.graph import Trace
 from ...toolkit.topology.tracing import trace
-from .packed_linear import OPERAND, PackedLinear
-from .shared_output import Board, Part, rows
+from .packed_linear import PACKED_WEIGHT, PackedLinear
+from .shared_output import FusedOutput, FusedSlice, rows
 
 log = logging.getLogger(__name__)
 
 
-class Group:
-    """Layers that run as one product wherever their kernel has an operand for all of them.
+class FusedProjections:
+    """Layers that run as one product wherever their kernel has a packed weight for all of them.
 
     Attributes:
         layers: in the order in which they run.
-        contiguous: see ``Board``.
-        joint: the operand of all; None while each has its own.
+        contiguous: see ``FusedOutput``.
+        fused: the packed weight of all; None while each has its own.
     """
 
     def __init__(self, layers: list[PackedLinear], contiguous: bool) -> None:
         self.layers, self.contiguous = layers, contiguous
-        self.joint: Any = None
+        self.fused: Any = None
 
     @torch.no_grad()
-    def join(self) -> bool:
-        """Replace the operands by parts of a joint one. False where the kernel, or what the layers are, forbids it."""
+    def fuse(self) -> bool:
+        """Replace the packed weights by slices of one fused weight. Return False where the kernel does not allow it."""
         kinds = {_kind(layer) for layer in self.layers}
-        about = self.layers[0].packing.about
-        if self.joint is not None or len(kinds) > 1 or None in kinds or about.device.type == "meta":
+        description = self.layers[0].packing.description
+        if self.fused is not None or len(kinds) > 1 or None in kinds or description.device.type == "meta":
             return False
-        joint = _joint_of(self.layers)
-        if joint is None:
+        fused = _fuse_weights(self.layers)
+        if fused is None:
             return False
-        board = Board([layer.out_features for layer in self.layers], self.contiguous)
-        short = _short([layer.packing.about.name for layer in self.layers])
+        fused_output = FusedOutput([layer.out_features for layer in self.layers], self.contiguous)
+        short = _short([layer.packing.description.name for layer in self.layers])
         for i, layer in enumerate(self.layers):
             others = ", ".join(name for name in short if name != short[i])
-            layer._modules[OPERAND] = Part(joint, board, i, f"{joint.label}, with {others}")
+            layer._modules[PACKED_WEIGHT] = FusedSlice(fused, fused_output, i, f"{fused.label}, with {others}")
             layer.packing.group = self
             layer.tie()
-        self.joint = joint
+        self.fused = fused
         return True
 
     @torch.no_grad()
-    def part(self) -> None:
-        """Give every layer an operand of its own again, with the same codes. ``join`` may follow."""
-        if self.joint is None:
+    def unfuse(self) -> None:
+        """Give every layer a packed weight of its own again, with the same codes. ``fuse`` may follow."""
+        if self.fused is None:
             return
-        found, start = self.joint.codes(), 0
+        found, start = self.fused.codes(), 0
         for layer in self.layers:
-            layer.packing.apart()
+            layer.packing.unfuse_norm()
             bias = layer._parameters["bias"]
             if bias is not None:
                 bias.data = bias.data.clone()
             codes = partial(rows, found, start, start + layer.out_features)
-            weight = replace(layer.packing.about, bias=None if bias is None else bias.detach(), codes=codes)
-            layer._modules[OPERAND] = layer.packing.kernel.bind(weight)
+            weight = replace(layer.packing.description, bias=None if bias is None else bias.detach(), codes=codes)
+            layer._modules[PACKED_WEIGHT] = layer.packing.kernel.prepack(weight)
             layer.tie()
             start += layer.out_features
-        self.joint = None
+        self.fused = None
 
-    def end(self) -> None:
-        """``part`` for good."""
-        self.part()
+    def disband(self) -> None:
+        """``unfuse`` for good."""
+        self.unfuse()
         for layer in self.layers:
             layer.packing.group = None
 
 
 def _kind(layer: PackedLinear) -> Hashable:
     """Equal for layers that a kernel may join; None for one that has none."""
-    packing, about = layer.packing, layer.packing.about
+    packing, description = layer.packing, layer.packing.description
     if packing.failure or packing.kernel.join is None:
         return None
-    inputs = about.inputs and (about.inputs.type, about.inputs.dynamic, about.inputs.symmetric)
-    form = about.kind, about.bits, about.group_size, about.symmetric, about.ordered, about.sparse24, about.outliers
+    inputs = description.inputs and (description.inputs.type, description.inputs.dynamic, description.inputs.symmetric)
+    form = (
+        description.kind,
+        description.bits,
+        description.group_size,
+        description.symmetric,
+        description.ordered,
+        description.sparse24,
+        description.outliers,
+    )
     biased = layer._parameters["bias"] is not None
-    return packing.kernel, about.shape[1], about.dtype, about.device, *form, inputs, biased
+    return packing.kernel, description.shape[1], description.dtype, description.device, *form, inputs, biased
 
 
-def _joint_of(layers: list[PackedLinear]) -> Any:
-    """The kernel's joint operand, or None."""
+def _fuse_weights(layers: list[PackedLinear]) -> Any:
+    """The kernel's joint packed weight, or None."""
     join = layers[0].packing.kernel.join
     assert join is not None
-    names = [layer.packing.about.name for layer in layers]
+    names = [layer.packing.description.name for layer in layers]
     try:
-        joint = join([layer._modules[OPERAND] for layer in layers])
+        fused = join([layer._modules[PACKED_WEIGHT] for layer in layers])
     except Exception as error:
         log.debug("%s are not joined: %s: %s", names, type(error).__name__, error)
         return None
-    if joint is None or layers[0]._parameters["bias"] is None:
-        return joint
-    bias = joint._buffers.get("bias")
+    if fused is None or layers[0]._parameters["bias"] is None:
+        return fused
+    bias = fused._buffers.get("bias")
     if bias is None or bias.shape != (sum(layer.out_features for layer in layers),):
-        log.debug("%s are not joined: the joint operand has no buffer of their biases", names)
+        log.debug("%s are not joined: the joint packed weight has no buffer of their biases", names)
         return None
-    return joint
+    return fused
 
 
 def _short(names: list[str]) -> list[str]:
@@ -135,16 +143,16 @@ def join_layers(model: nn.Module) -> Trace | None:
     for layer in alone:
         by_kind[_kind(layer)].append(layer)
     candidates = {id(layer) for members in by_kind.values() if len(members) > 1 for layer in members}
-    if not any(not layer.packing.looked_at for layer in alone if id(layer) in candidates):
+    if not any(not layer.packing.fusion_tried for layer in alone if id(layer) in candidates):
         return None
     for layer in alone:
-        layer.packing.looked_at = True
+        layer.packing.fusion_tried = True
     found = _wiring(model)
     if found is None:
         return None
     wiring, contiguous = found
     for members in _groups(wiring, candidates):
-        Group(members, contiguous).join()
+        FusedProjections(members, contiguous).fuse()
     return wiring
 
 
@@ -159,7 +167,7 @@ def _wiring(model: nn.Module) -> tuple[Trace, bool] | None:
     error: Exception | None = None
     for contiguous in (False, True):
         try:
-            with _standing_in(model, contiguous):
+            with _traceable(model, contiguous):
                 return trace(model), contiguous
         except Exception as reason:
             error = reason
@@ -167,24 +175,24 @@ def _wiring(model: nn.Module) -> tuple[Trace, bool] | None:
     return None
 
 
-class _StandIn(PackedLinear):
-    """A packed layer for tracing: its operand, which fake tensors may not be able to run, is left out."""
+class _TraceableLinear(PackedLinear):
+    """A packed layer for tracing: its packed weight, which fake tensors may not be able to run, is left out."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Of the right shape and type, which is what models look at."""
-        return torch.zeros((), dtype=self.packing.about.dtype).expand(self.packing.about.shape)
+        return torch.zeros((), dtype=self.packing.description.dtype).expand(self.packing.description.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """The output laid out as it would be in a group."""
         wide = input.new_empty((*input.shape[:-1], self.out_features + 8))
         if not isinstance(input, FakeTensor):
-            right = self._run(input) if self._takes(input) else self.dense(input)
+            right = self._run(input) if self._accepts(input) else self.dense(input)
             wide[..., : self.out_features] = right
         return wide.narrow(-1, 0, self.out_features)
 
 
-class _ContiguousStandIn(_StandIn):
+class _ContiguousTraceableLinear(_TraceableLinear):
     """One whose outputs are laid out as those of ``nn.Linear``."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -192,11 +200,11 @@ class _ContiguousStandIn(_StandIn):
 
 
 @contextlib.contextmanager
-def _standing_in(model: nn.Module, contiguous: bool) -> Iterator[None]:
+def _traceable(model: nn.Module, contiguous: bool) -> Iterator[None]:
     layers = [module for module in model.modules() if type(module) is PackedLinear]
     try:
         for layer in layers:
-            layer.__class__ = _ContiguousStandIn if contiguous else _StandIn
+            layer.__class__ = _ContiguousTraceableLinear if contiguous else _TraceableLinear
         yield
     finally:
         for layer in layers:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...toolkit.checkpoint.safetensors import FLOATS, Entry
+from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, TensorInfo
 from ..bitpacking import unpack, words_of
 from ..codes import group_size_of, order_of, spread, unsigned
 from ..schemes import scheme as make_scheme
@@ -31,19 +31,19 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """A tensor that a layer must (or may) have: safetensors' names of the types allowed, and its shape."""
 
     types: tuple[str, ...]
     shape: tuple[int, ...]
     optional: bool = False
 
-    def admits(self, entry: Entry) -> bool:
+    def matches(self, entry: TensorInfo) -> bool:
         """Whether a tensor of a checkpoint is one of these. A single number may have no dimension."""
         return entry.type in self.types and entry.shape in (self.shape, () if self.shape == (1,) else self.shape)
 
 
-def blank(entry: Entry, dtype: torch.dtype) -> Tensor:
+def empty_meta_tensor(entry: TensorInfo, dtype: torch.dtype) -> Tensor:
     """A tensor without data, for the loader to replace by that of the checkpoint. Scales will be of ``dtype``."""
     return torch.empty(entry.shape, dtype=TORCH.get(entry.type, dtype), device="meta")
 
@@ -56,7 +56,7 @@ class Layout(Protocol):
         """The tensor that tells that a layer is compressed."""
         ...
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The tensors of a layer of ``[out, in]``, by local name. Raises ``ValueError`` if it cannot be stored so."""
         ...
 
@@ -77,29 +77,29 @@ class Compressed:
         """The tensor that tells that a layer is compressed."""
         return "weight_packed" if self.format == "pack-quantized" else "weight"
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         args, inputs = self.scheme.weights, self.scheme.input_activations
         rows, columns = shape
         groups = _groups(columns, group_size_of(args, columns))
         scales = (1,) if args.strategy == "tensor" else (rows, groups)
-        specs = {"weight_scale": Spec(FLOATS, scales)}
+        tensor_specs = {"weight_scale": TensorSpec(FLOAT_DTYPES, scales)}
         if self.key == "weight":
-            specs["weight"] = Spec(F8 if args.type == "float" else I8, shape)
+            tensor_specs["weight"] = TensorSpec(F8 if args.type == "float" else I8, shape)
         else:
-            specs["weight_packed"] = Spec(I32, (rows, words_of(columns, args.num_bits)))
-            specs["weight_shape"] = Spec(("I64", "I32"), (2,), optional=True)
+            tensor_specs["weight_packed"] = TensorSpec(I32, (rows, words_of(columns, args.num_bits)))
+            tensor_specs["weight_shape"] = TensorSpec(("I64", "I32"), (2,), optional=True)
         if not args.symmetric:
             packed = self.key == "weight_packed" and args.strategy != "tensor"
-            specs["weight_zero_point"] = (
-                Spec(I32, (words_of(rows, args.num_bits), groups)) if packed else Spec(I8, scales)
+            tensor_specs["weight_zero_point"] = (
+                TensorSpec(I32, (words_of(rows, args.num_bits), groups)) if packed else TensorSpec(I8, scales)
             )
         if args.strategy == "group" and args.type == "int":
-            specs["weight_g_idx"] = Spec(I32, (columns,), optional=True)
+            tensor_specs["weight_g_idx"] = TensorSpec(I32, (columns,), optional=True)
         if inputs is not None and not inputs.dynamic:
-            specs["input_scale"] = Spec(FLOATS, (1,))
+            tensor_specs["input_scale"] = TensorSpec(FLOAT_DTYPES, (1,))
             if not inputs.symmetric:
-                specs["input_zero_point"] = Spec(I8, (1,))
-        return specs
+                tensor_specs["input_zero_point"] = TensorSpec(I8, (1,))
+        return tensor_specs
 
     def read(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Codes, Any]:
         args = self.scheme.weights
@@ -132,24 +132,29 @@ class Compressed:
 
 @dataclass(frozen=True)
 class GPTQ:
-    """A layer of a GPTQ checkpoint. ``group_size`` None: one group of all columns. ``less_one``: see ``qzeros``."""
+    """A layer of a GPTQ checkpoint.
+
+    Attributes:
+        group_size: None for one group of all columns.
+        zero_points_minus_one: see ``qzeros`` in the module docstring.
+    """
 
     bits: int
     group_size: int | None
-    less_one: bool
+    zero_points_minus_one: bool
     key: str = "qweight"
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = _groups(columns, self.group_size or columns)
         for name, count in (("input", columns), ("output", rows)):
             if count * self.bits % 32:
                 raise ValueError(f"{count} {name} channels of {self.bits} bits do not fill words of 32 bits")
         return {
-            "qweight": Spec(I32, (words_of(columns, self.bits), rows)),
-            "qzeros": Spec(I32, (groups, words_of(rows, self.bits))),
-            "scales": Spec(FLOATS, (groups, rows)),
-            "g_idx": Spec(I32, (columns,), optional=True),
+            "qweight": TensorSpec(I32, (words_of(columns, self.bits), rows)),
+            "qzeros": TensorSpec(I32, (groups, words_of(rows, self.bits))),
+            "scales": TensorSpec(FLOAT_DTYPES, (groups, rows)),
+            "g_idx": TensorSpec(I32, (columns,), optional=True),
         }
 
     def read(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Codes, Any]:
@@ -157,7 +162,7 @@ class GPTQ:
         size = self.group_size or columns
         codes = unpack(parts["qweight"].T, self.bits, columns)
         zero = unpack(parts["qzeros"], self.bits, rows)
-        if self.less_one:
+        if self.zero_points_minus_one:
             zero = (zero + 1) & ((1 << self.bits) - 1)
         order = order_of(parts["g_idx"], size) if "g_idx" in parts and self.group_size else None
         if order is not None:
@@ -173,15 +178,15 @@ class AWQ:
     bits: int = 4
     key: str = "qweight"
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, Spec]:
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         groups = _groups(columns, self.group_size or columns)
         if rows % 8:
             raise ValueError(f"{rows} output channels of 4 bits do not fill words of 32 bits")
         return {
-            "qweight": Spec(I32, (columns, rows // 8)),
-            "qzeros": Spec(I32, (groups, rows // 8)),
-            "scales": Spec(FLOATS, (groups, rows)),
+            "qweight": TensorSpec(I32, (columns, rows // 8)),
+            "qzeros": TensorSpec(I32, (groups, rows // 8)),
+            "scales": TensorSpec(FLOAT_DTYPES, (groups, rows)),
         }
 
     def read(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Codes, Any]:

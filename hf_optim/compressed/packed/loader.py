@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders, UnsupportedCheckpoint
+from ...toolkit.checkpoint.safetensors import TensorInfo, SafetensorsHeaders, UnsupportedCheckpoint
 from ..codes import is_sparse24, state_of
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
-from .checkpoint_formats import plan_for
-from .describe import described
+from .checkpoint_formats import parse_checkpoint_format
+from .describe import describe_weight
 from .kernel import Kernel
-from .layouts import Layout, blank
-from .swap import bind, g_idx_of, pack
+from .layouts import Layout, empty_meta_tensor
+from .swap import g_idx_of, pack, prepack
 
 METHOD = "hf_optim_packed"
-PLANNED = "_hf_optim_layout"
+LAYOUT = "_hf_optim_layout"
 STRICT = "_keep_in_fp32_modules_strict"
 
 
@@ -46,8 +46,8 @@ class PlaceholderLinear(nn.Linear):
         return found
 
 
-def redirected(config: Any) -> Any:
-    """A copy of a model's configuration that has our quantizer load the checkpoint. Raises ``UnsupportedCheckpoint``."""
+def with_packed_quantizer(config: Any) -> Any:
+    """Return a copy of a model configuration whose quantizer is ours. Raises ``UnsupportedCheckpoint``."""
     config = copy.deepcopy(config)
     holder = config
     if getattr(config, "quantization_config", None) is None:
@@ -57,7 +57,7 @@ def redirected(config: Any) -> Any:
         raise UnsupportedCheckpoint("it is not compressed")
     stored = dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
     stored["quant_method"] = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
-    plan_for(stored)
+    parse_checkpoint_format(stored)
     _register()
     holder.quantization_config = {"quant_method": METHOD, "stored": stored}
     return config
@@ -91,23 +91,23 @@ def _register() -> None:
             if not checkpoint_files:
                 raise UnsupportedCheckpoint("its weights are no files")
             config: Any = self.quantization_config
-            listing = SafetensorsHeaders(checkpoint_files, getattr(model, "base_model_prefix", ""))
-            prepare(model, plan_for(config.stored)(model, listing), listing)
+            headers = SafetensorsHeaders(checkpoint_files, getattr(model, "base_model_prefix", ""))
+            prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from ..quantizer import attach_quantizer, detach_quantizer
             from ..state import quantized_modules
-            from .accelerate import offered_to
+            from .accelerate import kernels_for
 
-            convert(model, offered_to(None))
+            convert(model, kernels_for(None))
             detach_quantizer(model)
             if quantized_modules(model):
                 attach_quantizer(model)
             return model
 
 
-def prepare(model: nn.Module, layouts: Mapping[str, Layout], listing: SafetensorsHeaders) -> None:
+def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: SafetensorsHeaders) -> None:
     """Give the linears of a model on the meta device the tensors that their layouts name.
 
     Raises ``CheckpointError`` where the checkpoint lacks one or has it in another shape or type.
@@ -117,27 +117,27 @@ def prepare(model: nn.Module, layouts: Mapping[str, Layout], listing: Safetensor
         module: Any = model.get_submodule(name)
         shape = (module.out_features, module.in_features)
         try:
-            specs = layout.specs(shape)
+            tensor_specs = layout.tensor_specs(shape)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from error
-        found: dict[str, Entry] = {}
-        for key, spec in specs.items():
-            entry = listing.find(f"{name}.{key}")
+        found: dict[str, TensorInfo] = {}
+        for key, spec in tensor_specs.items():
+            entry = headers.find(f"{name}.{key}")
             if entry is None and spec.optional:
                 continue
             if entry is None:
                 raise CheckpointError(f"the checkpoint has no {name}.{key}")
             found[key] = entry
-            if not spec.admits(entry):
+            if not spec.matches(entry):
                 raise CheckpointError(
                     f"{entry.key} is {entry.type} {list(entry.shape)}, expected {' or '.join(spec.types)} "
                     f"{list(spec.shape)} for a layer of {shape[0]} x {shape[1]}"
                 )
         dtype = module._parameters.pop("weight").dtype
-        module.__dict__[PLANNED] = (layout, type(module), dtype, tuple(found))
+        module.__dict__[LAYOUT] = (layout, type(module), dtype, tuple(found))
         module.__class__ = PlaceholderLinear
         for key, entry in found.items():
-            module._parameters[key] = nn.Parameter(blank(entry, dtype), requires_grad=False)
+            module._parameters[key] = nn.Parameter(empty_meta_tensor(entry, dtype), requires_grad=False)
 
 
 def _require_plain(model: Any) -> None:
@@ -148,13 +148,13 @@ def _require_plain(model: Any) -> None:
 
 
 def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> None:
-    """Turn the loaded tensors of every planned layer into an operand or the decoded state, one layer at a time."""
+    """Turn the loaded tensors of every planned layer into a packed weight or the decoded state, one layer at a time."""
     wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, STRICT, None) or ())}
-    planned = [name for name, module in model.named_modules() if PLANNED in module.__dict__]
+    planned = [name for name, module in model.named_modules() if LAYOUT in module.__dict__]
     apart = outlier_thresholds(model, planned)
     for name, module in model.named_modules():
-        if PLANNED in module.__dict__:
-            layout, former, dtype, keys = module.__dict__.pop(PLANNED)
+        if LAYOUT in module.__dict__:
+            layout, former, dtype, keys = module.__dict__.pop(LAYOUT)
             parts = {key: module._parameters.pop(key).detach() for key in keys}  # type: ignore[union-attr]
             if any(part.is_meta for part in parts.values()):
                 raise UnsupportedCheckpoint("its weights are offloaded")
@@ -174,7 +174,7 @@ def _convert_layer(
     kernels: Any,
     outliers: float | None,
 ) -> None:
-    from ..state import mark, store
+    from ..state import attach_scheme, store
 
     for key, part in parts.items():
         if part.dtype.is_floating_point and part.dtype.itemsize > 1:
@@ -186,7 +186,7 @@ def _convert_layer(
         raise CheckpointError(f"{name}: {error}") from error
     parts.clear()
     size = shape[1] if scheme.weights.strategy != "group" else scheme.weights.group_size
-    weight = described(
+    weight = describe_weight(
         name,
         shape,
         scheme,
@@ -197,13 +197,13 @@ def _convert_layer(
         sparse24=any(kernel.sparse24 for kernel in kernels) and _is_sparse24(found, scheme.weights.num_bits),
         outliers=outliers,
     )
-    bound = bind(weight, kernels)
+    bound = prepack(weight, kernels)
     if isinstance(bound, str):
         empty = torch.empty(shape, dtype=dtype, device=weight.device)
         module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
         store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, size))
     else:
-        mark(module, scheme, found.input_scale, found.input_zero)
+        attach_scheme(module, scheme, found.input_scale, found.input_zero)
         pack(module, weight, *bound)
 
 

@@ -1,8 +1,8 @@
-"""``Part``: the operand of a layer whose rows are some of a joint operand's.
+"""``FusedSlice``: the packed weight of a layer whose rows are some of a joint packed weight's.
 
 Layers that read the same tensor (q, k and v; gate and up) can be one product. Each stays a layer of its own, with its
-hooks and its name: the first that is called with a tensor computes for all, and leaves the output on a ``Board``, where
-the others find theirs.
+hooks and its name: the first that is called with a tensor computes for all, and leaves the output on a ``FusedOutput``,
+where the others find theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..weights import Codes
 
 
-class Board:
+class FusedOutput:
     """What the first of some layers computed, until the last has taken its part.
 
     Args:
@@ -58,36 +58,36 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-class Part(nn.Module):
-    """The rows ``start`` to ``stop`` of a joint operand.
+class FusedSlice(nn.Module):
+    """The rows ``start`` to ``stop`` of a joint packed weight.
 
-    The joint operand is a submodule of the first part alone; every part knows it. A part is an operand as any other
-    (see ``Kernel``): whatever it is called with, its output is right; what it saves is the product, where the input is
-    the very tensor that another part was called with last, not written to since.
+    The joint packed weight is a submodule of the first part alone; every part knows it. A part is a packed weight as
+    any other (see ``Kernel``): whatever it is called with, its output is right; what it saves is the product, where the
+    input is the very tensor that another part was called with last, not written to since.
     """
 
-    board: Board
-    joint: Any
+    fused_output: FusedOutput
+    fused: Any
 
-    def __init__(self, joint: nn.Module, board: Board, index: int, label: str) -> None:
+    def __init__(self, fused: nn.Module, fused_output: FusedOutput, index: int, label: str) -> None:
         super().__init__()
         if index == 0:
-            self._modules["joint"] = joint
+            self._modules["fused"] = fused
         # Found without nn.Module.__getattr__, and not registered twice.
-        self.__dict__["joint"] = joint
-        self.board, self.index, self.bit, self.label = board, index, 1 << index, label
-        self.start = sum(board.sizes[:index])
-        self.stop = self.start + board.sizes[index]
+        self.__dict__["fused"] = fused
+        self.fused_output, self.index, self.bit, self.label = fused_output, index, 1 << index, label
+        self.start = sum(fused_output.sizes[:index])
+        self.stop = self.start + fused_output.sizes[index]
 
     @property
-    def takes(self) -> Any:
-        """The joint operand's own ``takes``."""
-        return self.joint.takes
+    def accepts(self) -> Any:
+        """The joint packed weight's own ``accepts``."""
+        return self.fused.accepts
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out], a view of the joint output."""
-        board, recording, version = self.board, torch.is_grad_enabled(), _version(x)
-        held = board.held
+        fused_output, recording, version = self.fused_output, torch.is_grad_enabled(), _version(x)
+        held = fused_output.held
         if (
             held is not None
             and held[0] is x
@@ -97,19 +97,19 @@ class Part(nn.Module):
         ):  # fmt: skip
             outputs, waiting = held[3], held[4] & ~self.bit
         else:
-            board.held = None
-            outputs, waiting = board.split(self.joint.forward(x)), board.everyone & ~self.bit
-        board.held = (x, version, recording, outputs, waiting) if waiting else None
+            fused_output.held = None
+            outputs, waiting = fused_output.split(self.fused.forward(x)), fused_output.everyone & ~self.bit
+        fused_output.held = (x, version, recording, outputs, waiting) if waiting else None
         return outputs[self.index]
 
     def codes(self) -> Codes:
-        """This part of the joint operand's codes, in memory of its own."""
-        return rows(self.joint.codes(), self.start, self.stop)
+        """This part of the joint packed weight's codes, in memory of its own."""
+        return rows(self.fused.codes(), self.start, self.stop)
 
     @torch.no_grad()
     def share_bias(self, bias: Tensor | None) -> None:
-        """Give the joint operand a layer's bias, and make the layer's a view of what it has: one memory, either way."""
-        whole = self.joint._buffers.get("bias")
+        """Copy a layer's bias into the fused weight, and make the layer's bias a view of it (shared memory)."""
+        whole = self.fused._buffers.get("bias")
         if whole is None:
             return
         own = whole[self.start : self.stop]

@@ -13,25 +13,28 @@ from torch import Tensor, nn
 from ..codes import scales, state_of
 from ..weights import Codes, QuantizedWeight
 from .kernel import Kernel
-from .packed_linear import OPERAND, PackedLinear, Packing
+from .packed_linear import PACKED_WEIGHT, PackedLinear, Packing
 
-# What the operand holds; everything else of a layer stays where it is.
+# What the packed weight holds; everything else of a layer stays where it is.
 REPLACED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
 # Where the forward of an instance may stand: its own, and the one that hooks of accelerate (the library) have taken.
 FORWARDS = ("forward", "_old_forward")
-NEEDED = ("forward", "takes", "codes", "label")
+REQUIRED = ("forward", "accepts", "codes", "label")
 
 
-def bind(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel, nn.Module] | str:
-    """The operand of the first kernel that serves a weight, or the reasons why none does (empty: none is concerned)."""
+def prepack(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel, nn.Module] | str:
+    """Return the first kernel that supports a weight with its packed weight, or the reasons why none does.
+
+    Reasons are joined by ``;`` and empty if no kernel handles this kind of weight.
+    """
     reasons = []
     for kernel in _in_order(weight, kernels):
         if weight.kind == "dense" and not kernel.sparse24:
             continue
-        reason = kernel.serves(weight)
+        reason = kernel.supports(weight)
         if reason is None:
             try:
-                return kernel, _checked(kernel.bind(weight))
+                return kernel, _checked(kernel.prepack(weight))
             except ValueError as error:
                 reason = str(error)
             except Exception as error:
@@ -49,14 +52,14 @@ def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel
     return (special if weight.outliers is not None else []) + plain
 
 
-def _checked(operand: Any) -> nn.Module:
-    lacking = [name for name in NEEDED if not hasattr(operand, name)]
-    if not isinstance(operand, nn.Module) or lacking:
-        raise TypeError(f"its operand is no nn.Module with {', '.join(NEEDED)}")
-    return operand
+def _checked(packed_weight: Any) -> nn.Module:
+    missing = [name for name in REQUIRED if not hasattr(packed_weight, name)]
+    if not isinstance(packed_weight, nn.Module) or missing:
+        raise TypeError(f"its packed weight is not an nn.Module with {', '.join(REQUIRED)}")
+    return packed_weight
 
 
-def obstacle(module: nn.Linear) -> str:
+def unsupported_reason(module: nn.Linear) -> str:
     """Why the class of this layer cannot be changed; the empty string if it can."""
     if type(module).forward is not nn.Linear.forward:
         return f"a {type(module).__name__} is not laid out as nn.Linear"
@@ -70,8 +73,8 @@ def obstacle(module: nn.Linear) -> str:
 
 
 @torch.no_grad()
-def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, operand: nn.Module) -> None:
-    """Give the module its operand in place of its dense weight."""
+def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, packed_weight: nn.Module) -> None:
+    """Give the module its packed weight in place of its dense weight."""
     replaced = {}
     parameters = tuple(module._parameters)
     for name in REPLACED:
@@ -87,9 +90,9 @@ def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, operand: nn
     else:
         module.__dict__.pop("forward", None)
     module.__class__ = PackedLinear
-    about = replace(weight, bias=None, codes=_unasked)
-    module.__dict__["packing"] = Packing(about, kernel, former, unpack, parameters, replaced, attributes)
-    module._modules[OPERAND] = operand
+    description = replace(weight, bias=None, codes=_unasked)
+    module.__dict__["packing"] = Packing(description, kernel, former, unpack, parameters, replaced, attributes)
+    module._modules[PACKED_WEIGHT] = packed_weight
     module.tie()  # type: ignore[operator]
 
 
@@ -99,14 +102,14 @@ def _unasked() -> Codes:
 
 @torch.no_grad()
 def unpack(module: PackedLinear) -> None:
-    """Undo ``pack``: the module is what it was, bit by bit. Layers it was joined with have their own operands again."""
-    module.packing.apart()
+    """Undo ``pack``, bit-exact. Layers it was fused with get their own packed weights again."""
+    module.packing.unfuse_norm()
     if module.packing.group is not None:
-        module.packing.group.end()
+        module.packing.group.disband()
     packing, found, weight = module.packing, module.codes(), module.decoded()
     scheme: Any = getattr(module, "quantization_scheme", None)
-    del module._modules[OPERAND]
-    for name in ("packing", "_run", "_takes"):
+    del module._modules[PACKED_WEIGHT]
+    for name in ("packing", "_run", "_accepts"):
         module.__dict__.pop(name, None)
     module.__class__ = packing.former  # type: ignore[assignment]
     module.__dict__.update(packing.attributes)
@@ -116,7 +119,7 @@ def unpack(module: PackedLinear) -> None:
         from ..state import store
 
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, packing.about.group_size))
+        store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, packing.description.group_size))
 
 
 def _refill(module: nn.Linear, packing: Packing, found: Codes, weight: Tensor, scheme: Any) -> None:
@@ -126,7 +129,7 @@ def _refill(module: nn.Linear, packing: Packing, found: Codes, weight: Tensor, s
         if "weight_zero_point" not in values and "weight_zero_point" in packing.replaced:
             values["weight_zero_point"] = torch.zeros((), dtype=torch.int8, device=weight.device)
     if "weight_g_idx" in packing.replaced:
-        g_idx = g_idx_of(found, packing.about.group_size)
+        g_idx = g_idx_of(found, packing.description.group_size)
         values["weight_g_idx"] = _plain_g_idx(found, packing) if g_idx is None else g_idx
     kept = dict(module._parameters)
     module._parameters.clear()
@@ -152,6 +155,6 @@ def g_idx_of(found: Codes, group_size: int) -> Tensor | None:
 
 
 def _plain_g_idx(found: Codes, packing: Packing) -> Tensor:
-    return torch.arange(packing.about.shape[1], device=found.codes.device).div(
-        packing.about.group_size, rounding_mode="floor"
+    return torch.arange(packing.description.shape[1], device=found.codes.device).div(
+        packing.description.group_size, rounding_mode="floor"
     )

@@ -29,7 +29,7 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
 
 
 def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamespace:
-    """What ``bind`` reads of a module, of random codes, centroids and outliers."""
+    """What ``prepack`` reads of a module, of random codes, centroids and outliers."""
     device = benchmark.device()
     outlying = torch.rand(N, K, device=device) < SHARE
     codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8).masked_fill_(outlying, 0)
@@ -47,16 +47,18 @@ def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamesp
 
 
 def contender(N: int, K: int, M: int, bits: int, dtype: torch.dtype) -> Contender:
-    """The operand of a random weight on ``M`` rows of random inputs."""
-    operand = layer.bind(random_module(N, K, bits, dtype))
+    """The packed weight of a random weight on ``M`` rows of random inputs."""
+    packed_weight = layer.prepack(random_module(N, K, bits, dtype))
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
-    held = (operand.words, operand.table, operand.values, operand.columns, operand.starts)
+    held = (packed_weight.words, packed_weight.table, packed_weight.values, packed_weight.columns, packed_weight.starts)
     reference = x.double() @ naive.dequantize(*held, K, torch.float64).T
-    size = N * K * bits // 8 + benchmark.bytes_of((operand.values, operand.columns, operand.owners, operand.starts))
-    calls = [partial(_call, module, x) for module in benchmark.modules_of(operand)]
+    size = N * K * bits // 8 + benchmark.bytes_of(
+        (packed_weight.values, packed_weight.columns, packed_weight.owners, packed_weight.starts)
+    )
+    calls = [partial(_call, module, x) for module in benchmark.modules_of(packed_weight)]
     return Contender(f"codebook{bits}", calls, size, 2 * M * N * K, reference, MATH)
 
 
-def _call(operand: nn.Module, x: Tensor) -> Tensor:
+def _call(packed_weight: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
-        return operand(x)
+        return packed_weight(x)

@@ -1,6 +1,6 @@
 """Linear layers of a codebook on ``hf_optim::codebook_linear``: which modules are served, and what runs them.
 
-``serves`` and ``bind`` read a module that holds codes: ``codes()`` (uint8 [out, in]), ``bits``, ``shape``,
+``supports`` and ``prepack`` read a module that holds codes: ``codes()`` (uint8 [out, in]), ``bits``, ``shape``,
 ``centroids``, and its outliers as ``outliers``, ``outlier_counts`` (of each row) and ``outlier_columns``.
 """
 
@@ -21,7 +21,7 @@ MOST_PLANS = 64
 READ = ("codes", "bits", "shape", "centroids", "outliers", "outlier_counts", "outlier_columns", "in_features")
 
 
-def serves(module: Any) -> str | None:
+def supports(module: Any) -> str | None:
     """None where the module can run here, else why not; the empty string for one that is no business of this."""
     if not getattr(module, "holds_codes", False) or not all(hasattr(module, name) for name in READ):
         return ""
@@ -39,8 +39,8 @@ def serves(module: Any) -> str | None:
     return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}" if major < 8 else None
 
 
-def bind(module: Any) -> CodebookWeight:
-    """The operand of a module that is served."""
+def prepack(module: Any) -> CodebookWeight:
+    """The packed weight of a module that is served."""
     bias = module.bias
     return CodebookWeight(
         module.codes(),
@@ -102,7 +102,7 @@ class CodebookWeight(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.plans: dict[torch.Size, Any] = {}
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the kernel is right for this input."""
         return x.dtype == self.dtype and x.device == self.words.device
 

@@ -198,11 +198,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def weight_of(found: Any, dtype: torch.dtype, bits: int, group_size: int, **more: Any) -> Any:
-    """A weight as ``serves`` and ``bind`` of an operator read it, of codes made here.
+    """A weight as ``supports`` and ``prepack`` of an operator read it, of codes made here.
 
     Args:
-        found: with the attributes of ``hf_optim.weights.Codes``.
-        more: attributes of ``hf_optim.weights.QuantizedWeight`` that are not those of a plain integer weight.
+        found: with the attributes of ``hf_optim.compressed.weights.Codes``.
+        more: attributes of ``hf_optim.compressed.weights.QuantizedWeight`` that are not those of a plain integer
+            weight.
     """
     about = {
         "name": "layer",
@@ -223,7 +224,7 @@ def weight_of(found: Any, dtype: torch.dtype, bits: int, group_size: int, **more
 
 
 def codes_of(codes: Tensor, scale: Tensor | None, zero: Tensor | None = None) -> Any:
-    """Codes with the attributes of ``hf_optim.weights.Codes``."""
+    """Codes with the attributes of ``hf_optim.compressed.weights.Codes``."""
     return SimpleNamespace(codes=codes, scale=scale, zero=zero, order=None, input_scale=None, input_zero=None)
 
 

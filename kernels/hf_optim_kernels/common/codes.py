@@ -1,4 +1,4 @@
-"""What an operand gives back of its weight."""
+"""What a packed weight gives back of its weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The codes an operand was made of, bit for bit; ``hf_optim.weights.Codes`` says what they mean.
+    """The codes a packed weight was made of, bit for bit; ``hf_optim.compressed.weights.Codes`` says what they mean.
 
     Attributes:
         codes: [out, in]: uint8, float8, or the weight itself.

@@ -20,8 +20,8 @@ MOST_COLUMNS = 1 << 16
 LEAST_WEIGHTS = 1 << 20
 
 
-def refusal(weight: Any) -> str | None:
-    """Why an ``hf_optim.weights.QuantizedWeight`` is better off without this on a CPU; None where it is not."""
+def unsupported_reason(weight: Any) -> str | None:
+    """Return why this CPU path does not run, or does not speed up, a ``QuantizedWeight``; None if it does."""
     count = weight.shape[0] * weight.shape[1]
     if weight.dtype not in DTYPES:
         return f"{str(weight.dtype).removeprefix('torch.')} inputs; served are float32, bfloat16 and float16"

@@ -1,6 +1,7 @@
-"""The linear layer of LLM.int8(): what it serves, and the operand that a packed layer holds.
+"""The linear layer of LLM.int8(): what it serves, and the packed weight that a packed layer holds.
 
-``serves`` and ``bind`` read an ``hf_optim.weights.QuantizedWeight``, of which only the attributes are used.
+``supports`` and ``prepack`` read an ``hf_optim.compressed.weights.QuantizedWeight``, of which only the attributes are
+used.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from . import cpu, naive, op, tiles
 LEAST_CAPABILITY = (8, 0)
 
 
-def serves(weight: Any) -> str | None:
+def supports(weight: Any) -> str | None:
     """None where the weight can run here and it pays, else why not; "" where outliers are not apart."""
     if weight.outliers is None:
         return ""
-    return cpu.refusal(weight) if weight.device.type == "cpu" else _device_refusal(weight)
+    return cpu.unsupported_reason(weight) if weight.device.type == "cpu" else _unsupported_device(weight)
 
 
-def serves_everywhere(weight: Any) -> str | None:
-    """As ``serves``, but whether it pays is not asked: for seeing on a CPU what a GPU computes."""
+def supports_everywhere(weight: Any) -> str | None:
+    """As ``supports``, but whether it pays is not asked: for seeing on a CPU what a GPU computes."""
     if weight.outliers is None or weight.device.type != "cpu":
-        return serves(weight)
+        return supports(weight)
     return None if weight.dtype.is_floating_point else f"{str(weight.dtype).removeprefix('torch.')} inputs"
 
 
-def _device_refusal(weight: Any) -> str | None:
+def _unsupported_device(weight: Any) -> str | None:
     if weight.device.type != "cuda":
         return f"no kernel for {weight.device.type} devices"
     if weight.dtype not in KERNEL_TYPES:
@@ -47,8 +48,8 @@ def _device_refusal(weight: Any) -> str | None:
     return None
 
 
-def bind(weight: Any) -> LLMInt8Linear:
-    """The operand of a weight that is served."""
+def prepack(weight: Any) -> LLMInt8Linear:
+    """The packed weight of a weight that is served."""
     found = weight.codes()
     codes = (found.codes ^ 128).view(torch.int8).contiguous()
     return LLMInt8Linear(codes, found.scale.detach(), weight.bias, weight.outliers, weight.dtype)
@@ -96,7 +97,7 @@ class LLMInt8Linear(Planned):
         codes, scale = naive.quantize_weight(linear.weight)
         return cls(codes, scale, linear.bias, threshold, linear.weight.dtype)
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the input is of the layer's type, and on its device."""
         same = x.dtype == self.dtype and x.device == self.weight.device
         return same and not torch.is_autocast_enabled(x.device.type)
@@ -118,10 +119,10 @@ class LLMInt8Linear(Planned):
         return Codes(codes, self.stored_scale, None)
 
 
-def join(operands: list[nn.Module]) -> LLMInt8Linear | None:
+def join(packed_weights: list[nn.Module]) -> LLMInt8Linear | None:
     """One layer whose outputs are those of all, one after the other; None where inputs or types differ."""
-    parts = [part for part in operands if isinstance(part, LLMInt8Linear)]
-    if not parts or len(parts) < len(operands):
+    parts = [part for part in packed_weights if isinstance(part, LLMInt8Linear)]
+    if not parts or len(parts) < len(packed_weights):
         return None
     kinds = {(p.weight.shape[1], p.weight.device, p.dtype, p.threshold, p.bias is None) for p in parts}
     if len(kinds) > 1:

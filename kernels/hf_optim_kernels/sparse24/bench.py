@@ -30,19 +30,19 @@ def sparse_weight(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (weight + 0.0).reshape(N, K).to(dtype)
 
 
-def operand(N: int, K: int, bits: int, dtype: torch.dtype) -> tuple[layer.Operand, Tensor]:
-    """A random operand, 16-bit or of codes (8 bits: a scale a row; 4: groups of ``GROUP``), and its float64 weight."""
+def packed_weight(N: int, K: int, bits: int, dtype: torch.dtype) -> tuple[layer.PackedWeight, Tensor]:
+    """A random packed weight, 16-bit or codes (8 bits: a scale per row; 4: per ``GROUP``), and its float64 weight."""
     dense = sparse_weight(N, K, dtype)
     group = K if bits != 4 else min(GROUP, K)
     if bits == 16:
         told = weight_of(codes_of(dense, None), dtype, 16, K, kind="dense", sparse24=True)
-        return layer.bind(told), dense.double()
+        return layer.prepack(told), dense.double()
     middle = 1 << (bits - 1)
     grouped = dense.float().view(N, -1, group)
     scale = (grouped.abs().amax(-1) / (middle - 1)).to(dtype)
     codes = (grouped / scale.float()[..., None]).round().clamp(1 - middle, middle - 1).view(N, K)
     told = weight_of(codes_of((codes + middle).to(torch.uint8), scale), dtype, bits, group, sparse24=True)
-    return layer.bind(told), codes.double() * scale.double().repeat_interleave(group, 1)
+    return layer.prepack(told), codes.double() * scale.double().repeat_interleave(group, 1)
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
@@ -51,7 +51,7 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     flops = 2 * M * N * K
     found = []
     for bits in (16, 8, 4):
-        module, weight = operand(N, K, bits, dtype)
+        module, weight = packed_weight(N, K, bits, dtype)
         reference = x.double() @ weight.T
         del weight
         size = stored_bytes(module)
@@ -69,7 +69,7 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     return found
 
 
-def stored_bytes(module: layer.Operand) -> int:
+def stored_bytes(module: layer.PackedWeight) -> int:
     """Bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
     if mma_layout.holds(module.bits):
         return bytes_of(t for t in (module.values, module.bits, module.scale, module.zero) if t is not None)
@@ -83,7 +83,7 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """Time the candidates for codes on sparse tensor cores and remember the fastest; tells what was found."""
     from . import tensor_core_launch
 
-    module, rows = operand(N, K, 4, dtype)[0], tuning.bucket(M)
+    module, rows = packed_weight(N, K, 4, dtype)[0], tuning.bucket(M)
     if device().type != "cuda" or not mma_layout.holds(module.values) or rows > tiles.MOST_TILED_ROWS:
         return "nothing to tune"
     found = timed(module, torch.randn(M, K, device=device(), dtype=dtype), tiles.tiled_candidates(N, K, rows))
@@ -94,7 +94,7 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 @torch.no_grad()
-def timed(module: layer.Operand, x: Tensor, tried: Iterable[tiles.Config]) -> list[tuple[float, tiles.Config]]:
+def timed(module: layer.PackedWeight, x: Tensor, tried: Iterable[tiles.Config]) -> list[tuple[float, tiles.Config]]:
     """Microseconds of configurations on copies of a layer, fastest first; those that do not compile are left out."""
     modules, times = modules_of(module), []
     for config in tried:
@@ -109,7 +109,7 @@ def run(module: nn.Module, x: Tensor, config: tiles.Config) -> Tensor:
     """``module(x)`` with a given configuration."""
     from . import launch
 
-    assert isinstance(module, layer.Operand)
+    assert isinstance(module, layer.PackedWeight)
     return launch.sparse24(
         x, module.values, module.bits, module.scale, module.zero, module.bias, module.counters, module.width,
         module.group_size, module.middle, config,

@@ -1,4 +1,4 @@
-"""Binding a 2:4 weight: which weights are served, and the operand that runs one.
+"""Binding a 2:4 weight: which weights are served, and the packed weight that runs one.
 
 A weight comes as the host describes it (``QuantizedWeight``: ``kind`` "dense" for 16-bit numbers or "int" for codes,
 read here by its attributes alone) and goes back as it came, bit for bit, through ``codes``.
@@ -23,16 +23,21 @@ GROUP_MULTIPLE = 16
 MOST_PLANS = 64
 
 
-def serves(weight: Any) -> str | None:
+def supports(weight: Any) -> str | None:
     """None where the weight can run here and pays, else why not; empty where it is not 2:4."""
     if not weight.sparse24:
         return ""
     if weight.inputs is not None:
         return "its inputs are quantized, this kernel is for weights only"
-    return _form_refusal(weight) or _speed_refusal(weight) or _device_refusal(weight.device) or _size_refusal(weight)
+    return (
+        _unsupported_format(weight)
+        or _not_faster(weight)
+        or _unsupported_device(weight.device)
+        or _unsupported_size(weight)
+    )
 
 
-def _form_refusal(weight: Any) -> str | None:
+def _unsupported_format(weight: Any) -> str | None:
     columns = weight.shape[1]
     if weight.kind not in ("dense", "int"):
         return f"{weight.kind} codes; served are integers and unquantized weights"
@@ -51,7 +56,7 @@ def _form_refusal(weight: Any) -> str | None:
     return None
 
 
-def _device_refusal(device: torch.device) -> str | None:
+def _unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"no 2:4 kernel for {device.type} devices"
     if util.find_spec("triton") is None:
@@ -62,14 +67,14 @@ def _device_refusal(device: torch.device) -> str | None:
     return None
 
 
-def _size_refusal(weight: Any) -> str | None:
+def _unsupported_size(weight: Any) -> str | None:
     count = weight.shape[0] * weight.shape[1]
     if count < LEAST_WEIGHTS:
         return f"a layer of {count:,} weights is faster dense (2:4 pays from {LEAST_WEIGHTS:,})"
     return None
 
 
-def _speed_refusal(weight: Any) -> str | None:
+def _not_faster(weight: Any) -> str | None:
     # In the order of ``naive.pack``, one row and 14336 x 4096 on an H200: int8 31.9 microseconds and int4 35.2, where
     # dense takes 32.7, codes that are not sparse 21.2 and 13.0 on their own kernel, and 16-bit 2:4 values 26.6. In the
     # order of ``fragments``, on an H100: int4 12.9, where dense takes 44.7 and int4 that is not sparse 15.5.
@@ -85,8 +90,8 @@ def _for_tensor_cores(weight: Any) -> bool:
 
 
 @torch.no_grad()
-def bind(weight: Any) -> Operand:
-    """The operand of a weight. Raises ``ValueError`` where a four has more than two entries that are not zero.
+def prepack(weight: Any) -> PackedWeight:
+    """The packed weight of a weight. Raises ``ValueError`` where a four has more than two entries that are not zero.
 
     For codes, zero is exactly the zero point's code.
     """
@@ -94,7 +99,7 @@ def bind(weight: Any) -> Operand:
     columns, middle = weight.shape[1], 1 << (weight.bits - 1)
     bias = None if weight.bias is None else weight.bias.detach()
     if weight.kind == "dense":
-        return _bind_dense(found.codes, bias)
+        return _prepack_dense(found.codes, bias)
     width = 4 if weight.bits <= 4 else 8
     kept = found.codes != (middle if found.zero is None else _spread(found.zero, columns, weight.group_size))
     if _for_tensor_cores(weight):
@@ -103,23 +108,23 @@ def bind(weight: Any) -> Operand:
         values, bits = naive.pack(found.codes, kept, width)
     scale = found.scale.T.contiguous()
     zero = None if found.zero is None else found.zero.T.contiguous()
-    return Operand(values, bits, scale, zero, bias, None, width, weight.group_size, middle, columns, weight.dtype)
+    return PackedWeight(values, bits, scale, zero, bias, None, width, weight.group_size, middle, columns, weight.dtype)
 
 
-def _bind_dense(dense: Tensor, bias: Tensor | None) -> Operand:
+def _prepack_dense(dense: Tensor, bias: Tensor | None) -> PackedWeight:
     values, bits = naive.pack(dense, dense != 0, 16)
     numbers, _ = naive.unpack(values, bits, 16, dense.shape[1])
     # Only zeros were dropped, and they may be negative (a mask multiplied a weight).
     lost = numbers.view(torch.int16) != dense.view(torch.int16)
     negative = _to_bits(lost) if bool(lost.any()) else None
     both = cusparselt.share(dense, values)
-    return Operand(
+    return PackedWeight(
         values if both is None else both, bits, None, None, bias, negative, 16, dense.shape[1], 0, dense.shape[1],
         dense.dtype,
     )  # fmt: skip
 
 
-class Operand(nn.Module):
+class PackedWeight(nn.Module):
     """``x W^T + bias`` on ``hf_optim::sparse24``.
 
     Attributes:
@@ -163,13 +168,13 @@ class Operand(nn.Module):
 
     @property
     def label(self) -> str:
-        """What reports say of a layer on this operand."""
+        """What reports say of a layer on this packed weight."""
         many = ", cuSPARSELt for many rows" if cusparselt.shared(self.values, self.bits) else ""
         if mma_layout.holds(self.values):
             return "sparse24 Triton, int4 values on sparse tensor cores"
         return f"sparse24 Triton, {'16-bit' if self.width == 16 else f'int{self.width}'} values{many}"
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether type and device of an input are those of the layer."""
         return x.dtype == self.dtype and x.device == self.bits.device
 
@@ -202,7 +207,7 @@ class Operand(nn.Module):
         """Forget what holds addresses of the buffers: one of them is another tensor now."""
         self.plans = {}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Operand:
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         self.renew()
         return super()._apply(fn, recurse)
 
@@ -214,7 +219,7 @@ class Operand(nn.Module):
 
     @torch.no_grad()
     def codes(self) -> Codes:
-        """What the operand was bound from."""
+        """What the packed weight was bound from."""
         numbers, at = naive.unpack(self.values, self.bits, self.width, self.columns)
         if self.scale is None:
             if self.negative is not None:
@@ -226,53 +231,54 @@ class Operand(nn.Module):
         return Codes(torch.where(at, numbers, pruned).to(torch.uint8), self.scale.T.contiguous(), zero)
 
 
-def join(operands: Sequence[Operand]) -> Operand | None:
-    """One operand whose outputs are those of all, one after the other; None where they differ in more than rows."""
-    first = operands[0]
-    if any(_form(operand) != _form(first) for operand in operands):
+def join(packed_weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    """Concatenate packed weights along the output; return None where they differ in more than their rows."""
+    first = packed_weights[0]
+    if any(_form(w) != _form(first) for w in packed_weights):
         return None
     negative = None
-    if any(operand.negative is not None for operand in operands):
+    if any(w.negative is not None for w in packed_weights):
         width = -(-first.columns // 8)
         negative = torch.cat([
-            operand.bits.new_zeros(operand.bits.shape[0], width) if operand.negative is None else operand.negative
-            for operand in operands
+            w.bits.new_zeros(w.bits.shape[0], width) if w.negative is None else w.negative for w in packed_weights
         ])  # fmt: skip
-    bits = torch.cat([operand.bits for operand in operands])
-    values = torch.cat([_own_values(operand) for operand in operands])
+    bits = torch.cat([w.bits for w in packed_weights])
+    values = torch.cat([_own_values(w) for w in packed_weights])
     if first.width == 16:
         both = cusparselt.share(naive.unpack(values, bits, 16, first.columns)[0], values)
         values = values if both is None else both
-    return Operand(
-        values, bits, _joined([o.scale for o in operands], 1), _joined([o.zero for o in operands], 1),
-        _joined([o.bias for o in operands], 0), negative, first.width, first.group_size, first.middle, first.columns,
-        first.dtype,
+    return PackedWeight(
+        values, bits, _joined([w.scale for w in packed_weights], 1), _joined([w.zero for w in packed_weights], 1),
+        _joined([w.bias for w in packed_weights], 0), negative, first.width, first.group_size, first.middle,
+        first.columns, first.dtype,
     )  # fmt: skip
 
 
-def _form(operand: Operand) -> tuple:
-    optional = (operand.scale, operand.zero, operand.bias)
+def _form(packed_weight: PackedWeight) -> tuple:
+    optional = (packed_weight.scale, packed_weight.zero, packed_weight.bias)
     kinds = tuple(None if tensor is None else tensor.dtype for tensor in optional)
     return (
-        operand.width,
-        operand.group_size,
-        operand.middle,
-        operand.columns,
-        operand.dtype,
-        operand.bits.device,
-        operand.bits.dtype,
+        packed_weight.width,
+        packed_weight.group_size,
+        packed_weight.middle,
+        packed_weight.columns,
+        packed_weight.dtype,
+        packed_weight.bits.device,
+        packed_weight.bits.dtype,
         kinds,
     )
 
 
-def _own_values(operand: Operand) -> Tensor:
+def _own_values(packed_weight: PackedWeight) -> Tensor:
     """The values [out, ...] without what cuSPARSELt keeps behind them."""
-    if mma_layout.holds(operand.values):
-        return operand.values
-    rows, fours = operand.bits.shape[0], 2 * operand.bits.shape[1]
-    flat = operand.values.flatten()
+    if mma_layout.holds(packed_weight.values):
+        return packed_weight.values
+    rows, fours = packed_weight.bits.shape[0], 2 * packed_weight.bits.shape[1]
+    flat = packed_weight.values.flatten()
     return (
-        flat[: rows * fours].view(rows, fours) if operand.width == 4 else flat[: rows * fours * 2].view(rows, fours, 2)
+        flat[: rows * fours].view(rows, fours)
+        if packed_weight.width == 4
+        else flat[: rows * fours * 2].view(rows, fours, 2)
     )
 
 

@@ -33,7 +33,7 @@ BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[tiles.Config]) -> float:
     """The largest relative error over paths; each runs twice and has to give the same bits. Raises when wrong."""
-    module, weight = bench.operand(*shape, bits, dtype)
+    module, weight = bench.packed_weight(*shape, bits, dtype)
     if mma_layout.holds(module.bits):
         paths = TILES
     worst = 0.0
@@ -70,7 +70,7 @@ def check_all() -> None:
         print(shape, dtype, {bits: f"{error:.1e}" for bits, error in errors.items()}, flush=True)
 
 
-def algorithms(module: layer.Operand, x: Tensor) -> list[tiles.Config]:
+def algorithms(module: layer.PackedWeight, x: Tensor) -> list[tiles.Config]:
     """cuSPARSELt's default and the algorithm its own search prefers."""
     if not cusparselt.shared(module.values, module.bits):
         return []
@@ -78,7 +78,7 @@ def algorithms(module: layer.Operand, x: Tensor) -> list[tiles.Config]:
     return [{**tiles.LIBRARY, "algorithm": number} for number in sorted({0, int(found)})]
 
 
-def times(module: layer.Operand, x: Tensor, end: float) -> list[tuple[float, tiles.Config]]:
+def times(module: layer.PackedWeight, x: Tensor, end: float) -> list[tuple[float, tiles.Config]]:
     """Microseconds of the candidates, fastest first; those that do not compile or come after ``end`` are left out."""
     (M, K), N = x.shape, naive.shape_of(module.bits)[0]
     tiled = mma_layout.holds(module.bits)
@@ -91,7 +91,7 @@ def times(module: layer.Operand, x: Tensor, end: float) -> list[tuple[float, til
 def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[str, Any]:
     """Time every number of rows for a shape "OUTxIN"; prints a table."""
     N, K = map(int, shape.split("x"))
-    module, weight = bench.operand(N, K, bits, torch.bfloat16)
+    module, weight = bench.packed_weight(N, K, bits, torch.bfloat16)
     del weight
     dense = copies_of((bench.sparse_weight(N, K, torch.bfloat16),))
     print(f"{shape} {bits}-bit, {module.label}: {bench.stored_bytes(module) / 1e6:.1f} MB", flush=True)

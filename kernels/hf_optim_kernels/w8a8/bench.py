@@ -12,15 +12,15 @@ from ..common.benchmark import Contender, bytes_of, codes_of, copies_of, device,
 from . import layer, naive
 
 
-def operand(N: int, K: int, dtype: torch.dtype, float8: bool) -> layer.Operand:
-    """A random operand [N, K] with a grid for each row of the input."""
+def packed_weight(N: int, K: int, dtype: torch.dtype, float8: bool) -> layer.PackedWeight:
+    """A random packed weight [N, K] with a grid for each row of the input."""
     codes = torch.randint(1, 256, (N, K), device=device(), dtype=torch.uint8)
     if float8:
         codes = torch.randn(N, K, device=device()).to(naive.FLOAT8)
     scale = (torch.rand(N, 1, device=device()) * 0.01 + 0.001).to(dtype)
     inputs = SimpleNamespace(type="float8" if float8 else "int8", dynamic=True, symmetric=True)
     kind = "float" if float8 else "int"
-    return layer.Operand.of(weight_of(codes_of(codes, scale), dtype, 8, K, kind=kind, inputs=inputs))
+    return layer.PackedWeight.of(weight_of(codes_of(codes, scale), dtype, 8, K, kind=kind, inputs=inputs))
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
@@ -30,7 +30,7 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
     found = [_ours(N, K, x, flops, False)]
     if _has_float8():
         found.append(_ours(N, K, x, flops, True))
-    held = operand(N, K, dtype, False)
+    held = packed_weight(N, K, dtype, False)
     values = naive.dequantize(held.weight, held.w_scale, None, torch.float32).to(dtype)
     calls = [partial(nn.functional.linear, x, *copy) for copy in copies_of((values,))]
     reference = x.double() @ values.double().T
@@ -43,13 +43,13 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
 
 
 def _ours(N: int, K: int, x: Tensor, flops: int, float8: bool) -> Contender:
-    held = operand(N, K, x.dtype, float8)
+    held = packed_weight(N, K, x.dtype, float8)
     calls = [partial(_call, each, x) for each in modules_of(held)]
     name, size = ("float8" if float8 else "int8"), bytes_of((held.weight, held.w_scale))
     return Contender(f"w8a8 {name}", calls, size, flops, _reference(x, held), math="int8")
 
 
-def _reference(x: Tensor, held: layer.Operand) -> Tensor:
+def _reference(x: Tensor, held: layer.PackedWeight) -> Tensor:
     codes, scale, zero = naive.quantize(x, held.float8)
     return naive.multiply(codes, scale.double(), zero, held.weight.double(), held.w_scale, None, torch.float64)
 

@@ -31,8 +31,8 @@ LEVELS = 127.5
 MOST_COLUMNS = 1 << 16
 
 
-def refusal(weight: Any) -> str | None:
-    """Why an ``hf_optim.weights.QuantizedWeight`` cannot run here; None where it can.
+def unsupported_reason(weight: Any) -> str | None:
+    """Why an ``hf_optim.compressed.weights.QuantizedWeight`` cannot run here; None where it can.
 
     No size is too small: what the layer would do instead is quantize its input and its weight in float at each call.
     """
@@ -54,8 +54,8 @@ def refusal(weight: Any) -> str | None:
     return None
 
 
-def bind(weight: Any) -> QuantizedLinear:
-    """The operand of a weight for which ``refusal`` is None."""
+def prepack(weight: Any) -> QuantizedLinear:
+    """The packed weight of a weight for which ``unsupported_reason`` is None."""
     return QuantizedLinear.from_codes(weight.codes(), weight.bits, weight.inputs, weight.dtype, weight.bias)
 
 
@@ -116,7 +116,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_codes(cls, found: Any, bits: int, inputs: Any, dtype: torch.dtype, bias: Tensor | None) -> QuantizedLinear:
-        """Pack ``hf_optim.weights.Codes`` with one scale a row. ``inputs`` is an ``hf_optim.weights.Inputs``."""
+        """Pack ``Codes`` with one scale a row. ``inputs`` is an ``Inputs`` (see ``hf_optim.compressed.weights``)."""
         return cls(
             (found.codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).contiguous(),
             found.scale,
@@ -139,7 +139,7 @@ class QuantizedLinear(nn.Module):
         steps = self.packed.float() if self.shift is None else self.packed.float() - self.shift[:, None]
         return (steps * self.factor[:, None]).to(dtype)
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the operator has this input's type and device."""
         return x.dtype == self.dtype and x.device == self.packed.device
 
@@ -194,13 +194,13 @@ class QuantizedLinear(nn.Module):
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operand: QuantizedLinear) -> Tensor:
-        ctx.operand = operand
-        return operand.product(x)
+    def forward(ctx: Any, x: Tensor, packed_weight: QuantizedLinear) -> Tensor:
+        ctx.packed_weight = packed_weight
+        return packed_weight.product(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.operand.decoded(grad.dtype), None
+        return grad @ ctx.packed_weight.decoded(grad.dtype), None
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -210,22 +210,22 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True)
 
 
-def join(operands: list[QuantizedLinear]) -> QuantizedLinear | None:
-    """One operand whose output is those of ``operands`` side by side; None where they differ in more than rows."""
-    first = operands[0]
-    if any(_kind(o) != _kind(first) for o in operands):
+def join(packed_weights: list[QuantizedLinear]) -> QuantizedLinear | None:
+    """Concatenate packed weights along the output; return None where they differ in more than their rows."""
+    first = packed_weights[0]
+    if any(_kind(o) != _kind(first) for o in packed_weights):
         return None
     for name in ("input_scale", "input_zero"):
         own = getattr(first, name)
-        if own is not None and any(not torch.equal(getattr(o, name), own) for o in operands):
+        if own is not None and any(not torch.equal(getattr(o, name), own) for o in packed_weights):
             return None
 
     def together(name: str) -> Tensor | None:
-        return None if getattr(first, name) is None else torch.cat([getattr(o, name) for o in operands])
+        return None if getattr(first, name) is None else torch.cat([getattr(o, name) for o in packed_weights])
 
     return QuantizedLinear(
-        torch.cat([o.packed for o in operands]),
-        torch.cat([o.scale for o in operands]),
+        torch.cat([o.packed for o in packed_weights]),
+        torch.cat([o.scale for o in packed_weights]),
         together("zero"),
         first.input_scale,
         first.input_zero,
@@ -236,6 +236,13 @@ def join(operands: list[QuantizedLinear]) -> QuantizedLinear | None:
     )
 
 
-def _kind(operand: QuantizedLinear) -> tuple[Any, ...]:
-    absent = tuple(getattr(operand, name) is None for name in ("zero", "bias", "input_scale", "input_zero"))
-    return operand.bits, operand.symmetric, operand.dtype, operand.scale.dtype, operand.packed.shape[1], absent
+def _kind(packed_weight: QuantizedLinear) -> tuple[Any, ...]:
+    absent = tuple(getattr(packed_weight, name) is None for name in ("zero", "bias", "input_scale", "input_zero"))
+    return (
+        packed_weight.bits,
+        packed_weight.symmetric,
+        packed_weight.dtype,
+        packed_weight.scale.dtype,
+        packed_weight.packed.shape[1],
+        absent,
+    )

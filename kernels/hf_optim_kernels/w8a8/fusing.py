@@ -1,9 +1,9 @@
 """Quantizing inside of the norm that makes the rows (ZeroQuant, 2206.01861, section 4.3).
 
-A norm and the operands that read its output share a ``Handoff``. Where quantizing takes a launch of its own, the norm
-makes its output, the codes and the scales in one kernel, and an operand that is called with that very tensor takes the
-codes. Whatever else an operand is called with, it quantizes itself. The codes are those of the unfused layer, but where
-the rounding of the norm's own sums differs.
+A norm and the packed weights that read its output share a ``Handoff``. Where quantizing takes a launch of its own, the
+norm makes its output, the codes and the scales in one kernel, and a packed weight that is called with that very tensor
+takes the codes. Whatever else a packed weight is called with, it quantizes itself. The codes are those of the unfused
+layer, but where the rounding of the norm's own sums differs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
 
 class Handoff:
-    """What a norm made last, until every operand has taken it.
+    """What a norm made last, until every packed weight has taken it.
 
     Attributes:
-        readers: how many operands there are.
-        held: the norm's output, its version, codes, scales, zero points, and a bit for each operand that has not taken
-            them yet; None when there is nothing to take. One tuple, so that another thread sees all or nothing of it.
+        readers: how many packed weights there are.
+        held: the norm's output, its version, codes, scales, zero points, and a bit for each packed weight that has not
+            taken them yet; None when there is nothing to take. One tuple, so that another thread sees all or nothing of
+            it.
     """
 
     def __init__(self, readers: int) -> None:
@@ -61,7 +62,7 @@ class NormQuantizer:
     Attributes:
         producer: ``quantize.RMS_NORM`` or ``quantize.LAYER_NORM``.
         eps: of the norm.
-        float8, symmetric, dtype: of the operands' inputs.
+        float8, symmetric, dtype: of the packed weights' inputs.
         least: the fewest rows for which it pays.
     """
 
@@ -91,24 +92,24 @@ class NormQuantizer:
 
 
 @torch.no_grad()
-def fuse(norm: nn.Module, operands: Sequence[Any]) -> NormQuantizer | None:
-    """What makes a norm's output for ``operands`` (``layer.Operand``), all of which read it.
+def fuse(norm: nn.Module, packed_weights: Sequence[Any]) -> NormQuantizer | None:
+    """What makes a norm's output for ``packed_weights`` (``layer.PackedWeight``), all of which read it.
 
-    None for operands whose inputs are quantized to grids of their own or to different ones, and for a norm that is
-    neither an RMSNorm nor a LayerNorm; which of these it is shows in what it computes.
+    None for packed weights whose inputs are quantized to grids of their own or to different ones, and for a norm that
+    is neither an RMSNorm nor a LayerNorm; which of these it is shows in what it computes.
     """
-    first = operands[0]
-    kinds = {(o.float8, o.symmetric, o.dtype, o.weight.device, o.weight.shape[1]) for o in operands}
-    if len(kinds) > 1 or any(o.input_scale is not None for o in operands):
+    first = packed_weights[0]
+    kinds = {(o.float8, o.symmetric, o.dtype, o.weight.device, o.weight.shape[1]) for o in packed_weights}
+    if len(kinds) > 1 or any(o.input_scale is not None for o in packed_weights):
         return None
     found = norm_kind(norm, first.weight.shape[1], first.dtype, first.weight.device)
     if found is None:
         return None
     from .tiles import MOST_DECODE_ROWS
 
-    handoff = Handoff(len(operands))
-    for index, operand in enumerate(operands):
-        operand.handoff, operand.bit = handoff, 1 << index
+    handoff = Handoff(len(packed_weights))
+    for index, packed_weight in enumerate(packed_weights):
+        packed_weight.handoff, packed_weight.bit = handoff, 1 << index
     return NormQuantizer(*found, first.float8, first.symmetric, first.dtype, MOST_DECODE_ROWS + 1, handoff)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer with 8-bit weights and inputs: what it serves, and the operand that a packed layer holds."""
+"""A linear layer with 8-bit weights and inputs: what it serves, and the packed weight that a packed layer holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .plans import Planned
 LEAST_CAPABILITY = {"int8": (8, 0), "float8": (8, 9)}
 
 
-def serves(weight: Any) -> str | None:
+def supports(weight: Any) -> str | None:
     """None where the weight (a ``QuantizedWeight``) can run here, else why not; "" where inputs are not quantized."""
     inputs = weight.inputs
     if inputs is None or weight.kind == "dense":
@@ -25,7 +25,7 @@ def serves(weight: Any) -> str | None:
     if weight.device.type == "cpu":
         from . import cpu
 
-        return cpu.refusal(weight)
+        return cpu.unsupported_reason(weight)
     wanted = {"int": "int8", "float": "float8"}[weight.kind]
     if not 2 <= weight.bits <= 8 or (weight.kind == "float" and weight.bits != 8) or inputs.type != wanted:
         return f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs; served are up to 8 bits of one kind"
@@ -37,10 +37,10 @@ def serves(weight: Any) -> str | None:
         return "its columns are stored in another order"
     if inputs.type == "float8" and not inputs.symmetric:
         return "float8 inputs with zero points"
-    return _device_refusal(weight)
+    return _unsupported_device(weight)
 
 
-def _device_refusal(weight: Any) -> str | None:
+def _unsupported_device(weight: Any) -> str | None:
     if weight.device.type != "cuda":
         return f"no kernel for {weight.device.type} devices"
     if weight.dtype not in op.KERNEL_TYPES:
@@ -53,16 +53,16 @@ def _device_refusal(weight: Any) -> str | None:
     return None
 
 
-def bind(weight: Any) -> nn.Module:
-    """The operand for a weight that is served. Raises ``ValueError`` for static inputs without a scale."""
+def prepack(weight: Any) -> nn.Module:
+    """The packed weight for a weight that is served. Raises ``ValueError`` for static inputs without a scale."""
     if weight.device.type == "cpu":
         from . import cpu
 
-        return cpu.bind(weight)
-    return Operand.of(weight)
+        return cpu.prepack(weight)
+    return PackedWeight.of(weight)
 
 
-class Operand(Planned):
+class PackedWeight(Planned):
     """``x W^T + bias`` on ``hf_optim::w8a8``.
 
     Attributes:
@@ -74,7 +74,8 @@ class Operand(Planned):
         counters: int32, zero between calls. Two calls must not overlap on different streams.
         float8, symmetric: the grid of inputs.
         bits: of a code.
-        handoff, bit: where the norm before leaves the codes of its output, and this operand's place there (``fusing``).
+        handoff, bit: where the norm before leaves the codes of its output, and this packed weight's place there
+            (``fusing``).
     """
 
     weight: Tensor
@@ -110,8 +111,8 @@ class Operand(Planned):
         self.register_buffer("counters", counters)
 
     @classmethod
-    def of(cls, weight: Any) -> Operand:
-        """The operand of a ``QuantizedWeight``. Raises ``ValueError`` for static inputs without a scale."""
+    def of(cls, weight: Any) -> PackedWeight:
+        """The packed weight of a ``QuantizedWeight``. Raises ``ValueError`` for static inputs without a scale."""
         found = weight.codes()
         if not weight.inputs.dynamic and found.input_scale is None:
             raise ValueError("its inputs are static, but have no scale")
@@ -126,7 +127,7 @@ class Operand(Planned):
         about = weight.inputs.symmetric, weight.dtype, weight.bits
         return cls(codes.contiguous(), stored, weight.bias, scale, zero, *about)
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the input is of the layer's type, and on its device."""
         same = x.dtype == self.dtype and x.device == self.weight.device
         return same and not torch.is_autocast_enabled(x.device.type)
@@ -153,9 +154,9 @@ class Operand(Planned):
         call = torch.ops.hf_optim.w8a8_codes if torch.compiler.is_compiling() else op.linear_codes
         return call(codes, scale, zero, self.weight, self.w_scale, self.w_sum, self.bias, self.counters, self.dtype)
 
-    def fuse(self, norm: nn.Module, operands: Sequence[Operand]) -> fusing.NormQuantizer | None:
-        """Let ``norm`` quantize for ``operands``, of which this is one: see ``fusing.fuse``."""
-        return fusing.fuse(norm, operands)
+    def fuse(self, norm: nn.Module, packed_weights: Sequence[PackedWeight]) -> fusing.NormQuantizer | None:
+        """Let ``norm`` quantize for ``packed_weights``, of which this is one: see ``fusing.fuse``."""
+        return fusing.fuse(norm, packed_weights)
 
     def codes(self) -> Codes:
         """The codes, scales and input grid this was made of, bit for bit."""
@@ -174,25 +175,27 @@ def _zero_of(found: Any) -> Tensor:
     return found.input_zero.detach().reshape(1)
 
 
-def join(operands: Sequence[Any]) -> nn.Module | None:
-    """One operand whose outputs are those of all, one after the other; None where inputs or types differ."""
-    if not isinstance(operands[0], Operand):
+def join(packed_weights: Sequence[Any]) -> nn.Module | None:
+    """One packed weight whose outputs are those of all, one after the other; None where inputs or types differ."""
+    if not isinstance(packed_weights[0], PackedWeight):
         from . import cpu
 
-        return cpu.join(list(operands))
-    parts = [part for part in operands if isinstance(part, Operand)]
-    if not parts or len(parts) < len(operands) or not all(_alike(parts[0], part) for part in parts):
+        return cpu.join(list(packed_weights))
+    parts = [part for part in packed_weights if isinstance(part, PackedWeight)]
+    if not parts or len(parts) < len(packed_weights) or not all(_alike(parts[0], part) for part in parts):
         return None
     first = parts[0]
     bias = None if first.bias is None else torch.cat([part.bias for part in parts if part.bias is not None])
     # Concatenation of float8 goes through its bytes.
     weight = torch.cat([part.weight.view(torch.uint8) for part in parts]).view(first.weight.dtype)
     scale = torch.cat([part.stored_scale for part in parts])
-    return Operand(weight, scale, bias, first.input_scale, first.input_zero, first.symmetric, first.dtype, first.bits)
+    return PackedWeight(
+        weight, scale, bias, first.input_scale, first.input_zero, first.symmetric, first.dtype, first.bits
+    )
 
 
-def _alike(one: Operand, other: Operand) -> bool:
-    def kind(part: Operand) -> tuple:
+def _alike(one: PackedWeight, other: PackedWeight) -> bool:
+    def kind(part: PackedWeight) -> tuple:
         columns, scale = part.weight.shape[1], part.stored_scale.dtype
         grid = part.dtype, part.symmetric, part.bits
         return *grid, part.weight.dtype, part.weight.device, columns, scale, part.bias is None

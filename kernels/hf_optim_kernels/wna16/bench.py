@@ -22,7 +22,7 @@ MATH = "bfloat16"
 
 
 def random_codes(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype):
-    """Random codes ``[N, K]`` with scales per group, in the attributes of ``hf_optim.weights.Codes``."""
+    """Random codes ``[N, K]`` with scales per group, in the attributes of ``hf_optim.compressed.weights.Codes``."""
     device = benchmark.device()
     codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8)
     scale = (torch.rand(N, K // group_size, device=device) * 0.01 + 0.001).to(dtype)
@@ -36,13 +36,13 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
 
 
 def contender(name: str, N: int, K: int, M: int, bits: int, group_size: int, dtype: torch.dtype) -> Contender:
-    """The layer's operand, bound as ``hf_optim.accelerate`` binds it, on ``M`` rows of random inputs."""
+    """The layer's packed weight, bound as ``hf_optim.accelerate`` binds it, on ``M`` rows of random inputs."""
     found = random_codes(N, K, bits, group_size, dtype)
-    operand = layer.bind(benchmark.weight_of(found, dtype, bits, group_size))
+    packed_weight = layer.prepack(benchmark.weight_of(found, dtype, bits, group_size))
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     reference = _reference(x, found, bits, group_size)
     size = N * K * bits // 8 + benchmark.bytes_of((found.scale,))
-    calls = [partial(_call, module, x) for module in benchmark.modules_of(operand)]
+    calls = [partial(_call, module, x) for module in benchmark.modules_of(packed_weight)]
     return Contender(name, calls, size, 2 * M * N * K, reference, MATH)
 
 
@@ -56,11 +56,11 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     if benchmark.device().type != "cuda" or rows > launch.MOST_ROWS:
         return "nothing to tune"
     found = random_codes(N, K, 4, group, dtype)
-    operands = benchmark.modules_of(layer.bind(benchmark.weight_of(found, dtype, 4, group)))
+    packed_weights = benchmark.modules_of(layer.prepack(benchmark.weight_of(found, dtype, 4, group)))
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     times = []
     for tiles in launch.candidates(rows, N, K, 4):
-        calls = [partial(_fused, module, x, tiles) for module in operands]
+        calls = [partial(_fused, module, x, tiles) for module in packed_weights]
         try:
             times.append((benchmark.graph_time(calls, 11).us, tiles))
         except OutOfResources:
@@ -70,16 +70,16 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     return f"{best:.1f} us with {tiles}"
 
 
-def _fused(operand: Any, x: Tensor, tiles: dict[str, int]) -> Tensor:
+def _fused(packed_weight: Any, x: Tensor, tiles: dict[str, int]) -> Tensor:
     from . import launch
 
-    parts = (operand.packed, operand.scale, operand.zero, operand.bias, operand.counters)
-    return launch.fused(x, *parts, operand.width, operand.group_size, tiles)
+    parts = (packed_weight.packed, packed_weight.scale, packed_weight.zero, packed_weight.bias, packed_weight.counters)
+    return launch.fused(x, *parts, packed_weight.width, packed_weight.group_size, tiles)
 
 
-def _call(operand: nn.Module, x: Tensor) -> Tensor:
+def _call(packed_weight: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
-        return operand(x)
+        return packed_weight(x)
 
 
 def _reference(x: Tensor, found, bits: int, group_size: int) -> Tensor:

@@ -46,8 +46,8 @@ MOST_ROWS = 8
 MOST_ERROR = 2.0**-8
 
 
-def refusal(weight: Any) -> str | None:
-    """Why an ``hf_optim.weights.QuantizedWeight`` stays dense on this CPU; None where it need not."""
+def unsupported_reason(weight: Any) -> str | None:
+    """Why an ``hf_optim.compressed.weights.QuantizedWeight`` stays dense on this CPU; None where it need not."""
     rows, columns = weight.shape
     capability = torch.backends.cpu.get_cpu_capability()
     if weight.dtype == torch.float32:
@@ -58,16 +58,16 @@ def refusal(weight: Any) -> str | None:
         return f"PyTorch's packed operators were measured with {' and '.join(CAPABILITIES)}, this CPU has {capability}"
     if weight.ordered:
         return "its columns are reordered; PyTorch's packed operators have no order"
-    return _int4_refusal(weight, rows) if weight.bits <= 4 else _int8_refusal(weight, columns)
+    return _unsupported_int4(weight, rows) if weight.bits <= 4 else _unsupported_int8(weight, columns)
 
 
-def _int4_refusal(weight: Any, rows: int) -> str | None:
+def _unsupported_int4(weight: Any, rows: int) -> str | None:
     if _int4_group(weight.group_size) is None:
         return f"groups of {weight.group_size} columns; PyTorch's int4 operator has {', '.join(map(str, INT4_GROUPS))}"
     return f"{rows} rows are no multiple of {INT4_ROWS}" if rows % INT4_ROWS else None
 
 
-def _int8_refusal(weight: Any, columns: int) -> str | None:
+def _unsupported_int8(weight: Any, columns: int) -> str | None:
     if weight.group_size < columns:
         return f"groups of {weight.group_size} columns; PyTorch's int8 operator has one scale a row"
     if columns % INT8_COLUMNS:
@@ -80,8 +80,8 @@ def _int4_group(group_size: int) -> int | None:
     return next((size for size in INT4_GROUPS if group_size % size == 0), None)
 
 
-def bind(weight: Any) -> nn.Module:
-    """The operand of a weight for which ``refusal`` is None.
+def prepack(weight: Any) -> nn.Module:
+    """The packed weight of a weight for which ``unsupported_reason`` is None.
 
     Raises ``ValueError`` when bfloat16 scales and zero points do not represent the weight well enough, or float32
     values do not tell its codes apart (scales of 0 or beyond any range).
@@ -93,7 +93,7 @@ def bind(weight: Any) -> nn.Module:
     return kind(weight.codes(), weight.bits, weight.group_size, weight.dtype, bias)
 
 
-class PackedOperand(nn.Module):
+class CpuPackedWeight(nn.Module):
     """``x W^T + bias`` on a packed operator of PyTorch.
 
     Attributes:
@@ -117,7 +117,7 @@ class PackedOperand(nn.Module):
         self.register_buffer("zero", found.zero)
         self.register_buffer("bias", bias)
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the operator has this input's type and device."""
         return x.dtype == self.dtype and x.device == self.packed.device
 
@@ -148,7 +148,7 @@ class PackedOperand(nn.Module):
         return _decode(self.codes(), self.bits, self.group_size).to(dtype)
 
 
-class Int4Linear(PackedOperand):
+class Int4Linear(CpuPackedWeight):
     """``aten::_weight_int4pack_mm_for_cpu``: ``(code - 8) * scale + shift``, scale and shift in bfloat16.
 
     Codes of fewer bits are moved to the middle of its grid, which keeps the shift, and its rounding, small.
@@ -180,7 +180,7 @@ class Int4Linear(PackedOperand):
         return Codes(_unpack_int4(self.packed) - (8 - 2 ** (self.bits - 1)), self.scale, self.zero, None)
 
 
-class Int8Linear(PackedOperand):
+class Int8Linear(CpuPackedWeight):
     """``aten::_weight_int8pack_mm`` on codes less their middle."""
 
     def __init__(self, found: Any, bits: int, group_size: int, dtype: torch.dtype, bias: Tensor | None) -> None:
@@ -227,7 +227,7 @@ class DenseLinear(nn.Module):
         if not torch.equal(self.codes().codes, found.codes):
             raise ValueError("float32 does not tell its codes apart")
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the input is of the weight's type and device."""
         return x.dtype == torch.float32 and x.device == self.dense.device
 
@@ -246,13 +246,13 @@ class DenseLinear(nn.Module):
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operand: PackedOperand) -> Tensor:
-        ctx.operand = operand
-        return operand.apply_to(x)
+    def forward(ctx: Any, x: Tensor, packed_weight: CpuPackedWeight) -> Tensor:
+        ctx.packed_weight = packed_weight
+        return packed_weight.apply_to(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.operand.decoded(grad.dtype), None
+        return grad @ ctx.packed_weight.decoded(grad.dtype), None
 
 
 def _decode(found: Any, bits: int, group_size: int) -> Tensor:
@@ -292,26 +292,35 @@ def _nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten()
 
 
-def join(operands: list[Any]) -> PackedOperand | None:
-    """One operand whose output is those of ``operands`` side by side; None where they differ in more than rows.
+def join(packed_weights: list[Any]) -> CpuPackedWeight | None:
+    """One packed weight whose output is those of ``packed_weights`` side by side; None where they differ in more than
+    rows.
 
-    Dense operands do not join: a wider product has another order of summation.
+    Dense packed weights do not join: a wider product has another order of summation.
     """
-    first = operands[0]
-    if isinstance(first, DenseLinear) or any(_kind(o) != _kind(first) for o in operands):
+    first = packed_weights[0]
+    if isinstance(first, DenseLinear) or any(_kind(o) != _kind(first) for o in packed_weights):
         return None
-    parts = [o.codes() for o in operands]
+    parts = [o.codes() for o in packed_weights]
     if any(part.order is not None for part in parts):
         return None
     zero = None if first.zero is None else torch.cat([p.zero for p in parts if p.zero is not None])
     found = Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), zero, None)
-    bias = None if first.bias is None else torch.cat([o.bias for o in operands if o.bias is not None])
+    bias = None if first.bias is None else torch.cat([o.bias for o in packed_weights if o.bias is not None])
     return type(first)(found, first.bits, first.group_size, first.dtype, bias)  # type: ignore[call-arg]
 
 
-def _kind(operand: Any) -> tuple[Any, ...]:
-    if not isinstance(operand, PackedOperand):
-        return (type(operand),)
-    shape = operand.packed.shape[1]
-    absent = operand.zero is None, operand.bias is None
-    return type(operand), operand.bits, operand.group_size, operand.dtype, operand.scale.dtype, shape, absent
+def _kind(packed_weight: Any) -> tuple[Any, ...]:
+    if not isinstance(packed_weight, CpuPackedWeight):
+        return (type(packed_weight),)
+    shape = packed_weight.packed.shape[1]
+    absent = packed_weight.zero is None, packed_weight.bias is None
+    return (
+        type(packed_weight),
+        packed_weight.bits,
+        packed_weight.group_size,
+        packed_weight.dtype,
+        packed_weight.scale.dtype,
+        shape,
+        absent,
+    )

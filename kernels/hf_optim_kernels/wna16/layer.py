@@ -1,6 +1,8 @@
-"""Weight-only quantized linear layers on ``hf_optim::wna16``: which weights are served, and the operand that runs them.
+"""Weight-only quantized linear layers on ``hf_optim::wna16``: which weights are served, and the packed weight that runs
+them.
 
-``serves`` and ``bind`` read an ``hf_optim.weights.QuantizedWeight``, of which only the attributes are used.
+``supports`` and ``prepack`` read an ``hf_optim.compressed.weights.QuantizedWeight``, of which only the attributes are
+used.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ LEAST_WEIGHTS = 1 << 20
 MOST_PLANS = 64
 
 
-def serves(weight: Any) -> str | None:
+def supports(weight: Any) -> str | None:
     """None where the weight can run here, else why not; the empty string for a weight that is no business of this."""
     if weight.kind != "int" or weight.inputs is not None:
         return ""
@@ -30,11 +32,11 @@ def serves(weight: Any) -> str | None:
     if weight.device.type == "cpu":
         from . import cpu
 
-        return cpu.refusal(weight)
-    return _layout_refusal(weight) or _device_refusal(weight)
+        return cpu.unsupported_reason(weight)
+    return _unsupported_layout(weight) or _unsupported_device(weight)
 
 
-def _layout_refusal(weight: Any) -> str | None:
+def _unsupported_layout(weight: Any) -> str | None:
     if weight.dtype not in DTYPES:
         return f"{str(weight.dtype).removeprefix('torch.')} activations; served are float16 and bfloat16"
     if weight.group_size < weight.shape[1] and weight.group_size % 16:
@@ -44,7 +46,7 @@ def _layout_refusal(weight: Any) -> str | None:
     return None
 
 
-def _device_refusal(weight: Any) -> str | None:
+def _unsupported_device(weight: Any) -> str | None:
     if weight.device.type != "cuda":
         return f"no kernel for {weight.device.type} devices"
     if util.find_spec("triton") is None:
@@ -53,12 +55,12 @@ def _device_refusal(weight: Any) -> str | None:
     return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}" if major < 8 else None
 
 
-def bind(weight: Any) -> nn.Module:
-    """The operand of a weight that is served."""
+def prepack(weight: Any) -> nn.Module:
+    """The packed weight of a weight that is served."""
     if weight.device.type == "cpu":
         from . import cpu
 
-        return cpu.bind(weight)
+        return cpu.prepack(weight)
     return PackedWeight.from_codes(weight.codes(), weight.bits, weight.group_size, weight.dtype, weight.bias)
 
 
@@ -110,7 +112,7 @@ class PackedWeight(nn.Module):
     def from_codes(
         cls, found: Any, bits: int, group_size: int, dtype: torch.dtype, bias: Tensor | None
     ) -> PackedWeight:
-        """Pack ``hf_optim.weights.Codes``."""
+        """Pack ``hf_optim.compressed.weights.Codes``."""
         width, columns = _width(bits), found.codes.shape[1]
         zero = found.zero
         codes = found.codes
@@ -137,7 +139,7 @@ class PackedWeight(nn.Module):
         zero = None if self.zero is None else self.zero.T.contiguous()
         return Codes(codes.contiguous(), self.scale.T.contiguous(), zero, self.order)
 
-    def takes(self, x: Tensor) -> bool:
+    def accepts(self, x: Tensor) -> bool:
         """Whether the kernel is right for this input."""
         return x.dtype == self.dtype and x.device == self.packed.device
 
@@ -177,28 +179,28 @@ class PackedWeight(nn.Module):
         return {**self.__dict__, "plans": {}}
 
 
-def join(operands: list[Any]) -> nn.Module | None:
-    """One operand whose output is those of ``operands`` side by side; None where their layouts differ."""
-    first = operands[0]
+def join(packed_weights: list[Any]) -> nn.Module | None:
+    """One packed weight whose output is those of ``packed_weights`` side by side; None where their layouts differ."""
+    first = packed_weights[0]
     if not isinstance(first, PackedWeight):
         from . import cpu
 
-        return cpu.join(operands)
+        return cpu.join(packed_weights)
     alike = all(
         (o.bits, o.group_size, o.columns, o.dtype, o.zero is None, o.bias is None, o.scale.dtype)
         == (first.bits, first.group_size, first.columns, first.dtype, first.zero is None, first.bias is None,
             first.scale.dtype)
         and o.order is None
-        for o in operands
+        for o in packed_weights
     )  # fmt: skip
     if not alike:
         return None
     return PackedWeight(
-        torch.cat([o.packed for o in operands], 1),
-        torch.cat([o.scale for o in operands], 1),
-        None if first.zero is None else torch.cat([o.zero for o in operands], 1),
+        torch.cat([o.packed for o in packed_weights], 1),
+        torch.cat([o.scale for o in packed_weights], 1),
+        None if first.zero is None else torch.cat([o.zero for o in packed_weights], 1),
         None,
-        None if first.bias is None else torch.cat([o.bias for o in operands]),
+        None if first.bias is None else torch.cat([o.bias for o in packed_weights]),
         bits=first.bits,
         group_size=first.group_size,
         columns=first.columns,

@@ -94,7 +94,7 @@ class GOBO(Technique):
         from hf_optim import Kernel
         from hf_optim_kernels.codebook import layer as codebook
 
-        register(Kernel("codebook", serves=codebook.serves, bind=codebook.bind, coded=True))
+        register(Kernel("codebook", supports=codebook.supports, prepack=codebook.prepack, codebook=True))
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

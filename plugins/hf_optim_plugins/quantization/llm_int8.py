@@ -77,7 +77,7 @@ class LLMInt8(Technique):
 
         register(kernel())
         # Where that does not serve: the same weights, with inputs that are not rounded.
-        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind, join=wna16.join))
+        register(Kernel("wna16", supports=wna16.supports, prepack=wna16.prepack, join=wna16.join))
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
@@ -121,8 +121,8 @@ def kernel(everywhere: bool = False) -> Kernel:
     """
     from hf_optim_kernels.llm_int8 import layer
 
-    serves = layer.serves_everywhere if everywhere else layer.serves
-    return Kernel("llm_int8", serves=serves, bind=layer.bind, join=layer.join, outliers=True)
+    supports = layer.supports_everywhere if everywhere else layer.supports
+    return Kernel("llm_int8", supports=supports, prepack=layer.prepack, join=layer.join, outliers=True)
 
 
 @torch.no_grad()

@@ -103,8 +103,8 @@ class OBQ(Technique):
         from hf_optim_kernels.w8a8 import layer as w8a8
         from hf_optim_kernels.wna16 import layer as wna16
 
-        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind, join=wna16.join))
-        register(Kernel("w8a8", serves=w8a8.serves, bind=w8a8.bind, join=w8a8.join))
+        register(Kernel("wna16", supports=wna16.supports, prepack=wna16.prepack, join=wna16.join))
+        register(Kernel("w8a8", supports=w8a8.supports, prepack=w8a8.prepack, join=w8a8.join))
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

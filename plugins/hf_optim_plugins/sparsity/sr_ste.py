@@ -117,7 +117,7 @@ class SRSTE(Technique):
         from hf_optim import Kernel
         from hf_optim_kernels.sparse24 import layer as sparse24
 
-        register(Kernel("sparse24", serves=sparse24.serves, bind=sparse24.bind, sparse24=True, join=sparse24.join))
+        register(Kernel("sparse24", supports=sparse24.supports, prepack=sparse24.prepack, sparse24=True, join=sparse24.join))
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:

@@ -25,7 +25,7 @@ from hf_optim.recipes.config import DataConfig
 from hf_optim.recipes.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE, SPARSE_NM
 from hf_optim.runs.run import run_of
 from hf_optim.testing.trait_checks import holds
-from hf_optim.toolkit.quantization.codebooks import make_codebook, nearest, outlier_mask
+from hf_optim.toolkit.quantization.codebooks import fit_codebook, nearest_centroids, outlier_mask
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
 from hf_optim_plugins.quantization import _gobo_modules
 from hf_optim_plugins.quantization._gobo_modules import GoboEmbedding, GoboLinear, pack_codes, unpack_codes
@@ -63,7 +63,7 @@ def layer_of(shape, bits, bias=True, seed=0, dtype=torch.float32):
     weight = torch.randn(shape, generator=generator).to(dtype)
     outlying = torch.rand(shape, generator=generator) < 0.1
     centroids = torch.randn(2**bits, generator=generator).sort().values.to(dtype)
-    codes = nearest(weight, centroids)
+    codes = nearest_centroids(weight, centroids)
     own = nn.Parameter(torch.randn(shape[0], generator=generator).to(dtype)) if bias else None
     made = GoboLinear(shape, bits, int(outlying.sum()), own, False, dtype)
     made.fill(weight, codes, centroids, outlying)
@@ -114,8 +114,8 @@ def test_every_layer_holds_what_the_paper_says(build, bits):
         stock = dense.get_submodule(name)
         weight = stock.weight.T if isinstance(stock, Conv1D) else stock.weight
         outlying = outlier_mask(weight, -2.0)
-        centroids = make_codebook(weight[~outlying], 2**bits).centroids.float()
-        wanted = torch.where(outlying, weight, centroids[nearest(weight, centroids).long()])
+        centroids = fit_codebook(weight[~outlying], 2**bits).centroids.float()
+        wanted = torch.where(outlying, weight, centroids[nearest_centroids(weight, centroids).long()])
         assert torch.equal(made.decode(), wanted)
         assert len(made.outliers) <= int(outlying.sum())
         assert made.packed.numel() == made.shape[0] * -(-made.shape[1] // 8) * bits
@@ -258,7 +258,7 @@ def test_a_dense_export_is_the_stock_model_of_the_same_outputs(build):
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
-class Operand(nn.Module):
+class PackedWeight(nn.Module):
     """Computes as the layer does and keeps the codes one to a byte."""
 
     label = "in bytes"
@@ -269,7 +269,7 @@ class Operand(nn.Module):
         self.register_buffer("dense", module.decode(), persistent=False)
         self.register_buffer("bias", None if module.bias is None else module.bias.detach(), persistent=False)
 
-    def takes(self, x):
+    def accepts(self, x):
         return x.dtype == self.dense.dtype
 
     def forward(self, x):
@@ -282,7 +282,9 @@ class Operand(nn.Module):
         pass
 
 
-BYTES = Kernel("bytes", serves=lambda m: None if getattr(m, "holds_codes", False) else "", bind=Operand, coded=True)
+BYTES = Kernel(
+    "bytes", supports=lambda m: None if getattr(m, "holds_codes", False) else "", prepack=PackedWeight, codebook=True
+)
 
 
 @pytest.mark.filterwarnings("error")
@@ -299,7 +301,7 @@ def test_coded_layers_go_on_a_kernel_and_back(tmp_path):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     twin = copy.deepcopy(model).half()
-    assert all(module.operand.dense.dtype == torch.float16 for module in coded(twin).values())
+    assert all(module.packed_weight.dense.dtype == torch.float16 for module in coded(twin).values())
     model.save_pretrained(tmp_path)
     hf_optim.restore(model)
     assert {name: type(module) for name, module in model.named_modules()} == classes
@@ -315,7 +317,7 @@ def test_a_kernel_that_fails_leaves_the_layer_right(monkeypatch):
     def broken(self, x):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(Operand, "forward", broken)
+    monkeypatch.setattr(PackedWeight, "forward", broken)
     with pytest.warns(KernelWarning, match="no memory"):
         assert torch.equal(logits(model), expected)
     assert not [row for row in hf_optim.report(model) if row.kernel]

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import hf_optim
 from hf_optim import OptimConfig, compressed, optimize
 from hf_optim.compressed.outlier_columns import outlier_thresholds, set_outlier_threshold
-from hf_optim.compressed.packed.accelerate import offered_to
+from hf_optim.compressed.packed.accelerate import kernels_for
 from hf_optim.compressed.weights import Codes, QuantizedWeight
 from hf_optim.errors import ModelError, NumericalError, RecipeError
 from hf_optim.runs.run import run_of
@@ -125,7 +125,7 @@ def test_the_checkpoint_is_stock_and_keeps_the_threshold(tmp_path):
 def test_the_base_model_of_a_checkpoint_is_served_too(tmp_path):
     quantized(threshold=4.5).save_pretrained(tmp_path)
     base = on_kernel(AutoModel.from_pretrained(tmp_path))
-    assert base.layers[0].mlp.up_proj.operand.joint.threshold == 4.5
+    assert base.layers[0].mlp.up_proj.packed_weight.fused.threshold == 4.5
 
 
 def test_a_packed_checkpoint_loads_onto_the_kernel(tmp_path, monkeypatch):
@@ -214,19 +214,19 @@ def described(device, **changes):
 def test_what_the_kernel_serves(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    serves = kernel().serves
-    assert serves(described("cuda")) is None
-    assert serves(described("cpu")) is None
-    assert serves(described("cuda", outliers=None)) == ""
-    assert "faster dense" in serves(described("cpu", shape=(64, 64)))
-    assert kernel(everywhere=True).serves(described("cpu", shape=(64, 64))) is None
-    assert "float64" in serves(described("cuda", dtype=torch.float64))
+    supports = kernel().supports
+    assert supports(described("cuda")) is None
+    assert supports(described("cpu")) is None
+    assert supports(described("cuda", outliers=None)) == ""
+    assert "faster dense" in supports(described("cpu", shape=(64, 64)))
+    assert kernel(everywhere=True).supports(described("cpu", shape=(64, 64))) is None
+    assert "float64" in supports(described("cuda", dtype=torch.float64))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability" in serves(described("cuda"))
+    assert "compute capability" in supports(described("cuda"))
 
 
 def test_the_weight_only_kernel_is_asked_after_it():
-    first, second = offered_to(quantized())
+    first, second = kernels_for(quantized())
     assert (first.name, first.outliers) == ("llm_int8", True)
     assert (second.name, second.outliers) == ("wna16", False)
 

@@ -1,4 +1,4 @@
-"""A kernel for the tests of the host: serves every weight, on naive arithmetic. It holds codes, no dense weight."""
+"""A kernel for the tests of the host: supports every weight, on naive arithmetic. It holds codes, no dense weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_optim import Kernel
 PARTS = ("codes", "scale", "zero", "order", "input_scale", "input_zero")
 
 
-class Operand(nn.Module):
+class PackedWeight(nn.Module):
     """Decodes its codes in float32 at every call, and rounds its inputs where the scheme says so."""
 
     def __init__(self, weight):
@@ -29,7 +29,7 @@ class Operand(nn.Module):
     def codes(self):
         return SimpleNamespace(**{name: getattr(self, f"own_{name}") for name in PARTS})
 
-    def takes(self, x):
+    def accepts(self, x):
         return x.dtype == self.dtype and x.device == self.own_codes.device
 
     def forward(self, x):
@@ -67,9 +67,9 @@ class Operand(nn.Module):
         return x + ((codes - zero) * scale - x).detach()
 
 
-def serves_all(weight):
+def supports_all(weight):
     return None
 
 
-NAIVE = Kernel("naive", serves=serves_all, bind=Operand)
-NAIVE24 = Kernel("naive24", serves=serves_all, bind=Operand, sparse24=True)
+NAIVE = Kernel("naive", supports=supports_all, prepack=PackedWeight)
+NAIVE24 = Kernel("naive24", supports=supports_all, prepack=PackedWeight, sparse24=True)
