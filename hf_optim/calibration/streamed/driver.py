@@ -23,7 +23,7 @@ from ...runs.masking import stray_weights
 from ...runs.run import Run
 from ...runs.scope import Scope
 from ...toolkit import topology
-from ...toolkit.modules.modes import evaluating
+from ...toolkit.modules.modes import eval_mode
 from ..forward import without_cache
 from ..steps import any_needs_data, exact_targets, require_covered, run_calibration
 from ..throughput import summarize_throughput
@@ -71,7 +71,7 @@ class StreamedDriver:
 
     def drive(self) -> None:
         """Do all blocks, then what lies outside them."""
-        with evaluating(self.model), without_cache(self.model), ThreadPoolExecutor(1) as reader:
+        with eval_mode(self.model), without_cache(self.model), ThreadPoolExecutor(1) as reader:
             try:
                 self._drive(reader)
                 self._outside()

@@ -26,7 +26,7 @@ from ...errors import CheckpointError
 from ...runs import snapshot
 from ...runs.resume_header import is_begun, write_json
 from ...runs.run import Run
-from ...toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders
+from ...toolkit.checkpoint.safetensors import TensorInfo, SafetensorsHeaders
 from .decode import decode_weight, describe_experts, is_stored_quantized, require_one_scheme
 
 HEADER = "journal.json"
@@ -135,7 +135,7 @@ class StreamedOutput:
                 packed |= {f"{name}.{key}": value for key, value in own.items()}
         saved = to_saved_names(model, state | packed)
         empty = {id(value): name for name, value in state.items() if value.is_meta}
-        made: dict[str, Tensor | Entry] = {}
+        made: dict[str, Tensor | TensorInfo] = {}
         for key, value in saved.items():
             if not value.is_meta:
                 made[key] = value
