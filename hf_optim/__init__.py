@@ -48,7 +48,7 @@ _HOMES = {
     "KernelWarning": "compressed.packed.packed_linear",
     "restore": "compressed.packed.accelerate",
     "report": "compressed.packed.accelerate",
-    "release": "lifecycle.loading",
+    "release": "lifecycle.stages",
     "merge_adapters": "training.peft",
 }
 # Public modules.
@@ -90,8 +90,8 @@ if TYPE_CHECKING:
     from .errors import RecipeError as RecipeError
     from .evaluation.cards.card import Card as Card
     from .lifecycle.loading import optimize as optimize
-    from .lifecycle.loading import release as release
     from .lifecycle.stages import advance as advance
+    from .lifecycle.stages import release as release
     from .recipes import traits as traits
     from .recipes.config import DataConfig as DataConfig
     from .recipes.config import OptimConfig as OptimConfig

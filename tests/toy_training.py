@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_optim import Contract, OptimConfig, Reload, Run, Technique, hookimpl, option, technique
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.recipes.traits import SPARSE
-from hf_optim.runs.run import traits_of
+from hf_optim.runs.run import StageState, traits_of
 
 
 def toy(name: str, **settings: Any) -> Callable[[type], type]:
@@ -89,7 +89,7 @@ def begin(model: Any, *steps: Technique) -> Run:
     run = start_run(OptimConfig(steps=steps), model.config)
     run.model = model
     run.traits = traits_of(model)
-    run.stage_entered = True
+    run.stage_state = StageState.ENTERED
     return run
 
 

@@ -1,24 +1,24 @@
-"""A model without weights, exactly as transformers would load it: class, dtypes, ties, conversions of names.
+"""A model on the meta device, exactly as transformers would load it: class, dtypes, ties, converted names.
 
-transformers itself loads the checkpoint, onto the meta device: it resolves the files, applies its renamings and
-conversions, and says what is missing or of another shape, and no weight is read. What a checkpoint does not hold
-(rotary frequencies, position ids) is then computed, as transformers computes it.
+transformers itself loads the checkpoint onto the meta device: it applies its renamings and conversions and reports what
+is missing or has another shape, and no weight is read. Buffers that no checkpoint holds (rotary frequencies, position
+ids) are then computed the way transformers computes them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ModelError, OptimError
-from ..toolkit.checkpoint.model_config import load_config, model_class
+from ..toolkit.checkpoint.model_config import model_class
 from .hub import local_directory
 from .read_errors import readable_errors
 from .source import ModelSource, summarize_error
@@ -26,7 +26,7 @@ from .source import ModelSource, summarize_error
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model without weights, and where its weights are.
+    """A model on the meta device, and where its weights are.
 
     Attributes:
         model: every parameter and persistent buffer is on the meta device; other buffers are real, on the CPU.
@@ -42,18 +42,17 @@ class MetaModel:
 
 
 def build(source: ModelSource) -> MetaModel:
-    """The skeleton of a checkpoint. A Hub model is downloaded into the cache, unless it is there.
+    """Build the meta model of a checkpoint. A Hub model is downloaded into the cache first if it is not there.
 
-    Raises ``ModelError`` or ``CheckpointError``: no such model, pickles, truncated shards, tensors of another shape
-    than the configuration says.
+    Raises ``ModelError`` if there is no such model, and ``CheckpointError`` for pickles, truncated shards, and tensors
+    whose shape differs from the configuration's.
     """
-    config = load_config(source.model, source.trust_remote_code, source.revision)
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
-    files: list[Path] = []
     try:
-        with readable_errors(source.model), _files_noted(files), _quiet():
-            model, info = model_class(config).from_pretrained(
+        with readable_errors(source.model), _quiet():
+            model, info = model_class(source.config).from_pretrained(
                 source.model,
+                config=copy.deepcopy(source.config),
                 dtype=dtype,
                 use_safetensors=True,
                 device_map={"": "meta"},
@@ -73,37 +72,38 @@ def build(source: ModelSource) -> MetaModel:
     _compute_buffers(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = tuple(sorted(set(info["missing_keys"]) - tied))
-    return MetaModel(model.eval(), tuple(files), missing, tuple(sorted(info["unexpected_keys"])))
+    return MetaModel(model.eval(), _shards(source), missing, tuple(sorted(info["unexpected_keys"])))
 
 
 def is_local(source: ModelSource) -> bool:
-    """Whether the shards of a checkpoint are on this machine: a directory, or in the Hub's cache."""
+    """Return True if the shards of a checkpoint are on this machine, in a directory or in the Hub's cache."""
     home = local_directory(source.model, source.revision)
     return home is not None and any(home.glob("*.safetensors"))
 
 
-@contextlib.contextmanager
-def _files_noted(files: list[Path]) -> Iterator[None]:
-    """Note which files transformers resolves the checkpoint to."""
-    from transformers import modeling_utils
+def _shards(source: ModelSource) -> tuple[Path, ...]:
+    """Return the safetensors files of a checkpoint, as transformers chooses them: a single file before shards.
 
-    stock = modeling_utils._get_resolved_checkpoint_files
+    Raises ``CheckpointError`` if the checkpoint has none.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        found = stock(*args, **kwargs)
-        files.extend(Path(path) for path in found[0] or ())
-        return found
-
-    modeling_utils._get_resolved_checkpoint_files = noting
+    with contextlib.suppress(OSError):
+        single = cached_file(source.model, SAFE_WEIGHTS_NAME, revision=source.revision)
+        if single is not None:
+            return (Path(single),)
     try:
-        yield
-    finally:
-        modeling_utils._get_resolved_checkpoint_files = stock
+        index = cached_file(source.model, SAFE_WEIGHTS_INDEX_NAME, revision=source.revision)
+        files, _ = get_checkpoint_shard_files(source.model, index, revision=source.revision)
+    except OSError as error:
+        raise CheckpointError(f"{source.model} has no safetensors weights: {summarize_error(error)}") from error
+    return tuple(Path(path) for path in files)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and load report: nothing is loaded, and what is wrong is raised."""
+    """Silence transformers' progress bar and load report: nothing is loaded here, and problems are raised."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -118,7 +118,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint holds, by the initialization that transformers runs for them."""
+    """Compute the buffers that no checkpoint holds, through the initialization that transformers runs for them."""
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, key = name.rpartition(".")
         holder = model.get_submodule(path)

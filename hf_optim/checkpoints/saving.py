@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError
-from ..runs.run import Run, find_run
-from .atomic import replaced_directory
+from ..errors import CheckpointError, OptimError
+from ..runs.run import Run, StageState, find_run
+from .atomic import replace_directory
+
+# Measures the checkpoint in a directory.
+Measure = Callable[[Path], Mapping[str, Any]]
 
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
 
@@ -35,8 +39,21 @@ def detach_save_methods(model: PreTrainedModel) -> None:
         model.__dict__.pop(name, None)
 
 
-def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
+def require_sound(run: Run) -> None:
+    """Raise ``OptimError`` if a stage of the run has failed: the model is partly changed."""
+    if run.stage_state is StageState.FAILED:
+        raise OptimError(
+            f"{run.failure}. The model is partly changed and can neither go on nor be saved: load it again and start "
+            "over, with the cause mended (hf_optim.release(model) gives up the recipe and keeps the model as it is)"
+        )
+
+
+def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **kwargs: Any) -> Path:
     """Write the checkpoint of a finished run: weights, config, tokenizer, record, card. Atomic.
+
+    Args:
+        measure: measures the checkpoint before it takes its name; the metrics go on the record and the card.
+        kwargs: for the stock ``save_pretrained``.
 
     Raises ``CheckpointError`` when it cannot be written, or when weights that were pruned have come back (an adapter
     was merged past the masks); what was in ``directory`` before is then untouched.
@@ -49,23 +66,27 @@ def save(run: Run, directory: str | Path, **kwargs: Any) -> Path:
             f"{stray[0]} (and {len(stray) - 1} more) has weights where it was pruned: merge adapters with "
             "hf_optim.merge_adapters(model), which keeps the masks, or hf_optim.release(model) to give them up"
         )
-    with replaced_directory(directory, stale=is_weights) as beside:
+    with replace_directory(directory, stale=is_weights) as beside:
         type(run.model).save_pretrained(run.model, beside, **kwargs)
-        describe(run, beside)
+        describe(run, beside, measure)
     return directory
 
 
-def describe(run: Run, beside: Path) -> None:
-    """Write what stands beside the weights of a finished run: tokenizer, files of the steps, record and card."""
+def describe(run: Run, beside: Path, measure: Measure | None = None) -> None:
+    """Write the other files of a finished run's checkpoint: tokenizer, files of the steps, record and card."""
     from ..evaluation.cards.card import Card
     from ..evaluation.sizes import bytes_on_disk
 
     if run.tokenizer is not None:
         run.tokenizer.save_pretrained(beside)
-    run.record.measured.setdefault("after", {})["bytes_on_disk"] = bytes_on_disk(beside)
+    after = run.record.measured.setdefault("after", {})
+    after["bytes_on_disk"] = bytes_on_disk(beside)
     card = Card(run.record, beside)
     run.call_on(run.recipe.steps, "export", directory=beside, card=card)
     run.record.write(beside)
+    if measure is not None and (metrics := measure(beside)):
+        after |= metrics
+        run.record.write(beside)
     card.write(beside)
 
 
@@ -81,6 +102,8 @@ def _make_method() -> Any:
         run = find_run(self)
         stock = type(self).save_pretrained
         main = args[0] if args else kwargs.get("is_main_process", True)
+        if run is not None:
+            require_sound(run)
         if run is None or not main:
             stock(self, save_directory, *args, **kwargs)
             return

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
 from ..toolkit.checkpoint.model_config import load_config, model_class
-from .hub import local_directory
+from .hub import commit_of, local_directory
 from .read_errors import readable_errors
 
 
@@ -35,15 +38,33 @@ class ModelSource:
         """The keyword arguments that configuration, tokenizer and weights are loaded with alike."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration, loaded once; a caller that changes it takes a copy. Raises ``ModelError`` without one."""
+        return load_config(self.model, self.trust_remote_code, self.revision)
+
+    def pinned(self) -> ModelSource:
+        """Return this source at the commit that its revision names now; a local directory is returned as it is."""
+        config = self.config  # looks the revision up
+        commit = commit_of(self.model, self.revision)
+        if commit is None:
+            return self
+        pinned = replace(self, revision=commit)
+        vars(pinned)["config"] = config
+        return pinned
+
 
 def load_model(source: ModelSource) -> Any:
     """The model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` when it cannot be loaded."""
-    config = load_config(source.model, source.trust_remote_code, source.revision)
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     try:
         with readable_errors(source.model):
-            model = model_class(config).from_pretrained(
-                source.model, dtype=dtype, use_safetensors=True, **source.arguments
+            model = model_class(source.config).from_pretrained(
+                source.model,
+                config=copy.deepcopy(source.config),
+                dtype=dtype,
+                use_safetensors=True,
+                **source.arguments,
             )
     except OptimError:
         raise

@@ -44,16 +44,16 @@ def run(args: argparse.Namespace) -> int:
 def check(source: Any, model: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """What the recipe needs and gives, as JSON types. Raises ``RecipeError`` when it cannot compose."""
     recipe = OptimConfig.parse(source)
-    config = None
+    found = None
     if model is not None:
         from ..checkpoints.source import ModelSource
-        from ..evaluation.reported import bytes_text
-        from ..toolkit.checkpoint.model_config import load_config
-        from .jobs.estimate import traits_of_config
-        from .jobs.preflight import validate
+        from .jobs.preflight import check_recipe, preflight
 
-        config = load_config(model, trust_remote_code)
-    traits = recipe.check(traits_of_config(config) if config is not None else {FLOAT_WEIGHTS})
+        checkpoint = ModelSource(str(model), trust_remote_code=trust_remote_code)
+        traits = check_recipe(checkpoint, recipe)
+        found = preflight(checkpoint, recipe, offline=True)
+    else:
+        traits = recipe.check({FLOAT_WEIGHTS})
     report: dict[str, Any] = {
         "composes": True,
         "stages": [
@@ -68,10 +68,11 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
         "reload": recipe.reload.name,
         "reload_means": recipe.reload.value,
     }
-    if config is not None:
-        found = validate(ModelSource(str(model), trust_remote_code=trust_remote_code), recipe, config, offline=True)
-        report["model"] = found.figures
-        report["model"]["readable"]["host memory"] = f"about {bytes_text(found.figures['host_bytes'])}"
+    if found is not None:
+        from ..evaluation.reported import bytes_text
+
+        report["model"] = found.estimates
+        report["model"]["readable"]["host memory"] = f"about {bytes_text(found.estimates['host_bytes'])}"
         report["notes"] = found.notes
     return report
 

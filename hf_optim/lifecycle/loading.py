@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -12,18 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints import saving
-from ..checkpoints.hub import commit_of
-from ..checkpoints.read_errors import explained
+from ..checkpoints.read_errors import readable_errors
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import OptimConfig
 from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
-from ..runs.record import public_name
-from ..runs.run import ATTRIBUTE, Run, find_run, traits_of
+from ..runs.run import Run, traits_of
 from ..toolkit import topology
-from . import stages
-from .stages import start_run
+from .stages import attach_model, require_data, run_stages, start_run
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +49,17 @@ def load(
     run.tokenizer, run.loading = tokenizer, True
     # Everything that can be refused is refused here, before a weight is read.
     recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
-    stages.require_data(run, calibration)
+    require_data(run, calibration)
     kwargs |= _prepared_load(run, kwargs)
     if kwargs.setdefault("use_safetensors", True) is False:
         raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
     wants_info = kwargs.pop("output_loading_info", False)
-    with explained(source):
+    with readable_errors(source):
         model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
     run.loading = False
     _refuse_random_blocks(model, info["missing_keys"], source)
-    begin(run, model, source, kwargs.get("revision"))
-    stages.proceed(run, calibration)
+    attach_model(run, model, source, kwargs.get("revision"))
+    run_stages(run, calibration)
     if run.stage is None:
         _put_on_kernels(run.model)
     return (run.model, info) if wants_info else run.model
@@ -78,8 +73,11 @@ def optimize(
     tokenizer: Any = None,
     device: torch.device | str | None = None,
     journal: Any = None,
+    kernels: bool = False,
 ) -> PreTrainedModel:
     """Optimize a model that is in memory.
+
+    Unlike ``from_pretrained``, it leaves ordinary layers (dequantized weights) unless ``kernels`` is set.
 
     Args:
         model: the model; it is changed in place, unless a step replaces it by a model of another class.
@@ -89,7 +87,8 @@ def optimize(
             list of batches (mappings of tensors), a ``DataLoader``, a file or Hub id; None for what the recipe names.
         tokenizer: needed for texts; None loads the one of the model's own checkpoint.
         device: where blocks are calibrated; None for where the model is.
-        journal: a ``resume.BlockJournal`` that keeps finished blocks.
+        journal: a ``BlockJournal`` that keeps completed blocks, so that a killed calibration can resume.
+        kernels: run the finished model on kernels, as ``from_pretrained`` does (see ``hf_optim.accelerate``).
 
     Returns:
         The optimized model. After a recipe with a training stage it is ready to be trained: give it to
@@ -104,18 +103,13 @@ def optimize(
     run.tokenizer, run.journal = tokenizer, journal
     run.device = torch.device(device) if device is not None else None
     recipe.check(traits_of(model))
-    stages.require_data(run, calibration)
+    require_data(run, calibration)
     apply_prepared(run, model)
-    begin(run, model, getattr(model.config, "_name_or_path", None))
-    stages.proceed(run, calibration)
+    attach_model(run, model, getattr(model.config, "_name_or_path", None))
+    run_stages(run, calibration)
+    if kernels and run.finished:
+        _put_on_kernels(run.model)
     return run.model
-
-
-def release(model: PreTrainedModel) -> PreTrainedModel:
-    """Forget the run of a model: it is an ordinary model again. Its weights and its stored format stay."""
-    saving.detach_save_methods(model)
-    model.__dict__.pop(ATTRIBUTE, None)
-    return model
 
 
 def _refuse_streamed(recipe: OptimConfig) -> None:
@@ -139,20 +133,6 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
         log.warning("%s", each.message)
 
 
-def begin(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
-    if find_run(model) is not None:
-        release(model)
-    run.model = model
-    run.traits = traits_of(model)
-    run.record.base_model = {
-        "id": public_name(source),
-        "revision": commit_of(os.fspath(source), revision) if source is not None else None,
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
 def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source: Any) -> None:
     # A new head waits for its training. A block without its weights means that this is not that model's checkpoint.
     inside = sorted(name for name in missing for block in topology.blocks(model) if name.startswith(block.name + "."))
@@ -170,7 +150,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    with explained(source):
+    with readable_errors(source):
         try:
             loaded = _load_packed(cls, stock, args, kwargs)
         except UnsupportedCheckpoint as reason:
@@ -182,7 +162,10 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The stock method with our quantizer in place of the checkpoint's. Raises ``UnsupportedCheckpoint`` where it cannot help."""
+    """Load with the stock method and our quantizer in place of the checkpoint's.
+
+    Raises ``UnsupportedCheckpoint`` for a format that the quantizer does not read.
+    """
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 

@@ -1,10 +1,17 @@
-"""The stages of a run, in order: transform, calibrate, (train), finalize."""
+"""The state machine of a run: start, enter a stage, complete it, fail it, advance to the next, release the model.
+
+A stage is *pending*; entering it transforms and calibrates the model, after which it is *entered*; if it trains it is
+*training* from the first step of a ``Trainer`` on; completing it finalizes the model and makes the next stage current.
+Every state changes after the work it stands for. A stage whose work raised has *failed* and stays failed: the model is
+partly changed, so nothing but ``release`` is possible with it.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .. import hookspecs
 from ..calibration import drivers
 from ..checkpoints import saving
+from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
-from ..errors import DataError
+from ..errors import DataError, OptimError
 from ..recipes import hooks
 from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
@@ -23,15 +31,20 @@ from ..recipes.contract import Phase
 from ..recipes.technique import Technique
 from ..runs.coverage import record_coverage
 from ..runs.memory import PeakMemory
-from ..runs.run import Run, run_of
+from ..runs.record import public_name
+from ..runs.run import ATTRIBUTE, Run, StageState, find_run, run_of, traits_of
 
 log = logging.getLogger(__name__)
 
+# The work of entering a stage: transforms and calibrates, and returns what the record says of it.
+Work = Callable[[Run, Stage], Mapping[str, Any]]
 
+
+# -- start ------------------------------------------------------------------------------------------------------------
 def start_run(recipe: OptimConfig, config: PreTrainedConfig) -> Run:
     """Return the run of a recipe on a model with this configuration, its steps registered as plugins.
 
-    Raises pluggy's ``PluginValidationError`` for a step with a hook that does not exist.
+    Raises pluggy's ``PluginValidationError`` for a step that implements a hook that does not exist.
     """
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -42,17 +55,139 @@ def start_run(recipe: OptimConfig, config: PreTrainedConfig) -> Run:
     return Run(recipe, config, manager)
 
 
-def proceed(run: Run, source: Any = None) -> None:
-    """Go through the stages until one waits for training or all are done. ``source`` is calibration data, or None.
+def attach_model(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
+    """Give a run its model, and record where the model comes from. A run that the model had before is released."""
+    if find_run(model) is not None:
+        release(model)
+    run.model = model
+    run.traits = traits_of(model)
+    run.record.base_model = {
+        "id": public_name(source),
+        "revision": commit_of(os.fspath(source), revision) if source is not None else None,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
-    The model is then ready for its owner: its ``save_pretrained`` writes what the run made of it.
+
+# -- enter ------------------------------------------------------------------------------------------------------------
+def enter_stage(run: Run, work: Work | None = None) -> None:
+    """Transform and calibrate the model for the current stage.
+
+    Args:
+        work: what to do, if not ``transform`` and ``calibrate`` with the driver of the recipe.
+    """
+    stage = _current(run)
+    with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
+        started = time.perf_counter()
+        details = (work or _transform_and_calibrate)(run, stage)
+        seconds = round(time.perf_counter() - started, 3)
+    entry = {"steps": [step.name for step in stage.steps], "driver": None, **details, "seconds": seconds}
+    run.record.stages.append({**entry, **memory.metrics()})
+    run.stage_state = StageState.ENTERED
+
+
+def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
+    for step in _transforming(run, stage):
+        for model in run.call_on([step], "transform_model"):
+            run.model = model
+    if not stage.calibrates:
+        return {}
+    if stage.needs_data and run.data is None:
+        run.data = _data(run)
+        run.record.calibration = run.data.description
+    return drivers.calibrate(run, stage, run.journal)
+
+
+def _transforming(run: Run, stage: Stage) -> list[Technique]:
+    """Return the steps of a stage that implement ``transform_model`` in recipe order, ``tryfirst`` ones first.
+
+    Each is called alone, since it must find the model that the one before it returned.
+    """
+    # pluggy lists implementations in the reverse of the order in which it calls them.
+    called = [id(impl.plugin) for impl in reversed(run.manager.hook.transform_model.get_hookimpls())]
+    return sorted((step for step in stage.steps if id(step) in called), key=lambda step: called.index(id(step)))
+
+
+# -- complete, fail ---------------------------------------------------------------------------------------------------
+def complete_stage(run: Run) -> None:
+    """Finalize the current stage and update the traits of the model; the next stage, if any, becomes current."""
+    stage = _current(run)
+    with _failing(run, "finalizing"):
+        run.call("finalize_model")
+        record_coverage(run, stage.steps)
+    for step in stage.steps:
+        contract = step.contract()
+        run.traits -= contract.drops
+        run.traits |= contract.adds
+    run.stage_index += 1
+    run.stage_state = StageState.PENDING
+    run.record.finished = run.finished
+    run.record.traits = sorted(str(t) for t in run.traits)
+
+
+def fail_stage(run: Run, doing: str, error: BaseException) -> None:
+    """Mark the current stage as failed. From then on ``advance`` and ``save_pretrained`` of the model refuse."""
+    run.stage_state = StageState.FAILED
+    run.failure = f"{run.stage} failed while {doing} ({type(error).__name__}: {error})".rstrip(": ")
+    saving.attach_save_methods(run)
+
+
+@contextmanager
+def _failing(run: Run, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        fail_stage(run, doing, error)
+        raise
+
+
+def _current(run: Run) -> Stage:
+    """Return the current stage. Raises ``OptimError`` if it has failed or all stages are complete."""
+    saving.require_sound(run)
+    if run.stage is None:
+        raise OptimError("all stages of this recipe are complete")
+    return run.stage
+
+
+# -- advance ----------------------------------------------------------------------------------------------------------
+def advance(model: PreTrainedModel, calibration: Any = None) -> PreTrainedModel:
+    """Complete the current training stage of a model, then run the stages that follow, up to the next that trains.
+
+    A ``Trainer`` with hf_optim's callbacks calls this itself when training ends. Without a ``Trainer``, call it when
+    your own training loop has ended.
+
+    Args:
+        model: a model whose recipe waits for training, or for data.
+        calibration: data for the stages that follow, as in ``optimize``; None for what the recipe names.
+
+    Returns the model, which may be another object than before. Raises ``OptimError`` if a stage has failed, naming it
+    and the error.
+    """
+    run = run_of(model)
+    saving.require_sound(run)
+    if run.stage is not None and run.stage_entered:
+        if run.stage_state is StageState.TRAINING:
+            sentence = f"{run.stage}: training did not reach its end (it was interrupted or raised)"
+            run.record.note(sentence)
+            log.warning("%s; the stage is completed with the model as it is", sentence)
+        complete_stage(run)
+    run_stages(run, calibration)
+    return run.model
+
+
+def run_stages(run: Run, source: Any = None) -> None:
+    """Run the pending stages up to the next one that needs training.
+
+    The model then has a ``save_pretrained`` that writes the record and the card with it.
+
+    Args:
+        source: calibration data of the caller, or None.
     """
     if source is not None:
         run.source = source
-    while (stage := run.stage) is not None:
-        if run.stage_entered:
-            break
-        _enter(run, stage)
+    while (stage := run.stage) is not None and not run.stage_entered:
+        enter_stage(run)
         if stage.trains:
             log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
             break
@@ -60,58 +195,37 @@ def proceed(run: Run, source: Any = None) -> None:
     saving.attach_save_methods(run)
 
 
-def complete_stage(run: Run) -> None:
-    """Finalize the current stage and settle its traits; the next stage, if any, is then the current one."""
-    assert run.stage is not None
-    run.call("finalize_model")
-    record_coverage(run, run.stage.steps)
-    for step in run.stage.steps:
-        contract = step.contract()
-        run.traits -= contract.drops
-        run.traits |= contract.adds
-    run.stage_index += 1
-    run.stage_entered = False
-    run.record.finished = run.finished
-    run.record.traits = sorted(str(t) for t in run.traits)
+def end_training(run: Run) -> None:
+    """Complete the current training stage, and run the stages that follow as far as the available data allows."""
+    stage = run.stage
+    complete_stage(run)
+    log.info("%s is complete: %d masked parameters, traits %s", stage, len(run.masks), ", ".join(run.record.traits))
+    following = run.stage
+    if following is not None and not _can_follow(run, following):
+        log.warning("%s comes next: call model = hf_optim.advance(model, calibration=...)", following)
+        return
+    run_stages(run)
 
 
-def _enter(run: Run, stage: Stage) -> None:
-    with staged(run) as entry:
-        for step in _transforming(run, stage):
-            for model in run.call_on([step], "transform_model"):
-                run.model = model
-        if stage.calibrates:
-            if stage.needs_data and run.data is None:
-                run.data = _data(run)
-                run.record.calibration = run.data.description
-            entry |= drivers.calibrate(run, stage, run.journal)
+def _can_follow(run: Run, stage: Stage) -> bool:
+    # A transform may replace the model that the Trainer and its caller hold. A step that only reads the model there
+    # (to copy it as a teacher) says so in phases().
+    if any(Phase.TRANSFORM in step.phases() for step in stage.steps):
+        return False
+    return not stage.needs_data or any(x is not None for x in (run.data, run.source, run.recipe.calibration.dataset))
 
 
-def _transforming(run: Run, stage: Stage) -> list[Technique]:
-    """The steps of a stage that have ``transform_model``: in recipe order, those first whose hook is ``tryfirst``.
-
-    A step is called alone, since each must find the model that the one before it returned.
-    """
-    # pluggy keeps them in the reverse of the order in which it calls them.
-    called = [id(impl.plugin) for impl in reversed(run.manager.hook.transform_model.get_hookimpls())]
-    return sorted((step for step in stage.steps if id(step) in called), key=lambda step: called.index(id(step)))
+# -- release ----------------------------------------------------------------------------------------------------------
+def release(model: PreTrainedModel) -> PreTrainedModel:
+    """Forget the run of a model, and return it as an ordinary model. Its weights and its stored format stay."""
+    saving.detach_save_methods(model)
+    model.__dict__.pop(ATTRIBUTE, None)
+    return model
 
 
-@contextmanager
-def staged(run: Run) -> Iterator[dict[str, Any]]:
-    """Enter the stage in work, and put its entry on the record: what the body adds, time, and peak memory."""
-    assert run.stage is not None
-    run.stage_entered = True
-    entry: dict[str, Any] = {"steps": [step.name for step in run.stage.steps], "driver": None}
-    started = time.perf_counter()
-    with PeakMemory(run.device) as memory:
-        yield entry
-    entry |= {"seconds": round(time.perf_counter() - started, 3), **memory.figures()}
-    run.record.stages.append(entry)
-
-
+# -- data -------------------------------------------------------------------------------------------------------------
 def require_data(run: Run, source: Any) -> None:
-    """Raise ``DataError`` if a stage that comes before any training needs calibration data and none is named."""
+    """Raise ``DataError`` if a stage that comes before any training needs calibration data and there is none."""
     if source is not None or run.recipe.calibration.dataset is not None:
         return
     for stage in run.stages:
@@ -126,47 +240,13 @@ def require_data(run: Run, source: Any) -> None:
 
 
 def _data(run: Run) -> Any:
-    from ..data.calibration_set import calibration_data
+    from ..data.calibration_set import build_calibration_data
 
     if run.source is None and run.recipe.calibration.dataset is None:
         require_data(run, None)
         raise DataError(f"{run.stage} needs calibration data: call hf_optim.advance(model, calibration=...)")
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
-    return calibration_data(
+    return build_calibration_data(
         run.source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration
     )
-
-
-def finish_stage(run: Run) -> None:
-    """Finalize the training stage in work, and go on with the recipe as far as the data at hand allows."""
-
-    stage = run.stage
-    complete_stage(run)
-    log.info("%s is finished: %d masked parameters, traits %s", stage, len(run.masks), ", ".join(run.record.traits))
-    following = run.stage
-    if following is not None and not _can_follow(run, following):
-        log.warning("%s comes next: call model = hf_optim.advance(model, calibration=...)", following)
-        return
-    advance(run.model)
-
-
-def _can_follow(run: Run, stage: Stage) -> bool:
-    # A transform may put another model in the place of the one that the Trainer and its owner hold. A step that merely
-    # looks at the model there (to copy it as a teacher) says so in phases().
-    if any(Phase.TRANSFORM in step.phases() for step in stage.steps):
-        return False
-    return not stage.needs_data or any(x is not None for x in (run.data, run.source, run.recipe.calibration.dataset))
-
-
-def advance(model: PreTrainedModel, calibration: Any = None) -> PreTrainedModel:
-    """Go on with a recipe after its training stage: finish the stage in work, then run the stages that follow.
-
-    A ``Trainer`` with hf_optim's callbacks calls this itself when training ends. Without a ``Trainer``, call it when
-    your own loop is done. Returns the model, which may be another object than before.
-    """
-    run = run_of(model)
-    if run.stage is not None and run.stage_entered:
-        complete_stage(run)
-    proceed(run, calibration)
-    return run.model

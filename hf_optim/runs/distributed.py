@@ -34,7 +34,7 @@ def joined() -> Iterator[None]:
 
     gloo carries what is on a CPU, nccl what is on CUDA. A process group that exists already is used, and kept.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or collectives.ranks() > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or collectives.world_size() > 1:
         yield
         return
     missing = [name for name in _NEEDED if name not in os.environ]
@@ -61,8 +61,8 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if collectives.ranks() > 1:
-        collectives.total(1)
+    if collectives.world_size() > 1:
+        collectives.sum_over_ranks(1)
 
 
 def own_environment() -> dict[str, str]:
@@ -72,7 +72,7 @@ def own_environment() -> dict[str, str]:
 
 def refuse_distributed(recipe: Any) -> None:
     """Raise ``RecipeError`` for a recipe that several ranks cannot do together."""
-    if collectives.ranks() == 1:
+    if collectives.world_size() == 1:
         return
     if recipe.driver == "streamed":
         raise RecipeError("driver streamed works with one rank: leave torchrun out, or leave the driver out")
@@ -91,7 +91,7 @@ def share_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
     Whole batches, every ``ranks``-th, where that is even; else rows, every ``ranks``-th of them all.
     """
-    count, own = collectives.ranks(), collectives.rank()
+    count, own = collectives.world_size(), collectives.rank()
     if len(batches) % count == 0 and len({len(next(iter(batch.values()))) for batch in batches}) == 1:
         return list(batches[own::count])
     shares, before = [], 0
@@ -112,7 +112,7 @@ def require_equal_weights(model: nn.Module) -> None:
 
     A step that uses calibration data in a way of its own would leave each rank with weights of its own.
     """
-    if collectives.ranks() == 1:
+    if collectives.world_size() == 1:
         return
     names, sums = [], []
     for name, parameter in model.named_parameters():
@@ -120,7 +120,7 @@ def require_equal_weights(model: nn.Module) -> None:
             names.append(name)
             sums.append(parameter.double().abs().sum().cpu())
     mine = torch.stack(sums)
-    low, high = collectives.reduce_(mine.clone(), "min"), collectives.reduce_(mine.clone(), "max")
+    low, high = collectives.all_reduce_(mine.clone(), "min"), collectives.all_reduce_(mine.clone(), "max")
     apart = ((high - low) > TOLERANCE * high).nonzero().flatten().tolist()
     if apart:
         raise NumericalError(

@@ -18,7 +18,7 @@ def apply_masks(run: Run, names: Iterable[str] | None = None) -> None:
     fsdp.reshard(run.model)
     for name in run.masks if names is None else names:
         parameter = masked_parameter(run, name)
-        fsdp.local(parameter).masked_fill_(~fsdp.local_part(run.masks[name], parameter), 0.0)
+        fsdp.local_shard(parameter).masked_fill_(~fsdp.shard_like(run.masks[name], parameter), 0.0)
 
 
 def masked_parameter(run: Run, name: str) -> nn.Parameter:
@@ -57,8 +57,8 @@ def stray_weights(run: Run) -> list[str]:
     found = []
     for name in run.masks:
         parameter = masked_parameter(run, name)
-        weight = fsdp.local(parameter.detach())
-        if bool((weight != 0).logical_and_(~fsdp.local_part(run.masks[name], parameter)).any()):
+        weight = fsdp.local_shard(parameter.detach())
+        if bool((weight != 0).logical_and_(~fsdp.shard_like(run.masks[name], parameter)).any()):
             found.append(name)
     return found
 
@@ -69,7 +69,7 @@ def require_equal_masks(run: Run) -> None:
     A step that draws random numbers without a generator of its own, seeded alike on all ranks, would let each train
     another model.
     """
-    if collectives.ranks() == 1:
+    if collectives.world_size() == 1:
         return
     names = sorted(run.masks)
     mine = torch.tensor([len(names), *(number for name in names for number in _digest(run.masks[name]))])
@@ -85,7 +85,7 @@ def require_equal_masks(run: Run) -> None:
 
 def _apart(numbers: torch.Tensor) -> list[int]:
     """The places at which ranks have different numbers."""
-    low, high = collectives.reduce_(numbers.clone(), "min"), collectives.reduce_(numbers.clone(), "max")
+    low, high = collectives.all_reduce_(numbers.clone(), "min"), collectives.all_reduce_(numbers.clone(), "max")
     return (low != high).nonzero().flatten().tolist()
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on the accelerator or of the process."""
+"""Memory of this process: how much it may use, uses now, and used at most."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError:  # not on Windows
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this process may use: of the machine, or of its control group; None where unknown."""
+    """Return the bytes of memory this process may use (of the machine, or of its control group), or None if unknown."""
     limits = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -30,7 +30,7 @@ def host_memory() -> int | None:
 
 
 def resident() -> dict[str, int]:
-    """Resident bytes of this process now: ``anonymous`` (its own) and ``file`` (pages of mapped files); Linux only."""
+    """Return the resident bytes of this process: ``anonymous``, and ``file`` (pages of mapped files). Linux only."""
     found = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -41,26 +41,38 @@ def resident() -> dict[str, int]:
 
 
 class PeakMemory:
-    """Context manager: how much memory was in use at most.
+    """Measure peak memory between ``start`` and ``stop``, or inside a ``with`` block.
 
-    On a CUDA device, the peak of its allocator inside the ``with`` block, in bytes. On the CPU, the peak resident size
-    of the whole process so far: the operating system keeps one high-water mark, so earlier work may be in it.
+    On a CUDA device this is the peak of its allocator, in bytes. On the CPU it is the peak resident size of the whole
+    process so far: the operating system keeps one high-water mark, so earlier work may be included.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         on_cuda = torch.cuda.is_available() and (device is None or device.type == "cuda")
         self.device = device if device is not None and on_cuda else torch.device("cuda" if on_cuda else "cpu")
+        self.bytes: int | None = None
 
-    def __enter__(self) -> PeakMemory:
+    def start(self) -> PeakMemory:
+        """Reset the peak."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.bytes = self._read()
+    def stop(self) -> None:
+        """Read the peak."""
+        if self.device.type == "cuda":
+            self.bytes = int(torch.cuda.max_memory_allocated(self.device))
+        else:
+            self.bytes = _high_water()
 
-    def figures(self) -> dict[str, Any]:
-        """``peak_memory_bytes``, ``peak_memory_of``, ``peak_host_bytes`` and ``device``; None for what is not told."""
+    def __enter__(self) -> PeakMemory:
+        return self.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    def metrics(self) -> dict[str, Any]:
+        """Return ``peak_memory_bytes``, ``peak_memory_of``, ``peak_host_bytes`` and ``device``; None where unknown."""
         cuda = self.device.type == "cuda"
         return {
             "peak_memory_bytes": self.bytes,
@@ -69,14 +81,9 @@ class PeakMemory:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
         }
 
-    def _read(self) -> int | None:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return _high_water()
-
 
 def _high_water() -> int | None:
-    """The peak resident size of the process so far."""
+    """Return the peak resident size of the process so far, in bytes."""
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
@@ -26,6 +27,15 @@ log = logging.getLogger(__name__)
 ATTRIBUTE = "_hf_optim_run"
 
 
+class StageState(enum.Enum):
+    """How far the current stage of a run is. It changes after the work, never before (``lifecycle.stages``)."""
+
+    PENDING = "pending"
+    ENTERED = "entered"  # transformed and calibrated; a stage that trains now waits for that
+    TRAINING = "training"
+    FAILED = "failed"
+
+
 class Run:
     """The state of one optimization.
 
@@ -44,8 +54,9 @@ class Run:
         source: the calibration data that the caller brought, in whatever form; None for what the recipe names.
         data: what calibration batches come from (``calibration.CalibrationData``), or None.
         tokenizer: the tokenizer or processor of the model, where one was given or found.
-        stage_index: the stage in work; ``len(stages)`` when all are done.
-        stage_entered: whether its transforms and calibration are behind it (it then waits for training).
+        stage_index: index of the current stage; ``len(stages)`` once all are complete.
+        stage_state: how far the current stage is.
+        failure: what failed, if the current stage has failed; empty otherwise.
         loading: True from ``from_pretrained`` until the weights are there.
         journal: keeps finished blocks, so that a killed run can go on (``resume.BlockJournal``), or None.
     """
@@ -64,7 +75,8 @@ class Run:
         self.device: torch.device | None = None
         self.stages: list[Stage] = recipe.stages
         self.stage_index = 0
-        self.stage_entered = False
+        self.stage_state = StageState.PENDING
+        self.failure = ""
         self.loading = False
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
@@ -103,11 +115,17 @@ class Run:
 
     @property
     def stage(self) -> Stage | None:
-        """The stage in work, or None when all are done."""
+        """The current stage, or None once all stages are complete."""
         return self.stages[self.stage_index] if self.stage_index < len(self.stages) else None
 
     @property
+    def stage_entered(self) -> bool:
+        """True once the current stage has been transformed and calibrated: it waits for training, or is training."""
+        return self.stage_state in (StageState.ENTERED, StageState.TRAINING)
+
+    @property
     def finished(self) -> bool:
+        """True once all stages are complete."""
         return self.stage is None
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:

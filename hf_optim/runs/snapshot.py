@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..recipes.technique import Technique
 from ..recipes.traits import BUILT_IN
 from ..toolkit.distributed import fsdp
-from .run import Run
+from .run import Run, StageState
 
 SCALARS = (str, int, float, bool, type(None))
 
@@ -55,7 +55,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         if (touched := run.covered(step)) is not None:
             names, skipped = touched
             meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
-    return {name: fsdp.whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
+    return {name: fsdp.full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
 
 
 def _fields(step: Technique) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, An
     """
     added = {trait for step in run.recipe.steps for trait in step.contract().adds}
     traits = {str(trait): trait for trait in added.union(BUILT_IN)}
-    run.stage_index, run.stage_entered = meta["stage_index"], meta["stage_entered"]
+    run.stage_index = meta["stage_index"]
+    run.stage_state = StageState.ENTERED if meta["stage_entered"] else StageState.PENDING
     run.traits |= {traits[name] for name in meta["traits"] if name in traits}
     run.nm_patterns |= {name: (keep, group) for name, (keep, group) in meta["nm_patterns"].items()}
     run.bit_plan |= meta.get("bit_plan", {})

@@ -64,7 +64,7 @@ class CheckpointCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not args.should_save:
-            if fsdp.has_shards(self.run.model):
+            if fsdp.has_sharded_parameters(self.run.model):
                 snapshot.take(self.run)  # the rank that writes gathers what is sharded, and needs the others
             return
         if not folder.is_dir():

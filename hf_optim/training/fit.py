@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from ..data import labelled_batches
-from ..data.calibration_set import calibration_data, texts
+from ..data.calibration_set import build_calibration_data, load_texts
 from ..data.datasets import is_streamed
 from ..data.tasks import task_of_model
-from ..data.token_windows import window_length, windows
+from ..data.token_sequences import sample_sequences, sequence_length
 from ..errors import DataError, RecipeError
 from ..recipes.config import DataConfig
 from ..recipes.field_checks import did_you_mean
@@ -91,7 +91,7 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
     if data.dataset == "random":
-        made = calibration_data("random", model_config=model.config, data=data)
+        made = build_calibration_data("random", model_config=model.config, data=data)
         return [dict(zip(batch, row, strict=True)) for batch in made for row in zip(*batch.values(), strict=True)], (
             default_data_collator
         )
@@ -104,17 +104,19 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
         rows = [{"input_ids": ids} for ids in _windows(model, tokenizer, data)]
         from ..data.mlm_collator import MlmCollator
 
-        return rows, MlmCollator(tokenizer, mlm_probability=labelled_batches.MASKED_SHARE, seed=data.seed)
+        return rows, MlmCollator(tokenizer, mlm_probability=labelled_batches.MLM_PROBABILITY, seed=data.seed)
     if task == "text-classification":
-        found = labelled_batches.classes(labelled_batches.chosen_rows(data), model, tokenizer, data)
+        found = labelled_batches.text_classification_batches(
+            labelled_batches.sample_examples(data), model, tokenizer, data
+        )
         return _apart(found), DataCollatorWithPadding(tokenizer)
     if task == "image-classification":
         return _apart(
-            labelled_batches.images(labelled_batches.chosen_rows(data), model, tokenizer)
+            labelled_batches.image_classification_batches(labelled_batches.sample_examples(data), model, tokenizer)
         ), default_data_collator
     if task == "text2text-generation":
         return _apart(
-            labelled_batches.pairs(labelled_batches.chosen_rows(data), model, tokenizer)
+            labelled_batches.seq2seq_batches(labelled_batches.sample_examples(data), model, tokenizer)
         ), DataCollatorForSeq2Seq(tokenizer)
     raise DataError(
         f"there is no ready training for {type(model).__name__}: train it with OptimTrainer and data of your own"
@@ -124,12 +126,12 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
 def _windows(model: Any, tokenizer: Any, data: DataConfig) -> Tensor:
     if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
         raise DataError("training on texts needs the model's tokenizer, and its folder has none")
-    length = window_length(model.config, tokenizer, data.seq_len)
+    length = sequence_length(model.config, tokenizer, data.seq_len)
     pool = labelled_batches.POOL * data.samples if data.samples and is_streamed(data) else None
-    return windows(texts(data), tokenizer, length, data.samples, data.seed, pool=pool)
+    return sample_sequences(load_texts(data), tokenizer, length, data.samples, data.seed, pool=pool)
 
 
-def _apart(batches: labelled_batches.Examples) -> list[Row]:
+def _apart(batches: labelled_batches.LabelledBatches) -> list[Row]:
     """Batches taken apart into rows; what was padded in is cut off, for the collator to pad anew."""
     rows = []
     for inputs, labels in batches:
@@ -141,6 +143,6 @@ def _apart(batches: labelled_batches.Examples) -> list[Row]:
             row.pop("decoder_input_ids", None)
             # Collators take one label as a tensor, and a row of them as a list.
             rows.append(
-                {**row, "labels": label if label.dim() == 0 else label[label != labelled_batches.IGNORE].tolist()}
+                {**row, "labels": label if label.dim() == 0 else label[label != labelled_batches.IGNORE_INDEX].tolist()}
             )
     return rows

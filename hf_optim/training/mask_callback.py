@@ -53,7 +53,7 @@ class MaskCallback(TrainerCallback):
         self._renew(kwargs.get("optimizer"))
         gradients = [parameter.grad for parameter in self._parameters]
         if self._sharded:
-            gradients = [g if g is None else fsdp.local(g) for g in gradients]
+            gradients = [g if g is None else fsdp.local_shard(g) for g in gradients]
         self._zeroing(gradients)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class MaskCallback(TrainerCallback):
 
     def apply(self) -> None:
         """Zero the masked weights."""
-        self._zeroing([fsdp.local(parameter.detach()) for parameter in self._parameters])
+        self._zeroing([fsdp.local_shard(parameter.detach()) for parameter in self._parameters])
 
     def _renew(self, optimizer: Any) -> None:
         masks = self.run.masks
@@ -90,13 +90,13 @@ class MaskCallback(TrainerCallback):
         changed = [name for name, mask in masks.items() if self._known.get(name) is not mask]
         for name in changed:
             # The one that the device has takes the other's place: no second copy.
-            masks[name] = masks[name].to(fsdp.home_of(found[name])).contiguous()
+            masks[name] = masks[name].to(fsdp.mask_device(found[name])).contiguous()
         self._known = dict(masks)
         self._state = (list(masks), list(map(id, masks.values())))
-        parts = {name: fsdp.local_part(masks[name], parameter) for name, parameter in found.items()}
+        parts = {name: fsdp.shard_like(masks[name], parameter) for name, parameter in found.items()}
         self._parameters = list(found.values())
         self._sharded = any(map(fsdp.is_sharded, self._parameters))
-        self._zeroing = FusedMasking(list(parts.values()), [fsdp.local(p.detach()) for p in self._parameters])
+        self._zeroing = FusedMasking(list(parts.values()), [fsdp.local_shard(p.detach()) for p in self._parameters])
         apply_masks(self.run, changed)
         for name in changed:
             clear_running_means(optimizer, found[name], parts[name])

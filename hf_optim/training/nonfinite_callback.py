@@ -122,7 +122,7 @@ def judge(parameters: Iterable[Tensor], step: int) -> Verdict | None:
     found = [(p, p.grad) for p in parameters if p.grad is not None]
     if not found:
         return None
-    norms = _norms([fsdp.local(gradient) for _, gradient in found])
+    norms = _norms([fsdp.local_shard(gradient) for _, gradient in found])
     total = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).norm()
     broken = (~torch.isfinite(total)).float()
     if any(fsdp.is_sharded(gradient) for _, gradient in found):

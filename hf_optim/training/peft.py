@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..compressed.state import quantized_modules
 from ..errors import OptimError
-from ..lifecycle.stages import finish_stage
+from ..lifecycle.stages import end_training
 from ..runs.masking import apply_masks
 from ..runs.run import Run, find_run
 
@@ -67,7 +67,7 @@ def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
         run.record.note(sentence)
         log.warning("%s; train under the masks with hf_optim.training.keep_masks(model)", sentence)
     if run.stage is not None and run.stage.trains and run.stage_entered:
-        finish_stage(run)
+        end_training(run)
     return run.model
 
 

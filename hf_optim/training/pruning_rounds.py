@@ -31,15 +31,15 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from ..checkpoints.atomic import replace_directory
 from ..errors import CheckpointError, ModelError, OptimError, RecipeError
-from ..lifecycle.stages import finish_stage
+from ..lifecycle.stages import end_training
 from ..recipes.technique import Technique
 from ..runs import distributed
 from ..runs.masking import apply_masks
 from ..runs.run import Run
-from ..toolkit.distributed.fsdp import WholeWeights, has_shards
+from ..toolkit.distributed.fsdp import FullWeights, has_sharded_parameters
 from ..toolkit.pruning import masks
-from ..toolkit.pruning.rewinding import adopt_, drawn_anew, positioned, seek_
-from ..toolkit.pruning.rounds import ROUNDS, compounded
+from ..toolkit.pruning.rewinding import copy_state_, reinitialized_copy, require_lambda_lr, seek_scheduler_
+from ..toolkit.pruning.rounds import ROUNDS, round_sparsity
 from .checkpoint_callback import write_state
 
 
@@ -144,10 +144,10 @@ class Rounds:
         """Prune for the next round the weights that are smallest now, and return the sparsity of all the targets."""
         if not self.left:
             raise OptimError(f"{self.label}: all {self.rounds} rounds are done")
-        weights = WholeWeights(self.run.model, self.parameters)
+        weights = FullWeights(self.run.model, self.parameters)
         masks.require_finite(weights, self.label)
         rank = masks.layer_masks if self.scope == "layer" else masks.global_masks
-        share = compounded(self.sparsity, self.done + 1, self.rounds)
+        share = round_sparsity(self.sparsity, self.done + 1, self.rounds)
         masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))
         kept = [self.run.masks[name] for name in self.parameters]
         reached = 1.0 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
@@ -180,7 +180,7 @@ class Rounds:
     def require_whole(self) -> None:
         """Raise ``ModelError`` for sharded parameters: masks follow them, rewinding does not."""
         model = self.run.model
-        if has_shards(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        if has_sharded_parameters(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ModelError(
                 f"{self.label}: weights are rewound as a whole: train on one device or with DDP, not with sharded "
                 "parameters (FSDP, ZeRO-3), or take a technique that leaves the weights where they are"
@@ -206,7 +206,7 @@ class Rounds:
     def rewind(self, optimizer: Any = None) -> None:
         """Put the weights back to the rewinding point, under the masks of now; the optimizer's state too, if given."""
         folder = self.find_point()
-        adopt_(self.run.model, self._stored(folder))
+        copy_state_(self.run.model, self._stored(folder))
         if optimizer is not None:
             if not (folder / OPTIMIZER_NAME).is_file():
                 raise CheckpointError(f"{self.label}: the rewinding point {folder} has no {OPTIMIZER_NAME}")
@@ -227,7 +227,7 @@ class Rounds:
     def reinitialize(self, seed: int = 0, optimizer: Any = None) -> None:
         """Draw all weights anew, as the model's class does, under the masks of now; clear the optimizer's state."""
         self.require_whole()
-        adopt_(self.run.model, drawn_anew(self.run.model, seed))
+        copy_state_(self.run.model, reinitialized_copy(self.run.model, seed))
         if optimizer is not None:
             optimizer.state.clear()
         apply_masks(self.run)
@@ -235,7 +235,7 @@ class Rounds:
     # -- around them ----------------------------------------------------------------------------------------------
     def restart(self, scheduler: Any, position: int = 0) -> None:
         """Put the learning rate where the schedule has it at ``position``. Raises ``RecipeError`` if that cannot be."""
-        seek_(positioned(scheduler, self.label), position)
+        seek_scheduler_(require_lambda_lr(scheduler, self.label), position)
 
     def keep(self) -> None:
         """Zero what is pruned: for a loop of one's own, after each step of the optimizer."""
@@ -244,7 +244,7 @@ class Rounds:
     def finish(self) -> None:
         """End the training stage of a loop of one's own: finalize the model, and go on with the recipe."""
         if self.run.stage is not None:
-            finish_stage(self.run)
+            end_training(self.run)
 
 
 def _digest(folder: Path) -> str:

@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 
 from ..errors import CheckpointError, ModelError, RecipeError
-from ..toolkit.pruning.rewinding import Multiplier, held_after, positioned
-from ..toolkit.pruning.rounds import Phases, compounded
+from ..toolkit.pruning.rewinding import LRMultiplier, hold_after, require_lambda_lr
+from ..toolkit.pruning.rounds import RetrainingPhases, round_sparsity
 from .pruning_rounds import Rounds
 from .stage_callback import has_adapters
 
@@ -70,7 +70,7 @@ class RoundTraining(TrainerCallback):
         if self.rounds.active:
             self._act(args, state, self._phases(state.max_steps), kwargs)
 
-    def _act(self, args: Any, state: Any, phases: Phases, kwargs: Any) -> None:
+    def _act(self, args: Any, state: Any, phases: RetrainingPhases, kwargs: Any) -> None:
         rounds, optimizer = self.rounds, kwargs["optimizer"]
         if self.keeps_point and state.global_step == phases.position:
             rounds.point(rounds.home / f"rewind-{phases.position}", optimizer, write=args.should_save)
@@ -82,8 +82,8 @@ class RoundTraining(TrainerCallback):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     # -- before the first step ------------------------------------------------------------------------------------
-    def _phases(self, max_steps: int) -> Phases:
-        phases = Phases.divide(max_steps, self.rounds.rounds, self.dense, self.rewind_to)
+    def _phases(self, max_steps: int) -> RetrainingPhases:
+        phases = RetrainingPhases.divide(max_steps, self.rounds.rounds, self.dense, self.rewind_to)
         if not phases.fitting:
             raise RecipeError(
                 f"{self.rounds.label}: a training of {max_steps} steps has no room for a round of retraining after "
@@ -100,15 +100,15 @@ class RoundTraining(TrainerCallback):
         if self.keeps_point:
             self.rounds.require_whole()
 
-    def _schedule(self, args: Any, phases: Phases, scheduler: Any) -> None:
-        scheduler = positioned(scheduler, self.rounds.label)
+    def _schedule(self, args: Any, phases: RetrainingPhases, scheduler: Any) -> None:
+        scheduler = require_lambda_lr(scheduler, self.rounds.label)
         length, own = phases.length, list(scheduler.lr_lambdas)
         described = _multiplier(args, scheduler, phases.max_steps)
         if all(_same(one, described) for one in own):
             own = [_multiplier(args, scheduler, length)] * len(own)
         held = self.held
         scheduler.lr_lambdas = [
-            held_after(one, length, held(one(length - 1)) if held is not None else None) for one in own
+            hold_after(one, length, held(one(length - 1)) if held is not None else None) for one in own
         ]
 
     def _resume(self, state: Any) -> None:
@@ -122,10 +122,10 @@ class RoundTraining(TrainerCallback):
         if self.rounds.state.point is not None and self.rounds.left:
             self.rounds.find_point()
 
-    def _announce(self, phases: Phases, args: Any) -> None:
+    def _announce(self, phases: RetrainingPhases, args: Any) -> None:
         rounds = self.rounds
         if phases.fitting < rounds.rounds:
-            reached = compounded(rounds.sparsity, phases.fitting, rounds.rounds)
+            reached = round_sparsity(rounds.sparsity, phases.fitting, rounds.rounds)
             self._warn(
                 f"a training of {phases.max_steps} steps has room for {phases.fitting} of {rounds.rounds} rounds: "
                 f"the model reaches a sparsity of {reached:.4f} instead of {rounds.sparsity:g}; train longer, or lower "
@@ -144,7 +144,7 @@ class RoundTraining(TrainerCallback):
         warnings.warn(sentence, stacklevel=2)
 
 
-def _multiplier(args: Any, scheduler: Any, steps: int) -> Multiplier:
+def _multiplier(args: Any, scheduler: Any, steps: int) -> LRMultiplier:
     """The multiplier of the learning rate that the arguments describe, for a training of ``steps`` steps."""
     aside = torch.optim.SGD([torch.zeros(1)], lr=scheduler.optimizer.defaults["lr"])
     made: Any = get_scheduler(

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..lifecycle.stages import finish_stage
+from ..lifecycle.stages import end_training
 from ..recipes.composition import Stage
 from ..runs.memory import PeakMemory
-from ..runs.run import Run
+from ..runs.run import Run, StageState
 from .checkpoint_callback import CheckpointCallback
 
 log = logging.getLogger(__name__)
@@ -25,21 +25,23 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run.stage is self.stage:
-            self._memory = PeakMemory(args.device).__enter__()
+            self.run.stage_state = StageState.TRAINING
+            self._memory = PeakMemory(args.device).start()
             log.info("training stage %s: %d steps", self.stage, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run, memory = self.run, self._memory
         if run.stage is not self.stage or memory is None:
             return
-        memory.__exit__()
+        memory.stop()
+        run.stage_state = StageState.ENTERED
         run.record.stages.append(
             {
                 "steps": [step.name for step in self.stage.steps],
                 "driver": "training",
                 "training_steps": state.global_step,
                 "seconds": round(self.states.elapsed, 3),
-                **memory.figures(),
+                **memory.metrics(),
             }
         )
         if has_adapters(run):
@@ -49,7 +51,7 @@ class StageCallback(TrainerCallback):
                 self.stage,
             )
             return
-        finish_stage(run)
+        end_training(run)
 
 
 def has_adapters(run: Run) -> bool:

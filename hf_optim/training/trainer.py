@@ -220,7 +220,7 @@ class OptimTrainer(Trainer):
     def _claim(
         self, owners: dict[int, Technique], step: Technique, parameter: nn.Parameter, names: Mapping[int, str]
     ) -> None:
-        if id(parameter) not in names and collectives.ranks() > 1:
+        if id(parameter) not in names and collectives.world_size() > 1:
             raise OptimError(
                 f"{self.run.label(step)} trains a parameter that is no part of the model: several ranks would each "
                 "train another one; use one rank"

@@ -146,8 +146,9 @@ def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, mon
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 def look(home, *steps):
-    config = transformers.AutoConfig.from_pretrained(home)
-    return preflight.validate(ModelSource(str(home)), recipe_of(steps, "streamed"), config)
+    source, recipe = ModelSource(str(home)), recipe_of(steps, "streamed")
+    preflight.check_recipe(source, recipe)
+    return preflight.preflight(source, recipe)
 
 
 def test_experts_that_stock_could_not_read_are_refused_before_a_block_is_read(homes, tmp_path):

@@ -19,6 +19,7 @@ from hf_optim import CheckpointError, NumericalError, OptimError, RecipeError, R
 from hf_optim.lifecycle.stages import complete_stage
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.masking import stray_weights
+from hf_optim.runs.run import StageState
 from hf_optim.training.checkpoint_callback import MASKS_NAME, STATE_NAME, read_state, write_state
 from hf_optim.training.mask_callback import MaskCallback
 from hf_optim.training.nonfinite_callback import NonFiniteCallback
@@ -89,7 +90,7 @@ def test_what_a_stock_trainer_cannot_serve_is_refused(step):
 def test_a_stage_that_was_not_prepared_is_refused():
     model = tiny_llama()
     run = begin(model, ToyRamp())
-    run.stage_entered = False
+    run.stage_state = StageState.PENDING
     with pytest.raises(OptimError, match=r"hf_optim\.advance\(model\) first"):
         hf_optim.callbacks(model)
 
@@ -636,7 +637,7 @@ def test_several_ranks_do_not_train_what_only_each_of_them_knows(tmp_path, monke
     model = tiny_llama()
     begin(model, Gate())
     trainer = OptimTrainer(model=model, args=arguments(tmp_path), train_dataset=sentences())
-    monkeypatch.setattr("hf_optim.toolkit.distributed.collectives.ranks", lambda: 2)
+    monkeypatch.setattr("hf_optim.toolkit.distributed.collectives.world_size", lambda: 2)
     with pytest.raises(OptimError, match=r"step 1 \(toy_gate\) trains a parameter that is no part of the model"):
         trainer.create_optimizer()
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama
-from transformers import AutoConfig
 
 from hf_optim import CheckpointError, ModelError, OptimConfig
 from hf_optim.checkpoints.source import ModelSource
@@ -40,7 +39,9 @@ def model(sound, tmp_path):
 
 def look(home, recipe=None, output=None):
     recipe = OptimConfig.parse(STREAMED if recipe is None else recipe)
-    return preflight.validate(ModelSource(str(home)), recipe, AutoConfig.from_pretrained(home), output)
+    source = ModelSource(str(home))
+    preflight.check_recipe(source, recipe)
+    return preflight.preflight(source, recipe, output)
 
 
 def shard_with(home, name):

@@ -1,4 +1,4 @@
-"""The main job: a model and a recipe in, a checkpoint with its record, its measured figures and its card out."""
+"""The main job: from a model and a recipe to a checkpoint with its record, its measured metrics and its card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,24 +16,21 @@ import torch
 
 from ...calibration.block_journal import BlockJournal
 from ...checkpoints import dense, saving
-from ...checkpoints.hub import commit_of
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
-from ...data.calibration_set import CalibrationData, calibration_data
-from ...data.datasets import load_rows
+from ...data.calibration_set import CalibrationData, build_calibration_data
+from ...data.datasets import load_examples
 from ...errors import CheckpointError, DataError, OptimError
 from ...evaluation.evaluate import compare
 from ...lifecycle.loading import optimize
 from ...lifecycle.stages import advance
 from ...recipes.config import DataConfig, OptimConfig
 from ...recipes.contract import Reload
-from ...recipes.drivers import refuse_streamed
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed
 from ...runs.record import public_name
 from ...runs.run import Run, run_of
-from ...toolkit.checkpoint.model_config import load_config, model_class
-from .estimate import traits_of_config
-from .preflight import validate
+from ...toolkit.checkpoint.model_config import model_class
+from .preflight import check_recipe, preflight
 from .streamed import StreamedJob
 
 log = logging.getLogger(__name__)
@@ -73,24 +69,21 @@ def compress(job: Job) -> Run:
     What can be refused is refused before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
     """
     device = resolve_device(job.device)
-    job = _pinned(job)
-    config = load_config(job.source.model, job.source.trust_remote_code, job.source.revision)
-    job.recipe.check(traits_of_config(config))
+    job = replace(job, source=job.source.pinned())
+    check_recipe(job.source, job.recipe, job.dense)
     distributed.refuse_distributed(job.recipe)
-    if job.recipe.driver == "streamed":
-        refuse_streamed(job.recipe, job.dense)
     _refuse_output(job)
     _refuse_missing_data(job)
     _refuse_unreadable(job.evaluation)
     _refuse_unreadable(job.training)
-    found = validate(job.source, job.recipe, config, job.output)
+    found = preflight(job.source, job.recipe, job.output)
     for note in found.notes:
         job.say(note)
-    tokenizer = load_processor(job.source, model_class(config))
-    calibration = _calibration(job, config, tokenizer)
+    tokenizer = load_processor(job.source, model_class(job.source.config))
+    calibration = _calibration(job, tokenizer)
     before = evaluate_checkpoint(job, job.source.model, "original") if job.evaluation and distributed.is_main() else {}
     if job.recipe.driver == "streamed":
-        return _streamed(job, found.skeleton, calibration, tokenizer, device, before)
+        return _streamed(job, found.meta_model, calibration, tokenizer, device, before)
     job.say(f"loading {job.source.model}")
     model = load_model(job.source)
     original_bytes = checkpoint_bytes(job.source, model)
@@ -104,48 +97,73 @@ def compress(job: Job) -> Run:
     run.record.base_model["revision"] = job.source.revision
     if job.dense:
         _make_dense(run)
-    run.record.measured = {"before": {"bytes_on_disk": original_bytes, **before}, "after": {}}
+    _record_original(job, run, {"bytes_on_disk": original_bytes, **before})
     if job.evaluation:
-        run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
         job.say("comparing with the original, token by token")
         run.record.measured["after"] |= _compare(job, run)
-    saving.save(run, job.output)
+    measuring = Measuring(job)
+    saving.save(run, job.output, measure=measuring)
     # Kept until here, and by a run that fails: what was calibrated need not be calibrated again.
     journal.remove()
-    job.say(f"wrote {job.output}")
-    if job.evaluation:
-        run.record.measured["after"] |= evaluate_checkpoint(job, str(job.output), "result", trust=True)
-        _refresh(run, job.output)
+    measuring.report()
     return run
 
 
 def _streamed(
-    job: Job, skeleton: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, before: dict[str, Any]
+    job: Job, found: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, before: dict[str, Any]
 ) -> Run:
-    """The job under the streamed driver: nothing but one block at a time is in memory."""
+    """Do the job under the streamed driver: only one block at a time is in memory."""
     work = StreamedJob(
-        job.recipe, skeleton, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
+        job.recipe, found, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
     )
     job.say(f"streaming {job.source.model}")
     work.calibrate()
-    run = work.run
-    original = sum(path.stat().st_size for path in skeleton.files)
-    run.record.measured = {"before": {"bytes_on_disk": original, **before}, "after": {}}
+    original_bytes = sum(path.stat().st_size for path in found.files)
+    _record_original(job, work.run, {"bytes_on_disk": original_bytes, **before})
+    measuring = Measuring(job)
+    work.save(job.output, measure=measuring)
+    work.output.remove()
+    measuring.report()
+    return work.run
+
+
+def _record_original(job: Job, run: Run, metrics: dict[str, Any]) -> None:
+    run.record.measured = {"before": metrics, "after": {}}
     if job.evaluation:
         run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
-    work.save(job.output)
-    work.output.remove()
-    job.say(f"wrote {job.output}")
-    if job.evaluation:
-        run.record.measured["after"] |= evaluate_checkpoint(job, str(job.output), "result", trust=True)
-        _refresh(run, job.output)
-    return run
+
+
+class Measuring:
+    """Measures a result before it takes its final name, so that record and card are written once.
+
+    If that fails, the checkpoint is written without these metrics, and ``report`` raises the error afterwards.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.error: OptimError | None = None
+
+    def __call__(self, directory: Path) -> dict[str, Any]:
+        """Return the metrics of the checkpoint in ``directory``; empty if there is nothing to measure on."""
+        if self.job.evaluation is None:
+            return {}
+        try:
+            return evaluate_checkpoint(self.job, str(directory), "result", trust=True)
+        except OptimError as error:
+            self.error = error
+            return {}
+
+    def report(self) -> None:
+        """Report the written checkpoint. Raises ``OptimError`` if it could not be measured."""
+        self.job.say(f"wrote {self.job.output}")
+        if self.error is not None:
+            raise self.error
 
 
 def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
-    """Measure a checkpoint in a process of its own, so that its peak memory is its own: ``hf-optim eval --json``.
+    """Measure a checkpoint in a child process, which has its own peak memory: ``hf-optim eval --json``.
 
-    ``trust``: run the model code that lies beside it. The result's is what this very process wrote there.
+    ``trust`` runs the model code in the checkpoint; that of the result was written by this very process.
     """
     assert job.evaluation is not None
     job.say(f"measuring the {what}")
@@ -176,14 +194,6 @@ def _complaint(stderr: str) -> str:
     return (ours or lines or ["no message"])[-1]
 
 
-def _pinned(job: Job) -> Job:
-    """The job with the commit that its revision means now: everything is then loaded from that one."""
-    source = job.source
-    load_config(source.model, source.trust_remote_code, source.revision)
-    commit = commit_of(source.model, source.revision)
-    return replace(job, source=replace(source, revision=commit)) if commit is not None else job
-
-
 def _refuse_output(job: Job) -> None:
     if job.output.exists() and not job.output.is_dir():
         raise CheckpointError(f"{job.output} is a file, not a directory")
@@ -205,19 +215,21 @@ def _refuse_missing_data(job: Job) -> None:
 
 
 def _refuse_unreadable(data: DataConfig | None) -> None:
-    if data is not None and next(iter(load_rows(data, limit=1)), None) is None:
+    if data is not None and next(iter(load_examples(data, limit=1)), None) is None:
         raise DataError(f"{data.dataset}: no rows")
 
 
-def _calibration(job: Job, config: Any, tokenizer: Any) -> CalibrationData | None:
-    """The batches, read and checked now: bad data should not show after an hour."""
+def _calibration(job: Job, tokenizer: Any) -> CalibrationData | None:
+    """Read and check the batches now: bad data should not show after an hour."""
     if not any(stage.needs_data for stage in job.recipe.stages):
         return None
-    return calibration_data(None, model_config=config, tokenizer=tokenizer, data=job.recipe.calibration)
+    return build_calibration_data(
+        None, model_config=job.source.config, tokenizer=tokenizer, data=job.recipe.calibration
+    )
 
 
 def _compare(job: Job, run: Run) -> dict[str, Any]:
-    """Top-1 agreement and KL divergence to the original, where the model has a vocabulary to compare over."""
+    """Return top-1 agreement with and KL divergence to the original, if the model has a vocabulary to compare over."""
     assert job.evaluation is not None
     device = resolve_device(job.device) or torch.device("cpu")
     ours: Any = run.model
@@ -225,7 +237,7 @@ def _compare(job: Job, run: Run) -> dict[str, Any]:
 
 
 def _train(job: Job, model: Any, tokenizer: Any) -> Any:
-    """Run the training stages, if the recipe has some, and what follows them."""
+    """Run the training stages of the recipe, if any, and the stages that follow them."""
     from ...training.fit import train_stage
 
     while (stage := run_of(model).stage) is not None:
@@ -252,19 +264,6 @@ def _make_dense(run: Run) -> None:
             f"The compressed format also rounds the inputs of {len(rounded)} layers, which dense weights cannot say: "
             "outputs differ from those of the compressed checkpoint by that rounding."
         )
-
-
-def _refresh(run: Run, directory: Path) -> None:
-    """Write the record and the card again, now that the result is measured."""
-    from ...evaluation.cards.card import Card
-
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.card-") as beside:
-        run.record.write(Path(beside))
-        Card(run.record, directory).write(beside)
-        for path in sorted(p for p in Path(beside).rglob("*") if p.is_file()):
-            target = directory / path.relative_to(beside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
 
 
 def _journal_home(output: Path) -> Path:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...calibration.throughput import measure_flops_per_second
-from ...data.token_windows import window_length
+from ...data.token_sequences import sequence_length
 from ...evaluation.reported import bytes_text
 from ...recipes.config import OptimConfig
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
@@ -79,7 +79,7 @@ def _packed_bytes(columns: int, bits: int) -> int:
 def _calibration_tokens(recipe: OptimConfig, config: PreTrainedConfig) -> int:
     if not any(stage.needs_data for stage in recipe.stages) or getattr(config, "vocab_size", None) is None:
         return 0
-    return (recipe.calibration.samples or 128) * window_length(config, None, recipe.calibration.seq_len)
+    return (recipe.calibration.samples or 128) * sequence_length(config, None, recipe.calibration.seq_len)
 
 
 def _duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
-"""What can be known to go wrong before anything is calibrated, from configurations, headers and free space.
+"""Refuse what cannot work before anything is calibrated, from configurations, headers and free space.
 
-``validate`` looks at everything that does not need a weight: whether the shards hold what the model needs, whether the
-steps find layers that they can work on, whether there is room for the result, and roughly what memory it will take.
-It takes seconds, whatever the size of the model.
+``check_recipe`` checks that the recipe composes for the model; ``preflight`` everything else that does not need a
+weight: that the shards hold what the model needs, that the steps find layers they can work on, that there is room for
+the result, and roughly how much memory it will take. Both take seconds, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from ...errors import CheckpointError, ModelError
 from ...evaluation.reported import bytes_text
 from ...recipes.config import OptimConfig
 from ...recipes.contract import Reload
+from ...recipes.drivers import refuse_streamed
 from ...recipes.technique import Technique
-from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
+from ...recipes.traits import BITS_ASSIGNED, QUANTIZED, Trait
 from ...runs.memory import host_memory
 from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import SafetensorsHeaders
 from ...toolkit.quantization.grids import fit_group_size
-from .estimate import estimate
+from .estimate import estimate, traits_of_config
 
 if TYPE_CHECKING:
     from ...checkpoints.meta_model import MetaModel
@@ -46,60 +47,65 @@ INTERPRETER = 600 * 2**20
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found.
+    """What ``preflight`` found.
 
     Attributes:
-        skeleton: the model without weights; None where its weights are not at hand, or cannot be looked at this way.
-        figures: ``estimate(recipe, config)``, and ``host_bytes``, ``activation_bytes``.
-        notes: what will be otherwise than asked, in sentences.
+        meta_model: the model on the meta device; None if its weights are not on this machine, or it cannot be built.
+        estimates: ``estimate(recipe, config)``, with ``host_bytes`` and ``activation_bytes``.
+        notes: warnings about settings that will be adjusted.
     """
 
-    skeleton: MetaModel | None
-    figures: dict[str, Any]
+    meta_model: MetaModel | None
+    estimates: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
 
-def validate(
-    source: ModelSource,
-    recipe: OptimConfig,
-    config: PreTrainedConfig,
-    output: Path | None = None,
-    offline: bool = False,
+def check_recipe(source: ModelSource, recipe: OptimConfig, dense: bool = False) -> frozenset[Trait]:
+    """Check a recipe against the configuration of a model, and return the traits of the result.
+
+    Raises ``RecipeError`` if the recipe does not compose, or if the streamed driver cannot run it; ``dense`` says that
+    the dense equivalent is to be written.
+    """
+    traits = recipe.check(traits_of_config(source.config))
+    if recipe.driver == "streamed":
+        refuse_streamed(recipe, dense)
+    return traits
+
+
+def preflight(
+    source: ModelSource, recipe: OptimConfig, output: Path | None = None, *, offline: bool = False
 ) -> Findings:
-    """Look for everything that can be refused without reading a weight.
+    """Check everything else that can be refused without reading a weight. ``check_recipe`` comes before it.
 
     Args:
-        source: the model. With ``offline`` its shards are looked at only if they are on this machine.
-        recipe, config: what is to be done with it, and its configuration.
+        source: the model. With ``offline`` its shards are checked only if they are on this machine.
+        recipe: what is to be done with it.
         output: the directory that is to be written.
 
-    Raises ``OptimError`` for the first thing found, naming the module, tensor or file.
+    Raises ``OptimError`` for the first problem, naming the module, tensor or file.
     """
-    if recipe.driver == "streamed":
-        from ...recipes.drivers import refuse_streamed
-
-        refuse_streamed(recipe)
+    config = source.config
     if output is not None:
         require_writable(output)
     if recipe.spill is not None:
         require_writable(Path(recipe.spill) / "activations")
-    skeleton = _skeleton(source, recipe, offline)
-    model: Any = skeleton.model if skeleton is not None else build_meta_model(config)
+    meta_model = _meta_model(source, recipe, offline)
+    model: Any = meta_model.model if meta_model is not None else build_meta_model(config)
     notes: list[str] = []
-    if skeleton is not None:
-        notes += check_shards(skeleton, source.model, recipe.driver == "streamed")
+    if meta_model is not None:
+        notes += check_shards(meta_model, source.model, recipe.driver == "streamed")
     notes += check_steps(recipe, model)
-    figures = estimate(recipe, config)
-    figures |= _memory(recipe, config, model, figures)
+    estimates = estimate(recipe, config)
+    estimates |= _memory(recipe, config, model, estimates)
     if output is not None:
-        _require_space(output, figures["bytes_after"] or figures["bytes_before"], "the result")
+        _require_space(output, estimates["bytes_after"] or estimates["bytes_before"], "the result")
     if recipe.spill is not None:
-        _require_space(Path(recipe.spill), figures["activation_bytes"], "the activations that are spilled")
-    _require_memory(recipe, figures)
-    return Findings(skeleton, figures, notes)
+        _require_space(Path(recipe.spill), estimates["activation_bytes"], "the activations that are spilled")
+    _require_memory(recipe, estimates)
+    return Findings(meta_model, estimates, notes)
 
 
-def _skeleton(source: ModelSource, recipe: OptimConfig, offline: bool) -> MetaModel | None:
+def _meta_model(source: ModelSource, recipe: OptimConfig, offline: bool) -> MetaModel | None:
     from ...checkpoints import meta_model
 
     if offline and not meta_model.is_local(source):
@@ -115,28 +121,28 @@ def _skeleton(source: ModelSource, recipe: OptimConfig, offline: bool) -> MetaMo
 
 
 # -- the shards -------------------------------------------------------------------------------------------------------
-def check_shards(skeleton: MetaModel, source: str, strict: bool) -> list[str]:
+def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
     """Whether the shards hold what the model needs; sentences about what they hold besides.
 
     ``strict`` refuses any missing tensor; else those of the blocks alone (a new head waits for its training).
     """
     from ...checkpoints.reader import DTYPES
 
-    kind = type(skeleton.model).__name__
-    inside = tuple(f"{block.name}." for block in topology.blocks(skeleton.model))
-    lacking = [name for name in skeleton.missing if strict or name.startswith(inside)]
+    kind = type(found.model).__name__
+    inside = tuple(f"{block.name}." for block in topology.blocks(found.model))
+    lacking = [name for name in found.missing if strict or name.startswith(inside)]
     if lacking:
         raise CheckpointError(
             f"{source} has no weights for {len(lacking)} tensors of {kind} ({', '.join(lacking[:3])}"
             f"{' ...' if len(lacking) > 3 else ''}): load it with the class that its config.json names, or fetch the "
             "shards that lack"
         )
-    for entry in SafetensorsHeaders(skeleton.files).entries.values():
+    for entry in SafetensorsHeaders(found.files).entries.values():
         if entry.type not in DTYPES:
             raise CheckpointError(
                 f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read"
             )
-    extra = skeleton.unexpected
+    extra = found.unexpected
     return [f"{len(extra)} tensors of the checkpoint have no place in {kind}: {', '.join(extra[:3])}"] if extra else []
 
 
@@ -240,12 +246,12 @@ def _require_space(path: Path, needed: int, what: str) -> None:
         )
 
 
-def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, figures: dict[str, Any]) -> dict[str, Any]:
+def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, estimates: dict[str, Any]) -> dict[str, Any]:
     """Bytes of what flows between blocks, and of host memory at most, as far as shapes tell."""
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     hidden = getattr(config.get_text_config(), "hidden_size", None) or 0
     streams = 3 if any(step.implements("calibrate") and step.needs_teacher() for step in recipe.steps) else 1
-    activations = figures["calibration_tokens"] * hidden * width * streams
+    activations = estimates["calibration_tokens"] * hidden * width * streams
     host = INTERPRETER + (0 if recipe.spill is not None else activations)
     if recipe.driver == "streamed":
         inside = [block.name for block in topology.blocks(model)]
@@ -253,15 +259,15 @@ def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, figures: 
             p.numel() for n, p in model.named_parameters() if not any(n.startswith(f"{name}.") for name in inside)
         ]
         # One block in work, the next one being read; or what lies outside the blocks, a module at a time.
-        host += max(2 * figures["block_bytes"], max(outside, default=0) * width + figures["block_bytes"])
+        host += max(2 * estimates["block_bytes"], max(outside, default=0) * width + estimates["block_bytes"])
     else:
-        host += figures["bytes_before"]
+        host += estimates["bytes_before"]
     return {"activation_bytes": activations, "host_bytes": host}
 
 
-def _require_memory(recipe: OptimConfig, figures: dict[str, Any]) -> None:
+def _require_memory(recipe: OptimConfig, estimates: dict[str, Any]) -> None:
     total = host_memory()
-    needed = figures["host_bytes"]
+    needed = estimates["host_bytes"]
     if total is None or needed <= total:
         return
     remedy = "--driver streamed holds one block at a time"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from ...checkpoints.meta_model import MetaModel
 from ...checkpoints.reader import Checkpoint, read_sample
 from ...compressed.quantization_config import quantization_config, stored_schemes
 from ...errors import CheckpointError
-from ...lifecycle.loading import apply_prepared, begin
-from ...lifecycle.stages import complete_stage, staged, start_run
+from ...lifecycle.loading import apply_prepared
+from ...lifecycle.stages import attach_model, complete_stage, enter_stage, start_run
+from ...recipes.composition import Stage
 from ...recipes.config import OptimConfig
-from ...recipes.drivers import refuse_streamed
 from ...runs.record import versions
+from ...runs.run import Run
 from ...toolkit import topology
 
 
@@ -32,9 +34,9 @@ class StreamedJob:
 
     Args:
         recipe: what to do; ``recipe.spill`` is where activations go.
-        skeleton: the model.
-        work: the directory of finished blocks, beside the output.
-        resume: go on with what is in ``work``.
+        meta_model: the model on the meta device.
+        work: the directory of completed blocks, beside the output.
+        resume: continue from what is in ``work``.
         data: calibration data, or None.
         tokenizer, device: as in ``optimize``.
     """
@@ -42,7 +44,7 @@ class StreamedJob:
     def __init__(
         self,
         recipe: OptimConfig,
-        skeleton: MetaModel,
+        meta_model: MetaModel,
         source: Any,
         work: Path,
         resume: bool,
@@ -50,37 +52,41 @@ class StreamedJob:
         tokenizer: Any = None,
         device: Any = None,
     ) -> None:
-        refuse_streamed(recipe)
-        self.run = start_run(recipe, skeleton.model.config)
+        self.run = start_run(recipe, meta_model.model.config)
         self.run.tokenizer, self.run.device, self.run.data = tokenizer, device, data
-        apply_prepared(self.run, skeleton.model)
-        begin(self.run, skeleton.model, source.model, source.revision)
-        self.checkpoint = Checkpoint(skeleton.files, skeleton.model)
-        self.names = [block.name for block in topology.blocks(skeleton.model)]
+        apply_prepared(self.run, meta_model.model)
+        attach_model(self.run, meta_model.model, source.model, source.revision)
+        self.checkpoint = Checkpoint(meta_model.files, meta_model.model)
+        self.names = [block.name for block in topology.blocks(meta_model.model)]
         self.output = StreamedOutput(work, self.names, self._identity(), resume)
         self.loose: list[str] = []
 
     def calibrate(self) -> None:
-        """Do all blocks. What is finished is on disk, whatever happens afterwards."""
+        """Calibrate all blocks. Completed blocks are on disk, whatever happens afterwards."""
         run = self.run
         if run.data is not None:
             run.record.calibration = run.data.description
         spill = Path(tempfile.mkdtemp(prefix="activations-", dir=run.recipe.spill)) if run.recipe.spill else None
         try:
-            with staged(run) as entry:
-                steps = [step for step in run.recipe.steps if step.implements("calibrate")]
-                driver = StreamedDriver(run, steps, self.checkpoint, self.output, spill)
-                driver.drive()
-                entry |= {"driver": "streamed", **driver.metrics()}
+            enter_stage(run, partial(self._stream, spill))
         finally:
             if spill is not None:
                 shutil.rmtree(spill, ignore_errors=True)
-        self.loose = driver.loose
         with finished_weights(run, self.output):
             complete_stage(run)
 
-    def save(self, directory: Path) -> None:
-        """Put the shards, the configuration, the record and the card in the place of ``directory``, at once."""
+    def _stream(self, spill: Path | None, run: Run, stage: Stage) -> dict[str, Any]:
+        steps = [step for step in stage.steps if step.implements("calibrate")]
+        driver = StreamedDriver(run, steps, self.checkpoint, self.output, spill)
+        driver.calibrate()
+        self.loose = driver.loose
+        return {"driver": "streamed", **driver.metrics()}
+
+    def save(self, directory: Path, measure: saving.Measure | None = None) -> None:
+        """Replace ``directory`` atomically by the shards, the configuration, the record and the card.
+
+        ``measure`` is as in ``saving.save``.
+        """
         run, model = self.run, self._described()
         with replace_directory(directory, stale=saving.is_weights) as beside:
             self._write_config(model, beside)
@@ -89,10 +95,10 @@ class StreamedJob:
             index = self.output.index(model.num_parameters())
             (beside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             with finished_weights(run, self.output):
-                saving.describe(run, beside)
+                saving.describe(run, beside, measure)
 
     def _described(self) -> Any:
-        """The model, with the configuration that tells what was really written."""
+        """Return the model, with the configuration that describes what was written."""
         model: Any = self.run.model
         if getattr(model, "hf_quantizer", None) is not None:
             schemes = stored_schemes(model, set(self.loose))
@@ -103,7 +109,7 @@ class StreamedJob:
         return model
 
     def _write_config(self, model: Any, beside: Path) -> None:
-        """What ``save_pretrained`` writes beside the weights: configurations, and code that came with the model."""
+        """Write what ``save_pretrained`` writes beside weights: configurations, and code that came with the model."""
         quantizer = model.__dict__.pop("hf_quantizer", None)
         try:
             type(model).save_pretrained(model, beside, state_dict={})
