@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_optim
 from hf_optim.cli.jobs import demo_corpus
 from hf_optim.cli.jobs.demo import bundled_model
-from hf_optim.toolkit.modules import evaluating
+from hf_optim.toolkit.modules import eval_mode
 
 
 def tokens(tokenizer, split: str, limit: int | None) -> torch.Tensor:
@@ -57,7 +57,7 @@ def train(model, data, args, seed: int, device: torch.device) -> float:
 def held_out(model, data: torch.Tensor, length: int, device: torch.device) -> float:
     """Mean loss over the first 64 windows of the held-out modules."""
     rows = data[: len(data) // length * length].view(-1, length)[:64]
-    with evaluating(model):
+    with eval_mode(model):
         losses = [float(model(row[None].to(device), labels=row[None].to(device)).loss) for row in rows]
     return sum(losses) / len(losses)
 

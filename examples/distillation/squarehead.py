@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, d
 
 import hf_optim
 from hf_optim.runs.record import versions
-from hf_optim.toolkit.modules import evaluating
+from hf_optim.toolkit.modules import eval_mode
 from hf_optim.training.fit import training_arguments
 
 BATCH, WIDTH, HELD_OUT = 8, 256, 64
@@ -39,7 +39,7 @@ def windows(tokenizer: Any, file: Path) -> Tensor:
 def divergence(dense: Any, student: Any, ids: Tensor) -> float:
     """KL(dense ‖ student), the mean over tokens, in nats."""
     total = 0.0
-    with evaluating(student):
+    with eval_mode(student):
         for part in ids.split(16):
             p, q = (model(part.to(model.device)).logits.double().log_softmax(-1) for model in (dense, student))
             total += float((p.exp() * (p - q)).sum())

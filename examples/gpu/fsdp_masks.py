@@ -64,7 +64,7 @@ def train(home, resume=None):
     run = hf_optim.run_of(model)
     if stray_weights(run) or not run.finished:
         raise AssertionError("weights outside their masks")
-    return trainer, run, {name: fsdp.whole(p.detach()).clone() for name, p in run.model.named_parameters()}
+    return trainer, run, {name: fsdp.full_tensor(p.detach()).clone() for name, p in run.model.named_parameters()}
 
 
 def main():

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
-from ..toolkit.checkpoint.safetensors import Entry, SafetensorsHeaders
+from ..toolkit.checkpoint.safetensors import TensorInfo, SafetensorsHeaders
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def read_tensor(entry: Entry, pinned: bool = False) -> Tensor:
+def read_tensor(entry: TensorInfo, pinned: bool = False) -> Tensor:
     """One tensor of a shard as it is stored, in memory of its own. Raises ``CheckpointError`` if it cannot be read."""
     if entry.type not in DTYPES:
         raise CheckpointError(f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read")
@@ -56,7 +56,7 @@ def read_tensor(entry: Entry, pinned: bool = False) -> Tensor:
     return tensor
 
 
-def read_sample(entry: Entry) -> bytes:
+def read_sample(entry: TensorInfo) -> bytes:
     """A few kilobytes of a tensor: enough to tell two trainings of one architecture apart."""
     size = entry.end - entry.begin
     with entry.file.open("rb") as file:
@@ -73,7 +73,7 @@ class TensorSources:
         converter: transformers' ``WeightConverter``, or None where one tensor is the parameter.
     """
 
-    sources: tuple[tuple[Entry, str | None], ...]
+    sources: tuple[tuple[TensorInfo, str | None], ...]
     converter: Any = None
 
 
@@ -100,7 +100,7 @@ class Checkpoint:
         """Those of the names that the checkpoint has nothing for."""
         return [name for name in names if name not in self._found]
 
-    def plain(self, name: str) -> Entry | None:
+    def plain(self, name: str) -> TensorInfo | None:
         """The stored tensor that *is* the parameter, bit for bit; None where it must be cast or put together."""
         recipe = self._recipes[self._found[name]]
         if recipe.converter is not None:
@@ -147,7 +147,7 @@ def _recipes(
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    sources: dict[str, list[tuple[Entry, str | None]]] = defaultdict(list)
+    sources: dict[str, list[tuple[TensorInfo, str | None]]] = defaultdict(list)
     meta = dict(wanted)
     for key, entry in sorted(listing.entries.items(), key=lambda item: dot_natural_key(item[0])):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)

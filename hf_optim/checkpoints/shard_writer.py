@@ -12,15 +12,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..toolkit.checkpoint.safetensors import Entry
+from ..toolkit.checkpoint.safetensors import TensorInfo
 from .reader import DTYPES, NAMES, byte_view
 
 PIECE = 1 << 24
 METADATA = {"format": "pt"}
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Mapping[str, str] = METADATA) -> None:
-    """Write a shard that appears whole or not at all. An ``Entry`` is copied from its own file, byte by byte.
+def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo], metadata: Mapping[str, str] = METADATA) -> None:
+    """Write a shard that appears whole or not at all. An ``TensorInfo`` is copied from its own file, byte by byte.
 
     Wide types come first, so that every tensor is aligned, then names in order: equal tensors make equal files.
     """
@@ -46,15 +46,15 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | Entry], metadata: Map
     os.replace(beside, path)
 
 
-def _dtype(value: Tensor | Entry) -> torch.dtype:
+def _dtype(value: Tensor | TensorInfo) -> torch.dtype:
     return value.dtype if isinstance(value, Tensor) else DTYPES[value.type]
 
 
-def _size(value: Tensor | Entry) -> int:
+def _size(value: Tensor | TensorInfo) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else value.end - value.begin
 
 
-def _write(file: BinaryIO, value: Tensor | Entry) -> None:
+def _write(file: BinaryIO, value: Tensor | TensorInfo) -> None:
     if isinstance(value, Tensor):
         host = value.detach().to("cpu").contiguous()
         if host.numel():

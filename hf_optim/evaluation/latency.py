@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..toolkit.modules.modes import device_of, evaluating
+from ..toolkit.modules.modes import device_of, eval_mode
 
 # Generation is repeated for a median, but not past this many seconds.
 PATIENCE = 60.0
@@ -41,7 +41,7 @@ def milliseconds_per_token(
         prompt, new_tokens = max(1, prompt // 2), new_tokens // 2
     ids = torch.randint(size, (1, prompt), generator=torch.Generator().manual_seed(seed)).to(device_of(model))
     times: list[float] = []
-    with evaluating(model):
+    with eval_mode(model):
         _generate(model, ids, min(new_tokens, 8))
         begun = time.perf_counter()
         while len(times) < repeats and (not times or time.perf_counter() - begun < PATIENCE):

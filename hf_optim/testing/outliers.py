@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..toolkit import topology
-from ..toolkit.modules.modes import evaluating
+from ..toolkit.modules.modes import eval_mode
 from ..toolkit.permutation import folding
 from ..toolkit.statistics.observers import InputObserver
 from ..toolkit.topology.linear_layers import weight_out_in
@@ -71,7 +71,7 @@ def plant_outliers(
             inputs |= dict.fromkeys(group.linears, chosen)
     for pair in topology.linear_pairs(trace) if pairs else ():
         if pair.scalable:
-            size = folding.gather_from_columns(pair, sizes[pair.consumer])
+            size = folding.max_over_columns(pair, sizes[pair.consumer])
             length = _lengths([pair.consumer_module])[pair.columns].norm(dim=1)
             rows, scale = _choose(size, length, channels, factor)
             folding.move_pair_scale_(pair, scale)
@@ -92,7 +92,7 @@ class _MeanSquare(InputObserver[tuple[Tensor, int]]):
 
 def _sizes(model: PreTrainedModel, sample: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Root mean square of each input channel of each linear, float64 ``[in]``."""
-    with _MeanSquare(topology.linears(model)) as found, evaluating(model):
+    with _MeanSquare(topology.linears(model)) as found, eval_mode(model):
         model(**(sample or topology.dummy_inputs(model)))
     return {name: (total / count).sqrt() for name, (total, count) in found.items()}
 

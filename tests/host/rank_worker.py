@@ -51,10 +51,10 @@ def check_observers() -> None:
 
 def check_union() -> None:
     mine = [[(3, 1), (2,)], [(2,), (4, 4, 4), (0,)]][collectives.rank()]
-    assert collectives.union(mine) == [(3, 1), (2,), (4, 4, 4), (0,)]
-    assert collectives.union([]) == []
-    assert collectives.total(collectives.rank() + 1) == 3
-    assert not collectives.agreed(distributed.is_main())
+    assert collectives.union_over_ranks(mine) == [(3, 1), (2,), (4, 4, 4), (0,)]
+    assert collectives.union_over_ranks([]) == []
+    assert collectives.sum_over_ranks(collectives.rank() + 1) == 3
+    assert not collectives.is_true_on_all_ranks(distributed.is_main())
 
 
 def check_refusals() -> None:
@@ -84,7 +84,7 @@ def check_refusals() -> None:
 
 def main() -> int:
     with distributed.joined(), torch.no_grad():
-        assert collectives.ranks() == 2
+        assert collectives.world_size() == 2
         if "fail" in sys.argv:
             if not distributed.is_main():
                 raise ValueError("this rank fails")
@@ -93,7 +93,7 @@ def main() -> int:
         check_union()
         check_refusals()
         print("checked")
-    assert collectives.ranks() == 1
+    assert collectives.world_size() == 1
     return 0
 
 

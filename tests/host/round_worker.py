@@ -80,9 +80,9 @@ def main() -> int:
         callbacks=[*hf_optim.callbacks(model), Check(run)],
     )
     trainer.train()
-    assert collectives.ranks() == 2
+    assert collectives.world_size() == 2
     sums = torch.stack([p.detach().double().abs().sum() for p in model.parameters()])
-    found = [collectives.reduce_(sums.clone(), how) for how in ("min", "max")]
+    found = [collectives.all_reduce_(sums.clone(), how) for how in ("min", "max")]
     assert torch.equal(*found)
     assert rounds_of(run).done == 2
     print("agreed")

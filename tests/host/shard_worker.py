@@ -96,7 +96,7 @@ def check_stock_trainer() -> None:
             assert same_on_all(mask.byte())
         dist.barrier()
         read = AutoModelForCausalLM.from_pretrained(HOME / f"fsdp-{name}" / "final")
-        parts = fsdp.WholeWeights(found, [n for n, _ in found.named_parameters()])
+        parts = fsdp.FullWeights(found, [n for n, _ in found.named_parameters()])
         for key, weight in parts.items():
             assert torch.equal(read.get_parameter(key), weight), key
             if name == "once":  # a later choice may fall otherwise for the rounding of a sum
@@ -116,9 +116,9 @@ def check_magnitude() -> None:
     found = hf_optim.optimize(shard(tiny_llama(**ODD)), [{"technique": "magnitude", "scope": "global"}])
     for name, mask in hf_optim.run_of(plain).masks.items():
         assert torch.equal(hf_optim.run_of(found).masks[name], mask)
-        assert torch.equal(fsdp.whole(found.get_parameter(name).detach()), plain.get_parameter(name))
+        assert torch.equal(fsdp.full_tensor(found.get_parameter(name).detach()), plain.get_parameter(name))
     assert hf_optim.run_of(found).record.steps == hf_optim.run_of(plain).record.steps
-    assert masks.follows_nm(found, NAME, 4, 4)
+    assert masks.parameter_has_nm_pattern(found, NAME, 4, 4)
     for ranking in (lambda w: masks.layer_masks({NAME: w}, 0.5), lambda w: masks.nm_mask(w, 2, 4)):
         try:
             ranking(found.get_parameter(NAME).detach())
@@ -204,7 +204,7 @@ def check_resumption() -> None:
     for name, mask in whole.run.masks.items():
         assert torch.equal(again.run.masks[name], mask)
         assert mask.shape == whole.model.get_parameter(name).shape
-        assert not fsdp.whole(whole.model.get_parameter(name).detach())[~mask].any()
+        assert not fsdp.full_tensor(whole.model.get_parameter(name).detach())[~mask].any()
     assert not isinstance(whole.model.lm_head.weight, DTensor)  # the evaluation left it gathered
     for loop in (whole, again):
         fsdp.reshard(loop.model)

@@ -31,7 +31,7 @@ def torchrun(*command: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def as_rank(monkeypatch, number, count):
-    monkeypatch.setattr(collectives, "ranks", lambda: count)
+    monkeypatch.setattr(collectives, "world_size", lambda: count)
     monkeypatch.setattr(collectives, "rank", lambda: number)
 
 
@@ -59,7 +59,7 @@ def test_too_few_rows_for_the_ranks(monkeypatch):
 def test_one_rank_needs_no_process_group():
     with distributed.joined():
         assert distributed.is_main()
-        assert collectives.union([(1,), (1,)]) == [(1,)]
+        assert collectives.union_over_ranks([(1,), (1,)]) == [(1,)]
         distributed.barrier()
         distributed.require_equal_weights(torch.nn.Linear(2, 2))
     assert distributed.share_of([{"a": torch.ones(1)}]) == [{"a": torch.ones(1)}]

@@ -312,10 +312,10 @@ def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp
 
 def test_a_module_is_found_with_and_without_a_head():
     model = tiny_bert()
-    assert replace.own_name(model, UP) == UP
-    assert replace.own_name(model, UP.removeprefix("bert.")) == UP
-    assert replace.own_name(model.bert, UP) == UP.removeprefix("bert.")
-    assert replace.own_name(model, "bert.encoder.layer.9.output") is None
+    assert replace.resolve_module_name(model, UP) == UP
+    assert replace.resolve_module_name(model, UP.removeprefix("bert.")) == UP
+    assert replace.resolve_module_name(model.bert, UP) == UP.removeprefix("bert.")
+    assert replace.resolve_module_name(model, "bert.encoder.layer.9.output") is None
 
 
 def test_revert_gives_the_stock_classes_back():

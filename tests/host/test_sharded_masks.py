@@ -31,13 +31,13 @@ def test_without_shards_nothing_is_copied():
     model = tiny_llama()
     name = "model.layers.0.mlp.up_proj.weight"
     parameter = model.get_parameter(name)
-    assert not fsdp.has_shards(model)
-    assert fsdp.whole(parameter) is parameter
-    assert fsdp.local(parameter) is parameter
+    assert not fsdp.has_sharded_parameters(model)
+    assert fsdp.full_tensor(parameter) is parameter
+    assert fsdp.local_shard(parameter) is parameter
     mask = torch.ones_like(parameter, dtype=torch.bool)
-    assert fsdp.local_part(mask, parameter) is mask
-    weights = fsdp.WholeWeights(model, [name])
+    assert fsdp.shard_like(mask, parameter) is mask
+    weights = fsdp.FullWeights(model, [name])
     assert dict(weights).keys() == {name}
     assert weights[name].data_ptr() == parameter.data_ptr()
     with pytest.raises(AttributeError):
-        fsdp.WholeWeights(model, ["nothing"])["nothing"]
+        fsdp.FullWeights(model, ["nothing"])["nothing"]

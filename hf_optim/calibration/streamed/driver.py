@@ -69,7 +69,7 @@ class StreamedDriver:
         self.seconds: list[float] = []
         self.passes = 0
 
-    def drive(self) -> None:
+    def calibrate(self) -> None:
         """Do all blocks, then what lies outside them."""
         with eval_mode(self.model), without_cache(self.model), ThreadPoolExecutor(1) as reader:
             try:

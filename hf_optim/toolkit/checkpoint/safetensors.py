@@ -11,8 +11,8 @@ from pathlib import Path
 from ...errors import CheckpointError
 
 # safetensors' names of the types that compressed layers are stored in.
-FLOATS = ("F64", "F32", "F16", "BF16")
-MOST = 100_000_000  # bytes of a header, as the safetensors library bounds it
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+MAX_HEADER_BYTES = 100_000_000  # bytes of a header, as the safetensors library bounds it
 
 
 class UnsupportedCheckpoint(Exception):
@@ -20,7 +20,7 @@ class UnsupportedCheckpoint(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """One tensor of a checkpoint: its key, safetensors' name of its type, its shape, and where its bytes are."""
 
     key: str
@@ -39,7 +39,7 @@ class SafetensorsHeaders:
         self.entries = {entry.key: entry for path in files for entry in _header(Path(path))}
         self.prefix = f"{prefix}." if prefix else ""
 
-    def find(self, name: str) -> Entry | None:
+    def find(self, name: str) -> TensorInfo | None:
         """The tensor that the loader puts into the parameter ``name``, or None."""
         for key in (name, self.prefix + name, name.removeprefix(self.prefix)):
             if key in self.entries:
@@ -51,13 +51,13 @@ class SafetensorsHeaders:
         return sum(key.endswith(suffix) for key in self.entries)
 
 
-def _header(path: Path) -> list[Entry]:
+def _header(path: Path) -> list[TensorInfo]:
     if path.suffix != ".safetensors":
         raise UnsupportedCheckpoint(f"{path.name} is no safetensors file")
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            if length > MOST:
+            if length > MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
             size = path.stat().st_size - 8 - length
@@ -68,7 +68,7 @@ def _header(path: Path) -> list[Entry]:
                     f"{path.name} is truncated: {key} ends beyond the end of the file; fetch or copy it again"
                 )
         return [
-            Entry(key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"]))
+            TensorInfo(key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"]))
             for key, value in found.items()
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -58,7 +58,7 @@ def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Mo
     teacher.eval().requires_grad_(False)
     spread = getattr(teacher, "hf_device_map", None) is not None
     if where == SAME:
-        if not spread and device_of(teacher).type == "cpu":
+        if not spread and input_device(teacher).type == "cpu":
             teacher.to(device)
         return teacher
     if spread:
@@ -74,7 +74,7 @@ def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Mo
         raise ModelError(f"the teacher cannot be put on device {where!r}: {reason}") from error
 
 
-def require_place(where: str, step: str) -> None:
+def check_device(where: str, step: str) -> None:
     """Raise ``RecipeError`` unless ``freeze`` knows the word: ``same``, ``offload``, or a device of torch."""
     if where in (SAME, OFFLOAD):
         return
@@ -122,15 +122,15 @@ def _bring_home(home: list[tuple[Tensor, Tensor]]) -> None:
         tensor.data = kept
 
 
-def logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def forward_logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The teacher's logits for a batch of the student's, on the teacher's device."""
-    return answer(teacher, inputs).logits
+    return forward(teacher, inputs).logits
 
 
 @torch.no_grad()
-def answer(teacher: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def forward(teacher: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """The teacher's outputs for a batch of the student's, on the teacher's device. It gets what its forward knows."""
-    device = device_of(teacher)
+    device = input_device(teacher)
     known = inspect.signature(teacher.forward).parameters
     given = {name: value for name, value in inputs.items() if name in known and name != "labels"}
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
@@ -145,7 +145,7 @@ def answer(teacher: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 def require_same_classes(student: nn.Module, teacher: nn.Module, label: str) -> None:
     """Raise ``ModelError`` if the two predict another number of classes."""
-    mine, theirs = classes_of(student), classes_of(teacher)
+    mine, theirs = num_classes(student), num_classes(teacher)
     if None not in (mine, theirs) and mine != theirs:
         raise ModelError(
             f"{label}: the teacher predicts {theirs} classes and the student {mine}; logits can be compared only over "
@@ -158,7 +158,7 @@ def require_same_tokenizer(student: Any, teacher: Any, label: str) -> bool:
 
     Each is a tokenizer, or a path or Hub id beside which one may lie.
     """
-    mine, theirs = (tokenizer_at(x) if isinstance(x, str) else x for x in (student, teacher))
+    mine, theirs = (load_tokenizer(x) if isinstance(x, str) else x for x in (student, teacher))
     if not (hasattr(mine, "get_vocab") and hasattr(theirs, "get_vocab")):
         return False
     ours, others = mine.get_vocab(), theirs.get_vocab()
@@ -171,7 +171,7 @@ def require_same_tokenizer(student: Any, teacher: Any, label: str) -> bool:
     return True
 
 
-def tokenizer_at(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
     """The tokenizer that lies beside a checkpoint, or None."""
     from transformers import AutoTokenizer
 
@@ -181,12 +181,12 @@ def tokenizer_at(source: str) -> Any:
         return None
 
 
-def predicts_next(model: Any) -> bool:
+def predicts_next_token(model: Any) -> bool:
     """Whether the logits at ``t`` belong to the label at ``t + 1``: true of decoders that generate."""
     return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
-def classes_of(model: Any) -> int | None:
+def num_classes(model: Any) -> int | None:
     """How many classes the logits have: of the vocabulary, or of the labels; None where that cannot be told."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
@@ -207,7 +207,7 @@ def is_copy(model: nn.Module, teacher: nn.Module) -> bool:
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inside):
         return False
     ours, theirs = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (model, teacher))
-    if ours.keys() != theirs.keys() or fsdp.has_shards(model):
+    if ours.keys() != theirs.keys() or fsdp.has_sharded_parameters(model):
         return False
     return all(_equal(tensor, theirs[name]) for name, tensor in ours.items())
 
@@ -263,6 +263,6 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((os.sep, "./", "../", "~")) or source.count(os.sep) > 1
 
 
-def device_of(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its inputs: where its first weights are."""
     return getattr(model, "_hf_optim_device", None) or next(model.parameters()).device

@@ -1,10 +1,10 @@
 """Collectives over ranks, and sharded parameters."""
 
 from . import collectives, fsdp
-from .fsdp import WholeWeights
+from .fsdp import FullWeights
 
 __all__ = [
-    "WholeWeights",
+    "FullWeights",
     "collectives",
     "fsdp",
 ]

@@ -18,51 +18,51 @@ _NEUTRAL = {"sum": 0.0, "min": float("inf"), "max": float("-inf")}
 _DTYPES = (torch.float32, torch.float64)
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many ranks calibrate together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this one, from 0."""
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def reduce_(tensor: Tensor, how: Reduction) -> Tensor:
+def all_reduce_(tensor: Tensor, how: Reduction) -> Tensor:
     """The sum, minimum or maximum of a tensor over the ranks, in its place on each."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how])
     return tensor
 
 
-def total(number: int) -> int:
+def sum_over_ranks(number: int) -> int:
     """The sum of whole numbers over the ranks."""
-    return int(reduce_(torch.tensor(number), "sum"))
+    return int(all_reduce_(torch.tensor(number), "sum"))
 
 
-def agreed(truth: bool) -> bool:
+def is_true_on_all_ranks(truth: bool) -> bool:
     """Whether it is true on all ranks."""
-    return bool(reduce_(torch.tensor(int(truth)), "min"))
+    return bool(all_reduce_(torch.tensor(int(truth)), "min"))
 
 
-def union(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def union_over_ranks(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The tuples of whole numbers (not negative) that any rank has, in one order on all: by rank, each as it came."""
-    if ranks() == 1:
+    if world_size() == 1:
         return list(dict.fromkeys(rows))
-    most = reduce_(torch.tensor([len(rows), max((len(row) for row in rows), default=0)]), "max").tolist()
+    most = all_reduce_(torch.tensor([len(rows), max((len(row) for row in rows), default=0)]), "max").tolist()
     if not most[0]:
         return []
     mine = torch.full(most, -1)
     for place, row in enumerate(rows):
         mine[place, : len(row)] = torch.tensor(row)
-    gathered = [torch.empty_like(mine) for _ in range(ranks())]
+    gathered = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(gathered, mine)
     padded = (tuple(row) for one in gathered for row in one.tolist())
     found = dict.fromkeys(tuple(number for number in row if number >= 0) for row in padded)
     return [row for row in found if row]
 
 
-def reduce_all(found: dict[str, Tensor], names: Iterable[str], how: Reduction, device: Any = None) -> None:
+def all_reduce_dict_(found: dict[str, Tensor], names: Iterable[str], how: Reduction, device: Any = None) -> None:
     """Reduce the tensors of ``found`` in place, each over the ranks that have it; all ranks then have all of them.
 
     Args:
@@ -75,9 +75,9 @@ def reduce_all(found: dict[str, Tensor], names: Iterable[str], how: Reduction, d
     rows = [(ordered.index(name), _DTYPES.index(value.dtype), *value.shape) for name, value in found.items()]
     mine = dict(found)
     found.clear()
-    for place, dtype, *shape in union(rows):
+    for place, dtype, *shape in union_over_ranks(rows):
         name = ordered[place]
         value = mine.get(name)
         if value is None:
             value = torch.full(shape, _NEUTRAL[how], dtype=_DTYPES[dtype], device=device)
-        found[name] = reduce_(value.contiguous(), how)
+        found[name] = all_reduce_(value.contiguous(), how)

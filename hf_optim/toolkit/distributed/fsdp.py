@@ -1,7 +1,7 @@
 """Weights that are sharded over ranks (FSDP2, ``torch.distributed.tensor``): the whole of them, and this rank's part.
 
 Masks are kept whole, since a ranking compares all weights; what is written goes to the part that a rank has. For
-tensors that are not sharded, everything here gives back what it was given. ``whole`` is collective: all ranks must call
+tensors that are not sharded, everything here gives back what it was given. ``full_tensor`` is collective: all ranks must call
 it for the same tensors in the same order.
 """
 
@@ -22,22 +22,22 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def has_shards(model: nn.Module) -> bool:
+def has_sharded_parameters(model: nn.Module) -> bool:
     """Whether any parameter of the model is sharded, or lies gathered in a module that shards it (FSDP2)."""
     return any(map(is_sharded, model.parameters())) or any(True for _ in _fsdp_modules(model))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor: a copy gathered from the ranks if it is sharded, else itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: a view, so that writing to it writes to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """The part of ``full`` that belongs to this rank's part of ``like``, on its device; no rank is asked.
 
     Args:
@@ -54,7 +54,7 @@ def local_part(full: Tensor, like: Tensor) -> Tensor:
     return part.to(device).contiguous()
 
 
-def home_of(parameter: Tensor) -> torch.device:
+def mask_device(parameter: Tensor) -> torch.device:
     """Where the whole mask of a parameter is kept: beside the parameter; on the CPU if that is sharded."""
     return torch.device("cpu") if is_sharded(parameter) else parameter.device
 
@@ -65,7 +65,7 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-class WholeWeights(Mapping[str, Tensor]):
+class FullWeights(Mapping[str, Tensor]):
     """Parameter name -> whole weight, detached, gathered when it is asked for: one at a time if taken one at a time.
 
     A mapping of the model's own parameters where nothing is sharded. Reading is collective, in the order of reading.
@@ -76,7 +76,7 @@ class WholeWeights(Mapping[str, Tensor]):
         reshard(model)
 
     def __getitem__(self, name: str) -> Tensor:
-        return whole(self._model.get_parameter(name).detach())
+        return full_tensor(self._model.get_parameter(name).detach())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

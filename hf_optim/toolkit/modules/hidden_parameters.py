@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def parameters_hidden(layer: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def hide_parameters(layer: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Take the parameters ``names``, those that are there, out of a layer for the length of a ``with`` block."""
     own = layer._parameters
     taken = {name: own.pop(name) for name in names if name in own}

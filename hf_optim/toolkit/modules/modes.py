@@ -14,7 +14,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def eval_mode(model: nn.Module):
     """The model in eval mode without gradients; both restored afterwards, also when the body raises."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

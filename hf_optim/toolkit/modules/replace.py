@@ -16,7 +16,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def own_name(model: nn.Module, name: str) -> str | None:
+def resolve_module_name(model: nn.Module, name: str) -> str | None:
     """The name that a module has in `model`, given its name in that model with, or without, another head.
 
     None where the model has no such module.
@@ -41,7 +41,7 @@ class ReplacedModules:
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         said = getattr(config, self.replaced_field, None) or {}
         for name, entry in said.get("modules", {}).items():
-            own = own_name(self, name)  # type: ignore[arg-type]
+            own = resolve_module_name(self, name)  # type: ignore[arg-type]
             if own is not None:
                 replace_module(self, own, self.replacement(self.get_submodule(own), entry, said))  # type: ignore
 

@@ -21,7 +21,7 @@ from ..topology.linear_layers import is_linear, weight_out_in
 Masks = dict[str, Tensor]
 
 # A single tensor of up to this many weights is ranked by selection on a CPU: several times faster, with a copy.
-SELECTED = 1 << 24
+KTHVALUE_LIMIT = 1 << 24
 
 
 def removed_count(size: int, sparsity: float) -> int:
@@ -105,13 +105,13 @@ def _require_whole(score: Tensor) -> None:
     if fsdp.is_sharded(score):
         raise ModelError(
             "weights that are sharded over ranks (FSDP2) cannot be ranked part by part, and this step does not gather "
-            "them: train it with DDP or on one device (a step that gathers reads toolkit.shards.WholeWeights)"
+            "them: train it with DDP or on one device (a step that gathers reads toolkit.distributed.FullWeights)"
         )
 
 
 def _cut(ranks: list[Tensor], keep: int, bits: int) -> int:
     """The largest rank of which at least ``keep`` entries are not smaller, by bisection on its bits."""
-    if len(ranks) == 1 and keep > 0 and ranks[0].device.type == "cpu" and ranks[0].numel() <= SELECTED:
+    if len(ranks) == 1 and keep > 0 and ranks[0].device.type == "cpu" and ranks[0].numel() <= KTHVALUE_LIMIT:
         return int(ranks[0].kthvalue(ranks[0].numel() - keep + 1).values)
     cut = 0
     for bit in reversed(range(bits)):
@@ -151,25 +151,25 @@ def nm_mask(score: Tensor, keep: int, group: int, kept: Tensor | None = None) ->
     return mask if kept is None else mask & kept.to(mask.device)
 
 
-def obeys_nm(weight: Tensor, keep: int, group: int) -> bool:
+def has_nm_pattern(weight: Tensor, keep: int, group: int) -> bool:
     """Whether every ``group`` consecutive weights along the last dimension (the input) hold at most ``keep`` non-zeros.
 
     Args:
         weight: ``[out, in]``. The parameter of a ``Conv1D`` is ``[in, out]``: pass it transposed, or use
-        ``follows_nm``.
+        ``parameter_has_nm_pattern``.
     """
     if weight.shape[-1] % group:
         return False
     return bool(((weight != 0).unflatten(-1, (-1, group)).sum(-1) <= keep).all())
 
 
-def follows_nm(model: nn.Module, parameter: str, keep: int, group: int) -> bool:
-    """``obeys_nm`` for a weight by its parameter name, whichever way round the linear layer or the experts store it."""
+def parameter_has_nm_pattern(model: nn.Module, parameter: str, keep: int, group: int) -> bool:
+    """``has_nm_pattern`` for a weight by its parameter name, whichever way round the linear layer or the experts store it."""
     module = model.get_submodule(parameter.rpartition(".")[0])
     if is_linear(module):
-        return obeys_nm(fsdp.whole(weight_out_in(module).detach()), keep, group)
-    stacked = fsdp.whole(model.get_parameter(parameter).detach())
-    return obeys_nm(stacked.mT if getattr(module, "is_transposed", False) else stacked, keep, group)
+        return has_nm_pattern(fsdp.full_tensor(weight_out_in(module).detach()), keep, group)
+    stacked = fsdp.full_tensor(model.get_parameter(parameter).detach())
+    return has_nm_pattern(stacked.mT if getattr(module, "is_transposed", False) else stacked, keep, group)
 
 
 def _check_group(width: int, keep: int, group: int) -> None:
@@ -190,7 +190,7 @@ def weight_names(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return names
 
 
-def mask_of(layer: nn.Module, masks: Mapping[str, Tensor], parameter: str) -> Tensor | None:
+def mask_out_in(layer: nn.Module, masks: Mapping[str, Tensor], parameter: str) -> Tensor | None:
     """The mask of a linear layer's weight as ``[out, in]``, or None where there is none."""
     mask = masks.get(parameter)
     return mask.T if mask is not None and isinstance(layer, Conv1D) else mask
@@ -214,16 +214,16 @@ def prune_(model: nn.Module, masks: Masks, new: Mapping[str, Tensor]) -> None:
     """Narrow ``masks`` (parameter name -> mask, in place) to ``new`` and zero the weights that are removed."""
     fsdp.reshard(model)
     for name, mask in new.items():
-        home = fsdp.home_of(model.get_parameter(name))
+        home = fsdp.mask_device(model.get_parameter(name))
         old = masks.get(name)
         masks[name] = mask.to(home) if old is None else (mask.to(old.device) & old).to(home)
-    zero_(model, masks, new)
+    zero_masked_(model, masks, new)
 
 
-def zero_(model: nn.Module, masks: Mapping[str, Tensor], names: Iterable[str]) -> None:
+def zero_masked_(model: nn.Module, masks: Mapping[str, Tensor], names: Iterable[str]) -> None:
     """Set the removed weights of the parameters ``names`` to exactly zero, in place; of shards, each rank its own."""
     fsdp.reshard(model)
     with torch.no_grad():
         for name in names:
             parameter = model.get_parameter(name)
-            fsdp.local(parameter).masked_fill_(~fsdp.local_part(masks[name], parameter), 0.0)
+            fsdp.local_shard(parameter).masked_fill_(~fsdp.shard_like(masks[name], parameter), 0.0)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..distributed.fsdp import WholeWeights, has_shards
+from ..distributed.fsdp import FullWeights, has_sharded_parameters
 from ..topology.experts import ExpertLinear, expert_linears
 
 NO_SPEED_UP = (
@@ -15,7 +15,7 @@ NO_SPEED_UP = (
     "save no memory; what they buy needs a sparse kernel or a compressed format."
 )
 COUNTED = "_hf_optim_counted_zeros"
-HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
+TABLE_HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
 
 
 def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -33,16 +33,16 @@ def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]
     counted = {}
     views = expert_linears(model)
     names = sorted(names)
-    for name, weight in WholeWeights(model, [f"{name}.weight" for name in names if name not in views]).items():
+    for name, weight in FullWeights(model, [f"{name}.weight" for name in names if name not in views]).items():
         counted[name.removesuffix(".weight")] = (weight.numel(), weight.numel() - int(weight.count_nonzero()))
     # Each stack of experts is gathered once.
     stacks: dict[str, list[ExpertLinear]] = {}
     for view in (views[name] for name in names if name in views):
         stacks.setdefault(f"{view.stack_name}.{view.parameter}".removeprefix("."), []).append(view)
-    for parameter, weight in WholeWeights(model, stacks).items():
+    for parameter, weight in FullWeights(model, stacks).items():
         for view in stacks[parameter]:
             counted[view.name] = (weight[0].numel(), weight[0].numel() - int(weight[view.index].count_nonzero()))
-    if has_shards(model):
+    if has_sharded_parameters(model):
         vars(model).setdefault(COUNTED, {}).update(counted)
     return counted
 
@@ -60,8 +60,8 @@ def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
     return {"sparsity": round(overall(counted), 6), "layers": layers}
 
 
-def table(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """Rows under ``HEADER``. Layers whose names differ only in a number (the blocks of a stack) share a row."""
+def table_rows(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Rows under ``TABLE_HEADER``. Layers whose names differ only in a number (the blocks of a stack) share a row."""
     groups: dict[str, list[tuple[int, int]]] = {}
     for layer, count in layer_sparsity(model, names).items():
         groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), []).append(count)

@@ -50,14 +50,14 @@ class TokenSample(InputObserver[Tensor]):
         """The samples of all ranks one after another, thinned out again."""
         for name, stack in self.modules.items():
             mine = self.found.pop(name, None)
-            lengths = torch.zeros(collectives.ranks(), dtype=torch.long)
+            lengths = torch.zeros(collectives.world_size(), dtype=torch.long)
             lengths[collectives.rank()] = 0 if mine is None else len(mine)
-            begin = int(collectives.reduce_(lengths, "sum")[: collectives.rank()].sum())
+            begin = int(collectives.all_reduce_(lengths, "sum")[: collectives.rank()].sum())
             width = ExpertLinear(stack, name, parameters(stack)[0], 0).in_features
             joined = torch.zeros(int(lengths.sum()), width, device=self.device)
             if mine is not None:
                 joined[begin : begin + len(mine)] = mine.float()
-            collectives.reduce_(joined, "sum")
+            collectives.all_reduce_(joined, "sum")
             while len(joined) > 2 * self.sizes[name]:
                 joined = joined[::2].clone()
             if len(joined):

@@ -60,7 +60,7 @@ class Contributions(InputObserver[Tensor]):
         self.found[name] = self.found[name] + added if name in self.found else added
 
     def reduce(self) -> None:
-        collectives.reduce_all(self.found, self.modules, "sum", self.device)
+        collectives.all_reduce_dict_(self.found, self.modules, "sum", self.device)
 
 
 def contributions(inputs: Tensor, reader: nn.Module, units: Units) -> Tensor:
@@ -102,8 +102,8 @@ class BlockInfluence:
                     f"{self.label}: {name} reads or gives infinite or NaN values on the calibration data; check "
                     "that the model computes finite outputs in this dtype (float16 overflows at 65504)"
                 )
-        if collectives.ranks() > 1:
-            collectives.reduce_all(self.found, self.blocks, "sum")
+        if collectives.world_size() > 1:
+            collectives.all_reduce_dict_(self.found, self.blocks, "sum")
 
     def _hook(self, name: str) -> Any:
         def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -173,7 +173,7 @@ def gate_gradients(
             parts = gradient[:, columns[name].to(gradient.device)].sum(-1) if name in columns else gradient
             score = len(parts) * parts.double().abs().sum(0)  # the loss is a mean over the samples
             found[name] = found[name] + score if name in found else score
-    collectives.reduce_all(found, [*readers, *blocks], "sum")
+    collectives.all_reduce_dict_(found, [*readers, *blocks], "sum")
     return found
 
 

@@ -60,7 +60,7 @@ class InputObserver(Generic[S]):
         for name, finite in zip(flags, torch.stack(list(flags.values())).tolist() if flags else (), strict=True):
             if not finite:
                 raise self._not_finite(name)
-        if collectives.ranks() > 1 and self.modules:
+        if collectives.world_size() > 1 and self.modules:
             self.reduce()
         self.complete()
 
@@ -127,7 +127,7 @@ class ChannelAbsMax(InputObserver[torch.Tensor]):
         self.found[name] = peak if known is None else torch.maximum(known, peak)
 
     def reduce(self) -> None:
-        collectives.reduce_all(self.found, self.modules, "max", self.device)
+        collectives.all_reduce_dict_(self.found, self.modules, "max", self.device)
 
 
 class TensorMinMax(InputObserver[tuple[torch.Tensor, torch.Tensor]]):
@@ -143,8 +143,8 @@ class TensorMinMax(InputObserver[tuple[torch.Tensor, torch.Tensor]]):
     def reduce(self) -> None:
         lows = {name: low for name, (low, _) in self.found.items()}
         highs = {name: high for name, (_, high) in self.found.items()}
-        collectives.reduce_all(lows, self.modules, "min", self.device)
-        collectives.reduce_all(highs, self.modules, "max", self.device)
+        collectives.all_reduce_dict_(lows, self.modules, "min", self.device)
+        collectives.all_reduce_dict_(highs, self.modules, "max", self.device)
         self.found.update({name: (low, highs[name]) for name, low in lows.items()})
 
 
@@ -227,15 +227,15 @@ class SecondMoment(InputObserver[Moment]):
         place = {name: index for index, name in enumerate(self.modules)}
         names = list(self.modules)
         widths = {key: len(moment.total) for key, moment in self._sums.items()}
-        keys = collectives.union([(width, *(place[name] for name in key)) for key, width in widths.items()])
+        keys = collectives.union_over_ranks([(width, *(place[name] for name in key)) for key, width in widths.items()])
         mine, self._sums = self._sums, {}
         for width, *places in keys:
             key = tuple(names[index] for index in places)
             moment = mine.pop(key, None)
             if moment is None:  # only other ranks have met this company
                 moment = Moment(torch.zeros(width, width, dtype=self.dtype, device=self.device), 0, list(key))
-            collectives.reduce_(moment.total, "sum")
-            moment.count = collectives.total(moment.count)
+            collectives.all_reduce_(moment.total, "sum")
+            moment.count = collectives.sum_over_ranks(moment.count)
             self._sums[key] = moment
 
     def complete(self) -> None:
@@ -291,4 +291,4 @@ class HessianDiagonal(InputObserver[torch.Tensor]):
         self.found[name] = self.found[name] + energy if name in self.found else energy
 
     def reduce(self) -> None:
-        collectives.reduce_all(self.found, self.modules, "sum", self.device)
+        collectives.all_reduce_dict_(self.found, self.modules, "sum", self.device)

@@ -24,8 +24,15 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.toolkit.distributed import WholeWeights
-from hf_optim.toolkit.pruning import Ramp, as_step, check_positions, masks, sparsity, unfinished_ramp
+from hf_optim.toolkit.distributed import FullWeights
+from hf_optim.toolkit.pruning import (
+    SparsitySchedule,
+    as_step,
+    check_positions,
+    masks,
+    sparsity,
+    unfinished_schedule_message,
+)
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -74,7 +81,7 @@ class GMP(Technique):
         if self.initial > self.sparsity:
             raise RecipeError(f"gmp: initial must be <= sparsity, not {self.initial} > {self.sparsity}")
 
-    def ramp(self, max_steps: int) -> Ramp:
+    def ramp(self, max_steps: int) -> SparsitySchedule:
         """The schedule for a training of ``max_steps`` optimizer steps. Raises ``RecipeError`` if it ends first."""
         begin, end = as_step(self.begin, max_steps), as_step(self.end, max_steps)
         if begin > end:
@@ -82,7 +89,7 @@ class GMP(Technique):
                 f"gmp: the ramp begins at step {begin} and ends at step {end} of {max_steps}; give begin and end both "
                 "as steps or both as shares"
             )
-        return Ramp(begin, end, self.every, self.initial, self.sparsity)
+        return SparsitySchedule(begin, end, self.every, self.initial, self.sparsity)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
@@ -99,7 +106,7 @@ class GMP(Technique):
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
         pruned = [name for name in names if f"{name}.weight" in run.masks]
-        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in pruned])
+        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in pruned])
         run.report(self, **sparsity.metrics(run.model, names))
 
     @hookimpl
@@ -111,7 +118,7 @@ class GMP(Technique):
             f"Pruned while training, from {100 * self.initial:g} % towards {100 * self.sparsity:g} % along a cubic "
             f"ramp; {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after gradual pruning", sparsity.HEADER, sparsity.table(run.model, names))
+        card.table("Sparsity after gradual pruning", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
 
 class RampPruning(TrainerCallback):
@@ -124,7 +131,7 @@ class RampPruning(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ramp = self.step.ramp(state.max_steps)
-        if sentence := unfinished_ramp(ramp, state.max_steps):
+        if sentence := unfinished_schedule_message(ramp, state.max_steps):
             self.run.warn(self.step, sentence)
         if state.global_step == 0 and ramp.updates_at(0):
             self._prune(ramp.sparsity(0))
@@ -135,7 +142,7 @@ class RampPruning(TrainerCallback):
             self._prune(ramp.sparsity(state.global_step))
 
     def _prune(self, share: float) -> None:
-        weights = WholeWeights(self.run.model, self.parameters)
+        weights = FullWeights(self.run.model, self.parameters)
         masks.require_finite(weights, self.run.label(self.step))
         rank = masks.layer_masks if self.step.scope == "layer" else masks.global_masks
         masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))

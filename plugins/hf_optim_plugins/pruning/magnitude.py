@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_optim import Contract, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
-from hf_optim.toolkit.distributed import WholeWeights
+from hf_optim.toolkit.distributed import FullWeights
 from hf_optim.toolkit.pruning import masks, sparsity
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Magnitude(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
-        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
+        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names])
         run.report(self, **sparsity.metrics(run.model, names))
 
     @hookimpl
@@ -78,11 +78,11 @@ class Magnitude(Technique):
             "Magnitude pruning",
             f"The {100 * self.sparsity:g} % smallest weights, ranked {how}, are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after magnitude pruning", sparsity.HEADER, sparsity.table(run.model, names))
+        card.table("Sparsity after magnitude pruning", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
 
 def _rank(step: Magnitude, run: Run, names: dict[str, str]) -> masks.Masks:
-    weights = WholeWeights(run.model, names.values())
+    weights = FullWeights(run.model, names.values())
     masks.require_finite(weights, run.label(step))
     rank = masks.layer_masks if step.scope == "layer" else masks.global_masks
     return rank(weights, step.sparsity, run.masks)

@@ -18,7 +18,7 @@ import hf_optim
 from hf_optim import ModelError, OptimError, OptimTrainer, RecipeError, optimize, run_of
 from hf_optim.recipes.traits import SPARSE, SPARSE_NM
 from hf_optim.testing.trait_checks import holds
-from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.modules.modes import eval_mode
 from hf_optim.toolkit.pruning import masks, sparse_variational
 from hf_optim.toolkit.pruning.noisy_layers import NoisyLayer
 
@@ -31,7 +31,7 @@ class Watch(TrainerCallback):
     """Logits in evaluation mode and the variances after every optimizer step, before the steps see its end."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        with evaluating(model):
+        with eval_mode(model):
             self.logits = model(IDS).logits
         layers = {n: m for n, m in model.named_modules() if isinstance(m, NoisyLayer)}
         self.alphas = {
@@ -92,7 +92,8 @@ def test_the_term_is_the_divergence_over_the_number_of_labels_and_rises(tmp_path
     model = tiny_llama()
     layers = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     total = sum(
-        sparse_variational.kl(-6.0 - layer.weight.detach().square().clamp(min=1e-8).log()).sum() for layer in layers
+        sparse_variational.kl_divergence(-6.0 - layer.weight.detach().square().clamp(min=1e-8).log()).sum()
+        for layer in layers
     )
     watch = train(optimize(model, step), tmp_path, 3, logging_steps=1, logging_strategy="steps", learning_rate=0.0)
     terms = [entry["kl"] for entry in watch.log if "kl" in entry]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import hf_optim
 from hf_optim import ModelError, OptimError, RecipeError, compressed, optimize, run_of
 from hf_optim.testing.trait_checks import holds
-from hf_optim.toolkit.modules.modes import evaluating
-from hf_optim.toolkit.pruning.masks import follows_nm
+from hf_optim.toolkit.modules.modes import eval_mode
+from hf_optim.toolkit.pruning.masks import parameter_has_nm_pattern
 from hf_optim.toolkit.quantization.fake_quant import FakeQuantLinear
 from hf_optim_plugins.quantization.qat import QAT
 
@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
         self.active[state.global_step] = bool(fakes) and all(m.active for m in fakes)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        with evaluating(model):
+        with eval_mode(model):
             self.logits = model(IDS).logits
 
 
@@ -210,7 +210,7 @@ def test_zeros_of_a_pruned_model_stay(first, tmp_path):
     assert all(holds(trait, run) for trait in run.traits)
     for name, mask in run.masks.items():
         assert not model.get_parameter(name)[~mask].any()
-    assert all(follows_nm(model, name, 2, 4) for name in run.nm_patterns)
+    assert all(parameter_has_nm_pattern(model, name, 2, 4) for name in run.nm_patterns)
 
 
 def test_tied_heads_are_left_out_and_others_on_request(tmp_path):

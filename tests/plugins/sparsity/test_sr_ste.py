@@ -19,7 +19,7 @@ import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError, compressed, run_of
 from hf_optim.recipes.traits import SPARSE, SPARSE_NM
 from hf_optim.testing.trait_checks import holds
-from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.modules.modes import eval_mode
 from hf_optim.toolkit.pruning import masked_layers, masks
 from hf_optim.toolkit.pruning.masked_layers import MaskedLayer
 from hf_optim.toolkit.topology.linear_layers import linears, weight_out_in
@@ -72,7 +72,7 @@ def targets(model):
 def test_sign_and_size_of_the_term(term):
     """One step of SGD, in float64, is W - γ (g + λ ¬M ∘ W): what is left out decays, what is kept does not."""
     torch.manual_seed(0)
-    layer = masked_layers.attach(torch.nn.Linear(8, 3).double())
+    layer = masked_layers.attach_masks(torch.nn.Linear(8, 3).double())
     start = layer.weight.detach().clone()
     mask = masks.nm_mask(start, 2, 4)
     layer.set_masks(mask)
@@ -211,14 +211,14 @@ def test_the_rate_that_counts_is_that_of_the_layers_under_sgd(tmp_path):
 
 
 def test_a_step_that_the_loss_scaler_leaves_out_decays_nothing():
-    layer = masked_layers.attach(torch.nn.Linear(8, 3))
+    layer = masked_layers.attach_masks(torch.nn.Linear(8, 3))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer.weight.grad = torch.full_like(layer.weight, float("inf"))
-    assert not masked_layers.will_skip(optimizer)
+    assert not masked_layers.will_skip_step(optimizer)
     scaled = SimpleNamespace(scaler=object(), param_groups=optimizer.param_groups)
-    assert masked_layers.will_skip(scaled)
+    assert masked_layers.will_skip_step(scaled)
     layer.weight.grad.zero_()
-    assert not masked_layers.will_skip(scaled)
+    assert not masked_layers.will_skip_step(scaled)
 
 
 def test_recomputed_blocks_and_bfloat16_autocast_change_no_rule(tmp_path):
@@ -234,16 +234,16 @@ def test_recomputed_blocks_and_bfloat16_autocast_change_no_rule(tmp_path):
     for name, mask in run_of(model).masks.items():
         assert model.get_parameter(name).dtype == torch.float32
         assert (mask == run_of(found[0]).masks[name]).float().mean() > 0.9
-        assert masks.follows_nm(model, name, 2, 4)
+        assert masks.parameter_has_nm_pattern(model, name, 2, 4)
         assert int(mask.sum()) * 2 == mask.numel()
 
 
 def test_shards_are_refused():
-    layer = masked_layers.attach(torch.nn.Linear(8, 3))
-    masked_layers.require_whole({"some.layer": layer}, "step 1 (sr_ste)")
+    layer = masked_layers.attach_masks(torch.nn.Linear(8, 3))
+    masked_layers.require_unsharded({"some.layer": layer}, "step 1 (sr_ste)")
     layer.weight = torch.nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves between two forwards
     with pytest.raises(ModelError, match=r"step 1 \(sr_ste\): some.layer.weight is sharded.*DDP"):
-        masked_layers.require_whole({"some.layer": layer}, "step 1 (sr_ste)")
+        masked_layers.require_unsharded({"some.layer": layer}, "step 1 (sr_ste)")
 
 
 # -- the lifecycle ----------------------------------------------------------------------------------------------------
@@ -261,9 +261,9 @@ class Watch(TrainerCallback):
         plain = copy.deepcopy(model)
         for layer in masked_layers.masked_layers(plain).values():
             mask = masks.nm_mask(layer.weight, 2, 4)
-            masked_layers.detach(layer)
+            masked_layers.detach_masks(layer)
             layer.weight.data.mul_(mask)
-        with evaluating(model), evaluating(plain):
+        with eval_mode(model), eval_mode(plain):
             assert torch.equal(model(IDS).logits, plain(IDS).logits)
         self.evaluated = True
 
@@ -352,7 +352,7 @@ def test_what_an_earlier_step_removed_stays_removed(tmp_path):
     train(model, tmp_path)
     for name, mask in run_of(model).masks.items():
         assert not (mask & ~before[name]).any()
-        assert masks.follows_nm(model, name, 2, 4)
+        assert masks.parameter_has_nm_pattern(model, name, 2, 4)
     model = hf_optim.optimize(tiny_llama(), [{"technique": "nm", "keep": 1}, {"technique": "sr_ste"}])
     train(model, tmp_path)
     assert set(run_of(model).nm_patterns.values()) == {(1, 4)}
@@ -372,7 +372,7 @@ def test_one_stage_with_a_teacher(tmp_path):
     train(model, tmp_path, 2, ours=True, after=[Look()])
     assert not any(isinstance(m, MaskedLayer) for m in teachers[0].modules())
     assert same(teachers[0], tiny_llama())
-    assert all(masks.follows_nm(model, name, 2, 4) for name in run.nm_patterns)
+    assert all(masks.parameter_has_nm_pattern(model, name, 2, 4) for name in run.nm_patterns)
     assert not any("same distribution" in note for note in run.record.notes)
 
 
@@ -385,7 +385,7 @@ def test_quantizing_afterwards_keeps_the_zeros(tmp_path):
     assert run.finished
     assert len(compressed.quantized_modules(model)) == 14
     assert all(holds(trait, run) for trait in run.traits)
-    assert all(masks.follows_nm(model, name, 2, 4) for name in run.nm_patterns)
+    assert all(masks.parameter_has_nm_pattern(model, name, 2, 4) for name in run.nm_patterns)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_the_refined_term_is_worth_its_place(tmp_path, shared_models, shared_dat
     def loss_after(**step):
         model = stories.load(step)
         train(model, tmp_path, 240, data=stories.rows, learning_rate=3e-3, lr_scheduler_type="linear")
-        assert all(masks.follows_nm(model, name, 2, 4) for name in run_of(model).nm_patterns)
+        assert all(masks.parameter_has_nm_pattern(model, name, 2, 4) for name in run_of(model).nm_patterns)
         return stories.loss(model)
 
     fixed = loss_after(technique="nm")
