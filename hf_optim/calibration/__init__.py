@@ -1,1 +1,1 @@
-"""Calibrate: drive techniques over batches, the whole model at once or block by block."""
+"""Calibration: run techniques over calibration batches, on the whole model at once or block by block."""

@@ -1,4 +1,4 @@
-"""A journal of finished blocks: a killed calibration goes on where it was, with the same bits."""
+"""A journal of completed blocks: a killed calibration resumes where it stopped, with bit-exact results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..compressed import state
 from ..errors import CheckpointError
@@ -23,31 +24,30 @@ from ..runs.run import Run
 from ..toolkit.distributed import collectives
 
 HEADER = "journal.json"
-SET_ON_THE_WAY = ("use_cache", "architectures", "dtype", "transformers_version")
+VOLATILE_CONFIG_KEYS = ("use_cache", "architectures", "dtype", "transformers_version")
 
 
 class BlockJournal:
-    """Finished blocks of a blockwise calibration, in a directory of their own. Of several ranks, the first writes it.
+    """The completed blocks of a blockwise calibration, one file each in a directory. Only the main rank writes.
 
     Args:
-        directory: where; made when the first block is kept.
-        resume: True to go on with what is there, False to start anew (what is there is removed).
+        directory: where the files go; created with the first block.
+        resume: True to reuse the blocks in ``directory``, False to remove them and start over.
 
-    Raises:
-        CheckpointError: when resuming and the journal belongs to another recipe, model, data or version.
+    ``restore`` and ``save`` raise ``CheckpointError`` if the journal belongs to another recipe, model, data or version.
     """
 
     def __init__(self, directory: Path, resume: bool) -> None:
         self.directory = Path(directory)
-        self._mine: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
         if not resume and is_main():
             shutil.rmtree(self.directory, ignore_errors=True)
         barrier()
 
     def restore(self, run: Run, first: Technique, name: str) -> bool:
-        """Put a block that the steps from ``first`` on have finished back into the model and the run.
+        """Restore the block ``name``, and the run as it was after the steps from ``first`` on completed that block.
 
-        False if it is not in the journal.
+        Returns False if the block is not in the journal. Raises ``CheckpointError`` if its file cannot be read.
         """
         self._check(run)
         path = self._path(run, first, name)
@@ -66,8 +66,8 @@ class BlockJournal:
         snapshot.restore(run, _strip(tensors, "run."), meta["run"])
         return True
 
-    def keep(self, run: Run, first: Technique, name: str) -> None:
-        """Write a finished block; the file appears whole or not at all."""
+    def save(self, run: Run, first: Technique, name: str) -> None:
+        """Write a completed block and the state of the run; the file is moved into place once it is complete."""
         self._check(run)
         if not is_main():
             return
@@ -77,16 +77,16 @@ class BlockJournal:
             f"run.{k}": v for k, v in run_tensors.items()
         }
         path = self._path(run, first, name)
-        beside = path.with_suffix(".writing")
+        partial = path.with_suffix(".writing")
         save_file(
             {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
-            beside,
+            partial,
             metadata={"hf_optim": json.dumps({"module": module_meta, "run": run_meta})},
         )
-        os.replace(beside, path)
+        os.replace(partial, path)
 
     def remove(self) -> None:
-        """The run is over: the journal goes."""
+        """Remove the journal, once the run has finished."""
         if is_main():
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -94,22 +94,22 @@ class BlockJournal:
         return self.directory / f"step-{run.index(first) + 1}-{name}.safetensors"
 
     def _check(self, run: Run) -> None:
-        # Taken once, while the weights are still those that were loaded.
-        mine = self._mine = self._mine or run_identity(run)
+        # Computed once, while the weights are still those of the original checkpoint.
+        identity = self._identity = self._identity or run_identity(run)
         header = self.directory / HEADER
-        if is_begun(header, mine, f"the journal in {self.directory.name} was made with") or not is_main():
+        if is_begun(header, identity, f"the journal in {self.directory.name} was made with") or not is_main():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(header, mine)
+        write_json(header, identity)
 
 
 def run_identity(run: Run) -> dict[str, Any]:
-    """What must be the same for a journal to go on: recipe, model, data and versions, as JSON types."""
-    # A Trainer and saving set these; whether they did before this moment depends on where the run goes on.
-    config = {key: value for key, value in run.model.config.to_dict().items() if key not in SET_ON_THE_WAY}
+    """Return what must be equal for a run to resume: recipe, model, data and versions, in JSON types."""
+    # A Trainer and saving set these keys; whether they did so yet depends on where the run resumes.
+    config = {key: value for key, value in run.model.config.to_dict().items() if key not in VOLATILE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for parameter in run.model.parameters():
-        # A thousand values of each: enough to tell two trainings apart, and quick on any size.
+        # About a thousand values of each: enough to distinguish two trainings, and fast for any model size.
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
         digest.update(sample.float().cpu().numpy().tobytes())
     packages = versions()
@@ -121,5 +121,5 @@ def run_identity(run: Run) -> dict[str, Any]:
     }
 
 
-def _strip(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The blockwise driver: calibrate one block after another in a model that is whole in memory."""
+"""The blockwise driver: calibrate one block after another in a model that is entirely in memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ from ..recipes.technique import Technique
 from ..runs.run import Run
 from ..runs.scope import Example, Scope
 from ..toolkit import topology
-from .forward import Batch, capture_block_inputs, device_of, to_device
+from ..toolkit.modules.modes import device_of
+from .forward import Batch, capture_block_inputs, to_device
 from .steps import any_needs_data, batches_for, exact_targets, run_calibration
 
 
 class Journal(Protocol):
-    """Where the blockwise driver keeps finished blocks, so that a killed run can go on (``resume.BlockJournal``)."""
+    """Where the blockwise driver keeps completed blocks, so that a killed run can resume (``BlockJournal``)."""
 
     def restore(self, run: Run, first: Technique, name: str) -> bool: ...
 
-    def keep(self, run: Run, first: Technique, name: str) -> None: ...
+    def save(self, run: Run, first: Technique, name: str) -> None: ...
 
 
 class BlockwiseDriver:
-    """Calibrates blocks in execution order, each on the outputs of the blocks before it as they are by then.
+    """Calibrates blocks in execution order, each on the outputs of the preceding, already modified blocks.
 
-    A block's arguments (masks, rotary embeddings, position biases) are made by the model's own forward: it is run with
-    the blocks that are done replaced by stubs that return their stored outputs, up to the block in work.
+    The arguments of a block (masks, rotary embeddings, position biases) come from the model's own forward, so the
+    driver depends on no architecture. For each batch, that forward runs with the completed blocks replaced by stubs
+    that return their stored outputs, up to the current block, where ``BlockInputsCaptured`` stops it (see
+    ``forward.capture_block_inputs``).
+
+    Args:
+        run: the run; ``run.device`` is where blocks are calibrated (default: where the model is).
+        steps: the calibrating steps.
+        blocks: the blocks of the model.
+        journal: where completed blocks are kept; None keeps none.
     """
 
     def __init__(
@@ -41,75 +50,87 @@ class BlockwiseDriver:
         self.home = device_of(run.model)
         self.device = run.device or self.home
         self.batches: Sequence[Batch] = run.data.batches if run.data is not None and any_needs_data(steps) else ()
-        self.outputs: dict[str, list[Any]] = {}
-        self.teaching = any(step.needs_teacher() for step in steps)
         self.seconds: list[float] = []
         self.passes = 0
-        self.taught: dict[str, list[Any]] = {}  # outputs of the blocks as they were, where a step works towards them
+        # Per stack, the outputs of its latest block by batch: of the modified model, and of the unmodified one.
+        self.outputs: dict[str, list[Any]] = {}
+        self.reference_outputs: dict[str, list[Any]] = {}
 
-    def drive(self) -> None:
-        model = self.run.model
+    def calibrate(self) -> None:
+        """Run the steps over every block, then over what lies outside the blocks."""
         bar = tqdm(self.blocks, desc="calibrating", unit="block", disable=len(self.blocks) < 2)
         for index, block in enumerate(bar):
             started = time.perf_counter()
             with self._on_device(block.module):
-                lesson = self._lesson(index) if self.teaching else ()
-                scope = Scope(block.name, block.module, model, index, len(self.blocks), teacher=lesson)
-                restored = bool(self.journal and self.journal.restore(self.run, self.steps[0], block.name))
-                if not restored:
-                    for step in self.steps:
-                        bar.set_postfix_str(f"{block.name}: {step.name}")
-                        run_calibration(self.run, step, scope, functools.partial(self._feed, index))
-                    if self.journal:
-                        self.journal.keep(self.run, self.steps[0], block.name)
+                restored = self._calibrate_block(index, bar)
                 bar.set_postfix_str(f"{block.name}: outputs", refresh=False)
                 self.passes += bool(self.batches) and not restored
                 self.outputs[block.stack] = [
-                    to_device(block.module(*args, **kwargs), self.home) for args, kwargs in self._arguments(index)
+                    to_device(block.module(*args, **kwargs), self.home) for args, kwargs in self._block_inputs(index)
                 ]
             if not restored:
                 self.seconds.append(time.perf_counter() - started)
-        self._outside(len(self.blocks))
+        self._calibrate_non_blocks()
 
-    def _outside(self, count: int) -> None:
-        # What lies outside the blocks (a pooler, the output head) is touched only where a target names it exactly.
-        model = self.run.model
+    def _calibrate_block(self, index: int, bar: tqdm) -> bool:
+        """Run the steps over one block, or restore it from the journal. Returns True if it was restored."""
+        block = self.blocks[index]
+        needs_references = any(step.needs_teacher() for step in self.steps)
+        references = self._compute_references(index) if needs_references else ()
+        scope = Scope(block.name, block.module, self.run.model, index, len(self.blocks), teacher=references)
+        if self.journal and self.journal.restore(self.run, self.steps[0], block.name):
+            return True
+        for step in self.steps:
+            bar.set_postfix_str(f"{block.name}: {step.name}")
+            run_calibration(self.run, step, scope, functools.partial(self._run_batches, index))
+        if self.journal:
+            self.journal.save(self.run, self.steps[0], block.name)
+        return False
+
+    def _calibrate_non_blocks(self) -> None:
+        # Modules outside the blocks (a pooler, the output head) are modified only where a target names them exactly.
+        model, count = self.run.model, len(self.blocks)
         inside = tuple(block.name for block in self.blocks)
         scope = Scope("", model, model, count, count + 1, outside=inside)
         steps = [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
 
-        def feed(step: Technique) -> None:
+        def run_batches(step: Technique) -> None:
             for batch in batches_for(self.run, step):
                 model(**to_device(batch, self.home))
 
         for step in steps:
-            run_calibration(self.run, step, scope, feed)
+            run_calibration(self.run, step, scope, run_batches)
 
-    def _feed(self, index: int, step: Technique) -> None:
+    def _run_batches(self, index: int, step: Technique) -> None:
         if step.needs_data():
             self.passes += 1
             block = self.blocks[index].module
-            for args, kwargs in self._arguments(index):
+            for args, kwargs in self._block_inputs(index):
                 block(*args, **kwargs)
 
-    def _arguments(self, index: int) -> Iterator[tuple[Any, Any]]:
-        """The arguments of block ``index``, batch by batch, on the accelerator."""
+    def _block_inputs(self, index: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Yield the ``(args, kwargs)`` of block ``index``, batch by batch, on the accelerator."""
         for number, batch in enumerate(self.batches):
-            args, kwargs = self._reach(index, number, batch, self.outputs)
+            args, kwargs = self._capture_inputs(index, number, batch, self.outputs)
             yield to_device(args, self.device), to_device(kwargs, self.device)
 
-    def _lesson(self, index: int) -> list[Example]:
-        """What block ``index``, still as it was, computes where all blocks before it are as they were."""
-        block, lesson = self.blocks[index], []
-        for number, batch in enumerate(self.batches):
-            args, kwargs = self._reach(index, number, batch, self.taught)
-            output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
-            lesson.append(Example(args, kwargs, to_device(output, self.home)))
-        self.taught[block.stack] = [example.output for example in lesson]
-        return lesson
+    def _compute_references(self, index: int) -> list[Example]:
+        """Compute the reference outputs of block ``index`` in the unmodified model, with the inputs they belong to.
 
-    def _reach(self, index: int, number: int, batch: Batch, outputs: Mapping[str, list[Any]]) -> tuple[Any, Any]:
-        """The arguments of block ``index`` for one batch, given the ``outputs`` of the blocks before it."""
+        The block itself must not have been modified yet.
+        """
+        block, references = self.blocks[index], []
+        for number, batch in enumerate(self.batches):
+            args, kwargs = self._capture_inputs(index, number, batch, self.reference_outputs)
+            output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
+            references.append(Example(args, kwargs, to_device(output, self.home)))
+        self.reference_outputs[block.stack] = [example.output for example in references]
+        return references
+
+    def _capture_inputs(
+        self, index: int, number: int, batch: Batch, outputs: Mapping[str, list[Any]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the ``(args, kwargs)`` of block ``index`` for one batch, given the ``outputs`` of preceding blocks."""
         return capture_block_inputs(
             self.run.model, self.blocks, index, to_device(batch, self.home), lambda stack: outputs[stack][number]
         )

@@ -1,4 +1,4 @@
-"""What the calibration drivers have in common: running a step's generator, and reaching into a forward."""
+"""Building blocks of the calibration drivers: replace the forwards of blocks, and capture the inputs of one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Batch = dict[str, torch.Tensor]
 
 
 class BlockInputsCaptured(Exception):
-    """Ends a forward at the block in work, and carries that block's arguments."""
+    """Stops a forward at the current block, and carries the arguments of that block.
 
-    def __init__(self, args: Any, kwargs: Any) -> None:
+    An exception is the only way to leave the model's own forward early. It is raised in place of the block's forward
+    and caught in this package; model code between the two must not swallow it.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.args_, self.kwargs = args, kwargs
 
@@ -30,10 +34,13 @@ def capture_block_inputs(
     index: int,
     batch: Batch,
     output_of: Callable[[str], Any],
-) -> tuple[Any, Any]:
-    """The arguments of block ``index`` for one batch, by the model's own forward up to that block.
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the ``(args, kwargs)`` that the model's own forward passes to block ``index`` for one batch.
 
-    The blocks before it are replaced by stubs; ``output_of(stack)`` is what the last of them in that stack returned.
+    The blocks before it are replaced by stubs, and the block itself by one that raises ``BlockInputsCaptured``, which
+    stops the forward there. ``output_of(stack)`` returns the stored output of the last preceding block in that stack.
+
+    Raises ``ModelError`` if the forward does not call the block.
     """
 
     def stub(stack: str) -> Callable[..., Any]:
@@ -47,21 +54,21 @@ def capture_block_inputs(
     with replace_forwards(forwards):
         try:
             model(**batch)
-        except BlockInputsCaptured as reached:
-            return reached.args_, reached.kwargs
+        except BlockInputsCaptured as captured:
+            return captured.args_, captured.kwargs
     raise ModelError(f"{blocks[index].name} did not run; calibrate with driver: whole_model")
 
 
 @contextmanager
 def replace_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """The modules with other forwards, on the instances alone; undone also when the body raises."""
-    before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
+    """Replace the forwards of these modules, on the instances only; restored even if the body raises."""
+    former: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for module, own in before.items():
+        for module, own in former.items():
             del module.forward
             if own is not None:
                 module.forward = own
@@ -69,22 +76,19 @@ def replace_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """No KV cache while calibrating: nothing is decoded, and a cache would pin every activation."""
+    """Disable the KV cache during calibration: nothing is decoded, and a cache would keep every activation alive."""
     config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if not before:
+    former = getattr(config, "use_cache", None)
+    if not former:
         yield
         return
     config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        config.use_cache = former
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
+    """Return a copy of a pytree with its tensors on ``device``."""
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

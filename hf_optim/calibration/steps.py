@@ -1,4 +1,4 @@
-"""Run a step's calibration generator over a scope."""
+"""Run the calibration generator of a step over a scope, and check what it covered."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from ..runs.scope import Scope
 from .forward import Batch
 
 
-def run_calibration(run: Run, step: Technique, scope: Scope, feed: Callable[[Technique], None]) -> None:
-    """Run one step's generator over one scope, feeding batches at each yield; close it whatever happens."""
+def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callable[[Technique], None]) -> None:
+    """Run the ``calibrate`` generator of one step over one scope, and close it whatever happens.
+
+    Args:
+        run: the run of the step.
+        step: the step to calibrate.
+        scope: the part of the model that the step may modify.
+        run_batches: runs the scope on all calibration batches; called at each ``yield``.
+
+    Raises ``NumericalError`` naming the step if the step raises one.
+    """
     for generator in run.call_on([step], "calibrate", scope=scope):
         try:
             for _ in generator:
-                feed(step)
+                run_batches(step)
         except NumericalError as error:
             if run.label(step) in str(error):
                 raise
@@ -26,28 +35,31 @@ def run_calibration(run: Run, step: Technique, scope: Scope, feed: Callable[[Tec
 
 
 def batches_for(run: Run, step: Technique) -> Sequence[Batch]:
+    """Return the calibration batches of the run; none for a step that needs no data."""
     return run.data.batches if run.data is not None and step.needs_data() else ()
 
 
 def any_needs_data(steps: Sequence[Technique]) -> bool:
+    """Return True if any of the steps needs calibration data."""
     return any(step.needs_data() for step in steps)
 
 
 def exact_targets(step: Technique, scope: Scope) -> tuple[str, ...]:
-    """The targets of a step that are exact names of linears in the scope."""
+    """Return the targets of a step that are exact names of linears in the scope."""
     return tuple(target for target in getattr(step, "targets", ()) if target in scope.linears)
 
 
 def require_covered(run: Run, step: Technique) -> None:
-    touched = run.covered(step)
-    if touched is None or touched[0]:
+    """Raise ``ModelError``, with the reasons, if a step that reports its coverage modified no module."""
+    coverage = run.covered(step)
+    if coverage is None or coverage[0]:
         return
-    why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(touched[1].items()))
+    reasons = "; ".join(f"{reason}: {_join_names(names)}" for reason, names in sorted(coverage[1].items()))
     raise ModelError(
-        f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {why or 'No module matched'}"
+        f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {reasons or 'No module matched'}"
     )
 
 
-def _few(names: set[str]) -> str:
+def _join_names(names: set[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")

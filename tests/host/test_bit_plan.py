@@ -99,14 +99,14 @@ def test_bits_that_nobody_uses_are_refused():
 def test_a_killed_run_goes_on_with_the_same_plan_and_bits(tmp_path, monkeypatch):
     steps = [ASSIGN, LATER["gptq"]]
     whole = optimize(tiny_llama(), steps, calibration=IDS)
-    keep = BlockJournal.keep
+    save = BlockJournal.save
 
     def killed(self, run, first, name):
-        keep(self, run, first, name)
+        save(self, run, first, name)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockJournal, "keep", killed)
+        patch.setattr(BlockJournal, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             optimize(tiny_llama(), steps, calibration=IDS, journal=BlockJournal(tmp_path / "journal", resume=False))
     restored = []

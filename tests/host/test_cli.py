@@ -519,15 +519,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(shop, small, other):
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(capsys, shop, small, other):
-    # Dies at once, as by kill -9, when the third block has been kept.
+    # Dies at once, as by kill -9, once the third block has been saved.
     other.run("""
-kept, stock = [], hf_optim.resume.BlockJournal.keep
-def keep(self, run, first, name):
+from hf_optim.calibration.block_journal import BlockJournal
+kept, stock = [], BlockJournal.save
+def save(self, run, first, name):
     stock(self, run, first, name)
     kept.append(name)
     if len(kept) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-hf_optim.resume.BlockJournal.keep = keep
+BlockJournal.save = save
 """)
     with pytest.raises(AssertionError, match=str(-signal.SIGKILL)):
         other.command(shop.calibrated("killed"))

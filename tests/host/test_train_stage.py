@@ -169,7 +169,7 @@ def test_a_calibration_behind_a_training_goes_on_too(tmp_path, monkeypatch):
 
     def run(resume=False, blocks=None):
         model, processor, data = texts(tmp_path)
-        kept, stock = [], BlockJournal.keep
+        kept, stock = [], BlockJournal.save
 
         def keep(self, *args):
             stock(self, *args)
@@ -178,7 +178,7 @@ def test_a_calibration_behind_a_training_goes_on_too(tmp_path, monkeypatch):
                 raise Stop
 
         with monkeypatch.context() as patch:
-            patch.setattr(BlockJournal, "keep", keep)
+            patch.setattr(BlockJournal, "save", keep)
             journal = BlockJournal(tmp_path / ".out.journal", resume)
             recipe = {"steps": steps, "calibration": calibration}
             model = hf_optim.optimize(model, recipe, tokenizer=processor, journal=journal)

@@ -1,16 +1,17 @@
-r"""The least work that calibrating a block can take, in floating point operations.
+r"""A lower bound on the floating-point operations of calibrating one block, for comparison with the measured time.
 
-With ``T`` calibration tokens, ``p`` passes of them through a block, linears ``l`` of ``out_l x in_l`` weights, and the
-distinct inputs ``X_i`` that the linears read (query, key and value read one)::
+With ``T`` calibration tokens, ``p`` passes of them through a block, linears ``l`` with weights ``[out_l, in_l]``, and
+the distinct inputs ``X_i`` that the linears read (query, key and value share one)::
 
     forward        p · Σ_l 2 · T · out_l · in_l
     moments        Σ_i T · in_i²                      X Xᵀ is symmetric: half of 2 · T · in_i²
-    factorization  Σ_i 2/3 · in_i³                    Cholesky 1/3, and the inverse of a triangle 1/3
+    factorization  Σ_i 2/3 · in_i³                    Cholesky 1/3, inverse of a triangular matrix 1/3
     recursion      Σ_l out_l · in_l²                  each column corrects those after it: half of 2 · out_l · in_l²
 
-``forward`` is owed by every step that sees data, the rest by one that solves a layer-wise least squares problem column
-by column. Products of activations run at the rate of the model's dtype, factorization and recursion at that of float32.
-Attention's own products, norms and activations are left out: it is a bound from below.
+Every step that needs data has at least the cost of ``forward``. The other terms apply to a step that solves a
+layer-wise least-squares problem column by column. Products of activations run at the rate of the model's dtype,
+factorization and recursion at the float32 rate. Attention products, norms and activation functions are left out, so
+this is a lower bound.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..toolkit.topology.linear_layers import features
 
 @dataclass(frozen=True)
 class LowerBound:
-    """Floating point operations for one block; ``forward`` is for one pass."""
+    """Floating-point operations of one block, by the terms of the module docstring; ``forward`` is for one pass."""
 
     forward: float
     moments: float
@@ -32,21 +33,24 @@ class LowerBound:
 
     @property
     def second_order(self) -> float:
-        """Everything but the passes."""
+        """Everything except the forward passes."""
         return self.moments + self.solution
 
     @property
     def solution(self) -> float:
-        """What is computed in float32: factorization and recursion."""
+        """The float32 part: factorization and recursion."""
         return self.factorization + self.recursion
 
-    def seconds(self, passes: float, rate: float, wide_rate: float) -> float:
-        """Seconds at these rates, in operations a second: of the model's dtype, and of float32."""
-        return (passes * self.forward + self.moments) / rate + self.solution / wide_rate
+    def seconds(self, passes: float, rate: float, float32_rate: float) -> float:
+        """Return the seconds at these rates, in operations per second: of the model's dtype, and of float32."""
+        return (passes * self.forward + self.moments) / rate + self.solution / float32_rate
 
 
 def block_lower_bound(trace: Trace, block: str, tokens: int) -> LowerBound:
-    """The floor of the block of this qualified name for so many tokens; linears that it does not run cost nothing."""
+    """Compute the lower bound of the block with this qualified name for ``tokens`` calibration tokens.
+
+    Linears that the traced forward does not run cost nothing.
+    """
     linears: dict[str, tuple[int, int]] = {}
     inputs: dict[int, int] = {}
     for op in trace.ops:
