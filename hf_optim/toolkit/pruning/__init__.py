@@ -1,12 +1,20 @@
 """Masks, schedules, gates and shrinking: the maths of pruning."""
 
 from . import hard_concrete, masked_layers, masks, nm_groups, noisy_layers, shrink, sparsity
+from .decay_checks import check_decay_stability, negligible_decay, peak_rate
 from .gated_layers import Gates, UnitGates, WeightGates
-from .masked_layers import TRAINING_FORWARD, MaskedLayer, require_whole, trainable
-from .masks import mask_of, require_finite
+from .masked_layers import TRAINING_FORWARD, MaskedLayer, require_unsharded, select_supported
+from .masks import mask_out_in, require_finite
 from .noisy_layers import NoisyLayer
 from .rounds import ROUNDS
-from .schedules import Ramp, as_step, check_positions, cut_ramp, linear_ramp, unfinished_ramp
+from .schedules import (
+    SparsitySchedule,
+    as_step,
+    check_positions,
+    cut_schedule_message,
+    linear_schedule,
+    unfinished_schedule_message,
+)
 from .sparse_variational import WeightNoise
 
 __all__ = [
@@ -15,24 +23,27 @@ __all__ = [
     "Gates",
     "MaskedLayer",
     "NoisyLayer",
-    "Ramp",
+    "SparsitySchedule",
     "UnitGates",
     "WeightGates",
     "WeightNoise",
     "as_step",
+    "check_decay_stability",
     "check_positions",
-    "cut_ramp",
+    "cut_schedule_message",
     "hard_concrete",
-    "linear_ramp",
-    "mask_of",
+    "linear_schedule",
+    "mask_out_in",
     "masked_layers",
     "masks",
+    "negligible_decay",
     "nm_groups",
     "noisy_layers",
+    "peak_rate",
     "require_finite",
-    "require_whole",
+    "require_unsharded",
+    "select_supported",
     "shrink",
     "sparsity",
-    "trainable",
-    "unfinished_ramp",
+    "unfinished_schedule_message",
 ]

@@ -8,48 +8,53 @@ Functions that need the trace take a model or a ``Trace``; give them the same ``
 """
 
 from . import linear_layers
-from .block_lists import Block, blocks, by_block, is_output_head
+from .block_lists import Block, blocks, group_by_block, is_output_head
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import dummy_inputs
 from .layer_coverage import coverage
-from .layer_pairs import LinearPair, linear_pairs
-from .linear_layers import features, is_linear, linears, owners, weight_out_in
-from .norm_groups import NormGroup, norm_to_linears
-from .prunable_units import HEADS, NEURONS, Units, coupled, find_units
+from .layer_pairs import LinearPair, find_linear_pairs
+from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
+from .norm_groups import NormGroup, find_norm_groups
+from .prunable_units import HEADS, NEURONS, PrunableGroups, coupled_layers, find_prunable_groups
+from .reasons import NOT_REACHED, not_reached, require_layers, summarize
 from .residual_order import stream_order
-from .residual_stream import Residual, find_residual, permute_residual_
+from .residual_stream import ResidualStream, find_residual, permute_residual_
 from .selection import match
 from .tracing import trace
 
 __all__ = [
     "HEADS",
     "NEURONS",
+    "NOT_REACHED",
     "Block",
     "ExpertLinear",
     "LinearPair",
     "NormGroup",
-    "Residual",
-    "Units",
+    "ResidualStream",
+    "PrunableGroups",
     "blocks",
-    "by_block",
-    "coupled",
+    "group_by_block",
+    "coupled_layers",
     "coverage",
     "dummy_inputs",
     "expert_linears",
     "features",
     "find_residual",
-    "find_units",
+    "find_prunable_groups",
     "has_experts",
     "is_linear",
     "is_output_head",
     "linear_layers",
-    "linear_pairs",
+    "find_linear_pairs",
     "linears",
     "match",
-    "norm_to_linears",
-    "owners",
+    "find_norm_groups",
+    "not_reached",
+    "parameter_names",
     "permute_residual_",
+    "require_layers",
     "stream_order",
+    "summarize",
     "trace",
     "weight_out_in",
 ]

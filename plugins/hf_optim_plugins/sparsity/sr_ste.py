@@ -14,15 +14,12 @@ can be read in two ways: see ``term``.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from hf_optim import (
@@ -37,16 +34,23 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.toolkit.pruning import MaskedLayer, as_step, check_positions, masked_layers, masks, nm_groups, sparsity
-from hf_optim.toolkit.topology import weight_out_in
+from hf_optim.toolkit.checkpoint import NamedTensors
+from hf_optim.toolkit.pruning import (
+    MaskedLayer,
+    as_step,
+    check_decay_stability,
+    check_positions,
+    masked_layers,
+    masks,
+    negligible_decay,
+    nm_groups,
+    peak_rate,
+    sparsity,
+)
+from hf_optim.toolkit.topology import require_layers, weight_out_in
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
-
-log = logging.getLogger(__name__)
-
-# The share of a weight left out that must decay over all of training for the term to be felt.
-LEAST_DECAY = 0.01
 
 
 @technique(
@@ -117,7 +121,9 @@ class SRSTE(Technique):
         from hf_optim import Kernel
         from hf_optim_kernels.sparse24 import layer as sparse24
 
-        register(Kernel("sparse24", supports=sparse24.supports, prepack=sparse24.prepack, sparse24=True, join=sparse24.join))
+        register(
+            Kernel("sparse24", supports=sparse24.supports, prepack=sparse24.prepack, sparse24=True, join=sparse24.join)
+        )
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
@@ -129,39 +135,36 @@ class SRSTE(Technique):
             return layers
         label = run.label(self)
         selected = run.select(self.targets, self.skip)
-        found, skipped = nm_groups.divisible(selected, self.group)
+        found, skipped = nm_groups.select_divisible(selected, self.group)
         try:
-            found, others = masked_layers.trainable(run.model, found)
+            found, others = masked_layers.select_supported(run.model, found)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
         skipped |= others
         run.cover(self, found, skipped)
-        if not found:
-            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
-            raise ModelError(
-                f"{label}: no linear layer of {type(run.model).__name__} is left. {why or 'Check targets and skip'}"
-            )
+        require_layers(found, run.model, label, skipped)
         masks.require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in found.items()}, label)
-        return {name: masked_layers.attach(layer) for name, layer in found.items()}
+        return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
 
     def mask(self, run: Run, name: str, layer: MaskedLayer) -> Tensor:
         """``M(W)`` of a layer as its weight is now, the way round that it is stored."""
-        kept = masks.mask_of(layer, run.masks, f"{name}.weight")
+        kept = masks.mask_out_in(layer, run.masks, f"{name}.weight")
         return masks.as_stored(layer, masks.nm_mask(weight_out_in(layer), self.keep, self.group, kept))
+
+    def saved_masks(self, run: Run) -> NamedTensors:
+        """Return the masks by layer name that checkpoints save; empty if they follow from the weights."""
+        return NamedTensors(run.state(self), "mask")
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        layers = self.prepare(run)
-        found = {name: self._last_mask(run, name, layer) for name, layer in layers.items()}
+        layers, saved = self.prepare(run), self.saved_masks(run)
+        last = {name: saved[name] if name in saved else self.mask(run, name, layer) for name, layer in layers.items()}
+        saved.clear()
         for name, layer in layers.items():
-            masked_layers.detach(layer)
-            masks.prune_(run.model, run.masks, {f"{name}.weight": found[name]})
-            nm_groups.tighten(run.nm_patterns, f"{name}.weight", self.keep, self.group)
-        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.figures(run.model, layers))
-
-    def _last_mask(self, run: Run, name: str, layer: MaskedLayer) -> Tensor:
-        remembered = vars(run.state(self)).pop(f"mask.{name}", None)
-        return self.mask(run, name, layer) if remembered is None else remembered
+            masked_layers.detach_masks(layer)
+            masks.prune_(run.model, run.masks, {f"{name}.weight": last[name]})
+            nm_groups.record_pattern(run.nm_patterns, f"{name}.weight", self.keep, self.group)
+        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, layers))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -174,7 +177,9 @@ class SRSTE(Technique):
             f"{self.decay:g} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
-            f"Sparsity of the {self.keep}:{self.group} layers", sparsity.HEADER, sparsity.table(run.model, names)
+            f"Sparsity of the {self.keep}:{self.group} layers",
+            sparsity.TABLE_HEADER,
+            sparsity.table_rows(run.model, names),
         )
 
 
@@ -188,23 +193,31 @@ class SparseRefinement(TrainerCallback):
                 layer.set_masks(step.mask(run, name, layer))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        masked_layers.require_whole(self.layers, self.run.label(self.step))
+        masked_layers.require_unsharded(self.layers, self.run.label(self.step))
         begin, _ = self._span(state)
         if begin > state.max_steps:
-            self._warn(begin, state.max_steps)
-        self._look_at_the_rate(args.learning_rate, state.max_steps)
-        self._require_damping(kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state.max_steps)
+            self.run.warn(
+                self.step,
+                f"sparsity begins at step {begin}, but training ends at step {state.max_steps}: the model will be "
+                "pruned once, at the end, and not trained sparse; train longer, or lower begin",
+            )
+        self._warn_if_decay_negligible(args.learning_rate, state.max_steps)
+        self._check_decay_stability(kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state.max_steps)
         if state.global_step < begin:
             self._set({})
         elif state.global_step == 0 or self.step.masks_follow_weights:
             self._renew()
         else:
-            self._set(masked_layers.recalled(self.run.state(self.step), "mask", self.layers, self.run.label(self.step)))
+            self._set(
+                masked_layers.read_layer_state(
+                    self.run.state(self.step), "mask", self.layers, self.run.label(self.step)
+                )
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs.get("optimizer")
-        if self.step.decay and not (self.step.term == "update" and masked_layers.will_skip(optimizer)):
-            refine_(self.layers.values(), self.step.decay, self.step.term, masked_layers.learning_rates(optimizer))
+        if self.step.decay and not (self.step.term == "update" and masked_layers.will_skip_step(optimizer)):
+            apply_decay_(self.layers.values(), self.step.decay, self.step.term, masked_layers.learning_rates(optimizer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin, end = self._span(state)
@@ -219,62 +232,30 @@ class SparseRefinement(TrainerCallback):
         self._set({name: self.step.mask(self.run, name, layer) for name, layer in self.layers.items()})
 
     def _set(self, found: Mapping[str, Tensor]) -> None:
+        saved = self.step.saved_masks(self.run)
         for name, layer in self.layers.items():
             layer.set_masks(found.get(name))
-            if name in found and not self.step.masks_follow_weights:
-                setattr(self.run.state(self.step), f"mask.{name}", layer.forward_mask)
+            if layer.forward_mask is not None and not self.step.masks_follow_weights:
+                saved[name] = layer.forward_mask
 
-    def _look_at_the_rate(self, rate: float, max_steps: int) -> None:
-        share = rate * self.step.decay * max_steps
-        if self.step.term == "update" and 0.0 < share < LEAST_DECAY:
-            sentence = (
-                f"{self.run.label(self.step)}: at a rate of {rate:g} and a decay of {self.step.decay:g}, weights left "
-                f"out lose at most {100 * share:.2g} % in {max_steps} steps, which is the plain straight-through "
-                f"estimator; a decay of about {0.1 / rate:.2g} is felt"
-            )
-            self.run.record.note(sentence)
-            log.warning(sentence)
+    def _warn_if_decay_negligible(self, rate: float, max_steps: int) -> None:
+        warning = negligible_decay(rate, self.step.decay, max_steps)
+        if warning and self.step.term == "update":
+            self.run.warn(self.step, warning)
 
-    def _require_damping(self, optimizer: Any, scheduler: Any, max_steps: int) -> None:
+    def _check_decay_stability(self, optimizer: Any, scheduler: Any, max_steps: int) -> None:
         # W -= γ λ W, whatever the gradient: under SGD in both places of the term (momentum only adds to it), and under
         # any optimizer where the term is part of the update.
         sgd = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
-        if not sgd and self.step.term != "update":
-            return
-        peak = peak_rate(optimizer, scheduler, [layer.weight for layer in self.layers.values()], max_steps)
-        if peak * self.step.decay > 1.0:
-            raise RecipeError(
-                f"{self.run.label(self.step)}: at a learning rate of {peak:g}, a decay of "
-                f"{self.step.decay:g} takes {peak * self.step.decay:.3g} times a weight off it in one step, which "
-                f"turns its sign and, above 2, lets it grow: set decay to about {0.1 / peak:.2g}, or lower "
-                "the learning rate"
-            )
-
-    def _warn(self, begin: int, max_steps: int) -> None:
-        sentence = (
-            f"{self.run.label(self.step)}: sparsity begins at step {begin}, but training ends at step {max_steps}: the "
-            "model will be pruned once, at the end, and not trained sparse; train longer, or lower begin"
-        )
-        self.run.record.note(sentence)
-        warnings.warn(sentence, stacklevel=2)
-
-
-def peak_rate(optimizer: Any, scheduler: Any, weights: Iterable[Tensor], max_steps: int) -> float:
-    """The highest learning rate of any of these parameters in a training of ``max_steps``, where a schedule tells it.
-
-    A scheduler that is no ``LambdaLR`` is taken to begin at its highest.
-    """
-    wanted, highest = {id(weight) for weight in weights}, 0.0
-    lambdas = scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else [None] * len(optimizer.param_groups)
-    for group, rate in zip(optimizer.param_groups, lambdas, strict=True):
-        if any(id(parameter) in wanted for parameter in group["params"]):
-            times = 1.0 if rate is None else max(rate(step) for step in range(max(1, max_steps)))
-            highest = max(highest, float(group.get("initial_lr", group["lr"])) * times)
-    return highest
+        if sgd or self.step.term == "update":
+            peak = peak_rate(optimizer, scheduler, [layer.weight for layer in self.layers.values()], max_steps)
+            check_decay_stability(peak, self.step.decay, self.run.label(self.step))
 
 
 @torch.no_grad()
-def refine_(layers: Any, decay: float, term: Literal["update", "gradient"], rates: Mapping[int, float]) -> None:
+def apply_decay_(
+    layers: Iterable[MaskedLayer], decay: float, term: Literal["update", "gradient"], rates: Mapping[int, float]
+) -> None:
     """Add the refined term, before an optimizer step: ``g += λ ¬M ∘ W``, or ``W -= γ λ ¬M ∘ W``.
 
     Args:

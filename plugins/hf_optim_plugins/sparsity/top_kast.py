@@ -40,7 +40,9 @@ from hf_optim import (
     technique,
     traits,
 )
+from hf_optim.toolkit.checkpoint import NamedTensors
 from hf_optim.toolkit.pruning import MaskedLayer, as_step, check_positions, masked_layers, masks, sparsity
+from hf_optim.toolkit.topology import require_layers
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -113,16 +115,12 @@ class TopKAST(Technique):
         label = run.label(self)
         selected = run.select(self.targets, self.skip)
         try:
-            found, skipped = masked_layers.trainable(run.model, selected)
+            found, skipped = masked_layers.select_supported(run.model, selected)
         except ModelError as error:
             raise ModelError(f"{label}: {error}") from error
         run.cover(self, found, skipped)
-        if not found:
-            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
-            raise ModelError(
-                f"{label}: no linear layer of {type(run.model).__name__} is left. {why or 'Check targets and skip'}"
-            )
-        return {name: masked_layers.attach(layer) for name, layer in found.items()}
+        require_layers(found, run.model, label, skipped)
+        return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
 
     def supports(self, run: Run, layers: Mapping[str, MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
         """``(A, B)`` of every layer as its weight is now. Raises ``NumericalError`` for weights that are not finite."""
@@ -132,17 +130,19 @@ class TopKAST(Technique):
         reached = masks.layer_masks(weights, self.backward_sparsity, run.masks)
         return {name: (used[f"{name}.weight"], reached[f"{name}.weight"]) for name in layers}
 
+    def saved_supports(self, run: Run) -> NamedTensors:
+        """Return the supports by layer name that checkpoints save: uint8, ``ACTIVE``, ``EXPLORED`` or 0."""
+        return NamedTensors(run.state(self), "support")
+
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        layers = self.prepare(run)
-        fresh: dict[str, tuple[Tensor, Tensor]] = {}
+        layers, saved = self.prepare(run), self.saved_supports(run)
+        fresh = {} if all(name in saved for name in layers) else self.supports(run, layers)
+        last = {name: saved[name] == ACTIVE if name in saved else fresh[name][0] for name in layers}
+        saved.clear()
         for name, layer in layers.items():
-            remembered = vars(run.state(self)).pop(f"support.{name}", None)
-            if remembered is None:
-                fresh = fresh or self.supports(run, layers)
-            mask = fresh[name][0] if remembered is None else remembered == ACTIVE
-            masked_layers.detach(layer)
-            masks.prune_(run.model, run.masks, {f"{name}.weight": mask})
+            masked_layers.detach_masks(layer)
+            masks.prune_(run.model, run.masks, {f"{name}.weight": last[name]})
         run.report(self, **sparsity.metrics(run.model, layers))
 
     @hookimpl
@@ -157,7 +157,7 @@ class TopKAST(Technique):
             f"{self.penalty} penalty of {self.strength:g}; {100 * share:.1f} % of the targeted weights are zero. The "
             f"dense layers computed with masks, so training itself was not cheaper. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after Top-KAST", sparsity.HEADER, sparsity.table(run.model, names))
+        card.table("Sparsity after Top-KAST", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
 
 def _unit(position: int | float) -> str:
@@ -174,7 +174,7 @@ class Exploration(TrainerCallback):
             layers[name].set_masks(*supports)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        masked_layers.require_whole(self.layers, self.run.label(self.step))
+        masked_layers.require_unsharded(self.layers, self.run.label(self.step))
         end, last = self._end(state), state.max_steps
         if end > last:
             self.run.warn(
@@ -184,7 +184,7 @@ class Exploration(TrainerCallback):
             )
         if state.global_step > 0:
             own, label = self.run.state(self.step), self.run.label(self.step)
-            saved = masked_layers.recalled(own, "support", self.layers, label)
+            saved = masked_layers.read_layer_state(own, "support", self.layers, label)
             self._set({name: (support == ACTIVE, support >= EXPLORED) for name, support in saved.items()})
         else:
             self._renew(0, end, kwargs.get("optimizer"))
@@ -224,11 +224,11 @@ class Exploration(TrainerCallback):
             masked_layers.clear_running_means(optimizer, layer.weight, layer.backward_mask)
 
     def _set(self, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        own = self.run.state(self.step)
+        saved = self.step.saved_supports(self.run)
         for name, layer in self.layers.items():
             used, reached = found[name]
             layer.set_masks(used, reached)
-            setattr(own, f"support.{name}", used.to(torch.uint8) + reached.to(torch.uint8))
+            saved[name] = used.to(torch.uint8) + reached.to(torch.uint8)
 
 
 @torch.no_grad()
