@@ -278,11 +278,11 @@ def _():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         standing = torch.cuda.memory_allocated()
-        z = teachers.logits(teacher, {"input_ids": ids})
+        z = teachers.forward_logits(teacher, {"input_ids": ids})
         near = z.cpu() if near is None else near
         equal = torch.equal(near, z.cpu())
         del z
-        (ms,) = ms_of([lambda: teachers.logits(teacher, {"input_ids": ids})], 5)
+        (ms,) = ms_of([lambda: teachers.forward_logits(teacher, {"input_ids": ids})], 5)
         found[where] = {
             "ms": ms,
             "standing_gb": standing / GB,

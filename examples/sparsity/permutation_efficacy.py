@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_optim.toolkit.permutation import search
+from hf_optim.toolkit.permutation import search_permutation
 
 REFERENCE = {"stripe groups of 8": 35.5, "stripe groups of 12": 36.6, "seconds on a CPU, groups of 8": 60.653}
 MATRICES: dict[str, Callable[[int], np.ndarray]] = {
@@ -46,7 +46,7 @@ def measure(make: Callable[[int], np.ndarray], options: dict[str, int], seeds: r
     for seed in seeds:
         weight = torch.from_numpy(make(seed))
         begin = time.perf_counter()
-        found = search(weight, **options)
+        found = search_permutation(weight, **options)
         seconds.append(round(time.perf_counter() - begin, 4))
         efficacies.append(round(100 * found.efficacy, 2))
     return {"efficacy": efficacies, "seconds": seconds}
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds = range(1, arguments.seeds + 1)
-    search(torch.from_numpy(MATRICES["gaussian"](0)), stripes=3)  # the lists of splits are made once
+    search_permutation(torch.from_numpy(MATRICES["gaussian"](0)), stripes=3)  # the lists of splits are made once
     table: dict[str, Any] = {"reference": REFERENCE, "shape": [128, 64], "seeds": list(seeds), "results": {}}
     print(
         f"{'matrix':<16}{'search':<30}{'seed 1':>8}{'mean':>8}{'lowest':>8}{'highest':>8}{'seconds':>9}{'slowest':>9}"

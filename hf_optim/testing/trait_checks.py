@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..recipes.traits import BITS_ASSIGNED, FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
 from ..runs.masking import stray_weights
-from ..toolkit.pruning.masks import follows_nm
+from ..toolkit.pruning.masks import parameter_has_nm_pattern
 from ..toolkit.topology.experts import expert_linears, has_experts
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def _is_sparse(run: Run) -> bool:
 
 
 def _is_sparse_nm(run: Run) -> bool:
-    return bool(run.nm_patterns) and all(follows_nm(run.model, n, *pattern) for n, pattern in run.nm_patterns.items())
+    return bool(run.nm_patterns) and all(
+        parameter_has_nm_pattern(run.model, n, *pattern) for n, pattern in run.nm_patterns.items()
+    )
 
 
 CHECKS: dict[Trait, Callable[[Run], bool]] = {

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer, Train
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimError, RecipeError, Rounds, run_of
 from hf_optim.toolkit.pruning import masks
-from hf_optim.toolkit.pruning.rounds import Phases, compounded
+from hf_optim.toolkit.pruning.rounds import RetrainingPhases, round_sparsity
 
 WORKER = Path(__file__).with_name("round_worker.py")
 
@@ -61,7 +61,7 @@ def same(one, other):
 @pytest.mark.parametrize("rounds", [1, 3, 8])
 def test_phases_are_the_longest_that_fit(rounds, dense, rewind_to):
     for steps in range(400, 440):
-        found = Phases.divide(steps, rounds, dense, rewind_to)
+        found = RetrainingPhases.divide(steps, rounds, dense, rewind_to)
         k = rewind_to if isinstance(rewind_to, int) else round(rewind_to * found.length)
         used = dense * found.length + rounds * (found.length - k)
         assert found.position == k
@@ -78,7 +78,7 @@ def test_phases_are_the_longest_that_fit(rounds, dense, rewind_to):
 
 def test_fractions_compound_to_the_target_exactly():
     for sparsity in (0.0, 0.1, 0.5, 0.9, 0.99):
-        shares = [compounded(sparsity, number, 7) for number in range(8)]
+        shares = [round_sparsity(sparsity, number, 7) for number in range(8)]
         assert shares[0] == 0.0
         assert shares[7] == sparsity
         left = [1 - share for share in shares]
@@ -94,7 +94,7 @@ def test_every_round_removes_the_exact_count(scope):
         reached = rounds.next()
         found = run_of(model).masks
         assert not any("q_proj" in name or "lm_head" in name for name in found)
-        share = compounded(0.7, number, 4)
+        share = round_sparsity(0.7, number, 4)
         sizes = [mask.numel() for mask in found.values()]
         gone = [int((~mask).sum()) for mask in found.values()]
         if scope == "layer":
@@ -191,7 +191,7 @@ def test_weights_and_optimizer_go_back_under_the_masks(tmp_path):
     model, _, _ = train(tmp_path, 14, Rewinder(rounds=2, rewind_to=2), callbacks=[keep])
     run = run_of(model)
     at = keep.weights
-    first = {name: masks.removed_count(mask.numel(), compounded(0.5, 1, 2)) for name, mask in run.masks.items()}
+    first = {name: masks.removed_count(mask.numel(), round_sparsity(0.5, 1, 2)) for name, mask in run.masks.items()}
     for name, early in at[2].items():
         for step in (6, 10):
             assert torch.equal(keep.moments[step][name], keep.moments[2][name])
@@ -216,7 +216,7 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path, step, at):
     fields = {"rounds": 2, "rewind_to": 0, **step}
     saving = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
     steps = 14 if fields["rewind_to"] else 12
-    begun = Phases.divide(steps, 2, True, fields["rewind_to"]).starts(2) - 8
+    begun = RetrainingPhases.divide(steps, 2, True, fields["rewind_to"]).starts(2) - 8
     whole, rates, _ = train(tmp_path, steps, Rewinder(**fields), **saving)
     resumed = str(tmp_path / f"checkpoint-{at + begun}")
     again, later, _ = train(tmp_path, steps, Rewinder(**fields), resume=resumed, model=tiny_llama(seed=1), **saving)
@@ -329,7 +329,7 @@ def test_a_model_in_half_precision_with_single_norms_comes_back_exactly(tmp_path
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 def test_rounds_that_do_not_fit_are_said_at_the_start(tmp_path):
-    reached = compounded(0.5, 2, 4)
+    reached = round_sparsity(0.5, 2, 4)
     with pytest.warns(
         UserWarning, match=f"room for 2 of 4 rounds: the model reaches a sparsity of {reached:.4f} instead"
     ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_optim.toolkit.quantization import bit_budget
-from hf_optim.toolkit.quantization.bit_budget import cheapest_bits, ranked_bits, row_bytes, stored_bytes
+from hf_optim.toolkit.quantization.bit_budget import allocate_bits, allocate_bits_by_rank, row_bytes, stored_bytes
 
 CHOICES = (2, 4, 8)
 
@@ -32,7 +32,7 @@ def test_the_cheapest_plan_is_the_one_that_enumeration_finds(seed):
         for plan in itertools.product(CHOICES, repeat=len(costs))
         if sum(sizes[name][b] for name, b in zip(costs, plan, strict=True)) <= limit
     )
-    plan = cheapest_bits(costs, sizes, limit)
+    plan = allocate_bits(costs, sizes, limit)
     assert list(plan) == list(costs)
     assert sum(sizes[name][bits] for name, bits in plan.items()) <= limit
     assert sum(costs[name][bits] for name, bits in plan.items()) == pytest.approx(best, rel=1e-12)
@@ -41,9 +41,9 @@ def test_the_cheapest_plan_is_the_one_that_enumeration_finds(seed):
 def test_many_layers_within_the_budget_when_pairs_are_merged(monkeypatch):
     costs, sizes, _ = problem(3, layers=40)
     limit = sum(own[4] for own in sizes.values())
-    exact = cheapest_bits(costs, sizes, limit)
-    monkeypatch.setattr(bit_budget, "MOST_PAIRS", 500)
-    merged = cheapest_bits(costs, sizes, limit)
+    exact = allocate_bits(costs, sizes, limit)
+    monkeypatch.setattr(bit_budget, "MAX_PAIRS", 500)
+    merged = allocate_bits(costs, sizes, limit)
     total = {
         name: sum(costs[layer][bits] for layer, bits in plan.items())
         for name, plan in {"exact": exact, "merged": merged, "uniform": dict.fromkeys(costs, 4)}.items()
@@ -54,7 +54,7 @@ def test_many_layers_within_the_budget_when_pairs_are_merged(monkeypatch):
 
 
 def test_equal_costs_take_the_fewest_bytes():
-    plan = cheapest_bits({"a": {2: 1.0, 8: 1.0}}, {"a": {2: 20, 8: 80}}, 100)
+    plan = allocate_bits({"a": {2: 1.0, 8: 1.0}}, {"a": {2: 20, 8: 80}}, 100)
     assert plan == {"a": 2}
 
 
@@ -62,7 +62,7 @@ def test_equal_costs_take_the_fewest_bytes():
 def test_a_plan_by_rank_is_monotone_and_spends_what_it_can(seed):
     costs, sizes, limit = problem(seed, layers=9)
     ranks = {name: costs[name][2] for name in costs}
-    plan = ranked_bits(ranks, CHOICES, sizes, limit)
+    plan = allocate_bits_by_rank(ranks, CHOICES, sizes, limit)
     ordered = [plan[name] for name in sorted(ranks, key=lambda name: -ranks[name])]
     assert ordered == sorted(ordered, reverse=True)
     assert len(set(ordered)) <= 2
@@ -76,8 +76,8 @@ def test_a_plan_by_rank_is_monotone_and_spends_what_it_can(seed):
 def test_a_budget_that_holds_nothing_is_refused():
     costs, sizes, _ = problem(0)
     for call in (
-        lambda: cheapest_bits(costs, sizes, 10),
-        lambda: ranked_bits(dict.fromkeys(costs, 1.0), CHOICES, sizes, 10),
+        lambda: allocate_bits(costs, sizes, 10),
+        lambda: allocate_bits_by_rank(dict.fromkeys(costs, 1.0), CHOICES, sizes, 10),
     ):
         with pytest.raises(ValueError, match="10 bytes do not hold the smallest widths"):
             call()

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hf_optim.toolkit.quantization.codebooks import make_codebook, nearest, outlier_mask
+from hf_optim.toolkit.quantization.codebooks import fit_codebook, nearest_centroids, outlier_mask
 
 
 def heavy_tailed(n, seed):
@@ -48,7 +48,7 @@ def plain(values, levels, iterations):
 def test_the_centroids_are_those_of_the_plain_iterations(n, levels, make):
     values = make(n, levels)
     wanted, sums = plain(values, levels, 100)
-    book = make_codebook(values, levels)
+    book = fit_codebook(values, levels)
     assert torch.allclose(book.centroids, wanted, atol=1e-12, rtol=0)
     assert book.history == pytest.approx(sums, rel=1e-10)
 
@@ -56,19 +56,19 @@ def test_the_centroids_are_those_of_the_plain_iterations(n, levels, make):
 @pytest.mark.parametrize("levels", [4, 8, 32])
 def test_the_sum_of_distances_falls_and_is_that_of_the_centroids_returned(levels):
     values = skewed(20000, 7)
-    book = make_codebook(values, levels)
+    book = fit_codebook(values, levels)
     assert len(book.history) > 1
     assert all(b < a for a, b in itertools.pairwise(book.history))
-    codes = nearest(values, book.centroids)
+    codes = nearest_centroids(values, book.centroids)
     total = (values.double() - book.centroids[codes.long()]).abs().sum()
     assert float(total) == pytest.approx(book.history[-1], rel=1e-10)
 
 
 def test_iterations_can_be_bounded():
     values = skewed(5000, 1)
-    assert len(make_codebook(values, 8, iterations=0).history) == 1
-    assert len(make_codebook(values, 8, iterations=2).history) == 3
-    first = make_codebook(values, 8, iterations=0).centroids
+    assert len(fit_codebook(values, 8, iterations=0).history) == 1
+    assert len(fit_codebook(values, 8, iterations=2).history) == 3
+    first = fit_codebook(values, 8, iterations=0).centroids
     bins = values.double().sort().values.view(8, -1).mean(1)
     assert torch.allclose(first, bins, atol=1e-15, rtol=0)
 
@@ -76,7 +76,7 @@ def test_iterations_can_be_bounded():
 def test_codes_are_of_the_nearest_centroid():
     values = heavy_tailed(3000, 3).view(50, 60)
     centroids = torch.randn(16, generator=torch.Generator().manual_seed(0)).sort().values * 0.1
-    codes = nearest(values, centroids)
+    codes = nearest_centroids(values, centroids)
     assert codes.dtype == torch.uint8
     assert codes.shape == values.shape
     distance = (values.double()[..., None] - centroids.double()).abs()
@@ -86,12 +86,12 @@ def test_codes_are_of_the_nearest_centroid():
 @pytest.mark.parametrize("levels", [3, 4, 8])
 def test_a_pinned_centroid_stays_and_the_others_go_on(levels):
     values = heavy_tailed(4000, 5) + 0.01
-    book = make_codebook(values, levels, pinned=0.0)
+    book = fit_codebook(values, levels, pinned=0.0)
     assert len(book.centroids) == levels
     assert (book.centroids == 0).sum() == 1
     assert bool((book.centroids.diff() > 0).all())
     assert all(b < a for a, b in itertools.pairwise(book.history))
-    code = nearest(values, book.centroids)
+    code = nearest_centroids(values, book.centroids)
     for i in range(levels):
         if book.centroids[i] != 0:
             # The best set is kept, which need not be a fixed point; its centroids lie among their weights.
@@ -101,9 +101,9 @@ def test_a_pinned_centroid_stays_and_the_others_go_on(levels):
 
 @pytest.mark.parametrize("values", [torch.tensor([0.5]), torch.zeros(9), torch.tensor([1.0, -1.0, 1.0])])
 def test_fewer_values_than_centroids_are_met_exactly(values):
-    book = make_codebook(values, 8)
+    book = fit_codebook(values, 8)
     assert torch.isfinite(book.centroids).all()
-    assert torch.equal(book.centroids[nearest(values, book.centroids).long()].float(), values)
+    assert torch.equal(book.centroids[nearest_centroids(values, book.centroids).long()].float(), values)
     assert book.history[-1] == 0
 
 

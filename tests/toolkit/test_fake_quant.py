@@ -12,11 +12,11 @@ from hf_optim import compressed
 from hf_optim.toolkit.quantization import fake_quant
 from hf_optim.toolkit.quantization.fake_quant import (
     FakeQuantLinear,
-    attach,
-    detach,
+    attach_fake_quant,
+    detach_fake_quant,
     fake_quantize,
-    first_step,
-    stored_step,
+    initial_scale,
+    round_scale,
 )
 from hf_optim.toolkit.quantization.grids import Grid, GridSpec, make_grid
 
@@ -41,10 +41,10 @@ def weight(rows=9, columns=42, seed=0, dtype=torch.float32):
 def test_values_are_what_the_stored_codes_decode_to(spec, dtype):
     layer = nn.Linear(42, 9, dtype=dtype)
     layer.weight.data = weight(dtype=dtype)
-    fake = attach(layer, spec)
+    fake = attach_fake_quant(layer, spec)
     expected = fake.fake_weight().detach()
     codes, grid = fake.codes()
-    compressed.store(detach(fake), compressed.scheme_of(spec), codes, grid.scale, grid.zero_point)
+    compressed.store(detach_fake_quant(fake), compressed.scheme_of(spec), codes, grid.scale, grid.zero_point)
     assert torch.equal(layer.weight, expected)
     assert expected.unique().numel() > 3
 
@@ -107,13 +107,13 @@ def test_the_gradient_of_a_learned_step_is_equation_3(spec):
 def test_the_first_step():
     values = weight(dtype=DOUBLE)
     expected = 2 * values.view(9, 6, 7).abs().mean(-1) / 3**0.5
-    assert torch.allclose(first_step(values, GridSpec(3, "int", "group", 7)), expected, rtol=1e-12)
-    assert first_step(values, GridSpec(3, "int", "tensor")).shape == (1,)
+    assert torch.allclose(initial_scale(values, GridSpec(3, "int", "group", 7)), expected, rtol=1e-12)
+    assert initial_scale(values, GridSpec(3, "int", "tensor")).shape == (1,)
 
 
 def test_a_step_is_stored_positive_and_exact():
     step = torch.tensor([0.1, -1.0, 1e-30], requires_grad=True)
-    found = stored_step(step, torch.bfloat16)
+    found = round_scale(step, torch.bfloat16)
     assert bool((found > 0).all())
     assert torch.equal(found.bfloat16().float(), found)
     found.sum().backward()
@@ -122,7 +122,7 @@ def test_a_step_is_stored_positive_and_exact():
 
 def test_descending_on_the_step_lowers_the_error():
     values, spec = weight(32, 64), GridSpec(3)
-    step = first_step(values, spec).mul(2.5).requires_grad_()
+    step = initial_scale(values, spec).mul(2.5).requires_grad_()
     optimizer = torch.optim.Adam([step], lr=0.02)
 
     def error():
@@ -147,26 +147,26 @@ class TestLayer:
     def test_state_dicts_do_not_know_the_steps(self):
         layer = nn.Linear(8, 4)
         before = copy.deepcopy(layer.state_dict())
-        fake = attach(layer, GridSpec(4))
-        fake.learn_step(fake.grid())
+        fake = attach_fake_quant(layer, GridSpec(4))
+        fake.learn_scale(fake.grid())
         fake.input_step = nn.Parameter(torch.ones(1))
         assert layer.state_dict().keys() == before.keys()
         assert {name for name, _ in layer.named_parameters()} == {"weight", "bias", "weight_step", "input_step"}
         layer.load_state_dict(before, strict=True)
-        assert detach(fake) is layer
+        assert detach_fake_quant(fake) is layer
         assert type(layer) is nn.Linear
         assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
         assert vars(layer).keys() == vars(nn.Linear(8, 4)).keys()
 
     def test_scales_follow_the_weights(self):
-        fake = attach(nn.Linear(8, 4), GridSpec(4))
+        fake = attach_fake_quant(nn.Linear(8, 4), GridSpec(4))
         first = fake.grid()
         fake.weight.data = fake.weight.data * 2  # unseen by autograd's counter
         assert torch.equal(fake.grid().scale, 2 * first.scale)
 
     def test_a_copy_has_steps_of_its_own(self):
-        fake = attach(nn.Linear(8, 4), GridSpec(4))
-        fake.learn_step(fake.grid())
+        fake = attach_fake_quant(nn.Linear(8, 4), GridSpec(4))
+        fake.learn_scale(fake.grid())
         twin = copy.deepcopy(fake)
         with torch.no_grad():
             twin.weight_step.mul_(3)
@@ -174,7 +174,7 @@ class TestLayer:
 
     def test_a_latent_weight_takes_the_place_of_the_weight(self):
         latent = weight(4, 8).requires_grad_()
-        fake = attach(nn.Linear(8, 4, dtype=torch.bfloat16), GridSpec(4), latent=latent)
+        fake = attach_fake_quant(nn.Linear(8, 4, dtype=torch.bfloat16), GridSpec(4), latent=latent)
         out = fake(torch.randn(3, 8, dtype=torch.bfloat16))
         assert out.dtype == torch.bfloat16
         out.float().sum().backward()
@@ -187,17 +187,17 @@ class TestLayer:
             layer = nn.Linear(42, 9)
             layer.weight.data = weight() + 0.5
             layer.weight.data[::2, ::3] = 0
-            assert not attach(layer, spec).fake_weight()[::2, ::3].any()
+            assert not attach_fake_quant(layer, spec).fake_weight()[::2, ::3].any()
 
     def test_what_is_no_plain_linear_is_refused(self):
         with pytest.raises(ValueError, match="Twice with a forward of its own"):
-            attach(Twice(4, 4), GridSpec(4))
+            attach_fake_quant(Twice(4, 4), GridSpec(4))
 
     def test_switched_off_it_is_the_layer(self):
         layer, x = nn.Linear(8, 4), torch.randn(2, 8)
         expected = layer(x)
-        fake = attach(layer, GridSpec(2), active=False)
+        fake = attach_fake_quant(layer, GridSpec(2), active=False)
         assert torch.equal(fake(x), expected)
         fake.active = True
         assert not torch.equal(fake(x), expected)
-        assert isinstance(fake_quant.fake_layers([("a", fake)])["a"], FakeQuantLinear)
+        assert isinstance(fake_quant.fake_quant_layers([("a", fake)])["a"], FakeQuantLinear)

@@ -27,11 +27,11 @@ def test_large_scales_over_every_norm_and_pair_leave_the_function(build):
     before, start = logits(model), copy.deepcopy(model.state_dict())
     trace = topology.trace(model)
     moved = 0
-    for pair in topology.linear_pairs(trace):
+    for pair in topology.find_linear_pairs(trace):
         if pair.scalable:
             folding.move_pair_scale_(pair, scale(pair.groups.numel()))
             moved += 1
-    for group in topology.norm_to_linears(trace):
+    for group in topology.find_norm_groups(trace):
         if group.exclusive:
             folding.move_norm_scale_(group, scale(group.module.weight.numel(), 1))
             moved += 1
@@ -42,7 +42,7 @@ def test_large_scales_over_every_norm_and_pair_leave_the_function(build):
 
 def test_a_norm_loses_what_the_columns_gain():
     model = tiny_llama().double()
-    group = next(g for g in topology.norm_to_linears(model) if g.name == "model.layers.0.input_layernorm")
+    group = next(g for g in topology.find_norm_groups(model) if g.name == "model.layers.0.input_layernorm")
     gain = group.module.weight.detach().clone()
     columns = {name: module.weight.detach().clone() for name, module in group.linears.items()}
     factor = scale(32)
@@ -55,7 +55,7 @@ def test_a_norm_loses_what_the_columns_gain():
 
 def test_rows_take_their_bias_along():
     model = tiny_qwen2().double()
-    pair = next(p for p in topology.linear_pairs(model) if p.producer.endswith("0.self_attn.v_proj"))
+    pair = next(p for p in topology.find_linear_pairs(model) if p.producer.endswith("0.self_attn.v_proj"))
     bias = pair.producer_module.bias.detach().clone()
     factor = scale(16)
     folding.move_pair_scale_(pair, factor)
@@ -63,31 +63,31 @@ def test_rows_take_their_bias_along():
 
 
 def test_grouped_heads_share_their_row():
-    pair = next(p for p in topology.linear_pairs(tiny_llama()) if p.producer.endswith("0.self_attn.v_proj"))
+    pair = next(p for p in topology.find_linear_pairs(tiny_llama()) if p.producer.endswith("0.self_attn.v_proj"))
     peaks = torch.arange(32.0)
     # 4 heads of 8 channels on 2 key/value heads: rows 0..7 feed the columns 0..7 and 8..15.
-    assert torch.equal(folding.gather_from_columns(pair, peaks)[:8], torch.arange(8.0, 16.0))
-    spread = folding.spread_over_columns(pair, torch.arange(16.0))
+    assert torch.equal(folding.max_over_columns(pair, peaks)[:8], torch.arange(8.0, 16.0))
+    spread = folding.expand_to_columns(pair, torch.arange(16.0))
     assert torch.equal(spread[:8], spread[8:16])
     assert torch.equal(spread[16:24], torch.arange(8.0, 16.0))
 
 
 def test_a_half_precision_weight_keeps_its_dtype():
     model = tiny_llama().to(torch.bfloat16)
-    group = topology.norm_to_linears(model)[0]
+    group = topology.find_norm_groups(model)[0]
     folding.move_norm_scale_(group, scale(32))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_refusals():
     bert = tiny_bert()
-    shared = next(g for g in topology.norm_to_linears(bert) if not g.exclusive)
+    shared = next(g for g in topology.find_norm_groups(bert) if not g.exclusive)
     with pytest.raises(ValueError, match="also read by"):
         folding.move_norm_scale_(shared, torch.ones(32))
-    pair = next(p for p in topology.linear_pairs(bert) if not p.scalable)
+    pair = next(p for p in topology.find_linear_pairs(bert) if not p.scalable)
     with pytest.raises(ValueError, match="not homogeneous"):
         folding.move_pair_scale_(pair, torch.ones(pair.groups.numel()))
-    group = topology.norm_to_linears(tiny_llama())[0]
+    group = topology.find_norm_groups(tiny_llama())[0]
     for bad in (torch.zeros(32), torch.full((32,), float("nan")), -torch.ones(32)):
         with pytest.raises(ValueError, match="positive and finite"):
             folding.move_norm_scale_(group, bad)
@@ -98,7 +98,7 @@ def test_refusals():
 def test_permuting_moves_rows_columns_and_gates_together():
     model = tiny_llama().double()
     before = logits(model)
-    pair = next(p for p in topology.linear_pairs(model) if p.consumer.endswith("0.mlp.down_proj"))
+    pair = next(p for p in topology.find_linear_pairs(model) if p.consumer.endswith("0.mlp.down_proj"))
     up = pair.producer_module.weight.detach().clone()
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     folding.permute_pair_(pair, order)

@@ -8,7 +8,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_q
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from hf_optim import compressed
-from hf_optim.toolkit.quantization.grids import FLOAT8, GridSpec, fit_group_size, make_grid, split
+from hf_optim.toolkit.quantization.grids import FLOAT8, GridSpec, fit_group_size, group_by_scale, make_grid
 
 INTEGERS = [
     GridSpec(bits, "int", strategy, 16 if strategy == "group" else None, symmetric)
@@ -31,7 +31,7 @@ def test_grid_is_compressed_tensors_own(spec):
     weight = weights()
     grid = make_grid(weight, spec)
     args = compressed.scheme_of(spec).weights
-    low, high = torch.aminmax(split(weight, spec), dim=-1)
+    low, high = torch.aminmax(group_by_scale(weight, spec), dim=-1)
     scale, zero = calculate_qparams(low.reshape(grid.scale.shape), high.reshape(grid.scale.shape), args)
     assert torch.equal(grid.scale, scale)
     if not spec.symmetric:
@@ -47,8 +47,8 @@ def test_grid_is_compressed_tensors_own(spec):
 def test_error_is_at_most_half_a_step(spec):
     weight = weights()
     grid = make_grid(weight, spec)
-    step = grid.scale.reshape(*split(weight, spec).shape[:-1], 1)
-    error = split(grid.nearest(weight) - weight, spec).abs()
+    step = grid.scale.reshape(*group_by_scale(weight, spec).shape[:-1], 1)
+    error = group_by_scale(grid.nearest(weight) - weight, spec).abs()
     rounding = torch.finfo(torch.float32).eps * weight.abs().max()
     assert bool((error <= step / 2 + rounding).all())
 
@@ -100,7 +100,7 @@ def test_mse_search_never_does_worse(spec):
     importance = torch.rand(48, generator=torch.Generator().manual_seed(1)) ** 4
 
     def error(grid, weigh):
-        return split((grid.nearest(weight) - weight).square() * weigh, spec).sum(-1)
+        return group_by_scale((grid.nearest(weight) - weight).square() * weigh, spec).sum(-1)
 
     for weigh in (torch.ones(48), importance):
         found = error(make_grid(weight, spec, "mse", importance=weigh), weigh)

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from hf_optim.toolkit.pruning.hard_concrete import (
-    CLOSED,
+    CLOSED_LOG_ALPHA,
     GAMMA,
     TEMPERATURE,
     ZETA,
-    at_test_time,
-    draw,
-    log_alpha_of,
+    deterministic_gates,
+    gates_from_uniform,
+    initial_log_alpha,
     open_probability,
-    sample,
+    sample_gates,
 )
 
 
@@ -25,7 +25,7 @@ def test_the_probability_of_an_open_gate_is_the_share_of_open_samples(temperatur
     log_alpha = torch.tensor([-4.0, -2.0, -0.5, 0.0, 1.0, 3.0], dtype=torch.float64)
     count = 200_000
     uniform = torch.rand(count, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    gates = sample(log_alpha, uniform, temperature)
+    gates = gates_from_uniform(log_alpha, uniform, temperature)
     assert gates.min() == 0.0
     assert gates.max() == 1.0
     expected = open_probability(log_alpha, temperature)
@@ -40,24 +40,24 @@ def test_the_closed_form_is_the_distribution_of_the_stretched_variable():
     low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if sample(log_alpha, middle) == 0 else (low, middle)
+        low, high = (middle, high) if gates_from_uniform(log_alpha, middle) == 0 else (low, middle)
     assert 1 - low.item() == pytest.approx(open_probability(log_alpha).item(), abs=1e-12)
 
 
 def test_the_gate_at_test_time_is_the_formula_and_zero_exactly_where_it_says():
     log_alpha = torch.linspace(-8.0, 8.0, 161, dtype=torch.float64)
     formula = [min(1.0, max(0.0, (ZETA - GAMMA) / (1 + math.exp(-a)) + GAMMA)) for a in log_alpha.tolist()]
-    gates = at_test_time(log_alpha)
+    gates = deterministic_gates(log_alpha)
     torch.testing.assert_close(gates, torch.tensor(formula, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert torch.equal(gates == 0, log_alpha <= CLOSED)
-    assert at_test_time(torch.tensor(CLOSED)) == 0
-    assert pytest.approx(math.log(0.1 / 1.1)) == CLOSED
+    assert torch.equal(gates == 0, log_alpha <= CLOSED_LOG_ALPHA)
+    assert deterministic_gates(torch.tensor(CLOSED_LOG_ALPHA)) == 0
+    assert pytest.approx(math.log(0.1 / 1.1)) == CLOSED_LOG_ALPHA
 
 
 def test_the_gradient_passes_only_where_a_gate_is_between_zero_and_one():
     log_alpha = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     uniform = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64)
-    gates = sample(log_alpha, uniform)
+    gates = gates_from_uniform(log_alpha, uniform)
     assert gates[0] == 0
     assert gates[2] == 1
     gates.sum().backward()
@@ -68,5 +68,5 @@ def test_the_gradient_passes_only_where_a_gate_is_between_zero_and_one():
 def test_draws_are_finite_and_their_beginning_is_what_is_asked():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert torch.isfinite(draw(torch.zeros(100_000))).all()
-    assert torch.sigmoid(torch.tensor(log_alpha_of(0.9))).item() == pytest.approx(0.9)
+        assert torch.isfinite(sample_gates(torch.zeros(100_000))).all()
+    assert torch.sigmoid(torch.tensor(initial_log_alpha(0.9))).item() == pytest.approx(0.9)

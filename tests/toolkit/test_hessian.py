@@ -7,7 +7,7 @@ import torch
 
 from hf_optim.errors import NumericalError
 from hf_optim.toolkit.quantization import hessian as hessian_module
-from hf_optim.toolkit.quantization.hessian import damped, dead_columns, inverse_factor, invert_lower_, reverse_
+from hf_optim.toolkit.quantization.hessian import damped, dead_columns, inverse_cholesky, invert_lower_, reverse_
 
 
 def gram(width: int = 12, tokens: int = 40, seed: int = 0) -> torch.Tensor:
@@ -17,7 +17,7 @@ def gram(width: int = 12, tokens: int = 40, seed: int = 0) -> torch.Tensor:
 
 def test_factor_is_upper_and_gives_the_inverse():
     hessian = gram()
-    found = inverse_factor(hessian, damp=0.01)
+    found = inverse_cholesky(hessian, damp=0.01)
     expected = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64))
     assert found.damp == 0.01
     assert torch.equal(found.upper, found.upper.triu())
@@ -27,7 +27,7 @@ def test_factor_is_upper_and_gives_the_inverse():
 def test_the_argument_is_not_changed():
     hessian = gram()
     before = hessian.clone()
-    inverse_factor(hessian)
+    inverse_cholesky(hessian)
     assert torch.equal(hessian, before)
 
 
@@ -46,7 +46,7 @@ def test_dead_columns_are_decoupled_and_do_not_count_in_the_mean():
 
 
 def test_all_columns_dead():
-    upper = inverse_factor(torch.zeros(3, 3), damp=0.01).upper
+    upper = inverse_cholesky(torch.zeros(3, 3), damp=0.01).upper
     torch.testing.assert_close(upper, torch.eye(3) / 1.01**0.5)
 
 
@@ -55,7 +55,7 @@ def test_damping_is_raised_until_the_matrix_is_positive_definite():
     lowest = torch.linalg.eigvalsh(hessian)[0] + 0.02 * hessian.diagonal().mean()
     shifted = hessian - lowest * torch.eye(12, dtype=torch.float64)
     assert torch.linalg.eigvalsh(shifted)[0] < 0
-    found = inverse_factor(shifted, damp=1e-4)
+    found = inverse_cholesky(shifted, damp=1e-4)
     assert found.damp == pytest.approx(0.1)
     expected = torch.linalg.inv(damped(shifted, found.damp))
     torch.testing.assert_close(found.upper.T @ found.upper, expected)
@@ -63,20 +63,20 @@ def test_damping_is_raised_until_the_matrix_is_positive_definite():
 
 def test_a_rank_one_hessian_passes_with_the_usual_damping():
     x = torch.ones(1, 64)
-    found = inverse_factor(x.T @ x, damp=0.01)
+    found = inverse_cholesky(x.T @ x, damp=0.01)
     assert found.damp == 0.01
 
 
 def test_a_hopeless_matrix_is_refused_by_name():
     with pytest.raises(NumericalError, match=r"step 1 \(gptq\): q_proj is singular.*float64"):
-        inverse_factor(gram() - 100 * torch.eye(12, dtype=torch.float64), what="step 1 (gptq): q_proj")
+        inverse_cholesky(gram() - 100 * torch.eye(12, dtype=torch.float64), what="step 1 (gptq): q_proj")
 
 
 def test_a_non_finite_matrix_is_refused_by_name():
     hessian = gram()
     hessian[2, 3] = float("inf")
     with pytest.raises(NumericalError, match="q_proj is not finite"):
-        inverse_factor(hessian, what="q_proj")
+        inverse_cholesky(hessian, what="q_proj")
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 60])
@@ -86,7 +86,7 @@ def test_the_factor_of_reordered_columns(monkeypatch, width):
     monkeypatch.setattr(hessian_module, "LEAF", 5)
     hessian = gram(width, 3 * width)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(1))
-    found = inverse_factor(hessian, order=order).upper
+    found = inverse_cholesky(hessian, order=order).upper
     inverse = torch.linalg.inv(damped(hessian, 0.01))[order][:, order]
     torch.testing.assert_close(found, torch.linalg.cholesky(inverse, upper=True))
     assert found.is_contiguous()
@@ -112,9 +112,9 @@ def test_what_float32_cannot_factor_is_factored_in_float64_before_damping_is_rai
     lowest = float(torch.linalg.eigvalsh(hessian.double())[0] / hessian.diagonal().mean())
     damp = 1e-8 - min(lowest, 0.0)  # positive definite, by less than float32 can tell
     assert hessian_module._factor(damped(hessian, damp)) is None
-    found = inverse_factor(hessian, damp)
+    found = inverse_cholesky(hessian, damp)
     assert found.damp == damp
     assert found.upper.dtype == torch.float32
-    exact = inverse_factor(hessian.double(), damp)
+    exact = inverse_cholesky(hessian.double(), damp)
     assert exact.damp == damp
     torch.testing.assert_close(found.upper, exact.upper.float())

@@ -12,9 +12,9 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation.hidden_states import (
     HiddenStates,
     HiddenStatesCallback,
-    bodies,
-    bodies_of_blocks,
-    take_states,
+    base_model_of_blocks,
+    base_models,
+    take_hidden_states,
 )
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ def test_blocks_give_what_transformers_calls_hidden_states():
 def test_bodies_give_what_the_head_reads():
     llama, bert = tiny_llama().eval(), tiny_bert().eval()
     for model in (llama, bert):
-        with HiddenStates(bodies(model)) as recorder:
+        with HiddenStates(base_models(model)) as recorder:
             outputs = model(IDS, output_hidden_states=True)
             (found,) = recorder.take()
         torch.testing.assert_close(found, outputs.hidden_states[-1])
@@ -46,9 +46,9 @@ def test_bodies_give_what_the_head_reads():
 def test_blocks_know_their_bodies():
     t5 = tiny_t5()
     names = [block.name for block in topology.blocks(t5)]
-    assert bodies_of_blocks(t5) == [int("decoder" in name) for name in names]
-    assert set(bodies_of_blocks(t5)) == {0, 1}
-    assert set(bodies_of_blocks(tiny_llama())) == {0}
+    assert base_model_of_blocks(t5) == [int("decoder" in name) for name in names]
+    assert set(base_model_of_blocks(t5)) == {0, 1}
+    assert set(base_model_of_blocks(tiny_llama())) == {0}
 
 
 def test_a_repeated_forward_of_the_backward_is_not_recorded():
@@ -68,15 +68,15 @@ def test_a_repeated_forward_of_the_backward_is_not_recorded():
 
 def test_the_callback_records_within_a_step_alone():
     model, own = tiny_llama(), SimpleNamespace()
-    recorder = HiddenStatesCallback(own, lambda: bodies(model))
+    recorder = HiddenStatesCallback(own, lambda: base_models(model))
     model(IDS)
-    assert take_states(own) == []
+    assert take_hidden_states(own) == []
     recorder.on_step_begin(None, None, None)
     recorder.on_step_begin(None, None, None)  # the step before failed
     assert len(model.base_model._forward_hooks) == 1
     model(IDS)
-    assert len(take_states(own)) == 1
+    assert len(take_hidden_states(own)) == 1
     recorder.on_step_end(None, None, None)
     model(IDS)
-    assert take_states(own) == []
+    assert take_hidden_states(own) == []
     assert not model.base_model._forward_hooks

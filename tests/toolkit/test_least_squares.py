@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_optim.toolkit.pruning.masks import nm_mask
-from hf_optim.toolkit.quantization.least_squares import output_error, reconstruct
+from hf_optim.toolkit.quantization.least_squares import output_error, reconstruct_weights
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def exact(weight, mask, moment, damp):
 def test_equals_the_exact_solution_of_every_row(problem, damp):
     weight, _, moment = problem
     mask = nm_mask(weight, 2, 4)
-    found = reconstruct(weight, mask, moment, damp=damp, tolerance=1e-12)
+    found = reconstruct_weights(weight, mask, moment, damp=damp, tolerance=1e-12)
     torch.testing.assert_close(found, exact(weight, mask, moment, damp), rtol=1e-7, atol=1e-9)
     assert not found[~mask].any()
 
@@ -43,22 +43,22 @@ def test_outputs_come_nearer_to_the_dense_ones(problem):
     dense = inputs @ weight.T
     plain = (inputs @ (weight * mask).T - dense).square().sum() / dense.square().sum()
     assert output_error(weight, weight * mask, moment) == pytest.approx(float(plain))
-    assert output_error(weight, reconstruct(weight, mask, moment), moment) < 0.8 * float(plain)
+    assert output_error(weight, reconstruct_weights(weight, mask, moment), moment) < 0.8 * float(plain)
 
 
 def test_nothing_removed_changes_nothing(problem):
     weight, _, moment = problem
-    assert torch.equal(reconstruct(weight, torch.ones_like(weight, dtype=torch.bool), moment), weight)
+    assert torch.equal(reconstruct_weights(weight, torch.ones_like(weight, dtype=torch.bool), moment), weight)
     assert output_error(weight, weight, moment) == 0.0
 
 
 def test_inputs_that_never_fire_leave_weights_alone(problem):
     weight, _, moment = problem
     mask = nm_mask(weight, 2, 4)
-    assert torch.equal(reconstruct(weight, mask, torch.zeros_like(moment)), weight * mask)
+    assert torch.equal(reconstruct_weights(weight, mask, torch.zeros_like(moment)), weight * mask)
     assert output_error(weight, weight * mask, torch.zeros_like(moment)) == 0.0
     moment = moment.clone()
     moment[3], moment[:, 3] = 0.0, 0.0
-    found = reconstruct(weight, mask, moment)
+    found = reconstruct_weights(weight, mask, moment)
     assert bool(found.isfinite().all())
     torch.testing.assert_close(found[:, 3], (weight * mask)[:, 3])

@@ -31,8 +31,8 @@ def test_nm_mask_is_the_best_of_all_patterns(keep, group):
     score = normal(7, group * 9)
     mask = masks.nm_mask(score, keep, group)
     assert torch.equal(mask, best_by_enumeration(score, keep, group))
-    assert masks.obeys_nm(score * mask, keep, group)
-    assert not masks.obeys_nm(score, keep, group) or keep == group
+    assert masks.has_nm_pattern(score * mask, keep, group)
+    assert not masks.has_nm_pattern(score, keep, group) or keep == group
 
 
 def test_nm_ties_go_to_the_lower_index():
@@ -58,9 +58,9 @@ def test_nm_mask_refuses_widths_and_patterns_that_do_not_fit():
 def test_obeys_nm_counts_along_the_input():
     across = torch.zeros(4, 4)
     across[0] = 1.0
-    assert not masks.obeys_nm(across, 2, 4)
-    assert masks.obeys_nm(across.T, 2, 4)
-    assert not masks.obeys_nm(torch.zeros(2, 6), 2, 4)
+    assert not masks.has_nm_pattern(across, 2, 4)
+    assert masks.has_nm_pattern(across.T, 2, 4)
+    assert not masks.has_nm_pattern(torch.zeros(2, 6), 2, 4)
 
 
 def test_follows_nm_knows_how_conv1d_stores_its_weight():
@@ -71,10 +71,10 @@ def test_follows_nm_knows_how_conv1d_stores_its_weight():
     assert stored.shape == layer.weight.shape == (32, 128)
     kept = {}
     masks.prune_(model, kept, {f"{name}.weight": stored})
-    assert masks.follows_nm(model, f"{name}.weight", 2, 4)
-    assert not masks.obeys_nm(layer.weight.detach(), 2, 4)
-    assert torch.equal(masks.mask_of(layer, kept, f"{name}.weight"), stored.T)
-    assert not masks.follows_nm(model, "transformer.h.1.mlp.c_fc.weight", 2, 4)
+    assert masks.parameter_has_nm_pattern(model, f"{name}.weight", 2, 4)
+    assert not masks.has_nm_pattern(layer.weight.detach(), 2, 4)
+    assert torch.equal(masks.mask_out_in(layer, kept, f"{name}.weight"), stored.T)
+    assert not masks.parameter_has_nm_pattern(model, "transformer.h.1.mlp.c_fc.weight", 2, 4)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.999])

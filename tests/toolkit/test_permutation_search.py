@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from hf_optim.toolkit.permutation import column_search
-from hf_optim.toolkit.permutation.column_search import Found, kept_by_rows, kept_sum, search
-from hf_optim.toolkit.permutation.scores import Direct, Table, has_table, largest
-from hf_optim.toolkit.permutation.splits import ascending_sets, split_count, splits_of
+from hf_optim.toolkit.permutation.column_search import (
+    PermutationResult,
+    kept_sum,
+    kept_sum_row_wise,
+    search_permutation,
+)
+from hf_optim.toolkit.permutation.scores import DirectScorer, TableScorer, has_table, largest
+from hf_optim.toolkit.permutation.splits import all_splits, ascending_sets, split_count
 from hf_optim.toolkit.permutation.stripes import Stripes, converge_
-from hf_optim.toolkit.permutation.swaps import disjoint_pairs, exchange_, swap_gains
+from hf_optim.toolkit.permutation.swaps import disjoint_pairs, exchange_columns_, swap_gains
 from hf_optim.toolkit.pruning.masks import nm_mask
 
 
@@ -33,7 +38,7 @@ def kept(weight, order, keep=2, group=4):
 
 @pytest.mark.parametrize(("group", "stripes", "count"), [(4, 2, 35), (4, 3, 5775), (2, 2, 3), (2, 3, 15)])
 def test_splits_are_all_there_and_none_twice(group, stripes, count):
-    splits = splits_of(group, stripes)
+    splits = all_splits(group, stripes)
     assert split_count(group, stripes) == count == len(splits.ways)
     sets = splits.subsets[splits.ways]
     assert torch.equal(sets.flatten(1).sort(1).values, torch.arange(group * stripes).expand(count, -1))
@@ -43,7 +48,7 @@ def test_splits_are_all_there_and_none_twice(group, stripes, count):
 
 def test_too_many_splits_are_not_tried():
     with pytest.raises(ValueError, match="6435 splits"):
-        splits_of(8, 2)
+        all_splits(8, 2)
 
 
 @pytest.mark.parametrize(("keep", "group"), [(1, 4), (2, 4), (3, 4), (1, 2), (4, 8)])
@@ -58,14 +63,16 @@ def test_the_largest_and_what_is_kept_are_those_of_a_sort(keep, group):
 def test_table_and_direct_scores_are_what_a_mask_keeps(keep):
     weight = gaussian(300, 12)
     scores = weight.abs().T.contiguous()
-    table, direct = Table(scores, keep, 4), Direct(scores, keep, 4)
+    table, direct = TableScorer(scores, keep, 4), DirectScorer(scores, keep, 4)
     sets = ascending_sets(12, 4)
     expected = torch.tensor([kept_sum(weight.abs()[:, columns], keep, 4) for columns in sets])
     shuffled = sets[:, [2, 0, 3, 1]]
     for scorer in (table, direct):
         assert torch.allclose(scorer.stripe(shuffled).double(), expected.double(), rtol=1e-5)
     columns = torch.stack([torch.arange(8), torch.arange(4, 12)])
-    for first, second in zip(table.best(columns, splits_of(4, 2)), direct.best(columns, splits_of(4, 2)), strict=True):
+    for first, second in zip(
+        table.best(columns, all_splits(4, 2)), direct.best(columns, all_splits(4, 2)), strict=True
+    ):
         assert torch.allclose(first.double(), second.double(), rtol=1e-5)
 
 
@@ -73,21 +80,21 @@ def test_table_and_direct_scores_are_what_a_mask_keeps(keep):
 def test_eight_columns_equal_brute_force(seed):
     weight = gaussian(16, 8, seed)
     best = max(kept(weight, torch.tensor(order)) for order in permutations(range(8)) if order[0] == 0)
-    found = search(weight, tries=0, starts=1)
+    found = search_permutation(weight, tries=0, starts=1)
     assert found.after == pytest.approx(best, rel=1e-9)
     assert kept(weight, found.order) == pytest.approx(best, rel=1e-6)
 
 
 def test_twelve_columns_in_three_stripes_equal_brute_force():
     weight = gaussian(16, 12)
-    splits = splits_of(4, 3)
+    splits = all_splits(4, 3)
     best = max(kept(weight, splits.subsets[way].flatten()) for way in splits.ways)
-    assert search(weight, stripes=3, tries=0, starts=1).after == pytest.approx(best, rel=1e-6)
+    assert search_permutation(weight, stripes=3, tries=0, starts=1).after == pytest.approx(best, rel=1e-6)
 
 
 def test_the_published_matrix_and_its_efficacy():
     weight = published(1)
-    found = search(weight, tries=0, starts=1)
+    found = search_permutation(weight, tries=0, starts=1)
     assert float(weight.sum()) == pytest.approx(4083.169, abs=1e-3)
     assert (found.before, found.rows) == (pytest.approx(2852.377, abs=1e-2), pytest.approx(3042.332, abs=1e-2))
     assert found.after == pytest.approx(2919.757, abs=0.1)
@@ -95,7 +102,7 @@ def test_the_published_matrix_and_its_efficacy():
 
 
 def mean_efficacy(**options):
-    return 100 * sum(search(published(seed), **options).efficacy for seed in range(1, 11)) / 10
+    return 100 * sum(search_permutation(published(seed), **options).efficacy for seed in range(1, 11)) / 10
 
 
 def test_efficacy_over_ten_matrices():
@@ -125,30 +132,30 @@ PATHS = [
 @pytest.mark.parametrize(("rows", "columns", "keep", "group"), PATHS)
 def test_on_every_path_more_is_kept_and_the_order_is_a_permutation(rows, columns, keep, group):
     weight = gaussian(rows, columns)
-    found = search(weight, keep, group, tries=5)
+    found = search_permutation(weight, keep, group, tries=5)
     assert torch.equal(found.order.sort().values, torch.arange(columns))
     assert found.before == pytest.approx(kept(weight, torch.arange(columns), keep, group), rel=1e-6)
     assert found.after == pytest.approx(kept(weight, found.order, keep, group), rel=1e-6)
     assert found.before < found.after < found.rows
     assert found.efficacy > 0.3
-    assert torch.equal(search(weight, keep, group, tries=5).order, found.order)
+    assert torch.equal(search_permutation(weight, keep, group, tries=5).order, found.order)
 
 
 def test_kept_never_falls():
     # The best order there is: every group holds two columns of ones and two of zeros.
     best = torch.tensor([[1.0, 1.0, 0.0, 0.0] * 8] * 5)
-    found = search(best)
+    found = search_permutation(best)
     assert torch.equal(found.order, torch.arange(32))
     assert found.before == found.after == found.rows
     assert found.efficacy == 0.0
-    hidden = search(best[:, torch.arange(32).view(2, 4, 4).permute(1, 2, 0).flatten()])
+    hidden = search_permutation(best[:, torch.arange(32).view(2, 4, 4).permute(1, 2, 0).flatten()])
     assert hidden.after >= hidden.before
 
 
 def test_a_pattern_that_was_shuffled_is_found_again():
     weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 1.0]]).repeat(10, 12)
     shuffled = weight[:, torch.randperm(48, generator=torch.Generator().manual_seed(0))]
-    found = search(shuffled)
+    found = search_permutation(shuffled)
     assert found.before < found.after == found.rows == float(weight.sum())
 
 
@@ -180,10 +187,10 @@ def test_disjoint_pairs_are_those_of_the_greedy_choice():
 
 def test_the_greedy_phase_ends_where_no_pair_of_stripes_gains():
     weight = gaussian(64, 40)
-    scorer = Table(weight.abs().T.contiguous(), 2, 4)
+    scorer = TableScorer(weight.abs().T.contiguous(), 2, 4)
     state = converge_(Stripes.of(torch.arange(40).view(1, 10, 4), scorer), scorer, 2)
     pairs = torch.combinations(torch.arange(10))
-    best, _ = scorer.best(state.order[0][pairs].flatten(1).sort(1).values, splits_of(4, 2))
+    best, _ = scorer.best(state.order[0][pairs].flatten(1).sort(1).values, all_splits(4, 2))
     assert bool((best - state.kept[0][pairs].sum(1) <= 1e-5 * best).all())
     assert torch.equal(state.order.flatten().sort().values, torch.arange(40))
 
@@ -193,7 +200,7 @@ def test_exchanges_never_lose():
     scores, order = weight.abs().T.contiguous(), torch.arange(256).view(-1, 4)
     worth = [kept(weight, order.flatten())]
     for seed in range(5):
-        exchange_(order, scores, 2, torch.Generator().manual_seed(seed), rounds=3)
+        exchange_columns_(order, scores, 2, torch.Generator().manual_seed(seed), rounds=3)
         worth.append(kept(weight, order.flatten()))
     assert worth == sorted(worth)
     assert worth[-1] > 1.01 * worth[0]
@@ -202,18 +209,18 @@ def test_exchanges_never_lose():
 @pytest.mark.parametrize(("columns", "keep", "group", "message"), [(10, 2, 4, "10 columns"), (8, 5, 4, "no pattern")])
 def test_what_cannot_be_searched_is_refused(columns, keep, group, message):
     with pytest.raises(ValueError, match=message):
-        search(gaussian(4, columns), keep, group)
+        search_permutation(gaussian(4, columns), keep, group)
 
 
 def test_nothing_to_search():
-    assert torch.equal(search(gaussian(4, 8), 4, 4).order, torch.arange(8))
-    assert torch.equal(search(gaussian(4, 4)).order, torch.arange(4))
+    assert torch.equal(search_permutation(gaussian(4, 8), 4, 4).order, torch.arange(8))
+    assert torch.equal(search_permutation(gaussian(4, 4)).order, torch.arange(4))
 
 
 def test_efficacy_and_bounds():
-    assert Found(torch.arange(4), 1.0, 1.5, 2.0).efficacy == 0.5
+    assert PermutationResult(torch.arange(4), 1.0, 1.5, 2.0).efficacy == 0.5
     weight = gaussian(6, 16).abs()
-    assert kept_by_rows(weight, 2, 4) == pytest.approx(float(weight.sort(1).values[:, 8:].sum()))
+    assert kept_sum_row_wise(weight, 2, 4) == pytest.approx(float(weight.sort(1).values[:, 8:].sum()))
     assert has_table(64, 128, 4)
     assert not has_table(128, 128, 4)
-    assert column_search.ALL_PAIRS * 4 < 1088
+    assert column_search.MAX_STRIPES_ALL_PAIRS * 4 < 1088

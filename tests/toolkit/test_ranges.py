@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_optim.toolkit.quantization.activation_rounding import RoundingShift, rounded_inputs
-from hf_optim.toolkit.quantization.ranges import ChannelMinMax, even_groups, fitted_groups, group_grids, rounded_to
+from hf_optim.toolkit.quantization.activation_rounding import RoundingSensitivity, rounded_inputs
+from hf_optim.toolkit.quantization.ranges import (
+    ChannelMinMax,
+    even_groups,
+    group_qparams,
+    optimal_groups,
+    quantize_dequantize,
+)
 
 
 def draws(n, seed=0):
@@ -35,7 +41,7 @@ def test_fitted_groups_have_the_least_noise_of_all_intervals(channels, groups):
         for cut in cuts:
             group[cut:] += 1
         every.append(noise(low, high, group))
-    found = fitted_groups(low, high, groups)
+    found = optimal_groups(low, high, groups)
     assert found[0] == 0
     assert set(found.diff().tolist()) <= {0, 1}
     assert int(found.max()) < groups
@@ -46,7 +52,7 @@ def test_fitted_groups_of_many_channels():
     low, high = draws(3000)
     high[[5, 700, 2999]] = 50.0
     order = (high - low).argsort()
-    found = fitted_groups(low[order], high[order], 6)
+    found = optimal_groups(low[order], high[order], 6)
     assert found.shape == (3000,)
     assert noise(low[order], high[order], found) < 0.02 * noise(low[order], high[order], even_groups(3000, 6))
 
@@ -59,11 +65,13 @@ def test_even_groups():
 
 def test_group_grids_cover_their_channels_and_zero():
     low, high = torch.tensor([-1.0, 2.0, -4.0, 0.5]), torch.tensor([3.0, 5.0, -2.0, 0.5])
-    scale, zero = group_grids(low, high, torch.tensor([0, 0, 1, 2]), torch.float32)
+    scale, zero = group_qparams(low, high, torch.tensor([0, 0, 1, 2]), torch.float32)
     assert torch.allclose(scale, torch.tensor([6.0, 4.0, 0.5]) / 255)
     x = torch.tensor([[-1.0, 5.0, -4.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.allclose(rounded_to(x, scale, zero, torch.tensor([0, 0, 1, 2])), x, atol=float(scale.max()) / 2)
-    assert torch.equal(rounded_to(x, scale, zero, torch.tensor([0, 0, 1, 2]))[1], torch.zeros(4))
+    assert torch.allclose(
+        quantize_dequantize(x, scale, zero, torch.tensor([0, 0, 1, 2])), x, atol=float(scale.max()) / 2
+    )
+    assert torch.equal(quantize_dequantize(x, scale, zero, torch.tensor([0, 0, 1, 2]))[1], torch.zeros(4))
 
 
 def test_channel_ranges_over_batches():
@@ -81,7 +89,7 @@ def test_a_shift_is_the_divergence_of_the_rounded_forward_and_leaves_no_hook():
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     batches = [torch.randn(5, 4) for _ in range(3)]
     cases = {"none": {}, "second": {model[1]: torch.round}}
-    with torch.no_grad(), RoundingShift(model, cases) as found:
+    with torch.no_grad(), RoundingSensitivity(model, cases) as found:
         for batch in batches:
             model(batch)
     expected = []

@@ -6,38 +6,38 @@ import itertools
 
 import pytest
 
-from hf_optim.toolkit.pruning.schedules import Ramp, as_step, cubic_ramp
+from hf_optim.toolkit.pruning.schedules import SparsitySchedule, as_step, cubic_sparsity
 
 
 def test_cubic_ramp_is_the_equation_at_every_step():
     t0, n, dt, s_i, s_f = 30, 12, 5, 0.2, 0.9
     for t in range(t0, t0 + n * dt + 1):
         expected = s_f + (s_i - s_f) * (1 - (t - t0) / (n * dt)) ** 3
-        assert cubic_ramp(t, t0, t0 + n * dt, s_i, s_f) == pytest.approx(expected, abs=1e-15)
-    assert cubic_ramp(0, t0, 90, s_i, s_f) == s_i
-    assert cubic_ramp(t0, t0, 90, s_i, s_f) == pytest.approx(s_i)
-    assert cubic_ramp(500, t0, 90, s_i, s_f) == s_f
+        assert cubic_sparsity(t, t0, t0 + n * dt, s_i, s_f) == pytest.approx(expected, abs=1e-15)
+    assert cubic_sparsity(0, t0, 90, s_i, s_f) == s_i
+    assert cubic_sparsity(t0, t0, 90, s_i, s_f) == pytest.approx(s_i)
+    assert cubic_sparsity(500, t0, 90, s_i, s_f) == s_f
 
 
 def test_ramp_rises_and_its_steps_shrink():
-    values = [cubic_ramp(t, 0, 40, 0.0, 0.8) for t in range(41)]
+    values = [cubic_sparsity(t, 0, 40, 0.0, 0.8) for t in range(41)]
     rises = [after - before for before, after in itertools.pairwise(values)]
     assert all(rise > 0 for rise in rises)
     assert all(later < earlier for earlier, later in itertools.pairwise(rises))
 
 
 def test_a_ramp_without_length_is_one_shot():
-    assert cubic_ramp(7, 7, 7, 0.0, 0.5) == 0.5
-    assert Ramp(7, 7, 3, 0.0, 0.5).updates_at(7)
+    assert cubic_sparsity(7, 7, 7, 0.0, 0.5) == 0.5
+    assert SparsitySchedule(7, 7, 3, 0.0, 0.5).updates_at(7)
 
 
 def test_updates_stand_every_so_many_steps_and_at_the_end():
-    ramp = Ramp(begin=4, end=15, every=5, initial=0.0, final=0.5)
+    ramp = SparsitySchedule(begin=4, end=15, every=5, initial=0.0, final=0.5)
     assert [step for step in range(30) if ramp.updates_at(step)] == [4, 9, 14, 15]
 
 
 def test_reached_is_the_last_update():
-    ramp = Ramp(begin=4, end=24, every=5, initial=0.1, final=0.5)
+    ramp = SparsitySchedule(begin=4, end=24, every=5, initial=0.1, final=0.5)
     assert ramp.reached(3) == 0.0
     assert ramp.reached(4) == ramp.reached(8) == pytest.approx(0.1)
     assert ramp.reached(13) == ramp.sparsity(9)

@@ -11,7 +11,7 @@ from torch import nn
 from hf_optim import ModelError
 from hf_optim.toolkit.modules.transplant import output
 from hf_optim.toolkit.pruning import shrink as shrinking
-from hf_optim.toolkit.pruning.shrink import Narrowing
+from hf_optim.toolkit.pruning.shrink import Slicing
 from hf_optim.toolkit.topology.fake_inputs import dummy_inputs
 
 
@@ -20,7 +20,7 @@ def halve_neurons(model, layers=2):
     kept = torch.arange(24)
     names = [f"model.layers.{index}.mlp" for index in range(layers)]
     stays = {f"{name}.{leaf}.weight": {0: kept} for name in names for leaf in ("gate_proj", "up_proj")}
-    return Narrowing(stays | {f"{name}.down_proj.weight": {1: kept} for name in names}, {48: 24}, 24)
+    return Slicing(stays | {f"{name}.down_proj.weight": {1: kept} for name in names}, {48: 24}, 24)
 
 
 def shrink(model, narrowings=(), depth=None):
@@ -143,7 +143,7 @@ def test_a_layer_that_would_become_another_is_refused():
     model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**fields)).eval()
     with pytest.raises(ModelError, match="no configuration of Qwen2MoeForCausalLM"):
         shrinking.plan(model, [], {"model.layers": [1, 2]})
-    assert shrinking.removable(model) == {"model.layers": []}
+    assert shrinking.removable_blocks(model) == {"model.layers": []}
 
 
 def test_shapes_that_no_configuration_gives_are_refused():
@@ -161,7 +161,7 @@ def test_a_field_that_is_not_set_may_be_the_one(tmp_path):
     for index in range(2):
         name = f"transformer.h.{index}.mlp"
         stays |= {f"{name}.c_fc.weight": {1: kept}, f"{name}.c_fc.bias": {0: kept}, f"{name}.c_proj.weight": {0: kept}}
-    shrink(model, [Narrowing(stays, {128: 64}, 64)])
+    shrink(model, [Slicing(stays, {128: 64}, 64)])
     assert model.config.n_inner == 64
     assert model.transformer.h[0].mlp.c_fc.nf == 64
     inputs = dummy_inputs(model)
@@ -179,5 +179,5 @@ def test_a_model_that_is_not_what_its_configuration_builds_is_refused():
 
 
 def test_a_block_that_holds_what_others_need_may_not_go():
-    assert shrinking.removable(tiny_t5(num_layers=3)) == {"encoder.block": [1, 2], "decoder.block": [1]}
-    assert shrinking.removable(tiny_llama()) == {"model.layers": [0, 1]}
+    assert shrinking.removable_blocks(tiny_t5(num_layers=3)) == {"encoder.block": [1, 2], "decoder.block": [1]}
+    assert shrinking.removable_blocks(tiny_llama()) == {"model.layers": [0, 1]}

@@ -10,7 +10,16 @@ import torch
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
 
-from hf_optim.toolkit.pruning.sparse_variational import FLOOR, K1, K2, K3, WeightNoise, kl, log_alpha, output_noise
+from hf_optim.toolkit.pruning.sparse_variational import (
+    FLOOR,
+    K1,
+    K2,
+    K3,
+    WeightNoise,
+    kl_divergence,
+    log_alpha,
+    output_noise,
+)
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
 TAIL = 14.0
@@ -56,21 +65,21 @@ def test_the_quadrature_is_right_where_a_closed_form_is_known():
 def test_the_approximation_agrees_with_the_integral():
     grid = torch.linspace(-9.0, 9.0, 73, dtype=torch.float64)
     exact = torch.tensor([exact_kl(float(value)) for value in grid], dtype=torch.float64)
-    error = (kl(grid) - exact).abs()
+    error = (kl_divergence(grid) - exact).abs()
     assert error.max() < 0.01, float(error.max())
     # And it is the paper's formula, not just any that is near.
     paper = -(K1 * torch.sigmoid(K2 + K3 * grid) - 0.5 * torch.log(1 + torch.exp(-grid)) - K1)
-    torch.testing.assert_close(kl(grid), paper, rtol=0, atol=1e-12)
+    torch.testing.assert_close(kl_divergence(grid), paper, rtol=0, atol=1e-12)
 
 
 def test_it_falls_with_alpha_and_stays_finite_at_both_ends():
     grid = torch.linspace(-60.0, 60.0, 121)
-    values = kl(grid)
+    values = kl_divergence(grid)
     assert (values.diff() <= 0).all()
     assert values[0] == pytest.approx(30.0 + K1, abs=1e-3)
     assert 0 <= values[-1] < 1e-20
     grid.requires_grad_(True)
-    kl(grid).sum().backward()
+    kl_divergence(grid).sum().backward()
     assert torch.isfinite(grid.grad).all()
 
 

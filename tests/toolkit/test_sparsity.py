@@ -17,11 +17,11 @@ def test_figures_and_rows_count_zeros_in_the_weights():
     found = sparsity.metrics(model, names)
     assert found["layers"] == {names[0]: 0.5, names[1]: 0.0, "lm_head": 0.25}
     assert found["sparsity"] == round((768 + 512) / (2 * 1536 + 2048), 6)
-    assert sparsity.table(model, names) == [
+    assert sparsity.table_rows(model, names) == [
         ["lm_head", "1", "2,048", "25.0 %", "25.0 %", "25.0 %"],
         ["model.layers.*.mlp.up_proj", "2", "3,072", "25.0 %", "0.0 %", "50.0 %"],
     ]
-    assert all(len(row) == len(sparsity.HEADER) for row in sparsity.table(model, names))
+    assert all(len(row) == len(sparsity.TABLE_HEADER) for row in sparsity.table_rows(model, names))
 
 
 def test_no_layers_are_no_zeros():

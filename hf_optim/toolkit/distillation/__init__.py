@@ -2,9 +2,16 @@
 
 from . import losses, students, teachers
 from .hidden_losses import cosine_loss, squarehead_loss, token_masks
-from .hidden_states import HiddenStates, HiddenStatesCallback, bodies, bodies_of_blocks, forget_states, take_states
+from .hidden_states import (
+    HiddenStates,
+    HiddenStatesCallback,
+    base_model_of_blocks,
+    base_models,
+    remove_recorder,
+    take_hidden_states,
+)
 from .logit_cache import LogitCache, sample_keys
-from .losses import DIRECTIONS, RESTS, Direction, Head, Rest, TopK, head_of, scored_rows, top_k, top_k_kd_loss
+from .losses import DIRECTIONS, RESTS, Direction, Head, Rest, TopK, head_kind, scored_rows, top_k, top_k_kd_loss
 
 __all__ = [
     "DIRECTIONS",
@@ -16,17 +23,17 @@ __all__ = [
     "LogitCache",
     "Rest",
     "TopK",
-    "bodies",
-    "bodies_of_blocks",
+    "base_model_of_blocks",
+    "base_models",
     "cosine_loss",
-    "forget_states",
-    "head_of",
+    "head_kind",
     "losses",
+    "remove_recorder",
     "sample_keys",
     "scored_rows",
     "squarehead_loss",
     "students",
-    "take_states",
+    "take_hidden_states",
     "teachers",
     "token_masks",
     "top_k",

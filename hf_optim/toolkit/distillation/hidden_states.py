@@ -62,36 +62,36 @@ class HiddenStatesCallback(TrainerCallback):
         self._own, self._modules = own, modules
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        forget_states(self._own)  # of a step that failed
+        remove_recorder(self._own)  # of a step that failed
         self._own.states = HiddenStates(self._modules()).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        forget_states(self._own)
+        remove_recorder(self._own)
 
 
-def take_states(own: Any) -> list[Tensor]:
+def take_hidden_states(own: Any) -> list[Tensor]:
     """What the recorder of ``HiddenStatesCallback`` found in the forward before; empty outside a training step."""
     recorder: HiddenStates | None = getattr(own, "states", None)
     return [] if recorder is None else recorder.take()
 
 
-def forget_states(own: Any) -> None:
+def remove_recorder(own: Any) -> None:
     """Take the recorder of ``HiddenStatesCallback`` off the model, if there is one."""
     recorder = vars(own).pop("states", None)
     if recorder is not None:
         recorder.__exit__()
 
 
-def bodies(model: Any) -> list[nn.Module]:
+def base_models(model: Any) -> list[nn.Module]:
     """The modules whose output the head reads, after the last norm: encoder and decoder, or the one body."""
     if model.config.is_encoder_decoder:
         return [model.get_encoder(), model.get_decoder()]
     return [model.base_model]
 
 
-def bodies_of_blocks(model: Any) -> list[int]:
-    """For every block of ``blocks(model)`` the index in ``bodies(model)`` of the one that it lies in."""
-    inside = [set(map(id, body.modules())) for body in bodies(model)]
+def base_model_of_blocks(model: Any) -> list[int]:
+    """For every block of ``blocks(model)`` the index in ``base_models(model)`` of the one that it lies in."""
+    inside = [set(map(id, body.modules())) for body in base_models(model)]
     return [next(i for i, held in enumerate(inside) if id(block.module) in held) for block in blocks(model)]
 
 

@@ -10,7 +10,7 @@ With teacher logits ``z_t``, student logits ``z_s`` and a temperature ``T``, let
 ``T²`` keeps the gradient's size when ``T`` changes; for ``T → ∞`` the forward loss goes to half the mean square
 difference of centred logits, ``mean((z_s - z̄_s - z_t + z̄_t)²) / 2`` (1503.02531, section 2.1).
 
-Two heads of sequence classifiers have no distribution over classes (``head_of``). With ``n`` outputs, and averaged over
+Two heads of sequence classifiers have no distribution over classes (``head_kind``). With ``n`` outputs, and averaged over
 rows as well:
 
 - ``regression``: ``Σ_i (z_s,i - z_t,i)² / n``, the mean squared error that such a model is trained with; a temperature
@@ -127,7 +127,7 @@ def kd_loss(
     return _mean_over_rows(student.reshape(-1, classes), per_row, rows, targets, chunk_elements, rows)
 
 
-def head_of(model: Any) -> Head:
+def head_kind(model: Any) -> Head:
     """What the logits of a model are of: ``classes`` of which one is right, a ``regression``, or single ``labels``.
 
     The last two only for classifiers of whole sequences (or images), whose configuration says so: by ``num_labels`` of

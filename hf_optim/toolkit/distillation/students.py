@@ -14,7 +14,7 @@ from ..pruning import shrink
 from ..topology.block_lists import blocks
 
 
-def stacks_of(model: PreTrainedModel) -> dict[str, list[int]]:
+def block_indices(model: PreTrainedModel) -> dict[str, list[int]]:
     """The stacks of blocks of a model, by qualified name, with the indices of their blocks; an encoder's first."""
     found: dict[str, list[int]] = {}
     for block in blocks(model):
@@ -22,21 +22,21 @@ def stacks_of(model: PreTrainedModel) -> dict[str, list[int]]:
     return found
 
 
-def spread(count: int, wanted: int) -> tuple[int, ...]:
+def evenly_spaced(count: int, wanted: int) -> tuple[int, ...]:
     """Indices of `wanted` of `count` layers, evenly spread from the first to the last: 0, 2, 5 for three of six."""
     if wanted <= 1:
         return (0,)[:wanted]
     return tuple(round(i * (count - 1) / (wanted - 1)) for i in range(wanted))
 
 
-def student_of(
+def build_student(
     teacher: PreTrainedModel, kept: Mapping[str, Sequence[int]], label: str
 ) -> tuple[PreTrainedModel, Callable[[str], list[str]]]:
     """A model of the teacher's class that has, of each stack, only the layers `kept`, and everything else as it is.
 
     Args:
         teacher: unchanged; the student shares no memory with it.
-        kept: for every stack of `stacks_of`, the indices of layers in ascending order.
+        kept: for every stack of `block_indices`, the indices of layers in ascending order.
         label: names the step in messages.
 
     Returns:
@@ -57,14 +57,14 @@ def student_of(
     return student, plan.renamed
 
 
-def block_parameters(model: PreTrainedModel) -> int:
+def count_block_parameters(model: PreTrainedModel) -> int:
     """Parameters of the blocks of a model: without embeddings, head and what else stands outside the stacks."""
     return sum(p.numel() for block in blocks(model) for p in block.module.parameters())
 
 
 def _require_removable(teacher: PreTrainedModel, kept: Mapping[str, Sequence[int]], label: str) -> None:
-    for stack, free in shrink.removable(teacher).items():
-        held = [i for i in stacks_of(teacher)[stack] if i not in free and i not in kept[stack]]
+    for stack, free in shrink.removable_blocks(teacher).items():
+        held = [i for i in block_indices(teacher)[stack] if i not in free and i not in kept[stack]]
         if held:
             raise ModelError(
                 f"{label}: layer {held[0]} of {stack} has parameters that others lack, such as a T5's position biases: "

@@ -1,15 +1,15 @@
 """Permute the channels of a model without changing what it computes."""
 
 from . import folding
-from .column_search import kept_by_rows, kept_sum, search
-from .permutation_sites import KINDS, Site, sites
+from .column_search import kept_sum, kept_sum_row_wise, search_permutation
+from .permutation_sites import SITE_KINDS, Site, find_sites
 
 __all__ = [
-    "KINDS",
+    "SITE_KINDS",
     "Site",
+    "find_sites",
     "folding",
-    "kept_by_rows",
     "kept_sum",
-    "search",
-    "sites",
+    "kept_sum_row_wise",
+    "search_permutation",
 ]

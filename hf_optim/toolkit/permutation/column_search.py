@@ -22,15 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scores import Direct, Table, has_table, largest
-from .splits import MOST, split_count
+from .scores import DirectScorer, TableScorer, has_table, largest
+from .splits import MAX_SPLITS, split_count
 from .stripes import Stripes, converge_, escape
-from .swaps import exchange_, pair_off_
+from .swaps import exchange_columns_, split_random_pairs_
 
-ALL_PAIRS = 256
+MAX_STRIPES_ALL_PAIRS = 256
 """Stripes of which all pairs are looked at."""
 
-POLISHED = 4
+REFINED = 4
 """Arrangements that go into the search over three stripes."""
 
 SWAPS, BATCH = 6, 50
@@ -42,7 +42,7 @@ admit: about ``6 · stripes · sets · rows`` each."""
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class PermutationResult:
     """An order of columns, and what it is worth.
 
     Attributes:
@@ -68,14 +68,14 @@ def kept_sum(scores: Tensor, keep: int, group: int) -> float:
     return float(sum(part.sum(dtype=torch.float64) for part in best))
 
 
-def kept_by_rows(scores: Tensor, keep: int, group: int) -> float:
+def kept_sum_row_wise(scores: Tensor, keep: int, group: int) -> float:
     """What is kept if ``keep / group`` of each row may stand anywhere in it: no order of columns keeps more."""
     count = scores.shape[-1] * keep // group
     return float(scores.topk(count, dim=-1, sorted=False).values.sum(dtype=torch.float64))
 
 
 @torch.no_grad()
-def search(
+def search_permutation(
     scores: Tensor,
     keep: int = 2,
     group: int = 4,
@@ -84,7 +84,7 @@ def search(
     tries: int = 100,
     starts: int = 64,
     seed: int = 0,
-) -> Found:
+) -> PermutationResult:
     """The best order of the columns found, deterministic for a seed. It never keeps less than the one given.
 
     Args:
@@ -113,7 +113,7 @@ def search(
     after = kept_sum(size[:, order.to(size.device)], keep, group)
     if after <= before:
         order, after = torch.arange(columns), before
-    return Found(order, before, after, kept_by_rows(size, keep, group))
+    return PermutationResult(order, before, after, kept_sum_row_wise(size, keep, group))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,25 +131,25 @@ class _Search:
     def run(self) -> Tensor:
         width, rows = self.scores.shape
         start = torch.arange(width, device=self.scores.device).view(-1, self.group)
-        if split_count(self.group, 2) > MOST:
-            return exchange_(start, self.scores, self.keep, self.generator).flatten()
+        if split_count(self.group, 2) > MAX_SPLITS:
+            return exchange_columns_(start, self.scores, self.keep, self.generator).flatten()
         if has_table(width, rows, self.group):
-            return self._with_table(Table(self.scores, self.keep, self.group)).flatten()
-        exchange_(start, self.scores, self.keep, self.generator)
-        direct = Direct(self.scores, self.keep, self.group)
-        if len(start) > ALL_PAIRS:
-            return pair_off_(start, direct, self.generator).flatten()
+            return self._with_table(TableScorer(self.scores, self.keep, self.group)).flatten()
+        exchange_columns_(start, self.scores, self.keep, self.generator)
+        direct = DirectScorer(self.scores, self.keep, self.group)
+        if len(start) > MAX_STRIPES_ALL_PAIRS:
+            return split_random_pairs_(start, direct, self.generator).flatten()
         found = converge_(Stripes.of(start[None], direct), direct, 2)
         each = 6 * len(start) * math.comb(2 * self.group, self.group) * rows
         tries = min(self.tries, REGRESSION_WORK.get(start.device.type, REGRESSION_WORK["cpu"]) // each)
         return escape(found, direct, tries, 1, 1, self.generator).order.flatten()
 
-    def _with_table(self, table: Table) -> Tensor:
+    def _with_table(self, table: TableScorer) -> Tensor:
         width = len(self.scores)
         shuffled = torch.rand((max(1, self.starts) - 1, width), generator=self.generator).argsort(1)
         orders = torch.cat([torch.arange(width)[None], shuffled]).to(self.scores.device)
-        pool = converge_(Stripes.of(orders.unflatten(1, (-1, self.group)), table), table, 2).best(POLISHED)
+        pool = converge_(Stripes.of(orders.unflatten(1, (-1, self.group)), table), table, 2).best(REFINED)
         best = escape(pool, table, self.tries, BATCH, SWAPS, self.generator)
-        if self.stripes > 2 and split_count(self.group, self.stripes) <= MOST:
+        if self.stripes > 2 and split_count(self.group, self.stripes) <= MAX_SPLITS:
             best = converge_(best.joined(pool), table, self.stripes)
         return best.best(1).order

@@ -67,10 +67,10 @@ def move_pair_scale_(pair: LinearPair, scale: Tensor) -> None:
         raise ValueError(f"{pair.producer} and {pair.consumer}: what is between them is not homogeneous")
     _check(scale, pair.groups.numel(), pair.producer)
     scale_rows_(pair.producer_module, pair.rows, 1.0 / scale)
-    scale_columns_(pair.consumer_module, spread_over_columns(pair, scale))
+    scale_columns_(pair.consumer_module, expand_to_columns(pair, scale))
 
 
-def spread_over_columns(pair: LinearPair, values: Tensor) -> Tensor:
+def expand_to_columns(pair: LinearPair, values: Tensor) -> Tensor:
     """`values` [K], one for each row that is read, as one for each column [in_features] of the consumer."""
     result = values.new_empty(pair.index.numel())
     columns = pair.columns.to(values.device)
@@ -78,7 +78,7 @@ def spread_over_columns(pair: LinearPair, values: Tensor) -> Tensor:
     return result
 
 
-def gather_from_columns(pair: LinearPair, values: Tensor) -> Tensor:
+def max_over_columns(pair: LinearPair, values: Tensor) -> Tensor:
     """The largest of `values` [in_features] among the columns that read a row, for each row [K]."""
     return values[pair.columns.to(values.device)].amax(1)
 

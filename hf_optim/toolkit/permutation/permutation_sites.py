@@ -24,12 +24,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError
 from ..topology.graph import Trace
-from ..topology.layer_pairs import LinearPair, pairs
+from ..topology.layer_pairs import LinearPair, find_linear_pairs
 from ..topology.linear_layers import features
-from ..topology.residual_stream import Residual, find_residual
+from ..topology.residual_stream import ResidualStream, find_residual_stream
 from ..topology.tracing import trace
 
-KINDS = ("neurons", "values", "residual")
+SITE_KINDS = ("neurons", "values", "residual")
 
 Masks = dict[str, Tensor]
 Moves = Iterator[tuple[str, int, Tensor]]
@@ -79,26 +79,26 @@ class Site:
                 masks[mask] = masks[mask].index_select(dim, index.to(masks[mask].device))
 
 
-def sites(
-    model: PreTrainedModel, kinds: Iterable[str] = KINDS, source: Trace | None = None
+def find_sites(
+    model: PreTrainedModel, kinds: Iterable[str] = SITE_KINDS, source: Trace | None = None
 ) -> tuple[list[Site], dict[str, list[str]]]:
     """The places of a model whose channels may be permuted, and why others may not: reason -> names.
 
     Raises ``ValueError`` for a kind that there is none of.
     """
     kinds = tuple(kinds)
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(KINDS)}")
+    if unknown := [kind for kind in kinds if kind not in SITE_KINDS]:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(SITE_KINDS)}")
     traced = source or trace(model)
     found: list[Site] = []
     refused: dict[str, list[str]] = {}
-    for pair in pairs(traced):
+    for pair in find_linear_pairs(traced):
         for site in _of_pair(pair):
             if site.kind in kinds:
                 found.append(site)
     if "residual" in kinds:
         try:
-            found.append(_of_residual(model, find_residual(traced)))
+            found.append(_of_residual(model, find_residual_stream(traced)))
         except ModelError as error:
             refused[str(error)] = ["the residual stream"]
     return found, refused
@@ -143,7 +143,7 @@ def _dim(module: nn.Module, dim: int) -> int:
     return 1 - dim if isinstance(module, Conv1D) else dim
 
 
-def _of_residual(model: nn.Module, residual: Residual) -> Site:
+def _of_residual(model: nn.Module, residual: ResidualStream) -> Site:
     if residual.returned:
         raise ModelError(f"{type(model).__name__} returns its residual stream: another order would show")
 

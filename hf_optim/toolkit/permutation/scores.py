@@ -50,7 +50,7 @@ def largest(values: Sequence[Tensor], keep: int) -> list[Tensor]:
     return found
 
 
-def kept_of(values: Tensor, keep: int) -> Tensor:
+def kept_score(values: Tensor, keep: int) -> Tensor:
     """The sum of the ``keep`` largest over dimension -2, and over dimension -1: ``[..., group, rows]`` -> ``[...]``."""
     return torch.stack(largest(values.unbind(-2), keep)).sum((0, -1)) if keep else values.new_zeros(values.shape[:-2])
 
@@ -61,7 +61,7 @@ def has_table(width: int, rows: int, group: int) -> bool:
     return sets <= TABLE_SETS and sets * rows <= TABLE_WORK
 
 
-class Table:
+class TableScorer:
     """The scores of all stripes that a narrow matrix can have.
 
     Args:
@@ -113,8 +113,8 @@ def _table_of(scores: Tensor, keep: int, group: int) -> Tensor:
     return torch.cat(made)
 
 
-class Direct:
-    """Scores computed from the matrix at each question, for matrices too wide for a table; arguments as ``Table``."""
+class DirectScorer:
+    """Scores computed from the matrix at each question, for matrices too wide for a table; arguments as ``TableScorer``."""
 
     def __init__(self, scores: Tensor, keep: int, group: int) -> None:
         self.scores, self.keep, self.group = scores, keep, group
@@ -122,7 +122,7 @@ class Direct:
 
     def stripe(self, columns: Tensor) -> Tensor:
         chunk = max(1, self.room // (self.group * self.scores.shape[1]))
-        return torch.cat([kept_of(self.scores[part], self.keep) for part in columns.split(chunk)])
+        return torch.cat([kept_score(self.scores[part], self.keep) for part in columns.split(chunk)])
 
     def best(self, columns: Tensor, splits: Splits) -> tuple[Tensor, Tensor]:
         chunk = max(1, self.room // (len(splits.subsets) * self.scores.shape[1]))
@@ -133,7 +133,7 @@ class Direct:
         values = self.scores[columns]  # [n, positions, rows]
         if (self.keep, self.group) == (2, 4):
             return _best_way(_two_of_four(values, splits.subsets).T, splits)
-        kept = [kept_of(values[:, subset], self.keep) for subset in splits.subsets]
+        kept = [kept_score(values[:, subset], self.keep) for subset in splits.subsets]
         return _best_way(torch.stack(kept), splits)
 
 

@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-MOST = 6_000
+MAX_SPLITS = 6_000
 """More splits than this are not tried one by one."""
 
 
@@ -43,9 +43,9 @@ def split_count(group: int, stripes: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def splits_of(group: int, stripes: int) -> Splits:
-    """The splits of ``group · stripes`` columns. Raises ``ValueError`` where there are more than ``MOST``."""
-    if split_count(group, stripes) > MOST:
+def all_splits(group: int, stripes: int) -> Splits:
+    """The splits of ``group · stripes`` columns. Raises ``ValueError`` where there are more than ``MAX_SPLITS``."""
+    if split_count(group, stripes) > MAX_SPLITS:
         raise ValueError(f"{split_count(group, stripes)} splits of {stripes} stripes of {group} are too many to try")
     subsets = list(combinations(range(group * stripes), group))
     number = {subset: place for place, subset in enumerate(subsets)}

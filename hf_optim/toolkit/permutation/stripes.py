@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .scores import Scorer
-from .splits import splits_of
+from .splits import all_splits
 
 GAIN = 1e-6
 """A gain below this share of what a stripe keeps is rounding."""
@@ -71,7 +71,7 @@ class _Greedy:
     def __post_init__(self) -> None:
         batch, stripes, group = self.state.order.shape
         device = self.state.order.device
-        self.splits = splits_of(group, self.size).to(device)
+        self.splits = all_splits(group, self.size).to(device)
         self.groups = torch.combinations(torch.arange(stripes, device=device), self.size)
         self.holds = torch.zeros((stripes, len(self.groups)), dtype=torch.bool, device=device)
         self.holds[self.groups.T, torch.arange(len(self.groups), device=device)] = True

@@ -14,14 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scores import Direct, Scorer, largest
-from .splits import splits_of
+from .scores import DirectScorer, Scorer, largest
+from .splits import all_splits
 
 GAIN = 1e-6
 """A gain below this share of what two stripes keep is rounding."""
 
 
-def exchange_(
+def exchange_columns_(
     order: Tensor, scores: Tensor, keep: int, generator: torch.Generator, rounds: int = 400, least: float = 1e-5
 ) -> Tensor:
     """Exchange columns between stripes, in place, a random one of each stripe a round, until it is no longer worth it.
@@ -33,7 +33,7 @@ def exchange_(
         rounds: at most.
         least: stop when as many rounds as there are pairs of places in two stripes gain less than this share.
     """
-    scorer = Direct(scores, keep, order.shape[1])
+    scorer = DirectScorer(scores, keep, order.shape[1])
     kept = scorer.stripe(order)
     patience = max(8, order.shape[1] ** 2)
     totals = [float(kept.double().sum())]
@@ -52,10 +52,10 @@ def _exchange_round_(order: Tensor, kept: Tensor, slots: Tensor, scores: Tensor,
     one, two = order[first].clone(), order[second].clone()
     place = torch.arange(len(first), device=order.device)
     one[place, slots[first]], two[place, slots[second]] = order[second, slots[second]], order[first, slots[first]]
-    accept_(order, kept, torch.stack([every[first], every[second]], 1), torch.stack([one, two], 1), scorer)
+    keep_better_(order, kept, torch.stack([every[first], every[second]], 1), torch.stack([one, two], 1), scorer)
 
 
-def accept_(order: Tensor, kept: Tensor, stripes: Tensor, columns: Tensor, scorer: Scorer) -> None:
+def keep_better_(order: Tensor, kept: Tensor, stripes: Tensor, columns: Tensor, scorer: Scorer) -> None:
     """Put ``columns [n, 2, group]`` into ``stripes [n, 2]`` where both together keep more than before."""
     if not len(stripes):
         return
@@ -101,14 +101,14 @@ def disjoint_pairs(gains: Tensor) -> tuple[Tensor, Tensor]:
         gains[:, taken] = 0.0
 
 
-def pair_off_(
+def split_random_pairs_(
     order: Tensor, scorer: Scorer, generator: torch.Generator, rounds: int = 400, least: float = 1e-5
 ) -> Tensor:
     """Try every split of two stripes on random pairs of stripes, all stripes each round, in place.
 
     order: ``[stripes, group]``. Ends when ``8`` rounds gain less than the share ``least``, or after ``rounds``.
     """
-    splits = splits_of(order.shape[1], 2).to(order.device)
+    splits = all_splits(order.shape[1], 2).to(order.device)
     kept = scorer.stripe(order)
     totals = [float(kept.double().sum())]
     for number in range(rounds):
@@ -117,7 +117,7 @@ def pair_off_(
         _, way = scorer.best(columns, splits)
         places = splits.subsets[splits.ways[way]]
         moved = columns[torch.arange(len(columns), device=order.device)[:, None, None], places]
-        accept_(order, kept, pairs, moved, scorer)
+        keep_better_(order, kept, pairs, moved, scorer)
         totals.append(float(kept.double().sum()))
         if number >= 8 and totals[-1] - totals[-9] <= least * totals[-1]:
             break

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..topology.linear_layers import is_linear, weight_out_in
-from ..topology.prunable_units import Units
+from ..topology.prunable_units import PrunableGroups
 from . import hard_concrete
-from .noisy_layers import NoisyLayer, as_out_in, attach, linear
+from .noisy_layers import NoisyLayer, apply_linear, as_out_in, attach_noise
 
 
 class Gates:
@@ -28,7 +28,7 @@ class Gates:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.name, self.temperature = name, temperature
         self.active, self.heard = True, False
-        self.layer: NoisyLayer = attach(layer, self, log_alpha=torch.full(shape, initial, dtype=wide))
+        self.layer: NoisyLayer = attach_noise(layer, self, log_alpha=torch.full(shape, initial, dtype=wide))
 
     @property
     def log_alpha(self) -> nn.Parameter:
@@ -53,12 +53,12 @@ class Gates:
 
     def __call__(self, layer: NoisyLayer, input: Tensor) -> Tensor:
         if not self.active:
-            return linear(layer, input, weight_out_in(layer))
+            return apply_linear(layer, input, weight_out_in(layer))
         own = layer.get_parameter("log_alpha")
         if not layer.training:
-            return self.compute(layer, input, hard_concrete.at_test_time(own))
+            return self.compute(layer, input, hard_concrete.deterministic_gates(own))
         self.heard = True
-        return self.compute(layer, input, hard_concrete.draw(own, self.temperature))
+        return self.compute(layer, input, hard_concrete.sample_gates(own, self.temperature))
 
 
 class WeightGates(Gates):
@@ -69,7 +69,7 @@ class WeightGates(Gates):
 
     def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
         weight = weight_out_in(layer)
-        return linear(layer, input, weight * as_out_in(layer, gates).to(weight.dtype))
+        return apply_linear(layer, input, weight * as_out_in(layer, gates).to(weight.dtype))
 
     def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
         mask = kept.get(f"{self.name}.weight")
@@ -85,7 +85,7 @@ class WeightGates(Gates):
 class UnitGates(Gates):
     """A gate for each unit: ``y = (z ∘ x) Wᵀ + b``, where ``z`` has the unit's gate at each of its columns."""
 
-    def __init__(self, model: nn.Module, units: Units, initial: float, temperature: float) -> None:
+    def __init__(self, model: nn.Module, units: PrunableGroups, initial: float, temperature: float) -> None:
         layer = model.get_submodule(units.reader)
         self.units = units
         weights = {name: at for name, at in units.entries.items() if name.endswith(".weight") and at[1].numel()}
@@ -104,7 +104,7 @@ class UnitGates(Gates):
         return torch.cat([gates, gates.new_ones(1)])[self.unit_of]
 
     def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
-        return linear(layer, input * self.columns(gates).to(input.dtype), weight_out_in(layer))
+        return apply_linear(layer, input * self.columns(gates).to(input.dtype), weight_out_in(layer))
 
     def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
         alpha = self.log_alpha

@@ -18,38 +18,38 @@ from torch import Tensor
 GAMMA, ZETA = -0.1, 1.1
 TEMPERATURE = 2.0 / 3.0
 # A log α at or below this gives a test-time gate of exactly 0.
-CLOSED = math.log(-GAMMA / ZETA)
+CLOSED_LOG_ALPHA = math.log(-GAMMA / ZETA)
 
 
-def sample(log_alpha: Tensor, uniform: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def gates_from_uniform(log_alpha: Tensor, uniform: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Gates ``z`` of the shape of ``log_alpha``, from draws ``u`` in (0, 1); the gradient is that of the formula."""
     logistic = uniform.log() - torch.log1p(-uniform)
-    return stretch(torch.sigmoid((logistic + log_alpha) / temperature))
+    return stretch_and_clamp(torch.sigmoid((logistic + log_alpha) / temperature))
 
 
-def draw(log_alpha: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def sample_gates(log_alpha: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Gates from fresh draws of torch's generator."""
     edge = torch.finfo(log_alpha.dtype).eps
-    return sample(log_alpha, torch.rand_like(log_alpha).clamp(edge, 1.0 - edge), temperature)
+    return gates_from_uniform(log_alpha, torch.rand_like(log_alpha).clamp(edge, 1.0 - edge), temperature)
 
 
 def open_probability(log_alpha: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """``P(z ≠ 0)`` of each gate."""
-    return torch.sigmoid(log_alpha - temperature * CLOSED)
+    return torch.sigmoid(log_alpha - temperature * CLOSED_LOG_ALPHA)
 
 
-def at_test_time(log_alpha: Tensor) -> Tensor:
+def deterministic_gates(log_alpha: Tensor) -> Tensor:
     """``ẑ`` of each gate; exactly 0 for ``log α <= log(-γ / ζ)``."""
-    gate = stretch(torch.sigmoid(log_alpha))
+    gate = stretch_and_clamp(torch.sigmoid(log_alpha))
     # The same cut as the closed form, whatever the rounding of the sigmoid.
-    return gate.masked_fill(log_alpha <= CLOSED, 0.0)
+    return gate.masked_fill(log_alpha <= CLOSED_LOG_ALPHA, 0.0)
 
 
-def stretch(gate: Tensor) -> Tensor:
+def stretch_and_clamp(gate: Tensor) -> Tensor:
     """From (0, 1) to (γ, ζ), then clamped to [0, 1]."""
     return (gate * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
 
-def log_alpha_of(keep: float) -> float:
+def initial_log_alpha(keep: float) -> float:
     """Where the gates begin whose sigmoid is ``keep``, in (0, 1)."""
     return math.log(keep / (1.0 - keep))

@@ -7,7 +7,7 @@
 ``A`` is what the forward uses, ``B`` what the gradient reaches; with ``B`` all ones that is the straight-through
 estimator (1308.3432). Weights outside ``A`` keep their values, so a mask that is made anew can bring them back.
 
-A layer in training is the layer it was with another class (``attach``, undone by ``detach``): the parameter and its
+A layer in training is the layer it was with another class (``attach_masks``, undone by ``detach_masks``): the parameter and its
 name stay, and a checkpoint holds the dense weight.
 """
 
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import CheckpointError, ModelError
 from ..distributed import fsdp
-from ..topology.linear_layers import owners, ties
+from ..topology.linear_layers import parameter_names, tied_weights
 
 # The place of a recipe that a step takes which changes how linear layers compute while they are trained.
 TRAINING_FORWARD = "the training forward of linear layers"
@@ -93,10 +93,10 @@ class MaskedConv1D(MaskedLayer, Conv1D):
         return torch.addmm(self.bias, rows, self.effective_weight()).view(*x.shape[:-1], self.nf)
 
 
-CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLinear, Conv1D: MaskedConv1D}
+MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLinear, Conv1D: MaskedConv1D}
 
 
-def obstacle(layer: nn.Module) -> str:
+def unsupported_reason(layer: nn.Module) -> str:
     """Why a linear layer cannot be trained sparsely; the empty string if it can."""
     plain: Any = nn.Linear if isinstance(layer, nn.Linear) else Conv1D
     if type(layer).forward is not plain.forward or "forward" in vars(layer):
@@ -104,22 +104,22 @@ def obstacle(layer: nn.Module) -> str:
     return ""
 
 
-def attach(layer: nn.Module) -> MaskedLayer:
+def attach_masks(layer: nn.Module) -> MaskedLayer:
     """Make a layer a ``MaskedLayer`` in place, as yet without masks. Raises ``ValueError`` where there is an obstacle.
 
     Hooks and references to the layer stay valid.
     """
-    if reason := obstacle(layer):
+    if reason := unsupported_reason(layer):
         raise ValueError(reason)
     former = type(layer)
-    layer.__class__ = CLASSES[nn.Linear if isinstance(layer, nn.Linear) else Conv1D]
+    layer.__class__ = MASKED_CLASSES[nn.Linear if isinstance(layer, nn.Linear) else Conv1D]
     assert isinstance(layer, MaskedLayer)
     layer.__dict__.update(forward_mask=None, backward_mask=None, former=former)
     return layer
 
 
-def detach(layer: MaskedLayer) -> nn.Module:
-    """Undo ``attach``; the weight stays as it is, dense."""
+def detach_masks(layer: MaskedLayer) -> nn.Module:
+    """Undo ``attach_masks``; the weight stays as it is, dense."""
     former = layer.former
     for name in ("forward_mask", "backward_mask", "former"):
         layer.__dict__.pop(name)
@@ -132,7 +132,9 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
-def trainable(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+def select_supported(
+    model: nn.Module, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
     """Which of ``layers`` can be attached, and the names of the others by reason.
 
     A weight that another module holds too is left out: that module would compute with other numbers.
@@ -145,10 +147,10 @@ def trainable(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[dict[s
         )
     usable: dict[str, nn.Module] = {}
     skipped: dict[str, list[str]] = {}
-    held_by = owners(model)
+    held_by = parameter_names(model)
     for name, layer in layers.items():
-        shared = [line for line in ties(layer, name, held_by) if line.startswith(f"{name}.weight:")]
-        reason = obstacle(layer) or (shared[0].partition(": ")[2] if shared else "")
+        shared = [line for line in tied_weights(layer, name, held_by) if line.startswith(f"{name}.weight:")]
+        reason = unsupported_reason(layer) or (shared[0].partition(": ")[2] if shared else "")
         if reason:
             skipped.setdefault(reason, []).append(name)
         else:
@@ -156,7 +158,7 @@ def trainable(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[dict[s
     return usable, skipped
 
 
-def require_whole(layers: Mapping[str, nn.Module], label: str = "training") -> None:
+def require_unsharded(layers: Mapping[str, nn.Module], label: str = "training") -> None:
     """Raise ``ModelError`` naming the first weight that is a shard (FSDP, ZeRO-3): a part cannot be ranked."""
     for name, layer in layers.items():
         weight: Any = layer.weight
@@ -167,7 +169,7 @@ def require_whole(layers: Mapping[str, nn.Module], label: str = "training") -> N
             )
 
 
-def recalled(state: Any, kind: str, layers: Mapping[str, MaskedLayer], label: str) -> dict[str, Tensor]:
+def read_layer_state(state: Any, kind: str, layers: Mapping[str, MaskedLayer], label: str) -> dict[str, Tensor]:
     """What a step kept for each layer as ``state.<kind>.<layer>``, by layer, after a checkpoint was read.
 
     Raises ``CheckpointError`` where there is nothing, or something of another shape.
@@ -188,7 +190,7 @@ def learning_rates(optimizer: Any) -> dict[int, float]:
     return {id(p): float(group["lr"]) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
-def will_skip(optimizer: Any) -> bool:
+def will_skip_step(optimizer: Any) -> bool:
     """Whether a loss scaler is about to leave out this optimizer step, its gradients having overflowed (fp16)."""
     if getattr(optimizer, "scaler", None) is None:
         return False
@@ -203,5 +205,5 @@ def _gradients(optimizer: Any) -> Iterator[Tensor]:
 def clear_running_means(optimizer: Any, parameter: nn.Parameter, kept: Tensor) -> None:
     """Set the running means of a parameter's gradient to zero outside ``kept``: bool, the shape of this rank's part."""
     for key, value in (getattr(optimizer, "state", None) or {}).get(parameter, {}).items():
-        if key in RUNNING_MEANS and isinstance(value, Tensor) and (part := fsdp.local(value)).shape == kept.shape:
+        if key in RUNNING_MEANS and isinstance(value, Tensor) and (part := fsdp.local_shard(value)).shape == kept.shape:
             part.mul_(kept.to(part.device))

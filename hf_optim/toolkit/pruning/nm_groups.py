@@ -11,7 +11,7 @@ from ..topology.linear_layers import features
 Pattern = tuple[int, int]
 
 
-def divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+def select_divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
     """The layers whose input width is a multiple of ``group``, and the names of the others by reason."""
     odd = {name: features(layer)[1] for name, layer in layers.items() if features(layer)[1] % group}
     skipped: dict[str, list[str]] = {}
@@ -20,7 +20,7 @@ def divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn
     return {name: layer for name, layer in layers.items() if name not in odd}, skipped
 
 
-def tighten(patterns: MutableMapping[str, Pattern], parameter: str, keep: int, group: int) -> None:
+def record_pattern(patterns: MutableMapping[str, Pattern], parameter: str, keep: int, group: int) -> None:
     """Record that a parameter follows ``keep:group`` now, unless it follows one that keeps a smaller share already."""
     known = patterns.get(parameter, (keep, group))
     patterns[parameter] = min((keep, group), known, key=lambda pattern: pattern[0] / pattern[1])

@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..modules.hidden_parameters import parameters_hidden
-from .masked_layers import obstacle
+from ..modules.hidden_parameters import hide_parameters
+from .masked_layers import unsupported_reason
 
 # Of Adam, for what the noise learns: a million gates have gradients of 1e-9, which the usual 1e-8 would drown.
-EPSILON = 1e-15
+ADAM_EPSILON = 1e-15
 
 Noise = Callable[["NoisyLayer", Tensor], Tensor]
 
 
 class NoisyLayer(nn.Module):
-    """A linear layer whose forward is ``noise(layer, input)``: made in place by ``attach``, undone by ``detach``.
+    """A linear layer whose forward is ``noise(layer, input)``: made in place by ``attach_noise``, undone by ``detach_noise``.
 
     Attributes:
         noise: computes the layer's output ``[..., out]`` from its input ``[..., in]``.
@@ -42,11 +42,11 @@ class NoisyLayer(nn.Module):
         return self.noise(self, input)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with parameters_hidden(self, self.learned):
+        with hide_parameters(self, self.learned):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with parameters_hidden(self, self.learned):
+        with hide_parameters(self, self.learned):
             super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -58,12 +58,12 @@ class NoisyConv1D(NoisyLayer, Conv1D):
     """A ``Conv1D`` with noise; weight ``[in, out]``."""
 
 
-def linear(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
+def apply_linear(layer: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
     """``x Wᵀ + b`` with another weight ``[out, in]`` and the layer's bias; input ``[..., in]``."""
     return F.linear(input, weight, cast("Tensor | None", layer.bias))
 
 
-def attach(layer: nn.Module, noise: Noise, **learned: Tensor) -> NoisyLayer:
+def attach_noise(layer: nn.Module, noise: Noise, **learned: Tensor) -> NoisyLayer:
     """Make a linear layer draw noise, in place; hooks and references to it stay valid.
 
     Args:
@@ -72,7 +72,7 @@ def attach(layer: nn.Module, noise: Noise, **learned: Tensor) -> NoisyLayer:
         noise: see ``NoisyLayer``.
         learned: parameters of the noise by name, with their first values; put on the layer's device.
     """
-    if reason := obstacle(layer):
+    if reason := unsupported_reason(layer):
         raise ValueError(reason)
     former = type(layer)
     layer.__class__ = NoisyConv1D if isinstance(layer, Conv1D) else NoisyLinear
@@ -83,8 +83,8 @@ def attach(layer: nn.Module, noise: Noise, **learned: Tensor) -> NoisyLayer:
     return made
 
 
-def detach(layer: NoisyLayer) -> nn.Module:
-    """Undo ``attach``; the weight stays as it is."""
+def detach_noise(layer: NoisyLayer) -> nn.Module:
+    """Undo ``attach_noise``; the weight stays as it is."""
     for name in layer.learned:
         layer._parameters.pop(name)
     former = layer.former
@@ -94,29 +94,29 @@ def detach(layer: NoisyLayer) -> nn.Module:
     return layer
 
 
-def parameters(layers: Mapping[str, NoisyLayer]) -> dict[str, nn.Parameter]:
+def noise_parameters(layers: Mapping[str, NoisyLayer]) -> dict[str, nn.Parameter]:
     """What the noise of these layers learns, as ``layer name.parameter name``."""
     return {f"{n}.{p}": cast(nn.Parameter, layer._parameters[p]) for n, layer in layers.items() for p in layer.learned}
 
 
-def remember(state: SimpleNamespace, layers: Mapping[str, NoisyLayer]) -> None:
+def store_noise_parameters(state: SimpleNamespace, layers: Mapping[str, NoisyLayer]) -> None:
     """Put what the noise learns into a state that is saved with checkpoints; the tensors are the parameters."""
-    vars(state).update(parameters(layers))
+    vars(state).update(noise_parameters(layers))
 
 
 @torch.no_grad()
-def recall(state: SimpleNamespace, layers: Mapping[str, NoisyLayer]) -> None:
-    """Take back what ``remember`` put there, where a checkpoint that was read has put other tensors in its place."""
-    for key, parameter in parameters(layers).items():
+def load_noise_parameters(state: SimpleNamespace, layers: Mapping[str, NoisyLayer]) -> None:
+    """Take back what ``store_noise_parameters`` put there, where a checkpoint that was read has put other tensors in its place."""
+    for key, parameter in noise_parameters(layers).items():
         saved = getattr(state, key)
         if saved is not parameter:
             parameter.copy_(saved)
             setattr(state, key, parameter)
 
 
-def forget(state: SimpleNamespace, layers: Mapping[str, NoisyLayer]) -> None:
-    """Undo ``remember``."""
-    for key in parameters(layers):
+def clear_noise_parameters(state: SimpleNamespace, layers: Mapping[str, NoisyLayer]) -> None:
+    """Undo ``store_noise_parameters``."""
+    for key in noise_parameters(layers):
         vars(state).pop(key, None)
 
 
@@ -125,10 +125,10 @@ def as_out_in(layer: nn.Module, stored: Tensor) -> Tensor:
     return stored.T if isinstance(layer, Conv1D) else stored
 
 
-def lower_epsilon(optimizer: Any, layers: Mapping[str, NoisyLayer]) -> None:
+def lower_adam_epsilon(optimizer: Any, layers: Mapping[str, NoisyLayer]) -> None:
     """Let an optimizer of Adam's kind see the small gradients of what the noise learns; others stay as they are."""
-    ours = {id(parameter) for parameter in parameters(layers).values()}
+    ours = {id(parameter) for parameter in noise_parameters(layers).values()}
     for group in getattr(optimizer, "param_groups", ()):
         own = [id(parameter) in ours for parameter in group["params"]]
         if own and all(own) and isinstance(group.get("eps"), float):
-            group["eps"] = EPSILON
+            group["eps"] = ADAM_EPSILON

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from ...errors import RecipeError
 
-Multiplier = Callable[[int], float]
+LRMultiplier = Callable[[int], float]
 
 
-def positioned(scheduler: Any, label: str) -> LambdaLR:
+def require_lambda_lr(scheduler: Any, label: str) -> LambdaLR:
     """The scheduler, if its learning rates are a function of a position. Raises ``RecipeError`` for another."""
     if isinstance(scheduler, LambdaLR):
         return scheduler
@@ -27,7 +27,7 @@ def positioned(scheduler: Any, label: str) -> LambdaLR:
     )
 
 
-def seek_(scheduler: LambdaLR, position: int) -> None:
+def seek_scheduler_(scheduler: LambdaLR, position: int) -> None:
     """Put a scheduler to a position: the optimizer's next step has the learning rate that stands there."""
     rates = [base * rate(position) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.last_epoch = position
@@ -39,7 +39,7 @@ def seek_(scheduler: LambdaLR, position: int) -> None:
     scheduler._last_lr = rates
 
 
-def held_after(rate: Multiplier, length: int, held: float | None = None) -> Multiplier:
+def hold_after(rate: LRMultiplier, length: int, held: float | None = None) -> LRMultiplier:
     """``rate`` for the positions of a phase, and from ``length`` on ``held``; None holds the rate of the last one."""
     last = rate(length - 1) if held is None else held
 
@@ -51,7 +51,7 @@ def held_after(rate: Multiplier, length: int, held: float | None = None) -> Mult
 
 
 @torch.no_grad()
-def adopt_(model: nn.Module, other: nn.Module) -> None:
+def copy_state_(model: nn.Module, other: nn.Module) -> None:
     """Give a model the parameters and persistent buffers of another one of its class, in place.
 
     Raises ``KeyError`` for one that the other has not.
@@ -61,7 +61,7 @@ def adopt_(model: nn.Module, other: nn.Module) -> None:
         tensor.copy_(theirs[name])
 
 
-def drawn_anew(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def reinitialized_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same class and configuration, with random weights as its class draws them, on the CPU.
 
     Random state is as before afterwards.

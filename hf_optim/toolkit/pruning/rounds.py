@@ -12,7 +12,7 @@ from .schedules import as_step
 ROUNDS = "the rounds of a training"
 
 
-def compounded(sparsity: float, number: int, rounds: int) -> float:
+def round_sparsity(sparsity: float, number: int, rounds: int) -> float:
     """The sparsity after round ``number`` of ``rounds`` that all remove the same share of what is left.
 
     ``s_r = 1 - (1 - s)^(r / n)``, so that ``s_n`` is ``sparsity`` itself; ``s_0`` is 0.
@@ -23,7 +23,7 @@ def compounded(sparsity: float, number: int, rounds: int) -> float:
 
 
 @dataclass(frozen=True)
-class Phases:
+class RetrainingPhases:
     """How the steps of one training are divided.
 
     The dense phase, where there is one, runs through the positions ``0 .. length - 1`` of a schedule; each round of
@@ -45,7 +45,7 @@ class Phases:
     position: int
 
     @classmethod
-    def divide(cls, max_steps: int, rounds: int, dense: bool, rewind_to: int | float = 0) -> Phases:
+    def divide(cls, max_steps: int, rounds: int, dense: bool, rewind_to: int | float = 0) -> RetrainingPhases:
         """The longest phases that fit; where none do, phases with rounds of one step, of which only some fit.
 
         Args:
@@ -66,7 +66,7 @@ class Phases:
         return cls._at(max_steps, rounds, dense, length, rewind_to)
 
     @classmethod
-    def _at(cls, max_steps: int, rounds: int, dense: bool, length: int, rewind_to: int | float) -> Phases:
+    def _at(cls, max_steps: int, rounds: int, dense: bool, length: int, rewind_to: int | float) -> RetrainingPhases:
         return cls(max_steps, rounds, dense, length, as_step(rewind_to, length))
 
     @property

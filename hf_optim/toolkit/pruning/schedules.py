@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...errors import RecipeError
 
 
-def cubic_ramp(step: int, begin: int, end: int, initial: float, final: float) -> float:
+def cubic_sparsity(step: int, begin: int, end: int, initial: float, final: float) -> float:
     """The sparsity of Zhu & Gupta (1710.01878, equation 1) after ``step`` optimizer steps.
 
     ``s_t = s_f + (s_i - s_f) (1 - (t - t0) / (n Δt))³``, with ``t0 = begin`` and ``n Δt = end - begin``. It rises fast
@@ -23,7 +23,7 @@ def cubic_ramp(step: int, begin: int, end: int, initial: float, final: float) ->
 
 
 @dataclass(frozen=True)
-class Ramp:
+class SparsitySchedule:
     """When sparsity is raised, and to what.
 
     Attributes:
@@ -44,7 +44,7 @@ class Ramp:
 
     def sparsity(self, step: int) -> float:
         """The sparsity that the formula gives at ``step``."""
-        return cubic_ramp(step, self.begin, self.end, self.initial, self.final)
+        return cubic_sparsity(step, self.begin, self.end, self.initial, self.final)
 
     def reached(self, step: int) -> float:
         """The sparsity of the last update at or before ``step``; 0 when there was none."""
@@ -55,7 +55,7 @@ class Ramp:
         return self.sparsity(step - (step - self.begin) % self.every)
 
 
-def unfinished_ramp(ramp: Ramp, max_steps: int) -> str:
+def unfinished_schedule_message(ramp: SparsitySchedule, max_steps: int) -> str:
     """Return a warning if training ends after ``max_steps`` steps and the ramp later, else the empty string.
 
     The warning gives the sparsity that the model reaches.
@@ -63,10 +63,10 @@ def unfinished_ramp(ramp: Ramp, max_steps: int) -> str:
     if ramp.end <= max_steps:
         return ""
     reached = f"the model reaches a sparsity of {ramp.reached(max_steps):.4f} instead of {ramp.final:g}"
-    return cut_ramp(ramp.end, f"training at step {max_steps}", reached, "train longer, or lower end")
+    return cut_schedule_message(ramp.end, f"training at step {max_steps}", reached, "train longer, or lower end")
 
 
-def cut_ramp(end: int, cut: str, reached: str, remedy: str) -> str:
+def cut_schedule_message(end: int, cut: str, reached: str, remedy: str) -> str:
     """Return the warning for a ramp that is cut off: its last step, the cause, what is reached, and the remedy."""
     return f"the ramp ends at step {end}, but {cut}: {reached}; {remedy}"
 
@@ -76,7 +76,7 @@ def as_step(position: int | float, max_steps: int) -> int:
     return position if isinstance(position, int) else round(position * max_steps)
 
 
-def linear_ramp(step: int, begin: int, end: int) -> float:
+def linear_schedule(step: int, begin: int, end: int) -> float:
     """0 up to ``begin``, 1 from ``end`` on, a straight line between."""
     if step >= end:
         return 1.0

@@ -24,12 +24,12 @@ from ..topology.block_lists import blocks
 Shapes = dict[str, tuple[int, ...]]
 Change = tuple[tuple[str, ...], Any]  # path of a field in the configuration, and its new value
 
-MOST_FIELDS = 6
+MAX_FIELDS = 6
 """So many fields that hold a number are tried in all combinations."""
 
 
 @dataclass(frozen=True)
-class Narrowing:
+class Slicing:
     """Parts of parameters that stay.
 
     Attributes:
@@ -44,7 +44,7 @@ class Narrowing:
 
 
 @dataclass(frozen=True)
-class Shrinking:
+class PruningPlan:
     """How a model becomes smaller: ``plan`` makes one, ``apply_`` carries it out.
 
     Attributes:
@@ -53,7 +53,7 @@ class Shrinking:
         before, after: models on the meta device, as transformers builds them.
     """
 
-    narrowings: tuple[Narrowing, ...]
+    narrowings: tuple[Slicing, ...]
     depth: Mapping[str, Sequence[int]]
     before: PreTrainedModel = field(repr=False)
     after: PreTrainedModel = field(repr=False)
@@ -75,8 +75,8 @@ class Shrinking:
 
 
 def plan(
-    model: PreTrainedModel, narrowings: Sequence[Narrowing], depth: Mapping[str, Sequence[int]] | None = None
-) -> Shrinking:
+    model: PreTrainedModel, narrowings: Sequence[Slicing], depth: Mapping[str, Sequence[int]] | None = None
+) -> PruningPlan:
     """Find the configuration of the smaller model. The model is not changed.
 
     Raises ``ModelError`` where no configuration of this class gives the shapes, where the model is not what its
@@ -102,11 +102,11 @@ def plan(
         shapes = {new: shape for name, shape in shapes.items() if (new := _renamed(name, depth)) is not None}
         sizes = {counts[stack]: len(kept) for stack, kept in depth.items()}
         config = _fit_depth(model, wide, shapes, sizes, _agreed(counts, depth), depth)
-    return Shrinking(tuple(narrowings), depth, before, _twin(model, config))
+    return PruningPlan(tuple(narrowings), depth, before, _twin(model, config))
 
 
 @torch.no_grad()
-def apply_(model: PreTrainedModel, shrinking: Shrinking) -> None:
+def apply_(model: PreTrainedModel, shrinking: PruningPlan) -> None:
     """Carry out a plan: parameters, modules and configuration stay the objects that they are; removed blocks go."""
     for name, parameter in model.named_parameters():
         narrowed = shrinking.narrow(name, parameter.data)
@@ -123,7 +123,7 @@ def apply_(model: PreTrainedModel, shrinking: Shrinking) -> None:
     _update_configs(model, shrinking)
 
 
-def removable(model: PreTrainedModel) -> dict[str, list[int]]:
+def removable_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
     """The positions in each stack of blocks that may be removed: those that hold no parameter which another lacks."""
     stacks: dict[str, dict[int, set[str]]] = {}
     for block in blocks(model):
@@ -136,7 +136,7 @@ def removable(model: PreTrainedModel) -> dict[str, list[int]]:
 
 
 # -- the configuration --------------------------------------------------------------------------------------------
-def _require_apart(narrowings: Sequence[Narrowing]) -> None:
+def _require_apart(narrowings: Sequence[Slicing]) -> None:
     seen: set[tuple[str, int]] = set()
     for narrowing in narrowings:
         places = {(name, dim) for name, dims in narrowing.kept.items() for dim in dims}
@@ -187,7 +187,7 @@ def _fit_depth(
     """
     changes = list(_list_changes(wide.config, lists))
     named = [change for change in changes if "layer" in change[0][-1]]
-    others = [change for change in changes if change not in named][:MOST_FIELDS]
+    others = [change for change in changes if change not in named][:MAX_FIELDS]
     first: ModelError | None = None
     for more in (subset for count in range(len(others) + 1) for subset in combinations(others, count)):
         try:
@@ -208,7 +208,7 @@ def _choices(
     That is one which is None now, or which the class asks for and does not find (``asked``): Qwen2's ``head_dim``.
     """
     fields = list(_fields(config))
-    held = [(path, sizes[value]) for path, value in fields if type(value) is int and value in sizes][:MOST_FIELDS]
+    held = [(path, sizes[value]) for path, value in fields if type(value) is int and value in sizes][:MAX_FIELDS]
     subsets = [subset for count in range(len(held) + 1) for subset in combinations(held, count)]
     yield from subsets[1:]
     if unset is not None:
@@ -321,7 +321,7 @@ def _require_same_behaviour(
         )
 
 
-def _update_configs(model: PreTrainedModel, shrinking: Shrinking) -> None:
+def _update_configs(model: PreTrainedModel, shrinking: PruningPlan) -> None:
     live, old = _origins(model, {}), _origins(shrinking.before, shrinking.depth)
     for name, module in shrinking.after.named_modules(remove_duplicate=False):
         config = vars(module).get("config")

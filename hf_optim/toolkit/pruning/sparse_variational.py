@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..topology.linear_layers import weight_out_in
-from .noisy_layers import NoisyLayer, as_out_in, attach, linear
+from .noisy_layers import NoisyLayer, apply_linear, as_out_in, attach_noise
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 # Of w², where its logarithm is taken; smaller weights count as this.
@@ -32,7 +32,7 @@ def log_alpha(weight: Tensor, log_variance: Tensor) -> Tensor:
     return log_variance - weight.square().clamp(min=FLOOR).log()
 
 
-def kl(log_alpha: Tensor) -> Tensor:
+def kl_divergence(log_alpha: Tensor) -> Tensor:
     """The divergence of each weight's posterior from the prior, in nats; falls from infinity to 0 as α rises."""
     # k₁ - k₁ sigmoid(v) = k₁ sigmoid(-v), and log(1 + 1/α) = softplus(-log α): no cancellation at either end.
     return K1 * torch.sigmoid(-(K2 + K3 * log_alpha)) + 0.5 * F.softplus(-log_alpha)
@@ -83,7 +83,7 @@ class WeightNoise:
         start = torch.full_like(weight, initial, dtype=wide)
         self.parameter, self.kept, self.choose = parameter, kept, choose
         self.active, self.heard = True, False
-        self.layer: NoisyLayer = attach(layer, self, log_variance=start)
+        self.layer: NoisyLayer = attach_noise(layer, self, log_variance=start)
 
     def mask(self) -> Tensor | None:
         """What an earlier step kept, of the shape of the weight, or None."""
@@ -96,14 +96,14 @@ class WeightNoise:
 
     def divergence(self) -> Tensor:
         """The sum over the weights that are not masked, a scalar."""
-        each, mask = kl(self.log_alpha()), self.mask()
+        each, mask = kl_divergence(self.log_alpha()), self.mask()
         return each.sum() if mask is None else each.masked_fill(~mask, 0.0).sum()
 
     def __call__(self, layer: NoisyLayer, input: Tensor) -> Tensor:
         weight = weight_out_in(layer)
         if self.active and not layer.training:
             weight = weight * as_out_in(layer, self.choose()[self.parameter].to(weight.device))
-        mean = linear(layer, input, weight)
+        mean = apply_linear(layer, input, weight)
         if not self.active or not layer.training:
             return mean
         self.heard = True

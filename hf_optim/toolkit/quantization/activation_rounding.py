@@ -15,7 +15,7 @@ from ..topology.graph import Trace
 Rounding = Callable[[Tensor], Tensor]
 
 
-def shared_inputs(trace: Trace, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def group_by_input(trace: Trace, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Modules that read the same tensor (query, key and value; gate and up), together: first name -> all names.
 
     In the order of ``names``; one that the traced forward did not reach stands alone.
@@ -42,7 +42,7 @@ def rounded_inputs(roundings: Mapping[nn.Module, Rounding]) -> Iterator[None]:
             handle.remove()
 
 
-class RoundingShift:
+class RoundingSensitivity:
     """Context manager: how far a model's output moves when the inputs of some of its modules are rounded.
 
     While batches pass through ``module``, each forward is repeated once per case with that case's inputs rounded, and

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 # With more pairs than this, neighbours in bytes are merged, the cheaper one stays: near the optimum, never over it.
-MOST_PAIRS = 200_000
+MAX_PAIRS = 200_000
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -35,7 +35,7 @@ def stored_bytes(rows: int, columns: int, bits: float, scales: int = 1, width: i
     return int(rows * (below + (bits - math.floor(bits)) * (above - below) + scales * width))
 
 
-def cheapest_bits(
+def allocate_bits(
     costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], limit: int
 ) -> dict[str, int]:
     """The widths with the least sum of costs that fit.
@@ -73,7 +73,7 @@ def cheapest_bits(
     return {name: plan[name] for name in costs}
 
 
-def ranked_bits(
+def allocate_bits_by_rank(
     ranks: Mapping[str, float], choices: Sequence[int], sizes: Mapping[str, Mapping[int, int]], limit: int
 ) -> dict[str, int]:
     """Widths by rank alone: never fewer bits for a higher rank.
@@ -116,9 +116,9 @@ def _undominated(total: torch.Tensor, cost: torch.Tensor, most: int) -> torch.Te
     best = cost[order].cummin(0).values
     before = torch.cat([torch.full_like(best[:1], torch.inf), best[:-1]])
     order = order[cost[order] < before]
-    if len(order) > MOST_PAIRS:
+    if len(order) > MAX_PAIRS:
         span = int(total[order[-1]] - total[order[0]]) + 1
-        bucket = (total[order] - total[order[0]]) * MOST_PAIRS // span
+        bucket = (total[order] - total[order[0]]) * MAX_PAIRS // span
         # Costs fall with bytes: the last pair of a bucket is its cheapest; the very first one is the smallest.
         last = torch.cat([bucket[1:] != bucket[:-1], torch.ones(1, dtype=torch.bool)])
         last[0] = True

@@ -19,7 +19,7 @@ from ...errors import NumericalError
 CHECKS = 10
 
 
-class Lessons:
+class BlockExamples:
     """Examples ``(args, kwargs, output)`` of a block, moved to a device one by one.
 
     Attributes:
@@ -79,7 +79,7 @@ def first(output: Any) -> Tensor:
 
 
 @contextmanager
-def vectors_of(block: nn.Module, wanted: bool = True) -> Iterator[list[nn.Parameter]]:
+def trainable_vectors(block: nn.Module, wanted: bool = True) -> Iterator[list[nn.Parameter]]:
     """The vectors of a block (biases, norm weights), asking for gradients; none of them unless ``wanted``.
 
     What belongs to a grid (``weight_scale``, ``input_scale``, ...) is not among them. Flags are as before afterwards.
@@ -100,10 +100,10 @@ def _of_a_grid(name: str) -> bool:
     return name.rpartition(".")[2].startswith(("weight_", "input_", "output_"))
 
 
-def imitate(
+def reconstruct_block(
     block: nn.Module,
     moved: Sequence[Tensor],
-    lessons: Lessons,
+    lessons: BlockExamples,
     *,
     learning_rate: float,
     steps: int,
@@ -160,7 +160,7 @@ def _gradients(
     block: nn.Module,
     moved: Sequence[Tensor],
     masters: Sequence[Tensor],
-    lessons: Lessons,
+    lessons: BlockExamples,
     numbers: Sequence[int],
     masks: Mapping[int, Tensor],
 ) -> float:

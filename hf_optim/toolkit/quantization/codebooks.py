@@ -56,7 +56,7 @@ def outlier_mask(weight: Tensor, threshold: float, kept: Tensor | None = None) -
 
 
 @torch.no_grad()
-def make_codebook(values: Tensor, levels: int, iterations: int = 100, pinned: float | None = None) -> Codebook:
+def fit_codebook(values: Tensor, levels: int, iterations: int = 100, pinned: float | None = None) -> Codebook:
     """Centroids of ``values``, iterated until the sum of distances falls no more; the best set is returned.
 
     Args:
@@ -88,7 +88,7 @@ def make_codebook(values: Tensor, levels: int, iterations: int = 100, pinned: fl
     return Codebook(centroids, tuple(history))
 
 
-def nearest(values: Tensor, centroids: Tensor) -> Tensor:
+def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
     """The index of the nearest centroid (of two, the lower) of each value: uint8, the shape of ``values``.
 
     Args:

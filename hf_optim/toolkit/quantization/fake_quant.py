@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.hidden_parameters import parameters_hidden
-from .grids import Grid, GridSpec, make_grid, round_codes, split
+from ..modules.hidden_parameters import hide_parameters
+from .grids import Grid, GridSpec, group_by_scale, make_grid, round_codes
 
 # Steps that are learned: parameters of the layer in training, and no part of its checkpoint.
-STEPS = ("weight_step", "input_step")
+LEARNED_SCALES = ("weight_step", "input_step")
 # A scale made of the largest value puts it half a step beyond the largest code, give or take the division's rounding.
 REACH = 0.5 + 1e-4
 
-Inputs = Callable[["FakeQuantLinear", Tensor], Tensor]
+InputQuantizer = Callable[["FakeQuantLinear", Tensor], Tensor]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -92,9 +92,9 @@ def fake_quantize(values: Tensor, grid: Grid) -> Tensor:
         values: ``[out, in]`` (any shape per tensor or token), a float dtype; the result has its shape and dtype, and is
             bit by bit what a checkpoint with the grid's codes decodes to.
         grid: the scales and zero points are constants here. With ``grid.scale`` requiring a gradient (see
-            ``stored_step``), the gradients are LSQ's, and one of the scale is among them.
+            ``round_scale``), the gradients are LSQ's, and one of the scale is among them.
     """
-    parts = split(values.to(grid.scale.dtype), grid.spec)
+    parts = group_by_scale(values.to(grid.scale.dtype), grid.spec)
     shape = (*parts.shape[:-1], 1)
     scale = grid.scale.reshape(shape)
     zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.to(scale.dtype).reshape(shape)
@@ -103,13 +103,13 @@ def fake_quantize(values: Tensor, grid: Grid) -> Tensor:
     return found.reshape(values.shape).to(values.dtype)
 
 
-def stored_step(step: Tensor, dtype: torch.dtype) -> Tensor:
+def round_scale(step: Tensor, dtype: torch.dtype) -> Tensor:
     """A learned step as the scale of a grid: positive, and rounded to the ``dtype`` of the checkpoint."""
     return _Rounded.apply(step, dtype)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def first_step(values: Tensor, spec: GridSpec, dtype: torch.dtype | None = None) -> Tensor:
+def initial_scale(values: Tensor, spec: GridSpec, dtype: torch.dtype | None = None) -> Tensor:
     """LSQ's first step, ``2 mean|v| / sqrt(Q_P)``, for each set of values that shares one.
 
     Args:
@@ -120,12 +120,12 @@ def first_step(values: Tensor, spec: GridSpec, dtype: torch.dtype | None = None)
     Returns:
         Of the shape of ``Grid.scale``; float32, or float64 for float64 values.
     """
-    parts = split(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
-    return stored_step(2 * parts.abs().mean(-1) / spec.high**0.5, dtype or values.dtype)
+    parts = group_by_scale(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
+    return round_scale(2 * parts.abs().mean(-1) / spec.high**0.5, dtype or values.dtype)
 
 
 class FakeQuantLinear(nn.Linear):
-    """An ``nn.Linear`` that computes with its weight on a grid: made in place by ``attach``, undone by ``detach``.
+    """An ``nn.Linear`` that computes with its weight on a grid: made in place by ``attach_fake_quant``, undone by ``detach_fake_quant``.
 
     Parameters keep their names, so a checkpoint of the model is an ordinary one; a learned step is a parameter (the
     optimizer finds it) that no state dict has.
@@ -144,7 +144,7 @@ class FakeQuantLinear(nn.Linear):
     observer: Literal["minmax", "mse"]
     fixed: Grid | None
     latent: Tensor | None
-    inputs: Inputs | None
+    inputs: InputQuantizer | None
     active: bool
     former: type[nn.Linear]
     input_step: nn.Parameter  # of inputs on a learned grid
@@ -170,7 +170,7 @@ class FakeQuantLinear(nn.Linear):
         step = self._parameters.get("weight_step")
         zero = None if self.fixed is None else self.fixed.zero_point
         if step is not None:
-            return Grid(self.spec, stored_step(step, self.weight.dtype), zero)
+            return Grid(self.spec, round_scale(step, self.weight.dtype), zero)
         if self.fixed is not None:
             return self.fixed
         # Made anew each time: an optimizer's fused kernels change weights without a mark that could be looked at.
@@ -183,7 +183,7 @@ class FakeQuantLinear(nn.Linear):
         grid = self.grid()
         return grid.quantize(self.source()), grid
 
-    def learn_step(self, grid: Grid) -> nn.Parameter:
+    def learn_scale(self, grid: Grid) -> nn.Parameter:
         """Learn the scale, beginning with that of ``grid``, whose zero points stay. Returns the parameter."""
         self.fixed = grid
         self.weight_step = nn.Parameter(grid.scale.detach().clone())
@@ -191,22 +191,22 @@ class FakeQuantLinear(nn.Linear):
 
     # -- what no checkpoint has ---------------------------------------------------------------------------------------
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with parameters_hidden(self, STEPS):
+        with hide_parameters(self, LEARNED_SCALES):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with parameters_hidden(self, STEPS):
+        with hide_parameters(self, LEARNED_SCALES):
             super()._load_from_state_dict(*args, **kwargs)
 
 
-def attach(
+def attach_fake_quant(
     layer: nn.Linear,
     spec: GridSpec | None,
     observer: Literal["minmax", "mse"] = "minmax",
     *,
     fixed: Grid | None = None,
     latent: Tensor | None = None,
-    inputs: Inputs | None = None,
+    inputs: InputQuantizer | None = None,
     active: bool = True,
 ) -> FakeQuantLinear:
     """Make a layer compute with its weight on a grid, in place: see ``FakeQuantLinear`` for the arguments.
@@ -224,9 +224,9 @@ def attach(
     return layer
 
 
-def detach(layer: FakeQuantLinear) -> nn.Linear:
-    """Undo ``attach``; the weight stays as it is."""
-    for name in STEPS:
+def detach_fake_quant(layer: FakeQuantLinear) -> nn.Linear:
+    """Undo ``attach_fake_quant``; the weight stays as it is."""
+    for name in LEARNED_SCALES:
         layer._parameters.pop(name, None)
     former = layer.former
     for name in ("spec", "observer", "fixed", "latent", "inputs", "active", "former"):
@@ -235,6 +235,6 @@ def detach(layer: FakeQuantLinear) -> nn.Linear:
     return layer
 
 
-def fake_layers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, FakeQuantLinear]:
+def fake_quant_layers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, FakeQuantLinear]:
     """The fake-quantized layers among named modules."""
     return {name: module for name, module in modules if isinstance(module, FakeQuantLinear)}

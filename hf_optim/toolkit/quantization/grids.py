@@ -17,7 +17,7 @@ import torch
 Strategy = Literal["tensor", "channel", "group", "token"]
 FLOAT8 = torch.float8_e4m3fn
 # Shares of the full range that the MSE search tries, from the largest.
-SHRINK = tuple(1.0 - 0.01 * step for step in range(76))
+RANGE_SHARES = tuple(1.0 - 0.01 * step for step in range(76))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Grid:
         return FLOAT8 if self.spec.type == "float" else torch.int8
 
     def _split(self, values: torch.Tensor) -> torch.Tensor:
-        return split(values, self.spec)
+        return group_by_scale(values, self.spec)
 
     def _sides(self, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, ready to be broadcast over ``parts``."""
@@ -104,7 +104,7 @@ def round_codes(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | 
     return scaled.to(FLOAT8).to(values.dtype) if spec.type == "float" else scaled.round()
 
 
-def split(values: torch.Tensor, spec: GridSpec) -> torch.Tensor:
+def group_by_scale(values: torch.Tensor, spec: GridSpec) -> torch.Tensor:
     """``values`` with one more dimension, so that what shares a scale is the last one.
 
     ``[out, groups, group_size]`` per group, ``[..., 1, in]`` per channel or token, ``[1, numel]`` per tensor.
@@ -122,7 +122,7 @@ def fit_group_size(in_features: int, asked: int) -> int:
     return next(size for size in range(min(asked, in_features), 0, -1) if in_features % size == 0)
 
 
-def scale_of_range(
+def qparams_from_range(
     low: torch.Tensor, high: torch.Tensor, spec: GridSpec, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point that cover the range ``[low, high]``, widened to hold zero.
@@ -161,17 +161,17 @@ def make_grid(
     Args:
         values: ``[out, in]`` (any shape per tensor or token).
         spec: the kind of grid.
-        observer: ``"minmax"`` covers the whole range; ``"mse"`` tries shares of it (``SHRINK``) and keeps, for each
+        observer: ``"minmax"`` covers the whole range; ``"mse"`` tries shares of it (``RANGE_SHARES``) and keeps, for each
             scale, the one with the least sum of squared errors.
         dtype: in which scales will be stored; None for that of ``values``.
         importance: ``[in]``, weight of each input channel in the sum of squared errors; None for all alike.
     """
     dtype = dtype or values.dtype
-    parts = split(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
+    parts = group_by_scale(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
     low, high = torch.aminmax(parts, dim=-1)
-    scale, zero = scale_of_range(low, high, spec, dtype)
+    scale, zero = qparams_from_range(low, high, spec, dtype)
     if observer == "mse":
-        weights = None if importance is None else split(importance.to(parts).expand(values.shape), spec)
+        weights = None if importance is None else group_by_scale(importance.to(parts).expand(values.shape), spec)
         scale, zero = _search(parts, low, high, spec, dtype, weights)
     shape = parts.shape[:-1]
     return Grid(spec, scale.reshape(shape), None if zero is None else zero.reshape(shape))
@@ -188,8 +188,8 @@ def _search(
     best: torch.Tensor | None = None
     # There is one more negative code than positive ones: the first candidate has the largest value on the largest code.
     full = (spec.high - spec.low) / 2 / spec.high if spec.symmetric else 1.0
-    for share in (full, *SHRINK) if full > 1 else SHRINK:
-        scale, zero = scale_of_range(low * share, high * share, spec, dtype)
+    for share in (full, *RANGE_SHARES) if full > 1 else RANGE_SHARES:
+        scale, zero = qparams_from_range(low * share, high * share, spec, dtype)
         offset = torch.zeros_like(scale) if zero is None else zero.to(scale.dtype)
         step, shift = scale.unsqueeze(-1), offset.unsqueeze(-1)
         error = ((round_codes(parts, step, shift, spec) - shift) * step - parts).square_()

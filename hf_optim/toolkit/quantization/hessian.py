@@ -20,13 +20,13 @@ from torch import Tensor
 from ...errors import NumericalError
 
 # Above this share of the mean diagonal the Hessian says next to nothing any more.
-MOST_DAMP = 10.0
+MAX_DAMP = 10.0
 # Rows worked on at a time, where all at once would need a second matrix; the largest triangle inverted by substitution.
 STRIP, LEAF = 1024, 512
 
 
 @dataclass(frozen=True)
-class InverseFactor:
+class InverseCholesky:
     """``H⁻¹ = upperᵀ upper`` of the damped Hessian.
 
     Attributes:
@@ -66,13 +66,13 @@ def _damp(matrix: Tensor, damp: float) -> Tensor:
     return matrix
 
 
-def inverse_factor(
+def inverse_cholesky(
     hessian: Tensor, damp: float = 0.01, what: str = "the Hessian", order: Tensor | None = None
-) -> InverseFactor:
+) -> InverseCholesky:
     """The upper Cholesky factor of the inverse of the damped Hessian.
 
     Where the damped Hessian is not positive definite in float32, or its factor fails a trial, it is factored in
-    float64; where that does not do, damping is raised tenfold, up to ``MOST_DAMP``.
+    float64; where that does not do, damping is raised tenfold, up to ``MAX_DAMP``.
 
     Args:
         hessian: ``[in, in]``, symmetric, float32 or float64, any scale.
@@ -87,11 +87,11 @@ def inverse_factor(
         raise NumericalError(f"{what} is not finite; check the calibration data, or load the model in a wider dtype")
     columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
     tried = damp
-    while tried <= MOST_DAMP:
+    while tried <= MAX_DAMP:
         for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
             upper = _factor(_damp(_picked(hessian, columns.flip(0), dtype), tried))
             if upper is not None:
-                return InverseFactor(upper.to(hessian.dtype), tried)
+                return InverseCholesky(upper.to(hessian.dtype), tried)
         tried = max(tried * 10, 1e-6)
     raise NumericalError(
         f"{what} is singular even with damping {tried / 10:g}; calibrate with more samples, or with precision: float64"

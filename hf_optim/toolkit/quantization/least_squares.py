@@ -15,7 +15,7 @@ from torch import Tensor
 STRIP = 2048
 
 
-def reconstruct(
+def reconstruct_weights(
     weight: Tensor, mask: Tensor, moment: Tensor, *, damp: float = 0.01, iterations: int = 100, tolerance: float = 1e-5
 ) -> Tensor:
     """Weights under ``mask`` whose outputs are nearest to those of ``weight``.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .grids import Grid, round_codes
-from .hessian import inverse_factor
+from .hessian import inverse_cholesky
 
 # Steps between two updates of the inverses. A step needs one column and the diagonal, which are kept up to date.
 BLOCK = 32
@@ -56,9 +56,9 @@ def quantize_greedily(
         int8 codes ``[out, in]``.
     """
     rows, columns = weight.shape
-    upper = inverse_factor(hessian, damp, what).upper
+    upper = inverse_cholesky(hessian, damp, what).upper
     inverse = upper.T @ upper
-    scale, zero = spread(grid, rows, columns, weight.dtype)
+    scale, zero = expand_grid(grid, rows, columns, weight.dtype)
     # The inverse, and its copy while it is packed together.
     chunk = max(1, int(memory // (2 * columns * columns * weight.element_size())))
     parts = []
@@ -70,7 +70,7 @@ def quantize_greedily(
     return torch.cat(parts).to(torch.int8)
 
 
-def spread(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def expand_grid(grid: Grid, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every weight, ``[rows, columns]`` each; views where one serves several weights."""
 
     def every(sides: Tensor) -> Tensor:

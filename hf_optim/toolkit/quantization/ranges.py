@@ -5,7 +5,7 @@ of a variance proportional to the square of that width, in each of its channels 
 
     noise = sum_g  n_g (max_g h_j - min_g l_j)^2
 
-which ``fitted_groups`` makes as small as ``groups`` intervals of channels allow.
+which ``optimal_groups`` makes as small as ``groups`` intervals of channels allow.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..statistics.observers import InputObserver
-from .grids import GridSpec, scale_of_range
+from .grids import GridSpec, qparams_from_range
 
 BINS = 1024
-GRID = GridSpec(8, "int", "tensor", None, symmetric=False)
+ASYMMETRIC_INT8 = GridSpec(8, "int", "tensor", None, symmetric=False)
 
 
 class ChannelMinMax(InputObserver[tuple[Tensor, Tensor]]):
@@ -40,7 +40,7 @@ def even_groups(channels: int, groups: int) -> Tensor:
     return torch.arange(channels) * groups // channels
 
 
-def fitted_groups(low: Tensor, high: Tensor, groups: int) -> Tensor:
+def optimal_groups(low: Tensor, high: Tensor, groups: int) -> Tensor:
     """``[channels]`` int64: the intervals, at most ``groups``, with the least noise, found by dynamic programming.
 
     Above ``BINS`` channels, intervals end where one of as many even slices does.
@@ -85,7 +85,7 @@ def _interval_widths(low: Tensor, high: Tensor) -> Tensor:
     return torch.where(above, highs - lows, 0.0)
 
 
-def group_grids(low: Tensor, high: Tensor, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def group_qparams(low: Tensor, high: Tensor, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scales and zero points of asymmetric 8-bit grids, one for each group: ``[groups]`` each, int8 zero points.
 
     Args:
@@ -96,12 +96,12 @@ def group_grids(low: Tensor, high: Tensor, group: Tensor, dtype: torch.dtype) ->
     count, group = int(group.max()) + 1, group.to(low.device)
     lows = torch.zeros(count, dtype=low.dtype, device=low.device).scatter_reduce(0, group, low, "amin")
     highs = torch.zeros(count, dtype=low.dtype, device=low.device).scatter_reduce(0, group, high, "amax")
-    scale, zero = scale_of_range(lows, highs, GRID, dtype)
+    scale, zero = qparams_from_range(lows, highs, ASYMMETRIC_INT8, dtype)
     assert zero is not None
     return scale, zero
 
 
-def rounded_to(x: Tensor, scale: Tensor, zero: Tensor, group: Tensor | None = None) -> Tensor:
+def quantize_dequantize(x: Tensor, scale: Tensor, zero: Tensor, group: Tensor | None = None) -> Tensor:
     """``x`` [..., channels] on the grids of its channels' groups; without ``group`` the scale is broadcast."""
     wide = x if x.dtype == torch.float64 else x.float()
     scale, zero = scale.to(wide), zero.to(wide)

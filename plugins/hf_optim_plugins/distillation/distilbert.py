@@ -34,13 +34,13 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation import (
     HiddenStates,
     HiddenStatesCallback,
-    bodies,
+    base_models,
     cosine_loss,
-    forget_states,
-    head_of,
+    head_kind,
+    remove_recorder,
     scored_rows,
     students,
-    take_states,
+    take_hidden_states,
     teachers,
     token_masks,
 )
@@ -103,7 +103,7 @@ class DistilBERT(Technique):
             )
         if not (self.alpha_ce or self.alpha_task or self.alpha_cos or self.alpha_pool):
             raise RecipeError("distilbert: all four weights are 0, so nothing is learnt: raise alpha_ce, say")
-        teachers.require_place(self.device, self.name)
+        teachers.check_device(self.device, self.name)
 
     def reload(self) -> Reload:
         return self.spec.reload if self.token_types else Reload.STOCK_ARCH
@@ -112,7 +112,7 @@ class DistilBERT(Technique):
     def transform_model(self, run: Run) -> PreTrainedModel:
         teacher, label = run.model, run.label(self)
         kept = self._kept(teacher, label)
-        student, renamed = students.student_of(teacher, kept, label)
+        student, renamed = students.build_student(teacher, kept, label)
         run.rename(renamed)
         if not self.token_types:
             student, renamed = without_token_types(student, label)
@@ -124,17 +124,17 @@ class DistilBERT(Technique):
             layers={stack: list(layers) for stack, layers in kept.items()},
             parameters_before=teacher.num_parameters(),
             parameters_after=student.num_parameters(),
-            layer_parameters_before=students.block_parameters(teacher),
-            layer_parameters_after=students.block_parameters(student),
+            layer_parameters_before=students.count_block_parameters(teacher),
+            layer_parameters_after=students.count_block_parameters(student),
         )
         return student
 
     def _kept(self, teacher: PreTrainedModel, label: str) -> dict[str, tuple[int, ...]]:
         """For every stack of the teacher the layers that the student gets."""
         kept = {}
-        for stack, found in students.stacks_of(teacher).items():
+        for stack, found in students.block_indices(teacher).items():
             wanted = -(-len(found) // self.every)
-            layers = students.spread(len(found), wanted) if self.layers is None else self.layers
+            layers = students.evenly_spaced(len(found), wanted) if self.layers is None else self.layers
             if layers[-1] >= len(found):
                 raise ModelError(
                     f"{label}: layers must be indices below {len(found)}, the layers of {stack}, not {list(layers)}"
@@ -148,17 +148,17 @@ class DistilBERT(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [TeacherCallback(self, run), HiddenStatesCallback(run.state(self), lambda: bodies(run.model))]
+        return [TeacherCallback(self, run), HiddenStatesCallback(run.state(self), lambda: base_models(run.model))]
 
     @hookimpl
     def training_loss(
         self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any
     ) -> dict[str, Tensor | float]:
         label, teacher = run.label(self), ready_teacher(self, run)
-        with HiddenStates(bodies(teacher)) as asked:
-            theirs = teachers.answer(teacher, inputs)
+        with HiddenStates(base_models(teacher)) as asked:
+            theirs = teachers.forward(teacher, inputs)
             wanted = asked.take()
-        states = take_states(run.state(self))
+        states = take_hidden_states(run.state(self))
         terms: dict[str, Tensor | float] = {"task_scale": self.alpha_task}
         masks = token_masks(inputs, run.model.config.is_encoder_decoder)
         for name, weight, pooled in (("cosine", self.alpha_cos, False), ("pooled", self.alpha_pool, True)):
@@ -173,7 +173,7 @@ class DistilBERT(Technique):
             terms["kd"] = self.alpha_ce * kd_loss(
                 logits,
                 theirs.logits,
-                head=head_of(run.model),
+                head=head_kind(run.model),
                 temperature=self.temperature,
                 rows=all_rows(run.model, logits, inputs),
             )
@@ -182,7 +182,7 @@ class DistilBERT(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         own = run.state(self)
-        forget_states(own)
+        remove_recorder(own)
         for name in ("teacher", "ready"):
             vars(own).pop(name, None)
 
@@ -216,7 +216,7 @@ def ready_teacher(step: DistilBERT, run: Run) -> nn.Module:
     if getattr(own, "teacher", None) is None:
         raise ModelError(f"{run.label(step)} has no teacher any more: its stage is over; optimize the teacher again")
     if getattr(own, "ready", None) is None:
-        own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model), step.device)
+        own.ready = teachers.freeze(own.teacher, teachers.input_device(run.model), step.device)
     return own.ready
 
 

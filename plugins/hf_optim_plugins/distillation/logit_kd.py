@@ -35,19 +35,19 @@ from hf_optim.toolkit.distillation import (
     LogitCache,
     Rest,
     TopK,
-    bodies_of_blocks,
-    forget_states,
-    head_of,
+    base_model_of_blocks,
+    head_kind,
+    remove_recorder,
     sample_keys,
     scored_rows,
     squarehead_loss,
-    take_states,
+    take_hidden_states,
     teachers,
     token_masks,
     top_k,
     top_k_kd_loss,
 )
-from hf_optim.toolkit.topology import blocks, stream_order
+from hf_optim.toolkit.topology import blocks, find_residual_order
 
 from ._fused_kd import kd_loss
 
@@ -118,7 +118,7 @@ class LogitKD(Technique):
             raise RecipeError("logit_kd: a cache keeps the teacher's top classes: say how many with top_k (64, say)")
         if self.cache is not None and self.alpha_states:
             raise RecipeError("logit_kd: a cache keeps no hidden states: leave out cache or alpha_states")
-        teachers.require_place(self.device, self.name)
+        teachers.check_device(self.device, self.name)
 
     def phases(self) -> Any:
         # Taking a copy in transform_model changes nothing: the step may stand behind ones that calibrate.
@@ -149,7 +149,7 @@ class LogitKD(Technique):
         head = self._head(run)
         # The labels of the other heads are no classes, of which -100 would be none.
         labels = inputs.get("labels") if head == "classes" else None
-        rows = scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next(run.model))
+        rows = scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next_token(run.model))
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "direction": self.direction,
@@ -169,7 +169,7 @@ class LogitKD(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        forget_states(run.state(self))
+        remove_recorder(run.state(self))
         for name in ("teacher", "loaded", "ready", "cache", "order"):
             vars(run.state(self)).pop(name, None)
 
@@ -185,7 +185,7 @@ class LogitKD(Technique):
 
     def _head(self, run: Run) -> Head:
         """What the model predicts. Raises ``ModelError`` where ``top_k`` asks for classes that it does not have."""
-        head = head_of(run.model)
+        head = head_kind(run.model)
         if head != "classes" and self.top_k is not None:
             predicts = "a number" if head == "regression" else "labels that hold each by itself"
             raise ModelError(
@@ -215,7 +215,7 @@ class LogitKD(Technique):
 
     def _squarehead(self, run: Run, inputs: Mapping[str, Any], wanted: list[Tensor]) -> Tensor:
         own, label = run.state(self), run.label(self)
-        states = take_states(own)
+        states = take_hidden_states(own)
         if not states or [h.shape for h in states] != [h.shape for h in wanted]:
             raise ModelError(
                 f"{label}: alpha_states compares the hidden states of all blocks; the teacher has {len(wanted)} "
@@ -226,15 +226,15 @@ class LogitKD(Technique):
             raise ModelError(f"{label}: alpha_states: no gradient reaches the last block; does the model train at all?")
         if not hasattr(own, "order"):
             # The student's channels may have been permuted, here or before its checkpoint was made.
-            own.order = stream_order(run.model, own.ready)
+            own.order = find_residual_order(run.model, own.ready)
         if own.order is not None:
             wanted = [h[..., own.order.to(h.device)] for h in wanted]
         masks = token_masks(inputs, run.model.config.is_encoder_decoder)
-        return squarehead_loss(states, wanted, [masks[i] for i in bodies_of_blocks(run.model)])
+        return squarehead_loss(states, wanted, [masks[i] for i in base_model_of_blocks(run.model)])
 
     def _teacher_logits(self, run: Run, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
         teacher = ready_teacher(self, run)
-        found = teachers.logits(teacher, inputs)
+        found = teachers.forward_logits(teacher, inputs)
         if found.shape != logits.shape:
             raise ModelError(
                 f"{run.label(self)}: the teacher's logits are {tuple(found.shape)} and the student's "
@@ -277,7 +277,7 @@ class TeacherCallback(TrainerCallback):
                 **_identity(step, self.run),
                 "temperature": step.temperature,
                 "top_k": step.top_k,
-                "classes": teachers.classes_of(self.run.model),
+                "classes": teachers.num_classes(self.run.model),
             }
             own.cache = LogitCache(step.cache, settings, writer=args.process_index)
             log.info(
@@ -356,7 +356,7 @@ def ready_teacher(step: LogitKD, run: Run) -> nn.Module:
     teachers.require_same_classes(run.model, own.teacher, label)
     if step.teacher != SELF:
         _compare_tokenizers(step, run)
-    own.ready = teachers.freeze(own.teacher, teachers.device_of(run.model), step.device)
+    own.ready = teachers.freeze(own.teacher, teachers.input_device(run.model), step.device)
     return own.ready
 
 

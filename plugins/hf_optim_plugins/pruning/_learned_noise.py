@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from hf_optim import RecipeError
-from hf_optim.toolkit.pruning import NoisyLayer, as_step, cut_ramp, linear_ramp, noisy_layers, require_whole
+from hf_optim.toolkit.pruning import (
+    NoisyLayer,
+    as_step,
+    cut_schedule_message,
+    linear_schedule,
+    noisy_layers,
+    require_unsharded,
+)
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -21,15 +28,15 @@ if TYPE_CHECKING:
 
 def optimizer_group(layers: Mapping[str, NoisyLayer], rate: float | None) -> list[dict[str, Any]]:
     """The group of what the noise learns, without weight decay; at ``rate``, or where None at that of the weights."""
-    found = list(noisy_layers.parameters(layers).values())
+    found = list(noisy_layers.noise_parameters(layers).values())
     return [{"params": found, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}]
 
 
 def release(own: SimpleNamespace, layers: Mapping[str, NoisyLayer], *keys: str) -> None:
     """Take the noise out of the layers, and out of a step's state together with ``keys``."""
-    noisy_layers.forget(own, layers)
+    noisy_layers.clear_noise_parameters(own, layers)
     for layer in layers.values():
-        noisy_layers.detach(layer)
+        noisy_layers.detach_noise(layer)
     for key in ("layers", *keys):
         vars(own).pop(key, None)
 
@@ -55,10 +62,10 @@ class NoiseTraining(TrainerCallback):
         return self.run.state(self.step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        require_whole(self.layers)
+        require_unsharded(self.layers)
         self._look_at_the_ramp(state.max_steps)
-        noisy_layers.lower_epsilon(kwargs.get("optimizer"), self.layers)
-        noisy_layers.recall(self.own, self.layers)
+        noisy_layers.lower_adam_epsilon(kwargs.get("optimizer"), self.layers)
+        noisy_layers.load_noise_parameters(self.own, self.layers)
         if state.global_step == 0:
             self.own.settled = False
         self._move(state)
@@ -74,7 +81,7 @@ class NoiseTraining(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # load_best_model_at_end may have read another checkpoint.
-        noisy_layers.recall(self.own, self.layers)
+        noisy_layers.load_noise_parameters(self.own, self.layers)
 
     def _look_at_the_ramp(self, max_steps: int) -> None:
         step = self.step
@@ -90,11 +97,11 @@ class NoiseTraining(TrainerCallback):
         cut, remedy = f"training at step {max_steps}", "train longer, or lower end"
         if settle < max_steps:
             cut, remedy = f"weights are removed for good at step {settle}", "raise settle, or lower end"
-        reached = step.cut_off(linear_ramp(last, begin, end))
-        self.run.warn(step, cut_ramp(end, cut, reached, remedy))
+        reached = step.cut_off(linear_schedule(last, begin, end))
+        self.run.warn(step, cut_schedule_message(end, cut, reached, remedy))
 
     def _move(self, state: Any) -> None:
         begin, end = (as_step(position, state.max_steps) for position in (self.step.begin, self.step.end))
-        self.own.ramp = linear_ramp(state.global_step, begin, end)
+        self.own.ramp = linear_schedule(state.global_step, begin, end)
         for noise in self.noises:
             noise.active = not self.own.settled

@@ -55,7 +55,7 @@ class InRounds(Technique):
     def finalize_model(self, run: Run) -> None:
         state = run.state(self)
         names, _ = run.covered(self) or (set(), {})
-        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names if f"{name}.weight" in run.masks])
+        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names if f"{name}.weight" in run.masks])
         done, reached = getattr(state, "done", 0), getattr(state, "sparsities", [])
         run.report(self, **sparsity.metrics(run.model, names), rounds=done, sparsities=reached)
         if done < self.rounds:
@@ -76,7 +76,7 @@ class InRounds(Technique):
             f"Pruned by magnitude in rounds (sparsity after each: {rounds or 'none was begun'}); {self.between()}. "
             f"{100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table(f"Sparsity after {self.title.lower()}", sparsity.HEADER, sparsity.table(run.model, names))
+        card.table(f"Sparsity after {self.title.lower()}", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
 
 def check_position(name: str, position: int | float) -> None:

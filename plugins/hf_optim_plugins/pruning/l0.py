@@ -36,10 +36,10 @@ from hf_optim.toolkit.pruning import (
     hard_concrete,
     masks,
     noisy_layers,
+    select_supported,
     sparsity,
-    trainable,
 )
-from hf_optim.toolkit.topology import find_units
+from hf_optim.toolkit.topology import find_prunable_groups
 
 from ._learned_noise import NoiseTraining, optimizer_group, release
 
@@ -155,7 +155,7 @@ class L0(Technique):
             f"Trained with a hard concrete gate on each of the {self.on} and {price}; the gates are folded into the "
             f"weights, and {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after L0 regularization", sparsity.HEADER, sparsity.table(run.model, names))
+        card.table("Sparsity after L0 regularization", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
     # -- the layers ---------------------------------------------------------------------------------------------------
     def prepare(self, run: Run) -> dict[str, NoisyLayer]:
@@ -164,8 +164,8 @@ class L0(Technique):
         if hasattr(own, "layers"):
             return own.layers
         chosen = run.select(self.targets, self.skip)
-        found, skipped = trainable(run.model, chosen)
-        units = [] if self.on == "weights" else find_units(topology.trace(run.model))
+        found, skipped = select_supported(run.model, chosen)
+        units = [] if self.on == "weights" else find_prunable_groups(topology.trace(run.model))
         units = [one for one in units if one.kind == self.on and one.reader in found]
         if not (found if self.on == "weights" else units):
             raise ModelError(
@@ -173,7 +173,7 @@ class L0(Technique):
                 "and skip" + "".join(f". {', '.join(names[:3])}: {reason}" for reason, names in skipped.items())
             )
         masks.require_finite({name: layer.get_parameter("weight") for name, layer in found.items()}, run.label(self))
-        start = hard_concrete.log_alpha_of(self.initial)
+        start = hard_concrete.initial_log_alpha(self.initial)
         if self.on == "weights":
             own.gates = [WeightGates(name, layer, start, self.temperature) for name, layer in found.items()]
             run.cover(self, found, skipped)
@@ -181,7 +181,7 @@ class L0(Technique):
             own.gates = [UnitGates(run.model, one, start, self.temperature) for one in units]
             run.cover(self, {name.rpartition(".")[0] for gates in own.gates for name in gates.entries}, skipped)
         own.layers, own.settled = {gates.name: gates.layer for gates in own.gates}, False
-        noisy_layers.remember(own, own.layers)
+        noisy_layers.store_noise_parameters(own, own.layers)
         return own.layers
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class L0(Technique):
         own = run.state(self)
         scores = {gates.name: gates.log_alpha.detach() for gates in own.gates}
         masks.require_finite(scores, run.label(self))
-        final = {name: hard_concrete.at_test_time(alpha) for name, alpha in scores.items()}
+        final = {name: hard_concrete.deterministic_gates(alpha) for name, alpha in scores.items()}
         if self.sparsity is not None:
             alive = {gates.name: gates.sizes(run.masks) > 0 for gates in own.gates}
             kept = masks.global_masks({name: alpha.exp() for name, alpha in scores.items()}, self.sparsity, alive)

@@ -41,8 +41,8 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import transplant
 from hf_optim.toolkit.pruning import masks, shrink
-from hf_optim.toolkit.statistics import SeenBatches, importance
-from hf_optim.toolkit.topology import HEADS, NEURONS, Units, coupled, dummy_inputs, find_units
+from hf_optim.toolkit.statistics import RecordedBatches, importance
+from hf_optim.toolkit.topology import HEADS, NEURONS, PrunableGroups, coupled_layers, dummy_inputs, find_prunable_groups
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -134,9 +134,9 @@ class Structured(Technique):
         self._report(run, units, kept, gone, plan, before, ranked_by)
 
     # -- what there is ------------------------------------------------------------------------------------------------
-    def _units(self, model: PreTrainedModel, label: str) -> list[Units]:
+    def _units(self, model: PreTrainedModel, label: str) -> list[PrunableGroups]:
         wanted = {HEADS: self.heads, NEURONS: self.neurons}
-        found = [one for one in find_units(topology.trace(model)) if wanted[one.kind]] if any(wanted.values()) else []
+        found = [one for one in find_prunable_groups(topology.trace(model)) if wanted[one.kind]] if any(wanted.values()) else []
         for kind in (kind for kind, share in wanted.items() if share):
             if not any(one.kind == kind for one in found):
                 why = "; its feed-forward layers are experts" if topology.has_experts(model) and kind == NEURONS else ""
@@ -153,7 +153,7 @@ class Structured(Technique):
         if not topology.blocks(model):
             raise ModelError(f"{label}: {type(model).__name__} has no sequence of layers")
         stay = self._staying_blocks(model, label)
-        free = shrink.removable(model)
+        free = shrink.removable_blocks(model)
         return {
             block.name: block.module
             for block in topology.blocks(model)
@@ -169,7 +169,7 @@ class Structured(Technique):
 
     # -- what it is worth ---------------------------------------------------------------------------------------------
     def _scores(
-        self, model: PreTrainedModel, units: Sequence[Units], blocks: Mapping[str, nn.Module], label: str
+        self, model: PreTrainedModel, units: Sequence[PrunableGroups], blocks: Mapping[str, nn.Module], label: str
     ) -> Generator[None, None, tuple[Scores, dict[str, float], dict[str, str]]]:
         """Reader -> score of each of its units, block -> its score, and by which score each kind was ranked."""
         kinds = [*dict.fromkeys(one.kind for one in units), *(["layers"] if blocks else [])]
@@ -178,7 +178,7 @@ class Structured(Technique):
         score = self.score or "activation"
         named = dict.fromkeys(kinds, score)
         if score == "taylor":
-            with SeenBatches(model) as batches:
+            with RecordedBatches(model) as batches:
                 yield
             found = importance.gate_gradients(model, batches, units, blocks, label)
             return found, {name: float(found.get(name, torch.zeros(1))) for name in blocks}, named
@@ -195,14 +195,14 @@ class Structured(Technique):
         return magnitudes, {name: importance.block_magnitude(block) for name, block in blocks.items()}, named
 
     def _scores_by_default(
-        self, model: PreTrainedModel, units: Sequence[Units], blocks: Mapping[str, nn.Module], label: str
+        self, model: PreTrainedModel, units: Sequence[PrunableGroups], blocks: Mapping[str, nn.Module], label: str
     ) -> Generator[None, None, tuple[Scores, dict[str, float], dict[str, str]]]:
         """Units by what they add, layers by the gradient of their gates, on one pass of the data."""
         named = dict.fromkeys((one.kind for one in units), "activation")
         with (
             importance.Contributions(model, units, label) as added,
             importance.BlockInfluence(blocks, label) as influence,
-            SeenBatches(model) as batches,
+            RecordedBatches(model) as batches,
         ):
             yield
         try:
@@ -234,10 +234,10 @@ class Structured(Technique):
             gone |= set(free) - {free[place] for place in stay.tolist()}
         return gone
 
-    def _kept(self, units: Sequence[Units], scores: Scores, gone: set[str], label: str) -> dict[str, Tensor]:
+    def _kept(self, units: Sequence[PrunableGroups], scores: Scores, gone: set[str], label: str) -> dict[str, Tensor]:
         """Reader -> the units that stay, ascending. Layers that share parameters of their units keep the same."""
         kept = {}
-        for together in coupled(units):
+        for together in coupled_layers(units):
             counted = [one for one in together if one.block not in gone] or together
             missing = [one.reader for one in counted if one.reader not in scores]
             if missing:
@@ -247,7 +247,7 @@ class Structured(Technique):
                 kept[one.reader] = largest(total, self._staying(one, label))
         return kept
 
-    def _staying(self, units: Units, label: str) -> int:
+    def _staying(self, units: PrunableGroups, label: str) -> int:
         size = len(units)
         asked = _count(self.heads if units.kind == HEADS else self.neurons, size)
         stay, stated = size - asked, f"{asked} of {size} {units.kind}"
@@ -262,8 +262,8 @@ class Structured(Technique):
         return stay
 
     def _plan(
-        self, model: PreTrainedModel, units: Sequence[Units], kept: Mapping[str, Tensor], gone: set[str], label: str
-    ) -> shrink.Shrinking:
+        self, model: PreTrainedModel, units: Sequence[PrunableGroups], kept: Mapping[str, Tensor], gone: set[str], label: str
+    ) -> shrink.PruningPlan:
         present = {one.kind: None for one in units}
         depth: dict[str, list[int]] = {}
         for block in topology.blocks(model) if gone else ():
@@ -287,10 +287,10 @@ class Structured(Technique):
     def _report(
         self,
         run: Run,
-        units: Sequence[Units],
+        units: Sequence[PrunableGroups],
         kept: Mapping[str, Tensor],
         gone: set[str],
-        plan: shrink.Shrinking,
+        plan: shrink.PruningPlan,
         before: int,
         ranked_by: dict[str, str],
     ) -> None:
@@ -336,7 +336,7 @@ def _mean(sums: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(pair[0] / pair[1]) for name, pair in sums.items()}
 
 
-def narrowing(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tensor]) -> shrink.Narrowing:
+def narrowing(model: nn.Module, units: Sequence[PrunableGroups], kept: Mapping[str, Tensor]) -> shrink.Slicing:
     """What stays of every parameter, and the numbers that the configuration then has, for units of one kind."""
     stays: dict[str, dict[int, Tensor]] = {}
     sizes: dict[int, int] = {}
@@ -348,7 +348,7 @@ def narrowing(model: nn.Module, units: Sequence[Units], kept: Mapping[str, Tenso
             everything = torch.ones(model.get_parameter(name).shape[dim], dtype=torch.bool)
             everything[entries[gone].flatten()] = False
             stays.setdefault(name, {})[dim] = everything.nonzero().flatten()
-    return shrink.Narrowing(stays, sizes, len(left) if one.kind == NEURONS else one.size)
+    return shrink.Slicing(stays, sizes, len(left) if one.kind == NEURONS else one.size)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -357,7 +357,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def outputs_without(
-    model: PreTrainedModel, units: Sequence[Units], kept: Mapping[str, Tensor], gone: set[str]
+    model: PreTrainedModel, units: Sequence[PrunableGroups], kept: Mapping[str, Tensor], gone: set[str]
 ) -> Tensor:
     """What the whole model gives for dummy inputs when gates close on all that is to go."""
     gates = {}

@@ -32,8 +32,8 @@ from hf_optim.toolkit.pruning import (
     check_positions,
     masks,
     noisy_layers,
+    select_supported,
     sparsity,
-    trainable,
 )
 
 from ._learned_noise import NoiseTraining, optimizer_group, release
@@ -144,7 +144,7 @@ class VariationalDropout(Technique):
             f"Trained with Gaussian noise of a learned variance on every targeted weight (KL weight {self.weight:g}); "
             f"the weights with {rule} were removed: {100 * share:.1f} % are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after variational dropout", sparsity.HEADER, sparsity.table(run.model, names))
+        card.table("Sparsity after variational dropout", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
     # -- the layers ---------------------------------------------------------------------------------------------------
     def prepare(self, run: Run) -> dict[str, NoisyLayer]:
@@ -153,7 +153,7 @@ class VariationalDropout(Technique):
         if hasattr(own, "layers"):
             return own.layers
         chosen = run.select(self.targets, self.skip)
-        found, skipped = trainable(run.model, chosen)
+        found, skipped = select_supported(run.model, chosen)
         run.cover(self, found, skipped)
         if not found:
             raise ModelError(
@@ -166,7 +166,7 @@ class VariationalDropout(Technique):
             noise = WeightNoise(layer, f"{name}.weight", run.masks, lambda: self.choose(run), self.initial)
             own.layers[name] = noise.layer
             own.noises.append(noise)
-        noisy_layers.remember(own, own.layers)
+        noisy_layers.store_noise_parameters(own, own.layers)
         return own.layers
 
     @torch.no_grad()

@@ -47,17 +47,17 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import (
-    GRID,
+    ASYMMETRIC_INT8,
     GridSpec,
     Rounding,
-    RoundingShift,
+    RoundingSensitivity,
+    group_by_input,
     make_grid,
-    rounded_to,
-    scale_of_range,
-    shared_inputs,
+    qparams_from_range,
+    quantize_dequantize,
 )
 from hf_optim.toolkit.statistics import TensorMinMax
-from hf_optim.toolkit.topology import find_residual
+from hf_optim.toolkit.topology import find_residual_stream
 
 from ._activation_code import Grids, code_of, install, separate
 
@@ -132,11 +132,11 @@ class MixedPrecision(Technique):
             skipped[UNSEEN] = idle
         modules = {name: m for name, m in {**layers, **norms}.items() if name in ranges}
         scales = {name: grid_of(*ranges[name], module) for name, module in modules.items()}
-        sites = shared_inputs(topology.trace(scope.model), modules)
+        sites = group_by_input(topology.trace(scope.model), modules)
         roundings = {name: [(modules[m], rounding(scales[m])) for m in members] for name, members in sites.items()}
         cases = {name: dict(pairs) for name, pairs in roundings.items()}
         every = {module: how for pairs in roundings.values() for module, how in pairs}
-        with RoundingShift(scope.model, {**cases, EVERY: every}) as alone:
+        with RoundingSensitivity(scope.model, {**cases, EVERY: every}) as alone:
             yield
         reached = {0: alone.pop(EVERY)}
         ranking = sorted(alone, key=lambda name: -alone[name])
@@ -145,7 +145,7 @@ class MixedPrecision(Technique):
         while low not in reached:  # bisection; more sites with 16 bits diverge less
             middle = (low + high) // 2
             rest = {module: how for name in ranking[middle:] for module, how in roundings[name]}
-            with RoundingShift(scope.model, {"rest": rest}) as found:
+            with RoundingSensitivity(scope.model, {"rest": rest}) as found:
                 yield
             reached[middle] = found["rest"]
             low, high = (low, middle) if found["rest"] <= self.tolerance else (min(middle + 1, high), high)
@@ -176,7 +176,7 @@ class MixedPrecision(Technique):
         if self.sites == "linears":
             return {}
         try:
-            return {name: model.get_submodule(name) for name in find_residual(model).norms}
+            return {name: model.get_submodule(name) for name in find_residual_stream(model).norms}
         except ModelError:
             return {}
 
@@ -224,14 +224,14 @@ class MixedPrecision(Technique):
 
 def grid_of(low: Tensor, high: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the asymmetric 8-bit grid of one input, ``[1]`` each."""
-    scale, zero = scale_of_range(low, high, GRID, module.get_parameter("weight").dtype)
+    scale, zero = qparams_from_range(low, high, ASYMMETRIC_INT8, module.get_parameter("weight").dtype)
     assert zero is not None
     return scale, zero
 
 
 def rounding(grid: tuple[Tensor, Tensor]) -> Rounding:
     """The function that moves a tensor to the grid."""
-    return lambda x: rounded_to(x, *grid)
+    return lambda x: quantize_dequantize(x, *grid)
 
 
 def width_of(module: nn.Module) -> int:

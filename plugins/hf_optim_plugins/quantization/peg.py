@@ -45,8 +45,8 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.permutation import folding
 from hf_optim.toolkit.pruning import require_finite
-from hf_optim.toolkit.quantization import ChannelMinMax, even_groups, fitted_groups, group_grids
-from hf_optim.toolkit.topology import LinearPair, Residual, find_residual, permute_residual_
+from hf_optim.toolkit.quantization import ChannelMinMax, even_groups, group_qparams, optimal_groups
+from hf_optim.toolkit.topology import LinearPair, ResidualStream, find_residual_stream, permute_residual_
 
 from ._activation_code import Grids, code_of, install, separate
 
@@ -148,12 +148,12 @@ class PEG(Technique):
         along = (
             even_groups(low.numel(), groups)
             if self.split == "even"
-            else fitted_groups(low.cpu()[order], high.cpu()[order], groups)
+            else optimal_groups(low.cpu()[order], high.cpu()[order], groups)
         )
         group = torch.empty_like(along)
         group[order] = along
         module = wiring.model.get_submodule(name)
-        return Grids(*group_grids(low, high, group, module.get_parameter("weight").dtype), group)
+        return Grids(*group_qparams(low, high, group, module.get_parameter("weight").dtype), group)
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Wiring:
     """
 
     model: nn.Module
-    residual: Residual | None
+    residual: ResidualStream | None
     pairs: list[LinearPair]
     obstacle: str = ""
 
@@ -176,9 +176,9 @@ class Wiring:
     def of(cls, model: nn.Module) -> Wiring:
         trace = topology.trace(model)
         try:
-            return cls(model, find_residual(trace), topology.linear_pairs(trace))
+            return cls(model, find_residual_stream(trace), topology.find_linear_pairs(trace))
         except ModelError as error:
-            return cls(model, None, topology.linear_pairs(trace), str(error))
+            return cls(model, None, topology.find_linear_pairs(trace), str(error))
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -229,7 +229,7 @@ def sort_pair_(pair: LinearPair, ranges: Ranges) -> Tensor:
 
     Returns the order in which the consumer's columns are cut: the first of every group, then the second ...
     """
-    widths = folding.gather_from_columns(pair, width(ranges[pair.consumer]))
+    widths = folding.max_over_columns(pair, width(ranges[pair.consumer]))
     order, rank = torch.arange(len(widths)), torch.zeros(len(widths), dtype=torch.float64)
     for number in pair.groups.unique():
         members = (pair.groups == number).nonzero().flatten()
@@ -238,7 +238,7 @@ def sort_pair_(pair: LinearPair, ranges: Ranges) -> Tensor:
     columns = pair.column_order(order)
     folding.permute_pair_(pair, order)
     ranges[pair.consumer] = reordered(ranges[pair.consumer], columns)
-    return folding.spread_over_columns(pair, rank).argsort(stable=True)
+    return folding.expand_to_columns(pair, rank).argsort(stable=True)
 
 
 def relative_noise(ranges: Ranges, groups: dict[str, Tensor]) -> float:

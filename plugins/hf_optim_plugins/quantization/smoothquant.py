@@ -76,8 +76,8 @@ class SmoothQuant(Technique):
         if getattr(state, "model", None) is not scope.model:
             trace = topology.trace(scope.model)
             state.model = scope.model
-            state.groups = topology.norm_to_linears(trace)
-            state.pairs = [pair for pair in topology.linear_pairs(trace) if pair.scalable]
+            state.groups = topology.find_norm_groups(trace)
+            state.pairs = [pair for pair in topology.find_linear_pairs(trace) if pair.scalable]
         groups = [group for group in state.groups if any(scope.holds(name) for name in group.linears)]
         return groups, [pair for pair in state.pairs if scope.holds(pair.producer) and scope.holds(pair.consumer)]
 
@@ -137,14 +137,14 @@ class Plan:
                 made.skipped.setdefault(UNSEEN, set()).add(pair.consumer)
                 continue
             rows = smoothing_scale(
-                folding.gather_from_columns(pair, peak),
-                folding.gather_from_columns(pair, column_peak([pair.consumer_module]).to(peak)),
+                folding.max_over_columns(pair, peak),
+                folding.max_over_columns(pair, column_peak([pair.consumer_module]).to(peak)),
                 alpha,
             )
             folding.move_pair_scale_(pair, rows)
             made.pairs += 1
             made.touched |= {pair.producer, pair.consumer}
-            made.spread.append((spread(peak), spread(peak / folding.spread_over_columns(pair, rows))))
+            made.spread.append((spread(peak), spread(peak / folding.expand_to_columns(pair, rows))))
         for group in self.groups:
             peak = peaks.get(next(iter(group.linears)))
             if peak is None:

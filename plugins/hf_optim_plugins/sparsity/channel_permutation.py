@@ -44,7 +44,7 @@ from hf_optim import (
 )
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import output, rounding
-from hf_optim.toolkit.permutation import KINDS, Site, kept_by_rows, kept_sum, search, sites
+from hf_optim.toolkit.permutation import SITE_KINDS, Site, find_sites, kept_sum, kept_sum_row_wise, search_permutation
 from hf_optim.toolkit.pruning import masks
 from hf_optim.toolkit.statistics import HessianDiagonal
 from hf_optim.toolkit.topology import weight_out_in
@@ -84,7 +84,7 @@ class ChannelPermutation(Technique):
         skip: patterns of layers that will stay dense: they are moved where others need it, and do not count.
     """
 
-    where: tuple[str, ...] = KINDS
+    where: tuple[str, ...] = SITE_KINDS
     keep: int = option(2, low=1)
     group: int = option(4, low=2)
     score: str = option("magnitude", choices=("magnitude", "activation"))
@@ -99,14 +99,14 @@ class ChannelPermutation(Technique):
         if self.keep >= self.group:
             raise RecipeError(f"channel_permutation: keep must be < group, not {self.keep} of {self.group}")
         for kind in self.where:
-            if kind not in KINDS:
+            if kind not in SITE_KINDS:
                 raise RecipeError(
-                    f"channel_permutation: where must be among {', '.join(KINDS)}, not {kind!r}; the rows of queries "
+                    f"channel_permutation: where must be among {', '.join(SITE_KINDS)}, not {kind!r}; the rows of queries "
                     "and keys are no input of a linear layer, and under rotary positions another order would change "
                     "the model"
                 )
         if not self.where:
-            raise RecipeError(f"channel_permutation: where must name at least one of {', '.join(KINDS)}")
+            raise RecipeError(f"channel_permutation: where must name at least one of {', '.join(SITE_KINDS)}")
 
     def needs_data(self) -> bool:
         return self.score == "activation"
@@ -130,7 +130,7 @@ class ChannelPermutation(Technique):
 
     def _sites(self, run: Run) -> tuple[list[Site], dict[str, list[str]]]:
         try:
-            return sites(run.model, self.where)
+            return find_sites(run.model, self.where)
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"{run.label(self)}: how the model is wired cannot be found: {error}") from error
 
@@ -219,7 +219,7 @@ class _Permutation:
         """Search an order and apply it; None where none is better."""
         step, readers = self.step, [name for name in site.readers if name in self.layers]
         options = {"stripes": step.stripes, "tries": step.tries, "starts": step.starts, "seed": step.seed}
-        order = search(self._sample(site, readers), step.keep, step.group, **options).order
+        order = search_permutation(self._sample(site, readers), step.keep, step.group, **options).order
         gained = sum(
             kept_sum(columns[:, order.to(columns.device)], step.keep, step.group)
             - kept_sum(columns, step.keep, step.group)
@@ -267,7 +267,7 @@ class _Permutation:
             scores = self.scores(name)
             found[name] = (
                 kept_sum(scores, *pattern),
-                kept_by_rows(scores, *pattern),
+                kept_sum_row_wise(scores, *pattern),
                 float(scores.sum(dtype=torch.float64)),
             )
         return found

@@ -14,7 +14,7 @@ from hf_optim import ModelError, OptimConfig, OptimError, RecipeError
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.runs.run import run_of
 from hf_optim.toolkit.distillation import students
-from hf_optim.toolkit.distillation.hidden_states import HiddenStates, bodies
+from hf_optim.toolkit.distillation.hidden_states import HiddenStates, base_models
 from hf_optim.training.trainer import OptimTrainer
 from hf_optim_plugins.distillation.distilbert import DistilBERT
 
@@ -52,12 +52,12 @@ def test_the_student_is_every_other_layer_of_its_teacher(builder):
     weights = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     student = hf_optim.optimize(teacher, DistilBERT())
     assert type(student) is type(teacher)
-    for stack in students.stacks_of(teacher):
+    for stack in students.block_indices(teacher):
         assert len(student.get_submodule(stack)) == 2
         for name, ours in student.get_submodule(stack).named_parameters(prefix=stack):
             index, rest = name.removeprefix(stack + ".").split(".", 1)
             assert torch.equal(ours, weights[f"{stack}.{(0, 3)[int(index)]}.{rest}"])
-    inside = tuple(stack + "." for stack in students.stacks_of(teacher))
+    inside = tuple(stack + "." for stack in students.block_indices(teacher))
     outside = {name: p for name, p in student.named_parameters() if not name.startswith(inside)}
     assert outside
     assert all(torch.equal(p, weights[name]) for name, p in outside.items())
@@ -81,10 +81,10 @@ def test_the_student_is_what_its_saved_config_builds(tmp_path):
 
 
 def test_every_other_layer_is_that_of_the_papers_code():
-    assert students.spread(12, 6) == (0, 2, 4, 7, 9, 11)
-    assert students.spread(6, 3) == (0, 2, 5)
-    assert students.spread(5, 3) == (0, 2, 4)
-    assert students.spread(3, 1) == (0,)
+    assert students.evenly_spaced(12, 6) == (0, 2, 4, 7, 9, 11)
+    assert students.evenly_spaced(6, 3) == (0, 2, 5)
+    assert students.evenly_spaced(5, 3) == (0, 2, 4)
+    assert students.evenly_spaced(3, 1) == (0,)
     step = DistilBERT(every=3)
     assert len(hf_optim.optimize(deep(tiny_llama), step).model.layers) == 2
 
@@ -198,7 +198,7 @@ def terms_of(teacher, inputs, **fields):
     """The hook's terms, the student's outputs with hidden states, and the teacher's."""
     student = hf_optim.optimize(teacher, step := DistilBERT(**fields))
     run = run_of(student)
-    with HiddenStates(bodies(student)) as run.state(step).states:
+    with HiddenStates(base_models(student)) as run.state(step).states:
         outputs = student(**inputs, output_hidden_states=True)
         (terms,) = run.call("training_loss", model=student, inputs=inputs, outputs=outputs)
     with torch.no_grad():

@@ -559,8 +559,10 @@ def test_a_killed_run_goes_on_with_what_was_written(tmp_path, monkeypatch):
     teacher = tiny_llama(seed=1)
     trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "a", teacher, max_steps=2)  # half of an epoch
     calls = []
-    stock = hf_optim.toolkit.distillation.teachers.logits
-    monkeypatch.setattr("hf_optim.toolkit.distillation.teachers.logits", lambda *args: calls.append(1) or stock(*args))
+    stock = hf_optim.toolkit.distillation.teachers.forward_logits
+    monkeypatch.setattr(
+        "hf_optim.toolkit.distillation.teachers.forward_logits", lambda *args: calls.append(1) or stock(*args)
+    )
     trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "b", teacher, max_steps=4)
     assert len(calls) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -15,7 +15,7 @@ from hf_optim import ModelError, OptimConfig, RecipeError, run_of
 from hf_optim.recipes.traits import SPARSE, SPARSE_NM
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.pruning import masks
-from hf_optim.toolkit.pruning.schedules import cubic_ramp
+from hf_optim.toolkit.pruning.schedules import cubic_sparsity
 
 
 class Watch(TrainerCallback):
@@ -75,7 +75,7 @@ def test_the_ramp_at_every_step_and_masks_monotone(tmp_path, scope):
     assert seen[1] == {}
     for t in range(2, 19):
         updated = min(14, t - (t - 2) % 3)
-        expected = cubic_ramp(updated, 2, 14, 0.1, 0.8)
+        expected = cubic_sparsity(updated, 2, 14, 0.1, 0.8)
         for mask in seen[t].values() if scope == "layer" else ():
             assert int((~mask).sum()) == masks.removed_count(mask.numel(), expected)
         assert total_sparsity(seen[t]) == pytest.approx(expected, abs=1e-3)
@@ -111,7 +111,7 @@ def test_shares_of_training_and_the_update_at_the_start(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "gmp", "initial": 0.3, "begin": 0.0, "end": 1.0, "every": 4})
     seen = train(model, tmp_path, 8)
     assert total_sparsity(seen[1]) == pytest.approx(0.3, abs=1e-3)
-    assert total_sparsity(seen[4]) == pytest.approx(cubic_ramp(4, 0, 8, 0.3, 0.5), abs=1e-3)
+    assert total_sparsity(seen[4]) == pytest.approx(cubic_sparsity(4, 0, 8, 0.3, 0.5), abs=1e-3)
     assert total_sparsity(seen[8]) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -130,7 +130,7 @@ def test_resuming_mid_ramp_is_bit_equal(tmp_path):
 
 def test_a_ramp_longer_than_training_warns_with_what_is_reached(tmp_path, caplog):
     model = hf_optim.optimize(tiny_llama(), {"technique": "gmp", "sparsity": 0.9, "begin": 0, "end": 20, "every": 4})
-    reached = cubic_ramp(8, 0, 20, 0.0, 0.9)
+    reached = cubic_sparsity(8, 0, 20, 0.0, 0.9)
     seen = train(model, tmp_path, 10)
     assert re.search(f"ends at step 20.*sparsity of {reached:.4f} instead of 0.9", caplog.text)
     assert total_sparsity(seen[10]) == pytest.approx(reached, abs=1e-3)
@@ -142,7 +142,7 @@ def test_a_pattern_that_is_there_survives(tmp_path):
     train(model, tmp_path, 5)
     run = run_of(model)
     assert SPARSE_NM in run.traits
-    assert all(masks.follows_nm(model, name, *pattern) for name, pattern in run.nm_patterns.items())
+    assert all(masks.parameter_has_nm_pattern(model, name, *pattern) for name, pattern in run.nm_patterns.items())
     assert total_sparsity(run.masks) == pytest.approx(0.7, abs=1e-3)
 
 

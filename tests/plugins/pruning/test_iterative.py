@@ -79,7 +79,7 @@ def test_a_pattern_that_is_there_survives(tmp_path):
     train(model, tmp_path, 6)
     run = run_of(model)
     assert SPARSE_NM in run.traits
-    assert all(masks.follows_nm(model, name, *pattern) for name, pattern in run.nm_patterns.items())
+    assert all(masks.parameter_has_nm_pattern(model, name, *pattern) for name, pattern in run.nm_patterns.items())
     assert run.record.steps["1"]["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 

@@ -18,11 +18,11 @@ from hf_optim import ModelError, OptimTrainer, RecipeError, optimize, run_of
 from hf_optim.recipes.traits import SPARSE, SPARSE_NM
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules.modes import evaluating
+from hf_optim.toolkit.modules.modes import eval_mode
 from hf_optim.toolkit.pruning import hard_concrete, masks
 from hf_optim.toolkit.pruning.noisy_layers import NoisyLayer
 from hf_optim.toolkit.topology.linear_layers import weight_out_in
-from hf_optim.toolkit.topology.prunable_units import find_units
+from hf_optim.toolkit.topology.prunable_units import find_prunable_groups
 
 # Gates that move fast: some close within a handful of steps.
 QUICK = {"technique": "l0", "initial": 0.2, "gate_learning_rate": 0.5, "end": 0, "weight": 1.0}
@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
     """Logits in evaluation mode, weights and gates after every optimizer step, before the steps see its end."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        with evaluating(model):
+        with eval_mode(model):
             self.logits = model(IDS).logits
         layers = {n: m for n, m in model.named_modules() if isinstance(m, NoisyLayer)}
         self.alphas = {name: layer.log_alpha.detach().clone() for name, layer in layers.items()}
@@ -56,8 +56,8 @@ def test_gates_of_weights_are_folded_by_the_formula_of_test_time(build, tmp_path
     watch = train(model, tmp_path)
     for name, alpha in watch.alphas.items():
         weight = model.get_parameter(f"{name}.weight")
-        assert torch.equal(weight, watch.weights[f"{name}.weight"] * hard_concrete.at_test_time(alpha))
-        assert torch.equal(run.masks[f"{name}.weight"], alpha > hard_concrete.CLOSED)
+        assert torch.equal(weight, watch.weights[f"{name}.weight"] * hard_concrete.deterministic_gates(alpha))
+        assert torch.equal(run.masks[f"{name}.weight"], alpha > hard_concrete.CLOSED_LOG_ALPHA)
     assert 0.02 < run.record.steps["0"]["sparsity"] < 0.98
     assert holds(SPARSE, run)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_closed_units_are_zero_in_every_layer_that_makes_or_reads_them(build, on
     model = optimize(build(), {**QUICK, "on": on, "initial": 0.5, "sparsity": 0.5})
     run = run_of(model)
     watch = train(model, tmp_path)
-    units = {one.reader: one for one in find_units(topology.trace(build())) if one.kind == on}
+    units = {one.reader: one for one in find_prunable_groups(topology.trace(build())) if one.kind == on}
     assert units.keys() == watch.alphas.keys()
     middle = torch.cat(list(watch.alphas.values())).median()
     closed = {name: alpha <= middle for name, alpha in watch.alphas.items()}
@@ -84,7 +84,7 @@ def test_closed_units_are_zero_in_every_layer_that_makes_or_reads_them(build, on
         before = watch.weights[f"{name}.weight"]
         before = before if build is tiny_llama else before.T
         for unit in (~gone).nonzero().flatten().tolist():
-            gate = hard_concrete.at_test_time(watch.alphas[name])[unit]
+            gate = hard_concrete.deterministic_gates(watch.alphas[name])[unit]
             assert torch.equal(weight[:, columns[unit]], before[:, columns[unit]] * gate)
         for parameter, (dim, index) in units[name].entries.items():
             if parameter.endswith(".weight"):
@@ -107,7 +107,7 @@ def test_the_price_is_the_expected_share_of_open_gates(tmp_path):
     step = {"technique": "l0", "weight": 3.0, "initial": 0.9, "begin": 0, "end": 2, "gate_learning_rate": 0.0}
     watch = train(optimize(tiny_llama(), step), tmp_path, 3, logging_steps=1, logging_strategy="steps")
     terms = [entry["l0"] for entry in watch.log if "l0" in entry]
-    start = torch.tensor(hard_concrete.log_alpha_of(0.9))
+    start = torch.tensor(hard_concrete.initial_log_alpha(0.9))
     price = 3.0 * hard_concrete.open_probability(start).item()
     assert terms == pytest.approx([0.0, price / 2, price], rel=1e-4)
 
@@ -117,7 +117,7 @@ def test_the_multipliers_rise_by_gradient_ascent(tmp_path):
     step = {**QUICK, "sparsity": 0.5, "initial": 0.9, "multiplier_rate": 2.0, "gate_learning_rate": 0.0}
     watch = train(optimize(tiny_llama(), step), tmp_path, 4, logging_steps=1, logging_strategy="steps")
     terms = [entry["l0"] for entry in watch.log if "l0" in entry]
-    missing = 0.5 - (1 - hard_concrete.open_probability(torch.tensor(hard_concrete.log_alpha_of(0.9))).item())
+    missing = 0.5 - (1 - hard_concrete.open_probability(torch.tensor(hard_concrete.initial_log_alpha(0.9))).item())
     assert terms == pytest.approx([k * 2.0 * (missing**2 + missing**4) for k in range(4)], rel=1e-4)
 
 

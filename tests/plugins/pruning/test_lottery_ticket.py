@@ -13,7 +13,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 import hf_optim
 from hf_optim import OptimConfig, RecipeError, run_of
 from hf_optim.toolkit.pruning import masks
-from hf_optim.toolkit.pruning.rewinding import drawn_anew
+from hf_optim.toolkit.pruning.rewinding import reinitialized_copy
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -74,7 +74,7 @@ def test_the_control_has_the_masks_of_the_ticket_and_random_weights(tmp_path):
     ticket, control = tiny_llama(), tiny_llama()
     seen = train(hf_optim.optimize(ticket, step), tmp_path / "a", 7)
     other = train(hf_optim.optimize(control, {**step, "reinitialize": True, "seed": 3}), tmp_path / "b", 7)
-    drawn = dict(drawn_anew(tiny_llama(), 3).named_parameters())
+    drawn = dict(reinitialized_copy(tiny_llama(), 3).named_parameters())
     for name, mask in run_of(ticket).masks.items():
         assert torch.equal(run_of(control).masks[name], mask)
     for name, weight in drawn.items():

@@ -70,7 +70,7 @@ def test_a_pattern_that_is_there_survives():
     run = run_of(model)
     assert SPARSE_NM in run.traits
     for name, (keep, group) in run.nm_patterns.items():
-        assert masks.follows_nm(model, name, keep, group)
+        assert masks.parameter_has_nm_pattern(model, name, keep, group)
         assert masks.sparsity_of(run.masks[name]) == pytest.approx(0.7, abs=1e-3)
 
 

@@ -18,7 +18,7 @@ from hf_optim.errors import ModelError, NumericalError
 from hf_optim.recipes.traits import BITS_ASSIGNED
 from hf_optim.runs.run import run_of
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
-from hf_optim.toolkit.quantization.hessian import damped, inverse_factor
+from hf_optim.toolkit.quantization.hessian import damped, inverse_cholesky
 from hf_optim.toolkit.quantization.least_squares import output_error
 from hf_optim.toolkit.statistics.observers import SecondMoment
 from hf_optim_plugins.quantization import gptq
@@ -309,9 +309,9 @@ def test_what_a_group_leaves_behind_is_freed_before_the_next_is_factored(monkeyp
         known.append(weakref.ref(hessian))
         gc.collect()
         alive.append(sum(ref() is not None for ref in known))
-        return inverse_factor(hessian, *args)
+        return inverse_cholesky(hessian, *args)
 
-    monkeypatch.setattr(gptq, "inverse_factor", watched)
+    monkeypatch.setattr(gptq, "inverse_cholesky", watched)
     quantized(tiny_llama(), group_size=16)
     assert len(alive) == 8
     assert set(alive) == {1}

@@ -24,8 +24,8 @@ from hf_optim import (
     technique,
 )
 from hf_optim.testing.trait_checks import holds
-from hf_optim.toolkit.modules.modes import evaluating
-from hf_optim.toolkit.pruning.masks import follows_nm
+from hf_optim.toolkit.modules.modes import eval_mode
+from hf_optim.toolkit.pruning.masks import parameter_has_nm_pattern
 from hf_optim_plugins.quantization.lkd import LKD, grid_on
 
 IDS = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def block_losses(model) -> list[float]:
         block.register_forward_hook(
             lambda m, a, k, out, index=index: seen.update({index: (a, k, out)}), with_kwargs=True
         )
-    with evaluating(dense), evaluating(model):
+    with eval_mode(dense), eval_mode(model):
         dense(IDS, use_cache=False)
         found = []
         for index, block in enumerate(model.model.layers):
@@ -154,7 +154,7 @@ def test_masks_are_kept():
     run = run_of(model)
     assert {str(trait) for trait in run.traits} >= {"sparse", "sparse-nm", "quantized"}
     assert all(holds(trait, run) for trait in run.traits)
-    assert all(follows_nm(model, name, 2, 4) for name in run.nm_patterns)
+    assert all(parameter_has_nm_pattern(model, name, 2, 4) for name in run.nm_patterns)
     assert all(last < first for first, last in losses(model).values())
 
 
@@ -224,7 +224,7 @@ def test_a_failure_in_training_leaves_plain_layers(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(lkd, "imitate", fail)
+    monkeypatch.setattr(lkd, "reconstruct_block", fail)
     model = tiny_llama()
     with pytest.raises(RuntimeError, match="no more"):
         distilled(model)

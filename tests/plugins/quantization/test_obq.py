@@ -19,9 +19,9 @@ from hf_optim.runs.run import run_of
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid, round_codes
 from hf_optim.toolkit.quantization.hessian import damped
 from hf_optim.toolkit.quantization.least_squares import output_error
-from hf_optim.toolkit.quantization.obq_recursion import quantize_greedily, spread
+from hf_optim.toolkit.quantization.obq_recursion import expand_grid, quantize_greedily
 from hf_optim.toolkit.statistics.observers import SecondMoment
-from hf_optim.toolkit.topology.block_lists import by_block
+from hf_optim.toolkit.topology.block_lists import group_by_block
 from hf_optim_plugins.quantization.gptq import quantize_columns
 
 DOUBLE = torch.float64
@@ -37,7 +37,7 @@ SPECS = [
 def by_definition(weight, hessian, grid, damp, outliers_first):
     """Row by row, weight by weight; the Hessian of what is left is inverted anew at each step."""
     h = damped(hessian, damp)
-    scale, zero = spread(grid, *weight.shape, DOUBLE)
+    scale, zero = expand_grid(grid, *weight.shape, DOUBLE)
     codes = torch.zeros_like(weight)
     for row in range(len(weight)):
         w, free = weight[row].clone(), list(range(weight.shape[1]))
@@ -196,7 +196,7 @@ def test_an_unsupported_model_is_refused_with_the_reason():
 def test_layers_by_block():
     model = tiny_llama()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    parts = by_block(model, linears)
+    parts = group_by_block(model, linears)
     assert [len(part) for part in parts] == [7, 7, 1]
     assert [name for part in parts for name in part] == list(linears)
 

@@ -88,7 +88,7 @@ def test_compensation_is_the_least_squares_fit_of_each_layer(build):
     model = hf_optim.optimize(model, recipe, calibration=data)
     for name in touched(model)[0]:
         weight = weight_out_in(model.get_submodule(name)).detach()
-        assert masks.obeys_nm(weight, 2, 4)
+        assert masks.has_nm_pattern(weight, 2, 4)
         mask = masks.nm_mask(dense[name], 2, 4)
         moment = inputs[name].T @ inputs[name]
         moment += 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
@@ -200,7 +200,7 @@ def test_zeros_that_are_there_stay_and_the_tighter_pattern_is_kept():
     once = hf_optim.optimize(tiny_llama(), steps[:1])
     for name, mask in run_of(model).masks.items():
         assert not (mask & ~run_of(once).masks[name]).any()
-        assert masks.follows_nm(model, name, 2, 4)
+        assert masks.parameter_has_nm_pattern(model, name, 2, 4)
     model = hf_optim.optimize(tiny_llama(), [{"technique": "nm", "keep": 1}, {"technique": "nm"}])
     assert set(run_of(model).nm_patterns.values()) == {(1, 4)}
     assert holds(SPARSE_NM, run_of(model))
@@ -217,7 +217,7 @@ def test_the_pattern_is_kept_in_training(tmp_path):
     Trainer(model=model, args=settings, train_dataset=data, callbacks=hf_optim.callbacks(model)).train()
     for name, pattern in run_of(model).nm_patterns.items():
         assert not torch.equal(model.get_parameter(name), before[name])
-        assert masks.follows_nm(model, name, *pattern)
+        assert masks.parameter_has_nm_pattern(model, name, *pattern)
         assert not model.get_parameter(name)[~run_of(model).masks[name]].any()
 
 

@@ -139,7 +139,7 @@ def test_training_is_the_papers_algorithm(build, kind, tmp_path):
 
 
 def test_the_penalty_of_what_is_explored_is_one_over_d():
-    layer = masked_layers.attach(torch.nn.Linear(4, 1, bias=False).double())
+    layer = masked_layers.attach_masks(torch.nn.Linear(4, 1, bias=False).double())
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0]]))
     layer.set_masks(torch.tensor([[True, False, False, False]]), torch.tensor([[True, True, False, False]]))
