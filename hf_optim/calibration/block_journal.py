@@ -51,7 +51,7 @@ class BlockJournal:
         """
         self._check(run)
         path = self._path(run, first, name)
-        if not collectives.agreed(path.is_file()):
+        if not collectives.is_true_on_all_ranks(path.is_file()):
             return False
         try:
             with safe_open(path, framework="pt") as file:

@@ -18,30 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
-from ..toolkit.checkpoint.safetensors import TensorInfo, SafetensorsHeaders
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from ..toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders, TensorInfo
 
 
 def read_tensor(entry: TensorInfo, pinned: bool = False) -> Tensor:
     """One tensor of a shard as it is stored, in memory of its own. Raises ``CheckpointError`` if it cannot be read."""
-    if entry.type not in DTYPES:
+    if entry.type not in TORCH_DTYPES:
         raise CheckpointError(f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read")
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.type], pin_memory=pinned)
+    tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.type], pin_memory=pinned)
     if not tensor.numel():
         return tensor
     into = byte_view(tensor)
@@ -106,7 +90,7 @@ class Checkpoint:
         if recipe.converter is not None:
             return None
         entry = recipe.sources[0][0]
-        return entry if DTYPES.get(entry.type) == self.wanted[name] else None
+        return entry if TORCH_DTYPES.get(entry.type) == self.wanted[name] else None
 
     def read(self, names: Sequence[str], pinned: bool = False) -> dict[str, Tensor]:
         """The tensors of these names, in the model's dtype, on the CPU."""

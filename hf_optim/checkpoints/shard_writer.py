@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..toolkit.checkpoint.safetensors import TensorInfo
-from .reader import DTYPES, NAMES, byte_view
+from ..toolkit.checkpoint.safetensors import DTYPE_NAMES, TORCH_DTYPES, TensorInfo
+from .reader import byte_view
 
 PIECE = 1 << 24
 METADATA = {"format": "pt"}
@@ -31,7 +31,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo], metadata
         value = tensors[name]
         size = _size(value)
         header[name] = {
-            "dtype": NAMES[_dtype(value)],
+            "dtype": DTYPE_NAMES[_dtype(value)],
             "shape": list(value.shape),
             "data_offsets": [at, at + size],
         }
@@ -47,7 +47,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo], metadata
 
 
 def _dtype(value: Tensor | TensorInfo) -> torch.dtype:
-    return value.dtype if isinstance(value, Tensor) else DTYPES[value.type]
+    return value.dtype if isinstance(value, Tensor) else TORCH_DTYPES[value.type]
 
 
 def _size(value: Tensor | TensorInfo) -> int:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...checkpoints.reader import DTYPES, NAMES, Checkpoint, read_tensor
+from ...checkpoints.reader import Checkpoint, read_tensor
 from ...checkpoints.shard_writer import write_shard
 from ...compressed.quantizer import PackingFallback
 from ...compressed.state import dump_module_state, load_module_state, quantized_modules
@@ -26,7 +26,7 @@ from ...errors import CheckpointError
 from ...runs import snapshot
 from ...runs.resume_header import is_begun, write_json
 from ...runs.run import Run
-from ...toolkit.checkpoint.safetensors import TensorInfo, SafetensorsHeaders
+from ...toolkit.checkpoint.safetensors import DTYPE_NAMES, TORCH_DTYPES, SafetensorsHeaders, TensorInfo
 from .decode import decode_weight, describe_experts, is_stored_quantized, require_one_scheme
 
 HEADER = "journal.json"
@@ -103,7 +103,7 @@ class StreamedOutput:
             "where": where,
             "loose": loose,
             "experts": experts,
-            "inventory": {key: [NAMES[value.dtype], list(value.shape)] for key, value in dense.items()},
+            "inventory": {key: [DTYPE_NAMES[value.dtype], list(value.shape)] for key, value in dense.items()},
             "masks": {key: list(mask.shape) for key, mask in masks.items()},
         }
         write_shard(self._state(number), {**kept, **bits, **rest}, {"hf_optim": json.dumps(about)})
@@ -174,7 +174,7 @@ class StreamedOutput:
         """Give a weightless block the quantization state of the finished one, without its tensors."""
         about = self.about(number)
         empty = {
-            key: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            key: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
             for key, (dtype, shape) in about["inventory"].items()
         }
         load_module_state(block, empty, about["module"])
@@ -221,7 +221,7 @@ class StreamedOutput:
         def stored(linear: str) -> dict[str, Tensor]:
             return {leaf: read_tensor(saved[name]) for leaf, name in held[linear].items()}
 
-        return decode_weight(key, about, stored, DTYPES[about["inventory"][key][0]])
+        return decode_weight(key, about, stored, TORCH_DTYPES[about["inventory"][key][0]])
 
     # -- the end --------------------------------------------------------------------------------------------------
     def index(self, parameters: int) -> dict[str, Any]:

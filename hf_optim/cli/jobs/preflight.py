@@ -31,7 +31,7 @@ from ...runs.memory import host_memory
 from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
-from ...toolkit.checkpoint.safetensors import SafetensorsHeaders
+from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
 from ...toolkit.quantization.grids import fit_group_size
 from .estimate import estimate, traits_of_config
 
@@ -126,8 +126,6 @@ def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
 
     ``strict`` refuses any missing tensor; else those of the blocks alone (a new head waits for its training).
     """
-    from ...checkpoints.reader import DTYPES
-
     kind = type(found.model).__name__
     inside = tuple(f"{block.name}." for block in topology.blocks(found.model))
     lacking = [name for name in found.missing if strict or name.startswith(inside)]
@@ -138,7 +136,7 @@ def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
             "shards that lack"
         )
     for entry in SafetensorsHeaders(found.files).entries.values():
-        if entry.type not in DTYPES:
+        if entry.type not in TORCH_DTYPES:
             raise CheckpointError(
                 f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read"
             )

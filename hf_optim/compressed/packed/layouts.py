@@ -18,14 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, TensorInfo
+from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
 from ..bitpacking import unpack, words_of
 from ..codes import group_size_of, order_of, spread, unsigned
 from ..schemes import scheme as make_scheme
 from ..weights import Codes
 
 I32, I8, F8 = ("I32",), ("I8",), ("F8_E4M3",)
-TORCH = {"I32": torch.int32, "I64": torch.int64, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 # Place of each column of eight in a word of AWQ.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -45,7 +44,8 @@ class TensorSpec:
 
 def empty_meta_tensor(entry: TensorInfo, dtype: torch.dtype) -> Tensor:
     """A tensor without data, for the loader to replace by that of the checkpoint. Scales will be of ``dtype``."""
-    return torch.empty(entry.shape, dtype=TORCH.get(entry.type, dtype), device="meta")
+    stored = dtype if entry.type in FLOAT_DTYPES else TORCH_DTYPES[entry.type]
+    return torch.empty(entry.shape, dtype=stored, device="meta")
 
 
 class Layout(Protocol):

@@ -8,7 +8,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ...errors import CheckpointError
+
+# The dtypes that hf_optim reads and writes, by safetensors' names for them.
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # safetensors' names of the types that compressed layers are stored in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -68,7 +87,9 @@ def _header(path: Path) -> list[TensorInfo]:
                     f"{path.name} is truncated: {key} ends beyond the end of the file; fetch or copy it again"
                 )
         return [
-            TensorInfo(key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"]))
+            TensorInfo(
+                key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"])
+            )
             for key, value in found.items()
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
