@@ -37,9 +37,9 @@ from transformers import (
 
 import hf_optim
 from hf_optim import DataConfig
-from hf_optim.data.datasets import load_rows
+from hf_optim.data.datasets import load_examples
 from hf_optim.evaluation.evaluate import evaluate, mean_pooled
-from hf_optim.toolkit.modules import evaluating
+from hf_optim.toolkit.modules import eval_mode
 
 SOURCES = {
     "stsb/train.tsv": ("sentence1", "sentence2"),
@@ -53,7 +53,7 @@ def sentences(data: Path, seed: int) -> list[str]:
     """The distinct sentences of all sources, without labels, shuffled."""
     found: dict[str, None] = {}
     for name, columns in SOURCES.items():
-        for row in load_rows(DataConfig(str(data / name))):
+        for row in load_examples(DataConfig(str(data / name))):
             found.update(dict.fromkeys(str(row[column]).strip() for column in columns))
     texts = [text for text in found if len(text.split()) > 2]
     random.Random(seed).shuffle(texts)
@@ -93,7 +93,7 @@ def spearman(model: Any, tokenizer: Any, data: Path) -> dict[str, float]:
 
 def batches(file: Path, column: str, tokenizer: Any, size: int = 64) -> list[dict[str, torch.Tensor]]:
     """The first 1,024 sentences of a file by length, in batches."""
-    rows = load_rows(DataConfig(str(file)), limit=1024)
+    rows = load_examples(DataConfig(str(file)), limit=1024)
     texts = sorted((str(row[column]) for row in rows), key=len)
     parts = [texts[i : i + size] for i in range(0, len(texts), size)]
     return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
@@ -104,7 +104,7 @@ def seconds(models: list[Any], inputs: list[dict[str, torch.Tensor]], repeats: i
     times: list[list[float]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for model, found in zip(models, times, strict=True):
-            with evaluating(model):
+            with eval_mode(model):
                 start = time.perf_counter()
                 for batch in inputs:
                     vectors = mean_pooled(model, batch)
@@ -164,7 +164,7 @@ def variants() -> Iterator[tuple[str, dict[str, float]]]:
 def stories(data: Path, tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
     """Stories from their beginning, after bos: a teacher knows little of a text that begins in its middle."""
     rows = []
-    for row in load_rows(DataConfig(str(data / "tinystories" / "train.jsonl"))):
+    for row in load_examples(DataConfig(str(data / "tinystories" / "train.jsonl"))):
         ids = [tokenizer.bos_token_id, *tokenizer(row["text"], add_special_tokens=False)["input_ids"]][:length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
     return rows

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from hf_optim import DataConfig, OptimTrainer
-from hf_optim.data.datasets import load_rows
+from hf_optim.data.datasets import load_examples
 from hf_optim.evaluation.evaluate import evaluate, mean_pooled
 from hf_optim.training.fit import train_stage, training_arguments
 
@@ -66,7 +66,7 @@ class Subject:
 
     def _rows(self, data: DataConfig, count: int) -> list[dict[str, Any]]:
         found = []
-        for row in load_rows(data, limit=count):
+        for row in load_examples(data, limit=count):
             encoded = self.tokenizer(row[data.text_column], truncation=True, max_length=128)
             found.append(
                 {"input_ids": encoded["input_ids"], **({"labels": int(row["label"])} if "label" in row else {})}

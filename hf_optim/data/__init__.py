@@ -1,1 +1,1 @@
-"""Inputs: datasets, token windows, calibration sets, labelled batches."""
+"""Inputs: datasets, token sequences, calibration sets, labelled batches."""

@@ -1,4 +1,4 @@
-"""Batches of model inputs: checked, moved to the CPU, completed for encoder-decoder models, and hashed."""
+"""Batches of model inputs: check them, move them to the CPU, add decoder inputs, hash them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from transformers import PretrainedConfig
 from ..errors import DataError
 
 
-def cpu_batch(item: Any, number: int) -> dict[str, Tensor]:
-    """A batch that a caller brought, on the CPU. Raises ``DataError`` unless it is a mapping of tensors."""
+def to_cpu_batch(item: Any, number: int) -> dict[str, Tensor]:
+    """Return a caller's batch on the CPU. Raises ``DataError`` unless it is a mapping of tensors."""
     if not isinstance(item, Mapping) or not item:
-        raise DataError(
-            f"batch {number} is a {type(item).__name__}: a batch is a mapping of the model's inputs, as tensors"
-        )
+        raise DataError(f"batch {number} is a {type(item).__name__}, not a mapping of input names to tensors")
     for key, value in item.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise DataError(f"batch {number}: {key!r} is a {type(value).__name__}, not a tensor with a batch dimension")
     return {str(key): value.detach().cpu() for key, value in item.items()}
 
 
-def with_decoder_inputs(batch: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
-    """Add ``decoder_input_ids`` for an encoder-decoder model: the labels (or the input) shifted right by one.
+def add_decoder_inputs(batch: dict[str, Tensor], config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return the batch with ``decoder_input_ids`` if the model is an encoder-decoder, and without ``labels``.
 
-    Labels themselves are left out of the result, so that no loss is computed during calibration.
+    The decoder inputs are the labels (or the input) shifted right by one. Labels are removed so that calibration
+    computes no loss.
     """
     labels = batch.get("labels")
     batch = {key: value for key, value in batch.items() if key != "labels"}
@@ -45,9 +44,9 @@ def with_decoder_inputs(batch: dict[str, Tensor], config: PretrainedConfig) -> d
 
 
 def hash_batches(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """SHA-256 of the inputs, however they are cut into batches.
+    """Return the SHA-256 of the inputs as hexadecimal text, independent of how they are split into batches.
 
-    For batches of ``input_ids`` alone it is the hash of the token ids as little-endian int64, row after row.
+    For batches of ``input_ids`` alone, it is the hash of the token ids as little-endian int64, sequence after sequence.
     """
     hashes: dict[str, Any] = {}
     for batch in batches:

@@ -1,16 +1,20 @@
-"""Rows of a Hub dataset or of a local file, and which of their columns holds the text or the image."""
+"""Examples of a Hub dataset or of a local file, and which of their columns holds the text or the image."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..recipes.config import DataConfig
 
-LARGE = 64 * 2**20
+# A local file above this size (64 MB) is streamed instead of read completely.
+STREAMED_ABOVE = 64 * 2**20
+# From a stream, this many examples are read per sample drawn: more than the head of the data, but bounded.
+SHUFFLE_FACTOR = 32
 TEXT_COLUMNS = ("text", "sentence", "content")
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
 # quoting=3 (csv.QUOTE_NONE): tab-separated files have no quoting, and a lone quotation mark is text.
@@ -28,72 +32,99 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy",
 
 
 def is_local(name: str) -> bool:
-    """Whether ``name`` means a local file: it exists, or looks like a path or a data file rather than a Hub id."""
+    """Return True if ``name`` is a local file: it exists, or looks like a path or a data file and not like a Hub id."""
     path = Path(name)
     known = path.suffix.lower() in (*BUILDERS, *PICKLES)
     return path.exists() or known or name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1
 
 
 def is_streamed(config: DataConfig) -> bool:
-    """Whether the data is too large to be read to its end: a file above 64 MB, or a sample of a Hub dataset."""
+    """Return True if the data is not read to its end: a file above 64 MB, or a sample of a Hub dataset."""
     if is_local(str(config.dataset)):
         path = Path(str(config.dataset)).expanduser()
-        return path.is_file() and path.stat().st_size > LARGE
+        return path.is_file() and path.stat().st_size > STREAMED_ABOVE
     return config.samples is not None
 
 
-def load_rows(config: DataConfig, *, limit: int | None = None) -> Iterable[dict[str, Any]]:
-    """The rows of ``config.dataset``, one mapping of columns each, read as they are asked for.
+def shuffle_buffer(config: DataConfig) -> int | None:
+    """Return how many examples to draw ``config.samples`` from if the data is streamed; None to read all of it."""
+    if not (config.dataset and config.samples and is_streamed(config)):
+        return None
+    return SHUFFLE_FACTOR * config.samples
 
-    A local file is known by its suffix (.txt .json .jsonl .csv .tsv .parquet); it is read in place, without a copy in
-    the cache of datasets. A text file is one row (its paragraphs, when it is above 64 MB). Anything else is a Hub id,
-    with the name of a configuration after a colon where the dataset has several: ``Salesforce/wikitext:wikitext-2-v1``.
+
+def load_examples(config: DataConfig, *, limit: int | None = None) -> Iterable[dict[str, Any]]:
+    """Return the examples of ``config.dataset``, read lazily: one mapping of columns each.
+
+    The suffix of a local file gives its format (.txt .json .jsonl .csv .tsv .parquet). It is read in place, without a
+    copy in the cache of datasets. A text file is one example (or one per paragraph, if it is above 64 MB). Any other
+    name is a Hub id, followed by a colon and the name of a configuration if the dataset has several:
+    ``Salesforce/wikitext:wikitext-2-v1``.
 
     Args:
         config: which dataset and split.
-        limit: read at most so many rows.
+        limit: the largest number of examples to read.
 
-    Raises ``DataError``: no such file, an unreadable one, a pickle, or a Hub dataset that is not to be had.
+    Raises ``DataError`` for a missing or unreadable file, a pickle, or an unavailable Hub dataset.
     """
     if not config.dataset:
-        raise DataError("no dataset is named: give a Hub id or a local text, json, jsonl, csv, tsv or parquet file")
+        raise DataError("no dataset given: pass a Hub id or a local text, json, jsonl, csv, tsv or parquet file")
     name = str(config.dataset)
-    rows = _guarded(_local(Path(name).expanduser()) if is_local(name) else _hub(name, config), name)
+    examples = _with_data_errors(
+        _open_local(Path(name).expanduser()) if is_local(name) else _open_hub(name, config), name
+    )
     if is_local(name) and not is_streamed(config):
-        # To the end at once: the readers of datasets close their file only there.
-        return list(rows)[:limit]
-    return islice(rows, limit)
+        # Read to the end now: only there do the readers of datasets close their file.
+        return list(examples)[:limit]
+    return islice(examples, limit)
 
 
-def _local(path: Path) -> Iterable[dict[str, Any]]:
+def load_texts(config: DataConfig) -> Iterator[str]:
+    """Yield the non-empty texts of a dataset, in order. Raises ``DataError``."""
+    examples = iter(load_examples(config))
+    first = next(examples, None)
+    if first is None:
+        raise DataError(f"{config.dataset}: split {config.split!r} is empty")
+    yield from texts_of(chain([first], examples), find_text_column(first, config), str(config.dataset))
+
+
+def texts_of(examples: Iterable[Mapping[str, Any]], column: str, name: str) -> Iterator[str]:
+    """Yield the non-empty texts in one column. Raises ``DataError`` for a value that is not text."""
+    for number, example in enumerate(examples):
+        value = example.get(column)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{name}: column {column!r} of row {number} holds a {type(value).__name__}, not text")
+        if value and value.strip():
+            yield value
+
+
+def _open_local(path: Path) -> Iterable[dict[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
-        raise DataError(
-            f"{path.name}: {suffix} files can run code when they are read, and are refused; use .parquet or .jsonl"
-        )
+        raise DataError(f"{path.name}: {suffix} files can run code when they are read; use .parquet or .jsonl instead")
     if not path.exists():
         raise DataError(f"no data file {str(path)!r}")
     if path.is_dir():
         raise DataError(f"{str(path)!r} is a folder: name one file in it")
     if suffix not in BUILDERS:
-        raise DataError(f"{path.name}: cannot tell the format from {suffix!r} (known: {', '.join(BUILDERS)})")
+        raise DataError(f"{path.name}: unknown file format {suffix!r} (known: {', '.join(BUILDERS)})")
     if path.stat().st_size == 0:
         raise DataError(f"{str(path)!r} is empty")
     from datasets import load_dataset
 
     builder, options = BUILDERS[suffix]
     if builder == "text":
-        options = {"sample_by": "paragraph" if path.stat().st_size > LARGE else "document"}
+        options = {"sample_by": "paragraph" if path.stat().st_size > STREAMED_ABOVE else "document"}
     return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
 
 
-def _hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
+def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
     import datasets
 
     repository, _, configuration = name.partition(":")
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     try:
-        # Offline, only what lies prepared in the cache can be had, and that is not streamed.
+        # Offline, only datasets prepared in the cache can be loaded, and those are not streamed.
         return datasets.load_dataset(
             repository, configuration or None, split=config.split, streaming=config.samples is not None and not offline
         )
@@ -101,59 +132,64 @@ def _hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
         hint = (
             " (offline: HF_HUB_OFFLINE is set, so only cached datasets and local files can be read)" if offline else ""
         )
-        raise DataError(f"cannot load the dataset {name!r}, split {config.split!r}: {_line(error)}{hint}") from error
+        raise DataError(
+            f"cannot load the dataset {name!r}, split {config.split!r}: {_first_line(error)}{hint}"
+        ) from error
 
 
-def _guarded(source: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """The rows; what a reader raises on the way becomes a ``DataError`` that names the data."""
-    rows = iter(source)
+def _with_data_errors(source: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Yield the examples; turn what a reader raises into a ``DataError`` that names the data."""
+    examples = iter(source)
     number = 0
     while True:
         try:
-            row = next(rows)
+            example = next(examples)
         except StopIteration:
             return
         except Exception as error:
-            raise DataError(f"{name}: cannot be read after row {number}: {_line(error)}") from error
+            raise DataError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from error
         number += 1
-        yield row
+        yield example
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
 
 
-def string_columns(row: Mapping[str, Any]) -> list[str]:
-    """The columns of a row that hold text."""
-    return [key for key, value in row.items() if isinstance(value, str)]
+def string_columns(example: Mapping[str, Any]) -> list[str]:
+    """Return the columns of an example that hold text."""
+    return [key for key, value in example.items() if isinstance(value, str)]
 
 
-def find_column(row: Mapping[str, Any], config: DataConfig) -> str:
-    """The column with the text: the named one; else ``text``, ``sentence``, ``content``; else the only string column.
+def find_text_column(example: Mapping[str, Any], config: DataConfig) -> str:
+    """Return the column with the text.
 
-    Raises ``DataError`` that lists the columns.
+    This is ``config.text_column`` if set; else ``text``, ``sentence`` or ``content``; else the only string column.
+    Raises ``DataError``, which lists the columns.
     """
     if config.text_column is not None:
-        if config.text_column not in row:
-            raise DataError(f"{config.dataset}: no column {config.text_column!r} (it has {', '.join(row)})")
+        if config.text_column not in example:
+            raise DataError(f"{config.dataset}: no column {config.text_column!r} (it has {', '.join(example)})")
         return config.text_column
     for name in TEXT_COLUMNS:
-        if name in row:
+        if name in example:
             return name
-    strings = string_columns(row)
+    strings = string_columns(example)
     if len(strings) == 1:
         return strings[0]
-    why = "several columns hold text" if strings else "no column holds text"
-    raise DataError(f"{config.dataset or 'the data'}: {why} (columns: {', '.join(row)}); name one with text_column")
+    reason = "several columns hold text" if strings else "no column holds text"
+    raise DataError(
+        f"{config.dataset or 'the data'}: {reason} (columns: {', '.join(example)}); name one with text_column"
+    )
 
 
-def image_column(row: Mapping[str, Any]) -> str | None:
-    """The column with an image: ``image`` or ``img``, else the only one that holds image bytes or a picture."""
+def find_image_column(example: Mapping[str, Any]) -> str | None:
+    """Return the column with an image: ``image`` or ``img``, else the only one with image bytes or a PIL image."""
     for name in IMAGE_COLUMNS:
-        if name in row and _is_image(row[name]):
+        if name in example and _is_image(example[name]):
             return name
-    found = [key for key, value in row.items() if _is_image(value)]
+    found = [key for key, value in example.items() if _is_image(value)]
     return found[0] if len(found) == 1 else None
 
 
@@ -164,14 +200,15 @@ def _is_image(value: Any) -> bool:
 
 
 def load_image(value: Any) -> Any:
-    """A ``PIL.Image`` in RGB from image bytes, the mapping that datasets stores, or a picture."""
-    import io
+    """Return an RGB ``PIL.Image`` from image bytes, the mapping that datasets stores, or a PIL image.
 
+    Raises ``DataError`` if it cannot be decoded.
+    """
     from PIL import Image, UnidentifiedImageError
 
     data = value.get("bytes") if isinstance(value, Mapping) else value
     try:
-        picture: Any = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        return picture.convert("RGB")
+        image: Any = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        return image.convert("RGB")
     except (UnidentifiedImageError, OSError, AttributeError) as error:
         raise DataError(f"cannot decode an image: {error}") from error

@@ -1,4 +1,4 @@
-"""Labelled batches of each task, for measuring: model inputs, and the label of every logit that counts."""
+"""Labelled batches for each task, for evaluation and training: model inputs, and a label for every scored logit."""
 
 from __future__ import annotations
 
@@ -12,184 +12,201 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..recipes.config import DataConfig
-from .batches import with_decoder_inputs
-from .datasets import find_column, image_column, is_streamed, load_image, load_rows, string_columns
-from .token_windows import TokenWindows, reservoir, window_length
+from .batches import add_decoder_inputs
+from .datasets import (
+    find_image_column,
+    find_text_column,
+    load_examples,
+    load_image,
+    shuffle_buffer,
+    string_columns,
+)
+from .token_sequences import TokenSequences, reservoir, sequence_length
 
-IGNORE = -100
-MASKED_SHARE = 0.15
+IGNORE_INDEX = -100
+MLM_PROBABILITY = 0.15
 BATCH_SIZE = 8
-# Logits of one forward, at most: 2^27 in float32 are half a gigabyte.
-LOGITS = 2**27
+# Upper limit of the logits of one forward: 2^27 in float32 are half a gigabyte.
+MAX_LOGITS = 2**27
 LABEL_COLUMNS = ("label", "labels", "target")
-POOL = 32
 
-Example = tuple[dict[str, Tensor], Tensor]
+LabelledBatch = tuple[dict[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Batches ``(inputs, labels)``; labels have the shape of the logits without the last dimension, -100 = left out.
+class LabelledBatches:
+    """Batches ``(inputs, labels)``.
 
-    ``tokens_per_byte`` relates tokens to the UTF-8 bytes of the text they came from, where that makes sense.
+    Attributes:
+        batches: labels have the shape of the logits without the last dimension; -100 marks positions to ignore.
+        tokens_per_byte: tokens per UTF-8 byte of the text, or None where that has no meaning.
     """
 
-    batches: list[Example]
+    batches: list[LabelledBatch]
     tokens_per_byte: float | None = None
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[LabelledBatch]:
         return iter(self.batches)
 
 
-def cut(texts: Iterable[str], model: Any, tokenizer: Any, data: DataConfig) -> tuple[Tensor, TokenWindows]:
-    """Evaluation windows ``[n, seq_len]`` of the model's context: all full ones, or ``data.samples`` at random.
+def evaluation_sequences(
+    texts: Iterable[str], model: Any, tokenizer: Any, data: DataConfig
+) -> tuple[Tensor, TokenSequences]:
+    """Return sequences ``[n, seq_len]`` of the model's context length: all full ones, or ``data.samples`` at random.
 
-    A text shorter than one window is one shorter window. Raises ``DataError`` below two tokens.
+    Text shorter than one sequence gives one shorter sequence. Raises ``DataError`` for fewer than two tokens.
     """
     if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
         raise DataError(
-            "measuring on texts needs the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)"
+            "evaluating on texts needs the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)"
         )
-    source = TokenWindows(texts, tokenizer, window_length(model.config, tokenizer, data.seq_len))
-    pool = POOL * data.samples if data.samples and data.dataset and is_streamed(data) else None
-    chosen = reservoir(islice(source, pool), data.samples, data.seed)
+    source = TokenSequences(texts, tokenizer, sequence_length(model.config, tokenizer, data.seq_len))
+    chosen = reservoir(islice(source, shuffle_buffer(data)), data.samples, data.seed)
     if not chosen:
-        if len(source.rest) < 2:
-            raise DataError(f"the data has {source.tokens} tokens: nothing can be predicted from so few")
-        chosen = [source.rest]
+        if len(source.remainder) < 2:
+            raise DataError(f"the data has {source.tokens} tokens, too few to predict one from another")
+        chosen = [source.remainder]
     return torch.stack(chosen), source
 
 
-def language(texts: Iterable[str], model: Any, tokenizer: Any, data: DataConfig) -> Examples:
-    """Next-token prediction: every text preceded by bos, all joined, cut into windows; tokens 2..n are scored."""
-    ids, source = cut(texts, model, tokenizer, data)
-    nothing = torch.full_like(ids[:, :1], IGNORE)
+def causal_lm_batches(texts: Iterable[str], model: Any, tokenizer: Any, data: DataConfig) -> LabelledBatches:
+    """Build batches for next-token prediction.
+
+    Each text is preceded by bos, all are joined and split into sequences; tokens 2..n of each sequence are labels.
+    """
+    ids, source = evaluation_sequences(texts, model, tokenizer, data)
+    nothing = torch.full_like(ids[:, :1], IGNORE_INDEX)
     labels = torch.cat([ids[:, 1:], nothing], dim=1)
-    size = fitting_batch(model, ids.shape[1])
+    size = max_batch_size(model, ids.shape[1])
     batches = [({"input_ids": i}, t) for i, t in zip(ids.split(size), labels.split(size), strict=True)]
-    return Examples(batches, source.tokens / source.bytes)
+    return LabelledBatches(batches, source.tokens / source.bytes)
 
 
-def masked(texts: Iterable[str], model: Any, tokenizer: Any, data: DataConfig) -> Examples:
-    """Masked-token prediction: 15 % of the tokens of each window, chosen by the seed, replaced by the mask token."""
-    ids, _ = cut(texts, model, tokenizer, data)
+def masked_lm_batches(texts: Iterable[str], model: Any, tokenizer: Any, data: DataConfig) -> LabelledBatches:
+    """Build batches for masked-token prediction: 15 % of the tokens, drawn with the seed, become the mask token."""
+    ids, _ = evaluation_sequences(texts, model, tokenizer, data)
     if tokenizer.mask_token_id is None:
-        raise DataError("a masked language model is measured with the tokenizer's mask token, and this one has none")
+        raise DataError("evaluating a masked language model needs a mask token, and this tokenizer has none")
     chance = torch.rand(ids.shape, generator=torch.Generator().manual_seed(data.seed))
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    hidden = (chance < MASKED_SHARE) & ~special
-    labels = ids.masked_fill(~hidden, IGNORE)
-    inputs = ids.masked_fill(hidden, tokenizer.mask_token_id)
-    size = fitting_batch(model, ids.shape[1])
-    return Examples([({"input_ids": i}, t) for i, t in zip(inputs.split(size), labels.split(size), strict=True)])
+    masked = (chance < MLM_PROBABILITY) & ~special
+    labels = ids.masked_fill(~masked, IGNORE_INDEX)
+    inputs = ids.masked_fill(masked, tokenizer.mask_token_id)
+    size = max_batch_size(model, ids.shape[1])
+    return LabelledBatches([({"input_ids": i}, t) for i, t in zip(inputs.split(size), labels.split(size), strict=True)])
 
 
-def chosen_rows(data: DataConfig) -> list[dict[str, Any]]:
-    """All rows, or ``data.samples`` of them at random. Raises ``DataError`` when there are none."""
-    pool = POOL * data.samples if data.samples and is_streamed(data) else None
-    rows = reservoir(islice(load_rows(data), pool), data.samples, data.seed)
-    if not rows:
-        raise DataError(f"{data.dataset}: no rows")
-    return rows
+def sample_examples(data: DataConfig) -> list[dict[str, Any]]:
+    """Return all examples, or ``data.samples`` of them at random. Raises ``DataError`` if there are none."""
+    examples = reservoir(islice(load_examples(data), shuffle_buffer(data)), data.samples, data.seed)
+    if not examples:
+        raise DataError(f"{data.dataset} is empty")
+    return examples
 
 
-def classes(rows: list[dict[str, Any]], model: Any, tokenizer: Any, data: DataConfig) -> Examples:
-    """Texts (or pairs: two string columns) with a class label."""
-    label = label_column(rows[0])
+def text_classification_batches(
+    examples: list[dict[str, Any]], model: Any, tokenizer: Any, data: DataConfig
+) -> LabelledBatches:
+    """Build batches of texts (or of text pairs: two string columns) with a class label."""
+    label = find_label_column(examples[0])
     if tokenizer is None:
         raise DataError(
             "classifying texts needs the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)"
         )
     batches = []
-    for part in _parts(rows, BATCH_SIZE):
-        inputs = encode(part, text_columns(part[0], data), model, tokenizer)
-        batches.append((inputs, torch.tensor([label_id(row[label], model.config) for row in part])))
-    return Examples(batches)
+    for part in _split(examples, BATCH_SIZE):
+        inputs = tokenize(part, find_text_columns(part[0], data), model, tokenizer)
+        batches.append((inputs, torch.tensor([label_id(example[label], model.config) for example in part])))
+    return LabelledBatches(batches)
 
 
-def images(rows: list[dict[str, Any]], model: Any, processor: Any) -> Examples:
-    """Images with a class label."""
-    label, column = label_column(rows[0]), image_column(rows[0])
+def image_classification_batches(examples: list[dict[str, Any]], model: Any, processor: Any) -> LabelledBatches:
+    """Build batches of images with a class label."""
+    label, column = find_label_column(examples[0]), find_image_column(examples[0])
     processor = getattr(processor, "image_processor", processor)
     if column is None:
-        raise DataError(f"no column holds an image (columns: {', '.join(rows[0])})")
+        raise DataError(f"no column holds an image (columns: {', '.join(examples[0])})")
     if "pixel_values" not in getattr(processor, "model_input_names", ()):
         raise DataError("images need the model's image processor: pass AutoImageProcessor.from_pretrained(...)")
     batches = []
-    for part in _parts(rows, BATCH_SIZE):
-        pixels = processor([load_image(row[column]) for row in part], return_tensors="pt")["pixel_values"]
-        batches.append(({"pixel_values": pixels}, torch.tensor([label_id(row[label], model.config) for row in part])))
-    return Examples(batches)
+    for part in _split(examples, BATCH_SIZE):
+        pixels = processor([load_image(example[column]) for example in part], return_tensors="pt")["pixel_values"]
+        labels = torch.tensor([label_id(example[label], model.config) for example in part])
+        batches.append(({"pixel_values": pixels}, labels))
+    return LabelledBatches(batches)
 
 
-def pairs(rows: list[dict[str, Any]], model: Any, tokenizer: Any) -> Examples:
-    """Source and target texts of an encoder-decoder model: columns ``source`` and ``target``, or the only two."""
-    columns = string_columns(rows[0])
+def seq2seq_batches(examples: list[dict[str, Any]], model: Any, tokenizer: Any) -> LabelledBatches:
+    """Build batches for an encoder-decoder model, from the columns ``source`` and ``target`` or the only two."""
+    columns = string_columns(examples[0])
     if {"source", "target"} <= set(columns):
         columns = ["source", "target"]
     if len(columns) != 2:
         raise DataError(
-            "an encoder-decoder model is measured on two text columns, source and target; "
-            f"these are {', '.join(rows[0])}"
+            "an encoder-decoder model needs two text columns, source and target; the columns are "
+            f"{', '.join(examples[0])}"
         )
     batches = []
-    for part in _parts(rows, BATCH_SIZE):
-        inputs = encode(part, columns[:1], model, tokenizer)
-        target = encode(part, columns[1:], model, tokenizer)
-        ignored = target["attention_mask"] == 0
-        labels = target["input_ids"].masked_fill(ignored, IGNORE)
-        batches.append((with_decoder_inputs({**inputs, "labels": labels}, model.config), labels))
-    return Examples(batches)
+    for part in _split(examples, BATCH_SIZE):
+        inputs = tokenize(part, columns[:1], model, tokenizer)
+        target = tokenize(part, columns[1:], model, tokenizer)
+        labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORE_INDEX)
+        batches.append((add_decoder_inputs({**inputs, "labels": labels}, model.config), labels))
+    return LabelledBatches(batches)
 
 
-def encode(rows: list[dict[str, Any]], columns: list[str], model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """The texts of one or two columns as padded inputs ``[n, longest]``, cut at the model's context."""
-    texts = [[str(row[column]) for row in rows] for column in columns]
-    length = window_length(model.config, tokenizer)
-    padding = tokenizer.pad_token_id is not None or len(rows) == 1
-    if not padding:
-        raise DataError("these texts differ in length, and the tokenizer has no pad token: set tokenizer.pad_token")
+def tokenize(examples: list[dict[str, Any]], columns: list[str], model: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """Return the texts of one or two columns as padded inputs ``[n, longest]``, truncated to the model's context."""
+    texts = [[str(example[column]) for example in examples] for column in columns]
+    length = sequence_length(model.config, tokenizer)
+    if tokenizer.pad_token_id is None and len(examples) > 1:
+        raise DataError(
+            "texts of different lengths need padding, and the tokenizer has no pad token: set tokenizer.pad_token"
+        )
     return dict(
-        tokenizer(*texts, padding=len(rows) > 1, truncation=True, max_length=length, return_tensors="pt", verbose=False)
+        tokenizer(
+            *texts, padding=len(examples) > 1, truncation=True, max_length=length, return_tensors="pt", verbose=False
+        )
     )
 
 
-def text_columns(row: Mapping[str, Any], data: DataConfig) -> list[str]:
-    """One column with the text, or the two of a pair (``sentence1`` and ``sentence2``, or the only two strings)."""
-    strings = [name for name in string_columns(row) if name not in LABEL_COLUMNS]
+def find_text_columns(example: Mapping[str, Any], data: DataConfig) -> list[str]:
+    """Return the column with the text, or the two of a pair (the only two string columns that are not labels)."""
+    strings = [name for name in string_columns(example) if name not in LABEL_COLUMNS]
     if data.text_column is None and len(strings) == 2:
         return strings
-    return [find_column(row, data)]
+    return [find_text_column(example, data)]
 
 
-def label_column(row: Mapping[str, Any]) -> str:
+def find_label_column(example: Mapping[str, Any]) -> str:
+    """Return the column with the label. Raises ``DataError`` if there is none."""
     for name in LABEL_COLUMNS:
-        if name in row:
+        if name in example:
             return name
-    raise DataError(f"classification needs a column {' or '.join(LABEL_COLUMNS)}; these are {', '.join(row)}")
+    raise DataError(f"classification needs a column {' or '.join(LABEL_COLUMNS)}; the columns are {', '.join(example)}")
 
 
 def label_id(value: Any, config: Any) -> int:
-    """A label as the model's class number; names are looked up in ``config.label2id``."""
+    """Return the class index of a label; names are looked up in ``config.label2id``. Raises ``DataError``."""
     known = getattr(config, "label2id", None) or {}
-    number = known.get(value, value) if isinstance(value, str) else value
+    index = known.get(value, value) if isinstance(value, str) else value
     try:
-        number = int(number)
+        index = int(index)
     except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < config.num_labels:
+        index = -1
+    if not 0 <= index < config.num_labels:
         raise DataError(
-            f"label {value!r} is none of the model's {config.num_labels} classes ({', '.join(list(known)[:8])})"
+            f"label {value!r} is not one of the model's {config.num_labels} classes ({', '.join(list(known)[:8])})"
         )
-    return number
+    return index
 
 
-def fitting_batch(model: Any, seq_len: int) -> int:
-    """How many windows go through at once, so that the logits stay below half a gigabyte."""
+def max_batch_size(model: Any, seq_len: int) -> int:
+    """Return how many sequences fit into one forward with logits below half a gigabyte, 8 at most."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
-    return max(1, min(BATCH_SIZE, LOGITS // (seq_len * vocabulary)))
+    return max(1, min(BATCH_SIZE, MAX_LOGITS // (seq_len * vocabulary)))
 
 
-def _parts(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _split(examples: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]

@@ -1,4 +1,4 @@
-"""Masked language modelling whose masks do not depend on the batches before: a resumed training finds the same."""
+"""Masked language modelling with masks that a resumed training reproduces."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 
 class MlmCollator(DataCollatorForLanguageModeling):
-    """The stock collator; once ``epoch`` is set, the masks of a batch are a function of seed, epoch and tokens.
+    """The stock MLM collator, except that the masks of a batch depend only on seed, epoch and tokens.
 
-    The stock generator goes on from batch to batch. A resumed training skips the batches that are behind it, and would
-    find that generator at its beginning.
+    The stock collator draws from one generator, batch after batch. A resumed training skips the batches it has already
+    seen, so that generator would start again from its initial state.
 
     Attributes:
-        epoch: set by ``MaskingEpochCallback``; None leaves the masks to the stock generator.
+        epoch: set by ``MaskingEpochCallback``; None uses the stock generator.
     """
 
     epoch: int | None = None
@@ -24,14 +24,14 @@ class MlmCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         if self.epoch is not None:
             digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode())
-            for row in examples:
-                digest.update(torch.as_tensor(row["input_ids"]).numpy().tobytes())
+            for example in examples:
+                digest.update(torch.as_tensor(example["input_ids"]).numpy().tobytes())
             self.generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "big"))
         return super().torch_call(examples)
 
 
 class MaskingEpochCallback(TrainerCallback):
-    """Tells a ``MlmCollator`` the epoch, before its first batch is made."""
+    """Sets ``MlmCollator.epoch`` before the first batch of each epoch."""
 
     def __init__(self, collator: MlmCollator) -> None:
         self.collator = collator

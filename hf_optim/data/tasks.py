@@ -1,4 +1,4 @@
-"""What a model class is for, as the Hub and the auto classes of transformers call it."""
+"""The task of a model class, as named by the Hub and by the auto classes of transformers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """``tag`` is the Hub's pipeline tag, ``auto_class`` the class whose ``from_pretrained`` loads such a model."""
+    """A task that a model class is made for.
+
+    Attributes:
+        tag: pipeline tag of the Hub.
+        auto_class: the auto class whose ``from_pretrained`` loads such a model.
+    """
 
     tag: str
     auto_class: str
 
 
-# The mappings of transformers.models.auto.modeling_auto, by precedence: a class may stand in several.
+# Mappings of transformers.models.auto.modeling_auto, by precedence: a class may be in several.
 _MAPPINGS = (
     ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", Task("text-generation", "AutoModelForCausalLM")),
     ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", Task("text2text-generation", "AutoModelForSeq2SeqLM")),
@@ -32,7 +37,7 @@ BASE = Task("feature-extraction", "AutoModel")
 
 
 def task_of(class_name: str) -> Task:
-    """The task of a model class of transformers, by its name; ``BASE`` for one without a head."""
+    """Return the task of a transformers model class, given its name; ``BASE`` for a class without a head."""
     from transformers.models.auto import modeling_auto
 
     for mapping, task in _MAPPINGS:
@@ -43,6 +48,6 @@ def task_of(class_name: str) -> Task:
 
 
 def task_of_model(model: object) -> Task:
-    """The task of a model; a subclass of a class of transformers has its parent's."""
+    """Return the task of a model. A subclass of a transformers class has the task of its parent."""
     found = (task_of(cls.__name__) for cls in type(model).__mro__)
     return next((task for task in found if task is not BASE), BASE)

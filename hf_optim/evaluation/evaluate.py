@@ -12,14 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import datasets, labelled_batches
-from ..data.calibration_set import texts as texts_of
-from ..data.datasets import string_columns
-from ..data.labelled_batches import IGNORE, Examples
+from ..data.datasets import load_texts, string_columns
+from ..data.labelled_batches import IGNORE_INDEX, LabelledBatches
 from ..data.tasks import task_of_model
 from ..errors import DataError, OptimError
 from ..recipes.config import DataConfig
 from ..runs.memory import PeakMemory
-from ..toolkit.modules.modes import device_of, evaluating
+from ..toolkit.modules.modes import device_of, eval_mode
 from .latency import milliseconds_per_token
 from .metrics import Accuracy, KLDivergence, Perplexity, Spearman, StreamingMetric, TopOneAgreement
 from .sizes import bytes_on_disk, parameter_bytes
@@ -107,7 +106,7 @@ def evaluate_lm(
     Returns ``perplexity``, ``nll`` (nats per token), ``tokens`` (scored), ``bits_per_byte`` (of the UTF-8 text), and
     with a ``reference`` also ``top1_agreement`` and ``kl``.
     """
-    batches = labelled_batches.language(
+    batches = labelled_batches.causal_lm_batches(
         texts, model, tokenizer, DataConfig(samples=samples, seq_len=seq_len, seed=seed)
     )
     figures = _figures(model, batches, (Perplexity,))
@@ -116,27 +115,27 @@ def evaluate_lm(
 
 def perplexity(model: Any, windows: Tensor, batch_size: int = 8) -> dict[str, Any]:
     """Perplexity over windows of tokens ``[n, seq_len]``, tokens 2..n of each scored: ``perplexity, nll, tokens``."""
-    labels = torch.cat([windows[:, 1:], torch.full_like(windows[:, :1], IGNORE)], dim=1)
+    labels = torch.cat([windows[:, 1:], torch.full_like(windows[:, :1], IGNORE_INDEX)], dim=1)
     parts = zip(windows.split(batch_size), labels.split(batch_size), strict=True)
-    return _figures(model, Examples([({"input_ids": ids}, target) for ids, target in parts]), (Perplexity,))
+    return _figures(model, LabelledBatches([({"input_ids": ids}, target) for ids, target in parts]), (Perplexity,))
 
 
-def _examples(task: str, model: Any, tokenizer: Any, data: DataConfig) -> Examples:
+def _examples(task: str, model: Any, tokenizer: Any, data: DataConfig) -> LabelledBatches:
     if task in ("text-generation", "image-text-to-text"):
-        return labelled_batches.language(texts_of(data), model, tokenizer, data)
+        return labelled_batches.causal_lm_batches(load_texts(data), model, tokenizer, data)
     if task == "fill-mask":
-        return labelled_batches.masked(texts_of(data), model, tokenizer, data)
-    rows = labelled_batches.chosen_rows(data)
+        return labelled_batches.masked_lm_batches(load_texts(data), model, tokenizer, data)
+    rows = labelled_batches.sample_examples(data)
     if task == "text2text-generation":
-        return labelled_batches.pairs(rows, model, tokenizer)
+        return labelled_batches.seq2seq_batches(rows, model, tokenizer)
     if task == "image-classification":
-        return labelled_batches.images(rows, model, tokenizer)
-    return labelled_batches.classes(rows, model, tokenizer, data)
+        return labelled_batches.image_classification_batches(rows, model, tokenizer)
+    return labelled_batches.text_classification_batches(rows, model, tokenizer, data)
 
 
-def _figures(model: Any, batches: Examples, kinds: tuple[type[StreamingMetric], ...]) -> dict[str, Any]:
+def _figures(model: Any, batches: LabelledBatches, kinds: tuple[type[StreamingMetric], ...]) -> dict[str, Any]:
     metrics = [kind() for kind in kinds]
-    with evaluating(model):
+    with eval_mode(model):
         for inputs, labels in _progress(batches, "measuring"):
             logits, target = _scored(model, inputs, labels)
             for metric in metrics:
@@ -149,11 +148,11 @@ def _figures(model: Any, batches: Examples, kinds: tuple[type[StreamingMetric], 
     return found
 
 
-def _agreement(model: Any, reference: Any, batches: Examples) -> dict[str, Any]:
+def _agreement(model: Any, reference: Any, batches: LabelledBatches) -> dict[str, Any]:
     metrics = (TopOneAgreement(), KLDivergence())
     with ExitStack() as stack:
         for each in (model, reference):
-            stack.enter_context(evaluating(each))
+            stack.enter_context(eval_mode(each))
         for inputs, labels in _progress(batches, "comparing"):
             ours, _ = _scored(model, inputs, labels)
             theirs, _ = _scored(reference, inputs, labels)
@@ -173,11 +172,11 @@ def _scored(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tens
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     logits = model(**inputs).logits
-    keep = (labels != IGNORE).to(logits.device)
+    keep = (labels != IGNORE_INDEX).to(logits.device)
     return logits[keep], labels.to(logits.device)[keep]
 
 
-def _progress(batches: Examples, what: str) -> Iterator[labelled_batches.Example]:
+def _progress(batches: LabelledBatches, what: str) -> Iterator[labelled_batches.LabelledBatch]:
     # disable=None: no bar where nobody watches.
     yield from tqdm(batches.batches, desc=what, unit="batch", disable=None, leave=False)
 
@@ -189,10 +188,10 @@ def _score_rows(model: Any, data: DataConfig) -> list[dict[str, Any]] | None:
     """The rows, when the data has sentence pairs with a ``score`` and the model can be read as an encoder."""
     if task_of_model(model).tag in ("text-generation", "image-classification") or data.dataset is None:
         return None
-    first = next(iter(datasets.load_rows(data, limit=1)), {})
+    first = next(iter(datasets.load_examples(data, limit=1)), {})
     if "score" not in first or len(string_columns(first)) < 2 or not _encodes(model):
         return None
-    return labelled_batches.chosen_rows(data)
+    return labelled_batches.sample_examples(data)
 
 
 def _encodes(model: Any) -> bool:
@@ -204,7 +203,7 @@ def _similarity(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[
         raise DataError("sentence pairs need the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
     pair = ["sentence1", "sentence2"] if {"sentence1", "sentence2"} <= set(rows[0]) else string_columns(rows[0])[:2]
     metric = Spearman()
-    with evaluating(model):
+    with eval_mode(model):
         for start in tqdm(range(0, len(rows), 32), desc="measuring", unit="batch", disable=None, leave=False):
             part = rows[start : start + 32]
             scores = torch.tensor([_number(row["score"]) for row in part], dtype=torch.float64)
@@ -215,9 +214,9 @@ def _similarity(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[
 def _pair_scores(model: Any, tokenizer: Any, rows: list[dict[str, Any]], pair: list[str]) -> Tensor:
     device = device_of(model)
     if getattr(model.config, "num_labels", 0) == 1 and task_of_model(model).tag == "text-classification":
-        inputs = labelled_batches.encode(rows, pair, model, tokenizer)
+        inputs = labelled_batches.tokenize(rows, pair, model, tokenizer)
         return model(**{k: v.to(device) for k, v in inputs.items()}).logits.squeeze(-1)
-    first, second = (mean_pooled(model, labelled_batches.encode(rows, [column], model, tokenizer)) for column in pair)
+    first, second = (mean_pooled(model, labelled_batches.tokenize(rows, [column], model, tokenizer)) for column in pair)
     return F.cosine_similarity(first, second, dim=-1)
 
 
@@ -256,7 +255,7 @@ def lm_eval_tasks(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise OptimError("tasks of lm-eval need the package: pip install 'hf-optim[lm-eval]'") from error
-    with evaluating(model):
+    with eval_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         results = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
     return {task: dict(figures) for task, figures in results["results"].items()}

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..data import labelled_batches
-from ..data.calibration_set import build_calibration_data, load_texts
-from ..data.datasets import is_streamed
+from ..data.calibration_set import build_calibration_data
+from ..data.datasets import load_texts, shuffle_buffer
 from ..data.tasks import task_of_model
 from ..data.token_sequences import sample_sequences, sequence_length
 from ..errors import DataError, RecipeError
@@ -127,8 +127,8 @@ def _windows(model: Any, tokenizer: Any, data: DataConfig) -> Tensor:
     if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
         raise DataError("training on texts needs the model's tokenizer, and its folder has none")
     length = sequence_length(model.config, tokenizer, data.seq_len)
-    pool = labelled_batches.POOL * data.samples if data.samples and is_streamed(data) else None
-    return sample_sequences(load_texts(data), tokenizer, length, data.samples, data.seed, pool=pool)
+    buffer = shuffle_buffer(data)
+    return sample_sequences(load_texts(data), tokenizer, length, data.samples, data.seed, shuffle_buffer=buffer)
 
 
 def _apart(batches: labelled_batches.LabelledBatches) -> list[Row]:

@@ -13,7 +13,7 @@ from hf_optim import OptimConfig
 from hf_optim.checkpoints import meta_model, saving
 from hf_optim.checkpoints.source import ModelSource, load_model
 from hf_optim.cli.jobs.streamed import StreamedJob
-from hf_optim.data.calibration_set import calibration_data
+from hf_optim.data.calibration_set import build_calibration_data
 from hf_optim.toolkit import topology
 
 
@@ -48,7 +48,7 @@ def streamed(home: Path, steps, batches, output: Path, spill=None, resume=False)
     source = ModelSource(str(home))
     built = meta_model.build(source)
     recipe = recipe_of(steps, "streamed", spill)
-    data = calibration_data(batches, model_config=built.model.config) if batches is not None else None
+    data = build_calibration_data(batches, model_config=built.model.config) if batches is not None else None
     job = StreamedJob(recipe, built, source, output.with_name(f".{output.name}.journal"), resume, data)
     job.calibrate()
     job.save(output)

@@ -411,8 +411,8 @@ def test_a_text_column_that_is_not_there(capsys, shop):
 
 def test_data_that_is_too_short(capsys, shop):
     line = complaint(capsys, shop.calibrated("none", "--samples", "4000"))
-    assert "4000 windows of 32 tokens" in line
-    assert "give more text" in line
+    assert "4000 sequences of 32 tokens" in line
+    assert "use more text" in line
 
 
 def test_a_window_longer_than_the_context(capsys, shop):

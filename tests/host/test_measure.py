@@ -15,7 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 from hf_optim import CheckpointError, DataConfig, DataError, ModelError, OptimError
-from hf_optim.data.calibration_set import texts
+from hf_optim.data.datasets import load_texts
 from hf_optim.data.tasks import task_of, task_of_model
 from hf_optim.evaluation import evaluate, latency, sizes
 
@@ -48,7 +48,7 @@ def test_rounding_the_weights_gives_the_reference_figure(shared_models, shared_d
             with torch.no_grad():
                 scale = module.weight.abs().amax(1, keepdim=True) / 7
                 module.weight.copy_((module.weight / scale).round().clamp(-7, 7) * scale)
-    stories = texts(DataConfig(str(shared_data / "tinystories/eval.jsonl")))
+    stories = load_texts(DataConfig(str(shared_data / "tinystories/eval.jsonl")))
     assert round(evaluate.evaluate_lm(model, tokenizer, stories)["perplexity"], 4) == 5.1329
 
 
@@ -75,21 +75,21 @@ def test_perplexity_is_the_plain_formula(make):
     assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2) * len(ids) / size, rel=1e-9)
 
 
-def test_a_text_below_one_window_is_scored_whole():
+def test_a_text_shorter_than_one_sequence_is_scored():
     model, tokenizer = tiny_llama(vocab_size=259), tiny_tokenizer()
     assert evaluate.evaluate_lm(model, tokenizer, ["short"])["tokens"] == 5
     with pytest.raises(DataError, match="has 0 tokens"):
         evaluate.evaluate_lm(model, tokenizer, [])
 
 
-def test_samples_choose_windows_and_the_window_function_agrees():
+def test_sampled_sequences_agree_with_perplexity_of_token_ids():
     model, tokenizer = tiny_llama(vocab_size=259), tiny_tokenizer()
     found = evaluate.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
     assert found["tokens"] == 60
     assert found == evaluate.evaluate_lm(model, tokenizer, TEXTS, seq_len=16, samples=4, seed=1)
-    from hf_optim.data.token_windows import windows
+    from hf_optim.data.token_sequences import sample_sequences
 
-    ids = windows(TEXTS, tokenizer, 16, 4, 1)
+    ids = sample_sequences(TEXTS, tokenizer, 16, 4, 1)
     assert evaluate.perplexity(model, ids)["perplexity"] == pytest.approx(found["perplexity"], rel=1e-9)
 
 
@@ -140,7 +140,7 @@ def test_classification_accuracy_is_over_the_right_labels(tmp_path, wordpieces):
     assert evaluate.evaluate(model, wordpieces, data) == {"task": "text-classification", "accuracy": 0.75}
     assert evaluate.compare(model, model, wordpieces, data)["top1_agreement"] == 1.0
     file.write_text("sentence\tlabel\na\t9\n")
-    with pytest.raises(DataError, match="label 9 is none of the model's 3 classes"):
+    with pytest.raises(DataError, match="label 9 is not one of the model's 3 classes"):
         evaluate.evaluate(model, wordpieces, data)
     file.write_text("sentence\tgrade\na\t1\n")
     with pytest.raises(DataError, match="needs a column label"):
@@ -176,7 +176,7 @@ def test_masked_language_models_predict_the_masked_tokens(tmp_path, wordpieces):
     file.write_text("".join(json.dumps({"text": "a b c d e f g h i j " * 20}) + "\n" for _ in range(4)))
     data = DataConfig(str(file), samples=None, seq_len=32)
     found = evaluate.evaluate(model, wordpieces, data)
-    # 26 windows of 30 tokens that are not special; 15 % of them are hidden.
+    # 26 sequences of 30 tokens that are not special; 15 % of them are hidden.
     assert 80 < found["tokens"] < 160
     assert 0 <= found["accuracy"] <= 1
     assert found == evaluate.evaluate(model, wordpieces, data)
