@@ -94,14 +94,14 @@ def decode(model: LlamaForCausalLM) -> float:
 
 def correctness() -> None:
     """On the GPU: zeroed neurons and heads go, and the outputs stay."""
-    from hf_optim.toolkit.topology import find_units, trace
+    from hf_optim.toolkit.topology import find_prunable_groups, trace
 
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
                     num_key_value_heads=4)
     ).double().cuda().eval()  # fmt: skip
     with torch.no_grad():
-        for one in find_units(trace(model)):
+        for one in find_prunable_groups(trace(model)):
             for name, (dim, entries) in one.entries.items():
                 model.get_parameter(name).index_fill_(dim, entries[len(one) // 2 :].flatten().cuda(), 0.0)
     ids = torch.randint(3, 60, (2, 32), device="cuda")

@@ -65,7 +65,7 @@ class BlockwiseDriver:
                 restored = self._calibrate_block(index, bar)
                 bar.set_postfix_str(f"{block.name}: outputs", refresh=False)
                 self.passes += bool(self.batches) and not restored
-                self.outputs[block.stack] = [
+                self.outputs[block.list_name] = [
                     to_device(block.module(*args, **kwargs), self.home) for args, kwargs in self._block_inputs(index)
                 ]
             if not restored:
@@ -124,7 +124,7 @@ class BlockwiseDriver:
             args, kwargs = self._capture_inputs(index, number, batch, self.reference_outputs)
             output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
             references.append(Example(args, kwargs, to_device(output, self.home)))
-        self.reference_outputs[block.stack] = [example.output for example in references]
+        self.reference_outputs[block.list_name] = [example.output for example in references]
         return references
 
     def _capture_inputs(

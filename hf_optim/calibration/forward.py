@@ -49,7 +49,7 @@ def capture_block_inputs(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise BlockInputsCaptured(args, kwargs)
 
-    forwards = {block.module: stub(block.stack) for block in blocks[:index]}
+    forwards = {block.module: stub(block.list_name) for block in blocks[:index]}
     forwards[blocks[index].module] = stop
     with replace_forwards(forwards):
         try:

@@ -29,7 +29,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
-from ..toolkit.modules import remote_marker
+from ..toolkit.modules import remote_code_guard
 from ..toolkit.modules.transplant import auto_heads
 
 PACKAGE = "hf_optim_generated"
@@ -169,8 +169,8 @@ def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: s
     kind = "int" if isinstance(code.default, int) else "dict | None"
     source, config_base = code.source.rstrip(), code.config_base
     if not config_base:
-        own_lines = joined(remote_marker).removeprefix(FUTURE).strip()
-        source, config_base = f"{source}\n\n\n{own_lines}", remote_marker.RefusedByStock.__name__
+        own_lines = joined(remote_code_guard).removeprefix(FUTURE).strip()
+        source, config_base = f"{source}\n\n\n{own_lines}", remote_code_guard.RefusedByStock.__name__
     config = (
         f"class {own}({config_base}, transformers.{config_class.__name__}):\n"
         f'    model_type = "{code.name}_{config_class.model_type}"\n'

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..toolkit.topology.experts import ExpertLinear, is_fused, parameters, stacks
+from ..toolkit.topology.experts import ExpertLinear, fused_experts, is_fused_experts, matrix_names
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -53,7 +53,7 @@ def store_expert(layer: ExpertLinear, scheme: QuantizationScheme, codes: Any, sc
             "and without quantized inputs"
         )
     check_fit(layer.weight, scheme, codes, scale, zero_point)
-    stack, key = layer.stack, layer.parameter + SCALE
+    stack, key = layer.experts, layer.parameter + SCALE
     stacked = stack.get_parameter(layer.parameter)
     rows = layer.out_features
     layer.weight.copy_(decode(codes, scale, None, args, layer.weight))
@@ -114,7 +114,7 @@ def unified(found: Sequence[tuple[int, QuantizationScheme]]) -> QuantizationSche
 
 def stored_scheme(model: nn.Module) -> QuantizationScheme | None:
     """The one scheme in which all experts of a model are written; None if none is quantized."""
-    found = [pair for stack in stacks(model).values() for pair in _widths(stack, expert_schemes(stack))]
+    found = [pair for stack in fused_experts(model).values() for pair in _widths(stack, expert_schemes(stack))]
     return unified(found) if found else None
 
 
@@ -124,9 +124,9 @@ def _widths(stack: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> list
 
 def unreadable(model: Any, name: str, stack: nn.Module) -> str:
     """Why stock transformers cannot read integer codes of a stack of experts; the empty string if it can."""
-    if not is_fused(stack):
+    if not is_fused_experts(stack):
         return f"{type(stack).__name__} does not keep and run its experts the way of transformers' fused ones"
-    for parameter in parameters(stack):
+    for parameter in matrix_names(stack):
         try:
             rows_of(model, f"{name}.{parameter}" if name else parameter, stack)
         except ModelError as error:
@@ -202,7 +202,7 @@ def forget_decoding(model: Any) -> None:
 def checkpoint_modules(model: nn.Module) -> list[str]:
     """The names that the quantized matrices of experts have as modules of the checkpoint."""
     found = []
-    for name, stack in stacks(model).items():
+    for name, stack in fused_experts(model).items():
         for parameter in expert_schemes(stack):
             found += [key.removesuffix(WEIGHT) for key in rows_of(model, f"{name}.{parameter}", stack)]
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..toolkit.topology.experts import stacks
+from ..toolkit.topology.experts import fused_experts
 from .codec import pack, scheme_on
 from .codes import checkpoint_tensors
 from .experts import SCALE, expert_schemes, packed_experts, stored_scheme
@@ -67,7 +67,7 @@ def packed_state_dict(
 def _packed_experts(model: nn.Module, owner: Any, inside: str) -> dict[str, dict[str, torch.Tensor]] | None:
     """The checkpoint's tensors of every quantized stack of experts; None if one does not fit its grid any more."""
     integer = any(s.weights is not None and s.weights.type == "int" for s in map(scheme_on, model.modules()) if s)
-    if integer and any(not expert_schemes(stack) for stack in stacks(model).values()):
+    if integer and any(not expert_schemes(stack) for stack in fused_experts(model).values()):
         return None  # transformers decoded them while it loaded the checkpoint
     common = stored_scheme(model)
     found: dict[str, dict[str, torch.Tensor]] = {}

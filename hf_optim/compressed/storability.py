@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..toolkit.topology.experts import ExpertLinear, expert_linears
-from ..toolkit.topology.linear_layers import linears, owners
+from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
 from .experts import expert_schemes, unreadable
 
@@ -44,7 +44,7 @@ def storable(
     """
     targets, skip = tuple(targets), tuple(skip)
     selected = scope.select(targets, skip, experts=experts)
-    holders = owners(scope.model)
+    holders = parameter_names(scope.model)
     layers: dict[str, Any] = {}
     skipped: dict[str, list[str]] = {}
     for name, module in selected.items():
@@ -87,7 +87,7 @@ def _require_whole_experts(
         )
     views = expert_linears(model)
     chosen = set(match({**linears(model), **views}, targets, skip)) if experts else set()
-    out = [name for name, view in views.items() if name not in chosen and view.stack_name in left]
+    out = [name for name, view in views.items() if name not in chosen and view.experts_name in left]
     if out:
         raise ModelError(
             f"{begin} of which targets and skip leave out {len(out)}, such as {out[0]}, and stock transformers reads "

@@ -63,13 +63,13 @@ def plant_outliers(
     trace = topology.trace(model)
     sizes = _sizes(model, sample)
     inputs: dict[str, Tensor] = {}
-    for group in topology.norm_to_linears(trace) if norms else ():
+    for group in topology.find_norm_groups(trace) if norms else ():
         if group.exclusive and group.linears:
             size = sizes[next(iter(group.linears))]
             chosen, scale = _choose(size, _lengths(group.linears.values()), channels, factor)
             folding.move_norm_scale_(group, scale)
             inputs |= dict.fromkeys(group.linears, chosen)
-    for pair in topology.linear_pairs(trace) if pairs else ():
+    for pair in topology.find_linear_pairs(trace) if pairs else ():
         if pair.scalable:
             size = folding.max_over_columns(pair, sizes[pair.consumer])
             length = _lengths([pair.consumer_module])[pair.columns].norm(dim=1)

@@ -33,7 +33,7 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import remote_marker, replace
+from hf_optim.toolkit.modules import remote_code_guard, replace
 from hf_optim_plugins.attention.local import Local
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -306,7 +306,7 @@ def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp
     first, second = (json.loads((tmp_path / which / "config.json").read_text()) for which in ("out", "again"))
     differing = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
     assert differing <= {"auto_map", "dtype"}
-    assert second["layer_types"] == [remote_marker.FOREIGN] * 2
+    assert second["layer_types"] == [remote_code_guard.FOREIGN] * 2
     assert second["stock_layers"] == {"num_hidden_layers": 2}
 
 
@@ -392,7 +392,7 @@ def test_layer_types_of_the_architecture_come_back(tmp_path):
         Qwen2Config.from_pretrained(tmp_path)
     assert type(made).from_pretrained(tmp_path).layer_types == types
     assert (
-        PreTrainedConfig.from_pretrained(tmp_path).layer_types == [remote_marker.FOREIGN] * 2
+        PreTrainedConfig.from_pretrained(tmp_path).layer_types == [remote_code_guard.FOREIGN] * 2
     )  # as AutoTokenizer reads it
 
 

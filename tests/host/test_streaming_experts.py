@@ -18,7 +18,7 @@ from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
 from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit.checkpoint.safetensors import SafetensorsHeaders
-from hf_optim.toolkit.topology.experts import stacks
+from hf_optim.toolkit.topology.experts import fused_experts
 
 RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
 GPTQ = {"technique": "gptq", "bits": 4, "group_size": 16}
@@ -186,7 +186,7 @@ class Spoiling(Technique):
     @hookimpl
     def calibrate(self, run, scope):
         yield from ()
-        for stack in stacks(scope.module).values():
+        for stack in fused_experts(scope.module).values():
             assert expert_schemes(stack)
             stack.down_proj.data[0] += 0.01
 

@@ -9,14 +9,14 @@ from torch import nn
 from transformers import BertModel
 
 from hf_optim.toolkit.statistics.curvature import (
-    SeenBatches,
+    RecordedBatches,
+    calibration_loss,
+    enable_double_backward,
     gradients,
     hessian_product,
-    own_loss,
     power_iteration,
-    probing,
     random_direction,
-    shards,
+    sample_microbatches,
 )
 
 DOUBLE = torch.float64
@@ -42,7 +42,7 @@ def dense_hessian(net: nn.Module, name: str, loss) -> torch.Tensor:
 def test_power_iteration_equals_the_eigenvalues_of_the_full_hessian(seed):
     net, x, y = small_net(seed)
     weights = {f"{i}.weight": net[i].weight for i in (0, 2, 4)}
-    with probing(net, weights.values()):
+    with enable_double_backward(net, weights.values()):
         found = gradients(nn.functional.cross_entropy(net(x), y), weights)
         assert found.keys() == weights.keys()
         for name, gradient in found.items():
@@ -69,7 +69,7 @@ def test_the_sign_of_a_negative_top_eigenvalue_is_kept():
 def test_a_loss_that_is_linear_in_the_weight_has_no_curvature():
     layer = nn.Linear(4, 1, bias=False)
     x = torch.randn(8, 4)
-    with probing(layer, [layer.weight]):
+    with enable_double_backward(layer, [layer.weight]):
         gradient = gradients(layer(x).sum(), {"w": layer.weight})["w"]
         top = power_iteration(lambda v: hessian_product(gradient, layer.weight, v), torch.ones(1, 4))
     assert top.value == 0.0
@@ -79,7 +79,7 @@ def test_a_loss_that_is_linear_in_the_weight_has_no_curvature():
 def test_weights_without_influence_are_left_out():
     used, idle = nn.Linear(3, 3), nn.Linear(3, 3)
     net = nn.ModuleList([used, idle])
-    with probing(net, [used.weight, idle.weight]):
+    with enable_double_backward(net, [used.weight, idle.weight]):
         loss = used(torch.randn(2, 3)).square().sum()
         assert list(gradients(loss, {"used": used.weight, "idle": idle.weight})) == ["used"]
         assert gradients(torch.zeros(()), {"used": used.weight}) == {}
@@ -97,10 +97,10 @@ def test_transformers_are_differentiated_twice(build, attention):
         (n, p) for n, p in model.named_parameters() if n.endswith(("v_proj.weight", "value.weight", "v.weight"))
     )
     vector = random_direction(weight, seed=3)
-    with probing(model, [weight]):
-        product = hessian_product(gradients(own_loss(model, batch), {name: weight})[name], weight, vector)
+    with enable_double_backward(model, [weight]):
+        product = hessian_product(gradients(calibration_loss(model, batch), {name: weight})[name], weight, vector)
         if hasattr(model, "lm_head") and "decoder_input_ids" not in batch:
-            loss = lambda: own_loss(model, batch)  # noqa: E731
+            loss = lambda: calibration_loss(model, batch)  # noqa: E731
         else:
             # The reference of the divergence is what the model computes unmoved.
             fixed = model(**batch).logits.detach().log_softmax(-1)
@@ -140,8 +140,8 @@ def test_without_labels_the_hessian_is_gauss_newtons():
         out = torch.func.functional_call(model, {name: w}, (), batch).last_hidden_state
         return (out * batch["attention_mask"].unsqueeze(-1)).flatten()
 
-    with probing(model, [weight]):
-        loss = own_loss(model, batch)
+    with enable_double_backward(model, [weight]):
+        loss = calibration_loss(model, batch)
         assert float(loss.detach()) == 0.0
         jacobian = torch.autograd.functional.jacobian(outputs, weight.detach()).flatten(1)
         expected = jacobian.T.detach() @ jacobian.detach() / 2  # two rows in the batch
@@ -157,13 +157,13 @@ def test_labels_make_it_the_models_own_loss():
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
     with torch.no_grad():
-        assert torch.equal(own_loss(model, {"input_ids": ids}), model(input_ids=ids, labels=ids).loss)
+        assert torch.equal(calibration_loss(model, {"input_ids": ids}), model(input_ids=ids, labels=ids).loss)
         labels = ids.masked_fill(mask == 0, -100)
         own = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        assert torch.equal(own_loss(model, {"input_ids": ids, "attention_mask": mask}), own)
+        assert torch.equal(calibration_loss(model, {"input_ids": ids, "attention_mask": mask}), own)
         classifier = tiny_bert()
         batch = {"input_ids": ids, "labels": torch.tensor([0, 2])}
-        assert torch.equal(own_loss(classifier, batch), classifier(**batch).loss)
+        assert torch.equal(calibration_loss(classifier, batch), classifier(**batch).loss)
 
 
 def test_flags_and_gradients_are_as_before_also_after_an_error():
@@ -172,10 +172,10 @@ def test_flags_and_gradients_are_as_before_also_after_an_error():
     weight = model.model.layers[0].mlp.up_proj.weight
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     backends = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
-    with torch.no_grad(), probing(model, [weight]):
+    with torch.no_grad(), enable_double_backward(model, [weight]):
         assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.layers.0.mlp.up_proj.weight"]
-        gradients(own_loss(model, {"input_ids": torch.randint(3, 60, (2, 9))}), {"w": weight})
-    with pytest.raises(RuntimeError, match="broke"), probing(model, [weight]):
+        gradients(calibration_loss(model, {"input_ids": torch.randint(3, 60, (2, 9))}), {"w": weight})
+    with pytest.raises(RuntimeError, match="broke"), enable_double_backward(model, [weight]):
         raise RuntimeError("broke")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()) == backends
@@ -187,17 +187,17 @@ def test_parts_of_the_data():
         {"input_ids": torch.arange(10).view(5, 2), "flag": True},
         {"input_ids": torch.arange(6).view(3, 2), "flag": False},
     ]
-    everything = shards(batches, 9, 2)
+    everything = sample_microbatches(batches, 9, 2)
     assert [len(part["input_ids"]) for part in everything] == [2, 2, 1, 2, 1]
     assert [part["flag"] for part in everything] == [True, True, True, False, False]
     assert torch.equal(torch.cat([p["input_ids"] for p in everything]), torch.cat([b["input_ids"] for b in batches]))
-    two = shards(batches, 2, 2)
+    two = sample_microbatches(batches, 2, 2)
     assert [part["input_ids"][0, 0].item() for part in two] == [0, 8]
 
 
 def test_batches_are_seen_and_the_hook_goes():
     model, ids = tiny_llama(), torch.randint(3, 60, (2, 9))
-    with SeenBatches(model) as batches, torch.no_grad():
+    with RecordedBatches(model) as batches, torch.no_grad():
         model(input_ids=ids)
         model(input_ids=ids[:1], attention_mask=torch.ones(1, 9))
     assert [sorted(batch) for batch in batches] == [["input_ids"], ["attention_mask", "input_ids"]]

@@ -23,7 +23,7 @@ def inputs(tokens, width, dtype=torch.float32):
 def test_on_a_cpu_all_of_it_is_summed(dtype):
     rows = inputs(50, 20, dtype)
     total = torch.ones(20, 20, dtype=torch.float64)
-    gram.add_(total, rows)
+    gram.accumulate_(total, rows)
     gram.mirror_(total)
     torch.testing.assert_close(total, 1 + rows.double().T @ rows.double())
 
@@ -33,7 +33,7 @@ def test_panels_and_their_mirror_image(narrow, width):
     rows = inputs(70, width, torch.float64)
     total = torch.zeros(width, width, dtype=torch.float64)
     for part in rows.split(30):
-        gram.add_panels_(total, part)
+        gram.accumulate_panels_(total, part)
     if width > 16:
         assert not total[16:, :16].any()
     gram.mirror_panels_(total)
@@ -48,7 +48,7 @@ def test_on_cuda_products_of_16_bits_are_exact(dtype, width):
     rows = inputs(3000, width, dtype).cuda()
     total = torch.zeros(width, width, device="cuda")
     for part in rows.split(1100):
-        gram.add_(total, part)
+        gram.accumulate_(total, part)
     gram.mirror_(total)
     exact = rows.double().T @ rows.double()
     # The products are exact; the tensor cores cut off, where the float32 product rounds, when they add to a sum.

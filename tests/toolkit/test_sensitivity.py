@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from hf_optim.toolkit.statistics.sensitivity import OutputShift, cheapest_within, divergence
+from hf_optim.toolkit.statistics.sensitivity import OutputShift, output_divergence, select_within_budget
 
 
 def test_cheapest_takes_the_least_error_for_each_weight_that_fits():
     errors = {"a": 8.0, "b": 1.0, "c": 3.0, "d": 0.4}
     sizes = {"a": 100, "b": 10, "c": 60, "d": 10}
-    assert cheapest_within(errors, sizes, 180) == ["d", "c", "a", "b"]
-    assert cheapest_within(errors, sizes, 75) == ["d", "c"]
-    assert cheapest_within(errors, sizes, 40) == ["d", "b"]
-    assert cheapest_within(errors, sizes, 9) == []
+    assert select_within_budget(errors, sizes, 180) == ["d", "c", "a", "b"]
+    assert select_within_budget(errors, sizes, 75) == ["d", "c"]
+    assert select_within_budget(errors, sizes, 40) == ["d", "b"]
+    assert select_within_budget(errors, sizes, 9) == []
 
 
 def test_output_shift_is_the_divergence_of_the_changed_model():
@@ -58,6 +58,6 @@ def test_weights_return_when_a_forward_raises():
 
 def test_divergence_of_plain_tensors_is_relative():
     dense = torch.tensor([[3.0, 4.0]])
-    assert divergence(dense, dense + torch.tensor([[0.0, 0.5]])) == pytest.approx(0.01)
-    assert divergence((dense,), (dense,)) == 0.0
-    assert divergence(torch.zeros(2), torch.ones(2)) == 0.0
+    assert output_divergence(dense, dense + torch.tensor([[0.0, 0.5]])) == pytest.approx(0.01)
+    assert output_divergence((dense,), (dense,)) == 0.0
+    assert output_divergence(torch.zeros(2), torch.ones(2)) == 0.0

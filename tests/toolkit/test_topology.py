@@ -65,11 +65,11 @@ def factors(count, seed=0):
 
 
 def groups_of(trace):
-    return {group.name: group for group in topology.norm_to_linears(trace)}
+    return {group.name: group for group in topology.find_norm_groups(trace)}
 
 
 def pairs_of(trace):
-    return {pair.consumer: pair for pair in topology.linear_pairs(trace)}
+    return {pair.consumer: pair for pair in topology.find_linear_pairs(trace)}
 
 
 # --- inputs -------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ STACKS = {
 def test_blocks(family, traces):
     found = topology.blocks(traces[family])
     expected = [(stack, index) for stack in STACKS[family] for index in range(2)]
-    assert [(block.stack, block.index) for block in found] == expected
+    assert [(block.list_name, block.index) for block in found] == expected
     assert [block.name for block in found] == [f"{stack}.{index}" for stack, index in expected]
     assert all(block.module is traces[family].model.get_submodule(block.name) for block in found)
 
@@ -225,12 +225,12 @@ def expert_model():
 
 def test_lists_of_experts_are_no_blocks_and_data_dependent_models_are_traced_for_real(expert_model):
     trace = topology.trace(expert_model, args=(torch.ones(1, 6, 16),))
-    assert trace.real
+    assert trace.used_real_weights
     assert [block.name for block in topology.blocks(trace)] == ["layers.0", "layers.1", "layers.2"]
 
 
 def test_linears_that_the_trace_did_not_reach_make_a_group_inexact(expert_model):
-    group = topology.norm_to_linears(topology.trace(expert_model, args=(torch.ones(1, 6, 16),)))[0]
+    group = topology.find_norm_groups(topology.trace(expert_model, args=(torch.ones(1, 6, 16),)))[0]
     assert "layers.0.router" in group.linears
     assert not group.exclusive
     assert any("experts" in other and "not reached" in other for other in group.others)
@@ -291,7 +291,7 @@ def test_router_and_experts_of_mixtral_read_the_norm_too(traces):
 
 def test_a_norm_that_is_the_models_output_is_not_exclusive():
     model = seeded(LlamaModel, num_hidden_layers=1)
-    assert [group.name for group in topology.norm_to_linears(model)] == [
+    assert [group.name for group in topology.find_norm_groups(model)] == [
         "layers.0.input_layernorm",
         "layers.0.post_attention_layernorm",
     ]
@@ -299,7 +299,7 @@ def test_a_norm_that_is_the_models_output_is_not_exclusive():
 
 def test_norms_of_one_block_only(traces):
     block = topology.blocks(traces["llama"])[1]
-    names = [group.name for group in topology.norm_to_linears(traces["llama"], block)]
+    names = [group.name for group in topology.find_norm_groups(traces["llama"], block)]
     assert names == ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"]
 
 
@@ -383,7 +383,7 @@ def test_a_pair(family, consumer, producer, scalable, traces):
 
 
 def test_how_many_pairs_there_are(traces):
-    counts = {family: len(topology.linear_pairs(traces[family])) for family in FAMILIES}
+    counts = {family: len(topology.find_linear_pairs(traces[family])) for family in FAMILIES}
     assert counts == {
         "bert": 5,
         "gpt2": 4,
@@ -395,7 +395,7 @@ def test_how_many_pairs_there_are(traces):
         "vit": 4,
     }
     block = topology.blocks(traces["llama"])[1]
-    assert [pair.consumer for pair in topology.linear_pairs(traces["llama"], block)] == [
+    assert [pair.consumer for pair in topology.find_linear_pairs(traces["llama"], block)] == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
     ]
@@ -403,7 +403,7 @@ def test_how_many_pairs_there_are(traces):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs_that_are_not_scalable_are_not(family, traces):
-    for pair in topology.linear_pairs(traces[family]):
+    for pair in topology.find_linear_pairs(traces[family]):
         if not pair.scalable:
             with pytest.raises(ValueError, match="not homogeneous"):
                 move_pair_scale_(pair, factors(pair.groups.numel()))
@@ -423,8 +423,8 @@ def test_permutations_across_heads_are_refused(traces):
 def check_exactness(model, tolerance=1e-10):
     """Fold a scale out of every exclusive norm, scale and permute every pair: the logits stay."""
     trace = topology.trace(model)
-    norms = [group for group in topology.norm_to_linears(trace) if group.exclusive]
-    pairs = topology.linear_pairs(trace)
+    norms = [group for group in topology.find_norm_groups(trace) if group.exclusive]
+    pairs = topology.find_linear_pairs(trace)
     before = logits(model)
     for seed, group in enumerate(norms):
         move_norm_scale_(group, factors(group.module.weight.numel(), seed))
@@ -474,7 +474,7 @@ def test_exactness_with_other_attentions(cls, changes):
 
 def test_fused_gate_and_up_are_each_others_partners():
     model = seeded(Phi3ForCausalLM, num_key_value_heads=2, num_hidden_layers=1)
-    value, mlp = topology.linear_pairs(model)
+    value, mlp = topology.find_linear_pairs(model)
     assert torch.equal(value.rows, torch.arange(48, 64))
     assert torch.equal(mlp.index, torch.arange(48, 96))
     assert [partner.name for partner in mlp.permutable_with] == [mlp.producer]
@@ -565,8 +565,8 @@ def hooks_of(model):
 def look(model):
     trace = topology.trace(model)
     topology.blocks(trace)
-    topology.norm_to_linears(trace)
-    topology.linear_pairs(trace)
+    topology.find_norm_groups(trace)
+    topology.find_linear_pairs(trace)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral", "t5"])
@@ -615,11 +615,11 @@ def test_looking_changes_nothing_when_the_forward_raises(monkeypatch):
 def test_the_answers_are_the_same_each_time_and_without_weights():
     def summary(model):
         trace = topology.trace(model)
-        assert not trace.real
-        norms = [(group.name, list(group.linears), group.others) for group in topology.norm_to_linears(trace)]
+        assert not trace.used_real_weights
+        norms = [(group.name, list(group.linears), group.others) for group in topology.find_norm_groups(trace)]
         pairs = [
             (pair.producer, pair.consumer, pair.index.tolist(), pair.groups.tolist(), pair.scalable)
-            for pair in topology.linear_pairs(trace)
+            for pair in topology.find_linear_pairs(trace)
         ]
         return norms, pairs
 
@@ -637,10 +637,10 @@ def test_the_answers_are_the_same_each_time_and_without_weights():
 def test_a_block_alone_can_be_traced_with_its_inputs():
     layer = tiny_opt().model.decoder.layers[0]
     trace = topology.trace(layer, args=(torch.zeros(1, 4, 32),))
-    assert [group.name for group in topology.norm_to_linears(trace)] == [
+    assert [group.name for group in topology.find_norm_groups(trace)] == [
         "self_attn_layer_norm",
         "final_layer_norm",
     ]
-    assert [pair.consumer for pair in topology.linear_pairs(trace)] == ["self_attn.out_proj", "fc2"]
+    assert [pair.consumer for pair in topology.find_linear_pairs(trace)] == ["self_attn.out_proj", "fc2"]
     with pytest.raises(ValueError, match="pass the inputs"):
         topology.trace(layer)

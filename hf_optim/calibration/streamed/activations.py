@@ -1,4 +1,4 @@
-"""Activations on their way through the blocks: the arguments of a block, batch by batch, and what became of them."""
+"""The activations between blocks of a streamed model: the inputs of each block by batch, and its outputs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from .block_arguments import RecordedArguments, infer_signature, record_calls
 from .materialize import NonBlockWeights
 
 CPU = torch.device("cpu")
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ActivationCache:
-    """The activations of one state of a model, from block to block.
+    """The activations of one version of a model (modified or original), carried from block to block.
 
     Args:
-        model: without weights but for the block in work and, in a forward, what lies outside the blocks.
-        blocks: of the model.
-        batches: what the model is fed, on the CPU.
-        outskirts: what lies outside the blocks.
-        device: of the block in work.
-        directory: where activations are spilled; None keeps them in host memory.
-        name: tells the files of two flows apart.
-        keeps_inputs: keep what a block was given until the next block is in work, beside what it made of it.
+        model: the model on the meta device, except for the current block.
+        blocks: the blocks of the model.
+        batches: the inputs of the model, on the CPU.
+        non_block_weights: the weights outside the blocks.
+        device: the device of the current block.
+        directory: where activations are offloaded to; None keeps them in host memory.
+        name: prefix of the file names, to distinguish two caches in one directory.
+        keeps_inputs: keep the inputs of a block, beside its outputs, until the next block starts.
     """
 
     def __init__(
@@ -39,75 +40,83 @@ class ActivationCache:
         model: nn.Module,
         blocks: Sequence[topology.Block],
         batches: Sequence[Batch],
-        outskirts: NonBlockWeights,
+        non_block_weights: NonBlockWeights,
         device: torch.device,
         directory: Path | None = None,
         name: str = "hidden",
         keeps_inputs: bool = False,
     ) -> None:
-        self.model, self.blocks, self.batches, self.outskirts = model, blocks, batches, outskirts
-        self.device = device
+        self.model, self.blocks, self.batches = model, blocks, batches
+        self.non_block_weights, self.device = non_block_weights, device
+        # Per stack: its recorded arguments, or None if the model's forward must run up to each of its blocks.
         self._arguments: dict[str, RecordedArguments | None] = {}
-        self._make = lambda number: ActivationStore(device, directory, f"{name}{number}-{len(self._streams)}")
-        self._streams: dict[str, list[ActivationStore]] = {}
+        # Per stack: one store, whose inputs the outputs overwrite, or two that swap their roles at each block.
+        self._stores: dict[str, list[ActivationStore]] = {}
+        self._make_store = lambda number: ActivationStore(device, directory, f"{name}{number}-{len(self._stores)}")
         self._copies = 2 if keeps_inputs else 1
 
-    def enter(self, index: int) -> None:
-        """Block ``index`` is real now and comes next."""
+    def start_block(self, index: int) -> None:
+        """Make block ``index``, which has been materialized, the current one."""
         block = self.blocks[index]
-        if block.stack in self._streams:
-            self._streams[block.stack].reverse()
+        if block.stack in self._stores:
+            self._stores[block.stack].reverse()
             return
-        self._streams[block.stack] = [self._make(number) for number in range(self._copies)]
-        with self.outskirts.on_demand():
-            self._arguments[block.stack] = self._survey(index)
+        self._stores[block.stack] = [self._make_store(number) for number in range(self._copies)]
+        with self.non_block_weights.on_demand():
+            self._arguments[block.stack] = self._record_arguments(index)
 
-    def arguments(self, index: int) -> Iterator[tuple[Any, Any]]:
-        """``(args, kwargs)`` of block ``index``, batch by batch, on the device of the block in work."""
+    def block_inputs(self, index: int) -> Iterator[Inputs]:
+        """Yield the ``(args, kwargs)`` of block ``index``, batch by batch, on the device of the current block."""
         if self._arguments[self.blocks[index].stack] is not None:
             for number in range(len(self.batches)):
-                yield self.call(index, number, self.device)
+                yield self.batch_inputs(index, number, self.device)
             return
-        with self.outskirts.on_demand():
+        with self.non_block_weights.on_demand():
             for number in range(len(self.batches)):
-                yield self.call(index, number, self.device)
+                yield self.batch_inputs(index, number, self.device)
 
-    def call(self, index: int, number: int, device: torch.device) -> tuple[Any, Any]:
-        """``(args, kwargs)`` of block ``index`` for one batch."""
+    def batch_inputs(self, index: int, number: int, device: torch.device) -> Inputs:
+        """Return the ``(args, kwargs)`` of block ``index`` for one batch."""
         block = self.blocks[index]
-        known = self._arguments[block.stack]
-        if known is not None:
-            hidden = self._streams[block.stack][0].get(number, device)
-            return known.of(self._position(index), number, hidden, device)
-        args, kwargs = self._reached(index, number)
+        arguments = self._arguments[block.stack]
+        if arguments is not None:
+            hidden = self._stores[block.stack][0].get(number, device)
+            return arguments.block_inputs(self._position(index), number, hidden, device)
+        args, kwargs = self._capture_inputs(index, number)
         return to_device(args, device), to_device(kwargs, device)
 
-    def put(self, index: int, number: int, output: Any) -> None:
-        """What block ``index`` returned for a batch."""
+    def put_output(self, index: int, number: int, output: Any) -> None:
+        """Store the output of block ``index`` for a batch.
+
+        Raises ``ModelError`` if its structure differs from that of the first block of the stack.
+        """
         block = self.blocks[index]
-        known, stream = self._arguments[block.stack], self._streams[block.stack][-1]
-        if known is None:
-            stream.put(number, output)
+        arguments, store = self._arguments[block.stack], self._stores[block.stack][-1]
+        if arguments is None:
+            store.put(number, output)
             return
-        hidden = known.shape.hidden_of(output)
+        hidden = arguments.signature.extract_hidden(output)
         if hidden is None:
-            raise ModelError(f"{block.name} returns something else than the blocks before it: use driver: blockwise")
-        stream.put(number, hidden)
+            raise ModelError(
+                f"the output of {block.name} has another structure than that of the blocks before it: use driver: "
+                "blockwise"
+            )
+        store.put(number, hidden)
 
     def output(self, index: int, number: int) -> Any:
-        """What block ``index``, the last of its stack so far, returned for a batch, on the CPU."""
+        """Return the output of block ``index``, the latest of its stack, for a batch, on the CPU."""
         return self._output_of(self.blocks[index].stack, number, -1)
 
     def forward(self, number: int) -> Any:
-        """The model's output for a batch, when every block is done: what lies outside runs on what they returned."""
+        """Return the model's output for a batch, once every block is complete: only non-block modules run."""
         with replace_forwards(self._stubs(self.blocks, number)):
             return self.model(**self.batches[number])
 
     def close(self) -> None:
-        """Remove what was spilled."""
-        for streams in self._streams.values():
-            for stream in streams:
-                stream.clear()
+        """Remove the offloaded files."""
+        for stores in self._stores.values():
+            for store in stores:
+                store.clear()
 
     def _stubs(self, blocks: Sequence[topology.Block], number: int) -> dict[nn.Module, Callable[..., Any]]:
         def stub(stack: str) -> Callable[..., Any]:
@@ -120,51 +129,54 @@ class ActivationCache:
         return sum(block.stack == stack for block in self.blocks[:index])
 
     def _output_of(self, stack: str, number: int, which: int) -> Any:
-        kept = self._streams[stack][which].get(number, CPU)
-        known = self._arguments[stack]
-        return kept if known is None else known.shape.returned(kept)
+        kept = self._stores[stack][which].get(number, CPU)
+        arguments = self._arguments[stack]
+        return kept if arguments is None else arguments.signature.make_output(kept)
 
-    def _reached(self, index: int, number: int) -> tuple[Any, Any]:
-        # A stack that is behind has what it returned in the last stream; the stack in work, in the first.
-        own = self.blocks[index].stack
+    def _capture_inputs(self, index: int, number: int) -> Inputs:
+        # A completed stack has its outputs in the last store; the current stack has its inputs in the first.
+        current = self.blocks[index].stack
         return capture_block_inputs(
             self.model,
             self.blocks,
             index,
             self.batches[number],
-            lambda stack: self._output_of(stack, number, 0 if stack == own else -1),
+            lambda stack: self._output_of(stack, number, 0 if stack == current else -1),
         )
 
-    def _survey(self, index: int) -> RecordedArguments | None:
-        """Record how the blocks of the stack that begins at ``index`` are called, and keep the first hidden states."""
+    def _record_arguments(self, index: int) -> RecordedArguments | None:
+        """Record how the blocks of the stack that starts at ``index`` are called, and store their first hidden states.
+
+        Returns None if the arguments of a block depend on what blocks compute.
+        """
         block = self.blocks[index]
         stack = [other for other in self.blocks if other.stack == block.stack]
         if stack != list(self.blocks[index : index + len(stack)]) or not self.batches:
             return None
-        args, kwargs = self._reached(index, 0)
+        args, kwargs = self._capture_inputs(index, 0)
         output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
-        shape = infer_signature((args, kwargs), output)
-        if shape is None:
+        signature = infer_signature((args, kwargs), output)
+        if signature is None:
             return None
-        found = RecordedArguments(shape)
+        arguments = RecordedArguments(signature)
         for number, batch in enumerate(self.batches):
-            surveyed = record_calls(self.model, stack, batch, shape, self._stubs(self.blocks[:index], number))
-            if surveyed is None:
+            recorded = record_calls(self.model, stack, batch, signature, self._stubs(self.blocks[:index], number))
+            if recorded is None:
                 return None
-            hidden, calls, slots = surveyed
-            self._streams[block.stack][0].put(number, hidden)
-            found.add(number, calls, slots)
-        return found
+            hidden, calls, tensors = recorded
+            self._stores[block.stack][0].put(number, hidden)
+            arguments.add(number, calls, tensors)
+        return arguments
 
 
 class ReferenceOutputs(Sequence[Example]):
-    """What a block computed as it was, batch by batch; fetched from the flow when asked for."""
+    """Inputs and outputs of a block in the unmodified model, batch by batch; read from the cache on access."""
 
-    def __init__(self, flow: ActivationCache, index: int) -> None:
-        self.flow, self.block = flow, index
+    def __init__(self, cache: ActivationCache, index: int) -> None:
+        self.cache, self.block = cache, index
 
     def __len__(self) -> int:
-        return len(self.flow.batches)
+        return len(self.cache.batches)
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
@@ -172,6 +184,6 @@ class ReferenceOutputs(Sequence[Example]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        with self.flow.outskirts.on_demand():
-            args, kwargs = self.flow.call(self.block, number, CPU)
-        return Example(args, kwargs, self.flow.output(self.block, number))
+        with self.cache.non_block_weights.on_demand():
+            args, kwargs = self.cache.batch_inputs(self.block, number, CPU)
+        return Example(args, kwargs, self.cache.output(self.block, number))

@@ -29,7 +29,7 @@ from torch import nn
 from ...recipes.catalogue import catalogue
 from ...runs.run import Run, find_run
 from ...toolkit import topology
-from ...toolkit.topology.linear_layers import owners
+from ...toolkit.topology.linear_layers import parameter_names
 from ..outlier_columns import outlier_thresholds
 from . import codebook_layers
 from .describe import describe_module
@@ -226,7 +226,7 @@ def _pack(
 
 def _shared(model: nn.Module) -> dict[str, str]:
     """Parameter -> another name of it, for those that have one."""
-    several = [names for names in owners(model).values() if len(names) > 1]
+    several = [names for names in parameter_names(model).values() if len(names) > 1]
     return {name: names[i == 0] for names in several for i, name in enumerate(names)}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...toolkit.topology.linear_layers import holds_matrix, is_linear
+from ...toolkit.topology.linear_layers import is_codebook_matrix, is_linear
 from .kernel import Kernel
 from .packed_linear import CHECKPOINT, PACKED_WEIGHT, KernelWarning
 
@@ -89,7 +89,7 @@ def codebook_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if holds_matrix(module) and not is_linear(module) and hasattr(module, "in_features")
+        if is_codebook_matrix(module) and not is_linear(module) and hasattr(module, "in_features")
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...toolkit.topology.graph import Trace
-from ...toolkit.topology.norm_groups import NormGroup, norm_groups
+from ...toolkit.topology.norm_groups import NormGroup, find_norm_groups
 from .fused_projections import wiring_of
 from .packed_linear import PACKED_WEIGHT, PackedLinear
 from .shared_output import FusedSlice
@@ -50,7 +50,7 @@ def fuse_norms(model: nn.Module, wiring: Trace | None = None) -> None:
     if not ready:
         return
     wiring = wiring or wiring_of(model)
-    for group in norm_groups(wiring) if wiring is not None else ():
+    for group in find_norm_groups(wiring) if wiring is not None else ():
         _fuse(group)
 
 

@@ -3,13 +3,13 @@
 from . import replace, transplant
 from .modes import eval_mode
 from .replace import ReplacedModules
-from .transplant import output, rounding
+from .transplant import main_output, rounding_tolerance
 
 __all__ = [
     "ReplacedModules",
     "eval_mode",
-    "output",
+    "main_output",
     "replace",
-    "rounding",
+    "rounding_tolerance",
     "transplant",
 ]

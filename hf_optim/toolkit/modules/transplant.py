@@ -2,8 +2,8 @@
 
 Some changes of structure need no new code at all: a Llama with a window is a Mistral, a Llama whose feed-forward layers
 are experts is a Mixtral.  Here is what such changes share: which class of the target architecture does the same job
-(`counterpart`), what of the configuration goes over (`translate_config`), the transfer of the tensors (`transplant`)
-and the proof that the function is the same (`difference`).
+(`find_counterpart`), what of the configuration goes over (`translate_config`), the transfer of the tensors (`transplant`)
+and the proof that the function is the same (`output_difference`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def auto_heads(config_class: type[PretrainedConfig]) -> dict[type[PreTrainedMode
     return heads
 
 
-def counterpart(
+def find_counterpart(
     model_class: type[PreTrainedModel],
     config_class: type[PretrainedConfig],
     target_config_class: type[PretrainedConfig],
@@ -83,7 +83,7 @@ def transplant(
     """A `target_class(config)` that holds the very parameters and buffers of `model` (shared, not copied).
 
     Returns the new model and the parameters of `model` for which it has no place, by name.  Parameters that only
-    the new model has are left on the meta device: `missing` names them, `place` fills them.  Mode, generation settings
+    the new model has are left on the meta device: `meta_tensor_names` names them, `set_tensor` fills them.  Mode, generation settings
     and ties are those of `model`.  Raises `ModelError` when a tensor of the same name has another shape.
     """
     with torch.device("meta"):
@@ -98,24 +98,24 @@ def transplant(
                 f"{target_class.__name__} wants {name} as {tuple(parameter.shape)}, "
                 f"this {type(model).__name__} has it as {tuple(given[name].shape)}"
             )
-        place(new, name, given[name])
+        set_tensor(new, name, given[name])
     wanted_buffers = dict(new.named_buffers(remove_duplicate=False))
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name in wanted_buffers:
-            place(new, name, buffer)
+            set_tensor(new, name, buffer)
     new.train(model.training)
     if model.can_generate() and new.can_generate():
         new.generation_config = model.generation_config
     return new, {name: value for name, value in given.items() if name not in wanted}
 
 
-def missing(model: nn.Module) -> list[str]:
+def meta_tensor_names(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that are still on the meta device."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return [name for name, tensor in tensors if tensor.is_meta]
 
 
-def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter or buffer `name` of `model`, replacing what stands there."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -123,26 +123,26 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     store[leaf] = tensor
 
 
-def difference(first: PreTrainedModel, second: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
+def output_difference(first: PreTrainedModel, second: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """The largest difference of the outputs of two models, relative to the largest output.
 
     Both run in evaluation mode without gradients and get their modes back.
     """
-    one, two = output(first, inputs), output(second, inputs)
+    one, two = main_output(first, inputs), main_output(second, inputs)
     if one.shape != two.shape:
         raise ModelError(f"{type(first).__name__} gives {tuple(one.shape)}, {type(second).__name__} {tuple(two.shape)}")
     gap = (one - two).abs().max() / one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
     return float(gap)
 
 
-def rounding(model: PreTrainedModel) -> float:
-    """How far two ways to compute one function may lie apart in the dtype of `model`, in the sense of `difference`."""
+def rounding_tolerance(model: PreTrainedModel) -> float:
+    """How far two ways to compute one function may lie apart in the dtype of `model`, in the sense of `output_difference`."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return max(1e-4, 16 * torch.finfo(dtype).eps)
 
 
-def output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The logits, or else the first output, in float64; in evaluation mode without gradients, as in `difference`."""
+def main_output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits, or else the first output, in float64; in evaluation mode without gradients, as in `output_difference`."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

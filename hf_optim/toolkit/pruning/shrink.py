@@ -127,7 +127,7 @@ def removable_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
     """The positions in each stack of blocks that may be removed: those that hold no parameter which another lacks."""
     stacks: dict[str, dict[int, set[str]]] = {}
     for block in blocks(model):
-        stacks.setdefault(block.stack, {})[block.index] = {name for name, _ in block.module.named_parameters()}
+        stacks.setdefault(block.list_name, {})[block.index] = {name for name, _ in block.module.named_parameters()}
     common = {stack: set.intersection(*members.values()) for stack, members in stacks.items()}
     return {
         stack: [index for index, names in members.items() if names == common[stack]]

@@ -38,7 +38,7 @@ def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]
     # Each stack of experts is gathered once.
     stacks: dict[str, list[ExpertLinear]] = {}
     for view in (views[name] for name in names if name in views):
-        stacks.setdefault(f"{view.stack_name}.{view.parameter}".removeprefix("."), []).append(view)
+        stacks.setdefault(view.parameter_name, []).append(view)
     for parameter, weight in FullWeights(model, stacks).items():
         for view in stacks[parameter]:
             counted[view.name] = (weight[0].numel(), weight[0].numel() - int(weight[view.index].count_nonzero()))

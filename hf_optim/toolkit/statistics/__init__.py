@@ -2,36 +2,36 @@
 
 from . import importance
 from .curvature import (
-    SeenBatches,
+    RecordedBatches,
+    calibration_loss,
+    enable_double_backward,
     gradients,
     hessian_product,
-    own_loss,
     power_iteration,
-    probing,
     random_direction,
-    shards,
+    sample_microbatches,
 )
-from .expert_tokens import TokenSample, top_up
-from .observers import ChannelAbsMax, HessianDiagonal, Moment, SecondMoment, TensorMinMax
-from .sensitivity import OutputShift, cheapest_within
+from .expert_tokens import TokenSample, augment_undersampled
+from .observers import ChannelAbsMax, GramMatrix, HessianDiagonal, SecondMoment, TensorMinMax
+from .sensitivity import OutputShift, select_within_budget
 
 __all__ = [
     "ChannelAbsMax",
+    "GramMatrix",
     "HessianDiagonal",
-    "Moment",
     "OutputShift",
+    "RecordedBatches",
     "SecondMoment",
-    "SeenBatches",
     "TensorMinMax",
     "TokenSample",
-    "cheapest_within",
+    "augment_undersampled",
+    "calibration_loss",
+    "enable_double_backward",
     "gradients",
     "hessian_product",
     "importance",
-    "own_loss",
     "power_iteration",
-    "probing",
     "random_direction",
-    "shards",
-    "top_up",
+    "sample_microbatches",
+    "select_within_budget",
 ]

@@ -42,7 +42,7 @@ class Eigenpair:
 
 
 @contextmanager
-def probing(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+def enable_double_backward(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
     """Gradients on, for ``weights`` alone, and attention on the backend that can be differentiated twice.
 
     The flags ``requires_grad`` of all parameters are put back, also when the body raises. Nothing is written to
@@ -108,7 +108,7 @@ def random_direction(like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def calibration_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The loss whose curvature says what a model cannot lose, on one batch of its inputs; a scalar.
 
     With ``labels`` in the batch, and for a causal language model with its ``input_ids`` as labels, it is the model's
@@ -151,7 +151,7 @@ def _first_floating(output: Any) -> Tensor:
     return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
-class SeenBatches:
+class RecordedBatches:
     """Context manager: the keyword arguments with which a model is called, one dictionary per call.
 
     Args:
@@ -174,7 +174,7 @@ class SeenBatches:
         self.found.append(dict(kwargs))
 
 
-def shards(batches: Sequence[Mapping[str, Any]], count: int, rows: int) -> list[dict[str, Any]]:
+def sample_microbatches(batches: Sequence[Mapping[str, Any]], count: int, rows: int) -> list[dict[str, Any]]:
     """``count`` parts of the data of at most ``rows`` rows, evenly spaced over it; fewer where there are no more."""
     parts = []
     for batch in batches:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..distributed import collectives
-from ..topology.experts import ExpertLinear, parameters
-from .observers import InputObserver, Moment
+from ..topology.experts import ExpertLinear, matrix_names
+from .observers import GramMatrix, InputObserver
 
 
 class TokenSample(InputObserver[Tensor]):
@@ -27,10 +27,10 @@ class TokenSample(InputObserver[Tensor]):
 
     def __init__(self, layers: Mapping[str, Any], label: str = "", size: int | None = None) -> None:
         views = [layer for layer in layers.values() if isinstance(layer, ExpertLinear)]
-        super().__init__({view.stack_name: view.stack for view in views}, label)
-        self.sizes = {view.stack_name: size or 1 for view in views}
+        super().__init__({view.experts_name: view.experts for view in views}, label)
+        self.sizes = {view.experts_name: size or 1 for view in views}
         for view in views if size is None else ():
-            self.sizes[view.stack_name] = max(self.sizes[view.stack_name], view.in_features)
+            self.sizes[view.experts_name] = max(self.sizes[view.experts_name], view.in_features)
         self._steps = dict.fromkeys(self.modules, 1)
         self._passed = dict.fromkeys(self.modules, 0)
 
@@ -53,7 +53,7 @@ class TokenSample(InputObserver[Tensor]):
             lengths = torch.zeros(collectives.world_size(), dtype=torch.long)
             lengths[collectives.rank()] = 0 if mine is None else len(mine)
             begin = int(collectives.all_reduce_(lengths, "sum")[: collectives.rank()].sum())
-            width = ExpertLinear(stack, name, parameters(stack)[0], 0).in_features
+            width = ExpertLinear(stack, name, matrix_names(stack)[0], 0).in_features
             joined = torch.zeros(int(lengths.sum()), width, device=self.device)
             if mine is not None:
                 joined[begin : begin + len(mine)] = mine.float()
@@ -65,7 +65,9 @@ class TokenSample(InputObserver[Tensor]):
 
 
 @torch.no_grad()
-def top_up(layers: Mapping[str, Any], moments: dict[str, Moment], sample: Mapping[str, Tensor]) -> dict[str, int]:
+def augment_undersampled(
+    layers: Mapping[str, Any], moments: dict[str, GramMatrix], sample: Mapping[str, Tensor]
+) -> dict[str, int]:
     r"""Give experts that saw too few tokens the tokens of their layer, in place.
 
     Fewer tokens than a matrix has inputs leave its second moment singular. With ``n_e`` tokens seen, ``n =
@@ -88,15 +90,15 @@ def top_up(layers: Mapping[str, Any], moments: dict[str, Moment], sample: Mappin
     scarce = {}
     dtypes = {moment.total.dtype for moment in moments.values()}
     for name, layer in layers.items():
-        if not isinstance(layer, ExpertLinear) or layer.stack_name not in sample:
+        if not isinstance(layer, ExpertLinear) or layer.experts_name not in sample:
             continue
         moment = moments.get(name)
         seen = moment.count if moment is not None else 0
         if seen >= layer.in_features:
             continue
-        rows = layer.inputs_for(sample[layer.stack_name]).to(dtypes.copy().pop() if dtypes else torch.float32)
+        rows = layer.inputs_for(sample[layer.experts_name]).to(dtypes.copy().pop() if dtypes else torch.float32)
         more = (rows.T @ rows) * ((layer.in_features - seen) / len(rows))
         total = more if moment is None else moment.total + more
-        moments[name] = Moment(total, layer.in_features, [name])
+        moments[name] = GramMatrix(total, layer.in_features, [name])
         scarce[name] = seen
     return scarce

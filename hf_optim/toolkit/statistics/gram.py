@@ -18,7 +18,7 @@ PANEL, ROWS = 2048, 4096
 _MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm with an out_dtype of its own: 2.8 and later
 
 
-def add_(total: Tensor, rows: Tensor) -> None:
+def accumulate_(total: Tensor, rows: Tensor) -> None:
     """``total += rowsᵀ rows``; on an accelerator, of panels from the diagonal to the right.
 
     Args:
@@ -34,17 +34,17 @@ def add_(total: Tensor, rows: Tensor) -> None:
             total[begin : begin + PANEL, begin:] += torch.mm(left.T, right, out_dtype=torch.float32)
     else:
         for part in rows.split(ROWS):
-            add_panels_(total, part.to(total.dtype))
+            accumulate_panels_(total, part.to(total.dtype))
 
 
-def add_panels_(total: Tensor, rows: Tensor) -> None:
+def accumulate_panels_(total: Tensor, rows: Tensor) -> None:
     """``total += rowsᵀ rows`` of one type, panels from the diagonal to the right only."""
     for begin in range(0, len(total), PANEL):
         total[begin : begin + PANEL, begin:].addmm_(rows[:, begin : begin + PANEL].T, rows[:, begin:])
 
 
 def mirror_(total: Tensor) -> None:
-    """Fill what ``add_`` left out; nothing on a CPU."""
+    """Fill what ``accumulate_`` left out; nothing on a CPU."""
     if total.device.type != "cpu":
         mirror_panels_(total)
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ...errors import ModelError, NumericalError
 from ..distributed import collectives
 from ..topology.linear_layers import weight_out_in
-from ..topology.prunable_units import Units
-from .curvature import is_causal, own_loss, probing
+from ..topology.prunable_groups import PrunableGroups
+from .curvature import calibration_loss, enable_double_backward, is_causal
 from .observers import InputObserver, first_tensor
 
 Gate = Callable[[str, Tensor], "Tensor | None"]
 
 
 # -- weights ------------------------------------------------------------------------------------------------------
-def unit_magnitude(model: nn.Module, units: Units) -> Tensor:
+def group_magnitude(model: nn.Module, units: PrunableGroups) -> Tensor:
     """``‖θ_u‖²``, the sum of squares of all that belongs to a unit."""
     total = torch.zeros(len(units), dtype=torch.float64)
     for name, (dim, entries) in units.entries.items():
@@ -41,7 +41,7 @@ def block_magnitude(block: nn.Module) -> float:
 
 
 # -- activations --------------------------------------------------------------------------------------------------
-class Contributions(InputObserver[Tensor]):
+class OutputContributions(InputObserver[Tensor]):
     """``Σ_t ‖W_u x_u(t)‖²``: the squared length of what each unit adds to the output of its reader, over tokens t.
 
     Args:
@@ -50,20 +50,22 @@ class Contributions(InputObserver[Tensor]):
         label: see ``InputObserver``.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[Units], label: str = "") -> None:
-        super().__init__({one.reader: model.get_submodule(one.reader) for one in units}, label)
-        self.units = {one.reader: one for one in units}
+    def __init__(self, model: nn.Module, units: Sequence[PrunableGroups], label: str = "") -> None:
+        super().__init__({one.consumer: model.get_submodule(one.consumer) for one in units}, label)
+        self.units = {one.consumer: one for one in units}
 
     def update(self, name: str, inputs: Tensor) -> None:
         self.check_finite(name, inputs.abs().amax())
-        added = contributions(inputs.detach().reshape(-1, inputs.shape[-1]), self.modules[name], self.units[name])
+        added = squared_contributions(
+            inputs.detach().reshape(-1, inputs.shape[-1]), self.modules[name], self.units[name]
+        )
         self.found[name] = self.found[name] + added if name in self.found else added
 
     def reduce(self) -> None:
         collectives.all_reduce_dict_(self.found, self.modules, "sum", self.device)
 
 
-def contributions(inputs: Tensor, reader: nn.Module, units: Units) -> Tensor:
+def squared_contributions(inputs: Tensor, reader: nn.Module, units: PrunableGroups) -> Tensor:
     """``Σ_t ‖W_u x_u(t)‖²`` for inputs ``[tokens, in]``; float64 ``[units]``."""
     weight = weight_out_in(reader).detach()
     columns = units.columns.to(inputs.device)
@@ -117,7 +119,7 @@ class BlockInfluence:
 
 # -- gates --------------------------------------------------------------------------------------------------------
 @contextmanager
-def gated(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], gate: Gate) -> Iterator[None]:
+def apply_gates(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], gate: Gate) -> Iterator[None]:
     """Multiply the inputs of linears, and what blocks add to the residual stream, by gates.
 
     ``gate(name, tensor)`` gives what ``tensor`` is multiplied by, or None to leave it: the input of a reader
@@ -154,7 +156,7 @@ def gated(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], gat
 def gate_gradients(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    units: Sequence[Units],
+    units: Sequence[PrunableGroups],
     blocks: Mapping[str, nn.Module],
     label: str = "",
 ) -> dict[str, Tensor]:
@@ -165,8 +167,8 @@ def gate_gradients(
 
     Raises ``ModelError`` for a model without a loss (``ranking_loss``), and ``NumericalError`` where it is not finite.
     """
-    readers = {one.reader: model.get_submodule(one.reader) for one in units}
-    columns = {one.reader: one.columns for one in units}
+    readers = {one.consumer: model.get_submodule(one.consumer) for one in units}
+    columns = {one.consumer: one.columns for one in units}
     found: dict[str, Tensor] = {}
     for batch in batches:
         for name, gradient in _gate_gradients(model, batch, readers, blocks, label).items():
@@ -193,7 +195,7 @@ def _gate_gradients(
         gates[name] = torch.ones(shape, dtype=tensor.dtype, device=tensor.device, requires_grad=True)
         return gates[name]
 
-    with probing(model, ()), gated(readers, blocks, gate):
+    with enable_double_backward(model, ()), apply_gates(readers, blocks, gate):
         loss = ranking_loss(model, batch, label)
         if not math.isfinite(float(loss.detach())):
             raise NumericalError(
@@ -210,7 +212,7 @@ def ranking_loss(model: nn.Module, batch: Mapping[str, Any], label: str = "") ->
     ``-log p`` of the class that the model itself finds most probable, at every position. Raises ``ModelError``.
     """
     if "labels" in batch or is_causal(model):
-        return own_loss(model, batch)
+        return calibration_loss(model, batch)
     logits = getattr(model(**batch), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[-1] < 2:
         raise ModelError(

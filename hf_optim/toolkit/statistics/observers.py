@@ -149,7 +149,7 @@ class TensorMinMax(InputObserver[tuple[torch.Tensor, torch.Tensor]]):
 
 
 @dataclass
-class Moment:
+class GramMatrix:
     """The second moment of the inputs that some modules read.
 
     Attributes:
@@ -179,10 +179,10 @@ class _Reading:
     count: int
 
 
-class SecondMoment(InputObserver[Moment]):
-    """``XᵀX`` of the inputs, summed in token order: name -> ``Moment``, complete when the ``with`` block is left.
+class SecondMoment(InputObserver[GramMatrix]):
+    """``XᵀX`` of the inputs, summed in token order: name -> ``GramMatrix``, complete when the ``with`` block is left.
 
-    Modules that read the same tensor (query, key and value; gate and up) share one ``Moment``, computed once. That is
+    Modules that read the same tensor (query, key and value; gate and up) share one ``GramMatrix``, computed once. That is
     found by the identity of the tensor, input by input: sums are kept per set of readers, and a module whose
     company changes gets the sum over all the sets it was in.
 
@@ -197,7 +197,7 @@ class SecondMoment(InputObserver[Moment]):
         super().__init__(modules, label)
         self.dtype = dtype
         self._open: _Reading | None = None
-        self._sums: dict[tuple[str, ...], Moment] = {}
+        self._sums: dict[tuple[str, ...], GramMatrix] = {}
 
     def update(self, name: str, inputs: torch.Tensor) -> None:
         reading = self._open
@@ -213,7 +213,7 @@ class SecondMoment(InputObserver[Moment]):
         product: torch.Tensor | None = None
         if alone is not None:
             # It had no company before: sum in place, which saves a matrix of the largest width.
-            gram.add_(alone.total, _rows(inputs))
+            gram.accumulate_(alone.total, _rows(inputs))
             alone.count += count
             self.check_finite(name, alone.total.diagonal())
         else:
@@ -233,13 +233,13 @@ class SecondMoment(InputObserver[Moment]):
             key = tuple(names[index] for index in places)
             moment = mine.pop(key, None)
             if moment is None:  # only other ranks have met this company
-                moment = Moment(torch.zeros(width, width, dtype=self.dtype, device=self.device), 0, list(key))
+                moment = GramMatrix(torch.zeros(width, width, dtype=self.dtype, device=self.device), 0, list(key))
             collectives.all_reduce_(moment.total, "sum")
             moment.count = collectives.sum_over_ranks(moment.count)
             self._sums[key] = moment
 
     def complete(self) -> None:
-        made: dict[tuple[tuple[str, ...], ...], Moment] = {}
+        made: dict[tuple[tuple[str, ...], ...], GramMatrix] = {}
         for moment in self._sums.values():
             gram.mirror_(moment.total)
         for name in dict.fromkeys(name for key in self._sums for name in key):  # in order of execution
@@ -247,7 +247,7 @@ class SecondMoment(InputObserver[Moment]):
             if keys not in made:
                 parts = [self._sums[key] for key in keys]
                 total = parts[0].total if len(parts) == 1 else torch.stack([part.total for part in parts]).sum(0)
-                made[keys] = Moment(total, sum(part.count for part in parts), [])
+                made[keys] = GramMatrix(total, sum(part.count for part in parts), [])
             made[keys].names.append(name)
             self.found[name] = made[keys]
         self._sums = {}
@@ -260,7 +260,7 @@ class SecondMoment(InputObserver[Moment]):
     def _add(self, key: tuple[str, ...], product: torch.Tensor, count: int) -> None:
         known = self._sums.get(key)
         if known is None:
-            self._sums[key] = Moment(product, count, list(key))
+            self._sums[key] = GramMatrix(product, count, list(key))
         else:
             known.total += product
             known.count += count
@@ -268,7 +268,7 @@ class SecondMoment(InputObserver[Moment]):
     def _product(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         width = inputs.shape[-1]
         product = torch.zeros(width, width, dtype=self.dtype, device=inputs.device)
-        gram.add_(product, _rows(inputs))
+        gram.accumulate_(product, _rows(inputs))
         self.check_finite(name, product.diagonal())
         return product
 

@@ -48,7 +48,7 @@ class OutputShift:
         self._repeating = True
         try:
             for name, (layer, weight) in self.changes.items():
-                self.found[name] += divergence(output, self._changed(layer, weight, args, kwargs))
+                self.found[name] += output_divergence(output, self._changed(layer, weight, args, kwargs))
         finally:
             self._repeating = False
 
@@ -63,7 +63,7 @@ class OutputShift:
             view.copy_(before)
 
 
-def divergence(output: Any, changed: Any) -> float:
+def output_divergence(output: Any, changed: Any) -> float:
     """The distance of two outputs of a module, >= 0: of their logits in nats, else relative squared error."""
     logits, others = getattr(output, "logits", None), getattr(changed, "logits", None)
     if isinstance(logits, Tensor) and isinstance(others, Tensor):
@@ -78,7 +78,7 @@ def _first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def cheapest_within(errors: Mapping[str, float], sizes: Mapping[str, int], room: float) -> list[str]:
+def select_within_budget(errors: Mapping[str, float], sizes: Mapping[str, int], room: float) -> list[str]:
     """The layers to change: least error per weight first, each taken if it still fits into ``room`` weights.
 
     Args:

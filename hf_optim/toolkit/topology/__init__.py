@@ -15,10 +15,10 @@ from .layer_coverage import coverage
 from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
 from .norm_groups import NormGroup, find_norm_groups
-from .prunable_units import HEADS, NEURONS, PrunableGroups, coupled_layers, find_prunable_groups
+from .prunable_groups import HEADS, NEURONS, PrunableGroups, coupled_layers, find_prunable_groups
 from .reasons import NOT_REACHED, not_reached, require_layers, summarize
-from .residual_order import stream_order
-from .residual_stream import ResidualStream, find_residual, permute_residual_
+from .residual_order import find_residual_order
+from .residual_stream import ResidualStream, find_residual_stream, permute_residual_
 from .selection import match
 from .tracing import trace
 
@@ -30,30 +30,30 @@ __all__ = [
     "ExpertLinear",
     "LinearPair",
     "NormGroup",
-    "ResidualStream",
     "PrunableGroups",
+    "ResidualStream",
     "blocks",
-    "group_by_block",
     "coupled_layers",
     "coverage",
     "dummy_inputs",
     "expert_linears",
     "features",
-    "find_residual",
+    "find_linear_pairs",
+    "find_norm_groups",
     "find_prunable_groups",
+    "find_residual_order",
+    "find_residual_stream",
+    "group_by_block",
     "has_experts",
     "is_linear",
     "is_output_head",
     "linear_layers",
-    "find_linear_pairs",
     "linears",
     "match",
-    "find_norm_groups",
     "not_reached",
     "parameter_names",
     "permute_residual_",
     "require_layers",
-    "stream_order",
     "summarize",
     "trace",
     "weight_out_in",

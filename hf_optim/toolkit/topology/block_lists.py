@@ -15,7 +15,7 @@ from .linear_layers import is_linear
 from .tracing import trace
 
 
-class Part(Protocol):
+class ModuleScope(Protocol):
     """Anything that knows which qualified names lie inside it; a `Block` is one."""
 
     def holds(self, name: str) -> bool:
@@ -25,11 +25,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block: its qualified `name`, its `module`, the name of its `stack` and its `index` in there."""
+    """One block: its qualified `name`, its `module`, the name of its block list and its `index` in it."""
 
     name: str
     module: nn.Module
-    stack: str
+    list_name: str
     index: int
 
     def holds(self, name: str) -> bool:
@@ -114,7 +114,7 @@ def _feeds(trace: Trace, before: Call, after: Call) -> bool:
 M = TypeVar("M", bound=nn.Module)
 
 
-def by_block(model: nn.Module, layers: Mapping[str, M]) -> list[dict[str, M]]:
+def group_by_block(model: nn.Module, layers: Mapping[str, M]) -> list[dict[str, M]]:
     """``layers`` (full names in ``model``) by block, in execution order, and last those outside the blocks."""
     holders = [block.holds for block in blocks(model)]
     inside = [{name: layer for name, layer in layers.items() if holds(name)} for holds in holders]

@@ -17,14 +17,23 @@ import torch
 from torch import Tensor
 
 from .graph import Op, Trace
-from .replay import NotReplayable, Replay, close, draw, moves_elements, remember, signature, spread
+from .reexecution import (
+    NotReexecutable,
+    Reexecution,
+    distinct_factors,
+    is_close,
+    is_data_movement,
+    memoize,
+    ops_signature,
+    random_tensor,
+)
 
 STEP = 1e-4
 """Half the distance of the finite difference; central, so the error is of the order of its square."""
 
 
 @dataclass(frozen=True, eq=False)
-class Link:
+class ChannelLink:
     """Consumer column `j` reads producer row `index[j]` and no other.
 
     `ops` lead from the output value `source` of the producer to the input value `target` of the consumer.
@@ -50,7 +59,7 @@ class Link:
         return self.index.unique()
 
 
-def links(trace: Trace, producer: str) -> list[Link]:
+def find_channel_links(trace: Trace, producer: str) -> list[ChannelLink]:
     """The links that start at the linear `producer`: at most one for each independent part of its output.
 
     A fused projection (q, k, v in one matrix; gate and up in one) has several parts.  A layer that the
@@ -62,7 +71,7 @@ def links(trace: Trace, producer: str) -> list[Link]:
     source = calls[0].writes[0]
     try:
         movements, parts = _parts(trace, source)
-    except NotReplayable:
+    except NotReexecutable:
         return []
     found = (_link(trace, producer, source, movements, channels, leaves) for channels, leaves in parts)
     return [link for link in found if link is not None]
@@ -80,10 +89,10 @@ def _parts(trace: Trace, source: int) -> tuple[list[Op], list[tuple[Tensor, list
     while pending:
         value, path = pending.pop()
         readers = trace.readers.get(value, ())
-        moving = [op for op in readers if moves_elements(trace, op, value)]
+        moving = [op for op in readers if is_data_movement(trace, op, value)]
         movements.update({op.position: op for op in moving})
         pending.extend((write, (*path, op)) for op in moving for write in op.writes)
-        if len(moving) < len(readers) or value in trace.results:
+        if len(moving) < len(readers) or value in trace.outputs:
             leaves.append((value, _channels_in(trace, source, value, path)))
     united = _unite((value, channels) for value, channels in leaves if channels)
     return list(movements.values()), [(torch.tensor(sorted(channels)), values) for channels, values in united]
@@ -95,9 +104,9 @@ def _channels_in(trace: Trace, source: int, value: int, path: tuple[Op, ...]) ->
     def answer() -> set[int]:
         shape = trace.shapes[source]
         labels = torch.arange(shape[-1], dtype=torch.float64).expand(shape)
-        return set(Replay(trace, path).run({source: labels})[value].unique().long().tolist())
+        return set(Reexecution(trace, path).run({source: labels})[value].unique().long().tolist())
 
-    return remember(trace, ("channels", signature(trace, path, (source, value))), answer)
+    return memoize(trace, ("channels", ops_signature(trace, path, (source, value))), answer)
 
 
 def _unite(leaves: Iterable[tuple[int, set[int]]]) -> list[tuple[set[int], list[int]]]:
@@ -113,27 +122,27 @@ def _unite(leaves: Iterable[tuple[int, set[int]]]) -> list[tuple[set[int], list[
 
 def _link(
     trace: Trace, producer: str, source: int, movements: list[Op], channels: Tensor, leaves: list[int]
-) -> Link | None:
+) -> ChannelLink | None:
     """The link from some channels of a producer to the one linear that reads all of them, if there is one."""
     path = _path_to_one_linear(trace, leaves)
     if path is None or len(trace.calls_of(path[0])) != 1:
         return None
     consumer, target, between = path
     ops = tuple({op.position: op for op in (*movements, *between)}.values())
-    question = ("map", signature(trace, ops, (source, target)), tuple(channels.tolist()))
-    index, scalable = remember(trace, question, lambda: _map(trace, ops, source, target, channels))
-    return None if index is None else Link(producer, consumer, source, target, ops, index, scalable)
+    question = ("map", ops_signature(trace, ops, (source, target)), tuple(channels.tolist()))
+    index, scalable = memoize(trace, question, lambda: _map(trace, ops, source, target, channels))
+    return None if index is None else ChannelLink(producer, consumer, source, target, ops, index, scalable)
 
 
 def _map(trace: Trace, ops: tuple[Op, ...], source: int, target: int, channels: Tensor) -> tuple[Tensor | None, bool]:
-    """The index of a `Link` and whether it is scalable; no index if the channels do not correspond."""
-    replay = Replay(trace, ops, seed=1)
+    """The index of a `ChannelLink` and whether it is scalable; no index if the channels do not correspond."""
+    replay = Reexecution(trace, ops, seed=1)
     try:
         index = _channel_map(trace, replay, source, target, channels)
         if index is None or not _is_local(trace, replay, source, target, channels, index):
             return None, False
         return index, _is_homogeneous(trace, replay, source, target, index)
-    except NotReplayable:
+    except NotReexecutable:
         return None, False
 
 
@@ -148,7 +157,7 @@ def _path_to_one_linear(trace: Trace, leaves: Iterable[int]) -> tuple[str, int, 
     ends: dict[str, int] = {}
     while fringe:
         for value in fringe:
-            if value in trace.results:
+            if value in trace.outputs:
                 return None
             for op in trace.readers.get(value, ()):
                 if op.linear is not None:
@@ -165,19 +174,19 @@ def _path_to_one_linear(trace: Trace, leaves: Iterable[int]) -> tuple[str, int, 
     return name, value, list(seen.values())
 
 
-def _channel_map(trace: Trace, replay: Replay, source: int, target: int, channels: Tensor) -> Tensor | None:
+def _channel_map(trace: Trace, replay: Reexecution, source: int, target: int, channels: Tensor) -> Tensor | None:
     """[in_features] int64: the only one of `channels` of `source` that each column of `target` depends on.
 
     None where a column depends on several channels or on none, or where the channels are not read equally
     often.
     """
     shape = trace.shapes[source]
-    factors, order = spread(channels.numel()).sort()
+    factors, order = distinct_factors(channels.numel()).sort()
     direction = torch.zeros(shape, dtype=torch.float64)
-    direction[..., channels] = draw((*shape[:-1], channels.numel()), seed=2).abs()
+    direction[..., channels] = random_tensor((*shape[:-1], channels.numel()), seed=2).abs()
     stretched = direction.clone()
     stretched[..., channels[order]] *= factors
-    start = draw(shape, seed=3)
+    start = random_tensor(shape, seed=3)
 
     def slope(along: Tensor) -> Tensor:
         ahead, behind = (replay.run({source: start + sign * STEP * along})[target] for sign in (1.0, -1.0))
@@ -196,21 +205,21 @@ def _channel_map(trace: Trace, replay: Replay, source: int, target: int, channel
     return index if bool((counts == counts[0]).all()) else None
 
 
-def _is_local(trace: Trace, replay: Replay, source: int, target: int, channels: Tensor, index: Tensor) -> bool:
+def _is_local(trace: Trace, replay: Reexecution, source: int, target: int, channels: Tensor, index: Tensor) -> bool:
     """Whether new numbers in every other channel leave the columns that read the remaining ones unchanged."""
-    start = draw(trace.shapes[source], seed=3)
+    start = random_tensor(trace.shapes[source], seed=3)
     other = start.clone()
-    other[..., channels[::2]] = draw(start.shape, seed=4)[..., channels[::2]]
+    other[..., channels[::2]] = random_tensor(start.shape, seed=4)[..., channels[::2]]
     kept = ~torch.isin(index, channels[::2])
     before, after = replay.run({source: start})[target], replay.run({source: other})[target]
-    return close(after[..., kept], before[..., kept])
+    return is_close(after[..., kept], before[..., kept])
 
 
-def _is_homogeneous(trace: Trace, replay: Replay, source: int, target: int, index: Tensor) -> bool:
+def _is_homogeneous(trace: Trace, replay: Reexecution, source: int, target: int, index: Tensor) -> bool:
     """Whether positive factors on the channels of `source` scale the columns that read them exactly alike."""
-    start = draw(trace.shapes[source], seed=3)
+    start = random_tensor(trace.shapes[source], seed=3)
     rows = index.unique()
     factors = torch.ones(start.shape[-1], dtype=torch.float64)
-    factors[rows] = spread(rows.numel(), seed=1)
+    factors[rows] = distinct_factors(rows.numel(), seed=1)
     before, after = replay.run({source: start})[target], replay.run({source: start * factors})[target]
-    return close(after, before * factors[index])
+    return is_close(after, before * factors[index])

@@ -27,42 +27,42 @@ class ExpertLinear:
     """One matrix of one expert, with the face of an ``nn.Linear``. It owns nothing: its weight is the stack's.
 
     Attributes:
-        stack: the module that holds the matrices of all experts.
-        stack_name: its qualified name.
+        experts: the module that holds the matrices of all experts.
+        experts_name: its qualified name.
         parameter: the name of the stacked parameter.
         index: of the expert.
     """
 
-    def __init__(self, stack: nn.Module, stack_name: str, parameter: str, index: int) -> None:
-        self.stack, self.stack_name, self.parameter, self.index = stack, stack_name, parameter, index
+    def __init__(self, experts: nn.Module, experts_name: str, parameter: str, index: int) -> None:
+        self.experts, self.experts_name, self.parameter, self.index = experts, experts_name, parameter, index
 
     @property
     def name(self) -> str:
         """``model.layers.0.mlp.experts.3.down_proj``: the place that the matrix would have in a list of experts."""
-        prefix = f"{self.stack_name}." if self.stack_name else ""
+        prefix = f"{self.experts_name}." if self.experts_name else ""
         return f"{prefix}{self.index}.{self.parameter}"
 
     @property
-    def stage(self) -> str:
-        """The same for the matrices that a token meets at the same time: those of one parameter of one stack."""
-        return f"{self.stack_name}.{self.parameter}"
+    def parameter_name(self) -> str:
+        """The qualified name of the stacked parameter, shared by the matrices of all its experts."""
+        return f"{self.experts_name}.{self.parameter}".removeprefix(".")
 
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, a view without gradient: writing into it changes the model."""
-        matrix = self.stack.get_parameter(self.parameter).detach()[self.index]
+        matrix = self.experts.get_parameter(self.parameter).detach()[self.index]
         return matrix.T if self.transposed else matrix
 
     @property
     def bias(self) -> Tensor | None:
         """``[out]``, a view, or None."""
-        stacked = self.stack._parameters.get(f"{self.parameter}_bias")
+        stacked = self.experts._parameters.get(f"{self.parameter}_bias")
         return None if stacked is None else stacked.detach()[self.index]
 
     @property
     def transposed(self) -> bool:
         """Whether the stack holds ``[E, in, out]``."""
-        return bool(getattr(self.stack, "is_transposed", False))
+        return bool(getattr(self.experts, "is_transposed", False))
 
     @property
     def out_features(self) -> int:
@@ -77,47 +77,49 @@ class ExpertLinear:
 
     def inputs_for(self, tokens: Tensor) -> Tensor:
         """What this matrix would read if the router sent ``tokens [n, H]`` to its expert: ``[n, in_features]``."""
-        return tokens if self.parameter in UP else intermediate(self.stack, self.index, tokens)
+        return tokens if self.parameter in UP else down_proj_inputs(self.experts, self.index, tokens)
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], *, with_kwargs: bool = False) -> _Handle:
         """Call ``hook(self, (inputs,), {})`` with the inputs ``[n, in_features]`` of this expert, at each forward in
         which the router sends it tokens. What the hook returns is ignored. The handle has ``remove()``."""
-        dispatch = _dispatches.get(self.stack)
+        dispatch = _dispatches.get(self.experts)
         if dispatch is None:
-            dispatch = _dispatches[self.stack] = _Dispatch()
-        return dispatch.add(self.stack, self, hook if with_kwargs else lambda module, args, kwargs: hook(module, args))
+            dispatch = _dispatches[self.experts] = _Dispatch()
+        return dispatch.add(
+            self.experts, self, hook if with_kwargs else lambda module, args, kwargs: hook(module, args)
+        )
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The stacked parameter, of all experts."""
-        yield self.stack.get_parameter(self.parameter)
+        yield self.experts.get_parameter(self.parameter)
 
     def __repr__(self) -> str:
         return f"ExpertLinear({self.name}, in_features={self.in_features}, out_features={self.out_features})"
 
 
-def is_fused(module: nn.Module) -> bool:
+def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module holds experts the way transformers' own fused forwards read them."""
     if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "num_experts")):
         return False
-    matrices = [module._parameters.get(key) for key in parameters(module)]
+    matrices = [module._parameters.get(key) for key in matrix_names(module)]
     return all(matrix is not None and matrix.dim() == 3 for matrix in matrices)
 
 
-def parameters(stack: nn.Module) -> tuple[str, str]:
+def matrix_names(stack: nn.Module) -> tuple[str, str]:
     """The names of the stacked matrices, in the order in which a token meets them."""
     return (UP[0] if getattr(stack, "has_gate", True) else UP[1], DOWN)
 
 
-def stacks(model: nn.Module) -> dict[str, nn.Module]:
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model that hold fused experts, by qualified name."""
-    return {name: module for name, module in model.named_modules() if is_fused(module)}
+    return {name: module for name, module in model.named_modules() if is_fused_experts(module)}
 
 
 def expert_linears(model: nn.Module) -> dict[str, ExpertLinear]:
     """Every matrix of every expert by name, stack by stack; first what all experts read, then their ``down_proj``."""
     found = {}
-    for name, stack in stacks(model).items():
-        for parameter in parameters(stack):
+    for name, stack in fused_experts(model).items():
+        for parameter in matrix_names(stack):
             for index in range(len(stack.get_parameter(parameter))):
                 view = ExpertLinear(stack, name, parameter, index)
                 found[view.name] = view
@@ -125,9 +127,9 @@ def expert_linears(model: nn.Module) -> dict[str, ExpertLinear]:
 
 
 @torch.no_grad()
-def intermediate(stack: nn.Module, index: int, tokens: Tensor) -> Tensor:
+def down_proj_inputs(stack: nn.Module, index: int, tokens: Tensor) -> Tensor:
     """What ``down_proj`` of one expert reads, ``[n, F]``, for tokens ``[n, H]``: ``act(gate) * up``, or ``act(up)``."""
-    up = ExpertLinear(stack, "", parameters(stack)[0], index)(tokens)
+    up = ExpertLinear(stack, "", matrix_names(stack)[0], index)(tokens)
     return stack._apply_gate(up) if stack.has_gate else stack.act_fn(up)  # type: ignore[operator]
 
 
@@ -168,14 +170,14 @@ class _Dispatch:
 
     @torch.no_grad()
     def _run(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tokens, chosen = routed(stack, args, kwargs)
-        up, down = parameters(stack)
-        for index, rows in enumerate(by_expert(tokens, chosen, len(stack.get_parameter(down)))):
+        tokens, chosen = routed_tokens(stack, args, kwargs)
+        up, down = matrix_names(stack)
+        for index, rows in enumerate(split_by_expert(tokens, chosen, len(stack.get_parameter(down)))):
             if not len(rows):
                 continue
             self._call((index, up), rows)
             if (index, down) in self.hooks:
-                self._call((index, down), intermediate(stack, index, rows))
+                self._call((index, down), down_proj_inputs(stack, index, rows))
 
     def _call(self, key: tuple[int, str], rows: Tensor) -> None:
         for view, hook in self.hooks.get(key, ()):
@@ -185,14 +187,14 @@ class _Dispatch:
 _dispatches: WeakKeyDictionary[nn.Module, _Dispatch] = WeakKeyDictionary()
 
 
-def routed(stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def routed_tokens(stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The tokens ``[n, H]`` and the experts chosen for each ``[n, k]``, from the arguments of a stack's forward."""
     bound = inspect.signature(stack.forward).bind(*args, **kwargs).arguments
     tokens, chosen = list(bound.values())[:2]
     return tokens.reshape(-1, tokens.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
 
 
-def by_expert(tokens: Tensor, chosen: Tensor, experts: int) -> list[Tensor]:
+def split_by_expert(tokens: Tensor, chosen: Tensor, experts: int) -> list[Tensor]:
     """The tokens of each expert, ``[n_e, H]``, in the order of the tokens."""
     order = chosen.reshape(-1).argsort(stable=True)
     counts = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 Convert = Callable[[Tensor], Tensor]
 
 
-def empty_like(tensor: Tensor) -> Tensor:
+def empty_on_cpu(tensor: Tensor) -> Tensor:
     """An uninitialised CPU tensor of the same shape; every floating dtype becomes float32.
 
     Called inside a `FakeTensorMode` it gives a fake tensor, which takes no memory.
@@ -30,7 +30,7 @@ def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device="cpu")
 
 
-def twin(module: nn.Module, convert: Convert, settings: dict[str, Any] | None = None) -> nn.Module:
+def copy_with_tensors(module: nn.Module, convert: Convert, settings: dict[str, Any] | None = None) -> nn.Module:
     """A double of `module` in evaluation mode whose tensors are `convert(tensor)`.
 
     Sharing is kept: modules, tensors and configs which appear twice in the original appear twice in the

@@ -63,9 +63,9 @@ class Trace:
 
     `shapes` and `dtypes` are indexed by value, `constants` are the integer and boolean tensors with known
     numbers, `readers[value]` are the operations that read it, `calls` are in the order in which they began.
-    `results` are the values the model returns: the first one, and those that nothing in the model reads any
-    more (a returned tensor which is read on, like an encoder's state, is an intermediate).  `real` says that
-    real weights had to be used.  `answers` keeps what was learned about operations, so that the second of two
+    `outputs` are the values the model returns: the first one, and those that nothing in the model reads any
+    more (a returned tensor which is read on, like an encoder's state, is an intermediate).  `used_real_weights` says that
+    real weights had to be used.  `cache` keeps what was learned about operations, so that the second of two
     equal blocks costs nothing.
     """
 
@@ -77,31 +77,31 @@ class Trace:
     dtypes: tuple[torch.dtype, ...]
     constants: Mapping[int, Tensor]
     readers: Mapping[int, tuple[Op, ...]]
-    results: frozenset[int]
-    real: bool
-    answers: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    outputs: frozenset[int]
+    used_real_weights: bool
+    cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def calls_of(self, name: str) -> list[Call]:
         """The calls of the module `name`, in order; empty if the forward did not reach it."""
         return [call for call in self.calls if call.name == name]
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def iter_tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples and mappings (model outputs too), in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for item in tree.values():
-            yield from tensors(item)
+            yield from iter_tensors(item)
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from tensors(item)
+            yield from iter_tensors(item)
 
 
-def replace(tree: Any, change: Callable[[Any], Any]) -> Any:
+def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The same nested lists, tuples and dicts with `change(item)` for every item in them."""
     if isinstance(tree, dict):
-        return {key: replace(item, change) for key, item in tree.items()}
+        return {key: map_tree(item, change) for key, item in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(replace(item, change) for item in tree)
+        return type(tree)(map_tree(item, change) for item in tree)
     return change(tree)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .block_lists import block_of, blocks
 from .experts import expert_linears
-from .linear_layers import features, holds_matrix, linears, owners
+from .linear_layers import features, is_codebook_matrix, linears, parameter_names
 from .selection import match
 
 
@@ -110,8 +110,8 @@ def _is_chosen(item: _Item, chosen: set[str]) -> bool:
 def _items(model: nn.Module) -> list[_Item]:
     """Every weight of the model once; linear layers by their features, everything else by its parameters."""
     found = blocks(model)
-    layers = linears(model) | {name: module for name, module in model.named_modules() if holds_matrix(module)}
-    names = owners(model)
+    layers = linears(model) | {name: module for name, module in model.named_modules() if is_codebook_matrix(module)}
+    names = parameter_names(model)
     items = []
     seen: set[int] = set()
     for name, layer in layers.items():
@@ -148,6 +148,6 @@ def _rest(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str,
     """Every parameter by name; for what is counted in it piece by piece, the names of each (`ExpertLinear`)."""
     views: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     for name, view in expert_linears(model).items():
-        views[f"{view.stack_name}.{view.parameter}" if view.stack_name else view.parameter].append((name,))
+        views[view.parameter_name].append((name,))
     for name, parameter in model.named_parameters():
         yield name, parameter, views.get(name, [()])

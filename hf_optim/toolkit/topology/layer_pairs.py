@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .block_lists import Part
-from .channel_links import Link, links
+from .block_lists import ModuleScope
+from .channel_links import ChannelLink, find_channel_links
 from .graph import Trace
-from .linear_layers import owners, ties
+from .linear_layers import parameter_names, tied_weights
 from .norm_groups import _traced
-from .replay import TOLERANCE, NotReplayable, Replay, close, draw, remember, signature
+from .reexecution import TOLERANCE, NotReexecutable, Reexecution, is_close, memoize, ops_signature, random_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,25 +86,32 @@ class LinearPair:
         return result
 
 
-def pairs(trace: Trace, block: Part | None = None) -> Iterator[LinearPair]:
-    """The pairs of a trace in the order of their consumers; those whose producer `block` holds, if given.
+def find_linear_pairs(source: nn.Module | Trace, block: ModuleScope | None = None) -> list[LinearPair]:
+    """Return the pairs of linear layers whose channels correspond, in the execution order of their consumers.
 
-    A consumer has at most one pair.  If several producers feed it, the one that can be scaled is the
-    producer, the others are in `permutable_with`.  Layers whose weights another module shares have no pair.
+    With ``block`` only the pairs whose producer is inside it. A consumer has at most one pair. If several producers
+    feed it, the scalable one is the producer and the others are in ``permutable_with``. Layers whose weights are tied
+    to another module have no pair. ``LinearPair`` says what is exact.
     """
-    held_by = owners(trace.model)
-    by_consumer: dict[str, list[Link]] = defaultdict(list)
+    return list(_linear_pairs(_traced(source), block))
+
+
+def _linear_pairs(trace: Trace, block: ModuleScope | None) -> Iterator[LinearPair]:
+    held_by = parameter_names(trace.model)
+    by_consumer: dict[str, list[ChannelLink]] = defaultdict(list)
     for name in dict.fromkeys(op.linear for op in trace.ops if op.linear is not None):
         if block is None or block.holds(name):
-            for link in links(trace, name):
+            for link in find_channel_links(trace, name):
                 by_consumer[link.consumer].append(link)
     for consumer, found in by_consumer.items():
-        if any(ties(trace.modules[name], name, held_by) for name in (consumer, *(link.producer for link in found))):
+        if any(
+            tied_weights(trace.modules[name], name, held_by) for name in (consumer, *(link.producer for link in found))
+        ):
             continue
         yield _pair(trace, consumer, sorted(found, key=lambda link: not link.scalable))
 
 
-def _pair(trace: Trace, consumer: str, found: list[Link]) -> LinearPair:
+def _pair(trace: Trace, consumer: str, found: list[ChannelLink]) -> LinearPair:
     """The pair of a consumer, given all links to it, the preferred one first."""
     first, others = found[0], found[1:]
     together = all(_corresponds(first, other) for other in others)
@@ -124,22 +131,22 @@ def _pair(trace: Trace, consumer: str, found: list[Link]) -> LinearPair:
     )
 
 
-def _corresponds(first: Link, other: Link) -> bool:
+def _corresponds(first: ChannelLink, other: ChannelLink) -> bool:
     """Whether the rows of two links to one consumer correspond one to one: the same columns read each."""
     rows = other.index[first.columns]
     return bool((rows == rows[:, :1]).all()) and len(other.rows) == len(first.rows)
 
 
-def _groups(trace: Trace, members: list[Link]) -> Tensor:
+def _groups(trace: Trace, members: list[ChannelLink]) -> Tensor:
     """`_exchange_groups`, worked out once for equal members."""
     ops = {op.position: op for link in members for op in link.ops}.values()
     values = [members[0].target, *(link.source for link in members)]
     rows = tuple(tuple(link.index.tolist()) for link in members)
-    question = ("groups", signature(trace, ops, values), rows)
-    return remember(trace, question, lambda: _exchange_groups(trace, members))
+    question = ("groups", ops_signature(trace, ops, values), rows)
+    return memoize(trace, question, lambda: _exchange_groups(trace, members))
 
 
-def _exchange_groups(trace: Trace, members: list[Link]) -> Tensor:
+def _exchange_groups(trace: Trace, members: list[ChannelLink]) -> Tensor:
     """[rows] int64: rows of equal number may be permuted, in all `members` and the consumer together.
 
     `members` are the links of one consumer whose rows correspond.  The rows of the first one are numbered; a
@@ -148,11 +155,11 @@ def _exchange_groups(trace: Trace, members: list[Link]) -> Tensor:
     """
     target, columns = members[0].target, members[0].columns
     ops = {op.position: op for link in members for op in link.ops}.values()
-    replay = Replay(trace, tuple(ops), seed=5)
-    flat = {link.source: draw(trace.shapes[link.source], seed=6 + n) for n, link in enumerate(members)}
+    replay = Reexecution(trace, tuple(ops), seed=5)
+    flat = {link.source: random_tensor(trace.shapes[link.source], seed=6 + n) for n, link in enumerate(members)}
     free = {source: tensor.clone() for source, tensor in flat.items()}
     for n, link in enumerate(members):
-        flat[link.source][..., link.rows] = draw((*trace.shapes[link.source][:-1], 1), seed=9 + n)
+        flat[link.source][..., link.rows] = random_tensor((*trace.shapes[link.source][:-1], 1), seed=9 + n)
     alone = torch.arange(len(columns))
     try:
         groups = _clusters(replay.run(flat)[target].flatten(0, -2).T[columns].flatten(1))
@@ -162,11 +169,11 @@ def _exchange_groups(trace: Trace, members: list[Link]) -> Tensor:
             rows = link.index[columns[:, 0]]
             moved[link.source][..., rows] = free[link.source][..., rows[order]]
         before, after = replay.run(free)[target], replay.run(moved)[target]
-    except NotReplayable:
+    except NotReexecutable:
         return alone
     expected = before.clone()
     expected[..., columns] = before[..., columns[order]]
-    return groups if close(after, expected) else alone
+    return groups if is_close(after, expected) else alone
 
 
 def _clusters(signatures: Tensor) -> Tensor:
@@ -190,11 +197,3 @@ def _shuffle_within(groups: Tensor) -> Tensor:
         members = (groups == number).nonzero().flatten()
         order[members] = members[torch.randperm(len(members), generator=generator)]
     return order
-
-
-def linear_pairs(source: nn.Module | Trace, block: Part | None = None) -> list[LinearPair]:
-    """The pairs of linears whose channels correspond, in the order in which they run.
-
-    With `block` only those whose producer it holds.  See `LinearPair` for what is exact.
-    """
-    return list(pairs(_traced(source), block))

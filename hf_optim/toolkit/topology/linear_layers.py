@@ -21,7 +21,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
-def holds_matrix(module: nn.Module) -> bool:
+def is_codebook_matrix(module: nn.Module) -> bool:
     """Whether a module of remote code holds the codes of one matrix: `shape` [out, in], which it can `decode()`."""
     return bool(getattr(module, "holds_codes", False)) and hasattr(module, "shape") and hasattr(module, "decode")
 
@@ -32,7 +32,7 @@ def weight_out_in(module: nn.Module) -> Tensor:
     A view for both classes: writing into it changes the module (under `torch.no_grad()`). A module of remote code that
     holds codes of a matrix decodes it. Raises `TypeError` for a module that is no linear layer.
     """
-    if holds_matrix(module):
+    if is_codebook_matrix(module):
         return module.decode()  # type: ignore[operator]
     if isinstance(module, Conv1D):
         return module.weight.T
@@ -43,7 +43,7 @@ def weight_out_in(module: nn.Module) -> Tensor:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer; raises `TypeError` for any other module."""
-    if holds_matrix(module):
+    if is_codebook_matrix(module):
         return module.shape  # type: ignore[return-value]
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
@@ -52,7 +52,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     raise TypeError(f"{type(module).__name__} is no linear layer")
 
 
-def owners(model: nn.Module) -> Mapping[int, list[str]]:
+def parameter_names(model: nn.Module) -> Mapping[int, list[str]]:
     """The qualified names under which each parameter is registered, by its identity."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -60,7 +60,7 @@ def owners(model: nn.Module) -> Mapping[int, list[str]]:
     return names
 
 
-def ties(module: nn.Module, name: str, held_by: Mapping[int, list[str]]) -> list[str]:
+def tied_weights(module: nn.Module, name: str, held_by: Mapping[int, list[str]]) -> list[str]:
     """One line for each parameter of a module that another one holds too; `held_by` is `owners(model)`."""
     own = {f"{name}.{key}": parameter for key, parameter in module.named_parameters()}
     return [

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .block_lists import Part, block_of, blocks
-from .fake_model import twin
+from .block_lists import ModuleScope, block_of, blocks
+from .fake_model import copy_with_tensors
 from .graph import Trace
-from .linear_layers import features, linears, owners, ties
-from .replay import draw, remember, scales_channels
+from .linear_layers import features, linears, parameter_names, tied_weights
+from .reexecution import is_scale_equivariant, memoize, random_tensor
 from .tracing import trace
 
 PRECISION = 1e-3
@@ -43,9 +43,17 @@ class NormGroup:
         return not self.others
 
 
-def norm_groups(trace: Trace, block: Part | None = None) -> Iterator[NormGroup]:
-    """The groups in the order of their norms' first calls; only those whose norm `block` holds, if given."""
-    held_by = owners(trace.model)
+def find_norm_groups(source: nn.Module | Trace, block: ModuleScope | None = None) -> list[NormGroup]:
+    """Return the norms of a model with the linear layers that read exactly their output, in execution order.
+
+    With ``block`` only the norms inside it. A norm that neither a linear layer nor any other weight reads is left out,
+    and so is one whose gain is not called ``weight``. ``NormGroup`` says what is exact.
+    """
+    return list(_norm_groups(_traced(source), block))
+
+
+def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]:
+    held_by = parameter_names(trace.model)
     unreached = set(linears(trace.model)) - {call.name for call in trace.calls}
     found = blocks(trace) if unreached else []
     for name in dict.fromkeys(call.name for call in trace.calls):
@@ -65,7 +73,7 @@ def norm_groups(trace: Trace, block: Part | None = None) -> Iterator[NormGroup]:
             if block_of(found, linear) is near and features(trace.modules[linear])[1] == width
         ]
         for member in (name, *names):
-            others += ties(trace.modules[member], member, held_by)
+            others += tied_weights(trace.modules[member], member, held_by)
         yield NormGroup(
             name=name,
             module=trace.modules[name],
@@ -95,13 +103,13 @@ def _offset(trace: Trace, name: str) -> float | None:
     module = trace.modules[name]
     settings = tuple((key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str)))
     question = ("offset", type(module), module.get_parameter("weight").shape, settings)
-    return remember(trace, question, lambda: _gain_offset(module))
+    return memoize(trace, question, lambda: _gain_offset(module))
 
 
 def _gain_offset(module: nn.Module) -> float | None:
     """The `offset` of a norm, asked of the module; None if it does not normalise or its weight is no gain."""
-    double = twin(module, lambda tensor: torch.ones(tensor.shape, dtype=torch.float64))
-    x = draw((1, 8, module.get_parameter("weight").numel()), seed=1)
+    double = copy_with_tensors(module, lambda tensor: torch.ones(tensor.shape, dtype=torch.float64))
+    x = random_tensor((1, 8, module.get_parameter("weight").numel()), seed=1)
 
     def output(weight: float, scale: float = 1.0) -> Tensor:
         with torch.no_grad():
@@ -138,12 +146,12 @@ def _readers(trace: Trace, name: str) -> tuple[list[str], list[str], bool]:
         if value in values:
             continue
         values.add(value)
-        if value in trace.results:
+        if value in trace.outputs:
             others.append("the result of the model")
         for op in trace.readers.get(value, ()):
             if op.linear is not None:
                 by_linear[op.linear] += 1
-            elif scales_channels(trace, op, value):
+            elif is_scale_equivariant(trace, op, value):
                 pending.extend(op.writes)
             else:
                 others.append(str(op))
@@ -153,15 +161,6 @@ def _readers(trace: Trace, name: str) -> tuple[list[str], list[str], bool]:
             others.append(f"{linear}: reads other tensors too")
     first = {linear: trace.calls_of(linear)[0].start for linear in by_linear}
     return sorted(by_linear, key=lambda linear: first[linear]), others, raw
-
-
-def norm_to_linears(source: nn.Module | Trace, block: Part | None = None) -> list[NormGroup]:
-    """The norms of a model with the linears that read exactly their output, in the order in which they run.
-
-    With `block` only the norms that it holds.  A norm that neither a linear nor any other weight reads is
-    left out, and so is one whose gain is not called `weight`.  See `NormGroup` for what is exact.
-    """
-    return list(norm_groups(_traced(source), block))
 
 
 def _traced(source: nn.Module | Trace) -> Trace:

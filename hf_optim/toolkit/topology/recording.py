@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .graph import Call, Op, Ref, replace, tensors
+from .graph import Call, Op, Ref, iter_tensors, map_tree
 from .linear_layers import is_linear
 
 PASSING_ON = ("lift_fresh", "lift_fresh_copy", "clone", "detach", "alias")
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, name: str, linear: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.open.append((name, tuple(map(self.value, tensors((args, kwargs)))), len(self.ops)))
+            self.open.append((name, tuple(map(self.value, iter_tensors((args, kwargs)))), len(self.ops)))
             self.inside_linear = self.inside_linear or linear
 
         return hook
@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):
     def _leave(self, name: str, linear: bool) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             _, reads, start = self.open.pop()
-            writes = tuple(map(self.value, tensors(output)))
+            writes = tuple(map(self.value, iter_tensors(output)))
             if linear:
                 self.inside_linear = False
                 self.append(reads=reads, writes=writes, linear=name)
@@ -89,12 +89,12 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.inside_linear:
             return func(*args, **kwargs)
-        reads = tuple(map(self.value, tensors((args, kwargs)))) if _reads_data(func) else ()
-        recorded = replace((tuple(args), dict(kwargs)), self._reference)
+        reads = tuple(map(self.value, iter_tensors((args, kwargs)))) if _reads_data(func) else ()
+        recorded = map_tree((tuple(args), dict(kwargs)), self._reference)
         output = func(*args, **kwargs)
         written = list(_written(func, args, kwargs))
         mutated = tuple((self.value(tensor), self.renew(tensor)) for tensor in written)
-        writes = tuple(map(self.value, tensors(output)))
+        writes = tuple(map(self.value, iter_tensors(output)))
         if not writes and not mutated:
             return output
         if func._opname in PASSING_ON and reads[0] in self.constants:
@@ -126,4 +126,4 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors an operation writes in place, by its schema."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tensors(args[position] if position < len(args) else kwargs.get(argument.name))
+            yield from iter_tensors(args[position] if position < len(args) else kwargs.get(argument.name))

@@ -13,7 +13,7 @@ ALIKE = 0.8
 
 
 @torch.no_grad()
-def stream_order(model: nn.Module, origin: nn.Module) -> Tensor | None:
+def find_residual_order(model: nn.Module, origin: nn.Module) -> Tensor | None:
     """``[width]`` int64: channel ``c`` of ``model`` is channel ``order[c]`` of ``origin``; None: they stand alike.
 
     Steps that permute the residual stream (``channel_permutation``, ``peg``) keep what a model computes, and even its

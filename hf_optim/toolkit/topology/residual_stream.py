@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import ModelError
-from ..modules.transplant import rounding
+from ..modules.transplant import rounding_tolerance
 from .block_lists import blocks
 from .fake_inputs import dummy_inputs
-from .graph import Op, Trace, tensors
-from .replay import NotReplayable, Replay, close, draw, remember, signature
+from .graph import Op, Trace, iter_tensors
+from .reexecution import NotReexecutable, Reexecution, is_close, memoize, ops_signature, random_tensor
 from .tracing import trace
 
 Dims = dict[int, "int | None"]
@@ -34,7 +34,7 @@ Dims = dict[int, "int | None"]
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
+class ResidualStream:
     """The residual stream of a model.
 
     Attributes:
@@ -54,7 +54,7 @@ class Residual:
     returned: bool
 
 
-def find_residual(source: PreTrainedModel | Trace) -> Residual:
+def find_residual_stream(source: PreTrainedModel | Trace) -> ResidualStream:
     """The residual stream that runs through the blocks of a model.
 
     Raises ``ModelError`` where there are no blocks, or where something is done to the stream that depends on the order
@@ -71,19 +71,19 @@ def find_residual(source: PreTrainedModel | Trace) -> Residual:
 
 
 @torch.no_grad()
-def permute_residual_(model: PreTrainedModel, order: Tensor, residual: Residual | None = None) -> Residual:
+def permute_residual_(model: PreTrainedModel, order: Tensor, residual: ResidualStream | None = None) -> ResidualStream:
     """Channel ``c`` of the residual stream becomes what channel ``order[c]`` was, in place; outputs stay as they are.
 
     Args:
         model: a transformer whose blocks hand on a residual stream.
         order: ``[width]`` int64, a permutation.
-        residual: what ``find_residual`` found, if that is known.
+        residual: what ``find_residual_stream`` found, if that is known.
 
     The outputs on dummy inputs are compared before and after. Raises ``ValueError`` for an order that is no permutation
     of the stream's channels, and ``ModelError``, with the model as it was, for a model that returns the stream or whose
     outputs change by more than rounding.
     """
-    residual = residual or find_residual(model)
+    residual = residual or find_residual_stream(model)
     if not torch.equal(order.sort().values.cpu(), torch.arange(residual.width)):
         raise ValueError(f"no permutation of {residual.width} channels")
     if residual.returned:
@@ -94,7 +94,7 @@ def permute_residual_(model: PreTrainedModel, order: Tensor, residual: Residual 
     before = _output(model, inputs)
     _reorder_(model, residual, order)
     gap = float((_output(model, inputs) - before).abs().max() / before.abs().max().clamp_min(1e-30))
-    if not gap <= rounding(model):
+    if not gap <= rounding_tolerance(model):
         _reorder_(model, residual, order.argsort())
         raise ModelError(
             f"permuting the residual stream of {type(model).__name__} changes its outputs by {gap:.1e} of the largest"
@@ -110,10 +110,10 @@ def _output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     finally:
         for module, mode in modes:
             module.training = mode
-    return next(tensors(outputs)).double()
+    return next(iter_tensors(outputs)).double()
 
 
-def _reorder_(model: nn.Module, residual: Residual, order: Tensor) -> None:
+def _reorder_(model: nn.Module, residual: ResidualStream, order: Tensor) -> None:
     for name, dims in residual.parameters.items():
         parameter = model.get_parameter(name)
         moved = parameter.detach()
@@ -160,7 +160,7 @@ class _Search:
                     done.add(op.position)
                     self._settle(op)
 
-    def residual(self) -> Residual:
+    def residual(self) -> ResidualStream:
         carried = {value for value, dim in self.dims.items() if dim is not None}
         kept = {name: tuple(sorted(dims)) for name, dims in self.parameters.items()}
         calls = {call.name for call in self.trace.calls if carried.intersection(call.reads)}
@@ -169,13 +169,13 @@ class _Search:
             for name in dict.fromkeys(call.name for call in self.trace.calls)
             if name in calls and kept.get(f"{name}.weight") == (0,) and self._is_vector(f"{name}.weight")
         ]
-        return Residual(
+        return ResidualStream(
             self.width,
             tuple(self.readers),
             tuple(self.writers),
             tuple(norms),
             kept,
-            bool(carried & self.trace.results),
+            bool(carried & self.trace.outputs),
         )
 
     def _is_vector(self, name: str) -> bool:
@@ -194,9 +194,9 @@ class _Search:
         if op.function is None:
             raise ModelError(f"the residual stream is written in place at {op}")
         known = {value: self.dims[value] for value in (*op.reads, *op.produces) if value in self.dims}
-        question = ("stream", signature(self.trace, (op,), known), tuple(known.values()), self.width)
+        question = ("stream", ops_signature(self.trace, (op,), known), tuple(known.values()), self.width)
         values = tuple(dict.fromkeys((*op.reads, *op.produces)))
-        answer = remember(self.trace, question, lambda: self._solve(op, known, values))
+        answer = memoize(self.trace, question, lambda: self._solve(op, known, values))
         if answer is None:
             raise ModelError(f"what {op} does to the residual stream depends on the order of its channels")
         for value, dim in zip(values, answer, strict=True):
@@ -210,7 +210,7 @@ class _Search:
             return tuple(len(self.trace.shapes[v]) - 1 if v in (op.reads[0], *op.writes) else None for v in values)
         reads = tuple(dict.fromkeys(op.reads))
         order = torch.randperm(self.width, generator=torch.Generator().manual_seed(11))
-        replay = Replay(self.trace, (op,), guess_integers=True)
+        replay = Reexecution(self.trace, (op,), guess_integers=True)
         inputs = {value: _numbers(self.trace, value) for value in reads if self.trace.dtypes[value].is_floating_point}
         choices = [(known[value],) if value in known else self._candidates(value) for value in inputs]
         try:
@@ -222,7 +222,7 @@ class _Search:
                 if _ANY not in outputs:
                     found = {**dict(zip(inputs, choice, strict=True)), **dict(zip(op.produces, outputs, strict=True))}
                     return tuple(found.get(value) for value in values)  # type: ignore[misc]
-        except NotReplayable:
+        except NotReexecutable:
             return None
         return None
 
@@ -233,7 +233,7 @@ class _Search:
         """The dimension along which ``after`` is ``before`` permuted (None: it is the same), or ``_ANY`` if neither."""
         dims = (None, *(dim for dim, size in enumerate(before.shape) if size == self.width))
         for dim in dims if asked is _ANY else (asked,):
-            if close(after.double(), _permuted(before, dim, order).double()):  # type: ignore[arg-type]
+            if is_close(after.double(), _permuted(before, dim, order).double()):  # type: ignore[arg-type]
                 return dim
         return _ANY
 
@@ -287,4 +287,4 @@ def _permuted(tensor: Tensor, dim: int | None, order: Tensor) -> Tensor:
 
 def _numbers(trace: Trace, value: int) -> Tensor:
     known: Mapping[int, Tensor] = trace.constants
-    return known[value] if value in known else draw(trace.shapes[value], trace.dtypes[value], seed=13 + value)
+    return known[value] if value in known else random_tensor(trace.shapes[value], trace.dtypes[value], seed=13 + value)

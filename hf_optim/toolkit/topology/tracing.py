@@ -1,6 +1,6 @@
 """One weightless forward of a model, recorded: which operation reads which tensor, inside which module.
 
-The forward runs on a double of the model (`twin`) with fake tensors, so it costs neither memory nor
+The forward runs on a double of the model (`copy_with_tensors`) with fake tensors, so it costs neither memory nor
 arithmetic and works for models whose weights are on the meta device.  Where the forward depends on the data
 (a loop over the experts that were hit), it runs once more on the real weights.  A linear layer is recorded as
 one operation.
@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from .fake_inputs import dummy_inputs
-from .fake_model import empty_like, twin
-from .graph import Op, Trace, replace, tensors
+from .fake_model import copy_with_tensors, empty_on_cpu
+from .graph import Op, Trace, iter_tensors, map_tree
 from .recording import Recorder
 
 CONFIG = {
@@ -59,12 +59,12 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple
 
 def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
     with _silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
-        double = twin(model, empty_like, {**CONFIG, "_experts_implementation": "batched_mm"})
-        return _record(model, double, _tensors_to(inputs, empty_like), _tensors_to(args, empty_like), real=False)
+        double = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
+        return _record(model, double, _tensors_to(inputs, empty_on_cpu), _tensors_to(args, empty_on_cpu), real=False)
 
 
 def _trace_real(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
-    double = twin(model, lambda tensor: tensor, {**CONFIG, "_experts_implementation": "eager"})
+    double = copy_with_tensors(model, lambda tensor: tensor, {**CONFIG, "_experts_implementation": "eager"})
     return _record(model, double, inputs, args, real=True)
 
 
@@ -73,7 +73,7 @@ def _record(model: nn.Module, double: nn.Module, inputs: dict[str, Any], args: t
     recorder.watch(double)
     with recorder:
         outputs = double(*args, **inputs)
-    returned = [recorder.value(tensor) for tensor in tensors(outputs)]
+    returned = [recorder.value(tensor) for tensor in iter_tensors(outputs)]
     readers: dict[int, list[Op]] = defaultdict(list)
     for op in recorder.ops:
         for value in dict.fromkeys(op.reads):
@@ -87,13 +87,13 @@ def _record(model: nn.Module, double: nn.Module, inputs: dict[str, Any], args: t
         dtypes=tuple(tensor.dtype for tensor in recorder.kept),
         constants=recorder.constants,
         readers={value: tuple(ops) for value, ops in readers.items()},
-        results=frozenset(returned[:1]) | {value for value in returned if value not in readers},
-        real=real,
+        outputs=frozenset(returned[:1]) | {value for value in returned if value not in readers},
+        used_real_weights=real,
     )
 
 
 def _tensors_to(tree: Any, convert: Any) -> Any:
-    return replace(tree, lambda value: convert(value) if isinstance(value, Tensor) else value)
+    return map_tree(tree, lambda value: convert(value) if isinstance(value, Tensor) else value)
 
 
 @contextlib.contextmanager

@@ -120,18 +120,22 @@ class Local(Technique):
         config_class = stock_config_class(model.config)
         if config_class is None:
             return None
-        target = transplant.counterpart(type(model), type(model.config), config_class)
+        target = transplant.find_counterpart(type(model), type(model.config), config_class)
         if target is None:
             return None
 
         def build(window: int) -> PreTrainedModel | None:
             config = transplant.translate_config(model.config, config_class, **window_fields(model.config, window))
             made, spare = transplant.transplant(model, target, config)
-            return made if not spare and not transplant.missing(made) else None
+            return made if not spare and not transplant.meta_tensor_names(made) else None
 
         # Twice the dummy text is out of reach, and 1 leaves each token alone: the two ends show what the window does.
         wide, alone = build(2 * full.shape[1]), build(1)
-        if wide is None or alone is None or not only_the_window(full, wide, alone, inputs, transplant.rounding(model)):
+        if (
+            wide is None
+            or alone is None
+            or not only_the_window(full, wide, alone, inputs, transplant.rounding_tolerance(model))
+        ):
             return None
         return build(self.window)
 
@@ -151,7 +155,7 @@ class Local(Technique):
             if not had:
                 del model.config.attention_window
             model.set_attn_implementation(before)
-        if lonely or relative(wide, full) > transplant.rounding(model):
+        if lonely or relative(wide, full) > transplant.rounding_tolerance(model):
             raise ModelError(
                 f"{label}: a window does not reach the attention of {type(model).__name__}, which does not take its "
                 "mask from transformers' AttentionMaskInterface; this architecture is not supported"

@@ -59,13 +59,13 @@ def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedM
     given = dict(model.named_parameters(remove_duplicate=False))
     source = {name: bert_name(name) for name, _ in plain.named_parameters(remove_duplicate=False)}
     for name, old in source.items():
-        transplant.place(plain, name, given[old])
+        transplant.set_tensor(plain, name, given[old])
     for name, _ in plain.named_buffers():
-        transplant.place(plain, name, model.get_buffer(bert_name(name)))
+        transplant.set_tensor(plain, name, model.get_buffer(bert_name(name)))
     _add_segment(plain, model)
     plain.train(model.training)
-    gap = transplant.difference(model, plain, dummy_inputs(model))
-    if not gap <= transplant.rounding(model):
+    gap = transplant.output_difference(model, plain, dummy_inputs(model))
+    if not gap <= transplant.rounding_tolerance(model):
         raise ModelError(f"{label}: without token types the model is another one (relative difference {gap:.1e})")
     members = (*plain.named_modules(remove_duplicate=False), *plain.named_parameters(remove_duplicate=False))
     names = {bert_name(name): [name] for name, _ in members}
@@ -109,4 +109,4 @@ def _add_segment(plain: PreTrainedModel, model: PreTrainedModel) -> None:
     summed = positions + embeddings.token_type_embeddings.weight[0]
     prefix = "distilbert." if isinstance(plain, DistilBertForMaskedLM) else ""
     parameter = nn.Parameter(summed, requires_grad=positions.requires_grad)
-    transplant.place(plain, f"{prefix}embeddings.position_embeddings.weight", parameter)
+    transplant.set_tensor(plain, f"{prefix}embeddings.position_embeddings.weight", parameter)

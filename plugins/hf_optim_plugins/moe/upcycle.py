@@ -127,7 +127,7 @@ class Upcycle(Technique):
         native = find_native(dense, self.every, label)
         config_class = transplant.config_class_of(native.model_type)
         config = transplant.translate_config(dense.config, config_class, **native.fields(dense.config, self))
-        target = transplant.counterpart(type(dense), type(dense.config), config_class)
+        target = transplant.find_counterpart(type(dense), type(dense.config), config_class)
         if target is None:
             raise ModelError(f"{label}: transformers has no {native.model_type} class for {type(dense).__name__}")
         if dense.dtype == torch.float64:
@@ -166,7 +166,11 @@ class Upcycle(Technique):
     def _fill_experts(self, model: PreTrainedModel, spare: dict[str, nn.Parameter], label: str) -> list[str]:
         """Give every mixture its experts and its router; the names of the layers that became one."""
         generator = torch.Generator().manual_seed(self.seed)
-        layers = [name.removesuffix("." + ROUTER) for name in transplant.missing(model) if name.endswith("." + ROUTER)]
+        layers = [
+            name.removesuffix("." + ROUTER)
+            for name in transplant.meta_tensor_names(model)
+            if name.endswith("." + ROUTER)
+        ]
         for layer in layers:
             try:
                 gate, up, down = (spare.pop(f"{layer}.{leaf}") for leaf in (GATE, UP, DOWN))
@@ -179,23 +183,23 @@ class Upcycle(Technique):
             for name, weights in stacked.items():
                 if self.noise:
                     perturb_(weights, self.noise, generator)
-                transplant.place(model, name, nn.Parameter(weights, requires_grad=gate.requires_grad))
+                transplant.set_tensor(model, name, nn.Parameter(weights, requires_grad=gate.requires_grad))
             router = torch.randn(self.experts, gate.shape[1], generator=generator) * self.router_std
-            transplant.place(model, f"{layer}.{ROUTER}", nn.Parameter(router.to(gate)))
+            transplant.set_tensor(model, f"{layer}.{ROUTER}", nn.Parameter(router.to(gate)))
         if spare:
             raise ModelError(
                 f"{label}: {type(model).__name__} has no place for {', '.join(sorted(spare)[:4])}"
                 f"{' and more' if len(spare) > 4 else ''}; a dense model with these weights cannot be upcycled exactly"
             )
-        if unfilled := transplant.missing(model):
+        if unfilled := transplant.meta_tensor_names(model):
             raise ModelError(f"{label}: the dense model has nothing for {', '.join(unfilled[:4])}")
         return layers
 
     def _verify(self, dense: PreTrainedModel, model: PreTrainedModel, label: str) -> None:
         if self.noise:
             return
-        gap = transplant.difference(dense, model, dummy_inputs(dense))
-        if not gap <= transplant.rounding(dense):
+        gap = transplant.output_difference(dense, model, dummy_inputs(dense))
+        if not gap <= transplant.rounding_tolerance(dense):
             raise ModelError(
                 f"{label}: {type(model).__name__} does not compute what {type(dense).__name__} computes (relative "
                 f"difference {gap:.1e}): some field of the configuration has no counterpart there"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined, stock_class
 from hf_optim.toolkit.modules import replace
 from hf_optim.toolkit.quantization import GridSpec, make_grid
-from hf_optim.toolkit.topology import owners, weight_out_in
+from hf_optim.toolkit.topology import parameter_names, weight_out_in
 
 from . import _activation_modules
 
@@ -41,7 +41,7 @@ def code_of(name: str) -> RemoteCode:
 
 def separate(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
     """The linears whose weight is theirs alone, and the names of the others, by reason."""
-    holders = owners(model)
+    holders = parameter_names(model)
     kept: dict[str, nn.Module] = {}
     skipped: dict[str, list[str]] = {}
     for name, layer in layers.items():

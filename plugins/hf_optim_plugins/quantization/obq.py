@@ -39,8 +39,8 @@ from torch import nn
 from hf_optim import Contract, ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
 from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid, output_error, quantize_greedily
-from hf_optim.toolkit.statistics import Moment, SecondMoment
-from hf_optim.toolkit.topology import by_block
+from hf_optim.toolkit.statistics import GramMatrix, SecondMoment
+from hf_optim.toolkit.topology import group_by_block
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -112,7 +112,7 @@ class OBQ(Technique):
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         self._refuse_wide(run, scope)
         run.cover(self, [], skipped)
-        for part in by_block(scope.model, layers) if scope.whole else [layers]:
+        for part in group_by_block(scope.model, layers) if scope.whole else [layers]:
             with SecondMoment(part, run.label(self), getattr(torch, self.precision)) as moments:
                 yield
             for name, layer in part.items():
@@ -132,7 +132,7 @@ class OBQ(Technique):
                     "technique with one order of columns for all rows"
                 )
 
-    def _quantize(self, run: Run, name: str, layer: nn.Linear, moment: Moment) -> None:
+    def _quantize(self, run: Run, name: str, layer: nn.Linear, moment: GramMatrix) -> None:
         # A copy: storing writes into the weight.
         dense = layer.weight.detach().to(moment.total.dtype, copy=True)
         grid = self._grid(layer, run.bits_of(name, self.bits), moment.total.diagonal())
@@ -158,7 +158,7 @@ class OBQ(Technique):
             damp=self.damp,
             outliers_first=self.outliers_first,
             memory=self.memory * 2**30,
-            what=f"{run.label(self)}: the Hessian of the inputs of {name}",
+            label=f"{run.label(self)}: the Hessian of the inputs of {name}",
             progress=announce,
         )
 

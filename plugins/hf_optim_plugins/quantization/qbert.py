@@ -64,23 +64,23 @@ from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import (
     Grid,
     GridSpec,
-    cheapest_bits,
+    allocate_bits,
+    allocate_bits_by_rank,
     fit_group_size,
     make_grid,
-    ranked_bits,
     stored_bytes,
 )
 from hf_optim.toolkit.statistics import (
-    SeenBatches,
+    RecordedBatches,
     gradients,
     hessian_product,
-    own_loss,
+    calibration_loss,
     power_iteration,
-    probing,
+    enable_double_backward,
     random_direction,
-    shards,
+    sample_microbatches,
 )
-from hf_optim.toolkit.topology import by_block
+from hf_optim.toolkit.topology import group_by_block
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -173,15 +173,15 @@ class QBERT(Technique):
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
         require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
-        with SeenBatches(scope.model) as batches:
+        with RecordedBatches(scope.model) as batches:
             yield
         if not batches:
             raise ModelError(f"{run.label(self)} needs calibration data to measure curvature on")
-        parts = shards(batches, self.shards, self.rows)
+        parts = sample_microbatches(batches, self.shards, self.rows)
         found: dict[str, torch.Tensor] = {}
-        for block in by_block(scope.model, layers):
+        for block in group_by_block(scope.model, layers):
             found |= self._measured(run, scope.model, block, parts)
-        collectives.reduce_all(found, layers, "sum")
+        collectives.all_reduce_dict_(found, layers, "sum")
         idle = [name for name in layers if name not in found]
         if idle:
             skipped["the loss does not depend on it"] = idle
@@ -198,9 +198,9 @@ class QBERT(Technique):
         weights = {name: layer.weight for name, layer in layers.items()}
         sums: dict[str, torch.Tensor] = {}
         start = {name: random_direction(weight) for name, weight in weights.items()}
-        with probing(model, weights.values()):
+        with enable_double_backward(model, weights.values()):
             for part in parts:
-                loss = own_loss(model, part)
+                loss = calibration_loss(model, part)
                 for name, gradient in gradients(loss, weights).items():
                     figures, start[name] = self._figures(run, name, gradient, layers[name], start[name])
                     sums[name] = sums.get(name, 0.0) + figures  # type: ignore[operator]
@@ -251,9 +251,11 @@ class QBERT(Technique):
         sizes = {name: {bits: self._bytes(layer, bits) for bits in self.choices} for name, layer in layers.items()}
         limit = sum(self._bytes(layer, self.budget) for layer in layers.values())
         if self.assign == "rank":
-            plan = ranked_bits({name: row["omega"] for name, row in table.items()}, self.choices, sizes, limit)
+            plan = allocate_bits_by_rank(
+                {name: row["omega"] for name, row in table.items()}, self.choices, sizes, limit
+            )
         else:
-            plan = cheapest_bits({name: row["costs"] for name, row in table.items()}, sizes, limit)
+            plan = allocate_bits({name: row["costs"] for name, row in table.items()}, sizes, limit)
         weights = {name: layer.weight.numel() for name, layer in layers.items()}
         run.report(
             self,

@@ -18,7 +18,7 @@ from hf_optim.recipes.traits import SPARSE
 from hf_optim.testing.conformance import inputs_for, training_rows
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.topology.prunable_units import HEADS, coupled, find_units
+from hf_optim.toolkit.topology.prunable_groups import HEADS, coupled_layers, find_prunable_groups
 
 PRE_NORM = ("llama", "qwen2", "gpt2", "opt", "vit", "t5", "mixtral")
 WITH_HEADS = ("llama", "qwen2", "mixtral", "t5", "vit")
@@ -59,7 +59,7 @@ def silence(model, units, count):
 @pytest.mark.parametrize("family", TINY)
 def test_removing_units_that_are_zero_changes_nothing(family, score):
     model = exact(family)
-    units = find_units(topology.trace(model))
+    units = find_prunable_groups(topology.trace(model))
     wanted = {"heads": 1} if family in WITH_HEADS else {}
     wanted["neurons"] = 0 if family == "mixtral" else 16
     silence(model, [one for one in units if one.kind == HEADS and wanted.get("heads")], 1)
@@ -86,7 +86,7 @@ def test_removing_a_layer_that_adds_nothing_changes_nothing(family):
     model = prune(model, batches(model), layers=1, neurons=0, **stay)
     assert torch.allclose(logits(model, inputs), expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
     assert figures(model)["removed_layers"] == [idle.name]
-    assert figures(model)["layers"] == {idle.stack: [2, 1]}
+    assert figures(model)["layers"] == {idle.list_name: [2, 1]}
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -146,23 +146,26 @@ def kept_of(model, dense, reader):
 @pytest.mark.parametrize("kind", ["neurons", "heads"])
 def test_activation_is_the_length_of_what_a_unit_adds(kind):
     dense, data = tiny_llama(), batches(tiny_llama(), 3)
-    units = [one for one in find_units(topology.trace(dense)) if one.kind == kind]
-    inputs = observed(dense, data, [one.reader for one in units])
+    units = [one for one in find_prunable_groups(topology.trace(dense)) if one.kind == kind]
+    inputs = observed(dense, data, [one.consumer for one in units])
     model = prune(tiny_llama(), data, **{"neurons": 0, kind: 0.5}, round_to=1)
     for one in units:
-        weight = dense.get_submodule(one.reader).weight.double()
+        weight = dense.get_submodule(one.consumer).weight.double()
         score = torch.stack(
-            [sum((x[..., part] @ weight[:, part].T).square().sum() for x in inputs[one.reader]) for part in one.columns]
+            [
+                sum((x[..., part] @ weight[:, part].T).square().sum() for x in inputs[one.consumer])
+                for part in one.columns
+            ]
         )
         best = score.topk(len(one) // 2).indices.sort().values
-        assert kept_of(model, dense, one.reader) == one.columns[best].flatten().sort().values.tolist()
+        assert kept_of(model, dense, one.consumer) == one.columns[best].flatten().sort().values.tolist()
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "neurons"), ("llama", "heads"), ("bert", "neurons")])
 def test_taylor_is_the_gradient_of_a_gate_sample_by_sample(family, kind):
     dense, data = exact(family), batches(TINY[family](), 3)
-    units = [one for one in find_units(topology.trace(dense)) if one.kind == kind]
-    scores = {one.reader: torch.zeros(len(one), dtype=torch.float64) for one in units}
+    units = [one for one in find_prunable_groups(topology.trace(dense)) if one.kind == kind]
+    scores = {one.consumer: torch.zeros(len(one), dtype=torch.float64) for one in units}
     for row in (row for batch in data for row in batch["input_ids"].split(1)):
         labels = row if family == "llama" else logits(dense, {"input_ids": row}).argmax(-1)
         held = {}
@@ -171,18 +174,18 @@ def test_taylor_is_the_gradient_of_a_gate_sample_by_sample(family, kind):
             args[0].retain_grad()
             held[module] = args[0]
 
-        readers = {one.reader: dense.get_submodule(one.reader) for one in units}
+        readers = {one.consumer: dense.get_submodule(one.consumer) for one in units}
         handles = [reader.register_forward_pre_hook(hold) for reader in readers.values()]
         dense(input_ids=row, labels=labels).loss.backward()
         for handle in handles:
             handle.remove()
         for one in units:
-            product = (held[readers[one.reader]] * held[readers[one.reader]].grad).sum((0, 1))
-            scores[one.reader] += product[one.columns].sum(1).abs()
+            product = (held[readers[one.consumer]] * held[readers[one.consumer]].grad).sum((0, 1))
+            scores[one.consumer] += product[one.columns].sum(1).abs()
     model = prune(exact(family), data, **{"neurons": 0, kind: 0.5}, score="taylor", round_to=1)
     for one in units:
-        best = scores[one.reader].topk(len(one) // 2).indices.sort().values
-        assert kept_of(model, dense, one.reader) == one.columns[best].flatten().sort().values.tolist()
+        best = scores[one.consumer].topk(len(one) // 2).indices.sort().values
+        assert kept_of(model, dense, one.consumer) == one.columns[best].flatten().sort().values.tolist()
 
 
 def test_layers_go_by_block_influence_and_by_the_gradient_of_their_gates():
@@ -370,8 +373,8 @@ def test_named_layers_stay():
 def test_shared_position_biases_lose_the_same_heads_in_every_layer():
     dense = tiny_t5()
     model = prune(tiny_t5(), batches(dense), heads=2, neurons=0)
-    for together in coupled([one for one in find_units(topology.trace(dense)) if one.kind == HEADS]):
-        assert len({tuple(kept_of(model, dense, one.reader)) for one in together}) == 1
+    for together in coupled_layers([one for one in find_prunable_groups(topology.trace(dense)) if one.kind == HEADS]):
+        assert len({tuple(kept_of(model, dense, one.consumer)) for one in together}) == 1
 
 
 # -- what it is worth ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hf_optim import ModelError, RecipeError, compressed, optimize
 from hf_optim.runs.run import run_of
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
-from hf_optim.toolkit.statistics.curvature import gradients, own_loss, probing
+from hf_optim.toolkit.statistics.curvature import calibration_loss, enable_double_backward, gradients
 from hf_optim_plugins.quantization.qbert import QBERT, grouped_grid
 
 IDS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -72,9 +72,9 @@ def test_figures_of_a_layer_are_those_of_the_full_hessian():
     layer, ids = model.get_submodule(name), IDS[:, :8]
     values, forms = [], []
     change = grouped_grid(layer.weight.detach(), 4, 128, observer="mse").nearest(layer.weight) - layer.weight.detach()
-    with probing(model, [layer.weight]):
+    with enable_double_backward(model, [layer.weight]):
         for part in (ids[:3], ids[3:]):
-            gradient = gradients(own_loss(model, {"input_ids": part}), {name: layer.weight})[name].flatten()
+            gradient = gradients(calibration_loss(model, {"input_ids": part}), {name: layer.weight})[name].flatten()
             rows = [torch.autograd.grad(g, layer.weight, retain_graph=True)[0].flatten() for g in gradient]
             hessian = torch.stack(rows).detach()
             spectrum = torch.linalg.eigvalsh(hessian)

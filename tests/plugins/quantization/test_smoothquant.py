@@ -41,7 +41,7 @@ def logits(model, inputs):
 
 def plant_outliers_(model, channels=OUTLIERS, factor=50.0):
     """Make a few inputs of every linear after an exclusive norm 50 times larger; the function stays."""
-    for group in topology.norm_to_linears(model):
+    for group in topology.find_norm_groups(model):
         if group.exclusive:
             scale = torch.ones(group.module.weight.numel(), dtype=torch.float64)
             scale[list(channels)] = 1.0 / factor

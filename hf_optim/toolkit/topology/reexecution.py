@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import Op, Ref, Trace, replace, tensors
+from .graph import Op, Ref, Trace, iter_tensors, map_tree
 
 TOLERANCE = 1e-9
 """Largest relative difference between float64 numbers that should be equal."""
 
 
-class NotReplayable(Exception):
+class NotReexecutable(Exception):
     """The operations cannot be run again outside their model."""
 
 
 @dataclass(eq=False)
-class Replay:
+class Reexecution:
     """Runs `ops` again, in their order.  Values from outside are drawn once, the same for every run.
 
     Integers from outside have to be known, or, with `guess_integers`, are taken to be zero.
@@ -39,7 +39,7 @@ class Replay:
     outside: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """All values after running the operations on the `given` ones; raises `NotReplayable`."""
+        """All values after running the operations on the `given` ones; raises `NotReexecutable`."""
         values = dict(given)
         for op in sorted(self.ops, key=lambda op: op.position):
             self._run_one(op, values)
@@ -47,7 +47,7 @@ class Replay:
 
     def _run_one(self, op: Op, values: dict[int, Tensor]) -> None:
         if op.function is None:
-            raise NotReplayable(str(op))
+            raise NotReexecutable(str(op))
         renewed = {before: self._look_up(before, values).clone() for before, _ in op.mutated}
 
         def concrete(item: object) -> object:
@@ -57,12 +57,12 @@ class Replay:
                 return torch.float64 if item.is_floating_point else item
             return torch.device("cpu") if isinstance(item, torch.device) else item
 
-        args, kwargs = replace((op.args, dict(op.kwargs)), concrete)
+        args, kwargs = map_tree((op.args, dict(op.kwargs)), concrete)
         try:
             output = op.function(*args, **kwargs)
         except Exception as error:
-            raise NotReplayable(str(op)) from error
-        values.update(zip(op.writes, tensors(output), strict=True))
+            raise NotReexecutable(str(op)) from error
+        values.update(zip(op.writes, iter_tensors(output), strict=True))
         values.update({after: renewed[before] for before, after in op.mutated})
 
     def _look_up(self, value: int, values: Mapping[int, Tensor]) -> Tensor:
@@ -77,11 +77,11 @@ class Replay:
             return self.trace.constants[value]
         dtype = self.trace.dtypes[value]
         if not (dtype.is_floating_point or dtype == torch.bool or self.guess_integers):
-            raise NotReplayable(f"integers of shape {tuple(self.trace.shapes[value])} are not known")
-        return draw(self.trace.shapes[value], dtype, self.seed + value)
+            raise NotReexecutable(f"integers of shape {tuple(self.trace.shapes[value])} are not known")
+        return random_tensor(self.trace.shapes[value], dtype, self.seed + value)
 
 
-def draw(shape: Iterable[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+def random_tensor(shape: Iterable[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Random float64 magnitudes in [0.5, 1.5) whose sign alternates from row to row; indices are zero.
 
     With both signs in each channel neither side of a ReLU escapes.  Booleans alternate along the last
@@ -98,7 +98,7 @@ def draw(shape: Iterable[int], dtype: torch.dtype = torch.float64, seed: int = 0
     return numbers
 
 
-def close(left: Tensor, right: Tensor) -> bool:
+def is_close(left: Tensor, right: Tensor) -> bool:
     """Whether two float64 tensors are equal up to rounding, relative to the largest entry."""
     if left.shape != right.shape:
         return False
@@ -106,55 +106,55 @@ def close(left: Tensor, right: Tensor) -> bool:
     return bool(torch.isfinite(scale)) and bool(((left - right).abs() <= TOLERANCE * scale).all())
 
 
-def moves_elements(trace: Trace, op: Op, value: int) -> bool:
+def is_data_movement(trace: Trace, op: Op, value: int) -> bool:
     """Whether `op` only moves, drops or repeats elements of `value`: a view, a slice, a transpose, a copy."""
     others = set(op.reads) - {value}
     if op.function is None or op.mutated or not others.issubset(trace.constants):
         return False
-    return remember(trace, ("moves", signature(trace, (op,), (value,))), lambda: _moves_elements(trace, op, value))
+    return memoize(trace, ("moves", ops_signature(trace, (op,), (value,))), lambda: _moves_elements(trace, op, value))
 
 
 def _moves_elements(trace: Trace, op: Op, value: int) -> bool:
-    before = draw(trace.shapes[value])
+    before = random_tensor(trace.shapes[value])
     try:
-        values = Replay(trace, (op,)).run({value: before})
-    except NotReplayable:
+        values = Reexecution(trace, (op,)).run({value: before})
+    except NotReexecutable:
         return False
     outputs = [values[write] for write in op.writes]
     return all(output.is_floating_point() and bool(torch.isin(output, before).all()) for output in outputs)
 
 
-def scales_channels(trace: Trace, op: Op, value: int) -> bool:
+def is_scale_equivariant(trace: Trace, op: Op, value: int) -> bool:
     """Whether scaling the channels (last dimension) of `value` scales those of every output of `op` alike."""
     if op.function is None or op.mutated or not trace.shapes[value]:
         return False
-    return remember(trace, ("scales", signature(trace, (op,), (value,))), lambda: _scales_channels(trace, op, value))
+    return memoize(trace, ("scales", ops_signature(trace, (op,), (value,))), lambda: _scales_channels(trace, op, value))
 
 
 def _scales_channels(trace: Trace, op: Op, value: int) -> bool:
     channels = trace.shapes[value][-1]
-    factors = spread(channels)
-    before = draw(trace.shapes[value])
-    replay = Replay(trace, (op,), guess_integers=True)
+    factors = distinct_factors(channels)
+    before = random_tensor(trace.shapes[value])
+    replay = Reexecution(trace, (op,), guess_integers=True)
     try:
         plain, scaled = replay.run({value: before}), replay.run({value: before * factors})
-    except NotReplayable:
+    except NotReexecutable:
         return False
     for write in op.writes:
         fits = plain[write].dim() > 0 and plain[write].shape[-1] == channels and plain[write].is_floating_point()
-        if not fits or not close(scaled[write], plain[write] * factors):
+        if not fits or not is_close(scaled[write], plain[write] * factors):
             return False
     return True
 
 
-def remember(trace: Trace, question: Hashable, answer: Callable[[], Any]) -> Any:
+def memoize(trace: Trace, question: Hashable, answer: Callable[[], Any]) -> Any:
     """The answer to a question about the trace, worked out once."""
-    if question not in trace.answers:
-        trace.answers[question] = answer()
-    return trace.answers[question]
+    if question not in trace.cache:
+        trace.cache[question] = answer()
+    return trace.cache[question]
 
 
-def signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hashable:
+def ops_signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hashable:
     """What `ops` do, apart from which tensors they do it to: the same for two equal blocks.
 
     Values are numbered as they appear, those in `named` first, and carry shape, dtype and known numbers.
@@ -180,7 +180,7 @@ def signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hashable
     return tuple(described)
 
 
-def spread(count: int, seed: int = 0) -> Tensor:
+def distinct_factors(count: int, seed: int = 0) -> Tensor:
     """`count` distinct float64 factors between 0.5 and 2, evenly spaced, in random order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return torch.linspace(0.5, 2.0, count, dtype=torch.float64)[order]

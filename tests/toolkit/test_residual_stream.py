@@ -13,7 +13,7 @@ from transformers import BertModel
 from hf_optim import ModelError
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.topology.residual_stream import find_residual, permute_residual_
+from hf_optim.toolkit.topology.residual_stream import find_residual_stream, permute_residual_
 
 
 def logits(model, inputs):
@@ -82,7 +82,7 @@ def test_the_stream_itself_is_permuted(family):
 
 
 def test_what_is_found_in_a_llama():
-    residual = find_residual(tiny_llama())
+    residual = find_residual_stream(tiny_llama())
     assert residual.width == 32
     assert set(residual.writers) == {
         f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
@@ -96,7 +96,7 @@ def test_what_is_found_in_a_llama():
 
 def test_a_matrix_that_reads_and_writes_is_not_mistaken():
     # 32 x 32: only the columns of the query, and only the rows of the output projection, are in the stream's order.
-    parameters = find_residual(tiny_bert()).parameters
+    parameters = find_residual_stream(tiny_bert()).parameters
     layer = "bert.encoder.layer.0.attention"
     assert parameters[f"{layer}.self.query.weight"] == (1,)
     assert parameters[f"{layer}.output.dense.weight"] == (0,)
@@ -128,7 +128,7 @@ def test_an_order_that_is_no_permutation_is_refused():
 
 def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
     model = tiny_llama()
-    residual = find_residual(model)
+    residual = find_residual_stream(model)
     broken = copy.copy(residual)
     object.__setattr__(broken, "parameters", {k: v for k, v in residual.parameters.items() if "lm_head" not in k})
     start = copy.deepcopy(model.state_dict())
@@ -141,4 +141,4 @@ def test_a_model_without_blocks_is_refused():
     model = tiny_llama(num_hidden_layers=0)
     assert not topology.blocks(model)
     with pytest.raises(ModelError, match="no sequence of blocks"):
-        find_residual(model)
+        find_residual_stream(model)

@@ -20,60 +20,60 @@ from torch import Tensor, nn
 
 from .block_lists import block_of, blocks
 from .graph import Op, Trace
-from .layer_pairs import LinearPair, pairs
+from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import is_linear
-from .replay import NotReplayable, Replay, close, draw, remember, signature
+from .reexecution import NotReexecutable, Reexecution, is_close, memoize, ops_signature, random_tensor
 
 HEADS, NEURONS = "heads", "neurons"
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
+class PrunableGroups:
     """The units of one feed-forward or attention layer.
 
     Attributes:
         kind: ``"neurons"`` or ``"heads"``.
         block: name of the block that holds them.
-        reader: name of the linear that reads them.
+        consumer: name of the linear that reads them.
         columns: int64 ``[units, columns of each]``, the inputs of the reader.
         entries: for each parameter that has entries of the units, the reader's weight among them: the dimension they
             lie along, and which they are, int64 ``[units, entries of each]``.
-        size: width of a unit where the model's configuration may have to name it: columns of a head; 1 for neurons.
+        width: width of a unit where the model's configuration may have to name it: columns of a head; 1 for neurons.
     """
 
     kind: str
     block: str
-    reader: str
+    consumer: str
     columns: Tensor
     entries: dict[str, tuple[int, Tensor]]
-    size: int
+    width: int
 
     def __len__(self) -> int:
         return len(self.columns)
 
     @property
-    def queries(self) -> int:
+    def query_heads(self) -> int:
         """Query heads of each unit; 1 for neurons."""
-        return self.columns.shape[1] // self.size
+        return self.columns.shape[1] // self.width
 
 
-def find_units(trace: Trace) -> list[Units]:
+def find_prunable_groups(trace: Trace) -> list[PrunableGroups]:
     """The units of every feed-forward and attention layer in the blocks of a model, in the order in which they run.
 
     Layers that share their weights with others have none, and neither have experts.
     """
     found = blocks(trace)
     units = []
-    for pair in pairs(trace):
+    for pair in find_linear_pairs(trace):
         block = block_of(found, pair.producer)
         if block is not None and block.holds(pair.consumer):
             units += list(_units(trace, pair, block.name))
     return units
 
 
-def coupled(units: Iterable[Units]) -> list[list[Units]]:
+def coupled_layers(units: Iterable[PrunableGroups]) -> list[list[PrunableGroups]]:
     """The layers that share parameters of their units, and so must lose the same ones, together; others alone."""
-    groups: list[list[Units]] = []
+    groups: list[list[PrunableGroups]] = []
     for one in units:
         touching = [group for group in groups if any(one.entries.keys() & other.entries.keys() for other in group)]
         groups = [group for group in groups if all(group is not other for other in touching)]
@@ -81,7 +81,7 @@ def coupled(units: Iterable[Units]) -> list[list[Units]]:
     return groups
 
 
-def _units(trace: Trace, pair: LinearPair, block: str) -> Iterator[Units]:
+def _units(trace: Trace, pair: LinearPair, block: str) -> Iterator[PrunableGroups]:
     source, target = trace.calls_of(pair.producer)[0].writes[0], trace.calls_of(pair.consumer)[0].reads[0]
     try:
         ops, sources = upstream(trace, target)
@@ -89,10 +89,10 @@ def _units(trace: Trace, pair: LinearPair, block: str) -> Iterator[Units]:
             heads = _heads(trace, pair, ops, sources, target)
             if heads is not None:
                 rows = torch.bincount(pair.groups)
-                yield Units(HEADS, block, pair.consumer, _columns(pair), heads, int(rows[0]))
+                yield PrunableGroups(HEADS, block, pair.consumer, _columns(pair), heads, int(rows[0]))
         elif pair.groups.unique().numel() == 1 and pair.repeat == 1:
-            yield Units(NEURONS, block, pair.consumer, pair.columns, _neurons(trace, pair), 1)
-    except NotReplayable:
+            yield PrunableGroups(NEURONS, block, pair.consumer, pair.columns, _neurons(trace, pair), 1)
+    except NotReexecutable:
         return
 
 
@@ -123,14 +123,14 @@ def _mixes_tokens(trace: Trace, ops: tuple[Op, ...], source: int, target: int) -
         return False
 
     def answer() -> bool:
-        replay = Replay(trace, ops, seed=21, guess_integers=True)
-        before = draw(shape, seed=22)
+        replay = Reexecution(trace, ops, seed=21, guess_integers=True)
+        before = random_tensor(shape, seed=22)
         moved = before.clone()
-        moved[..., 0, :] = draw(shape, seed=23)[..., 0, :]
+        moved[..., 0, :] = random_tensor(shape, seed=23)[..., 0, :]
         one, two = replay.run({source: before})[target], replay.run({source: moved})[target]
-        return not close(one[..., 1:, :], two[..., 1:, :])
+        return not is_close(one[..., 1:, :], two[..., 1:, :])
 
-    return remember(trace, ("mixes", signature(trace, ops, (source, target))), answer)
+    return memoize(trace, ("mixes", ops_signature(trace, ops, (source, target))), answer)
 
 
 def _neurons(trace: Trace, pair: LinearPair) -> dict[str, tuple[int, Tensor]]:
@@ -156,8 +156,8 @@ def _heads(
     if torch.bincount(pair.groups).unique().numel() != 1:
         return None
     columns = _columns(pair)
-    question = ("heads", signature(trace, ops, (target, *sources)), tuple(map(tuple, columns.tolist())))
-    owned = remember(trace, question, lambda: _owned(trace, ops, sources, target, columns))
+    question = ("heads", ops_signature(trace, ops, (target, *sources)), tuple(map(tuple, columns.tolist())))
+    owned = memoize(trace, question, lambda: _owned(trace, ops, sources, target, columns))
     makers = {value: op for op in trace.ops for value in op.produces}
     entries = {f"{pair.consumer}.weight": (_input_dim(pair.consumer_module), columns)}
     for value, parts in zip(sources, owned, strict=True):
@@ -177,14 +177,14 @@ def _owned(
     trace: Trace, ops: tuple[Op, ...], sources: tuple[int, ...], target: int, columns: Tensor
 ) -> list[dict[int, Tensor]]:
     """For each source the dimensions along which every head has entries of its own, and which: ``[heads, entries]``."""
-    inputs = {v: draw(trace.shapes[v], seed=31 + n).mul_(0.2) for n, v in enumerate(sources)}
+    inputs = {v: random_tensor(trace.shapes[v], seed=31 + n).mul_(0.2) for n, v in enumerate(sources)}
     touched: dict[int, list[Tensor]] = {value: [] for value in sources}
     with torch.enable_grad():
         for tensor in inputs.values():
             tensor.requires_grad_(True)
-        output = Replay(trace, ops, seed=32, guess_integers=True).run(inputs)[target]
+        output = Reexecution(trace, ops, seed=32, guess_integers=True).run(inputs)[target]
         for part in columns:
-            along = draw(output.shape, seed=33)[..., part]
+            along = random_tensor(output.shape, seed=33)[..., part]
             found = torch.autograd.grad(
                 (output[..., part] * along).sum(), list(inputs.values()), retain_graph=True, allow_unused=True
             )
