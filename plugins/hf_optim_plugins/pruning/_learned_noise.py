@@ -1,60 +1,139 @@
-"""What the techniques share that train noise beside the weights, and remove by it: optimizer group, callback, end.
+"""Base of the techniques that train noise (gates, variances) beside the weights and prune by what it learned.
 
-The weight of the price is a ramp, ``r(t) = clamp((t - begin) / (end - begin), 0, 1)``; at ``settle`` weights are
-removed for good, and what is left trains on without noise. A ramp that is not through by then is said at the start.
+A penalty on the noise is weighted by a linear schedule, ``r(t) = clamp((t - begin) / (end - begin), 0, 1)``. At step
+``settle`` weights are removed for good, and the remaining ones train on without noise. A schedule that does not finish
+by then is warned about at the start of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainerCallback
 
-from hf_optim import RecipeError
+from hf_optim import RecipeError, Technique, hookimpl
 from hf_optim.toolkit.pruning import (
     NoisyLayer,
     as_step,
+    check_positions,
     cut_schedule_message,
     linear_schedule,
+    masks,
     noisy_layers,
     require_unsharded,
+    select_supported,
+    sparsity,
 )
 
 if TYPE_CHECKING:
-    from hf_optim import Run
+    from hf_optim import Card, Run
 
 
-def optimizer_group(layers: Mapping[str, NoisyLayer], rate: float | None) -> list[dict[str, Any]]:
-    """The group of what the noise learns, without weight decay; at ``rate``, or where None at that of the weights."""
-    found = list(noisy_layers.noise_parameters(layers).values())
-    return [{"params": found, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}]
+class LearnedNoise(Technique):
+    """A technique with the fields ``begin``, ``end``, ``settle``, ``targets`` and ``skip``.
 
+    The state of the step has ``layers`` (name -> layer in training), ``noises`` (name -> the noise of that layer),
+    ``ramp`` (the weight of the penalty, 0 to 1) and ``settled`` (True once weights are removed).
 
-def release(own: SimpleNamespace, layers: Mapping[str, NoisyLayer], *keys: str) -> None:
-    """Take the noise out of the layers, and out of a step's state together with ``keys``."""
-    noisy_layers.clear_noise_parameters(own, layers)
-    for layer in layers.values():
-        noisy_layers.detach_noise(layer)
-    for key in ("layers", *keys):
-        vars(own).pop(key, None)
+    Attributes:
+        title: the heading of its paragraph on the card.
+        scratch: names in the state of the step that mean nothing after the stage.
+    """
+
+    begin: int | float
+    end: int | float
+    settle: int | float
+    targets: tuple[str, ...]
+    skip: tuple[str, ...]
+
+    title = ""
+    scratch: tuple[str, ...] = ()
+
+    # -- what a technique adds ----------------------------------------------------------------------------------------
+    def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
+        """Attach noise to ``layers`` and record the coverage; return the noise of each layer by name.
+
+        Each noise has a ``layer`` and can be switched off with ``active``. Raises ``ModelError`` if there is none.
+        """
+        raise NotImplementedError
+
+    def noise_learning_rate(self) -> float | None:
+        """Return the learning rate of the noise parameters, or None for that of the weights."""
+        raise NotImplementedError
+
+    def remove(self, run: Run) -> None:
+        """Remove weights for good, by what the noise has learned."""
+        raise NotImplementedError
+
+    def shortfall(self, share: float) -> str:
+        """Return a clause on the effect of a schedule that ends at this share of its height."""
+        raise NotImplementedError
+
+    def outcome(self, run: Run) -> dict[str, Any]:
+        """Return the metrics for the record beside the sparsity."""
+        raise NotImplementedError
+
+    def description(self) -> str:
+        """Return the sentence of the card on how weights were chosen."""
+        raise NotImplementedError
+
+    # -- what they share ----------------------------------------------------------------------------------------------
+    def validate(self) -> None:
+        check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
+
+    def prepare(self, run: Run) -> dict[str, NoisyLayer]:
+        """Return the layers in training by name; the first call attaches the noise. Raises ``ModelError`` if none."""
+        own = run.state(self)
+        if not hasattr(own, "layers"):
+            found, skipped = select_supported(run.model, run.select(self.targets, self.skip))
+            weights = {name: layer.get_parameter("weight") for name, layer in found.items()}
+            masks.require_finite(weights, run.label(self))
+            own.noises, own.settled = self.attach(run, found, skipped), False
+            own.layers = {name: noise.layer for name, noise in own.noises.items()}
+            noisy_layers.store_noise_parameters(own, own.layers)
+        return own.layers
+
+    @hookimpl
+    def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
+        found = list(noisy_layers.noise_parameters(self.prepare(run)).values())
+        rate = self.noise_learning_rate()
+        return [{"params": found, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}]
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        own, layers = run.state(self), self.prepare(run)
+        if not getattr(own, "settled", False):
+            self.remove(run)
+        noisy_layers.clear_noise_parameters(own, layers)
+        for layer in layers.values():
+            noisy_layers.detach_noise(layer)
+        for key in ("layers", "noises", *self.scratch):
+            vars(own).pop(key, None)
+        names, _ = run.covered(self) or (set(), {})
+        run.report(self, **sparsity.metrics(run.model, names), **self.outcome(run))
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        names, _ = run.covered(self) or (set(), {})
+        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        card.paragraph(
+            self.title,
+            f"{self.description()} {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+        )
+        card.table(
+            f"{self.title}: sparsity of the layers", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names)
+        )
 
 
 class NoiseTraining(TrainerCallback):
-    """Lets the price rise, and removes weights when their time comes."""
+    """Raises the weight of the penalty along its schedule, and removes weights at step ``settle``."""
 
-    def __init__(self, step: Any, run: Run, layers: Mapping[str, NoisyLayer], noises: Sequence[Any]) -> None:
-        """Of a step in a run.
-
-        Args:
-            step: has ``begin``, ``end``, ``settle``, ``remove(run)``, and ``cut_off(share)``, which says what comes of
-                a ramp that ends at this share of its height.
-            run: the run.
-            layers: in training, by name.
-            noises: each is ``active`` or not.
-        """
-        self.step, self.run, self.layers, self.noises = step, run, layers, noises
+    def __init__(self, step: Any, run: Run) -> None:
+        self.step, self.run, self.layers = step, run, step.prepare(run)
 
     @property
     def own(self) -> SimpleNamespace:
@@ -63,27 +142,28 @@ class NoiseTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         require_unsharded(self.layers)
-        self._look_at_the_ramp(state.max_steps)
+        self._check_schedule(state.max_steps)
         noisy_layers.lower_adam_epsilon(kwargs.get("optimizer"), self.layers)
         noisy_layers.load_noise_parameters(self.own, self.layers)
         if state.global_step == 0:
             self.own.settled = False
-        self._move(state)
+        self._update(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._move(state)
+        self._update(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.own.settled and state.global_step == as_step(self.step.settle, state.max_steps):
             self.step.remove(self.run)
             self.own.settled = True
-        self._move(state)
+        self._update(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # load_best_model_at_end may have read another checkpoint.
         noisy_layers.load_noise_parameters(self.own, self.layers)
 
-    def _look_at_the_ramp(self, max_steps: int) -> None:
+    def _check_schedule(self, max_steps: int) -> None:
+        """Raise ``RecipeError`` for a schedule that ends before it begins; warn if it does not finish."""
         step = self.step
         begin, end, settle = (as_step(position, max_steps) for position in (step.begin, step.end, step.settle))
         if begin > end:
@@ -97,11 +177,11 @@ class NoiseTraining(TrainerCallback):
         cut, remedy = f"training at step {max_steps}", "train longer, or lower end"
         if settle < max_steps:
             cut, remedy = f"weights are removed for good at step {settle}", "raise settle, or lower end"
-        reached = step.cut_off(linear_schedule(last, begin, end))
+        reached = step.shortfall(linear_schedule(last, begin, end))
         self.run.warn(step, cut_schedule_message(end, cut, reached, remedy))
 
-    def _move(self, state: Any) -> None:
+    def _update(self, state: Any) -> None:
         begin, end = (as_step(position, state.max_steps) for position in (self.step.begin, self.step.end))
         self.own.ramp = linear_schedule(state.global_step, begin, end)
-        for noise in self.noises:
+        for noise in self.own.noises.values():
             noise.active = not self.own.settled

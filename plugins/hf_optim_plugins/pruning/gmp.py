@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 
 from hf_optim import (
     Contract,
-    ModelError,
     Paper,
     RecipeError,
     Reload,
@@ -33,6 +32,7 @@ from hf_optim.toolkit.pruning import (
     sparsity,
     unfinished_schedule_message,
 )
+from hf_optim.toolkit.topology import require_layers
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -94,10 +94,7 @@ class GMP(Technique):
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         layers = run.select(self.targets, self.skip)
-        if not layers:
-            raise ModelError(
-                f"{run.label(self)}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
-            )
+        require_layers(layers, run.model, run.label(self))
         names = masks.weight_names(layers)
         run.cover(self, names)
         return [RampPruning(self, run, list(names.values()))]
@@ -133,12 +130,12 @@ class RampPruning(TrainerCallback):
         ramp = self.step.ramp(state.max_steps)
         if sentence := unfinished_schedule_message(ramp, state.max_steps):
             self.run.warn(self.step, sentence)
-        if state.global_step == 0 and ramp.updates_at(0):
+        if state.global_step == 0 and ramp.is_update_step(0):
             self._prune(ramp.sparsity(0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ramp = self.step.ramp(state.max_steps)
-        if ramp.updates_at(state.global_step):
+        if ramp.is_update_step(state.global_step):
             self._prune(ramp.sparsity(state.global_step))
 
     def _prune(self, share: float) -> None:

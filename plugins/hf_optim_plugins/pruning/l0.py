@@ -17,34 +17,28 @@ beside it. Unlike the paper, gates of units are drawn once for a batch, not for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, ModelError, Paper, Reload, hookimpl, option, technique, traits
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     TRAINING_FORWARD,
     Gates,
-    NoisyLayer,
     UnitGates,
     WeightGates,
-    check_positions,
     hard_concrete,
     masks,
-    noisy_layers,
-    select_supported,
-    sparsity,
 )
 from hf_optim.toolkit.topology import find_prunable_groups
 
-from ._learned_noise import NoiseTraining, optimizer_group, release
+from ._learned_noise import LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
-    from hf_optim import Card, Run
+    from hf_optim import Run
 
 
 @technique(
@@ -60,7 +54,7 @@ if TYPE_CHECKING:
     reload=Reload.STOCK_DENSE,
     trains=True,
 )
-class L0(Technique):
+class L0(LearnedNoise):
     """Learn which weights, neurons or heads to keep, with random gates whose expected number has a price.
 
     Runs in ``hf_optim.OptimTrainer``: the price is the loss term ``l0``. In evaluation mode the gates are those of test
@@ -100,35 +94,21 @@ class L0(Technique):
     targets: tuple[str, ...] = ("Linear",)
     skip: tuple[str, ...] = ()
 
-    def validate(self) -> None:
-        check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
-
-    def cut_off(self, share: float) -> str:
-        """What comes of a ramp that ends at this share of its height."""
-        if self.sparsity is None:
-            return f"the price reaches {share * self.weight:.4g} instead of {self.weight:g}"
-        return (
-            f"the target reaches a sparsity of {share * self.sparsity:.4f} instead of {self.sparsity:g}, and the gates "
-            "that are missing are closed at once"
-        )
+    title = "L0 regularization"
+    scratch = ("missing", "multipliers")
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        layers = self.prepare(run)
-        return [GateTraining(self, run, layers, run.state(self).gates)]
-
-    @hookimpl
-    def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
-        return optimizer_group(self.prepare(run), self.gate_learning_rate)
+        return [GateTraining(self, run)]
 
     @hookimpl
     def training_loss(self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
         own = run.state(self)
-        heard = [gates for gates in own.gates if gates.heard]
-        if own.settled or not heard:
+        sampled = [gates for gates in own.noises.values() if gates.sampled]
+        if own.settled or not sampled:
             return {}
-        share = open_share(heard, run.masks)
+        share = open_share(sampled, run.masks)
         if self.sparsity is None:
             return {"l0": own.ramp * self.weight * share}
         missing = self.sparsity * own.ramp - (1.0 - share)
@@ -136,68 +116,59 @@ class L0(Technique):
         first, second = own.multipliers.to(share.device)
         return {"l0": first * missing + second * missing.square()}
 
-    @hookimpl
-    def finalize_model(self, run: Run) -> None:
-        own, layers = run.state(self), self.prepare(run)
-        if not getattr(own, "settled", False):
-            self.remove(run)
-        release(own, layers, "gates", "missing", "multipliers")
-        names, _ = run.covered(self) or (set(), {})
-        run.report(self, **sparsity.metrics(run.model, names), closed=own.closed)
-
-    @hookimpl
-    def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
-        price = f"λ = {self.weight:g}" if self.sparsity is None else f"a target sparsity of {100 * self.sparsity:g} %"
-        card.paragraph(
-            "L0 regularization",
-            f"Trained with a hard concrete gate on each of the {self.on} and {price}; the gates are folded into the "
-            f"weights, and {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
-        )
-        card.table("Sparsity after L0 regularization", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
-
-    # -- the layers ---------------------------------------------------------------------------------------------------
-    def prepare(self, run: Run) -> dict[str, NoisyLayer]:
-        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
-        own = run.state(self)
-        if hasattr(own, "layers"):
-            return own.layers
-        chosen = run.select(self.targets, self.skip)
-        found, skipped = select_supported(run.model, chosen)
+    # -- gates --------------------------------------------------------------------------------------------------------
+    def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
         units = [] if self.on == "weights" else find_prunable_groups(topology.trace(run.model))
-        units = [one for one in units if one.kind == self.on and one.reader in found]
-        if not (found if self.on == "weights" else units):
+        units = [group for group in units if group.kind == self.on and group.reader in layers]
+        if not (layers if self.on == "weights" else units):
+            why = topology.summarize(skipped)
             raise ModelError(
                 f"{run.label(self)}: {type(run.model).__name__} has no {self.on} that could have gates; check targets "
-                "and skip" + "".join(f". {', '.join(names[:3])}: {reason}" for reason, names in skipped.items())
+                f"and skip{f' ({why})' if why else ''}"
             )
-        masks.require_finite({name: layer.get_parameter("weight") for name, layer in found.items()}, run.label(self))
         start = hard_concrete.initial_log_alpha(self.initial)
         if self.on == "weights":
-            own.gates = [WeightGates(name, layer, start, self.temperature) for name, layer in found.items()]
-            run.cover(self, found, skipped)
-        else:
-            own.gates = [UnitGates(run.model, one, start, self.temperature) for one in units]
-            run.cover(self, {name.rpartition(".")[0] for gates in own.gates for name in gates.entries}, skipped)
-        own.layers, own.settled = {gates.name: gates.layer for gates in own.gates}, False
-        noisy_layers.store_noise_parameters(own, own.layers)
-        return own.layers
+            run.cover(self, layers, skipped)
+            return {name: WeightGates(name, layer, start, self.temperature) for name, layer in layers.items()}
+        gates = {group.reader: UnitGates(run.model, group, start, self.temperature) for group in units}
+        run.cover(self, {name.rpartition(".")[0] for each in gates.values() for name in each.entries}, skipped)
+        return gates
+
+    def noise_learning_rate(self) -> float | None:
+        return self.gate_learning_rate
+
+    def shortfall(self, share: float) -> str:
+        if self.sparsity is None:
+            return f"the price reaches {share * self.weight:.4g} instead of {self.weight:g}"
+        return (
+            f"the target reaches a sparsity of {share * self.sparsity:.4f} instead of {self.sparsity:g}, and the gates "
+            "that are missing are closed at once"
+        )
 
     @torch.no_grad()
     def remove(self, run: Run) -> None:
-        """Fold the gates into the weights, for good, and mask what they close."""
+        """Fold the gates into the weights for good, and mask the weights of closed gates."""
         own = run.state(self)
-        scores = {gates.name: gates.log_alpha.detach() for gates in own.gates}
+        scores = {name: gates.log_alpha.detach() for name, gates in own.noises.items()}
         masks.require_finite(scores, run.label(self))
         final = {name: hard_concrete.deterministic_gates(alpha) for name, alpha in scores.items()}
         if self.sparsity is not None:
-            alive = {gates.name: gates.sizes(run.masks) > 0 for gates in own.gates}
+            alive = {name: gates.sizes(run.masks) > 0 for name, gates in own.noises.items()}
             kept = masks.global_masks({name: alpha.exp() for name, alpha in scores.items()}, self.sparsity, alive)
             final = {name: gate * kept[name] for name, gate in final.items()}
         own.closed = round(sum(int((g == 0).sum()) for g in final.values()) / sum(g.numel() for g in final.values()), 6)
-        for gates in own.gates:
-            masks.prune_(run.model, run.masks, gates.fold(final[gates.name]))
+        for name, gates in own.noises.items():
+            masks.prune_(run.model, run.masks, gates.fold(final[name]))
+
+    def outcome(self, run: Run) -> dict[str, Any]:
+        return {"closed": run.state(self).closed}
+
+    def description(self) -> str:
+        price = f"λ = {self.weight:g}" if self.sparsity is None else f"a target sparsity of {100 * self.sparsity:g} %"
+        return (
+            f"Trained with a hard concrete gate on each of the {self.on} and {price}; the gates are folded into the "
+            "weights."
+        )
 
 
 class GateTraining(NoiseTraining):
@@ -219,7 +190,7 @@ class GateTraining(NoiseTraining):
 
 def open_share(gates: list[Gates], kept: Mapping[str, Tensor]) -> Tensor:
     """The expected share of the weights under these gates that is used, in [0, 1]; masked weights count on no side."""
-    counts = [one.open_count(kept) for one in gates]
+    counts = [one.expected_open(kept) for one in gates]
     used, size = (torch.stack(parts).sum() for parts in zip(*counts, strict=True))
     return used / size.clamp(min=1)
 

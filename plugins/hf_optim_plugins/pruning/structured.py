@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.modules import main_output, rounding_tolerance
 from hf_optim.toolkit.pruning import masks, shrink
 from hf_optim.toolkit.statistics import RecordedBatches, importance
 from hf_optim.toolkit.topology import HEADS, NEURONS, PrunableGroups, coupled_layers, dummy_inputs, find_prunable_groups
@@ -129,14 +129,18 @@ class Structured(Technique):
         expected = outputs_without(model, units, kept, gone)
         shrink.apply_(model, plan)
         require_equal(model, expected, label)
-        run.masks.update({name: plan.narrow(name, mask) for name, mask in run.masks.items()})
-        run.rename(plan.renamed)
+        run.masks.update({name: plan.slice(name, mask) for name, mask in run.masks.items()})
+        run.rename(plan.new_names)
         self._report(run, units, kept, gone, plan, before, ranked_by)
 
     # -- what there is ------------------------------------------------------------------------------------------------
     def _units(self, model: PreTrainedModel, label: str) -> list[PrunableGroups]:
         wanted = {HEADS: self.heads, NEURONS: self.neurons}
-        found = [one for one in find_prunable_groups(topology.trace(model)) if wanted[one.kind]] if any(wanted.values()) else []
+        found = (
+            [one for one in find_prunable_groups(topology.trace(model)) if wanted[one.kind]]
+            if any(wanted.values())
+            else []
+        )
         for kind in (kind for kind, share in wanted.items() if share):
             if not any(one.kind == kind for one in found):
                 why = "; its feed-forward layers are experts" if topology.has_experts(model) and kind == NEURONS else ""
@@ -157,7 +161,7 @@ class Structured(Technique):
         return {
             block.name: block.module
             for block in topology.blocks(model)
-            if block.index in free[block.stack] and block.name not in stay
+            if block.index in free[block.list_name] and block.name not in stay
         }
 
     def _staying_blocks(self, model: PreTrainedModel, label: str) -> set[str]:
@@ -184,14 +188,14 @@ class Structured(Technique):
             return found, {name: float(found.get(name, torch.zeros(1))) for name in blocks}, named
         if score == "activation":
             with (
-                importance.Contributions(model, units, label) as added,
+                importance.OutputContributions(model, units, label) as added,
                 importance.BlockInfluence(blocks, label) as influence,
             ):
                 yield
             return added, _mean(influence), named
         yield
         masks.require_finite(dict(model.named_parameters()), label)
-        magnitudes = {one.reader: importance.unit_magnitude(model, one) for one in units}
+        magnitudes = {one.consumer: importance.group_magnitude(model, one) for one in units}
         return magnitudes, {name: importance.block_magnitude(block) for name, block in blocks.items()}, named
 
     def _scores_by_default(
@@ -200,7 +204,7 @@ class Structured(Technique):
         """Units by what they add, layers by the gradient of their gates, on one pass of the data."""
         named = dict.fromkeys((one.kind for one in units), "activation")
         with (
-            importance.Contributions(model, units, label) as added,
+            importance.OutputContributions(model, units, label) as added,
             importance.BlockInfluence(blocks, label) as influence,
             RecordedBatches(model) as batches,
         ):
@@ -219,8 +223,8 @@ class Structured(Technique):
         found = topology.blocks(model) if self.layers else []
         gone: set[str] = set()
         stay_all = self._staying_blocks(model, label) if found else set()
-        for stack in dict.fromkeys(block.stack for block in found):
-            members = [block.name for block in found if block.stack == stack]
+        for stack in dict.fromkeys(block.list_name for block in found):
+            members = [block.name for block in found if block.list_name == stack]
             free = [name for name in members if name in scores]
             if stay_all.issuperset(members):
                 continue
@@ -239,12 +243,12 @@ class Structured(Technique):
         kept = {}
         for together in coupled_layers(units):
             counted = [one for one in together if one.block not in gone] or together
-            missing = [one.reader for one in counted if one.reader not in scores]
+            missing = [one.consumer for one in counted if one.consumer not in scores]
             if missing:
                 raise ModelError(f"{label}: no calibration input reached {missing[0]}; calibrate with other data")
-            total = torch.stack([scores[one.reader].double().cpu() for one in counted]).sum(0)
+            total = torch.stack([scores[one.consumer].double().cpu() for one in counted]).sum(0)
             for one in together:
-                kept[one.reader] = largest(total, self._staying(one, label))
+                kept[one.consumer] = largest(total, self._staying(one, label))
         return kept
 
     def _staying(self, units: PrunableGroups, label: str) -> int:
@@ -256,20 +260,25 @@ class Structured(Technique):
             stated += f" (a multiple of {self.round_to} stays)"
         if not 0 < stay < size:
             raise ModelError(
-                f"{label}: {stated} of {units.reader} cannot be removed: at least one must go and one must stay; ask "
+                f"{label}: {stated} of {units.consumer} cannot be removed: at least one must go and one must stay; ask "
                 f"for another number of {units.kind}"
             )
         return stay
 
     def _plan(
-        self, model: PreTrainedModel, units: Sequence[PrunableGroups], kept: Mapping[str, Tensor], gone: set[str], label: str
+        self,
+        model: PreTrainedModel,
+        units: Sequence[PrunableGroups],
+        kept: Mapping[str, Tensor],
+        gone: set[str],
+        label: str,
     ) -> shrink.PruningPlan:
         present = {one.kind: None for one in units}
         depth: dict[str, list[int]] = {}
         for block in topology.blocks(model) if gone else ():
-            depth.setdefault(block.stack, [])
+            depth.setdefault(block.list_name, [])
             if block.name not in gone:
-                depth[block.stack].append(block.index)
+                depth[block.list_name].append(block.index)
         try:
             steps = [narrowing(model, [one for one in units if one.kind == kind], kept) for kind in present]
             return shrink.plan(model, steps, depth)
@@ -296,12 +305,12 @@ class Structured(Technique):
     ) -> None:
         widths: dict[str, list[list[int]]] = {}
         for one in units:
-            pair = [len(one), len(kept[one.reader])]
+            pair = [len(one), len(kept[one.consumer])]
             if pair not in widths.setdefault(one.kind, []):
                 widths[one.kind].append(pair)
-        stacks = {stack: [len(plan.before.get_submodule(stack)), len(stay)] for stack, stay in plan.depth.items()}  # type: ignore[arg-type]
+        stacks = {stack: [len(plan.before.get_submodule(stack)), len(stay)] for stack, stay in plan.kept_blocks.items()}  # type: ignore[arg-type]
         worked_on = {name.rpartition(".")[0] for one in units for name in one.entries}
-        run.cover(self, [*filter(None, map(plan.rename, worked_on)), *plan.depth])
+        run.cover(self, [*filter(None, map(plan.new_name, worked_on)), *plan.kept_blocks])
         run.report(
             self,
             parameters_before=before,
@@ -341,14 +350,14 @@ def narrowing(model: nn.Module, units: Sequence[PrunableGroups], kept: Mapping[s
     stays: dict[str, dict[int, Tensor]] = {}
     sizes: dict[int, int] = {}
     for one in units:
-        left = kept[one.reader]
-        sizes |= {len(one): len(left), len(one) * one.queries: len(left) * one.queries}
+        left = kept[one.consumer]
+        sizes |= {len(one): len(left), len(one) * one.query_heads: len(left) * one.query_heads}
         gone = torch.ones(len(one), dtype=torch.bool).index_fill(0, left, False)
         for name, (dim, entries) in one.entries.items():
             everything = torch.ones(model.get_parameter(name).shape[dim], dtype=torch.bool)
             everything[entries[gone].flatten()] = False
             stays.setdefault(name, {})[dim] = everything.nonzero().flatten()
-    return shrink.Slicing(stays, sizes, len(left) if one.kind == NEURONS else one.size)
+    return shrink.Slicing(stays, sizes, len(left) if one.kind == NEURONS else one.width)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -362,8 +371,8 @@ def outputs_without(
     """What the whole model gives for dummy inputs when gates close on all that is to go."""
     gates = {}
     for one in units:
-        gone_units = torch.ones(len(one), dtype=torch.bool).index_fill(0, kept[one.reader], False)
-        gates[one.reader] = one.columns[gone_units].flatten()
+        gone_units = torch.ones(len(one), dtype=torch.bool).index_fill(0, kept[one.consumer], False)
+        gates[one.consumer] = one.columns[gone_units].flatten()
 
     def gate(name: str, tensor: Tensor) -> Tensor | None:
         if name in gone:
@@ -371,15 +380,15 @@ def outputs_without(
         return tensor.new_ones(tensor.shape[-1]).index_fill(0, gates[name].to(tensor.device), 0.0)
 
     readers = {name: model.get_submodule(name) for name in gates}
-    with importance.gated(readers, {name: model.get_submodule(name) for name in gone}, gate):
-        return transplant.output(model, dummy_inputs(model))
+    with importance.apply_gates(readers, {name: model.get_submodule(name) for name in gone}, gate):
+        return main_output(model, dummy_inputs(model))
 
 
 def require_equal(model: PreTrainedModel, expected: Tensor, label: str) -> None:
     """Raise ``ModelError`` unless the smaller model gives what the whole one gave with its gates closed."""
-    found = transplant.output(model, dummy_inputs(model))
+    found = main_output(model, dummy_inputs(model))
     gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not gap <= transplant.rounding(model):
+    if not gap <= rounding_tolerance(model):
         raise ModelError(
             f"{label}: the smaller {type(model).__name__} does not compute what the whole one computes without the "
             f"removed parts (relative difference {gap:.1e}): something in it depends on how many there are. Load the "

@@ -17,29 +17,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, hookimpl, option, technique, traits
-from hf_optim.toolkit.pruning import (
-    TRAINING_FORWARD,
-    NoisyLayer,
-    WeightNoise,
-    check_positions,
-    masks,
-    noisy_layers,
-    select_supported,
-    sparsity,
-)
+from hf_optim import Contract, Paper, Reload, hookimpl, option, technique, traits
+from hf_optim.toolkit.pruning import TRAINING_FORWARD, WeightNoise, masks
+from hf_optim.toolkit.topology import require_layers
 
-from ._learned_noise import NoiseTraining, optimizer_group, release
+from ._learned_noise import LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
-    from hf_optim import Card, Run
+    from hf_optim import Run
 
 
 @technique(
@@ -55,7 +46,7 @@ if TYPE_CHECKING:
     reload=Reload.STOCK_DENSE,
     trains=True,
 )
-class VariationalDropout(Technique):
+class VariationalDropout(LearnedNoise):
     """Learn a noise level for each weight while training, and remove the weights that are mostly noise.
 
     Runs in ``hf_optim.OptimTrainer``: the divergence is the loss term ``kl``. In evaluation mode layers compute with
@@ -97,23 +88,13 @@ class VariationalDropout(Technique):
     targets: tuple[str, ...] = ("Linear",)
     skip: tuple[str, ...] = ()
 
-    def validate(self) -> None:
-        check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
-
-    def cut_off(self, share: float) -> str:
-        """What comes of a ramp that ends at this share of its height."""
-        made = "" if self.sparsity is None else f", and a sparsity of {self.sparsity:g} is made of the ranking so far"
-        return f"the weight of the divergence reaches {share * self.weight:.4g} instead of {self.weight:g}{made}"
+    title = "Sparse variational dropout"
+    scratch = ("chosen",)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        layers = self.prepare(run)
-        return [VariationalTraining(self, run, layers, run.state(self).noises)]
-
-    @hookimpl
-    def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]]:
-        return optimizer_group(self.prepare(run), self.variance_learning_rate)
+        return [VariationalTraining(self, run)]
 
     @hookimpl
     def training_loss(self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Any]:
@@ -123,58 +104,31 @@ class VariationalDropout(Technique):
         if self.examples is None and own.examples is None:
             own.examples = labelled(inputs) * own.batches
         scale = own.ramp * self.weight / (self.examples or own.examples)
-        terms = [noise.divergence() for noise in own.noises if noise.heard]
+        terms = [noise.divergence() for noise in own.noises.values() if noise.sampled]
         return {"kl": scale * torch.stack(terms).sum()} if terms else {}
 
-    @hookimpl
-    def finalize_model(self, run: Run) -> None:
-        own, layers = run.state(self), self.prepare(run)
-        if not getattr(own, "settled", False):
-            self.remove(run)
-        release(own, layers, "noises", "chosen")
-        run.report(self, **sparsity.metrics(run.model, layers), above_threshold=own.above_threshold)
+    # -- noise --------------------------------------------------------------------------------------------------------
+    def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
+        require_layers(layers, run.model, run.label(self), skipped)
+        run.cover(self, layers, skipped)
+        return {
+            name: WeightNoise(layer, f"{name}.weight", run.masks, lambda: self.choose(run), self.initial)
+            for name, layer in layers.items()
+        }
 
-    @hookimpl
-    def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
-        rule = f"log α > {self.threshold:g}" if self.sparsity is None else "the largest α"
-        card.paragraph(
-            "Sparse variational dropout",
-            f"Trained with Gaussian noise of a learned variance on every targeted weight (KL weight {self.weight:g}); "
-            f"the weights with {rule} were removed: {100 * share:.1f} % are zero. {sparsity.NO_SPEED_UP}",
-        )
-        card.table("Sparsity after variational dropout", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
+    def noise_learning_rate(self) -> float | None:
+        return self.variance_learning_rate
 
-    # -- the layers ---------------------------------------------------------------------------------------------------
-    def prepare(self, run: Run) -> dict[str, NoisyLayer]:
-        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
-        own = run.state(self)
-        if hasattr(own, "layers"):
-            return own.layers
-        chosen = run.select(self.targets, self.skip)
-        found, skipped = select_supported(run.model, chosen)
-        run.cover(self, found, skipped)
-        if not found:
-            raise ModelError(
-                f"{run.label(self)}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
-                + "".join(f". {', '.join(names[:3])}: {reason}" for reason, names in skipped.items())
-            )
-        masks.require_finite({name: layer.get_parameter("weight") for name, layer in found.items()}, run.label(self))
-        own.layers, own.noises, own.settled = {}, [], False
-        for name, layer in found.items():
-            noise = WeightNoise(layer, f"{name}.weight", run.masks, lambda: self.choose(run), self.initial)
-            own.layers[name] = noise.layer
-            own.noises.append(noise)
-        noisy_layers.store_noise_parameters(own, own.layers)
-        return own.layers
+    def shortfall(self, share: float) -> str:
+        made = "" if self.sparsity is None else f", and a sparsity of {self.sparsity:g} is made of the ranking so far"
+        return f"the weight of the divergence reaches {share * self.weight:.4g} instead of {self.weight:g}{made}"
 
     @torch.no_grad()
     def choose(self, run: Run) -> masks.Masks:
         """What would be kept now: parameter name -> mask. Worked out once for each optimizer step."""
         own = run.state(self)
         if getattr(own, "chosen", None) is None:
-            alphas = {noise.parameter: noise.log_alpha() for noise in own.noises}
+            alphas = {noise.parameter: noise.log_alpha() for noise in own.noises.values()}
             if self.sparsity is None:
                 own.chosen = {name: alpha <= self.threshold for name, alpha in alphas.items()}
             else:
@@ -185,13 +139,23 @@ class VariationalDropout(Technique):
         return own.chosen
 
     def remove(self, run: Run) -> None:
-        """Remove what is not to be kept, for good."""
+        """Remove the weights that ``choose`` does not keep, for good."""
         own = run.state(self)
-        weights = {noise.parameter: noise.layer.weight.detach() for noise in own.noises}
+        weights = {noise.parameter: noise.layer.weight.detach() for noise in own.noises.values()}
         masks.require_finite(weights, run.label(self))
-        above = sum(int((noise.log_alpha() > self.threshold).sum()) for noise in own.noises)
+        above = sum(int((noise.log_alpha() > self.threshold).sum()) for noise in own.noises.values())
         own.above_threshold = round(above / sum(weight.numel() for weight in weights.values()), 6)
         masks.prune_(run.model, run.masks, self.choose(run))
+
+    def outcome(self, run: Run) -> dict[str, Any]:
+        return {"above_threshold": run.state(self).above_threshold}
+
+    def description(self) -> str:
+        rule = f"log α > {self.threshold:g}" if self.sparsity is None else "the largest α"
+        return (
+            f"Trained with Gaussian noise of a learned variance on every targeted weight (KL weight {self.weight:g}); "
+            f"the weights with {rule} were removed."
+        )
 
 
 class VariationalTraining(NoiseTraining):

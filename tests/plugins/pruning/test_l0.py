@@ -22,7 +22,7 @@ from hf_optim.toolkit.modules.modes import eval_mode
 from hf_optim.toolkit.pruning import hard_concrete, masks
 from hf_optim.toolkit.pruning.noisy_layers import NoisyLayer
 from hf_optim.toolkit.topology.linear_layers import weight_out_in
-from hf_optim.toolkit.topology.prunable_units import find_prunable_groups
+from hf_optim.toolkit.topology.prunable_groups import find_prunable_groups
 
 # Gates that move fast: some close within a handful of steps.
 QUICK = {"technique": "l0", "initial": 0.2, "gate_learning_rate": 0.5, "end": 0, "weight": 1.0}
@@ -72,7 +72,7 @@ def test_closed_units_are_zero_in_every_layer_that_makes_or_reads_them(build, on
     model = optimize(build(), {**QUICK, "on": on, "initial": 0.5, "sparsity": 0.5})
     run = run_of(model)
     watch = train(model, tmp_path)
-    units = {one.reader: one for one in find_prunable_groups(topology.trace(build())) if one.kind == on}
+    units = {one.consumer: one for one in find_prunable_groups(topology.trace(build())) if one.kind == on}
     assert units.keys() == watch.alphas.keys()
     middle = torch.cat(list(watch.alphas.values())).median()
     closed = {name: alpha <= middle for name, alpha in watch.alphas.items()}
@@ -98,7 +98,7 @@ def test_other_parameters_of_a_unit_are_left_alone():
     run = run_of(optimize(model, {**QUICK, "on": "heads"}))
     step = run.recipe.steps[0]
     step.prepare(run)
-    parameters = {name for gates in run.state(step).gates for name in gates.entries}
+    parameters = {name for gates in run.state(step).noises.values() for name in gates.entries}
     assert any(name.endswith("SelfAttention.q.weight") for name in parameters)
     assert not any("relative_attention_bias" in name for name in parameters)
 
@@ -217,10 +217,10 @@ def test_gates_are_heard_from_the_first_forward_in_training_on():
     model = optimize(tiny_llama(), {"technique": "l0"})
     run = run_of(model)
     run.recipe.steps[0].prepare(run)
-    gates = run.state(run.recipe.steps[0]).gates
+    gates = run.state(run.recipe.steps[0]).noises.values()
     for mode, expected in (("eval", False), ("train", True), ("eval", True)):
         getattr(model, mode)()(torch.ones(1, 4, dtype=torch.long))
-        assert {one.heard for one in gates} == {expected}
+        assert {one.sampled for one in gates} == {expected}
 
 
 def test_a_model_without_such_units_is_refused():
