@@ -52,7 +52,7 @@ class BlockwiseDriver:
         self.batches: Sequence[Batch] = run.data.batches if run.data is not None and any_needs_data(steps) else ()
         self.seconds: list[float] = []
         self.passes = 0
-        # Per stack, the outputs of its latest block by batch: of the modified model, and of the unmodified one.
+        # Per block list, the outputs of its latest block by batch: of the modified model, and of the unmodified one.
         self.outputs: dict[str, list[Any]] = {}
         self.reference_outputs: dict[str, list[Any]] = {}
 
@@ -131,9 +131,11 @@ class BlockwiseDriver:
         self, index: int, number: int, batch: Batch, outputs: Mapping[str, list[Any]]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the ``(args, kwargs)`` of block ``index`` for one batch, given the ``outputs`` of preceding blocks."""
-        return capture_block_inputs(
-            self.run.model, self.blocks, index, to_device(batch, self.home), lambda stack: outputs[stack][number]
-        )
+
+        def output_of(list_name: str) -> Any:
+            return outputs[list_name][number]
+
+        return capture_block_inputs(self.run.model, self.blocks, index, to_device(batch, self.home), output_of)
 
     @contextmanager
     def _on_device(self, module: nn.Module) -> Iterator[None]:

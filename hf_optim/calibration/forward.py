@@ -38,13 +38,14 @@ def capture_block_inputs(
     """Return the ``(args, kwargs)`` that the model's own forward passes to block ``index`` for one batch.
 
     The blocks before it are replaced by stubs, and the block itself by one that raises ``BlockInputsCaptured``, which
-    stops the forward there. ``output_of(stack)`` returns the stored output of the last preceding block in that stack.
+    stops the forward there. ``output_of(list_name)`` returns the stored output of the latest completed block in the
+    block list of that name.
 
     Raises ``ModelError`` if the forward does not call the block.
     """
 
-    def stub(stack: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: output_of(stack)
+    def stub(list_name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: output_of(list_name)
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise BlockInputsCaptured(args, kwargs)

@@ -116,16 +116,16 @@ def stop_in(monkeypatch, name, at):
     monkeypatch.setattr(driver.StreamedDriver, name, method)
 
 
-@pytest.mark.parametrize(("name", "place"), [("mixtral", "_outputs"), ("qwen3", "_outside")])
+@pytest.mark.parametrize(("name", "place"), [("mixtral", "_compute_outputs"), ("qwen3", "_calibrate_non_blocks")])
 def test_a_run_that_is_stopped_goes_on_with_the_same_bytes(name, place, homes, tmp_path, monkeypatch):
     batches = random_batches(MODELS[name]())
     streamed(homes[name], (GPTQ,), batches, tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
-        stop_in(patch, place, 2 if place == "_outputs" else 1)
+        stop_in(patch, place, 2 if place == "_compute_outputs" else 1)
         with pytest.raises(Stop):
             streamed(homes[name], (GPTQ,), batches, tmp_path / "stopped")
     run = streamed(homes[name], (GPTQ,), batches, tmp_path / "stopped", resume=True)
-    assert run.record.stages[0]["blocks"] == (1 if place == "_outputs" else 0)
+    assert run.record.stages[0]["blocks"] == (1 if place == "_compute_outputs" else 0)
     for path in (tmp_path / "undisturbed").glob("*.safetensors"):
         assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes(), path.name
     config = "config.json"
@@ -133,7 +133,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bytes(name, place, homes, t
 
 
 def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, monkeypatch):
-    stop_in(monkeypatch, "_outside", 1)
+    stop_in(monkeypatch, "_calibrate_non_blocks", 1)
     with pytest.raises(Stop):
         streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")
     for path in (tmp_path / ".out.journal").glob("state-*.safetensors"):
@@ -174,7 +174,7 @@ def test_a_block_of_another_scheme_is_not_written(homes, tmp_path, monkeypatch):
 
     # Stands for whatever gives the blocks other bits in a way that no contract tells of.
     monkeypatch.setattr(Rounding, "_bits", lambda self, run, name: 8 if ".layers.1." in name else 4)
-    with pytest.raises(ModelError, match=r"experts of model\.layers\.1 are quantized in another way.*blockwise"):
+    with pytest.raises(ModelError, match=r"experts of model\.layers\.1 are quantized by another scheme.*blockwise"):
         streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")
     assert not (tmp_path / ".out.journal" / "state-00002.safetensors").exists()
 

@@ -144,9 +144,9 @@ def test_stopped_anywhere_in_a_block(make, steps, when, tmp_path, monkeypatch):
             return stop
 
         place, name, at = {
-            "before the state is written": (output.formats, "dump_module_state", 2),
+            "before the state is written": (output, "dump_module_state", 2),
             "after the shard": (output.snapshot, "take", 2),
-            "in the outputs": (driver.StreamedDriver, "_outputs", 1),
+            "in the outputs": (driver.StreamedDriver, "_compute_outputs", 1),
         }[when]
         patch.setattr(place, name, stopping(getattr(place, name), at))
         with pytest.raises(Stop):
@@ -161,7 +161,7 @@ def test_a_journal_that_is_damaged_is_named(tmp_path, monkeypatch):
     home, batches = tmp_path / "model", random_batches(tiny_llama())
     tiny_llama().save_pretrained(home)
     with monkeypatch.context() as patch:
-        patch.setattr(driver.StreamedDriver, "_outside", lambda self: (_ for _ in ()).throw(Stop))
+        patch.setattr(driver.StreamedDriver, "_calibrate_non_blocks", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             streamed(home, GPTQ, batches, tmp_path / "out")
     damaged = tmp_path / ".out.journal" / "state-00001.safetensors"
@@ -176,7 +176,7 @@ def test_a_run_without_data_skips_what_is_finished(tmp_path, monkeypatch):
     rtn = ({"technique": "rtn", "bits": 4, "group_size": 16},)
     streamed(home, rtn, None, tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
-        patch.setattr(driver.StreamedDriver, "_outside", lambda self: (_ for _ in ()).throw(Stop))
+        patch.setattr(driver.StreamedDriver, "_calibrate_non_blocks", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             streamed(home, rtn, None, tmp_path / "out")
     read = []

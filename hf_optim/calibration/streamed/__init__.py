@@ -1,7 +1,8 @@
-"""The streamed driver: a checkpoint is compressed block by block, and the model is never whole in memory.
+"""The streamed driver: compress a checkpoint block by block, without ever holding the whole model in memory.
 
-``skeleton`` builds the model without weights, ``reader`` reads tensors out of the shards, ``residence`` makes a part of
-the model real and weightless again, ``activations`` holds what flows between the blocks, ``arguments`` knows what a
-block is called with, ``output`` writes finished shards and knows which are finished, ``driver`` puts these together,
-and ``job`` is what ``hf-optim compress --driver streamed`` calls.
+``checkpoints.meta_model`` builds the model on the meta device and ``checkpoints.reader`` reads tensors from the shards.
+In this package, ``materialize`` loads parts of the model and offloads them again, ``activations`` and
+``activation_store`` hold the activations between blocks, ``block_arguments`` records how blocks are called, ``output``
+writes completed blocks and reads them back (with ``decode`` and ``finished_model``), and ``driver`` ties these
+together. ``cli.jobs.streamed`` is what ``hf-optim compress --driver streamed`` calls.
 """

@@ -1,7 +1,7 @@
-"""What flows between the blocks: one tree of tensors a batch, in host memory or in a file for each batch.
+"""Storage for activations between blocks: one pytree of tensors per batch, in host memory or in one file per batch.
 
-Space is used again: what a batch becomes in a block is written over what it was. In host memory for a CUDA device the
-buffers are pinned, so that copies run at the speed of the bus, beside the computation.
+Space is reused: the output of a block for a batch overwrites its input. For a CUDA device the host buffers are pinned,
+so that copies run at full bus speed and overlap with computation.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Leaf = Any
 
 
 class ActivationStore:
-    """Trees of tensors by batch number.
+    """Pytrees of tensors, by batch number.
 
     Args:
-        device: where the trees come from and go to.
-        directory: where to keep them; None for host memory.
-        name: tells the files of several streams in one directory apart.
+        device: the device the tensors come from and are returned to.
+        directory: the directory to offload to; None for host memory.
+        name: prefix of the file names, to distinguish several stores in one directory.
     """
 
     def __init__(self, device: torch.device, directory: Path | None = None, name: str = "hidden") -> None:
@@ -41,47 +41,47 @@ class ActivationStore:
         return (self.get(number) for number in range(len(self)))
 
     def put(self, number: int, tree: Any) -> None:
-        """Keep the tree of a batch in the place of the one before."""
+        """Store the tree of a batch, in place of the former one. Raises ``CheckpointError`` if the disk is full."""
         leaves, self._specs[number] = pytree.tree_flatten(tree)
-        before = self._leaves.get(number, [])
+        former = self._leaves.get(number, [])
         if self.directory is not None:
             self._leaves[number] = self._write(number, leaves)
             return
-        before += [None] * (len(leaves) - len(before))
+        former += [None] * (len(leaves) - len(former))
         self._leaves[number] = [
-            self._hold(leaf, old) if isinstance(leaf, Tensor) else leaf
-            for leaf, old in zip(leaves, before, strict=False)
+            self._to_host(leaf, old) if isinstance(leaf, Tensor) else leaf
+            for leaf, old in zip(leaves, former, strict=False)
         ]
 
     def get(self, number: int, device: torch.device | None = None) -> Any:
-        """The tree of a batch, on the device (default: the stream's)."""
+        """Return the tree of a batch, on ``device`` (default: the device of the store)."""
         device = device or self.device
         leaves = self._leaves[number] if self.directory is None else self._read(number)
         moved = [leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if device.type == "cpu" and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a copy into the pinned buffer may be under way
+            torch.cuda.synchronize(self.device)  # a copy into the pinned buffer may still be running
         return pytree.tree_unflatten(moved, self._specs[number])
 
     def clear(self) -> None:
-        """Forget everything, and remove the files."""
+        """Drop all trees, and remove their files."""
         for number in self._leaves:
             if self.directory is not None:
                 self._path(number).unlink(missing_ok=True)
         self._leaves.clear()
 
-    def _hold(self, leaf: Tensor, old: Any) -> Tensor:
+    def _to_host(self, leaf: Tensor, old: Any) -> Tensor:
         if self.device.type != "cuda":
             return leaf.detach().to("cpu")
-        fits = isinstance(old, Tensor) and old.shape == leaf.shape and old.dtype == leaf.dtype
-        into = old if fits else torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
-        return into.copy_(leaf.detach(), non_blocking=True)
+        reusable = isinstance(old, Tensor) and old.shape == leaf.shape and old.dtype == leaf.dtype
+        buffer = old if reusable else torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
+        return buffer.copy_(leaf.detach(), non_blocking=True)
 
     def _path(self, number: int) -> Path:
         assert self.directory is not None
         return self.directory / f"{self.name}-{number:05d}.activations"
 
     def _write(self, number: int, leaves: list[Leaf]) -> list[Leaf]:
-        """Write the tensors of a batch one after another; of each remains its shape, as a weightless tensor."""
+        """Write the tensors of a batch one after another. Returns the leaves with meta tensors in their place."""
         kept: list[Leaf] = []
         try:
             with self._path(number).open("wb") as file:
@@ -92,7 +92,7 @@ class ActivationStore:
                         leaf = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
                     kept.append(leaf)
         except OSError as error:
-            raise CheckpointError(f"cannot spill activations to {self.directory}: {error.strerror}") from error
+            raise CheckpointError(f"cannot offload activations to {self.directory}: {error.strerror}") from error
         return kept
 
     def _read(self, number: int) -> list[Leaf]:

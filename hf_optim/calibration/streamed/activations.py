@@ -25,7 +25,8 @@ class ActivationCache:
     """The activations of one version of a model (modified or original), carried from block to block.
 
     Args:
-        model: the model on the meta device, except for the current block.
+        model: the model on the meta device, except for the current block and, during its forward, the weights outside
+            the blocks.
         blocks: the blocks of the model.
         batches: the inputs of the model, on the CPU.
         non_block_weights: the weights outside the blocks.
@@ -48,9 +49,9 @@ class ActivationCache:
     ) -> None:
         self.model, self.blocks, self.batches = model, blocks, batches
         self.non_block_weights, self.device = non_block_weights, device
-        # Per stack: its recorded arguments, or None if the model's forward must run up to each of its blocks.
+        # Per block list: its recorded arguments, or None if the model's forward must run up to each of its blocks.
         self._arguments: dict[str, RecordedArguments | None] = {}
-        # Per stack: one store, whose inputs the outputs overwrite, or two that swap their roles at each block.
+        # Per block list: one store, whose inputs the outputs overwrite, or two that swap their roles at each block.
         self._stores: dict[str, list[ActivationStore]] = {}
         self._make_store = lambda number: ActivationStore(device, directory, f"{name}{number}-{len(self._stores)}")
         self._copies = 2 if keeps_inputs else 1
@@ -58,16 +59,16 @@ class ActivationCache:
     def start_block(self, index: int) -> None:
         """Make block ``index``, which has been materialized, the current one."""
         block = self.blocks[index]
-        if block.stack in self._stores:
-            self._stores[block.stack].reverse()
+        if block.list_name in self._stores:
+            self._stores[block.list_name].reverse()
             return
-        self._stores[block.stack] = [self._make_store(number) for number in range(self._copies)]
+        self._stores[block.list_name] = [self._make_store(number) for number in range(self._copies)]
         with self.non_block_weights.on_demand():
-            self._arguments[block.stack] = self._record_arguments(index)
+            self._arguments[block.list_name] = self._record_arguments(index)
 
     def block_inputs(self, index: int) -> Iterator[Inputs]:
         """Yield the ``(args, kwargs)`` of block ``index``, batch by batch, on the device of the current block."""
-        if self._arguments[self.blocks[index].stack] is not None:
+        if self._arguments[self.blocks[index].list_name] is not None:
             for number in range(len(self.batches)):
                 yield self.batch_inputs(index, number, self.device)
             return
@@ -78,9 +79,9 @@ class ActivationCache:
     def batch_inputs(self, index: int, number: int, device: torch.device) -> Inputs:
         """Return the ``(args, kwargs)`` of block ``index`` for one batch."""
         block = self.blocks[index]
-        arguments = self._arguments[block.stack]
+        arguments = self._arguments[block.list_name]
         if arguments is not None:
-            hidden = self._stores[block.stack][0].get(number, device)
+            hidden = self._stores[block.list_name][0].get(number, device)
             return arguments.block_inputs(self._position(index), number, hidden, device)
         args, kwargs = self._capture_inputs(index, number)
         return to_device(args, device), to_device(kwargs, device)
@@ -88,10 +89,10 @@ class ActivationCache:
     def put_output(self, index: int, number: int, output: Any) -> None:
         """Store the output of block ``index`` for a batch.
 
-        Raises ``ModelError`` if its structure differs from that of the first block of the stack.
+        Raises ``ModelError`` if its structure differs from that of the first block of its list.
         """
         block = self.blocks[index]
-        arguments, store = self._arguments[block.stack], self._stores[block.stack][-1]
+        arguments, store = self._arguments[block.list_name], self._stores[block.list_name][-1]
         if arguments is None:
             store.put(number, output)
             return
@@ -104,8 +105,8 @@ class ActivationCache:
         store.put(number, hidden)
 
     def output(self, index: int, number: int) -> Any:
-        """Return the output of block ``index``, the latest of its stack, for a batch, on the CPU."""
-        return self._output_of(self.blocks[index].stack, number, -1)
+        """Return the output of block ``index``, the latest of its list, for a batch, on the CPU."""
+        return self._output_of(self.blocks[index].list_name, number, -1)
 
     def forward(self, number: int) -> Any:
         """Return the model's output for a batch, once every block is complete: only non-block modules run."""
@@ -119,39 +120,39 @@ class ActivationCache:
                 store.clear()
 
     def _stubs(self, blocks: Sequence[topology.Block], number: int) -> dict[nn.Module, Callable[..., Any]]:
-        def stub(stack: str) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._output_of(stack, number, -1)
+        def stub(list_name: str) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._output_of(list_name, number, -1)
 
-        return {block.module: stub(block.stack) for block in blocks}
+        return {block.module: stub(block.list_name) for block in blocks}
 
     def _position(self, index: int) -> int:
-        stack = self.blocks[index].stack
-        return sum(block.stack == stack for block in self.blocks[:index])
+        list_name = self.blocks[index].list_name
+        return sum(block.list_name == list_name for block in self.blocks[:index])
 
-    def _output_of(self, stack: str, number: int, which: int) -> Any:
-        kept = self._stores[stack][which].get(number, CPU)
-        arguments = self._arguments[stack]
+    def _output_of(self, list_name: str, number: int, which: int) -> Any:
+        kept = self._stores[list_name][which].get(number, CPU)
+        arguments = self._arguments[list_name]
         return kept if arguments is None else arguments.signature.make_output(kept)
 
     def _capture_inputs(self, index: int, number: int) -> Inputs:
-        # A completed stack has its outputs in the last store; the current stack has its inputs in the first.
-        current = self.blocks[index].stack
+        # A completed block list has its outputs in the last store; the current one has its inputs in the first.
+        current = self.blocks[index].list_name
         return capture_block_inputs(
             self.model,
             self.blocks,
             index,
             self.batches[number],
-            lambda stack: self._output_of(stack, number, 0 if stack == current else -1),
+            lambda list_name: self._output_of(list_name, number, 0 if list_name == current else -1),
         )
 
     def _record_arguments(self, index: int) -> RecordedArguments | None:
-        """Record how the blocks of the stack that starts at ``index`` are called, and store their first hidden states.
+        """Record how the blocks of the list that starts at ``index`` are called, and store their first hidden states.
 
         Returns None if the arguments of a block depend on what blocks compute.
         """
         block = self.blocks[index]
-        stack = [other for other in self.blocks if other.stack == block.stack]
-        if stack != list(self.blocks[index : index + len(stack)]) or not self.batches:
+        block_list = [other for other in self.blocks if other.list_name == block.list_name]
+        if block_list != list(self.blocks[index : index + len(block_list)]) or not self.batches:
             return None
         args, kwargs = self._capture_inputs(index, 0)
         output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
@@ -160,11 +161,11 @@ class ActivationCache:
             return None
         arguments = RecordedArguments(signature)
         for number, batch in enumerate(self.batches):
-            recorded = record_calls(self.model, stack, batch, signature, self._stubs(self.blocks[:index], number))
+            recorded = record_calls(self.model, block_list, batch, signature, self._stubs(self.blocks[:index], number))
             if recorded is None:
                 return None
             hidden, calls, tensors = recorded
-            self._stores[block.stack][0].put(number, hidden)
+            self._stores[block.list_name][0].put(number, hidden)
             arguments.add(number, calls, tensors)
         return arguments
 

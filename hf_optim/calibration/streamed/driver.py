@@ -1,9 +1,8 @@
-"""The streamed driver: blocks are read, calibrated, packed and written one after another."""
+"""The streamed driver: read, calibrate, pack and write one block after another."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from ...errors import ModelError
 from ...recipes.technique import Technique
 from ...runs.masking import stray_weights
 from ...runs.run import Run
-from ...runs.scope import Scope
+from ...runs.scope import Example, Scope
 from ...toolkit import topology
 from ...toolkit.modules.modes import eval_mode
 from ..forward import without_cache
@@ -31,18 +30,19 @@ from .activations import CPU, ActivationCache, ReferenceOutputs
 from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
 from .output import StreamedOutput
 
-log = logging.getLogger(__name__)
-
 
 class StreamedDriver:
-    """Calibrates the blocks of a weightless model in execution order, and writes each when it is done.
+    """Calibrates the blocks of a model on the meta device in execution order, and writes each once it is complete.
 
     Args:
-        run: its model is a skeleton; ``run.device`` is where blocks are calibrated.
+        run: the run of a meta model; ``run.device`` is where blocks are calibrated (default: the CPU).
         steps: the calibrating steps.
-        checkpoint: where the weights are.
-        output: where finished blocks go.
-        spill: where activations go; None keeps them in host memory.
+        checkpoint: where the weights are read from.
+        output: where completed blocks are written to.
+        spill: the directory activations are offloaded to; None keeps them in host memory.
+
+    Attributes:
+        off_grid: names of quantized modules whose weights no longer fit their grid and are written dense.
     """
 
     def __init__(
@@ -57,158 +57,165 @@ class StreamedDriver:
         self.model = run.model
         self.blocks = topology.blocks(self.model)
         self.device = run.device or CPU
-        inside = [block.name for block in self.blocks]
-        self.outskirts = NonBlockWeights(self.model, inside, self.checkpoint.read)
+        self.non_block_weights = NonBlockWeights(
+            self.model, [block.name for block in self.blocks], self.checkpoint.read
+        )
         batches = run.data.batches if run.data is not None and any_needs_data(steps) else ()
-        flow = functools.partial(ActivationCache, self.model, self.blocks, batches, self.outskirts, self.device, spill)
-        self.flow = flow() if batches else None
-        teaching = bool(batches) and any(step.needs_teacher() for step in steps)
-        self.taught = flow(name="taught", keeps_inputs=True) if teaching else None
+        make_cache = functools.partial(
+            ActivationCache, self.model, self.blocks, batches, self.non_block_weights, self.device, spill
+        )
+        self.cache = make_cache() if batches else None
+        needs_references = bool(batches) and any(step.needs_teacher() for step in steps)
+        self.reference_cache = make_cache(name="reference", keeps_inputs=True) if needs_references else None
         self.packing_fallback = PackingFallback()
-        self.loose: list[str] = []
+        self.off_grid: list[str] = []
         self.seconds: list[float] = []
         self.passes = 0
 
     def calibrate(self) -> None:
-        """Do all blocks, then what lies outside them."""
+        """Calibrate and write all blocks, then what lies outside them.
+
+        Raises ``ModelError`` if a step finds nothing to work on, or modifies a weight outside the current block.
+        """
         with eval_mode(self.model), without_cache(self.model), ThreadPoolExecutor(1) as reader:
             try:
-                self._drive(reader)
-                self._outside()
+                self._calibrate_blocks(reader)
+                self._calibrate_non_blocks()
             finally:
-                for flow in (self.flow, self.taught):
-                    if flow is not None:
-                        flow.close()
+                for cache in (self.cache, self.reference_cache):
+                    if cache is not None:
+                        cache.close()
         for step in self.steps:
             require_covered(self.run, step)
 
-    def _drive(self, reader: ThreadPoolExecutor) -> None:
+    def metrics(self) -> dict[str, Any]:
+        """Return the throughput metrics for the record."""
+        return summarize_throughput(self.run, self.seconds, self.passes, self.device)
+
+    # -- blocks ---------------------------------------------------------------------------------------------------
+    def _calibrate_blocks(self, reader: ThreadPoolExecutor) -> None:
         bar = tqdm(self.blocks, desc="compressing", unit="block", disable=len(self.blocks) < 2)
-        ahead = self._ahead(reader, 0)
+        prefetched = self._prefetch(reader, 0)
         for index, block in enumerate(bar):
             started = time.perf_counter()
-            finished = self.output.finished(index)
-            if finished:
-                self.loose += self.output.restore(self.run, index)
-                if self.flow is None:
-                    self.output.mark(block.module, index)
-                    ahead = self._ahead(reader, index + 1)
+            completed = self.output.is_completed(index)
+            if completed:
+                self.off_grid += self.output.restore(self.run, index)
+                if self.cache is None:
+                    self.output.attach_schemes(block.module, index)
+                    prefetched = self._prefetch(reader, index + 1)
                     continue
-            tensors, ahead = self._read(index, ahead), self._ahead(reader, index + 1)
-            with self._real(index, tensors):
+            tensors, prefetched = self._read_block(index, prefetched), self._prefetch(reader, index + 1)
+            with self._materialized(index, tensors):
                 del tensors
-                self._one(index, finished, bar)
-            if not finished:
+                self._process_block(index, completed, bar)
+            if not completed:
                 self.seconds.append(time.perf_counter() - started)
 
-    def _one(self, index: int, finished: bool, bar: Any) -> None:
+    def _process_block(self, index: int, completed: bool, bar: tqdm) -> None:
+        """Calibrate and write a materialized block, or load its completed state; then compute its outputs."""
         block = self.blocks[index]
-        lesson: Sequence[Any] = ()
-        if self.taught is not None:
-            bar.set_postfix_str(f"{block.name}: as it was")
-            self._pass(self.taught, index)
-            lesson = ReferenceOutputs(self.taught, index)
-        if self.flow is not None:
-            self.flow.enter(index)
-        if finished:
-            self.output.load(block.module, index)
+        references: Sequence[Example] = ()
+        if self.reference_cache is not None:
+            bar.set_postfix_str(f"{block.name}: reference outputs")
+            self.reference_cache.start_block(index)
+            self._compute_outputs(self.reference_cache, index)
+            references = ReferenceOutputs(self.reference_cache, index)
+        if self.cache is not None:
+            self.cache.start_block(index)
+        if completed:
+            self.output.load_block(block.module, index)
         else:
-            self._calibrate(index, lesson, bar)
+            self._calibrate_block(index, references, bar)
             bar.set_postfix_str(f"{block.name}: writing")
-            self._write(index)
-        if self.flow is not None and index + 1 < len(self.blocks):
+            self._write_block(index)
+        if self.cache is not None and index + 1 < len(self.blocks):
             bar.set_postfix_str(f"{block.name}: outputs")
-            self._outputs(self.flow, index)
-        elif self.flow is not None and self._outer_steps():
-            self._outputs(self.flow, index)
+            self._compute_outputs(self.cache, index)
+        elif self.cache is not None and self._non_block_steps():
+            self._compute_outputs(self.cache, index)
 
-    def _calibrate(self, index: int, lesson: Sequence[Any], bar: Any) -> None:
+    def _calibrate_block(self, index: int, references: Sequence[Example], bar: tqdm) -> None:
         block = self.blocks[index]
-        scope = Scope(block.name, block.module, self.model, index, len(self.blocks), teacher=lesson)
-        with self._nothing_else_changes(block):
+        scope = Scope(block.name, block.module, self.model, index, len(self.blocks), teacher=references)
+        with self._refuse_changes_outside(block):
             for step in self.steps:
                 bar.set_postfix_str(f"{block.name}: {step.name}")
-                run_calibration(self.run, step, scope, functools.partial(self._feed, index))
+                run_calibration(self.run, step, scope, functools.partial(self._run_batches, index))
 
-    def _feed(self, index: int, step: Technique) -> None:
-        if step.needs_data() and self.flow is not None:
+    def _run_batches(self, index: int, step: Technique) -> None:
+        if step.needs_data() and self.cache is not None:
             self.passes += 1
             block = self.blocks[index].module
-            for args, kwargs in self.flow.arguments(index):
+            for args, kwargs in self.cache.block_inputs(index):
                 block(*args, **kwargs)
 
-    def _pass(self, flow: ActivationCache, index: int) -> None:
-        flow.enter(index)
-        self._outputs(flow, index)
-
-    def _outputs(self, flow: ActivationCache, index: int) -> None:
+    def _compute_outputs(self, cache: ActivationCache, index: int) -> None:
         self.passes += 1
         block = self.blocks[index].module
-        for number, (args, kwargs) in enumerate(flow.arguments(index)):
-            flow.put(index, number, block(*args, **kwargs))
+        for number, (args, kwargs) in enumerate(cache.block_inputs(index)):
+            cache.put_output(index, number, block(*args, **kwargs))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _write(self, index: int) -> None:
+    def _write_block(self, index: int) -> None:
         if stray := stray_weights(self.run):
-            raise ModelError(f"{stray[0]} has weights where it was pruned by an earlier step")
-        block = self.blocks[index]
-        self.packing_fallback.apply(self.run, block.name)
-        self.loose += self.output.write_block(self.run, index)
-        # Kept beside the block; they would grow with the model, and are read back when the run is finished.
+            raise ModelError(f"{stray[0]} has non-zero weights where an earlier step pruned them")
+        self.packing_fallback.apply(self.run, self.blocks[index].name)
+        self.off_grid += self.output.write_block(self.run, index)
+        # They are in the state file of the block and are read back at the end; here they would grow with the model.
         self.run.masks.clear()
 
-    def metrics(self) -> dict[str, Any]:
-        """Figures for the record: seconds a block, and tokens of calibration a second."""
-        return summarize_throughput(self.run, self.seconds, self.passes, self.device)
-
-    # -- what lies outside the blocks -----------------------------------------------------------------------------
-    def _outer_steps(self) -> list[Technique]:
-        scope = self._outer_scope()
+    # -- outside the blocks ---------------------------------------------------------------------------------------
+    def _non_block_steps(self) -> list[Technique]:
+        scope = self._non_block_scope()
         return [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
 
-    def _outer_scope(self) -> Scope:
+    def _non_block_scope(self) -> Scope:
         count = len(self.blocks)
         inside = tuple(block.name for block in self.blocks)
         return Scope("", self.model, self.model, count, count + 1, outside=inside)
 
-    def _outside(self) -> None:
-        """Steps that name a layer outside the blocks exactly; then the shard of all that lies there."""
-        steps = self._outer_steps()
+    def _calibrate_non_blocks(self) -> None:
+        """Run the steps that name a layer outside the blocks exactly; then write the shard of all non-block weights."""
+        steps = self._non_block_steps()
         try:
             if steps:
-                self.outskirts.make_real()
+                self.non_block_weights.materialize()
             for step in steps:
-                run_calibration(self.run, step, self._outer_scope(), self._feed_outside)
-            self.output.write_rest(self.run, self.outskirts.names, self.checkpoint, self.packing_fallback, self.loose)
+                run_calibration(self.run, step, self._non_block_scope(), self._run_model)
+            self.output.write_non_blocks(
+                self.run, self.non_block_weights.names, self.checkpoint, self.packing_fallback, self.off_grid
+            )
         finally:
-            self.outskirts.make_weightless()
+            self.non_block_weights.offload()
             for name in topology.linears(self.model):
                 if not any(block.holds(name) for block in self.blocks):
                     offload_to_meta(self.model.get_submodule(name))
 
-    def _feed_outside(self, step: Technique) -> None:
-        if step.needs_data() and self.flow is not None:
-            for number in range(len(self.flow.batches)):
-                self.flow.forward(number)
+    def _run_model(self, step: Technique) -> None:
+        if step.needs_data() and self.cache is not None:
+            for number in range(len(self.cache.batches)):
+                self.cache.forward(number)
 
-    # -- blocks in and out ----------------------------------------------------------------------------------------
-    def _names(self, index: int) -> list[str]:
+    # -- reading and offloading -----------------------------------------------------------------------------------
+    def _block_names(self, index: int) -> list[str]:
         return state_names(self.blocks[index].module, self.blocks[index].name)
 
-    def _ahead(self, reader: ThreadPoolExecutor, index: int) -> Future[dict[str, Tensor]] | None:
-        """Begin to read a block while another is in work; None where it will not be needed."""
-        if index >= len(self.blocks) or (self.output.finished(index) and self.flow is None):
+    def _prefetch(self, reader: ThreadPoolExecutor, index: int) -> Future[dict[str, Tensor]] | None:
+        """Start reading a block while another one is calibrated; None if it will not be needed."""
+        if index >= len(self.blocks) or (self.output.is_completed(index) and self.cache is None):
             return None
-        return reader.submit(self.checkpoint.read, self._names(index), self.device.type == "cuda")
+        return reader.submit(self.checkpoint.read, self._block_names(index), self.device.type == "cuda")
 
-    def _read(self, index: int, ahead: Future[dict[str, Tensor]] | None) -> dict[str, Tensor]:
-        tensors = ahead.result() if ahead is not None else self.checkpoint.read(self._names(index))
+    def _read_block(self, index: int, prefetched: Future[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+        """Return the tensors of a block, by their names in the block."""
+        tensors = prefetched.result() if prefetched is not None else self.checkpoint.read(self._block_names(index))
         prefix = f"{self.blocks[index].name}."
         return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
     @contextmanager
-    def _real(self, index: int, tensors: dict[str, Tensor]) -> Iterator[None]:
+    def _materialized(self, index: int, tensors: dict[str, Tensor]) -> Iterator[None]:
         module = self.blocks[index].module
         materialize(module, tensors, self.device)
         tensors.clear()
@@ -218,8 +225,8 @@ class StreamedDriver:
             offload_to_meta(module)
 
     @contextmanager
-    def _nothing_else_changes(self, block: topology.Block) -> Iterator[None]:
-        """Refuse a step that writes into a weightless tensor: the change would be lost without a word."""
+    def _refuse_changes_outside(self, block: topology.Block) -> Iterator[None]:
+        """Raise ``ModelError`` if the body writes into a meta tensor: the change would be lost silently."""
 
         def versions() -> dict[str, int]:
             named = [*self.model.named_parameters(), *self.model.named_buffers()]
@@ -230,6 +237,6 @@ class StreamedDriver:
         for name, version in versions().items():
             if version != before.get(name, version):
                 raise ModelError(
-                    f"a step changed {name} while {block.name} was in work; the streamed driver has one block in "
-                    "memory at a time: use driver: blockwise"
+                    f"a step changed {name} while {block.name} was the current block; the streamed driver has one "
+                    "block in memory at a time: use driver: blockwise"
                 )

@@ -1,4 +1,4 @@
-"""The whole model seen through what is finished: for steps that look at weights and masks once more at the end."""
+"""A read-only view of the whole model, backed by its completed shards, for steps that read weights at the end."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ...runs.run import Run
 from .output import StreamedOutput
 
 
-class _Masks(MutableMapping[str, Tensor]):
-    """``run.masks`` of a finished run: read from beside the finished blocks, one at a time."""
+class _CompletedMasks(MutableMapping[str, Tensor]):
+    """``run.masks`` of a completed run, read from the state files of the blocks one at a time."""
 
     def __init__(self, output: StreamedOutput, live: MutableMapping[str, Tensor]) -> None:
-        self.output, self.live, self.kept = output, dict(live), output.masks()
+        self.output, self.live, self.stored = output, dict(live), output.mask_locations()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.live[name] if name in self.live else self.output.mask(self.kept[name], name)
+        return self.live[name] if name in self.live else self.output.read_mask(self.stored[name], name)
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        raise ModelError(f"the mask of {name} cannot change: its weights are written; use driver: blockwise")
+        raise ModelError(f"the mask of {name} cannot change: its weights are already written; use driver: blockwise")
 
     def __delitem__(self, name: str) -> None:
         self.live.pop(name, None)
-        self.kept.pop(name, None)
+        self.stored.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self.live, *self.kept]))
+        return iter(dict.fromkeys([*self.live, *self.stored]))
 
     def __len__(self) -> int:
-        return len(set(self.live) | set(self.kept))
+        return len(set(self.live) | set(self.stored))
 
 
 @contextmanager
 def finished_weights(run: Run, output: StreamedOutput) -> Iterator[None]:
-    """In the body, ``run.model.get_parameter`` gives the finished weights, and ``run.masks`` has every mask.
+    """In the body, ``run.model.get_parameter`` returns the written weights, and ``run.masks`` has every mask.
 
-    Both read what is asked for from the finished files. What is written into such a weight is lost, which is right for
-    what ``finalize_model`` may do at this point: write again what is there.
+    Both read from the completed files on access. A write into such a weight is lost. That is correct here, since
+    ``finalize_model`` may only rewrite the same values at this point.
     """
     model: Any = run.model
     stock, live = model.get_parameter, run.masks
@@ -53,11 +53,11 @@ def finished_weights(run: Run, output: StreamedOutput) -> Iterator[None]:
         for number, name in enumerate(output.names):
             if target.startswith(f"{name}."):
                 key = target.removeprefix(f"{name}.")
-                return nn.Parameter(output.dense(number, [key])[key], requires_grad=False)
+                return nn.Parameter(output.dense_tensors(number, [key])[key], requires_grad=False)
         return found
 
     model.get_parameter = get_parameter
-    run.masks = _Masks(output, live)  # type: ignore[assignment]
+    run.masks = _CompletedMasks(output, live)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Making a part of a weightless model real, and weightless again.
+"""Materialize part of a model on the meta device, and offload it again.
 
-A module stays the same object throughout, and so does a weightless parameter outside the blocks: whoever noted that
-two modules share one finds it shared again. While a part is real, its parameters are others.
+Modules stay the same objects throughout, and so do the meta parameters outside the blocks, so that tied parameters
+remain tied. While a part is materialized, it holds other parameter objects.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-Read = Callable[[list[str]], Mapping[str, Tensor]]
+# Reads the tensors with these names.
+ReadTensors = Callable[[list[str]], Mapping[str, Tensor]]
 
 
 def state_names(module: nn.Module, name: str) -> list[str]:
-    """The full names of the parameters and persistent buffers of the module ``name``."""
+    """Return the full names of the parameters and persistent buffers of the module ``name``."""
     return [f"{name}.{key}" if name else key for key in module.state_dict()]
 
 
 @torch.no_grad()
 def materialize(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a weightless module its tensors, named as in its own ``state_dict``, on ``device``.
+    """Give a meta module its tensors, named as in its own ``state_dict``, on ``device``.
 
-    Buffers that no checkpoint holds move there too. A tensor on another device is copied without waiting for the copy.
+    Buffers that no checkpoint holds move there too. Tensors from another device are copied asynchronously.
     """
     for prefix, part in module.named_modules():
         dot = f"{prefix}." if prefix else ""
@@ -53,21 +54,25 @@ def offload_to_meta(module: nn.Module) -> None:
 
 
 class NonBlockWeights:
-    """What lies outside the blocks (embeddings, last norm, head): real, on the CPU, while it is in use.
+    """The weights outside the blocks (embeddings, last norm, head); materialized on the CPU while they are in use.
 
     Args:
-        model: the weightless model.
-        inside: the names of its blocks.
+        model: the model on the meta device.
+        blocks: the names of its blocks.
         read: reads tensors by name.
+
+    Attributes:
+        names: the parameters and persistent buffers outside the blocks.
     """
 
-    def __init__(self, model: nn.Module, inside: Iterable[str], read: Read) -> None:
-        prefixes = tuple(f"{name}." for name in inside)
+    def __init__(self, model: nn.Module, blocks: Iterable[str], read: ReadTensors) -> None:
+        prefixes = tuple(f"{name}." for name in blocks)
         self.model, self.read = model, read
         self.names = [name for name in model.state_dict() if not name.startswith(prefixes)]
+        # By the id of the meta tensor, so that tied tensors have one entry with several holders.
         self._holders: dict[int, list[tuple[nn.Module, str, bool]]] = defaultdict(list)
         self._name_of: dict[int, str] = {}
-        self._empty: dict[int, Tensor] = {}
+        self._meta: dict[int, Tensor] = {}
         wanted = set(self.names)
         for path, part in model.named_modules():
             for held, is_parameter in ((part._parameters, True), (part._buffers, False)):
@@ -76,52 +81,46 @@ class NonBlockWeights:
                     if tensor is not None and tensor.is_meta and name in wanted:
                         self._holders[id(tensor)].append((part, key, is_parameter))
                         self._name_of.setdefault(id(tensor), name)
-                        self._empty[id(tensor)] = tensor
+                        self._meta[id(tensor)] = tensor
 
-    @property
-    def unique(self) -> list[str]:
-        """The first name of each tensor; what is tied has one."""
-        return list(self._name_of.values())
-
-    def make_real(self, parts: Iterable[nn.Module] | None = None) -> None:
-        """Make what these modules hold themselves real; None for everything outside the blocks."""
-        own = None if parts is None else {id(part) for part in parts}
+    def materialize(self, modules: Iterable[nn.Module] | None = None) -> None:
+        """Materialize the tensors that these modules hold directly; None for everything outside the blocks."""
+        own = None if modules is None else {id(module) for module in modules}
         wanted = [
             key
             for key, holders in self._holders.items()
-            if self._is_empty(key) and (own is None or any(id(part) in own for part, _, _ in holders))
+            if self._is_offloaded(key) and (own is None or any(id(part) in own for part, _, _ in holders))
         ]
         if not wanted:
             return
         values = self.read([self._name_of[key] for key in wanted])
         for key in wanted:
-            value = values[self._name_of[key]]
-            empty = self._empty[key]
-            made = nn.Parameter(value, requires_grad=empty.requires_grad) if isinstance(empty, nn.Parameter) else value
+            value, meta = values[self._name_of[key]], self._meta[key]
+            made = nn.Parameter(value, requires_grad=meta.requires_grad) if isinstance(meta, nn.Parameter) else value
             self._put(key, made)
 
-    def make_weightless(self) -> None:
-        """Put the weightless tensors back, the same objects as before."""
-        for key, empty in self._empty.items():
-            self._put(key, empty)
+    def offload(self) -> None:
+        """Put the meta tensors back, the same objects as before."""
+        for key, meta in self._meta.items():
+            self._put(key, meta)
 
     @contextmanager
     def on_demand(self) -> Iterator[None]:
-        """In the body, a module outside the blocks becomes real when it is called; afterwards all are weightless."""
+        """Materialize a module outside the blocks when it is called in the body; offload all of them afterwards."""
         parts = {id(part): part for holders in self._holders.values() for part, _, _ in holders}
         handles = [
-            part.register_forward_pre_hook(lambda module, args: self.make_real([module])) for part in parts.values()
+            part.register_forward_pre_hook(lambda module, args: self.materialize([module])) for part in parts.values()
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.make_weightless()
+            self.offload()
 
-    def _is_empty(self, key: int) -> bool:
+    def _is_offloaded(self, key: int) -> bool:
         part, name, is_parameter = self._holders[key][0]
-        return (part._parameters if is_parameter else part._buffers)[name] is self._empty[key]
+        return (part._parameters if is_parameter else part._buffers)[name] is self._meta[key]
 
     def _put(self, key: int, value: Tensor) -> None:
         for part, name, is_parameter in self._holders[key]:

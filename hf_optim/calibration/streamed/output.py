@@ -1,7 +1,8 @@
-"""Finished parts of the result: one shard for each block, and beside it what the run knew when it was finished.
+"""Completed parts of a streamed result: one shard per block, and a state file with the rest of what resuming needs.
 
-A block is finished when its state file is there: the shard is written first, and both appear whole or not at all. A
-run that was killed reads a finished block back from its shard, bit by bit as it was when the next one was calibrated.
+A block is complete once its state file exists: the shard is written first, and both are moved into place only once
+they are complete. A run that was killed reads completed blocks back from their shards, bitwise identical to what the
+next block was calibrated on.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ INDEX = "model.safetensors.index.json"
 
 
 class StreamedOutput:
-    """The result as far as it is written, in a directory of its own.
+    """The parts of the result written so far, in a directory.
 
     Args:
-        directory: where; made when needed.
-        names: of the blocks, in order.
-        identity: what the result depends on (recipe, model, data, versions), as JSON types.
-        resume: True to go on with what is there, False to start anew (what is there is removed).
+        directory: where; created if it does not exist.
+        names: the names of the blocks, in order.
+        identity: what the result depends on (recipe, model, data, versions), in JSON types.
+        resume: True to reuse the completed blocks in ``directory``, False to remove them and start over.
 
     Raises:
-        CheckpointError: when resuming, and what is there was made from something else.
+        CheckpointError: when resuming, if the completed blocks have another identity.
     """
 
     def __init__(self, directory: Path, names: list[str], identity: Mapping[str, Any], resume: bool) -> None:
@@ -57,64 +58,81 @@ class StreamedOutput:
         directory.mkdir(parents=True)
         write_json(header, identity)
 
-    # -- names ----------------------------------------------------------------------------------------------------
+    # -- files ----------------------------------------------------------------------------------------------------
     def shard(self, number: int) -> Path:
-        """The shard of block ``number``; ``len(names)`` for what lies outside the blocks."""
+        """Return the path of the shard of block ``number``; ``len(names)`` is the shard of the non-block weights."""
         return self.directory / f"model-{number + 1:05d}-of-{len(self.names) + 1:05d}.safetensors"
 
     def _state(self, number: int) -> Path:
         return self.directory / f"state-{number + 1:05d}.safetensors"
 
-    def finished(self, number: int) -> bool:
+    def is_completed(self, number: int) -> bool:
+        """Return True if block ``number`` has been written."""
         return self._state(number).is_file() and self.shard(number).is_file()
 
     @property
     def shards(self) -> list[Path]:
+        """The paths of all shards, in order."""
         return [self.shard(number) for number in range(len(self.names) + 1)]
 
     # -- writing --------------------------------------------------------------------------------------------------
     def write_block(self, run: Run, number: int) -> list[str]:
-        """Write a block that is done. Returns the names of modules that no longer fit their grid and stay dense."""
+        """Write a calibrated block. Returns the names of modules that no longer fit their grid and are written dense.
+
+        Raises ``ModelError`` if stock transformers could not read the block's experts.
+        """
         name = self.names[number]
         block = run.model.get_submodule(name)
         dense, meta = dump_module_state(block)
-        state, loose = packed_state_dict(block, run.model, name)
-        require_one_scheme(run.model, name, self.names[:number], loose)
+        state, off_grid = packed_state_dict(block, run.model, name)
+        require_one_scheme(run.model, name, self.names[:number], off_grid)
         experts = describe_experts(run.model, name)
         own = {f"{name}.{key}": value for key, value in state.items()}
         saved = to_saved_names(run.model, own)
         write_shard(self.shard(number), saved)
         keys = {id(value): key for key, value in saved.items()}
         where = {key.removeprefix(f"{name}."): keys[id(value)] for key, value in own.items() if id(value) in keys}
-        # What the shard does not say (a zero point of a symmetric grid, what a conversion took apart) is kept beside.
+        # Tensors that the shard does not determine: a zero point of a symmetric grid, what a conversion took apart.
         kept = {
             f"kept.{key}": value
             for key, value in dense.items()
-            if not _says(state.get(key), value, key in where)
-            and not is_stored_quantized(block, key, where, loose, experts)
+            if not (key in where and _is_identical(state.get(key), value))
+            and not is_stored_quantized(block, key, where, off_grid, experts)
         }
-        tensors, known = snapshot.take(run, inside=f"{name}.")
-        masks = {key.removeprefix("mask."): tensors.pop(key) for key in list(tensors) if key.startswith("mask.")}
-        bits = {f"bits.{key}": _pack_bits(mask) for key, mask in masks.items()}
-        rest = {f"run.{key}": value for key, value in tensors.items()}
-        about = {
+        run_tensors, run_meta = snapshot.take(run, inside=f"{name}.")
+        masks = {
+            key.removeprefix("mask."): run_tensors.pop(key) for key in list(run_tensors) if key.startswith("mask.")
+        }
+        metadata = {
             "module": meta,
-            "run": known,
+            "run": run_meta,
             "where": where,
-            "loose": loose,
+            "loose": off_grid,
             "experts": experts,
             "inventory": {key: [DTYPE_NAMES[value.dtype], list(value.shape)] for key, value in dense.items()},
             "masks": {key: list(mask.shape) for key, mask in masks.items()},
         }
-        write_shard(self._state(number), {**kept, **bits, **rest}, {"hf_optim": json.dumps(about)})
-        return [f"{name}.{part}" if part else name for part in loose]
+        tensors = {
+            **kept,
+            **{f"bits.{key}": _pack_bits(mask) for key, mask in masks.items()},
+            **{f"run.{key}": value for key, value in run_tensors.items()},
+        }
+        write_shard(self._state(number), tensors, {"hf_optim": json.dumps(metadata)})
+        return [f"{name}.{part}" if part else name for part in off_grid]
 
-    def write_rest(
-        self, run: Run, names: list[str], checkpoint: Checkpoint, packing_fallback: PackingFallback, loose: list[str]
+    def write_non_blocks(
+        self, run: Run, names: list[str], checkpoint: Checkpoint, packing_fallback: PackingFallback, off_grid: list[str]
     ) -> None:
-        """Write what lies outside the blocks: from memory what is real there, the rest as it stands in the checkpoint.
+        """Write the shard of the weights outside the blocks.
 
-        ``loose`` takes the names of modules that no longer fit their grid.
+        What is materialized is written from memory, everything else is copied from the checkpoint.
+
+        Args:
+            run: the run.
+            names: the parameters and persistent buffers outside the blocks.
+            checkpoint: the original checkpoint.
+            packing_fallback: as for the blocks.
+            off_grid: extended by the modules that no longer fit their grid.
         """
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -123,34 +141,34 @@ class StreamedOutput:
             if f"{name}.weight" in names and not module.get_parameter("weight").is_meta:
                 packing_fallback.apply(run, name)
         prefixes = tuple(f"{name}." for name in self.names)
-        # Of a tied tensor, the name that transformers keeps.
+        # Each tied tensor once, under the name that transformers keeps.
         state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
         state = {name: value for name, value in state.items() if not name.startswith(prefixes)}
         packed: dict[str, Tensor] = {}
         for name, module in quantized_modules(model).items():
             if any(f"{name}.{key}" in state for key in ("weight", "input_scale")) and not _is_meta(module):
-                own, left = packed_state_dict(module)
-                loose += [name for _ in left]
+                own, unpackable = packed_state_dict(module)
+                off_grid += [name for _ in unpackable]
                 state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
                 packed |= {f"{name}.{key}": value for key, value in own.items()}
         saved = to_saved_names(model, state | packed)
-        empty = {id(value): name for name, value in state.items() if value.is_meta}
-        made: dict[str, Tensor | TensorInfo] = {}
+        meta_names = {id(value): name for name, value in state.items() if value.is_meta}
+        tensors: dict[str, Tensor | TensorInfo] = {}
         for key, value in saved.items():
             if not value.is_meta:
-                made[key] = value
-            elif id(value) in empty:
-                name = empty[id(value)]
-                entry = checkpoint.plain(name)
-                made[key] = entry if entry is not None else checkpoint.read([name])[name]
-        if len(made) < len(saved):
-            real = checkpoint.read(list(empty.values()))
-            made = dict(to_saved_names(model, state | packed | real))
-        write_shard(self.shard(len(self.names)), made)
+                tensors[key] = value
+            elif id(value) in meta_names:
+                name = meta_names[id(value)]
+                info = checkpoint.stored_unchanged(name)
+                tensors[key] = info if info is not None else checkpoint.read([name])[name]
+        if len(tensors) < len(saved):  # a conversion made new meta tensors: convert the real ones
+            real = checkpoint.read(list(meta_names.values()))
+            tensors = dict(to_saved_names(model, state | packed | real))
+        write_shard(self.shard(len(self.names)), tensors)
 
     # -- reading back ---------------------------------------------------------------------------------------------
-    def about(self, number: int) -> dict[str, Any]:
-        """What was noted beside a finished block."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Return the metadata of a completed block. Raises ``CheckpointError`` if its state file cannot be read."""
         try:
             with safe_open(self._state(number), framework="pt") as file:
                 return json.loads(file.metadata()["hf_optim"])
@@ -160,97 +178,101 @@ class StreamedOutput:
             ) from error
 
     def restore(self, run: Run, number: int) -> list[str]:
-        """Put the run where it was when block ``number`` was finished. Returns what ``write_block`` returned."""
-        about = self.about(number)
+        """Restore the run as it was when block ``number`` was completed. Returns what ``write_block`` returned."""
+        metadata = self.metadata(number)
         entries = SafetensorsHeaders([self._state(number)]).entries
         tensors = {
-            key.removeprefix("run."): read_tensor(entry) for key, entry in entries.items() if key.startswith("run.")
+            key.removeprefix("run."): read_tensor(info) for key, info in entries.items() if key.startswith("run.")
         }
-        snapshot.restore(run, tensors, about["run"])
+        snapshot.restore(run, tensors, metadata["run"])
         name = self.names[number]
-        return [f"{name}.{part}" if part else name for part in about["loose"]]
+        return [f"{name}.{part}" if part else name for part in metadata["loose"]]
 
-    def mark(self, block: nn.Module, number: int) -> None:
-        """Give a weightless block the quantization state of the finished one, without its tensors."""
-        about = self.about(number)
+    def attach_schemes(self, block: nn.Module, number: int) -> None:
+        """Give a meta block the quantization schemes of the completed one, without reading its tensors."""
+        metadata = self.metadata(number)
         empty = {
             key: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
-            for key, (dtype, shape) in about["inventory"].items()
+            for key, (dtype, shape) in metadata["inventory"].items()
         }
-        load_module_state(block, empty, about["module"])
+        load_module_state(block, empty, metadata["module"])
 
-    def load(self, block: nn.Module, number: int) -> None:
-        """Bring a real block to the state of the finished one, bit by bit."""
-        about = self.about(number)
-        load_module_state(block, self.dense(number, about=about), about["module"])
+    def load_block(self, block: nn.Module, number: int) -> None:
+        """Load the completed state into a materialized block, bit-exact."""
+        metadata = self.metadata(number)
+        load_module_state(block, self.dense_tensors(number, metadata=metadata), metadata["module"])
 
-    def dense(self, number: int, keys: list[str] | None = None, about: Any = None) -> dict[str, Tensor]:
-        """Tensors of a finished block as they were in memory, by their names in the block; None for all."""
-        about = about or self.about(number)
-        saved, kept = (
-            SafetensorsHeaders([self.shard(number)]).entries,
-            SafetensorsHeaders([self._state(number)]).entries,
-        )
-        made: dict[str, Tensor] = {}
-        for key in about["inventory"] if keys is None else keys:
-            dtype, shape = about["inventory"][key]
-            entry = saved.get(about["where"].get(key, ""))
+    def dense_tensors(
+        self, number: int, keys: list[str] | None = None, metadata: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Return tensors of a completed block as they were in memory, decoded, by their names in the block.
+
+        Args:
+            number: the block.
+            keys: which tensors; None for all.
+            metadata: its ``metadata``, if it has been read already.
+        """
+        metadata = metadata or self.metadata(number)
+        saved = SafetensorsHeaders([self.shard(number)]).entries
+        kept = SafetensorsHeaders([self._state(number)]).entries
+        tensors: dict[str, Tensor] = {}
+        for key in metadata["inventory"] if keys is None else keys:
+            dtype, shape = metadata["inventory"][key]
+            info = saved.get(metadata["where"].get(key, ""))
             if f"kept.{key}" in kept:
-                made[key] = read_tensor(kept[f"kept.{key}"])
-            elif entry is not None and (entry.type, list(entry.shape)) == (dtype, shape):
-                made[key] = read_tensor(entry)
+                tensors[key] = read_tensor(kept[f"kept.{key}"])
+            elif info is not None and (info.type, list(info.shape)) == (dtype, shape):
+                tensors[key] = read_tensor(info)
             else:
-                made[key] = self._decoded(key, about, saved)
-        return made
+                tensors[key] = self._decode(key, metadata, saved)
+        return tensors
 
-    def masks(self) -> dict[str, int]:
-        """Where the masks of the run are: parameter name -> block."""
-        return {name: number for number in range(len(self.names)) for name in self.about(number)["masks"]}
+    def mask_locations(self) -> dict[str, int]:
+        """Return the block that holds each mask of the run: parameter name -> block number."""
+        return {name: number for number in range(len(self.names)) for name in self.metadata(number)["masks"]}
 
-    def mask(self, number: int, name: str) -> Tensor:
-        """The mask of a parameter, which was kept beside a block."""
-        shape = self.about(number)["masks"][name]
+    def read_mask(self, number: int, name: str) -> Tensor:
+        """Read the mask of a parameter from the state file of its block."""
+        shape = self.metadata(number)["masks"][name]
         return _unpack_bits(read_tensor(SafetensorsHeaders([self._state(number)]).entries[f"bits.{name}"]), shape)
 
-    def _decoded(self, key: str, about: Mapping[str, Any], saved: Mapping[str, Any]) -> Tensor:
-        held: dict[str, dict[str, str]] = defaultdict(dict)
-        for own, name in about["where"].items():
+    def _decode(self, key: str, metadata: Mapping[str, Any], saved: Mapping[str, TensorInfo]) -> Tensor:
+        names: dict[str, dict[str, str]] = defaultdict(dict)
+        for own, name in metadata["where"].items():
             linear, _, leaf = own.rpartition(".")
-            held[linear][leaf] = name
+            names[linear][leaf] = name
 
         def stored(linear: str) -> dict[str, Tensor]:
-            return {leaf: read_tensor(saved[name]) for leaf, name in held[linear].items()}
+            return {leaf: read_tensor(saved[name]) for leaf, name in names[linear].items()}
 
-        return decode_weight(key, about, stored, TORCH_DTYPES[about["inventory"][key][0]])
+        return decode_weight(key, metadata, stored, TORCH_DTYPES[metadata["inventory"][key][0]])
 
     # -- the end --------------------------------------------------------------------------------------------------
     def index(self, parameters: int) -> dict[str, Any]:
-        """The index of all shards, as transformers writes it."""
+        """Return the index of all shards, in the format of transformers."""
         weight_map, total = {}, 0
         for path in self.shards:
-            for key, entry in SafetensorsHeaders([path]).entries.items():
+            for key, info in SafetensorsHeaders([path]).entries.items():
                 weight_map[key] = path.name
-                total += entry.end - entry.begin
+                total += info.end - info.begin
         return {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
 
     def remove(self) -> None:
-        """The run is over."""
+        """Remove the directory, once the run has finished."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def to_saved_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part of a state dict under the names that ``save_pretrained`` writes, without what it leaves out."""
+    """Convert a part of a state dict to what ``save_pretrained`` writes: its names, without the keys it leaves out."""
     from transformers.core_model_loading import revert_weight_conversion
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     return dict(revert_weight_conversion(model, {key: value for key, value in state.items() if key not in ignored}))
 
 
-def _says(saved: Any, dense: Tensor, written: bool) -> bool:
-    """Whether the tensor stands in the shard as it was in memory."""
+def _is_identical(saved: Any, dense: Tensor) -> bool:
     return (
-        written
-        and isinstance(saved, Tensor)
+        isinstance(saved, Tensor)
         and saved.dtype == dense.dtype
         and saved.shape == dense.shape
         and torch.equal(saved, dense)

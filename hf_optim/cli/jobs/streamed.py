@@ -59,7 +59,7 @@ class StreamedJob:
         self.checkpoint = Checkpoint(meta_model.files, meta_model.model)
         self.names = [block.name for block in topology.blocks(meta_model.model)]
         self.output = StreamedOutput(work, self.names, self._identity(), resume)
-        self.loose: list[str] = []
+        self.off_grid: list[str] = []
 
     def calibrate(self) -> None:
         """Calibrate all blocks. Completed blocks are on disk, whatever happens afterwards."""
@@ -79,7 +79,7 @@ class StreamedJob:
         steps = [step for step in stage.steps if step.implements("calibrate")]
         driver = StreamedDriver(run, steps, self.checkpoint, self.output, spill)
         driver.calibrate()
-        self.loose = driver.loose
+        self.off_grid = driver.off_grid
         return {"driver": "streamed", **driver.metrics()}
 
     def save(self, directory: Path, measure: saving.Measure | None = None) -> None:
@@ -101,7 +101,7 @@ class StreamedJob:
         """Return the model, with the configuration that describes what was written."""
         model: Any = self.run.model
         if getattr(model, "hf_quantizer", None) is not None:
-            schemes = stored_schemes(model, set(self.loose))
+            schemes = stored_schemes(model, set(self.off_grid))
             if schemes:
                 model.config.quantization_config = quantization_config(model, schemes)
             else:
@@ -121,7 +121,7 @@ class StreamedJob:
 
     def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(self.run.config.to_dict(), sort_keys=True, default=str).encode())
-        for key, entry in sorted(self.checkpoint.listing.entries.items()):
+        for key, entry in sorted(self.checkpoint.headers.entries.items()):
             digest.update(f"{key} {entry.type} {entry.shape}".encode())
             digest.update(read_sample(entry))
         packages = versions()
