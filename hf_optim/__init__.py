@@ -39,7 +39,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "optimize": "lifecycle.loading",
     "advance": "lifecycle.stages",
-    "callbacks": "training.callbacks",
+    "callbacks": "training.stage_callbacks",
     "OptimTrainer": "training.trainer",
     "Rounds": "training.pruning_rounds",
     "RoundTraining": "training.rounds_callback",
@@ -107,10 +107,10 @@ if TYPE_CHECKING:
     from .runs.run import Run as Run
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
-    from .training.callbacks import callbacks as callbacks
     from .training.peft import merge_adapters as merge_adapters
     from .training.pruning_rounds import Rounds as Rounds
     from .training.rounds_callback import RoundTraining as RoundTraining
+    from .training.stage_callbacks import callbacks as callbacks
     from .training.trainer import OptimTrainer as OptimTrainer
 
 install()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipes.hooks import hookspec
+from .recipes.hooks import register_techniques as register_techniques
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 @hookspec
 def register_kernels(register: Callable[..., None]) -> None:
-    """Offer faster layers. Called once per run, at its first ``accelerate()``.
+    """Register kernels for the result of this step. Called once per run, at its first ``accelerate()``.
 
-    Call ``register(kernel)`` with an ``hf_optim.Kernel``: which compressed weights it serves, and how to make the
-    operand that holds one in the kernel's own layout and computes with it.
+    Call ``register(kernel)`` with an ``hf_optim.Kernel``: which compressed weights it supports, and how to prepack one
+    into the kernel's own layout. The kernels of a run are tried before the installed ones. A package whose kernel is
+    for every model, also for one loaded with ``optim_config="auto"``, registers it with an entry point of the group
+    ``hf_optim.kernels`` instead.
     """
 
 

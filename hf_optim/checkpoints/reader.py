@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..toolkit import compat
 from ..toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders, TensorInfo
 
 
@@ -129,7 +130,7 @@ def _find_sources(
     # As in transformers' own loader: in natural order, and a name that the model has already is not renamed.
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    conversions = getattr(model, "_weight_conversions", None) or []
+    conversions = compat.weight_conversions(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..toolkit import compat
 from ..toolkit.topology.experts import ExpertLinear, fused_experts, is_fused_experts, matrix_names
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def forget_decoding(model: Any) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    known = getattr(model, "_weight_conversions", None) or []
+    known = compat.weight_conversions(model)
     if any(hasattr(op, "hf_quantizer") for one in known for op in getattr(one, "operations", ())):
         own = get_model_conversion_mapping(model, add_legacy=False)
         prefixes = [one for one in known if isinstance(one, PrefixChange)]

@@ -72,22 +72,22 @@ class RoundTraining(TrainerCallback):
 
     def _act(self, args: Any, state: Any, phases: RetrainingPhases, kwargs: Any) -> None:
         rounds, optimizer = self.rounds, kwargs["optimizer"]
-        if self.keeps_point and state.global_step == phases.position:
-            rounds.point(rounds.home / f"rewind-{phases.position}", optimizer, write=args.should_save)
+        if self.keeps_point and state.global_step == phases.rewind_step:
+            rounds.point(rounds.home / f"rewind-{phases.rewind_step}", optimizer, write=args.should_save)
         if phases.round_at(state.global_step):
             rounds.next()
             if self.renew is not None:
                 self.renew(rounds, optimizer)
-            rounds.restart(kwargs["lr_scheduler"], phases.position if self.held is None else phases.length)
+            rounds.restart(kwargs["lr_scheduler"], phases.rewind_step if self.held is None else phases.length)
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     # -- before the first step ------------------------------------------------------------------------------------
     def _phases(self, max_steps: int) -> RetrainingPhases:
         phases = RetrainingPhases.divide(max_steps, self.rounds.rounds, self.dense, self.rewind_to)
-        if not phases.fitting:
+        if not phases.rounds_that_fit:
             raise RecipeError(
                 f"{self.rounds.label}: a training of {max_steps} steps has no room for a round of retraining after "
-                f"{phases.starts(1)} steps: train longer, or lower rewind_to"
+                f"{phases.round_start(1)} steps: train longer, or lower rewind_to"
             )
         return phases
 
@@ -124,10 +124,10 @@ class RoundTraining(TrainerCallback):
 
     def _announce(self, phases: RetrainingPhases, args: Any) -> None:
         rounds = self.rounds
-        if phases.fitting < rounds.rounds:
-            reached = round_sparsity(rounds.sparsity, phases.fitting, rounds.rounds)
+        if phases.rounds_that_fit < rounds.rounds:
+            reached = round_sparsity(rounds.sparsity, phases.rounds_that_fit, rounds.rounds)
             self._warn(
-                f"a training of {phases.max_steps} steps has room for {phases.fitting} of {rounds.rounds} rounds: "
+                f"a training of {phases.max_steps} steps has room for {phases.rounds_that_fit} of {rounds.rounds} rounds: "
                 f"the model reaches a sparsity of {reached:.4f} instead of {rounds.sparsity:g}; train longer, or lower "
                 "rounds"
             )

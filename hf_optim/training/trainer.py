@@ -17,10 +17,11 @@ from transformers import Trainer, TrainerCallback
 from ..errors import OptimError, RecipeError
 from ..recipes.technique import Technique
 from ..runs.run import run_of
+from ..toolkit import compat
 from ..toolkit.distributed import collectives
-from .callbacks import stage_callbacks
 from .checkpoint_callback import CheckpointCallback
 from .mask_callback import MaskCallback
+from .stage_callbacks import stage_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class OptimTrainer(Trainer):
         with self.accelerator.autocast():
             found = self.run.call_on(steps, "training_loss", model=model, inputs=given, outputs=outputs)
         # What a backward pass of this batch contributes to the step, for the log.
-        part = 1.0 if self._loss_is_scaled(num_items_in_batch) else 1.0 / self._accumulation
+        part = 1.0 if compat.loss_is_scaled(self, num_items_in_batch) else 1.0 / compat.accumulation_steps(self)
         self._note("task_loss", loss * part)
         for terms in found:
             loss = loss * terms.get(TASK_SCALE, 1.0)
@@ -128,29 +129,18 @@ class OptimTrainer(Trainer):
         stage = self.run.stage
         return [step for step in stage.steps if step.implements(hook)] if stage is not None else []
 
-    @property
-    def _accumulation(self) -> int:
-        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-
-    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the task loss is a share of the accumulated batch's already; as ``Trainer.training_step`` decides."""
-        declared = getattr(self, "loss_is_scaled_for_ga", None)
-        if declared is not None:
-            return declared
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-
     def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Any:
         """The factor that puts a mean over this batch on the scale of the task loss.
 
         A task loss that is the mean over the batch is divided by the accumulation steps later on, and so are terms. One
         that is normalized by the items of the whole accumulated batch is a share, and a term must be the same share.
         """
-        if not self._loss_is_scaled(num_items_in_batch):
+        if not compat.loss_is_scaled(self, num_items_in_batch):
             return 1.0
         labels = inputs.get("shift_labels", inputs.get("labels"))
         if num_items_in_batch is None or not isinstance(labels, torch.Tensor):
-            return 1.0 / self._accumulation
-        if "shift_labels" not in inputs and getattr(self, "_loss_shifts_labels", False):
+            return 1.0 / compat.accumulation_steps(self)
+        if "shift_labels" not in inputs and compat.loss_shifts_labels(self):
             labels = labels[..., 1:]
         # DataParallel repeats the number for each of its devices.
         share = labels.ne(-100).sum() / torch.as_tensor(num_items_in_batch).reshape(-1)[0]

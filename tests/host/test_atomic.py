@@ -77,8 +77,8 @@ def test_a_killed_writer_leaves_the_old_directory_and_its_litter_is_swept(tmp_pa
     with replace_directory(out, never) as beside:
         (beside / "a").write_text("old")
     code = (
-        "import sys, time; from pathlib import Path; from hf_optim.atomic import replaced_directory\n"
-        "with replaced_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
+        "import sys, time; from pathlib import Path; from hf_optim.checkpoints.atomic import replace_directory\n"
+        "with replace_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
         "    (beside / 'a').write_text('half'); print('writing', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True) as writer:
@@ -109,9 +109,9 @@ def test_a_reader_never_sees_a_half(tmp_path):
         (beside / "a").write_text("0")
         (beside / "b").write_text("0")
     code = (
-        "import sys; from pathlib import Path; from hf_optim.atomic import replaced_directory\n"
+        "import sys; from pathlib import Path; from hf_optim.checkpoints.atomic import replace_directory\n"
         "for i in range(150):\n"
-        "    with replaced_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
+        "    with replace_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
         "        (beside / 'a').write_text(str(i)); (beside / 'b').write_text(str(i))"
     )
     seen = 0

@@ -78,7 +78,7 @@ def test_the_wrapper_keeps_the_signature_and_is_installed_once():
 def test_a_failing_import_of_transformers_leaves_the_finder_usable():
     code = (
         "import sys, hf_optim\n"
-        "from hf_optim.hookup import _Waiter\n"
+        "from hf_optim.lifecycle.from_pretrained import _Waiter\n"
         "import transformers.modeling_utils\n"
         "print(any(isinstance(f, _Waiter) for f in sys.meta_path))"
     )

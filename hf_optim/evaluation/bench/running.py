@@ -50,7 +50,7 @@ class Deadline:
 def benching() -> Any:
     """The kernel package's module of timing tools. Raises ``OptimError`` where the package is not installed."""
     try:
-        return importlib.import_module(f"{KERNELS}.benching")
+        return importlib.import_module(f"{KERNELS}.common.benchmark")
     except ImportError as error:
         raise OptimError(f"the package {KERNELS} cannot be imported: {error}") from error
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError
 from hf_optim.lifecycle.stages import start_run
-from hf_optim.toolkit import topology
+from hf_optim.toolkit import compat, topology
 from hf_optim_plugins.attention import _windowed_attention
 from hf_optim_plugins.attention.local import Local, attended_share
 
@@ -135,7 +135,7 @@ def test_generation_with_a_cache_is_generation_without(family, cache):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_the_cache_is_bounded_by_the_window(family):
     model = localize(TINY[family](), window=4).model
-    layer = model(IDS, use_cache=True).past_key_values.layers[0]
+    layer = model(IDS, use_cache=True)[compat.CACHE].layers[0]
     assert layer.keys.shape[-2] == 3
 
 

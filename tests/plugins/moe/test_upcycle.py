@@ -27,7 +27,7 @@ from hf_optim import ModelError, OptimConfig, RecipeError
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.recipes.traits import BITS_ASSIGNED
 from hf_optim.testing.trait_checks import holds
-from hf_optim.toolkit import topology
+from hf_optim.toolkit import compat, topology
 from hf_optim_plugins.moe.upcycle import BalanceExperts, Upcycle
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -92,7 +92,7 @@ def test_renormalised_top_k_is_the_dense_model(build, target, top_k):
 def test_a_window_survives():
     run = upcycle(tiny_mistral())
     assert run.model.config.sliding_window == 4
-    assert run.model(IDS, use_cache=True).past_key_values.layers[0].is_sliding
+    assert run.model(IDS, use_cache=True)[compat.CACHE].layers[0].is_sliding
 
 
 def test_every_second_layer():

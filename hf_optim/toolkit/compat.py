@@ -1,0 +1,44 @@
+"""What differs between the supported versions of transformers, 5.17 to 5.24. No other module depends on a version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+# The name of the key/value cache, as an argument of ``forward`` and as a field of its output.
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """Return the key/value cache in a model's output, or None."""
+    return getattr(output, CACHE, None)
+
+
+def weight_conversions(model: Any) -> list[Any]:
+    """Return the conversions between checkpoint names and parameters that transformers applied to load a model."""
+    return list(getattr(model, "_weight_conversions", None) or [])
+
+
+def accumulation_steps(trainer: Any) -> int:
+    """Return the number of micro-batches in the current optimizer step of a ``Trainer``.
+
+    The last step of an epoch may have fewer than ``gradient_accumulation_steps``.
+    """
+    return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Return True if the task loss is a share of the accumulated batch already (``Trainer.training_step``)."""
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if declared is not None:
+        return declared
+    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return counted or trainer.compute_loss_func is not None
+
+
+def loss_shifts_labels(trainer: Any) -> bool:
+    """Return True if the loss of a ``Trainer`` shifts the labels by one: the first of each row is not counted."""
+    return getattr(trainer, "_loss_shifts_labels", False)
