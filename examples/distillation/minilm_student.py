@@ -38,7 +38,7 @@ from transformers import (
 import hf_optim
 from hf_optim import DataConfig
 from hf_optim.data.datasets import load_examples
-from hf_optim.evaluation.evaluate import evaluate, mean_pooled
+from hf_optim.evaluation.evaluate import evaluate, mean_pool
 from hf_optim.toolkit.modules import eval_mode
 
 SOURCES = {
@@ -107,7 +107,7 @@ def seconds(models: list[Any], inputs: list[dict[str, torch.Tensor]], repeats: i
             with eval_mode(model):
                 start = time.perf_counter()
                 for batch in inputs:
-                    vectors = mean_pooled(model, batch)
+                    vectors = mean_pool(model, batch)
                 vectors.sum().item()  # waits for the device
             if turn:
                 found.append(time.perf_counter() - start)

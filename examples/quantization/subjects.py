@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hf_optim import DataConfig, OptimTrainer
 from hf_optim.data.datasets import load_examples
-from hf_optim.evaluation.evaluate import evaluate, mean_pooled
+from hf_optim.evaluation.evaluate import evaluate, mean_pool
 from hf_optim.training.fit import train_stage, training_arguments
 
 SENTENCES = 512  # of an encoder's calibration
@@ -31,7 +31,7 @@ class Subject:
         name: the column of the table.
         path: the checkpoint.
         auto_class: the class of transformers that loads it.
-        figure: the figure of merit, as ``hf_optim.measure.evaluate`` names it.
+        figure: the figure of merit, as ``hf_optim.evaluation.evaluate`` names it.
         lower_is_better: of that figure.
         calibration, training, evaluation: the data.
     """
@@ -108,8 +108,8 @@ class VectorTrainer(OptimTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            wanted = torch.nn.functional.normalize(mean_pooled(self.teacher, inputs), dim=-1)
-        loss = (torch.nn.functional.normalize(mean_pooled(model, inputs), dim=-1) - wanted).square().sum(-1).mean()
+            wanted = torch.nn.functional.normalize(mean_pool(self.teacher, inputs), dim=-1)
+        loss = (torch.nn.functional.normalize(mean_pool(model, inputs), dim=-1) - wanted).square().sum(-1).mean()
         return (loss, {}) if return_outputs else loss
 
 

@@ -69,10 +69,10 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
         "reload_means": recipe.reload.value,
     }
     if found is not None:
-        from ..evaluation.reported import bytes_text
+        from ..evaluation.reported import format_bytes
 
         report["model"] = found.estimates
-        report["model"]["readable"]["host memory"] = f"about {bytes_text(found.estimates['host_bytes'])}"
+        report["model"]["readable"]["host memory"] = f"about {format_bytes(found.estimates['host_bytes'])}"
         report["notes"] = found.notes
     return report
 

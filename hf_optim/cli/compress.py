@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..evaluation.reported import REPORTED_METRICS, change
+from ..evaluation.reported import comparison_rows
 from ..runs.record import Record
 from .options import data_config, data_options, driver_of, driver_options, model_options, source_of
 from .table import print_table
@@ -86,13 +86,7 @@ def run(args: argparse.Namespace) -> int:
 def print_result(record: Record) -> None:
     """The table before against after, of what was measured; below it what share of the weights each step touched."""
     before, after = record.measured.get("before", {}), record.measured.get("after", {})
-    rows = []
-    for figure in REPORTED_METRICS:
-        left, right = before.get(figure.key), after.get(figure.key)
-        if left is not None or right is not None:
-            written = [figure.write(value) if value is not None else "-" for value in (left, right)]
-            rows.append((figure.label, *written, change(figure, left, right)))
-    print_table(("measure", "before", "after", "change"), rows)
+    print_table(("measure", "before", "after", "change"), comparison_rows(before, after))
     print()
     for step, coverage in record.coverage.items():
         total, touched = coverage["weights_total"], coverage["weights_touched"]

@@ -29,14 +29,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    figures = measure(args, data_config(args, args.data))
+    measured = measure(args, data_config(args, args.data))
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(measured))
         return 0
-    known = {figure.key: figure for figure in REPORTED_METRICS}
+    known = {metric.key: metric for metric in REPORTED_METRICS}
     rows = [
-        (known[key].label, known[key].write(value)) if key in known and value is not None else (key, value)
-        for key, value in figures.items()
+        (known[key].label, known[key].format(value)) if key in known and value is not None else (key, value)
+        for key, value in measured.items()
     ]
     print_table(("measure", "value"), rows)
     return 0
@@ -57,5 +57,5 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
         model = load_model(source).to(device)
         if args.auto:
             accelerate(model)
-        figures = evaluate(model, load_processor(source, type(model)), data)
-    return {**figures, **memory.metrics()}
+        measured = evaluate(model, load_processor(source, type(model)), data)
+    return {**measured, **memory.metrics()}

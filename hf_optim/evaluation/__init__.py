@@ -1,1 +1,1 @@
-"""Numbers: metrics, latency, sizes, and how they are reported."""
+"""Metrics, latency, sizes, and how they are reported."""

@@ -1,8 +1,9 @@
-"""Measuring a model: quality on data, agreement with another model, bytes, and milliseconds per token."""
+"""Evaluate a model: quality on data, agreement with another model, and milliseconds per token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,82 +12,57 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data import datasets, labelled_batches
-from ..data.datasets import load_texts, string_columns
-from ..data.labelled_batches import IGNORE_INDEX, LabelledBatches
+from ..data import labelled_batches
+from ..data.datasets import load_examples, load_texts, string_columns
+from ..data.labelled_batches import IGNORE_INDEX, LabelledBatch, LabelledBatches
 from ..data.tasks import task_of_model
 from ..errors import DataError, OptimError
 from ..recipes.config import DataConfig
-from ..runs.memory import PeakMemory
 from ..toolkit.modules.modes import device_of, eval_mode
-from .latency import milliseconds_per_token
-from .metrics import Accuracy, KLDivergence, Perplexity, Spearman, StreamingMetric, TopOneAgreement
-from .sizes import bytes_on_disk, parameter_bytes
-
-__all__ = [
-    "bytes_on_disk",
-    "compare",
-    "device_of",
-    "evaluate",
-    "evaluate_lm",
-    "lm_eval_tasks",
-    "mean_pooled",
-    "milliseconds_per_token",
-    "parameter_bytes",
-    "peak_memory",
-    "perplexity",
-]
-
-METRICS: dict[str, tuple[type[StreamingMetric], ...]] = {
-    "text-generation": (Perplexity,),
-    "image-text-to-text": (Perplexity,),
-    "text2text-generation": (Perplexity,),
-    "fill-mask": (Perplexity, Accuracy),
-    "text-classification": (Accuracy,),
-    "image-classification": (Accuracy,),
-}
+from .latency import measure_ms_per_token
+from .metrics import KLDivergence, Perplexity, Spearman, StreamingMetric, TopOneAgreement, metrics_for
 
 
 def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True) -> dict[str, Any]:
-    """Measure a model on data, by what the model is for and what columns the data has.
+    """Evaluate a model on data, with the metrics of its task.
 
     Language models give ``perplexity``, ``nll`` (nats per token), ``tokens``, ``bits_per_byte`` and ``ms_per_token``;
     masked ones also ``accuracy`` over the masked tokens; text and image classifiers ``accuracy``; any encoder on pairs
     with a ``score`` column gives ``spearman`` (of cosines of mean-pooled vectors, or of a one-label head).
 
     Args:
-        model: on the device where it is to be measured.
+        model: on the device where it is to be evaluated.
         tokenizer: its tokenizer, or image processor.
-        data: where the data is and how much of it to take; ``samples=None`` takes all.
-        speed: also time greedy generation, where the model generates.
+        data: which data, and how much of it; ``samples=None`` takes all.
+        speed: also time greedy generation, if the model generates.
 
-    Raises ``DataError`` when model and data do not go together.
+    Raises ``DataError`` if the data does not fit the model.
     """
     task = task_of_model(model).tag
-    scores = _score_rows(model, data)
-    if scores is not None:
-        return {"task": "sentence-similarity", **_similarity(model, tokenizer, scores)}
-    if task not in METRICS:
+    scored_pairs = _load_scored_pairs(model, data)
+    if scored_pairs is not None:
+        return {"task": "sentence-similarity", **_compute_similarity(model, tokenizer, scored_pairs)}
+    if not metrics_for(task):
         raise DataError(
-            f"there is no measure for {type(model).__name__} on {data.dataset}: load it with its task's head "
-            "(language model, classifier), or give sentence pairs with a column `score`"
+            f"no metric for {type(model).__name__} on {data.dataset}: load the model with the head of its task "
+            "(language model, classifier), or use sentence pairs with a column `score`"
         )
-    batches = _examples(task, model, tokenizer, data)
-    figures = _figures(model, batches, METRICS[task])
+    measured = _compute_metrics(model, _build_batches(task, model, tokenizer, data), metrics_for(task))
     if speed and task == "text-generation":
-        figures["ms_per_token"] = milliseconds_per_token(model)
-    return {"task": task, **figures}
+        measured["ms_per_token"] = measure_ms_per_token(model)
+    return {"task": task, **measured}
 
 
 def compare(model: Any, reference: Any, tokenizer: Any, data: DataConfig) -> dict[str, Any]:
-    """``top1_agreement`` (share) and ``kl`` (nats per position, reference || model) of two models on the same data.
+    """Compare the predictions of two models on the same data.
 
-    Empty for models without a vocabulary or classes to compare over. Raises ``DataError`` when theirs differ.
+    Returns ``top1_agreement`` (a fraction) and ``kl`` (nats per position, reference || model), or nothing for models
+    without a vocabulary or classes. Raises ``DataError`` if their vocabularies or classes differ in number.
     """
     task = task_of_model(model).tag
-    if task not in METRICS or _score_rows(model, data) is not None:
+    if not metrics_for(task) or _load_scored_pairs(model, data) is not None:
         return {}
-    return _agreement(model, reference, _examples(task, model, tokenizer, data))
+    return _compute_agreement(model, reference, _build_batches(task, model, tokenizer, data))
 
 
 def evaluate_lm(
@@ -98,75 +74,75 @@ def evaluate_lm(
     samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Perplexity of a causal language model on texts, and its agreement with a reference model.
+    """Compute the perplexity of a causal language model on texts, and its agreement with a reference model.
 
-    Every text is preceded by bos, all are joined and cut into windows of ``seq_len`` tokens (the model's context);
-    tokens 2..n of each window are scored, and what does not fill a window at the end is left out.
+    Each text is preceded by bos; all are joined and split into sequences of ``seq_len`` tokens (default: the model's
+    context). Tokens 2..n of each sequence are scored; an incomplete sequence at the end is dropped.
 
     Returns ``perplexity``, ``nll`` (nats per token), ``tokens`` (scored), ``bits_per_byte`` (of the UTF-8 text), and
     with a ``reference`` also ``top1_agreement`` and ``kl``.
     """
-    batches = labelled_batches.causal_lm_batches(
-        texts, model, tokenizer, DataConfig(samples=samples, seq_len=seq_len, seed=seed)
-    )
-    figures = _figures(model, batches, (Perplexity,))
-    return figures if reference is None else {**figures, **_agreement(model, reference, batches)}
+    data = DataConfig(samples=samples, seq_len=seq_len, seed=seed)
+    batches = labelled_batches.causal_lm_batches(texts, model, tokenizer, data)
+    measured = _compute_metrics(model, batches, [Perplexity])
+    return measured if reference is None else {**measured, **_compute_agreement(model, reference, batches)}
 
 
-def perplexity(model: Any, windows: Tensor, batch_size: int = 8) -> dict[str, Any]:
-    """Perplexity over windows of tokens ``[n, seq_len]``, tokens 2..n of each scored: ``perplexity, nll, tokens``."""
-    labels = torch.cat([windows[:, 1:], torch.full_like(windows[:, :1], IGNORE_INDEX)], dim=1)
-    parts = zip(windows.split(batch_size), labels.split(batch_size), strict=True)
-    return _figures(model, LabelledBatches([({"input_ids": ids}, target) for ids, target in parts]), (Perplexity,))
+def perplexity(model: Any, ids: Tensor, batch_size: int = 8) -> dict[str, Any]:
+    """Compute ``perplexity``, ``nll`` and ``tokens`` over token ids ``[n, seq_len]``; tokens 2..n are scored."""
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE_INDEX)], dim=1)
+    parts = zip(ids.split(batch_size), labels.split(batch_size), strict=True)
+    batches = LabelledBatches([({"input_ids": inputs}, target) for inputs, target in parts])
+    return _compute_metrics(model, batches, [Perplexity])
 
 
-def _examples(task: str, model: Any, tokenizer: Any, data: DataConfig) -> LabelledBatches:
+def _build_batches(task: str, model: Any, tokenizer: Any, data: DataConfig) -> LabelledBatches:
     if task in ("text-generation", "image-text-to-text"):
         return labelled_batches.causal_lm_batches(load_texts(data), model, tokenizer, data)
     if task == "fill-mask":
         return labelled_batches.masked_lm_batches(load_texts(data), model, tokenizer, data)
-    rows = labelled_batches.sample_examples(data)
+    examples = labelled_batches.sample_examples(data)
     if task == "text2text-generation":
-        return labelled_batches.seq2seq_batches(rows, model, tokenizer)
+        return labelled_batches.seq2seq_batches(examples, model, tokenizer)
     if task == "image-classification":
-        return labelled_batches.image_classification_batches(rows, model, tokenizer)
-    return labelled_batches.text_classification_batches(rows, model, tokenizer, data)
+        return labelled_batches.image_classification_batches(examples, model, tokenizer)
+    return labelled_batches.text_classification_batches(examples, model, tokenizer, data)
 
 
-def _figures(model: Any, batches: LabelledBatches, kinds: tuple[type[StreamingMetric], ...]) -> dict[str, Any]:
-    metrics = [kind() for kind in kinds]
+def _compute_metrics(model: Any, batches: LabelledBatches, classes: Sequence[type[StreamingMetric]]) -> dict[str, Any]:
+    metrics = [cls() for cls in classes]
     with eval_mode(model):
-        for inputs, labels in _progress(batches, "measuring"):
-            logits, target = _scored(model, inputs, labels)
+        for inputs, labels in _progress(batches, "evaluating"):
+            logits, target = _scored_positions(model, inputs, labels)
             for metric in metrics:
                 metric.add_batch(predictions=logits, references=target)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for metric in metrics:
-        found |= metric.compute()
+        measured |= metric.compute()
     if batches.tokens_per_byte is not None:
-        found["bits_per_byte"] = found["nll"] / torch.tensor(2.0).double().log().item() * batches.tokens_per_byte
-    return found
+        measured["bits_per_byte"] = measured["nll"] / math.log(2) * batches.tokens_per_byte
+    return measured
 
 
-def _agreement(model: Any, reference: Any, batches: LabelledBatches) -> dict[str, Any]:
+def _compute_agreement(model: Any, reference: Any, batches: LabelledBatches) -> dict[str, Any]:
     metrics = (TopOneAgreement(), KLDivergence())
     with ExitStack() as stack:
         for each in (model, reference):
             stack.enter_context(eval_mode(each))
         for inputs, labels in _progress(batches, "comparing"):
-            ours, _ = _scored(model, inputs, labels)
-            theirs, _ = _scored(reference, inputs, labels)
-            if ours.shape != theirs.shape:
+            logits, _ = _scored_positions(model, inputs, labels)
+            expected, _ = _scored_positions(reference, inputs, labels)
+            if logits.shape != expected.shape:
                 raise DataError(
-                    f"the models have {ours.shape[-1]} and {theirs.shape[-1]} classes: they cannot be compared"
+                    f"the models have {logits.shape[-1]} and {expected.shape[-1]} classes: they cannot be compared"
                 )
             for metric in metrics:
-                metric.add_batch(predictions=ours, references=theirs.to(ours.device))
+                metric.add_batch(predictions=logits, references=expected.to(logits.device))
     return {**metrics[0].compute(), **metrics[1].compute()}
 
 
-def _scored(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``[n, V]`` of the positions that count, and their labels ``[n]``."""
+def _scored_positions(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits ``[n, V]`` of the positions with a label, and their labels ``[n]``."""
     device = device_of(model)
     inputs = {key: value.to(device) for key, value in inputs.items()}
     if "pixel_values" in inputs:
@@ -176,86 +152,81 @@ def _scored(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tens
     return logits[keep], labels.to(logits.device)[keep]
 
 
-def _progress(batches: LabelledBatches, what: str) -> Iterator[labelled_batches.LabelledBatch]:
-    # disable=None: no bar where nobody watches.
+def _progress(batches: LabelledBatches, what: str) -> Iterator[LabelledBatch]:
+    # disable=None: hide the bar if stderr is not a terminal.
     yield from tqdm(batches.batches, desc=what, unit="batch", disable=None, leave=False)
 
 
 # -- sentence pairs with a score --------------------------------------------------------------------------------------
 
 
-def _score_rows(model: Any, data: DataConfig) -> list[dict[str, Any]] | None:
-    """The rows, when the data has sentence pairs with a ``score`` and the model can be read as an encoder."""
+def _load_scored_pairs(model: Any, data: DataConfig) -> list[dict[str, Any]] | None:
+    """Return the examples if they are sentence pairs with a ``score`` and the model can be used as an encoder."""
     if task_of_model(model).tag in ("text-generation", "image-classification") or data.dataset is None:
         return None
-    first = next(iter(datasets.load_examples(data, limit=1)), {})
-    if "score" not in first or len(string_columns(first)) < 2 or not _encodes(model):
+    first = next(iter(load_examples(data, limit=1)), {})
+    if "score" not in first or len(string_columns(first)) < 2 or not _is_encoder(model):
         return None
     return labelled_batches.sample_examples(data)
 
 
-def _encodes(model: Any) -> bool:
+def _is_encoder(model: Any) -> bool:
     return task_of_model(model).tag == "feature-extraction" or getattr(model.config, "num_labels", 0) == 1
 
 
-def _similarity(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _compute_similarity(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
     if tokenizer is None:
         raise DataError("sentence pairs need the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
-    pair = ["sentence1", "sentence2"] if {"sentence1", "sentence2"} <= set(rows[0]) else string_columns(rows[0])[:2]
+    named = ["sentence1", "sentence2"]
+    columns = named if set(named) <= set(examples[0]) else string_columns(examples[0])[:2]
     metric = Spearman()
     with eval_mode(model):
-        for start in tqdm(range(0, len(rows), 32), desc="measuring", unit="batch", disable=None, leave=False):
-            part = rows[start : start + 32]
-            scores = torch.tensor([_number(row["score"]) for row in part], dtype=torch.float64)
-            metric.add_batch(predictions=_pair_scores(model, tokenizer, part, pair), references=scores)
-    return {**metric.compute(), "pairs": len(rows)}
+        for start in tqdm(range(0, len(examples), 32), desc="evaluating", unit="batch", disable=None, leave=False):
+            part = examples[start : start + 32]
+            scores = torch.tensor([_to_float(example["score"]) for example in part], dtype=torch.float64)
+            metric.add_batch(predictions=_predict_scores(model, tokenizer, part, columns), references=scores)
+    return {**metric.compute(), "pairs": len(examples)}
 
 
-def _pair_scores(model: Any, tokenizer: Any, rows: list[dict[str, Any]], pair: list[str]) -> Tensor:
+def _predict_scores(model: Any, tokenizer: Any, examples: list[dict[str, Any]], columns: list[str]) -> Tensor:
     device = device_of(model)
     if getattr(model.config, "num_labels", 0) == 1 and task_of_model(model).tag == "text-classification":
-        inputs = labelled_batches.tokenize(rows, pair, model, tokenizer)
+        inputs = labelled_batches.tokenize(examples, columns, model, tokenizer)
         return model(**{k: v.to(device) for k, v in inputs.items()}).logits.squeeze(-1)
-    first, second = (mean_pooled(model, labelled_batches.tokenize(rows, [column], model, tokenizer)) for column in pair)
+    first, second = (
+        mean_pool(model, labelled_batches.tokenize(examples, [column], model, tokenizer)) for column in columns
+    )
     return F.cosine_similarity(first, second, dim=-1)
 
 
-def mean_pooled(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Sentence vectors ``[n, hidden]``: the mean of the last hidden states over the tokens that are no padding."""
+def mean_pool(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return sentence vectors ``[n, hidden]``: the mean of the last hidden states over the tokens, without padding."""
     inputs = {key: value.to(device_of(model)) for key, value in inputs.items()}
     states = model(**inputs).last_hidden_state.float()
     weight = inputs["attention_mask"][..., None].to(states)
     return (states * weight).sum(1) / weight.sum(1)
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"score {value!r} is no number") from error
-
-
-# -- memory and speed --------------------------------------------------------------------------------------------------
-
-
-def peak_memory(device: torch.device | None = None) -> PeakMemory:
-    """``with peak_memory(device) as peak: ...``, then ``peak.bytes`` and ``peak.metrics()`` (see ``memory``)."""
-    return PeakMemory(device)
+        raise DataError(f"score {value!r} is not a number") from error
 
 
 def lm_eval_tasks(
     model: Any, tokenizer: Any, tasks: Iterable[str], *, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, dict[str, Any]]:
-    """Results of tasks of EleutherAI's lm-eval on the model in memory: ``{task: {metric: value}}``.
+    """Run tasks of EleutherAI's lm-eval on a model in memory; return ``{task: {metric: value}}``.
 
-    Raises ``OptimError`` when the optional package is not installed.
+    Raises ``OptimError`` if the optional package is not installed.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise OptimError("tasks of lm-eval need the package: pip install 'hf-optim[lm-eval]'") from error
+        raise OptimError("lm-eval is not installed: pip install 'hf-optim[lm-eval]'") from error
     with eval_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         results = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
-    return {task: dict(figures) for task, figures in results["results"].items()}
+    return {task: dict(metrics) for task, metrics in results["results"].items()}

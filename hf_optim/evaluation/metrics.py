@@ -1,14 +1,17 @@
-"""Metrics: ``evaluate.Metric`` objects that need no download and keep sums instead of predictions.
+"""Metrics that keep sums instead of predictions, with the interface of ``evaluate.Metric``.
 
-They are used as any metric of evaluate: ``add_batch(predictions=..., references=...)`` as often as there are batches,
-then ``compute()``; or ``compute(predictions=..., references=...)`` at once. Predictions may be logits: nothing is
-written to a cache file, only float64 sums are kept.
+Use them like any metric of evaluate: ``add_batch(predictions=..., references=...)`` once per batch, then ``compute()``;
+or ``compute(predictions=..., references=...)`` at once. Predictions may be logits. Nothing is downloaded, and nothing
+is written to a cache file: only float64 sums are kept.
+
+To add a metric, write a subclass of ``StreamingMetric`` that names its ``tasks``, and add a row to
+``reported.REPORTED_METRICS`` for each number that it computes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
@@ -16,16 +19,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-# Logits widened to float64 at a time, so that a long batch over a large vocabulary does not need its size eight times.
+from ..data.labelled_batches import IGNORE_INDEX
+
+# Logits converted to float64 at a time, so that a long batch over a large vocabulary needs no float64 copy of itself.
 CHUNK_ELEMENTS = 2**24
+
+_METRICS_OF_TASK: dict[str, list[type[StreamingMetric]]] = {}
+
+
+def metrics_for(task: str) -> list[type[StreamingMetric]]:
+    """Return the metrics computed for a pipeline tag of the Hub, in the order of this module; empty for other tasks."""
+    return list(_METRICS_OF_TASK.get(task, ()))
 
 
 class StreamingMetric(evaluate.Metric):
-    """Base: a metric that folds each batch into sums. Subclasses have ``_update``, ``_result`` and ``_reset``."""
+    """Base of a metric that adds each batch to sums. Subclasses implement ``_update``, ``_result`` and ``_reset``.
+
+    Attributes:
+        tasks: pipeline tags of the models that ``evaluate.evaluate`` computes it for.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for task in vars(cls).get("tasks", ()):
+            _METRICS_OF_TASK.setdefault(task, []).append(cls)
 
     def _build_data_dir(self) -> str:
-        # evaluate would make a cache folder here; there is nothing to cache.
+        # evaluate would create a cache folder here; there is nothing to cache.
         return str(self._data_dir_root)
 
     def __init__(self, **options: Any) -> None:
@@ -34,15 +56,18 @@ class StreamingMetric(evaluate.Metric):
 
     # evaluate copies the next three methods onto each instance without their closure: no super() in them.
     def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         self._update(predictions, references, **more)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **more: Any) -> None:
-        """Take in one example."""
+        """Add one example."""
         self._update(_batch_of_one(prediction), _batch_of_one(reference), **more)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **more: Any) -> dict[str, Any]:
-        """The metric over everything taken in (and over what is given here); starts afresh afterwards."""
+        """Return the metric over everything added (including the arguments), and reset it.
+
+        Raises ``ValueError`` if nothing was added.
+        """
         if predictions is not None or references is not None or more:
             self._update(predictions, references, **more)
         try:
@@ -77,46 +102,46 @@ def _feature(kind: str) -> Any:
     return datasets.Sequence(datasets.Value("float32")) if kind == "logits" else datasets.Value(kind)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    # float64: a small KL is a difference of nearly equal numbers. Apple's MPS has no float64.
+def _to_float64(logits: Tensor) -> Tensor:
+    # A small KL is a difference of nearly equal numbers. Apple's MPS has no float64.
     return logits.float() if logits.device.type == "mps" else logits.double()
 
 
-def _rows(*tensors: Tensor) -> Any:
-    """Tensors ``[..., V]`` as pieces of rows ``[n, V]`` in float64, a bounded number of elements at a time."""
+def _chunks(*tensors: Tensor) -> Any:
+    """Yield tensors ``[..., V]`` as chunks ``[n, V]`` in float64, with a bounded number of elements each."""
     width = tensors[0].shape[-1]
     flat = [t.reshape(-1, width) for t in tensors]
     step = max(1, CHUNK_ELEMENTS // width)
     for start in range(0, len(flat[0]), step):
-        yield tuple(_wide(t[start : start + step]) for t in flat)
+        yield tuple(_to_float64(t[start : start + step]) for t in flat)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Summed negative log-likelihood in nats, and how many labels it is over.
+    """Return the summed negative log-likelihood in nats, and the number of labels in the sum.
 
     Args:
-        logits: ``[..., V]``, already aligned with the labels (no shift is made here).
-        labels: ``[...]``; -100 is left out.
+        logits: ``[..., V]``, already aligned with the labels (they are not shifted here).
+        labels: ``[...]``; -100 is ignored.
     """
     labels = labels.reshape(-1).to(logits.device)
     total, start = 0.0, 0
-    for (piece,) in _rows(logits):
-        part = labels[start : start + len(piece)]
-        total += F.cross_entropy(piece, part, ignore_index=IGNORE, reduction="sum").item()
-        start += len(piece)
-    return total, int((labels != IGNORE).sum())
+    for (chunk,) in _chunks(logits):
+        part = labels[start : start + len(chunk)]
+        total += F.cross_entropy(chunk, part, ignore_index=IGNORE_INDEX, reduction="sum").item()
+        start += len(chunk)
+    return total, int((labels != IGNORE_INDEX).sum())
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> float:
-    """KL(reference || candidate) in nats, summed over positions; both are logits ``[..., V]``."""
+    """Return KL(reference || candidate) in nats, summed over positions; both are logits ``[..., V]``."""
     total = 0.0
-    for ours, theirs in _rows(reference, candidate.to(reference.device)):
-        total += F.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum").item()
+    for ref, cand in _chunks(reference, candidate.to(reference.device)):
+        total += F.kl_div(cand.log_softmax(-1), ref.log_softmax(-1), log_target=True, reduction="sum").item()
     return total
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, float64 ``[n]``; equal values share the mean of their ranks."""
+def average_ranks(values: Tensor) -> Tensor:
+    """Return ranks starting at 1, float64 ``[n]``; ties get the mean of their ranks."""
     values = values.double()
     _, group, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
@@ -124,15 +149,17 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two vectors ``[n]``: Pearson's of their ranks. NaN when one is constant."""
-    x, y = ranks(first), ranks(second)
+    """Return Spearman's rank correlation of two vectors ``[n]``: Pearson's of their ranks. NaN if one is constant."""
+    x, y = average_ranks(first), average_ranks(second)
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale > 0 else math.nan
 
 
 class Perplexity(StreamingMetric):
-    """exp of the mean negative log-likelihood per token."""
+    """Perplexity: exp of the mean negative log-likelihood per token."""
+
+    tasks = ("text-generation", "image-text-to-text", "text2text-generation", "fill-mask")
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
@@ -142,7 +169,7 @@ class Perplexity(StreamingMetric):
             "journal={The Journal of the Acoustical Society of America}}",
             "logits",
             "int64",
-            "predictions: logits [..., vocabulary]; references: the token ids they predict [...], -100 is left out. "
+            "predictions: logits [..., vocabulary]; references: the token ids they predict [...], -100 is ignored. "
             "Or nll=<summed nats> and tokens=<count>.",
         )
 
@@ -163,12 +190,12 @@ class Perplexity(StreamingMetric):
         if self.tokens == 0:
             raise ValueError("perplexity of no tokens: add a batch first")
         mean = self.nll / self.tokens
-        # math.exp overflows above 709 nats; such a model is as bad as can be said.
+        # math.exp overflows above 709 nats.
         return {"perplexity": math.exp(mean) if mean < 709 else math.inf, "nll": mean, "tokens": self.tokens}
 
 
 class _Mean(StreamingMetric):
-    """A mean over positions under one name."""
+    """A mean over positions, returned under ``key``."""
 
     key = ""
 
@@ -182,36 +209,37 @@ class _Mean(StreamingMetric):
 
 
 class Accuracy(_Mean):
-    """Share of right labels."""
+    """Fraction of correct labels."""
 
     key = "accuracy"
+    tasks = ("fill-mask", "text-classification", "image-classification")
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Share of the predictions that equal their reference.",
+            "Fraction of the predictions that equal their reference.",
             "",
             "int64",
             "int64",
-            "predictions: labels [n] or logits [n, classes]; references: labels [n], -100 is left out.",
+            "predictions: labels [n] or logits [n, classes]; references: labels [n], -100 is ignored.",
         )
 
     def _update(self, predictions: Any, references: Any) -> None:
         references = torch.as_tensor(references)
-        predictions = _labels(torch.as_tensor(predictions), references)
+        predictions = _argmax(torch.as_tensor(predictions)).to(references.device)
         _check_same_shape(predictions, references)
-        counted = references != IGNORE
+        counted = references != IGNORE_INDEX
         self.total += float(((predictions == references) & counted).sum())
         self.count += int(counted.sum())
 
 
 class TopOneAgreement(_Mean):
-    """Share of positions where two models have the same most likely token (or class)."""
+    """Fraction of positions where two models have the same most likely token (or class)."""
 
     key = "top1_agreement"
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Share of the positions at which the candidate's most likely class is the reference's.",
+            "Fraction of positions where candidate and reference have the same most likely class.",
             "",
             "logits",
             "logits",
@@ -249,7 +277,7 @@ class KLDivergence(_Mean):
 
 
 class Spearman(StreamingMetric):
-    """Spearman's rank correlation; equal values share the mean of their ranks."""
+    """Spearman's rank correlation; ties get the mean of their ranks."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
@@ -278,10 +306,6 @@ class Spearman(StreamingMetric):
 
 def _argmax(tensor: Tensor) -> Tensor:
     return tensor.argmax(-1) if tensor.is_floating_point() else tensor
-
-
-def _labels(predictions: Tensor, references: Tensor) -> Tensor:
-    return _argmax(predictions).to(references.device)
 
 
 def _check_same_shape(first: Tensor, second: Tensor) -> None:

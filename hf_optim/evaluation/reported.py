@@ -1,4 +1,7 @@
-"""Measured figures: what each is called, how it is written, and which way is better."""
+"""How results are reported: the label, the text form and the better direction of each metric, and names of recipes.
+
+``REPORTED_METRICS`` is the only list of what cards, plots and commands show. Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +13,47 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReportedMetric:
-    """One row of the before/after table.
+    """One row of the table that compares the original with the result.
 
     Attributes:
-        key: in ``record.measured["before"]`` and ``["after"]``.
-        label: with the unit, for people.
-        write: the number as text.
-        metric: its name in a model index of the Hub; empty for what does not belong there.
-        lower_is_better: which way is better.
-        relative: whether a change in percent says something.
-        of_two: True for a figure that compares the result with the original, which has none of its own.
+        key: its key in ``record.measured["before"]`` and ``["after"]``.
+        label: its name for readers, with the unit.
+        format: turns the number into text.
+        hub_name: its name in a model index of the Hub; empty for metrics that do not belong there.
+        quality: True for a metric that plots and the index use as the quality of a model.
+        lower_is_better: True if a smaller number is better.
+        relative: True if a change in percent is meaningful.
     """
 
     key: str
     label: str
-    write: Callable[[Any], str]
-    metric: str = ""
+    format: Callable[[Any], str]
+    hub_name: str = ""
+    quality: bool = False
     lower_is_better: bool = True
     relative: bool = True
-    of_two: bool = False
 
 
-def bytes_text(number: float) -> str:
-    """Decimal units, as disks are sold and the Hub counts: ``3.88 MB``."""
+def format_bytes(number: float) -> str:
+    """Return bytes as text in decimal units, as the Hub shows them: ``3.88 MB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
     return f"{number:.0f} B"
 
 
-def _both(number: float) -> str:
-    return f"{bytes_text(number)} ({number:,.0f})"
+def _exact_bytes(number: float) -> str:
+    return f"{format_bytes(number)} ({number:,.0f})"
 
 
 REPORTED_METRICS = (
-    ReportedMetric("perplexity", "perplexity", "{:.4f}".format, "perplexity"),
+    ReportedMetric("perplexity", "perplexity", "{:.4f}".format, "perplexity", quality=True),
     ReportedMetric("bits_per_byte", "bits per byte", "{:.4f}".format, "bits_per_byte"),
-    ReportedMetric("accuracy", "accuracy", "{:.4f}".format, "accuracy", lower_is_better=False),
-    ReportedMetric("spearman", "Spearman correlation", "{:.4f}".format, "spearmanr", lower_is_better=False),
+    ReportedMetric("accuracy", "accuracy", "{:.4f}".format, "accuracy", quality=True, lower_is_better=False),
+    ReportedMetric(
+        "spearman", "Spearman correlation", "{:.4f}".format, "spearmanr", quality=True, lower_is_better=False
+    ),
+    # These two compare the result with the original, which has no value itself.
     ReportedMetric(
         "top1_agreement",
         "top-1 agreement with the original",
@@ -55,52 +61,66 @@ REPORTED_METRICS = (
         "top1_agreement",
         lower_is_better=False,
         relative=False,
-        of_two=True,
     ),
-    ReportedMetric(
-        "kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False, of_two=True
-    ),
-    ReportedMetric("bytes_on_disk", "weights on disk (bytes)", _both),
-    ReportedMetric("parameter_bytes", "weights in memory (bytes)", _both),
-    ReportedMetric("peak_memory_bytes", "peak memory (bytes)", _both),
+    ReportedMetric("kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False),
+    ReportedMetric("bytes_on_disk", "weights on disk (bytes)", _exact_bytes),
+    ReportedMetric("parameter_bytes", "weights in memory (bytes)", _exact_bytes),
+    ReportedMetric("peak_memory_bytes", "peak memory (bytes)", _exact_bytes),
     ReportedMetric("ms_per_token", "milliseconds per token (greedy, batch 1)", "{:.2f}".format),
 )
-QUALITY = tuple(f for f in REPORTED_METRICS if f.key in ("perplexity", "accuracy", "spearman"))
+QUALITY_METRICS = tuple(m for m in REPORTED_METRICS if m.quality)
 
 
-def quality_of(*measured: Mapping[str, Any]) -> ReportedMetric | None:
-    """The first figure of quality that all of these have."""
-    return next((f for f in QUALITY if all(is_number(m.get(f.key)) for m in measured)), None)
+def common_quality_metric(*measured: Mapping[str, Any]) -> ReportedMetric | None:
+    """Return the first quality metric that all of these have, or None."""
+    return next((m for m in QUALITY_METRICS if all(is_number(values.get(m.key)) for values in measured)), None)
 
 
 def is_number(value: Any) -> bool:
+    """Return True for an int or a float, and False for a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def change(figure: ReportedMetric, before: Any, after: Any) -> str:
-    """``"-74.2 %"``, or an empty string where a relative change says nothing."""
-    if not (figure.relative and is_number(before) and is_number(after) and before):
+def relative_change(metric: ReportedMetric, before: Any, after: Any) -> str:
+    """Return the change as text, ``"-74.2 %"``; empty if there is none or it is not meaningful."""
+    if not (metric.relative and is_number(before) and is_number(after) and before):
         return ""
     return f"{100 * (after / before - 1):+.1f} %"
 
 
-def full_fields(step: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe's step with the defaults it leaves out, where its technique is at hand."""
+def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows ``[label, before, after, change]`` of the metrics that either side has."""
+    rows = []
+    for metric in REPORTED_METRICS:
+        values = [before.get(metric.key), after.get(metric.key)]
+        if any(map(is_number, values)):
+            texts = [metric.format(value) if is_number(value) else "-" for value in values]
+            rows.append([metric.label, *texts, relative_change(metric, *values)])
+    return rows
+
+
+def has_hub_metrics(measured: Mapping[str, Any]) -> bool:
+    """Return True if a metric that belongs into a model index of the Hub was measured."""
+    return any(is_number(measured.get(m.key)) for m in REPORTED_METRICS if m.hub_name)
+
+
+def fields_with_defaults(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe step, with defaults filled in if the technique is installed."""
     from ..errors import RecipeError
     from ..recipes.catalogue import catalogue
 
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in step.items()}
     name = str(fields.pop("technique"))
     try:
-        made = catalogue().get(name).from_dict(fields)
+        technique = catalogue().get(name).from_dict(fields)
     except (RecipeError, ImportError):
         return fields
-    return {key: getattr(made, key) for key in made.__dataclass_fields__}  # type: ignore[attr-defined]
+    return {key: getattr(technique, key) for key in technique.__dataclass_fields__}  # type: ignore[attr-defined]
 
 
 def step_label(step: Mapping[str, Any]) -> str:
-    """``"gptq 4-bit g32"``: a technique with what matters most of its fields."""
-    fields = full_fields(step)
+    """Return the technique of a step with its most important fields: ``"gptq 4-bit g32"``."""
+    fields = fields_with_defaults(step)
     words = [str(step["technique"])]
     if is_number(fields.get("bits")):
         words.append(f"{fields['bits']}-bit")
@@ -114,10 +134,10 @@ def step_label(step: Mapping[str, Any]) -> str:
 
 
 def recipe_label(recipe: Mapping[str, Any]) -> str:
-    """The steps of a recipe in a few words: ``"nm 2:4 + gptq 4-bit g32"``."""
+    """Return the steps of a recipe in a few words: ``"nm 2:4 + gptq 4-bit g32"``."""
     return " + ".join(step_label(step) for step in recipe.get("steps", ())) or "no steps"
 
 
 def short_id(model: str) -> str:
-    """The last part of a model's id."""
+    """Return the last part of a model id."""
     return Path(model).name or model

@@ -1,4 +1,4 @@
-"""Bytes of weights, on disk and in memory. Cheap to import, unlike the rest of measuring."""
+"""Bytes of weights, on disk and in memory. Cheap to import, unlike the rest of ``evaluation``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import CheckpointError
 
 
 def bytes_on_disk(directory: str | Path) -> int:
-    """Bytes of the weights of a checkpoint: its safetensors files. Raises ``CheckpointError`` when there are none."""
+    """Return the bytes of a checkpoint's safetensors files. Raises ``CheckpointError`` if there are none."""
     files = list(Path(directory).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} has no safetensors weights")
@@ -18,7 +18,7 @@ def bytes_on_disk(directory: str | Path) -> int:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a model in memory; what is shared counts once."""
+    """Return the bytes of a model's parameters and buffers in memory; shared storage counts once."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "meta":

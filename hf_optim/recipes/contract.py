@@ -83,7 +83,7 @@ class Contract:
 
 
 @dataclass(frozen=True)
-class Spec:
+class TechniqueSpec:
     """What ``@technique`` records about a class."""
 
     name: str

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from ..errors import RecipeError
-from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, Spec
+from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSpec
 from .field_checks import _admits, check_fields, did_you_mean, option
 
 
@@ -35,7 +35,7 @@ class Technique:
     ``needs_data()``, ``needs_whole_model()``, ``needs_teacher()`` and ``changes_architecture()``.
     """
 
-    spec: ClassVar[Spec]
+    spec: ClassVar[TechniqueSpec]
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -143,7 +143,7 @@ def technique(
         # eq=False: pluggy refuses two equal plugins, and one technique may stand twice in a recipe.
         made = dataclass(frozen=True, eq=False, kw_only=True)(cls)
         summary = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        made.spec = Spec(name, family, contract, reload, paper, trains, summary)
+        made.spec = TechniqueSpec(name, family, contract, reload, paper, trains, summary)
         return made
 
     return decorate

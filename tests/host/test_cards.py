@@ -1,4 +1,4 @@
-"""Model cards: everything on them comes from the record, the Hub can read them, and the plots are there."""
+"""Model cards: everything on them comes from the record, the Hub can read them, and plots are drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_optim import CheckpointError, Contract, Paper, Reload, Technique, option
 from hf_optim.evaluation.cards import plots
 from hf_optim.evaluation.cards.card import Card
 from hf_optim.evaluation.cards.index import render_index
-from hf_optim.evaluation.reported import REPORTED_METRICS, bytes_text, recipe_label
+from hf_optim.evaluation.reported import REPORTED_METRICS, format_bytes, recipe_label
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.record import Record
 
@@ -131,7 +131,7 @@ def front(text: str) -> dict:
 
 
 def section(text: str, title: str) -> str:
-    """What stands under a heading, up to the next of its level or above."""
+    """The text under a heading, up to the next one of its level or above."""
     level = re.search(rf"^(#+) {re.escape(title)}$", text, re.M)
     assert level, f"no heading {title!r}"
     rest = text[level.end() :]
@@ -167,7 +167,7 @@ def test_the_hub_reads_the_front_matter(tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == card.data.to_dict()
 
 
-def test_a_local_base_model_is_no_link_and_a_licence_is_only_told_when_known():
+def test_a_local_base_model_is_not_a_link_and_a_licence_is_given_if_known():
     base = record().base_model
     data = front(Card(record(base_model={**base, "id": "babyllama-1m"})).render())
     assert "base_model" not in data
@@ -197,10 +197,10 @@ def number(cell: str) -> float:
     return value / 100 if cell.endswith("%") else value
 
 
-def test_every_figure_of_the_table_is_the_records():
+def test_every_number_of_the_table_is_in_the_record():
     made = record()
     rows = {row[0]: row[1:] for row in table(section(Card(made).render(), "Results"))}
-    keys = {figure.label: figure for figure in REPORTED_METRICS}
+    keys = {metric.label: metric for metric in REPORTED_METRICS}
     assert len(rows) == 7
     digits = {"perplexity": 4, "bits_per_byte": 4, "top1_agreement": 4, "kl": 5, "ms_per_token": 2}
     for label, cells in rows.items():
@@ -215,16 +215,16 @@ def test_every_figure_of_the_table_is_the_records():
 def test_the_card_tells_recipe_coverage_data_stages_limits_papers_and_versions():
     text = Card(record()).render()
     assert "968,576 parameters in float32" in text
-    assert "3.88 MB of weights became 1.1 MB" in text
+    assert "weights on disk: 1.1 MB (original: 3.88 MB)." in text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section(text, "Recipe"), re.S).group(1))
     assert recipe["steps"] == [{"technique": "card_test_grid", "bits": 3}]
     assert recipe["calibration"] == {"dataset": "calibration.jsonl", "samples": 128}
     coverage = section(text, "Coverage")
     assert table(coverage) == [["step 1 (card_test_grid)", "921,600", "967,680", "95.24 %"]]
-    assert "left out 1: output head (`lm_head`)" in coverage
-    assert "left out 12: too small" in coverage
+    assert "skipped 1: output head (`lm_head`)" in coverage
+    assert "skipped 12: too small" in coverage
     assert "and 4 more" in coverage
-    assert ["step 1 (card_test_grid)", "mean", "0.0125"] in table(section(text, "Figures of the steps"))
+    assert ["step 1 (card_test_grid)", "mean", "0.0125"] in table(section(text, "Metrics of the steps"))
     data = dict(table(section(text, "Calibration data")))
     assert data["sha256"] == "`" + "0123456789abcdef" * 4 + "`"
     assert data["tokens"] == "32,768"
@@ -232,7 +232,7 @@ def test_the_card_tells_recipe_coverage_data_stages_limits_papers_and_versions()
     limits = section(text, "Limits")
     assert "four layers use groups of 4" in limits
     assert "neither faster nor smaller in memory" in limits
-    assert "Measured on eval.jsonl alone" in limits
+    assert "Evaluated on eval.jsonl only" in limits
     papers = section(text, "Papers")
     assert "[A Paper on Grids](https://arxiv.org/abs/2210.17323) (2022)" in papers
     assert "url = {https://arxiv.org/abs/2210.17323}" in papers
@@ -262,13 +262,13 @@ def test_the_snippet_is_right_for_the_reload_level(level, traits, expected, abse
         compile(source, "snippet", "exec")
 
 
-def test_a_checkpoint_without_figures_says_not_measured():
+def test_a_checkpoint_without_evaluation_is_marked_not_measured():
     text = Card(record(measured={"after": {"bytes_on_disk": 1103000}})).render()
     results = section(text, "Results")
     assert "Not measured" in results
     assert table(results) == [["weights on disk (bytes)", "-", "1.1 MB (1,103,000)", ""]]
     assert "model-index" not in front(text)
-    assert "the loss against the original is not known" in text
+    assert "the loss of quality against the original is not known" in text
     bare = Card(Record()).render()
     assert "Not measured" in bare
     assert front(bare)["library_name"] == "transformers"
@@ -276,7 +276,7 @@ def test_a_checkpoint_without_figures_says_not_measured():
 
 def test_an_unfinished_run_and_an_unknown_technique_still_render():
     text = Card(record(finished=False, recipe={"steps": [{"technique": "not_installed_here", "bits": 2}]})).render()
-    assert "training is not finished" in text
+    assert "training is not complete" in text
     assert "not_installed_here 2-bit" in text
     assert "## Papers" not in text
 
@@ -297,7 +297,7 @@ def test_what_steps_add_is_kept_in_the_record_and_rendered_again(tmp_path):
     assert "![error over time](curve.png)" in again
     with pytest.raises(ValueError, match="every row needs 2 cells"):
         card.table("Bad", ["a", "b"], [["x"]])
-    with pytest.raises(ValueError, match="does not lie in the checkpoint"):
+    with pytest.raises(ValueError, match="is outside the checkpoint"):
         card.image("Bad", "/etc/picture.png", "")
 
 
@@ -311,7 +311,7 @@ def test_labels_use_the_defaults_that_a_recipe_leaves_out():
     ("size", "text"), [(999, "999 B"), (3881848, "3.88 MB"), (900_000, "900 kB"), (5e12, "5,000 GB"), (1.5e9, "1.5 GB")]
 )
 def test_bytes_are_written_in_decimal_units(size, text):
-    assert bytes_text(size) == text
+    assert format_bytes(size) == text
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_write_draws_the_plots_that_the_card_shows(tmp_path):
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == sorted(p.split("/")[1] for p in shown)
 
 
-def test_without_figures_there_are_no_plots(tmp_path):
+def test_without_results_there_are_no_plots(tmp_path):
     Card(record(measured={}, steps={})).write(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
@@ -350,16 +350,16 @@ def test_the_same_record_draws_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("blocks", [1, 5, 48])
 def test_layers_are_bars_or_lines_by_their_number(tmp_path, blocks):
-    check_picture(plots.layers(layers(blocks), "error", tmp_path / "layers.png", "Step 1"))
+    check_picture(plots.plot_layers(layers(blocks), "error", tmp_path / "layers.png", "Step 1"))
 
 
-def test_layer_figures_are_found_in_what_steps_report():
+def test_numbers_per_layer_are_found_in_what_steps_report():
     steps = {
         "0": {"technique": "a", "layers": 7, "errors": {"m.0.q": 1.0, "m.0.k": 2.0}, "by_kind": {"x": 1, "y": 2}},
         "1": {"technique": "b", "sparsity": 0.5, "layers": {"m.0.q": 0.5, "m.0.k": 0.5}},
     }
-    found = plots.layer_plots(steps)
-    assert [(position, name, metric) for position, name, _, metric in found] == [
+    found = plots.find_layer_values(steps)
+    assert [(index, name, metric) for index, name, _, metric in found] == [
         ("0", "a", "errors"),
         ("1", "b", "sparsity"),
     ]
@@ -378,7 +378,7 @@ def labels_of(monkeypatch, call):
                     boxes.append((note.get_text(), plots._text_box(note, figure.canvas.get_renderer()), frame))
         return path
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     call()
     return boxes
 
@@ -389,7 +389,7 @@ def test_labels_cover_neither_each_other_nor_the_frame(monkeypatch, tmp_path, sp
         plots.Point(1e6 * (1 + spread * i), 2.2 + 0.1 * spread * i, f"recipe {i} 4-bit", "model") for i in range(6)
     ]
     points.append(plots.Point(4e6, 2.2, "original", "model"))
-    boxes = labels_of(monkeypatch, lambda: plots.pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"))
+    boxes = labels_of(monkeypatch, lambda: plots.plot_pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"))
     assert len(boxes) == 7
     for i, (name, box, frame) in enumerate(boxes):
         assert frame.x0 <= box.x0, name
@@ -398,10 +398,10 @@ def test_labels_cover_neither_each_other_nor_the_frame(monkeypatch, tmp_path, sp
             assert not box.overlaps(second), (name, other)
 
 
-def test_the_frontier_is_what_nothing_else_beats():
+def test_the_pareto_front_is_what_nothing_else_beats():
     points = [plots.Point(b, q, "") for b, q in ((3, 1.0), (1, 5.0), (2, 2.0), (2.5, 2.5), (2, 3.0))]
-    assert [(p.bytes, p.quality) for p in plots.frontier(points)] == [(1, 5.0), (2, 2.0), (3, 1.0)]
-    assert [(p.bytes, p.quality) for p in plots.frontier(points, lower_is_better=False)] == [(1, 5.0)]
+    assert [(p.bytes, p.quality) for p in plots.pareto_front(points)] == [(1, 5.0), (2, 2.0), (3, 1.0)]
+    assert [(p.bytes, p.quality) for p in plots.pareto_front(points, lower_is_better=False)] == [(1, 5.0)]
 
 
 # -- the index --------------------------------------------------------------------------------------------------------
@@ -434,4 +434,4 @@ def test_several_base_models_get_a_panel_each(tmp_path):
     points = [
         plots.Point(s, q, "r", m) for m, s, q in (("a", 1e6, 2.0), ("b", 2e6, 20.0), ("c", 3e6, 9.0), ("a", 2e6, 90.0))
     ]
-    check_picture(plots.pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"), height=900)
+    check_picture(plots.plot_pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"), height=900)

@@ -1,4 +1,4 @@
-"""Measuring: the reference figures on real models, and every task on tiny ones."""
+"""Evaluation: reference results on real models, and every task on tiny ones."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hf_optim import CheckpointError, DataConfig, DataError, ModelError, OptimEr
 from hf_optim.data.datasets import load_texts
 from hf_optim.data.tasks import task_of, task_of_model
 from hf_optim.evaluation import evaluate, latency, sizes
+from hf_optim.runs.memory import PeakMemory
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 6, "Pack my box with five dozen jugs. " * 5]
 
@@ -27,7 +28,7 @@ def real(shared_models, name):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-# -- the figures that must come out -----------------------------------------------------------------------------------
+# -- reference results -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -41,7 +42,7 @@ def test_the_reference_perplexities(shared_models, shared_data, name, expected):
 
 
 @pytest.mark.slow
-def test_rounding_the_weights_gives_the_reference_figure(shared_models, shared_data):
+def test_rounding_the_weights_gives_the_reference_perplexity(shared_models, shared_data):
     model, tokenizer = real(shared_models, "stories260k")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -164,7 +165,7 @@ def test_similarity_is_spearman_of_mean_pooled_cosines(tmp_path, wordpieces):
     assert found["spearman"] == pytest.approx(1.0, abs=1e-12)
     assert found["pairs"] == 4
     file.write_text("text\na\n")
-    with pytest.raises(DataError, match="no measure for BertModel"):
+    with pytest.raises(DataError, match="no metric for BertModel"):
         evaluate.evaluate(model, wordpieces, DataConfig(str(file)))
 
 
@@ -269,7 +270,7 @@ def test_parameter_bytes_count_shared_storage_once():
 
 
 def test_peak_memory_says_of_what():
-    with evaluate.peak_memory(torch.device("cpu")) as peak:
+    with PeakMemory(torch.device("cpu")) as peak:
         block = torch.ones(40_000_000)
     assert peak.bytes > block.numel() * 4
     assert peak.metrics()["device"] == "cpu"
@@ -287,13 +288,13 @@ def test_milliseconds_per_token_generates_that_many_and_leaves_the_model_as_it_w
     model.generate = generate
     model.train()
     config = model.generation_config.to_dict()
-    assert latency.milliseconds_per_token(model, prompt=32, new_tokens=64, repeats=2) > 0
+    assert latency.measure_ms_per_token(model, prompt=32, new_tokens=64, repeats=2) > 0
     # The context of 64 tokens holds 16 + 32.
     assert made == [8, 32, 32]
     assert model.training
     assert model.generation_config.to_dict() == config
     with pytest.raises(ModelError, match="does not generate"):
-        latency.milliseconds_per_token(tiny_bert())
+        latency.measure_ms_per_token(tiny_bert())
 
 
 def test_lm_eval_is_optional_and_gets_the_model_in_memory(monkeypatch):

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from hf_optim.evaluation import metrics
-from hf_optim.evaluation.metrics import Accuracy, KLDivergence, Perplexity, Spearman, TopOneAgreement, ranks, spearman
+from hf_optim.evaluation.metrics import (
+    Accuracy,
+    KLDivergence,
+    Perplexity,
+    Spearman,
+    TopOneAgreement,
+    average_ranks,
+    metrics_for,
+    spearman,
+)
+from hf_optim.evaluation.reported import REPORTED_METRICS
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -17,6 +27,17 @@ def logits(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 ALL = (Accuracy, KLDivergence, Perplexity, Spearman, TopOneAgreement)
+
+
+def test_every_metric_of_a_task_is_reported():
+    assert metrics_for("fill-mask") == [Perplexity, Accuracy]
+    assert metrics_for("token-classification") == []
+    reported = {metric.key for metric in REPORTED_METRICS}
+    assert {"perplexity", "accuracy", "spearman", "top1_agreement", "kl"} <= reported
+    for metric in (kind() for task in ("text-generation", "image-classification") for kind in metrics_for(task)):
+        found = metric.compute(predictions=logits(2, 5), references=torch.tensor([0, 1]))
+        # Perplexity comes with its logarithm and the number of tokens.
+        assert found.keys() - {"nll", "tokens"} <= reported
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -91,7 +112,7 @@ def test_accuracy_of_labels_and_of_logits():
 
 
 def test_spearman_shares_the_ranks_of_ties():
-    assert ranks(torch.tensor([30.0, 10.0, 20.0, 20.0])).tolist() == [4.0, 1.0, 2.5, 2.5]
+    assert average_ranks(torch.tensor([30.0, 10.0, 20.0, 20.0])).tolist() == [4.0, 1.0, 2.5, 2.5]
     # By hand: ranks (1, 2.5, 2.5, 4) and (1, 3, 2, 4), Pearson 4.5 / sqrt(4.5 * 5).
     found = Spearman().compute(predictions=[1, 2, 2, 3], references=[1, 3, 2, 4])["spearman"]
     assert found == pytest.approx(4.5 / math.sqrt(4.5 * 5), rel=1e-12)

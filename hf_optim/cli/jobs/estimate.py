@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ...calibration.throughput import measure_flops_per_second
 from ...data.token_sequences import sequence_length
-from ...evaluation.reported import bytes_text
+from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
 from ...toolkit import topology
@@ -45,9 +45,9 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
         "calibration_seconds": round(seconds, 3),
         "readable": {
             "parameters": f"{parameters:,}",
-            "weights on disk": f"{bytes_text(parameters * width)} -> "
-            + ("depends on the new architecture" if stored is None else bytes_text(stored)),
-            "on the accelerator at once": f"{bytes_text(block * width)} of weights (the largest block)",
+            "weights on disk": f"{format_bytes(parameters * width)} -> "
+            + ("depends on the new architecture" if stored is None else format_bytes(stored)),
+            "on the accelerator at once": f"{format_bytes(block * width)} of weights (the largest block)",
             "calibration": f"{tokens:,} tokens, {_duration(seconds)} of forward passes here" if tokens else "no data",
         },
     }

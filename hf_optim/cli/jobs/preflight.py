@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from ...compressed.storability import storable
 from ...errors import CheckpointError, ModelError
-from ...evaluation.reported import bytes_text
+from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
 from ...recipes.contract import Reload
 from ...recipes.drivers import refuse_streamed
@@ -240,7 +240,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(_existing(path)).free
     if needed > free:
         raise CheckpointError(
-            f"not enough space for {what} at {path}: about {bytes_text(needed)} are needed, {bytes_text(free)} are free"
+            f"not enough space for {what} at {path}: about {format_bytes(needed)} are needed, "
+            f"{format_bytes(free)} are free"
         )
 
 
@@ -272,6 +273,6 @@ def _require_memory(recipe: OptimConfig, estimates: dict[str, Any]) -> None:
     if recipe.driver == "streamed":
         remedy = "give fewer or shorter samples" if recipe.spill else "--spill DIR keeps the activations on disk"
     raise ModelError(
-        f"driver {recipe.driver} needs about {bytes_text(needed)} of memory for this, and this machine has "
-        f"{bytes_text(total)}: {remedy}"
+        f"driver {recipe.driver} needs about {format_bytes(needed)} of memory for this, and this machine has "
+        f"{format_bytes(total)}: {remedy}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..cards.plots import COLOURS, DPI, GREY, MARKERS, SIZE, _save
+from ..cards.plots import COLOURS, DPI, GREY, MARKERS, SIZE, save
 from .results import Results, Row
 
 
@@ -33,7 +33,7 @@ def roofline(results: Results, path: Path) -> Path:
     figure.supxlabel("operations a byte of the weight", fontsize=9)
     figure.supylabel("TFLOP/s", fontsize=9)
     figure.suptitle(results.device, fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _panel(axes: Any, rows: list[Row], results: Results) -> None:

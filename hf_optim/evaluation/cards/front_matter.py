@@ -1,4 +1,4 @@
-"""The YAML front matter of a model card, as the Hub reads it."""
+"""The YAML front matter of a model card, in the form that the Hub reads."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from ..reported import REPORTED_METRICS, is_number
 
 
 def front_matter(record: Record, name: str, class_name: str) -> str:
-    """YAML metadata as the Hub reads it."""
+    """Return the YAML metadata of a card titled ``name``, for a checkpoint that ``class_name`` loads."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    known: dict[str, Any] = {"library_name": "transformers", "tags": tags(record)}
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": hub_tags(record)}
     base = record.base_model
     if is_hub_id(base.get("id")):
-        known |= {"base_model": base["id"], "base_model_relation": _relation(record)}
+        metadata |= {"base_model": base["id"], "base_model_relation": _relation(record)}
     if base.get("license"):
-        known["license"] = base["license"]
+        metadata["license"] = base["license"]
     if class_name:
-        known["pipeline_tag"] = task_of(class_name).tag
+        metadata["pipeline_tag"] = task_of(class_name).tag
     dataset = str(record.calibration.get("dataset") or "").partition(":")[0]
     if is_hub_id(dataset):
-        known["datasets"] = [dataset]
+        metadata["datasets"] = [dataset]
     after, data = record.measured.get("after", {}), evaluation_name(record)
     results = [
         EvalResult(
             task_type=_task(record, class_name),
             dataset_type=data if is_hub_id(data) else "local",
             dataset_name=data,
-            metric_type=figure.metric,
-            metric_name=figure.label,
-            metric_value=after[figure.key],
+            metric_type=metric.hub_name,
+            metric_name=metric.label,
+            metric_value=after[metric.key],
         )
-        for figure in REPORTED_METRICS
-        if data and figure.metric and is_number(after.get(figure.key))
+        for metric in REPORTED_METRICS
+        if data and metric.hub_name and is_number(after.get(metric.key))
     ]
     if results:
-        known |= {"eval_results": results, "model_name": name}
-    return ModelCardData(**known).to_yaml() + "\n"
+        metadata |= {"eval_results": results, "model_name": name}
+    return ModelCardData(**metadata).to_yaml() + "\n"
 
 
 def is_hub_id(name: Any) -> bool:
-    """Whether a name is the id of a repository on the Hub, with its owner (a local folder's name has none)."""
+    """Return True if a name is a repository id of the Hub with an owner; the name of a local folder has none."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -66,22 +66,21 @@ def _relation(record: Record) -> str:
     return "quantized" if str(QUANTIZED) in record.traits else "finetune"
 
 
-def tags(record: Record) -> list[str]:
-    """Of the Hub: ``hf_optim``, the format, the techniques and their families."""
-    found = ["hf_optim"]
+def hub_tags(record: Record) -> list[str]:
+    """Return the tags for the Hub: ``hf_optim``, the format, the techniques and their families."""
+    tags = ["hf_optim"]
     if record.reload == Reload.STOCK_FORMAT.name:
-        found.append("compressed-tensors")
+        tags.append("compressed-tensors")
     if record.reload == Reload.REMOTE_CODE.name:
-        found.append("custom_code")
+        tags.append("custom_code")
     for step in record.recipe.get("steps", ()):
-        spec = spec_of(step)
-        found += [step["technique"], *([spec.family] if spec else [])]
-    return list(dict.fromkeys(found))
+        spec = technique_spec(step)
+        tags += [step["technique"], *([spec.family] if spec else [])]
+    return list(dict.fromkeys(tags))
 
 
-def spec_of(step: Mapping[str, Any]) -> Any:
-    """The spec of a step's technique, or None."""
-    # A card may be rendered where the technique's distribution is not installed.
+def technique_spec(step: Mapping[str, Any]) -> Any:
+    """Return the ``TechniqueSpec`` of a recipe step, or None if its technique is not installed here."""
     try:
         return catalogue().get(step["technique"]).spec
     except (RecipeError, ImportError):
@@ -93,6 +92,6 @@ def _task(record: Record, class_name: str) -> str:
 
 
 def evaluation_name(record: Record) -> str:
-    """The Hub id of the evaluation data, or its file name; empty when nothing was measured on data."""
+    """Return the Hub id or the file name of the evaluation data; empty if nothing was evaluated on data."""
     name = str(record.measured.get("evaluation", {}).get("dataset") or "")
     return name if is_hub_id(name) else Path(name).name

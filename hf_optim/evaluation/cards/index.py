@@ -1,4 +1,4 @@
-"""The index of a folder of model cards: one table and one plot over all of them, rendered from their records."""
+"""The index of a folder of model cards: one table and one plot of all of them, rendered from their records."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ...runs.record import FILE_NAME, Record
-from ..reported import QUALITY, ReportedMetric, bytes_text, is_number, recipe_label, short_id
-from .sections import markdown_table, measured_on
+from ..reported import QUALITY_METRICS, ReportedMetric, format_bytes, is_number, recipe_label, short_id
+from .sections import evaluation_label, markdown_table
 
 PLOT = "quality_against_bytes"
 INTRODUCTION = (
-    "Checkpoints made with hf_optim. Every figure is measured and comes from the `hf_optim.json` beside its card; "
-    "this page is rendered by `hf-optim card` on this folder."
+    "Checkpoints made with hf_optim. Every number is measured and comes from the `hf_optim.json` beside its card. "
+    "`hf-optim card` renders this page from those files."
 )
 
 
 def render_index(folder: Path | str) -> str:
-    """Write ``README.md`` (and its plots) over all cards in the sub-folders of ``folder``. Returns the text.
+    """Write the ``README.md`` of a folder of cards, with its plots; return the text.
 
-    Raises ``CheckpointError`` when no sub-folder has a record.
+    Raises ``CheckpointError`` if no sub-folder has a record.
     """
     folder = Path(folder)
     cards = [(path.parent.name, Record.read(path.parent)) for path in sorted(folder.glob(f"*/{FILE_NAME}"))]
     if not cards:
         raise CheckpointError(f"no folder in {folder} has a {FILE_NAME}")
     parts = ["# Model cards", INTRODUCTION, _table(cards)]
-    for figure in QUALITY:
-        name = _draw(cards, figure, folder)
+    for metric in QUALITY_METRICS:
+        name = _draw(cards, metric, folder)
         if name:
-            parts.append(f"![{figure.label} against the bytes of the weights, for each card]({name})")
+            parts.append(f"![{metric.label} against the bytes of the weights, for each card]({name})")
     text = "\n\n".join(parts) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
@@ -39,43 +39,43 @@ def _table(cards: list[tuple[str, Record]]) -> str:
     rows = []
     for name, record in cards:
         before, after = (record.measured.get(side, {}) for side in ("before", "after"))
-        quality = next((f for f in QUALITY if is_number(after.get(f.key))), None)
+        quality = next((m for m in QUALITY_METRICS if is_number(after.get(m.key))), None)
         rows.append(
             [
                 f"[{name}]({name}/README.md)",
                 short_id(str(record.base_model.get("id") or "-")),
                 recipe_label(record.recipe),
                 quality.label if quality else "not measured",
-                quality.write(before[quality.key]) if quality and is_number(before.get(quality.key)) else "-",
-                quality.write(after[quality.key]) if quality else "-",
+                quality.format(before[quality.key]) if quality and is_number(before.get(quality.key)) else "-",
+                quality.format(after[quality.key]) if quality else "-",
                 f"{after['top1_agreement']:.2%}" if is_number(after.get("top1_agreement")) else "-",
                 f"{after['kl']:.5f}" if is_number(after.get("kl")) else "-",
                 *(
-                    bytes_text(m["bytes_on_disk"]) if is_number(m.get("bytes_on_disk")) else "-"
+                    format_bytes(m["bytes_on_disk"]) if is_number(m.get("bytes_on_disk")) else "-"
                     for m in (before, after)
                 ),
                 f"`{record.reload}`",
             ]
         )
-    header = ("card", "base model", "recipe", "measure", "original", "result", "top-1 agreement", "KL (nats)")
+    header = ("card", "base model", "recipe", "metric", "original", "result", "top-1 agreement", "KL (nats)")
     return markdown_table([*header, "original weights", "weights", "reload"], rows)
 
 
 def _draw(cards: list[tuple[str, Record]], quality: ReportedMetric, folder: Path) -> str:
-    """Draw the plot of one measure. Returns its file name, or an empty string when no card has the measure."""
-    from .plots import Point, pareto
+    """Draw the plot of one quality metric. Return its file name, or an empty string if no card has the metric."""
+    from .plots import Point, plot_pareto
 
     points: dict[tuple[float, float, str, str], Point] = {}
     for _, record in cards:
-        series = measured_on(record)
+        series = evaluation_label(record)
         for side, label in (("before", "original"), ("after", recipe_label(record.recipe))):
-            figures = record.measured.get(side, {})
-            if is_number(figures.get(quality.key)) and is_number(figures.get("bytes_on_disk")):
-                point = Point(figures["bytes_on_disk"], figures[quality.key], label, series)
+            measured = record.measured.get(side, {})
+            if is_number(measured.get(quality.key)) and is_number(measured.get("bytes_on_disk")):
+                point = Point(measured["bytes_on_disk"], measured[quality.key], label, series)
                 # The cards of one model share its original: it is one point.
                 points.setdefault((point.bytes, round(point.quality, 4), label, series), point)
     if not points:
         return ""
     name = f"{PLOT}_{quality.key}.png"
-    pareto(list(points.values()), quality, folder / name, "Quality against bytes")
+    plot_pareto(list(points.values()), quality, folder / name, "Quality against bytes")
     return name

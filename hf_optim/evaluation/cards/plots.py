@@ -1,4 +1,4 @@
-"""Plots of a model card: PNG files of 1000 x 600 pixels, readable in colour, in grey and by colour-blind people."""
+"""Plots of a model card: PNG files of 1000 x 600 pixels, readable in colour, in grey and by colour-blind readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reported import ReportedMetric, bytes_text
+from ..reported import ReportedMetric, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 
 DPI = 150
 SIZE = (1000 / DPI, 600 / DPI)
-# Okabe and Ito's palette, without its yellow, which is too faint on white.
+# The palette of Okabe and Ito, without its yellow, which is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
-MOST_BARS = 18
+MAX_BARS = 18
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model: its weights' bytes, its quality, the text beside it and the series it belongs to."""
+    """One model in a plot.
+
+    Attributes:
+        bytes: of its weights on disk.
+        quality: value of the quality metric.
+        label: text next to the point.
+        series: the group it is drawn with; models of one group can be compared.
+    """
 
     bytes: float
     quality: float
@@ -40,8 +47,8 @@ def _canvas() -> tuple[Canvas, Axes]:
 
 
 def _panels(count: int) -> tuple[Canvas, list[Axes]]:
-    """A canvas with panels one below the other that share the x axis; taller when there are more than two."""
-    # Not pyplot: it keeps figures in a global list and may ask for a display.
+    """Create a canvas with panels one below the other that share the x axis; taller for more than two."""
+    # Not pyplot: it keeps figures in a global list and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -56,7 +63,8 @@ def _panels(count: int) -> tuple[Canvas, list[Axes]]:
     return figure, panels
 
 
-def _save(figure: Canvas, path: Path) -> Path:
+def save(figure: Canvas, path: Path) -> Path:
+    """Draw the figure and write it as a PNG file; return the file."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,43 +72,45 @@ def _save(figure: Canvas, path: Path) -> Path:
     drawn = figure.canvas
     drawn.draw()
     pixels = Image.frombuffer("RGBA", drawn.get_width_height(), drawn.buffer_rgba())  # type: ignore[attr-defined]
-    # A palette instead of true colour: a third of the bytes, and no difference to see.
+    # A palette instead of true colour: a third of the bytes, and no visible difference.
     pixels.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True, dpi=(DPI, DPI))
     return path
 
 
-def _axis_text(quality: ReportedMetric) -> str:
+def _axis_label(quality: ReportedMetric) -> str:
     return f"{quality.label} ({'lower' if quality.lower_is_better else 'higher'} is better)"
 
 
-def quality_against_bytes(before: Point, after: Point, quality: ReportedMetric, path: Path, title: str = "") -> Path:
-    """Two points, original and result, and the way between them. x: bytes from zero; y: the quality."""
+def plot_quality_against_bytes(
+    before: Point, after: Point, quality: ReportedMetric, path: Path, title: str = ""
+) -> Path:
+    """Draw original and result as two points, with an arrow between them. x: bytes from zero; y: the quality."""
     figure, axes = _canvas()
     scale, unit = _byte_unit(max(before.bytes, after.bytes))
-    places = [(p.bytes / scale, p.quality) for p in (before, after)]
+    points = [(p.bytes / scale, p.quality) for p in (before, after)]
     axes.annotate(
         "",
-        xy=places[1],
-        xytext=places[0],
+        xy=points[1],
+        xytext=points[0],
         arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.2, "shrinkA": 8, "shrinkB": 8},
     )
-    for (x, y), colour, marker in zip(places, COLOURS, MARKERS, strict=False):
+    for (x, y), colour, marker in zip(points, COLOURS, MARKERS, strict=False):
         axes.scatter([x], [y], s=70, color=colour, marker=marker, zorder=3)
-    axes.set_xlim(0, max(x for x, _ in places) * 1.18)
-    axes.set_ylim(*_span([y for _, y in places]))
+    axes.set_xlim(0, max(x for x, _ in points) * 1.18)
+    axes.set_ylim(*_axis_limits([y for _, y in points]))
     axes.set_xlabel(f"weights on disk ({unit})", fontsize=9)
-    axes.set_ylabel(_axis_text(quality), fontsize=9)
+    axes.set_ylabel(_axis_label(quality), fontsize=9)
     axes.set_title(title, fontsize=10, loc="left")
     _plain_ticks(axes)
-    texts = [f"{p.label}\n{bytes_text(p.bytes)}, {quality.write(p.quality)}" for p in (before, after)]
-    _place_labels(figure, axes, places, texts, COLOURS[:2], [places])
-    return _save(figure, path)
+    texts = [f"{p.label}\n{format_bytes(p.bytes)}, {quality.format(p.quality)}" for p in (before, after)]
+    _place_labels(figure, axes, points, texts, COLOURS[:2], [points])
+    return save(figure, path)
 
 
-def pareto(points: Sequence[Point], quality: ReportedMetric, path: Path, title: str = "") -> Path:
-    """Many models: bytes (log) against quality. One panel, colour and marker per series, its best points joined.
+def plot_pareto(points: Sequence[Point], quality: ReportedMetric, path: Path, title: str = "") -> Path:
+    """Draw bytes (log) against quality for many models, with one panel per series and its Pareto front as a line.
 
-    Panels of their own because the perplexities of models with different tokenizers cannot be compared.
+    Each series has its own panel because perplexities of models with different tokenizers cannot be compared.
     """
     names = list(dict.fromkeys(p.series for p in points))
     figure, panels = _panels(len(names))
@@ -112,14 +122,14 @@ def pareto(points: Sequence[Point], quality: ReportedMetric, path: Path, title: 
     panels[0].set_xlim(min(sizes) / room, max(sizes) * room)
     _byte_ticks(panels[-1])
     panels[-1].set_xlabel("weights on disk (logarithmic)", fontsize=9)
-    figure.supylabel(_axis_text(quality), fontsize=9)
+    figure.supylabel(_axis_label(quality), fontsize=9)
     figure.suptitle(title, fontsize=10)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         own = [p for p in points if p.series == name]
-        edge = [(p.bytes, p.quality) for p in frontier(own, quality.lower_is_better)]
+        front = [(p.bytes, p.quality) for p in pareto_front(own, quality.lower_is_better)]
         places = [(p.bytes, p.quality) for p in own]
-        _place_labels(figure, axes, places, [p.label for p in own], [COLOURS[i % len(COLOURS)]] * len(own), [edge])
-    return _save(figure, path)
+        _place_labels(figure, axes, places, [p.label for p in own], [COLOURS[i % len(COLOURS)]] * len(own), [front])
+    return save(figure, path)
 
 
 def _pareto_panel(axes: Axes, points: Sequence[Point], quality: ReportedMetric, number: int) -> None:
@@ -127,20 +137,20 @@ def _pareto_panel(axes: Axes, points: Sequence[Point], quality: ReportedMetric, 
     values = [p.quality for p in points]
     axes.set_xscale("log")
     axes.scatter([p.bytes for p in points], values, s=36, color=colour, marker=MARKERS[number % len(MARKERS)], zorder=3)
-    edge = frontier(points, quality.lower_is_better)
-    axes.plot([p.bytes for p in edge], [p.quality for p in edge], color=colour, linewidth=1, alpha=0.6)
+    front = pareto_front(points, quality.lower_is_better)
+    axes.plot([p.bytes for p in front], [p.quality for p in front], color=colour, linewidth=1, alpha=0.6)
     if min(values) > 0 and max(values) / min(values) > 3:
         axes.set_yscale("log")
         room = (max(values) / min(values)) ** 0.2
         axes.set_ylim(min(values) / room, max(values) * room)
         _value_ticks(axes)
     else:
-        axes.set_ylim(*_span(values))
+        axes.set_ylim(*_axis_limits(values))
         _plain_ticks(axes, "y")
 
 
-def frontier(points: Sequence[Point], lower_is_better: bool = True) -> list[Point]:
-    """The points that no other beats in both bytes and quality, by bytes."""
+def pareto_front(points: Sequence[Point], lower_is_better: bool = True) -> list[Point]:
+    """Return the points that no other point beats in both bytes and quality, sorted by bytes."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.bytes, p.quality if lower_is_better else -p.quality)):
         better = not best or (point.quality < best[-1].quality if lower_is_better else point.quality > best[-1].quality)
@@ -149,14 +159,14 @@ def frontier(points: Sequence[Point], lower_is_better: bool = True) -> list[Poin
     return best
 
 
-def layers(values: Mapping[str, float], metric: str, path: Path, title: str = "") -> Path:
-    """A number per layer: bars while there are few; else over the blocks, one line per kind of layer."""
-    ordered = {name: values[name] for name in sorted(values, key=_by_number)}
-    return _bars(ordered, metric, path, title) if len(ordered) <= MOST_BARS else _lines(ordered, metric, path, title)
+def plot_layers(values: Mapping[str, float], metric: str, path: Path, title: str = "") -> Path:
+    """Draw a number per layer: as bars for few layers, else over the blocks with one line per kind of layer."""
+    ordered = {name: values[name] for name in sorted(values, key=_natural_order)}
+    return _bars(ordered, metric, path, title) if len(ordered) <= MAX_BARS else _lines(ordered, metric, path, title)
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts block 2 before block 10."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -172,7 +182,7 @@ def _bars(values: Mapping[str, float], metric: str, path: Path, title: str) -> P
     axes.grid(False, axis="y")
     axes.set_xlabel(metric, fontsize=9)
     axes.set_title(title, fontsize=10, loc="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _lines(values: Mapping[str, float], metric: str, path: Path, title: str) -> Path:
@@ -202,11 +212,11 @@ def _lines(values: Mapping[str, float], metric: str, path: Path, title: str) -> 
     axes.set_ylabel(metric, fontsize=9)
     axes.set_title(title, fontsize=10, loc="left")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7.5, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The names without the dotted prefix that all share."""
+    """Return the names without the dotted prefix that all share."""
     parts = [name.split(".") for name in names]
     shared = 0
     while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
@@ -214,21 +224,21 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(p[shared:]) for p in parts]
 
 
-def layer_plots(steps: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, float], str]]:
-    """What can be drawn per layer: ``(position, technique, {layer: number}, metric)`` of the record's steps.
+def find_layer_values(steps: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, float], str]]:
+    """Return the numbers per layer that steps report: ``(index, technique, {layer: number}, metric)``.
 
-    A step reports ``layers={name: number}`` and, as ``layer_metric``, what the numbers are; any other mapping of at
-    least two layer names to numbers is drawn under its own key.
+    A step reports ``layers={name: number}``, and the name of the metric as ``layer_metric``. Any other mapping of at
+    least two layer names to numbers is a metric named by its key.
     """
     found = []
-    for position, figures in sorted(steps.items()):
-        for key, value in figures.items():
+    for index, reported in sorted(steps.items()):
+        for key, value in reported.items():
             if not isinstance(value, Mapping) or len(value) < 2 or not all("." in name for name in value):
                 continue
             if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()):
-                metric = figures.get("layer_metric") if key == "layers" else key
-                metric = metric or ("sparsity" if "sparsity" in figures else "value")
-                found.append((position, str(figures.get("technique", "")), dict(value), str(metric).replace("_", " ")))
+                metric = reported.get("layer_metric") if key == "layers" else key
+                metric = metric or ("sparsity" if "sparsity" in reported else "value")
+                found.append((index, str(reported.get("technique", "")), dict(value), str(metric).replace("_", " ")))
     return found
 
 
@@ -238,8 +248,8 @@ def _byte_unit(largest: float) -> tuple[float, str]:
     )
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of the y axis: room for labels, and at least a twentieth of the value, so that a hair looks like one."""
+def _axis_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return y limits with room for labels, at least 5 % of the value, so that small differences look small."""
     low, high = min(values), max(values)
     room = max(high - low, 0.05 * abs(high), 1e-6)
     return low - 0.45 * room, high + 0.45 * room
@@ -255,7 +265,7 @@ def _byte_ticks(axes: Axes) -> None:
     low, high = axes.get_xlim()
     subs = (1.0,) if high / low > 1000 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -277,7 +287,7 @@ def _place_labels(
     colours: Sequence[str],
     lines: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Write each text near its point where it covers no other text, point or line; a thin line leads to far ones."""
+    """Write each text near its point, where it covers no other text, point or line; thin lines join distant ones."""
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
@@ -321,7 +331,7 @@ def _place_labels(
 
 
 def _text_box(note: Any, renderer: Any) -> Any:
-    """Where the words stand, without the line that leads to them."""
+    """Return the box of the words, without the line that leads to them."""
     from matplotlib.text import Text
 
     note.update_positions(renderer)
@@ -329,7 +339,7 @@ def _text_box(note: Any, renderer: Any) -> Any:
 
 
 def _crosses(track: Any, box: Any) -> bool:
-    """Whether a line of pixels ``[n, 2]`` runs through a box."""
+    """Return True if a line of pixels ``[n, 2]`` runs through a box."""
     from matplotlib.path import Path as Line
 
     return bool(Line(track).intersects_bbox(box, filled=False))

@@ -1,4 +1,4 @@
-"""The parts of a model card as text, each a function of the record."""
+"""The sections of a model card, each rendered by one function of the record."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ...recipes.config import KEYS
 from ...recipes.contract import Paper, Reload
 from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM
 from ...runs.record import Record
-from ..reported import REPORTED_METRICS, bytes_text, change, is_number, recipe_label, short_id
-from .front_matter import evaluation_name, is_hub_id, spec_of
+from ..reported import comparison_rows, format_bytes, has_hub_metrics, is_number, recipe_label, short_id
+from .front_matter import evaluation_name, is_hub_id, technique_spec
 
 QUALITY_PLOT = "Quality against bytes"
-UNFINISHED = "> This checkpoint is from the middle of its recipe: training is not finished."
+UNFINISHED = "> This checkpoint was saved before its recipe was finished: training is not complete."
 NOT_MEASURED = (
-    "Not measured: no evaluation data was given. `hf-optim eval` measures a checkpoint, and `hf-optim compress --eval` "
-    "puts the figures here."
+    "Not measured: no evaluation data was given. `hf-optim eval` evaluates a checkpoint; `hf-optim compress --eval` "
+    "adds the results to this card."
 )
 NAMES_SHOWN = 8
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; every column after the first is aligned to the right when all its cells begin with a digit or sign."""
+    """Return a Markdown table. Columns are right-aligned if all their cells begin with a digit or a sign."""
     cells = [[_cell(value) for value in row] for row in rows]
-    numeric = [all(_numeric(row[i]) for row in cells) and bool(cells) for i in range(len(header))]
+    numeric = [all(_is_numeric(row[i]) for row in cells) and bool(cells) for i in range(len(header))]
     rule = ["---:" if right else "---" for right in numeric]
     return "\n".join("| " + " | ".join(line) + " |" for line in ([_cell(h) for h in header], rule, *cells))
 
@@ -37,82 +37,78 @@ def _cell(value: Any) -> str:
     return written.replace("|", "\\|").replace("\n", " ")
 
 
-def _numeric(cell: str) -> bool:
+def _is_numeric(cell: str) -> bool:
     return not cell or cell == "-" or cell.lstrip("+-").replace(",", "")[:1].isdigit()
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def measured_on(record: Record) -> str:
-    """``"babyllama-1m on eval.jsonl"``."""
+def evaluation_label(record: Record) -> str:
+    """Return the base model and the evaluation data: ``"babyllama-1m on eval.jsonl"``."""
     data = evaluation_name(record)
     return short_id(str(record.base_model.get("id") or "model")) + (f" on {data}" if data else "")
 
 
-def sentence(record: Record) -> str:
-    """What the checkpoint is, in one sentence."""
+def summary(record: Record) -> str:
+    """Render one sentence: the base model, the recipe, and the bytes before and after."""
     base = str(record.base_model.get("id") or "a model")
     link = f"[`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
     size = ""
     if is_number(record.base_model.get("parameters")):
         size = f" ({record.base_model['parameters']:,} parameters in {record.base_model.get('dtype', 'float')})"
-    parts = [f"{link}{size}, made cheaper to run with hf_optim: {recipe_label(record.recipe)}"]
+    parts = [f"{link}{size}, optimized with hf_optim: {recipe_label(record.recipe)}"]
     before, after = (record.measured.get(side, {}) for side in ("before", "after"))
     if is_number(before.get("bytes_on_disk")) and is_number(after.get("bytes_on_disk")):
-        parts.append(f"{bytes_text(before['bytes_on_disk'])} of weights became {bytes_text(after['bytes_on_disk'])}")
+        old, new = format_bytes(before["bytes_on_disk"]), format_bytes(after["bytes_on_disk"])
+        parts.append(f"weights on disk: {new} (original: {old})")
     return "; ".join(parts) + "."
 
 
 def results(record: Record) -> str:
-    """The table before against after. Quality that nobody measured is said to be not measured."""
+    """Render the table of original and result, with the conditions; states if quality was not measured."""
     before, after = (record.measured.get(side, {}) for side in ("before", "after"))
-    rows = []
-    for figure in REPORTED_METRICS:
-        old, new = before.get(figure.key), after.get(figure.key)
-        if is_number(old) or is_number(new):
-            written = [figure.write(v) if is_number(v) else "-" for v in (old, new)]
-            rows.append([figure.label, *written, change(figure, old, new)])
-    measured = any(is_number(after.get(f.key)) for f in REPORTED_METRICS if f.metric)
+    rows = comparison_rows(before, after)
     table = markdown_table(["", "original", "this checkpoint", "change"], rows) if rows else ""
-    return "\n\n".join(part for part in (table, _conditions(record) if measured else NOT_MEASURED) if part)
+    conditions = _conditions(record) if has_hub_metrics(after) else NOT_MEASURED
+    return "\n\n".join(part for part in (table, conditions) if part)
 
 
 def _conditions(record: Record) -> str:
     before, after = (record.measured.get(side, {}) for side in ("before", "after"))
-    said = []
+    sentences = []
     evaluation = record.measured.get("evaluation", {})
     if evaluation:
         amount = f", {evaluation['samples']} samples" if evaluation.get("samples") else ""
         length = f" of {evaluation['seq_len']} tokens" if evaluation.get("seq_len") else ""
         split = f", split {evaluation['split']}" if evaluation.get("split") and is_hub_id(evaluation["dataset"]) else ""
-        said.append(f"Measured on {evaluation_name(record)}{split}{amount}{length}")
+        sentences.append(f"Evaluated on {evaluation_name(record)}{split}{amount}{length}")
         if is_number(after.get("tokens")):
-            said[-1] += f" ({after['tokens']:,} tokens scored)"
+            sentences[-1] += f" ({after['tokens']:,} tokens scored)"
     if after.get("device"):
         other = before.get("device")
         where = f"on {after['device']}"
         where += f" (the original on {other})" if other and other != after["device"] else ""
-        said.append(f"Both sides ran {where} with plain transformers")
+        sentences.append(f"Both models ran {where} with plain transformers")
     if after.get("peak_memory_of"):
-        said.append(f"Peak memory is that of the {after['peak_memory_of']}, loading included")
-    return ". ".join(said) + "." if said else ""
+        sentences.append(f"Peak memory is that of the {after['peak_memory_of']} and includes loading")
+    return ". ".join(sentences) + "." if sentences else ""
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def loading(record: Record, class_name: str) -> str:
-    """The snippet that is right for the reload level."""
+    """Render the code that loads the checkpoint, according to its reload level."""
     task = task_of(class_name)
     level = Reload[record.reload]
     parts = [f"{level.value[0].upper()}{level.value[1:]}."]
     trust = ", trust_remote_code=True" if level is Reload.REMOTE_CODE else ""
     parts.append(_code(_stock_snippet(task, trust)))
     if level is Reload.REMOTE_CODE:
-        parts.append("With hf_optim installed, `import hf_optim` does instead of `trust_remote_code`.")
+        parts.append("With hf_optim installed, `import hf_optim` replaces `trust_remote_code`.")
     if str(QUANTIZED) in record.traits and level is Reload.STOCK_FORMAT:
-        parts.append("To run it compressed, on hf_optim's kernels:")
+        parts.append("To keep the weights compressed and run them on the kernels of hf_optim:")
         parts.append(
             _code(
                 "import hf_optim\n"
@@ -137,11 +133,11 @@ def _code(source: str, language: str = "python") -> str:
     return f"```{language}\n{source.rstrip()}\n```"
 
 
-# -- what was done ----------------------------------------------------------------------------------------------------
+# -- how it was made --------------------------------------------------------------------------------------------------
 
 
 def recipe(record: Record) -> str:
-    """The recipe as YAML, in the order of recipe files (the record's JSON is sorted)."""
+    """Render the recipe as YAML, in the order of recipe files (the JSON of the record is sorted)."""
     shown = {key: record.recipe[key] for key in KEYS if key in record.recipe}
     shown["steps"] = [dict(sorted(s.items(), key=_technique_first)) for s in shown.get("steps", ())]
     if shown.get("calibration", {}).get("dataset") and record.calibration.get("dataset"):
@@ -155,58 +151,52 @@ def _technique_first(item: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def coverage(record: Record) -> str:
-    """How many weights each step touched, and what it left out for what reason."""
+    """Render how many weights each step changed, and the layers it skipped with the reasons."""
     if not record.coverage:
         return ""
     rows, skipped = [], []
     for step, counted in record.coverage.items():
-        rows.append(
-            [
-                step,
-                f"{counted['weights_touched']:,}",
-                f"{counted['weights_total']:,}",
-                f"{100 * counted['share']:.2f} %",
-            ]
-        )
+        share = f"{100 * counted['share']:.2f} %"
+        rows.append([step, f"{counted['weights_touched']:,}", f"{counted['weights_total']:,}", share])
         for reason, names in counted.get("skipped", {}).items():
             listed = ", ".join(f"`{name}`" for name in names[:NAMES_SHOWN])
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            skipped.append(f"- {step} left out {len(names)}: {reason} ({listed}{more})")
-    table = markdown_table(["step", "weights touched", "of", "share"], rows)
+            skipped.append(f"- {step} skipped {len(names)}: {reason} ({listed}{more})")
+    table = markdown_table(["step", "weights changed", "of", "share"], rows)
     return "### Coverage\n\n" + table + ("\n\n" + "\n".join(skipped) if skipped else "")
 
 
-def step_figures(record: Record) -> str:
-    """The numbers and words that steps reported; what they report per layer is drawn instead."""
+def step_metrics(record: Record) -> str:
+    """Render the numbers and texts that steps report; what they report per layer is drawn as a plot instead."""
     rows = []
-    for position, figures in sorted(record.steps.items()):
-        label = f"step {int(position) + 1} ({figures.get('technique', '')})"
-        for key, value in sorted(figures.items()):
+    for index, reported in sorted(record.steps.items()):
+        label = f"step {int(index) + 1} ({reported.get('technique', '')})"
+        for key, value in sorted(reported.items()):
             if key not in ("technique", "layer_metric") and isinstance(value, (int, float, str)):
                 rows.append([label, key.replace("_", " "), value])
-    return "### Figures of the steps\n\n" + markdown_table(["step", "figure", "value"], rows) if rows else ""
+    return "### Metrics of the steps\n\n" + markdown_table(["step", "metric", "value"], rows) if rows else ""
 
 
 def calibration(record: Record) -> str:
-    """Which data the steps saw, with its hash."""
+    """Render which data the steps used, with its hash."""
     if not record.calibration:
-        return "None: no step of this recipe looks at data."
+        return "None: no step of this recipe uses data."
     order = ("dataset", "split", "text_column", "image_column", "samples", "seq_len", "tokens", "seed", "sha256")
     found = [(key, record.calibration[key]) for key in order if record.calibration.get(key) is not None]
     rows = [
         [key.replace("_", " "), f"{v:,}" if key == "tokens" else f"`{v}`" if key == "sha256" else v] for key, v in found
     ]
-    return markdown_table(["", "value"], rows) + "\n\nThe hash is over the model inputs (token ids), in order."
+    return markdown_table(["", "value"], rows) + "\n\nThe hash covers the model inputs (token ids), in order."
 
 
 def stages(record: Record) -> str:
-    """The stages, with seconds and peak memory."""
+    """Render the stages, with their seconds and peak memory."""
     if not record.stages:
         return "No stage was recorded."
     rows = []
     for number, stage in enumerate(record.stages, 1):
         peak = stage.get("peak_memory_bytes")
-        memory = ", ".join(filter(None, (bytes_text(peak), stage.get("peak_memory_of")))) if peak else "-"
+        memory = ", ".join(filter(None, (format_bytes(peak), stage.get("peak_memory_of")))) if peak else "-"
         rows.append(
             [
                 number,
@@ -221,39 +211,39 @@ def stages(record: Record) -> str:
 
 
 def limits(record: Record) -> str:
-    """What the reader must not expect, and the notes of the run."""
-    said = list(record.notes)
+    """Render the notes of the run, and what a reader must not expect of the checkpoint."""
+    sentences = list(record.notes)
     traits = set(record.traits)
     if str(QUANTIZED) in traits and record.reload == Reload.STOCK_FORMAT.name:
-        said.append(
-            "Plain transformers decompresses the weights at the first forward: the checkpoint is smaller on disk, "
-            'but there it is neither faster nor smaller in memory. `optim_config="auto"` runs it compressed.'
+        sentences.append(
+            "Plain transformers decompresses the weights in the first forward: the checkpoint is smaller on disk, but "
+            'inference is neither faster nor smaller in memory. `optim_config="auto"` keeps the weights compressed.'
         )
     if str(SPARSE) in traits and str(SPARSE_NM) not in traits and str(QUANTIZED) not in traits:
-        said.append(
-            "Zeros are stored and multiplied like other numbers: alone, this sparsity saves neither bytes nor time."
+        sentences.append(
+            "Zeros are stored and multiplied like other numbers: this sparsity alone saves neither bytes nor time."
         )
     if str(SPARSE_NM) in traits and str(QUANTIZED) not in traits:
-        said.append("The N:M zeros are stored; they save time only on kernels that skip them.")
+        sentences.append("The N:M zeros are stored; they save time only on kernels that skip them.")
     if str(MOE) in traits:
-        said.append("All experts are held in memory; only those that a token is routed to are computed.")
+        sentences.append("All experts are held in memory; only those that a token is routed to are computed.")
     if record.calibration.get("dataset"):
-        said.append(f"Calibrated on {record.calibration['dataset']}; text of other kinds may lose more.")
-    if any(is_number(record.measured.get("after", {}).get(f.key)) for f in REPORTED_METRICS if f.metric):
-        said.append(
-            f"Measured on {evaluation_name(record) or 'one dataset'} alone; nothing else was evaluated, "
-            "and what is known of the original's biases and risks holds here too."
+        sentences.append(f"Calibrated on {record.calibration['dataset']}; text of other kinds may lose more quality.")
+    if has_hub_metrics(record.measured.get("after", {})):
+        sentences.append(
+            f"Evaluated on {evaluation_name(record) or 'one dataset'} only. The known biases and risks of the original "
+            "apply to this checkpoint, too."
         )
     else:
-        said.append("Nothing was evaluated: the loss against the original is not known.")
-    return "\n".join(f"- {line}" for line in said)
+        sentences.append("Not evaluated: the loss of quality against the original is not known.")
+    return "\n".join(f"- {line}" for line in sentences)
 
 
 def papers(record: Record) -> str:
-    """The papers of the techniques, with BibTeX."""
+    """Render the papers of the techniques, with BibTeX."""
     found: dict[str, Paper] = {}
     for step in record.recipe.get("steps", ()):
-        spec = spec_of(step)
+        spec = technique_spec(step)
         if spec is not None and spec.paper is not None:
             found.setdefault(spec.name, spec.paper)
     if not found:
@@ -267,4 +257,5 @@ def papers(record: Record) -> str:
 
 
 def package_versions(record: Record) -> str:
+    """Render the versions of the packages that made the checkpoint."""
     return ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())) or "Not recorded."

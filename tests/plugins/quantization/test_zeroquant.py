@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import hf_optim
 from hf_optim import compressed, optimize
 from hf_optim.errors import ModelError, NumericalError, RecipeError
-from hf_optim.evaluation.evaluate import mean_pooled
+from hf_optim.evaluation.evaluate import mean_pool
 from hf_optim.evaluation.metrics import spearman
 from hf_optim.runs.run import run_of
 from hf_optim_plugins.quantization.zeroquant import ZeroQuant, row_groups
@@ -209,7 +209,7 @@ def test_int8_minilm_is_as_good_as_dense_without_data(minilm, shared_data):
         for key in ("sentence1", "sentence2"):
             batch = tokenizer([row[key] for row in rows], padding=True, truncation=True, return_tensors="pt")
             with torch.no_grad():
-                vectors.append(mean_pooled(model, batch))
+                vectors.append(mean_pool(model, batch))
         return spearman(nn.functional.cosine_similarity(*vectors), scores)
 
     dense = quality(AutoModel.from_pretrained(minilm).eval())
