@@ -10,7 +10,7 @@ from .hidden_states import (
     remove_recorder,
     take_hidden_states,
 )
-from .logit_cache import LogitCache, sample_keys
+from .logit_cache import LogitCache, cached_top_k
 from .losses import DIRECTIONS, RESTS, Direction, Head, Rest, TopK, head_kind, scored_rows, top_k, top_k_kd_loss
 
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
     "TopK",
     "base_model_of_blocks",
     "base_models",
+    "cached_top_k",
     "cosine_loss",
     "head_kind",
     "losses",
     "remove_recorder",
-    "sample_keys",
     "scored_rows",
     "squarehead_loss",
     "students",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,28 @@ class LogitCache:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is no readable shard of a teacher cache ({error}); delete it") from error
         return self._open[path]
+
+
+def cached_top_k(
+    cache: LogitCache, inputs: Mapping[str, Any], logits: Tensor, rows: Tensor, compute: Callable[[], TopK]
+) -> TopK:
+    """Return the teacher's top classes for ``rows`` on the device of ``logits``, from the cache if it has them.
+
+    Args:
+        cache: the cache; it takes the entries of a batch with a sample that it lacks.
+        inputs: the batch.
+        logits: the student's, ``[batch, ..., classes]``.
+        rows: int64 ``[rows]``, ascending, the scored rows of ``logits.view(-1, classes)``.
+        compute: runs the teacher on the batch and returns its top classes for ``rows``.
+    """
+    keys = sample_keys(inputs)
+    if not all(key in cache for key in keys):
+        sample_of_row = rows.cpu() * logits.shape[0] // logits[..., 0].numel()
+        sizes = torch.bincount(sample_of_row, minlength=len(keys)).tolist()
+        for key, *parts in zip(keys, *(part.split(sizes) for part in compute()), strict=True):
+            cache.put(key, TopK(*parts))
+    entries = [cache.get(key) for key in keys]
+    return TopK(*(torch.cat(parts).to(logits.device) for parts in zip(*entries, strict=True)))
 
 
 def sample_keys(inputs: Mapping[str, Any]) -> list[str]:

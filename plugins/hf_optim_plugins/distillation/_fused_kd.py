@@ -12,7 +12,7 @@ from hf_optim.toolkit.distillation import losses
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, head: losses.Head = "classes", **options: Any) -> Tensor:
-    """As ``hf_optim.toolkit.losses.head_loss``, with the same options.
+    """As ``hf_optim.toolkit.distillation.losses.head_loss``, with the same options.
 
     The teacher's logits are given up: on the kernel, the backward may leave the gradient in their memory.
     """

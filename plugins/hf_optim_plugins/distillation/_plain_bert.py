@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_optim import ModelError
-from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.modules import output_difference, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import dummy_inputs
 
 CLASSES: dict[type, type[PreTrainedModel]] = {BertModel: DistilBertModel, BertForMaskedLM: DistilBertForMaskedLM}
@@ -64,8 +64,8 @@ def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedM
         transplant.set_tensor(plain, name, model.get_buffer(bert_name(name)))
     _add_segment(plain, model)
     plain.train(model.training)
-    gap = transplant.output_difference(model, plain, dummy_inputs(model))
-    if not gap <= transplant.rounding_tolerance(model):
+    gap = output_difference(model, plain, dummy_inputs(model))
+    if not gap <= rounding_tolerance(model):
         raise ModelError(f"{label}: without token types the model is another one (relative difference {gap:.1e})")
     members = (*plain.named_modules(remove_duplicate=False), *plain.named_parameters(remove_duplicate=False))
     names = {bert_name(name): [name] for name, _ in members}

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, hookimpl, option, technique, traits
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation import (
     HiddenStates,
@@ -37,7 +37,6 @@ from hf_optim.toolkit.distillation import (
     base_models,
     cosine_loss,
     head_kind,
-    remove_recorder,
     scored_rows,
     students,
     take_hidden_states,
@@ -47,6 +46,7 @@ from hf_optim.toolkit.distillation import (
 
 from ._fused_kd import kd_loss
 from ._plain_bert import without_token_types
+from ._teacher import Distillation, TeacherCallback
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     reload=Reload.STOCK_DENSE,
     trains=True,
 )
-class DistilBERT(Technique):
+class DistilBERT(Distillation):
     """Replace the model by a student of some of its layers, which the model then teaches.
 
     Data needs no labels: without them the task loss is left out.
@@ -154,7 +154,7 @@ class DistilBERT(Technique):
     def training_loss(
         self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any
     ) -> dict[str, Tensor | float]:
-        label, teacher = run.label(self), ready_teacher(self, run)
+        label, teacher = run.label(self), self.ready_teacher(run)
         with HiddenStates(base_models(teacher)) as asked:
             theirs = teachers.forward(teacher, inputs)
             wanted = asked.take()
@@ -181,10 +181,15 @@ class DistilBERT(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        own = run.state(self)
-        remove_recorder(own)
-        for name in ("teacher", "ready"):
-            vars(own).pop(name, None)
+        self.release_teacher(run)
+
+    def find_teacher(self, run: Run) -> nn.Module:
+        teacher = getattr(run.state(self), "teacher", None)
+        if teacher is None:
+            raise ModelError(
+                f"{run.label(self)} has no teacher any more: its stage is over; optimize the teacher again"
+            )
+        return teacher
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -198,26 +203,6 @@ class DistilBERT(Technique):
             f"and began as a copy of these (counted from 0): {chosen}. Embeddings and head were copied whole; "
             f"token-type embeddings and pooler, which the paper drops, are {types}.",
         )
-
-
-class TeacherCallback(TrainerCallback):
-    """Fetches the teacher before training."""
-
-    def __init__(self, step: DistilBERT, run: Run) -> None:
-        self.step, self.run = step, run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ready_teacher(self.step, self.run)
-
-
-def ready_teacher(step: DistilBERT, run: Run) -> nn.Module:
-    """The teacher, frozen, in evaluation mode and where it is to run."""
-    own = run.state(step)
-    if getattr(own, "teacher", None) is None:
-        raise ModelError(f"{run.label(step)} has no teacher any more: its stage is over; optimize the teacher again")
-    if getattr(own, "ready", None) is None:
-        own.ready = teachers.freeze(own.teacher, teachers.input_device(run.model), step.device)
-    return own.ready
 
 
 def all_rows(model: Any, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

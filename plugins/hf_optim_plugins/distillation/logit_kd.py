@@ -15,16 +15,25 @@ A sparse model of the teacher's own shape learns more from every token if its bl
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
+from hf_optim import (
+    Contract,
+    ModelError,
+    Paper,
+    Phase,
+    RecipeError,
+    Reload,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
 from hf_optim.toolkit.distillation import (
     DIRECTIONS,
     RESTS,
@@ -32,34 +41,27 @@ from hf_optim.toolkit.distillation import (
     Head,
     HiddenStates,
     HiddenStatesCallback,
-    LogitCache,
     Rest,
     TopK,
-    base_model_of_blocks,
+    cached_top_k,
     head_kind,
-    remove_recorder,
-    sample_keys,
     scored_rows,
-    squarehead_loss,
-    take_hidden_states,
     teachers,
-    token_masks,
     top_k,
     top_k_kd_loss,
 )
-from hf_optim.toolkit.topology import blocks, find_residual_order
+from hf_optim.toolkit.topology import blocks
 
+from ._cached_teacher import SELF, CachedTeacherCallback
 from ._fused_kd import kd_loss
+from ._squarehead import squarehead_term
+from ._teacher import Distillation
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
 
-log = logging.getLogger(__name__)
-
-SELF = "self"
-
-# Nats. Two equal models differ by less, through rounding alone.
-NOTHING_TO_LEARN = 1e-7
+# In nats. Rounding alone makes two equal models differ by less.
+NO_DIVERGENCE = 1e-7
 
 
 @technique(
@@ -70,7 +72,7 @@ NOTHING_TO_LEARN = 1e-7
     reload=Reload.STOCK_DENSE,
     trains=True,
 )
-class LogitKD(Technique):
+class LogitKD(Distillation):
     """Train the model to give the distribution of a teacher.
 
     For causal and sequence-to-sequence language models, masked language models, token and sequence classifiers. Only
@@ -78,13 +80,16 @@ class LogitKD(Technique):
     are not padding are compared, there is no task loss, and the loss is the teacher's term alone, times ``alpha``.
 
     A sequence classifier with one label is a regression: the teacher's term is the mean squared error between the two
-    outputs, whatever the temperature. Where each of several labels holds or not (``problem_type:
-    multi_label_classification``) it is the divergence of that for each label by itself, their mean.
+    outputs, whatever the temperature. With ``problem_type: multi_label_classification`` the term is the mean over the
+    labels of the divergence of each label's two outcomes.
+
+    ``teacher`` and ``device`` say what the teacher is and where it runs; ``temperature`` to ``beta`` define the loss;
+    ``top_k``, ``rest`` and ``cache`` reduce what is compared, and keep it on disk.
 
     Attributes:
-        teacher: a path or Hub id; or ``"self"``, the model as it was before the steps of its stage changed it (what
-            recovers a model that is pruned; alone in its stage it holds a model to what it was while labels teach it,
-            and is refused where they do not: with ``alpha`` 1, and without labels); or None: set
+        teacher: a path or Hub id; or ``"self"``, the model as it was before the steps of its stage changed it (which
+            recovers a pruned model; alone in its stage it keeps the model close to itself while labels teach it, and
+            is refused if they do not: with ``alpha`` 1, and without labels); or None: set
             ``hf_optim.run_of(model).state(step).teacher`` to a module.
         temperature: ``T``; softens both distributions; without effect for a regression.
         alpha: weight of the teacher's term; the task loss has ``1 - alpha``.
@@ -94,11 +99,11 @@ class LogitKD(Technique):
         beta: of ``"js"``: the teacher's weight in the mixture, in (0, 1).
         top_k: compare only the ``k`` most probable classes of the teacher; None compares all. Refused for a regression
             and for several labels.
-        rest: what then becomes of the others: ``"bucket"`` compares their sum as one class, ``"renormalize"`` leaves
+        rest: what happens to the other classes: ``"bucket"`` compares their sum as one class, ``"renormalize"`` leaves
             them out and renormalizes both sides.
         cache: a directory for the teacher's top ``k`` of every sample; written in the first epoch, read afterwards and
             by later runs, which load no teacher if it is complete. ``8 k + 4`` bytes for each scored token.
-        device: where the teacher runs: ``"same"`` as the student, ``"offload"`` (in host memory, its blocks brought to
+        device: where the teacher runs: ``"same"`` as the student, ``"offload"`` (in host memory, its blocks moved to
             the student's device one by one), ``"cpu"``, or another device.
     """
 
@@ -120,20 +125,21 @@ class LogitKD(Technique):
             raise RecipeError("logit_kd: a cache keeps no hidden states: leave out cache or alpha_states")
         teachers.check_device(self.device, self.name)
 
-    def phases(self) -> Any:
-        # Taking a copy in transform_model changes nothing: the step may stand behind ones that calibrate.
-        return frozenset(phase for phase in super().phases() if phase.name == "TRAIN")
+    def phases(self) -> frozenset[Phase]:
+        # The copy that transform_model takes changes nothing, so the step may come after steps that calibrate.
+        return frozenset({Phase.TRAIN})
 
+    # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl(tryfirst=True)
     def transform_model(self, run: Run) -> None:
-        self._head(run)
+        self.head(run)
         if self.teacher == SELF:
             run.state(self).teacher = copy.deepcopy(run.model)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         recorder = HiddenStatesCallback(run.state(self), lambda: [block.module for block in blocks(run.model)])
-        return [TeacherCallback(self, run), *([recorder] if self.alpha_states else [])]
+        return [CachedTeacherCallback(self, run), *([recorder] if self.alpha_states else [])]
 
     @hookimpl
     def training_loss(
@@ -146,8 +152,8 @@ class LogitKD(Technique):
                 "the logits of language models and classifiers"
             )
         mask = "decoder_attention_mask" if run.model.config.is_encoder_decoder else "attention_mask"
-        head = self._head(run)
-        # The labels of the other heads are no classes, of which -100 would be none.
+        head = self.head(run)
+        # The labels of the other heads are not class indices, in which -100 means no label.
         labels = inputs.get("labels") if head == "classes" else None
         rows = scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next_token(run.model))
         options: dict[str, Any] = {
@@ -157,34 +163,59 @@ class LogitKD(Technique):
             "rows": rows,
         }
         terms: dict[str, Tensor | float] = {"task_scale": 1.0 - self.alpha}
-        with self._asked(run) as asked:
+        with self._recorded_teacher(run) as recorder:
             if self.top_k is None:
                 term = kd_loss(logits, self._teacher_logits(run, inputs, logits), head=head, **options)
             else:
                 term = top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
             if self.alpha_states:
-                terms["states"] = self.alpha_states * self._squarehead(run, inputs, asked.take())
-        self._greet(run, term, 0.0 if head == "regression" else NOTHING_TO_LEARN, getattr(outputs, "loss", None))
+                teacher, targets = self.ready_teacher(run), recorder.take()
+                terms["states"] = self.alpha_states * squarehead_term(self, run, inputs, teacher, targets)
+        nothing = 0.0 if head == "regression" else NO_DIVERGENCE
+        self._check_first_batch(run, term, nothing, getattr(outputs, "loss", None))
         return {"kd": self.alpha * term, **terms}
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        remove_recorder(run.state(self))
-        for name in ("teacher", "loaded", "ready", "cache", "order"):
-            vars(run.state(self)).pop(name, None)
+        self.release_teacher(run, "loaded", "cache", "order")
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.reported(self)
-        if "cache_bytes" in figures:
+        metrics = run.reported(self)
+        if "cache_bytes" in metrics:
             card.paragraph(
                 "The teacher's cache",
-                f"The teacher was asked once: its {self.top_k} most probable classes of {figures['cache_samples']:,} "
-                f"samples were kept on disk, in {figures['cache_bytes']:,} bytes.",
+                f"The teacher ran once on each sample: its {self.top_k} most probable classes of "
+                f"{metrics['cache_samples']:,} samples were kept on disk, in {metrics['cache_bytes']:,} bytes.",
             )
 
-    def _head(self, run: Run) -> Head:
-        """What the model predicts. Raises ``ModelError`` where ``top_k`` asks for classes that it does not have."""
+    # -- the teacher's outputs ----------------------------------------------------------------------------------------
+    def _recorded_teacher(self, run: Run) -> HiddenStates:
+        """Return a recorder of the teacher's blocks; of none if hidden states are not compared."""
+        return HiddenStates([block.module for block in blocks(self.ready_teacher(run))] if self.alpha_states else [])
+
+    def _teacher_logits(self, run: Run, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
+        found = teachers.forward_logits(self.ready_teacher(run), inputs)
+        if found.shape != logits.shape:
+            raise ModelError(
+                f"{run.label(self)}: the teacher's logits are {tuple(found.shape)} and the student's "
+                f"{tuple(logits.shape)}; both need the same vocabulary (or labels) and the same inputs"
+            )
+        return found
+
+    def _top_k(self, run: Run, inputs: Mapping[str, Any], logits: Tensor, rows: Tensor) -> TopK:
+        """Return the teacher's top classes for ``rows``, from the cache if it has them."""
+
+        def compute() -> TopK:
+            found = self._teacher_logits(run, inputs, logits).reshape(-1, logits.shape[-1])
+            return top_k(found[rows.to(found.device)], self.top_k or 0, self.temperature)
+
+        cache = getattr(run.state(self), "cache", None)
+        return compute() if cache is None else cached_top_k(cache, inputs, logits, rows, compute)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+    def head(self, run: Run) -> Head:
+        """Return what the model predicts. Raises ``ModelError`` if ``top_k`` is set and it does not predict classes."""
         head = head_kind(run.model)
         if head != "classes" and self.top_k is not None:
             predicts = "a number" if head == "regression" else "labels that hold each by itself"
@@ -194,184 +225,67 @@ class LogitKD(Technique):
             )
         return head
 
-    def _greet(self, run: Run, term: Tensor, nothing: float, task_loss: Tensor | None) -> None:
+    def check_student(self, run: Run) -> None:
+        """Raise ``ModelError`` or ``RecipeError`` for a student that cannot learn from this teacher."""
+        self.head(run)
+        if self.alpha == 1.0:
+            self._require_difference(run)
+
+    def _require_difference(self, run: Run) -> None:
+        """Raise ``RecipeError`` if the student is its own teacher and no other step of the stage will change it.
+
+        For training without a task loss. It can be checked only when training starts: until then the caller may
+        change the model (adapters, their own pruning).
+        """
+        teacher = getattr(run.state(self), "teacher", None)
+        alone = run.stage is not None and len(run.stage.steps) == 1
+        if self.teacher == SELF and alone and teacher is not None and teachers.is_copy(run.model, teacher):
+            raise RecipeError(
+                f"{run.label(self)}: with teacher: self, another step of the same stage must change the model; "
+                "otherwise student and teacher are identical and the loss is zero: put the step that changes it into "
+                "the same stage, or name a teacher"
+            )
+
+    def _check_first_batch(self, run: Run, term: Tensor, nothing: float, task_loss: Tensor | None) -> None:
+        """Warn once if teacher and student gave the same outputs, a term of at most ``nothing``."""
         own = run.state(self)
-        if getattr(own, "met", False):
+        if getattr(own, "first_batch_checked", False):
             return
         if task_loss is None:
-            _require_difference(self, run)
-        own.met = True
+            self._require_difference(run)
+        own.first_batch_checked = True
         if float(term.detach()) <= nothing:
-            sentence = (
-                f"{run.label(self)}: teacher and student gave the same outputs on the first batch; with teacher: "
-                "self there must be a step in the same stage that changes the model"
+            run.warn(
+                self,
+                "teacher and student gave the same outputs on the first batch; with teacher: self there must be a step "
+                "in the same stage that changes the model",
             )
-            run.record.note(sentence)
-            log.warning(sentence)
 
-    def _asked(self, run: Run) -> HiddenStates:
-        """Records the teacher's blocks, where they are asked for."""
-        return HiddenStates([block.module for block in blocks(ready_teacher(self, run))] if self.alpha_states else [])
-
-    def _squarehead(self, run: Run, inputs: Mapping[str, Any], wanted: list[Tensor]) -> Tensor:
+    def find_teacher(self, run: Run) -> nn.Module:
         own, label = run.state(self), run.label(self)
-        states = take_hidden_states(own)
-        if not states or [h.shape for h in states] != [h.shape for h in wanted]:
-            raise ModelError(
-                f"{label}: alpha_states compares the hidden states of all blocks; the teacher has {len(wanted)} "
-                f"{_widths(wanted)} and the student {len(states)} {_widths(states)}, but both need as many of one width"
+        if getattr(own, "teacher", None) is None:
+            if self.teacher in (None, SELF):
+                raise ModelError(
+                    f"{label} has no teacher: give `teacher:` a path or Hub id, or set "
+                    "hf_optim.run_of(model).state(step).teacher to a module before training"
+                )
+            own.teacher = own.loaded = teachers.load(self.teacher, label)
+        teachers.require_same_classes(run.model, own.teacher, label)
+        if self.teacher != SELF:
+            self._compare_tokenizers(run)
+        return own.teacher
+
+    def _compare_tokenizers(self, run: Run) -> None:
+        """Raise ``ModelError`` for a teacher with another tokenizer; warn if the two cannot be compared."""
+        source = self.teacher or getattr(run.state(self).teacher.config, "_name_or_path", "")
+        mine = run.tokenizer or run.model.config._name_or_path
+        texts = getattr(run.model, "main_input_name", "") == "input_ids"
+        if texts and not teachers.require_same_tokenizer(mine, source, run.label(self)):
+            run.warn(
+                self,
+                "the tokenizers of teacher and student could not be compared, since one of them was not found; their "
+                "vocabularies have the same size",
             )
-        # Blocks that come before all that trains have none.
-        if not states[-1].requires_grad:
-            raise ModelError(f"{label}: alpha_states: no gradient reaches the last block; does the model train at all?")
-        if not hasattr(own, "order"):
-            # The student's channels may have been permuted, here or before its checkpoint was made.
-            own.order = find_residual_order(run.model, own.ready)
-        if own.order is not None:
-            wanted = [h[..., own.order.to(h.device)] for h in wanted]
-        masks = token_masks(inputs, run.model.config.is_encoder_decoder)
-        return squarehead_loss(states, wanted, [masks[i] for i in base_model_of_blocks(run.model)])
-
-    def _teacher_logits(self, run: Run, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
-        teacher = ready_teacher(self, run)
-        found = teachers.forward_logits(teacher, inputs)
-        if found.shape != logits.shape:
-            raise ModelError(
-                f"{run.label(self)}: the teacher's logits are {tuple(found.shape)} and the student's "
-                f"{tuple(logits.shape)}; both need the same vocabulary (or labels) and the same inputs"
-            )
-        return found
-
-    def _top_k(self, run: Run, inputs: Mapping[str, Any], logits: Tensor, rows: Tensor) -> TopK:
-        """The teacher's top classes for ``rows``, from the cache where it has them."""
-        assert self.top_k is not None
-        classes = logits.shape[-1]
-        cache: LogitCache | None = getattr(run.state(self), "cache", None)
-        if cache is None:
-            live = self._teacher_logits(run, inputs, logits).reshape(-1, classes)
-            return top_k(live[rows.to(live.device)], self.top_k, self.temperature)
-        keys = sample_keys(inputs)
-        sizes = torch.bincount(rows.cpu() * logits.shape[0] // logits[..., 0].numel(), minlength=len(keys)).tolist()
-        if not all(key in cache for key in keys):
-            live = self._teacher_logits(run, inputs, logits).reshape(-1, classes)
-            found = top_k(live[rows.to(live.device)], self.top_k, self.temperature)
-            for key, *parts in zip(keys, *(part.split(sizes) for part in found), strict=True):
-                cache.put(key, TopK(*parts))
-        entries = [cache.get(key) for key in keys]
-        return TopK(*(torch.cat(parts).to(logits.device) for parts in zip(*entries, strict=True)))
-
-
-class TeacherCallback(TrainerCallback):
-    """Fetches the teacher or its cache before training, and writes what the cache learned."""
-
-    def __init__(self, step: LogitKD, run: Run) -> None:
-        self.step, self.run = step, run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, own = self.step, self.run.state(self.step)
-        step._head(self.run)
-        if step.alpha == 1.0:
-            _require_difference(step, self.run)
-        if step.cache is not None:
-            settings = {
-                **_identity(step, self.run),
-                "temperature": step.temperature,
-                "top_k": step.top_k,
-                "classes": teachers.num_classes(self.run.model),
-            }
-            own.cache = LogitCache(step.cache, settings, writer=args.process_index)
-            log.info(
-                "%s: teacher cache %s has %d samples; %d bytes for each scored token",
-                *(self.run.label(step), step.cache, len(own.cache), 8 * (step.top_k or 0) + 4),
-            )
-            if len(own.cache):
-                return  # the teacher is loaded at the first sample that is not there
-        ready_teacher(step, self.run)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._flush()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, own = self.step, self.run.state(self.step)
-        self._flush()
-        figures: dict[str, Any] = {"teacher": step.teacher or type(own.teacher).__name__}
-        if step.cache is not None:
-            figures |= {"cache_samples": len(own.cache), "cache_bytes": own.cache.bytes_on_disk}
-            log.info(
-                "%s: teacher cache %s: %d bytes on disk", self.run.label(step), step.cache, own.cache.bytes_on_disk
-            )
-        self.run.report(step, **figures)
-
-    def _flush(self) -> None:
-        cache = getattr(self.run.state(self.step), "cache", None)
-        if cache is not None:
-            cache.flush()
-
-
-def _require_difference(step: LogitKD, run: Run) -> None:
-    """Refuse a student that is its own teacher, and that no other step will change in training either.
-
-    For trainings that have no task loss. Only when they begin can this be told: until then the model's owner may change
-    it (adapters, pruning of their own).
-    """
-    teacher = getattr(run.state(step), "teacher", None)
-    alone = run.stage is not None and len(run.stage.steps) == 1
-    if step.teacher == SELF and alone and teacher is not None and teachers.is_copy(run.model, teacher):
-        raise RecipeError(
-            f"{run.label(step)}: no other step of its stage changes the model, which with teacher: self would learn "
-            "from itself alone: put the step that changes it into the same stage, or name a teacher"
-        )
-
-
-def _identity(step: LogitKD, run: Run) -> dict[str, Any]:
-    """What tells the teacher of a cache from others."""
-    own = run.state(step)
-    given = getattr(own, "teacher", None)
-    if given is not None and given is not getattr(own, "loaded", None):
-        return {"teacher": teachers.hash_parameters(given)}
-    if step.teacher in (None, SELF):
-        return {"teacher": step.teacher}
-    if not LogitCache.begun(step.cache or ""):
-        # It will be asked in any case, and the commit of a Hub id is known when it is here.
-        ready_teacher(step, run)
-    return {"teacher": step.teacher, "teacher_files": teachers.hash_files(step.teacher or "")}
-
-
-def _widths(states: list[Tensor]) -> str:
-    return "of width " + " and ".join(str(width) for width in sorted({h.shape[-1] for h in states}))
-
-
-def ready_teacher(step: LogitKD, run: Run) -> nn.Module:
-    """The teacher: found or loaded, compared with the student, frozen, in evaluation mode and where it can run."""
-    own, label = run.state(step), run.label(step)
-    if getattr(own, "ready", None) is not None:
-        return own.ready
-    if getattr(own, "teacher", None) is None:
-        if step.teacher in (None, SELF):
-            raise ModelError(
-                f"{label} has no teacher: give `teacher:` a path or Hub id, or set "
-                "hf_optim.run_of(model).state(step).teacher to a module before training"
-            )
-        own.teacher = own.loaded = teachers.load(step.teacher, label)
-    teachers.require_same_classes(run.model, own.teacher, label)
-    if step.teacher != SELF:
-        _compare_tokenizers(step, run)
-    own.ready = teachers.freeze(own.teacher, teachers.input_device(run.model), step.device)
-    return own.ready
-
-
-def _compare_tokenizers(step: LogitKD, run: Run) -> None:
-    """Refuse a teacher with another tokenizer; a pair that cannot be compared is noted."""
-    source = step.teacher or getattr(run.state(step).teacher.config, "_name_or_path", "")
-    mine = run.tokenizer or run.model.config._name_or_path
-    texts = getattr(run.model, "main_input_name", "") == "input_ids"
-    if texts and not teachers.require_same_tokenizer(mine, source, run.label(step)):
-        sentence = (
-            f"{run.label(step)}: whether teacher and student have the same tokenizer could not be told, since one of "
-            "them has none at hand; their vocabularies have the same size"
-        )
-        run.record.note(sentence)
-        log.warning(sentence)
 
 
 @hookimpl

@@ -1,0 +1,52 @@
+"""The SquareHead term of a step: hidden states of all blocks of the student against those of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hf_optim import ModelError
+from hf_optim.toolkit.distillation import base_model_of_blocks, squarehead_loss, take_hidden_states, token_masks
+from hf_optim.toolkit.topology import find_residual_order
+
+if TYPE_CHECKING:
+    from hf_optim import Run, Technique
+
+
+def squarehead_term(
+    step: Technique, run: Run, inputs: Mapping[str, Any], teacher: nn.Module, targets: list[Tensor]
+) -> Tensor:
+    """Return the unweighted loss on the states that the recorder of ``step`` has of the student's last forward.
+
+    Args:
+        step, run: the step with the field ``alpha_states``, and its run.
+        inputs: the batch, for its padding.
+        teacher: the teacher.
+        targets: the teacher's states, ``[batch, tokens, width]`` for each block.
+
+    Raises:
+        ModelError: if the numbers of blocks or the widths differ, or if no gradient reaches the student's last block.
+    """
+    own, label = run.state(step), run.label(step)
+    states = take_hidden_states(own)
+    if not states or [h.shape for h in states] != [h.shape for h in targets]:
+        raise ModelError(
+            f"{label}: alpha_states compares the hidden states of all blocks; the teacher has {len(targets)} "
+            f"{_widths(targets)} and the student {len(states)} {_widths(states)}, but both need as many of one width"
+        )
+    # Blocks before the first trained parameter have no gradient, so only the last block is checked.
+    if not states[-1].requires_grad:
+        raise ModelError(f"{label}: alpha_states: no gradient reaches the last block; does the model train at all?")
+    if not hasattr(own, "order"):
+        # The student's channels may have been permuted, in this run or before its checkpoint was written.
+        own.order = find_residual_order(run.model, teacher)
+    if own.order is not None:
+        targets = [h[..., own.order.to(h.device)] for h in targets]
+    masks = token_masks(inputs, run.model.config.is_encoder_decoder)
+    return squarehead_loss(states, targets, [masks[i] for i in base_model_of_blocks(run.model)])
+
+
+def _widths(states: list[Tensor]) -> str:
+    return "of width " + " and ".join(str(width) for width in sorted({h.shape[-1] for h in states}))
