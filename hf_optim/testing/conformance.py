@@ -131,6 +131,33 @@ def attempt(cls: type[Technique], architecture: str, folder: Path) -> PreTrained
     return None
 
 
+class Attempts:
+    """The results of ``attempt``, each computed once per session. Tests share them and must not change them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._results: dict[tuple[type[Technique], str], PreTrainedModel | None] = {}
+
+    def __call__(self, cls: type[Technique], architecture: str) -> PreTrainedModel | None:
+        key = cls, architecture
+        if key not in self._results:
+            self._results[key] = attempt(cls, architecture, self._folder / f"{cls.spec.name}-{architecture}")
+        return self._results[key]
+
+    def first(self, cls: type[Technique]) -> tuple[str, PreTrainedModel]:
+        """Return the first supported architecture and the optimized tiny model of it."""
+        for name in ARCHITECTURES:
+            model = self(cls, name)
+            if model is not None:
+                return name, model
+        raise AssertionError(f"{cls.spec.name} supports none of {', '.join(ARCHITECTURES)}")
+
+
+@pytest.fixture(scope="session")
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> Attempts:
+    return Attempts(tmp_path_factory.mktemp("attempts"))
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -199,16 +226,16 @@ def test_what_it_owes_must_be_paid(cls: type[Technique]) -> None:
 
 
 # -- on models ----------------------------------------------------------------------------------------------------
-def test_some_architecture_is_supported(cls: type[Technique], tmp_path: Path) -> None:
-    assert any(attempt(cls, name, tmp_path) is not None for name in ARCHITECTURES)
+def test_some_architecture_is_supported(cls: type[Technique], attempts: Attempts) -> None:
+    assert attempts.first(cls)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_checkpoint_outlives_the_tool(
-    cls: type[Technique], architecture: str, tmp_path: Path, stock: StockTransformers
+    cls: type[Technique], architecture: str, tmp_path: Path, attempts: Attempts, stock: StockTransformers
 ) -> None:
     """Reloaded where hf_optim cannot be imported: equal logits, or a loud refusal for REMOTE_CODE."""
-    model = attempt(cls, architecture, tmp_path)
+    model = attempts(cls, architecture)
     if model is None:
         return
     run = run_of(model)
@@ -231,8 +258,8 @@ def test_a_checkpoint_outlives_the_tool(
     assert torch.equal(logits, expected), f"largest difference {(logits - expected).abs().max()}"
 
 
-def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_path: Path) -> None:
-    architecture, direct = _supported(cls, tmp_path)
+def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_path: Path, attempts: Attempts) -> None:
+    architecture, direct = attempts.first(cls)
     if recipe_for(cls).stages[0].trains:
         pytest.skip("a technique that trains goes through a trainer, not through from_pretrained alone")
     source = TINY[architecture]()
@@ -245,21 +272,23 @@ def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_pat
         assert torch.equal(loaded(**inputs).logits, direct(**inputs).logits)
 
 
-def test_it_is_deterministic_and_leaves_the_random_state_alone(cls: type[Technique], tmp_path: Path) -> None:
-    architecture, first = _supported(cls, tmp_path)
-    trains = any(stage.trains for stage in recipe_for(cls).stages)
+def test_a_second_run_is_bit_exact_and_leaves_global_and_random_state_alone(
+    cls: type[Technique], tmp_path: Path, attempts: Attempts
+) -> None:
+    architecture, first = attempts.first(cls)  # the first run may import and register
     torch.manual_seed(7)
-    before = torch.random.get_rng_state()
-    second = optimized(cls, TINY[architecture](), tmp_path / "again")
-    if not trains:
-        assert torch.equal(before, torch.random.get_rng_state())
+    random_before, globals_before = torch.random.get_rng_state(), _globals()
+    second = optimized(cls, TINY[architecture](), tmp_path)
+    assert _globals() == globals_before
+    if not any(stage.trains for stage in recipe_for(cls).stages):
+        assert torch.equal(random_before, torch.random.get_rng_state())
     for (name, a), (other, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(a, b), f"{name} differs between two runs"
 
 
-def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], tmp_path: Path) -> None:
-    architecture, _ = _supported(cls, tmp_path)
+def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], attempts: Attempts) -> None:
+    architecture, _ = attempts.first(cls)
     recipe = recipe_for(cls)
     if not any(stage.needs_data for stage in recipe.stages[:1]):
         pytest.skip("it sees no data that could fail")
@@ -271,8 +300,8 @@ def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], tmp_path: P
     assert _globals() == globals_before
 
 
-def test_activations_that_are_not_finite_are_named(cls: type[Technique], tmp_path: Path) -> None:
-    architecture, _ = _supported(cls, tmp_path)
+def test_activations_that_are_not_finite_are_named(cls: type[Technique], attempts: Attempts) -> None:
+    architecture, _ = attempts.first(cls)
     if not (cls.for_testing().implements("calibrate") and cls.for_testing().needs_data()):
         pytest.skip("it observes no activations")
     model = TINY[architecture]()
@@ -284,13 +313,6 @@ def test_activations_that_are_not_finite_are_named(cls: type[Technique], tmp_pat
     assert any(name in str(caught.value) for name, _ in model.named_modules() if name)
 
 
-def test_global_state_is_as_before(cls: type[Technique], tmp_path: Path) -> None:
-    _supported(cls, tmp_path)  # the first run may import and register
-    before = _globals()
-    _supported(cls, tmp_path / "again")
-    assert _globals() == before
-
-
 # -- what is looked at --------------------------------------------------------------------------------------------
 class _Broken(dict):
     """A batch whose first tensor cannot be read by a model."""
@@ -299,14 +321,6 @@ class _Broken(dict):
         raise RuntimeError("the data broke")
 
     keys = items = values = __iter__  # type: ignore[assignment]
-
-
-def _supported(cls: type[Technique], folder: Path) -> tuple[str, PreTrainedModel]:
-    for name in ARCHITECTURES:
-        model = attempt(cls, name, folder / name)
-        if model is not None:
-            return name, model
-    raise AssertionError(f"{cls.spec.name} supports none of {', '.join(ARCHITECTURES)}")
 
 
 def _assert_clean(model: nn.Module, allow_quantized: bool = True) -> None:

@@ -7,6 +7,8 @@ import pytest
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.testing.conformance import *  # noqa: F403
 
+del stock  # noqa: F821 - conftest has one for all test files
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cls" in metafunc.fixturenames:

@@ -18,7 +18,6 @@ from hf_optim.lifecycle.stages import start_run
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.runs import snapshot
 from hf_optim.runs.run import run_of
-from hf_optim.testing.stock import StockTransformers
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.quantization.bit_budget import row_bytes
 
@@ -30,12 +29,6 @@ LATER = {
     "gptq": {"technique": "gptq", "group_size": 16},
     "obq": {"technique": "obq", "group_size": None},
 }
-
-
-@pytest.fixture(scope="module")
-def stock():
-    with StockTransformers() as process:
-        yield process
 
 
 def widths(model: nn.Module) -> dict[str, int]:

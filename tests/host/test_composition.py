@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 
 import hf_optim
 from hf_optim.recipes.traits import QUANTIZED, SPARSE, SPARSE_NM
-from hf_optim.testing.stock import StockTransformers
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.pruning.masks import has_nm_pattern
 
@@ -22,7 +21,7 @@ RECIPE = [
 
 
 @pytest.mark.slow
-def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared_data, tmp_path):
+def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared_data, tmp_path, stock):
     home = shared_models / "babyllama-1m"
     tokenizer = AutoTokenizer.from_pretrained(home)
     rows = load_dataset("json", data_files=str(shared_data / "tinystories" / "calibration.jsonl"), split="train")
@@ -64,8 +63,7 @@ def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared
     run.model.save_pretrained(tmp_path / "out")
     with torch.no_grad():
         expected = run.model(calibration).logits
-    with StockTransformers() as stock:
-        name, logits = stock.logits(tmp_path / "out", "AutoModelForCausalLM", {"input_ids": calibration})
+    name, logits = stock.logits(tmp_path / "out", "AutoModelForCausalLM", {"input_ids": calibration})
     assert name == "LlamaForCausalLM"
     assert torch.equal(logits, expected)
 
@@ -80,7 +78,7 @@ def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared
     ],
     ids=lambda steps: ", ".join(step["technique"] for step in steps),
 )
-def test_post_training_techniques_compose(steps, tmp_path):
+def test_post_training_techniques_compose(steps, tmp_path, stock):
     ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
     model = hf_optim.optimize(tiny_llama(), steps, calibration=ids)
     run = hf_optim.run_of(model)
@@ -89,5 +87,5 @@ def test_post_training_techniques_compose(steps, tmp_path):
     assert QUANTIZED in run.traits
     assert (SPARSE_NM in run.traits or SPARSE in run.traits) == (steps[0]["technique"] in ("nm", "magnitude"))
     model.save_pretrained(tmp_path)
-    with StockTransformers() as stock, torch.no_grad():
+    with torch.no_grad():
         assert torch.equal(stock.logits(tmp_path, "AutoModelForCausalLM", {"input_ids": ids})[1], model(ids).logits)

@@ -22,7 +22,6 @@ from hf_optim.compressed.state_dict import packed_state_dict
 from hf_optim.errors import ModelError, NumericalError
 from hf_optim.runs.run import run_of
 from hf_optim.testing.models import _build
-from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distributed import collectives
 from hf_optim.toolkit.quantization.grids import GridSpec, fit_group_size, make_grid
@@ -264,16 +263,15 @@ CASES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def round_trip(tmp_path_factory):
+def round_trip(tmp_path_factory, stock):
     """name -> (directory, logits in memory, logits of stock transformers)."""
     root = tmp_path_factory.mktemp("checkpoints")
     found = {}
-    with StockTransformers() as stock:
-        for name, make in CASES.items():
-            model = make()
-            model.save_pretrained(root / name)
-            theirs = stock.logits(root / name, "AutoModelForCausalLM", {"input_ids": IDS})
-            found[name] = (root / name, model, logits(model), theirs)
+    for name, make in CASES.items():
+        model = make()
+        model.save_pretrained(root / name)
+        theirs = stock.logits(root / name, "AutoModelForCausalLM", {"input_ids": IDS})
+        found[name] = (root / name, model, logits(model), theirs)
     return found
 
 

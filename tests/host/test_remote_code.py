@@ -31,7 +31,6 @@ from hf_optim import DataConfig, ModelError, OptimConfig, optimize
 from hf_optim.checkpoints import remote_code
 from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.testing.models import TINY
-from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import remote_code_guard, replace
 from hf_optim_plugins.attention.local import Local
@@ -334,12 +333,6 @@ def test_revert_gives_the_stock_classes_back():
 
 
 # -- stock classes that are asked for by name -------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def stock():
-    with StockTransformers() as process:
-        yield process
-
-
 GOBO, PEG, MIXED = ({"technique": "gobo"}, {"technique": "peg"}, {"technique": "mixed_precision", "sites": "all"})
 # qwen2 has layer types of its own.
 CODED = [(name, GOBO) for name in ("llama", "bert", "gpt2", "vit", "t5", "qwen2")]

@@ -16,7 +16,6 @@ from hf_optim.cli.jobs import preflight
 from hf_optim.compressed.experts import expert_schemes
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
-from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit.checkpoint.safetensors import SafetensorsHeaders
 from hf_optim.toolkit.topology.experts import fused_experts
 
@@ -67,12 +66,6 @@ class Stop(Exception):
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
-
-
-@pytest.fixture(scope="module")
-def stock():
-    with StockTransformers() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")
