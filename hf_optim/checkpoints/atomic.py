@@ -1,4 +1,4 @@
-"""Writing a directory so that it is, at every moment, either the old one or the new one, whole."""
+"""Replace a directory atomically: readers see either the complete old one or the complete new one."""
 
 from __future__ import annotations
 
@@ -22,36 +22,42 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def replace_directory(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """Yield an empty directory beside ``directory``; when the body succeeds, it takes the other's place at once.
+    """Yield an empty staging directory; when the body succeeds, it replaces ``directory`` atomically.
 
-    Files of the old directory that the body did not write are carried over (as hard links), except those whose name
-    is ``stale``. When the body raises, or the process is killed at any point, the old directory stays as it was; what
-    a killed process left beside it is removed by the next call. Raises ``CheckpointError`` when the disk is full.
+    If the body raises, or the process is killed at any point, the old directory is unchanged. The next call removes
+    what a killed process left behind.
+
+    Args:
+        directory: the directory to replace, or to create.
+        stale: takes the name of a file. Files at the top of the old directory for which it returns True are dropped;
+            all other files that the body did not write are carried over, as hard links.
+
+    Raises ``CheckpointError`` if ``directory`` is a file, or if the disk is full.
     """
     directory = Path(os.path.abspath(directory))
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file, not a directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     _recover(directory)
-    beside = directory.with_name(f".{directory.name}.saving-{os.getpid()}")
-    beside.mkdir()
+    staging = directory.with_name(f".{directory.name}.saving-{os.getpid()}")
+    staging.mkdir()
     try:
-        yield beside
-        _carry_over(directory, beside, stale)
-        _sync(beside)
-        _exchange(directory, beside)
+        yield staging
+        _carry_over(directory, staging, stale)
+        _sync(staging)
+        _exchange(directory, staging)
     except (OSError, SafetensorError) as error:
-        if _os_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if _errno_of(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(
-                f"the disk is full: {directory} was not written, and what was there before is untouched"
+                f"the disk is full: {directory} was not written; its former content is untouched"
             ) from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _os_error(error: Exception) -> int | None:
-    """The number of the system's error; safetensors tells it in its message alone."""
+def _errno_of(error: Exception) -> int | None:
+    """Return the errno of an error; safetensors has it only in its message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
@@ -80,19 +86,19 @@ def _sync(directory: Path) -> None:
                 os.close(descriptor)
 
 
-def _exchange(directory: Path, beside: Path) -> None:
+def _exchange(directory: Path, staging: Path) -> None:
     if not directory.exists():
-        os.rename(beside, directory)
-    elif not _swap(directory, beside):
-        # No atomic exchange on this system: for a moment the name is free, and _recover mends a kill in that moment.
+        os.rename(staging, directory)
+    elif not _swap(directory, staging):
+        # Without an atomic exchange, the name does not exist for a moment; _recover repairs a kill at that point.
         old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
         os.rename(directory, old)
-        os.rename(beside, directory)
+        os.rename(staging, directory)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names in one system call (Linux renameat2). False where that is not to be had."""
+    """Exchange two names in one system call (Linux ``renameat2``). Returns False if that is not supported."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -102,18 +108,19 @@ def _swap(one: Path, other: Path) -> bool:
 
 
 def _recover(directory: Path) -> None:
+    """Restore or remove what killed processes left behind."""
     for old in directory.parent.glob(f".{directory.name}.old-*"):
         if not directory.exists():
             os.rename(old, directory)
-        elif not _alive(old):
+        elif not _is_owner_alive(old):
             shutil.rmtree(old, ignore_errors=True)
-    for left in directory.parent.glob(f".{directory.name}.saving-*"):
-        if not _alive(left):
-            shutil.rmtree(left, ignore_errors=True)
+    for staging in directory.parent.glob(f".{directory.name}.saving-*"):
+        if not _is_owner_alive(staging):
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _alive(path: Path) -> bool:
-    """Whether the process that made ``path`` (its id ends the name) is another one that still runs."""
+def _is_owner_alive(path: Path) -> bool:
+    """Return True if ``path`` belongs to another process that is still running; its id ends the name."""
     process = int(path.name.rsplit("-", 1)[1])
     if process == os.getpid():
         return False

@@ -1,4 +1,4 @@
-"""Turn a quantized model into an ordinary dense one."""
+"""Convert a quantized model to an ordinary dense one."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from ..compressed.state import clear, quantized_modules
 
 
 def convert_to_dense(model: nn.Module) -> list[str]:
-    """Turn a quantized model into an ordinary one, in place, with the dequantized weights and the stock forward.
+    """Convert a quantized model to an ordinary one, in place: dequantized weights, stock forward, no kernels.
 
-    A module of remote code that ``holds_codes`` gives ``to_dense() -> (module, exact)``: the stock module in its place,
-    and whether that computes the same. Weights decode to the same values. Quantization of *activations* has no dense
-    equivalent and is gone: the names of the modules that had it are returned, and their outputs change. Kernels are
-    taken off.
+    Weights decode to the same values. Quantization of *activations* has no dense equivalent and is dropped.
+
+    A codebook module of remote code (``holds_codes``) has a method ``to_dense() -> (module, exact)``, which returns the
+    stock module that replaces it, and whether that module computes the same.
+
+    Returns the names of modules whose outputs change: activation quantization was dropped, or ``exact`` was False.
     """
     from ..compressed.packed.accelerate import restore
     from ..toolkit.modules.replace import replace_module
     from .remote_code import revert
 
     restore(model)
-    lost = []
+    changed = []
     for name, module in list(model.named_modules()):
         if getattr(module, "holds_codes", False):
-            own, exact = module.to_dense()  # type: ignore[operator]
-            replace_module(model, name, own)
-            lost += [] if exact else [name]
+            dense, exact = module.to_dense()  # type: ignore[operator]
+            replace_module(model, name, dense)
+            changed += [] if exact else [name]
     if isinstance(model, PreTrainedModel):
         revert(model)
     for name, module in quantized_modules(model).items():
         if scheme_on(module).input_activations is not None:
-            lost.append(name)
+            changed.append(name)
         weights = [*expert_schemes(module)] or ["weight"]
         clear(module)
         for weight in weights:
@@ -43,4 +45,4 @@ def convert_to_dense(model: nn.Module) -> list[str]:
     detach_quantizer(model)
     for config in _configs(model):
         forget_outliers(config)
-    return lost
+    return changed

@@ -1,4 +1,4 @@
-"""The Hub: pushing a checkpoint directory, or a model in memory by its own ``push_to_hub``; always with its card."""
+"""Push a checkpoint directory, or a model in memory (``push_to_hub``), to the Hub, always with its model card."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from ..errors import CheckpointError
 from ..runs.record import FILE_NAME, Record
 from ..runs.run import find_run
 
-# Leftovers of training and editors do not belong in a published checkpoint, and pickles are never published.
-IGNORED = ["checkpoint-*", "checkpoint-*/**", "runs/**", ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp"]
-# Weights of an earlier push. Stock transformers prefers a single file to shards: a stale one would be loaded instead.
-WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+# Left over from training or editors, or pickles: never published.
+IGNORED_PATTERNS = ["checkpoint-*", "checkpoint-*/**", "runs/**", ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp"]
+# Weights of an earlier push. Stock transformers prefers a single file over shards, so a stale one would be loaded.
+WEIGHT_PATTERNS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 
 
 def push(
     directory: Path | str, repo_id: str, *, private: bool = False, revision: str | None = None, message: str = ""
 ) -> str:
-    """Create the repository if need be and upload the checkpoint. Returns the URL of the commit.
+    """Upload a checkpoint, and create the repository if it does not exist. Returns the URL of the commit.
 
-    The token is the one of ``hf auth login`` or ``HF_TOKEN``. Weights of an earlier push that are not in ``directory``
-    are removed from the repository. Raises ``CheckpointError`` for a directory that is not a finished checkpoint of
-    hf_optim, without a token, or when the Hub refuses or cannot be reached.
+    The token comes from ``hf auth login`` or ``HF_TOKEN``. Weights of an earlier push that are not in ``directory`` are
+    deleted from the repository.
+
+    Raises ``CheckpointError`` if ``directory`` is not a finished hf_optim checkpoint, if there is no token, or if the
+    Hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import get_token
 
     directory = Path(directory)
-    _refuse_incomplete(directory)
+    _require_finished(directory)
     if get_token() is None:
         raise CheckpointError(f"cannot push to {repo_id} without a token: run `hf auth login`, or set HF_TOKEN")
-    with _explained(repo_id):
+    with _readable_errors(repo_id):
         commit = _upload(
             directory,
             repo_id,
@@ -45,10 +47,10 @@ def push(
 
 
 def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
-    """Upload the optimized model: as ``PreTrainedModel.push_to_hub``, with hf_optim's record and card.
+    """Upload the optimized model like ``PreTrainedModel.push_to_hub``, with hf_optim's record and card.
 
     Takes ``commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags`` and returns
-    the ``CommitInfo``, as the stock method does. (That one writes a card of its own over the one that was saved.)
+    the ``CommitInfo``, like the stock method. The stock method is not used, since it would overwrite the card.
     """
     run = find_run(self)
     if run is None or not run.finished:
@@ -84,14 +86,14 @@ def _upload(
         folder_path=directory,
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=list(IGNORED),
-        delete_patterns=list(WEIGHTS),
+        ignore_patterns=list(IGNORED_PATTERNS),
+        delete_patterns=list(WEIGHT_PATTERNS),
         **kwargs,
     )
 
 
 def local_directory(source: str, revision: str | None = None) -> Path | None:
-    """Where the files of a model lie: its directory, or its place in the Hub's cache once it was loaded; or None."""
+    """Return the directory with the files of a model: its own, or the one in the Hub's cache; None if not cached."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -102,7 +104,7 @@ def local_directory(source: str, revision: str | None = None) -> Path | None:
 
 
 def commit_of(source: str, revision: str | None = None) -> str | None:
-    """The commit of a Hub model whose configuration was loaded; None for a local directory."""
+    """Return the commit of a Hub model whose configuration is in the cache; None for a local directory."""
     from transformers.utils.hub import extract_commit_hash
 
     home = None if Path(source).is_dir() else local_directory(source, revision)
@@ -110,59 +112,64 @@ def commit_of(source: str, revision: str | None = None) -> str | None:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """The errors of the Hub's client as one line that says what to do."""
+def _readable_errors(repo_id: str) -> Iterator[None]:
+    """Translate the errors of the Hub client into ``CheckpointError`` with a one-line message and the remedy."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
     try:
         yield
     except HFValidationError as error:
-        raise CheckpointError(f"{repo_id!r} is no name for a repository ({_line(error)}); use owner/name") from error
+        raise CheckpointError(
+            f"{repo_id!r} is not a valid repository id ({_one_line(error)}); use owner/name"
+        ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"the Hub refused {repo_id}: {_reason(error)}") from error
     except OfflineModeIsEnabled as error:
         raise CheckpointError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set") from error
     except httpx.HTTPError as error:
-        raise CheckpointError(f"cannot reach the Hub to push {repo_id}: {_line(error)}") from error
+        raise CheckpointError(f"cannot reach the Hub to push {repo_id}: {_one_line(error)}") from error
     except ValueError as error:
-        raise CheckpointError(f"the Hub's client refused {repo_id}: {_line(error)}") from error
+        raise CheckpointError(f"the Hub client refused {repo_id}: {_one_line(error)}") from error
 
 
 def _reason(error: Any) -> str:
     status = error.response.status_code
-    message = error.server_message or _line(error)
+    message = error.server_message or _one_line(error)
     remedy = {
-        401: "; is the token valid? `hf auth whoami` tells",
-        403: "; the token needs the right to write there",
+        401: "; check the token with `hf auth whoami`",
+        403: "; the token needs write access to this repository",
     }.get(status, "")
     return f"{status}: {' '.join(message.split())}{remedy}"
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
 def _add_tags(card: Path, tags: list[str]) -> None:
     from huggingface_hub import ModelCard
 
-    made = ModelCard.load(card)
-    known = list(made.data.tags or [])
-    made.data.tags = known + [tag for tag in tags if tag not in known]
-    made.save(card)
+    loaded = ModelCard.load(card)
+    known = list(loaded.data.tags or [])
+    loaded.data.tags = known + [tag for tag in tags if tag not in known]
+    loaded.save(card)
 
 
-def _refuse_incomplete(directory: Path) -> None:
+def _require_finished(directory: Path) -> None:
+    """Raise ``CheckpointError`` unless ``directory`` is the checkpoint of a finished run, with its record and card."""
     if not directory.is_dir():
         raise CheckpointError(f"no directory {str(directory)!r}")
     for name in ("config.json", FILE_NAME, "README.md"):
         if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} has no {name}: push what `hf-optim compress` or save_pretrained wrote")
+            raise CheckpointError(
+                f"{directory} has no {name}: push a directory written by `hf-optim compress` or save_pretrained"
+            )
     if not list(directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory} has no safetensors weights")
     try:
         finished = Record.read(directory).finished
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {_line(error)}") from error
+        raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {_one_line(error)}") from error
     if not finished:
         raise CheckpointError(f"{directory} is a checkpoint from the middle of a recipe; finish the recipe and save it")

@@ -58,7 +58,7 @@ def build(source: ModelSource) -> MetaModel:
                 device_map={"": "meta"},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **source.arguments,
+                **source.load_kwargs,
             )
     except OptimError:
         raise

@@ -1,13 +1,13 @@
-"""Models that no class of transformers expresses: their own code travels with the checkpoint.
+"""Models that no transformers class can express: their code is saved with the checkpoint.
 
-``convert`` gives a model a class and a configuration class of its own, generated from the text of one self-contained
+``convert`` gives a model its own class and configuration class, generated from the source text of one self-contained
 module. From then on stock ``save_pretrained`` and ``push_to_hub`` write that module beside the weights and name it in
-``auto_map``, through transformers' own mechanism for custom models. The ``model_type`` is new, so that stock
-transformers refuses the checkpoint, and never loads it as something else, unless
+``auto_map``, which is transformers' own mechanism for custom models. The ``model_type`` is new, so that stock
+transformers refuses the checkpoint instead of loading it as another model, unless
 
-- the reader passes ``trust_remote_code=True`` (the code comes from the checkpoint), or
-- ``hf_optim.remote_code.register(model_type)`` was called (the code comes from the installed technique; nothing of the
-  checkpoint is executed), after which ``AutoModel...from_pretrained`` needs no flag.
+- the caller passes ``trust_remote_code=True`` (the code comes from the checkpoint), or
+- ``hf_optim.remote_code.register(model_type)`` was called (the code comes from the installed technique, and nothing in
+  the checkpoint is executed), after which ``AutoModel...from_pretrained`` needs no flag.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ FUTURE = "from __future__ import annotations"
 
 @dataclass(frozen=True)
 class RemoteCode:
-    """What a technique brings for models that need their own code; its class attribute ``remote_code``.
+    """The code of a technique whose models need their own; the class attribute ``remote_code`` of the technique.
 
     Attributes:
-        name: the technique's name; prefix of ``model_type``, and capitalised of class names.
-        source: text of a module that imports only torch and transformers (``joined`` makes one of several).
-        config_base: name of the class in ``source`` which the configuration classes inherit from. It is to make stock
-            classes that are asked for by name refuse; empty for ``marking.RefusedByStock``, which does that.
-        field: name of the configuration field that holds what the technique has to say: a number, or plain JSON.
-        default: the field's value in a configuration made without it.
-        model_base: name of the class in ``source`` which the model classes inherit from first; empty for none. Its
+        name: the name of the technique; the prefix of ``model_type`` and, capitalized, of class names.
+        source: text of a module that imports only torch and transformers (``joined`` makes one of several modules).
+        config_base: name of the class in ``source`` that the configuration classes inherit from. It must make stock
+            classes that are loaded by name refuse the checkpoint; empty for ``remote_marker.RefusedByStock``, which
+            does so.
+        field: name of the configuration field with the settings of the technique: a number, or plain JSON.
+        default: the value of the field in a configuration created without it.
+        model_base: name of the class in ``source`` that the model classes inherit from first; empty for none. Its
             ``__init__`` runs when a checkpoint is loaded, not in ``convert``.
     """
 
@@ -65,9 +66,9 @@ class RemoteCode:
 
 
 def joined(*modules: ModuleType) -> str:
-    """The texts of several modules as one: each may import from those before it, by any path of hf_optim.
+    """Return the source of several modules as one; each may import from the preceding ones, by any hf_optim path.
 
-    Such imports, and repeated ``from __future__`` lines, are left out of the text.
+    Those imports, and repeated ``from __future__`` lines, are removed from the text.
     """
     kept = [FUTURE]
     for module in modules:
@@ -78,17 +79,22 @@ def joined(*modules: ModuleType) -> str:
 
 
 def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedModel:
-    """Make ``model`` a model of its own class, in place; ``value`` goes into the field that ``code`` names.
+    """Change the class of ``model`` and of its configuration to generated ones, in place; nothing else changes.
 
-    Parameters, hooks and names stay as they are: only the classes of the model and of its configuration change. What
-    an ``__init__`` of the new class would do to the modules, the technique has done to this model already. Raises
-    ``ModelError`` for a model that is not of a class of transformers.
+    Args:
+        model: a model whose modules the technique has already changed as ``__init__`` of the new class would.
+        code: the code of the technique.
+        value: the value of the configuration field ``code.field``.
+
+    Raises ``ModelError`` if the class of the model is not one of transformers' ``AutoModel`` classes.
     """
     config_class, model_class = type(model.config), type(model)
     module = generate(code, config_class)  # type: ignore[arg-type]
     name = code.prefix + model_class.__name__
     if not hasattr(module, name):
-        raise ModelError(f"{model_class.__name__} is not among the classes that transformers' AutoModel classes know")
+        raise ModelError(
+            f"{model_class.__name__} is not among the classes that transformers' AutoModel classes support"
+        )
     own = getattr(module, code.prefix + config_class.__name__)
     for config in _configs(model, config_class):
         config.__class__ = own
@@ -99,7 +105,7 @@ def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedM
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo ``convert`` in place: the stock classes again. The modules stay as they are; a stock model is left alone."""
+    """Undo ``convert``, in place: restore the stock classes. Modules are not changed, and stock models left alone."""
     stock = stock_class(type(model))
     if stock is type(model):
         return model
@@ -114,16 +120,16 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def stock_class(cls: type) -> type:
-    """The class of transformers that a generated class stands for; any other class itself."""
+    """Return the transformers class that a generated class was made from; any other class is returned unchanged."""
     if not cls.__module__.startswith(f"{PACKAGE}."):
         return cls
     return next(base for base in cls.__mro__[1:] if getattr(transformers, base.__name__, None) is base)
 
 
 def register(model_type: str) -> type[PretrainedConfig]:
-    """Teach this process a ``model_type`` such as ``local_gpt2``, from the technique that makes it.
+    """Register a ``model_type`` such as ``local_gpt2`` in this process, with the code of the installed technique.
 
-    Returns the configuration class. Raises ``ModelError`` for one that no technique of the catalogue makes.
+    Returns the configuration class. Raises ``ModelError`` if no technique makes models of this type.
     """
     from ..recipes.catalogue import catalogue
 
@@ -138,7 +144,10 @@ def register(model_type: str) -> type[PretrainedConfig]:
 
 @cache
 def generate(code: RemoteCode, config_class: type[PretrainedConfig]) -> ModuleType:
-    """The module of ``code`` for one architecture: imported, and registered with the ``Auto`` classes."""
+    """Generate and import the module of ``code`` for one architecture, and register it with the ``Auto`` classes.
+
+    Raises ``ModelError`` if ``config_class`` is not a configuration class of transformers.
+    """
     heads = auto_heads(config_class)
     if not heads or getattr(transformers, config_class.__name__, None) is not config_class:
         raise ModelError(f"{config_class.__name__} is not a configuration class of transformers")
@@ -156,7 +165,7 @@ def generate(code: RemoteCode, config_class: type[PretrainedConfig]) -> ModuleTy
 
 
 def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: str) -> str:
-    """The text of the generated module: the technique's source, then one class for each class of the architecture."""
+    """Return the text of the generated module: the technique's source, then a class per class of the architecture."""
     heads = auto_heads(config_class)
     own = code.prefix + config_class.__name__
     auto_map = {"AutoConfig": f"{name}.{own}"}
@@ -182,13 +191,13 @@ def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: s
 
 
 def _configs(model: PreTrainedModel, config_class: type[PretrainedConfig]) -> list[PretrainedConfig]:
-    """Every configuration object of that class that some part of the model holds."""
+    """Return every configuration object of that class held by any part of the model."""
     held = [getattr(module, "config", None) for module in model.modules()]
     return list({id(config): config for config in held if type(config) is config_class}.values())
 
 
 def _import_text(name: str, text: str) -> ModuleType:
-    # transformers copies the file of the module in which a class was defined, so there must be one.
+    # transformers copies the file of the module that defines a class, so the module needs a file.
     path = _folder() / f"{name}.py"
     path.write_text(text, encoding="utf-8")
     qualified = f"{PACKAGE}.{name}"
@@ -207,13 +216,13 @@ def _import_text(name: str, text: str) -> ModuleType:
 
 @cache
 def _folder() -> Path:
-    """Where generated modules live; gone when the process ends."""
+    """Return the folder of generated modules; it is removed when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="hf_optim_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-__all__: list[Any] = [
+__all__ = [
     "RemoteCode",
     "convert",
     "generate",

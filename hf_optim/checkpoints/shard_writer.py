@@ -1,4 +1,4 @@
-"""Writing a safetensors file from tensors and from bytes of other files, a piece at a time."""
+"""Write a safetensors file from tensors in memory and byte ranges of other files, in chunks."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from torch import Tensor
 from ..toolkit.checkpoint.safetensors import DTYPE_NAMES, TORCH_DTYPES, TensorInfo
 from .reader import byte_view
 
-PIECE = 1 << 24
+CHUNK_BYTES = 1 << 24
 METADATA = {"format": "pt"}
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo], metadata: Mapping[str, str] = METADATA) -> None:
-    """Write a shard that appears whole or not at all. An ``TensorInfo`` is copied from its own file, byte by byte.
+    """Write a shard; the file is moved into place once it is complete.
 
-    Wide types come first, so that every tensor is aligned, then names in order: equal tensors make equal files.
+    A ``TensorInfo`` is copied bytewise from its own file. Tensors are ordered by item size, widest first, so that every
+    tensor is aligned, then by name: equal tensors make equal files.
     """
     order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
+    offset = 0
     for name in order:
         value = tensors[name]
         size = _size(value)
         header[name] = {
             "dtype": DTYPE_NAMES[_dtype(value)],
             "shape": list(value.shape),
-            "data_offsets": [at, at + size],
+            "data_offsets": [offset, offset + size],
         }
-        at += size
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("wb") as file:
+    partial = path.with_name(path.name + ".writing")
+    with partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             _write(file, tensors[name])
-    os.replace(beside, path)
+    os.replace(partial, path)
 
 
 def _dtype(value: Tensor | TensorInfo) -> torch.dtype:
@@ -64,8 +65,8 @@ def _write(file: BinaryIO, value: Tensor | TensorInfo) -> None:
         source.seek(value.begin)
         left = value.end - value.begin
         while left:
-            piece = source.read(min(PIECE, left))
-            if not piece:
+            chunk = source.read(min(CHUNK_BYTES, left))
+            if not chunk:
                 raise OSError(f"{value.file.name} ends inside {value.key}")
-            file.write(piece)
-            left -= len(piece)
+            file.write(chunk)
+            left -= len(chunk)

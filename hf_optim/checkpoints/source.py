@@ -1,4 +1,4 @@
-"""Where a model comes from: a checkpoint on the Hub or on disk, how it is loaded, and what it weighs there."""
+"""The source of a model: a checkpoint on the Hub or on disk, how it is loaded, and its size there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .read_errors import readable_errors
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint and how it is loaded.
+    """A checkpoint, and how it is loaded.
 
     Attributes:
         model: a Hub id or the directory of a checkpoint.
@@ -34,18 +34,18 @@ class ModelSource:
     trust_remote_code: bool = False
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that configuration, tokenizer and weights are loaded with alike."""
+    def load_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments for loading the configuration, the tokenizer and the weights."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration, loaded once; a caller that changes it takes a copy. Raises ``ModelError`` without one."""
+        """The configuration, loaded once; copy it before changing it. Raises ``ModelError`` if there is none."""
         return load_config(self.model, self.trust_remote_code, self.revision)
 
     def pinned(self) -> ModelSource:
-        """Return this source at the commit that its revision names now; a local directory is returned as it is."""
-        config = self.config  # looks the revision up
+        """Return this source with ``revision`` resolved to a commit; a local directory is returned unchanged."""
+        config = self.config  # downloading it resolves the revision
         commit = commit_of(self.model, self.revision)
         if commit is None:
             return self
@@ -55,7 +55,7 @@ class ModelSource:
 
 
 def load_model(source: ModelSource) -> Any:
-    """The model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` when it cannot be loaded."""
+    """Load the model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` if it cannot be loaded."""
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     try:
         with readable_errors(source.model):
@@ -64,7 +64,7 @@ def load_model(source: ModelSource) -> Any:
                 config=copy.deepcopy(source.config),
                 dtype=dtype,
                 use_safetensors=True,
-                **source.arguments,
+                **source.load_kwargs,
             )
     except OptimError:
         raise
@@ -74,12 +74,12 @@ def load_model(source: ModelSource) -> Any:
 
 
 def load_processor(source: ModelSource, cls: Any) -> Any:
-    """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint; None without one."""
-    return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.arguments)
+    """Load the tokenizer of a checkpoint (the image processor for models that take pixels), or return None."""
+    return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.load_kwargs)
 
 
 def checkpoint_bytes(source: ModelSource, model: Any) -> int:
-    """Bytes of the weights as the original stores them, whatever they were loaded as."""
+    """Return the bytes of the weights on disk, or of ``model`` in memory if the files are not on this machine."""
     home = local_directory(source.model, source.revision)
     try:
         return bytes_on_disk(home) if home is not None else parameter_bytes(model)
@@ -88,27 +88,30 @@ def checkpoint_bytes(source: ModelSource, model: Any) -> int:
 
 
 def resolve_device(name: str | None) -> torch.device | None:
-    """The device of that name; for None the CUDA device if there is one. Raises ``ModelError`` if it is not there."""
+    """Return the device with this name; for None the CUDA device, or None if there is none.
+
+    Raises ``ModelError`` if the device does not exist.
+    """
     if name is not None:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"no device {name!r} here: {summarize_error(error)}") from error
+            raise ModelError(f"device {name!r} is not available: {summarize_error(error)}") from error
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def summarize_error(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
+    """Return the first non-empty line of an error's message, or the name of its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-def find_processor(home: str, main_input: str = "input_ids", **arguments: Any) -> Any:
-    """The tokenizer (or, for models that read pixels, the image processor) beside a checkpoint, or None."""
+def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any) -> Any:
+    """Return the tokenizer (for models that take pixels, the image processor) in a checkpoint, or None."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    reader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
+    loader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
     try:
-        return reader.from_pretrained(home, **arguments) if home else None
+        return loader.from_pretrained(home, **load_kwargs) if home else None
     except (OSError, ValueError, KeyError):
         return None

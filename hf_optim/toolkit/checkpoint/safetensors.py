@@ -84,7 +84,7 @@ def _header(path: Path) -> list[TensorInfo]:
         for key, value in found.items():
             if value["data_offsets"][1] > size:
                 raise CheckpointError(
-                    f"{path.name} is truncated: {key} ends beyond the end of the file; fetch or copy it again"
+                    f"{path.name} is truncated: {key} ends beyond the end of the file; download or copy it again"
                 )
         return [
             TensorInfo(
@@ -93,4 +93,4 @@ def _header(path: Path) -> list[TensorInfo]:
             for key, value in found.items()
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} is truncated or corrupt ({error}); fetch or copy it again") from error
+        raise CheckpointError(f"{path.name} is truncated or corrupt ({error}); download or copy it again") from error
