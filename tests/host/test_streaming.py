@@ -97,7 +97,7 @@ def _first(output):
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """The plots on the cards are not looked at here, and take longer than the rest."""
-    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
+    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw_plots", lambda self, directory: [])
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class Stop(Exception):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
+    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw_plots", lambda self, directory: [])
 
 
 @pytest.fixture(scope="module")

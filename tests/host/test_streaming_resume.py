@@ -50,7 +50,7 @@ def shop(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw", lambda self, directory: [])
+    monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw_plots", lambda self, directory: [])
 
 
 # A process that has imported everything; a command runs in a copy of it, which can be killed.
