@@ -7,7 +7,6 @@ import gc
 import io
 import warnings
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 import hf_optim
 from hf_optim import Contract, Kernel, Reload, Technique, compressed, hookimpl, technique
+from hf_optim.compressed.packed.accelerate import kernels_for
 from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
 from hf_optim.errors import ModelError
 from hf_optim.lifecycle.stages import start_run
@@ -435,16 +435,28 @@ def test_what_is_no_kernel_is_refused(model):
         hf_optim.accelerate(model)
 
 
-def test_a_model_without_a_recipe_asks_the_catalogue(model, monkeypatch):
-    found = SimpleNamespace(all=lambda: [Silent, Offering])
-    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: found)
+INSTALLED = "hf_optim.compressed.packed.accelerate.installed_kernels"
+
+
+@pytest.mark.parametrize("steps", [(), (Silent(),)])
+def test_installed_kernels_run_a_model_with_and_without_a_recipe(steps, model, monkeypatch):
+    monkeypatch.setattr(INSTALLED, lambda: (NAIVE,))
+    if steps:
+        optimized(model, *steps)
     hf_optim.accelerate(model)
     assert runs_on(model).kernel == "naive int4"
 
 
-def test_a_compressed_layer_without_a_kernel_says_so(model):
-    optimized(model, Silent())
-    with pytest.warns(KernelWarning, match="no technique of the recipe offers a kernel"):
+def test_kernels_of_the_recipe_are_tried_before_installed_ones(model, monkeypatch):
+    installed = Kernel("installed", supports=lambda w: None, prepack=PackedWeight)
+    monkeypatch.setattr(INSTALLED, lambda: (installed, NAIVE))
+    optimized(model, Offering())
+    assert kernels_for(model) == (NAIVE, installed)
+
+
+def test_a_compressed_layer_without_a_kernel_says_so(model, monkeypatch):
+    monkeypatch.setattr(INSTALLED, lambda: ())
+    with pytest.warns(KernelWarning, match="no kernel handles this kind of weight"):
         hf_optim.accelerate(model)
 
 

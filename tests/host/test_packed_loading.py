@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,20 +23,19 @@ from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
 from hf_optim.errors import CheckpointError
 
 TOKENS = torch.arange(5, 17)[None]
+INSTALLED = "hf_optim.compressed.packed.accelerate.installed_kernels"
 
 
 @pytest.fixture
 def served(monkeypatch):
     """Every layer is served, by the naive kernel of the tests."""
-    offer = SimpleNamespace(register_kernels=lambda register: register(NAIVE))
-    cls = type("Offers", (), {"register_kernels": staticmethod(offer.register_kernels)})
-    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: SimpleNamespace(all=lambda: [cls]))
+    monkeypatch.setattr(INSTALLED, lambda: (NAIVE,))
 
 
 @pytest.fixture
 def unserved(monkeypatch):
     """There is no kernel at all."""
-    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: SimpleNamespace(all=lambda: []))
+    monkeypatch.setattr(INSTALLED, lambda: ())
 
 
 def build(folder, bits, size, symmetric, layout, config, scattered=False, shards=1, **sizes):
@@ -220,23 +218,26 @@ def test_quantized_inputs(inputs, kernels, tmp_path, request):
 
 PEAK = """
 import json, resource, sys, torch
-from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
-from naive_operand import NAIVE
-import hf_optim, hf_optim.acceleration
+from naive_kernel import NAIVE
+import hf_optim
+from hf_optim.compressed.packed import accelerate
 from transformers import AutoModelForCausalLM
-cls = type("Offers", (), {"register_kernels": staticmethod(lambda register: register(NAIVE))})
-hf_optim.compressed.packed.accelerate.catalogue = lambda: SimpleNamespace(all=lambda: [cls])
+bundled = accelerate.installed_kernels()
+accelerate.installed_kernels = lambda: (NAIVE, *bundled)
 warm = torch.zeros(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], optim_config="auto", dtype=torch.float32)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-kernels = [row.kernel for row in hf_optim.report(model)]
-print(json.dumps({"bytes": 1024 * (after - before), "packed": sum(kernel is not None for kernel in kernels)}))
+kernels = [row.kernel for row in hf_optim.report(hf_optim.accelerate(model))]
+packed = sum(kernel == "naive int3" for kernel in kernels)
+techniques = [name for name in sys.modules if name.startswith("hf_optim_plugins")]
+names = [kernel.name for kernel in bundled]
+print(json.dumps({"bytes": 1024 * (after - before), "packed": packed, "techniques": techniques, "bundled": names}))
 """
 
 
-def test_loading_makes_no_dense_copy(tmp_path):
+def test_loading_makes_no_dense_copy_and_imports_no_technique(tmp_path):
     """The peak of a process that loads 24 million weights of 3 bits: 9 MB stored, 96 MB dense."""
     config = gptq_config(3, 128)
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
@@ -251,6 +252,8 @@ def test_loading_makes_no_dense_copy(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["packed"] == len(layers)
+    assert found["techniques"] == []
+    assert set(found["bundled"]) >= {"wna16", "w8a8", "llm_int8", "sparse24", "codebook"}
     # The packed weight of the tests holds a byte a weight; stored are 3 bits; a dense copy would be four bytes more.
     assert found["bytes"] < 2.2 * weights + 2**24
 
@@ -266,7 +269,7 @@ def test_restored_is_what_no_kernel_would_have_been(tmp_path, served, monkeypatc
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
     hf_optim.restore(model)
-    monkeypatch.setattr("hf_optim.compressed.packed.accelerate.catalogue", lambda: SimpleNamespace(all=lambda: []))
+    monkeypatch.setattr(INSTALLED, lambda: ())
     with pytest.warns(KernelWarning):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
     a, b = model.state_dict(), plain.state_dict()

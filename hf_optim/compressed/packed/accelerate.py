@@ -1,18 +1,7 @@
-"""Faster layers for a model in memory: ``accelerate`` packs them for kernels, ``restore`` unpacks, ``report`` tells.
-
-A technique whose result has a kernel offers it from its ``register_kernels`` hook; the import stands inside, so that
-neither Triton nor a kernel is loaded before the first ``accelerate()``::
-
-    @hookimpl
-    def register_kernels(self, register):
-        from hf_optim_kernels.wna16 import layer as wna16
-
-        register(Kernel("wna16", serves=wna16.serves, bind=wna16.bind))
-
-(with ``from hf_optim import Kernel, hookimpl``). Two steps may offer the same kernel: it is tried once.
+"""Faster layers for a model in memory: ``accelerate`` packs them for kernels, ``restore`` unpacks, ``report`` lists.
 
 A layer on a kernel is the same module with another class, ``PackedLinear``: it keeps its compressed weight in the
-kernel's layout and no dense one. Nothing of a class and nothing global is touched. ``save_pretrained`` writes the same
+kernel's layout and no dense one. No class is modified and no global state changes. ``save_pretrained`` writes the same
 checkpoint as before.
 """
 
@@ -26,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ...recipes.catalogue import catalogue
 from ...runs.run import Run, find_run
 from ...toolkit import topology
 from ...toolkit.topology.linear_layers import parameter_names
@@ -35,7 +23,8 @@ from . import codebook_layers
 from .describe import describe_module
 from .fused_norm import fuse_norms
 from .fused_projections import join_layers
-from .kernel import Kernel
+from .installed import installed_kernels
+from .kernel import NO_KERNEL, Kernel
 from .packed_linear import KernelWarning, PackedLinear
 from .swap import pack, prepack, unpack, unsupported_reason
 
@@ -81,42 +70,55 @@ class Report(list[LayerReport]):
 def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.Module:
     """Run the compressed layers of ``model`` on kernels, in place, where that is possible and faster.
 
-    The kernels come from the ``register_kernels`` hooks of the model's own recipe; for a model without one (a
-    compressed checkpoint that stock transformers loaded) from every technique of the catalogue. A layer that a kernel
-    runs gives its dense weight up. One that no kernel can run stays as it is, and one ``KernelWarning`` names those
-    layers and why. Layers already on a kernel are kept; one that fell off its kernel is tried anew.
+    The kernels are those that the model's own recipe registers (``register_kernels``), then the installed ones
+    (entry-point group ``hf_optim.kernels``). A layer on a kernel drops its dense weight. A layer that no kernel
+    supports stays as it is, and one ``KernelWarning`` lists those layers with the reasons. Layers already on a kernel
+    are kept; a layer that fell back to the dense path is tried again.
 
-    Layers that read the same tensor, as q, k and v do, run as one product where their kernel can join them: the first
-    that is called computes for all. They stay modules of their own. A norm that feeds only layers whose kernel can take
-    the codes of their inputs from it makes them in its own kernel (on a CUDA device, where that saves a launch).
+    Layers that read the same tensor, such as q, k and v, run as one product if their kernel can join them: the first
+    one called computes the output of all. They remain separate modules. A norm that feeds only layers whose kernel can
+    take quantized inputs from it quantizes its output in its own kernel (on a CUDA device, where that saves a launch).
 
     Args:
         model: a model, or a wrapper around one (peft).
-        kernels: try these, in this order, instead.
+        kernels: try these instead, in this order.
     """
-    offered = tuple(kernels) if kernels is not None else kernels_for(model)
-    look_for_24 = any(kernel.sparse24 for kernel in offered)
+    pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
+    return model
+
+
+def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[str, str]) -> None:
+    """Put the layers of ``model`` on ``kernels``, fuse projections and norms, and warn about unsupported layers.
+
+    Args:
+        model: a model, or a wrapper around one (peft).
+        kernels: in order of preference.
+        decided: the layers that were tried already, with the reason why they are on no kernel (empty: they are on one).
+    """
+    look_for_24 = any(kernel.sparse24 for kernel in kernels)
     shared = _shared(model)
     linears = topology.linears(model)
-    apart = outlier_thresholds(model, linears)
-    unsupported: dict[str, str] = {}
+    thresholds = outlier_thresholds(model, linears)
+    unsupported = dict(decided)
     for name, module in linears.items():
+        if name in decided:
+            continue
         if isinstance(module, PackedLinear):
             if not module.packing.failure:
                 continue
             unpack(module)
         _decompress(module)
-        unsupported[name] = _pack(name, module, offered, look_for_24, shared.get(f"{name}.weight", ""), apart.get(name))
+        other = shared.get(f"{name}.weight", "")
+        unsupported[name] = _pack(name, module, kernels, look_for_24, other, thresholds.get(name))
     for name, module in codebook_layers.codebook_linears(model).items():
-        unsupported[name] = codebook_layers.try_kernels(module, offered)
+        unsupported[name] = codebook_layers.try_kernels(module, kernels)
     _decompress_rest(model)
     inner = _pretrained(model)
     if inner is not None:
         fuse_norms(inner, join_layers(inner))
     model.__dict__[UNSUPPORTED] = {name: reason for name, reason in unsupported.items() if reason}
     _make_savable(model)
-    _warn_of({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})
-    return model
+    _warn_unsupported({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})
 
 
 def _make_savable(model: nn.Module) -> None:
@@ -174,10 +176,16 @@ def report(model: nn.Module) -> Report:
 _REGISTERED: WeakKeyDictionary[Run, tuple[Kernel, ...]] = WeakKeyDictionary()
 
 
-def kernels_for(model: nn.Module | None) -> tuple[Kernel, ...]:
-    """The kernels of a model's run, its hooks called once; without a run, those of the whole catalogue."""
-    run = None if model is None else find_run(model)
-    if run is not None and run in _REGISTERED:
+def kernels_for(model: nn.Module) -> tuple[Kernel, ...]:
+    """Return the kernels that the model's run registers, then the installed ones."""
+    run = find_run(model)
+    registered = () if run is None else _registered_by(run)
+    return registered + tuple(kernel for kernel in installed_kernels() if kernel not in registered)
+
+
+def _registered_by(run: Run) -> tuple[Kernel, ...]:
+    """Return the kernels of a run's ``register_kernels`` hooks, which are called once per run."""
+    if run in _REGISTERED:
         return _REGISTERED[run]
     found: list[Kernel] = []
 
@@ -187,15 +195,9 @@ def kernels_for(model: nn.Module | None) -> tuple[Kernel, ...]:
         if kernel not in found:
             found.append(kernel)
 
-    if run is not None:
-        run.call_on(run.recipe.steps, "register_kernels", register=register)
-        _REGISTERED[run] = tuple(found)
-    else:
-        for cls in catalogue().all():
-            try_kernels = getattr(cls(), "register_kernels", None) if hasattr(cls, "register_kernels") else None
-            if try_kernels is not None:
-                try_kernels(register=register)
-    return tuple(found)
+    run.call_on(run.recipe.steps, "register_kernels", register=register)
+    _REGISTERED[run] = tuple(found)
+    return _REGISTERED[run]
 
 
 def _pack(
@@ -217,7 +219,7 @@ def _pack(
         return f"its weight is shared with {shared}" if compressed else NOT_COMPRESSED
     found = prepack(weight, kernels)
     if isinstance(found, str):
-        return found or ("no technique of the recipe offers a kernel for it" if compressed else NOT_COMPRESSED)
+        return found or (NO_KERNEL if compressed else NOT_COMPRESSED)
     if reason := unsupported_reason(module):
         return reason
     pack(module, weight, *found)
@@ -254,14 +256,14 @@ def _pretrained(model: nn.Module) -> nn.Module | None:
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
 
 
-def _warn_of(unsupported: Mapping[str, str]) -> None:
+def _warn_unsupported(unsupported: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in unsupported.items():
         by_reason.setdefault(reason, []).append(name)
     if by_reason:
         parts = [f"{_few(names)} ({reason})" for reason, names in by_reason.items()]
         text = "these layers stay as they are: " + "; ".join(parts)
-        warnings.warn(text, KernelWarning, stacklevel=3)
+        warnings.warn(text, KernelWarning, stacklevel=4)
 
 
 def _few(names: list[str], most: int = 3) -> str:

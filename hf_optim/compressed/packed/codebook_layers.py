@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...toolkit.topology.linear_layers import is_codebook_matrix, is_linear
-from .kernel import Kernel
+from .kernel import NO_KERNEL, Kernel
 from .packed_linear import CHECKPOINT, PACKED_WEIGHT, KernelWarning
 
 KERNEL = "_hf_optim_kernel"
@@ -110,7 +110,7 @@ def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         if reason:
             reasons.append(f"{kernel.name}: {reason}")
-    return "; ".join(reasons) or "no technique of the recipe offers a kernel for it"
+    return "; ".join(reasons) or NO_KERNEL
 
 
 @torch.no_grad()

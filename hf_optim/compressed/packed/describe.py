@@ -1,4 +1,4 @@
-"""A layer in the words of ``hf_optim.weights``: from its quantization scheme, or from a 2:4 pattern."""
+"""A layer in the words of ``compressed.weights``: from its quantization scheme, or from a 2:4 pattern."""
 
 from __future__ import annotations
 

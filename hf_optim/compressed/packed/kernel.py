@@ -1,51 +1,53 @@
-"""What a technique offers for its result: ``Kernel``."""
+"""``Kernel``: a faster way to run compressed linear layers, and the module of a package that provides one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..weights import QuantizedWeight
+
+NO_KERNEL = "no kernel handles this kind of weight"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A faster way to run some linear layers, on their compressed weights alone.
+    """A faster way to run linear layers directly on their compressed weights.
 
     Attributes:
-        name: of the kernel, for messages.
-        serves: ``weight -> None`` where the kernel can run a layer of that weight and it pays, else the reason why not
-            (a phrase); the empty string where such a weight is not its business at all. It looks at the description
-            only, not at the codes.
-        bind: makes the *packed weight* of a weight, an ``nn.Module`` with the weight in the kernel's own layout, as
+        name: name of the kernel, for messages.
+        supports: ``weight -> None`` if the kernel can run a layer with that weight faster than the dense product,
+            otherwise the reason why not (a phrase); ``""`` if the kernel does not handle this kind of weight at all.
+            It reads the description only, not the codes.
+        prepack: builds the *packed weight*, an ``nn.Module`` that holds the weight in the kernel's own layout, as
             buffers:
 
             - ``forward(x)``: ``[..., in] -> [..., out]`` in the dtype of ``x``, bias included; any number of rows;
               differentiable in ``x``;
-            - ``accepts(x) -> bool``: whether dtype and device fit; where they do not, the layer decodes its weight;
-            - ``codes() -> Codes``: the codes it was made of, bit by bit (saving, ``restore`` and every fallback need
+            - ``accepts(x) -> bool``: True if dtype and device fit; if they do not, the layer decodes its weight;
+            - ``codes() -> Codes``: the codes it was built from, bit-exact (saving, ``restore`` and every fallback need
               them);
-            - ``label``: what ``report`` prints;
-            - ``bias``: where it keeps the bias, a buffer of that name, so that the layer can share its own;
-            - ``renew()``, if it has one, is called when that buffer has become another tensor;
-            - ``fuse(norm, packed weights)``, if it has one: ``norm`` feeds these packed weights (of one class, this
-              among them) and no other linear layer. It returns ``(norm, x) -> output``, which is asked before the
-              norm's own forward and may leave for the packed weights what they need of ``x`` (its codes); it gives None
-              where the norm had better compute by itself. Or it returns None.
+            - ``label``: the text that ``report`` prints;
+            - ``bias``: the buffer that holds the bias, so that the layer can share its own;
+            - ``renew()`` (optional): called after that buffer has been replaced by another tensor;
+            - ``fuse(norm, packed_weights)`` (optional): ``norm`` feeds these packed weights (all of one class, this one
+              included) and no other linear layer. It returns ``(norm, x) -> output``, which is called before the norm's
+              own forward and may leave for the packed weights what they need of ``x`` (its codes); that function
+              returns None where the norm computes its output itself faster. Or it returns None.
 
-            It can be copied (no closures). ``prepack`` may raise ``ValueError`` with the reason why it cannot.
-        sparse24: whether it is to be asked for 2:4 sparse weights, quantized or not (``kind == "dense"``). The pattern
-            is looked for only if some kernel asks. Such a kernel is asked first for the weights that have it.
-        outliers: whether it computes outlying columns of the input apart (``QuantizedWeight.outliers``). Such a kernel
-            is asked first for the weights that are meant for it, and for no others.
-        coded: whether ``supports`` and ``prepack`` take a module of remote code that holds codes (see
-            ``packed.codebook``) instead of a weight. The ``codes()`` of its packed weight are uint8 ``[out, in]``, and
-            none of its buffers is persistent. Such a kernel must refuse anything else with the empty string.
-        join: makes one packed weight of several, whose output is theirs side by side: layers that read the same tensor
-            (q, k and v) then run as one product. Its ``codes()`` are theirs one after the other, bit by bit, and so is
-            its ``bias`` (either all have one or none). None where they differ in more than their rows. The packed
-            weights given are not used any more afterwards.
+            It must be copyable (no closures). ``prepack`` may raise ``ValueError`` with the reason why it cannot.
+        sparse24: True for a kernel of 2:4 sparse weights, quantized or not (``kind == "dense"``). Weights are searched
+            for the pattern only if a kernel has this flag. For weights with the pattern, such kernels come first.
+        outliers: True for a kernel with outlier decomposition, which computes outlier columns of the input separately
+            (``QuantizedWeight.outliers``). It is tried first for the weights that have a threshold, and for no others.
+        codebook: True if ``supports`` and ``prepack`` take a codebook module of remote code (see ``codebook_layers``)
+            instead of a weight. The ``codes()`` of its packed weight are uint8 ``[out, in]``, and none of its buffers
+            is persistent. Such a kernel must return ``""`` for anything else.
+        join: builds one packed weight from several, whose output is theirs side by side: layers that read the same
+            tensor (q, k and v) then run as one product. Its ``codes()`` are theirs concatenated, bit-exact, and so is
+            its ``bias`` (either all have one or none does). It returns None if they differ in more than their rows.
+            The packed weights passed in are not used afterwards.
     """
 
     name: str
@@ -55,3 +57,21 @@ class Kernel:
     outliers: bool = False
     codebook: bool = False
     join: Callable[[list[Any]], Any] | None = None
+
+
+class KernelModule(Protocol):
+    """A module that registers itself as a kernel, through an entry point of the group ``hf_optim.kernels``.
+
+    Its attributes are the fields of ``Kernel``. Optional: ``join``, and the flags ``SPARSE24``, ``OUTLIERS`` and
+    ``CODEBOOK`` (False where absent).
+    """
+
+    NAME: str
+
+    def supports(self, weight: Any, /) -> str | None:
+        """See ``Kernel.supports``."""
+        ...
+
+    def prepack(self, weight: Any, /) -> Any:
+        """See ``Kernel.prepack``."""
+        ...

@@ -12,24 +12,25 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...toolkit.checkpoint.safetensors import TensorInfo, SafetensorsHeaders, UnsupportedCheckpoint
+from ...toolkit.checkpoint.safetensors import SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
 from ..codes import is_sparse24, state_of
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
+from .accelerate import kernels_for, pack_layers
 from .checkpoint_formats import parse_checkpoint_format
 from .describe import describe_weight
-from .kernel import Kernel
+from .kernel import NO_KERNEL, Kernel
 from .layouts import Layout, empty_meta_tensor
 from .swap import g_idx_of, pack, prepack
 
 METHOD = "hf_optim_packed"
-LAYOUT = "_hf_optim_layout"
+PENDING = "_hf_optim_pending"
 STRICT = "_keep_in_fp32_modules_strict"
 
 
@@ -98,70 +99,96 @@ def _register() -> None:
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from ..quantizer import attach_quantizer, detach_quantizer
             from ..state import quantized_modules
-            from .accelerate import kernels_for
 
-            convert(model, kernels_for(None))
+            kernels = kernels_for(model)
+            decided = convert(model, kernels)
             detach_quantizer(model)
             if quantized_modules(model):
                 attach_quantizer(model)
+            pack_layers(model, kernels, decided)
             return model
+
+
+class _Pending(NamedTuple):
+    """What a ``PlaceholderLinear`` becomes once its tensors are loaded."""
+
+    layout: Layout
+    former: type[nn.Linear]
+    dtype: torch.dtype
+    keys: tuple[str, ...]
 
 
 def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: SafetensorsHeaders) -> None:
     """Give the linears of a model on the meta device the tensors that their layouts name.
 
-    Raises ``CheckpointError`` where the checkpoint lacks one or has it in another shape or type.
+    Raises ``CheckpointError`` if the checkpoint lacks one, or has it in another shape or dtype.
     """
-    _require_plain(model)
+    _require_no_fused_experts(model)
     for name, layout in layouts.items():
         module: Any = model.get_submodule(name)
-        shape = (module.out_features, module.in_features)
-        try:
-            tensor_specs = layout.tensor_specs(shape)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        found: dict[str, TensorInfo] = {}
-        for key, spec in tensor_specs.items():
-            entry = headers.find(f"{name}.{key}")
-            if entry is None and spec.optional:
-                continue
-            if entry is None:
-                raise CheckpointError(f"the checkpoint has no {name}.{key}")
-            found[key] = entry
-            if not spec.matches(entry):
-                raise CheckpointError(
-                    f"{entry.key} is {entry.type} {list(entry.shape)}, expected {' or '.join(spec.types)} "
-                    f"{list(spec.shape)} for a layer of {shape[0]} x {shape[1]}"
-                )
+        found = _stored_tensors(name, (module.out_features, module.in_features), layout, headers)
         dtype = module._parameters.pop("weight").dtype
-        module.__dict__[LAYOUT] = (layout, type(module), dtype, tuple(found))
+        module.__dict__[PENDING] = _Pending(layout, type(module), dtype, tuple(found))
         module.__class__ = PlaceholderLinear
         for key, entry in found.items():
             module._parameters[key] = nn.Parameter(empty_meta_tensor(entry, dtype), requires_grad=False)
 
 
-def _require_plain(model: Any) -> None:
+def _stored_tensors(
+    name: str, shape: tuple[int, int], layout: Layout, headers: SafetensorsHeaders
+) -> dict[str, TensorInfo]:
+    """Return the headers of a layer's tensors, by local name. Raises ``CheckpointError``."""
+    try:
+        specs = layout.tensor_specs(shape)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    found: dict[str, TensorInfo] = {}
+    for key, spec in specs.items():
+        entry = headers.find(f"{name}.{key}")
+        if entry is None and spec.optional:
+            continue
+        if entry is None:
+            raise CheckpointError(f"the checkpoint has no {name}.{key}")
+        found[key] = entry
+        if not spec.matches(entry):
+            raise CheckpointError(
+                f"{entry.key} is {entry.type} {list(entry.shape)}, expected {' or '.join(spec.types)} "
+                f"{list(spec.shape)} for a layer of {shape[0]} x {shape[1]}"
+            )
+    return found
+
+
+def _require_no_fused_experts(model: nn.Module) -> None:
     from ..storability import is_stack
 
     if any(is_stack(module) for module in model.modules()):
         raise UnsupportedCheckpoint("its experts are stacked matrices")
 
 
-def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> None:
-    """Turn the loaded tensors of every planned layer into a packed weight or the decoded state, one layer at a time."""
+def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, str]:
+    """Turn every placeholder, whose tensors are loaded, into a packed layer or a decoded one, one layer at a time.
+
+    Returns the reason why a layer runs on no kernel, for each of these layers; ``""`` for one that runs on a kernel.
+    """
     wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, STRICT, None) or ())}
-    planned = [name for name, module in model.named_modules() if LAYOUT in module.__dict__]
-    apart = outlier_thresholds(model, planned)
-    for name, module in model.named_modules():
-        if LAYOUT in module.__dict__:
-            layout, former, dtype, keys = module.__dict__.pop(LAYOUT)
-            parts = {key: module._parameters.pop(key).detach() for key in keys}  # type: ignore[union-attr]
-            if any(part.is_meta for part in parts.values()):
-                raise UnsupportedCheckpoint("its weights are offloaded")
-            module.__class__ = former
-            if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
-                dtype = next(part.dtype for part in parts.values() if part.dtype.is_floating_point)
-            _convert_layer(name, module, layout, parts, dtype, kernels, apart.get(name))  # type: ignore[arg-type]
+    placeholders = {name: module for name, module in model.named_modules() if PENDING in module.__dict__}
+    thresholds = outlier_thresholds(model, placeholders)
+    reasons: dict[str, str] = {}
+    for name, module in placeholders.items():
+        pending: _Pending = module.__dict__.pop(PENDING)
+        tensors: dict[str, Any] = {key: module._parameters.pop(key) for key in pending.keys}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise UnsupportedCheckpoint("its weights are offloaded")
+        module.__class__ = pending.former
+        dtype = pending.dtype
+        if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
+            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
+        for key, tensor in tensors.items():
+            scale = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+            tensors[key] = tensor.detach().to(dtype).reshape(tensor.shape or (1,)) if scale else tensor.detach()
+        assert isinstance(module, nn.Linear)
+        reasons[name] = _convert_layer(name, module, pending.layout, tensors, dtype, kernels, thresholds.get(name))
+    return reasons
 
 
 @torch.no_grad()
@@ -169,54 +196,51 @@ def _convert_layer(
     name: str,
     module: nn.Linear,
     layout: Layout,
-    parts: dict[str, Tensor],
+    tensors: dict[str, Tensor],
     dtype: torch.dtype,
-    kernels: Any,
+    kernels: tuple[Kernel, ...],
     outliers: float | None,
-) -> None:
+) -> str:
+    """Pack or decode one layer; return the reason why it is on no kernel. ``tensors`` is emptied to free memory."""
     from ..state import attach_scheme, store
 
-    for key, part in parts.items():
-        if part.dtype.is_floating_point and part.dtype.itemsize > 1:
-            parts[key] = part.to(dtype).reshape(part.shape or (1,))
     shape = (module.out_features, module.in_features)
     try:
-        found, scheme = layout.read(parts, shape)
+        found, scheme = layout.read(tensors, shape)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    parts.clear()
-    size = shape[1] if scheme.weights.strategy != "group" else scheme.weights.group_size
+    tensors.clear()
     weight = describe_weight(
         name,
         shape,
         scheme,
-        _as_scale(found.scale),
+        _scale_of(found),
         module.bias,
         lambda: found,
         ordered=found.order is not None,
         sparse24=any(kernel.sparse24 for kernel in kernels) and _is_sparse24(found, scheme.weights.num_bits),
         outliers=outliers,
     )
-    bound = prepack(weight, kernels)
-    if isinstance(bound, str):
-        empty = torch.empty(shape, dtype=dtype, device=weight.device)
-        module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
-        store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, size))
-    else:
+    prepacked = prepack(weight, kernels)
+    if not isinstance(prepacked, str):
         attach_scheme(module, scheme, found.input_scale, found.input_zero)
-        pack(module, weight, *bound)
+        pack(module, weight, *prepacked)
+        return ""
+    empty = torch.empty(shape, dtype=dtype, device=weight.device)
+    module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+    store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, weight.group_size))
+    return prepacked or NO_KERNEL
 
 
 def _is_sparse24(found: Codes, bits: int) -> bool:
     if found.order is not None or found.codes.dtype != torch.uint8:
         return False
     rows, columns = found.codes.shape
-    grouped = found.codes.view(rows, _as_scale(found.scale).shape[1], -1)
-    return is_sparse24(
-        (grouped != (2 ** (bits - 1) if found.zero is None else found.zero[..., None])).view(rows, columns)
-    )
+    grouped = found.codes.view(rows, _scale_of(found).shape[1], -1)
+    zero = 2 ** (bits - 1) if found.zero is None else found.zero[..., None]
+    return is_sparse24((grouped != zero).view(rows, columns))
 
 
-def _as_scale(scale: Tensor | None) -> Tensor:
-    assert scale is not None
-    return scale
+def _scale_of(found: Codes) -> Tensor:
+    assert found.scale is not None
+    return found.scale

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from . import naive, op
 
+NAME = "codebook"
+CODEBOOK = True
 DTYPES = (torch.float16, torch.bfloat16)
 LEAST_WEIGHTS = 1 << 20
 # Shapes of inputs whose launch is kept ready; a server's prompts have ever new ones.

@@ -18,6 +18,8 @@ from ..w8a8.op import KERNEL_TYPES
 from ..w8a8.plans import Planned
 from . import cpu, naive, op, tiles
 
+NAME = "llm_int8"
+OUTLIERS = True
 LEAST_CAPABILITY = (8, 0)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..common.codes import Codes
 from . import cusparselt, mma_layout, naive, op, tiles
 
+NAME = "sparse24"
+SPARSE24 = True
 # Smaller layers are bound by the launch, which a dense product has too.
 LEAST_WEIGHTS = 1 << 22
 GROUP_MULTIPLE = 16

@@ -13,6 +13,7 @@ from ..common.codes import Codes
 from . import fusing, naive, op
 from .plans import Planned
 
+NAME = "w8a8"
 # The lowest compute capability with tensor cores for the codes.
 LEAST_CAPABILITY = {"int8": (8, 0), "float8": (8, 9)}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..common.codes import Codes
 from . import naive, op
 
+NAME = "wna16"
 DTYPES = (torch.float16, torch.bfloat16)
 # Where packed beats the dense product (bench.py, H200).
 LEAST_WEIGHTS = 1 << 20

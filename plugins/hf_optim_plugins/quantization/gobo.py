@@ -90,13 +90,6 @@ class GOBO(Technique):
         return False
 
     @hookimpl
-    def register_kernels(self, register):
-        from hf_optim import Kernel
-        from hf_optim_kernels.codebook import layer as codebook
-
-        register(Kernel("codebook", supports=codebook.supports, prepack=codebook.prepack, codebook=True))
-
-    @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         """Give the weights of a scope the values they will have; ``finalize_model`` puts coded layers in their place.
 

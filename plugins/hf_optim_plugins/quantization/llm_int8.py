@@ -72,14 +72,6 @@ class LLMInt8(Technique):
         return False
 
     @hookimpl
-    def register_kernels(self, register):
-        from hf_optim_kernels.wna16 import layer as wna16
-
-        register(kernel())
-        # Where that does not serve: the same weights, with inputs that are not rounded.
-        register(Kernel("wna16", supports=wna16.supports, prepack=wna16.prepack, join=wna16.join))
-
-    @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         yield
         layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))

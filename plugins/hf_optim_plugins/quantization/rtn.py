@@ -109,15 +109,6 @@ class RTN(Technique):
         return self.activations is not None and not self.dynamic
 
     @hookimpl
-    def register_kernels(self, register):
-        from hf_optim import Kernel
-        from hf_optim_kernels.w8a8 import layer as w8a8
-        from hf_optim_kernels.wna16 import layer as wna16
-
-        register(Kernel("wna16", supports=wna16.supports, prepack=wna16.prepack, join=wna16.join))
-        register(Kernel("w8a8", supports=w8a8.supports, prepack=w8a8.prepack, join=w8a8.join))
-
-    @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         layers, skipped = compressed.storable(
             scope,

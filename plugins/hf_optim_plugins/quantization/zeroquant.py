@@ -34,7 +34,6 @@ from torch import nn
 
 from hf_optim import (
     Contract,
-    Kernel,
     Paper,
     RecipeError,
     Reload,
@@ -104,14 +103,6 @@ class ZeroQuant(Technique):
 
     def needs_data(self) -> bool:
         return False
-
-    @hookimpl
-    def register_kernels(self, register):
-        from hf_optim_kernels.w8a8 import layer as w8a8
-        from hf_optim_kernels.wna16 import layer as wna16
-
-        register(Kernel("w8a8", supports=w8a8.supports, prepack=w8a8.prepack, join=w8a8.join))
-        register(Kernel("wna16", supports=wna16.supports, prepack=wna16.prepack, join=wna16.join))
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

@@ -101,15 +101,6 @@ class NM(Technique):
         return self.budget is not None and self.scope == "model"
 
     @hookimpl
-    def register_kernels(self, register):
-        if (self.keep, self.group) != (2, 4):
-            return
-        from hf_optim import Kernel
-        from hf_optim_kernels.sparse24 import layer as sparse24
-
-        register(Kernel("sparse24", supports=sparse24.supports, prepack=sparse24.prepack, sparse24=True, join=sparse24.join))
-
-    @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         selected = scope.select(self.targets, self.skip)
         layers = {name: selected[name] for name in masks.weight_names(selected)}

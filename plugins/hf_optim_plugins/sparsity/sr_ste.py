@@ -115,17 +115,6 @@ class SRSTE(Technique):
         return self.every == 1 and self.end is None
 
     @hookimpl
-    def register_kernels(self, register):
-        if (self.keep, self.group) != (2, 4):
-            return
-        from hf_optim import Kernel
-        from hf_optim_kernels.sparse24 import layer as sparse24
-
-        register(
-            Kernel("sparse24", supports=sparse24.supports, prepack=sparse24.prepack, sparse24=True, join=sparse24.join)
-        )
-
-    @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [SparseRefinement(self, run, self.prepare(run))]
 

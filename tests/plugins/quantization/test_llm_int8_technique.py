@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_optim
 from hf_optim import OptimConfig, compressed, optimize
+from hf_optim.checkpoints.dense import convert_to_dense
 from hf_optim.compressed.outlier_columns import outlier_thresholds, set_outlier_threshold
 from hf_optim.compressed.packed.accelerate import kernels_for
+from hf_optim.compressed.packed.swap import prepack as prepack_first
 from hf_optim.compressed.weights import Codes, QuantizedWeight
 from hf_optim.errors import ModelError, NumericalError, RecipeError
 from hf_optim.runs.run import run_of
@@ -147,7 +150,7 @@ def test_a_packed_checkpoint_loads_onto_the_kernel(tmp_path, monkeypatch):
 
 def test_dense_forgets_the_threshold():
     model = quantized()
-    compressed.dense(model)
+    convert_to_dense(model)
     assert not hasattr(model.config, "hf_optim")
     assert not compressed.quantized_modules(model)
 
@@ -225,10 +228,15 @@ def test_what_the_kernel_serves(monkeypatch):
     assert "compute capability" in supports(described("cuda"))
 
 
-def test_the_weight_only_kernel_is_asked_after_it():
-    first, second = kernels_for(quantized())
-    assert (first.name, first.outliers) == ("llm_int8", True)
-    assert (second.name, second.outliers) == ("wna16", False)
+def test_the_weight_only_kernel_is_tried_after_it(monkeypatch):
+    def prepack(weight):
+        raise ValueError("not now")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    installed = kernels_for(quantized())
+    assert kernel() in installed
+    tried = prepack_first(described("cuda"), [replace(each, prepack=prepack) for each in installed])
+    assert tried == "llm_int8: not now; wna16: not now"
 
 
 def test_the_record_and_the_card():
