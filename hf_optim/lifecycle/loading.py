@@ -152,7 +152,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     with readable_errors(source):
         try:
-            loaded = _load_packed(cls, stock, args, kwargs)
+            return _load_packed(cls, stock, args, kwargs)
         except UnsupportedCheckpoint as reason:
             log.debug("loaded by stock transformers, since %s", reason)
             loaded = stock(*args, **kwargs)
