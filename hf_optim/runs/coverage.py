@@ -1,4 +1,4 @@
-"""How much of the model a step worked on: recorded, and told, never silently less than all."""
+"""How much of the model a step worked on: recorded and logged, so partial coverage is always visible."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
     """Put the coverage of each step that reported one (``Run.cover``) on the record, and log it."""
     for step in steps:
-        if (touched := run.covered(step)) is not None:
-            _record(run, step, *touched)
+        if (covered := run.covered(step)) is not None:
+            _record(run, step, *covered)
 
 
 def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[str]]) -> None:
@@ -41,7 +41,7 @@ def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[s
 
 
 def _scales(model: nn.Module) -> int:
-    """Scales and zero points that quantization put beside the weights: they are parameters, but no weights."""
+    """Count scales and zero points, which quantization adds as parameters but which are not weights."""
     quantized = (module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None)
     return sum(
         parameter.numel()

@@ -1,9 +1,9 @@
-"""Several processes calibrate one model together: ``torchrun --nproc-per-node 2 -m hf_optim.cli compress ...``.
+"""Calibrate one model on several ranks: ``torchrun --nproc-per-node 2 -m hf_optim.cli compress ...``.
 
-Every rank has the model (one block of it at a time on its accelerator) and a share of the calibration data; statistics
-are reduced over the ranks (``toolkit.sharing``), so that each computes the same weights, which are those of one rank to
-the order of its sums. Rank 0 alone writes, logs and shows progress. A rank that fails ends with its message and a
-status that is not 0, upon which ``torchrun`` (or ``accelerate launch``) ends the others.
+Every rank has the model (one block at a time on its accelerator) and a share of the calibration data. Statistics are
+reduced over the ranks (``toolkit.distributed``), so all ranks compute the same weights, equal to those of a single rank
+up to the order of summation. Only rank 0 writes, logs and shows progress. A rank that fails prints its message and
+exits with a nonzero status, and ``torchrun`` (or ``accelerate launch``) then ends the others.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..errors import DataError, NumericalError, RecipeError
 from ..toolkit.distributed import collectives
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Set by the launchers for their workers; a process that a worker starts is none of them.
+# Set by the launchers for their workers, and removed for the processes that a worker starts.
 _LAUNCHED = (*_NEEDED, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
-# Ranks whose weights differ by more than this share have not reduced what they calibrated on.
+# Ranks whose weights differ by more than this share have not reduced their statistics.
 TOLERANCE = 1e-3
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the ranks that the environment speaks of, if it does; leave them at the end.
+    """Join the process group that the environment describes, if any, and leave it at the end.
 
-    gloo carries what is on a CPU, nccl what is on CUDA. A process group that exists already is used, and kept.
+    Uses gloo for CPU tensors and nccl for CUDA tensors. An existing process group is used, and kept.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or collectives.world_size() > 1:
         yield
@@ -55,7 +55,7 @@ def joined() -> Iterator[None]:
 
 
 def is_main() -> bool:
-    """Whether this rank writes and speaks; True where there is only one."""
+    """Return True on the rank that writes and logs; always True with a single rank."""
     return collectives.rank() == 0
 
 
@@ -66,12 +66,12 @@ def barrier() -> None:
 
 
 def own_environment() -> dict[str, str]:
-    """The environment for a process that this rank starts, and that is no rank itself."""
+    """Return the environment for a child process of this rank, without the launcher's variables."""
     return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
 
 def refuse_distributed(recipe: Any) -> None:
-    """Raise ``RecipeError`` for a recipe that several ranks cannot do together."""
+    """Raise ``RecipeError`` for a recipe that cannot run on several ranks."""
     if collectives.world_size() == 1:
         return
     if recipe.driver == "streamed":
@@ -82,14 +82,14 @@ def refuse_distributed(recipe: Any) -> None:
         for step in stage.steps:
             if step.needs_teacher():
                 raise RecipeError(
-                    f"step {step.name} learns from batches one by one, which several ranks do not share: use one rank"
+                    f"step {step.name} learns from batches one by one, which ranks cannot share: use one rank"
                 )
 
 
 def share_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """This rank's part of the calibration batches: disjoint, together all of them.
+    """Return this rank's part of the calibration batches: disjoint parts that together are all of them.
 
-    Whole batches, every ``ranks``-th, where that is even; else rows, every ``ranks``-th of them all.
+    Every ``n``-th batch if that divides evenly over the ``n`` ranks, else every ``n``-th row.
     """
     count, own = collectives.world_size(), collectives.rank()
     if len(batches) % count == 0 and len({len(next(iter(batch.values()))) for batch in batches}) == 1:
@@ -108,9 +108,9 @@ def share_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def require_equal_weights(model: nn.Module) -> None:
-    """Raise ``NumericalError`` unless all ranks have the same weights, to rounding.
+    """Raise ``NumericalError`` unless all ranks have the same weights up to rounding.
 
-    A step that uses calibration data in a way of its own would leave each rank with weights of its own.
+    They differ if a step uses calibration data without reducing its statistics over the ranks.
     """
     if collectives.world_size() == 1:
         return
@@ -124,14 +124,14 @@ def require_equal_weights(model: nn.Module) -> None:
     apart = ((high - low) > TOLERANCE * high).nonzero().flatten().tolist()
     if apart:
         raise NumericalError(
-            f"the ranks disagree about {len(apart)} weights, {names[apart[0]]} the first: a step of this recipe does "
-            "not reduce what it calibrates on; use one rank"
+            f"the ranks disagree about {len(apart)} weights (first {names[apart[0]]}): a step of this recipe does not "
+            "reduce its statistics over the ranks; use one rank"
         )
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """No output but errors, no progress bars."""
+    """Suppress all output but errors, and progress bars."""
     from tqdm.std import tqdm
     from transformers.utils import logging as transformers_logging
 

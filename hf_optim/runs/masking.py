@@ -14,7 +14,7 @@ from .run import Run
 
 @torch.no_grad()
 def apply_masks(run: Run, names: Iterable[str] | None = None) -> None:
-    """Zero the masked weights of ``run.model``: all, or those of the parameters ``names``."""
+    """Zero the masked weights of ``run.model``: all of them, or those of the parameters ``names``."""
     fsdp.reshard(run.model)
     for name in run.masks if names is None else names:
         parameter = masked_parameter(run, name)
@@ -22,10 +22,10 @@ def apply_masks(run: Run, names: Iterable[str] | None = None) -> None:
 
 
 def masked_parameter(run: Run, name: str) -> nn.Parameter:
-    """The parameter that a mask belongs to; inside a peft layer, that of the layer it wraps. May be sharded (FSDP2).
+    """Return the parameter that a mask belongs to; for a peft layer, that of the wrapped layer. May be an FSDP2 shard.
 
-    Raises ``ModelError`` when it is gone, has another shape (as under FSDP1, ZeRO-3), or is a part of an adapter layer:
-    those parts have other names after a merge, or none.
+    Raises ``ModelError`` if the parameter does not exist, has another shape (FSDP1, ZeRO-3), or is part of an adapter
+    layer, whose names do not survive a merge.
     """
     try:
         parameter = run.model.get_parameter(name)
@@ -33,7 +33,7 @@ def masked_parameter(run: Run, name: str) -> nn.Parameter:
         raise ModelError(f"{name} has a mask, but {type(run.model).__name__} has no such parameter: {error}") from error
     if _inside_adapter(run.model, name):
         raise ModelError(
-            f"{name} has a mask and lies inside an adapter layer: a step that chooses masks during training needs a "
+            f"{name} has a mask and is inside an adapter layer: a step that chooses masks during training needs a "
             "model without adapters; train it first and add adapters for recovery, or merge them before"
         )
     if parameter.shape != run.masks[name].shape:
@@ -52,7 +52,7 @@ def _inside_adapter(model: nn.Module, name: str) -> bool:
 
 
 def stray_weights(run: Run) -> list[str]:
-    """The parameters that have non-zero weights where their mask says there are none; of shards, in this rank's."""
+    """Return the parameters with nonzero weights where their mask is False; of sharded ones, in this rank's part."""
     fsdp.reshard(run.model)
     found = []
     for name in run.masks:
@@ -64,10 +64,10 @@ def stray_weights(run: Run) -> list[str]:
 
 
 def require_equal_masks(run: Run) -> None:
-    """Raise ``NumericalError`` naming the first parameter of which two ranks have different masks.
+    """Raise ``NumericalError`` naming the first parameter whose mask differs between two ranks.
 
-    A step that draws random numbers without a generator of its own, seeded alike on all ranks, would let each train
-    another model.
+    Masks differ if a step draws random numbers without a generator that is seeded alike on all ranks; each rank would
+    then train another model.
     """
     if collectives.world_size() == 1:
         return
@@ -79,18 +79,18 @@ def require_equal_masks(run: Run) -> None:
         where = names[(apart[0] - 1) // 2] if apart[0] else "their number"
         raise NumericalError(
             f"the ranks have different masks ({where} is the first): a step chooses them by random numbers that are "
-            "not seeded alike, or by what only one rank has seen"
+            "not seeded alike, or by data that only one rank has seen"
         )
 
 
 def _apart(numbers: torch.Tensor) -> list[int]:
-    """The places at which ranks have different numbers."""
+    """Return the positions at which ranks have different numbers."""
     low, high = collectives.all_reduce_(numbers.clone(), "min"), collectives.all_reduce_(numbers.clone(), "max")
     return (low != high).nonzero().flatten().tolist()
 
 
 def _digest(mask: torch.Tensor) -> tuple[int, int]:
-    """Two numbers that tell masks apart: weighted sums over rows and over columns of how many weights are kept."""
+    """Return two numbers that tell masks apart: weighted sums of the kept weights per row and per column."""
     matrix = mask.reshape(mask.shape[0] if mask.dim() else 1, -1)
     rows, columns = matrix.sum(1), matrix.sum(0)
     weights = [torch.arange(1, len(counts) + 1, device=mask.device) for counts in (rows, columns)]

@@ -1,4 +1,4 @@
-"""The record of a run, written as ``hf_optim.json`` beside the weights. The model card is rendered from it."""
+"""The record of a run: ``hf_optim.json`` beside the weights, from which the model card is rendered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("hf-optim", "torch", "transformers", "compressed-tensors", "peft", "
 
 @dataclass
 class Record:
-    """Everything needed to repeat a run and to judge its result. Plain JSON types only.
+    """Everything needed to repeat a run and to judge its result, in plain JSON types.
 
     Attributes:
         recipe: the recipe as a mapping (``OptimConfig.to_dict()``).
@@ -26,12 +26,12 @@ class Record:
         calibration: ``{"dataset", "split", "text_column", "samples", "seq_len", "tokens", "seed", "sha256"}``.
         stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``.
         coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names}}``.
-        steps: per step position (as a string): numbers the step reports (``Run.report``).
-        measured: ``{"before": {...}, "after": {...}}``, figures of ``measure``.
+        steps: per index of a step (as a string): the metrics it reports (``Run.report``).
+        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``.
         reload: the name of the reload level.
         traits: names of the traits of the result.
-        notes: sentences for the card: what could not be done, and why.
-        sections: what steps put on the card beyond their figures: paragraphs and tables, as the card stores them.
+        notes: warnings for the card: what could not be done, and why.
+        sections: what steps add to the card beyond their metrics: paragraphs, tables, images.
         finished: False for a checkpoint from the middle of a recipe.
         versions: package versions, Python and platform.
     """
@@ -57,9 +57,11 @@ class Record:
             self.notes.append(sentence)
 
     def to_json(self) -> str:
+        """Return the content of ``hf_optim.json``."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
     def write(self, directory: Path) -> Path:
+        """Write ``hf_optim.json`` into ``directory``, and return its path."""
         path = Path(directory) / FILE_NAME
         path.write_text(self.to_json(), encoding="utf-8")
         return path
@@ -74,13 +76,13 @@ class Record:
 
 
 def public_name(source: Any) -> str:
-    """A Hub id as it is; of a local path the last part alone, since paths of a machine tell others nothing."""
+    """Return a Hub id as it is; for a local path only the last component, so that no machine path is published."""
     text = os.fspath(source) if source is not None else ""
     return Path(text).resolve().name if text and Path(text).exists() else text
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe for the record: of a local data file its name only, and no directory of this machine."""
+    """Return a recipe for the record: of a local data file only its name, and no directory of this machine."""
     data = recipe.get("calibration", {})
     return {
         **{key: value for key, value in recipe.items() if key != "spill"},
@@ -89,7 +91,7 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result, of Python and of the platform."""
+    """Return the versions of Python and of the packages that decide a result, and the platform."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:

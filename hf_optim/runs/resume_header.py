@@ -1,4 +1,4 @@
-"""The header of a work folder: what its content was made from, so that another run does not go on with it."""
+"""The header of a work folder: what its content was made from, so that no other run resumes from it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..errors import CheckpointError
 
 
 def is_begun(header: Path, mine: Mapping[str, Any], what: str) -> bool:
-    """Whether there is a header; of one that tells something else than ``mine`` it raises ``CheckpointError``.
+    """Return True if there is a header. Raises ``CheckpointError`` if it differs from ``mine``.
 
-    ``what`` names the work in the message: "the journal in out was made with".
+    ``what`` begins the message: "the journal in out was made with".
     """
     if not header.is_file():
         return False
@@ -26,7 +26,7 @@ def is_begun(header: Path, mine: Mapping[str, Any], what: str) -> bool:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     beside = path.with_suffix(".writing")
     beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
     os.replace(beside, path)

@@ -1,4 +1,4 @@
-"""A run: one recipe on its way through one model. It owns the model, the state of every step, and the record."""
+"""A run: one recipe applied to one model. It owns the model, the state of every step, and the record."""
 
 from __future__ import annotations
 
@@ -40,25 +40,24 @@ class Run:
     """The state of one optimization.
 
     Attributes:
-        model: the model as it is now; a ``transform_model`` hook may replace it.
-        config: the model's configuration; during ``prepare_load`` the model does not exist yet, and this does.
-        recipe: what is being done.
+        model: the current model; a ``transform_model`` hook may replace it.
+        config: the model's configuration, which exists during ``prepare_load``, before the model does.
+        recipe: what to do.
         record: what was done, written as ``hf_optim.json``.
-        traits: what holds of the model now.
-        masks: parameter name -> bool tensor of the parameter's shape, True = kept. They live here, never in the
+        traits: the current traits of the model.
+        masks: parameter name -> bool tensor of the parameter's shape, True = kept. They are kept here, never in the
             state dict; the host re-applies them after every optimizer step.
         nm_patterns: parameter name -> ``(keep, group)`` for parameters whose mask follows an N:M pattern
             (along the input dimension).
-        bit_plan: module name -> bits of a weight, where some step assigns them; steps that quantize follow it
-            (``bits_of``).
-        source: the calibration data that the caller brought, in whatever form; None for what the recipe names.
-        data: what calibration batches come from (``calibration.CalibrationData``), or None.
-        tokenizer: the tokenizer or processor of the model, where one was given or found.
+        bit_plan: module name -> bits of a weight, if a step assigns them; steps that quantize follow it (``bits_of``).
+        source: the calibration data of the caller, in any form; None for what the recipe names.
+        data: the calibration batches (``data.calibration_set.CalibrationData``), or None.
+        tokenizer: the tokenizer or processor of the model, if one was given or found.
         stage_index: index of the current stage; ``len(stages)`` once all are complete.
         stage_state: how far the current stage is.
         failure: what failed, if the current stage has failed; empty otherwise.
-        loading: True from ``from_pretrained`` until the weights are there.
-        journal: keeps finished blocks, so that a killed run can go on (``resume.BlockJournal``), or None.
+        loading: True while ``from_pretrained`` loads the weights.
+        journal: keeps completed blocks, so that a killed run can resume (``BlockJournal``), or None.
     """
 
     def __init__(self, recipe: OptimConfig, config: PretrainedConfig, manager: pluggy.PluginManager) -> None:
@@ -87,9 +86,9 @@ class Run:
     # -- the model ------------------------------------------------------------------------------------------------
     @property
     def model(self) -> PreTrainedModel:
-        """The model. Raises ``ModelError`` before it is loaded."""
+        """The current model. Raises ``ModelError`` before it is loaded."""
         if self._model is None:
-            raise ModelError("the model is not loaded yet: during prepare_load only run.config is there")
+            raise ModelError("the model is not loaded yet: during prepare_load there is only run.config")
         return self._model
 
     @model.setter
@@ -102,11 +101,11 @@ class Run:
 
     # -- steps ----------------------------------------------------------------------------------------------------
     def state(self, step: Technique) -> SimpleNamespace:
-        """The mutable state of a step in this run; empty at first."""
+        """Return the mutable state of a step in this run; empty at first."""
         return self._states.setdefault(id(step), SimpleNamespace())
 
     def label(self, step: Technique) -> str:
-        """``"step 2 (gptq)"``, for messages."""
+        """Return ``"step 2 (gptq)"``, for messages."""
         return f"step {self.index(step) + 1} ({step.name})"
 
     def index(self, step: Technique) -> int:
@@ -129,17 +128,17 @@ class Run:
         return self.stage is None
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
-        """Call a hook on the steps of the stage in work, in recipe order; results that are not None."""
+        """Call a hook on the steps of the current stage in recipe order; return the results that are not None."""
         return self.call_on(self.stage.steps if self.stage else (), hook, **arguments)
 
     def call_on(self, steps: Iterable[Technique], hook: str, **arguments: Any) -> list[Any]:
-        """Call a hook on these steps, in recipe order; results that are not None."""
+        """Call a hook on these steps in recipe order; return the results that are not None."""
         chosen = {id(step) for step in steps}
         others = [plugin for plugin in self.manager.get_plugins() if id(plugin) not in chosen]
         return self.manager.subset_hook_caller(hook, others)(run=self, **arguments)
 
     def bits_of(self, name: str, default: int) -> int:
-        """Bits for the weight of the module ``name``: those the plan assigns, else ``default``."""
+        """Return the bits for the weight of the module ``name``: those of the bit plan, else ``default``."""
         return self.bit_plan.get(name, default)
 
     # -- what steps report ----------------------------------------------------------------------------------------
@@ -183,14 +182,14 @@ class Run:
         return Scope("", self.model, self.model).select(targets, skip)
 
     def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
-        """Say that modules and parameters have other names now: what the run keeps by name follows them.
+        """Rename everything that the run keeps by name of a module or parameter.
 
-        That is ``masks``, ``nm_patterns``, ``bit_plan``, and what earlier steps told ``cover``. A step whose
+        That is ``masks``, ``nm_patterns``, ``bit_plan``, and the coverage of earlier steps. A step whose
         ``transform_model`` or ``calibrate`` moves, removes or copies layers calls it before its own ``cover``.
 
         Args:
-            renamed: the names that the module or parameter of a name has afterwards: none where it is gone, several
-                where it was copied.
+            renamed: maps a name to the names after the change: none if the module was removed, several if it was
+                copied.
         """
         tables: list[dict[str, Any]] = [self.masks, self.nm_patterns, self.bit_plan]
         for table in tables:
@@ -206,7 +205,7 @@ class Run:
 
 
 class _Link:
-    """Ties a model to its run without following it into copies: a deep copy or a pickle of the model has no run."""
+    """Links a model to its run, but not its copies: a deep copy or a pickle of the model has no run."""
 
     def __init__(self, run: Run | None) -> None:
         self.run = run
@@ -219,7 +218,7 @@ class _Link:
 
 
 def run_of(model: nn.Module) -> Run:
-    """The run of an optimized model (peft and DDP wrappers are looked through). Raises ``OptimError`` without one."""
+    """Return the run of an optimized model, also through peft and DDP wrappers. Raises ``OptimError`` without one."""
     run = find_run(model)
     if run is None:
         raise OptimError(
@@ -230,7 +229,7 @@ def run_of(model: nn.Module) -> Run:
 
 
 def find_run(model: Any) -> Run | None:
-    """The run of a model, or None."""
+    """Return the run of a model, or None."""
     seen: set[int] = set()
     while model is not None and id(model) not in seen:
         seen.add(id(model))
@@ -247,7 +246,7 @@ def _detach(model: PreTrainedModel) -> None:
 
 
 def traits_of(model: nn.Module) -> set[Trait]:
-    """The traits a model arrives with."""
+    """Return the traits of a model that has no run yet."""
     config = getattr(model, "config", None)
     quantized = getattr(config, "quantization_config", None) is not None or any(
         getattr(m, "quantization_scheme", None) is not None for m in model.modules()

@@ -1,4 +1,4 @@
-"""The part of a model that a calibrating step may touch."""
+"""The part of a model that a calibrating step may change."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Scope:
-    """One block of a model, or all of it. Names are always the full names in ``model``.
+    """One block of a model, or the whole model. Names are always full names in ``model``.
 
     Attributes:
         name: the qualified name of ``module`` in ``model``; empty for the whole model.
         module: the block (or the model itself).
         model: the model that is being optimized.
         index, count: position among the scopes of this pass, for progress and messages.
-        outside: names of modules that are not part of the scope although they lie inside ``module``.
-        teacher: for a step with ``needs_teacher()``, what the block computed before this stage, batch by batch: on the
-            inputs that the model gave it then, not on those that changed blocks before it give it now.
+        outside: names of modules inside ``module`` that are not part of the scope.
+        teacher: for a step with ``needs_teacher()``, the block's reference inputs and outputs, batch by batch: those of
+            the unmodified model, not those that the changed blocks before it produce.
     """
 
     name: str
@@ -54,20 +54,20 @@ class Scope:
         return self.module is self.model
 
     def holds(self, name: str) -> bool:
-        """Whether the qualified ``name`` lies inside the scope."""
+        """Return True if the module ``name`` is inside the scope."""
         return _within(name, self.name) and not any(_within(name, other) for other in self.outside)
 
     @cached_property
     def linears(self) -> Mapping[str, nn.Module]:
-        """Every ``nn.Linear`` and ``Conv1D`` inside, by qualified name, in execution order where known."""
+        """Every ``nn.Linear`` and ``Conv1D`` of the scope by full name, in execution order where known."""
         return {name: m for name, m in topology.linears(self.model).items() if self.holds(name)}
 
     def select(self, targets: Iterable[str], skip: Iterable[str] = (), experts: bool = False) -> dict[str, Any]:
-        """The linears of this scope that match ``targets`` and not ``skip`` (see ``topology.match``).
+        """Return the linears of this scope that match ``targets`` and not ``skip`` (see ``topology.match``).
 
-        Output heads are left out unless a target names them exactly. The patterns are matched against the whole
-        model, so that a pattern for one block is no error in another. With ``experts`` the matrices of fused experts
-        are among the linears (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
+        Output heads are left out unless a target names them exactly. Patterns are matched against the whole model, so
+        that a pattern for one block is not an error in another. With ``experts`` the matrices of fused experts are
+        included (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
         """
         targets = tuple(targets)
         everything: dict[str, Any] = dict(topology.linears(self.model))

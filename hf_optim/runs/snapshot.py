@@ -20,15 +20,15 @@ from .run import Run, StageState
 
 SCALARS = (str, int, float, bool, type(None))
 
-# Fields that say where something runs or lies, and nothing of what is computed: they may differ when training is
-# resumed. So may all fields of a step whose stage had not begun.
+# Fields that decide where something runs or is stored, not what is computed: they may differ when training is resumed.
+# So may all fields of a step whose stage had not begun.
 FREE_FIELDS = ("device", "cache")
 
 
 def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The run's masks (of parameters whose name starts with ``inside``), the steps' states, and its bookkeeping.
+    """Return tensors (masks, states of the steps) and metadata of a run, of parameters whose name starts with ``inside``.
 
-    Of a step's state, the attributes that are tensors or plain JSON types are kept; others must be derivable.
+    Of a step's state, attributes that are tensors or plain JSON types are kept; others must be derivable.
     """
     tensors = {f"mask.{name}": mask for name, mask in run.masks.items() if name.startswith(inside)}
     meta: dict[str, Any] = {
@@ -59,7 +59,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def _fields(step: Technique) -> dict[str, Any]:
-    # What is no plain JSON has no value that could be compared.
+    # Values that are not plain JSON cannot be compared.
     return {key: value for key, value in step.to_dict().items() if key != "technique" and _is_json(value)}
 
 
@@ -71,7 +71,7 @@ def _is_json(value: Any) -> bool:
 
 @torch.no_grad()
 def _put(state: SimpleNamespace, key: str, tensor: torch.Tensor) -> None:
-    """Into the parameter of that name and shape, which an optimizer may hold; else in place of what was there."""
+    """Copy into the parameter of that name and shape, which an optimizer may hold; otherwise set the attribute."""
     there = getattr(state, key, None)
     if isinstance(there, nn.Parameter) and there.shape == tensor.shape and not fsdp.is_sharded(there):
         there.copy_(tensor)
@@ -82,8 +82,8 @@ def _put(state: SimpleNamespace, key: str, tensor: torch.Tensor) -> None:
 def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], home: Path) -> None:
     """Raise ``CheckpointError`` naming the first difference if a snapshot is not of this recipe and model.
 
-    Nothing of the run is changed. Snapshots that tell no names of steps are compared by their number, and those that
-    tell no fields by the names.
+    The run is not changed. Snapshots without names of steps are compared by their number, those without fields by the
+    names.
     """
     mine = [step.name for step in run.recipe.steps]
     theirs = meta.get("recipe", mine)
@@ -100,7 +100,7 @@ def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
         if not free:
             raise CheckpointError(
                 f"{run.label(step)}: {home} was written with {name}={saved!r}, and here it is {given!r}: resume with "
-                f"{name}={saved!r}, or start anew from its weights; nothing was changed"
+                f"{name}={saved!r}, or start again from its weights; nothing was changed"
             )
     for name, mask in tensors.items():
         if name.startswith("mask."):
@@ -108,13 +108,13 @@ def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
 
 
 def _changes(run: Run, meta: Mapping[str, Any]) -> Iterator[tuple[Technique, str, Any, Any, bool]]:
-    """Fields with another value than in the snapshot: step, name, the values there and here, and if that is free."""
+    """Yield fields that differ from the snapshot: step, name, the values there and here, and whether they may differ."""
     begun = {id(step) for stage in run.stages[: meta["stage_index"] + 1] for step in stage.steps}
     for step, there in zip(run.recipe.steps, meta.get("fields", ()), strict=False):
         here, defaults = _fields(step), {f.name: f.default for f in dataclasses.fields(cast(Any, step))}
         for name in sorted({*here, *there}):
             saved, given = (_plain(fields.get(name, defaults.get(name))) for fields in (there, here))
-            # As text: 1 is a step and 1.0 a share, where a field is a position in training.
+            # Compared as text: where a field is a position in training, 1 is a step and 1.0 a fraction.
             if json.dumps(saved) != json.dumps(given):
                 yield step, name, saved, given, name in FREE_FIELDS or id(step) not in begun
 
@@ -140,9 +140,9 @@ def _require_fit(run: Run, name: str, mask: torch.Tensor, home: Path) -> None:
 
 
 def restore(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Put back what ``take`` took. Masks and patterns are added to those the run has.
+    """Restore what ``take`` returned. Masks and patterns are added to those the run has.
 
-    A parameter that a step keeps in its state stays that object and takes the value: a step may train it through
+    A parameter in a step's state stays the same object and takes the value: the step may train it through
     ``parameter_groups``, and finds it with its optimizer state when training is resumed.
     """
     added = {trait for step in run.recipe.steps for trait in step.contract().adds}
