@@ -60,7 +60,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.bench import running, table
+    from ..evaluation.bench import environment, table
     from ..evaluation.bench.results import Results
 
     if args.render is not None:
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.list:
         return _list()
-    deadline = running.Deadline.of(args.time_limit)
-    results = running.start(_command())
+    deadline = environment.Deadline.after(args.time_limit)
+    results = environment.start_results(_command())
     if args.end_to_end is not None:
         _run_model(args, results, deadline)
     else:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         _say(table.publish(results, args.output))
     if args.json:
-        print(json.dumps(results.as_json(), indent=1))
+        print(json.dumps(results.to_json(), indent=1))
     elif args.output is None:
         print(table.render(results))
     return 0
@@ -88,53 +88,53 @@ def run(args: argparse.Namespace) -> int:
 def _run_ops(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     import torch
 
-    from ..evaluation.bench import running
+    from ..evaluation.bench import environment, op_runner
 
-    known = running.benching().operations()
+    known = environment.timing_tools().operations()
     ops = args.op or known
     unknown = sorted(set(ops) - set(known))
     if unknown:
         raise OptimError(f"no operator {', '.join(unknown)}; there are {', '.join(known)}")
     cuda = torch.cuda.is_available()
-    shapes = args.shape or (running.QUICK_SHAPES if args.quick or not cuda else running.SHAPES)
-    rows = args.rows or (running.QUICK_ROWS if args.quick else running.ROWS if cuda else running.CPU_ROWS)
+    shapes = args.shape or (op_runner.QUICK_SHAPES if args.quick or not cuda else op_runner.SHAPES)
+    rows = args.rows or (op_runner.QUICK_ROWS if args.quick else op_runner.ROWS if cuda else op_runner.CPU_ROWS)
     dtype = getattr(torch, args.dtype)
     if args.tune:
-        running.tune_ops(results, ops, shapes, rows, dtype, deadline)
-    running.run_ops(results, ops, shapes, rows, dtype, args.peers, deadline)
+        op_runner.tune_ops(results, ops, shapes, rows, dtype, deadline)
+    op_runner.run_ops(results, ops, shapes, rows, dtype, args.peers, deadline)
 
 
 def _run_model(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     import torch
 
     from ..evaluation.bench import decode, models
-    from ..evaluation.bench.whole import Asked, run_models
+    from ..evaluation.bench.model_runner import ModelBenchSettings, run_models
 
     unknown = sorted(set(args.scheme or ()) - set(models.SCHEMES))
     if unknown:
         raise OptimError(f"no scheme {', '.join(unknown)}; there are {', '.join(models.SCHEMES)}")
-    asked = Asked(args.cache or decode.MODES, args.batch, args.new_tokens, args.prefill, args.profile)
+    settings = ModelBenchSettings(args.cache or decode.MODES, args.batch, args.new_tokens, args.prefill, args.profile)
     schemes = args.scheme or models.SCHEMES
-    run_models(results, args.end_to_end, schemes, asked, getattr(torch, args.dtype), deadline)
+    run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline)
 
 
 def _list() -> int:
-    from ..evaluation.bench import peers, running
+    from ..evaluation.bench import environment, peers
 
     installed = [(p.name, p.missing() or "installed", ", ".join(p.ops) or "all") for p in peers.PEERS]
-    print_table(("operator",), [(op,) for op in running.benching().operations()])
+    print_table(("operator",), [(op,) for op in environment.timing_tools().operations()])
     print()
     print_table(("peer", "", "compared with"), installed)
     return 0
 
 
 def _joined(results: Any, directory: Path) -> Any:
-    """The new results behind the rows of the earlier ones that they do not replace."""
+    """Add the rows of earlier results that these do not replace."""
     from ..evaluation.bench.results import FILE, Results
 
     if not (directory / FILE).exists():
         return results
-    return results.behind(Results.load(directory))
+    return results.merged_after(Results.load(directory))
 
 
 def _say(paths: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark command: rows, goals, losing rows, files, the time limit, and whole models."""
+"""The benchmark command: rows, goals, slower rows, files, the time limit, and whole models."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 from hf_optim.cli import main
 from hf_optim.errors import OptimError
-from hf_optim.evaluation.bench import decode, models, peers, running, table, whole
-from hf_optim.evaluation.bench.goals import decode_goal, goal_of
-from hf_optim.evaluation.bench.results import Decode, Results, Row
+from hf_optim.evaluation.bench import decode, environment, model_runner, models, op_runner, peers, table
+from hf_optim.evaluation.bench.goals import find_decode_goal, find_goal
+from hf_optim.evaluation.bench.results import DecodeResult, OpResult, Results
 
 H100 = {"copy": 3e6, "bfloat16": 797e6, "int8": 975e6}
 BYTES = 14336 * 4096 // 2 + 14336 * 32 * 2
 
 
 def row(contender="w4a16", role="ours", **more):
-    about = {
+    problem = {
         "op": "wna16",
         "N": 14336,
         "K": 4096,
@@ -29,7 +29,7 @@ def row(contender="w4a16", role="ours", **more):
         "flops": 2 * 14336 * 4096,
     }
     floor = BYTES / 3e6
-    return Row(**{**about, "contender": contender, "role": role, "graph_us": 15.0, "floor_us": floor, **more})
+    return OpResult(**{**problem, "contender": contender, "role": role, "graph_us": 15.0, "floor_us": floor, **more})
 
 
 def results(*rows, device="NVIDIA H100 80GB HBM3", ceilings=H100, **more):
@@ -37,45 +37,47 @@ def results(*rows, device="NVIDIA H100 80GB HBM3", ceilings=H100, **more):
 
 
 def test_a_goal_on_its_own_card_is_in_microseconds():
-    assert goal_of(row(graph_us=15.9), results()).met is True
-    assert goal_of(row(graph_us=16.1), results()).met is False
-    assert goal_of(row(graph_us=None), results()).met is None
-    assert goal_of(row("dense", "dense"), results()) is None
-    assert goal_of(row(M=2), results()) is None
+    assert find_goal(row(graph_us=15.9), results()).met is True
+    assert find_goal(row(graph_us=16.1), results()).met is False
+    assert find_goal(row(graph_us=None), results()).met is None
+    assert find_goal(row("dense", "dense"), results()) is None
+    assert find_goal(row(M=2), results()) is None
 
 
 def test_a_goal_on_another_card_is_the_same_share_of_the_floor():
     card = results(device="NVIDIA H200", ceilings={**H100, "copy": 4.5e6})
     # 10.1 us of 16 there; here the floor is 6.7 us, so 10.7 us are asked for.
     floor = BYTES / 4.5e6
-    assert goal_of(row(graph_us=floor * 16 / (BYTES / 3e6) * 0.99, floor_us=floor), card).met is True
-    assert goal_of(row(graph_us=floor * 16 / (BYTES / 3e6) * 1.01, floor_us=floor), card).met is False
+    assert find_goal(row(graph_us=floor * 16 / (BYTES / 3e6) * 0.99, floor_us=floor), card).met is True
+    assert find_goal(row(graph_us=floor * 16 / (BYTES / 3e6) * 1.01, floor_us=floor), card).met is False
 
 
 def test_goals_of_decoding():
-    fast = Decode("llama-3-8b", "w4a16", "static", 1, ms=3.0)
-    assert decode_goal(fast, results()).met is True
-    assert decode_goal(fast, results(device="H200", ceilings={**H100, "copy": 4.5e6})).met is False
-    assert decode_goal(dataclasses.replace(fast, batch=2), results()) is None
+    fast = DecodeResult("llama-3-8b", "w4a16", "static", 1, ms=3.0)
+    assert find_decode_goal(fast, results()).met is True
+    assert find_decode_goal(fast, results(device="H200", ceilings={**H100, "copy": 4.5e6})).met is False
+    assert find_decode_goal(dataclasses.replace(fast, batch=2), results()) is None
 
 
-def test_losing_rows_are_marked_and_failures_are_published():
+def test_slower_rows_are_marked_and_failures_are_published():
     slow = row(graph_us=60.0, error=1e-3)
     dense = row("dense", "dense", graph_us=55.0, bytes=4 * BYTES)
     lean = row("a leaner peer", "peer", graph_us=10.0, bytes=BYTES // 2)
     broken = row("broken", "peer", graph_us=None, failure="TypeError: no | such kernel")
     page = table.render(results(slow, dense, lean, broken, left_out=["w8a8 1x1 with 4 rows"]))
-    assert table.losers(slow, results(slow, dense, lean)) == ["dense"]
-    assert table.losers(row(graph_us=55.5), results(row(), dense)) == []
+    assert table.faster_contenders(slow, results(slow, dense, lean)) == ["dense"]
+    assert table.faster_contenders(row(graph_us=55.5), results(row(), dense)) == []
     assert "**dense**" in page
     assert "TypeError: no / such kernel" in page
     assert "w8a8 1x1 with 4 rows" in page
     assert "**missed**" in page
-    assert table.dense_ratio(slow, results(slow, dense)) == pytest.approx(55 / 60)
+    assert table.speedup_over_dense(slow, results(slow, dense)) == pytest.approx(55 / 60)
 
 
 def test_results_come_back_from_their_file(tmp_path):
-    found = results(row(error=float("nan")), decode=[Decode("tiny", "dense", "static", 1, ms=2.0, kernels={"a": 3})])
+    found = results(
+        row(error=float("nan")), decode=[DecodeResult("tiny", "dense", "static", 1, ms=2.0, kernels={"a": 3})]
+    )
     table.publish(found, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "README.md", "roofline.png"}
     again = Results.load(tmp_path)
@@ -95,14 +97,14 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 def test_rows_are_joined_by_what_they_measure():
     old = results(row(graph_us=20.0), row("dense", "dense"))
     new = results(row(graph_us=15.0))
-    assert [(r.contender, r.graph_us) for r in new.behind(old).rows] == [("dense", 15.0), ("w4a16", 15.0)]
+    assert [(r.contender, r.graph_us) for r in new.merged_after(old).rows] == [("dense", 15.0), ("w4a16", 15.0)]
     with pytest.raises(OptimError, match="device"):
-        new.behind(results(row(), device="another"))
+        new.merged_after(results(row(), device="another"))
 
 
 def test_a_run_has_ours_and_dense_and_is_right():
     found = results(ceilings={"copy": 1e4, "bfloat16": 1e5, "int8": 1e5})
-    running.run_ops(found, ["wna16"], [(64, 256)], [2])
+    op_runner.run_ops(found, ["wna16"], [(64, 256)], [2])
     assert [r.role for r in found.rows] == ["ours", "ours", "dense"]
     for one in found.rows:
         assert one.failure == ""
@@ -119,23 +121,23 @@ def test_a_failing_peer_is_a_row(monkeypatch):
     absent = peers.Peer("absent", "no_such_package_here", ("wna16",), 4, prepare)
     monkeypatch.setattr(peers, "PEERS", (broken, absent))
     found = results()
-    running.run_ops(found, ["wna16"], [(64, 256)], [1], with_peers=True)
+    op_runner.run_ops(found, ["wna16"], [(64, 256)], [1], with_peers=True)
     assert found.rows[-1].failure == "RuntimeError: no such layout"
     assert "absent" not in {r.contender for r in found.rows}
 
 
 def test_nothing_begins_after_the_time_limit():
     found = results()
-    running.run_ops(found, ["wna16"], [(64, 256)], [1, 2], deadline=running.Deadline(0.0, -1.0))
-    whole.run_models(found, "tiny", deadline=running.Deadline(0.0, -1.0))
+    op_runner.run_ops(found, ["wna16"], [(64, 256)], [1, 2], deadline=environment.Deadline(0.0, -1.0))
+    model_runner.run_models(found, "tiny", deadline=environment.Deadline(0.0, -1.0))
     assert found.rows == found.decode == found.prefill == []
     assert len(found.left_out) == 2 + len(models.SCHEMES)
 
 
 def test_int4_codes_and_pruning():
     weight = torch.randn(8, 256)
-    codes, scale, middle = peers.quantize4(weight)
-    again = (codes.view(8, 2, 128).float() - 8) * scale[..., None] + middle[..., None]
+    codes, scale, offset = peers.quantize_int4(weight)
+    again = (codes.view(8, 2, 128).float() - 8) * scale[..., None] + offset[..., None]
     assert (again.view(8, 256) - weight).abs().max() <= scale.max() / 2 + 1e-6
     assert (peers.prune24(weight).view(-1, 4) != 0).sum(1).eq(2).all()
 
@@ -159,7 +161,7 @@ def test_a_model_is_built_under_every_scheme(scheme):
 @pytest.mark.parametrize("mode", decode.MODES)
 def test_decoding_is_timed(mode):
     found = results()
-    whole.run_models(found, "tiny", ["dense"], whole.Asked([mode], [2], 6), torch.float32)
+    model_runner.run_models(found, "tiny", ["dense"], model_runner.ModelBenchSettings([mode], [2], 6), torch.float32)
     (one,) = found.decode
     assert one.failure == ""
     assert 0 < one.ms <= one.overall_ms * 6
@@ -169,7 +171,7 @@ def test_decoding_is_timed(mode):
 
 def test_a_scheme_that_cannot_be_built_is_a_row():
     found = results()
-    whole.run_models(found, "tiny", ["w5a5"], whole.Asked(["static"], prompts=[9]))
+    model_runner.run_models(found, "tiny", ["w5a5"], model_runner.ModelBenchSettings(["static"], prompts=[9]))
     assert "no scheme 'w5a5'" in found.decode[0].failure
     assert "no scheme 'w5a5'" in found.prefill[0].failure
 
@@ -177,7 +179,9 @@ def test_a_scheme_that_cannot_be_built_is_a_row():
 @pytest.mark.filterwarnings("ignore:these layers stay as they are")
 def test_prefill_is_timed_and_compared_with_the_dense_model(tmp_path):
     found = results()
-    whole.run_models(found, "tiny", ["dense", "2:4"], whole.Asked([], [2], prompts=[9, 33]), torch.float32)
+    model_runner.run_models(
+        found, "tiny", ["dense", "2:4"], model_runner.ModelBenchSettings([], [2], prompts=[9, 33]), torch.float32
+    )
     assert [(row.scheme, row.batch, row.tokens) for row in found.prefill] == [
         (scheme, 2, tokens) for scheme in ("dense", "2:4") for tokens in (9, 33)
     ]
@@ -185,7 +189,7 @@ def test_prefill_is_timed_and_compared_with_the_dense_model(tmp_path):
     assert all(row.ms > 0 for row in found.prefill)
     found.save(tmp_path)
     assert Results.load(tmp_path).prefill == found.prefill
-    again = dataclasses.replace(found, prefill=found.prefill[:1]).behind(found)
+    again = dataclasses.replace(found, prefill=found.prefill[:1]).merged_after(found)
     assert sorted(again.prefill, key=str) == sorted(found.prefill, key=str)
     dense, sparse = found.prefill[0], found.prefill[2]
     line = next(line for line in table.render(found).splitlines() if "| 2:4 | 2 | 9 |" in line)
@@ -193,7 +197,7 @@ def test_prefill_is_timed_and_compared_with_the_dense_model(tmp_path):
 
 
 def test_results_from_before_prefill_are_read(tmp_path):
-    data = results().as_json()
+    data = results().to_json()
     del data["prefill"]
     assert Results.from_json(data).prefill == []
 
@@ -201,9 +205,9 @@ def test_results_from_before_prefill_are_read(tmp_path):
 def test_the_command(tmp_path, capsys):
     quick = ["bench", "--op", "wna16", "--shape", "64x256", "--rows", "1"]
     assert main([*quick, "--output", str(tmp_path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {r["contender"] for r in told["rows"]} == {"w4a16", "w8a16", "dense"}
-    assert str(tmp_path) not in told["command"]
+    printed = json.loads(capsys.readouterr().out)
+    assert {r["contender"] for r in printed["rows"]} == {"w4a16", "w8a16", "dense"}
+    assert str(tmp_path) not in printed["command"]
     (tmp_path / "README.md").unlink()
     assert main(["bench", "--render", str(tmp_path)]) == 0
     assert "w4a16" in (tmp_path / "README.md").read_text()

@@ -1,7 +1,1 @@
-"""Measuring the kernels: every operator beside its peers, and the decoding of a whole model; JSON, tables, a plot."""
-
-from __future__ import annotations
-
-from .results import Results, Row
-
-__all__ = ["Results", "Row"]
+"""Benchmarks: each kernel against its peers, and decoding and prefill of models; as JSON, tables and a plot."""

@@ -1,4 +1,4 @@
-"""Models of random weights for timing: built on the device block by block, never whole in their dense form."""
+"""Models with random weights for timing, built on the device block by block, so that at most one block is dense."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(model: str) -> PreTrainedConfig:
-    """The configuration of a shape of ``SHAPES``, a Hub id or a directory (of which no weights are read)."""
+def resolve_config(model: str) -> PreTrainedConfig:
+    """Return the configuration of a shape in ``SHAPES``, a Hub id or a directory. No weights are read."""
     if model in SHAPES:
         return LlamaConfig(**SHAPES[model], tie_word_embeddings=False)
     from ...toolkit.checkpoint.model_config import load_config
@@ -51,37 +51,37 @@ def config_of(model: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def build(model: str, scheme_name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """A causal language model with random weights under a scheme of ``SCHEMES``, on its kernels.
+    """Build a causal language model with random weights under a scheme of ``SCHEMES``, on its kernels.
 
-    Each block is made, quantized and accelerated before the next one, so that at most one is dense at a time. The
-    output head and the embeddings stay dense. The model never stops by itself: no token ends a text.
+    Each block is materialized, quantized and accelerated before the next one, so that at most one is dense at a time.
+    The output head and the embeddings stay dense. The model has no eos token, so that it never stops early. Raises
+    ``OptimError`` for an unknown scheme.
     """
     if scheme_name not in SCHEMES:
-        raise OptimError(f"no scheme {scheme_name!r}; there are {', '.join(SCHEMES)}")
+        raise OptimError(f"no scheme {scheme_name!r}; the schemes are {', '.join(SCHEMES)}")
     torch.manual_seed(seed)
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config_of(model), dtype=dtype)
-    made.eval().requires_grad_(False)
-    inside = [block.module for block in topology.blocks(made)]
-    for block in inside:
-        _materialise(made, block, device)
+        built = AutoModelForCausalLM.from_config(resolve_config(model), dtype=dtype)
+    built.eval().requires_grad_(False)
+    for block in [b.module for b in topology.blocks(built)]:
+        _materialize(built, block, device)
         for layer in topology.linears(block).values():
             _compress(layer, scheme_name)
         if scheme_name != "dense":
             with warnings.catch_warnings():
-                # `report` tells at the end which layers stayed dense.
+                # The results name the layers that stay dense, so no warning is needed here.
                 warnings.simplefilter("ignore")
                 accelerate(block)
-    _materialise(made, made, device)
-    made.tie_weights()
+    _materialize(built, built, device)
+    built.tie_weights()
     if scheme_name != "dense":
-        accelerate(made)
-    made.generation_config = GenerationConfig()
-    return made
+        accelerate(built)
+    built.generation_config = GenerationConfig()
+    return built
 
 
-def _materialise(model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
-    """Give storage and values to every module of ``part`` that has none yet."""
+def _materialize(model: PreTrainedModel, part: nn.Module, device: torch.device) -> None:
+    """Give storage and values to every module of ``part`` that is still on the meta device."""
     for module in part.modules():
         held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(tensor.is_meta for tensor in held):
@@ -91,7 +91,7 @@ def _materialise(model: PreTrainedModel, part: nn.Module, device: torch.device) 
 
 
 def _compress(layer: nn.Module, scheme_name: str) -> None:
-    """Replace the random weight of a layer by random codes on the scheme's grid, or prune it."""
+    """Replace the random weight of a layer by random codes of the scheme, or prune it."""
     weight: Tensor = layer.get_parameter("weight")
     if scheme_name == "2:4":
         weight.copy_(prune24(weight))
@@ -106,27 +106,27 @@ def _compress(layer: nn.Module, scheme_name: str) -> None:
 
 
 def _random_codes(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """int8 codes ``[out, in]`` and scales ``[out, groups]``, for a weight of about the usual spread."""
+    """Return int8 codes ``[out, in]`` and scales ``[out, groups]`` of a weight with a realistic standard deviation."""
     rows, columns = weight.shape
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, weight.shape, dtype=torch.int8, device=weight.device)
-    spread = 0.02 * 3**0.5 / half
-    scale = (0.5 + torch.rand(rows, columns // group_size, device=weight.device)) * spread
+    step = 0.02 * 3**0.5 / half
+    scale = (0.5 + torch.rand(rows, columns // group_size, device=weight.device)) * step
     return codes, scale.to(weight.dtype)
 
 
-def bytes_held(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+def tensor_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers; shared ones count once."""
     tensors = {
         id(t): t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
     }
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def bytes_read(model: PreTrainedModel) -> int:
-    """Bytes that a decoding step must read: all weights but the rows of the embedding that it does not look up."""
+def bytes_read_per_step(model: PreTrainedModel) -> int:
+    """Return the bytes that a decoding step must read: all weights except an untied embedding table."""
     inputs: Any = model.get_input_embeddings()
     outputs: Any = model.get_output_embeddings()
     inputs, outputs = inputs.weight, outputs.weight
-    aside = 0 if inputs is outputs else inputs.numel() * inputs.element_size()
-    return bytes_held(model) - aside
+    embedding = 0 if inputs is outputs else inputs.numel() * inputs.element_size()
+    return tensor_bytes(model) - embedding

@@ -1,7 +1,8 @@
-"""Other people's ways to do the same product, each only where its package is installed.
+"""Peers: operators of other libraries for the same product, each only if its package is installed.
 
-A peer packs a random dense weight in its own way and multiplies. Its error is against the float64 product of the dense
-weight, so it has the error of its codes in it: it shows that the peer computes the right thing, not how well.
+A peer packs a random dense weight in its own format and multiplies. Its error is measured against the float64 product
+of the dense weight, and so includes its quantization error: it shows that the peer computes the right product, not how
+accurate it is.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """A dense weight ``[out, in]`` and inputs ``[rows, in]`` on the device."""
+class MatmulProblem:
+    """A matrix product to time: a dense weight ``[out, in]`` and inputs ``[rows, in]`` on the device."""
 
     weight: Tensor
     x: Tensor
 
     @classmethod
-    def random(cls, op: str, N: int, K: int, M: int, dtype: torch.dtype, device: torch.device) -> Problem:
-        """Normal weights (2:4 sparse for that operator) and inputs (with large columns for LLM.int8)."""
+    def random(cls, op: str, N: int, K: int, M: int, dtype: torch.dtype, device: torch.device) -> MatmulProblem:
+        """Draw normal weights (2:4 sparse for ``sparse24``) and inputs (with outlier columns for ``llm_int8``)."""
         weight = torch.randn(N, K, device=device, dtype=dtype) * 0.02
         x = torch.randn(M, K, device=device, dtype=dtype)
         if op == "sparse24":
@@ -41,23 +42,24 @@ class Problem:
 
     @property
     def flops(self) -> int:
+        """Multiplications and additions of the product."""
         return 2 * self.x.shape[0] * self.weight.numel()
 
 
 @dataclass(frozen=True, eq=False)
 class Peer:
-    """One peer.
+    """An operator of another library.
 
     Attributes:
-        name: what a table prints.
-        package: the distribution that must be installed; None for PyTorch's own operators.
-        ops: the operators it is compared with; empty: all.
-        bits: of its codes, for the bytes that it must read.
-        prepare: packs a weight and gives the product with it.
-        math: type of the matrix rate that bounds it.
-        graph: whether a CUDA graph can hold it.
-        dense: the product of the weight as it is.
-        part: it does a part of the work alone, and its output is no product of ``weight``.
+        name: its name in tables.
+        package: the distribution that must be installed; None for operators of PyTorch.
+        ops: the operators it is compared with; empty for all.
+        bits: bits per weight that it must read.
+        prepare: packs a weight and returns the product with it.
+        math: data type whose matrix rate bounds it.
+        graph: True if it can be captured in a CUDA graph.
+        dense: True for the product with the unquantized weight.
+        part: True if it does only part of the work, so that its output is not the product with ``weight``.
     """
 
     name: str
@@ -72,22 +74,23 @@ class Peer:
 
     @property
     def role(self) -> Literal["dense", "peer", "part"]:
+        """The role of its rows, see ``OpResult``."""
         return "dense" if self.dense else "part" if self.part else "peer"
 
     def missing(self) -> str:
-        """Why it cannot take part; empty if it can."""
+        """Return why it cannot be timed, or an empty string."""
         if self.package is None or importlib.util.find_spec(self.package) is not None:
             return ""
         return f"{self.package} is not installed"
 
-    def contender(self, task: Problem, tools: Any) -> Any:
-        """The work over several copies of the weight. Raises whatever the peer raises."""
-        size = int(task.weight.numel() * self.bits / 8)
-        products = [self.prepare(task.weight) for _ in range(tools.copies_for(size))]
-        reference = task.x.double() @ task.weight.double().T if not self.part else None
-        calls = [_Call(product, task.x) for product in products]
+    def contender(self, problem: MatmulProblem, tools: Any) -> Any:
+        """Build the contender for a problem, over several copies of the weight. Errors of the peer are not caught."""
+        size = int(problem.weight.numel() * self.bits / 8)
+        products = [self.prepare(problem.weight) for _ in range(tools.copies_for(size))]
+        reference = problem.x.double() @ problem.weight.double().T if not self.part else None
+        calls = [_Call(product, problem.x) for product in products]
         return tools.Contender(
-            self.name, calls, size, task.flops, reference, math=self.math, graph=self.graph, dense=self.dense
+            self.name, calls, size, problem.flops, reference, math=self.math, graph=self.graph, dense=self.dense
         )
 
 
@@ -102,31 +105,31 @@ class _Call:
 
 
 def peers_for(op: str) -> list[Peer]:
-    """The peers that an operator is compared with, the dense product first."""
+    """Return the peers that an operator is compared with, the dense product first."""
     return [peer for peer in PEERS if not peer.ops or op in peer.ops]
 
 
-def packages() -> list[str]:
-    """Distributions of the peers that are installed."""
+def installed_packages() -> list[str]:
+    """Return the installed distributions among those of the peers."""
     return [name for name in dict.fromkeys(p.package for p in PEERS) if name and importlib.util.find_spec(name)]
 
 
-def linear(weight: Tensor) -> nn.Linear:
-    """An ``nn.Linear`` with a copy of the weight, without a bias."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return made
+def make_linear(weight: Tensor) -> nn.Linear:
+    """Return an ``nn.Linear`` without bias that holds a copy of the weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return layer
 
 
 def prune24(weight: Tensor) -> Tensor:
-    """The two largest magnitudes of every four columns of ``[out, in]``."""
-    fours = weight.view(len(weight), -1, 4)
-    kept = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, fours.abs().topk(2, dim=-1).indices, True)
-    return (fours * kept).view_as(weight)
+    """Return the weight ``[out, in]`` pruned 2:4: the two largest magnitudes of every four columns are kept."""
+    groups = weight.view(len(weight), -1, 4)
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.abs().topk(2, dim=-1).indices, True)
+    return (groups * kept).view_as(weight)
 
 
-def quantize4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest codes in [0, 16), scales and minima per group: ``weight ~ (codes - 8) * scale + middle``."""
+def quantize_int4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes in [0, 16), and scale and offset per group: ``weight ~ (codes - 8) * scale + offset``."""
     grouped = weight.float().view(len(weight), -1, group)
     low, high = grouped.amin(-1), grouped.amax(-1)
     scale = ((high - low) / 15).clamp_min(1e-6)
@@ -135,12 +138,12 @@ def quantize4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tenso
 
 
 def _dense(weight: Tensor) -> Product:
-    return linear(weight)
+    return make_linear(weight)
 
 
 def _int4pack(weight: Tensor) -> Product:
-    codes, scale, middle = quantize4(weight)
-    pair = torch.stack((scale, middle), -1).transpose(0, 1).contiguous().to(weight.dtype)
+    codes, scale, offset = quantize_int4(weight)
+    pair = torch.stack((scale, offset), -1).transpose(0, 1).contiguous().to(weight.dtype)
     if weight.is_cuda:
         packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
         return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, pair)
@@ -149,15 +152,15 @@ def _int4pack(weight: Tensor) -> Product:
 
 
 def _int_mm(weight: Tensor) -> Product:
-    """The integer product alone, of codes made beforehand: what a library call can do at best."""
+    """Prepare the integer product alone, of inputs quantized beforehand: the best that a library call can do."""
     scale = weight.abs().amax(1, keepdim=True).float() / 127
     codes = (weight.float() / scale).round().to(torch.int8)
-    held: dict[int, Tensor] = {}
+    quantized: dict[int, Tensor] = {}
 
     def product(x: Tensor) -> Tensor:
-        if id(x) not in held:
-            held[id(x)] = (x.float() / x.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
-        return torch._int_mm(held[id(x)], codes.T)
+        if id(x) not in quantized:
+            quantized[id(x)] = (x.float() / x.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
+        return torch._int_mm(quantized[id(x)], codes.T)
 
     return product
 
@@ -170,7 +173,7 @@ def _sparse24(weight: Tensor) -> Product:
 def _torchao(weight: Tensor, config: Any) -> Product:
     from torchao.quantization import quantize_
 
-    layer = linear(weight)
+    layer = make_linear(weight)
     quantize_(layer, config)
     return layer
 
@@ -183,7 +186,10 @@ def _torchao_int4(weight: Tensor) -> Product:
 
 
 def _torchao_int8(weight: Tensor) -> Product:
-    """Compiled, as its documentation asks for: the quantization of the inputs is many small kernels otherwise."""
+    """Prepare the compiled layer, as the documentation of torchao recommends.
+
+    Without compilation, the quantization of the inputs takes many small kernels.
+    """
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     torch.compiler.reset()
@@ -210,15 +216,15 @@ def _bnb_int8(weight: Tensor) -> Product:
     )
     layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     layer = layer.to(weight.device).eval()
-    # Its product is in float16, whatever it is given.
+    # It multiplies in float16, whatever the dtype of the input.
     return lambda x: layer(x.to(torch.float16)).to(x.dtype)
 
 
 def _gemlite_int4(weight: Tensor) -> Product:
     from gemlite.helper import A16W4_HQQ_INT
 
-    codes, scale, middle = quantize4(weight)
-    zero = 8 - middle / scale
+    codes, scale, offset = quantize_int4(weight)
+    zero = 8 - offset / scale
     packer = A16W4_HQQ_INT(device=str(weight.device), dtype=weight.dtype)
     return packer.from_weights(codes, scale.reshape(-1, 1), zero.reshape(-1, 1))
 
@@ -240,7 +246,7 @@ PEERS = (
     Peer("torch _int_mm (product alone)", None, ("w8a8", "llm_int8"), 8, _int_mm, math="int8", part=True),
     Peer("torchao int8 (compiled)", "torchao", ("w8a8",), 8, _torchao_int8, math="int8"),
     Peer("gemlite A8W8", "gemlite", ("w8a8",), 8, _gemlite_int8, math="int8"),
-    # Without outliers it can be captured, with them it asks the device which columns they are.
+    # Not capturable with outliers: it reads their columns back from the device.
     Peer("bitsandbytes LLM.int8", "bitsandbytes", ("llm_int8",), 8, _bnb_int8, math="int8", graph=False),
     Peer("torch 2:4", None, ("sparse24",), 16 * 9 / 16, _sparse24),
 )

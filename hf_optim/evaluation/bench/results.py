@@ -1,4 +1,4 @@
-"""The results of a benchmark, and the file that keeps them."""
+"""The results of a benchmark, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from typing import Any, Literal, TypeVar
 
 from ...errors import OptimError
 
-Whole = TypeVar("Whole", "Decode", "Prefill")
+ModelResult = TypeVar("ModelResult", "DecodeResult", "PrefillResult")
 
 SCHEMA = 1
 FILE = "results.json"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender on one layer with one number of rows.
+class OpResult:
+    """The times of one contender on one layer with one number of input rows.
 
     Attributes:
-        op: the operator's folder.
+        op: the folder of the operator.
         N, K, M: outputs and inputs of the layer, rows of the input.
-        role: ours, the dense product, a peer, or a part of the work, for comparison alone.
+        role: ours, the dense product, a peer, or a peer that does only part of the work.
+        bytes: the fewest bytes that the format must read.
+        flops: multiplications and additions of the product.
         graph_us, eager_us, host_us: microseconds of a call: in a replayed graph, launched by the host, and until the
-            call returns to the host. None: could not be had.
+            call returns to the host. None if not measurable.
         spread: of ``graph_us``, from the 10th to the 90th percentile over the median.
-        floor_us: the longer of the bytes over the copy bandwidth and the operations over the matrix rate.
-        error: norm of the difference to float64 over its norm. A peer's has the error of its own codes in it.
+        floor_us: roofline bound: the longer of bytes over copy bandwidth and operations over matrix rate.
+        error: norm of the difference to float64 over its norm. That of a peer includes its quantization error.
         failure: why there are no times; empty if there are.
     """
 
@@ -52,28 +54,29 @@ class Row:
     failure: str = ""
 
     @property
-    def place(self) -> tuple[str, int, int, int, str]:
-        """What rows that are compared with each other have in common."""
+    def problem_key(self) -> tuple[str, int, int, int, str]:
+        """What rows must have in common to be compared with each other."""
         return self.op, self.N, self.K, self.M, self.dtype
 
     @property
-    def of_floor(self) -> float | None:
-        """Floor over time in a graph: 1 is as fast as the device can be."""
+    def fraction_of_floor(self) -> float | None:
+        """The floor over the time in a graph: 1 is the fastest that the device can be."""
         return self.floor_us / self.graph_us if self.floor_us and self.graph_us else None
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Greedy ``generate`` of one model under one scheme.
+class DecodeResult:
+    """The times of greedy ``generate`` with one model under one scheme.
 
     Attributes:
         ms: median milliseconds from one token to the next, in steady decoding.
         overall_ms: milliseconds of the whole call over its new tokens.
-        warmup_s: seconds of the calls before, compilation in them.
-        weights_gb, peak_gb: bytes of the model's tensors, and the most the device held, in 10^9.
-        floor_ms: bytes read a token over the copy bandwidth.
-        gpu_ms: of ``ms``, how long the device was busy; None if not profiled.
-        kernels: label -> number of linear layers.
+        warmup_s: seconds of the warm-up calls, including compilation.
+        weights_gb, peak_gb: bytes of the model's tensors, and the peak of the device memory, in 10^9.
+        floor_ms: roofline bound: bytes read per token over the copy bandwidth.
+        gpu_ms: the part of ``ms`` in which the device computes; None if not profiled.
+        kernels: kernel name -> number of linear layers on it.
+        failure: why there are no times; empty if there are.
     """
 
     model: str
@@ -92,18 +95,19 @@ class Decode:
 
     @property
     def name(self) -> str:
-        """What was measured."""
+        """The model, the scheme and the setting, in words."""
         return f"{self.model} under {self.scheme}, {self.mode} cache, batch {self.batch}"
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """One forward over a prompt, with a cache to fill, of one model under one scheme.
+class PrefillResult:
+    """The time of one forward over prompts that fills a cache, with one model under one scheme.
 
     Attributes:
-        tokens: of each of the ``batch`` prompts.
+        tokens: length of each of the ``batch`` prompts.
         ms: median milliseconds, eager.
-        peak_gb: the most the device held, in 10^9 bytes.
+        peak_gb: the peak of the device memory, in 10^9 bytes.
+        failure: why there is no time; empty if there is.
     """
 
     model: str
@@ -116,17 +120,17 @@ class Prefill:
 
     @property
     def name(self) -> str:
-        """What was measured."""
+        """The model, the scheme and the setting, in words."""
         return f"{self.model} under {self.scheme}, prefill of {self.batch} x {self.tokens}"
 
 
 @dataclass
 class Results:
-    """Rows with the device, the versions and the ceilings they were measured with.
+    """All rows, with the device, the versions and the ceilings they were measured with.
 
     Attributes:
-        ceilings: ``copy`` in bytes a microsecond; ``bfloat16``, ``int8`` in operations a microsecond.
-        left_out: what the time did not suffice for.
+        ceilings: ``copy`` in bytes per microsecond; ``bfloat16``, ``int8`` in operations per microsecond.
+        left_out: the measurements that the deadline left no time for.
     """
 
     device: str
@@ -135,59 +139,59 @@ class Results:
     ceilings: dict[str, float]
     date: str
     command: str
-    rows: list[Row] = field(default_factory=list)
-    decode: list[Decode] = field(default_factory=list)
-    prefill: list[Prefill] = field(default_factory=list)
+    rows: list[OpResult] = field(default_factory=list)
+    decode: list[DecodeResult] = field(default_factory=list)
+    prefill: list[PrefillResult] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        """JSON types alone; a number that is not finite becomes null."""
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types; a number that is not finite becomes null."""
         return _finite({"schema": SCHEMA, **asdict(self)})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Results:
-        """Inverse of ``as_json``. Raises ``OptimError`` for another schema or missing parts."""
+        """Read the result of ``to_json``. Raises ``OptimError`` for another schema or missing parts."""
         if data.get("schema") != SCHEMA:
             raise OptimError(f"benchmark results of schema {data.get('schema')!r}; this version reads {SCHEMA}")
         try:
-            # Results from before prefill was timed have none.
+            # Results written before prefill was timed have none.
             data = {"prefill": [], **data}
             parts = {f.name: data[f.name] for f in fields(cls)}
-            parts["rows"] = [Row(**row) for row in parts["rows"]]
-            parts["decode"] = [Decode(**row) for row in parts["decode"]]
-            parts["prefill"] = [Prefill(**row) for row in parts["prefill"]]
+            parts["rows"] = [OpResult(**row) for row in parts["rows"]]
+            parts["decode"] = [DecodeResult(**row) for row in parts["decode"]]
+            parts["prefill"] = [PrefillResult(**row) for row in parts["prefill"]]
         except (KeyError, TypeError) as error:
-            raise OptimError(f"no benchmark results: {error}") from error
+            raise OptimError(f"these are not benchmark results: {error}") from error
         return cls(**parts)
 
-    def behind(self, earlier: Results) -> Results:
-        """The rows of ``earlier`` that were not measured again, and then these; versions and ceilings are the new ones.
+    def merged_after(self, earlier: Results) -> Results:
+        """Return the rows of ``earlier`` that were not measured again, followed by these; the rest is from these.
 
-        Raises ``OptimError`` if the earlier ones are of another device or of other versions.
+        Raises ``OptimError`` if the earlier results are from another device, driver or package version.
         """
-        for what in ("device", "driver", "versions"):
-            old, new = getattr(earlier, what), getattr(self, what)
+        for name in ("device", "driver", "versions"):
+            old, new = getattr(earlier, name), getattr(self, name)
             if old != new:
-                raise OptimError(f"the earlier results are of another {what.rstrip('s')}: {old}, now {new}")
-        again = {(*row.place, row.contender) for row in self.rows}
-        rows = [row for row in earlier.rows if (*row.place, row.contender) not in again]
-        decode = _behind(earlier.decode, self.decode)
-        prefill = _behind(earlier.prefill, self.prefill)
+                raise OptimError(f"the earlier results have another {name.rstrip('s')}: {old}, now {new}")
+        again = {(*row.problem_key, row.contender) for row in self.rows}
+        rows = [row for row in earlier.rows if (*row.problem_key, row.contender) not in again]
+        decode = _merge(earlier.decode, self.decode)
+        prefill = _merge(earlier.prefill, self.prefill)
         command = f"{earlier.command}; {self.command}"
         both = sorted(rows + self.rows, key=lambda row: row.op)
         return replace(self, rows=both, decode=decode, prefill=prefill, command=command)
 
     def save(self, directory: Path) -> Path:
-        """Write ``results.json``, whole or not at all."""
+        """Write ``results.json`` atomically; return the file."""
         directory.mkdir(parents=True, exist_ok=True)
-        path, beside = directory / FILE, directory / f"{FILE}.new"
-        beside.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        path, temporary = directory / FILE, directory / f"{FILE}.new"
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
         return path
 
     @classmethod
     def load(cls, directory: Path) -> Results:
-        """Read ``results.json``. Raises ``OptimError`` if there is none, or it is damaged."""
+        """Read ``results.json``. Raises ``OptimError`` if it is missing or damaged."""
         path = directory / FILE
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -197,7 +201,7 @@ class Results:
             raise OptimError(f"{path} is damaged: {error}") from error
 
 
-def _behind(earlier: list[Whole], now: list[Whole]) -> list[Whole]:
+def _merge(earlier: list[ModelResult], now: list[ModelResult]) -> list[ModelResult]:
     again = {row.name for row in now}
     return [row for row in earlier if row.name not in again] + now
 

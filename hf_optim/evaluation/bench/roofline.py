@@ -1,4 +1,4 @@
-"""The roofline plot: the rate of each contender over the operations a byte, under the ceilings of the device."""
+"""The roofline plot: the rate of each contender over operations per byte, under the ceilings of the device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..cards.plots import COLOURS, DPI, GREY, MARKERS, SIZE, save
-from .results import Results, Row
+from .results import OpResult, Results
 
 
 def roofline(results: Results, path: Path) -> Path:
-    """A panel per operator: ours and the dense product, a point per row, both axes logarithmic.
+    """Draw one panel per operator with a point per row, both axes logarithmic; return the file.
 
-    x: operations over the bytes that the format must read. y: operations a second. The lines are the copy bandwidth
+    x: operations over the bytes that the format must read. y: operations per second. The lines are the copy bandwidth
     and the measured matrix rates.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,13 +30,13 @@ def roofline(results: Results, path: Path) -> Path:
         axes.set_title(op, fontsize=10, loc="left")
     for axes in list(panels)[len(ops) :]:
         axes.remove()
-    figure.supxlabel("operations a byte of the weight", fontsize=9)
+    figure.supxlabel("operations per byte of the weight", fontsize=9)
     figure.supylabel("TFLOP/s", fontsize=9)
     figure.suptitle(results.device, fontsize=10)
     return save(figure, path)
 
 
-def _panel(axes: Any, rows: list[Row], results: Results) -> None:
+def _panel(axes: Any, rows: list[OpResult], results: Results) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(True, color="#dddddd", linewidth=0.6)
@@ -60,7 +60,7 @@ def _panel(axes: Any, rows: list[Row], results: Results) -> None:
     axes.legend(fontsize=7, frameon=False, loc="lower right")
 
 
-def _ceilings(axes: Any, rows: list[Row], ceilings: dict[str, float]) -> None:
+def _ceilings(axes: Any, rows: list[OpResult], ceilings: dict[str, float]) -> None:
     xs = [row.flops / row.bytes for row in rows]
     low, high = min(xs) / 2, max(xs) * 2
     for name, style in (("bfloat16", "--"), ("int8", ":")):

@@ -1,4 +1,4 @@
-"""The published page of a benchmark: tables per operator, with losing rows marked."""
+"""The published page of a benchmark: tables per operator, with a mark where another contender was faster."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from .goals import Goal, decode_goal, goal_of, goals
-from .results import Results, Row
+from .goals import Goal, find_decode_goal, find_goal, load_goals
+from .results import OpResult, Results
 from .roofline import roofline
 
 FILE, PLOT = "README.md", "roofline.png"
@@ -17,7 +17,7 @@ HEADER = (
 
 
 def publish(results: Results, directory: Path) -> list[Path]:
-    """Write ``results.json``, the page and (if there is a time to draw) the plot; returns the files."""
+    """Write ``results.json``, the page and (if any row has a time) the plot; return the files."""
     written = [results.save(directory)]
     if any(row.graph_us for row in results.rows):
         written.append(roofline(results, directory / PLOT))
@@ -27,15 +27,15 @@ def publish(results: Results, directory: Path) -> list[Path]:
 
 
 def render(results: Results, plot: bool = False) -> str:
-    """The page in Markdown."""
-    parts = ["# Kernels, measured", _about(results)]
+    """Return the page as Markdown; ``plot``: include the plot."""
+    parts = ["# Kernel benchmarks", _environment(results)]
     if plot:
         parts.append(f"![Time against the roofline]({PLOT})")
-    lost = [row for row in results.rows if row.role == "ours" and (losers(row, results) or row.failure)]
+    lost = [row for row in results.rows if row.role == "ours" and (faster_contenders(row, results) or row.failure)]
     if results.rows:
         ours = [row for row in results.rows if row.role == "ours"]
         parts.append(
-            f"{len(ours)} rows of ours; **{len(lost)}** of them failed or lose to something (last column). "
+            f"{len(ours)} rows of hf_optim; **{len(lost)}** of them failed or were slower than another (last column). "
             f"{_goal_count(results)}"
         )
     if results.decode:
@@ -48,25 +48,27 @@ def render(results: Results, plot: bool = False) -> str:
             parts += [f"### N={N}, K={K}, {dtype}", _op_table(list(group), results)]
     parts.append(_method(results))
     if results.left_out:
-        parts.append("## Left out\n\nThe time was spent before: " + "; ".join(results.left_out) + ".")
+        parts.append("## Left out\n\nThe time limit was reached before: " + "; ".join(results.left_out) + ".")
     return "\n\n".join(parts) + "\n"
 
 
-def losers(row: Row, results: Results) -> list[str]:
-    """The contenders of the same place that are not ours and were faster than ``row`` by more than 2 %.
+def faster_contenders(row: OpResult, results: Results) -> list[str]:
+    """Return the dense product and peers that were faster than ``row`` by more than 2 % on the same problem.
 
-    A peer that was faster than one of our formats counts only if it reads about as many bytes, or more.
+    A peer counts only if it reads about as many bytes, or more.
     """
     if row.graph_us is None or row.role != "ours":
         return []
-    rivals = [r for r in results.rows if r.place == row.place and r.role in ("dense", "peer") and r.graph_us]
+    rivals = [
+        r for r in results.rows if r.problem_key == row.problem_key and r.role in ("dense", "peer") and r.graph_us
+    ]
     others = [r for r in rivals if r.bytes > 0.9 * row.bytes]
     return [r.contender for r in others if (r.graph_us or 0) * 1.02 < row.graph_us]
 
 
-def dense_ratio(row: Row, results: Results) -> float | None:
-    """Dense time over this one's: in graphs where both have been replayed, else eager."""
-    dense = next((r for r in results.rows if r.place == row.place and r.role == "dense"), None)
+def speedup_over_dense(row: OpResult, results: Results) -> float | None:
+    """Return the time of the dense product over that of ``row``: in graphs if both were replayed, else eager."""
+    dense = next((r for r in results.rows if r.problem_key == row.problem_key and r.role == "dense"), None)
     if dense is None:
         return None
     if dense.graph_us and row.graph_us:
@@ -74,15 +76,15 @@ def dense_ratio(row: Row, results: Results) -> float | None:
     return dense.eager_us / row.eager_us if dense.eager_us and row.eager_us else None
 
 
-def _op_table(rows: Sequence[Row], results: Results) -> str:
+def _op_table(rows: Sequence[OpResult], results: Results) -> str:
     return _table(HEADER, [_cells(row, results) for row in rows])
 
 
-def _cells(row: Row, results: Results) -> list[str]:
+def _cells(row: OpResult, results: Results) -> list[str]:
     name = f"**{row.contender}**" if row.role == "ours" else row.contender
     if row.failure:
         return [str(row.M), name, f"failed: {row.failure}", *[""] * (len(HEADER) - 3)]
-    lost, goal = losers(row, results), goal_of(row, results)
+    lost, goal = faster_contenders(row, results), find_goal(row, results)
     return [
         str(row.M),
         name,
@@ -90,8 +92,8 @@ def _cells(row: Row, results: Results) -> list[str]:
         _number(row.spread, ".0%"),
         _number(row.eager_us, ".1f"),
         _number(row.host_us, ".1f"),
-        _number(row.of_floor, ".0%"),
-        _number(dense_ratio(row, results), ".2f"),
+        _number(row.fraction_of_floor, ".0%"),
+        _number(speedup_over_dense(row, results), ".2f"),
         _number(row.error, ".1e"),
         _goal_text(goal),
         f"**{', '.join(lost)}**" if lost else "",
@@ -100,8 +102,8 @@ def _cells(row: Row, results: Results) -> list[str]:
 
 def _decode_table(results: Results) -> str:
     header = (
-        "model", "scheme", "cache", "batch", "ms a token", "overall", "device busy", "floor", "of floor", "weights GB",
-        "peak GB", "warm-up s", "goal", "layers on",
+        "model", "scheme", "cache", "batch", "ms per token", "overall", "device busy", "floor", "of floor",
+        "weights GB", "peak GB", "warm-up s", "goal", "layers on",
     )  # fmt: skip
     rows = []
     for row in results.decode:
@@ -115,7 +117,7 @@ def _decode_table(results: Results) -> str:
             _number(row.floor_ms, ".2f"), _number(share, ".0%"), _number(row.weights_gb, ".2f"),
             _number(row.peak_gb, ".2f"), _number(row.warmup_s, ".1f"),
         ]  # fmt: skip
-        goal = _goal_text(decode_goal(row, results))
+        goal = _goal_text(find_decode_goal(row, results))
         rows.append([row.model, row.scheme, row.mode, str(row.batch), *numbers, goal, kernels])
     return _table(header, rows)
 
@@ -135,7 +137,7 @@ def _prefill_table(results: Results) -> str:
             _number(row.ms, ".2f"), _number(rate, ".0f"), _number(ratio, ".2f"), _number(row.peak_gb, ".2f")
         ]  # fmt: skip
         rows.append([row.model, row.scheme, *of, *numbers])
-    header = ("model", "scheme", "batch", "tokens", "ms", "tokens a second", "x dense", "peak GB")
+    header = ("model", "scheme", "batch", "tokens", "ms", "tokens per second", "x dense", "peak GB")
     return _table(header, rows)
 
 
@@ -144,7 +146,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
-def _about(results: Results) -> str:
+def _environment(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     driver = f", driver {results.driver}" if results.driver else ""
     copy = results.ceilings["copy"] / 1e6
@@ -156,9 +158,9 @@ def _about(results: Results) -> str:
 
 
 def _goal_count(results: Results) -> str:
-    found = [goal for row in results.rows if (goal := goal_of(row, results))]
+    found = [goal for row in results.rows if (goal := find_goal(row, results))]
     met = sum(goal.met is True for goal in found)
-    return f"Goals met: {met} of {len(found)} ({goals()['source']})." if found else ""
+    return f"Goals met: {met} of {len(found)} ({load_goals()['source']})." if found else ""
 
 
 def _goal_text(goal: Goal | None) -> str:
@@ -173,15 +175,15 @@ def _number(value: float | None, form: str, none: str = "") -> str:
 
 
 def _method(results: Results) -> str:
-    cuda = "CUDA graph that goes over several copies of the weight, together three times the L2 cache, on random data"
+    graph = "CUDA graph that reads several copies of the weight, together three times the L2 cache, on random data"
     return (
         "## How this was measured\n\n"
-        f"`graph us` is the median of 31 replays of a {cuda}, over the number of copies; `spread` the distance from "
-        "its 10th to its 90th percentile, over the median. (On a CPU: wall-clock medians, without a graph.) "
-        "`eager us`: the host launches each call, one behind the other. `host us`: until a call returns to the host. "
-        "The floor is the longer of the bytes that the format must read over the copy bandwidth (read and write "
-        "counted) and the operations over the rate of a large product. `x dense` above 1 is faster than the dense "
-        "product. `error` is the norm of the difference to float64 over its norm; a peer's has the error of its own "
-        "codes in it. A goal is in microseconds on the card it was set on, and elsewhere the share of the floor that "
-        "it was there. `lost to`: what was faster in a graph by more than 2 %."
+        f"`graph us` is the median of 31 replays of a {graph}, over the number of copies; `spread` is the distance "
+        "from its 10th to its 90th percentile, over the median. (On a CPU: wall-clock medians, without a graph.) "
+        "`eager us`: the host launches one call after the other. `host us`: the time until a call returns to the host. "
+        "The floor is the roofline bound: the longer of the bytes that the format must read over the copy bandwidth "
+        "(reads and writes counted) and the operations over the rate of a large product. `x dense` above 1 is faster "
+        "than the dense product. `error` is the norm of the difference to float64 over its norm; that of a peer "
+        "includes its quantization error. A goal is in microseconds on the GPU it was set on, and on others the same "
+        "fraction of the floor. `lost to`: the contenders that were faster in a graph by more than 2 %."
     )
