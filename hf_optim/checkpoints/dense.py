@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from ..compressed.codec import scheme_on
 from ..compressed.experts import expert_schemes
-from ..compressed.outlier_columns import forget_outliers
-from ..compressed.quantizer import _configs, detach_quantizer
+from ..compressed.outlier_columns import remove_outlier_thresholds
+from ..compressed.quantizer import detach_quantizer, model_configs
 from ..compressed.state import clear, quantized_modules
 
 
@@ -43,6 +43,6 @@ def convert_to_dense(model: nn.Module) -> list[str]:
         for weight in weights:
             module.get_parameter(weight).requires_grad_(True)
     detach_quantizer(model)
-    for config in _configs(model):
-        forget_outliers(config)
+    for config in model_configs(model):
+        remove_outlier_thresholds(config)
     return changed

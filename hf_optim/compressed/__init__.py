@@ -11,7 +11,7 @@ from .outlier_columns import set_outlier_threshold
 from .quantizer import attach_quantizer, detach_quantizer
 from .schemes import activation_args, scheme, scheme_of, weight_args
 from .state import clear, dump_module_state, input_quantizer, load_module_state, quantized_modules, store
-from .storability import is_stack, storable
+from .storability import has_stacked_weights, storable
 
 __all__ = [
     "activation_args",
@@ -19,8 +19,8 @@ __all__ = [
     "clear",
     "detach_quantizer",
     "dump_module_state",
+    "has_stacked_weights",
     "input_quantizer",
-    "is_stack",
     "load_module_state",
     "quantized_modules",
     "scheme",

@@ -13,7 +13,7 @@ from torch import Tensor
 CHUNK = 1 << 22
 
 
-def words_of(count: int, bits: int) -> int:
+def word_count(count: int, bits: int) -> int:
     """How many words ``count`` codes take."""
     return -(-count * bits // 32)
 

@@ -48,7 +48,7 @@ def check_fit(weight: torch.Tensor, scheme: QuantizationScheme, codes: Any, scal
         raise ModelError(f"the scale is not exact in the weight's dtype {weight.dtype}; round it before coding")
 
 
-def decode(codes: Any, scale: Any, zero_point: Any, args: QuantizationArgs, like: torch.Tensor) -> torch.Tensor:
+def dequantize(codes: Any, scale: Any, zero_point: Any, args: QuantizationArgs, like: torch.Tensor) -> torch.Tensor:
     """The values of codes in the dtype of ``like``, as stock transformers has them after loading."""
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 

@@ -32,7 +32,7 @@ def decode(found: Codes, bits: int, dtype: torch.dtype) -> Tensor:
     return weight if found.order is None else torch.empty_like(weight).index_copy_(1, found.order, weight)
 
 
-def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
+def column_order(g_idx: Tensor, group_size: int) -> Tensor | None:
     """The columns sorted by their group, int64 ``[in]``, or None where they already are.
 
     Args:
@@ -48,7 +48,7 @@ def order_of(g_idx: Tensor, group_size: int) -> Tensor | None:
     return None if torch.equal(order, torch.arange(columns, device=order.device)) else order
 
 
-def spread(values: Tensor, shape: tuple[int, int]) -> Tensor:
+def expand_groups(values: Tensor, shape: tuple[int, int]) -> Tensor:
     """Scales or zero points per tensor, channel or group, as ``[out, groups]``. Raises ``ValueError``."""
     values = values.detach()
     values = values.reshape(-1, 1) if values.dim() < 2 else values
@@ -57,13 +57,13 @@ def spread(values: Tensor, shape: tuple[int, int]) -> Tensor:
     return values.expand(shape).contiguous()
 
 
-def unsigned(codes: Tensor, bits: int) -> Tensor:
+def to_unsigned(codes: Tensor, bits: int) -> Tensor:
     """Signed codes (int8, in [-2^(bits - 1), 2^(bits - 1))) as uint8 from zero on."""
     return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
 
 
-def signed(codes: Tensor, bits: int) -> Tensor:
-    """Inverse of ``unsigned``."""
+def to_signed(codes: Tensor, bits: int) -> Tensor:
+    """Inverse of ``to_unsigned``."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
@@ -73,7 +73,7 @@ def group_size_of(args: Any, columns: int) -> int:
 
 
 @torch.no_grad()
-def codes_of(module: nn.Module) -> Codes:
+def recover_codes(module: nn.Module) -> Codes:
     """The codes of a layer in the decoded state of ``quantized``. Raises ``ValueError`` if its weight left their grid.
 
     They are recovered in float32, as when such a layer is saved, and must decode to the weight bit by bit.
@@ -85,7 +85,7 @@ def codes_of(module: nn.Module) -> Codes:
     rows, columns = weight.shape
     size = group_size_of(args, columns)
     g_idx = getattr(module, "weight_g_idx", None)
-    order = None if g_idx is None else order_of(g_idx, size)
+    order = None if g_idx is None else column_order(g_idx, size)
     scale: Any = module.weight_scale
     point: Any = None if args.symmetric else module.weight_zero_point
     shape = (rows, columns // size)
@@ -94,10 +94,10 @@ def codes_of(module: nn.Module) -> Codes:
     codes = quantize(x=ordered.float(), scale=scale.float(), zero_point=point, args=args, dtype=kind)
     zero = None
     if args.type == "int":
-        codes = unsigned(codes, args.num_bits)
-        zero = None if point is None else unsigned(spread(point, shape), args.num_bits)
+        codes = to_unsigned(codes, args.num_bits)
+        zero = None if point is None else to_unsigned(expand_groups(point, shape), args.num_bits)
     inputs = {key: getattr(module, name, None) for key, name in INPUTS.items()}
-    found = Codes(codes, spread(scale, shape), zero, order, **{k: _data(v) for k, v in inputs.items()})
+    found = Codes(codes, expand_groups(scale, shape), zero, order, **{k: _data(v) for k, v in inputs.items()})
     if not torch.equal(decode(found, args.num_bits, weight.dtype), weight):
         raise ValueError(OFF_GRID)
     return found
@@ -110,14 +110,14 @@ def _data(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach()
 
 
-def scales(found: Codes, scheme: Any) -> dict[str, Tensor]:
+def scale_tensors(found: Codes, scheme: Any) -> dict[str, Tensor]:
     """``weight_scale`` and ``weight_zero_point`` as the decoded state and the checkpoint have them."""
     args = scheme.weights
     assert found.scale is not None
     parts = {"weight_scale": _narrow(found.scale, args)}
     if not args.symmetric:
         zero = torch.full_like(found.scale, 2 ** (args.num_bits - 1)) if found.zero is None else found.zero
-        parts["weight_zero_point"] = _narrow(signed(zero, args.num_bits), args)
+        parts["weight_zero_point"] = _narrow(to_signed(zero, args.num_bits), args)
     return parts
 
 
@@ -128,8 +128,8 @@ def _narrow(values: Tensor, args: Any) -> Tensor:
 def checkpoint_tensors(found: Codes, scheme: Any) -> dict[str, Tensor]:
     """The weight of a layer as a compressed-tensors checkpoint has it, by local name. ``found.order`` must be None."""
     args = scheme.weights
-    parts = scales(found, scheme)
-    codes = found.codes if args.type == "float" else signed(found.codes, args.num_bits)
+    parts = scale_tensors(found, scheme)
+    codes = found.codes if args.type == "float" else to_signed(found.codes, args.num_bits)
     if scheme.format != "pack-quantized":
         return {"weight": codes, **parts}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -147,11 +147,11 @@ def is_sparse24(matrix: Tensor) -> bool:
     return bool((matrix.ne(0).view(-1, 4).sum(1) <= 2).all())
 
 
-def state_of(found: Codes, scheme: Any) -> Mapping[str, Any]:
+def store_arguments(found: Codes, scheme: Any) -> Mapping[str, Any]:
     """The arguments of ``quantized.store`` that bring a layer to these codes."""
     args = scheme.weights
-    codes = found.codes if args.type == "float" else signed(found.codes, args.num_bits)
-    parts = scales(found, scheme)
+    codes = found.codes if args.type == "float" else to_signed(found.codes, args.num_bits)
+    parts = scale_tensors(found, scheme)
     return {
         "codes": codes,
         "scale": parts["weight_scale"],

@@ -44,7 +44,7 @@ def store_expert(layer: ExpertLinear, scheme: QuantizationScheme, codes: Any, sc
     """
     from .codec import (
         check_fit,
-        decode,  # which takes this module for stacks
+        dequantize,  # which takes this module for stacks
     )
 
     args = scheme.weights
@@ -57,7 +57,7 @@ def store_expert(layer: ExpertLinear, scheme: QuantizationScheme, codes: Any, sc
     stack, key = layer.experts, layer.parameter + SCALE
     stacked = stack.get_parameter(layer.parameter)
     rows = layer.out_features
-    layer.weight.copy_(decode(codes, scale, None, args, layer.weight))
+    layer.weight.copy_(dequantize(codes, scale, None, args, layer.weight))
     # A tensor's one scale is that of each of its channels.
     scale = (scale.reshape(1, 1) if args.strategy == "tensor" else scale).to(layer.weight).expand(rows, -1)
     known = stack._parameters.get(key)
@@ -67,10 +67,10 @@ def store_expert(layer: ExpertLinear, scheme: QuantizationScheme, codes: Any, sc
         stack.register_parameter(key, known)
     known.data[layer.index] = scale
     stacked.requires_grad_(False)
-    attach_expert_schemes(stack, {**expert_schemes(stack), layer.parameter: by_rows(scheme)})
+    attach_expert_schemes(stack, {**expert_schemes(stack), layer.parameter: per_channel(scheme)})
 
 
-def by_rows(scheme: QuantizationScheme) -> QuantizationScheme:
+def per_channel(scheme: QuantizationScheme) -> QuantizationScheme:
     """The scheme with a scale for each channel where it had one for the tensor: stock splits and joins channels."""
     from .schemes import scheme as made
 
@@ -84,7 +84,7 @@ def attach_expert_schemes(stack: nn.Module, schemes: Mapping[str, QuantizationSc
     from compressed_tensors.quantization import QuantizationStatus
 
     stack.__dict__[SCHEMES] = dict(schemes)
-    stack.quantization_scheme = unified(_widths(stack, schemes))  # type: ignore[assignment]
+    stack.quantization_scheme = unify_schemes(_widths(stack, schemes))  # type: ignore[assignment]
     stack.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
 
 
@@ -96,7 +96,7 @@ def clear_experts(stack: nn.Module) -> None:
         stack.__dict__.pop(name, None)
 
 
-def unified(found: Sequence[tuple[int, QuantizationScheme]]) -> QuantizationScheme:
+def unify_schemes(found: Sequence[tuple[int, QuantizationScheme]]) -> QuantizationScheme:
     """One scheme in which weights of all these widths and schemes can be stored without a loss.
 
     transformers decodes all experts by one scheme. It has the widest codes, since a code of few bits is one of many
@@ -116,26 +116,26 @@ def unified(found: Sequence[tuple[int, QuantizationScheme]]) -> QuantizationSche
 def stored_scheme(model: nn.Module) -> QuantizationScheme | None:
     """The one scheme in which all experts of a model are written; None if none is quantized."""
     found = [pair for stack in fused_experts(model).values() for pair in _widths(stack, expert_schemes(stack))]
-    return unified(found) if found else None
+    return unify_schemes(found) if found else None
 
 
 def _widths(stack: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> list[tuple[int, QuantizationScheme]]:
     return [(ExpertLinear(stack, "", parameter, 0).in_features, scheme) for parameter, scheme in schemes.items()]
 
 
-def unreadable(model: Any, name: str, stack: nn.Module) -> str:
+def experts_unsupported_reason(model: Any, name: str, stack: nn.Module) -> str:
     """Why stock transformers cannot read integer codes of a stack of experts; the empty string if it can."""
     if not is_fused_experts(stack):
         return f"{type(stack).__name__} does not keep and run its experts the way of transformers' fused ones"
     for parameter in matrix_names(stack):
         try:
-            rows_of(model, f"{name}.{parameter}" if name else parameter, stack)
+            checkpoint_rows(model, f"{name}.{parameter}" if name else parameter, stack)
         except ModelError as error:
             return str(error)
     return ""
 
 
-def rows_of(model: Any, name: str, stack: nn.Module) -> dict[str, tuple[int, int, int]]:
+def checkpoint_rows(model: Any, name: str, stack: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Where the rows of a stacked parameter go in a checkpoint: name of a weight -> expert, first row, end.
 
     Found by sending numbered rows through transformers' own conversion from the stack to the checkpoint. The names are
@@ -188,7 +188,7 @@ def _converted(model: Any, reverse: Any, name: str, tensor: Tensor) -> dict[str,
     return {key: part[0] if isinstance(part, list) else part for key, part in parts.items()}
 
 
-def forget_decoding(model: Any) -> None:
+def discard_decoding(model: Any) -> None:
     """Let a model be saved whose experts transformers decoded while loading: it cannot revert that, and need not."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -205,7 +205,7 @@ def checkpoint_modules(model: nn.Module) -> list[str]:
     found = []
     for name, stack in fused_experts(model).items():
         for parameter in expert_schemes(stack):
-            found += [key.removesuffix(WEIGHT) for key in rows_of(model, f"{name}.{parameter}", stack)]
+            found += [key.removesuffix(WEIGHT) for key in checkpoint_rows(model, f"{name}.{parameter}", stack)]
     return found
 
 
@@ -218,7 +218,7 @@ def packed_experts(model: nn.Module, name: str, scheme: QuantizationScheme) -> d
     packed: dict[str, Tensor] = {}
     for parameter in expert_schemes(stack):
         scales = stack.get_parameter(parameter + SCALE)
-        for key, (expert, begin, end) in rows_of(model, f"{name}.{parameter}", stack).items():
+        for key, (expert, begin, end) in checkpoint_rows(model, f"{name}.{parameter}", stack).items():
             weight = ExpertLinear(stack, name, parameter, expert).weight[begin:end]
             scale = _in_groups(scales[expert, begin:end], weight.shape[1], scheme)
             part = pack({"weight": weight, "weight_scale": scale}, scheme)

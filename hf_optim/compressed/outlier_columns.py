@@ -50,7 +50,7 @@ def outlier_thresholds(model: nn.Module, names: Iterable[str]) -> dict[str, floa
     return found
 
 
-def forget_outliers(config: Any) -> None:
+def remove_outlier_thresholds(config: Any) -> None:
     """Take it out of a configuration."""
     held = getattr(config, FIELD, None)
     if isinstance(held, Mapping) and KEY in held:

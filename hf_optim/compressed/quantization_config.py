@@ -42,7 +42,7 @@ def quantization_config(model: nn.Module, schemes: Mapping[str, QuantizationSche
     for name, scheme in schemes.items():
         if name not in experts:
             by_scheme.setdefault(_key(scheme), (scheme, []))[1].append(name)
-    targets, ignore = patterns(model, [names for _, names in by_scheme.values()])
+    targets, ignore = target_patterns(model, [names for _, names in by_scheme.values()])
     common = next(iter(experts.values()), None)
     if common is not None and (targets != [["Linear"]] or [*by_scheme] != [_key(common)]):
         # transformers takes the scheme of experts from the first group that has a pattern with this word.
@@ -71,7 +71,7 @@ def expert_patterns(names: Iterable[str]) -> list[str]:
     return [r"re:.*\b" + re.escape(end).replace(r"\.0\.", r"\.\d+\.", 1) + "$" for end in ends]
 
 
-def patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+def target_patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[list[str]], list[str]]:
     """Target patterns per group of module names, and patterns to ignore, in compressed-tensors' language.
 
     The class ``Linear`` and an ignore list where all is quantized alike; else expressions without layer numbers; else

@@ -19,8 +19,8 @@ from ..errors import ModelError
 from ..runs.run import find_run
 from .codec import scheme_on
 from .experts import (
+    discard_decoding,
     expert_schemes,
-    forget_decoding,
 )
 from .quantization_config import quantization_config, stored_schemes
 from .state import quantized_modules
@@ -47,7 +47,7 @@ def quantizer_class() -> type:
         def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, torch.Tensor] | None, dict]:
             if getattr(model, "_hf_peft_config_loaded", False):
                 return None, {}  # only the adapter is saved
-            forget_decoding(model)
+            discard_decoding(model)
             state, off_grid = packed_state_dict(model)
             if off_grid:
                 logger.warning(
@@ -160,21 +160,21 @@ def attach_quantizer(model: Any) -> None:
     model.quantization_method = config.quant_method
     model.is_quantized = True
     model.config.quantization_config = config
-    for config in _configs(model):
+    for config in model_configs(model):
         config._is_quantized = True
 
 
 def detach_quantizer(model: Any) -> None:
     """Undo ``attach_quantizer``. The modules are left as they are."""
-    forget_decoding(model)
+    discard_decoding(model)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
-    for config in _configs(model):
+    for config in model_configs(model):
         for name in ("quantization_config", "_is_quantized"):
             vars(config).pop(name, None)
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def model_configs(model: nn.Module) -> list[Any]:
     from transformers import PreTrainedConfig
 
     found = (getattr(part, "config", None) for part in model.modules())

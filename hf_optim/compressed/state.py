@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ModelError
 from ..toolkit.topology.experts import ExpertLinear
-from .codec import check_fit, decode, quantize_input, scheme_on
+from .codec import check_fit, dequantize, quantize_input, scheme_on
 from .experts import SCALE, attach_expert_schemes, clear_experts, expert_schemes, store_expert
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def store(
     weight = module.weight
     if scheme.weights is not None:
         check_fit(weight, scheme, codes, scale, zero_point)
-        decoded = decode(codes, scale, zero_point, scheme.weights, weight)
+        decoded = dequantize(codes, scale, zero_point, scheme.weights, weight)
         if g_idx is None:
             weight.copy_(decoded)
         else:

@@ -11,7 +11,7 @@ from ..errors import ModelError
 from ..toolkit.topology.experts import ExpertLinear, expert_linears
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
-from .experts import expert_schemes, unreadable
+from .experts import expert_schemes, experts_unsupported_reason
 
 if TYPE_CHECKING:
     from ..runs.scope import Scope
@@ -57,7 +57,7 @@ def storable(
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
-    stacks = {name: m for name, m in scope.model.named_modules() if is_stack(m)}
+    stacks = {name: m for name, m in scope.model.named_modules() if has_stacked_weights(m)}
     inside = [name for name in stacks if scope.holds(name)]
     if stacks and integer and layers:
         _require_whole_experts(scope, stacks, targets, skip, label, experts, symmetric)
@@ -96,7 +96,7 @@ def _require_whole_experts(
         )
     checked = {name: stack for name, stack in left.items() if scope.holds(name)} or dict([*left.items()][:1])
     for name, stack in checked.items():
-        if why := unreadable(model, name, stack):
+        if why := experts_unsupported_reason(model, name, stack):
             raise ModelError(
                 f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
                 "leaves experts as they are"
@@ -108,7 +108,7 @@ def _require_whole_experts(
             )
 
 
-def is_stack(module: nn.Module) -> bool:
+def has_stacked_weights(module: nn.Module) -> bool:
     """Whether a module holds stacked matrices ``[n, ., .]``, as experts are kept."""
     convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return not convolution and any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class InputQuantization:
     """How the inputs of a layer are quantized.
 
     Attributes:
@@ -83,7 +83,7 @@ class QuantizedWeight:
     group_size: int
     symmetric: bool
     ordered: bool
-    inputs: Inputs | None
+    inputs: InputQuantization | None
     sparse24: bool
     bias: Tensor | None
     codes: Callable[[], Codes]

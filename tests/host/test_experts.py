@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_optim import Scope, compressed, optimize
-from hf_optim.compressed.experts import rows_of, store_expert
+from hf_optim.checkpoints.dense import convert_to_dense
+from hf_optim.compressed.experts import checkpoint_rows, store_expert
 from hf_optim.compressed.state_dict import packed_state_dict
 from hf_optim.errors import ModelError, NumericalError
 from hf_optim.runs.run import run_of
@@ -25,9 +26,9 @@ from hf_optim.testing.models import _build
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distributed import collectives
 from hf_optim.toolkit.quantization.grids import GridSpec, fit_group_size, make_grid
-from hf_optim.toolkit.statistics.expert_tokens import TokenSample, top_up
-from hf_optim.toolkit.statistics.observers import SecondMoment
-from hf_optim.toolkit.topology.experts import expert_linears, intermediate, parameters, stacks
+from hf_optim.toolkit.statistics.expert_tokens import TokenSample, augment_undersampled
+from hf_optim.toolkit.statistics.second_moment import SecondMoment
+from hf_optim.toolkit.topology.experts import down_proj_inputs, expert_linears, fused_experts, matrix_names
 
 IDS = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(0))
 MOE: dict[str, Any] = {**DECODER, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -119,7 +120,7 @@ def seen_by(model: nn.Module, stack: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("build", [tiny_mixtral, qwen3_moe, gpt_oss])
 def test_the_views_compute_what_the_stack_computes(build):
-    stack = next(iter(stacks(build()).values()))
+    stack = next(iter(fused_experts(build()).values()))
     views = expert_linears(stack)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(7, 32, generator=generator)
@@ -146,7 +147,7 @@ def test_second_moments_are_those_of_the_tokens_an_expert_sees(implementation):
             with torch.no_grad():
                 model(ids)
     assert moments.keys() == views.keys()
-    for name, stack in stacks(model).items():
+    for name, stack in fused_experts(model).items():
         for expert, rows in enumerate(seen_by(model, stack)):
             gate, up = (rows @ stack.gate_up_proj[expert].T).detach().chunk(2, -1)
             for parameter, inputs in (("gate_up_proj", rows), ("down_proj", nn.functional.silu(gate) * up)):
@@ -168,7 +169,7 @@ def test_a_non_finite_token_names_the_expert():
 def test_the_sample_is_evenly_spread():
     model = tiny_mixtral()
     views = expert_linears(model)
-    name, stack = next(iter(stacks(model).items()))
+    name, stack = next(iter(fused_experts(model).items()))
     everything = []
     stack.register_forward_pre_hook(lambda module, args: everything.append(args[0].detach().clone()))
     with TokenSample(views, size=9) as sample:
@@ -193,14 +194,14 @@ def test_experts_with_few_tokens_are_topped_up_to_as_many_as_they_have_inputs():
     before = copy.deepcopy(moments)
     rows = seen_by(model, block.experts)  # of other data
     assert not len(rows[2])
-    scarce = top_up(views, moments, sample)
+    scarce = augment_undersampled(views, moments, sample)
     tokens = sample["model.layers.0.mlp.experts"]
     counts = {name: before[name].count if name in before else 0 for name in views}
     assert scarce == {name: count for name, count in counts.items() if count < views[name].in_features}
     assert {"model.layers.0.mlp.experts.2.gate_up_proj", "model.layers.0.mlp.experts.2.down_proj"} <= scarce.keys()
     assert 0 < len(scarce) < len(views)
     for name, view in views.items():
-        inputs = tokens if view.parameter == "gate_up_proj" else intermediate(view.stack, view.index, tokens)
+        inputs = tokens if view.parameter == "gate_up_proj" else down_proj_inputs(view.experts, view.index, tokens)
         expected = before[name].total if name in before else torch.zeros(view.in_features, view.in_features).double()
         if name in scarce:
             share = (view.in_features - counts[name]) / len(tokens)
@@ -219,7 +220,7 @@ def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
     (name,) = sample
     mine, others = sample[name].clone(), torch.randn(14, 32)
     padded = torch.cat([others, torch.zeros(6, 32)])
-    monkeypatch.setattr(collectives, "ranks", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(
         collectives, "reduce_", lambda t, how: t.add_(torch.tensor([14, 0]) if t.dim() == 1 else padded)
@@ -286,8 +287,8 @@ def test_stock_reloads_with_identical_logits(round_trip, name):
 def test_stock_has_the_same_weights(round_trip, name):
     directory, model, _, _ = round_trip[name]
     stock = AutoModelForCausalLM.from_pretrained(directory)
-    for path, stack in stacks(stock).items():
-        for parameter in parameters(stack):
+    for path, stack in fused_experts(stock).items():
+        for parameter in matrix_names(stack):
             mine = model.get_parameter(f"{path}.{parameter}")
             assert torch.equal(mine.to(stack.get_parameter(parameter).dtype), stack.get_parameter(parameter))
 
@@ -332,13 +333,13 @@ def test_coverage_counts_experts(round_trip):
     assert found["weights_total"] == sum(p.numel() for p in reference.parameters())
     assert found["skipped"] == {}
     one = topology.coverage(reference, ["model.layers.0.mlp.experts.1.down_proj"])
-    assert one.touched == 32 * 48
+    assert one.covered == 32 * 48
 
 
 def test_numbered_rows_find_their_way():
     model = tiny_mixtral()
     stack = model.model.layers[0].mlp.experts
-    found = rows_of(model, "model.layers.0.mlp.experts.gate_up_proj", stack)
+    found = checkpoint_rows(model, "model.layers.0.mlp.experts.gate_up_proj", stack)
     assert found["model.layers.0.mlp.experts.2.w1.weight"] == (2, 0, 48)
     assert found["model.layers.0.mlp.experts.2.w3.weight"] == (2, 48, 96)
     assert len(found) == 8
@@ -442,7 +443,7 @@ def test_dense_leaves_no_trace():
     reference, model = tiny_mixtral(), quantized(tiny_mixtral(), bits=4, group_size=16)
     expected = logits(model)
     assert len(compressed.quantized_modules(model)) == 10
-    assert compressed.dense(model) == []
+    assert convert_to_dense(model) == []
     assert torch.equal(logits(model), expected)
     assert model.state_dict().keys() == reference.state_dict().keys()
     attributes = {name: set(vars(module)) for name, module in reference.named_modules() if name}
@@ -496,7 +497,7 @@ def test_a_reloaded_model_can_be_saved(round_trip, tmp_path, how):
     else:
         model = AutoModelForCausalLM.from_pretrained(directory)
         logits(model)
-        compressed.dense(model)
+        convert_to_dense(model)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -526,7 +527,7 @@ def test_an_upcycled_model_is_as_good_as_the_dense_one(shared_models, shared_dat
         step = {"technique": technique, "bits": 3, "group_size": 32}
         loss[technique] = perplexity(optimize(copy.deepcopy(dense), [step], calibration=calibration), held_out)
         mixture = optimize(copy.deepcopy(dense), [upcycle, step], calibration=calibration)
-        assert stacks(mixture)
+        assert fused_experts(mixture)
         loss[f"{technique}, mixture"] = perplexity(mixture, held_out)
     # Copies round to the same weights.
     assert loss["rtn, mixture"] == pytest.approx(loss["rtn"], rel=1e-4)

@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import hf_optim
 from hf_optim import Scope, compressed
-from hf_optim.compressed.quantization_config import patterns
+from hf_optim.checkpoints.dense import convert_to_dense
+from hf_optim.compressed.quantization_config import target_patterns
 from hf_optim.compressed.state_dict import packed_state_dict
 from hf_optim.errors import CheckpointError, ModelError
 from hf_optim.toolkit.quantization.grids import GridSpec, fit_group_size, make_grid
@@ -194,7 +195,7 @@ def test_patterns_fall_back_to_names():
     model = tiny_llama()
     groups = [["model.layers.0.mlp.up_proj"], ["model.layers.1.mlp.up_proj"]]
     expected = [[rf"re:(?:.*\.)?layers\.{i}\.mlp\.up_proj$"] for i in range(2)]
-    assert patterns(model, groups) == (expected, [])
+    assert target_patterns(model, groups) == (expected, [])
 
 
 def test_the_base_model_of_a_partly_quantized_checkpoint_has_its_weights(tmp_path):
@@ -301,7 +302,7 @@ def test_dense_leaves_no_trace():
     attributes = set(vars(model))
     w4(model)
     expected = logits(model)
-    assert compressed.dense(model) == []
+    assert convert_to_dense(model) == []
     assert torch.equal(logits(model), expected)
     assert model.state_dict().keys() == reference.state_dict().keys()
     assert set(vars(model)) == attributes
@@ -316,7 +317,7 @@ def test_dense_says_whose_activations_are_no_longer_quantized():
     model = tiny_llama()
     quantize(model, GridSpec(8), "int8", only=lambda n: "mlp" in n)
     compressed.attach_quantizer(model)
-    assert compressed.dense(model) == [n for n in inner(model) if "mlp" in n]
+    assert convert_to_dense(model) == [n for n in inner(model) if "mlp" in n]
 
 
 def test_attaching_to_a_model_without_quantization_is_refused():

@@ -13,7 +13,7 @@ import torch
 from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
 from torch.nn import functional as F
 
-from hf_optim.compressed.weights import Codes, Inputs, QuantizedWeight
+from hf_optim.compressed.weights import Codes, InputQuantization, QuantizedWeight
 from hf_optim_kernels.w8a8 import layer, naive, op, producers
 
 GRIDS = [(False, True), (False, False), (True, True)]  # float8, symmetric
@@ -358,7 +358,7 @@ def quantized_weight(out, columns, *, float8=False, symmetric=True, dynamic=True
     return QuantizedWeight(
         name="a.b", shape=(out, columns), dtype=torch.float32, device=torch.device(device),
         kind="float" if float8 else "int", bits=8, group_size=columns, symmetric=True, ordered=False,
-        inputs=Inputs("float8" if float8 else "int8", dynamic, symmetric), sparse24=False,
+        inputs=InputQuantization("float8" if float8 else "int8", dynamic, symmetric), sparse24=False,
         bias=torch.randn(out, generator=g).to(device) if bias else None, codes=lambda: found,
     )  # fmt: skip
 
@@ -476,7 +476,7 @@ def test_joined_operands(device):
     [
         ({"inputs": None}, ""),
         ({"bits": 4, "kind": "float"}, "4-bit float weights with int8 inputs"),
-        ({"inputs": Inputs("float8", True, True)}, "8-bit int weights with float8 inputs"),
+        ({"inputs": InputQuantization("float8", True, True)}, "8-bit int weights with float8 inputs"),
         ({"symmetric": False}, "zero points"),
         ({"group_size": 32}, "groups of 32 columns"),
         ({"ordered": True}, "another order"),
@@ -514,10 +514,10 @@ def test_static_inputs_without_a_scale_are_refused():
     given = quantized_weight(24, 64)
     found = given.codes()
     with pytest.raises(ValueError, match="no scale"):
-        layer.PackedWeight.of(replace(given, inputs=Inputs("int8", False, True)))
+        layer.PackedWeight.of(replace(given, inputs=InputQuantization("int8", False, True)))
     half = Codes(found.codes, found.scale, None, input_scale=torch.ones(1))
     with pytest.raises(ValueError, match="no zero point"):
-        layer.PackedWeight.of(replace(given, inputs=Inputs("int8", False, False), codes=lambda: half))
+        layer.PackedWeight.of(replace(given, inputs=InputQuantization("int8", False, False), codes=lambda: half))
 
 
 @in_this_process

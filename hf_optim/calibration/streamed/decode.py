@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compressed.codec import scheme_on
-from ...compressed.experts import WEIGHT, expert_schemes, rows_of, stored_scheme
+from ...compressed.experts import WEIGHT, checkpoint_rows, expert_schemes, stored_scheme
 from ...errors import ModelError
 from ...toolkit.topology.experts import ExpertLinear
 
@@ -59,7 +59,7 @@ def describe_experts(model: nn.Module, name: str) -> dict[str, Any]:
     for stack_name, stack in block.named_modules():
         for parameter in expert_schemes(stack):
             key = f"{stack_name}.{parameter}"
-            rows = rows_of(model, f"{name}.{key}", stack).items()
+            rows = checkpoint_rows(model, f"{name}.{key}", stack).items()
             parts[key] = {own.removeprefix(f"{name}.").removesuffix(WEIGHT): list(place) for own, place in rows}
             layout = {"transposed": ExpertLinear(stack, stack_name, parameter, 0).transposed}
     return {**layout, "scheme": scheme.model_dump(mode="json"), "parts": parts} if scheme is not None else {}

@@ -22,7 +22,7 @@ from ..outlier_columns import outlier_thresholds
 from . import codebook_layers
 from .describe import describe_module
 from .fused_norm import fuse_norms
-from .fused_projections import join_layers
+from .fused_projections import fuse_projections
 from .installed import installed_kernels
 from .kernel import NO_KERNEL, Kernel
 from .packed_linear import KernelWarning, PackedLinear
@@ -115,7 +115,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     _decompress_rest(model)
     inner = _pretrained(model)
     if inner is not None:
-        fuse_norms(inner, join_layers(inner))
+        fuse_norms(inner, fuse_projections(inner))
     model.__dict__[UNSUPPORTED] = {name: reason for name, reason in unsupported.items() if reason}
     _make_savable(model)
     _warn_unsupported({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})

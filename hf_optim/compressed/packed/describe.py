@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import codes_of, group_size_of, is_sparse24
-from ..weights import Codes, Inputs, QuantizedWeight
+from ..codes import group_size_of, is_sparse24, recover_codes
+from ..weights import Codes, InputQuantization, QuantizedWeight
 
 OFFLOADED = "its weight is offloaded"
 
@@ -62,7 +62,9 @@ def describe_weight(
         symmetric=bool(args.symmetric),
         ordered=ordered,
         inputs=inputs
-        and Inputs("float8" if inputs.type == "float" else "int8", inputs.dynamic is True, bool(inputs.symmetric)),
+        and InputQuantization(
+            "float8" if inputs.type == "float" else "int8", inputs.dynamic is True, bool(inputs.symmetric)
+        ),
         sparse24=sparse24,
         bias=None if bias is None else bias.detach(),
         codes=codes,
@@ -107,7 +109,7 @@ def describe_module(
         weight.detach(),
         module.bias,
         # Not kept beyond the binding, or the dense weight would be.
-        lambda: codes_of(module),
+        lambda: recover_codes(module),
         ordered=not plain,
         sparse24=look_for_24 and plain and is_sparse24(weight.detach()),
         outliers=outliers,

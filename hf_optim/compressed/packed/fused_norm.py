@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...toolkit.topology.graph import Trace
 from ...toolkit.topology.norm_groups import NormGroup, find_norm_groups
-from .fused_projections import wiring_of
+from .fused_projections import trace_packed
 from .packed_linear import PACKED_WEIGHT, PackedLinear
 from .shared_output import FusedSlice
 
@@ -49,7 +49,7 @@ def fuse_norms(model: nn.Module, wiring: Trace | None = None) -> None:
     ready = [m for m in model.modules() if isinstance(m, PackedLinear) and _fuses(m) and m.packing.norm is None]
     if not ready:
         return
-    wiring = wiring or wiring_of(model)
+    wiring = wiring or trace_packed(model)
     for group in find_norm_groups(wiring) if wiring is not None else ():
         _fuse(group)
 

@@ -21,7 +21,7 @@ from ...toolkit.topology.block_lists import block_of, blocks
 from ...toolkit.topology.graph import Trace
 from ...toolkit.topology.tracing import trace
 from .packed_linear import PACKED_WEIGHT, PackedLinear
-from .shared_output import FusedOutput, FusedSlice, rows
+from .shared_output import FusedOutput, FusedSlice, slice_rows
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class FusedProjections:
             bias = layer._parameters["bias"]
             if bias is not None:
                 bias.data = bias.data.clone()
-            codes = partial(rows, found, start, start + layer.out_features)
+            codes = partial(slice_rows, found, start, start + layer.out_features)
             weight = replace(layer.packing.description, bias=None if bias is None else bias.detach(), codes=codes)
             layer._modules[PACKED_WEIGHT] = layer.packing.kernel.prepack(weight)
             layer.tie()
@@ -132,7 +132,7 @@ def _short(names: list[str]) -> list[str]:
     return [".".join(parts) for parts in split]
 
 
-def join_layers(model: nn.Module) -> Trace | None:
+def fuse_projections(model: nn.Module) -> Trace | None:
     """Join what can be of the packed layers of a model that were not looked at before.
 
     A model that cannot be traced keeps its layers apart. The trace is returned, where one was made.
@@ -156,7 +156,7 @@ def join_layers(model: nn.Module) -> Trace | None:
     return wiring
 
 
-def wiring_of(model: nn.Module) -> Trace | None:
+def trace_packed(model: nn.Module) -> Trace | None:
     """A trace of a model with packed layers; None if it cannot be traced."""
     found = _wiring(model)
     return None if found is None else found[0]

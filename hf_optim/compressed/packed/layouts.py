@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo
-from ..bitpacking import unpack, words_of
-from ..codes import group_size_of, order_of, spread, unsigned
+from ..bitpacking import unpack, word_count
+from ..codes import column_order, expand_groups, group_size_of, to_unsigned
 from ..schemes import scheme as make_scheme
 from ..weights import Codes
 
@@ -86,12 +86,12 @@ class Compressed:
         if self.key == "weight":
             tensor_specs["weight"] = TensorSpec(F8 if args.type == "float" else I8, shape)
         else:
-            tensor_specs["weight_packed"] = TensorSpec(I32, (rows, words_of(columns, args.num_bits)))
+            tensor_specs["weight_packed"] = TensorSpec(I32, (rows, word_count(columns, args.num_bits)))
             tensor_specs["weight_shape"] = TensorSpec(("I64", "I32"), (2,), optional=True)
         if not args.symmetric:
             packed = self.key == "weight_packed" and args.strategy != "tensor"
             tensor_specs["weight_zero_point"] = (
-                TensorSpec(I32, (words_of(rows, args.num_bits), groups)) if packed else TensorSpec(I8, scales)
+                TensorSpec(I32, (word_count(rows, args.num_bits), groups)) if packed else TensorSpec(I8, scales)
             )
         if args.strategy == "group" and args.type == "int":
             tensor_specs["weight_g_idx"] = TensorSpec(I32, (columns,), optional=True)
@@ -112,13 +112,17 @@ class Compressed:
                 raise ValueError(f"weight_shape says {parts['weight_shape'].tolist()}, the model has {list(shape)}")
             codes = unpack(parts["weight_packed"], args.num_bits, columns)
         elif args.type == "int":
-            codes = unsigned(codes, args.num_bits)
+            codes = to_unsigned(codes, args.num_bits)
         if zero is not None:
             packed = zero.dtype == torch.int32
-            zero = unpack(zero.T, args.num_bits, rows).T if packed else unsigned(spread(zero, grid), args.num_bits)
-        order = order_of(parts["weight_g_idx"], size) if "weight_g_idx" in parts else None
+            zero = (
+                unpack(zero.T, args.num_bits, rows).T
+                if packed
+                else to_unsigned(expand_groups(zero, grid), args.num_bits)
+            )
+        order = column_order(parts["weight_g_idx"], size) if "weight_g_idx" in parts else None
         codes = codes if order is None else codes[:, order]
-        scale = spread(parts["weight_scale"], grid)
+        scale = expand_groups(parts["weight_scale"], grid)
         found = Codes(
             codes,
             scale,
@@ -151,8 +155,8 @@ class GPTQ:
             if count * self.bits % 32:
                 raise ValueError(f"{count} {name} channels of {self.bits} bits do not fill words of 32 bits")
         return {
-            "qweight": TensorSpec(I32, (words_of(columns, self.bits), rows)),
-            "qzeros": TensorSpec(I32, (groups, words_of(rows, self.bits))),
+            "qweight": TensorSpec(I32, (word_count(columns, self.bits), rows)),
+            "qzeros": TensorSpec(I32, (groups, word_count(rows, self.bits))),
             "scales": TensorSpec(FLOAT_DTYPES, (groups, rows)),
             "g_idx": TensorSpec(I32, (columns,), optional=True),
         }
@@ -164,7 +168,7 @@ class GPTQ:
         zero = unpack(parts["qzeros"], self.bits, rows)
         if self.zero_points_minus_one:
             zero = (zero + 1) & ((1 << self.bits) - 1)
-        order = order_of(parts["g_idx"], size) if "g_idx" in parts and self.group_size else None
+        order = column_order(parts["g_idx"], size) if "g_idx" in parts and self.group_size else None
         if order is not None:
             codes = codes[:, order]
         return _on_grid(codes, parts["scales"], zero, order, self.bits, self.group_size)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...toolkit.checkpoint.safetensors import SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
-from ..codes import is_sparse24, state_of
+from ..codes import is_sparse24, store_arguments
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
 from .accelerate import kernels_for, pack_layers
@@ -159,9 +159,9 @@ def _stored_tensors(
 
 
 def _require_no_fused_experts(model: nn.Module) -> None:
-    from ..storability import is_stack
+    from ..storability import has_stacked_weights
 
-    if any(is_stack(module) for module in model.modules()):
+    if any(has_stacked_weights(module) for module in model.modules()):
         raise UnsupportedCheckpoint("its experts are stacked matrices")
 
 
@@ -228,7 +228,7 @@ def _convert_layer(
         return ""
     empty = torch.empty(shape, dtype=dtype, device=weight.device)
     module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
-    store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, weight.group_size))
+    store(module, scheme, **store_arguments(found, scheme), g_idx=g_idx_of(found, weight.group_size))
     return prepacked or NO_KERNEL
 
 

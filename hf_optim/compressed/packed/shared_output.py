@@ -104,7 +104,7 @@ class FusedSlice(nn.Module):
 
     def codes(self) -> Codes:
         """This part of the joint packed weight's codes, in memory of its own."""
-        return rows(self.fused.codes(), self.start, self.stop)
+        return slice_rows(self.fused.codes(), self.start, self.stop)
 
     @torch.no_grad()
     def share_bias(self, bias: Tensor | None) -> None:
@@ -121,7 +121,7 @@ class FusedSlice(nn.Module):
                 bias.data = own
 
 
-def rows(found: Any, start: int, stop: int) -> Codes:
+def slice_rows(found: Any, start: int, stop: int) -> Codes:
     """Copies of some rows of codes."""
 
     def copy(value: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codes import scales, state_of
+from ..codes import scale_tensors, store_arguments
 from ..weights import Codes, QuantizedWeight
 from .kernel import Kernel
 from .packed_linear import PACKED_WEIGHT, PackedLinear, Packing
@@ -119,13 +119,13 @@ def unpack(module: PackedLinear) -> None:
         from ..state import store
 
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        store(module, scheme, **state_of(found, scheme), g_idx=g_idx_of(found, packing.description.group_size))
+        store(module, scheme, **store_arguments(found, scheme), g_idx=g_idx_of(found, packing.description.group_size))
 
 
 def _refill(module: nn.Linear, packing: Packing, found: Codes, weight: Tensor, scheme: Any) -> None:
     values: dict[str, Tensor] = {"weight": weight}
     if scheme is not None:
-        values |= scales(found, scheme)
+        values |= scale_tensors(found, scheme)
         if "weight_zero_point" not in values and "weight_zero_point" in packing.replaced:
             values["weight_zero_point"] = torch.zeros((), dtype=torch.int8, device=weight.device)
     if "weight_g_idx" in packing.replaced:

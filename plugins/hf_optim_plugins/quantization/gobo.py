@@ -135,7 +135,7 @@ class GOBO(Technique):
                 skipped.setdefault(f"{bits} bits are assigned to it", []).append(name)
             else:
                 layers[name] = layer
-        stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if compressed.is_stack(m)]
+        stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if compressed.has_stacked_weights(m)]
         stacks = [name for name in stacks if scope.holds(name)]
         if stacks and "Linear" in self.targets:
             skipped["stacked matrices: codebooks are made of linear layers"] = stacks
