@@ -25,7 +25,7 @@ from hf_optim import DataConfig
 from hf_optim.evaluation import evaluate
 from hf_optim.evaluation.cards.plots import COLOURS, MARKERS
 from hf_optim.recipes.catalogue import catalogue
-from hf_optim.testing.outliers import plant_outliers
+from hf_optim.testing.outliers import add_synthetic_outliers
 
 CARD = Path(__file__).resolve().parents[2] / "model_cards" / "planted-outliers"
 Steps = list[dict[str, Any]]
@@ -98,7 +98,7 @@ class Subject:
 def run(subject: Subject) -> dict[str, Any]:
     """The value and the loss of every method on one model with planted outliers."""
     before = subject.value(subject.model)
-    plant_outliers(subject.model, sample=subject.calibration[0], **PLANTED[subject.name])
+    add_synthetic_outliers(subject.model, sample=subject.calibration[0], **PLANTED[subject.name])
     rows: dict[str, Any] = {}
     for method, steps in METHODS.items():
         if any(step["technique"] not in catalogue().names() for step in steps):

@@ -1,4 +1,4 @@
-"""LLM.int8(): its decomposition against float64, what the checkpoint keeps, and planted outliers on a real model."""
+"""LLM.int8(): its decomposition against float64, what the checkpoint keeps, and synthetic outliers on a real model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_optim.compressed.packed.swap import prepack as prepack_first
 from hf_optim.compressed.weights import Codes, QuantizedWeight
 from hf_optim.errors import ModelError, NumericalError, RecipeError
 from hf_optim.runs.run import run_of
-from hf_optim.testing.outliers import plant_outliers
+from hf_optim.testing.outliers import add_synthetic_outliers
 from hf_optim.toolkit import topology
 from hf_optim_plugins.quantization.llm_int8 import LLMInt8, kernel
 
@@ -252,18 +252,18 @@ def test_the_record_and_the_card():
     assert "above 4.5" in card.text
 
 
-def test_planted_outliers_cost_it_nothing_where_naive_int8_breaks(shared_models, shared_data):
+def test_synthetic_outliers_cost_it_nothing_where_naive_int8_breaks(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
     ids = windows(home, shared_data, "eval", 8)
     dense = perplexity(AutoModelForCausalLM.from_pretrained(home).eval(), ids)
 
-    def planted():
+    def with_outliers():
         model = AutoModelForCausalLM.from_pretrained(home).eval()
-        plant_outliers(model, factor=20.0, sample={"input_ids": ids})
+        add_synthetic_outliers(model, factor=20.0, sample={"input_ids": ids})
         return model
 
     static = {"technique": "rtn", "activations": "int8", "dynamic": False, "symmetric_activations": False}
-    assert perplexity(optimize(planted(), static, calibration=[{"input_ids": ids}]), ids) > 1.10 * dense
-    apart = perplexity(on_kernel(quantized(planted())), ids)
+    assert perplexity(optimize(with_outliers(), static, calibration=[{"input_ids": ids}]), ids) > 1.10 * dense
+    apart = perplexity(on_kernel(quantized(with_outliers())), ids)
     assert apart < 1.01 * dense
-    assert perplexity(on_kernel(quantized(planted(), threshold=None)), ids) > apart
+    assert perplexity(on_kernel(quantized(with_outliers(), threshold=None)), ids) > apart

@@ -11,7 +11,7 @@ from tiny_models import tiny_bert, tiny_llama, tiny_opt, tiny_vit
 import hf_optim
 from hf_optim import RecipeError, Reload, compressed, run_of
 from hf_optim.testing.conformance import inputs_for
-from hf_optim.testing.outliers import plant_outliers
+from hf_optim.testing.outliers import add_synthetic_outliers
 from hf_optim_plugins.quantization.mixed_precision import MixedPrecision
 
 
@@ -104,7 +104,7 @@ def test_without_weights_16_bits_everywhere_is_dense_to_the_bit():
 def test_the_chosen_set_is_the_one_a_brute_force_ablation_ranks_first(family):
     model = family()
     if family is not tiny_bert:
-        plant_outliers(model, factor=60.0, pairs=False)
+        add_synthetic_outliers(model, factor=60.0, pairs=False)
     batches = batches_of(model)
     by_hand = ablation(model, batches)
     expected = sorted(by_hand, key=lambda members: -by_hand[members])
@@ -121,21 +121,21 @@ def test_the_chosen_set_is_the_one_a_brute_force_ablation_ranks_first(family):
     assert list(report["ranking"].values()) == pytest.approx([by_hand[m] for m in expected], rel=1e-2, abs=2e-7)
 
 
-def test_planted_sites_are_the_ones_that_are_found():
+def test_sites_of_synthetic_outliers_are_the_ones_that_are_found():
     model = tiny_llama()
-    planted = plant_outliers(model, factor=100.0, pairs=False)
+    outliers = add_synthetic_outliers(model, factor=100.0, pairs=False)
     made = calibrated(model, batches_of(model), budget=0.5, tolerance=0.0)
     chosen = {
         name
         for name, m in compressed.quantized_modules(made).items()
         if m.quantization_scheme.input_activations is None
     }
-    assert chosen == planted.inputs.keys() - {"lm_head"}
+    assert chosen == outliers.inputs.keys() - {"lm_head"}
 
 
 def test_the_tolerance_is_met_by_the_fewest_of_the_ranking():
     model = tiny_llama()
-    plant_outliers(model, factor=60.0)
+    add_synthetic_outliers(model, factor=60.0)
     batches = batches_of(model)
     made = calibrated(copy.deepcopy(model), batches, tolerance=0.05)
     report = run_of(made).record.steps["0"]
@@ -169,7 +169,7 @@ def test_residual_sums_take_part_where_asked_and_the_model_then_brings_its_code(
 @pytest.mark.parametrize("sites", ["linears", "all"])
 def test_it_comes_back_as_it_was(sites, tmp_path):
     model = tiny_llama()
-    plant_outliers(model, factor=60.0)
+    add_synthetic_outliers(model, factor=60.0)
     batches = batches_of(model)
     made = calibrated(model, batches, tolerance=0.01, sites=sites)
     made.save_pretrained(tmp_path / "out")

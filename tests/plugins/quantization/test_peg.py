@@ -1,4 +1,4 @@
-"""Per-embedding-group quantization: the two ends of K, the fold of the permutation, and planted outliers repaired."""
+"""Per-embedding-group quantization: the two ends of K, the fold of the permutation, and synthetic outliers repaired."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, BertModel
 
 import hf_optim
-from hf_optim import NumericalError, compressed, run_of
+from hf_optim import NumericalError, run_of
+from hf_optim.checkpoints.dense import convert_to_dense
 from hf_optim.testing.conformance import inputs_for
-from hf_optim.testing.outliers import plant_outliers
+from hf_optim.testing.outliers import add_synthetic_outliers
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.quantization.ranges import even_groups
 from hf_optim_plugins.quantization.peg import PEG, Wiring, sort_pair_
@@ -132,10 +133,10 @@ def test_folded_or_listed_the_numbers_are_the_same():
     assert torch.allclose(states.sort(-1).values, permuted.sort(-1).values, atol=2e-2)
 
 
-def test_planted_outliers_are_repaired_where_one_grid_breaks():
+def test_synthetic_outliers_are_repaired_where_one_grid_breaks():
     def error(**fields):
         model = tiny_llama()
-        plant_outliers(model, channels=2, factor=60.0)
+        add_synthetic_outliers(model, channels=2, factor=60.0)
         batches = [inputs_for(model, seed=s, rows=8) for s in range(8)]
         reference = logits(model, batches[0])
         return float((logits(calibrated(model, batches, sums=False, **fields), batches[0]) - reference).norm())
@@ -157,7 +158,7 @@ def test_the_dense_equivalent_has_stock_modules_and_the_decoded_weights():
     model = calibrated(tiny_gpt2())
     layer = model.transformer.h[0].mlp.c_fc
     decoded = layer.decoded()
-    lost = compressed.dense(model)
+    lost = convert_to_dense(model)
     assert "transformer.h.0.mlp.c_fc" in lost
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
@@ -190,12 +191,12 @@ def test_a_layer_that_nothing_reaches_is_named_and_infinite_inputs_are_refused()
 
 
 @pytest.mark.slow
-def test_within_a_percent_of_dense_on_a_planted_language_model(shared_models, shared_data):
+def test_within_a_percent_of_dense_on_a_language_model_with_outliers(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
     calibration, held_out = windows(home, shared_data, "calibration", 16), windows(home, shared_data, "eval", 12)
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()
     batches = [{"input_ids": part} for part in calibration.split(8)]
-    plant_outliers(model, factor=40.0, sample=batches[0])
+    add_synthetic_outliers(model, factor=40.0, sample=batches[0])
     dense = perplexity(model, held_out)
     naive = {"technique": "rtn", "activations": "int8", "dynamic": False, "symmetric_activations": False}
     broken = hf_optim.optimize(copy.deepcopy(model), [naive], calibration=batches)

@@ -124,7 +124,7 @@ def test_zeros_stay(bits, symmetric):
         assert bool((module.weight[zeros[name]] == 0).all())
 
 
-def test_planted_outliers_hurt_activations_more_than_weights():
+def test_synthetic_outliers_hurt_activations_more_than_weights():
     """Survey, figure 2: W8A8 loses much more than W8A32 when one channel is ten times as large as the others."""
     model = tiny_llama()
     for block in model.model.layers:

@@ -39,7 +39,7 @@ def logits(model, inputs):
         return model(**inputs).logits
 
 
-def plant_outliers_(model, channels=OUTLIERS, factor=50.0):
+def add_outliers_(model, channels=OUTLIERS, factor=50.0):
     """Make a few inputs of every linear after an exclusive norm 50 times larger; the function stays."""
     for group in topology.find_norm_groups(model):
         if group.exclusive:
@@ -98,7 +98,7 @@ def w8a8_error(model, inputs, reference):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "vit", "t5", "bert"])
 def test_outputs_are_equal_and_the_w8a8_error_is_at_least_halved(family):
-    model = plant_outliers_(TINY[family]().double())
+    model = add_outliers_(TINY[family]().double())
     inputs = inputs_of(model)
     before, start = logits(model, inputs), copy.deepcopy(model.state_dict())
     error = w8a8_error(model, inputs, before)
@@ -246,9 +246,9 @@ def babyllama(shared_models):
     return AutoModelForCausalLM.from_pretrained(shared_models / "babyllama-1m").eval()
 
 
-def test_planted_outliers_on_a_trained_model(babyllama):
+def test_synthetic_outliers_on_a_trained_model(babyllama):
     ids = torch.randint(3, babyllama.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
-    plant_outliers_(babyllama)
+    add_outliers_(babyllama)
     reference = logits(babyllama, {"input_ids": ids})
     before = w8a8_error(babyllama, {"input_ids": ids}, reference)
     smooth_(babyllama, {"input_ids": ids})
@@ -259,12 +259,12 @@ def test_planted_outliers_on_a_trained_model(babyllama):
 @pytest.mark.parametrize("driver", ["whole_model", "blockwise"])
 def test_smoothed_then_quantized_beats_quantized(driver):
     inputs = inputs_of(tiny_llama())
-    reference = logits(plant_outliers_(tiny_llama()), inputs)
+    reference = logits(add_outliers_(tiny_llama()), inputs)
     quantize = {"technique": "rtn", "bits": 8, "activations": "int8"}
 
     def error(*steps):
         recipe = {"steps": list(steps), "driver": driver}
-        model = hf_optim.optimize(plant_outliers_(tiny_llama()), recipe, calibration=[inputs])
+        model = hf_optim.optimize(add_outliers_(tiny_llama()), recipe, calibration=[inputs])
         return float((logits(model, inputs) - reference).pow(2).mean().sqrt())
 
     assert error({"technique": "smoothquant"}, quantize) <= error(quantize) / 2

@@ -1,4 +1,4 @@
-"""Planting outliers: large where it says so, the function as before, and hard to quantize afterwards."""
+"""Synthetic outliers: large channels where reported, the same function, and a model that is harder to quantize."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_models import TINY, tiny_bert, tiny_llama
 
 import hf_optim
 from hf_optim.testing.conformance import inputs_for
-from hf_optim.testing.outliers import plant_outliers
+from hf_optim.testing.outliers import add_synthetic_outliers
 from hf_optim.toolkit.statistics.observers import ChannelAbsMax
 
 
@@ -29,16 +29,16 @@ def in_double(family):
 def test_the_function_stays_and_the_channels_grow(family):
     model, inputs = in_double(family)
     before, reference = logits(model, inputs), copy.deepcopy(model)
-    planted = plant_outliers(model, channels=2, factor=50.0, sample=inputs)
+    outliers = add_synthetic_outliers(model, channels=2, factor=50.0, sample=inputs)
     # Norms that compute in float32 whatever the model's dtype is round differently.
     bound = 1e-12 if family in ("gpt2", "opt", "bert", "vit") else 1e-5
     assert torch.allclose(logits(model, inputs), before, rtol=0, atol=bound * float(before.abs().max()))
-    names = {name: model.get_submodule(name) for name in planted.inputs}
+    names = {name: model.get_submodule(name) for name in outliers.inputs}
     with ChannelAbsMax(names) as now:
         logits(model, inputs)
     with ChannelAbsMax({name: reference.get_submodule(name) for name in names}) as then:
         logits(reference, inputs)
-    for name, channels in planted.inputs.items():
+    for name, channels in outliers.inputs.items():
         others = torch.ones_like(now[name], dtype=torch.bool)
         others[channels] = False
         assert float(now[name][channels].min()) > 15 * float(now[name][others].median()), name
@@ -46,24 +46,27 @@ def test_the_function_stays_and_the_channels_grow(family):
 
 
 def test_a_post_norm_model_takes_them_in_its_value_channels_alone():
-    planted = plant_outliers(tiny_bert(), channels=2)
-    # The pooler is all that reads the last norm of a classifier.
+    outliers = add_synthetic_outliers(tiny_bert(), channels=2)
+    # Only the pooler reads the last norm of a classifier.
     layers = {f"bert.encoder.layer.{i}.attention.output.dense" for i in (0, 1)}
-    assert set(planted.inputs) == {*layers, "bert.pooler.dense"}
+    assert set(outliers.inputs) == {*layers, "bert.pooler.dense"}
 
 
 def test_each_kind_can_be_left_out():
-    norms, pairs = plant_outliers(tiny_llama(), pairs=False).inputs, plant_outliers(tiny_llama(), norms=False).inputs
+    norms, pairs = (
+        add_synthetic_outliers(tiny_llama(), pairs=False).inputs,
+        add_synthetic_outliers(tiny_llama(), norms=False).inputs,
+    )
     assert not norms.keys() & pairs.keys()
     assert set(pairs) == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
     with pytest.raises(ValueError, match="LlamaForCausalLM has no norm"):
-        plant_outliers(tiny_llama(), norms=False, pairs=False)
+        add_synthetic_outliers(tiny_llama(), norms=False, pairs=False)
 
 
-def test_8_bit_weights_bear_it_and_one_8_bit_grid_for_activations_does_not():
+def test_8_bit_weights_lose_little_and_static_8_bit_activations_much():
     model = tiny_llama()
     batches = [inputs_for(model, seed=s, rows=4) for s in range(3)]
-    plant_outliers(model, factor=20.0, sample=batches[0])
+    add_synthetic_outliers(model, factor=20.0, sample=batches[0])
     reference = logits(model, batches[0])
 
     def error(**fields):
