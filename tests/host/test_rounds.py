@@ -64,16 +64,16 @@ def test_phases_are_the_longest_that_fit(rounds, dense, rewind_to):
         found = RetrainingPhases.divide(steps, rounds, dense, rewind_to)
         k = rewind_to if isinstance(rewind_to, int) else round(rewind_to * found.length)
         used = dense * found.length + rounds * (found.length - k)
-        assert found.position == k
+        assert found.rewind_step == k
         assert used <= steps
         longer = found.length + 1
         longer_k = rewind_to if isinstance(rewind_to, int) else round(rewind_to * longer)
         assert dense * longer + rounds * (longer - longer_k) > steps
-        begins = [found.starts(number) for number in range(1, rounds + 1)]
+        begins = [found.round_start(number) for number in range(1, rounds + 1)]
         assert begins[0] == dense * found.length
         assert [step for step in range(steps + 1) if found.round_at(step)] == begins
         assert found.fits()
-        assert found.fitting == rounds
+        assert found.rounds_that_fit == rounds
 
 
 def test_fractions_compound_to_the_target_exactly():
@@ -216,7 +216,7 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path, step, at):
     fields = {"rounds": 2, "rewind_to": 0, **step}
     saving = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 1}
     steps = 14 if fields["rewind_to"] else 12
-    begun = RetrainingPhases.divide(steps, 2, True, fields["rewind_to"]).starts(2) - 8
+    begun = RetrainingPhases.divide(steps, 2, True, fields["rewind_to"]).round_start(2) - 8
     whole, rates, _ = train(tmp_path, steps, Rewinder(**fields), **saving)
     resumed = str(tmp_path / f"checkpoint-{at + begun}")
     again, later, _ = train(tmp_path, steps, Rewinder(**fields), resume=resumed, model=tiny_llama(seed=1), **saving)

@@ -43,7 +43,7 @@ def test_values_are_what_the_stored_codes_decode_to(spec, dtype):
     layer.weight.data = weight(dtype=dtype)
     fake = attach_fake_quant(layer, spec)
     expected = fake.fake_weight().detach()
-    codes, grid = fake.codes()
+    codes, grid = fake.quantize_weight()
     compressed.store(detach_fake_quant(fake), compressed.scheme_of(spec), codes, grid.scale, grid.zero_point)
     assert torch.equal(layer.weight, expected)
     assert expected.unique().numel() > 3
@@ -104,7 +104,7 @@ def test_the_gradient_of_a_learned_step_is_equation_3(spec):
             assert float(step.grad[row, group]) == pytest.approx(total, rel=1e-9)
 
 
-def test_the_first_step():
+def test_the_initial_scale():
     values = weight(dtype=DOUBLE)
     expected = 2 * values.view(9, 6, 7).abs().mean(-1) / 3**0.5
     assert torch.allclose(initial_scale(values, GridSpec(3, "int", "group", 7)), expected, rtol=1e-12)
@@ -190,7 +190,7 @@ class TestLayer:
             assert not attach_fake_quant(layer, spec).fake_weight()[::2, ::3].any()
 
     def test_what_is_no_plain_linear_is_refused(self):
-        with pytest.raises(ValueError, match="Twice with a forward of its own"):
+        with pytest.raises(ValueError, match="Twice with its own forward"):
             attach_fake_quant(Twice(4, 4), GridSpec(4))
 
     def test_switched_off_it_is_the_layer(self):

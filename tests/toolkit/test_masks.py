@@ -49,9 +49,9 @@ def test_nm_mask_brings_nothing_back():
 
 
 def test_nm_mask_refuses_widths_and_patterns_that_do_not_fit():
-    with pytest.raises(ValueError, match="width of 6 does not divide into groups of 4"):
+    with pytest.raises(ValueError, match="width 6 is not a multiple of the group size 4"):
         masks.nm_mask(normal(2, 6), 2, 4)
-    with pytest.raises(ValueError, match="5:4 is no pattern"):
+    with pytest.raises(ValueError, match="5:4 is not a pattern"):
         masks.nm_mask(normal(2, 8), 5, 4)
 
 
@@ -108,7 +108,8 @@ def test_global_masks_share_one_cut():
     assert sum(int((~mask).sum()) for mask in found.values()) == masks.removed_count(192, 0.6)
     for name, mask in found.items():
         assert torch.equal(mask, scores[name].abs() >= cut)
-    assert masks.sparsity_of(found["small"]) > masks.sparsity_of(found["large"])
+    kept = {name: mask.float().mean() for name, mask in found.items()}
+    assert kept["small"] < kept["large"]
 
 
 def test_what_was_removed_stays_removed_and_counts():

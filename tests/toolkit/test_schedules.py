@@ -28,20 +28,20 @@ def test_ramp_rises_and_its_steps_shrink():
 
 def test_a_ramp_without_length_is_one_shot():
     assert cubic_sparsity(7, 7, 7, 0.0, 0.5) == 0.5
-    assert SparsitySchedule(7, 7, 3, 0.0, 0.5).updates_at(7)
+    assert SparsitySchedule(7, 7, 3, 0.0, 0.5).is_update_step(7)
 
 
 def test_updates_stand_every_so_many_steps_and_at_the_end():
     ramp = SparsitySchedule(begin=4, end=15, every=5, initial=0.0, final=0.5)
-    assert [step for step in range(30) if ramp.updates_at(step)] == [4, 9, 14, 15]
+    assert [step for step in range(30) if ramp.is_update_step(step)] == [4, 9, 14, 15]
 
 
 def test_reached_is_the_last_update():
     ramp = SparsitySchedule(begin=4, end=24, every=5, initial=0.1, final=0.5)
-    assert ramp.reached(3) == 0.0
-    assert ramp.reached(4) == ramp.reached(8) == pytest.approx(0.1)
-    assert ramp.reached(13) == ramp.sparsity(9)
-    assert ramp.reached(24) == ramp.reached(99) == 0.5
+    assert ramp.last_sparsity(3) == 0.0
+    assert ramp.last_sparsity(4) == ramp.last_sparsity(8) == pytest.approx(0.1)
+    assert ramp.last_sparsity(13) == ramp.sparsity(9)
+    assert ramp.last_sparsity(24) == ramp.last_sparsity(99) == 0.5
 
 
 @pytest.mark.parametrize(("position", "steps"), [(0, 0), (1, 1), (30, 30), (0.0, 0), (0.5, 100), (1.0, 200)])

@@ -9,7 +9,7 @@ from tiny_models import DECODER, TINY, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t
 from torch import nn
 
 from hf_optim import ModelError
-from hf_optim.toolkit.modules.transplant import output
+from hf_optim.toolkit.modules.compare import main_output
 from hf_optim.toolkit.pruning import shrink as shrinking
 from hf_optim.toolkit.pruning.shrink import Slicing
 from hf_optim.toolkit.topology.fake_inputs import dummy_inputs
@@ -23,8 +23,8 @@ def halve_neurons(model, layers=2):
     return Slicing(stays | {f"{name}.down_proj.weight": {1: kept} for name in names}, {48: 24}, 24)
 
 
-def shrink(model, narrowings=(), depth=None):
-    plan = shrinking.plan(model, narrowings, depth)
+def shrink(model, slicings=(), kept_blocks=None):
+    plan = shrinking.plan(model, slicings, kept_blocks)
     shrinking.apply_(model, plan)
     return plan
 
@@ -50,15 +50,15 @@ def test_a_narrower_model_is_the_same_object_with_another_configuration(tmp_path
     assert (layer.in_features, model.model.layers[1].mlp.intermediate_size) == (24, 24)
     assert torch.equal(weight, before[:, :24])
     inputs = dummy_inputs(model)
-    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+    assert torch.equal(main_output(reloaded(model, tmp_path), inputs), main_output(model, inputs))
 
 
 def test_planning_changes_nothing():
     model = tiny_llama()
-    before, rng = output(model, dummy_inputs(model)), torch.random.get_rng_state()
+    before, rng = main_output(model, dummy_inputs(model)), torch.random.get_rng_state()
     shrinking.plan(model, [halve_neurons(model)], {"model.layers": [1]})
     assert model.config.num_hidden_layers == 2
-    assert torch.equal(output(model, dummy_inputs(model)), before)
+    assert torch.equal(main_output(model, dummy_inputs(model)), before)
     assert torch.equal(torch.random.get_rng_state(), rng)
 
 
@@ -66,22 +66,26 @@ def test_layers_are_numbered_anew_and_keep_their_kind():
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model = tiny_qwen2(num_hidden_layers=4, layer_types=kinds, sliding_window=4, use_sliding_window=True)
     kept = list(model.model.layers)[1:3]
-    plan = shrink(model, depth={"model.layers": [1, 2]})
+    plan = shrink(model, kept_blocks={"model.layers": [1, 2]})
     assert list(model.model.layers) == kept
     assert [layer.self_attn.layer_idx for layer in kept] == [0, 1]
     assert model.config.layer_types == kinds[1:3]
     assert [layer.self_attn.sliding_window for layer in kept] == [4, None]
-    assert plan.rename("model.layers.2.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
-    assert plan.rename("model.layers.3.mlp") is None
-    assert plan.rename("model.norm") == "model.norm"
+    assert plan.new_name("model.layers.2.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
+    assert plan.new_name("model.layers.3.mlp") is None
+    assert plan.new_name("model.norm") == "model.norm"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "mixtral", "t5"])
 def test_the_cache_works_after_layers_went(family):
     """Decoding with the cache gives the tokens that decoding without it gives."""
     model = TINY[family](**({"n_layer": 3} if family == "gpt2" else {}))
-    depth = {"gpt2": {"transformer.h": [0, 2]}, "opt": {"model.decoder.layers": [1]}}.get(family, {"model.layers": [1]})
-    shrink(model, depth={"encoder.block": [0], "decoder.block": [0]} if family == "t5" else depth)
+    kept_blocks = {
+        "gpt2": {"transformer.h": [0, 2]},
+        "opt": {"model.decoder.layers": [1]},
+        "t5": {"encoder.block": [0], "decoder.block": [0]},
+    }.get(family, {"model.layers": [1]})
+    shrink(model, kept_blocks=kept_blocks)
     prompt = torch.randint(3, 60, (1, 6), generator=torch.Generator().manual_seed(1))
     cached, plain = (
         model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=use, eos_token_id=-1)
@@ -98,16 +102,16 @@ def test_a_layer_with_position_codes_of_its_own_keeps_them(tmp_path):
         model = transformers.SmolLM3ForCausalLM(config).eval()
     turned = [layer.self_attn.use_rope for layer in model.model.layers]
     assert len(set(turned)) == 2
-    shrink(model, depth={"model.layers": [1, 2, 3]})
+    shrink(model, kept_blocks={"model.layers": [1, 2, 3]})
     assert [layer.self_attn.use_rope for layer in model.model.layers] == turned[1:]
     inputs = dummy_inputs(model)
-    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+    assert torch.equal(main_output(reloaded(model, tmp_path), inputs), main_output(model, inputs))
 
 
 def test_lists_that_are_as_long_by_chance_stay(tmp_path):
     model = tiny_llama(num_hidden_layers=3, eos_token_id=[2, 5, 7])
     model.config.favourite_numbers = [1, 2, 3]
-    plan = shrink(model, depth={"model.layers": [0, 2]})
+    plan = shrink(model, kept_blocks={"model.layers": [0, 2]})
     assert model.config.num_hidden_layers == 2
     assert model.config.eos_token_id == plan.after.config.eos_token_id == [2, 5, 7]
     assert model.config.favourite_numbers == [1, 2, 3]
@@ -127,7 +131,7 @@ def test_a_list_that_blocks_are_built_by_follows_whatever_its_name(tmp_path):
     config = tiny_llama(num_hidden_layers=3, eos_token_id=[2, 5, 7]).config
     config.shares, config.favourite_numbers = [0.5, 0.0, 0.25], [1, 2, 3]
     model = Shares(config).eval()
-    shrink(model, depth={"model.layers": [1, 2]})
+    shrink(model, kept_blocks={"model.layers": [1, 2]})
     assert model.config.shares == [layer.mlp.share for layer in model.model.layers] == [0.0, 0.25]
     assert model.config.favourite_numbers == [1, 2, 3]
     assert model.config.eos_token_id == [2, 5, 7]
@@ -148,9 +152,9 @@ def test_a_layer_that_would_become_another_is_refused():
 
 def test_shapes_that_no_configuration_gives_are_refused():
     model = tiny_llama()
-    narrowing = halve_neurons(model, layers=1)
+    slicing = halve_neurons(model, layers=1)
     with pytest.raises(ModelError, match="no configuration of LlamaForCausalLM gives the smaller shapes"):
-        shrinking.plan(model, [narrowing])
+        shrinking.plan(model, [slicing])
     assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
 
 
@@ -165,7 +169,7 @@ def test_a_field_that_is_not_set_may_be_the_one(tmp_path):
     assert model.config.n_inner == 64
     assert model.transformer.h[0].mlp.c_fc.nf == 64
     inputs = dummy_inputs(model)
-    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+    assert torch.equal(main_output(reloaded(model, tmp_path), inputs), main_output(model, inputs))
 
 
 def test_a_model_that_is_not_what_its_configuration_builds_is_refused():

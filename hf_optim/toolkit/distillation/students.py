@@ -18,7 +18,7 @@ def block_indices(model: PreTrainedModel) -> dict[str, list[int]]:
     """The stacks of blocks of a model, by qualified name, with the indices of their blocks; an encoder's first."""
     found: dict[str, list[int]] = {}
     for block in blocks(model):
-        found.setdefault(block.stack, []).append(block.index)
+        found.setdefault(block.list_name, []).append(block.index)
     return found
 
 
@@ -49,12 +49,12 @@ def build_student(
         plan = shrink.plan(teacher, [], kept)
     except ModelError as error:
         raise ModelError(f"{label}: {error}") from error
-    left_out = [block for block in blocks(teacher) if block.index not in kept[block.stack]]
+    left_out = [block for block in blocks(teacher) if block.index not in kept[block.list_name]]
     # What is left out is not copied first.
     memo: dict[int, Any] = {id(block.module): nn.Identity() for block in left_out}
     student = copy.deepcopy(teacher, memo)
     shrink.apply_(student, plan)
-    return student, plan.renamed
+    return student, plan.new_names
 
 
 def count_block_parameters(model: PreTrainedModel) -> int:

@@ -59,7 +59,7 @@ class Site:
     def width(self) -> int:
         return int(self.columns.shape[1])
 
-    def fits(self, group: int) -> bool:
+    def fits_groups(self, group: int) -> bool:
         """Whether the channels fill whole groups of ``group`` consecutive columns, each time that they are read."""
         first = self.columns[:, :1]
         in_line = torch.equal(self.columns, first + torch.arange(self.width))

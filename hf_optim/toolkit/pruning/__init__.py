@@ -2,7 +2,7 @@
 
 from . import hard_concrete, masked_layers, masks, nm_groups, noisy_layers, shrink, sparsity
 from .decay_checks import check_decay_stability, negligible_decay, peak_rate
-from .gated_layers import Gates, UnitGates, WeightGates
+from .gated_layers import Gates, GroupGates, WeightGates
 from .masked_layers import TRAINING_FORWARD, MaskedLayer, require_unsharded, select_supported
 from .masks import mask_out_in, require_finite
 from .noisy_layers import NoisyLayer
@@ -21,10 +21,10 @@ __all__ = [
     "ROUNDS",
     "TRAINING_FORWARD",
     "Gates",
+    "GroupGates",
     "MaskedLayer",
     "NoisyLayer",
     "SparsitySchedule",
-    "UnitGates",
     "WeightGates",
     "WeightNoise",
     "as_step",

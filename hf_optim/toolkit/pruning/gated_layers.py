@@ -1,4 +1,4 @@
-"""Linear layers with hard concrete gates in training: one for each weight, or one for each unit that a layer reads."""
+"""Linear layers with hard concrete gates in training: one per weight, or one per prunable group that a layer reads."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ import torch
 from torch import Tensor, nn
 
 from ..topology.linear_layers import is_linear, weight_out_in
-from ..topology.prunable_units import PrunableGroups
+from ..topology.prunable_groups import PrunableGroups
 from . import hard_concrete
 from .noisy_layers import NoisyLayer, apply_linear, as_out_in, attach_noise
 
 
 class Gates:
-    """The gates of a layer; ``log_alpha`` is its parameter, float32 or float64.
+    """The gates of a layer; ``log_alpha``, float32 or float64, is a parameter of the layer.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         layer: the layer.
-        active: whether there are gates; without, the layer is an ordinary one.
-        heard: whether gates were ever drawn, which the first forward in training does; it stays True.
+        active: False computes as the linear layer without gates.
+        sampled: True once a forward in training has sampled gates.
     """
 
     def __init__(self, name: str, layer: nn.Module, shape: tuple[int, ...], initial: float, temperature: float) -> None:
         weight = layer.get_parameter("weight")
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.name, self.temperature = name, temperature
-        self.active, self.heard = True, False
+        self.active, self.sampled = True, False
         self.layer: NoisyLayer = attach_noise(layer, self, log_alpha=torch.full(shape, initial, dtype=wide))
 
     @property
     def log_alpha(self) -> nn.Parameter:
         return self.layer.get_parameter("log_alpha")
 
-    def open_count(self, kept: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The number of weights under these gates that is expected to be used, and all; ``kept`` as in ``sizes``."""
+    def expected_open(self, kept: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the expected number of weights with an open gate, and the number of all; ``kept`` as in ``sizes``."""
         sizes = self.sizes(kept)
         return (sizes * hard_concrete.open_probability(self.log_alpha, self.temperature)).sum(), sizes.sum()
 
     def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
-        """How many weights each gate governs, of those in the masks ``kept`` (by parameter name)."""
+        """Return how many of the weights that ``kept`` (masks by parameter name) keeps each gate controls."""
         raise NotImplementedError
 
     def fold(self, gates: Tensor) -> dict[str, Tensor]:
-        """Multiply the weights by ``gates`` (of the shape of ``log_alpha``); the masks of those with a gate of 0."""
+        """Multiply the weights by ``gates`` (of the shape of ``log_alpha``); return masks for the closed gates."""
         raise NotImplementedError
 
     def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
-        """The layer's output with these gates."""
+        """Return the output of the layer with these gates."""
         raise NotImplementedError
 
     def __call__(self, layer: NoisyLayer, input: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ class Gates:
         own = layer.get_parameter("log_alpha")
         if not layer.training:
             return self.compute(layer, input, hard_concrete.deterministic_gates(own))
-        self.heard = True
+        self.sampled = True
         return self.compute(layer, input, hard_concrete.sample_gates(own, self.temperature))
 
 
 class WeightGates(Gates):
-    """A gate for each weight: ``y = x (z ∘ W)ᵀ + b``, drawn once for each forward pass."""
+    """A gate per weight: ``y = x (z ∘ W)ᵀ + b``, sampled once per forward pass."""
 
     def __init__(self, name: str, layer: nn.Module, initial: float, temperature: float) -> None:
         super().__init__(name, layer, tuple(layer.get_parameter("weight").shape), initial, temperature)
@@ -82,29 +82,29 @@ class WeightGates(Gates):
         return {f"{self.name}.weight": gates != 0}
 
 
-class UnitGates(Gates):
-    """A gate for each unit: ``y = (z ∘ x) Wᵀ + b``, where ``z`` has the unit's gate at each of its columns."""
+class GroupGates(Gates):
+    """A gate per prunable group: ``y = (z ∘ x) Wᵀ + b``, where ``z`` repeats the gate at each column of its group."""
 
-    def __init__(self, model: nn.Module, units: PrunableGroups, initial: float, temperature: float) -> None:
-        layer = model.get_submodule(units.reader)
-        self.units = units
-        weights = {name: at for name, at in units.entries.items() if name.endswith(".weight") and at[1].numel()}
+    def __init__(self, model: nn.Module, groups: PrunableGroups, initial: float, temperature: float) -> None:
+        layer = model.get_submodule(groups.consumer)
+        self.groups = groups
+        weights = {name: at for name, at in groups.entries.items() if name.endswith(".weight") and at[1].numel()}
         shapes = {name: model.get_parameter(name).shape for name in weights}
-        # Of linears alone: other parameters of a unit (T5's bias on scores) may serve other layers.
+        # Only those of linear layers: other parameters of a group (T5's relative position bias) may serve other layers.
         self.entries = {n: at for n, at in weights.items() if len(shapes[n]) == 2 and _is_of_linear(model, n)}
         self.shapes = {name: tuple(shapes[name]) for name in self.entries}
         width = weight_out_in(layer).shape[1]
-        self.unit_of = torch.full((width,), len(units), dtype=torch.int64)
-        self.unit_of[units.columns] = torch.arange(len(units)).unsqueeze(1)
-        super().__init__(units.reader, layer, (len(units),), initial, temperature)
+        self.group_of = torch.full((width,), len(groups), dtype=torch.int64)
+        self.group_of[groups.columns] = torch.arange(len(groups)).unsqueeze(1)
+        super().__init__(groups.consumer, layer, (len(groups),), initial, temperature)
 
-    def columns(self, gates: Tensor) -> Tensor:
-        """The factor of each column, ``[in]``; 1 for those of no unit."""
-        self.unit_of = self.unit_of.to(gates.device)
-        return torch.cat([gates, gates.new_ones(1)])[self.unit_of]
+    def column_factors(self, gates: Tensor) -> Tensor:
+        """Return the factor of each column, ``[in]``; 1 for a column that is not part of a group."""
+        self.group_of = self.group_of.to(gates.device)
+        return torch.cat([gates, gates.new_ones(1)])[self.group_of]
 
     def compute(self, layer: NoisyLayer, input: Tensor, gates: Tensor) -> Tensor:
-        return apply_linear(layer, input * self.columns(gates).to(input.dtype), weight_out_in(layer))
+        return apply_linear(layer, input * self.column_factors(gates).to(input.dtype), weight_out_in(layer))
 
     def sizes(self, kept: Mapping[str, Tensor]) -> Tensor:
         alpha = self.log_alpha
@@ -119,7 +119,7 @@ class UnitGates(Gates):
 
     @torch.no_grad()
     def fold(self, gates: Tensor) -> dict[str, Tensor]:
-        weight_out_in(self.layer).mul_(self.columns(gates))
+        weight_out_in(self.layer).mul_(self.column_factors(gates))
         closed = (gates == 0).nonzero().flatten().cpu()
         masks = {}
         for name, (dim, index) in self.entries.items():

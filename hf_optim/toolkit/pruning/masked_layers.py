@@ -1,14 +1,14 @@
-"""Linear layers that compute with a part of their weight while more of it is trained.
+"""Sparse training of linear layers: the forward uses a part of the weight, and the gradient reaches more of it.
 
 ::
 
     y = x (A ∘ W)ᵀ + b          ∂L/∂W := B ∘ ∂L/∂(A ∘ W)
 
-``A`` is what the forward uses, ``B`` what the gradient reaches; with ``B`` all ones that is the straight-through
-estimator (1308.3432). Weights outside ``A`` keep their values, so a mask that is made anew can bring them back.
+``A`` masks the forward, ``B`` the gradient; with ``B`` all ones this is the straight-through estimator (1308.3432).
+Weights outside ``A`` keep their values, so that a later mask can bring them back.
 
-A layer in training is the layer it was with another class (``attach_masks``, undone by ``detach_masks``): the parameter and its
-name stay, and a checkpoint holds the dense weight.
+Layers are changed in place (``attach_masks``, undone by ``detach_masks``): parameters and their names stay, and a
+checkpoint contains the dense weight.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import CheckpointError, ModelError
 from ..distributed import fsdp
+from ..modules.swap_class import restore_class, swap_class
 from ..topology.linear_layers import parameter_names, tied_weights
 
-# The place of a recipe that a step takes which changes how linear layers compute while they are trained.
+# The exclusive slot of a recipe for a step that changes the forward of linear layers during training.
 TRAINING_FORWARD = "the training forward of linear layers"
 
-# How torch.optim (and the optimizers that follow it) name the running mean of gradients in their state.
+# Keys of the running mean of gradients in the state of torch.optim and compatible optimizers.
 RUNNING_MEANS = ("exp_avg", "momentum_buffer")
 
 
 class _Masked(torch.autograd.Function):
-    """``A ∘ W``, with the gradient ``B ∘ g``; without ``B`` all of it passes."""
+    """``A ∘ W`` with the gradient ``B ∘ g``, or ``g`` without ``B``."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, forward_mask: Tensor, backward_mask: Tensor | None) -> Tensor:
@@ -47,34 +48,32 @@ class _Masked(torch.autograd.Function):
 
 
 class MaskedLayer(nn.Module):
-    """What the two kinds of layers have in common. Masks are bool, of the shape of the parameter as it is stored.
+    """Base class of linear layers in sparse training. Masks are bool, in the shape of the stored parameter.
 
     Attributes:
-        forward_mask: ``A``; None computes as the layer it was.
+        forward_mask: ``A``; None computes with the dense weight.
         backward_mask: ``B``; None lets the gradient reach every weight.
-        former: the class it had.
     """
 
     weight: Any  # an nn.Parameter; the two kinds declare it differently
     forward_mask: Tensor | None
     backward_mask: Tensor | None
-    former: type[nn.Module]
 
     def effective_weight(self) -> Tensor:
-        """``A ∘ W`` as stored, with the gradient of ``B``."""
+        """Return ``A ∘ W`` in the shape of the parameter; its gradient is masked by ``B``."""
         if self.forward_mask is None:
             return self.weight
         return _Masked.apply(self.weight, self.forward_mask, self.backward_mask)  # type: ignore[no-untyped-call]
 
     def set_masks(self, forward_mask: Tensor | None, backward_mask: Tensor | None = None) -> None:
-        """Compute with these from the next forward on. They are moved to where the weight is."""
+        """Set the masks from the next forward on; they are moved to the device of the weight."""
         device = self.weight.device
         self.forward_mask = None if forward_mask is None else forward_mask.to(device)
         self.backward_mask = None if backward_mask is None else backward_mask.to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.set_masks(self.forward_mask, self.backward_mask)  # the weight may be on another device now
+        self.set_masks(self.forward_mask, self.backward_mask)  # the weight may have moved to another device
         return self
 
 
@@ -97,7 +96,7 @@ MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {nn.Linear: MaskedLin
 
 
 def unsupported_reason(layer: nn.Module) -> str:
-    """Why a linear layer cannot be trained sparsely; the empty string if it can."""
+    """Return why a linear layer cannot be trained sparsely, or an empty string if it can."""
     plain: Any = nn.Linear if isinstance(layer, nn.Linear) else Conv1D
     if type(layer).forward is not plain.forward or "forward" in vars(layer):
         return f"a {type(layer).__name__} does not compute as {plain.__name__}"
@@ -105,40 +104,33 @@ def unsupported_reason(layer: nn.Module) -> str:
 
 
 def attach_masks(layer: nn.Module) -> MaskedLayer:
-    """Make a layer a ``MaskedLayer`` in place, as yet without masks. Raises ``ValueError`` where there is an obstacle.
+    """Turn a linear layer into a ``MaskedLayer`` in place, without masks for now, and return it.
 
-    Hooks and references to the layer stay valid.
+    Hooks and references to the layer stay valid. Raises ``ValueError`` if the layer is not supported.
     """
     if reason := unsupported_reason(layer):
         raise ValueError(reason)
-    former = type(layer)
-    layer.__class__ = MASKED_CLASSES[nn.Linear if isinstance(layer, nn.Linear) else Conv1D]
-    assert isinstance(layer, MaskedLayer)
-    layer.__dict__.update(forward_mask=None, backward_mask=None, former=former)
-    return layer
+    masked = MASKED_CLASSES[nn.Linear if isinstance(layer, nn.Linear) else Conv1D]
+    return swap_class(layer, masked, forward_mask=None, backward_mask=None)
 
 
 def detach_masks(layer: MaskedLayer) -> nn.Module:
-    """Undo ``attach_masks``; the weight stays as it is, dense."""
-    former = layer.former
-    for name in ("forward_mask", "backward_mask", "former"):
-        layer.__dict__.pop(name)
-    layer.__class__ = former  # type: ignore[assignment]
-    return layer
+    """Undo ``attach_masks``, and return the layer; its weight stays dense."""
+    return restore_class(layer)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    """The layers in sparse training, by qualified name."""
+    """Return the layers in sparse training, by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
 def select_supported(
     model: nn.Module, layers: Mapping[str, nn.Module]
 ) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """Which of ``layers`` can be attached, and the names of the others by reason.
+    """Return the ``layers`` that can be trained sparsely, and the names of the others by reason.
 
-    A weight that another module holds too is left out: that module would compute with other numbers.
-    Raises ``ModelError`` for a model with adapters, whose parts change their names in a merge.
+    A layer with a tied weight is left out, because the other module would compute with different weights. Raises
+    ``ModelError`` for a model with adapters, whose parameters change their names in a merge.
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ModelError(
@@ -159,7 +151,7 @@ def select_supported(
 
 
 def require_unsharded(layers: Mapping[str, nn.Module], label: str = "training") -> None:
-    """Raise ``ModelError`` naming the first weight that is a shard (FSDP, ZeRO-3): a part cannot be ranked."""
+    """Raise ``ModelError`` naming the first sharded weight (FSDP, ZeRO-3): its parts cannot be ranked."""
     for name, layer in layers.items():
         weight: Any = layer.weight
         if weight.dim() != 2 or weight.numel() == 0 or hasattr(weight, "placements"):
@@ -170,9 +162,9 @@ def require_unsharded(layers: Mapping[str, nn.Module], label: str = "training") 
 
 
 def read_layer_state(state: Any, kind: str, layers: Mapping[str, MaskedLayer], label: str) -> dict[str, Tensor]:
-    """What a step kept for each layer as ``state.<kind>.<layer>``, by layer, after a checkpoint was read.
+    """Return the tensors ``state.<kind>.<layer>`` of a step by layer, after a checkpoint was read.
 
-    Raises ``CheckpointError`` where there is nothing, or something of another shape.
+    Raises ``CheckpointError`` if one is missing or does not have the shape of the weight.
     """
     found = {name: getattr(state, f"{kind}.{name}", None) for name in layers}
     for name, tensor in found.items():
@@ -186,12 +178,12 @@ def read_layer_state(state: Any, kind: str, layers: Mapping[str, MaskedLayer], l
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 def learning_rates(optimizer: Any) -> dict[int, float]:
-    """The rate of the next step for each parameter of an optimizer, by the parameter's identity."""
+    """Return the learning rate of the next step for each parameter of an optimizer, by ``id`` of the parameter."""
     return {id(p): float(group["lr"]) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
 def will_skip_step(optimizer: Any) -> bool:
-    """Whether a loss scaler is about to leave out this optimizer step, its gradients having overflowed (fp16)."""
+    """Return True if a loss scaler will skip this optimizer step because gradients have overflowed (fp16)."""
     if getattr(optimizer, "scaler", None) is None:
         return False
     return not all(bool(torch.isfinite(gradient).all()) for gradient in _gradients(optimizer))
@@ -203,7 +195,7 @@ def _gradients(optimizer: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def clear_running_means(optimizer: Any, parameter: nn.Parameter, kept: Tensor) -> None:
-    """Set the running means of a parameter's gradient to zero outside ``kept``: bool, the shape of this rank's part."""
+    """Zero the running means of a parameter's gradient outside ``kept``: bool, the shape of this rank's shard."""
     for key, value in (getattr(optimizer, "state", None) or {}).get(parameter, {}).items():
         if key in RUNNING_MEANS and isinstance(value, Tensor) and (part := fsdp.local_shard(value)).shape == kept.shape:
             part.mul_(kept.to(part.device))

@@ -1,8 +1,8 @@
 """Masks over weights: unstructured by rank, and N:M along the input dimension.
 
-A mask is a bool tensor, True = kept. Rankings are exact: the number of weights removed is the number asked for, and of
-two equal scores the one with the lower index is kept (index in the flattened parameter, parameters in the
-order given). A weight that an earlier mask removed stays removed, and counts.
+A mask is a bool tensor, True = kept. Rankings are exact: exactly the requested number of weights is removed, and of two
+equal scores the one with the lower index is kept (index in the flattened parameter, parameters in the given order). A
+weight that an earlier mask removed stays removed, and counts.
 """
 
 from __future__ import annotations
@@ -20,27 +20,22 @@ from ..topology.linear_layers import is_linear, weight_out_in
 
 Masks = dict[str, Tensor]
 
-# A single tensor of up to this many weights is ranked by selection on a CPU: several times faster, with a copy.
+# On a CPU, a single tensor of up to this many weights is ranked with ``kthvalue``: several times faster, with a copy.
 KTHVALUE_LIMIT = 1 << 24
 
 
 def removed_count(size: int, sparsity: float) -> int:
-    """How many of ``size`` weights a sparsity in [0, 1] removes: the nearest whole number, halves up."""
+    """Return how many of ``size`` weights a sparsity in [0, 1] removes: the nearest whole number, halves up."""
     return min(size, math.floor(size * sparsity + 0.5))
-
-
-def sparsity_of(mask: Tensor) -> float:
-    """The share of a mask that is removed."""
-    return 1.0 - int(mask.sum()) / mask.numel()
 
 
 def layer_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str, Tensor] | None = None) -> Masks:
     """Keep the largest scores within each tensor.
 
     Args:
-        scores: name -> scores, any shape. Compared by absolute value, so weights may be passed as they are.
+        scores: name -> scores, any shape. Compared by absolute value, so that the weights may be passed directly.
         sparsity: share of each tensor to remove, in [0, 1].
-        kept: name -> mask of what may still be kept; a name that is absent was never pruned.
+        kept: name -> earlier mask; a name without one was never pruned.
 
     Returns:
         name -> mask, with ``removed_count`` weights removed, or more where ``kept`` had removed more.
@@ -61,8 +56,8 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[st
 def keep_largest(scores: Mapping[str, Tensor], remove: int, kept: Mapping[str, Tensor] | None = None) -> Masks:
     """Remove exactly ``remove`` weights (or all that ``kept`` removed, if more): those of the smallest scores.
 
-    Finds the cut by counting and keeps no sorted copy, so the ranking may span all weights of a large model. Ties at
-    the cut are kept from the lowest index on.
+    The threshold is found by counting, without a sorted copy, so that the ranking may span all weights of a large
+    model. Ties at the threshold are kept in order of their index.
     """
     kept = kept or {}
     wide = any(score.dtype == torch.float64 for score in scores.values())
@@ -74,27 +69,30 @@ def keep_largest(scores: Mapping[str, Tensor], remove: int, kept: Mapping[str, T
     left = sum(int(kept[n].sum()) if n in kept else s.numel() for n, s in scores.items())
     keep = min(left, sum(s.numel() for s in scores.values()) - remove)
     ranks = {name: _ranks(score, kept.get(name), wide) for name, score in scores.items()}
-    cut = _cut(list(ranks.values()), keep, 63 if wide else 31)
-    spare = keep - sum(int((rank > cut).sum()) for rank in ranks.values())
+    threshold = _threshold(list(ranks.values()), keep, 63 if wide else 31)
+    ties = keep - sum(int((rank > threshold).sum()) for rank in ranks.values())
     masks: Masks = {}
     for name, rank in ranks.items():
-        tied = rank == cut
-        first = tied & (tied.cumsum(0) <= spare)
-        spare -= int(first.sum())
-        masks[name] = ((rank > cut) | first).view(scores[name].shape)
+        tied = rank == threshold
+        first = tied & (tied.cumsum(0) <= ties)
+        ties -= int(first.sum())
+        masks[name] = ((rank > threshold) | first).view(scores[name].shape)
     return masks
 
 
 def _largest(rank: Tensor, keep: int) -> Tensor:
-    """The ``keep`` largest of ranks [n], of equal ones the first; none that is -1. Never waits for the device."""
-    place = torch.clamp((rank >= 0).sum(), max=keep)
-    cut = rank.sort().values.index_select(0, (rank.numel() - place).clamp(max=rank.numel() - 1).view(1))
-    tied = rank == cut
-    return (rank > cut) | (tied & (tied.cumsum(0) <= place - (rank > cut).sum()))
+    """Return where the ``keep`` largest of ranks [n] are, of equal ones the first, and none that is -1.
+
+    There is no synchronization between host and device.
+    """
+    count = torch.clamp((rank >= 0).sum(), max=keep)
+    threshold = rank.sort().values.index_select(0, (rank.numel() - count).clamp(max=rank.numel() - 1).view(1))
+    tied = rank == threshold
+    return (rank > threshold) | (tied & (tied.cumsum(0) <= count - (rank > threshold).sum()))
 
 
 def _ranks(score: Tensor, kept: Tensor | None, wide: bool) -> Tensor:
-    """Integers [n] in the order of ``|score|``: the bit patterns of non-negative floats ascend. -1 = removed."""
+    """Return integers [n] in the order of ``|score|``, the bit patterns of non-negative floats; -1 = removed."""
     _require_whole(score)
     size = score.detach().abs().reshape(-1).to(torch.float64 if wide else torch.float32)
     ranks = size.view(torch.int64 if wide else torch.int32)
@@ -109,38 +107,38 @@ def _require_whole(score: Tensor) -> None:
         )
 
 
-def _cut(ranks: list[Tensor], keep: int, bits: int) -> int:
-    """The largest rank of which at least ``keep`` entries are not smaller, by bisection on its bits."""
+def _threshold(ranks: list[Tensor], keep: int, bits: int) -> int:
+    """Return the largest rank that at least ``keep`` entries reach, by bisection on its bits."""
     if len(ranks) == 1 and keep > 0 and ranks[0].device.type == "cpu" and ranks[0].numel() <= KTHVALUE_LIMIT:
         return int(ranks[0].kthvalue(ranks[0].numel() - keep + 1).values)
-    cut = 0
+    threshold = 0
     for bit in reversed(range(bits)):
-        higher = cut | (1 << bit)
+        higher = threshold | (1 << bit)
         if sum(int((rank >= higher).sum()) for rank in ranks) >= keep:
-            cut = higher
-    return cut
+            threshold = higher
+    return threshold
 
 
 def nm_mask(score: Tensor, keep: int, group: int, kept: Tensor | None = None) -> Tensor:
     """Keep the ``keep`` largest of every ``group`` consecutive scores along the last dimension.
 
-    Of all patterns that keep ``keep`` of a group this one has the largest sum of absolute scores (2104.08378, section
-    3).
+    Of all masks that keep ``keep`` of a group this one has the largest sum of absolute scores (2104.08378, section 3).
 
     Args:
         score: ``[..., in]``, ``in`` a multiple of ``group``; compared by absolute value.
-        keep, group: 2 and 4 for the pattern that sparse tensor cores run.
-        kept: mask of what may still be kept, of the same shape.
+        keep, group: 2 and 4 for the pattern of sparse tensor cores.
+        kept: an earlier mask of the same shape, or None.
 
     Returns:
-        bool, the shape of ``score``; at most ``keep`` True in a group. Raises ``ValueError`` for an indivisible width.
+        bool, the shape of ``score``; at most ``keep`` True in a group. Raises ``ValueError`` if the width is
+        not a multiple of ``group``.
     """
     _check_group(score.shape[-1], keep, group)
     _require_whole(score)
     size = score.detach().abs()
     if kept is not None:
         size = size.masked_fill(~kept.to(size.device), -1.0)
-    # Every pair of a group meets once, and the weights that lose fewer than ``keep`` times stay.
+    # Compare every pair of a group, and keep the weights that lose fewer than ``keep`` times.
     columns = size.unflatten(-1, (-1, group)).movedim(-1, 0).contiguous()
     lost = torch.zeros_like(columns, dtype=torch.int16)
     for i in range(group - 1):
@@ -152,11 +150,12 @@ def nm_mask(score: Tensor, keep: int, group: int, kept: Tensor | None = None) ->
 
 
 def has_nm_pattern(weight: Tensor, keep: int, group: int) -> bool:
-    """Whether every ``group`` consecutive weights along the last dimension (the input) hold at most ``keep`` non-zeros.
+    """Return True if every ``group`` consecutive weights along the last dimension have at most ``keep`` non-zeros.
 
     Args:
         weight: ``[out, in]``. The parameter of a ``Conv1D`` is ``[in, out]``: pass it transposed, or use
-        ``parameter_has_nm_pattern``.
+            ``parameter_has_nm_pattern``.
+        keep, group: the pattern.
     """
     if weight.shape[-1] % group:
         return False
@@ -164,7 +163,7 @@ def has_nm_pattern(weight: Tensor, keep: int, group: int) -> bool:
 
 
 def parameter_has_nm_pattern(model: nn.Module, parameter: str, keep: int, group: int) -> bool:
-    """``has_nm_pattern`` for a weight by its parameter name, whichever way round the linear layer or the experts store it."""
+    """``has_nm_pattern`` for a weight by its parameter name, however the linear layer or the experts store it."""
     module = model.get_submodule(parameter.rpartition(".")[0])
     if is_linear(module):
         return has_nm_pattern(fsdp.full_tensor(weight_out_in(module).detach()), keep, group)
@@ -174,13 +173,13 @@ def parameter_has_nm_pattern(model: nn.Module, parameter: str, keep: int, group:
 
 def _check_group(width: int, keep: int, group: int) -> None:
     if not 0 < keep <= group:
-        raise ValueError(f"{keep}:{group} is no pattern: 1 <= keep <= group")
+        raise ValueError(f"{keep}:{group} is not a pattern: 1 <= keep <= group")
     if width % group:
-        raise ValueError(f"an input width of {width} does not divide into groups of {group}")
+        raise ValueError(f"input width {width} is not a multiple of the group size {group}")
 
 
 def weight_names(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layer name -> name of its weight parameter; layers that share one parameter appear once, the first."""
+    """Return layer name -> name of its weight parameter; of layers that share a parameter, only the first."""
     seen: set[int] = set()
     names: dict[str, str] = {}
     for name, layer in layers.items():
@@ -191,18 +190,18 @@ def weight_names(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def mask_out_in(layer: nn.Module, masks: Mapping[str, Tensor], parameter: str) -> Tensor | None:
-    """The mask of a linear layer's weight as ``[out, in]``, or None where there is none."""
+    """Return the mask of a linear layer's weight as ``[out, in]``, or None if there is none."""
     mask = masks.get(parameter)
     return mask.T if mask is not None and isinstance(layer, Conv1D) else mask
 
 
 def as_stored(layer: nn.Module, mask: Tensor) -> Tensor:
-    """A mask ``[out, in]`` the way round the layer stores its weight: ``[in, out]`` for a ``Conv1D``."""
+    """Return a mask ``[out, in]`` in the layout of the layer's weight: ``[in, out]`` for a ``Conv1D``."""
     return mask.T.contiguous() if isinstance(layer, Conv1D) else mask
 
 
 def require_finite(weights: Mapping[str, Tensor], label: str) -> None:
-    """Raise ``NumericalError`` naming the first parameter that holds infinite or NaN values."""
+    """Raise ``NumericalError`` naming the first parameter with infinite or NaN values."""
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             raise NumericalError(
@@ -211,7 +210,7 @@ def require_finite(weights: Mapping[str, Tensor], label: str) -> None:
 
 
 def prune_(model: nn.Module, masks: Masks, new: Mapping[str, Tensor]) -> None:
-    """Narrow ``masks`` (parameter name -> mask, in place) to ``new`` and zero the weights that are removed."""
+    """Intersect ``masks`` (parameter name -> mask, in place) with ``new``, and zero the removed weights."""
     fsdp.reshard(model)
     for name, mask in new.items():
         home = fsdp.mask_device(model.get_parameter(name))
@@ -221,7 +220,7 @@ def prune_(model: nn.Module, masks: Masks, new: Mapping[str, Tensor]) -> None:
 
 
 def zero_masked_(model: nn.Module, masks: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Set the removed weights of the parameters ``names`` to exactly zero, in place; of shards, each rank its own."""
+    """Set the removed weights of the parameters ``names`` to exactly zero, in place; each rank zeroes its shards."""
     fsdp.reshard(model)
     with torch.no_grad():
         for name in names:

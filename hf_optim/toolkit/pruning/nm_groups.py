@@ -1,4 +1,4 @@
-"""Which layers can follow an N:M pattern, and which of two patterns is recorded."""
+"""N:M patterns: the layers that can have one, and the record of the patterns of parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Pattern = tuple[int, int]
 
 
 def select_divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The layers whose input width is a multiple of ``group``, and the names of the others by reason."""
+    """Return the layers whose input width is a multiple of ``group``, and the names of the others by reason."""
     odd = {name: features(layer)[1] for name, layer in layers.items() if features(layer)[1] % group}
     skipped: dict[str, list[str]] = {}
     for name, width in odd.items():
@@ -21,6 +21,6 @@ def select_divisible(layers: Mapping[str, nn.Module], group: int) -> tuple[dict[
 
 
 def record_pattern(patterns: MutableMapping[str, Pattern], parameter: str, keep: int, group: int) -> None:
-    """Record that a parameter follows ``keep:group`` now, unless it follows one that keeps a smaller share already."""
+    """Record the pattern ``keep:group`` of a parameter, unless a sparser one is already recorded."""
     known = patterns.get(parameter, (keep, group))
     patterns[parameter] = min((keep, group), known, key=lambda pattern: pattern[0] / pattern[1])

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that start again, and weights that go back to what they were."""
+"""Rewinding: restart learning-rate schedules, and restore or reinitialize weights."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ LRMultiplier = Callable[[int], float]
 
 
 def require_lambda_lr(scheduler: Any, label: str) -> LambdaLR:
-    """The scheduler, if its learning rates are a function of a position. Raises ``RecipeError`` for another."""
+    """Return the scheduler if its learning rates are a function of the step; raise ``RecipeError`` otherwise."""
     if isinstance(scheduler, LambdaLR):
         return scheduler
     raise RecipeError(
-        f"{label}: a {type(scheduler).__name__} cannot be put back to an earlier step, since its learning rates are no "
-        "function of the step; take a schedule such as linear, cosine or constant (torch's LambdaLR, or any of "
+        f"{label}: a {type(scheduler).__name__} cannot return to an earlier step, because its learning rates are not a "
+        "function of the step; use a schedule such as linear, cosine or constant (torch's LambdaLR, or any of "
         "transformers.get_scheduler but reduce_lr_on_plateau and greedy)"
     )
 
 
 def seek_scheduler_(scheduler: LambdaLR, position: int) -> None:
-    """Put a scheduler to a position: the optimizer's next step has the learning rate that stands there."""
+    """Set a scheduler to ``position``: the next optimizer step uses the learning rate of that position."""
     rates = [base * rate(position) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.last_epoch = position
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -40,10 +40,13 @@ def seek_scheduler_(scheduler: LambdaLR, position: int) -> None:
 
 
 def hold_after(rate: LRMultiplier, length: int, held: float | None = None) -> LRMultiplier:
-    """``rate`` for the positions of a phase, and from ``length`` on ``held``; None holds the rate of the last one."""
+    """Return a multiplier that is ``rate`` before position ``length``, and constant from there on.
+
+    The constant is ``held``, or the last value of ``rate`` if that is None.
+    """
     last = rate(length - 1) if held is None else held
 
-    # A plain function: a scheduler keeps the attributes of other callables in its state.
+    # A plain function, because a scheduler stores the attributes of other callables in its state.
     def multiplier(position: int) -> float:
         return rate(position) if position < length else last
 
@@ -52,9 +55,9 @@ def hold_after(rate: LRMultiplier, length: int, held: float | None = None) -> LR
 
 @torch.no_grad()
 def copy_state_(model: nn.Module, other: nn.Module) -> None:
-    """Give a model the parameters and persistent buffers of another one of its class, in place.
+    """Copy the parameters and persistent buffers of ``other``, a model of the same class, into ``model``.
 
-    Raises ``KeyError`` for one that the other has not.
+    Raises ``KeyError`` for a tensor that ``other`` does not have.
     """
     theirs = other.state_dict()
     for name, tensor in model.state_dict().items():
@@ -62,9 +65,9 @@ def copy_state_(model: nn.Module, other: nn.Module) -> None:
 
 
 def reinitialized_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same class and configuration, with random weights as its class draws them, on the CPU.
+    """Build a model of the same class and configuration on the CPU, with the random initialization of its class.
 
-    Random state is as before afterwards.
+    The state of the random generator is restored.
     """
     before = torch.random.get_rng_state()
     torch.default_generator.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Make a transformer smaller in place: parts of its parameters, whole blocks, and the configuration that says so.
+"""Structural pruning: slice the parameters of a transformer, remove blocks, and update its configuration, in place.
 
-Nothing is known about the configuration of an architecture. Which of its fields express the new shapes is found by
-trying: those that hold the old number get the new one, a model without weights is built from them, and its parameters
-must have the shapes that are wanted. Whatever else differs between the models built before and after (widths that
-modules remember, the layers' numbers for the cache) is set on the live model, which stays the object that it is.
+No architecture is hard-coded. The configuration fields that determine the new shapes are found by trial: fields with
+the old number get the new one, the model is built from them on the meta device, and the shapes of its parameters are
+compared with the target shapes. All other attributes that differ between the meta models built before and after
+(widths stored in modules, layer indices for the cache) are copied to the live model, which stays the same object.
 """
 
 from __future__ import annotations
@@ -24,107 +24,110 @@ from ..topology.block_lists import blocks
 Shapes = dict[str, tuple[int, ...]]
 Change = tuple[tuple[str, ...], Any]  # path of a field in the configuration, and its new value
 
+# Upper limit on the fields with a matching number that are tried in all combinations.
 MAX_FIELDS = 6
-"""So many fields that hold a number are tried in all combinations."""
 
 
 @dataclass(frozen=True)
 class Slicing:
-    """Parts of parameters that stay.
+    """The parts of parameters to keep.
 
     Attributes:
-        kept: parameter name -> dimension -> indices that stay, ascending int64.
-        sizes: number that a field of the configuration may hold now -> the one that it has to hold then.
-        unset: what a field may have to say that is None now, where the old numbers gave it (a head's width).
+        kept: parameter name -> dimension -> indices to keep, ascending int64.
+        sizes: old number in a field of the configuration -> new number.
+        derived: the value to give a field that is None now, if the old numbers determine it (a head's width).
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
     sizes: Mapping[int, int]
-    unset: int | None = None
+    derived: int | None = None
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """How a model becomes smaller: ``plan`` makes one, ``apply_`` carries it out.
+    """A plan to make a model smaller: made by ``plan``, executed by ``apply_``.
 
     Attributes:
-        narrowings: parts of parameters that stay, in steps that have fields of the configuration of their own.
-        depth: name of a stack of blocks -> the positions that stay, ascending.
+        slicings: the parts of parameters to keep, one slicing for each set of configuration fields.
+        kept_blocks: name of a block list -> the indices of the blocks to keep, ascending.
         before, after: models on the meta device, as transformers builds them.
     """
 
-    narrowings: tuple[Slicing, ...]
-    depth: Mapping[str, Sequence[int]]
+    slicings: tuple[Slicing, ...]
+    kept_blocks: Mapping[str, Sequence[int]]
     before: PreTrainedModel = field(repr=False)
     after: PreTrainedModel = field(repr=False)
 
-    def rename(self, name: str) -> str | None:
-        """What a module or parameter of that name is called afterwards; None where it went with its block."""
-        return _renamed(name, self.depth)
+    def new_name(self, name: str) -> str | None:
+        """Return the new name of a module or parameter; None if it is removed with its block."""
+        return _new_name(name, self.kept_blocks)
 
-    def renamed(self, name: str) -> list[str]:
-        """``rename`` as ``Run.rename`` asks for it: the one name, or none."""
-        return [new] if (new := self.rename(name)) is not None else []
+    def new_names(self, name: str) -> list[str]:
+        """Return ``new_name`` as a list with at most one name, as ``Run.rename`` takes it."""
+        return [new] if (new := self.new_name(name)) is not None else []
 
-    def narrow(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of a tensor in the shape of the parameter ``name`` (its old name), such as its mask."""
-        for narrowing in self.narrowings:
-            for dim, kept in narrowing.kept.get(name, {}).items():
+    def slice(self, name: str, tensor: Tensor) -> Tensor:
+        """Slice a tensor in the shape of the parameter ``name`` (its old name), such as its mask."""
+        for slicing in self.slicings:
+            for dim, kept in slicing.kept.get(name, {}).items():
                 tensor = tensor.index_select(dim, kept.to(tensor.device))
         return tensor
 
 
 def plan(
-    model: PreTrainedModel, narrowings: Sequence[Slicing], depth: Mapping[str, Sequence[int]] | None = None
+    model: PreTrainedModel, slicings: Sequence[Slicing], kept_blocks: Mapping[str, Sequence[int]] | None = None
 ) -> PruningPlan:
     """Find the configuration of the smaller model. The model is not changed.
 
-    Raises ``ModelError`` where no configuration of this class gives the shapes, where the model is not what its
-    configuration builds, and where blocks would do something else at their new places.
+    Raises ``ModelError`` if no configuration of this class gives the shapes, if the model is not what its configuration
+    builds, or if a block would compute something else at its new index.
     """
-    depth = {stack: tuple(kept) for stack, kept in (depth or {}).items()}
-    counts = {stack: len(model.get_submodule(stack)) for stack in depth}  # type: ignore[arg-type]
-    depth = {stack: kept for stack, kept in depth.items() if len(kept) < counts[stack]}
-    before = _twin(model, model.config)
+    kept_blocks = {stack: tuple(kept) for stack, kept in (kept_blocks or {}).items()}
+    counts = {stack: len(model.get_submodule(stack)) for stack in kept_blocks}  # type: ignore[arg-type]
+    kept_blocks = {stack: kept for stack, kept in kept_blocks.items() if len(kept) < counts[stack]}
+    before = _meta_model(model, model.config)
     shapes = _shapes(model)
     if shapes != _shapes(before) or not _same_classes(model, before):
         raise ModelError(
             f"this {type(model).__name__} is not what its configuration builds (adapters, replaced or quantized "
-            "modules), so no configuration of a smaller one is known"
+            "modules), so the configuration of a smaller one cannot be found"
         )
-    _require_apart(narrowings)
+    _require_disjoint(slicings)
     config: PretrainedConfig = before.config
-    for narrowing in narrowings:
-        shapes = _narrowed(shapes, narrowing.kept)
-        config = _fit(model, config, shapes, narrowing.sizes, narrowing.unset)
-    if depth:
-        wide = _twin(model, config)
-        shapes = {new: shape for name, shape in shapes.items() if (new := _renamed(name, depth)) is not None}
-        sizes = {counts[stack]: len(kept) for stack, kept in depth.items()}
-        config = _fit_depth(model, wide, shapes, sizes, _agreed(counts, depth), depth)
-    return PruningPlan(tuple(narrowings), depth, before, _twin(model, config))
+    for slicing in slicings:
+        shapes = _sliced_shapes(shapes, slicing.kept)
+        config = _find_config(model, config, shapes, slicing.sizes, slicing.derived)
+    if kept_blocks:
+        deep = _meta_model(model, config)
+        shapes = {new: shape for name, shape in shapes.items() if (new := _new_name(name, kept_blocks)) is not None}
+        sizes = {counts[stack]: len(kept) for stack, kept in kept_blocks.items()}
+        config = _find_shallow_config(model, deep, shapes, sizes, _common_indices(counts, kept_blocks), kept_blocks)
+    return PruningPlan(tuple(slicings), kept_blocks, before, _meta_model(model, config))
 
 
 @torch.no_grad()
-def apply_(model: PreTrainedModel, shrinking: PruningPlan) -> None:
-    """Carry out a plan: parameters, modules and configuration stay the objects that they are; removed blocks go."""
+def apply_(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Execute a plan in place: parameters, remaining modules and the configuration stay the same objects."""
     for name, parameter in model.named_parameters():
-        narrowed = shrinking.narrow(name, parameter.data)
-        if narrowed is not parameter.data:
-            parameter.data = narrowed
+        sliced = plan.slice(name, parameter.data)
+        if sliced is not parameter.data:
+            parameter.data = sliced
             parameter.grad = None
-    for stack, kept in shrinking.depth.items():
+    for stack, kept in plan.kept_blocks.items():
         module = model.get_submodule(stack)
         members = list(module._modules.values())
-        module._modules = {str(place): members[index] for place, index in enumerate(kept)}
+        module._modules = {str(new): members[old] for new, old in enumerate(kept)}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, attribute, _, value in _differences(shrinking.before, shrinking.after, shrinking.depth):
+    for name, attribute, _, value in _differences(plan.before, plan.after, plan.kept_blocks):
         setattr(modules[name], attribute, value)
-    _update_configs(model, shrinking)
+    _update_configs(model, plan)
 
 
 def removable_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
-    """The positions in each stack of blocks that may be removed: those that hold no parameter which another lacks."""
+    """Return the indices, per block list, of the blocks that may be removed: those without parameters of their own.
+
+    A block has parameters of its own if another block of the list does not have them (T5's position biases).
+    """
     stacks: dict[str, dict[int, set[str]]] = {}
     for block in blocks(model):
         stacks.setdefault(block.list_name, {})[block.index] = {name for name, _ in block.module.named_parameters()}
@@ -136,63 +139,64 @@ def removable_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
 
 
 # -- the configuration --------------------------------------------------------------------------------------------
-def _require_apart(narrowings: Sequence[Slicing]) -> None:
+def _require_disjoint(slicings: Sequence[Slicing]) -> None:
     seen: set[tuple[str, int]] = set()
-    for narrowing in narrowings:
-        places = {(name, dim) for name, dims in narrowing.kept.items() for dim in dims}
-        if both := sorted(places & seen):
+    for slicing in slicings:
+        dims = {(name, dim) for name, kept in slicing.kept.items() for dim in kept}
+        if both := sorted(dims & seen):
             raise ModelError(f"{both[0][0]} holds parts of two kinds along one dimension; remove one kind at a time")
-        seen |= places
+        seen |= dims
 
 
-def _fit(
+def _find_config(
     model: PreTrainedModel,
     config: PretrainedConfig,
-    wanted: Shapes,
+    target: Shapes,
     sizes: Mapping[int, int],
-    unset: int | None = None,
+    derived: int | None = None,
     always: Sequence[Change] = (),
 ) -> PretrainedConfig:
-    """``config`` with ``always`` and the fewest changes that give the ``wanted`` shapes. Raises ``ModelError``."""
+    """Return ``config`` with ``always`` and the fewest changes that give ``target``. Raises ``ModelError``."""
     reason = ""
-    for changes in _choices(config, sizes, unset, _asked_for(model, config) if unset is not None else ()):
+    for changes in _candidates(config, sizes, derived, _missing_fields(model, config) if derived is not None else ()):
         changed = _changed(config, [*always, *changes])
         try:
-            twin = _twin(model, changed)
-        except Exception as error:  # whatever a class says to numbers that do not go together
+            smaller = _meta_model(model, changed)
+        except Exception as error:  # a class may raise anything for numbers that do not match
             reason = reason or f" ({type(error).__name__}: {_first_line(error)})"
             continue
-        if _shapes(twin) == wanted:
-            return twin.config
+        if _shapes(smaller) == target:
+            return smaller.config
     numbers = ", ".join(f"{old} to {new}" for old, new in sizes.items() if old != new)
     raise ModelError(
-        f"no configuration of {type(model).__name__} gives the smaller shapes: none of its fields that hold the old "
-        f"number does, nor any of them together ({numbers}){reason}"
+        f"no configuration of {type(model).__name__} gives the smaller shapes: changing its fields that hold the old "
+        f"number, alone or together, does not ({numbers}){reason}"
     )
 
 
-def _fit_depth(
+def _find_shallow_config(
     model: PreTrainedModel,
-    wide: PreTrainedModel,
-    wanted: Shapes,
+    deep: PreTrainedModel,
+    target: Shapes,
     sizes: Mapping[int, int],
     lists: Mapping[int, Sequence[int]],
-    depth: Mapping[str, Sequence[int]],
+    kept_blocks: Mapping[str, Sequence[int]],
 ) -> PretrainedConfig:
-    """The configuration of ``wide`` without the blocks that go. Raises ``ModelError``.
+    """Return the configuration of ``deep`` without the removed blocks. Raises ``ModelError``.
 
-    A list as long as the stack loses their places if its name speaks of layers (``layer_types``,
-    ``no_rope_layers``). Any other may be as long by chance (three ids that end a text, beside three layers): it loses
-    them only if the blocks that stay are not built as they were without that (``activation_sparsity_pattern``).
+    A list in the configuration that is as long as the block list loses the entries of the removed blocks if its name
+    contains "layer" (``layer_types``, ``no_rope_layers``). Any other list may have that length by chance (three EOS ids
+    and three layers): it loses entries only if the remaining blocks would otherwise be built differently
+    (``activation_sparsity_pattern``).
     """
-    changes = list(_list_changes(wide.config, lists))
+    changes = list(_list_changes(deep.config, lists))
     named = [change for change in changes if "layer" in change[0][-1]]
     others = [change for change in changes if change not in named][:MAX_FIELDS]
     first: ModelError | None = None
     for more in (subset for count in range(len(others) + 1) for subset in combinations(others, count)):
         try:
-            config = _fit(model, wide.config, wanted, sizes, always=[*named, *more])
-            _require_same_behaviour(wide, _twin(model, config), depth)
+            config = _find_config(model, deep.config, target, sizes, always=[*named, *more])
+            _require_same_behaviour(deep, _meta_model(model, config), kept_blocks)
             return config
         except ModelError as error:
             first = first or error
@@ -200,25 +204,26 @@ def _fit_depth(
     raise first
 
 
-def _choices(
-    config: PretrainedConfig, sizes: Mapping[int, int], unset: int | None, asked: Sequence[str]
+def _candidates(
+    config: PretrainedConfig, sizes: Mapping[int, int], derived: int | None, missing: Sequence[str]
 ) -> Iterator[tuple[Change, ...]]:
-    """Sets of changes to try, fewest fields first; after them, those with one field more.
+    """Yield sets of changes to try, fewest fields first; then the same sets with one more field set to ``derived``.
 
-    That is one which is None now, or which the class asks for and does not find (``asked``): Qwen2's ``head_dim``.
+    That field is None now, or one that the class reads and the configuration does not have (``missing``): Qwen2's
+    ``head_dim``.
     """
     fields = list(_fields(config))
     held = [(path, sizes[value]) for path, value in fields if type(value) is int and value in sizes][:MAX_FIELDS]
     subsets = [subset for count in range(len(held) + 1) for subset in combinations(held, count)]
     yield from subsets[1:]
-    if unset is not None:
-        empty = [(path, unset) for path, value in fields if value is None]
-        empty += [((name,), unset) for name in asked]
+    if derived is not None:
+        empty = [(path, derived) for path, value in fields if value is None]
+        empty += [((name,), derived) for name in missing]
         yield from ((*subset, extra) for subset in subsets for extra in empty)
 
 
 def _fields(config: PretrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The fields of a configuration and of those inside it, by path."""
+    """Yield the path and value of every field of a configuration and of its sub-configurations."""
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             yield from _fields(value, (*path, name))
@@ -227,16 +232,17 @@ def _fields(config: PretrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _list_changes(config: PretrainedConfig, lists: Mapping[int, Sequence[int]]) -> Iterator[Change]:
+    """Yield the changes that slice the lists of a configuration; ``lists``: length -> indices to keep."""
     for path, value in _fields(config):
-        # Ids of tokens have nothing to do with layers, however many there are.
+        # Lists of token ids do not depend on the layers, whatever their length.
         if isinstance(value, (list, tuple)) and len(value) in lists and "token" not in path[-1]:
             yield path, type(value)(value[index] for index in lists[len(value)])
 
 
-def _agreed(counts: Mapping[str, int], depth: Mapping[str, Sequence[int]]) -> dict[int, Sequence[int]]:
-    """For each number of blocks the positions that stay, where all stacks of so many blocks keep the same."""
+def _common_indices(counts: Mapping[str, int], kept_blocks: Mapping[str, Sequence[int]]) -> dict[int, Sequence[int]]:
+    """Return length -> indices to keep, for the lengths whose block lists all keep the same indices."""
     found: dict[int, set[tuple[int, ...]]] = {}
-    for stack, kept in depth.items():
+    for stack, kept in kept_blocks.items():
         found.setdefault(counts[stack], set()).add(tuple(kept))
     return {count: next(iter(kept)) for count, kept in found.items() if len(kept) == 1}
 
@@ -251,26 +257,27 @@ def _changed(config: PretrainedConfig, changes: Sequence[Change]) -> PretrainedC
     return changed
 
 
-def _twin(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """The model that transformers builds from ``config`` after writing and reading it, without weights."""
+def _meta_model(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model on the meta device from ``config`` after a round trip through its serialized form."""
     read = type(config).from_dict(copy.deepcopy(config).to_dict())
     with torch.device("meta"):
         return type(model)(read)
 
 
-def _asked_for(model: PreTrainedModel, config: PretrainedConfig) -> list[str]:
-    """The fields that the model's class looks for in its configuration and does not find."""
-    missed: dict[str, None] = {}
+def _missing_fields(model: PreTrainedModel, config: PretrainedConfig) -> list[str]:
+    """Return the fields that the model's class reads and that its configuration does not have."""
+    missing: dict[str, None] = {}
 
-    def miss(self: Any, name: str) -> Any:
-        missed[name] = None
+    def record(self: Any, name: str) -> Any:
+        missing[name] = None
         raise AttributeError(name)
 
+    # ``__getattr__`` is called only for attributes that are not found otherwise.
     watched = copy.deepcopy(config)
-    watched.__class__ = type(type(config).__name__, (type(config),), {"__getattr__": miss})
+    watched.__class__ = type(type(config).__name__, (type(config),), {"__getattr__": record})
     with torch.device("meta"):
         type(model)(watched)
-    return [name for name in missed if not name.startswith("_")]
+    return [name for name in missing if not name.startswith("_")]
 
 
 def _shapes(model: nn.Module) -> Shapes:
@@ -278,19 +285,19 @@ def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def _narrowed(shapes: Shapes, kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
+def _sliced_shapes(shapes: Shapes, kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
     return {
         name: tuple(len(kept.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape))
         for name, shape in shapes.items()
     }
 
 
-# -- what else depends on it --------------------------------------------------------------------------------------
+# -- other attributes that depend on it ---------------------------------------------------------------------------
 def _differences(
-    before: PreTrainedModel, after: PreTrainedModel, depth: Mapping[str, Sequence[int]]
+    before: PreTrainedModel, after: PreTrainedModel, kept_blocks: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """Plain attributes in which a model differs from the module it was: name in ``after``, attribute, old, new."""
-    olds = _origins(before, depth)
+    """Yield the plain attributes of modules that differ: name in ``after``, attribute, old value, new value."""
+    olds = _origins(before, kept_blocks)
     for name, module in after.named_modules(remove_duplicate=False):
         for attribute, value in vars(module).items():
             old = vars(olds[name]).get(attribute)
@@ -298,32 +305,32 @@ def _differences(
                 yield name, attribute, old, value
 
 
-def _origins(model: nn.Module, depth: Mapping[str, Sequence[int]]) -> dict[str, nn.Module]:
-    """New name -> module of the model as it was, without the blocks that go."""
+def _origins(model: nn.Module, kept_blocks: Mapping[str, Sequence[int]]) -> dict[str, nn.Module]:
+    """Return new name -> module of the unmodified model, without the removed blocks."""
     found = model.named_modules(remove_duplicate=False)
-    return {new: module for name, module in found if (new := _renamed(name, depth)) is not None}
+    return {new: module for name, module in found if (new := _new_name(name, kept_blocks)) is not None}
 
 
 def _require_same_behaviour(
-    before: PreTrainedModel, after: PreTrainedModel, depth: Mapping[str, Sequence[int]]
+    before: PreTrainedModel, after: PreTrainedModel, kept_blocks: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raise ``ModelError`` if a block is built in another way at its new place; its number may differ."""
-    for name, attribute, old, value in _differences(before, after, depth):
-        stack = next((stack for stack in depth if name.startswith(stack + ".")), None)
+    """Raise ``ModelError`` if a block is built differently at its new index, other than by the index itself."""
+    for name, attribute, old, value in _differences(before, after, kept_blocks):
+        stack = next((stack for stack in kept_blocks if name.startswith(stack + ".")), None)
         if stack is None:
             continue
-        place = int(name[len(stack) + 1 :].split(".")[0])
-        if type(old) is int and type(value) is int and old - value == depth[stack][place] - place:
+        index = int(name[len(stack) + 1 :].split(".")[0])
+        if type(old) is int and type(value) is int and old - value == kept_blocks[stack][index] - index:
             continue
         raise ModelError(
-            f"block {depth[stack][place]} of {stack} would be another at place {place}: {attribute} is {old!r} and "
+            f"block {kept_blocks[stack][index]} of {stack} would change at index {index}: {attribute} is {old!r} and "
             f"would become {value!r}; remove other blocks, or none"
         )
 
 
-def _update_configs(model: PreTrainedModel, shrinking: PruningPlan) -> None:
-    live, old = _origins(model, {}), _origins(shrinking.before, shrinking.depth)
-    for name, module in shrinking.after.named_modules(remove_duplicate=False):
+def _update_configs(model: PreTrainedModel, plan: PruningPlan) -> None:
+    live, old = _origins(model, {}), _origins(plan.before, plan.kept_blocks)
+    for name, module in plan.after.named_modules(remove_duplicate=False):
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and isinstance(vars(live[name]).get("config"), PretrainedConfig):
             _update(vars(live[name])["config"], vars(old[name])["config"], config)
@@ -345,13 +352,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _same_classes(model: nn.Module, twin: nn.Module) -> bool:
-    one, two = (dict(m.named_modules(remove_duplicate=False)) for m in (model, twin))
+def _same_classes(model: nn.Module, other: nn.Module) -> bool:
+    one, two = (dict(m.named_modules(remove_duplicate=False)) for m in (model, other))
     return one.keys() == two.keys() and all(type(one[name]) is type(two[name]) for name in one)
 
 
-def _renamed(name: str, depth: Mapping[str, Collection[int]]) -> str | None:
-    for stack, kept in depth.items():
+def _new_name(name: str, kept_blocks: Mapping[str, Collection[int]]) -> str | None:
+    for stack, kept in kept_blocks.items():
         if name.startswith(stack + "."):
             index, dot, rest = name[len(stack) + 1 :].partition(".")
             return f"{stack}.{list(kept).index(int(index))}{dot}{rest}" if int(index) in kept else None

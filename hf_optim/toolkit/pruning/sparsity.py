@@ -1,4 +1,4 @@
-"""How sparse the layers of a model are: figures for the record, rows for the card."""
+"""Sparsity of the layers of a model: metrics for the record, table rows for the card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TABLE_HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
 
 
 def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Layer name -> (weights, zeros among them), counted in the weights themselves, sorted by name.
+    """Count weights and zeros: layer name -> (weights, zeros), sorted by name.
 
-    Sharded weights (FSDP2) are counted when all ranks ask for ``metrics``. A save is the work of one rank, which cannot
-    ask the others: it gets what was counted then.
+    Sharded weights (FSDP2) are counted when all ranks call ``metrics``. Only one rank saves a model, and it cannot
+    gather shards alone: it gets the last count.
     """
     kept = vars(model).get(COUNTED, {})
     names = sorted(names)
@@ -48,20 +48,20 @@ def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]
 
 
 def overall(counted: dict[str, tuple[int, int]]) -> float:
-    """The share of zeros over all the layers counted; 0 for none."""
+    """Return the share of zeros over all counted layers; 0 without layers."""
     weights = sum(size for size, _ in counted.values())
     return sum(zeros for _, zeros in counted.values()) / weights if weights else 0.0
 
 
 def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
-    """``{"sparsity": share of zeros, "layers": {name: share}}``, JSON types rounded to six places."""
+    """Return ``{"sparsity": share of zeros, "layers": {name: share}}``, JSON types rounded to six decimals."""
     counted = _count(model, names)
     layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}
     return {"sparsity": round(overall(counted), 6), "layers": layers}
 
 
 def table_rows(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """Rows under ``TABLE_HEADER``. Layers whose names differ only in a number (the blocks of a stack) share a row."""
+    """Return the rows below ``TABLE_HEADER``. Layers whose names differ only in the block index share a row."""
     groups: dict[str, list[tuple[int, int]]] = {}
     for layer, count in layer_sparsity(model, names).items():
         groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), []).append(count)

@@ -1,4 +1,4 @@
-"""The places where activations are rounded, and what rounding at each of them does to a model's output."""
+"""Rounding of module inputs, and the sensitivity of a model's output to it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..statistics.sensitivity import divergence
+from ..statistics.sensitivity import output_divergence
 from ..topology.graph import Trace
 
 Rounding = Callable[[Tensor], Tensor]
 
 
 def group_by_input(trace: Trace, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Modules that read the same tensor (query, key and value; gate and up), together: first name -> all names.
+    """Group the modules that read the same tensor (query, key and value; gate and up): first name -> all names.
 
-    In the order of ``names``; one that the traced forward did not reach stands alone.
+    The order is that of ``names``. A module that the traced forward did not reach forms its own group.
     """
     together: dict[object, list[str]] = {}
     for name in names:
@@ -29,7 +29,7 @@ def group_by_input(trace: Trace, names: Iterable[str]) -> dict[str, tuple[str, .
 
 @contextmanager
 def rounded_inputs(roundings: Mapping[nn.Module, Rounding]) -> Iterator[None]:
-    """The modules with their first positional argument rounded, for as long as the block lasts."""
+    """Round the first positional argument of the modules for the length of a ``with`` block."""
 
     def hook(rounding: Rounding) -> Any:
         return lambda module, args: (rounding(args[0]), *args[1:])
@@ -43,15 +43,15 @@ def rounded_inputs(roundings: Mapping[nn.Module, Rounding]) -> Iterator[None]:
 
 
 class RoundingSensitivity:
-    """Context manager: how far a model's output moves when the inputs of some of its modules are rounded.
+    """Context manager that measures how much the output of a model changes if inputs of its modules are rounded.
 
-    While batches pass through ``module``, each forward is repeated once per case with that case's inputs rounded, and
-    the outputs are compared (``sensitivity.divergence``). ``with`` binds a dictionary from case to the mean over
+    While batches pass through ``module``, each forward is repeated once per case with the inputs of that case rounded,
+    and the outputs are compared (``sensitivity.divergence``). ``with`` binds a dictionary from case to the mean over
     batches.
 
     Args:
         module: the model that batches pass through.
-        cases: name -> (module whose input is rounded -> how).
+        cases: name -> (module whose input is rounded -> rounding function).
     """
 
     def __init__(self, module: nn.Module, cases: Mapping[str, Mapping[nn.Module, Rounding]]) -> None:
@@ -79,7 +79,7 @@ class RoundingSensitivity:
         try:
             for name, roundings in self.cases.items():
                 with rounded_inputs(roundings):
-                    moved = divergence(output, self.module(*args, **kwargs))
+                    moved = output_divergence(output, self.module(*args, **kwargs))
                 self.found[name] += (moved - self.found[name]) / self.batches
         finally:
             self._repeating = False

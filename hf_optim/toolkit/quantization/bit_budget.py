@@ -1,8 +1,8 @@
-r"""Bits for each layer within a number of bytes: choosing one of a few widths for every layer.
+r"""Bit allocation: a width for every layer, within a budget of bytes.
 
 Minimise ``Σ_i cost_i(b_i)`` subject to ``Σ_i bytes_i(b_i) <= limit``, a multiple-choice knapsack. It is solved exactly:
-layer after layer, all pairs (bytes, cost) that no other pair beats in both are kept. Layers of a transformer have few
-shapes, so few sums of bytes differ.
+layer by layer, all Pareto-optimal pairs (bytes, cost) are kept. Layers of a transformer have few distinct shapes, so
+there are few distinct sums of bytes.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from itertools import pairwise
 
 import torch
 
-# With more pairs than this, neighbours in bytes are merged, the cheaper one stays: near the optimum, never over it.
+# Above this number of pairs, those of nearly equal bytes are merged into the cheaper one: close to the optimum, and
+# never over the limit.
 MAX_PAIRS = 200_000
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row of codes, packed without gaps into 32-bit words as compressed-tensors does."""
+    """Return the bytes of a row of codes, packed without gaps into 32-bit words as compressed-tensors does."""
     return 4 * -(-columns * bits // 32)
 
 
 def stored_bytes(rows: int, columns: int, bits: float, scales: int = 1, width: int = 4) -> int:
-    """Bytes of a symmetrically quantized weight ``[rows, columns]`` in a checkpoint.
+    """Return the bytes of a symmetrically quantized weight ``[rows, columns]`` in a checkpoint.
 
     Args:
-        rows, columns: of the weight.
-        bits: of a code; a fraction lies in proportion between the two widths beside it.
-        scales: per row.
+        rows, columns: the shape of the weight.
+        bits: width of a code; a fraction interpolates linearly between the two nearest integers.
+        scales: number of scales per row.
         width: bytes of a scale.
     """
     below, above = row_bytes(columns, math.floor(bits)), row_bytes(columns, math.ceil(bits))
@@ -38,36 +39,35 @@ def stored_bytes(rows: int, columns: int, bits: float, scales: int = 1, width: i
 def allocate_bits(
     costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], limit: int
 ) -> dict[str, int]:
-    """The widths with the least sum of costs that fit.
+    """Choose the widths with the smallest sum of costs that fit.
 
     Args:
         costs: layer name -> bits -> cost, >= 0.
         sizes: layer name -> bits -> bytes, for the same layers and bits.
-        limit: most bytes in all.
+        limit: budget in bytes.
 
     Returns:
-        layer name -> bits; of equal costs the fewest bytes.
+        layer name -> bits; for equal costs, the assignment with the fewest bytes.
 
     Raises:
         ValueError: even the smallest widths do not fit.
     """
     total, cost = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    came: list[tuple[torch.Tensor, torch.Tensor]] = []
-    rest = _least_after(sizes)
-    for name, room in zip(costs, rest, strict=True):
+    history: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, reserved in zip(costs, _min_bytes_after(sizes), strict=True):
         bits = sorted(costs[name])
         total = torch.cat([total + sizes[name][b] for b in bits])
         new = torch.cat([cost + costs[name][b] for b in bits])
         origin = torch.arange(len(cost)).repeat(len(bits))
         choice = torch.tensor(bits).repeat_interleave(len(cost))
-        kept = _undominated(total, new, limit - room)
+        kept = _pareto_front(total, new, limit - reserved)
         if not len(kept):
-            raise ValueError(f"{limit} bytes do not hold the smallest widths, which take {_least(sizes)}")
+            raise ValueError(f"{limit} bytes do not hold the smallest widths, which take {_min_bytes(sizes)}")
         total, cost = total[kept], new[kept]
-        came.append((origin[kept], choice[kept]))
+        history.append((origin[kept], choice[kept]))
     plan: dict[str, int] = {}
     at = int(cost.argmin())
-    for name, (origin, choice) in zip(reversed(list(costs)), reversed(came), strict=True):
+    for name, (origin, choice) in zip(reversed(list(costs)), reversed(history), strict=True):
         plan[name] = int(choice[at])
         at = int(origin[at])
     return {name: plan[name] for name in costs}
@@ -76,16 +76,16 @@ def allocate_bits(
 def allocate_bits_by_rank(
     ranks: Mapping[str, float], choices: Sequence[int], sizes: Mapping[str, Mapping[int, int]], limit: int
 ) -> dict[str, int]:
-    """Widths by rank alone: never fewer bits for a higher rank.
+    """Choose widths by rank alone: a higher rank never gets fewer bits.
 
-    All layers begin with the fewest bits. From the highest rank down they get the next width until one does not fit;
-    when all have it, the round begins again with the width after it.
+    All layers start with the fewest bits. In descending order of rank they get the next width, until one does not fit;
+    once all have it, the next pass raises them to the width after it.
 
     Args:
-        ranks: layer name -> how much it needs bits.
+        ranks: layer name -> sensitivity.
         choices: the widths.
         sizes: layer name -> bits -> bytes.
-        limit: most bytes in all.
+        limit: budget in bytes.
 
     Raises:
         ValueError: even the smallest widths do not fit.
@@ -106,8 +106,8 @@ def allocate_bits_by_rank(
     return plan
 
 
-def _undominated(total: torch.Tensor, cost: torch.Tensor, most: int) -> torch.Tensor:
-    """Indices of the pairs within ``most`` that no pair beats in bytes and cost, by ascending bytes."""
+def _pareto_front(total: torch.Tensor, cost: torch.Tensor, most: int) -> torch.Tensor:
+    """Return the indices of the Pareto-optimal pairs of at most ``most`` bytes, in ascending order of bytes."""
     by_cost = cost.argsort(stable=True)
     order = by_cost[total[by_cost].argsort(stable=True)]
     order = order[total[order] <= most]
@@ -119,18 +119,18 @@ def _undominated(total: torch.Tensor, cost: torch.Tensor, most: int) -> torch.Te
     if len(order) > MAX_PAIRS:
         span = int(total[order[-1]] - total[order[0]]) + 1
         bucket = (total[order] - total[order[0]]) * MAX_PAIRS // span
-        # Costs fall with bytes: the last pair of a bucket is its cheapest; the very first one is the smallest.
+        # Costs fall with bytes, so the last pair of a bucket is its cheapest. The very first pair is the smallest.
         last = torch.cat([bucket[1:] != bucket[:-1], torch.ones(1, dtype=torch.bool)])
         last[0] = True
         order = order[last]
     return order
 
 
-def _least_after(sizes: Mapping[str, Mapping[int, int]]) -> list[int]:
-    """For each layer the fewest bytes that those after it take."""
+def _min_bytes_after(sizes: Mapping[str, Mapping[int, int]]) -> list[int]:
+    """Return, for each layer, the fewest bytes that the layers after it take."""
     least = [min(own.values()) for own in sizes.values()]
     return [sum(least[i + 1 :]) for i in range(len(least))]
 
 
-def _least(sizes: Mapping[str, Mapping[int, int]]) -> int:
+def _min_bytes(sizes: Mapping[str, Mapping[int, int]]) -> int:
     return sum(min(own.values()) for own in sizes.values())

@@ -1,4 +1,7 @@
-"""Training one block to give outputs that are known, ``min mean (block(x) - y)²``; the rest of the model rests."""
+"""Block reconstruction: train one block to reproduce given outputs, ``min mean (block(x) - y)²``.
+
+The rest of the model does not change.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from transformers import Cache
 
 from ...errors import NumericalError
 
-# How often, at most, the loss over all examples is taken: each time costs a forward pass over them.
-CHECKS = 10
+# How often, at most, the loss over all examples is computed: each time costs a forward pass over them.
+MAX_EVALUATIONS = 10
 
 
 class BlockExamples:
-    """Examples ``(args, kwargs, output)`` of a block, moved to a device one by one.
+    """Inputs and reference outputs of a block, moved to a device one example at a time.
 
     Attributes:
-        examples: objects with ``args``, ``kwargs`` and ``output``; outputs are tensors, or tuples that begin with one.
-        device: where the block is.
+        examples: objects with ``args``, ``kwargs`` and ``output``; outputs are tensors, or tuples that start with one.
+        device: the device of the block.
     """
 
     def __init__(self, examples: Sequence[Any], device: torch.device) -> None:
@@ -33,59 +36,61 @@ class BlockExamples:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def rows(self, number: int) -> int:
-        """Sequences in one example."""
-        return len(first(self.examples[number].output))
+    def num_sequences(self, number: int) -> int:
+        """Return the number of sequences in one example."""
+        return len(_hidden_states(self.examples[number].output))
 
-    def require_finite(self, what: str) -> None:
-        """Raise ``NumericalError``, beginning with ``what``, if an output is not finite."""
+    @property
+    def total_sequences(self) -> int:
+        """Return the number of sequences in all examples."""
+        return sum(map(self.num_sequences, range(len(self))))
+
+    def require_finite(self, label: str) -> None:
+        """Raise ``NumericalError``, with a message that starts with ``label``, if an output is not finite."""
         for number, example in enumerate(self.examples):
-            if not bool(torch.isfinite(first(example.output)).all()):
-                raise NumericalError(f"{what} gave NaN or infinite outputs on calibration batch {number}")
+            if not bool(torch.isfinite(_hidden_states(example.output)).all()):
+                raise NumericalError(f"{label} gave NaN or infinite outputs on calibration batch {number}")
 
     def loss(self, block: nn.Module, number: int) -> Tensor:
-        """The mean squared error of the block's output on one example, float32."""
+        """Return the mean squared error of the block's output on one example, float32."""
         example = self.examples[number]
-        args = [_uncached(value) for value in example.args]
-        kwargs = {name: _uncached(value) for name, value in example.kwargs.items()}
-        args, kwargs, target = _to((args, kwargs, first(example.output)), self.device)
-        return F.mse_loss(first(block(*args, **kwargs)).float(), target.float())
+        args = [_without_cache(value) for value in example.args]
+        kwargs = {name: _without_cache(value) for name, value in example.kwargs.items()}
+        args, kwargs, target = _to((args, kwargs, _hidden_states(example.output)), self.device)
+        return F.mse_loss(_hidden_states(block(*args, **kwargs)).float(), target.float())
 
     @torch.no_grad()
-    def total(self, block: nn.Module) -> float:
-        """The loss over all examples, each counted by its sequences."""
-        sums = [float(self.loss(block, n)) * self.rows(n) for n in range(len(self))]
-        return math.fsum(sums) / sum(map(self.rows, range(len(self))))
+    def mean_loss(self, block: nn.Module) -> float:
+        """Return the mean loss over all sequences of all examples."""
+        sums = [float(self.loss(block, n)) * self.num_sequences(n) for n in range(len(self))]
+        return math.fsum(sums) / self.total_sequences
 
-    def batches(self, rows: int, seed: int) -> Iterator[list[int]]:
-        """Groups of examples of at least ``rows`` sequences, in a random order, without end."""
+    def batches(self, batch_size: int, seed: int) -> Iterator[list[int]]:
+        """Yield groups of examples of at least ``batch_size`` sequences in random order, endlessly."""
         generator = torch.Generator().manual_seed(seed)
         group: list[int] = []
         while True:
             for number in torch.randperm(len(self), generator=generator).tolist():
                 group.append(number)
-                if sum(map(self.rows, group)) >= min(rows, self.all_rows):
+                if sum(map(self.num_sequences, group)) >= min(batch_size, self.total_sequences):
                     yield group
                     group = []
 
-    @property
-    def all_rows(self) -> int:
-        return sum(map(self.rows, range(len(self))))
 
-
-def first(output: Any) -> Tensor:
-    """The hidden states of what a block returned."""
+def _hidden_states(output: Any) -> Tensor:
+    """Return the hidden states among the outputs of a block."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @contextmanager
-def trainable_vectors(block: nn.Module, wanted: bool = True) -> Iterator[list[nn.Parameter]]:
-    """The vectors of a block (biases, norm weights), asking for gradients; none of them unless ``wanted``.
+def trainable_vectors(block: nn.Module, enabled: bool = True) -> Iterator[list[nn.Parameter]]:
+    """Make the vectors of a block (biases, norm weights) require gradients for the length of a ``with`` block.
 
-    What belongs to a grid (``weight_scale``, ``input_scale``, ...) is not among them. Flags are as before afterwards.
+    Yields the vectors, none unless ``enabled``. Quantization parameters (``weight_scale``, ``input_scale``, ...) are
+    not among them. The flags are restored at the end.
     """
-    named = block.named_parameters() if wanted else ()
-    chosen = [p for name, p in named if p.dim() == 1 and p.is_floating_point() and not _of_a_grid(name)]
+    named = block.named_parameters() if enabled else ()
+    chosen = [p for name, p in named if p.dim() == 1 and p.is_floating_point() and not _is_quantization_parameter(name)]
     flags = [parameter.requires_grad for parameter in chosen]
     try:
         for parameter in chosen:
@@ -96,87 +101,87 @@ def trainable_vectors(block: nn.Module, wanted: bool = True) -> Iterator[list[nn
             parameter.requires_grad_(flag)
 
 
-def _of_a_grid(name: str) -> bool:
+def _is_quantization_parameter(name: str) -> bool:
     return name.rpartition(".")[2].startswith(("weight_", "input_", "output_"))
 
 
 def reconstruct_block(
     block: nn.Module,
-    moved: Sequence[Tensor],
-    lessons: BlockExamples,
+    parameters: Sequence[Tensor],
+    examples: BlockExamples,
     *,
     learning_rate: float,
     steps: int,
-    rows: int,
+    batch_size: int,
     seed: int,
     masks: Mapping[int, Tensor],
-    what: str,
+    label: str,
 ) -> tuple[float, float]:
-    """Train ``moved`` with Adam so that ``block`` gives the outputs of ``lessons``; keeps the best state it sees.
+    """Train ``parameters`` with Adam until ``block`` reproduces the outputs of ``examples``; keep the best state seen.
 
     Args:
-        block: as it stands; whether it is in training mode is the caller's business.
-        moved: the tensors to train, leaves that ask for gradients; written in place.
-        lessons: what to match.
-        learning_rate: of the first step; it falls to 0 along a straight line. 0 trains nothing.
+        block: the block, in the training or evaluation mode that the caller chose.
+        parameters: the tensors to train, leaves that require gradients; written in place.
+        examples: inputs and reference outputs.
+        learning_rate: of the first step; it decays linearly to 0. 0 trains nothing.
         steps: optimizer steps.
-        rows: sequences per step, in whole examples.
-        seed: of the order of the examples.
-        masks: ``id`` of a tensor among ``moved`` -> bool mask of its shape; where it is False nothing moves.
-        what: what a ``NumericalError`` begins with, when the loss is not finite.
+        batch_size: sequences per step, in whole examples.
+        seed: seed of the order of the examples.
+        masks: ``id`` of one of ``parameters`` -> bool mask of its shape; values where it is False do not change.
+        label: start of the message of the ``NumericalError`` that is raised if the loss is not finite.
 
     Returns:
-        The loss over all examples before and after; the second is not larger.
+        The mean loss over all examples before and after; the second is not larger.
     """
-    before = best = _checked(lessons.total(block), what)
+    before = best = _checked(examples.mean_loss(block), label)
     if not learning_rate or not steps:
         return before, before
-    masters = [_master(tensor) for tensor in moved]
+    masters = [_master(tensor) for tensor in parameters]
     optimizer = torch.optim.Adam(masters, lr=learning_rate)
-    kept = [tensor.detach().clone() for tensor in moved]
-    check = max(math.ceil(steps / CHECKS), math.ceil(lessons.all_rows / rows))
-    for step, numbers in zip(range(steps), lessons.batches(rows, seed), strict=False):
+    kept = [tensor.detach().clone() for tensor in parameters]
+    every = max(math.ceil(steps / MAX_EVALUATIONS), math.ceil(examples.total_sequences / batch_size))
+    for step, numbers in zip(range(steps), examples.batches(batch_size, seed), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
-        _checked(_gradients(block, moved, masters, lessons, numbers, masks), what)
+        _checked(_set_gradients(block, parameters, masters, examples, numbers, masks), label)
         optimizer.step()
-        _copy(masters, moved)
-        if (step + 1) % check == 0 or step + 1 == steps:
-            loss = _checked(lessons.total(block), what)
+        _copy(masters, parameters)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            loss = _checked(examples.mean_loss(block), label)
             if loss < best:
-                best, kept = loss, [tensor.detach().clone() for tensor in moved]
-    _copy(kept, moved)
+                best, kept = loss, [tensor.detach().clone() for tensor in parameters]
+    _copy(kept, parameters)
     for master in masters:
         master.grad = None
     return before, best
 
 
 def _master(tensor: Tensor) -> Tensor:
-    """What the optimizer moves: the tensor, or a float32 copy of one in half precision."""
+    """Return the tensor that the optimizer updates: itself, or a float32 copy if it is in half precision."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.detach().float()
 
 
-def _gradients(
+def _set_gradients(
     block: nn.Module,
-    moved: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     masters: Sequence[Tensor],
-    lessons: BlockExamples,
+    examples: BlockExamples,
     numbers: Sequence[int],
     masks: Mapping[int, Tensor],
 ) -> float:
-    """Put the gradients of the mean loss of some examples on ``masters``; returns that loss."""
-    total, rows = 0.0, sum(map(lessons.rows, numbers))
+    """Set the gradients of ``masters`` to those of the mean loss of some examples, and return that loss."""
+    total, sequences = 0.0, sum(map(examples.num_sequences, numbers))
     for master in masters:
         master.grad = torch.zeros_like(master)
     for number in numbers:
         with torch.enable_grad():
-            loss = lessons.loss(block, number) * (lessons.rows(number) / rows)
-            found = torch.autograd.grad(loss, list(moved), allow_unused=True)
+            loss = examples.loss(block, number) * (examples.num_sequences(number) / sequences)
+            found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
         total += float(loss.detach())
         for master, gradient in zip(masters, found, strict=True):
             if gradient is not None:
                 master.grad.add_(gradient)  # type: ignore[union-attr]
-    for tensor, master in zip(moved, masters, strict=True):
+    for tensor, master in zip(parameters, masters, strict=True):
         if id(tensor) in masks:
             master.grad.mul_(masks[id(tensor)].to(master.device))  # type: ignore[union-attr]
     return total
@@ -189,16 +194,16 @@ def _copy(sources: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
             tensor.copy_(source)
 
 
-def _checked(loss: float, what: str) -> float:
+def _checked(loss: float, label: str) -> float:
     if not math.isfinite(loss):
         raise NumericalError(
-            f"{what}: the distance to the original block's outputs became NaN or infinite; lower the learning rate"
+            f"{label}: the distance to the original block's outputs became NaN or infinite; lower the learning rate"
         )
     return loss
 
 
-def _uncached(value: Any) -> Any:
-    # A cache already holds the keys of the pass that was recorded; what attends to them would see each token twice.
+def _without_cache(value: Any) -> Any:
+    # The cache already holds the keys of the recorded pass, so that attention would see each token twice.
     return None if isinstance(value, Cache) else value
 
 

@@ -1,14 +1,14 @@
-r"""One codebook for a tensor, as GOBO makes it: what is no outlier goes to the nearest of a few centroids (2005.03842).
+r"""Codebook of a tensor, as in GOBO: weights that are not outliers become the nearest of a few centroids (2005.03842).
 
-With mean m and standard deviation s of the weights, a weight is an outlier where the logarithm of its density under the
-normal distribution of the two is low (section IV)::
+With the mean m and the standard deviation s of the weights, a weight is an outlier if its log density under the normal
+distribution of m and s is low (section IV)::
 
     log p(w) = -(w - m)^2 / (2 s^2) - log(s sqrt(2 pi)) < threshold
 
-The others are sorted into 2^b bins of equal population, whose means are the first centroids. Then, as long as the sum
-of the distances ``sum |w - c(w)|`` falls: every weight goes to the nearest centroid, every centroid to the mean of its
-weights. In one dimension the weights of a centroid are neighbours in sorted order, so that after one sort and one
-running sum an iteration takes ``O(2^b log n)``.
+The other weights are sorted into 2^b bins of equal population, whose means are the initial centroids. Then two steps
+repeat as long as the sum of distances ``sum |w - c(w)|`` falls: assign every weight to the nearest centroid, and move
+every centroid to the mean of its weights. In one dimension the weights of a centroid are contiguous in sorted order, so
+that after one sort and one cumulative sum an iteration takes ``O(2^b log n)``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Codebook:
 
     Attributes:
         centroids: float64 ``[levels]``, ascending.
-        history: the sum of distances of the first centroids and of every better set after them; it falls strictly.
+        history: the sum of distances of the initial centroids and of every better set after them; strictly decreasing.
     """
 
     centroids: Tensor
@@ -34,36 +34,41 @@ class Codebook:
 
 
 def outlier_mask(weight: Tensor, threshold: float, kept: Tensor | None = None) -> Tensor:
-    """Where the log density of a weight, under the normal distribution of all, is below ``threshold``: bool, its shape.
+    """Return where the log density of a weight, under the normal distribution of all, is below ``threshold``.
 
-    The density is that of the weight as it is, in 1 / unit of the weight, so the threshold cuts at another multiple of
-    the deviation in another layer: -4 at 3.6 deviations for one of 0.04, at 3.9 for 0.01.
+    The density is that of the unscaled weight, in 1 / unit of the weight, so the same threshold cuts at different
+    multiples of the standard deviation: -4 cuts at 3.6 deviations for a deviation of 0.04, and at 3.9 for 0.01.
 
     Args:
-        kept: bool, the shape of ``weight``; what is not kept (pruned) counts for nothing and is no outlier.
+        weight: floating, any shape.
+        threshold: log density below which a weight is an outlier.
+        kept: bool, the shape of ``weight``; weights that are not kept (pruned) are left out and are not outliers.
+
+    Returns:
+        bool, the shape of ``weight``.
     """
     wide = weight.detach().float()
     counted = wide if kept is None else wide[kept]
     if counted.numel() < 2:
         return torch.zeros_like(wide, dtype=torch.bool)
-    spread, mean = torch.std_mean(counted.double(), correction=0)
-    if not spread > 0:
+    std, mean = torch.std_mean(counted.double(), correction=0)
+    if not std > 0:
         return torch.zeros_like(wide, dtype=torch.bool)
-    reach = -2.0 * (threshold + float(spread.log()) + 0.5 * math.log(2 * math.pi))
+    squared = -2.0 * (threshold + float(std.log()) + 0.5 * math.log(2 * math.pi))  # of the cut, in deviations
     distance = (wide - mean.float()).abs()
-    found = distance > float(spread) * math.sqrt(reach) if reach > 0 else torch.ones_like(wide, dtype=torch.bool)
+    found = distance > float(std) * math.sqrt(squared) if squared > 0 else torch.ones_like(wide, dtype=torch.bool)
     return found if kept is None else found & kept
 
 
 @torch.no_grad()
 def fit_codebook(values: Tensor, levels: int, iterations: int = 100, pinned: float | None = None) -> Codebook:
-    """Centroids of ``values``, iterated until the sum of distances falls no more; the best set is returned.
+    """Fit centroids to ``values`` until the sum of distances no longer falls, and return the best set.
 
     Args:
         values: floating, any shape, finite, at least one.
-        levels: how many centroids, ``pinned`` among them.
-        iterations: at most so many.
-        pinned: a centroid that stays where it is, such as 0 for weights that were pruned.
+        levels: number of centroids, including ``pinned``.
+        iterations: upper limit.
+        pinned: a centroid that does not move, such as 0 for pruned weights.
     """
     ordered = values.detach().float().flatten().sort().values.double()
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
@@ -89,35 +94,36 @@ def fit_codebook(values: Tensor, levels: int, iterations: int = 100, pinned: flo
 
 
 def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
-    """The index of the nearest centroid (of two, the lower) of each value: uint8, the shape of ``values``.
+    """Return the index of the centroid nearest to each value (of two, the lower): uint8, the shape of ``values``.
 
     Args:
+        values: floating, any shape.
         centroids: ``[levels]``, ascending, at most 256.
     """
     wide = centroids.double()
-    middles = (wide[1:] + wide[:-1]) / 2
+    midpoints = (wide[1:] + wide[:-1]) / 2
     flat = values.detach().reshape(-1)
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    # In parts: indices are eight times as large as codes.
+    # In parts, because the int64 indices are eight times as large as the codes.
     for part, out in zip(flat.split(1 << 22), codes.split(1 << 22), strict=True):
-        out.copy_(torch.bucketize(part.double(), middles))
+        out.copy_(torch.bucketize(part.double(), midpoints))
     return codes.view(values.shape)
 
 
 def _bounds(ordered: Tensor, centroids: Tensor) -> Tensor:
-    """Where in sorted order the weights of each centroid begin, and the end: int64 ``[levels + 1]``."""
+    """Return where the weights of each centroid begin in sorted order, and the end: int64 ``[levels + 1]``."""
     inner = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2, right=True)
     return torch.cat([inner.new_zeros(1), inner, inner.new_tensor([len(ordered)])])
 
 
-def _means(ordered: Tensor, sums: Tensor, bounds: Tensor, otherwise: Tensor) -> Tensor:
-    """The mean of each bin; an empty one has that of ``otherwise``."""
+def _means(ordered: Tensor, sums: Tensor, bounds: Tensor, default: Tensor) -> Tensor:
+    """Return the mean of each bin; ``default`` for an empty one."""
     count = bounds.diff()
-    return torch.where(count > 0, sums[bounds].diff() / count.clamp(min=1), otherwise)
+    return torch.where(count > 0, sums[bounds].diff() / count.clamp(min=1), default)
 
 
 def _distance(ordered: Tensor, sums: Tensor, bounds: Tensor, centroids: Tensor) -> float:
-    """The sum of the distances of all values to the centroids of their bins."""
+    """Return the sum of the distances of all values to the centroids of their bins."""
     first, last = bounds[:-1], bounds[1:]
     middle = torch.searchsorted(ordered, centroids, right=True).clamp(first, last)
     below = centroids * (middle - first) - (sums[middle] - sums[first])

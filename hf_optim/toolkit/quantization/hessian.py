@@ -1,13 +1,13 @@
-"""The inverse Hessian of a layer-wise reconstruction problem, ready for a column recursion.
+"""Cholesky factor of the inverse Hessian of a layer-wise reconstruction problem.
 
-For ``‖(Q - W) X‖²`` the Hessian of every row of ``Q`` is ``H = X Xᵀ`` (times 2, which cancels). The recursions of
-Optimal Brain Surgeon type need the rows of the upper Cholesky factor of its inverse: ``H⁻¹ = Uᵀ U``.
+For ``‖(Q - W) X‖²`` the Hessian of every row of ``Q`` is ``H = X Xᵀ`` (times 2, which cancels). The column recursions
+of OBS, OBQ and GPTQ need the rows of the upper Cholesky factor of its inverse: ``H⁻¹ = Uᵀ U``.
 
-It takes one factorization and the inversion of a triangle. With ``J``, which reverses the order of the columns::
+The factor takes one factorization and the inversion of a triangle. With ``J``, which reverses the order of columns::
 
     J H J = L Lᵀ   =>   H = (J L J)(J L J)ᵀ   =>   H⁻¹ = Uᵀ U  with  U = (J L J)⁻¹ = J L⁻¹ J,  upper triangular.
 
-All of it is done in one matrix beside the Hessian.
+All steps work in a single matrix besides the Hessian.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...errors import NumericalError
 
-# Above this share of the mean diagonal the Hessian says next to nothing any more.
+# Above this share of the mean diagonal the damping dominates the Hessian.
 MAX_DAMP = 10.0
-# Rows worked on at a time, where all at once would need a second matrix; the largest triangle inverted by substitution.
+# Rows processed at a time, where all at once would need a second matrix; the largest triangle inverted by substitution.
 STRIP, LEAF = 1024, 512
 
 
@@ -30,31 +30,21 @@ class InverseCholesky:
     """``H⁻¹ = upperᵀ upper`` of the damped Hessian.
 
     Attributes:
-        upper: ``[in, in]``, upper triangular, in the Hessian's dtype.
-        damp: the share of the mean diagonal that was added in the end.
+        upper: ``[in, in]``, upper triangular, in the dtype of the Hessian.
+        damp: the share of the mean diagonal that was finally added.
     """
 
     upper: Tensor
     damp: float
 
 
-def dead_columns(hessian: Tensor) -> Tensor:
-    """bool ``[in]``: the inputs that were zero in every token."""
-    return hessian.diagonal() == 0
+def damp_(matrix: Tensor, damp: float) -> Tensor:
+    """Add ``damp`` times the mean diagonal to the diagonal of a Hessian ``[in, in]`` in place and decouple dead inputs.
 
-
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """``H`` with ``damp`` times its mean diagonal added to the diagonal; dead columns are decoupled.
-
-    A dead input has a row and a column of zeros and gets the mean diagonal (1 if all are dead), so that its weights
-    neither take nor give any compensation: they are rounded to nearest. They may matter on other data, so they are
-    not set to zero.
+    A dead input was zero in every token. Its row and column are set to zero and its diagonal to the mean (1 if all are
+    dead), so that its weights neither receive nor cause compensation: they are rounded to nearest. They are not set to
+    zero, because they may matter on other data. There is no synchronization between host and device.
     """
-    return _damp(hessian.clone(), damp)
-
-
-def _damp(matrix: Tensor, damp: float) -> Tensor:
-    """``damped`` in place. The host does not wait for the device."""
     diagonal = matrix.diagonal()
     dead = diagonal == 0
     alive = (~dead).to(matrix.dtype)
@@ -67,39 +57,39 @@ def _damp(matrix: Tensor, damp: float) -> Tensor:
 
 
 def inverse_cholesky(
-    hessian: Tensor, damp: float = 0.01, what: str = "the Hessian", order: Tensor | None = None
+    hessian: Tensor, damp: float = 0.01, label: str = "the Hessian", order: Tensor | None = None
 ) -> InverseCholesky:
-    """The upper Cholesky factor of the inverse of the damped Hessian.
+    """Compute the upper Cholesky factor of the inverse of the damped Hessian.
 
-    Where the damped Hessian is not positive definite in float32, or its factor fails a trial, it is factored in
-    float64; where that does not do, damping is raised tenfold, up to ``MAX_DAMP``.
+    If the damped Hessian is not positive definite in float32, or its factor fails a trial, it is factored in float64;
+    if that fails too, the damping is raised tenfold, up to ``MAX_DAMP``.
 
     Args:
-        hessian: ``[in, in]``, symmetric, float32 or float64, any scale.
+        hessian: ``[in, in]``, symmetric, float32 or float64, any scale; not changed.
         damp: share of the mean diagonal to add.
-        what: what the message calls it, with the module and the step.
-        order: int64 ``[in]``; the factor is that of ``hessian[order][:, order]``. None: as it stands.
+        label: name of the Hessian in error messages, with the module and the step.
+        order: int64 ``[in]``; the factor is that of ``hessian[order][:, order]``. None keeps the order.
 
     Raises:
-        NumericalError: not finite, or singular at the most damping.
+        NumericalError: the Hessian is not finite, or singular at the largest damping.
     """
     if not bool(torch.isfinite(torch.stack(torch.aminmax(hessian))).all()):
-        raise NumericalError(f"{what} is not finite; check the calibration data, or load the model in a wider dtype")
+        raise NumericalError(f"{label} is not finite; check the calibration data, or load the model in a wider dtype")
     columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
     tried = damp
     while tried <= MAX_DAMP:
         for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
-            upper = _factor(_damp(_picked(hessian, columns.flip(0), dtype), tried))
+            upper = _factor(damp_(_permuted(hessian, columns.flip(0), dtype), tried))
             if upper is not None:
                 return InverseCholesky(upper.to(hessian.dtype), tried)
         tried = max(tried * 10, 1e-6)
     raise NumericalError(
-        f"{what} is singular even with damping {tried / 10:g}; calibrate with more samples, or with precision: float64"
+        f"{label} is singular even with damping {tried / 10:g}; calibrate with more samples, or with precision: float64"
     )
 
 
-def _picked(matrix: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix[columns][:, columns]`` in ``dtype``, a matrix of its own."""
+def _permuted(matrix: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``matrix[columns][:, columns]`` in ``dtype``, in new memory."""
     out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     for begin in range(0, len(columns), STRIP):
         out[begin : begin + STRIP] = matrix[columns[begin : begin + STRIP]].index_select(1, columns)
@@ -107,10 +97,10 @@ def _picked(matrix: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _factor(matrix: Tensor) -> Tensor | None:
-    """``U`` of the matrix with its columns reversed, in its place; None where it cannot be had in this precision."""
-    # In low precision an ill-conditioned matrix may pass with a factor that is far off: try it on a vector.
+    """Return ``U`` of a matrix in reversed order, in its memory; None if it cannot be factored in this precision."""
+    # In low precision an ill-conditioned matrix may yield a factor that is far off, so try it on a vector.
     image = matrix.sum(1)
-    view = matrix.mT  # LAPACK counts columns first: its upper factor is the lower one of the rows
+    view = matrix.mT  # LAPACK is column-major: its upper factor is the lower factor here
     failed = torch.linalg.cholesky_ex(view, upper=True, out=(view, torch.empty_like(image[0], dtype=torch.int32))).info
     invert_lower_(matrix)
     back = matrix.mT @ (matrix @ image)
@@ -119,7 +109,7 @@ def _factor(matrix: Tensor) -> Tensor | None:
 
 
 def invert_lower_(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix ``[n, n]``, in its place, by halves::
+    """Invert a lower triangular matrix ``[n, n]`` in place, by halves::
 
     [A  0]⁻¹   [     A⁻¹       0  ]
     [B  C]   = [-C⁻¹ B A⁻¹   C⁻¹ ]
@@ -138,7 +128,7 @@ def invert_lower_(lower: Tensor) -> Tensor:
 
 
 def reverse_(matrix: Tensor) -> Tensor:
-    """Rows and columns ``[n, n]`` in reversed order, in place."""
+    """Reverse the order of the rows and columns of ``[n, n]`` in place."""
     n = len(matrix)
     for begin in range(0, n // 2, STRIP):
         end = min(begin + STRIP, n // 2)

@@ -1,11 +1,11 @@
-"""Ranges of activations by channel, and groups of channels that share one.
+"""Ranges of activations by channel, and groups of channels that share a range.
 
-For channels with the ranges ``[l_j, h_j]`` a group takes ``[min l_j, max h_j]``. Rounding to its grid then adds noise
-of a variance proportional to the square of that width, in each of its channels alike::
+A group of channels with the ranges ``[l_j, h_j]`` has the range ``[min l_j, max h_j]``. Rounding to its grid adds noise
+to each of its channels, with a variance proportional to the square of the width of that range::
 
     noise = sum_g  n_g (max_g h_j - min_g l_j)^2
 
-which ``optimal_groups`` makes as small as ``groups`` intervals of channels allow.
+``optimal_groups`` minimizes this sum over all partitions of the channels into a number of intervals.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from ..statistics.observers import InputObserver
 from .grids import GridSpec, qparams_from_range
 
-BINS = 1024
+MAX_BINS = 1024  # channels, or slices of channels, between which intervals may be cut
 ASYMMETRIC_INT8 = GridSpec(8, "int", "tensor", None, symmetric=False)
 
 
 class ChannelMinMax(InputObserver[tuple[Tensor, Tensor]]):
-    """Smallest and largest input per channel: name -> (minimum, maximum), float32 ``[channels]`` each."""
+    """Observer of the range of inputs per channel: name -> (minimum, maximum), float32 ``[channels]`` each."""
 
     def update(self, name: str, inputs: Tensor) -> None:
         low, high = (end.float() for end in torch.aminmax(inputs.reshape(-1, inputs.shape[-1]), dim=0))
@@ -32,24 +32,24 @@ class ChannelMinMax(InputObserver[tuple[Tensor, Tensor]]):
 
 
 def even_groups(channels: int, groups: int) -> Tensor:
-    """int64 ``[channels]``: the group of each channel, where groups are intervals whose sizes differ by one at most.
+    """Divide the channels into intervals whose sizes differ by at most one: int64 ``[channels]``, the group of each.
 
-    Never more groups than channels.
+    There are never more groups than channels.
     """
     groups = min(groups, channels)
     return torch.arange(channels) * groups // channels
 
 
 def optimal_groups(low: Tensor, high: Tensor, groups: int) -> Tensor:
-    """``[channels]`` int64: the intervals, at most ``groups``, with the least noise, found by dynamic programming.
+    """Divide the channels into the intervals with the least noise, by dynamic programming: ``[channels]`` int64.
 
-    Above ``BINS`` channels, intervals end where one of as many even slices does.
+    Above ``MAX_BINS`` channels, intervals are cut only between ``MAX_BINS`` even slices.
 
     Args:
         low, high: ``[channels]``, the ranges in the order in which channels may share a group.
-        groups: how many.
+        groups: upper limit on the number of intervals.
     """
-    bins = even_groups(low.numel(), BINS)
+    bins = even_groups(low.numel(), MAX_BINS)
     count = int(bins[-1]) + 1
     lows = torch.zeros(count, dtype=torch.float64).scatter_reduce(0, bins, low.double().cpu(), "amin")
     highs = torch.zeros(count, dtype=torch.float64).scatter_reduce(0, bins, high.double().cpu(), "amax")
@@ -60,7 +60,7 @@ def optimal_groups(low: Tensor, high: Tensor, groups: int) -> Tensor:
     best = cost[0]
     starts = []
     for _ in range(1, min(groups, count)):
-        # The last group begins at `first`: what comes before it is covered by one group less.
+        # The last group begins at ``first``; the channels before it are divided into one group less.
         total = cost.clone()
         total[1:] += best[:-1, None]
         best, begin = total.min(dim=0)
@@ -77,7 +77,7 @@ def optimal_groups(low: Tensor, high: Tensor, groups: int) -> Tensor:
 
 
 def _interval_widths(low: Tensor, high: Tensor) -> Tensor:
-    """``[n, n]``: the width of the range of the channels ``first`` to ``last``; 0 is in every range."""
+    """Return the width of the range of the channels ``first`` to ``last``, ``[n, n]``; every range includes 0."""
     n = low.numel()
     above = torch.ones(n, n).triu().bool()
     lows = torch.where(above, low.clamp_max(0.0).expand(n, n), torch.inf).cummin(dim=1).values
@@ -86,7 +86,7 @@ def _interval_widths(low: Tensor, high: Tensor) -> Tensor:
 
 
 def group_qparams(low: Tensor, high: Tensor, group: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of asymmetric 8-bit grids, one for each group: ``[groups]`` each, int8 zero points.
+    """Compute scale and int8 zero point of an asymmetric 8-bit grid for each group, ``[groups]`` each.
 
     Args:
         low, high: ``[channels]``, float32.
@@ -102,7 +102,13 @@ def group_qparams(low: Tensor, high: Tensor, group: Tensor, dtype: torch.dtype) 
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, zero: Tensor, group: Tensor | None = None) -> Tensor:
-    """``x`` [..., channels] on the grids of its channels' groups; without ``group`` the scale is broadcast."""
+    """Round ``x`` to an 8-bit grid and back, in its dtype.
+
+    Args:
+        x: ``[..., channels]``.
+        scale, zero: ``[groups]``; without ``group`` they broadcast over ``x``.
+        group: int64 ``[channels]``, the group of each channel, or None.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
     scale, zero = scale.to(wide), zero.to(wide)
     if group is not None:

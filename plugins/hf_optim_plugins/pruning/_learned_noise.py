@@ -168,8 +168,8 @@ class NoiseTraining(TrainerCallback):
         begin, end, settle = (as_step(position, max_steps) for position in (step.begin, step.end, step.settle))
         if begin > end:
             raise RecipeError(
-                f"{self.run.label(step)}: the ramp begins at step {begin} and ends at step {end} of {max_steps}; give "
-                "begin and end both as steps or both as shares"
+                f"{self.run.label(step)}: the schedule begins at step {begin} and ends at step {end} of {max_steps}; "
+                "give begin and end both as steps or both as shares"
             )
         last = min(settle, max_steps)
         if end <= last:

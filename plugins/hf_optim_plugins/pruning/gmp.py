@@ -86,8 +86,8 @@ class GMP(Technique):
         begin, end = as_step(self.begin, max_steps), as_step(self.end, max_steps)
         if begin > end:
             raise RecipeError(
-                f"gmp: the ramp begins at step {begin} and ends at step {end} of {max_steps}; give begin and end both "
-                "as steps or both as shares"
+                f"gmp: the schedule begins at step {begin} and ends at step {end} of {max_steps}; give begin and end "
+                "both as steps or both as shares"
             )
         return SparsitySchedule(begin, end, self.every, self.initial, self.sparsity)
 

@@ -28,7 +28,7 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     TRAINING_FORWARD,
     Gates,
-    UnitGates,
+    GroupGates,
     WeightGates,
     hard_concrete,
     masks,
@@ -119,7 +119,7 @@ class L0(LearnedNoise):
     # -- gates --------------------------------------------------------------------------------------------------------
     def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
         units = [] if self.on == "weights" else find_prunable_groups(topology.trace(run.model))
-        units = [group for group in units if group.kind == self.on and group.reader in layers]
+        units = [group for group in units if group.kind == self.on and group.consumer in layers]
         if not (layers if self.on == "weights" else units):
             why = topology.summarize(skipped)
             raise ModelError(
@@ -130,7 +130,7 @@ class L0(LearnedNoise):
         if self.on == "weights":
             run.cover(self, layers, skipped)
             return {name: WeightGates(name, layer, start, self.temperature) for name, layer in layers.items()}
-        gates = {group.reader: UnitGates(run.model, group, start, self.temperature) for group in units}
+        gates = {group.consumer: GroupGates(run.model, group, start, self.temperature) for group in units}
         run.cover(self, {name.rpartition(".")[0] for each in gates.values() for name in each.entries}, skipped)
         return gates
 

@@ -44,14 +44,14 @@ from hf_optim import (
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import (
+    BlockExamples,
     Grid,
     GridSpec,
-    Lessons,
     fake_quant,
     fit_group_size,
-    imitate,
     make_grid,
-    vectors_of,
+    reconstruct_block,
+    trainable_vectors,
 )
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class LKD(Technique):
             ``observer`` and ``activations`` likewise); a plan of bits comes first.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.
-        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.formats.scheme``).
+        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``);
             made anew at every step.
         activations: quantize the inputs of the layers to ``"int8"``, each token on a grid of its own.
@@ -157,9 +157,9 @@ class LKD(Technique):
         students, skipped = self._on_top(run, scope) if self._follows(run) else self._afresh(run, scope)
         run.cover(self, students, skipped)
         if students:
-            lessons = Lessons(scope.teacher, next(scope.module.parameters()).device)
-            lessons.require_finite(f"{label}: {scope.name}")
-            self._learn(run, scope, students, lessons)
+            examples = BlockExamples(scope.teacher, next(scope.module.parameters()).device)
+            examples.require_finite(f"{label}: {scope.name}")
+            self._learn(run, scope, students, examples)
         yield from ()  # the teacher's examples are all the data there is to see
 
     def _name_the_rest(self, run: Run, scope: Scope) -> None:
@@ -210,23 +210,23 @@ class LKD(Technique):
         return GridSpec(bits, "int", strategy, size, self.symmetric)
 
     # -- training -------------------------------------------------------------------------------------------------
-    def _learn(self, run: Run, scope: Scope, students: Mapping[str, Student], lessons: Lessons) -> None:
+    def _learn(self, run: Run, scope: Scope, students: Mapping[str, Student], examples: BlockExamples) -> None:
         masks = {id(student.latent): run.masks.get(f"{name}.weight") for name, student in students.items()}
         with (
-            vectors_of(scope.module, self.train == "block") as vectors,
+            trainable_vectors(scope.module, self.train == "block") as vectors,
             _in_training(students, self.observer, self.learn_scales) as layers,
         ):
             scales = [layer.weight_step for layer in layers.values()] if self.learn_scales else []
-            losses = imitate(
+            losses = reconstruct_block(
                 scope.module,
                 [*(student.latent for student in students.values()), *scales, *vectors],
-                lessons,
+                examples,
                 learning_rate=self.learning_rate,
                 steps=self.steps,
-                rows=self.batch_size,
+                batch_size=self.batch_size,
                 seed=self.seed,
                 masks={key: mask for key, mask in masks.items() if mask is not None},
-                what=f"{run.label(self)}: {scope.name}",
+                label=f"{run.label(self)}: {scope.name}",
             )
         state = run.state(self)
         state.losses = getattr(state, "losses", {}) | {scope.name: [float(f"{loss:.6g}") for loss in losses]}
@@ -287,21 +287,21 @@ def _in_training(
     try:
         for name, student in students.items():
             compressed.clear(student.layer)
-            layers[name] = layer = fake_quant.attach(
+            layers[name] = layer = fake_quant.attach_fake_quant(
                 student.layer,
                 student.grid.spec,
                 observer,
-                fixed=student.grid if student.fixed else None,
+                fixed_grid=student.grid if student.fixed else None,
                 latent=student.latent,
-                inputs=_inputs(student),
+                quantize_input=_inputs(student),
             )
             if learn_scales:
-                layer.learn_step(student.grid)
+                layer.learn_scale(student.grid)
         yield layers
-        found = {name: layer.codes() for name, layer in layers.items()}
+        found = {name: layer.quantize_weight() for name, layer in layers.items()}
     finally:
         for layer in layers.values():
-            fake_quant.detach(layer)
+            fake_quant.detach_fake_quant(layer)
     for name, (codes, grid) in found.items():
         student = students[name]
         compressed.store(
@@ -309,7 +309,7 @@ def _in_training(
         )
 
 
-def _inputs(student: Student) -> fake_quant.Inputs | None:
+def _inputs(student: Student) -> fake_quant.InputQuantizer | None:
     if student.scheme.input_activations is None:
         return None
     rounded = compressed.input_quantizer(student.scheme, student.input_scale, student.input_zero)

@@ -35,7 +35,15 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.pruning import TRAINING_FORWARD, as_step
-from hf_optim.toolkit.quantization import STEPS, FakeQuantLinear, Grid, GridSpec, fake_quant, fit_group_size, make_grid
+from hf_optim.toolkit.quantization import (
+    LEARNED_SCALES,
+    FakeQuantLinear,
+    Grid,
+    GridSpec,
+    fake_quant,
+    fit_group_size,
+    make_grid,
+)
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -78,7 +86,7 @@ class QAT(Technique):
             inputs). None: ``group`` where a ``group_size`` is given, else ``channel``.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used.
         symmetric: no zero points for weights. Asymmetric codes are stored one to a byte (see
-            ``hf_optim.formats.scheme``); zero points do not move where scales are learned.
+            ``hf_optim.compressed.scheme``); zero points do not move where scales are learned.
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``,
             slow), at every step; learned scales begin there, or at LSQ's ``"mean"``: ``2 mean|w| / sqrt(Q_P)``.
         learn_scales: train the scales of the weights with LSQ's gradient. A weight decay of the trainer reaches them,
@@ -144,12 +152,12 @@ class QAT(Technique):
     def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
         if self.scale_learning_rate is None:
             return None
-        steps = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in STEPS]
+        steps = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in LEARNED_SCALES]
         return [{"params": steps, "lr": self.scale_learning_rate, "weight_decay": 0.0}]
 
     def prepare(self, run: Run) -> dict[str, FakeQuantLinear]:
         """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
-        layers = fake_quant.fake_layers(run.model.named_modules())
+        layers = fake_quant.fake_quant_layers(run.model.named_modules())
         if layers:
             return layers
         label = run.label(self)
@@ -174,14 +182,14 @@ class QAT(Technique):
     def _attach(self, run: Run, name: str, layer: nn.Linear) -> FakeQuantLinear:
         spec = self._spec(layer.weight.shape[1], run.bits_of(name, self.bits)) if self.bits is not None else None
         observer: Literal["minmax", "mse"] = "mse" if self.observer == "mse" else "minmax"
-        fake = fake_quant.attach(layer, spec, observer, inputs=self._inputs(spec))
+        fake = fake_quant.attach_fake_quant(layer, spec, observer, quantize_input=self._inputs(spec))
         if not self.learn_scales:
             return fake
         if spec is not None:
             weight = layer.weight.detach()
             mean = self.observer == "mean"
-            grid = Grid(spec, fake_quant.first_step(weight, spec)) if mean else make_grid(weight, spec, observer)
-            fake.learn_step(grid)
+            grid = Grid(spec, fake_quant.initial_scale(weight, spec)) if mean else make_grid(weight, spec, observer)
+            fake.learn_scale(grid)
         if not self.dynamic:
             fake.input_step = nn.Parameter(torch.zeros(1, device=layer.weight.device))
         return fake
@@ -195,7 +203,7 @@ class QAT(Technique):
         """What a layer of this grid is stored with."""
         return compressed.scheme_of(spec, self.activations, not self.dynamic, self.symmetric_activations)
 
-    def _inputs(self, spec: GridSpec | None) -> fake_quant.Inputs | None:
+    def _inputs(self, spec: GridSpec | None) -> fake_quant.InputQuantizer | None:
         if self.activations is None:
             return None
         if self.dynamic:
@@ -209,7 +217,7 @@ class QAT(Technique):
         for name, layer in self.prepare(run).items():
             if not self.dynamic and not bool(layer.input_step > 0):
                 idle.append(name)
-                fake_quant.detach(layer)
+                fake_quant.detach_fake_quant(layer)
                 continue
             store(layer, self.scheme(layer.spec))
         if idle:
@@ -241,8 +249,8 @@ class LearnedInputs:
             if not layer.training:
                 return input
             with torch.no_grad():
-                step.copy_(fake_quant.first_step(input, self.spec, layer.weight.dtype))
-        scale = fake_quant.stored_step(step, layer.weight.dtype)
+                step.copy_(fake_quant.initial_scale(input, self.spec, layer.weight.dtype))
+        scale = fake_quant.round_scale(step, layer.weight.dtype)
         found = fake_quant.fake_quantize(input, Grid(self.spec, scale))
         # The value is that of the stored format, which rounds in the dtype of the input; the gradient is LSQ's.
         rounded = compressed.input_quantizer(self.scheme, scale.detach().to(layer.weight.dtype))
@@ -252,9 +260,9 @@ class LearnedInputs:
 def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
     """Put a layer into the quantized state with what its next forward pass would have computed with."""
     step = layer._parameters.get("input_step")
-    scale = None if step is None else fake_quant.stored_step(step.detach(), layer.weight.dtype)
-    codes, grid = layer.codes() if layer.spec is not None else (None, None)
-    linear = fake_quant.detach(layer)
+    scale = None if step is None else fake_quant.round_scale(step.detach(), layer.weight.dtype)
+    codes, grid = layer.quantize_weight() if layer.spec is not None else (None, None)
+    linear = fake_quant.detach_fake_quant(layer)
     if grid is None:
         compressed.store(linear, scheme, input_scale=scale)
     else:
@@ -271,7 +279,12 @@ class FakeQuantization(TrainerCallback):
 
     def _steps(self) -> list[tuple[str, nn.Parameter]]:
         found = [(name, layer._parameters) for name, layer in self.layers.items()]
-        return [(f"{name}.{step}", own[step]) for name, own in found for step in STEPS if own.get(step) is not None]  # type: ignore[misc]
+        return [
+            (f"{name}.{key}", scale)
+            for name, own in found
+            for key in LEARNED_SCALES
+            if (scale := own.get(key)) is not None
+        ]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._recall()

@@ -1,4 +1,4 @@
-r"""Round to nearest: every weight, and if asked every input, goes to the nearest point of a uniform grid.
+r"""Round to nearest: every weight, and optionally every input, is rounded to the nearest point of a uniform grid.
 
 With a range ``[l, h]`` of the values that share a scale, ``b`` bits and codes from ``-2^(b-1)`` to ``2^(b-1) - 1``
 (1712.05877, equation 1, in the signed form)::
@@ -8,14 +8,14 @@ With a range ``[l, h]`` of the values that share a scale, ``b`` bits and codes f
     code         q = clamp(round(w / scale) + z)           value (q - z) * scale
 
 so that ``|value - w| <= scale / 2`` and zero is always on the grid. FP8 takes float8 (e4m3) codes, ``scale = max|w| /
-448``. What shares a scale: the tensor, an output channel, a group of inputs; for activations a token, with the scale
-made on the fly, or the tensor, with a scale from calibration data.
+448``. A scale is shared by the tensor, an output channel or a group of inputs; for activations by a token, computed on
+the fly, or by the tensor, from calibration data.
 
 Names used elsewhere: W8A32 is ``bits: 8`` alone; W8A8 adds ``activations: int8``; W32A8 is ``bits: null, activations:
 int8``; W4A16 and W3A16 are ``bits: 4`` (``3``) with a ``group_size``.
 
 In a mixture of experts every matrix of every expert is a layer of its own. Experts get integer weights without zero
-points, or stay as they are (fp8); their inputs are never quantized.
+points, or are left unquantized (fp8); their inputs are never quantized.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from hf_optim import Contract, Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique, traits
-from hf_optim.toolkit.pruning import require_finite
-from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid, scale_of_range
+from hf_optim import Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim.toolkit.quantization import Grid, GridSpec, make_grid, qparams_from_range
 from hf_optim.toolkit.statistics import TensorMinMax
-from hf_optim.toolkit.topology import ExpertLinear
+from hf_optim.toolkit.topology import ExpertLinear, not_reached
+
+from ._weights import QUANTIZES, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -49,31 +50,27 @@ Inputs = tuple["torch.Tensor | None", "torch.Tensor | None"]
         "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
         2018,
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class RTN(Technique):
-    """Round weights, and if asked activations, to the nearest point of a uniform grid.
+    """Round weights, and optionally activations, to the nearest point of a uniform grid.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a weight, 2 to 8; None leaves the weights as they are (W32A8). Where an earlier step has assigned bits
-            to a layer, those are used.
+        bits: of a weight, 2 to 8; None leaves the weights unquantized (W32A8). Bits that an earlier step has assigned
+            to a layer take precedence.
         format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
         strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"`` (of
-            inputs). None: ``group`` where a ``group_size`` is given, else ``channel``.
+            inputs). None: ``group`` if a ``group_size`` is given, else ``channel``.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used.
         symmetric: no zero points for weights. Asymmetric codes are stored one to a byte (see
-            ``hf_optim.formats.scheme``).
+            ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``).
         activations: quantize the inputs of the layers to ``"int8"`` or ``"fp8"``.
-        dynamic: make the scale of the inputs on the fly, per token. False: one scale per layer from calibration data.
+        dynamic: compute the scale of the inputs on the fly, per token. False: one scale per layer from calibration
+            data.
         symmetric_activations: no zero point for the inputs' grid.
     """
 
@@ -110,25 +107,15 @@ class RTN(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = compressed.storable(
-            scope,
-            self.targets,
-            self.skip,
-            integer=self.format == "int" and self.bits is not None,
-            label=run.label(self),
-            experts=True,
-            symmetric=self.symmetric,
-        )
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        integer = self.format == "int" and self.bits is not None
+        layers, skipped = select_layers(self, run, scope, integer=integer, experts=True, symmetric=self.symmetric)
         ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.needs_data():
-            read = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertLinear)}
-            with TensorMinMax(read, run.label(self)) as ranges:
+            observed = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertLinear)}
+            with TensorMinMax(observed, run.label(self)) as ranges:
                 yield
-            idle = [name for name in read if name not in ranges]
-            if idle:
-                skipped["no calibration input reached it"] = idle
-            layers = {name: layer for name, layer in layers.items() if name not in idle}
+            skipped |= not_reached(observed, ranges)
+            layers = {name: layer for name, layer in layers.items() if name in ranges or name not in observed}
         for name, layer in layers.items():
             grid = self._grid(layer, self._bits(run, name))
             inputs = self._input_grid(layer, *ranges[name]) if name in ranges else (None, None)
@@ -138,13 +125,13 @@ class RTN(Technique):
         run.cover(self, layers, skipped)
 
     def _bits(self, run: Run, name: str) -> int | None:
-        """Bits of a layer's weight: those an earlier step has assigned; None and fp8 have no choice."""
+        """Return the bits of a layer's weight: those an earlier step assigned, unless it is fp8 or not quantized."""
         return run.bits_of(name, self.bits) if self.bits and self.format == "int" else self.bits
 
     def _spec(self, in_features: int, bits: int) -> GridSpec:
-        strategy = self.strategy or ("group" if self.group_size else "channel")
-        size = fit_group_size(in_features, self.group_size) if self.group_size else None
-        return GridSpec(bits, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
+        return weight_spec(
+            in_features, bits, self.group_size, self.symmetric, strategy=self.strategy, format=self.format
+        )
 
     def _grid(self, layer: nn.Linear | ExpertLinear, bits: int | None) -> Grid | None:
         weight = layer.weight.detach()
@@ -161,7 +148,7 @@ class RTN(Technique):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kind: Literal["int", "float"] = "float" if self.activations == "fp8" else "int"
         spec = GridSpec(8, kind, "tensor", None, self.symmetric_activations)
-        return scale_of_range(low, high, spec, layer.weight.dtype)
+        return qparams_from_range(low, high, spec, layer.weight.dtype)
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
@@ -174,7 +161,7 @@ def quantize(
     scheme: QuantizationScheme,
     inputs: Inputs = (None, None),
 ) -> None:
-    """Round a layer's weight to ``grid`` and store it; ``inputs`` are scale and zero point of static activations."""
+    """Round a layer's weight to ``grid`` and store it; ``inputs`` is the scale and zero point of static activations."""
     if grid is None:
         compressed.store(layer, scheme, input_scale=inputs[0], input_zero_point=inputs[1])
     else:

@@ -43,7 +43,7 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import output, rounding
+from hf_optim.toolkit.modules import main_output, rounding_tolerance
 from hf_optim.toolkit.permutation import SITE_KINDS, Site, find_sites, kept_sum, kept_sum_row_wise, search_permutation
 from hf_optim.toolkit.pruning import masks
 from hf_optim.toolkit.statistics import HessianDiagonal
@@ -193,10 +193,10 @@ class _Permutation:
         self.readers = list(dict.fromkeys(name for site in usable for name in site.readers if name in self.layers))
         self.before = self._measure()
         inputs = topology.dummy_inputs(run.model)
-        expected = output(run.model, inputs)
+        expected = main_output(run.model, inputs)
         applied = [(site, order) for site in usable if (order := self._permute_(site)) is not None]
-        gap = float((output(run.model, inputs) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-        if not gap <= rounding(run.model):
+        gap = float((main_output(run.model, inputs) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not gap <= rounding_tolerance(run.model):
             for site, order in reversed(applied):
                 site.permute_(run.model, order.argsort(), run.masks)
             raise NumericalError(
@@ -209,7 +209,7 @@ class _Permutation:
         group = self.step.group
         if not any(name in self.layers for name in site.readers):
             return False
-        if not site.fits(group):
+        if not site.fits_groups(group):
             reason = f"its {site.width} channels do not fill groups of {group}"
             self.skipped.setdefault(reason, []).append(site.name)
             return False

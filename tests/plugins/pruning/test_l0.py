@@ -196,10 +196,10 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
 )
 def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog, fields, cut, outcome):
     model = optimize(tiny_llama(), {"technique": "l0", **fields})
-    message = rf"step 1 \(l0\): the ramp ends at step {fields['end']}, but {cut}: .*{outcome}"
+    message = rf"step 1 \(l0\): the schedule ends at step {fields['end']}, but {cut}: .*{outcome}"
     train(model, tmp_path, 10)
     assert re.search(message, caplog.text)
-    assert any("the ramp ends at step" in note for note in run_of(model).record.notes)
+    assert any("the schedule ends at step" in note for note in run_of(model).record.notes)
 
 
 def test_a_ramp_that_finishes_is_not_talked_about(tmp_path):
@@ -209,7 +209,7 @@ def test_a_ramp_that_finishes_is_not_talked_about(tmp_path):
 
 
 def test_a_ramp_that_ends_before_it_begins_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"step 1 \(l0\): the ramp begins at step 500 and ends at step 5 of 10"):
+    with pytest.raises(RecipeError, match=r"step 1 \(l0\): the schedule begins at step 500 and ends at step 5 of 10"):
         train(optimize(tiny_llama(), {"technique": "l0", "begin": 500, "end": 0.5}), tmp_path, 10)
 
 
@@ -226,7 +226,7 @@ def test_gates_are_heard_from_the_first_forward_in_training_on():
 def test_a_model_without_such_units_is_refused():
     model = optimize(tiny_mixtral(), {**QUICK, "on": "neurons"})
     with pytest.raises(ModelError, match=r"step 1 \(l0\): MixtralForCausalLM has no neurons"):
-        hf_optim.training.callbacks.stage_callbacks(run_of(model))
+        hf_optim.training.stage_callbacks.stage_callbacks(run_of(model))
 
 
 @pytest.mark.slow

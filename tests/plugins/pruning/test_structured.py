@@ -342,7 +342,7 @@ def test_heads_whose_width_is_derived_are_refused(family):
         (tiny_llama, {"neurons": 0.01}, "at least one must go"),
         (tiny_llama, {"heads": 2}, "2 of 2 heads"),
         (tiny_llama, {"layers": 2}, "2 of 2 layers of model.layers cannot be removed"),
-        (lambda: tiny_gpt2(scale_attn_by_inverse_layer_idx=True), {"layers": 1, "neurons": 0}, "would be another at"),
+        (lambda: tiny_gpt2(scale_attn_by_inverse_layer_idx=True), {"layers": 1, "neurons": 0}, "would change at index"),
     ],
 )
 def test_what_cannot_be_removed_is_refused(build, fields, message):

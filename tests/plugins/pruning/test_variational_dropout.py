@@ -160,7 +160,9 @@ def test_heads_and_shared_weights_are_left_alone(tmp_path):
     train(model, tmp_path, 2)
     assert not any("lm_head" in name or "embed" in name for name in run_of(model).masks)
     with pytest.raises(ModelError, match=r"step 1 \(variational_dropout\).*tied to .*: lm_head"):
-        hf_optim.training.callbacks.stage_callbacks(run_of(optimize(tiny_qwen2(), {**QUICK, "targets": ["lm_head"]})))
+        hf_optim.training.stage_callbacks.stage_callbacks(
+            run_of(optimize(tiny_qwen2(), {**QUICK, "targets": ["lm_head"]}))
+        )
 
 
 def test_a_stock_trainer_is_refused():
@@ -190,7 +192,7 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
 def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog):
     for number, (fields, told) in enumerate([({}, ""), ({"sparsity": 0.5}, r", and a sparsity of 0\.5 is")]):
         model = optimize(tiny_llama(), {"technique": "variational_dropout", "end": 1000, **fields})
-        message = r"step 1 \(variational_dropout\): the ramp ends at step 1000, but .* step 10: .* 0\.01 instead of 1"
+        message = r"step 1 \(variational_dropout\): the schedule ends at step 1000, but .* 10: .* 0\.01 instead of 1"
         caplog.clear()
         train(model, tmp_path / str(number), 10)
         assert re.search(message + told, caplog.text)

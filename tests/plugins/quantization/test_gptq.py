@@ -18,9 +18,9 @@ from hf_optim.errors import ModelError, NumericalError
 from hf_optim.recipes.traits import BITS_ASSIGNED
 from hf_optim.runs.run import run_of
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
-from hf_optim.toolkit.quantization.hessian import damped, inverse_cholesky
+from hf_optim.toolkit.quantization.hessian import damp_, inverse_cholesky
 from hf_optim.toolkit.quantization.least_squares import output_error
-from hf_optim.toolkit.statistics.observers import SecondMoment
+from hf_optim.toolkit.statistics.second_moment import SecondMoment
 from hf_optim_plugins.quantization import gptq
 from hf_optim_plugins.quantization.gptq import GPTQ, quantize_columns
 
@@ -38,7 +38,7 @@ def problem(rows=10, columns=48, tokens=300, seed=0) -> tuple[torch.Tensor, torc
 
 def by_definition(weight, hessian, grid, damp, act_order):
     """Optimal brain quantization in a fixed order: after each column the inverse Hessian of the rest, anew."""
-    h = damped(hessian, damp)
+    h = damp_(hessian.clone(), damp)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
     w = weight.clone()
     codes = torch.zeros_like(weight)

@@ -17,10 +17,10 @@ from hf_optim import compressed, optimize
 from hf_optim.errors import ModelError, NumericalError
 from hf_optim.runs.run import run_of
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid, round_codes
-from hf_optim.toolkit.quantization.hessian import damped
+from hf_optim.toolkit.quantization.hessian import damp_
 from hf_optim.toolkit.quantization.least_squares import output_error
 from hf_optim.toolkit.quantization.obq_recursion import expand_grid, quantize_greedily
-from hf_optim.toolkit.statistics.observers import SecondMoment
+from hf_optim.toolkit.statistics.second_moment import SecondMoment
 from hf_optim.toolkit.topology.block_lists import group_by_block
 from hf_optim_plugins.quantization.gptq import quantize_columns
 
@@ -36,7 +36,7 @@ SPECS = [
 
 def by_definition(weight, hessian, grid, damp, outliers_first):
     """Row by row, weight by weight; the Hessian of what is left is inverted anew at each step."""
-    h = damped(hessian, damp)
+    h = damp_(hessian.clone(), damp)
     scale, zero = expand_grid(grid, *weight.shape, DOUBLE)
     codes = torch.zeros_like(weight)
     for row in range(len(weight)):
@@ -126,7 +126,7 @@ def test_float32_is_near_float64():
 def test_a_hopeless_hessian_names_layers_and_step():
     weight, hessian = problem()
     with pytest.raises(NumericalError, match="q_proj is singular"):
-        quantize_greedily(weight, -hessian, make_grid(weight, GridSpec(4)), what="q_proj")
+        quantize_greedily(weight, -hessian, make_grid(weight, GridSpec(4)), label="q_proj")
 
 
 def test_progress_counts_rows():
