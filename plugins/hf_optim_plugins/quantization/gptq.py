@@ -1,32 +1,33 @@
-r"""GPTQ: weights quantized column by column, each column's error passed on to those that are still free.
+r"""GPTQ: quantize weights column by column, and compensate each column's error in the columns not yet quantized.
 
-With the inputs ``X`` of a layer and ``H = X Xᵀ + λI`` the output error ``‖(Q - W) X‖²`` is kept low row by row: column
-``q`` is rounded, and the rounding error is compensated in the columns after it (2210.17323, equations 2 and 3; OBQ's
-update in one fixed order for all rows)::
+With the inputs ``X`` of a layer and ``H = X Xᵀ + λI``, the output error ``‖(Q - W) X‖²`` is reduced row by row: column
+``q`` is rounded, and the columns after it compensate its rounding error (2210.17323, equations 2 and 3; OBQ's update in
+one fixed order for all rows)::
 
     e_q        = (w_q - quant(w_q)) / U_qq                 H⁻¹ = Uᵀ U  (Cholesky, upper)
     w_{q+1:}  -= e_q · U_{q, q+1:}
 
-Columns go in blocks of ``block_size``; what a block owes to the columns beyond it is applied in one product at its end.
-On CUDA a block is one launch of a Triton kernel, which keeps its rows in registers; elsewhere a block goes by halves.
+Columns are processed in blocks of ``block_size``; the columns behind a block are updated by one matrix product at its
+end. On CUDA a block is one launch of a Triton kernel that keeps its rows in registers; elsewhere a block is split in
+halves recursively.
 
-Scales are fixed before the recursion from the weights as they were, in groups of *neighbouring* columns ("static
+Scales are fixed before the recursion, from the original weights and in groups of *neighbouring* columns ("static
 groups"), so ``act_order`` costs nothing at run time and no ``g_idx`` is stored.
 
-On a pruned model the mask stays. Updates may push a pruned weight off zero; when its column comes it is "rounded" to
-zero, and that error is compensated like any other: the joint treatment of SparseGPT (2301.00774, section 3.5). One
-factor ``U`` serves all rows, whatever their masks, which is exact for none of them and the price of one factorization
-for all.
+On a pruned model the mask stays. Updates may move a pruned weight away from zero; when its column is processed it is
+"rounded" to zero, and that error is compensated like any other: the joint treatment of SparseGPT (2301.00774, section
+3.5). One factor ``U`` serves all rows, whatever their masks. That is exact for none of them, and the price of a single
+factorization.
 
 In a mixture of experts each matrix of each expert is a layer of its own, with the Hessian of the tokens that the router
-sends there. An expert that sees fewer tokens than it has inputs is named, and is calibrated on the tokens of its layer
-as well (``hf_optim.toolkit.experts.top_up``). Their codes have no zero points.
+sends to that expert. An expert that sees fewer tokens than it has inputs is reported, and is also calibrated on other
+tokens of its layer (``hf_optim.toolkit.statistics.augment_undersampled``). The codes of experts have no zero points.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,19 +35,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_optim import Contract, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
-from hf_optim.toolkit.pruning import require_finite
-from hf_optim.toolkit.quantization import (
-    Grid,
-    GridSpec,
-    fit_group_size,
-    inverse_factor,
-    make_grid,
-    output_error,
-    round_codes,
-)
-from hf_optim.toolkit.statistics import Moment, SecondMoment, TokenSample, top_up
-from hf_optim.toolkit.topology import by_block
+from hf_optim import Paper, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim.toolkit.quantization import Grid, inverse_cholesky, make_grid, output_error, round_codes
+from hf_optim.toolkit.statistics import GramMatrix, SecondMoment, TokenSample, augment_undersampled
+from hf_optim.toolkit.topology import group_by_block, not_reached
+
+from ._weights import QUANTIZES, add_worst_layers, report_errors, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -62,40 +56,35 @@ STRIP = 2048
     paper=Paper(
         "2210.17323", "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class GPTQ(Technique):
-    """Quantize weights one column at a time and let the others make up for the error.
+    """Quantize weights one column at a time, and let the remaining columns compensate the error.
 
     Blocks are quantized in execution order, each on the outputs of the quantized blocks before it. Within a block, all
     linears are quantized on one pass of the data, or group by group with ``true_sequential``. Over a whole model there
-    is one pass per block, and one for what lies outside the blocks.
+    is one pass per block, and one for the layers outside the blocks.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a weight, 2 to 8. Where an earlier step has assigned bits to a layer, those are used; a layer with
-            more than 8 stays as it is.
+        bits: of a weight, 2 to 8. Bits that an earlier step has assigned to a layer take precedence; a layer with more
+            than 8 is left unquantized.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.
-        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.formats.scheme``).
+        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``),
-            in which each weight counts by the energy of its input.
-        act_order: columns of the largest input energy first.
-        activations: quantize the inputs of the layers to ``"int8"``, each token on a grid of its own (W4A8); blocks
-            that follow are calibrated on what that gives.
-        damp: share of the mean diagonal of the Hessian added to its diagonal; raised tenfold where it does not do. 1 %
-            is the paper's.
+            in which each weight is weighted by the mean square of its input.
+        act_order: process the columns of the largest inputs (mean square) first.
+        activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid (W4A8); later blocks
+            are calibrated on the result.
+        damp: share of the mean diagonal of the Hessian added to its diagonal; raised tenfold if the factorization
+            fails. The paper's is 1 %.
         block_size: columns between two updates of the rest (on CUDA, 256 at most); changes the result by rounding
             errors only.
-        true_sequential: quantize linears that read the outputs of others in the block after those, on what they
-            compute by then: several passes per block.
+        true_sequential: quantize linears that read the outputs of other linears of the block after those, on inputs
+            that include their quantization: several passes per block.
         precision: of the Hessian and the recursion, ``"float32"`` or ``"float64"``.
     """
 
@@ -114,91 +103,84 @@ class GPTQ(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = compressed.storable(
-            scope, self.targets, self.skip, label=run.label(self), experts=True, symmetric=self.symmetric
-        )
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        layers, skipped = select_layers(self, run, scope, experts=True, symmetric=self.symmetric)
         wide = [name for name in layers if run.bits_of(name, self.bits) > 8]
         layers = {name: layer for name, layer in layers.items() if name not in wide}
         run.cover(self, [], {**skipped, **({"more than 8 bits are assigned to it": wide} if wide else {})})
-        for waiting in by_block(scope.model, layers) if scope.whole else [layers]:
-            while waiting:
-                label = run.label(self)
-                with (
-                    TokenSample(waiting, label) as sample,
-                    SecondMoment(waiting, label, getattr(torch, self.precision)) as moments,
-                ):
-                    yield
-                self._report_scarce(run, top_up(waiting, moments, sample))
-                groups = list({id(moment): moment for moment in moments.values()}.values())
-                idle = [name for name in waiting if name not in moments]
-                if idle:
-                    run.cover(self, [], {"no calibration input reached it": idle})
-                waiting = {name: layer for name, layer in waiting.items() if name in moments}
-                moments.clear()  # each is gone as soon as its layers are done
-                if self.true_sequential:
-                    groups = leading(groups, waiting)
-                while groups:
-                    moment = groups.pop(0)
-                    self._quantize(run, {name: waiting.pop(name) for name in moment.names}, moment)
+        yield from self._passes(run, scope, layers)
 
-    def _quantize(self, run: Run, layers: Mapping[str, nn.Linear], moment: Moment) -> None:
-        """Quantize layers that read the same inputs; rows of equally many bits in one recursion."""
+    def _passes(self, run: Run, scope: Scope, layers: Mapping[str, nn.Linear]) -> Generator[None, None, None]:
+        """Quantize block by block, each on a pass of the data of its own; on several with ``true_sequential``."""
+        for waiting in group_by_block(scope.model, layers) if scope.whole else [layers]:
+            while waiting:
+                grams = yield from self._observe(run, waiting)
+                reached = {name for gram in grams for name in gram.names}
+                run.cover(self, [], not_reached(waiting, reached))
+                waiting = {name: layer for name, layer in waiting.items() if name in reached}
+                if self.true_sequential:
+                    grams = leading(grams, waiting)
+                while grams:
+                    gram = grams.pop(0)  # its memory is freed once its layers are quantized
+                    self._quantize(run, {name: waiting.pop(name) for name in gram.names}, gram)
+
+    def _observe(self, run: Run, layers: Mapping[str, nn.Linear]) -> Generator[None, None, list[GramMatrix]]:
+        """Accumulate the Gram matrix of each input over one pass of the data, in the order of execution."""
+        label = run.label(self)
+        with (
+            TokenSample(layers, label) as sample,
+            SecondMoment(layers, label, getattr(torch, self.precision)) as grams,
+        ):
+            yield
+        self._report_scarce(run, augment_undersampled(layers, grams, sample))
+        return list({id(gram): gram for gram in grams.values()}.values())
+
+    def _quantize(self, run: Run, layers: Mapping[str, nn.Linear], gram: GramMatrix) -> None:
+        """Quantize layers that read the same input; rows of equally many bits in one recursion."""
         what = f"{run.label(self)}: the Hessian of the inputs of {', '.join(layers)}"
-        order = column_order(moment.total, self.act_order)
-        upper = inverse_factor(moment.total, self.damp, what, order).upper
-        widths = {name: run.bits_of(name, self.bits) for name in layers}
+        order = column_order(gram.total, self.act_order)
+        upper = inverse_cholesky(gram.total, self.damp, what, order).upper
+        bits_of = {name: run.bits_of(name, self.bits) for name in layers}
         errors = {}
-        for bits in dict.fromkeys(widths.values()):
-            names = [name for name, own in widths.items() if own == bits]
-            # A copy: storing writes into the weights.
+        for bits in dict.fromkeys(bits_of.values()):
+            names = [name for name, own in bits_of.items() if own == bits]
+            # A copy, because storing writes into the weights.
             dense = torch.cat([layers[name].weight.detach() for name in names])
-            grid = self._grid(dense, bits, moment.total.diagonal())
+            grid = self._grid(dense, bits, gram.total.diagonal())
             codes = recurse(dense, upper, order, grid, self.block_size)
             begin = 0
             for name in names:
                 rows = slice(begin, begin := begin + len(layers[name].weight))
                 own = grid.rows(rows.start, rows.stop)
-                # The inputs of experts stay as they are: transformers reads no scheme for them.
+                # The inputs of experts are not quantized: transformers reads no scheme for them.
                 inputs = self.activations if isinstance(layers[name], nn.Linear) else None
                 compressed.store(
                     layers[name], compressed.scheme_of(own.spec, inputs), codes[rows], own.scale, own.zero_point
                 )
-                errors[name] = output_error(dense[rows], layers[name].weight, moment.total)
-        self._report(run, {name: errors[name] for name in layers})
+                errors[name] = output_error(dense[rows], layers[name].weight, gram.total)
+        report_errors(self, run, {name: errors[name] for name in layers})
         run.cover(self, layers)
 
-    def _grid(self, weight: Tensor, bits: int, energy: Tensor) -> Grid:
-        """Fixed scales, from the weights as they are."""
-        strategy: Literal["group", "channel"] = "group" if self.group_size else "channel"
-        size = fit_group_size(weight.shape[1], self.group_size) if self.group_size else None
-        spec = GridSpec(bits, "int", strategy, size, self.symmetric)
-        importance = energy if self.observer == "mse" else None
-        # Rows in strips: the search holds several copies of them.
+    def _grid(self, weight: Tensor, bits: int, hessian_diagonal: Tensor) -> Grid:
+        """Return fixed scales, from the original weights."""
+        spec = weight_spec(weight.shape[1], bits, self.group_size, self.symmetric)
+        importance = hessian_diagonal if self.observer == "mse" else None
+        # In strips of rows, because the search holds several copies of them.
         return stack([make_grid(rows, spec, self.observer, None, importance) for rows in weight.split(STRIP)])
 
     def _report_scarce(self, run: Run, scarce: Mapping[str, int]) -> None:
-        """Name the experts that saw fewer tokens than they have inputs."""
+        """Record and log the matrices of experts that saw fewer tokens than they have inputs."""
         if not scarce:
             return
-        state = run.state(self)
-        state.scarce = getattr(state, "scarce", {}) | dict(scarce)
-        run.report(self, experts_with_few_tokens=state.scarce)
+        run.report(self, experts_with_few_tokens=dict(scarce))
         few = ", ".join(f"{name} ({count})" for name, count in list(scarce.items())[:5])
         log.warning(
-            "%s: %d matrices of experts saw fewer tokens than they have inputs, and were calibrated on tokens that the "
-            "router sent elsewhere as well; more calibration data would help: %s%s",
+            "%s: %d matrices of experts saw fewer tokens than they have inputs, and were also calibrated on tokens "
+            "that the router sent to other experts; use more calibration data to avoid this: %s%s",
             run.label(self),
             len(scarce),
             few,
             ", ..." if len(scarce) > 5 else "",
         )
-
-    def _report(self, run: Run, errors: Mapping[str, float]) -> None:
-        state = run.state(self)
-        state.errors = getattr(state, "errors", {}) | {name: float(f"{error:.6g}") for name, error in errors.items()}
-        mean = sum(state.errors.values()) / len(state.errors)
-        run.report(self, relative_error=state.errors, mean_relative_error=float(f"{mean:.6g}"))
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
@@ -206,37 +188,35 @@ class GPTQ(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.reported(self)
-        errors = figures.get("relative_error")
+        metrics = run.reported(self)
+        errors = metrics.get("relative_error")
         if not errors:
             return
-        worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:5]
         card.paragraph(
             "GPTQ",
             f"{len(errors)} linear layers were quantized to {self.bits} bits. The relative squared error of their "
-            f"outputs on the calibration data is {figures['mean_relative_error']:.2e} in the mean.",
+            f"outputs on the calibration data is {metrics['mean_relative_error']:.2e} on average.",
         )
-        if few := figures.get("experts_with_few_tokens"):
+        if few := metrics.get("experts_with_few_tokens"):
             card.paragraph(
                 "GPTQ: experts with few tokens",
                 f"{len(few)} matrices of experts saw fewer calibration tokens than they have inputs. They were "
                 "calibrated as if more tokens, average ones of their layer, had been sent to them, up to that number.",
             )
-        card.table(
-            "GPTQ: layers with the largest error",
-            ["layer", "relative squared output error"],
-            [[f"`{name}`", f"{errors[name]:.2e}"] for name in worst],
-        )
+        add_worst_layers(card, "GPTQ", errors)
 
 
-def leading(moments: Sequence[Moment], layers: Mapping[str, nn.Linear]) -> list[Moment]:
-    """The first of the moments in order of execution, with those of the same matrix of all experts beside it."""
-    stage = {getattr(layers[moment.names[0]], "stage", moment.names[0]): None for moment in moments[:1]}
-    return [moment for moment in moments if getattr(layers[moment.names[0]], "stage", moment.names[0]) in stage]
+def leading(grams: Sequence[GramMatrix], layers: Mapping[str, nn.Linear]) -> list[GramMatrix]:
+    """Return the first Gram matrix in order of execution, and for experts those of the same matrix of all experts."""
+
+    def stage(gram: GramMatrix) -> str:
+        return getattr(layers[gram.names[0]], "parameter_name", gram.names[0])
+
+    return [gram for gram in grams if stage(gram) == stage(grams[0])]
 
 
 def stack(grids: Sequence[Grid]) -> Grid:
-    """The grid of weights stacked along the output channels, all of one spec."""
+    """Return the grid of weights that are stacked along the output channels; all grids have one spec."""
     zeros = [grid.zero_point for grid in grids if grid.zero_point is not None]
     return Grid(grids[0].spec, torch.cat([grid.scale for grid in grids]), torch.cat(zeros) if zeros else None)
 
@@ -251,24 +231,24 @@ def quantize_columns(
     act_order: bool = True,
     what: str = "the Hessian",
 ) -> Tensor:
-    """The GPTQ recursion: codes that keep the error of ``weight @ x`` low.
+    """Run the GPTQ recursion; return codes that keep the error of ``weight @ x`` low.
 
     Args:
         weight: ``[out, in]``, any float type. Exact zeros keep the code of zero.
-        hessian: ``[in, in]``, ``E[x xᵀ]``, any scale; float32 or float64, the type of the computation.
+        hessian: ``[in, in]``, ``E[x xᵀ]``, any scale; float32 or float64, the dtype of the computation.
         grid: fixed scales, per channel or per group of neighbouring columns.
         damp, block_size, act_order: see ``GPTQ``.
-        what: what a ``NumericalError`` calls the Hessian.
+        what: the name of the Hessian in a ``NumericalError``.
 
     Returns:
         int8 codes ``[out, in]``.
     """
     order = column_order(hessian, act_order)
-    return recurse(weight, inverse_factor(hessian, damp, what, order).upper, order, grid, block_size)
+    return recurse(weight, inverse_cholesky(hessian, damp, what, order).upper, order, grid, block_size)
 
 
 def column_order(hessian: Tensor, act_order: bool) -> Tensor:
-    """int64 ``[in]``: the columns in the order in which they are rounded."""
+    """Return the columns in the order in which they are rounded, int64 ``[in]``."""
     if not act_order:
         return torch.arange(len(hessian), device=hessian.device)
     return hessian.diagonal().argsort(descending=True, stable=True)
@@ -276,11 +256,11 @@ def column_order(hessian: Tensor, act_order: bool) -> Tensor:
 
 @torch.no_grad()
 def recurse(weight: Tensor, upper: Tensor, order: Tensor, grid: Grid, block_size: int = 128) -> Tensor:
-    """Round the columns of ``weight`` in ``order``: int8 codes ``[out, in]``.
+    """Round the columns of ``weight`` in ``order``; return int8 codes ``[out, in]``.
 
     Args:
         weight: ``[out, in]``, any float type. Exact zeros keep the code of zero.
-        upper: ``[in, in]``, ``U`` of the columns in ``order``; its type is that of the computation.
+        upper: ``[in, in]``, ``U`` of the columns in ``order``, in the dtype of the computation.
         order: int64 ``[in]``, a permutation.
         grid: per channel or per group of neighbouring columns.
         block_size: columns between two updates of the rest.
@@ -289,25 +269,25 @@ def recurse(weight: Tensor, upper: Tensor, order: Tensor, grid: Grid, block_size
     if upper.is_cuda and upper.dtype == torch.float32:
         try:
             from hf_optim_kernels.column_recursion import launch as kernels
-        except ImportError:
-            pass  # no Triton: torch does it, column by column
+        except ImportError as error:
+            log.debug("no kernel for GPTQ's recursion (%s): torch runs it, column by column", error)
         else:
             ends = (grid.spec.low, grid.spec.high)
             return kernels.recurse(weight, upper, order, grid.scale.float(), grid.zero_point, size, *ends, block_size)
-    # Columns as rows: each is read and written whole.
+    # Transposed, so that a column is contiguous in memory.
     rest = weight.T[order].to(upper.dtype)
     work = _Columns(grid, rest, rest != 0, upper, order // size)
     codes = torch.empty(weight.T.shape, dtype=torch.int8, device=weight.device)
     for begin in range(0, len(rest), block_size):
         end = min(begin + block_size, len(rest))
-        codes[order[begin:end]] = work.settle(begin, end)
+        codes[order[begin:end]] = work.round_range(begin, end)
         rest[end:].addmm_(upper[begin:end, end:].T, rest[begin:end], alpha=-1)
     return codes.T.contiguous()
 
 
 @dataclass
 class _Columns:
-    """The recursion in torch. ``rest`` ``[in, out]``: columns in order; those that are rounded hold their errors."""
+    """The recursion in torch. ``rest`` ``[in, out]``: columns in order; rounded columns hold their errors instead."""
 
     grid: Grid
     rest: Tensor
@@ -315,14 +295,14 @@ class _Columns:
     upper: Tensor
     group: Tensor
 
-    def settle(self, begin: int, end: int) -> Tensor:
-        """Round columns ``begin`` to ``end``, by halves: int8 codes ``[end - begin, out]``."""
+    def round_range(self, begin: int, end: int) -> Tensor:
+        """Round columns ``begin`` to ``end`` by halves; return int8 codes ``[end - begin, out]``."""
         if end - begin == 1:
             return self.round_one(begin)[None]
         middle, rest = (begin + end) // 2, self.rest
-        first = self.settle(begin, middle)
+        first = self.round_range(begin, middle)
         rest[middle:end].addmm_(self.upper[begin:middle, middle:end].T, rest[begin:middle], alpha=-1)
-        return torch.cat([first, self.settle(middle, end)])
+        return torch.cat([first, self.round_range(middle, end)])
 
     def round_one(self, q: int) -> Tensor:
         free, group = self.rest[q], self.group[q]

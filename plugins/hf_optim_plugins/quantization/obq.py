@@ -1,4 +1,4 @@
-r"""OBQ, Optimal Brain Quantization: every row quantizes its weights one by one, always the one that costs least.
+r"""OBQ, Optimal Brain Quantization: every row quantizes its weights one at a time, always the one that costs least.
 
 With the inputs ``X`` of a layer, ``H = X Xᵀ + λI``, and ``F`` the weights of a row that are not quantized yet, the next
 weight and the compensation in the others are (2208.11580, section 5)::
@@ -6,47 +6,49 @@ weight and the compensation in the others are (2208.11580, section 5)::
     p    = argmin over q in F of (quant(w_q) - w_q)² / [H_F⁻¹]_qq
     δ_F  = -(w_p - quant(w_p)) / [H_F⁻¹]_pp · [H_F⁻¹]_{:,p}
 
-after which ``p`` leaves ``H_F⁻¹`` by one step of Gaussian elimination (lemma 1). Every row has an order of its own and
-so an inverse of its own: ``out · in³`` operations a layer, against ``in³ + out · in²`` where all rows share one order.
-It is for layers of up to a few thousand inputs.
+after which ``p`` is eliminated from ``H_F⁻¹`` by one step of Gaussian elimination (lemma 1). Every row has its own
+order and therefore its own inverse: ``out · in³`` operations for a layer, against ``in³ + out · in²`` when all rows
+share one order. OBQ suits layers of up to a few thousand inputs.
 
-A weight that compensation has pushed beyond the ends of its grid, so that its error exceeds half a step, is quantized
-as soon as it appears, while there are many free weights left to make up for it (section 5); of several, the one that
-costs least goes first.
+A weight that compensation has pushed beyond the ends of its grid, so that its error exceeds half a grid step, is
+quantized immediately, while many free weights remain to compensate it (section 5); of several, the one that costs least
+goes first.
 
 Grids are fixed before the recursion. On a pruned model zeros stay: they leave the problem of their row first, so that
 compensation is exact for the mask of each row.
 
-Greed is not optimal: the cheapest weights go first, and the dear ones last, when nothing is left to make up for them.
-Where a few inputs hold nearly all the energy (layers of the first block of babyllama-1m), one order for all rows that
-begins with those inputs has the smaller error; in the mean over the layers every row in its own order does better.
+The greedy order is not optimal: the cheapest weights are quantized first and the most expensive last, when no free
+weight remains to compensate them. Where a few inputs hold nearly all of the Hessian's diagonal (layers of the first
+block of babyllama-1m), one order for all rows that begins with those inputs has the smaller error; averaged over the
+layers, a separate order for every row does better.
 
-Differences to the paper: a block is calibrated on the outputs of the quantized blocks before it, which the paper calls
-sequential OBQ, and there are no batch-norm statistics to correct in a transformer.
+Differences from the paper: a block is calibrated on the outputs of the quantized blocks before it, which the paper
+calls sequential OBQ, and a transformer has no batch-norm statistics to correct.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
-from hf_optim.toolkit.pruning import require_finite
-from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid, output_error, quantize_greedily
+from hf_optim import ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim.toolkit.quantization import Grid, make_grid, output_error, quantize_greedily
 from hf_optim.toolkit.statistics import GramMatrix, SecondMoment
-from hf_optim.toolkit.topology import group_by_block
+from hf_optim.toolkit.topology import group_by_block, not_reached
+
+from ._weights import QUANTIZES, add_worst_layers, report_errors, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
 log = logging.getLogger(__name__)
-# A layer expected to take longer than this, in seconds, is announced.
+# In seconds. A layer expected to take longer is announced.
 LONG = 60.0
 
 
@@ -58,31 +60,26 @@ LONG = 60.0
         "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
         2022,
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class OBQ(Technique):
-    """Quantize the cheapest weight of every row, let the free ones make up for it, and so on.
+    """Quantize the cheapest weight of every row, let the free weights compensate it, and repeat.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a weight, 2 to 8; where an earlier step has assigned bits to a layer, those are used.
+        bits: of a weight, 2 to 8; bits that an earlier step has assigned to a layer take precedence.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.
-        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.formats.scheme``).
+        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``),
-            in which each weight counts by the energy of its input.
-        damp: share of the mean diagonal of the Hessian added to its diagonal; raised where it does not do.
-        outliers_first: quantize weights beyond the ends of their grid at once.
+            in which each weight is weighted by the mean square of its input.
+        damp: share of the mean diagonal of the Hessian added to its diagonal; raised if the factorization fails.
+        outliers_first: quantize weights beyond the ends of their grid immediately.
         precision: of the Hessian and the recursion, ``"float32"`` or ``"float64"``.
-        memory: GiB for the inverses of the rows in work; rows are taken in chunks that fit.
-        widest: inputs of the widest layer to work on; a wider one is refused before any work is done.
+        memory: GiB for the inverses of the rows processed at a time; rows are taken in chunks that fit.
+        widest: inputs of the widest layer to quantize; a wider one is refused before any layer is quantized.
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -99,19 +96,16 @@ class OBQ(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        layers, skipped = select_layers(self, run, scope)
         self._refuse_wide(run, scope)
         run.cover(self, [], skipped)
         for part in group_by_block(scope.model, layers) if scope.whole else [layers]:
-            with SecondMoment(part, run.label(self), getattr(torch, self.precision)) as moments:
+            with SecondMoment(part, run.label(self), getattr(torch, self.precision)) as grams:
                 yield
             for name, layer in part.items():
-                if name in moments:
-                    self._quantize(run, name, layer, moments[name])
-            idle = [name for name in part if name not in moments]
-            if idle:
-                run.cover(self, [], {"no calibration input reached it": idle})
+                if name in grams:
+                    self._quantize(run, name, layer, grams[name])
+            run.cover(self, [], not_reached(part, grams))
 
     def _refuse_wide(self, run: Run, scope: Scope) -> None:
         for name, layer in scope.select(self.targets, self.skip).items():
@@ -123,13 +117,13 @@ class OBQ(Technique):
                     "technique with one order of columns for all rows"
                 )
 
-    def _quantize(self, run: Run, name: str, layer: nn.Linear, moment: GramMatrix) -> None:
-        # A copy: storing writes into the weight.
-        dense = layer.weight.detach().to(moment.total.dtype, copy=True)
-        grid = self._grid(layer, run.bits_of(name, self.bits), moment.total.diagonal())
-        codes = self._codes(run, name, dense, moment.mean, grid)
+    def _quantize(self, run: Run, name: str, layer: nn.Linear, gram: GramMatrix) -> None:
+        # A copy, because storing writes into the weight.
+        dense = layer.weight.detach().to(gram.total.dtype, copy=True)
+        grid = self._grid(layer, run.bits_of(name, self.bits), gram.total.diagonal())
+        codes = self._codes(run, name, dense, gram.mean, grid)
         compressed.store(layer, compressed.scheme_of(grid.spec), codes, grid.scale, grid.zero_point)
-        self._report(run, name, output_error(dense, layer.weight, moment.total))
+        report_errors(self, run, {name: output_error(dense, layer.weight, gram.total)})
         run.cover(self, [name])
 
     def _codes(self, run: Run, name: str, dense: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -153,18 +147,11 @@ class OBQ(Technique):
             progress=announce,
         )
 
-    def _grid(self, layer: nn.Linear, bits: int, energy: torch.Tensor) -> Grid:
+    def _grid(self, layer: nn.Linear, bits: int, hessian_diagonal: torch.Tensor) -> Grid:
         weight = layer.weight.detach()
-        strategy: Literal["group", "channel"] = "group" if self.group_size else "channel"
-        size = fit_group_size(weight.shape[1], self.group_size) if self.group_size else None
-        spec = GridSpec(bits, "int", strategy, size, self.symmetric)
-        return make_grid(weight, spec, self.observer, importance=energy if self.observer == "mse" else None)
-
-    def _report(self, run: Run, name: str, error: float) -> None:
-        state = run.state(self)
-        state.errors = getattr(state, "errors", {}) | {name: float(f"{error:.6g}")}
-        mean = sum(state.errors.values()) / len(state.errors)
-        run.report(self, relative_error=state.errors, mean_relative_error=float(f"{mean:.6g}"))
+        spec = weight_spec(weight.shape[1], bits, self.group_size, self.symmetric)
+        importance = hessian_diagonal if self.observer == "mse" else None
+        return make_grid(weight, spec, self.observer, importance=importance)
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
@@ -172,21 +159,16 @@ class OBQ(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures: Mapping = run.reported(self)
-        errors = figures.get("relative_error")
+        metrics = run.reported(self)
+        errors = metrics.get("relative_error")
         if not errors:
             return
-        worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:5]
         card.paragraph(
             "OBQ",
-            f"{len(errors)} linear layers were quantized, every row in an order of its own. The relative squared error "
-            f"of their outputs on the calibration data is {figures['mean_relative_error']:.2e} in the mean.",
+            f"{len(errors)} linear layers were quantized, every row in its own order. The relative squared error of "
+            f"their outputs on the calibration data is {metrics['mean_relative_error']:.2e} on average.",
         )
-        card.table(
-            "OBQ: layers with the largest error",
-            ["layer", "relative squared output error"],
-            [[f"`{name}`", f"{errors[name]:.2e}"] for name in worst],
-        )
+        add_worst_layers(card, "OBQ", errors)
 
 
 @hookimpl

@@ -1,0 +1,79 @@
+"""Shared by the techniques that quantize weights: the contract, the layers, the grid, and the errors they report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_optim import Contract, compressed, traits
+from hf_optim.toolkit.pruning import require_finite
+from hf_optim.toolkit.quantization import GridSpec, fit_group_size
+
+if TYPE_CHECKING:
+    from hf_optim import Card, Run, Scope
+
+# Floating-point weights become quantized ones; zeros stay zero.
+QUANTIZES = Contract(
+    needs={traits.FLOAT_WEIGHTS},
+    adds={traits.QUANTIZED},
+    drops={traits.FLOAT_WEIGHTS},
+    keeps={traits.SPARSE, traits.SPARSE_NM},
+)
+
+
+def select_layers(step: Any, run: Run, scope: Scope, **options: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Return the layers of a scope to quantize, and the names of those left out, by reason.
+
+    Args:
+        step: has the fields ``targets`` and ``skip``.
+        run, scope: where it works.
+        options: see ``hf_optim.compressed.storable``.
+
+    Raises:
+        NumericalError: for weights that are infinite or NaN.
+        ModelError: for experts that could not be stored (see ``storable``).
+    """
+    layers, skipped = compressed.storable(scope, step.targets, step.skip, label=run.label(step), **options)
+    require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(step))
+    return layers, skipped
+
+
+def weight_spec(
+    in_features: int,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool = True,
+    *,
+    strategy: Literal["tensor", "channel", "group"] | None = None,
+    format: Literal["int", "fp8"] = "int",
+) -> GridSpec:
+    """Return the grid of a weight with ``in_features`` columns.
+
+    Args:
+        in_features: inputs of the layer.
+        bits: of a code.
+        group_size: inputs that share a scale; the largest divisor of ``in_features`` up to it is used. None: no groups.
+        symmetric: no zero points.
+        strategy: which weights share a scale; None: ``"group"`` with a ``group_size``, else ``"channel"``.
+        format: integer codes, or float8 (e4m3).
+    """
+    size = fit_group_size(in_features, group_size) if group_size else None
+    kind: Literal["float", "int"] = "float" if format == "fp8" else "int"
+    return GridSpec(bits, kind, strategy or ("group" if group_size else "channel"), size, symmetric)
+
+
+def report_errors(step: Any, run: Run, errors: Mapping[str, float]) -> None:
+    """Record the relative squared output error of layers, and the mean over all layers so far."""
+    run.report(step, relative_error={name: float(f"{error:.6g}") for name, error in errors.items()})
+    found = run.reported(step)["relative_error"].values()
+    run.report(step, mean_relative_error=float(f"{sum(found) / len(found):.6g}"))
+
+
+def add_worst_layers(card: Card, title: str, errors: Mapping[str, float]) -> None:
+    """Add a table of the five layers with the largest error to the card."""
+    worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:5]
+    card.table(
+        f"{title}: layers with the largest error",
+        ["layer", "relative squared output error"],
+        [[f"`{name}`", f"{errors[name]:.2e}"] for name in worst],
+    )
