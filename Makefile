@@ -6,16 +6,23 @@ CPU := torch==2.13.0
 TORCH ?= $(CPU)
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 25
 PINS := --constraint constraints.txt $(if $(filter $(CPU),$(TORCH)),--constraint constraints-cpu.txt)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-models lint clean
 
 demo: $(STAMP)
 	$(BIN)/hf-optim demo --output demo-w4a16
 
+# Both runs, whatever the first gives: Triton interprets its kernels in the first, which needs processes of its own.
 test: $(STAMP) lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m interpreted; first=$$?; \
+	$(PYTEST) -m "smoke or not real_model"; second=$$?; exit $$((first + second))
+
+# Every test on a real model: before a release.
+test-models: $(STAMP)
+	$(PYTEST) -m real_model
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

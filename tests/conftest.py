@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["cpu_budget"]
+pytest_plugins = ["cpu_budget", "two_runs"]
 
 # One thread a process: the suite runs in two processes, and threads that wait for each other cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

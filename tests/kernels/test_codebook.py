@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from interpreting import BOUND, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, on_triton, relative
 
 from hf_optim_kernels.codebook import bench, layer, naive, op
 
@@ -38,12 +38,6 @@ def brute_force(module, x):
     return y if module.bias is None else y + module.bias.double()
 
 
-@in_this_process
-def test_interpreted_kernels():
-    pass_interpreted(__file__)
-
-
-@in_this_process
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("shape", [(3, 1), (5, 33), (7, 256), (2, 520)])
 def test_packing_gives_the_codes_back(bits, shape):
@@ -53,7 +47,6 @@ def test_packing_gives_the_codes_back(bits, shape):
     assert torch.equal(naive.unpack(words, shape[1]), codes)
 
 
-@in_this_process
 def test_the_layout_is_bits_wide_where_chunks_divide_the_columns():
     codes = torch.zeros(4, 4096, dtype=torch.uint8)
     assert naive.pack(codes, 3).numel() * 16 == 3 * codes.numel()
@@ -61,7 +54,6 @@ def test_the_layout_is_bits_wide_where_chunks_divide_the_columns():
     assert naive.plane(768) == 16
 
 
-@in_this_process
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_specification_is_the_product_with_the_decoded_weight(bits):
     module, packed_weight = packed_weight_of(37, 100, bits, torch.float32, bias=True)
@@ -70,7 +62,6 @@ def test_the_specification_is_the_product_with_the_decoded_weight(bits):
     assert relative(packed_weight(x), brute_force(module, x)) < BOUND[torch.float32]
 
 
-@in_this_process
 def test_gradients_are_those_of_the_decoded_weight():
     module, packed_weight = packed_weight_of(9, 20, 3, torch.float32, bias=True)
     x = torch.randn(4, 20, generator=torch.Generator().manual_seed(2), requires_grad=True)
@@ -84,7 +75,6 @@ def test_gradients_are_those_of_the_decoded_weight():
     assert relative(bias.grad, other.grad) < 1e-5
 
 
-@in_this_process
 def test_the_operator_passes_pytorchs_own_checks():
     _, packed_weight = packed_weight_of(9, 20, 3, torch.float32, bias=True)
     args = (torch.randn(4, 20), *packed_weight._held(), packed_weight.bias, packed_weight.counters)
@@ -143,7 +133,6 @@ class Machine:
         return found
 
 
-@in_this_process
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("first", range(4))
 def test_the_instructions_look_up_the_right_numbers(bits, first):
@@ -165,7 +154,6 @@ def test_the_instructions_look_up_the_right_numbers(bits, first):
         assert torch.equal(got, centroids[codes[:, first + 4 * q]])
 
 
-@in_this_process
 def test_the_operand_refuses_what_is_not_its_business():
     assert layer.supports(torch.nn.Linear(3, 3)) == ""
     module, packed_weight = packed_weight_of(8, 32, 3, torch.float32)
@@ -228,7 +216,6 @@ def test_many_rows_take_the_library_and_agree(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("M", [1, 16, 64, 256, 600])
 def test_large_layers_on_a_device(bits, M):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreting import CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted
+from interpreting import CUDA, on_triton
 
 from hf_optim_kernels.column_recursion import naive
 
@@ -38,7 +38,6 @@ def differing(codes, reference):
     return float((codes != reference).double().mean())
 
 
-@in_this_process
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_specification_is_optimal_brain_surgery_in_a_fixed_order(zero):
     """Each column: the inverse Hessian of the columns that are left, made anew."""
@@ -57,7 +56,6 @@ def test_the_specification_is_optimal_brain_surgery_in_a_fixed_order(zero):
         left[:, q:] -= torch.outer(left[:, q] - (code - shift) * step, inverse[0] / inverse[0, 0])
 
 
-@in_this_process
 def test_with_a_diagonal_factor_it_rounds_to_nearest():
     weight, _, order, scale, zeros, group, low, high = random_case(16, 64, 16, 4, True)
     found = naive.recurse(weight, torch.eye(64), order, scale, zeros, group, low, high)
@@ -117,9 +115,3 @@ def test_a_layer_of_a_large_model(device):
 
     case = random_case(512, 4096, 128, 4, True, dtype=torch.bfloat16, device=device)
     assert differing(launch.recurse(*case), in_float64(*case)) < 0.005
-
-
-@in_this_process
-def test_the_triton_kernel_interpreted():
-    assert not INTERPRETED
-    pass_interpreted(__file__)

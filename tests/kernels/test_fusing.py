@@ -1,6 +1,6 @@
 """Norms that quantize for the W8A8 layers behind them, through ``accelerate``.
 
-The Triton kernels run interpreted, in a process of their own (see ``interpreting``), or, marked ``gpu``, on a device.
+The tests of the Triton kernels run interpreted on a CPU, and on a CUDA device (see ``interpreting``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 
 import pytest
 import torch
-from interpreting import in_this_process, on_triton, pass_interpreted, relative
+from interpreting import on_triton, relative
 from tiny_models import tiny_bert, tiny_llama
 from torch import nn
 
@@ -175,7 +175,6 @@ class Shifted(nn.Module):
         return nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
 
 
-@in_this_process
 def test_a_norm_is_known_by_what_it_computes():
     pytest.importorskip("triton")
     from hf_optim_kernels.w8a8.quantize import LAYER_NORM, RMS_NORM
@@ -193,8 +192,3 @@ def test_a_norm_is_known_by_what_it_computes():
     wrong = nn.RMSNorm(24, eps=1e-6)
     wrong.variance_epsilon = 1e-5  # is not what it computes with
     assert fusing.norm_kind(wrong, 24, torch.float32, cpu) is None
-
-
-@in_this_process
-def test_the_triton_kernels_interpreted():
-    pass_interpreted(__file__)

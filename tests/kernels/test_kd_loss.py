@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreting import BOUND, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, on_triton, relative
 
 from hf_optim_kernels.kd_loss import linear, naive, op
 
@@ -49,12 +49,6 @@ def compared(student, teacher, direction, tolerance=2e-6, bound=None, **options)
     return ours.grad
 
 
-@in_this_process
-def test_interpreted_kernels():
-    pass_interpreted(__file__)
-
-
-@in_this_process
 @EVERY
 @pytest.mark.parametrize("rows", [None, [0, 3, 5]])
 def test_the_specification_is_the_formula(direction, rows):
@@ -62,7 +56,6 @@ def test_the_specification_is_the_formula(direction, rows):
     compared(logits(0, 2, 3, 11), logits(1, 2, 3, 11), direction, tolerance=1e-12, bound=1e-11, rows=rows)
 
 
-@in_this_process
 @EVERY
 def test_gradcheck(direction):
     student, teacher = logits(2, 4, 6).requires_grad_(), logits(3, 4, 6)
@@ -70,7 +63,6 @@ def test_gradcheck(direction):
     assert torch.autograd.gradcheck(lambda s: op.kd_loss(s, teacher, **options), student)
 
 
-@in_this_process
 @EVERY
 def test_the_operator_passes_pytorchs_own_checks(direction):
     kept = torch.tensor([True, False, True])
@@ -82,7 +74,6 @@ def test_the_operator_passes_pytorchs_own_checks(direction):
     torch.library.opcheck(op.kd_gradient, [x.detach() if isinstance(x, torch.Tensor) else x for x in found])
 
 
-@in_this_process
 def test_the_teachers_memory_takes_the_gradient_once():
     student, teacher = logits(6, 4, 9).requires_grad_(), logits(7, 4, 9)
     loss = op.kd_loss(student, teacher, overwrite_teacher=True)
@@ -92,7 +83,6 @@ def test_the_teachers_memory_takes_the_gradient_once():
         torch.autograd.grad(loss, student)
 
 
-@in_this_process
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 5\) and teacher logits \(2, 6\)"):
         op.kd_loss(torch.zeros(2, 5), torch.zeros(2, 6))
@@ -217,7 +207,6 @@ def heads(device="cpu", dtype=torch.float64, N=7, V=33, widths=(8, 12)):
     return [tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:]]
 
 
-@in_this_process
 @EVERY
 @pytest.mark.parametrize("chunk", [33, 66, 10**9])
 def test_heads_fused_with_the_loss(direction, chunk):
@@ -247,7 +236,6 @@ def test_heads_on_the_kernels(device, direction):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
 @EVERY
 @pytest.mark.parametrize("V", [32000, 128256])
 def test_large_vocabularies_on_a_device(direction, V):

@@ -1,7 +1,6 @@
 """LLM.int8() against float64: outlier columns in the input's type, the rest in int8.
 
-The tests of the Triton kernels run in a process of their own with ``TRITON_INTERPRET=1``, which collects this file
-again; with the marker ``gpu`` the same tests run on a CUDA device.
+The tests of the Triton kernels run interpreted on a CPU, and on a CUDA device (see ``interpreting``).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from interpreting import BOUND, CUDA, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, CUDA, on_triton, relative
 from torch import nn
 
 from hf_optim_kernels.llm_int8 import layer, naive, op, tiles
@@ -55,14 +54,12 @@ def in_float64(x, weight, scale, bias, threshold=6.0):
     return y if bias is None else y + bias.double()
 
 
-@in_this_process
 def test_the_specification_equals_float64():
     for dtype, bound in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.float16, 2**-11)):
         x, weight, scale, bias = random_case(5, 33, 172, dtype, outliers=[(2, 7), (4, 100), (4, 7)])
         assert relative(naive.llm_int8(x, weight, scale, bias, 6.0), in_float64(x, weight, scale, bias)) < bound
 
 
-@in_this_process
 def test_every_column_an_outlier_is_the_product_itself():
     x, weight, scale, bias = random_case(5, 33, 172, torch.float64)
     exact = x @ (weight.double() * scale[:, None].double()).T + bias
@@ -70,7 +67,6 @@ def test_every_column_an_outlier_is_the_product_itself():
     assert relative(naive.llm_int8(x, weight, scale, bias, 1e9), exact) > 1e-4
 
 
-@in_this_process
 def test_outliers_apart_are_nearer_to_the_dense_product():
     x, weight, scale, _ = random_case(16, 64, 256, torch.float32, outliers=[(i, 9) for i in range(16)])
     dense = x.double() @ (weight.double() * scale[:, None].double()).T
@@ -78,7 +74,6 @@ def test_outliers_apart_are_nearer_to_the_dense_product():
     assert apart < together / 3
 
 
-@in_this_process
 def test_the_weight_is_rounded_to_the_nearest_code():
     weight = torch.randn(24, 172, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
@@ -251,7 +246,6 @@ def test_joined_layers(device):
     assert layer.join([parts[0], nn.Linear(64, 8)]) is None
 
 
-@in_this_process
 def test_what_a_layer_refuses():
     linear = nn.Linear(8, 4)
     with pytest.raises(ValueError, match="must not be negative"):
@@ -262,7 +256,6 @@ def test_what_a_layer_refuses():
         layer.LLMInt8Linear.from_linear(linear)
 
 
-@in_this_process
 def test_the_layer_without_triton():
     torch.manual_seed(0)
     linear = nn.Linear(172, 48)
@@ -272,7 +265,6 @@ def test_the_layer_without_triton():
     assert made(x[:0]).shape == (0, 3, 48)
 
 
-@in_this_process
 def test_candidates_and_defaults_have_the_same_names():
     pytest.importorskip("triton")
     from hf_optim_kernels.llm_int8 import tiles
@@ -283,8 +275,3 @@ def test_candidates_and_defaults_have_the_same_names():
             found = tiles.candidates(1 << power, N, K)
             assert found
             assert all(config.keys() == guess.keys() for config in found)
-
-
-@in_this_process
-def test_the_triton_kernels_interpreted():
-    pass_interpreted(__file__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreting import INTERPRETED, in_this_process, on_triton, pass_interpreted
+from interpreting import on_triton
 
 from hf_optim_kernels.masked_step import naive
 
@@ -27,7 +27,6 @@ def bits(tensor):
     return tensor.view(INTEGERS[tensor.element_size()])
 
 
-@in_this_process
 def test_the_specification_zeroes_what_is_not_finite_and_leaves_no_sign():
     tensor = torch.tensor([float("nan"), float("inf"), -1.0, float("nan"), -2.0])
     naive.zero_([tensor, None], [torch.tensor([False, False, False, True, True]), torch.zeros(1, dtype=torch.bool)])
@@ -115,9 +114,3 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(device):
     assert bool(fine.all())
     with pytest.raises(ValueError, match="bool"):
         Zeroing([torch.ones(3, device=device)])
-
-
-@in_this_process
-def test_the_triton_kernel_interpreted():
-    assert not INTERPRETED
-    pass_interpreted(__file__)

@@ -1,8 +1,6 @@
 """The 2:4 kernels against a float64 reference.
 
-Triton decides at import whether it interprets, so the tests of its kernels on the CPU run in a process of their own
-(``test_the_triton_kernels_interpreted``), which collects this file again with ``TRITON_INTERPRET=1``; with the marker
-``gpu`` the same tests run on a CUDA device.
+The tests of the Triton kernels run interpreted on a CPU, and on a CUDA device (see ``interpreting``).
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
 from hf_optim_kernels.sparse24 import layer, naive, op
 from hf_optim_kernels.sparse24 import tiles as configs
@@ -62,7 +60,6 @@ def random_case(rows, out, columns, width, group, zero, dtype, device="cpu", see
 
 
 # -- the format -------------------------------------------------------------------------------------------------------
-@in_this_process
 @pytest.mark.parametrize(("width", "group", "zero"), GRIDS)
 @pytest.mark.parametrize("columns", [256, 172, 4])
 def test_packing_is_undone_by_unpacking(width, group, zero, columns):
@@ -76,7 +73,6 @@ def test_packing_is_undone_by_unpacking(width, group, zero, columns):
     assert bool((at.view(33, -1, 4).sum(-1) == 2).all())
 
 
-@in_this_process
 def test_every_pattern_of_a_four():
     patterns = torch.tensor([[(i >> p) & 1 for p in range(4)] for i in range(16)], dtype=torch.bool)
     numbers = torch.arange(1, 65).view(16, 4).to(torch.float16)
@@ -89,7 +85,6 @@ def test_every_pattern_of_a_four():
             naive.pack(row[None], pattern[None], 16)
 
 
-@in_this_process
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 def test_the_specification_equals_float64(dtype):
     for shape in SHAPES:
@@ -155,7 +150,7 @@ def test_split_sums_are_the_same_every_time(device):
     arguments, _ = random_case(4, 40, 1024, 16, ROW, False, torch.float16, device)
     config = configs.config("dot", 16, 32, 32, 4, 4, 2)
     first = launch.sparse24(*arguments, config=config)
-    for _ in range(3 if INTERPRETED else 50):
+    for _ in range(3 if device == "cpu" else 50):
         assert torch.equal(launch.sparse24(*arguments, config=config), first)
 
 
@@ -212,9 +207,6 @@ def test_a_weight_is_decompressed_as_it_was(dtype, device):
 
 
 # -- the operator -----------------------------------------------------------------------------------------------------
-EVERYWHERE = ["cpu"] if INTERPRETED else ["cpu", CUDA]
-
-
 @pytest.mark.parametrize("device", EVERYWHERE)
 @pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[4]], ids=str)
 def test_gradients(grid, device):
@@ -241,17 +233,11 @@ def test_the_operator_is_well_formed(grid, device):
     torch.library.opcheck(torch.ops.hf_optim.sparse24_weight.default, weight)
 
 
-@in_this_process
 def test_inputs_of_another_width_are_refused():
     (x, *rest), _ = random_case(3, 24, 256, 16, ROW, False, torch.float16)
     for columns in (260, 258):
         with pytest.raises(ValueError, match="columns"):
             op.run(x.new_zeros(3, columns), *rest)
-
-
-@in_this_process
-def test_the_triton_kernels_interpreted():
-    pass_interpreted(__file__)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -279,7 +265,6 @@ def same(found, wanted):
         assert one is None or (one.dtype == other.dtype and torch.equal(as_bits(one), as_bits(other))), name
 
 
-@in_this_process
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("columns", [256, 172])
 def test_codes_come_back_bit_for_bit(grid, columns):
@@ -291,7 +276,6 @@ def test_codes_come_back_bit_for_bit(grid, columns):
     same(again.codes(), codes)
 
 
-@in_this_process
 def test_negative_zeros_come_back():
     weight, codes, _ = weight_as_told(24, 172, 16, ROW, False, torch.bfloat16)
     g = torch.Generator().manual_seed(9)
@@ -300,7 +284,6 @@ def test_negative_zeros_come_back():
     same(layer.prepack(weight).codes(), codes)
 
 
-@in_this_process
 @pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[2]], ids=str)
 def test_a_weight_that_is_not_two_of_four_is_refused(grid):
     weight, codes, _ = weight_as_told(24, 64, *grid, torch.float16)
@@ -329,7 +312,6 @@ def test_the_layer_equals_the_weight(grid, device):
         assert relative(compiled(x), wanted) < 1.5 * BOUND[torch.float16]
 
 
-@in_this_process
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_joined_operands(grid, bias):
@@ -343,7 +325,6 @@ def test_joined_operands(grid, bias):
     assert layer.join([*bound, other]) is None
 
 
-@in_this_process
 def test_negative_zeros_of_joined_operands():
     first, codes, _ = weight_as_told(8, 172, 16, ROW, False, torch.float16)
     second, others, _ = weight_as_told(8, 172, 16, ROW, False, torch.float16, seed=1)
@@ -352,7 +333,6 @@ def test_negative_zeros_of_joined_operands():
     same(whole, SimpleNamespace(codes=torch.cat((codes.codes, others.codes)), scale=None, zero=None))
 
 
-@in_this_process
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -373,7 +353,6 @@ def test_what_is_not_served_is_told_why(changes, reason):
     assert re.search(reason, layer.supports(SimpleNamespace(**{**vars(weight), **changes})))
 
 
-@in_this_process
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 172), (8, 4)])
 @pytest.mark.parametrize("rows", [1, 2, 16, 64, 128, 256, 8192])
 def test_configurations_fit_their_counters_and_columns(shape, rows):

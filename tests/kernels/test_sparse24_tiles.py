@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, CUDA, EVERYWHERE, on_triton, relative
 from tiny_models import tiny_llama
 from torch import nn
 
@@ -50,7 +50,6 @@ def random_case(rows, out, columns, group, zero, dtype, device="cpu", seed=0, bi
 
 
 # -- the order --------------------------------------------------------------------------------------------------------
-@in_this_process
 @pytest.mark.parametrize("shape", [(16, 128), (48, 384)])
 def test_packing_is_undone_by_unpacking(shape):
     codes, kept, *_ = random_codes(*shape, 128, True)
@@ -64,7 +63,6 @@ def test_packing_is_undone_by_unpacking(shape):
     assert bool((at.view(-1, 4).sum(1) == 2).all())
 
 
-@in_this_process
 def test_more_than_two_of_four_are_refused():
     kept = torch.zeros(16, 128, dtype=torch.bool)
     kept[3, 8:11] = True
@@ -93,7 +91,6 @@ def instruction(stored, places, selector, inputs):
     return sparse @ dense
 
 
-@in_this_process
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_instruction_gives_the_product(zero):
     """The order against the instruction as its manual has it, not against ``unpack``."""
@@ -149,15 +146,14 @@ def test_staged_inputs_are_what_lanes_read(rows, device):
     ("grid", "dtype"), [(g, (torch.bfloat16, torch.float16)[i % 2]) for i, g in enumerate(GRIDS)], ids=str
 )
 def test_the_operator_equals_float64(grid, dtype, device):
-    for rows in (1, 3) if INTERPRETED else (*range(1, 18), 31, 65, 300):
+    for rows in (1, 3) if device == "cpu" else (*range(1, 18), 31, 65, 300):
         arguments, reference = random_case(rows, 80, 768, *grid, dtype, device)
         # Decompressed, a weight is rounded by itself.
-        bound = BOUND[dtype] * (1.5 if INTERPRETED or rows > tiles.MOST_TILED_ROWS else 1)
+        bound = BOUND[dtype] * (1.5 if device == "cpu" or rows > tiles.MOST_TILED_ROWS else 1)
         assert relative(op.run(*arguments), reference) < bound, rows
         assert not bool(arguments[6].any())
 
 
-@in_this_process
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("shape", [(48, 256), (336, 11008), (1008, 14336)], ids=str)
 def test_every_configuration_equals_float64(shape, device):
@@ -184,15 +180,7 @@ def test_no_rows_more_dimensions_and_strides(device):
         assert relative(op.run(strided, *rest), reference) < bound
 
 
-@in_this_process
-def test_the_triton_kernels_interpreted():
-    pass_interpreted(__file__)
-
-
 # -- the operator -----------------------------------------------------------------------------------------------------
-EVERYWHERE = ["cpu"] if INTERPRETED else ["cpu", CUDA]
-
-
 @pytest.mark.parametrize("device", EVERYWHERE)
 def test_the_operator_is_well_formed(device):
     arguments, _ = random_case(3, 32, 128, 64, True, torch.float16, device)
@@ -203,7 +191,6 @@ def test_the_operator_is_well_formed(device):
     torch.library.opcheck(torch.ops.hf_optim.sparse24_weight.default, weight)
 
 
-@in_this_process
 def test_inputs_of_another_width_are_refused():
     (x, *rest), _ = random_case(3, 32, 256, 64, False, torch.float16)
     with pytest.raises(ValueError, match="columns"):
@@ -234,7 +221,6 @@ def same(found, wanted):
         assert one is None or (one.dtype == other.dtype and torch.equal(one, other)), name
 
 
-@in_this_process
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_codes_come_back_bit_for_bit(grid):
     weight, codes = weight_as_told(48, 256, *grid)
@@ -283,7 +269,6 @@ def test_a_layer_again_and_again(device):
     assert not copy.deepcopy(bound).plans
 
 
-@in_this_process
 @pytest.mark.parametrize(
     ("shape", "changes", "served"),
     [
@@ -303,7 +288,6 @@ def test_which_codes_are_served(monkeypatch, shape, changes, served):
     assert reason is None if served else reason
 
 
-@in_this_process
 def test_a_kernel_of_24_is_asked_first_for_what_is_24():
     weight, _ = weight_as_told(16, 128, 128, False)
     every = Kernel("every", supports=lambda w: None, prepack=layer.prepack)
@@ -313,7 +297,6 @@ def test_a_kernel_of_24_is_asked_first_for_what_is_24():
     assert prepack_first(weight, [every, special])[0] is every
 
 
-@in_this_process
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (4096, 4096), (16, 128), (48, 896)])
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 64, 128, 256, 8192])
 def test_configurations_are_whole_tiles(shape, rows):
@@ -350,7 +333,6 @@ def labels(model):
     return {row.name.rsplit(".", 1)[-1]: row.kernel for row in hf_optim.report(model) if row.name != "lm_head"}
 
 
-@in_this_process
 def test_a_model_lands_on_the_kernel_and_is_saved_as_it_was(monkeypatch, tmp_path):
     """The host's part, with the specification for a kernel: without a recipe the whole catalogue offers."""
     monkeypatch.setattr(layer, "_unsupported_device", lambda device: None)
@@ -358,7 +340,6 @@ def test_a_model_lands_on_the_kernel_and_is_saved_as_it_was(monkeypatch, tmp_pat
     lands_and_is_saved(pruned_llama(), tmp_path)
 
 
-@in_this_process
 @pytest.mark.parametrize("device", [CUDA])
 def test_a_model_on_a_device(tmp_path, device):
     lands_and_is_saved(pruned_llama(device, hidden_size=2048, intermediate_size=4096), tmp_path)

@@ -1,7 +1,6 @@
 """8-bit weights with 8-bit inputs against float64, and against compressed-tensors' own quantization.
 
-The tests of the Triton kernels run in a process of their own with ``TRITON_INTERPRET=1``, which collects this file
-again; with the marker ``gpu`` the same tests run on a CUDA device.
+The tests of the Triton kernels run interpreted on a CPU, and on a CUDA device (see ``interpreting``).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, CUDA, on_triton, relative
 from torch.nn import functional as F
 
 from hf_optim.compressed.weights import Codes, InputQuantization, QuantizedWeight
@@ -75,7 +74,6 @@ def in_steps(found, wanted):
 
 
 # -- the specification ------------------------------------------------------------------------------------------------
-@in_this_process
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("float8", "symmetric"), GRIDS)
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -104,7 +102,6 @@ def test_codes_are_those_of_compressed_tensors(float8, symmetric, dynamic, dtype
     assert codes.dtype == (naive.FLOAT8 if float8 else torch.int8)
 
 
-@in_this_process
 @pytest.mark.parametrize(("float8", "symmetric"), GRIDS)
 def test_the_specification_equals_float64(float8, symmetric):
     weight, scale, sums, bias = random_layer(33, 172, float8=float8, dtype=torch.float64)
@@ -132,8 +129,8 @@ def test_quantized_rows(float8, symmetric, static, dtype, device, monkeypatch):
     codes, scale, zero, _ = producers.quantize_rows(x, float8, symmetric, *given)
     wanted, wanted_scale, wanted_zero = by_naive(x, float8, symmetric, *given)
     # The interpreter cuts to bfloat16, and rounds halves up in float8: the next code is as good there.
-    cut = INTERPRETED and (float8 or dtype == torch.bfloat16)
-    if INTERPRETED and float8:
+    cut = device == "cpu" and (float8 or dtype == torch.bfloat16)
+    if device == "cpu" and float8:
         # It also loses the carry where a float8 is rounded up to a power of two.
         whole = wanted.view(torch.uint8) & 7 == 0
         codes, wanted = (torch.where(whole, 0, t.view(torch.uint8)).view(naive.FLOAT8) for t in (codes, wanted))
@@ -166,8 +163,8 @@ def test_fused_quantization(kind, dtype, device):
     bound = 3 * BOUND[dtype]
     assert relative(row, wanted) < bound
     again = by_naive(row, False, True)
-    assert torch.allclose(scale, again[1], rtol=2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0, atol=0)
-    assert in_steps(codes, again[0]) <= (2 if INTERPRETED and dtype == torch.bfloat16 else 0)
+    assert torch.allclose(scale, again[1], rtol=2**-7 if device == "cpu" and dtype == torch.bfloat16 else 0, atol=0)
+    assert in_steps(codes, again[0]) <= (2 if device == "cpu" and dtype == torch.bfloat16 else 0)
     assert zero.numel() == 0
     assert codes.shape == wanted.shape
 
@@ -205,7 +202,7 @@ def test_every_kernel_equals_float64(rows, out, columns, grid, dtype, device, mo
     reference = exact(quantize.rows(x, float8, symmetric)[:3], weight, scale, bias)
     count = counters(out, device)
     # Of float8, the tensor core's own accumulator has fewer digits than float32.
-    bound = max(BOUND[dtype], 1e-3 if float8 and not INTERPRETED else 0)
+    bound = max(BOUND[dtype], 1e-3 if float8 and device != "cpu" else 0)
     for config in CONFIGS:
         y = launch.linear(x, weight, scale, sums, bias, None, None, count, symmetric, config)
         assert y.dtype == dtype
@@ -327,7 +324,6 @@ def test_the_operators_are_well_formed(device):
         check(ops.gated_quantize.default, (x, x, "silu", False, symmetric, None, None, False))
 
 
-@in_this_process
 def test_the_operators_without_triton():
     weight, scale, sums, bias = random_layer(24, 64, float8=True, dtype=torch.float32)
     x = random_input(3, 64, torch.float32)
@@ -337,11 +333,6 @@ def test_the_operators_without_triton():
     assert relative(kept, F.rms_norm(x, (64,), x[0], 1e-5)) < 1e-6
     y = op.w8a8_codes(codes, rows, zero, weight, scale, sums, bias, counters(24, "cpu"), torch.float32)
     assert relative(y, exact(by_naive(kept, True), weight, scale, bias)) < 1e-6
-
-
-@in_this_process
-def test_the_triton_kernels_interpreted():
-    pass_interpreted(__file__)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -380,7 +371,7 @@ def test_the_operand(float8, symmetric, dynamic, device):
     y = copy.deepcopy(packed_weight)(x)
     codes, rows, zero, _ = producers.quantize_rows(x, float8, symmetric, found.input_scale, found.input_zero)
     wanted = naive.dequantize(codes, rows, zero, torch.float64) @ (values * found.scale.double()).T + given.bias
-    assert relative(y, wanted) < (1e-3 if float8 and not INTERPRETED else 1e-6)
+    assert relative(y, wanted) < (1e-3 if float8 and device != "cpu" else 1e-6)
     assert torch.equal(packed_weight.quantized_forward(codes, rows, zero), y)
     recorded = packed_weight(x.clone().requires_grad_())
     assert recorded.requires_grad
@@ -421,7 +412,6 @@ def rest_of(packed_weight):
     )
 
 
-@in_this_process
 def test_a_plan_makes_the_same_launches(monkeypatch):
     pytest.importorskip("triton")
     from hf_optim_kernels.w8a8 import plans
@@ -470,7 +460,6 @@ def test_joined_operands(device):
     assert layer.join(static) is None
 
 
-@in_this_process
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -492,7 +481,6 @@ def test_what_is_not_served_says_why(changes, reason):
     assert bool(found) == bool(reason)
 
 
-@in_this_process
 def test_compute_capability_decides(monkeypatch):
     from dataclasses import replace
 
@@ -507,7 +495,6 @@ def test_compute_capability_decides(monkeypatch):
     assert "int8 needs compute capability 8.0" in layer.supports(replace(quantized_weight(24, 64), **on_cuda))
 
 
-@in_this_process
 def test_static_inputs_without_a_scale_are_refused():
     from dataclasses import replace
 
@@ -520,7 +507,6 @@ def test_static_inputs_without_a_scale_are_refused():
         layer.PackedWeight.of(replace(given, inputs=InputQuantization("int8", False, False), codes=lambda: half))
 
 
-@in_this_process
 @pytest.mark.parametrize("float8", [False, True])
 def test_candidates_and_defaults_have_the_same_names(float8):
     from hf_optim_kernels.w8a8 import tiles
@@ -533,7 +519,6 @@ def test_candidates_and_defaults_have_the_same_names(float8):
             assert all(config.keys() == guess.keys() for config in found)
 
 
-@in_this_process
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_fewer_bits_take_a_byte_each(bits):
     from dataclasses import replace

@@ -1,8 +1,6 @@
 """The weight-only kernels against a float64 reference.
 
-Triton decides at import whether it interprets, and other tests of the same process may have imported it. So the
-tests of the Triton kernels on the CPU run in a process of their own (``test_the_triton_kernel_interpreted``), which
-collects this file again with ``TRITON_INTERPRET=1``; with the marker ``gpu`` the same tests run on a CUDA device.
+The tests of the Triton kernels run interpreted on a CPU, and on a CUDA device (see ``interpreting``).
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interpreting import BOUND, CUDA, INTERPRETED, in_this_process, on_triton, pass_interpreted, relative
+from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
 from hf_optim_kernels.wna16 import layer, naive, op
 
@@ -51,7 +49,6 @@ def spread(values, group, columns):
     return values.repeat_interleave(group, 0)[:columns].T
 
 
-@in_this_process
 @pytest.mark.parametrize("width", [4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packing_is_undone_by_unpacking(shape, width):
@@ -64,13 +61,11 @@ def test_packing_is_undone_by_unpacking(shape, width):
     assert torch.equal(naive.unpack(packed, width, columns), codes)
 
 
-@in_this_process
 def test_groups_that_the_layout_does_not_have():
     with pytest.raises(ValueError, match="groups of 43 columns"):
         naive.pack(torch.zeros(4, 172, dtype=torch.uint8), 4, 43)
 
 
-@in_this_process
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("width", [4, 8])
 def test_the_specification_equals_float64(width, zero):
@@ -190,15 +185,9 @@ def test_the_operators_are_well_formed(device):
     )
 
 
-@in_this_process
 def test_the_operator_without_triton():
     arguments, reference = random_case(3, 24, 64, 32, 4, zero=True, dtype=torch.float32)
     assert relative(op.wna16(*arguments), reference) < 1e-6
-
-
-@in_this_process
-def test_the_triton_kernel_interpreted():
-    pass_interpreted(__file__)
 
 
 # -- packed weights ---------------------------------------------------------------------------------------------------
@@ -227,12 +216,10 @@ def decoded(found, bits, group):
 KINDS = [(4, 32, False), (4, 64, True), (3, 32, False), (3, 64, True), (2, 64, False), (8, 64, True), (6, 32, False)]
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", EVERYWHERE)
 @pytest.mark.parametrize(("bits", "group", "zero"), KINDS)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_the_operand_equals_the_weight_and_gives_its_codes_back(bits, group, zero, ordered, device):
-    if INTERPRETED and ordered:
-        pytest.skip("the same kernel, slowly")
     order = torch.randperm(64, generator=torch.Generator().manual_seed(5)) if ordered else None
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     found = found_codes(48, 64, group, bits, zero=zero, order=order, dtype=dtype, device=device)
@@ -254,7 +241,6 @@ def test_the_operand_equals_the_weight_and_gives_its_codes_back(bits, group, zer
     assert not packed_weight.accepts(x.double())
 
 
-@in_this_process
 def test_operands_that_are_joined_give_their_outputs_side_by_side():
     parts = [found_codes(n, 64, 32, 4, zero=True, seed=n) for n in (16, 48, 8)]
     packed_weights = [layer.PackedWeight.from_codes(p, 4, 32, torch.float32, None) for p in parts]
@@ -265,7 +251,6 @@ def test_operands_that_are_joined_give_their_outputs_side_by_side():
     assert layer.join([*packed_weights, other]) is None
 
 
-@in_this_process
 def test_an_operand_compiles_without_a_break_and_trains_what_is_before_it():
     found = found_codes(16, 64, 32, 4)
     packed_weight = layer.PackedWeight.from_codes(found, 4, 32, torch.float32, torch.zeros(16))
@@ -283,7 +268,6 @@ def described(**changes):
     return SimpleNamespace(**{**given, **changes})
 
 
-@in_this_process
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -41,7 +41,6 @@ def test_panels_and_their_mirror_image(narrow, width):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [48, 4500])
 def test_on_cuda_products_of_16_bits_are_exact(dtype, width):

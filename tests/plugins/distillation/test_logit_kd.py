@@ -332,7 +332,6 @@ def test_devices_that_are_not_there(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("device", ["same", "offload", "cpu"])
 def test_a_teacher_elsewhere_gives_the_same_term(device):
     student = tiny_llama().cuda()
