@@ -1,4 +1,4 @@
-"""From a recipe and a model to an optimized model: the doors ``from_pretrained``, ``optimize`` and ``advance``."""
+"""From a recipe and a model to an optimized model: ``from_pretrained(optim_config=...)`` and ``optimize``."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def load(
     kwargs: dict[str, Any],
     optim_config: Any,
 ) -> Any:
-    """``from_pretrained`` with ``optim_config``: load with the stock method, optimize, and run the result on kernels.
+    """Load a model with the stock ``from_pretrained``, optimize it, and run the result on kernels.
 
-    Beside the arguments of the stock method, which pass through untouched, it takes ``calibration=`` (anything that
-    ``optimize`` takes) and ``tokenizer=``.
+    In addition to the arguments of the stock method, which are passed through, it accepts ``calibration=`` (anything
+    that ``optimize`` accepts) and ``tokenizer=``.
     """
     calibration, tokenizer = kwargs.pop("calibration", None), kwargs.pop("tokenizer", None)
     if isinstance(optim_config, str) and optim_config == AUTO:
@@ -115,26 +115,26 @@ def optimize(
 def _refuse_streamed(recipe: OptimConfig) -> None:
     if recipe.driver == "streamed":
         raise RecipeError(
-            "driver streamed never has the model whole in memory, so there is no model to give back: run "
+            "driver streamed never holds the whole model in memory, so it cannot return one: run "
             "`hf-optim compress MODEL --recipe R --output D --driver streamed` and load what it writes, or leave the "
             "driver out"
         )
 
 
 def _put_on_kernels(model: PreTrainedModel) -> None:
-    """``accelerate`` a model that is done. Whoever asked for a recipe asked for no kernel: refusals are logged."""
+    """Run a finished model on kernels. Kernels were not requested explicitly, so log unsupported layers, do not warn."""
     from ..compressed.packed.accelerate import accelerate
     from ..compressed.packed.packed_linear import KernelWarning
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)
         accelerate(model)
-    for each in told:
-        log.warning("%s", each.message)
+    for warning in caught:
+        log.warning("%s", warning.message)
 
 
 def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source: Any) -> None:
-    # A new head waits for its training. A block without its weights means that this is not that model's checkpoint.
+    # A missing head is trained later. A block without weights means that this is the checkpoint of another model.
     inside = sorted(name for name in missing for block in topology.blocks(model) if name.startswith(block.name + "."))
     if inside:
         raise CheckpointError(
@@ -145,7 +145,7 @@ def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source
 
 
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Load a checkpoint as it is, and run what is compressed in it on kernels."""
+    """Load a checkpoint unchanged, and run its compressed layers on kernels."""
     from ..compressed.packed.accelerate import accelerate
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
@@ -170,7 +170,7 @@ def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwa
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
     if any(kwargs.get(key) is not None for key in ("quantization_config", "gguf_file", "state_dict")):
-        raise UnsupportedCheckpoint("the call says how to load it")
+        raise UnsupportedCheckpoint("the call specifies how to load it")
     ours = dict(kwargs)
     source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
     config, ours = _resolve_config(cls, source, ours)
@@ -189,29 +189,29 @@ def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreT
 
 
 def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the steps of the first stage ask of ``from_pretrained``. Two owners of one key are refused."""
-    asked: dict[str, Any] = {}
+    """Return the ``from_pretrained`` arguments that the steps of the first stage set. Two steps may not set one key."""
+    settings: dict[str, Any] = {}
     owners: dict[str, Technique] = {}
     for step in run.stages[0].steps:
-        for wishes in run.call_on([step], "prepare_load", load_kwargs=MappingProxyType(dict(kwargs))):
-            for key, value in wishes.items():
-                if key in owners and asked[key] != value:
+        for wanted in run.call_on([step], "prepare_load", load_kwargs=MappingProxyType(dict(kwargs))):
+            for key, value in wanted.items():
+                if key in owners and settings[key] != value:
                     raise RecipeError(
                         f"{run.label(owners[key])} and {run.label(step)} both set {key!r} "
-                        f"({asked[key]!r} and {value!r}); leave one of them out"
+                        f"({settings[key]!r} and {value!r}); leave one of them out"
                     )
                 given = kwargs.get(key)
                 if given is None and key == "attn_implementation":
-                    # AutoModel has put the caller's wish into the configuration already.
+                    # AutoModel has put the caller's choice into the configuration already.
                     given = getattr(run.config, "_attn_implementation_internal", None)
                 if given is not None and given != value and run.loading:
                     raise RecipeError(f"{run.label(step)} sets {key!r} to {value!r}, the call to {given!r}")
-                asked[key], owners[key] = value, step
-    return asked
+                settings[key], owners[key] = value, step
+    return settings
 
 
 def apply_prepared(run: Run, model: PreTrainedModel) -> None:
-    """What ``prepare_load`` asks, done to a model that is loaded already."""
+    """Apply the ``prepare_load`` settings to a model that is already in memory."""
     for key, value in _prepared_load(run, {}).items():
         if key == "attn_implementation":
             model.set_attn_implementation(value)

@@ -27,14 +27,14 @@ def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
 def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[str]]) -> None:
     coverage = topology.coverage(run.model, names)
     total = coverage.total - _scales(run.model)
-    share = coverage.touched / total if total else 0.0
+    share = coverage.covered / total if total else 0.0
     run.record.coverage[run.label(step)] = {
-        "weights_touched": coverage.touched,
+        "weights_touched": coverage.covered,
         "weights_total": total,
         "share": round(share, 6),
         "skipped": {reason: sorted(left_out) for reason, left_out in sorted(skipped.items())},
     }
-    log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.touched, total, 100 * share)
+    log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.covered, total, 100 * share)
     for reason, left_out in sorted(skipped.items()):
         first = ", ".join(sorted(left_out)[:5])
         log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, first)

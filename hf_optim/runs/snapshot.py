@@ -26,7 +26,7 @@ FREE_FIELDS = ("device", "cache")
 
 
 def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return tensors (masks, states of the steps) and metadata of a run, of parameters whose name starts with ``inside``.
+    """Return the tensors (masks, states of steps) and metadata of a run, for parameters whose name begins with ``inside``.
 
     Of a step's state, attributes that are tensors or plain JSON types are kept; others must be derivable.
     """
@@ -108,7 +108,7 @@ def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[st
 
 
 def _changes(run: Run, meta: Mapping[str, Any]) -> Iterator[tuple[Technique, str, Any, Any, bool]]:
-    """Yield fields that differ from the snapshot: step, name, the values there and here, and whether they may differ."""
+    """Yield fields that differ from the snapshot: step, name, saved and current value, and whether they may differ."""
     begun = {id(step) for stage in run.stages[: meta["stage_index"] + 1] for step in stage.steps}
     for step, there in zip(run.recipe.steps, meta.get("fields", ()), strict=False):
         here, defaults = _fields(step), {f.name: f.default for f in dataclasses.fields(cast(Any, step))}

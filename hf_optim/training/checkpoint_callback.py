@@ -1,4 +1,4 @@
-"""The host's callbacks around a training stage: its state in checkpoints, and its end."""
+"""Save and restore the state of a run with the checkpoints of a ``Trainer``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ STATE_NAME = "hf_optim_state.json"
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes masks, step states and the place in the recipe into every ``checkpoint-N``, and restores them from it.
+    """Writes masks, step states and the position in the recipe into every ``checkpoint-N``, and restores them from it.
 
-    What a step keeps in ``run.state(step)`` is saved if it is a tensor or a plain JSON type. It comes first: when
-    training is resumed, the callbacks of the steps find masks and state as they were.
+    Tensors and plain JSON types in ``run.state(step)`` are saved. This callback comes first: when training is resumed,
+    the callbacks of the steps find masks and state as they were.
 
     Attributes:
-        checkpoint: the folder that is being resumed from, if the caller knows.
-        seconds: training time of this stage before a resumption.
+        checkpoint: the folder that training resumes from, if the caller knows it.
+        seconds: training time of this stage before it was resumed.
     """
 
     def __init__(self, run: Run) -> None:
@@ -46,7 +46,7 @@ class CheckpointCallback(TrainerCallback):
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training of this stage, with those before a resumption."""
+        """Seconds of training of this stage, including those before it was resumed."""
         return self.seconds + time.perf_counter() - self._started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ class CheckpointCallback(TrainerCallback):
             stray = stray_weights(self.run)
             if stray:
                 raise CheckpointError(
-                    f"{folder} has other masks than the weights that were loaded (non-zero where pruned: {stray[0]}); "
+                    f"{folder} has other masks than the weights that were loaded (nonzero where pruned: {stray[0]}); "
                     "to resume from another folder than output_dir, set TrainingArguments(resume_from_checkpoint=...)"
                 )
 
@@ -65,7 +65,7 @@ class CheckpointCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not args.should_save:
             if fsdp.has_sharded_parameters(self.run.model):
-                snapshot.take(self.run)  # the rank that writes gathers what is sharded, and needs the others
+                snapshot.take(self.run)  # gathering shards on the rank that writes involves all ranks
             return
         if not folder.is_dir():
             log.warning("no checkpoint folder %s: masks and step states were not saved", folder)
@@ -73,7 +73,7 @@ class CheckpointCallback(TrainerCallback):
         write_state(self.run, folder, {"seconds": round(self.elapsed, 3)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The Trainer has just loaded the weights of its best checkpoint: masks and states must be of that moment too.
+        # The Trainer has just loaded the weights of its best checkpoint: masks and states must match them.
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             read_state(self.run, Path(state.best_model_checkpoint))
 
@@ -85,7 +85,7 @@ class CheckpointCallback(TrainerCallback):
 
 
 def write_state(run: Run, folder: Path, training: Mapping[str, Any]) -> None:
-    """Write ``hf_optim_masks.safetensors`` and ``hf_optim_state.json``; each appears whole or not at all."""
+    """Write ``hf_optim_masks.safetensors`` and ``hf_optim_state.json``, each atomically."""
     tensors, meta = snapshot.take(run)
     beside = folder / f".{MASKS_NAME}"
     save_file(tensors, beside)
@@ -96,7 +96,7 @@ def write_state(run: Run, folder: Path, training: Mapping[str, Any]) -> None:
 
 
 def read_state(run: Run, folder: Path) -> dict[str, Any]:
-    """Restore what ``write_state`` wrote, and return ``training``. Raises ``CheckpointError`` if that cannot be."""
+    """Restore what ``write_state`` wrote, and return ``training``. Raises ``CheckpointError`` if it does not fit."""
     try:
         meta = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         tensors = load_file(folder / MASKS_NAME)
@@ -104,7 +104,7 @@ def read_state(run: Run, folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {Path(error.filename or MASKS_NAME).name}: training cannot be resumed with its masks and "
-            "schedules. Resume from a checkpoint written with hf_optim's callbacks, or start anew from its weights"
+            "schedules. Resume from a checkpoint written with hf_optim's callbacks, or start again from its weights"
         ) from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{STATE_NAME} or {MASKS_NAME} in {folder} is corrupt ({error})") from error

@@ -1,4 +1,4 @@
-"""Training a stage of a recipe on data that is named, for those who bring no training loop of their own."""
+"""Train a stage of a recipe on a named dataset, for callers without a training loop."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Row = dict[str, Any]
 
 
 def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[str, Any] | None = None) -> Any:
-    """Train the stage in work with ``OptimTrainer``, on data of the model's task, and go on with the recipe.
+    """Train the current stage with ``OptimTrainer`` on data of the model's task, and continue with the recipe.
 
     Args:
         model: a model whose run waits for training.
         tokenizer: its tokenizer, or image processor.
-        data: what to train on; language models take windows of its texts, classifiers its labelled rows. ``random``
-            is random inputs without labels, for steps that need none.
-        training: arguments of ``transformers.TrainingArguments``. Checkpoints are kept if they say so, or if the run
-            has a journal: beside that (or in the ``output_dir`` that they name), and a training that was killed goes
-            on from the last one that is whole, with the same bits.
+        data: what to train on: chunks of its texts for language models, its labelled rows for classifiers. ``random``
+            means random inputs without labels, for steps that need none.
+        training: arguments of ``transformers.TrainingArguments``. Checkpoints are kept if these say so, or if the run
+            has a journal (next to it, or in their ``output_dir``); a killed training then resumes from the last
+            complete checkpoint, bit-exactly.
 
     Returns the model, which may be another object than before. Raises ``RecipeError`` for arguments that
-    ``TrainingArguments`` does not take, ``DataError`` for data that does not serve, and ``CheckpointError`` for a
-    journal of another training.
+    ``TrainingArguments`` does not accept, ``DataError`` for unsuitable data, and ``CheckpointError`` for the journal of
+    another training.
     """
     from ..data.mlm_collator import MaskingEpochCallback, MlmCollator
     from .resume import TrainJournal
@@ -51,7 +51,10 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
     checkpoint = journal.begin(rows) if journal is not None else None
     with tempfile.TemporaryDirectory() as home:
         if journal is not None:
-            home, training = str(journal.output_dir), {**journal.habits("output_dir" in training), **training}
+            home, training = (
+                str(journal.output_dir),
+                {**journal.checkpoint_arguments("output_dir" in training), **training},
+            )
         trainer = OptimTrainer(
             model=model,
             args=training_arguments(home, training),
@@ -61,16 +64,16 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
         if isinstance(collator, MlmCollator):
             trainer.add_callback(MaskingEpochCallback(collator))
         if journal is not None:
-            trainer.add_callback(journal.keeper())
+            trainer.add_callback(journal.callback())
         if checkpoint is not None:
-            log.info("training goes on from %s", Path(checkpoint).name)
+            log.info("training resumes from %s", Path(checkpoint).name)
         trainer.train(resume_from_checkpoint=checkpoint)
-    # A replaced model hangs on the run, not on the trainer.
+    # A step may have replaced the model: the run has the current one.
     return trainer.run.model
 
 
 def training_arguments(home: str, training: Mapping[str, Any]) -> Any:
-    """``TrainingArguments`` of a recipe's ``training:``."""
+    """Return the ``TrainingArguments`` of a recipe's ``training:`` section."""
     import dataclasses
 
     from transformers import TrainingArguments
@@ -87,7 +90,7 @@ def training_arguments(home: str, training: Mapping[str, Any]) -> Any:
 
 
 def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Row], Any]:
-    """Rows with labels, and the collator that makes batches of them, for the task of the model."""
+    """Return rows with labels, and the collator that batches them, for the task of the model."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
     if data.dataset == "random":
@@ -119,7 +122,7 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
             labelled_batches.seq2seq_batches(labelled_batches.sample_examples(data), model, tokenizer)
         ), DataCollatorForSeq2Seq(tokenizer)
     raise DataError(
-        f"there is no ready training for {type(model).__name__}: train it with OptimTrainer and data of your own"
+        f"there is no built-in training for {type(model).__name__}: train it with OptimTrainer and your own data"
     )
 
 
@@ -132,7 +135,7 @@ def _windows(model: Any, tokenizer: Any, data: DataConfig) -> Tensor:
 
 
 def _apart(batches: labelled_batches.LabelledBatches) -> list[Row]:
-    """Batches taken apart into rows; what was padded in is cut off, for the collator to pad anew."""
+    """Split batches into rows without their padding; the collator pads again."""
     rows = []
     for inputs, labels in batches:
         for i, label in enumerate(labels):
@@ -141,7 +144,7 @@ def _apart(batches: labelled_batches.LabelledBatches) -> list[Row]:
                 kept = row["attention_mask"].bool()
                 row = {key: value[kept] if value.shape == kept.shape else value for key, value in row.items()}
             row.pop("decoder_input_ids", None)
-            # Collators take one label as a tensor, and a row of them as a list.
+            # Collators accept one label as a tensor, and a row of labels as a list.
             rows.append(
                 {**row, "labels": label if label.dim() == 0 else label[label != labelled_batches.IGNORE_INDEX].tolist()}
             )

@@ -1,7 +1,7 @@
-"""Zeros where masks say so, for many tensors at once: one launch for each device and width on CUDA.
+"""Apply masks to many tensors at once: one launch per device and element width on CUDA.
 
-The kernel is in a package of its own, which is looked for when a mask first lies on CUDA; without it, without Triton,
-and on other devices, PyTorch's ``foreach`` does the same.
+The kernel package is imported when the first mask is on CUDA; without it, without Triton, and on other devices,
+PyTorch's ``foreach`` operators do the same.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ KERNEL = "hf_optim_kernels.masked_step.launch"
 
 
 class FusedMasking:
-    """Zeroes elements of tensors whose masks are known in advance.
+    """Zeroes masked elements of tensors whose masks are known in advance.
 
     Args:
         masks: bool, each on the device of its tensor.
-        like: a tensor for each, of the width that will be masked (parameters, for them and for their gradients).
+        like: a tensor per mask, with the device and element width of the tensors to be masked.
     """
 
     def __init__(self, masks: Sequence[Tensor], like: Sequence[Tensor]) -> None:
@@ -37,7 +37,7 @@ class FusedMasking:
 
     @torch.no_grad()
     def __call__(self, tensors: Sequence[Tensor | None]) -> None:
-        """Zero each tensor where its mask is False, in place; None is passed over."""
+        """Zero each tensor in place where its mask is False; None entries are skipped."""
         for places, part in self._parts:
             part([tensors[i] for i in places])
 
@@ -53,9 +53,9 @@ class _Foreach:
 
 
 class _Fused:
-    """The kernel; what it does not take (a gradient that somebody stored in another order) goes the other way.
+    """Masks with the kernel; tensors it does not accept (a gradient with other strides) take the ``foreach`` path.
 
-    So does everything where it cannot be compiled: Triton needs a C compiler, which not every container has.
+    So does everything if the kernel cannot be compiled: Triton needs a C compiler, which not every container has.
     """
 
     def __init__(self, masks: list[Tensor], kernel: Any) -> None:

@@ -1,4 +1,4 @@
-"""Masks through training: a weight that is pruned stays exactly zero, whatever the optimizer does."""
+"""Masks during training: a pruned weight stays exactly zero, whatever the optimizer does."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..toolkit.distributed import fsdp
 from ..toolkit.pruning.masked_layers import clear_running_means
 from .fused_masking import FusedMasking
 
-# Optimizers that leave a weight at zero whose gradient and running mean are zero, whatever its weight decay.
+# Optimizers that keep a zero weight at zero if its gradient and running mean are zero, whatever its weight decay.
 STAY_AT_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class MaskCallback(TrainerCallback):
-    """Applies ``run.masks`` in training. Comes after the callbacks of the steps, which may renew masks at any event.
+    """Applies ``run.masks`` during training. The callbacks of the steps come before it and may change masks.
 
-    - Before an optimizer step, the gradients of masked weights are zeroed: they enter no running mean. Steps see the
-      dense gradient in ``on_pre_optimizer_step``, since they come first; so does the clipping of the gradient norm.
-    - After an optimizer step, masked weights are zeroed: weight decay, a running mean from before the mask, or a master
-      copy that an optimizer keeps elsewhere cannot bring them back. Left out for optimizers that leave a weight
-      at zero that has neither gradient nor running mean (``STAY_AT_ZERO``).
-    - A mask that is new (another tensor than before) is applied at once, and the running means of what it masks are
-      cleared: a weight that a later mask lets grow again starts without the drift of its earlier life.
+    - Before an optimizer step, the gradients of masked weights are zeroed, so they do not enter running means. Steps
+      see the dense gradient in ``on_pre_optimizer_step``, since their callbacks come first; so does gradient clipping.
+    - After an optimizer step, masked weights are zeroed, so weight decay, a running mean from before the mask, or a
+      master copy of the optimizer cannot restore them. Left out for optimizers that keep a weight without gradient and
+      running mean at zero (``STAY_AT_ZERO``).
+    - A new mask (another tensor than before) is applied at once, and the running means of what it masks are cleared: a
+      weight that a later mask lets grow again starts without its former momentum.
 
-    Gradient accumulation changes nothing: both happen once for each optimizer step. Of sharded parameters (FSDP2) each
-    rank masks its part; ``run.masks`` holds whole masks, the same on every rank.
+    Gradient accumulation changes nothing: both happen once per optimizer step. Of sharded parameters (FSDP2) each rank
+    masks its part; ``run.masks`` holds whole masks, the same on every rank.
     """
 
     def __init__(self, run: Run) -> None:
@@ -65,7 +65,7 @@ class MaskCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._renew(kwargs.get("optimizer"))
         if getattr(control, "should_save", False):
-            self.apply()  # whatever another callback did to weights or running means, a checkpoint is under its masks
+            self.apply()  # a checkpoint obeys its masks, whatever another callback did to weights
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         require_equal_masks(self.run)
@@ -89,7 +89,7 @@ class MaskCallback(TrainerCallback):
         found = {name: masked_parameter(self.run, name) for name in masks}
         changed = [name for name, mask in masks.items() if self._known.get(name) is not mask]
         for name in changed:
-            # The one that the device has takes the other's place: no second copy.
+            # The copy on the device replaces the other, so that there is only one.
             masks[name] = masks[name].to(fsdp.mask_device(found[name])).contiguous()
         self._known = dict(masks)
         self._state = (list(masks), list(map(id, masks.values())))
@@ -103,7 +103,7 @@ class MaskCallback(TrainerCallback):
 
 
 def stays_at_zero(optimizer: Any) -> bool:
-    """Whether masked gradients alone keep a weight at zero that is zero and has no running mean."""
+    """Return True if masking gradients is enough to keep a zero weight without running mean at zero."""
     inner = getattr(optimizer, "optimizer", optimizer)
     # Without epsilon, 0 / 0 would be NaN.
     return type(inner) in STAY_AT_ZERO and all(group.get("eps", 1.0) > 0.0 for group in inner.param_groups)

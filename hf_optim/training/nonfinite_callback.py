@@ -1,4 +1,4 @@
-"""Stops a training whose gradients are not finite before they reach the weights, without waiting for the device."""
+"""Stop training before non-finite gradients reach the weights, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,124 +14,124 @@ from ..errors import NumericalError
 from ..runs.run import Run
 from ..toolkit.distributed import fsdp
 
-# With fp16 a loss scaler skips steps whose gradients overflow, and halves its scale, 65536 at first. That many in a row
-# are not its search for the scale.
+# With fp16 a loss scaler skips steps whose gradients overflow, and halves its scale, 65536 at first. So many skipped
+# steps in a row are more than its search for the scale.
 SKIPPED_STEPS = 25
 
-# Optimizers whose fused step is left out on the device where its ``found_inf`` says so, as loss scalers have it.
+# Optimizers whose fused step is skipped on the device if its ``found_inf`` is set, as loss scalers do.
 SKIP_ON_DEVICE = (torch.optim.Adam, torch.optim.AdamW)
 
 
-class Verdict(NamedTuple):
-    """Whether the gradients of a step are finite, as the device will tell.
+class GradientCheck(NamedTuple):
+    """A non-finite check whose result stays on the device.
 
     Attributes:
         step: the optimizer step, from 1.
-        broken: float32 on the device: 1 where any gradient is not finite, else 0.
-        parameters: those that have gradients.
-        norms: of the gradients, on the devices they are on.
+        nonfinite: float32 on the device: 1 if any gradient is not finite, else 0.
+        parameters: the parameters that have gradients.
+        norms: the norms of the gradients, on their devices.
     """
 
     step: int
-    broken: Tensor
+    nonfinite: Tensor
     parameters: list[Tensor]
     norms: list[Tensor]
 
 
 class NonFiniteCallback(TrainerCallback):
-    """Stops training with ``NumericalError`` before gradients that are not finite reach the weights.
+    """Stops training with ``NumericalError`` before non-finite gradients reach the weights.
 
-    The weights in memory and the last checkpoint stay good. With fp16, single overflows are the loss scaler's business.
+    The weights in memory and the last checkpoint stay good. With fp16, single overflows are left to the loss scaler.
 
-    Asking the device at every step would make the host wait for it. A fused optimizer of ``torch.optim`` needs no
-    answer: it is told on the device to leave out a step that is broken, and the host asks one step later, when the
-    answer is there; or at once where a checkpoint, an evaluation or the end comes next. Weights, running means and
-    step counts are then those before the broken step. Of any other optimizer the step waits.
+    Reading the result at every step would make the host wait for the device. A fused optimizer of ``torch.optim`` skips
+    a non-finite step on the device, and the host reads the result one step later, when it is available; or at once
+    before a checkpoint, an evaluation or the end. Weights, running means and step counts are then those before the
+    skipped step. For any other optimizer the step waits for the result.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._skipped = 0
-        self._open: Verdict | None = None
+        self._open: GradientCheck | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._skipped, self._open = 0, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._settle()
+        self._read_open_check()
         optimizer = kwargs.get("optimizer")
-        verdict = judge(_parameters(kwargs["model"], optimizer), state.global_step + 1)
-        if verdict is None:
+        check = check_gradients(_parameters(kwargs["model"], optimizer), state.global_step + 1)
+        if check is None:
             return
-        fused = None if args.fp16 else skips_on_device(optimizer, verdict.broken)
+        fused = None if args.fp16 else skips_on_device(optimizer, check.nonfinite)
         if fused is not None:
-            fused.found_inf = verdict.broken
-            self._open = verdict
-        elif not bool(verdict.broken):
+            fused.found_inf = check.nonfinite
+            self._open = check
+        elif not bool(check.nonfinite):
             self._skipped = 0
         else:
             self._skipped += 1
             if not args.fp16 or self._skipped >= SKIPPED_STEPS:
-                self._stop(verdict)
+                self._stop(check)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         inner: Any = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
-        if self._open is not None and vars(inner).get("found_inf") is self._open.broken:
+        if self._open is not None and vars(inner).get("found_inf") is self._open.nonfinite:
             del inner.found_inf
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save or control.should_evaluate or control.should_training_stop:
-            self._settle()
+            self._read_open_check()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._settle()
+        self._read_open_check()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._settle()
+        self._read_open_check()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._settle()
+        self._read_open_check()
 
-    def _settle(self) -> None:
-        """Ask the device about the step before, if it was not asked yet."""
-        verdict, self._open = self._open, None
-        if verdict is not None and bool(verdict.broken):
-            self._stop(verdict)
+    def _read_open_check(self) -> None:
+        """Read the check of the previous step, if it has not been read."""
+        check, self._open = self._open, None
+        if check is not None and bool(check.nonfinite):
+            self._stop(check)
 
-    def _stop(self, verdict: Verdict) -> None:
+    def _stop(self, check: GradientCheck) -> None:
         names = {id(parameter): name for name, parameter in self.run.model.named_parameters()}
-        pairs = zip(verdict.parameters, verdict.norms, strict=True)
-        broken = (names.get(id(p), "a parameter of a step") for p, norm in pairs if not bool(torch.isfinite(norm)))
+        pairs = zip(check.parameters, check.norms, strict=True)
+        found = (names.get(id(p), "a parameter of a step") for p, norm in pairs if not bool(torch.isfinite(norm)))
         raise NumericalError(
             f"training stage {self.run.stage}: the loss or its gradient became NaN or infinite in step "
-            f"{verdict.step} (first in {next(broken, 'the norm of all gradients')}). The weights "
+            f"{check.step} (first in {next(found, 'the norm of all gradients')}). The weights "
             "were not updated with it and earlier checkpoints stand; lower the learning rate, warm up, or train in "
             "bf16 or fp32"
         )
 
 
 def _parameters(model: nn.Module, optimizer: Any) -> list[Tensor]:
-    """What is being trained: also what a step of the recipe trains beside the model."""
+    """Return all trained parameters, including auxiliary ones that a step of the recipe trains."""
     groups = getattr(optimizer, "param_groups", None)
     return list(model.parameters()) if groups is None else [p for group in groups for p in group["params"]]
 
 
 @torch.no_grad()
-def judge(parameters: Iterable[Tensor], step: int) -> Verdict | None:
-    """The verdict on gradients, without waiting for the device; None where there are none."""
+def check_gradients(parameters: Iterable[Tensor], step: int) -> GradientCheck | None:
+    """Check gradients without waiting for the device; None if there are none."""
     found = [(p, p.grad) for p in parameters if p.grad is not None]
     if not found:
         return None
     norms = _norms([fsdp.local_shard(gradient) for _, gradient in found])
     total = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).norm()
-    broken = (~torch.isfinite(total)).float()
+    nonfinite = (~torch.isfinite(total)).float()
     if any(fsdp.is_sharded(gradient) for _, gradient in found):
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-    return Verdict(step, broken, [p for p, _ in found], norms)
+        dist.all_reduce(nonfinite, op=dist.ReduceOp.MAX)
+    return GradientCheck(step, nonfinite, [p for p, _ in found], norms)
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """The norm of each tensor, in few launches for each device and type."""
+    """Compute the norm of each tensor, in few launches per device and dtype."""
     norms: dict[int, Tensor] = {}
     groups: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -141,10 +141,10 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     return [norms[place] for place in range(len(tensors))]
 
 
-def skips_on_device(optimizer: Any, broken: Tensor) -> Any:
-    """The optimizer inside wrappers, if its fused step looks at ``found_inf`` where ``broken`` is; else None."""
+def skips_on_device(optimizer: Any, nonfinite: Tensor) -> Any:
+    """Return the inner optimizer if its fused step reads ``found_inf`` on the device of ``nonfinite``, else None."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if type(inner) not in SKIP_ON_DEVICE or not all(group.get("fused") for group in inner.param_groups):
         return None
     owned = (p for group in inner.param_groups for p in group["params"])
-    return inner if all(p.device == broken.device and not fsdp.is_sharded(p) for p in owned) else None
+    return inner if all(p.device == nonfinite.device and not fsdp.is_sharded(p) for p in owned) else None

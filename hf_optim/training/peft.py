@@ -1,4 +1,4 @@
-"""Adapters (peft) on an optimized model: recovery after pruning or quantization, and the way back to one model.
+"""Adapters (peft) on an optimized model: recovery after pruning or quantization, and merging.
 
 Up to the merge everything is stock: ``peft.get_peft_model(model, LoraConfig(...))`` on a pruned or quantized model, a
 ``Trainer`` with ``hf_optim.callbacks(model)`` (or ``OptimTrainer``), ``save_pretrained`` for the adapter alone. A
@@ -40,8 +40,8 @@ HOOK = "_hf_optim_mask_hook"
 def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
     """Merge the adapters into the model: peft's ``merge_and_unload``, with the masks of the run kept.
 
-    A training stage that waited for this (its adapters were trained, but still in place) ends here, and the recipe
-    goes on. How much of the adapters' update lay outside the masks is logged, and noted on the record.
+    A training stage whose adapters were trained is completed by this call, and the recipe continues. How much of the
+    adapters' update is outside the masks is logged, and noted on the record.
 
     Args:
         model: a ``PeftModel`` around an optimized model.
@@ -50,7 +50,7 @@ def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
     Returns:
         The model inside, without adapters; masked weights are exactly zero.
 
-    Raises ``OptimError`` if adapters sit on quantized layers, or the model is no ``PeftModel`` of an optimized model.
+    Raises ``OptimError`` if adapters are on quantized layers, or if this is not a ``PeftModel`` of an optimized model.
     """
     run = find_run(model)
     merging: Any = getattr(model, "merge_and_unload", None)
@@ -61,9 +61,7 @@ def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
     merging(**kwargs)
     apply_masks(run)
     if lost:
-        sentence = (
-            f"merged adapters: {100 * lost:.1f} % of their update (squared) lay outside the masks and was dropped"
-        )
+        sentence = f"merged adapters: {100 * lost:.1f} % of their update (squared) was outside the masks and is dropped"
         run.record.note(sentence)
         log.warning("%s; train under the masks with hf_optim.training.keep_masks(model)", sentence)
     if run.stage is not None and run.stage.trains and run.stage_entered:

@@ -1,18 +1,18 @@
-"""Pruning in rounds: prune a part, retrain, and again, until the sparsity is reached.
+"""Iterative pruning: prune a part, retrain, and repeat until the sparsity is reached.
 
-Three techniques differ in what they put back between the rounds, and all do it with the object of this module. It
-serves a training loop of one's own as well::
+Three techniques differ in what they restore between the rounds, and all use the class of this module. It also serves
+your own training loop::
 
     model = AutoModelForCausalLM.from_pretrained("org/model", optim_config="lottery80")
-    rounds = Rounds(hf_optim.run_of(model))  # of the step that the recipe has
+    rounds = Rounds(hf_optim.run_of(model))  # those of the recipe's step
     rounds.point("out/rewind-0", optimizer)
     train(model, optimizer, scheduler)
     while rounds.left:
         rounds.next()                # 1 - 0.2^(r / n) of the weights are zero now
-        rounds.rewind(optimizer)     # the others are what they were at the rewinding point
+        rounds.rewind(optimizer)     # the others are back at the rewind checkpoint
         rounds.restart(scheduler)    # and so is the learning rate
         train(model, optimizer, scheduler)  # with rounds.keep() after each optimizer.step()
-    rounds.finish()                  # the recipe's step is done, and its record and card are made
+    rounds.finish()                  # completes the recipe's stage
     model.save_pretrained("out/sparse")
 """
 
@@ -44,15 +44,15 @@ from .checkpoint_callback import write_state
 
 
 class Rounds:
-    """The rounds of one pruning: masks that narrow, and a rewinding point to go back to.
+    """The rounds of one iterative pruning: shrinking masks, and a rewind checkpoint.
 
     Attributes:
-        run: the run whose masks are narrowed.
-        step: the step of the recipe this is done for, whose ``run.state`` holds the progress; None without one.
-        sparsity: share of the weights that is zero after the last round.
-        rounds: how many there are.
+        run: the run whose masks shrink.
+        step: the recipe's step, whose ``run.state`` holds the progress; None without one.
+        sparsity: fraction of the weights that is zero after the last round.
+        rounds: their number.
         parameters: names of the weights that are pruned.
-        home: the folder that rewinding points are looked for in when their path is relative.
+        home: the folder of rewind checkpoints whose path is relative.
     """
 
     def __init__(
@@ -68,29 +68,29 @@ class Rounds:
     ) -> None:
         """Choose what is pruned; nothing changes yet.
 
-        Where the recipe has a step that prunes in rounds, this is done for it: what is left out is as the step has it.
+        If the recipe has a step that prunes in rounds, arguments that are left out are those of the step.
 
         Args:
-            run: as ``hf_optim.run_of(model)``.
-            sparsity: share of the weights to remove in all, in [0, 1).
-            rounds: in how many rounds, each of which removes the same share of what is left.
+            run: ``hf_optim.run_of(model)``.
+            sparsity: fraction of the weights to remove in total, in [0, 1).
+            rounds: number of rounds, each of which removes the same fraction of the remaining weights.
             scope: ``"layer"`` ranks within each layer, ``"global"`` across all of them.
             targets, skip: which linear layers, and which of them not.
-            step: the step of the recipe this is done for; None takes the one that prunes in rounds, if there is one.
+            step: the recipe's step; None takes the one that prunes in rounds, if there is one.
 
-        Raises ``ModelError`` when no layer is left, and ``RecipeError`` for an argument that contradicts the step, or
-        one that neither it nor the caller gives.
+        Raises ``ModelError`` if no layer is left, and ``RecipeError`` for an argument that contradicts the step, or
+        that is given by neither the step nor the caller.
         """
         if step is None:
             found = [one for one in run.recipe.steps if ROUNDS in one.contract().owns]
             step = found[0] if len(found) == 1 else None
         self.run, self.step = run, step
         self.label = run.label(step) if step is not None else "rounds"
-        self.sparsity: float = self._settled("sparsity", sparsity)
-        self.rounds: int = self._settled("rounds", rounds)
-        self.scope: str = self._settled("scope", scope, "layer")
-        targets = self._settled("targets", targets if targets is None else tuple(targets), ("Linear",))
-        skip = self._settled("skip", skip if skip is None else tuple(skip), ())
+        self.sparsity: float = self._resolve("sparsity", sparsity)
+        self.rounds: int = self._resolve("rounds", rounds)
+        self.scope: str = self._resolve("scope", scope, "layer")
+        targets = self._resolve("targets", targets if targets is None else tuple(targets), ("Linear",))
+        skip = self._resolve("skip", skip if skip is None else tuple(skip), ())
         layers = run.select(targets, skip)
         if not layers:
             raise ModelError(
@@ -105,8 +105,8 @@ class Rounds:
         if not hasattr(self.state, "done"):
             self.reset()
 
-    def _settled(self, name: str, given: Any, default: Any = None) -> Any:
-        """What is given, or else what the step has, or else the default."""
+    def _resolve(self, name: str, given: Any, default: Any = None) -> Any:
+        """Return the given value, else the step's, else the default."""
         if self.step is not None and ROUNDS in self.step.contract().owns:
             own = getattr(self.step, name)
             if given is not None and given != own:
@@ -120,28 +120,28 @@ class Rounds:
         return default if given is None else given
 
     def reset(self) -> None:
-        """Count from the first round again. Masks stay."""
+        """Restart the count of rounds. Masks stay."""
         self.state.done, self.state.sparsities = 0, []
         self.state.point, self.state.point_sha256 = None, None
 
     @property
     def done(self) -> int:
-        """Rounds that have begun."""
+        """The number of rounds that have begun."""
         return self.state.done
 
     @property
     def left(self) -> int:
-        """Rounds that are still to come."""
+        """The number of remaining rounds."""
         return self.rounds - self.done
 
     @property
     def active(self) -> bool:
-        """Whether the stage of the step is in work."""
+        """True while the stage of the step is the current one."""
         stage = self.run.stage
         return self.step is None or (stage is not None and any(step is self.step for step in stage.steps))
 
     def next(self) -> float:
-        """Prune for the next round the weights that are smallest now, and return the sparsity of all the targets."""
+        """Prune the smallest remaining weights for the next round, and return the sparsity over all targets."""
         if not self.left:
             raise OptimError(f"{self.label}: all {self.rounds} rounds are done")
         weights = FullWeights(self.run.model, self.parameters)
@@ -155,14 +155,14 @@ class Rounds:
         self.state.sparsities = [*self.state.sparsities, round(reached, 6)]
         return reached
 
-    # -- the rewinding point --------------------------------------------------------------------------------------
+    # -- the rewind checkpoint ------------------------------------------------------------------------------------
     def point(self, folder: str | Path, optimizer: Any = None, write: bool | None = None) -> None:
-        """Write the rewinding point: an ordinary checkpoint, the optimizer's state and the masks beside it. Atomic.
+        """Write the rewind checkpoint atomically: an ordinary checkpoint with the optimizer's state and the masks.
 
         Args:
-            folder: where; what was there is replaced.
-            optimizer: the optimizer, whose state of this moment ``rewind`` brings back.
-            write: whether this process writes, in a training of several; by default the first does.
+            folder: where to write; existing content is replaced.
+            optimizer: the optimizer whose current state ``rewind`` restores.
+            write: True if this rank writes; by default rank 0 does.
         """
         self.require_whole()
         folder = Path(folder)
@@ -178,45 +178,47 @@ class Rounds:
         self.state.point_sha256 = _digest(folder)
 
     def require_whole(self) -> None:
-        """Raise ``ModelError`` for sharded parameters: masks follow them, rewinding does not."""
+        """Raise ``ModelError`` for sharded parameters: masks support them, rewinding does not."""
         model = self.run.model
         if has_sharded_parameters(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ModelError(
                 f"{self.label}: weights are rewound as a whole: train on one device or with DDP, not with sharded "
-                "parameters (FSDP, ZeRO-3), or take a technique that leaves the weights where they are"
+                "parameters (FSDP, ZeRO-3), or take a technique that does not rewind weights"
             )
 
     def find_point(self) -> Path:
-        """The folder of the rewinding point. Raises ``CheckpointError`` if it is gone, or is that of another model."""
+        """Return the folder of the rewind checkpoint. Raises ``CheckpointError`` if it is missing or was replaced."""
         if self.state.point is None:
-            raise CheckpointError(f"{self.label}: there is no rewinding point yet: call point(folder) before rewind()")
+            raise CheckpointError(
+                f"{self.label}: there is no rewind checkpoint yet: call point(folder) before rewind()"
+            )
         folder = self.home / self.state.point
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(
-                f"{self.label}: the rewinding point {folder} is missing: put back the folder that the training wrote "
-                "beside its checkpoints, or train anew"
+                f"{self.label}: the rewind checkpoint {folder} is missing: restore the folder that the training wrote "
+                "next to its checkpoints, or train again from the beginning"
             )
         if _digest(folder) != self.state.point_sha256:
             raise CheckpointError(
-                f"{self.label}: the rewinding point {folder} is not the one that this training wrote (other weights): "
-                "give each training an output_dir of its own, or train anew"
+                f"{self.label}: the rewind checkpoint {folder} is not the one that this training wrote: "
+                "give each training its own output_dir, or train again from the beginning"
             )
         return folder
 
     def rewind(self, optimizer: Any = None) -> None:
-        """Put the weights back to the rewinding point, under the masks of now; the optimizer's state too, if given."""
+        """Restore weights (and the optimizer's state, if given) from the rewind checkpoint, under the current masks."""
         folder = self.find_point()
         copy_state_(self.run.model, self._stored(folder))
         if optimizer is not None:
             if not (folder / OPTIMIZER_NAME).is_file():
-                raise CheckpointError(f"{self.label}: the rewinding point {folder} has no {OPTIMIZER_NAME}")
+                raise CheckpointError(f"{self.label}: the rewind checkpoint {folder} has no {OPTIMIZER_NAME}")
             state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
             optimizer.load_state_dict(state)
         apply_masks(self.run)
 
     def _stored(self, folder: Path) -> Any:
         model = self.run.model
-        # One dtype that holds the values of all parameters exactly.
+        # The dtype that holds the values of all parameters exactly.
         dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
         before = torch.random.get_rng_state()
         try:
@@ -225,7 +227,7 @@ class Rounds:
             torch.random.set_rng_state(before)
 
     def reinitialize(self, seed: int = 0, optimizer: Any = None) -> None:
-        """Draw all weights anew, as the model's class does, under the masks of now; clear the optimizer's state."""
+        """Reinitialize all weights as the model's class does, under the current masks; clear the optimizer's state."""
         self.require_whole()
         copy_state_(self.run.model, reinitialized_copy(self.run.model, seed))
         if optimizer is not None:
@@ -234,15 +236,15 @@ class Rounds:
 
     # -- around them ----------------------------------------------------------------------------------------------
     def restart(self, scheduler: Any, position: int = 0) -> None:
-        """Put the learning rate where the schedule has it at ``position``. Raises ``RecipeError`` if that cannot be."""
+        """Set the schedule to ``position``. Raises ``RecipeError`` for a scheduler that is not a ``LambdaLR``."""
         seek_scheduler_(require_lambda_lr(scheduler, self.label), position)
 
     def keep(self) -> None:
-        """Zero what is pruned: for a loop of one's own, after each step of the optimizer."""
+        """Zero the pruned weights: call it after each optimizer step of your own training loop."""
         apply_masks(self.run)
 
     def finish(self) -> None:
-        """End the training stage of a loop of one's own: finalize the model, and go on with the recipe."""
+        """Complete the training stage after your own training loop, and continue with the recipe."""
         if self.run.stage is not None:
             end_training(self.run)
 

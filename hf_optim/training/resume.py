@@ -1,4 +1,4 @@
-"""Checkpoints of a training stage beside the journal of blocks: a killed training goes on, with the same bits."""
+"""Checkpoints of a training stage in the journal: a killed training resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..runs.run import Run
 log = logging.getLogger(__name__)
 
 HEADER, PROGRESS = "training.json", "progress.json"
-# Five checkpoints a training. Of two that are kept, one is whole while the other is being written.
+# Five checkpoints per training. Of the two that are kept, one is complete while the other is being written.
 OFTEN: Mapping[str, Any] = {"save_strategy": "steps", "save_steps": 0.2}
 FEW: Mapping[str, Any] = {"save_total_limit": 2}
 # Weights and the two moments of Adam, in the two checkpoints that are kept and the one that is being written.
@@ -30,10 +30,10 @@ COPIES = 3 * 3
 
 
 class TrainJournal:
-    """What is left of the training of the stage in work, in a folder of the journal's; it goes with the journal.
+    """The resume state of the current training stage, in a folder of the journal; it is removed with the journal.
 
     Args:
-        journal: the run's; one that does not resume has removed what was there.
+        journal: the journal of the run; one that does not resume has removed earlier content.
         run: a run whose stage waits for training.
     """
 
@@ -43,46 +43,48 @@ class TrainJournal:
 
     @property
     def output_dir(self) -> Path:
-        """Where the Trainer's checkpoints go, unless the recipe names another place."""
+        """The folder of the Trainer's checkpoints, unless the recipe names another."""
         return self.home / "trainer"
 
-    def habits(self, own_place: bool) -> dict[str, Any]:
-        """Arguments of the training about its checkpoints, unless the recipe has others.
+    def checkpoint_arguments(self, own_place: bool) -> dict[str, Any]:
+        """Return default training arguments about checkpoints.
 
         ``own_place``: the recipe names an ``output_dir``; nothing there is removed.
         """
         needed = COPIES * sum(p.numel() * p.element_size() for p in self.run.model.parameters())
         self.home.mkdir(parents=True, exist_ok=True)
         if not own_place and shutil.disk_usage(self.home).free < needed:
-            log.warning("no room for checkpoints of the training beside the output: killed, it would begin anew")
+            log.warning(
+                "no room for training checkpoints next to the output: a killed training would start from the beginning"
+            )
             return {"save_strategy": "no"}
         return {**OFTEN} if own_place else {**OFTEN, **FEW}
 
     def begin(self, rows: Iterable[Mapping[str, Any]]) -> str | None:
-        """The checkpoint to go on from; None to begin.
+        """Return the checkpoint to resume from, or None to start.
 
         Args:
-            rows: what is trained on.
+            rows: the training data.
 
         Raises ``CheckpointError`` if another training was begun here.
         """
         mine = {**run_identity(self.run), "training data": _digest(rows)}
         header = self.home / HEADER
         what = f"the training of {self.run.stage} in {self.home.parent.name} was begun with"
-        if is_begun(header, mine, what) and (found := self._whole()) is not None:
+        if is_begun(header, mine, what) and (found := self._last_complete()) is not None:
             return found
-        # What a kill left of a checkpoint that it was the first to write is of no use.
+        # A kill during the first checkpoint leaves nothing to resume from.
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir(parents=True)
         write_json(header, mine)
         return None
 
-    def keeper(self) -> TrainerCallback:
-        """Notes each checkpoint that is whole; belongs behind the callbacks that write into checkpoints."""
-        return _Keeper(self.home / PROGRESS)
+    def callback(self) -> TrainerCallback:
+        """Return a callback that records each complete checkpoint; add it after the callbacks that write into them."""
+        return _CompletedCheckpointCallback(self.home / PROGRESS)
 
-    def _whole(self) -> str | None:
-        """The last checkpoint that was finished. Others of the folder may be in pieces, or of another training."""
+    def _last_complete(self) -> str | None:
+        """Return the last complete checkpoint; others in the folder may be partial, or of another training."""
         progress = self.home / PROGRESS
         if not progress.is_file():
             return None
@@ -90,7 +92,7 @@ class TrainJournal:
         return folder if Path(folder).is_dir() else None
 
 
-class _Keeper(TrainerCallback):
+class _CompletedCheckpointCallback(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 

@@ -1,4 +1,4 @@
-"""Rounds in a stock ``Trainer``: one training, divided into a dense phase and rounds of retraining."""
+"""Iterative pruning in a stock ``Trainer``: one training with a dense phase and retraining phases."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .stage_callback import has_adapters
 
 
 class RoundTraining(TrainerCallback):
-    """Drives ``Rounds``: prunes where a round begins, and puts the learning rate back.
+    """Drives ``Rounds``: prunes at the start of each round, and rewinds the learning rate.
 
-    All of it happens right after an optimizer step, before the checkpoint of that step is written, so that a resumed
-    training finds the round begun. The schedule that the training's arguments describe is made for one phase instead of
-    for all of training; a scheduler that the caller made is taken as it is, as that of one phase. Of the checkpoints
-    that are compared as the best, those of the round in work count alone: earlier ones are less sparse.
+    All of it happens right after an optimizer step, before the checkpoint of that step is written, so a resumed
+    training finds the round begun. The schedule of the training arguments spans one phase instead of all of training; a
+    scheduler passed by the caller is used unchanged as that of one phase. Only checkpoints of the current round compete
+    for the best: earlier ones are less sparse.
     """
 
     def __init__(
@@ -37,15 +37,15 @@ class RoundTraining(TrainerCallback):
         renew: Callable[[Rounds, Any], None] | None = None,
         held: Callable[[float], float] | None = None,
     ) -> None:
-        """Say how training is divided.
+        """Describe how training is divided into phases.
 
         Args:
             rounds: what is pruned.
-            dense: whether a dense phase comes before the first round.
-            rewind_to: position in the schedule where rounds begin: a step, or a share of one phase.
-            keeps_point: whether a rewinding point ``output_dir/rewind-K`` is written at that step.
-            renew: called with the rounds and the optimizer after each pruning, to put weights back.
-            held: for retraining at one rate: called with the schedule's last multiplier, returns that of retraining.
+            dense: True if a dense phase precedes the first round.
+            rewind_to: position in the schedule where rounds begin: a step, or a fraction of one phase.
+            keeps_point: True to write a rewind checkpoint ``output_dir/rewind-K`` at that step.
+            renew: called with the rounds and the optimizer after each pruning, to restore weights.
+            held: for retraining at a constant rate: maps the schedule's last multiplier to that of retraining.
         """
         self.rounds, self.dense, self.rewind_to = rounds, dense, rewind_to
         self.keeps_point, self.renew, self.held = keeps_point, renew, held
@@ -94,7 +94,7 @@ class RoundTraining(TrainerCallback):
     def _check_model(self) -> None:
         if has_adapters(self.rounds.run):
             raise ModelError(
-                f"{self.rounds.label}: rounds rank and rewind the weights themselves, which adapters leave alone: "
+                f"{self.rounds.label}: rounds rank and rewind the weights themselves, which adapters do not change: "
                 "train the model without adapters, and add them for recovery"
             )
         if self.keeps_point:
@@ -116,8 +116,8 @@ class RoundTraining(TrainerCallback):
         if planned != state.max_steps:
             raise CheckpointError(
                 f"{self.rounds.label}: the checkpoint is of a training of {planned} steps, whose rounds begin at other "
-                f"steps than those of one of {state.max_steps}: resume with the same max_steps, or start anew from its "
-                "weights"
+                f"steps than those of one of {state.max_steps}: resume with the same max_steps, or start again from "
+                "its weights"
             )
         if self.rounds.state.point is not None and self.rounds.left:
             self.rounds.find_point()
@@ -127,7 +127,7 @@ class RoundTraining(TrainerCallback):
         if phases.rounds_that_fit < rounds.rounds:
             reached = round_sparsity(rounds.sparsity, phases.rounds_that_fit, rounds.rounds)
             self._warn(
-                f"a training of {phases.max_steps} steps has room for {phases.rounds_that_fit} of {rounds.rounds} rounds: "
+                f"{phases.max_steps} steps have room for {phases.rounds_that_fit} of {rounds.rounds} rounds: "
                 f"the model reaches a sparsity of {reached:.4f} instead of {rounds.sparsity:g}; train longer, or lower "
                 "rounds"
             )
@@ -145,7 +145,7 @@ class RoundTraining(TrainerCallback):
 
 
 def _multiplier(args: Any, scheduler: Any, steps: int) -> LRMultiplier:
-    """The multiplier of the learning rate that the arguments describe, for a training of ``steps`` steps."""
+    """Return the learning-rate multiplier of the training arguments for ``steps`` steps."""
     aside = torch.optim.SGD([torch.zeros(1)], lr=scheduler.optimizer.defaults["lr"])
     made: Any = get_scheduler(
         args.lr_scheduler_type,

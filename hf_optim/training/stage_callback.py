@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class StageCallback(TrainerCallback):
-    """Ends the training stage when training ends: finalize, record, and go on with the recipe. Comes last."""
+    """Completes the training stage when training ends, and continues with the recipe. Comes last."""
 
     def __init__(self, run: Run, stage: Stage, states: CheckpointCallback) -> None:
         self.run, self.stage, self.states = run, stage, states
@@ -47,7 +47,7 @@ class StageCallback(TrainerCallback):
         if has_adapters(run):
             log.warning(
                 "%s is trained, with adapters in place: hf_optim.merge_adapters(model) merges them under the "
-                "masks and goes on with the recipe",
+                "masks and continues with the recipe",
                 self.stage,
             )
             return
@@ -55,5 +55,5 @@ class StageCallback(TrainerCallback):
 
 
 def has_adapters(run: Run) -> bool:
-    """Whether a module of the model is wrapped by an adapter layer (peft)."""
+    """Return True if a module of the model is wrapped by an adapter layer (peft)."""
     return any(hasattr(module, "base_layer") for module in run.model.modules())

@@ -1,4 +1,4 @@
-"""The callbacks of a training stage, in the order in which a ``Trainer`` has to call them."""
+"""The callbacks of a training stage, in the order in which a ``Trainer`` must call them (docs/hooks.md)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .stage_callback import StageCallback
 
 
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
-    """What a stock ``Trainer`` needs to train an optimized model: ``Trainer(..., callbacks=callbacks(model))``.
+    """Return the callbacks with which a stock ``Trainer`` trains an optimized model: ``callbacks=callbacks(model)``.
 
-    The callbacks of the steps of the stage in work, between the host's own, which keep masks through optimizer steps,
-    save and restore masks and step states with every checkpoint, stop at NaN, and finish the stage when training
-    ends. For a run whose stages are all done (recovery, such as LoRA on a pruned model), what keeps the masks, if any.
+    These are the callbacks of the steps of the current stage, and the host's: they keep masks through optimizer steps,
+    save and restore masks and step states with every checkpoint, stop at NaN, and complete the stage when training
+    ends. For a run whose stages are all complete (recovery, such as LoRA on a pruned model) only the masks are kept.
 
-    Raises ``OptimError`` when the model has no run, when it does not wait for training, or when a step changes the loss
-    or the optimizer: that takes ``hf_optim.OptimTrainer``.
+    Raises ``OptimError`` if the model has no run, if it does not wait for training, or if a step changes the loss or
+    the optimizer groups, which needs ``hf_optim.OptimTrainer``.
     """
     run = run_of(model)
     for step in run.stage.steps if run.stage else ():
         for hook in TRAINER_HOOKS:
             if step.implements(hook):
-                what = "adds to the loss" if hook == "training_loss" else "sets optimizer groups of its own"
+                what = "adds to the loss" if hook == "training_loss" else "sets its own optimizer groups"
                 raise OptimError(
                     f"{run.label(step)} {what}, which a stock Trainer has no callback for: use hf_optim.OptimTrainer "
                     "in its place (same arguments; it brings these callbacks itself)"
@@ -37,7 +37,7 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
 
 
 def stage_callbacks(run: Run) -> list[TrainerCallback]:
-    """As ``callbacks``, for a trainer that serves the other training hooks itself."""
+    """Return the same callbacks for a trainer that calls the other training hooks itself."""
     stage = run.stage
     if stage is None:
         return [MaskCallback(run)] if run.masks else []

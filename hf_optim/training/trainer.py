@@ -1,4 +1,4 @@
-"""The training side of the host: callbacks for a stock ``Trainer``, and ``OptimTrainer`` for steps that need more."""
+"""``OptimTrainer``: a ``Trainer`` whose loss and optimizer groups the steps of a recipe can extend."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ TASK_SCALE = "task_scale"
 
 
 class OptimTrainer(Trainer):
-    """``transformers.Trainer`` for an optimized model: same arguments, same behaviour, and the steps take part.
+    """``transformers.Trainer`` for an optimized model, with the same arguments and behaviour. In addition:
 
-    - The terms that ``training_loss`` hooks return are added to the task loss in training (never in evaluation), scaled
-      like it under gradient accumulation, and logged under their names beside ``task_loss``; each is a mean over steps.
-    - The groups that ``parameter_groups`` hooks return leave the Trainer's own; weight decay is split as in those.
-    - The callbacks of ``hf_optim.callbacks`` are there already.
+    - Terms that ``training_loss`` hooks return are added to the task loss in training (never in evaluation), scaled
+      like it under gradient accumulation, and logged under their names next to ``task_loss``, as means over steps.
+    - Parameters of the groups that ``parameter_groups`` hooks return leave the Trainer's groups; weight decay is split
+      as in those.
+    - The callbacks of ``hf_optim.callbacks`` are added automatically.
     """
 
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._beside = _Beside()
-        self.add_callback(self._beside)
+        self._auxiliary = _AuxiliaryParametersCallback()
+        self.add_callback(self._auxiliary)
         self._ours: list[TrainerCallback] = []
         self._attach(self.model)
 
@@ -67,7 +68,7 @@ class OptimTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.run.stage is not self._stage:
-            self._attach(self.model)  # another stage of the recipe has come
+            self._attach(self.model)  # the recipe has moved on to another stage
         if isinstance(resume_from_checkpoint, str):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, CheckpointCallback):
@@ -80,7 +81,7 @@ class OptimTrainer(Trainer):
         _load_renamed(self.run.model, Path(resume_from_checkpoint))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        # Resumed from the checkpoint of its last step, amid an epoch, the stock loop would take one step more.
+        # When resuming from the final step mid-epoch, Trainer would otherwise run one extra step.
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -101,7 +102,7 @@ class OptimTrainer(Trainer):
         share = self._share(given, num_items_in_batch)
         with self.accelerator.autocast():
             found = self.run.call_on(steps, "training_loss", model=model, inputs=given, outputs=outputs)
-        # What a backward pass of this batch contributes to the step, for the log.
+        # The share of this batch in the optimizer step, for the log.
         part = 1.0 if compat.loss_is_scaled(self, num_items_in_batch) else 1.0 / compat.accumulation_steps(self)
         self._note("task_loss", loss * part)
         for terms in found:
@@ -112,12 +113,12 @@ class OptimTrainer(Trainer):
             loss = loss + term
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise OptimError(
-                f"a batch of {', '.join(given)} gives no loss: it has no labels, and no step added a term to learn from"
+                f"a batch of {', '.join(given)} gives no loss: it has no labels, and no step added a loss term"
             )
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[torch.Tensor, Any]:
-        """The task loss, which is zero for a batch without labels: the terms of the steps are then all there is."""
+        """Compute the task loss; zero for a batch without labels, whose loss is the terms of the steps alone."""
         if self.compute_loss_func is not None or any(name in inputs for name in self.label_names):
             found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
             return found
@@ -130,10 +131,10 @@ class OptimTrainer(Trainer):
         return [step for step in stage.steps if step.implements(hook)] if stage is not None else []
 
     def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Any:
-        """The factor that puts a mean over this batch on the scale of the task loss.
+        """Return the factor that puts a mean over this batch on the scale of the task loss.
 
-        A task loss that is the mean over the batch is divided by the accumulation steps later on, and so are terms. One
-        that is normalized by the items of the whole accumulated batch is a share, and a term must be the same share.
+        A task loss that is a mean over the batch is divided by the accumulation steps later, and so are terms. One that
+        is normalized by the items of the whole accumulated batch is a share of it, and terms must be the same share.
         """
         if not compat.loss_is_scaled(self, num_items_in_batch):
             return 1.0
@@ -174,7 +175,7 @@ class OptimTrainer(Trainer):
         groups = [] if given is not None and given is self._grouped else self._claimed_groups(model or self.model)
         if given is not None and groups:
             raise OptimError(
-                f"{self.run.label(groups[0][0])} sets optimizer groups of its own: leave `optimizers=` out, and choose "
+                f"{self.run.label(groups[0][0])} sets its own optimizer groups: leave `optimizers=` out, and choose "
                 "the optimizer with TrainingArguments(optim=...) or optimizer_cls_and_kwargs"
             )
         optimizer: Any = super().create_optimizer() if model is None else super().create_optimizer(model)
@@ -186,12 +187,12 @@ class OptimTrainer(Trainer):
         for _, group in groups:
             optimizer.add_param_group(group)
         own = {id(p) for p in self.run.model.parameters()}
-        self._beside.parameters = [p for _, group in groups for p in group["params"] if id(p) not in own]
+        self._auxiliary.parameters = [p for _, group in groups for p in group["params"] if id(p) not in own]
         self._grouped = optimizer
         return optimizer
 
     def _claimed_groups(self, model: Any) -> list[tuple[Technique, dict[str, Any]]]:
-        """The groups that steps ask for, each split by weight decay unless it names its own."""
+        """Return the groups of the steps, each split by weight decay unless it sets its own."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decayed = set(self.get_decay_parameter_names(model))
         owners: dict[int, Technique] = {}
@@ -212,8 +213,8 @@ class OptimTrainer(Trainer):
     ) -> None:
         if id(parameter) not in names and collectives.world_size() > 1:
             raise OptimError(
-                f"{self.run.label(step)} trains a parameter that is no part of the model: several ranks would each "
-                "train another one; use one rank"
+                f"{self.run.label(step)} trains a parameter that is not part of the model: every rank would train its "
+                "own; use one rank"
             )
         owner = owners.setdefault(id(parameter), step)
         if owner is not step:
@@ -223,8 +224,8 @@ class OptimTrainer(Trainer):
             )
 
 
-class _Beside(TrainerCallback):
-    """Clears the gradients of what steps train beside the model: a Trainer clears those of the model alone."""
+class _AuxiliaryParametersCallback(TrainerCallback):
+    """Clears the gradients of auxiliary parameters that steps train: a Trainer clears only those of the model."""
 
     def __init__(self) -> None:
         self.parameters: list[nn.Parameter] = []
@@ -236,20 +237,20 @@ class _Beside(TrainerCallback):
 
 @torch.no_grad()
 def _load_renamed(model: Any, folder: Path) -> None:
-    """Load what a checkpoint has under other names, such as experts one by one: a stock Trainer skips it in silence."""
+    """Load parameters that a checkpoint stores under other names (experts one by one), which a stock Trainer skips."""
     stored: set[str] = set()
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             stored.update(file.keys())
-    lacking = [name for name, _ in model.named_parameters() if name not in stored]
-    if not lacking or stored <= set(model.state_dict()):
+    missing = [name for name, _ in model.named_parameters() if name not in stored]
+    if not missing or stored <= set(model.state_dict()):
         return
     before = torch.random.get_rng_state()
     try:
         whole = type(model).from_pretrained(folder, config=copy.deepcopy(model.config)).state_dict()
     finally:
         torch.random.set_rng_state(before)
-    for name in lacking:
+    for name in missing:
         if name in whole:
             model.get_parameter(name).copy_(whole[name])
 
@@ -267,7 +268,7 @@ def _split(
 
 
 def _named(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The terms of all steps; one name used twice is numbered, so that the log tells them apart."""
+    """Yield the terms of all steps; a name used twice is numbered, so that the log distinguishes them."""
     seen: dict[str, int] = {}
     for terms in found:
         for name, term in terms.items():

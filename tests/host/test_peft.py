@@ -165,7 +165,7 @@ def test_masks_on_the_parts_of_an_adapter_are_refused():
     for part in ("base_layer", "lora_A.default"):
         name = f"model.layers.0.mlp.up_proj.{part}.weight"
         run.masks = {name: torch.ones_like(base.get_parameter(name), dtype=torch.bool)}
-        with pytest.raises(ModelError, match=f"{part}.weight has a mask and lies inside an adapter layer"):
+        with pytest.raises(ModelError, match=f"{part}.weight has a mask and is inside an adapter layer"):
             apply_masks(run)
 
 

@@ -1,4 +1,4 @@
-"""Pruning in rounds: how training is divided, the schedule that starts again, rewinding points, and resumption."""
+"""Pruning in rounds: how training is divided, the schedule that starts again, rewind checkpoints, and resumption."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_schedule_without_positions_is_refused(tmp_path):
         )
 
 
-# -- rewinding points ------------------------------------------------------------------------------------------------
+# -- rewind checkpoints ------------------------------------------------------------------------------------------------
 class Keep(TrainerCallback):
     """Weights and optimizer state after some steps; comes after the callbacks of the run."""
 
@@ -235,7 +235,7 @@ def test_resuming_before_a_round_needs_the_point_of_this_training(tmp_path):
         train(tmp_path, 20, **resume)
     point = tmp_path / "rewind-0"
     kept = point.rename(tmp_path / "away")
-    with pytest.raises(CheckpointError, match=r"step 1 \(toy_rewinder\): the rewinding point .*rewind-0 is missing"):
+    with pytest.raises(CheckpointError, match=r"step 1 \(toy_rewinder\): the rewind checkpoint .*rewind-0 is missing"):
         train(tmp_path, 12, **resume)
     tiny_llama(seed=5).save_pretrained(point)
     with pytest.raises(CheckpointError, match=r"rewind-0 is not the one that this training wrote"):
@@ -304,7 +304,7 @@ def test_a_loop_by_hand_ends_where_the_trainer_does(tmp_path, weights):
 
 def test_rewinding_without_a_point_is_an_error():
     rounds = Rounds(begin(tiny_llama(), Rewinder()), sparsity=0.5, rounds=2)
-    with pytest.raises(CheckpointError, match=r"no rewinding point yet: call point\(folder\)"):
+    with pytest.raises(CheckpointError, match=r"no rewind checkpoint yet: call point\(folder\)"):
         rounds.rewind()
 
 

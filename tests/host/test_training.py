@@ -198,9 +198,9 @@ def test_nan_stops_training_before_it_reaches_the_weights(tmp_path, optim: str, 
 def test_a_fused_optimizer_is_not_waited_for(tmp_path, monkeypatch):
     """While nothing breaks and nothing is saved, a step never reads its own verdict."""
     asked = []
-    settle = NonFiniteCallback._settle
+    settle = NonFiniteCallback._read_open_check
     monkeypatch.setattr(
-        NonFiniteCallback, "_settle", lambda self: (asked.append(self._open and self._open.step), settle(self))
+        NonFiniteCallback, "_read_open_check", lambda self: (asked.append(self._open and self._open.step), settle(self))
     )
     model = tiny_llama()
     begin(model, ToyRamp())
@@ -359,7 +359,7 @@ def test_a_checkpoint_of_other_fields_is_refused_before_anything_changes(tmp_pat
     write_state(begin(tiny_llama(), Fields(), Later()), folder, {})
     for fields, message in [
         ({"end": 1.0}, r"step 1 \(toy_fields\): .*checkpoint-2 was written with end=1, and here it is 1\.0: resume"),
-        ({"end": 2}, "end=1, and here it is 2: resume with end=1, or start anew from its weights"),
+        ({"end": 2}, "end=1, and here it is 2: resume with end=1, or start again from its weights"),
         ({"skip": ["b"]}, r"skip=\['a'\], and here it is \['b'\]"),
     ]:
         run = begin(tiny_llama(), Fields.from_dict(fields), Later())
