@@ -1,9 +1,9 @@
-r"""LLM.int8(): int8 products of all but the outlying columns of the input, which are multiplied in 16 bits.
+r"""LLM.int8(): int8 products of all but the outlier columns of the input, which are multiplied in 16 bits.
 
-A few input columns of a large transformer's linear layers hold magnitudes twenty times those of the others, and spoil
-the one scale of an int8 row. With O the columns of X [tokens, in] in which some ``|x|`` is above the threshold (6.0),
-``c`` and ``w`` int8 codes, one scale ``s`` for each row (token) of X and one ``t`` for each row of the weight [out, in]
-(vector-wise absmax, equations 3 to 8)::
+A few input columns of a large transformer's linear layers hold magnitudes twenty times those of the others, and degrade
+the single scale of an int8 row. With O the columns of X [tokens, in] in which some ``|x|`` is above the threshold
+(6.0), ``c`` and ``w`` int8 codes, one scale ``s`` for each row (token) of X and one ``t`` for each row of the weight
+[out, in] (vector-wise absmax, equations 3 to 8)::
 
     Y[m, n] = s[m] t[n] sum_{k not in O} c[m, k] w[n, k]  +  sum_{k in O} X[m, k] W[n, k]  +  b[n]
     s[m] = max_{k not in O} |X[m, k]| / 127      t[n] = max_k |W[n, k]| / 127      w[n, k] = round(W[n, k] / t[n])
@@ -11,16 +11,16 @@ the one scale of an int8 row. With O the columns of X [tokens, in] in which some
 Dettmers, Lewis, Belkada, Zettlemoyer, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv
 2208.07339.
 
-Where this differs from the paper: the columns of O are not known before the inputs are, so the paper keeps the weight
-in 16 bits, or decodes its columns as bitsandbytes does. Here the int8 codes are all there is, and ``W[n, k]`` of an
-outlying column is ``w[n, k] t[n]``. So with a threshold of 0 the layer is the dense layer *of the decoded weight*, and
-with none (null) it is plain vector-wise int8. A magnitude below the threshold counts for ``s`` also where its column is
-outlying because of another token, so that a token's scale needs that token alone.
+Differences from the paper: the columns of O are unknown until the inputs are known, so the paper keeps the weight in 16
+bits, or decodes its columns as bitsandbytes does. Here only the int8 codes are stored, and ``W[n, k]`` of an outlier
+column is ``w[n, k] t[n]``. So with a threshold of 0 the layer is the dense layer *of the decoded weight*, and with none
+(null) it is plain vector-wise int8. A magnitude below the threshold counts for ``s`` even if its column is an outlier
+because of another token, so that a token's scale depends on that token alone.
 
-The checkpoint holds int8 weights with one scale a row (W8A16 of compressed-tensors). Stock transformers decodes them
-and rounds no input: more exact than LLM.int8(), and slower. ``hf_optim.accelerate`` and ``from_pretrained(...,
-optim_config="auto")`` compute as above: on a CUDA device all layers, on a CPU those that are large enough to gain.
-The threshold stands in ``config.json`` (``"hf_optim": {"outliers": ...}``).
+The checkpoint holds int8 weights with one scale per row (W8A16 of compressed-tensors). Stock transformers decodes them
+and does not round inputs: more exact than LLM.int8(), and slower. ``hf_optim.accelerate`` and ``from_pretrained(...,
+optim_config="auto")`` compute as above: on a CUDA device all layers, on a CPU the layers large enough to gain. The
+threshold is stored in ``config.json`` (``"hf_optim": {"outliers": ...}``).
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_optim import Contract, Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
-from hf_optim.toolkit.pruning import require_finite
+from hf_optim import Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, GridSpec
+
+from ._weights import QUANTIZES, select_layers
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -46,20 +47,15 @@ LEVELS = 127.0
     "llm_int8",
     family="quantization",
     paper=Paper("2208.07339", "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class LLMInt8(Technique):
-    """Int8 weights, and int8 inputs but for their outlying columns.
+    """Quantize weights to int8, and at run time the inputs except for their outlier columns.
 
     Attributes:
-        threshold: columns of the input with a larger magnitude are multiplied unquantized. 6.0 is the paper's, for
-            models of 16-bit numbers; 0 quantizes no input, null every one.
+        threshold: input columns with a larger magnitude are multiplied unquantized. 6.0 is the paper's, for models in
+            16-bit floating point; 0 quantizes no input column, null every one.
         targets: which linears.
         skip: which of them to leave out.
     """
@@ -74,8 +70,7 @@ class LLMInt8(Technique):
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         yield
-        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        layers, skipped = select_layers(self, run, scope)
         scheme = compressed.scheme(8)
         for layer in layers.values():
             quantize(layer, scheme.model_copy(deep=True))
@@ -83,14 +78,10 @@ class LLMInt8(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        names = self._names(run)
-        compressed.set_outlier_threshold(run.model, names, self.threshold)
+        names, _ = run.covered(self) or (set(), {})
+        compressed.set_outlier_threshold(run.model, sorted(names), self.threshold)
         compressed.attach_quantizer(run.model)
         run.report(self, threshold=self.threshold, layers=len(names))
-
-    def _names(self, run: Run) -> list[str]:
-        touched = run.covered(self)
-        return sorted(touched[0]) if touched else []
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -98,17 +89,17 @@ class LLMInt8(Technique):
         columns = "no column" if self.threshold is None else f"the columns with a magnitude above {self.threshold:g}"
         card.paragraph(
             "LLM.int8()",
-            f"{count} linear layers have int8 weights with one scale a row. Stock transformers decodes them and does "
+            f"{count} linear layers have int8 weights with one scale per row. Stock transformers decodes them and does "
             "not round their inputs. On the kernels of hf_optim (`hf_optim.accelerate`) inputs are int8 too, one scale "
-            f"a token, with {columns} multiplied in the model's own type.",
+            f"per token, with {columns} multiplied in the model's own dtype.",
         )
 
 
 def kernel(everywhere: bool = False) -> Kernel:
-    """The kernel of LLM.int8().
+    """Return the kernel of LLM.int8().
 
     Args:
-        everywhere: serve every layer on a CPU as well, also where that is slower than the decoded weight:
+        everywhere: support every layer on a CPU as well, even if that is slower than the decoded weight:
             ``hf_optim.accelerate(model, [kernel(everywhere=True)])`` shows what a GPU would compute.
     """
     from hf_optim_kernels.llm_int8 import layer
@@ -119,10 +110,10 @@ def kernel(everywhere: bool = False) -> Kernel:
 
 @torch.no_grad()
 def quantize(layer: nn.Linear, scheme: object) -> None:
-    """Put a linear layer into the quantized state: codes in [-127, 127], the largest weight of a row on the last one.
+    """Quantize and store a linear layer: codes in [-127, 127], where the largest weight of a row has code ±127.
 
-    The scale is rounded to the layer's dtype, in which the checkpoint has it, before the codes are made. A row of zeros
-    has the codes 0. Weights that are 0 stay 0.
+    The scale is rounded to the layer's dtype, in which the checkpoint stores it, before the codes are computed. A row
+    of zeros has the codes 0. Weights that are 0 stay 0.
     """
     weight = layer.weight.detach()
     wide = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)

@@ -1,7 +1,7 @@
 r"""ZeroQuant: group-wise weights and token-wise activations, without calibration data.
 
-A weight W [out, in] is cut into groups that have a scale each, and so is the input X [tokens, in], whose groups are its
-tokens; scales of tokens are made as the tokens come (section 4.1)::
+A weight W [out, in] is cut into groups with one scale each, and so is the input X [tokens, in], whose groups are its
+tokens; the scales of tokens are computed at run time (section 4.1)::
 
     W ~ t_g w,  t_g = max_{g} |W| / ((2^b - 1) / 2)     w = round(W / t_g)      for the weights of group g
     X ~ s_m c,  s_m = max_k |X[m, k]| / 127.5           c = round(X[m, k] / s_m)
@@ -10,16 +10,16 @@ tokens; scales of tokens are made as the tokens come (section 4.1)::
 Yao, Aminabadi, Zhang, Wu, Li, He, "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale
 Transformers", arXiv 2206.01861.
 
-What shares a scale decides what a kernel can do. Groups of whole rows (``groups``) keep the sum over k one of integers,
-which is how the paper fits them to the tiles of the tensor cores; they are stored as one scale a row, equal within a
-group, and run on the W8A8 kernels. So does a scale for each row of its own, the finest such grouping, which costs these
-kernels nothing more and is the default. Groups along the inputs (``group_size``) are finer still and better at 4 bits,
-but no integer product serves them here: such layers compute on decoded weights.
+Which weights share a scale decides which kernel can run the layer. Groups of whole rows (``groups``) keep the sum over
+k in integers, which is how the paper fits them to the tiles of the tensor cores; they are stored as one scale per row,
+equal within a group, and run on the W8A8 kernels. So does a separate scale for each row, the finest such grouping,
+which costs these kernels nothing more and is the default. Groups along the inputs (``group_size``) are finer still and
+better at 4 bits, but no integer kernel supports them here: such layers compute on decoded weights.
 
-The paper's mix of INT4 weights in the feed-forward layers and INT8 in attention is two steps with targets of their own,
-or a plan of bits that another step made. Its backend quantizes inside of the layer before: on a CUDA device
-``hf_optim.accelerate`` does so where norms feed only layers on the W8A8 kernel (``hf_optim.packed.fusing``). Its
-layer-by-layer distillation is a technique of its own here.
+The paper's mix of INT4 weights in the feed-forward layers and INT8 in attention is two steps with different targets, or
+a bit allocation made by another step. Its backend quantizes inside the preceding layer: on a CUDA device
+``hf_optim.accelerate`` does so where norms feed only layers on the W8A8 kernel
+(``hf_optim.compressed.packed.fused_norm``). Its layer-by-layer distillation is the technique ``lkd``.
 """
 
 from __future__ import annotations
@@ -32,20 +32,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from hf_optim import (
-    Contract,
-    Paper,
-    RecipeError,
-    Reload,
-    Technique,
-    compressed,
-    hookimpl,
-    option,
-    technique,
-    traits,
-)
-from hf_optim.toolkit.pruning import require_finite
+from hf_optim import Contract, Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid
+
+from ._weights import QUANTIZES, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -62,25 +52,21 @@ DONE = "it is quantized already"
         "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers",
         2022,
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class ZeroQuant(Technique):
-    """Group-wise weights and token-wise activations, without data.
+    """Quantize weights in groups and activations per token, without calibration data.
 
     Attributes:
-        bits: of a weight, where no step before has assigned them layer by layer.
-        groups: cut the rows of each weight into so many groups of neighbours with one scale each; the largest divisor
-            of its rows up to it is used. None: every row has its own.
+        bits: of a weight; bits that an earlier step has assigned to a layer take precedence.
+        groups: cut the rows of each weight into this many groups of neighbours with one scale each; the largest divisor
+            of its rows up to it is used. None: one scale per row.
         group_size: instead, inputs that share a scale within a row; the largest divisor of the width up to it is used.
-        activations: ``"int8"``, a scale for each token, made on the fly; None leaves them as they are.
+        activations: ``"int8"``, with a scale per token computed at run time; None leaves them unquantized.
         symmetric_activations: no zero point for a token's grid.
-        targets: which linears. With targets of its own a step may follow another that has quantized other layers.
+        targets: which linears. With other targets than the default, the step may follow one that has quantized other
+            layers.
         skip: which of them to leave out.
     """
 
@@ -107,12 +93,11 @@ class ZeroQuant(Technique):
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         yield
-        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
+        layers, skipped = select_layers(self, run, scope)
         done = [name for name, layer in layers.items() if compressed.scheme_on(layer) is not None]
         if done:
             skipped = {**skipped, DONE: done}
             layers = {name: layer for name, layer in layers.items() if name not in done}
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
         used = run.state(self).__dict__.setdefault("bits", {})
         for name, layer in layers.items():
             used[name] = run.bits_of(name, self.bits)
@@ -127,7 +112,7 @@ class ZeroQuant(Technique):
 
     def _grid(self, weight: torch.Tensor, bits: int) -> Grid:
         if self.group_size is not None:
-            return make_grid(weight, GridSpec(bits, "int", "group", fit_group_size(weight.shape[1], self.group_size)))
+            return make_grid(weight, weight_spec(weight.shape[1], bits, self.group_size))
         return row_groups(weight, bits, self.groups)
 
     @hookimpl
@@ -142,7 +127,7 @@ class ZeroQuant(Technique):
         widths = ", ".join(f"{count} to {bits} bits" for bits, count in layers.items())
         shared = f"up to {self.group_size} inputs of a row" if self.group_size else "a row"
         shared = f"a group of rows ({self.groups} groups)" if self.groups else shared
-        inputs = "inputs to int8, one scale a token" if self.activations else "inputs stay as they are"
+        inputs = "inputs to int8, one scale per token" if self.activations else "inputs are not quantized"
         card.paragraph(
             "ZeroQuant",
             f"Linear layers were quantized without calibration data: {widths or 'none'}, one scale for {shared}; "
@@ -151,10 +136,12 @@ class ZeroQuant(Technique):
 
 
 def row_groups(weight: torch.Tensor, bits: int, groups: int | None) -> Grid:
-    """A symmetric grid for ``weight`` [out, in] whose scales [out, 1] are equal within each group of rows.
+    """Return a symmetric grid whose scales ``[out, 1]`` are equal within each group of rows.
 
     Args:
-        groups: how many groups; the largest divisor of ``out`` up to it is used. None: one for each row.
+        weight: ``[out, in]``.
+        bits: of a code.
+        groups: number of groups; the largest divisor of ``out`` up to it is used. None: one for each row.
     """
     rows = len(weight)
     count = rows if groups is None else fit_group_size(rows, groups)
