@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter, config):
     yield
     cache = getattr(config, "cache", None)
-    if cache is None or config.option.collectonly:
+    if cache is None or config.option.collectonly or hasattr(config, "workerinput"):
         return
     counts = {name: len(terminalreporter.stats.get(name, [])) for name in ("failed", "passed", "skipped", "error")}
     if INTERPRETS:
