@@ -13,23 +13,23 @@ from contextlib import contextmanager
 from .. import __version__
 from ..errors import OptimError
 
-# Name -> help. Each command is a module of this package: ``EXAMPLE``, ``arguments(parser)``, and ``run(args) -> int``
-# with heavy imports inside, so that `hf-optim list` does not wait for what `hf-optim compress` needs.
+# Name -> help. Each command is a module of this package with ``EXAMPLE``, ``arguments(parser)`` and
+# ``run(args) -> int``. Heavy imports are inside ``run``, so that `hf-optim list` does not wait for those of `compress`.
 COMMANDS = {
-    "list": "show the techniques and the shipped recipes, or all about one of them",
-    "check": "tell whether a recipe composes, what it needs, and what will come out",
-    "compress": "run a recipe on a model; write the checkpoint, its record and its card",
-    "eval": "measure a checkpoint on data",
-    "card": "render the model card of a checkpoint anew from its record",
-    "push": "push a checkpoint with its card to the Hub",
-    "bench": "time the kernels beside their peers, or the decoding of a whole model",
-    "demo": "do the whole job on the bundled model, on a CPU, in about a minute",
+    "list": "list the techniques and the shipped recipes, or describe one of them",
+    "check": "check a recipe: is it valid, what does it need, what does it produce",
+    "compress": "run a recipe on a model; write the checkpoint, its record and its model card",
+    "eval": "evaluate a checkpoint on data",
+    "card": "render the model card of a checkpoint again from its record",
+    "push": "upload a checkpoint and its model card to the Hub",
+    "bench": "benchmark the kernels against other libraries, or the decoding of a whole model",
+    "demo": "run the whole workflow on a bundled model, on a CPU, in about a minute",
 }
-STATUS = "exit status: 0 done, 1 a recipe that `check --json` refuses, 2 an error, explained in one line"
+STATUS = "exit status: 0 success, 1 `check --json` refuses the recipe, 2 error (one line on standard error)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (see ``STATUS``)."""
+    """Run one command. Returns the exit status (see ``STATUS``)."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run a parsed command; errors become one line on standard error, with ``--verbose`` below their traceback."""
+    """Run a parsed command. Errors are printed as one line on standard error; ``--verbose`` adds their traceback."""
     with _logging(args.verbose):
         try:
             return importlib.import_module(f"{__name__}.{args.command}").run(args)
@@ -47,18 +47,18 @@ def execute(args: argparse.Namespace) -> int:
             print("hf-optim: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # The reader of our output has gone (`hf-optim list | head`); the interpreter must not write there again.
+            # The reader of the output has exited (`hf-optim list | head`); the interpreter must not write to it again.
             sys.stdout = None  # type: ignore[assignment]
             return 0
         except OptimError as error:
-            return _explain(error, str(error), args.verbose)
+            return _print_error(error, str(error), args.verbose)
         except Exception as error:
-            hint = "" if args.verbose else " (-v shows where)"
-            return _explain(error, f"{type(error).__name__}: {error}{hint}", args.verbose)
+            hint = "" if args.verbose else " (-v shows the traceback)"
+            return _print_error(error, f"{type(error).__name__}: {error}{hint}", args.verbose)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``hf-optim``."""
+    """Build the argument parser of ``hf-optim``."""
     parser = argparse.ArgumentParser(
         prog="hf-optim",
         description="Make a Hugging Face transformer cheaper to run: compress it, measure it, publish it.",
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add every command as a subparser; the chosen one is ``args.command``, for ``execute``."""
+    """Add every command as a subparser. The chosen one is stored in ``args.command``, for ``execute``."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, help_line in COMMANDS.items():
         module = importlib.import_module(f"{__name__}.{name}")
@@ -82,12 +82,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument(
-            "-v", "--verbose", action="store_true", help="show debug messages, and tracebacks of errors"
+            "-v", "--verbose", action="store_true", help="print debug messages, and tracebacks of errors"
         )
         module.arguments(command)
 
 
-def _explain(error: Exception, message: str, verbose: bool) -> int:
+def _print_error(error: Exception, message: str, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(error)
     print(f"hf-optim: {' '.join(message.split())}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _explain(error: Exception, message: str, verbose: bool) -> int:
 
 @contextmanager
 def _logging(verbose: bool) -> Iterator[None]:
-    """hf_optim's own messages on standard error while a command runs; other libraries' loggers are left alone."""
+    """Log hf_optim's messages to standard error while a command runs; loggers of other libraries are not changed."""
     logger = logging.getLogger("hf_optim")
     handler, level = logging.StreamHandler(), logger.level
     logger.addHandler(handler)

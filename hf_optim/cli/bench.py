@@ -1,6 +1,6 @@
-"""``hf-optim bench``: Time the kernels beside the dense product and the peers that are installed; or a whole model.
+"""``hf-optim bench``: Benchmark the kernels against the dense product and other libraries, or benchmark a whole model.
 
-Writes a table, JSON and a roofline plot. Without a GPU, the operators that a CPU has are timed."""
+Writes a table, JSON and a roofline plot. Without a GPU, the operators with a CPU implementation are timed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptimError
+from .options import positive_int
 from .table import print_table
 
 EXAMPLE = """\
@@ -20,42 +21,46 @@ DEFAULT_MODEL = "llama-3-8b"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", nargs="+", metavar="OP", help="these operators (default: all; --list names them)")
-    parser.add_argument("--list", action="store_true", help="name the operators and the peers, and stop")
-    parser.add_argument("--peers", action="store_true", help="time the peers that are installed, too")
+    parser.add_argument("--op", nargs="+", metavar="OP", help="operators to time (default: all; see --list)")
+    parser.add_argument("--list", action="store_true", help="list operators and peers (other libraries), and exit")
+    parser.add_argument("--peers", action="store_true", help="also time the peers that are installed")
     parser.add_argument(
-        "--shape", action="append", type=_shape, metavar="OUTxIN", help="a layer; may stand several times"
+        "--shape", action="append", type=_shape, metavar="OUTxIN", help="shape of a layer; may be repeated"
     )
-    parser.add_argument("--rows", nargs="+", type=_positive, metavar="M", help="rows of the input")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of inputs and outputs")
-    parser.add_argument("--quick", action="store_true", help="one layer and few rows")
-    parser.add_argument("--tune", action="store_true", help="first find the fastest tiles, and keep them in the cache")
-    whole = parser.add_argument_group("a whole model", "random weights, stock `generate`, greedy")
+    parser.add_argument("--rows", nargs="+", type=positive_int, metavar="M", help="rows of the input (batch x tokens)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of inputs and outputs"
+    )
+    parser.add_argument("--quick", action="store_true", help="one layer shape and few row counts")
+    parser.add_argument("--tune", action="store_true", help="find the fastest tiles first, and cache them")
+    whole = parser.add_argument_group("a whole model", "Random weights, stock `generate`, greedy decoding.")
     whole.add_argument(
         "--end-to-end",
         nargs="?",
         const=DEFAULT_MODEL,
         metavar="MODEL",
-        help=f"instead: time `generate` of a shape ({DEFAULT_MODEL}, tiny), or of the architecture of a Hub model",
+        help=f"time `generate` instead: of a preset ({DEFAULT_MODEL}, tiny), or of the architecture of a Hub model",
     )
     whole.add_argument("--scheme", nargs="+", metavar="NAME", help="dense, w4a16, w8a8, 2:4, 2:4-w4a16 (default: all)")
     whole.add_argument(
         "--cache",
         nargs="+",
         choices=("dynamic", "static", "unguarded"),
-        help="default: all; static is compiled, unguarded too, with hf_optim.compile_config()",
+        help="kinds of KV cache (default: all); static and unguarded are compiled, unguarded with compile_config()",
     )
-    whole.add_argument("--batch", nargs="+", type=_positive, default=[1], metavar="N", help="default: 1")
-    whole.add_argument("--new-tokens", type=_steps, default=64, metavar="N", help="default: 64")
     whole.add_argument(
-        "--prefill", nargs="+", type=_positive, default=[], metavar="N", help="also time prompts of so many tokens"
+        "--batch", nargs="+", type=positive_int, default=[1], metavar="N", help="batch size (default: 1)"
     )
-    whole.add_argument("--profile", action="store_true", help="also tell how much of a step the GPU computes")
+    whole.add_argument("--new-tokens", type=_new_tokens, default=64, metavar="N", help="new tokens (default: 64)")
+    whole.add_argument(
+        "--prefill", nargs="+", type=positive_int, default=[], metavar="N", help="also time prompts of this many tokens"
+    )
+    whole.add_argument("--profile", action="store_true", help="also report how busy the GPU is in a decoding step")
     out = parser.add_argument_group("results")
-    out.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing new after so long")
+    out.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no new measurement after this time")
     out.add_argument("--output", type=Path, metavar="DIR", help="write results.json, README.md and roofline.png")
     out.add_argument("--append", action="store_true", help="keep the rows of an earlier run on this device in DIR")
-    out.add_argument("--render", type=Path, metavar="DIR", help="write the page of an earlier results.json anew")
+    out.add_argument("--render", type=Path, metavar="DIR", help="render the page of an existing results.json again")
     out.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.bench.results import Results
 
     if args.render is not None:
-        _say(table.publish(Results.load(args.render), args.render))
+        _print_written(table.publish(Results.load(args.render), args.render))
         return 0
     if args.list:
         return _list()
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.append and args.output is not None:
         results = _joined(results, args.output)
     if args.output is not None:
-        _say(table.publish(results, args.output))
+        _print_written(table.publish(results, args.output))
     if args.json:
         print(json.dumps(results.to_json(), indent=1))
     elif args.output is None:
@@ -94,7 +99,7 @@ def _run_ops(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     ops = args.op or known
     unknown = sorted(set(ops) - set(known))
     if unknown:
-        raise OptimError(f"no operator {', '.join(unknown)}; there are {', '.join(known)}")
+        raise OptimError(f"no operator {', '.join(unknown)}; available: {', '.join(known)}")
     cuda = torch.cuda.is_available()
     shapes = args.shape or (op_runner.QUICK_SHAPES if args.quick or not cuda else op_runner.SHAPES)
     rows = args.rows or (op_runner.QUICK_ROWS if args.quick else op_runner.ROWS if cuda else op_runner.CPU_ROWS)
@@ -112,7 +117,7 @@ def _run_model(args: argparse.Namespace, results: Any, deadline: Any) -> None:
 
     unknown = sorted(set(args.scheme or ()) - set(models.SCHEMES))
     if unknown:
-        raise OptimError(f"no scheme {', '.join(unknown)}; there are {', '.join(models.SCHEMES)}")
+        raise OptimError(f"no scheme {', '.join(unknown)}; available: {', '.join(models.SCHEMES)}")
     settings = ModelBenchSettings(args.cache or decode.MODES, args.batch, args.new_tokens, args.prefill, args.profile)
     schemes = args.scheme or models.SCHEMES
     run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline)
@@ -137,29 +142,23 @@ def _joined(results: Any, directory: Path) -> Any:
     return results.merged_after(Results.load(directory))
 
 
-def _say(paths: list[Path]) -> None:
+def _print_written(paths: list[Path]) -> None:
     print("wrote " + ", ".join(map(str, paths)), file=sys.stderr)
 
 
 def _command() -> str:
-    """As typed, without the folders of this machine, since results are published."""
+    """Return the command line without the directories of this machine, since results are published."""
     return " ".join(["hf-optim", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])])
 
 
 def _shape(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not OUTxIN, as 14336x4096")
+        raise argparse.ArgumentTypeError(f"{text!r} is not OUTxIN, such as 14336x4096")
     return int(parts[0]), int(parts[1])
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
-    return int(text)
-
-
-def _steps(text: str) -> int:
-    if _positive(text) < 4:
-        raise argparse.ArgumentTypeError("steady decoding cannot be seen in fewer than 4 tokens")
+def _new_tokens(text: str) -> int:
+    if positive_int(text) < 4:
+        raise argparse.ArgumentTypeError("fewer than 4 tokens do not show steady decoding")
     return int(text)

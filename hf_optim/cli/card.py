@@ -1,6 +1,6 @@
-"""``hf-optim card``: Render the model card (README.md, with its plots) of a checkpoint anew from hf_optim.json.
+"""``hf-optim card``: Render the model card (README.md, with its plots) of a checkpoint again from hf_optim.json.
 
-Of a folder of checkpoints or cards, the index that compares them is rendered."""
+For a folder of checkpoints or cards, render the index that compares them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE = "hf-optim card llama-w4a16"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "directory", type=Path, metavar="D", help="a checkpoint with hf_optim.json, or a folder of such"
+        "directory", type=Path, metavar="D", help="a checkpoint with hf_optim.json, or a folder of checkpoints or cards"
     )
 
 
@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
         render_index(home)
         print(home / "README.md")
     else:
-        raise CheckpointError(f"{home} has no {FILE_NAME}, and no folder in it has one")
+        raise CheckpointError(f"{home} has no {FILE_NAME}, and neither has any folder in it")
     return 0

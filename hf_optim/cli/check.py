@@ -1,6 +1,6 @@
-"""``hf-optim check``: Tell whether a recipe composes, what its stages need, and what will come out.
+"""``hf-optim check``: Check that the steps of a recipe compose, and show what its stages need and what it produces.
 
-No weights are read. With --model, the model's configuration gives estimates of size, memory and time."""
+No weights are read. With --model, size, memory and time are estimated from the configuration of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..recipes.config import OptimConfig
 from ..recipes.traits import FLOAT_WEIGHTS
-from .options import remote_code_option
+from .options import add_remote_code_option
 from .table import print_table
 
 EXAMPLE = "hf-optim check my-recipe.yaml --model meta-llama/Llama-3.2-1B"
@@ -21,9 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML or JSON file, or the name of a shipped recipe or technique"
     )
-    parser.add_argument("--model", metavar="MODEL", help="a Hub id or directory: also estimate sizes, memory and time")
-    parser.add_argument("--json", action="store_true", help="print JSON; exit status 1 for a recipe that is refused")
-    remote_code_option(parser)
+    parser.add_argument("--model", metavar="MODEL", help="a Hub id or directory; also estimate size, memory and time")
+    parser.add_argument("--json", action="store_true", help="print JSON; exit status 1 if the recipe is refused")
+    add_remote_code_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +42,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(source: Any, model: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What the recipe needs and gives, as JSON types. Raises ``RecipeError`` when it cannot compose."""
+    """Return what a recipe needs and produces, in JSON types.
+
+    Args:
+        source: anything that ``OptimConfig.parse`` takes.
+        model: a Hub id or directory; adds estimates of size, memory and time.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises ``RecipeError`` if the steps do not compose, and other ``OptimError`` if the recipe does not fit the model.
+    """
     recipe = OptimConfig.parse(source)
     found = None
     if model is not None:

@@ -1,8 +1,8 @@
-"""``hf-optim compress``: Run a recipe on a model; write the checkpoint, its record (hf_optim.json) and its card.
+"""``hf-optim compress``: Run a recipe on a model, and write the checkpoint, its record (hf_optim.json) and model card.
 
-With --eval the model is measured before and after, and both stand on the card. Everything that can be refused is
-refused before the weights are read. A run that was killed goes on with --resume, and ends with the same bits.
-Under `torchrun -m hf_optim.cli compress` (or accelerate launch) the ranks share the calibration data."""
+With --eval, the model is evaluated before and after, and the card shows both. Problems that can be detected without
+reading weights are reported before any weights are read. --resume continues a run that was killed, with bit-exact
+results. Under `torchrun -m hf_optim.cli compress` (or accelerate launch), the ranks share the calibration data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from pathlib import Path
 
 from ..evaluation.reported import comparison_rows
 from ..runs.record import Record
-from .options import data_config, data_options, driver_of, driver_options, model_options, source_of
+from .options import (
+    add_data_options,
+    add_driver_options,
+    add_model_options,
+    data_config_from_args,
+    driver_fields,
+    source_from_args,
+)
 from .table import print_table
 
 EXAMPLE = """hf-optim compress meta-llama/Llama-3.2-1B --recipe w4a16 --output llama-w4a16 \\
@@ -29,21 +36,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="D",
-        help="the directory to write; replaced at once when all is done",
+        help="the directory to write; replaced atomically at the end, other files in it are kept",
     )
-    parser.add_argument("--calibration", metavar="DATA", help="data to calibrate on (default: what the recipe names)")
-    parser.add_argument("--train", metavar="DATA", help="data for steps that train (default: the calibration data)")
-    parser.add_argument("--eval", metavar="DATA", help="data to measure on, before and after")
-    parser.add_argument("--dense", action="store_true", help="write the dense equivalent of a compressed format")
+    parser.add_argument("--calibration", metavar="DATA", help="calibration data (default: the dataset in the recipe)")
+    parser.add_argument("--train", metavar="DATA", help="training data (default: the calibration data)")
+    parser.add_argument("--eval", metavar="DATA", help="evaluation data; the model is evaluated before and after")
+    parser.add_argument("--dense", action="store_true", help="write dequantized weights, not a compressed format")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a run that was killed, from its last block or training checkpoint",
+        help="continue a run that was killed, from its last completed block or training checkpoint",
     )
-    driver_options(parser)
-    data_options(parser, "default: 128 to calibrate, all to train with --train, all to measure")
-    parser.add_argument("--eval-split", metavar="NAME", help="split of a Hub dataset to measure on (default: --split)")
-    model_options(parser)
+    add_driver_options(parser)
+    add_data_options(parser, "default: 128 for calibration, all with --train; --eval always uses all")
+    parser.add_argument("--eval-split", metavar="NAME", help="split of a Hub dataset for evaluation (default: --split)")
+    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from .jobs.compress import Job, compress
 
     recipe = OptimConfig.parse(args.recipe)
-    calibration = data_config(args, args.calibration, base=recipe.calibration)
-    recipe = dataclasses.replace(recipe, calibration=calibration, **driver_of(args, recipe))
+    calibration = data_config_from_args(args, args.calibration, base=recipe.calibration)
+    recipe = dataclasses.replace(recipe, calibration=calibration, **driver_fields(args, recipe))
     evaluation = DataConfig(
         dataset=args.eval,
         split=args.eval_split or args.split or "train",
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     with distributed.joined():
         done = compress(
             Job(
-                source=source_of(args),
+                source=source_from_args(args),
                 recipe=recipe,
                 output=args.output,
                 evaluation=evaluation if args.eval else None,
@@ -73,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 dense=args.dense,
                 resume=args.resume,
                 device=args.device,
-                say=print,
+                print_line=print,
             )
         )
         if not distributed.is_main():
@@ -84,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_result(record: Record) -> None:
-    """The table before against after, of what was measured; below it what share of the weights each step touched."""
+    """Print the metrics before and after, and the share of the weights that each step modified."""
     before, after = record.measured.get("before", {}), record.measured.get("after", {})
-    print_table(("measure", "before", "after", "change"), comparison_rows(before, after))
+    print_table(("metric", "before", "after", "change"), comparison_rows(before, after))
     print()
     for step, coverage in record.coverage.items():
-        total, touched = coverage["weights_total"], coverage["weights_touched"]
-        print(f"{step} changed {touched:,} of {total:,} weights ({coverage['share']:.1%})")
+        total, modified = coverage["weights_total"], coverage["weights_touched"]
+        print(f"{step} changed {modified:,} of {total:,} weights ({coverage['share']:.1%})")
         for reason, names in coverage["skipped"].items():
-            print(f"  left out {len(names)}: {reason} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})")
+            print(f"  skipped {len(names)}: {reason} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})")

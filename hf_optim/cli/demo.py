@@ -1,5 +1,7 @@
-"""``hf-optim demo``: Do the whole job on the model that comes with hf_optim: compress it to 4 bits, measure it before
-and after, write checkpoint, record and card, and reload it with stock transformers. On a CPU, in about a minute."""
+"""``hf-optim demo``: Run the whole workflow on the model bundled with hf_optim, on a CPU, in about a minute.
+
+Compress it to 4 bits, evaluate it before and after, write the checkpoint with its record and model card, and reload it
+with stock transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ EXAMPLE = "hf-optim demo --output demo-w4a16"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, default=Path("demo-w4a16"), metavar="D", help="where to write (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("demo-w4a16"),
+        metavar="D",
+        help="directory to write (default: %(default)s)",
     )
 
 
@@ -23,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     record = demo(args.output)
     print()
     print_result(record)
-    print(f"\ncheckpoint, hf_optim.json and the model card with its plots: {args.output}")
+    print(f"\nThe checkpoint, its record (hf_optim.json) and its model card are in {args.output}")
     return 0

@@ -1,7 +1,7 @@
-"""``hf-optim eval``: Measure a checkpoint on data, by what the model is for.
+"""``hf-optim eval``: Evaluate a checkpoint on data, with the metrics of its task.
 
-Language models give their perplexity, classifiers their accuracy, sentence encoders the Spearman correlation with the
-column `score`; all give their peak memory, and models that generate their milliseconds per token."""
+Perplexity for language models, accuracy for classifiers, and for sentence encoders the Spearman correlation with the
+column `score`; for all models peak memory, and for models that generate also milliseconds per token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.reported import REPORTED_METRICS
-from .options import data_config, data_options, model_options, source_of
+from .options import add_data_options, add_model_options, data_config_from_args, source_from_args
 from .table import print_table
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ EXAMPLE = "hf-optim eval llama-w4a16 --data eval.jsonl"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hub id or the directory of a checkpoint")
-    parser.add_argument("--data", required=True, metavar="DATA", help="data to measure on")
+    parser.add_argument("--data", required=True, metavar="DATA", help="evaluation data")
     parser.add_argument("--auto", action="store_true", help="run a compressed checkpoint on hf_optim's kernels")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    data_options(parser, "default: all")
-    model_options(parser)
+    add_data_options(parser, "default: all")
+    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    measured = measure(args, data_config(args, args.data))
+    measured = measure(args, data_config_from_args(args, args.data))
     if args.json:
         print(json.dumps(measured))
         return 0
@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
         (known[key].label, known[key].format(value)) if key in known and value is not None else (key, value)
         for key, value in measured.items()
     ]
-    print_table(("measure", "value"), rows)
+    print_table(("metric", "value"), rows)
     return 0
 
 
 def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
-    """Load the checkpoint as stock transformers does (or, with ``--auto``, on our kernels) and measure it."""
+    """Load a checkpoint like stock transformers (with ``--auto``, on hf_optim's kernels), and return its metrics."""
     import torch
 
     from ..checkpoints.source import load_model, load_processor, resolve_device
@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
     from ..evaluation.evaluate import evaluate
     from ..runs.memory import PeakMemory
 
-    source = source_of(args)
+    source = source_from_args(args)
     device = resolve_device(args.device) or torch.device("cpu")
     with PeakMemory(device) as memory:
         model = load_model(source).to(device)

@@ -1,4 +1,4 @@
-"""The fields of a technique, for people and programs: from the class, its stated ranges and its docstring."""
+"""Describe the fields of a technique, from the class, the declared ranges and the docstring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import typing
 from typing import Any
 
-from ..recipes.field_checks import choices_of, spell
+from ..recipes.field_checks import describe_type, literal_choices
 from ..recipes.technique import Technique
 
 SECTION = "Attributes:"
@@ -15,18 +15,18 @@ LIMITS = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
 
 
 def fields_of(cls: type[Technique]) -> list[dict[str, Any]]:
-    """Name, type, choices (or None), whether it is required, default, range and description of each field."""
-    hints, described = typing.get_type_hints(cls), descriptions(cls)
+    """Return name, type, choices (or None), required, default, range and description of each field."""
+    hints, described = typing.get_type_hints(cls), field_descriptions(cls)
     rows = []
     for field in dataclasses.fields(typing.cast(Any, cls)):
         required = field.default is dataclasses.MISSING
-        choices = field.metadata.get("choices") or choices_of(hints[field.name])
+        choices = field.metadata.get("choices") or literal_choices(hints[field.name])
         if choices and None not in choices and _admits_none(hints[field.name]):
             choices = (*choices, None)
         rows.append(
             {
                 "name": field.name,
-                "type": spell(hints[field.name]),
+                "type": describe_type(hints[field.name]),
                 "choices": list(choices) or None,
                 "required": required,
                 "default": None if required else field.default,
@@ -38,17 +38,17 @@ def fields_of(cls: type[Technique]) -> list[dict[str, Any]]:
 
 
 def introduction(cls: type) -> str:
-    """The first paragraph of the docstring and those that follow before its Attributes section."""
-    return _halves(cls)[0]
+    """Return the docstring of a class up to its Attributes section."""
+    return _split_docstring(cls)[0]
 
 
-def descriptions(cls: type) -> dict[str, str]:
-    """Field -> description, from the Attributes sections of a class and of those that it inherits from."""
+def field_descriptions(cls: type) -> dict[str, str]:
+    """Return field -> description, from the Attributes sections of a class and of its bases."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         name = ""
-        for line in _halves(each)[1].splitlines():
-            if line[4:5].strip():  # an entry; what continues one is indented further
+        for line in _split_docstring(each)[1].splitlines():
+            if line[4:5].strip():  # a new entry; continuation lines are indented further
                 name, _, line = line.strip().partition(":")
                 found[name] = ""
             if name:
@@ -56,8 +56,8 @@ def descriptions(cls: type) -> dict[str, str]:
     return found
 
 
-def _halves(cls: type) -> tuple[str, str]:
-    """The docstring before its Attributes section, and that section, without what follows it."""
+def _split_docstring(cls: type) -> tuple[str, str]:
+    """Split a docstring into the text before the Attributes section, and that section."""
     before, _, after = inspect.cleandoc(cls.__dict__.get("__doc__") or "").partition(f"{SECTION}\n")
     section = []
     for line in after.splitlines():

@@ -1,7 +1,7 @@
-"""``hf-optim list``: Show the techniques (those of other installed packages too) and the shipped recipes.
+"""``hf-optim list``: List the techniques (including those of other installed packages) and the shipped recipes.
 
-With the name of a technique: what it does, what it asks of a model and leaves, and its fields. With the name of a
-shipped recipe: its steps."""
+Given the name of a technique, show what it does, what it requires of a model, what it changes, and its fields. Given
+the name of a shipped recipe, show its steps."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ HOOKS = (*PHASE_OF_HOOK, "register_kernels", "finalize_model", "export")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a technique or a shipped recipe: all about it")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a technique or a shipped recipe to describe")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.name is not None:
-        return _run_one(args.name, args.json)
+        return _describe_one(args.name, args.json)
     techniques = [describe(cls) for cls in catalogue().all()]
     recipes = [describe_recipe(name) for name in sorted(shipped_recipes())]
     if args.json:
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_one(name: str, as_json: bool) -> int:
-    """All about a name; it may be that of a technique and that of a recipe."""
+def _describe_one(name: str, as_json: bool) -> int:
+    """Print everything about a name, which may belong to both a technique and a recipe."""
     known, shipped = catalogue().names(), shipped_recipes()
     if name not in known and name not in shipped:
         hint = did_you_mean(name, [*known, *shipped])
@@ -81,8 +81,9 @@ def _technique_page(one: dict[str, Any]) -> str:
         (f["name"], _kind(f), "required" if f["required"] else _value(f["default"]), f["description"])
         for f in one["fields"]
     ]
-    table = format_table(("field", "type", "default", "what"), fields) if fields else "It has no fields."
-    return f"{one['name']}\n\n{one['description']}\n\n{_pairs(rows)}\n\n{table}"
+    table = format_table(("field", "type", "default", "description"), fields) if fields else "No fields."
+    page = f"{one['name']}\n\n{one['description']}\n\n{_pairs(rows)}\n\n{table}"
+    return page.replace("``", "`")  # reStructuredText in docstrings, Markdown on the terminal
 
 
 def _recipe_page(one: dict[str, Any]) -> str:
@@ -96,13 +97,13 @@ def _pairs(rows: list[tuple[str, str]]) -> str:
 
 
 def _kind(field: dict[str, Any]) -> str:
-    """The type of a field, or its choices, with its range."""
+    """Return the type of a field, or its choices, with its range."""
     kind = " | ".join(map(_value, field["choices"])) if field["choices"] else field["type"].replace("None", "null")
     return f"{kind}{', ' if field['range'] else ''}{field['range']}"
 
 
 def _value(value: Any) -> str:
-    """As a recipe writes it."""
+    """Return a value as it is written in a recipe."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_value, value))}]"
     words = {None: "null", True: "true", False: "false"}
@@ -110,11 +111,11 @@ def _value(value: Any) -> str:
 
 
 def describe_fully(cls: type[Technique]) -> dict[str, Any]:
-    """``describe``, with the text of the docstring, what training takes, and the fields."""
+    """Return ``describe``, with the text of the docstring, the kind of trainer, and the fields."""
     hooks = [hook for hook, phase in PHASE_OF_HOOK.items() if phase == Phase.TRAIN and hasattr(cls, hook)]
     trainer = "OptimTrainer" if set(hooks) & set(TRAINER_HOOKS) else "Trainer"
     how = "in hf_optim.OptimTrainer" if trainer == "OptimTrainer" else "in a Trainer with hf_optim.callbacks(model)"
-    part = "takes part in training when there is some, " if hooks else "no"
+    part = "only if another step trains, " if hooks else "no"
     return {
         **describe(cls),
         "description": introduction(cls),
@@ -129,7 +130,7 @@ def describe_fully(cls: type[Technique]) -> dict[str, Any]:
 
 
 def describe(cls: type[Technique]) -> dict[str, Any]:
-    """A technique for people and programs."""
+    """Return a technique in JSON types."""
     spec = cls.spec
     return {
         "name": spec.name,
@@ -146,7 +147,7 @@ def describe(cls: type[Technique]) -> dict[str, Any]:
 
 
 def describe_recipe(name: str) -> dict[str, Any]:
-    """A shipped recipe for people and programs."""
+    """Return a shipped recipe in JSON types."""
     recipe = OptimConfig.load(name)
     return {
         "name": name,

@@ -1,6 +1,6 @@
-"""``hf-optim push``: Push a finished checkpoint, with its record and its card, to the Hub.
+"""``hf-optim push``: Upload a finished checkpoint, with its record and its model card, to the Hub.
 
-The token is that of `hf auth login`, or HF_TOKEN. The repository is made if it is not there."""
+The token comes from `hf auth login` or HF_TOKEN. The repository is created if it does not exist."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXAMPLE = "hf-optim push llama-w4a16 me/llama-w4a16"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="D", help="a checkpoint that `hf-optim compress` wrote")
+    parser.add_argument("directory", type=Path, metavar="D", help="a checkpoint written by `hf-optim compress`")
     parser.add_argument("repo", metavar="REPO", help="the repository on the Hub: owner/name")
-    parser.add_argument("--private", action="store_true", help="make it private, if it is new")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
-        "--revision", metavar="BRANCH", help="branch to push to, made if it is not there (default: main)"
+        "--revision", metavar="BRANCH", help="branch to push to, created if it does not exist (default: main)"
     )
     parser.add_argument(
         "--message", metavar="TEXT", default="Upload with hf-optim", help="commit message (default: %(default)s)"

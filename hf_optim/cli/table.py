@@ -1,4 +1,4 @@
-"""Plain-text tables for a terminal."""
+"""Format plain-text tables for a terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print rows under a header; the last column is wrapped to the terminal's width."""
+    """Print rows under a header, with the last column wrapped to the width of the terminal."""
     print(format_table(header, rows))
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None) -> str:
-    """The table as text: columns as wide as their content, two spaces between, the last one wrapped."""
+    """Return a table as text, with two spaces between columns and the last column wrapped to ``width``."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     indent = sum(widths[:-1]) + 2 * (len(widths) - 1)

@@ -1,4 +1,4 @@
-"""``OptimQuantizer``: hf_optim behind the interface that optimum's users know, ``optimum.quantization_base``."""
+"""``OptimQuantizer``: hf_optim behind the quantizer interface of optimum (``optimum.quantization_base``)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .loading import optimize
 
 
 class OptimQuantizer(OptimumQuantizer):
-    """Any recipe of hf_optim through optimum's ``from_pretrained`` and ``quantize``::
+    """Runs any hf_optim recipe through optimum's ``from_pretrained`` and ``quantize``::
 
         quantizer = OptimQuantizer.from_pretrained("org/model")
         quantizer.quantize("model-w4a16", recipe="w4a16", calibration="calibration.jsonl")
 
     Attributes:
-        model: the model; the optimized one after ``quantize``.
-        tokenizer: its tokenizer (or image processor), saved with it; None where it has none.
+        model: the model; after ``quantize`` the optimized one.
+        tokenizer: its tokenizer (or image processor), which is saved with it; None if it has none.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
@@ -41,17 +41,18 @@ class OptimQuantizer(OptimumQuantizer):
         trust_remote_code: bool = False,
         tokenizer: Any = None,
     ) -> OptimQuantizer:
-        """A quantizer of a checkpoint (a Hub id or a directory), or of a model in memory.
+        """Return a quantizer for a checkpoint (a Hub id or a directory), or for a model in memory.
 
         Args:
-            model_or_path: the model.
-            file_name: not taken; a checkpoint of transformers knows its own files.
+            model_or_path: the model, its Hub id or its directory.
+            file_name: not supported; the files of a transformers checkpoint have fixed names.
             revision, dtype, trust_remote_code: how a checkpoint is loaded.
-            tokenizer: None loads the one beside the checkpoint.
+            tokenizer: None loads the one in the checkpoint.
 
-        Raises ``ModelError`` or ``CheckpointError`` when there is nothing to load.
+        Raises ``ModelError`` or ``CheckpointError`` if the model cannot be loaded, and ``RecipeError`` for
+        ``file_name``.
         """
-        _refuse_name("file_name", file_name)
+        _refuse_file_name("file_name", file_name)
         if isinstance(model_or_path, PreTrainedModel):
             home = getattr(model_or_path.config, "_name_or_path", "")
             return cls(model_or_path, tokenizer or find_processor(home, model_or_path.main_input_name))
@@ -68,18 +69,18 @@ class OptimQuantizer(OptimumQuantizer):
         calibration: Any = None,
         **kwargs: Any,
     ) -> Path:
-        """Optimize the model and save it, with its record and card. Returns the directory.
+        """Optimize the model and save it, with its record and model card. Returns the directory.
 
         Args:
             save_dir: the directory to write.
-            file_prefix: not taken; the files have the names that transformers loads.
-            recipe: anything that ``optim_config`` takes, of steps that need no training.
-            calibration: anything that ``hf_optim.optimize`` takes.
+            file_prefix: not supported; transformers loads files with fixed names.
+            recipe: anything that ``optim_config`` accepts, with steps that need no training.
+            calibration: anything that ``hf_optim.optimize`` accepts.
             kwargs: arguments of ``save_pretrained``, such as ``max_shard_size``.
 
-        Raises ``RecipeError`` for a recipe that trains, and what ``hf_optim.optimize`` raises.
+        Raises ``RecipeError`` if a stage trains, and whatever ``hf_optim.optimize`` raises.
         """
-        _refuse_name("file_prefix", file_prefix)
+        _refuse_file_name("file_prefix", file_prefix)
         recipe = OptimConfig.parse(recipe)
         for stage in recipe.stages:
             if stage.trains:
@@ -89,6 +90,8 @@ class OptimQuantizer(OptimumQuantizer):
         return Path(save_dir)
 
 
-def _refuse_name(argument: str, value: str | None) -> None:
+def _refuse_file_name(argument: str, value: str | None) -> None:
     if value is not None:
-        raise RecipeError(f"{argument}={value!r} is not taken: checkpoints have the file names that transformers loads")
+        raise RecipeError(
+            f"{argument}={value!r} is not supported: checkpoints have the file names that transformers loads"
+        )

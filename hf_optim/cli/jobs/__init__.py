@@ -1,1 +1,1 @@
-"""What the commands do."""
+"""The jobs behind the commands."""

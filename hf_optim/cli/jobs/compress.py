@@ -49,7 +49,7 @@ class Job:
         dense: write the dense equivalent instead of a compressed format.
         resume: go on with a calibration or a training that was killed.
         device: where blocks are calibrated and models are measured; None takes CUDA where there is some.
-        say: takes the lines that tell how far the job is.
+        print_line: called with each line of progress.
     """
 
     source: ModelSource
@@ -60,7 +60,7 @@ class Job:
     dense: bool = False
     resume: bool = False
     device: str | None = None
-    say: Callable[[str], None] = field(default=log.info)
+    print_line: Callable[[str], None] = field(default=log.info)
 
 
 def compress(job: Job) -> Run:
@@ -78,13 +78,13 @@ def compress(job: Job) -> Run:
     _refuse_unreadable(job.training)
     found = preflight(job.source, job.recipe, job.output)
     for note in found.notes:
-        job.say(note)
+        job.print_line(note)
     tokenizer = load_processor(job.source, model_class(job.source.config))
     calibration = _calibration(job, tokenizer)
     before = evaluate_checkpoint(job, job.source.model, "original") if job.evaluation and distributed.is_main() else {}
     if job.recipe.driver == "streamed":
         return _streamed(job, found.meta_model, calibration, tokenizer, device, before)
-    job.say(f"loading {job.source.model}")
+    job.print_line(f"loading {job.source.model}")
     model = load_model(job.source)
     original_bytes = checkpoint_bytes(job.source, model)
     journal = BlockJournal(_journal_home(job.output), resume=job.resume)
@@ -99,7 +99,7 @@ def compress(job: Job) -> Run:
         _make_dense(run)
     _record_original(job, run, {"bytes_on_disk": original_bytes, **before})
     if job.evaluation:
-        job.say("comparing with the original, token by token")
+        job.print_line("comparing with the original, token by token")
         run.record.measured["after"] |= _compare(job, run)
     measuring = Measuring(job)
     saving.save(run, job.output, measure=measuring)
@@ -116,7 +116,7 @@ def _streamed(
     work = StreamedJob(
         job.recipe, found, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
     )
-    job.say(f"streaming {job.source.model}")
+    job.print_line(f"streaming {job.source.model}")
     work.calibrate()
     original_bytes = sum(path.stat().st_size for path in found.files)
     _record_original(job, work.run, {"bytes_on_disk": original_bytes, **before})
@@ -155,7 +155,7 @@ class Measuring:
 
     def report(self) -> None:
         """Report the written checkpoint. Raises ``OptimError`` if it could not be measured."""
-        self.job.say(f"wrote {self.job.output}")
+        self.job.print_line(f"wrote {self.job.output}")
         if self.error is not None:
             raise self.error
 
@@ -166,7 +166,7 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) ->
     ``trust`` runs the model code in the checkpoint; that of the result was written by this very process.
     """
     assert job.evaluation is not None
-    job.say(f"measuring the {what}")
+    job.print_line(f"measuring the {what}")
     command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--data", str(job.evaluation.dataset)]
     for option, value in (
         ("--text-column", job.evaluation.text_column),
@@ -244,7 +244,7 @@ def _train(job: Job, model: Any, tokenizer: Any) -> Any:
         if not run_of(model).stage_entered:
             model = advance(model)
             continue
-        job.say(f"training {stage}")
+        job.print_line(f"training {stage}")
         on_cpu = {"use_cpu": True} if job.device == "cpu" else {}
         model = train_stage(model, tokenizer, job.training or job.recipe.calibration, {**on_cpu, **job.recipe.training})
     return model
@@ -261,8 +261,8 @@ def _make_dense(run: Run) -> None:
     )
     if rounded:
         run.record.note(
-            f"The compressed format also rounds the inputs of {len(rounded)} layers, which dense weights cannot say: "
-            "outputs differ from those of the compressed checkpoint by that rounding."
+            f"The compressed format also rounds the inputs of {len(rounded)} layers, which dense weights cannot "
+            "represent: outputs differ from those of the compressed checkpoint by that rounding."
         )
 
 

@@ -1,4 +1,4 @@
-"""The main job on the bundled model: what ``make demo`` and ``hf-optim demo`` run."""
+"""The ``compress`` job on the bundled model, for ``make demo`` and ``hf-optim demo``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from . import demo_corpus
 from .compress import Job, compress
 
 RECIPE = "w4a16"
-CALIBRATION_WINDOWS = 64
-EVALUATION_WINDOWS = 48
+CALIBRATION_SEQUENCES = 64
+EVALUATION_SEQUENCES = 48
 
-# Runs where hf_optim cannot be imported: what it prints is what stock transformers makes of the checkpoint.
+# Run in a process that cannot import hf_optim: the logits are those of stock transformers.
 STOCK_RELOAD = """
 import sys
 sys.modules["hf_optim"] = None
@@ -40,31 +40,34 @@ save_file({"logits": logits.contiguous()}, sys.argv[3])
 
 
 def bundled_model() -> Path:
-    """The directory of the demo model that comes with hf_optim."""
+    """Return the directory of the demo model that is bundled with hf_optim."""
     return Path(str(resources.files("hf_optim.cli.jobs") / "demo_model"))
 
 
-def demo(output: Path, say: Callable[[str], None] = print) -> Record:
-    """Compress the bundled model, measure it, write checkpoint and card, and check the reload. Returns the record."""
+def demo(output: Path, print_line: Callable[[str], None] = print) -> Record:
+    """Compress and evaluate the bundled model, write checkpoint and card, and check the reload. Returns the record.
+
+    Raises ``OptimError`` if stock transformers reloads the checkpoint with different logits.
+    """
     with tempfile.TemporaryDirectory() as folder:
         calibration = _corpus(Path(folder) / "stdlib-train.jsonl", "train")
         held_out = _corpus(Path(folder) / "stdlib-held-out.jsonl", "held_out")
         recipe = OptimConfig.load(RECIPE)
         recipe = dataclasses.replace(
-            recipe, calibration=DataConfig(dataset=str(calibration), samples=CALIBRATION_WINDOWS)
+            recipe, calibration=DataConfig(dataset=str(calibration), samples=CALIBRATION_SEQUENCES)
         )
         source = ModelSource(str(bundled_model()), dtype="float32")
-        evaluation = DataConfig(dataset=str(held_out), samples=EVALUATION_WINDOWS)
-        run = compress(Job(source, recipe, output, evaluation, device="cpu", say=say))
+        evaluation = DataConfig(dataset=str(held_out), samples=EVALUATION_SEQUENCES)
+        run = compress(Job(source, recipe, output, evaluation, device="cpu", print_line=print_line))
         check_stock_reload(run, output, Path(folder))
-        say("reloaded by stock transformers in a process without hf_optim: identical logits")
+        print_line("reloaded by stock transformers in a process without hf_optim: identical logits")
     return run.record
 
 
 def check_stock_reload(run: Run, output: Path, folder: Path) -> None:
-    """Reload ``output`` with stock transformers in a process of its own and compare the logits, bit by bit.
+    """Reload ``output`` with stock transformers in another process and compare the logits.
 
-    Raises ``OptimError`` when they differ.
+    Raises ``OptimError`` unless they are bitwise identical.
     """
     from safetensors.torch import load_file, save_file
 
@@ -79,7 +82,7 @@ def check_stock_reload(run: Run, output: Path, folder: Path) -> None:
     if done.returncode:
         raise OptimError(f"stock transformers could not load {output}: {done.stderr.strip().splitlines()[-1]}")
     if not torch.equal(load_file(files[1])["logits"], expected):
-        raise OptimError("stock transformers gives other logits than the model in memory")
+        raise OptimError("the logits of stock transformers differ from those of the model in memory")
 
 
 def _corpus(path: Path, split: str) -> Path:

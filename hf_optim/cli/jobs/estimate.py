@@ -1,4 +1,4 @@
-"""What a recipe will cost and give on a model, from the model's configuration alone; no weights are downloaded."""
+"""Estimate the cost and the result of a recipe from the configuration of a model; no weights are downloaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from ...toolkit.quantization.grids import fit_group_size
 
 
 def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
-    """The traits a model will arrive with, as far as its configuration tells."""
+    """Return the traits of a model before optimization, as far as its configuration determines them."""
     return {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
 
 
 def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
-    """Parameters, bytes before and after, memory and time of calibration; estimates, with what they rest on.
+    """Estimate parameters, bytes before and after, and memory and time of calibration.
 
-    ``bytes_after`` is None where a step changes the architecture: what comes out is then not in the configuration.
+    ``readable`` has the same numbers as text. ``bytes_after`` is None if a step changes the architecture, since the
+    configuration then does not determine the result. The time is that of the forward passes only, at the float32 rate
+    of this machine: two passes of the calibration tokens, two operations per parameter and token.
     """
     model = build_meta_model(config)
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
@@ -72,7 +74,7 @@ def _stored_bytes(recipe: OptimConfig, model: Any, width: int) -> int:
 
 
 def _packed_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row: whole bytes at 8 bits; below, codes packed into 32-bit words."""
+    """Return the bytes of a row: one per value at 8 bits, below that packed into 32-bit words."""
     return columns if bits == 8 else 4 * -(-columns * bits // 32)
 
 

@@ -24,7 +24,7 @@ from ...errors import CheckpointError, ModelError
 from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
 from ...recipes.contract import Reload
-from ...recipes.drivers import refuse_streamed
+from ...recipes.streamable import require_streamable
 from ...recipes.technique import Technique
 from ...recipes.traits import BITS_ASSIGNED, QUANTIZED, Trait
 from ...runs.memory import host_memory
@@ -68,7 +68,7 @@ def check_recipe(source: ModelSource, recipe: OptimConfig, dense: bool = False) 
     """
     traits = recipe.check(traits_of_config(source.config))
     if recipe.driver == "streamed":
-        refuse_streamed(recipe, dense)
+        require_streamable(recipe, dense)
     return traits
 
 
