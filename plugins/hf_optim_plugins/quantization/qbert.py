@@ -1,39 +1,39 @@
-r"""Q-BERT: 2, 4 or 8 bits for each layer by the curvature of the loss, and groups of rows with ranges of their own.
+r"""Q-BERT: 2, 4 or 8 bits for each layer by the curvature of the loss, and a separate range for each group of rows.
 
-For every layer ``i`` power iteration with exact Hessian-vector products (1905.03696; ``hf_optim.toolkit.curvature``)
-gives the top eigenvalue ``λ_i`` of the loss's Hessian in its weight, on several parts of the data. Layers are ranked by
-(1909.05840, mixed precision quantization)::
+For every layer ``i`` power iteration with exact Hessian-vector products (1905.03696;
+``hf_optim.toolkit.statistics.curvature``) gives the top eigenvalue ``λ_i`` of the loss's Hessian in its weight, on
+several parts of the data. Layers are ranked by (1909.05840, mixed precision quantization)::
 
     Ω_i = |mean(λ_i)| + std(λ_i)
 
-and a layer of low ``Ω`` gets few bits. Which layer gets how many, within a number of bytes, is decided by ``assign``:
+and a layer of low ``Ω`` gets few bits. ``assign`` decides how many bits each layer gets within a number of bytes:
 
 ``"rank"``: the paper's, by the order of ``Ω`` alone.
 
-``"sensitivity"``: the least sum of ``Ω_i ‖W_i - Q_b(W_i)‖²``, exactly (``hf_optim.toolkit.bit_budget``); with traces in
-place of eigenvalues it is HAWQ-V2's (1911.03852).
+``"sensitivity"``: the least sum of ``Ω_i ‖W_i - Q_b(W_i)‖²``, exactly
+(``hf_optim.toolkit.quantization.bit_budget``); with traces in place of eigenvalues it is HAWQ-V2's (1911.03852).
 
 ``"quadratic"``: the least sum of ``½ |ΔᵀH_iΔ|`` with ``Δ = Q_b(W_i) - W_i``, the loss's own second-order change along
-the error that rounding makes, by one Hessian-vector product. ``Ω ‖Δ‖² / 2`` is its upper bound, reached only by an
-error along the top eigenvector; rounding errors point elsewhere, and layers differ in how far the bound is off.
+the rounding error, by one Hessian-vector product. ``Ω ‖Δ‖² / 2`` is its upper bound, reached only by an error along the
+top eigenvector; rounding errors have other directions, and layers differ in how loose the bound is.
 
 On babyllama-1m (rounded in groups of 32 inputs, nothing trained) ``"quadratic"`` did best of the three at 4 and at 3
-bits in the mean, and is the default. At 4 bits it is better than 4 bits everywhere. At 3 bits 2, 4 and 8 mixed are
+bits on average, and is the default. At 4 bits it is better than 4 bits everywhere. At 3 bits a mix of 2, 4 and 8 is
 worse than 3 bits everywhere, whatever assigns them: 2 bits cost more than 4 bits win back. With 3 among the ``choices``
-mixed bits win there too, but only with curvature from enough data: on a single window of 256 tokens they lose.
+mixed bits win there too, but only with curvature from enough data: on a single sequence of 256 tokens they lose.
 
 The loss is the model's own: cross-entropy with the inputs as labels for a causal language model, or with the labels of
 the batch. Without labels it is ``KL(p₀ ‖ p)`` of the model's own predictions, or ``½ ‖f - f₀‖²`` of its outputs (a bare
 encoder), whose Hessian is the Gauss-Newton matrix ``JᵀJ``.
 
 Groups are the paper's: a matrix is cut into ``groups`` parts of neighbouring output rows (heads, and parts of heads),
-each with a range of its own; they are stored as scales per channel, equal within a group. ``group_size`` cuts along the
+each with its own range; they are stored as scales per channel, equal within a group. ``group_size`` cuts along the
 inputs.
 
-Differences to the paper: it fine-tunes the quantized model, and this rounds after training, where 2 bits hurt more; let
-a later step train or compensate with the bits assigned here (``assign_only``). It quantizes embeddings to 8 bits, and
-compressed-tensors as transformers reads it stores linear layers only: embeddings stay as they are. Its grids are
-asymmetric, whose codes would take a byte each on disk: the default here is symmetric.
+Differences from the paper: it fine-tunes the quantized model, while this technique rounds after training, where 2 bits
+hurt more; let a later step train or compensate with the bits assigned here (``assign_only``). The paper quantizes
+embeddings to 8 bits; compressed-tensors as transformers reads it stores linear layers only, so embeddings are left
+unquantized. Its grids are asymmetric, whose codes would take a byte each on disk: the default here is symmetric.
 """
 
 from __future__ import annotations
@@ -60,10 +60,8 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.distributed import collectives
-from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import (
     Grid,
-    GridSpec,
     allocate_bits,
     allocate_bits_by_rank,
     fit_group_size,
@@ -72,15 +70,17 @@ from hf_optim.toolkit.quantization import (
 )
 from hf_optim.toolkit.statistics import (
     RecordedBatches,
+    calibration_loss,
+    enable_double_backward,
     gradients,
     hessian_product,
-    calibration_loss,
     power_iteration,
-    enable_double_backward,
     random_direction,
     sample_microbatches,
 )
 from hf_optim.toolkit.topology import group_by_block
+
+from ._weights import QUANTIZES, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -90,12 +90,7 @@ if TYPE_CHECKING:
     "qbert",
     family="quantization",
     paper=Paper("1909.05840", "Q-BERT: Hessian Based Ultra Low Precision Quantization of BERT", 2019),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class QBERT(Technique):
@@ -104,19 +99,19 @@ class QBERT(Technique):
     Attributes:
         targets: which linears.
         skip: which of them to leave out; they are not part of the budget either.
-        choices: the widths in bits, each 2 to 8.
-        budget: mean bits per weight. The bytes of all codes and scales together are at most what a model with so many
-            bits everywhere would take.
+        choices: the numbers of bits to choose from, each 2 to 8.
+        budget: mean bits per weight. The bytes of all codes and scales together are at most those of a model with this
+            many bits everywhere.
         assign: ``"quadratic"``, ``"sensitivity"`` or ``"rank"``, see above.
         assign_only: only assign the bits; a later step must quantize, and uses them.
-        groups: parts of neighbouring output rows with a range of their own (128 in the paper); the largest divisor of
-            the layer's height up to it is used. 1 is one range for the whole matrix. None: one per output channel.
+        groups: parts of neighbouring output rows with their own range (128 in the paper); the largest divisor of the
+            layer's height up to it is used. 1 is one range for the whole matrix. None: one per output channel.
         group_size: inputs that share a range; the largest divisor of the layer's width up to it is used.
         symmetric: no zero points. Asymmetric codes are stored one to a byte, whatever their bits.
         observer: ranges from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``).
         activations: quantize the inputs of the layers to ``"int8"``, per token.
         shards: parts of the calibration data on which curvature is measured, evenly spaced over it.
-        rows: samples in a part; with their length they set the memory that is needed.
+        rows: samples in a part; with their length they determine the memory needed.
         iterations: most Hessian-vector products per layer and part.
         tolerance: relative change of an eigenvalue at which to stop.
     """
@@ -139,9 +134,9 @@ class QBERT(Technique):
 
     def validate(self) -> None:
         if not self.choices or any(not 2 <= bits <= 8 for bits in self.choices):
-            raise RecipeError(f"qbert: choices are widths from 2 to 8 bits, not {self.choices!r}")
+            raise RecipeError(f"qbert: choices are numbers of bits from 2 to 8, not {self.choices!r}")
         if len(set(self.choices)) < len(self.choices):
-            raise RecipeError(f"qbert: choices names a width twice: {self.choices!r}")
+            raise RecipeError(f"qbert: choices has a number of bits twice: {self.choices!r}")
         if self.budget < min(self.choices):
             raise RecipeError(f"qbert: budget {self.budget} is under the smallest of choices, {min(self.choices)}")
         if self.assign_only and self.activations:
@@ -162,8 +157,7 @@ class QBERT(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=run.label(self))
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(self))
+        layers, skipped = select_layers(self, run, scope)
         with RecordedBatches(scope.model) as batches:
             yield
         if not batches:
@@ -171,21 +165,23 @@ class QBERT(Technique):
         parts = sample_microbatches(batches, self.shards, self.rows)
         found: dict[str, torch.Tensor] = {}
         for block in group_by_block(scope.model, layers):
-            found |= self._measured(run, scope.model, block, parts)
+            found |= self._measure(run, scope.model, block, parts)
         collectives.all_reduce_dict_(found, layers, "sum")
-        idle = [name for name in layers if name not in found]
-        if idle:
-            skipped["the loss does not depend on it"] = idle
-        table = {name: self._row(layers[name], sums) for name, sums in found.items()}
+        if unused := [name for name in layers if name not in found]:
+            skipped["the loss does not depend on it"] = unused
+        table = {name: self._metrics(layers[name], sums) for name, sums in found.items()}
         if table:
-            self._plan(run, {name: layers[name] for name in table}, table)
+            self._assign(run, {name: layers[name] for name in table}, table)
         run.cover(self, table, skipped)
 
     # -- curvature ------------------------------------------------------------------------------------------------
-    def _measured(
+    def _measure(
         self, run: Run, model: nn.Module, layers: Mapping[str, nn.Linear], parts: list[dict[str, Any]]
     ) -> dict[str, torch.Tensor]:
-        """Layer -> sums over the parts: 1, ``λ``, ``λ²``, and ``½ ΔᵀHΔ`` for each width; float64 ``[3 + widths]``."""
+        """Return the sums over the parts for each layer: 1, ``λ``, ``λ²``, and ``½ ΔᵀHΔ`` for each of the ``choices``.
+
+        float64 ``[3 + choices]``.
+        """
         weights = {name: layer.weight for name, layer in layers.items()}
         sums: dict[str, torch.Tensor] = {}
         start = {name: random_direction(weight) for name, weight in weights.items()}
@@ -193,14 +189,15 @@ class QBERT(Technique):
             for part in parts:
                 loss = calibration_loss(model, part)
                 for name, gradient in gradients(loss, weights).items():
-                    figures, start[name] = self._figures(run, name, gradient, layers[name], start[name])
-                    sums[name] = sums.get(name, 0.0) + figures  # type: ignore[operator]
+                    terms, start[name] = self._curvature(run, name, gradient, layers[name], start[name])
+                    sums[name] = sums.get(name, 0.0) + terms  # type: ignore[operator]
                 del loss
         return sums
 
-    def _figures(
+    def _curvature(
         self, run: Run, name: str, gradient: torch.Tensor, layer: nn.Linear, start: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the terms of one part, and the top eigenvector, which is nearly that of the next part."""
         weight = layer.weight
 
         def product(vector: torch.Tensor) -> torch.Tensor:
@@ -217,12 +214,10 @@ class QBERT(Technique):
             with torch.no_grad():
                 change = self._grid(layer, bits).nearest(weight).to(weight) - weight
             halves.append(0.5 * float((change * product(change)).sum()))
-        found = torch.tensor([1.0, top.value, top.value**2, *halves], dtype=torch.float64)
-        # The next part of the data has nearly the same top eigenvector.
-        return found, top.vector
+        return torch.tensor([1.0, top.value, top.value**2, *halves], dtype=torch.float64), top.vector
 
-    def _row(self, layer: nn.Linear, sums: torch.Tensor) -> dict[str, Any]:
-        """The figures of a layer, JSON types."""
+    def _metrics(self, layer: nn.Linear, sums: torch.Tensor) -> dict[str, Any]:
+        """Return mean and standard deviation of ``λ``, ``Ω``, and the cost of each number of bits, as JSON types."""
         count = float(sums[0])
         mean = float(sums[1]) / count
         std = max(float(sums[2]) / count - mean**2, 0.0) ** 0.5
@@ -238,7 +233,7 @@ class QBERT(Technique):
         return {"mean": mean, "std": std, "omega": omega, "costs": costs}
 
     # -- bits -----------------------------------------------------------------------------------------------------
-    def _plan(self, run: Run, layers: Mapping[str, nn.Linear], table: Mapping[str, dict[str, Any]]) -> None:
+    def _assign(self, run: Run, layers: Mapping[str, nn.Linear], table: Mapping[str, dict[str, Any]]) -> None:
         sizes = {name: {bits: self._bytes(layer, bits) for bits in self.choices} for name, layer in layers.items()}
         limit = sum(self._bytes(layer, self.budget) for layer in layers.values())
         if self.assign == "rank":
@@ -285,14 +280,14 @@ class QBERT(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.reported(self)
-        table = figures.get("layers")
+        metrics = run.reported(self)
+        table = metrics.get("layers")
         if not table:
             return
         card.paragraph(
             "Q-BERT: bits by curvature",
-            f"{len(table)} linear layers have {figures['mean_bits']:g} bits per weight in the mean "
-            f"({figures['bytes']:,} bytes of codes and scales, {figures['bytes_allowed']:,} allowed), assigned by "
+            f"{len(table)} linear layers have {metrics['mean_bits']:g} bits per weight on average "
+            f"({metrics['bytes']:,} bytes of codes and scales, {metrics['bytes_allowed']:,} allowed), assigned by "
             f"`{self.assign}`. λ is the top eigenvalue of the loss's Hessian in the layer's weight, "
             "Ω = |mean(λ)| + std(λ) over parts of the calibration data.",
         )
@@ -315,7 +310,7 @@ def grouped_grid(
     symmetric: bool = True,
     observer: Literal["minmax", "mse"] = "minmax",
 ) -> Grid:
-    """A grid whose scales are shared by groups of output rows, in the shape that has one for each row.
+    """Return a grid whose scales are shared by groups of output rows, with one (repeated) scale for each row.
 
     Args:
         weight: ``[out, in]``.
@@ -325,19 +320,17 @@ def grouped_grid(
         symmetric, observer: see ``make_grid``.
 
     Returns:
-        scales ``[out, 1]``, or ``[out, in / group_size]``, equal in the rows of a group.
+        Scales ``[out, 1]``, or ``[out, in / group_size]``, equal in the rows of a group.
     """
     rows, columns = weight.shape
     parts = fit_group_size(rows, groups) if groups else rows
     height = rows // parts
     size = fit_group_size(columns, group_size) if group_size else columns
-    # One row per group, in which the numbers that share a scale are neighbours.
-    together = weight.reshape(parts, height, columns // size, size).transpose(1, 2).reshape(parts, -1)
-    strategy: Literal["group", "channel"] = "group" if group_size else "channel"
-    found = make_grid(
-        together, GridSpec(bits, "int", strategy, height * size if group_size else None, symmetric), observer
-    )
-    spec = GridSpec(bits, "int", strategy, size if group_size else None, symmetric)
+    # One row per group, in which the weights that share a scale are neighbours.
+    merged = weight.reshape(parts, height, columns // size, size).transpose(1, 2).reshape(parts, -1)
+    shared = height * size if group_size else None
+    found = make_grid(merged, weight_spec(merged.shape[1], bits, shared, symmetric), observer)
+    spec = weight_spec(columns, bits, group_size, symmetric)
     zero = None if found.zero_point is None else found.zero_point.repeat_interleave(height, 0)
     return Grid(spec, found.scale.repeat_interleave(height, 0), zero)
 

@@ -16,7 +16,7 @@ from hf_optim import ModelError, RecipeError, compressed, optimize
 from hf_optim.runs.run import run_of
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.toolkit.quantization.grids import GridSpec, make_grid
-from hf_optim.toolkit.statistics.curvature import calibration_loss, enable_double_backward, gradients
+from hf_optim.toolkit.statistics import calibration_loss, enable_double_backward, gradients
 from hf_optim_plugins.quantization.qbert import QBERT, grouped_grid
 
 IDS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_figures_of_a_layer_are_those_of_the_full_hessian():
     assert row["mean"] == pytest.approx(mean, rel=1e-3)
     assert row["std"] == pytest.approx(std, rel=1e-2, abs=1e-3 * abs(mean))
     assert row["omega"] == pytest.approx(abs(mean) + std, rel=1e-3)
-    sums = step._measured(run_of(optimized), model, {name: layer}, [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}])[
+    sums = step._measure(run_of(optimized), model, {name: layer}, [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}])[
         name
     ]
     assert float(sums[3]) == pytest.approx(sum(forms), rel=1e-6)
@@ -152,7 +152,7 @@ def test_inputs_are_quantized_when_asked():
 def test_what_cannot_be_done_is_refused_with_the_reason():
     for fields, reason in [
         ({"budget": 3.0, "choices": (4, 8)}, "under the smallest of choices"),
-        ({"choices": (1, 4)}, "2 to 8 bits"),
+        ({"choices": (1, 4)}, "from 2 to 8"),
         ({"choices": (4, 4)}, "twice"),
         ({"assign_only": True, "activations": "int8"}, "assign_only quantizes nothing"),
     ]:
