@@ -96,7 +96,7 @@ def test_the_published_matrix_and_its_efficacy():
     weight = published(1)
     found = search_permutation(weight, tries=0, starts=1)
     assert float(weight.sum()) == pytest.approx(4083.169, abs=1e-3)
-    assert (found.before, found.rows) == (pytest.approx(2852.377, abs=1e-2), pytest.approx(3042.332, abs=1e-2))
+    assert (found.before, found.row_wise) == (pytest.approx(2852.377, abs=1e-2), pytest.approx(3042.332, abs=1e-2))
     assert found.after == pytest.approx(2919.757, abs=0.1)
     assert 100 * found.efficacy >= 35.4
 
@@ -136,7 +136,7 @@ def test_on_every_path_more_is_kept_and_the_order_is_a_permutation(rows, columns
     assert torch.equal(found.order.sort().values, torch.arange(columns))
     assert found.before == pytest.approx(kept(weight, torch.arange(columns), keep, group), rel=1e-6)
     assert found.after == pytest.approx(kept(weight, found.order, keep, group), rel=1e-6)
-    assert found.before < found.after < found.rows
+    assert found.before < found.after < found.row_wise
     assert found.efficacy > 0.3
     assert torch.equal(search_permutation(weight, keep, group, tries=5).order, found.order)
 
@@ -146,7 +146,7 @@ def test_kept_never_falls():
     best = torch.tensor([[1.0, 1.0, 0.0, 0.0] * 8] * 5)
     found = search_permutation(best)
     assert torch.equal(found.order, torch.arange(32))
-    assert found.before == found.after == found.rows
+    assert found.before == found.after == found.row_wise
     assert found.efficacy == 0.0
     hidden = search_permutation(best[:, torch.arange(32).view(2, 4, 4).permute(1, 2, 0).flatten()])
     assert hidden.after >= hidden.before
@@ -156,7 +156,7 @@ def test_a_pattern_that_was_shuffled_is_found_again():
     weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 1.0]]).repeat(10, 12)
     shuffled = weight[:, torch.randperm(48, generator=torch.Generator().manual_seed(0))]
     found = search_permutation(shuffled)
-    assert found.before < found.after == found.rows == float(weight.sum())
+    assert found.before < found.after == found.row_wise == float(weight.sum())
 
 
 def test_swap_gains_are_exact():
@@ -206,7 +206,9 @@ def test_exchanges_never_lose():
     assert worth[-1] > 1.01 * worth[0]
 
 
-@pytest.mark.parametrize(("columns", "keep", "group", "message"), [(10, 2, 4, "10 columns"), (8, 5, 4, "no pattern")])
+@pytest.mark.parametrize(
+    ("columns", "keep", "group", "message"), [(10, 2, 4, "10 columns"), (8, 5, 4, "not a pattern")]
+)
 def test_what_cannot_be_searched_is_refused(columns, keep, group, message):
     with pytest.raises(ValueError, match=message):
         search_permutation(gaussian(4, columns), keep, group)

@@ -1,4 +1,4 @@
-"""Permute the channels of a model without changing what it computes."""
+"""Permutations and scales of channels that do not change what a model computes."""
 
 from . import folding
 from .column_search import kept_sum, kept_sum_row_wise, search_permutation

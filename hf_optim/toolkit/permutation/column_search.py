@@ -1,17 +1,17 @@
-"""An order of a matrix's columns in which an N:M mask along the rows keeps more.
+"""Search for an order of the columns of a matrix in which an N:M mask along the rows keeps more.
 
-The mask keeps the ``keep`` largest of every ``group`` consecutive scores of a row, so what it keeps depends on which
-columns stand together. The order that keeps most is sought (Pool & Yu, "Channel Permutations for N:M Sparsity",
-NeurIPS 2021) where it can be afforded:
+The mask keeps the ``keep`` largest of every ``group`` consecutive scores of a row, so the sum of kept scores depends on
+which columns share a group. Pool & Yu ("Channel Permutations for N:M Sparsity", NeurIPS 2021) maximize this sum; how
+thorough the search is depends on the width:
 
-- narrow (the scores of all possible stripes fit in a table: 84 columns at groups of 4): every split of two stripes, or
+- narrow (the scores of all possible stripes fit in a table: 84 columns for groups of 4): every split of two stripes, or
   of three, best gain first, from many starts at once, then regressions;
 - up to 256 stripes: exchanges of two columns, then every split of all pairs of stripes, then regressions;
-- wider, or groups too large to split in every way: exchanges, then splits of random pairs where the group permits.
+- wider, or groups with too many splits: exchanges, then splits of random pairs unless there are too many.
 
-How good an order is, the paper measures against what could be had without groups, half of each row for 2:4::
+The paper compares an order with row-wise sparsity without groups (half of each row for 2:4)::
 
-    efficacy = (kept after - kept before) / (kept by rows - kept before)
+    efficacy = (kept after - kept before) / (kept row-wise - kept before)
 """
 
 from __future__ import annotations
@@ -28,48 +28,49 @@ from .stripes import Stripes, converge_, escape
 from .swaps import exchange_columns_, split_random_pairs_
 
 MAX_STRIPES_ALL_PAIRS = 256
-"""Stripes of which all pairs are looked at."""
+"""The largest number of stripes of which all pairs are scored."""
 
 REFINED = 4
-"""Arrangements that go into the search over three stripes."""
+"""Number of arrangements that enter the search over three stripes."""
 
 SWAPS, BATCH = 6, 50
-"""Pairs of columns that a regression exchanges, and regressions at once, where a table answers."""
+"""With a table: pairs of columns that a regression exchanges, and regressions per batch."""
 
 REGRESSION_WORK = {"cpu": 10**9, "cuda": 10**11}
-"""Without a table a regression exchanges one pair of columns, and there are no more than this many scores to compute
-admit: about ``6 · stripes · sets · rows`` each."""
+"""Without a table: upper limit on the scores computed for all regressions. Each exchanges one pair of columns and costs
+about ``6 · stripes · sets · rows`` scores."""
 
 
 @dataclass(frozen=True, eq=False)
 class PermutationResult:
-    """An order of columns, and what it is worth.
+    """An order of columns, and the sums of kept scores.
 
     Attributes:
         order: ``[columns]`` int64 on the CPU: column j of the new order is column ``order[j]`` of the old one.
-        before, after: what the mask keeps in the old and the new order.
-        rows: what is kept if the same share of each row may stand anywhere.
+        before, after: sum of the scores that the mask keeps in the old and in the new order.
+        row_wise: the same sum if the share of each row is kept without groups; an upper bound on ``after``.
     """
 
     order: Tensor
     before: float
     after: float
-    rows: float
+    row_wise: float
 
     @property
     def efficacy(self) -> float:
-        """The share of what groups lose that the order brings back; 0 where they lose nothing."""
-        return (self.after - self.before) / (self.rows - self.before) if self.rows > self.before else 0.0
+        """Return the share of the loss due to groups that the order recovers; 0 if there is no loss."""
+        lost = self.row_wise - self.before
+        return (self.after - self.before) / lost if lost > 0 else 0.0
 
 
 def kept_sum(scores: Tensor, keep: int, group: int) -> float:
-    """What an N:M mask keeps of non-negative scores ``[rows, columns]``."""
+    """Return the sum of the non-negative scores ``[rows, columns]`` that an N:M mask keeps."""
     best = largest(scores.unflatten(-1, (-1, group)).unbind(-1), keep)
     return float(sum(part.sum(dtype=torch.float64) for part in best))
 
 
 def kept_sum_row_wise(scores: Tensor, keep: int, group: int) -> float:
-    """What is kept if ``keep / group`` of each row may stand anywhere in it: no order of columns keeps more."""
+    """Return the sum of scores if each row keeps ``keep / group`` of them without groups, the bound for any order."""
     count = scores.shape[-1] * keep // group
     return float(scores.topk(count, dim=-1, sorted=False).values.sum(dtype=torch.float64))
 
@@ -85,24 +86,25 @@ def search_permutation(
     starts: int = 64,
     seed: int = 0,
 ) -> PermutationResult:
-    """The best order of the columns found, deterministic for a seed. It never keeps less than the one given.
+    """Search for the best order of columns, deterministically for a seed. The result never keeps less than before.
 
     Args:
-        scores: ``[rows, columns]``, compared by absolute value; it may lie on a GPU.
+        scores: ``[rows, columns]``, compared by absolute value; on any device.
         keep, group: the mask, 2:4 by default. ``columns`` must be a multiple of ``group``.
-        stripes: how many stripes are split at once, 2 or 3; three only where there is a table.
-        tries: how many regressions; fewer where they are costly (``REGRESSION_WORK``), and none where not all pairs of
-            stripes are looked at.
-        starts: from how many orders the greedy phase starts, the given one and random ones, where there is a table.
-        seed: of the random choices.
+        stripes: stripes that are split at once, 2 or 3; three only with a table.
+        tries: number of regressions; fewer if they are costly (``REGRESSION_WORK``), and none if not all pairs of
+            stripes are scored.
+        starts: with a table, number of orders from which the greedy phase starts: the given one and random ones.
+        seed: seed of the random choices.
 
-    Raises ``ValueError`` for a width that does not divide, or a pattern that is none.
+    Raises:
+        ValueError: the width is not a multiple of ``group``, or the pattern is invalid.
     """
     rows, columns = scores.shape
     if not 0 < keep <= group:
-        raise ValueError(f"{keep}:{group} is no pattern: 1 <= keep <= group")
+        raise ValueError(f"{keep}:{group} is not a pattern: 1 <= keep <= group")
     if columns % group:
-        raise ValueError(f"{columns} columns do not divide into groups of {group}")
+        raise ValueError(f"{columns} columns are not a multiple of the group size {group}")
     size = scores.detach().abs().float()
     if keep == group or columns == group or rows == 0:
         order = torch.arange(columns)
@@ -118,7 +120,7 @@ def search_permutation(
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """One search. ``scores``: ``[columns, rows]``, not negative."""
+    """One search; ``scores`` is ``[columns, rows]``, non-negative, and the rest as in ``search_permutation``."""
 
     scores: Tensor
     keep: int
@@ -151,5 +153,5 @@ class _Search:
         pool = converge_(Stripes.of(orders.unflatten(1, (-1, self.group)), table), table, 2).best(REFINED)
         best = escape(pool, table, self.tries, BATCH, SWAPS, self.generator)
         if self.stripes > 2 and split_count(self.group, self.stripes) <= MAX_SPLITS:
-            best = converge_(best.joined(pool), table, self.stripes)
+            best = converge_(best.concat(pool), table, self.stripes)
         return best.best(1).order

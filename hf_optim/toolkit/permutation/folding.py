@@ -1,8 +1,8 @@
-"""Changes of weights that leave the function of a model as it is: scales and permutations of inner channels.
+"""Folding: scale or permute inner channels in the weights, without changing what the model computes.
 
-A scale of the channels between two layers can be taken out of the first and put into the second.  Which layers allow
-that, and which channels belong together, `topology` finds; here the weights are changed, in place, in the dtype they
-have.  All scales are positive, one for each channel; they are moved to the weights' device and dtype.
+A scale of the channels between two layers can move from the first to the second. ``topology`` finds the layers that
+allow it and the channels that belong together; this module changes the weights, in place and in their dtype. Scales are
+positive, one per channel; they are moved to the device and dtype of the weights.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..topology.norm_groups import NormGroup
 
 @torch.no_grad()
 def scale_columns_(module: nn.Module, factor: Tensor) -> None:
-    """Multiply column j of a linear's weight [out, in] by `factor[j]`."""
+    """Multiply column j of the weight ``[out, in]`` of a linear layer by ``factor[j]``, in place."""
     weight = weight_out_in(module)
     weight.mul_(factor.to(weight))
 
 
 @torch.no_grad()
 def scale_rows_(module: Any, rows: Tensor, factor: Tensor) -> None:
-    """Multiply row `rows[k]` of a linear's weight [out, in], and its bias, by `factor[k]`."""
+    """Multiply row ``rows[k]`` of the weight ``[out, in]`` and bias of a linear layer by ``factor[k]``, in place."""
     weight = weight_out_in(module)
     rows, factor = rows.to(weight.device), factor.to(weight)
     weight[rows] = weight[rows] * factor[:, None]
@@ -36,7 +36,7 @@ def scale_rows_(module: Any, rows: Tensor, factor: Tensor) -> None:
 
 @torch.no_grad()
 def scale_norm_(module: Any, factor: Tensor, offset: float = 0.0) -> None:
-    """Multiply the output of a norm, `(weight + offset) * n(x) + bias`, by `factor` [channels]."""
+    """Multiply the output of a norm, ``(weight + offset) * n(x) + bias``, by ``factor`` ``[channels]``, in place."""
     weight = module.weight
     factor = factor.to(weight)
     weight.copy_((weight + offset) * factor - offset)
@@ -45,10 +45,10 @@ def scale_norm_(module: Any, factor: Tensor, offset: float = 0.0) -> None:
 
 
 def move_norm_scale_(group: NormGroup, scale: Tensor) -> None:
-    """Divide what a norm gives out by `scale` [d], and multiply the columns of the linears that read it by it.
+    """Divide the output of a norm by ``scale`` ``[d]``, and multiply the columns of its linear layers by it, in place.
 
-    Raises `ValueError` for a scale that is not positive or not [d], and for a group that is not exclusive: whatever
-    else reads the norm would see the change.
+    Raises ``ValueError`` for a scale that is not positive or not ``[d]``, and for a group that is not exclusive:
+    other readers of the norm would see the change.
     """
     if not group.exclusive:
         raise ValueError(f"{group.name} is also read by {', '.join(group.others)}")
@@ -59,19 +59,19 @@ def move_norm_scale_(group: NormGroup, scale: Tensor) -> None:
 
 
 def move_pair_scale_(pair: LinearPair, scale: Tensor) -> None:
-    """Divide the rows of a pair's producer by `scale` [K], and multiply the columns that read them by it.
+    """Divide the rows of a pair's producer by ``scale`` ``[K]``, and multiply the columns that read them, in place.
 
-    Raises `ValueError` for a scale that is not positive or not [K], and for a pair that is not scalable.
+    Raises ``ValueError`` for a scale that is not positive or not ``[K]``, and for a pair that is not scalable.
     """
     if not pair.scalable:
-        raise ValueError(f"{pair.producer} and {pair.consumer}: what is between them is not homogeneous")
+        raise ValueError(f"{pair.producer} and {pair.consumer}: the operations between them are not homogeneous")
     _check(scale, pair.groups.numel(), pair.producer)
     scale_rows_(pair.producer_module, pair.rows, 1.0 / scale)
     scale_columns_(pair.consumer_module, expand_to_columns(pair, scale))
 
 
 def expand_to_columns(pair: LinearPair, values: Tensor) -> Tensor:
-    """`values` [K], one for each row that is read, as one for each column [in_features] of the consumer."""
+    """Expand ``values`` ``[K]``, one per row that is read, to one per column ``[in_features]`` of the consumer."""
     result = values.new_empty(pair.index.numel())
     columns = pair.columns.to(values.device)
     result[columns] = values[:, None].expand(columns.shape)
@@ -79,24 +79,24 @@ def expand_to_columns(pair: LinearPair, values: Tensor) -> Tensor:
 
 
 def max_over_columns(pair: LinearPair, values: Tensor) -> Tensor:
-    """The largest of `values` [in_features] among the columns that read a row, for each row [K]."""
+    """Return the largest of ``values`` ``[in_features]`` over the columns that read a row, for each row ``[K]``."""
     return values[pair.columns.to(values.device)].amax(1)
 
 
 @torch.no_grad()
 def permute_pair_(pair: LinearPair, order: Tensor) -> None:
-    """Row `rows[k]` of the producer becomes what `rows[order[k]]` was; columns and partners follow.
+    """Move row ``rows[order[k]]`` of the producer to ``rows[k]``, in place; columns and partners follow.
 
-    Raises `ValueError` if `order` [K] is no permutation or moves a row out of its group.
+    Raises ``ValueError`` if ``order`` ``[K]`` is not a permutation, or moves a row out of its group.
     """
-    columns = pair.column_order(order)  # checks the order before anything is changed
+    columns = pair.column_order(order)  # validates the order before anything changes
     for module, rows in _producers(pair):
         weight = weight_out_in(module)
-        there = rows.to(weight.device)
-        moved = there[order.to(weight.device)]
-        weight[there] = weight[moved]
+        target = rows.to(weight.device)
+        source = target[order.to(weight.device)]
+        weight[target] = weight[source]
         if module.bias is not None:
-            module.bias[there] = module.bias[moved]
+            module.bias[target] = module.bias[source]
     weight = weight_out_in(pair.consumer_module)
     weight.copy_(weight[:, columns.to(weight.device)])
 
@@ -107,6 +107,6 @@ def _producers(pair: LinearPair) -> list[tuple[Any, Tensor]]:
 
 def _check(scale: Tensor, channels: int, name: str) -> None:
     if scale.shape != (channels,):
-        raise ValueError(f"{name} has {channels} channels, the scale {tuple(scale.shape)}")
+        raise ValueError(f"{name} has {channels} channels, but the scale has shape {tuple(scale.shape)}")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"a scale of {name} must be positive and finite in every channel")

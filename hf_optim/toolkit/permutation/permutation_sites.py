@@ -1,14 +1,14 @@
-"""Channels of a model that may stand in any order: where they are, and the order put into the weights.
+"""Permutation sites: channels of a model that can be reordered without changing what it computes.
 
-Three kinds of places are exact, and nothing in a model but its wiring says where they are:
+There are three kinds of sites, which are found by tracing the model:
 
 - ``neurons``: the rows of an up projection (and of its gate) with the columns of the down projection;
 - ``values``: the value channels of a head with the columns of the output projection that read them. All query heads of
   a key/value head share its order;
-- ``residual``: the residual stream of the model, one order for everything that reads or writes it.
+- ``residual``: the residual stream of the model, with one order for all layers that read or write it.
 
-The channels of queries and keys are none of them. Their product sums over the channels, so an order would not show
-there, but no linear layer reads them along its input, and rotary positions tie each channel to its place.
+The channels of queries and keys are not a site. Their product sums over the channels, so their order does not matter
+there; but no linear layer reads them, and rotary embeddings depend on their index.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ Moves = Iterator[tuple[str, int, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Channels that may be permuted among themselves.
+    """A set of channels that can be permuted among themselves.
 
     Attributes:
         kind: ``"neurons"``, ``"values"`` or ``"residual"``.
-        name: of what makes the channels, with the number of the head where there are several.
-        readers: names of the linear layers that read them.
-        columns: ``[runs, channels]`` int64: the columns of every reader at which they stand, once for each time that
-            they are read.
-        moves: what an order ``[channels]`` of them does to the parameters of the model.
+        name: name of the layer that produces the channels, with the index of the head if there are several.
+        readers: names of the linear layers that read the channels.
+        columns: ``[runs, channels]`` int64: the columns of each reader that read the channels, one row for each time
+            that they are read.
+        moves: returns how an order ``[channels]`` permutes the parameters of the model.
     """
 
     kind: str
@@ -57,17 +57,18 @@ class Site:
 
     @property
     def width(self) -> int:
+        """Return the number of channels."""
         return int(self.columns.shape[1])
 
     def fits_groups(self, group: int) -> bool:
-        """Whether the channels fill whole groups of ``group`` consecutive columns, each time that they are read."""
+        """Return True if each run of the channels fills complete groups of ``group`` consecutive columns."""
         first = self.columns[:, :1]
-        in_line = torch.equal(self.columns, first + torch.arange(self.width))
-        return in_line and self.width % group == 0 and not bool((first % group).any())
+        consecutive = torch.equal(self.columns, first + torch.arange(self.width))
+        return consecutive and self.width % group == 0 and not bool((first % group).any())
 
     @torch.no_grad()
     def permute_(self, model: nn.Module, order: Tensor, masks: Masks | None = None) -> None:
-        """Channel ``c`` becomes what channel ``order[c]`` was, in place; ``masks`` by parameter name follow."""
+        """Move channel ``order[c]`` to ``c`` in the parameters of ``model``, in place, and in ``masks`` (by name)."""
         masks = {} if masks is None else masks
         masked: dict[int, list[str]] = {}
         for name in masks:
@@ -82,30 +83,30 @@ class Site:
 def find_sites(
     model: PreTrainedModel, kinds: Iterable[str] = SITE_KINDS, source: Trace | None = None
 ) -> tuple[list[Site], dict[str, list[str]]]:
-    """The places of a model whose channels may be permuted, and why others may not: reason -> names.
+    """Find the permutation sites of a model, and the reasons why others are none: reason -> names.
 
-    Raises ``ValueError`` for a kind that there is none of.
+    Raises ``ValueError`` for an unknown kind.
     """
     kinds = tuple(kinds)
     if unknown := [kind for kind in kinds if kind not in SITE_KINDS]:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(SITE_KINDS)}")
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(SITE_KINDS)}")
     traced = source or trace(model)
     found: list[Site] = []
     refused: dict[str, list[str]] = {}
     for pair in find_linear_pairs(traced):
-        for site in _of_pair(pair):
+        for site in _pair_sites(pair):
             if site.kind in kinds:
                 found.append(site)
     if "residual" in kinds:
         try:
-            found.append(_of_residual(model, find_residual_stream(traced)))
+            found.append(_residual_site(model, find_residual_stream(traced)))
         except ModelError as error:
             refused[str(error)] = ["the residual stream"]
     return found, refused
 
 
-def _of_pair(pair: LinearPair) -> Iterator[Site]:
-    """One site for the neurons, or one for each key/value head; none for rows that must stay where they are."""
+def _pair_sites(pair: LinearPair) -> Iterator[Site]:
+    """Yield one site for the neurons, or one per key/value head; none for rows that cannot move."""
     columns = pair.columns
     numbers = pair.groups.unique()
     kind = "neurons" if len(numbers) == 1 and pair.repeat == 1 else "values"
@@ -118,38 +119,38 @@ def _of_pair(pair: LinearPair) -> Iterator[Site]:
 
 @dataclass(frozen=True, eq=False)
 class _PairMoves:
-    """The moves of some rows, ``members`` among those that a pair's consumer reads."""
+    """The moves of the rows ``members`` among those that the consumer of a pair reads."""
 
     pair: LinearPair
     members: Tensor
 
     def __call__(self, order: Tensor) -> Moves:
-        pair, whole = self.pair, torch.arange(len(self.pair.groups))
-        whole[self.members] = self.members[order.cpu()]
-        columns = pair.column_order(whole)  # checks the order
+        pair, full = self.pair, torch.arange(len(self.pair.groups))
+        full[self.members] = self.members[order.cpu()]
+        columns = pair.column_order(full)  # validates the order
         yield f"{pair.consumer}.weight", _dim(pair.consumer_module, 1), columns
         producers: list[tuple[str, Any, Tensor]] = [(pair.producer, pair.producer_module, pair.rows)]
         producers += [(partner.name, partner.module, partner.rows) for partner in pair.permutable_with]
         for name, module, rows in producers:
             index = torch.arange(features(module)[0])
-            index[rows] = rows[whole]
+            index[rows] = rows[full]
             yield f"{name}.weight", _dim(module, 0), index
             if module.bias is not None:
                 yield f"{name}.bias", 0, index
 
 
 def _dim(module: nn.Module, dim: int) -> int:
-    """Where a linear layer stores dimension ``dim`` of ``[out, in]``."""
+    """Return the stored dimension of a linear layer for dimension ``dim`` of ``[out, in]``."""
     return 1 - dim if isinstance(module, Conv1D) else dim
 
 
-def _of_residual(model: nn.Module, residual: ResidualStream) -> Site:
+def _residual_site(model: nn.Module, residual: ResidualStream) -> Site:
     if residual.returned:
-        raise ModelError(f"{type(model).__name__} returns its residual stream: another order would show")
+        raise ModelError(f"{type(model).__name__} returns its residual stream: another order would be visible")
 
     def moves(order: Tensor) -> Moves:
         if not torch.equal(order.cpu().sort().values, torch.arange(residual.width)):
-            raise ValueError(f"no permutation of {residual.width} channels")
+            raise ValueError(f"not a permutation of {residual.width} channels")
         for name, dims in residual.parameters.items():
             for dim in dims:
                 yield name, dim, order

@@ -1,8 +1,8 @@
-"""What an N:M mask keeps of a stripe: the sum over rows of the ``keep`` largest of its ``group`` scores.
+"""Scores of stripes: the sum over rows of the ``keep`` largest of the ``group`` scores, which an N:M mask keeps.
 
-If ``t`` is the ``keep``-th largest of a stripe that lacks one column, the column ``c`` adds ``max(c - t, 0)`` to what
-the stripe keeps, in each row. That makes a table of all stripes of a narrow matrix a matter of milliseconds, and every
-later question about it a look-up.
+If ``t`` is the ``keep``-th largest of a stripe without one of its columns, that column ``c`` adds ``max(c - t, 0)`` to
+the kept sum in each row. Therefore a table of all stripes of a narrow matrix takes milliseconds, and each score is then
+a look-up.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from torch import Tensor
 from .splits import Splits, ascending_sets, binomials
 
 TABLE_SETS = 2_000_000
-"""The largest table: all sets of 4 among 84 columns."""
+"""The largest table: all sets of 4 of 84 columns."""
 
 TABLE_WORK = 2_000_000_000
-"""The most numbers that a table may be computed from: sets times rows."""
+"""Upper limit on the work for a table: sets times rows."""
 
 ROWS = 256
-"""Rows of which a table is made at once, which bounds the memory."""
+"""Rows from which a table is computed at once, to bound the memory."""
 
 
 class Scorer(Protocol):
-    """Knows what a mask keeps of a set of columns."""
+    """Computes the kept sums of stripes."""
 
     def stripe(self, columns: Tensor) -> Tensor:
-        """What is kept of stripes: columns ``[n, group]`` int64 -> ``[n]``."""
+        """Return the kept sums of stripes: columns ``[n, group]`` int64 -> ``[n]``."""
         ...
 
     def best(self, columns: Tensor, splits: Splits) -> tuple[Tensor, Tensor]:
-        """The best split of ``[n, stripes · group]`` columns, each row ascending: what it keeps, and its number."""
+        """Return kept sum and index of the best split of ``[n, stripes · group]`` columns, each row ascending."""
         ...
 
 
 def largest(values: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """The ``keep`` largest of some tensors of one shape, place by place, in descending order."""
+    """Return the ``keep`` elementwise largest of tensors of one shape, in descending order."""
     found: list[Tensor] = []
     for value in values:
         rest = value
@@ -51,22 +51,22 @@ def largest(values: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def kept_score(values: Tensor, keep: int) -> Tensor:
-    """The sum of the ``keep`` largest over dimension -2, and over dimension -1: ``[..., group, rows]`` -> ``[...]``."""
+    """Sum the ``keep`` largest along dimension -2, and along dimension -1: ``[..., group, rows]`` -> ``[...]``."""
     return torch.stack(largest(values.unbind(-2), keep)).sum((0, -1)) if keep else values.new_zeros(values.shape[:-2])
 
 
 def has_table(width: int, rows: int, group: int) -> bool:
-    """Whether the table of all stripes of a matrix is small enough to be made."""
+    """Return True if the table of all stripes of a matrix is small enough."""
     sets = math.comb(width, group)
     return sets <= TABLE_SETS and sets * rows <= TABLE_WORK
 
 
 class TableScorer:
-    """The scores of all stripes that a narrow matrix can have.
+    """Scores of all possible stripes of a narrow matrix, in a table.
 
     Args:
-        scores: ``[columns, rows]``, not negative.
-        keep: kept of each stripe.
+        scores: ``[columns, rows]``, non-negative.
+        keep: columns kept of each stripe.
         group: columns of a stripe.
     """
 
@@ -91,7 +91,7 @@ class TableScorer:
 
 
 def table_of(scores: Tensor, keep: int, group: int) -> Tensor:
-    """What is kept of every set of ``group`` columns, ``[sets]``, in the order of ``ascending_sets``."""
+    """Return the kept sum of every set of ``group`` columns, ``[sets]``, in the order of ``ascending_sets``."""
     return torch.stack([_table_of(part, keep, group) for part in scores.split(ROWS, 1)]).sum(0)
 
 
@@ -114,7 +114,7 @@ def _table_of(scores: Tensor, keep: int, group: int) -> Tensor:
 
 
 class DirectScorer:
-    """Scores computed from the matrix at each question, for matrices too wide for a table; arguments as ``TableScorer``."""
+    """Scores computed from the matrix on demand, for matrices too wide for a table; arguments as ``TableScorer``."""
 
     def __init__(self, scores: Tensor, keep: int, group: int) -> None:
         self.scores, self.keep, self.group = scores, keep, group
@@ -138,9 +138,9 @@ class DirectScorer:
 
 
 def _two_of_four(values: Tensor, subsets: Tensor) -> Tensor:
-    """``[n, sets]``: the two largest of four are the larger of each half, or one of the halves.
+    """Return the kept sums for 2:4, ``[n, sets]``: the two largest of four are the larger of each half, or one half.
 
-    values: ``[n, positions, rows]``; subsets: ``[sets, 4]``.
+    ``values`` is ``[n, positions, rows]``, ``subsets`` ``[sets, 4]``.
     """
     positions = values.shape[1]
     first, second = torch.combinations(torch.arange(positions, device=values.device)).unbind(1)
@@ -154,9 +154,9 @@ def _two_of_four(values: Tensor, subsets: Tensor) -> Tensor:
 
 
 def _best_way(kept: Tensor, splits: Splits) -> tuple[Tensor, Tensor]:
-    """The best split for each of n: kept ``[sets, n]`` -> what it keeps ``[n]``, and its number ``[n]``.
+    """Return the best split for each of n: kept ``[sets, n]`` -> its kept sum ``[n]``, and its index ``[n]``.
 
-    The splits come in blocks with the same first set, so the best of the others is found block by block.
+    The splits come in blocks with the same first set, so the best of the other sets is found block by block.
     """
     ways, count = splits.ways, kept.shape[1]
     others = kept.index_select(0, ways[:, 1])

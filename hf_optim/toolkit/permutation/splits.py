@@ -1,7 +1,7 @@
-"""Ways to split a few columns into stripes, and the place of a set of columns in a table of all sets.
+"""Splits of a few columns into stripes, and the index of a set of columns in a table of all sets.
 
-A stripe is one N:M group of columns. Two stripes of 4 can be filled from their 8 columns in 35 ways, three from their
-12 in 5775: neither the order inside a stripe nor the order of the stripes counts.
+A stripe is one N:M group of columns. There are 35 ways to split 8 columns into two stripes of 4, and 5775 to split 12
+into three: neither the order within a stripe nor the order of stripes matters.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 MAX_SPLITS = 6_000
-"""More splits than this are not tried one by one."""
+"""The largest number of splits that are enumerated."""
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """All ways to fill ``stripes`` stripes of ``group`` from as many columns as they hold together.
+    """All splits of ``stripes · group`` columns into ``stripes`` stripes.
 
     Attributes:
-        subsets: ``[sets, group]`` int64: every set of positions that one stripe can hold, ascending in itself.
-        ways: ``[splits, stripes]`` int64: the sets that make up each split. The first keeps the columns as they stand.
-        block: how many splits in a row have the same first set.
+        subsets: ``[sets, group]`` int64: every set of positions that a stripe can have, each ascending.
+        ways: ``[splits, stripes]`` int64: the sets of each split. The first split keeps the current order.
+        block: number of consecutive splits with the same first set.
     """
 
     subsets: Tensor
@@ -34,17 +34,18 @@ class Splits:
     block: int
 
     def to(self, device: torch.device) -> Splits:
+        """Return the splits on ``device``."""
         return Splits(self.subsets.to(device), self.ways.to(device), self.block)
 
 
 def split_count(group: int, stripes: int) -> int:
-    """How many splits there are: ``(stripes · group)! / (group!^stripes · stripes!)``."""
+    """Return the number of splits: ``(stripes · group)! / (group!^stripes · stripes!)``."""
     return math.factorial(group * stripes) // (math.factorial(group) ** stripes * math.factorial(stripes))
 
 
 @lru_cache(maxsize=16)
 def all_splits(group: int, stripes: int) -> Splits:
-    """The splits of ``group · stripes`` columns. Raises ``ValueError`` where there are more than ``MAX_SPLITS``."""
+    """Enumerate the splits of ``group · stripes`` columns. Raises ``ValueError`` for more than ``MAX_SPLITS``."""
     if split_count(group, stripes) > MAX_SPLITS:
         raise ValueError(f"{split_count(group, stripes)} splits of {stripes} stripes of {group} are too many to try")
     subsets = list(combinations(range(group * stripes), group))
@@ -54,7 +55,7 @@ def all_splits(group: int, stripes: int) -> Splits:
 
 
 def _ways(left: tuple[int, ...], group: int) -> Iterator[list[tuple[int, ...]]]:
-    """The first stripe holds the lowest position that is left, so that no split comes twice."""
+    """Yield all splits of ``left``. The first stripe takes the lowest position left, so that no split comes twice."""
     if not left:
         yield []
         return
@@ -65,14 +66,14 @@ def _ways(left: tuple[int, ...], group: int) -> Iterator[list[tuple[int, ...]]]:
 
 @lru_cache(maxsize=16)
 def binomials(width: int, group: int) -> Tensor:
-    """``[group, width]`` int64: ``C(column, k)`` for k = 1 .. group. Their sum over a set is its place in the table."""
+    """Return ``C(column, k)`` for k = 1 .. group, ``[group, width]`` int64; the sum over a set is its table index."""
     return torch.tensor([[math.comb(column, k) for column in range(width)] for k in range(1, group + 1)])
 
 
 def ascending_sets(width: int, size: int) -> Tensor:
-    """Every set of ``size`` of ``width`` columns, ``[C(width, size), size]``, ordered by largest column, then the next.
+    """Return every set of ``size`` of ``width`` columns, ``[C(width, size), size]``, in colexicographic order.
 
-    In this order the sets of the first n columns come first, whatever n is.
+    In this order the sets of the first n columns come first, for every n.
     """
     sets = torch.arange(width)[:, None]
     for length in range(2, size + 1):

@@ -1,10 +1,10 @@
-"""Stripe groups: every way to share out the columns of two or three stripes is tried, the best gain first.
+"""Stripe groups: try every way to divide the columns of two or three stripes among them, best gain first.
 
-Pool & Yu (NeurIPS 2021): all groups of stripes are scored; the one that gains most is taken, groups that share a stripe
-with it wait, and those that hold a changed stripe are scored again, until none gains. From such a minimum a bounded
-number of regressions leads on: columns are exchanged at random, for the worse, and the search goes on from there.
+Pool & Yu (NeurIPS 2021): score all groups of stripes, and apply the split with the largest gain. Groups that share a
+stripe with it wait; groups with a changed stripe are scored again, until there is no gain. A bounded number of
+regressions escapes from this local optimum: random columns are exchanged, for the worse, and the search continues.
 
-Several searches run at once here, as a batch: a regression is one more element of it.
+Several searches run at once as a batch; a regression is one more element of the batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .scores import Scorer
 from .splits import all_splits
 
 GAIN = 1e-6
-"""A gain below this share of what a stripe keeps is rounding."""
+"""Smaller relative gains are attributed to rounding."""
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Stripes:
 
     Attributes:
         order: ``[batch, stripes, group]`` int64: the columns of each stripe.
-        kept: ``[batch, stripes]``: what a mask keeps of each.
+        kept: ``[batch, stripes]``: sum of the scores that the mask keeps of each stripe.
     """
 
     order: Tensor
@@ -36,29 +36,31 @@ class Stripes:
 
     @classmethod
     def of(cls, order: Tensor, scorer: Scorer) -> Stripes:
+        """Score the arrangements ``order``."""
         return cls(order, scorer.stripe(order.flatten(0, 1)).view(order.shape[:2]))
 
     @property
     def total(self) -> Tensor:
-        """``[batch]`` float64."""
+        """Return the kept sum of each arrangement, ``[batch]`` float64."""
         return self.kept.double().sum(1)
 
     def copies(self, count: int) -> Stripes:
-        """The first arrangement, ``count`` times."""
+        """Return ``count`` copies of the first arrangement."""
         return Stripes(self.order[:1].repeat(count, 1, 1), self.kept[:1].repeat(count, 1))
 
     def best(self, count: int) -> Stripes:
-        """The ``count`` arrangements that keep most, the best first."""
+        """Return the ``count`` arrangements with the largest kept sums, best first."""
         places = self.total.argsort(descending=True, stable=True)[:count]
         return Stripes(self.order[places], self.kept[places])
 
-    def joined(self, other: Stripes) -> Stripes:
+    def concat(self, other: Stripes) -> Stripes:
+        """Return the arrangements of both batches."""
         return Stripes(torch.cat([self.order, other.order]), torch.cat([self.kept, other.kept]))
 
 
 @dataclass(eq=False)
 class _Greedy:
-    """The greedy phase over all groups of ``size`` stripes, on a batch in place."""
+    """The greedy phase over all groups of ``size`` stripes, in place on a batch."""
 
     state: Stripes
     scorer: Scorer
@@ -79,11 +81,11 @@ class _Greedy:
         self.way = torch.zeros((batch, len(self.groups)), dtype=torch.int64, device=device)
 
     def columns(self, where: Tensor, groups: Tensor) -> Tensor:
-        """``[n, size · group]``: the columns of groups of stripes, ascending."""
+        """Return the columns of groups of stripes, ascending: ``[n, size · group]``."""
         return self.state.order[where[:, None], self.groups[groups]].flatten(1).sort(1).values
 
     def score(self, changed: Tensor) -> None:
-        """Score the groups again that hold a stripe of ``changed`` ``[batch, stripes]``."""
+        """Score the groups that contain a stripe of ``changed`` ``[batch, stripes]`` again."""
         where, groups = (changed.float() @ self.holds.float() > 0).nonzero(as_tuple=True)
         kept, way = self.scorer.best(self.columns(where, groups), self.splits)
         before = self.state.kept[where[:, None], self.groups[groups]].sum(1)
@@ -91,7 +93,7 @@ class _Greedy:
         self.way[where, groups] = way
 
     def disjoint(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The best group of each element, then the best of those that share no stripe with it, and so on."""
+        """Yield the best group of each element, then the best of those that share no stripe with it, and so on."""
         gain = self.gain.clone()
         everywhere = torch.arange(len(gain), device=gain.device)
         while True:
@@ -104,7 +106,7 @@ class _Greedy:
             gain[where] = gain[where].masked_fill(taken, 0.0)
 
     def apply(self) -> Tensor:
-        """Rearrange; which stripes changed, bool ``[batch, stripes]``."""
+        """Apply the best splits, and return which stripes changed: bool ``[batch, stripes]``."""
         changed = torch.zeros_like(self.state.kept, dtype=torch.bool)
         chosen = list(self.disjoint())
         if not chosen:
@@ -126,9 +128,9 @@ class _Greedy:
 
 
 def converge_(state: Stripes, scorer: Scorer, size: int, changed: Tensor | None = None) -> Stripes:
-    """The greedy phase over groups of ``size`` stripes, in place, until no group gains.
+    """Run the greedy phase over groups of ``size`` stripes, in place, until no group gains.
 
-    ``changed`` bool ``[batch, stripes]``: the stripes at which to look first; all by default.
+    ``changed``, bool ``[batch, stripes]``, restricts the first pass to groups with these stripes; None takes all.
     """
     if state.order.shape[1] >= size:
         _Greedy(state, scorer, size).run(torch.ones_like(state.kept, dtype=torch.bool) if changed is None else changed)
@@ -136,7 +138,7 @@ def converge_(state: Stripes, scorer: Scorer, size: int, changed: Tensor | None 
 
 
 def perturb_(state: Stripes, scorer: Scorer, swaps: int, generator: torch.Generator) -> Tensor:
-    """Exchange ``swaps`` random columns of random stripes in every arrangement; the stripes that changed."""
+    """Exchange ``swaps`` random pairs of columns in every arrangement, in place, and return the changed stripes."""
     batch, stripes, group = state.order.shape
     device = state.order.device
     swaps = min(swaps, stripes // 2)
@@ -152,7 +154,7 @@ def perturb_(state: Stripes, scorer: Scorer, swaps: int, generator: torch.Genera
 
 
 def escape(state: Stripes, scorer: Scorer, tries: int, batch: int, swaps: int, generator: torch.Generator) -> Stripes:
-    """Bounded regressions from the first arrangement, ``batch`` at a time, each batch from the best so far."""
+    """Run ``tries`` regressions from the first arrangement, ``batch`` at a time, each batch from the best so far."""
     best = Stripes(state.order[:1], state.kept[:1])
     while tries > 0 and state.order.shape[1] > 2:
         others = best.copies(min(batch, tries))

@@ -1,12 +1,12 @@
-"""Exchanges of two columns, the cheap search for wide matrices and for groups too large to split in every way.
+"""Exchanges of two columns: the cheap search for wide matrices, and for groups with too many splits.
 
-Let one column of every stripe be free, and ``t_i`` the ``keep``-th largest of what remains of stripe i. Then column c
-is worth ``a_ic = Σ_rows max(c - t_i, 0)`` there, and exchanging the free columns of stripes i and j gains ::
+Let one column of every stripe be free, and ``t_i`` the ``keep``-th largest of the rest of stripe i. Then column c adds
+``a_ic = Σ_rows max(c - t_i, 0)`` to the kept sum of stripe i, and exchanging the free columns of i and j gains::
 
     a_ij + a_ji - a_ii - a_jj,        2 a_ic = ‖c - t_i‖₁ + Σ c - Σ t_i
 
-One matrix of L1 distances therefore gives the gain of every exchange, and those that share no stripe are made at once,
-the best first.
+One matrix of L1 distances therefore gives the gain of every exchange. Exchanges that share no stripe are applied at
+once, best first.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from .scores import DirectScorer, Scorer, largest
 from .splits import all_splits
 
 GAIN = 1e-6
-"""A gain below this share of what two stripes keep is rounding."""
+"""Smaller relative gains are attributed to rounding."""
 
 
 def exchange_columns_(
     order: Tensor, scores: Tensor, keep: int, generator: torch.Generator, rounds: int = 400, least: float = 1e-5
 ) -> Tensor:
-    """Exchange columns between stripes, in place, a random one of each stripe a round, until it is no longer worth it.
+    """Exchange columns between stripes in place, one random column per stripe in each round, while it pays.
 
     Args:
         order: ``[stripes, group]`` int64.
-        scores: ``[columns, rows]``, not negative.
-        keep: kept of each stripe; less than the group.
-        rounds: at most.
-        least: stop when as many rounds as there are pairs of places in two stripes gain less than this share.
+        scores: ``[columns, rows]``, non-negative.
+        keep: columns kept of each stripe, fewer than ``group``.
+        generator: of the random columns.
+        rounds: upper limit.
+        least: stop once the relative gain of the last ``group²`` rounds (at least 8) is not above this.
     """
     scorer = DirectScorer(scores, keep, order.shape[1])
     kept = scorer.stripe(order)
@@ -56,7 +57,7 @@ def _exchange_round_(order: Tensor, kept: Tensor, slots: Tensor, scores: Tensor,
 
 
 def keep_better_(order: Tensor, kept: Tensor, stripes: Tensor, columns: Tensor, scorer: Scorer) -> None:
-    """Put ``columns [n, 2, group]`` into ``stripes [n, 2]`` where both together keep more than before."""
+    """Put ``columns [n, 2, group]`` into ``stripes [n, 2]``, in place, for the pairs that then keep more."""
     if not len(stripes):
         return
     after = scorer.stripe(columns.flatten(0, 1)).view(stripes.shape)
@@ -67,7 +68,7 @@ def keep_better_(order: Tensor, kept: Tensor, stripes: Tensor, columns: Tensor, 
 
 
 def swap_gains(order: Tensor, slots: Tensor, scores: Tensor, keep: int) -> Tensor:
-    """``[stripes, stripes]``: what exchanging the columns at ``slots`` ``[stripes]`` of two stripes gains."""
+    """Return the gain of exchanging the columns at ``slots`` ``[stripes]`` of two stripes: ``[stripes, stripes]``."""
     every = torch.arange(len(order), device=order.device)
     free = order[every, slots]
     places = torch.arange(order.shape[1], device=order.device)
@@ -82,9 +83,10 @@ def swap_gains(order: Tensor, slots: Tensor, scores: Tensor, keep: int) -> Tenso
 
 
 def disjoint_pairs(gains: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs with a positive gain that share nothing, the best first: what the greedy choice would take.
+    """Return the disjoint pairs with a positive gain that a greedy choice, best first, would take.
 
-    ``gains``: symmetric ``[n, n]``. A pair is taken when each is the other's best, which is so for the best of all.
+    ``gains`` is symmetric, ``[n, n]``. A pair is taken if each is the best partner of the other, which holds for the
+    best pair of all.
     """
     gains = gains.clone().fill_diagonal_(0.0)
     every = torch.arange(len(gains), device=gains.device)
@@ -104,9 +106,10 @@ def disjoint_pairs(gains: Tensor) -> tuple[Tensor, Tensor]:
 def split_random_pairs_(
     order: Tensor, scorer: Scorer, generator: torch.Generator, rounds: int = 400, least: float = 1e-5
 ) -> Tensor:
-    """Try every split of two stripes on random pairs of stripes, all stripes each round, in place.
+    """Apply the best split of two stripes to random pairs that cover all stripes in each round, in place.
 
-    order: ``[stripes, group]``. Ends when ``8`` rounds gain less than the share ``least``, or after ``rounds``.
+    ``order`` is ``[stripes, group]``. Stops once the relative gain of 8 rounds is not above ``least``, or after
+    ``rounds``.
     """
     splits = all_splits(order.shape[1], 2).to(order.device)
     kept = scorer.stripe(order)
