@@ -122,7 +122,7 @@ def _refuse_streamed(recipe: OptimConfig) -> None:
 
 
 def _put_on_kernels(model: PreTrainedModel) -> None:
-    """Run a finished model on kernels. Kernels were not requested explicitly, so log unsupported layers, do not warn."""
+    """Run a finished model on kernels. Kernels were not asked for explicitly: log unsupported layers."""
     from ..compressed.packed.accelerate import accelerate
     from ..compressed.packed.packed_linear import KernelWarning
 

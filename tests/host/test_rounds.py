@@ -158,7 +158,7 @@ def test_a_schedule_of_the_callers_own_is_that_of_one_phase(tmp_path):
 
 
 def test_a_schedule_without_positions_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"step 1 \(toy_rewinder\): a ReduceLROnPlateau cannot be put back"):
+    with pytest.raises(RecipeError, match=r"step 1 \(toy_rewinder\): a ReduceLROnPlateau cannot return to an earlier step"):
         train(
             tmp_path,
             step=Rewinder(),

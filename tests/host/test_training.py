@@ -638,7 +638,7 @@ def test_several_ranks_do_not_train_what_only_each_of_them_knows(tmp_path, monke
     begin(model, Gate())
     trainer = OptimTrainer(model=model, args=arguments(tmp_path), train_dataset=sentences())
     monkeypatch.setattr("hf_optim.toolkit.distributed.collectives.world_size", lambda: 2)
-    with pytest.raises(OptimError, match=r"step 1 \(toy_gate\) trains a parameter that is no part of the model"):
+    with pytest.raises(OptimError, match=r"step 1 \(toy_gate\) trains a parameter that is not part of the model"):
         trainer.create_optimizer()
 
 
@@ -659,7 +659,7 @@ def test_groups_need_an_optimizer_that_is_not_there_yet(tmp_path):
     trainer = OptimTrainer(
         model=model, args=arguments(tmp_path), train_dataset=sentences(), optimizers=(optimizer, None)
     )
-    with pytest.raises(OptimError, match=r"step 1 \(toy_groups\) sets optimizer groups"):
+    with pytest.raises(OptimError, match=r"step 1 \(toy_groups\) sets its own optimizer groups"):
         trainer.train()
 
 

@@ -58,10 +58,10 @@ def rewrite(path, change):
 
 def test_a_sound_checkpoint_passes_and_has_figures(model, tmp_path):
     found = look(model, output=tmp_path / "out")
-    assert found.skeleton.files == tuple(sorted(model.glob("*.safetensors")))
+    assert found.meta_model.files == tuple(sorted(model.glob("*.safetensors")))
     assert found.notes == []
-    assert found.figures["bytes_after"] < found.figures["bytes_before"]
-    assert found.figures["host_bytes"] > 2 * found.figures["block_bytes"]
+    assert found.estimates["bytes_after"] < found.estimates["bytes_before"]
+    assert found.estimates["host_bytes"] > 2 * found.estimates["block_bytes"]
     assert not (tmp_path / "out").exists()
 
 
@@ -77,7 +77,7 @@ def test_a_missing_head_is_refused_where_it_would_be_random(model):
     rewrite(shard_with(model, "lm_head.weight"), lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         look(model)
-    assert look(model, {**STREAMED, "driver": "blockwise"}).skeleton.missing == ("lm_head.weight",)
+    assert look(model, {**STREAMED, "driver": "blockwise"}).meta_model.missing == ("lm_head.weight",)
 
 
 def test_a_missing_shard(model):
@@ -134,13 +134,13 @@ def test_a_step_that_only_looks_at_the_model_does_not_end_the_check(model, copyi
     """Both have ``transform_model``, to copy or to look at the model; neither changes it."""
     with pytest.raises(ModelError, match=r"step 3 \(gptq\): nothing matches 'nope'"):
         preflight.check_steps(OptimConfig.parse([{"technique": "nm"}, copying, LOST]), tiny_llama())
-    figures = look(model, [{"technique": "nm"}, copying]).figures
+    figures = look(model, [{"technique": "nm"}, copying]).estimates
     assert figures["bytes_after"] is not None
 
 
 @pytest.mark.parametrize("step", [{"technique": "structured", "neurons": 0.5}, {"technique": "distilbert"}])
 def test_nothing_is_claimed_of_what_follows_a_step_that_changes_shapes(model, step):
-    figures = look(model, [step]).figures
+    figures = look(model, [step]).estimates
     assert figures["bytes_after"] is None
     assert "depends on the new architecture" in figures["readable"]["weights on disk"]
     assert preflight.check_steps(OptimConfig.parse([step, LOST]), tiny_llama()) == []
@@ -209,8 +209,8 @@ def test_not_enough_memory_says_what_would_do(model, monkeypatch, driver, spill,
 
 def test_the_estimate_of_memory_counts_what_flows(model):
     recipe = {"steps": [{"technique": "gptq"}], "calibration": {"samples": 1000, "seq_len": 64}}
-    held = look(model, {**STREAMED, **recipe}).figures
-    spilled = look(model, {**STREAMED, **recipe, "spill": "."}).figures
+    held = look(model, {**STREAMED, **recipe}).estimates
+    spilled = look(model, {**STREAMED, **recipe, "spill": "."}).estimates
     assert held["activation_bytes"] == 1000 * 64 * 32 * 4
     assert held["host_bytes"] - spilled["host_bytes"] == held["activation_bytes"]
     assert 10**8 < host_memory() < 10**14
