@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from ..errors import ModelError
 from ..toolkit.modules import remote_code_guard
-from ..toolkit.modules.transplant import auto_heads
+from ..toolkit.modules.transplant import auto_classes
 
 PACKAGE = "hf_optim_generated"
 FUTURE = "from __future__ import annotations"
@@ -148,7 +148,7 @@ def generate(code: RemoteCode, config_class: type[PretrainedConfig]) -> ModuleTy
 
     Raises ``ModelError`` if ``config_class`` is not a configuration class of transformers.
     """
-    heads = auto_heads(config_class)
+    heads = auto_classes(config_class)
     if not heads or getattr(transformers, config_class.__name__, None) is not config_class:
         raise ModelError(f"{config_class.__name__} is not a configuration class of transformers")
     name = f"modeling_{code.name}_{config_class.model_type}"
@@ -166,7 +166,7 @@ def generate(code: RemoteCode, config_class: type[PretrainedConfig]) -> ModuleTy
 
 def write_source(code: RemoteCode, config_class: type[PretrainedConfig], name: str) -> str:
     """Return the text of the generated module: the technique's source, then a class per class of the architecture."""
-    heads = auto_heads(config_class)
+    heads = auto_classes(config_class)
     own = code.prefix + config_class.__name__
     auto_map = {"AutoConfig": f"{name}.{own}"}
     classes = []

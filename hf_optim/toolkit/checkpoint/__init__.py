@@ -1,4 +1,4 @@
-"""Headers of safetensors files, models on the meta device, and tensors that travel with a checkpoint."""
+"""Headers of safetensors files, model configurations, and tensors that are saved with a checkpoint."""
 
 from .named_tensors import NamedTensors
 

@@ -1,4 +1,4 @@
-"""What the weight files of a checkpoint hold, from their headers: names, types and shapes, no weights."""
+"""Headers of safetensors files: the names, dtypes, shapes and offsets of the tensors of a checkpoint, no weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ...errors import CheckpointError
 
-# The dtypes that hf_optim reads and writes, by safetensors' names for them.
+# The dtypes that hf_optim reads and writes, by their names in safetensors.
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,18 +29,26 @@ TORCH_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# safetensors' names of the types that compressed layers are stored in.
+# Floating dtypes that compressed layers are stored in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100_000_000  # bytes of a header, as the safetensors library bounds it
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 class UnsupportedCheckpoint(Exception):
-    """The packed loader cannot load this checkpoint, which may be sound: the stock loader is to try."""
+    """The packed loader does not support this checkpoint; it may be valid, and the stock loader tries next."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: its key, safetensors' name of its type, its shape, and where its bytes are."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        key: its name in the file.
+        type: its dtype, by the name in safetensors.
+        shape: its shape.
+        file: the file.
+        begin, end: the range of its bytes in the file.
+    """
 
     key: str
     type: str
@@ -51,28 +59,32 @@ class TensorInfo:
 
 
 class SafetensorsHeaders:
-    """The tensors of a checkpoint, found by the names that a model has for them."""
+    """The tensors of a checkpoint, looked up by the parameter names of a model."""
 
     def __init__(self, files: Iterable[str | Path], prefix: str = "") -> None:
-        """``prefix`` is the model's ``base_model_prefix``: keys may have it where the model has not, or not have it."""
+        """Read the headers of ``files``.
+
+        ``prefix`` is the model's ``base_model_prefix``: keys may have it if parameter names do not, and the other way
+        round. Raises ``UnsupportedCheckpoint`` for a file of another format, and ``CheckpointError`` for a corrupt one.
+        """
         self.entries = {entry.key: entry for path in files for entry in _header(Path(path))}
         self.prefix = f"{prefix}." if prefix else ""
 
     def find(self, name: str) -> TensorInfo | None:
-        """The tensor that the loader puts into the parameter ``name``, or None."""
+        """Return the tensor that is loaded into the parameter ``name``, or None."""
         for key in (name, self.prefix + name, name.removeprefix(self.prefix)):
             if key in self.entries:
                 return self.entries[key]
         return None
 
     def count(self, suffix: str) -> int:
-        """How many keys end so."""
+        """Return the number of keys that end with ``suffix``."""
         return sum(key.endswith(suffix) for key in self.entries)
 
 
 def _header(path: Path) -> list[TensorInfo]:
     if path.suffix != ".safetensors":
-        raise UnsupportedCheckpoint(f"{path.name} is no safetensors file")
+        raise UnsupportedCheckpoint(f"{path.name} is not a safetensors file")
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]

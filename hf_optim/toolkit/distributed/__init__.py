@@ -1,4 +1,4 @@
-"""Collectives over ranks, and sharded parameters."""
+"""Collectives over ranks, and parameters sharded by FSDP2."""
 
 from . import collectives, fsdp
 from .fsdp import FullWeights

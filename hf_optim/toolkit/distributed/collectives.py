@@ -1,7 +1,7 @@
-"""Statistics over several ranks, each of which has seen a share of the data (``torch.distributed``).
+"""Collectives for statistics over several ranks, each of which processes a part of the data (``torch.distributed``).
 
-Without a process group there is one rank, and nothing here does anything. All ranks must call the same functions in
-the same order.
+Without a process group there is one rank, and all functions are local. All ranks must call the same functions in the
+same order.
 """
 
 from __future__ import annotations
@@ -19,34 +19,37 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def world_size() -> int:
-    """How many ranks calibrate together; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Return the number of this rank, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_reduce_(tensor: Tensor, how: Reduction) -> Tensor:
-    """The sum, minimum or maximum of a tensor over the ranks, in its place on each."""
+    """Replace a tensor by its sum, minimum or maximum over the ranks, in place on each rank, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how])
     return tensor
 
 
 def sum_over_ranks(number: int) -> int:
-    """The sum of whole numbers over the ranks."""
+    """Return the sum of an integer over the ranks."""
     return int(all_reduce_(torch.tensor(number), "sum"))
 
 
-def is_true_on_all_ranks(truth: bool) -> bool:
-    """Whether it is true on all ranks."""
-    return bool(all_reduce_(torch.tensor(int(truth)), "min"))
+def is_true_on_all_ranks(flag: bool) -> bool:
+    """Return True if the flag is True on all ranks."""
+    return bool(all_reduce_(torch.tensor(int(flag)), "min"))
 
 
 def union_over_ranks(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The tuples of whole numbers (not negative) that any rank has, in one order on all: by rank, each as it came."""
+    """Return the tuples of non-negative integers that any rank has, in the same order on all ranks.
+
+    They are ordered by rank, and by position within a rank.
+    """
     if world_size() == 1:
         return list(dict.fromkeys(rows))
     most = all_reduce_(torch.tensor([len(rows), max((len(row) for row in rows), default=0)]), "max").tolist()
@@ -63,12 +66,13 @@ def union_over_ranks(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def all_reduce_dict_(found: dict[str, Tensor], names: Iterable[str], how: Reduction, device: Any = None) -> None:
-    """Reduce the tensors of ``found`` in place, each over the ranks that have it; all ranks then have all of them.
+    """Reduce the tensors of ``found`` in place, each over the ranks that have it. All ranks then have all of them.
 
     Args:
-        found: name -> float32 or float64 tensor, of one shape on all ranks.
+        found: name -> float32 or float64 tensor, of the same shape on all ranks.
         names: every name that may be among them, in the same order on all ranks.
-        device: of tensors that this rank has none of; None for that of the others, else the CPU.
+        how: the reduction.
+        device: the device of tensors that this rank does not have; None takes that of the others, else the CPU.
     """
     ordered = list(names)
     device = device or next((tensor.device for tensor in found.values()), None) or torch.device("cpu")

@@ -1,8 +1,8 @@
-"""Weights that are sharded over ranks (FSDP2, ``torch.distributed.tensor``): the whole of them, and this rank's part.
+"""Weights that are sharded over ranks by FSDP2 (``torch.distributed.tensor``): full tensors and local shards.
 
-Masks are kept whole, since a ranking compares all weights; what is written goes to the part that a rank has. For
-tensors that are not sharded, everything here gives back what it was given. ``full_tensor`` is collective: all ranks must call
-it for the same tensors in the same order.
+Masks are kept as full tensors, since a ranking compares all weights; they are applied to the local shard of each rank.
+For tensors that are not sharded, every function here returns its argument. ``full_tensor`` is collective: all ranks
+must call it for the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -18,36 +18,40 @@ from ...errors import ModelError
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold parts of it."""
+    """Return True if the tensor is distributed over ranks."""
     return isinstance(tensor, DTensor)
 
 
 def has_sharded_parameters(model: nn.Module) -> bool:
-    """Whether any parameter of the model is sharded, or lies gathered in a module that shards it (FSDP2)."""
+    """Return True if a parameter of the model is sharded, or is currently gathered in a module of FSDP2."""
     return any(map(is_sharded, model.parameters())) or any(True for _ in _fsdp_modules(model))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor: a copy gathered from the ranks if it is sharded, else itself."""
+    """Return the full tensor: a copy gathered from the ranks if it is sharded, else the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: a view, so that writing to it writes to the tensor."""
+    """Return this rank's shard of a tensor: a view, so that writing to it writes to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """The part of ``full`` that belongs to this rank's part of ``like``, on its device; no rank is asked.
+    """Return the part of ``full`` that corresponds to this rank's shard of ``like``, on its device.
+
+    There is no communication.
 
     Args:
         full: the same on all ranks, of the shape of ``like``.
         like: a tensor, sharded or not.
+
+    Raises ``ModelError`` for placements other than ``Shard`` and ``Replicate``.
     """
     if not isinstance(like, DTensor):
         return full.to(like.device)
     if not all(isinstance(place, (Shard, Replicate)) for place in like.placements):
-        raise ModelError(f"a weight with placements {like.placements} has no mask of its own; shard it with FSDP2")
+        raise ModelError(f"a weight with placements {like.placements} cannot be masked; shard it with FSDP2")
     device = like.to_local().device
     mesh_device = like.device_mesh.device_type
     part = distribute_tensor(full.to(mesh_device), like.device_mesh, like.placements, src_data_rank=None).to_local()
@@ -55,20 +59,20 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def mask_device(parameter: Tensor) -> torch.device:
-    """Where the whole mask of a parameter is kept: beside the parameter; on the CPU if that is sharded."""
+    """Return the device of a parameter's full mask: that of the parameter, or the CPU if the parameter is sharded."""
     return torch.device("cpu") if is_sharded(parameter) else parameter.device
 
 
 def reshard(model: nn.Module) -> None:
-    """Put parameters that FSDP2 left gathered after a forward pass back into shards; others stay as they are."""
+    """Shard the parameters again that FSDP2 left gathered after a forward pass; others are not changed."""
     for module in _fsdp_modules(model):
         module.reshard()
 
 
 class FullWeights(Mapping[str, Tensor]):
-    """Parameter name -> whole weight, detached, gathered when it is asked for: one at a time if taken one at a time.
+    """Parameter name -> full weight, detached. Weights are gathered on access, so only those in use are in memory.
 
-    A mapping of the model's own parameters where nothing is sharded. Reading is collective, in the order of reading.
+    If nothing is sharded, the values are the model's parameters. Access is collective, in the order of access.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Parameters that no state dict has: taken out of a layer while one is written or read."""
+"""Hidden parameters: parameters to leave out of a state dict while it is saved or loaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 @contextmanager
 def hide_parameters(layer: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Take the parameters ``names``, those that are there, out of a layer for the length of a ``with`` block."""
+    """Remove the parameters ``names`` from a layer for the duration of a ``with`` block; missing names are ignored."""
     own = layer._parameters
-    taken = {name: own.pop(name) for name in names if name in own}
+    hidden = {name: own.pop(name) for name in names if name in own}
     try:
         yield
     finally:
-        own.update(taken)
+        own.update(hidden)

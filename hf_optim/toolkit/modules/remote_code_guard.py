@@ -1,10 +1,10 @@
-"""Configurations that stock classes refuse: part of the configuration class of every model with code of its own.
+"""Guard against stock classes: the configuration of a model with remote code cannot be loaded without that code.
 
-`AutoModel` refuses a checkpoint of an unknown `model_type`. A stock class that is asked for by name only warns, and
-would leave at random what it does not know. On disk the layers therefore have a type that no release of transformers
-knows, so that the configuration class of the stock model raises.
+``AutoModel`` rejects a checkpoint of an unknown ``model_type``. A stock class that is used directly only warns, and
+would leave unknown parameters at random. On disk the layers therefore have a type that no release of transformers
+supports, so that the configuration class of the stock model raises.
 
-This file is stored beside checkpoints, so it imports only transformers.
+This file is stored with checkpoints, so it imports only transformers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TYPES, COUNT, ASIDE = "layer_types", "num_hidden_layers", "stock_layers"
 
 
 class RefusedByStock(PreTrainedConfig):
-    """Part of a configuration class: it writes `config.json` with layer types of its own, and reads them back.
+    """Mixin of a configuration class: writes ``config.json`` with foreign layer types, and restores the true ones.
 
-    transformers looks at layer types where a configuration has a number of layers. That number is put aside on disk,
-    with the layer types that the architecture has: stock classes have one by themselves and raise, but the bare
-    `PreTrainedConfig`, by which `AutoTokenizer` reads a checkpoint whose code it may not run, has none and does not. A
-    configuration that has no number of layers (of several towers) gets one on disk.
+    transformers checks layer types if a configuration has a number of layers. On disk that number is moved aside,
+    together with the layer types of the architecture: stock classes have a default number and raise, but the bare
+    ``PreTrainedConfig``, with which ``AutoTokenizer`` reads a checkpoint whose code it may not run, has none and does
+    not raise. A configuration without a number of layers (of several towers) gets one on disk.
     """
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write the configuration, marked. `use_diff`: only what differs from the defaults."""
+        """Write the configuration with the guard. With ``use_diff`` only what differs from the defaults."""
         fields = json.loads(self.to_json_string(use_diff=use_diff))
         count = getattr(self, COUNT, None)
         fields[ASIDE] = {key: fields.pop(key) for key in (TYPES, COUNT) if key in fields}
@@ -39,7 +39,7 @@ class RefusedByStock(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration of what `to_json_file` wrote, or of any dictionary without marks."""
+        """Build the configuration from the output of ``to_json_file``, or from a dictionary without the guard."""
         fields = dict(config_dict)
         if FOREIGN in (fields.get(TYPES) or ()):
             aside = fields.pop(ASIDE, {})

@@ -1,6 +1,6 @@
-"""Modules of a model replaced by others, by name, when the model is built: the base of remote code that stores codes.
+"""Replace modules of a model by name when the model is built: the base of remote code that stores codes.
 
-This file is stored beside checkpoints, so it imports only torch and transformers.
+This file is stored with checkpoints, so it imports only torch and transformers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import nn
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module `name` of `model` is."""
+    """Replace the module ``name`` of ``model`` by ``module``."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
 
 
 def resolve_module_name(model: nn.Module, name: str) -> str | None:
-    """The name that a module has in `model`, given its name in that model with, or without, another head.
+    """Return the name of a module in ``model``, given its name in that model with another head or without a head.
 
-    None where the model has no such module.
+    Returns None if the model has no such module.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules())
@@ -30,23 +30,30 @@ def resolve_module_name(model: nn.Module, name: str) -> str | None:
 
 
 class ReplacedModules:
-    """Part of a model class: the modules that the configuration names are built as others.
+    """Mixin of a model class that replaces the modules listed in the configuration.
 
-    The configuration's field `replaced_field` is `{"modules": {name: entry}, ...}`; a class defines `replacement`.
+    The configuration's field ``replaced_field`` is ``{"modules": {name: entry}, ...}``; a subclass defines
+    ``replacement``.
     """
 
     replaced_field: str
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
-        said = getattr(config, self.replaced_field, None) or {}
-        for name, entry in said.get("modules", {}).items():
+        settings = getattr(config, self.replaced_field, None) or {}
+        for name, entry in settings.get("modules", {}).items():
             own = resolve_module_name(self, name)  # type: ignore[arg-type]
             if own is not None:
-                replace_module(self, own, self.replacement(self.get_submodule(own), entry, said))  # type: ignore
+                replace_module(self, own, self.replacement(self.get_submodule(own), entry, settings))  # type: ignore
 
     def replacement(self, module: nn.Module, entry: Any, said: dict[str, Any]) -> nn.Module:
-        """The module to stand in the place of `module`; its tensors are then loaded from the checkpoint."""
+        """Return the module that replaces ``module``; its tensors are then loaded from the checkpoint.
+
+        Args:
+            module: the module of the stock model.
+            entry: its entry in the configuration.
+            said: the whole field of the configuration.
+        """
         raise NotImplementedError
 
     def _init_weights(self, module: nn.Module) -> None:

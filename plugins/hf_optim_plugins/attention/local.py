@@ -33,7 +33,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert
-from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.modules import rounding_tolerance, transplant
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _windowed_attention
@@ -131,11 +131,7 @@ class Local(Technique):
 
         # Twice the dummy text is out of reach, and 1 leaves each token alone: the two ends show what the window does.
         wide, alone = build(2 * full.shape[1]), build(1)
-        if (
-            wide is None
-            or alone is None
-            or not only_the_window(full, wide, alone, inputs, transplant.rounding_tolerance(model))
-        ):
+        if wide is None or alone is None or not only_the_window(full, wide, alone, inputs, rounding_tolerance(model)):
             return None
         return build(self.window)
 
@@ -155,7 +151,7 @@ class Local(Technique):
             if not had:
                 del model.config.attention_window
             model.set_attn_implementation(before)
-        if lonely or relative(wide, full) > transplant.rounding_tolerance(model):
+        if lonely or relative(wide, full) > rounding_tolerance(model):
             raise ModelError(
                 f"{label}: a window does not reach the attention of {type(model).__name__}, which does not take its "
                 "mask from transformers' AttentionMaskInterface; this architecture is not supported"

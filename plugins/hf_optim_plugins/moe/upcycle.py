@@ -35,7 +35,7 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.toolkit.modules import transplant
+from hf_optim.toolkit.modules import output_difference, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import dummy_inputs
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
@@ -198,8 +198,8 @@ class Upcycle(Technique):
     def _verify(self, dense: PreTrainedModel, model: PreTrainedModel, label: str) -> None:
         if self.noise:
             return
-        gap = transplant.output_difference(dense, model, dummy_inputs(dense))
-        if not gap <= transplant.rounding_tolerance(dense):
+        gap = output_difference(dense, model, dummy_inputs(dense))
+        if not gap <= rounding_tolerance(dense):
             raise ModelError(
                 f"{label}: {type(model).__name__} does not compute what {type(dense).__name__} computes (relative "
                 f"difference {gap:.1e}): some field of the configuration has no counterpart there"
