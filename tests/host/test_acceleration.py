@@ -233,7 +233,7 @@ def test_a_kernel_that_raises_falls_back_once_and_loudly(model, x):
     up = model.get_submodule(UP)
     dense = up(x)
     hf_optim.accelerate(model, [Kernel("broken", supports=lambda w: None, prepack=Broken)])
-    with pytest.warns(KernelWarning, match=r"layers\.0\.mlp\.up_proj is dense from now on: broken raised RuntimeError"):
+    with pytest.warns(KernelWarning, match=r"layers\.0\.mlp\.up_proj falls back to the dense path: broken raised RuntimeError"):
         assert torch.equal(up(x), dense)
     assert torch.equal(up(x), dense)
     assert up.packed_weight.calls == 1
@@ -378,7 +378,7 @@ def test_coverage_counts_packed_weights(model):
     before = topology.coverage(model, names)
     hf_optim.accelerate(model, [NAIVE])
     after = topology.coverage(model, names)
-    assert (after.touched, after.block_linears) == (before.touched, before.block_linears)
+    assert (after.covered, after.block_linears) == (before.covered, before.block_linears)
 
 
 # -- where kernels come from ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny_models import TINY
 
-from hf_optim.toolkit.modules.transplant import main_output
+from hf_optim.toolkit.modules.compare import main_output
 from hf_optim.toolkit.topology.fake_inputs import dummy_inputs
 from hf_optim.toolkit.topology.prunable_groups import HEADS, NEURONS, coupled_layers, find_prunable_groups
 from hf_optim.toolkit.topology.tracing import trace

@@ -13,7 +13,7 @@ from transformers import BertModel
 from hf_optim import ModelError
 from hf_optim.testing.conformance import inputs_for
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.topology.residual_stream import find_residual_stream, permute_residual_
+from hf_optim.toolkit.topology import find_residual_stream, permute_residual_
 
 
 def logits(model, inputs):
@@ -122,7 +122,7 @@ def test_a_model_that_returns_its_stream_is_refused_and_left_alone():
 
 
 def test_an_order_that_is_no_permutation_is_refused():
-    with pytest.raises(ValueError, match="no permutation of 32"):
+    with pytest.raises(ValueError, match="not a permutation of 32"):
         permute_residual_(tiny_llama(), torch.zeros(32, dtype=torch.int64))
 
 

@@ -413,7 +413,7 @@ def test_permutations_across_heads_are_refused(traces):
     pair = pairs_of(traces["llama"])["model.layers.0.self_attn.o_proj"]
     with pytest.raises(ValueError, match="out of their groups"):
         permute_pair_(pair, torch.arange(16).flip(0))
-    with pytest.raises(ValueError, match="no permutation"):
+    with pytest.raises(ValueError, match="not a permutation"):
         permute_pair_(pair, torch.zeros(16, dtype=torch.int64))
 
 
@@ -491,7 +491,7 @@ def test_coverage_of_llama():
     vectors = 5 * 32
     inside = [name for name in topology.linears(model) if not topology.is_output_head(model, name)]
     full = topology.coverage(model, inside)
-    assert (full.touched, full.block_linears, full.block_weights) == (2 * block,) * 3
+    assert (full.covered, full.block_linears, full.block_weights) == (2 * block,) * 3
     assert full.total == 2 * block + 2 * 64 * 32 + vectors == sum(p.numel() for p in model.parameters())
     assert full.fraction == 1.0
     assert {item.reason: item.weights for item in full.skipped} == {
@@ -500,7 +500,7 @@ def test_coverage_of_llama():
         "norms, biases and other vectors": vectors,
     }
     one = topology.coverage(model, ["model.layers.0.mlp.up_proj"])
-    assert one.touched == 48 * 32
+    assert one.covered == 48 * 32
     assert one.fraction == 48 * 32 / (2 * block)
     with pytest.raises(ValueError, match="up_proj"):
         topology.coverage(model, ["model.layers.0.mlp.up_proy"])
@@ -510,7 +510,7 @@ def test_coverage_names_expert_tensors_and_conv1d():
     mixtral = tiny_mixtral()
     attention = [name for name in topology.linears(mixtral) if "self_attn" in name]
     found = topology.coverage(mixtral, attention)
-    assert found.touched == found.block_linears == 2 * (2 * 32 * 32 + 2 * 16 * 32)
+    assert found.covered == found.block_linears == 2 * (2 * 32 * 32 + 2 * 16 * 32)
     skipped = {item.reason: item for item in found.skipped}
     assert skipped["3-D parameter of MixtralExperts"].weights == 2 * 4 * (96 * 32 + 32 * 48)
     assert "model.layers.0.mlp.experts.gate_up_proj" in skipped["3-D parameter of MixtralExperts"].names

@@ -1,13 +1,12 @@
-"""How a transformer is wired, found by looking: its blocks, what reads which norm, which layers form a pair.
+"""The structure of a transformer, found on a trace: its blocks, norm groups, linear pairs and prunable groups.
 
-Nothing here knows an architecture by name. One forward on fake tensors records which operation reads which tensor
-(``tracing``); what the operations between two layers do to the channels is found by running those operations on random
-numbers (``replay``). The model is never called, its weights are never read, and nothing about it changes.
+No architecture is known by name. One forward on fake tensors records which operation reads which tensor (``tracing``);
+how the operations between two layers act on the channels is determined by re-executing them on random numbers
+(``reexecution``). The model is not called or changed, and its weights are not read.
 
-Functions that need the trace take a model or a ``Trace``; give them the same ``trace(model)`` to trace only once.
+Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(model)`` to all of them to trace once.
 """
 
-from . import linear_layers
 from .block_lists import Block, blocks, group_by_block, is_output_head
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import dummy_inputs
@@ -16,16 +15,15 @@ from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
 from .norm_groups import NormGroup, find_norm_groups
 from .prunable_groups import HEADS, NEURONS, PrunableGroups, coupled_layers, find_prunable_groups
-from .reasons import NOT_REACHED, not_reached, require_layers, summarize
-from .residual_order import find_residual_order
-from .residual_stream import ResidualStream, find_residual_stream, permute_residual_
+from .reasons import not_reached, require_layers, summarize
+from .residual_permutation import find_residual_order, permute_residual_
+from .residual_stream import ResidualStream, find_residual_stream
 from .selection import match
 from .tracing import trace
 
 __all__ = [
     "HEADS",
     "NEURONS",
-    "NOT_REACHED",
     "Block",
     "ExpertLinear",
     "LinearPair",
@@ -47,7 +45,6 @@ __all__ = [
     "has_experts",
     "is_linear",
     "is_output_head",
-    "linear_layers",
     "linears",
     "match",
     "not_reached",

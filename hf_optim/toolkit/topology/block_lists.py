@@ -1,4 +1,4 @@
-"""The repeated blocks of a transformer: lists of modules that hand the hidden state from one to the next."""
+"""The blocks of a transformer: lists of modules that pass the hidden state from one to the next."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ from .tracing import trace
 
 
 class ModuleScope(Protocol):
-    """Anything that knows which qualified names lie inside it; a `Block` is one."""
+    """A part of a model, such as a ``Block``, that contains modules by qualified name."""
 
     def holds(self, name: str) -> bool:
-        """Whether the qualified name lies inside."""
+        """Return True if the module with the qualified name is in the scope."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One block: its qualified `name`, its `module`, the name of its block list and its `index` in it."""
+    """One block.
+
+    Attributes:
+        name: its qualified name.
+        module: the module.
+        list_name: the qualified name of its block list.
+        index: its position in the block list.
+    """
 
     name: str
     module: nn.Module
@@ -33,47 +40,47 @@ class Block:
     index: int
 
     def holds(self, name: str) -> bool:
-        """Whether the qualified name `name` is the block or lies inside it."""
+        """Return True if the qualified name is that of the block or of a module in it."""
         return name == self.name or name.startswith(self.name + ".")
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], list[tuple[str, str, int]]]] = WeakKeyDictionary()
-"""Per model its modules, by identity, and the blocks found for them: asking again costs nothing."""
+_cache: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], list[tuple[str, str, int]]]] = WeakKeyDictionary()
+"""Model -> the identities of its modules, and the blocks found for them."""
 
 
 def blocks(source: nn.Module | Trace) -> list[Block]:
-    """The repeated blocks of a model in the order in which they run; an encoder's before its decoder's.
+    """Return the blocks of a model in execution order; an encoder's blocks come before its decoder's.
 
-    A stack is an `nn.ModuleList` or `nn.Sequential` whose members take a hidden state and return one of the
-    same shape, each from the one before; the outermost such lists count.  Experts, which all read the same
-    tensor, and stages that change the shape are therefore no stacks.  Members that the forward does not reach
-    are left out. A model without blocks gives an empty list.
+    A block list is an ``nn.ModuleList`` or ``nn.Sequential`` whose members take a hidden state and return one of the
+    same shape, each from the previous member; of nested lists the outermost counts. Experts, which all read the same
+    tensor, and stages that change the shape are therefore not block lists. Members that the forward does not reach are
+    left out. A model without blocks gives an empty list.
     """
     model = source.model if isinstance(source, Trace) else source
     modules = dict(model.named_modules())
     state = tuple(map(id, modules.values()))
-    if _known.get(model, ((), []))[0] != state:
-        _known[model] = (state, _find(source if isinstance(source, Trace) else trace(source)))
-    return [Block(name, modules[name], stack, index) for name, stack, index in _known[model][1]]
+    if _cache.get(model, ((), []))[0] != state:
+        _cache[model] = (state, _find(source if isinstance(source, Trace) else trace(source)))
+    return [Block(name, modules[name], list_name, index) for name, list_name, index in _cache[model][1]]
 
 
 def block_of(found: Sequence[Block], name: str) -> Block | None:
-    """The block that the qualified name `name` lies in."""
+    """Return the block that contains the module ``name``, or None."""
     return next((block for block in found if block.holds(name)), None)
 
 
 def _find(trace: Trace) -> list[tuple[str, str, int]]:
-    """(name, stack, index) of every block, in the order of their first calls."""
+    """Return (name, list name, index) of every block, in the order of their first calls."""
     first_calls: dict[str, Call] = {}
     for call in trace.calls:
         first_calls.setdefault(call.name, call)
-    stacks: list[str] = []
+    lists: list[str] = []
     members: list[tuple[str, str, int]] = []
-    for stack, module in trace.modules.items():
-        nested = any(stack.startswith(outer + ".") for outer in stacks)
+    for list_name, module in trace.modules.items():
+        nested = any(list_name.startswith(outer + ".") for outer in lists)
         if nested or not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        prefix = f"{stack}." if stack else ""
+        prefix = f"{list_name}." if list_name else ""
         called = [
             (index, first_calls[prefix + key])
             for index, key in enumerate(module._modules)
@@ -81,20 +88,20 @@ def _find(trace: Trace) -> list[tuple[str, str, int]]:
         ]
         called.sort(key=lambda item: item[1].start)
         if called and _is_chain(trace, [call for _, call in called]):
-            stacks.append(stack)
-            members += [(call.name, stack, index) for index, call in called]
+            lists.append(list_name)
+            members += [(call.name, list_name, index) for index, call in called]
     return sorted(members, key=lambda member: first_calls[member[0]].start)
 
 
 def _is_chain(trace: Trace, calls: list[Call]) -> bool:
-    """Whether each call is one of a block, and reads what the call before it wrote."""
+    """Return True if each call is that of a block, and reads what the previous call wrote."""
     return all(_is_block(trace, call) for call in calls) and all(
         _feeds(trace, before, after) for before, after in pairwise(calls)
     )
 
 
 def _is_block(trace: Trace, call: Call) -> bool:
-    """Whether a module that holds at least two matrices returns a hidden state of the shape it takes."""
+    """Return True if the module has at least two matrices and returns a hidden state of the shape it takes."""
     module = trace.modules[call.name]
     matrices = sum(parameter.dim() >= 2 for parameter in module.parameters())
     shapes = {trace.shapes[value] for value in call.reads if trace.dtypes[value].is_floating_point}
@@ -103,7 +110,7 @@ def _is_block(trace: Trace, call: Call) -> bool:
 
 
 def _feeds(trace: Trace, before: Call, after: Call) -> bool:
-    """Whether an output of one call is an input of the next, perhaps through operations between the two."""
+    """Return True if an output of ``before`` is an input of ``after``, directly or through operations in between."""
     reached = set(before.writes)
     for op in trace.ops[before.end : after.start]:
         if reached.intersection(op.reads):
@@ -115,7 +122,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def group_by_block(model: nn.Module, layers: Mapping[str, M]) -> list[dict[str, M]]:
-    """``layers`` (full names in ``model``) by block, in execution order, and last those outside the blocks."""
+    """Group ``layers`` (full names in ``model``) by block, in execution order; those outside the blocks come last."""
     holders = [block.holds for block in blocks(model)]
     inside = [{name: layer for name, layer in layers.items() if holds(name)} for holds in holders]
     outside = {name: layer for name, layer in layers.items() if not any(holds(name) for holds in holders)}
@@ -123,9 +130,9 @@ def group_by_block(model: nn.Module, layers: Mapping[str, M]) -> list[dict[str, 
 
 
 def is_output_head(model: nn.Module, name: str) -> bool:
-    """Whether the linear `name` is the model's output embedding, or lies outside all blocks.
+    """Return True if the linear layer ``name`` is the model's output embedding, or lies outside all blocks.
 
-    False for what is no linear layer.  Raises `AttributeError` if the model has no such module.
+    False for any other module. Raises ``AttributeError`` if the model has no module of that name.
     """
     module = model.get_submodule(name)
     if not is_linear(module):

@@ -1,10 +1,9 @@
-"""Pairs of linear layers whose channels correspond: value and output projection, up and down, fc1 and fc2.
+"""Channel links: which input channel of one linear layer is which output channel of another.
 
-For a producer with output `y` and a consumer with input `x`, the operations in between are run again on
-random numbers.  One directional derivative along `r`, another along `f * r` with a different factor `f[c]`
-for every channel `c`: where `x[j]` depends on one channel of `y` alone, the ratio of the two derivatives is
-the factor of that channel. That finds the whole map at once, through attention and repeated key/value heads
-too.
+For a producer with output ``y`` and a consumer with input ``x``, the operations in between are re-executed on random
+numbers. One directional derivative is taken along ``r``, another along ``f * r`` with a different factor ``f[c]`` for
+every channel ``c``: if ``x[j]`` depends on one channel of ``y`` alone, the ratio of the two derivatives is the factor
+of that channel. This gives the whole map at once, also through attention and repeated key/value heads.
 """
 
 from __future__ import annotations
@@ -29,15 +28,20 @@ from .reexecution import (
 )
 
 STEP = 1e-4
-"""Half the distance of the finite difference; central, so the error is of the order of its square."""
+"""Half the distance of the finite difference; it is central, so the error is of the order of the square."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelLink:
-    """Consumer column `j` reads producer row `index[j]` and no other.
+    """Consumer column ``j`` reads producer row ``index[j]`` and no other row of that producer.
 
-    `ops` lead from the output value `source` of the producer to the input value `target` of the consumer.
-    `scalable` says that the path is homogeneous: scaling a row scales the columns that read it.
+    Attributes:
+        producer, consumer: names of the linear layers.
+        source: the output value of the producer.
+        target: the input value of the consumer.
+        ops: the operations from ``source`` to ``target``.
+        index: int64 ``[columns]``.
+        scalable: True if the path is homogeneous: scaling a row scales the columns that read it.
     """
 
     producer: str
@@ -50,38 +54,38 @@ class ChannelLink:
 
     @property
     def columns(self) -> Tensor:
-        """[rows, repeat] int64: the consumer columns that read each row, rows in ascending order."""
+        """``[rows, repeat]`` int64: the consumer columns that read each row, rows in ascending order."""
         return torch.argsort(self.index, stable=True).reshape(self.index.unique().numel(), -1)
 
     @property
     def rows(self) -> Tensor:
-        """[rows] int64: the producer rows that are read, ascending."""
+        """``[rows]`` int64: the producer rows that are read, ascending."""
         return self.index.unique()
 
 
 def find_channel_links(trace: Trace, producer: str) -> list[ChannelLink]:
-    """The links that start at the linear `producer`: at most one for each independent part of its output.
+    """Return the links from the linear layer ``producer``: at most one for each independent part of its output.
 
-    A fused projection (q, k, v in one matrix; gate and up in one) has several parts.  A layer that the
-    forward calls more than once has no links.
+    A fused projection (q, k, v in one matrix; gate and up in one) has several parts. A layer that the forward calls
+    more than once has no links.
     """
     calls = trace.calls_of(producer)
     if len(calls) != 1 or len(calls[0].writes) != 1:
         return []
     source = calls[0].writes[0]
     try:
-        movements, parts = _parts(trace, source)
+        movements, parts = _independent_parts(trace, source)
     except NotReexecutable:
         return []
-    found = (_link(trace, producer, source, movements, channels, leaves) for channels, leaves in parts)
+    found = (_find_link(trace, producer, source, movements, channels, leaves) for channels, leaves in parts)
     return [link for link in found if link is not None]
 
 
-def _parts(trace: Trace, source: int) -> tuple[list[Op], list[tuple[Tensor, list[int]]]]:
-    """Which channels of `source` go separate ways.
+def _independent_parts(trace: Trace, source: int) -> tuple[list[Op], list[tuple[Tensor, list[int]]]]:
+    """Split the channels of ``source`` into independent parts.
 
-    Follows views, splits and transposes to the values that are computed with.  Returns those movements, and
-    for each set of channels that belong together the channels [n] int64 and the values which hold them.
+    Follows views, splits and transposes to the values that are computed with. Returns those operations, and for each
+    part its channels ``[n]`` int64 and the values that hold them.
     """
     movements: dict[int, Op] = {}
     leaves: list[tuple[int, set[int]]] = []
@@ -94,62 +98,64 @@ def _parts(trace: Trace, source: int) -> tuple[list[Op], list[tuple[Tensor, list
         pending.extend((write, (*path, op)) for op in moving for write in op.writes)
         if len(moving) < len(readers) or value in trace.outputs:
             leaves.append((value, _channels_in(trace, source, value, path)))
-    united = _unite((value, channels) for value, channels in leaves if channels)
-    return list(movements.values()), [(torch.tensor(sorted(channels)), values) for channels, values in united]
+    merged = _merge_overlapping((value, channels) for value, channels in leaves if channels)
+    return list(movements.values()), [(torch.tensor(sorted(channels)), values) for channels, values in merged]
 
 
 def _channels_in(trace: Trace, source: int, value: int, path: tuple[Op, ...]) -> set[int]:
-    """The channels of `source` that the movements of `path` bring into `value`."""
+    """Return the channels of ``source`` that the data movements of ``path`` bring into ``value``."""
 
-    def answer() -> set[int]:
+    def compute() -> set[int]:
         shape = trace.shapes[source]
         labels = torch.arange(shape[-1], dtype=torch.float64).expand(shape)
         return set(Reexecution(trace, path).run({source: labels})[value].unique().long().tolist())
 
-    return memoize(trace, ("channels", ops_signature(trace, path, (source, value))), answer)
+    return memoize(trace, ("channels", ops_signature(trace, path, (source, value))), compute)
 
 
-def _unite(leaves: Iterable[tuple[int, set[int]]]) -> list[tuple[set[int], list[int]]]:
-    """Join the leaves that have channels in common."""
-    united: list[tuple[set[int], list[int]]] = []
+def _merge_overlapping(leaves: Iterable[tuple[int, set[int]]]) -> list[tuple[set[int], list[int]]]:
+    """Merge the leaves that have channels in common."""
+    merged: list[tuple[set[int], list[int]]] = []
     for value, channels in leaves:
-        touching = [group for group in united if group[0] & channels]
-        united = [group for group in united if not group[0] & channels]
-        merged = channels.union(*(group[0] for group in touching))
-        united.append((merged, [v for group in touching for v in group[1]] + [value]))
-    return united
+        touching = [group for group in merged if group[0] & channels]
+        merged = [group for group in merged if not group[0] & channels]
+        union = channels.union(*(group[0] for group in touching))
+        merged.append((union, [v for group in touching for v in group[1]] + [value]))
+    return merged
 
 
-def _link(
+def _find_link(
     trace: Trace, producer: str, source: int, movements: list[Op], channels: Tensor, leaves: list[int]
 ) -> ChannelLink | None:
-    """The link from some channels of a producer to the one linear that reads all of them, if there is one."""
+    """Return the link from some channels of a producer to the only linear layer that reads them all, or None."""
     path = _path_to_one_linear(trace, leaves)
     if path is None or len(trace.calls_of(path[0])) != 1:
         return None
     consumer, target, between = path
     ops = tuple({op.position: op for op in (*movements, *between)}.values())
-    question = ("map", ops_signature(trace, ops, (source, target)), tuple(channels.tolist()))
-    index, scalable = memoize(trace, question, lambda: _map(trace, ops, source, target, channels))
+    key = ("map", ops_signature(trace, ops, (source, target)), tuple(channels.tolist()))
+    index, scalable = memoize(trace, key, lambda: _map_channels(trace, ops, source, target, channels))
     return None if index is None else ChannelLink(producer, consumer, source, target, ops, index, scalable)
 
 
-def _map(trace: Trace, ops: tuple[Op, ...], source: int, target: int, channels: Tensor) -> tuple[Tensor | None, bool]:
-    """The index of a `ChannelLink` and whether it is scalable; no index if the channels do not correspond."""
-    replay = Reexecution(trace, ops, seed=1)
+def _map_channels(
+    trace: Trace, ops: tuple[Op, ...], source: int, target: int, channels: Tensor
+) -> tuple[Tensor | None, bool]:
+    """Return ``index`` and ``scalable`` of a ``ChannelLink``; the index is None if the channels do not correspond."""
+    reexecution = Reexecution(trace, ops, seed=1)
     try:
-        index = _channel_map(trace, replay, source, target, channels)
-        if index is None or not _is_local(trace, replay, source, target, channels, index):
+        index = _channel_map(trace, reexecution, source, target, channels)
+        if index is None or not _is_local(trace, reexecution, source, target, channels, index):
             return None, False
-        return index, _is_homogeneous(trace, replay, source, target, index)
+        return index, _is_homogeneous(trace, reexecution, source, target, index)
     except NotReexecutable:
         return None, False
 
 
 def _path_to_one_linear(trace: Trace, leaves: Iterable[int]) -> tuple[str, int, list[Op]] | None:
-    """The one linear that all that is computed from `leaves` goes into: name, input, operations before it.
+    """Return the only linear layer that reads everything computed from ``leaves``: name, input, operations before it.
 
-    None if there are several, or if the model returns some of it.
+    None if there are several, or if the model returns a part of it.
     """
     fringe = list(leaves)
     ahead: list[tuple[int, Op]] = []
@@ -174,29 +180,28 @@ def _path_to_one_linear(trace: Trace, leaves: Iterable[int]) -> tuple[str, int, 
     return name, value, list(seen.values())
 
 
-def _channel_map(trace: Trace, replay: Reexecution, source: int, target: int, channels: Tensor) -> Tensor | None:
-    """[in_features] int64: the only one of `channels` of `source` that each column of `target` depends on.
+def _channel_map(trace: Trace, reexecution: Reexecution, source: int, target: int, channels: Tensor) -> Tensor | None:
+    """Return ``[in_features]`` int64: the only one of ``channels`` of ``source`` that each ``target`` column reads.
 
-    None where a column depends on several channels or on none, or where the channels are not read equally
-    often.
+    None if a column depends on several channels or on none, or if the channels are not read equally often.
     """
     shape = trace.shapes[source]
     factors, order = distinct_factors(channels.numel()).sort()
     direction = torch.zeros(shape, dtype=torch.float64)
     direction[..., channels] = random_tensor((*shape[:-1], channels.numel()), seed=2).abs()
-    stretched = direction.clone()
-    stretched[..., channels[order]] *= factors
+    scaled = direction.clone()
+    scaled[..., channels[order]] *= factors
     start = random_tensor(shape, seed=3)
 
-    def slope(along: Tensor) -> Tensor:
-        ahead, behind = (replay.run({source: start + sign * STEP * along})[target] for sign in (1.0, -1.0))
+    def derivative(along: Tensor) -> Tensor:
+        ahead, behind = (reexecution.run({source: start + sign * STEP * along})[target] for sign in (1.0, -1.0))
         return ((ahead - behind) / (2 * STEP)).flatten(0, -2)
 
-    once, times_factor = slope(direction), slope(stretched)
-    energy = once.square().sum(0)
-    if not bool((energy > 0).all()):
+    plain, times_factor = derivative(direction), derivative(scaled)
+    squares = plain.square().sum(0)
+    if not bool((squares > 0).all()):
         return None
-    ratio = (once * times_factor).sum(0) / energy
+    ratio = (plain * times_factor).sum(0) / squares
     nearest = torch.bucketize(ratio, (factors[1:] + factors[:-1]) / 2)
     if not bool(((ratio - factors[nearest]).abs() < min(1e-5, 0.1 / channels.numel())).all()):
         return None
@@ -205,21 +210,23 @@ def _channel_map(trace: Trace, replay: Reexecution, source: int, target: int, ch
     return index if bool((counts == counts[0]).all()) else None
 
 
-def _is_local(trace: Trace, replay: Reexecution, source: int, target: int, channels: Tensor, index: Tensor) -> bool:
-    """Whether new numbers in every other channel leave the columns that read the remaining ones unchanged."""
+def _is_local(
+    trace: Trace, reexecution: Reexecution, source: int, target: int, channels: Tensor, index: Tensor
+) -> bool:
+    """Return True if changing every second channel leaves the columns that read the other channels unchanged."""
     start = random_tensor(trace.shapes[source], seed=3)
     other = start.clone()
     other[..., channels[::2]] = random_tensor(start.shape, seed=4)[..., channels[::2]]
     kept = ~torch.isin(index, channels[::2])
-    before, after = replay.run({source: start})[target], replay.run({source: other})[target]
+    before, after = reexecution.run({source: start})[target], reexecution.run({source: other})[target]
     return is_close(after[..., kept], before[..., kept])
 
 
-def _is_homogeneous(trace: Trace, replay: Reexecution, source: int, target: int, index: Tensor) -> bool:
-    """Whether positive factors on the channels of `source` scale the columns that read them exactly alike."""
+def _is_homogeneous(trace: Trace, reexecution: Reexecution, source: int, target: int, index: Tensor) -> bool:
+    """Return True if positive factors on the channels of ``source`` scale the columns that read them alike."""
     start = random_tensor(trace.shapes[source], seed=3)
     rows = index.unique()
     factors = torch.ones(start.shape[-1], dtype=torch.float64)
     factors[rows] = distinct_factors(rows.numel(), seed=1)
-    before, after = replay.run({source: start})[target], replay.run({source: start * factors})[target]
+    before, after = reexecution.run({source: start})[target], reexecution.run({source: start * factors})[target]
     return is_close(after, before * factors[index])

@@ -1,12 +1,12 @@
-"""Experts of a mixture that transformers keeps as stacked matrices, each seen as a linear layer of its own.
+"""Experts of a mixture that transformers stores as stacked matrices, each seen as a linear layer.
 
 transformers 5 has no ``nn.Linear`` per expert: one module holds ``gate_up_proj [E, 2F, H]`` (or ``up_proj``, without a
 gate) and ``down_proj [E, H, F]``, or both transposed, and its forward takes all tokens and the router's choice. An
 ``ExpertLinear`` is one matrix of one expert: a view of its weight as ``[out, in]``, and hooks that are called with the
-tokens which the router sends to that expert, whatever implementation of the forward runs. So an observer of inputs and
-a technique that loops over linears work on experts as they are.
+tokens that the router sends to that expert, for every implementation of the forward. Observers of inputs and
+techniques that loop over linear layers therefore work on experts without changes.
 
-The input of ``down_proj`` is no tensor of the forward; it is computed again from the tokens, expert by expert.
+The input of ``down_proj`` is not a tensor of the forward; it is recomputed from the tokens, expert by expert.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ DOWN = "down_proj"
 
 
 class ExpertLinear:
-    """One matrix of one expert, with the face of an ``nn.Linear``. It owns nothing: its weight is the stack's.
+    """One matrix of one expert, with the interface of an ``nn.Linear``. It is a view of a stacked parameter.
 
     Attributes:
         experts: the module that holds the matrices of all experts.
         experts_name: its qualified name.
-        parameter: the name of the stacked parameter.
-        index: of the expert.
+        parameter: the name of the stacked parameter in the module.
+        index: the number of the expert.
     """
 
     def __init__(self, experts: nn.Module, experts_name: str, parameter: str, index: int) -> None:
@@ -38,13 +38,13 @@ class ExpertLinear:
 
     @property
     def name(self) -> str:
-        """``model.layers.0.mlp.experts.3.down_proj``: the place that the matrix would have in a list of experts."""
+        """``model.layers.0.mlp.experts.3.down_proj``: the name that the matrix would have in a list of experts."""
         prefix = f"{self.experts_name}." if self.experts_name else ""
         return f"{prefix}{self.index}.{self.parameter}"
 
     @property
     def parameter_name(self) -> str:
-        """The qualified name of the stacked parameter, shared by the matrices of all its experts."""
+        """The qualified name of the stacked parameter, the same for all experts of the module."""
         return f"{self.experts_name}.{self.parameter}".removeprefix(".")
 
     @property
@@ -61,7 +61,7 @@ class ExpertLinear:
 
     @property
     def transposed(self) -> bool:
-        """Whether the stack holds ``[E, in, out]``."""
+        """True if the stacked parameter is ``[E, in, out]``."""
         return bool(getattr(self.experts, "is_transposed", False))
 
     @property
@@ -76,21 +76,23 @@ class ExpertLinear:
         return nn.functional.linear(inputs, self.weight, self.bias)
 
     def inputs_for(self, tokens: Tensor) -> Tensor:
-        """What this matrix would read if the router sent ``tokens [n, H]`` to its expert: ``[n, in_features]``."""
+        """Return the inputs ``[n, in_features]`` of this matrix if the router sent ``tokens [n, H]`` to its expert."""
         return tokens if self.parameter in UP else down_proj_inputs(self.experts, self.index, tokens)
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], *, with_kwargs: bool = False) -> _Handle:
-        """Call ``hook(self, (inputs,), {})`` with the inputs ``[n, in_features]`` of this expert, at each forward in
-        which the router sends it tokens. What the hook returns is ignored. The handle has ``remove()``."""
+        """Call ``hook(self, (inputs,), {})`` with the inputs ``[n, in_features]`` of this expert.
+
+        The hook runs in each forward in which the router sends tokens to the expert; what it returns is ignored. The
+        returned handle has ``remove()``.
+        """
         dispatch = _dispatches.get(self.experts)
         if dispatch is None:
             dispatch = _dispatches[self.experts] = _Dispatch()
-        return dispatch.add(
-            self.experts, self, hook if with_kwargs else lambda module, args, kwargs: hook(module, args)
-        )
+        wrapped = hook if with_kwargs else lambda module, args, kwargs: hook(module, args)
+        return dispatch.add(self.experts, self, wrapped)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The stacked parameter, of all experts."""
+        """Yield the stacked parameter of all experts."""
         yield self.experts.get_parameter(self.parameter)
 
     def __repr__(self) -> str:
@@ -98,64 +100,67 @@ class ExpertLinear:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts the way transformers' own fused forwards read them."""
+    """Return True if a module stores experts in the layout of transformers' fused forwards."""
     if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "num_experts")):
         return False
     matrices = [module._parameters.get(key) for key in matrix_names(module)]
     return all(matrix is not None and matrix.dim() == 3 for matrix in matrices)
 
 
-def matrix_names(stack: nn.Module) -> tuple[str, str]:
-    """The names of the stacked matrices, in the order in which a token meets them."""
-    return (UP[0] if getattr(stack, "has_gate", True) else UP[1], DOWN)
+def matrix_names(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of the stacked matrices of a module, in the order in which a token passes through them."""
+    return (UP[0] if getattr(experts, "has_gate", True) else UP[1], DOWN)
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that hold fused experts, by qualified name."""
+    """Return the modules of a model that store fused experts, by qualified name."""
     return {name: module for name, module in model.named_modules() if is_fused_experts(module)}
 
 
 def expert_linears(model: nn.Module) -> dict[str, ExpertLinear]:
-    """Every matrix of every expert by name, stack by stack; first what all experts read, then their ``down_proj``."""
+    """Return every matrix of every expert by name, module by module: first the up projections, then ``down_proj``."""
     found = {}
-    for name, stack in fused_experts(model).items():
-        for parameter in matrix_names(stack):
-            for index in range(len(stack.get_parameter(parameter))):
-                view = ExpertLinear(stack, name, parameter, index)
+    for name, experts in fused_experts(model).items():
+        for parameter in matrix_names(experts):
+            for index in range(len(experts.get_parameter(parameter))):
+                view = ExpertLinear(experts, name, parameter, index)
                 found[view.name] = view
     return found
 
 
 @torch.no_grad()
-def down_proj_inputs(stack: nn.Module, index: int, tokens: Tensor) -> Tensor:
-    """What ``down_proj`` of one expert reads, ``[n, F]``, for tokens ``[n, H]``: ``act(gate) * up``, or ``act(up)``."""
-    up = ExpertLinear(stack, "", matrix_names(stack)[0], index)(tokens)
-    return stack._apply_gate(up) if stack.has_gate else stack.act_fn(up)  # type: ignore[operator]
+def down_proj_inputs(experts: nn.Module, index: int, tokens: Tensor) -> Tensor:
+    """Return the inputs ``[n, F]`` of one expert's ``down_proj`` for tokens ``[n, H]``.
+
+    They are ``act(gate) * up``, or ``act(up)`` without a gate.
+    """
+    up = ExpertLinear(experts, "", matrix_names(experts)[0], index)(tokens)
+    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)  # type: ignore[operator]
 
 
 class _Handle:
-    """Takes one hook off again."""
+    """Removes one hook."""
 
     def __init__(self, dispatch: _Dispatch, key: tuple[int, str], hook: Callable[..., Any]) -> None:
-        self._taken: Any = (dispatch, key, hook)
+        self._registered: Any = (dispatch, key, hook)
 
     def remove(self) -> None:
-        if self._taken is not None:
-            dispatch, key, hook = self._taken
-            self._taken = None
+        if self._registered is not None:
+            dispatch, key, hook = self._registered
+            self._registered = None
             dispatch.remove(key, hook)
 
 
 class _Dispatch:
-    """One hook on a stack that sorts the tokens by expert, once for all hooks on its experts."""
+    """One hook on the module of the experts that sorts the tokens by expert, once for all hooks on its experts."""
 
     def __init__(self) -> None:
         self.hooks: dict[tuple[int, str], list[tuple[ExpertLinear, Callable[..., Any]]]] = {}
         self.handle: Any = None
 
-    def add(self, stack: nn.Module, view: ExpertLinear, hook: Callable[..., Any]) -> _Handle:
+    def add(self, experts: nn.Module, view: ExpertLinear, hook: Callable[..., Any]) -> _Handle:
         if self.handle is None:
-            self.handle = stack.register_forward_pre_hook(self._run, with_kwargs=True)
+            self.handle = experts.register_forward_pre_hook(self._run, with_kwargs=True)
         key = (view.index, view.parameter)
         self.hooks.setdefault(key, []).append((view, hook))
         return _Handle(self, key, hook)
@@ -169,15 +174,15 @@ class _Dispatch:
             self.handle = None
 
     @torch.no_grad()
-    def _run(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tokens, chosen = routed_tokens(stack, args, kwargs)
-        up, down = matrix_names(stack)
-        for index, rows in enumerate(split_by_expert(tokens, chosen, len(stack.get_parameter(down)))):
+    def _run(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tokens, chosen = routed_tokens(experts, args, kwargs)
+        up, down = matrix_names(experts)
+        for index, rows in enumerate(split_by_expert(tokens, chosen, len(experts.get_parameter(down)))):
             if not len(rows):
                 continue
             self._call((index, up), rows)
             if (index, down) in self.hooks:
-                self._call((index, down), down_proj_inputs(stack, index, rows))
+                self._call((index, down), down_proj_inputs(experts, index, rows))
 
     def _call(self, key: tuple[int, str], rows: Tensor) -> None:
         for view, hook in self.hooks.get(key, ()):
@@ -187,23 +192,23 @@ class _Dispatch:
 _dispatches: WeakKeyDictionary[nn.Module, _Dispatch] = WeakKeyDictionary()
 
 
-def routed_tokens(stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The tokens ``[n, H]`` and the experts chosen for each ``[n, k]``, from the arguments of a stack's forward."""
-    bound = inspect.signature(stack.forward).bind(*args, **kwargs).arguments
+def routed_tokens(experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the tokens ``[n, H]`` and the chosen experts of each ``[n, k]`` from the arguments of a forward."""
+    bound = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
     tokens, chosen = list(bound.values())[:2]
     return tokens.reshape(-1, tokens.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
 
 
 def split_by_expert(tokens: Tensor, chosen: Tensor, experts: int) -> list[Tensor]:
-    """The tokens of each expert, ``[n_e, H]``, in the order of the tokens."""
+    """Return the tokens of each expert, ``[n_e, H]``, in the order of the tokens."""
     order = chosen.reshape(-1).argsort(stable=True)
     counts = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
     rows = tokens[order // chosen.shape[-1]]
-    return list(rows.split(counts))[:experts]  # beyond them: tokens that experts on other devices take
+    return list(rows.split(counts))[:experts]  # beyond them: tokens of experts on other devices
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether the model routes tokens to experts: as many modules or stacked matrices as its config says."""
+    """Return True if the model routes tokens to experts: as many modules or stacked matrices as its config states."""
     config = getattr(model, "config", None)
     if config is None:
         return False
@@ -213,11 +218,11 @@ def has_experts(model: nn.Module) -> bool:
         for key, value in settings.items()
         if "expert" in key and "per_tok" not in key and type(value) is int and value > 1
     }
-    return any(_holds_experts(module, counts) for module in model.modules())
+    return any(_stores_experts(module, counts) for module in model.modules())
 
 
-def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
-    """Whether a module is a list of experts or holds their matrices [experts, ., .], `counts` of them."""
+def _stores_experts(module: nn.Module, counts: set[int]) -> bool:
+    """Return True if a module is a list of experts or has their stacked matrices; ``counts`` are possible numbers."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return len(module) in counts
     return any(p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False))

@@ -1,9 +1,8 @@
-"""A weightless double of a module: same classes, same names, fake tensors, no hooks.
+"""Fake copies of a module: the same classes and names, other tensors (usually fake ones), no hooks.
 
-The double shares nothing that a forward could change: parameters, buffers and plain tensor attributes are
-replaced, containers and configs are copied, hooks of whoever uses the original are left out, and so is a
-`forward` bound to one instance.  Running it therefore leaves the original exactly as it was, whatever
-happens.
+A copy shares nothing that a forward could change: parameters, buffers and plain tensor attributes are replaced,
+containers and configs are copied, hooks are left out, and so is a ``forward`` bound to one instance. Running the copy
+therefore never changes the original.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ Convert = Callable[[Tensor], Tensor]
 
 
 def empty_on_cpu(tensor: Tensor) -> Tensor:
-    """An uninitialised CPU tensor of the same shape; every floating dtype becomes float32.
+    """Return an uninitialised CPU tensor of the same shape; every floating dtype becomes float32.
 
-    Called inside a `FakeTensorMode` it gives a fake tensor, which takes no memory.
+    Inside a ``FakeTensorMode`` it is a fake tensor, which needs no memory.
     """
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="cpu")
 
 
 def copy_with_tensors(module: nn.Module, convert: Convert, settings: dict[str, Any] | None = None) -> nn.Module:
-    """A double of `module` in evaluation mode whose tensors are `convert(tensor)`.
+    """Copy a module in evaluation mode, with ``convert(tensor)`` in place of each tensor.
 
-    Sharing is kept: modules, tensors and configs which appear twice in the original appear twice in the
-    double. `settings` are attributes to set on each copied transformers config that has them.
+    Sharing is kept: modules, tensors and configs that appear twice in the original appear twice in the copy.
+    ``settings`` are attributes to set on each copied config of transformers that has them.
     """
     return _Copier(convert, settings or {}).module(module).eval()
 
 
 class _Copier:
-    """Copies a module tree once; `memo` maps the id of an original to its copy."""
+    """Copies a module tree once; ``memo`` maps the id of an original to its copy."""
 
     def __init__(self, convert: Convert, settings: dict[str, Any]) -> None:
         self.convert = convert
@@ -51,11 +50,11 @@ class _Copier:
     def module(self, original: nn.Module) -> nn.Module:
         if id(original) in self.memo:
             return self.memo[id(original)]
-        double = nn.Module.__new__(type(original))
-        self.memo[id(original)] = double
-        double.__dict__.update({name: self.attribute(name, value) for name, value in vars(original).items()})
-        double.__dict__.pop("forward", None)
-        return double
+        copied = nn.Module.__new__(type(original))
+        self.memo[id(original)] = copied
+        copied.__dict__.update({name: self.attribute(name, value) for name, value in vars(original).items()})
+        copied.__dict__.pop("forward", None)
+        return copied
 
     def attribute(self, name: str, value: Any) -> Any:
         hooks = isinstance(value, dict) and name.startswith("_") and "_hooks" in name
@@ -78,15 +77,15 @@ class _Copier:
 
     def tensor(self, original: Tensor) -> Tensor:
         if id(original) not in self.memo:
-            double = self.convert(original)
-            if isinstance(original, nn.Parameter) and not isinstance(double, nn.Parameter):
-                double = nn.Parameter(double, requires_grad=False)
-            self.memo[id(original)] = double
+            copied = self.convert(original)
+            if isinstance(original, nn.Parameter) and not isinstance(copied, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=False)
+            self.memo[id(original)] = copied
         return self.memo[id(original)]
 
     def config(self, original: PreTrainedConfig) -> PreTrainedConfig:
-        double = copy.deepcopy(original, self.config_memo)
+        copied = copy.deepcopy(original, self.config_memo)
         for name, value in self.settings.items():
-            if hasattr(double, name):
-                setattr(double, name, value)
-        return double
+            if hasattr(copied, name):
+                setattr(copied, name, value)
+        return copied

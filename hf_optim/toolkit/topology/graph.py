@@ -1,4 +1,4 @@
-"""What a trace is made of: numbered tensors, the operations on them, the calls of modules."""
+"""The parts of a trace: numbered tensors (values), the operations on them, and the calls of modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for a recorded tensor in the arguments of an operation."""
+    """Replaces a recorded tensor in the arguments of an operation."""
 
     value: int
 
@@ -21,9 +21,15 @@ class Ref:
 class Op:
     """One recorded operation.
 
-    `function` is the ATen overload, or None for a linear layer (then `linear` is its name) and for a tensor
-    that changed because another one, sharing its memory, was written in place.  `mutated` pairs the values
-    before and after an in-place write.
+    Attributes:
+        position: its index in the trace.
+        module: the qualified name of the module that runs it.
+        reads, writes: the values that it reads and returns.
+        function: the ATen overload; None for a linear layer, and for a tensor that changed because another tensor that
+            shares its memory was written in place.
+        args, kwargs: its arguments, with a ``Ref`` in place of each tensor.
+        mutated: pairs of the values before and after an in-place write.
+        linear: the qualified name of the linear layer; None for any other operation.
     """
 
     position: int
@@ -38,7 +44,7 @@ class Op:
 
     @property
     def produces(self) -> tuple[int, ...]:
-        """The values that the operation returns or leaves behind in place; at least one."""
+        """The values that the operation returns or writes in place; at least one."""
         return tuple(dict.fromkeys((*self.writes, *(after for _, after in self.mutated))))
 
     def __str__(self) -> str:
@@ -48,7 +54,7 @@ class Op:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module: the tensors that went in and came out, the operations [start, end) in between."""
+    """One call of a module: the values that it reads and writes, and the range [start, end) of its operations."""
 
     name: str
     reads: tuple[int, ...]
@@ -59,14 +65,20 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The recorded forward of `model`.
+    """The recorded forward of a model.
 
-    `shapes` and `dtypes` are indexed by value, `constants` are the integer and boolean tensors with known
-    numbers, `readers[value]` are the operations that read it, `calls` are in the order in which they began.
-    `outputs` are the values the model returns: the first one, and those that nothing in the model reads any
-    more (a returned tensor which is read on, like an encoder's state, is an intermediate).  `used_real_weights` says that
-    real weights had to be used.  `cache` keeps what was learned about operations, so that the second of two
-    equal blocks costs nothing.
+    Attributes:
+        model: the model.
+        modules: its modules by qualified name.
+        ops: the operations, in execution order.
+        calls: the calls of modules, in the order in which they began.
+        shapes, dtypes: indexed by value.
+        constants: the integer and boolean values whose elements are known.
+        readers: value -> the operations that read it.
+        outputs: the values that the model returns: the first one, and those that nothing in the model reads (a returned
+            tensor that is read, such as the state of an encoder, is an intermediate).
+        used_real_weights: True if the forward could not run on fake tensors.
+        cache: results about operations, so that the second of two equal blocks costs nothing (``memoize``).
     """
 
     model: nn.Module
@@ -82,12 +94,12 @@ class Trace:
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def calls_of(self, name: str) -> list[Call]:
-        """The calls of the module `name`, in order; empty if the forward did not reach it."""
+        """Return the calls of the module ``name``, in order; empty if the forward did not reach it."""
         return [call for call in self.calls if call.name == name]
 
 
 def iter_tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and mappings (model outputs too), in order."""
+    """Yield the tensors in nested lists, tuples and mappings (model outputs too), in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -99,7 +111,7 @@ def iter_tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def map_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """The same nested lists, tuples and dicts with `change(item)` for every item in them."""
+    """Return the same nested lists, tuples and dicts, with every item replaced by ``change(item)``."""
     if isinstance(tree, dict):
         return {key: map_tree(item, change) for key, item in tree.items()}
     if type(tree) in (list, tuple):

@@ -1,4 +1,4 @@
-"""Normalisations and the linear layers that read them, for folding a scale from one into the other."""
+"""Norm groups: norms and the linear layers that read them, to move a scale from one into the other."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from .fake_model import copy_with_tensors
 from .graph import Trace
 from .linear_layers import features, linears, parameter_names, tied_weights
 from .reexecution import is_scale_equivariant, memoize, random_tensor
-from .tracing import trace
+from .tracing import as_trace
 
 PRECISION = 1e-3
-"""Relative tolerance when a norm module is probed: it may compute in float32, and it adds an epsilon."""
+"""Relative tolerance for the outputs of a norm module, which may compute in float32 and adds an epsilon."""
 
 
 @dataclass(frozen=True, eq=False)
 class NormGroup:
-    """A normalisation and the linear layers that read exactly its output.
+    """A norm and the linear layers that read exactly its output.
 
-    The output is `(weight + offset) * n(x) + bias`; `offset` is 0 for most norms and 1 for those that store
-    the weight as a difference from one.  `others` describes everything else that reads the output: the
-    residual connection, a router, expert tensors, the result of the model.  If there is nothing else, the
-    group is `exclusive`, and a scale of the channels can move from the norm into the columns of `linears`
-    exactly.  `linears` is empty for a norm that only a router and experts read.
+    The output is ``(weight + offset) * n(x) + bias``.
+
+    Attributes:
+        name, module: the norm.
+        linears: the linear layers by name; empty for a norm that only a router and experts read.
+        others: descriptions of everything else that reads the output: the residual connection, a router, expert
+            tensors, the outputs of the model.
+        offset: 0 for most norms, 1 for those that store the weight as a difference from one.
     """
 
     name: str
@@ -39,21 +42,24 @@ class NormGroup:
 
     @property
     def exclusive(self) -> bool:
-        """Whether the linears are all that reads the norm's output."""
+        """True if nothing but the linear layers reads the output.
+
+        A scale of the channels can then move from the norm into the columns of ``linears`` exactly.
+        """
         return not self.others
 
 
 def find_norm_groups(source: nn.Module | Trace, block: ModuleScope | None = None) -> list[NormGroup]:
     """Return the norms of a model with the linear layers that read exactly their output, in execution order.
 
-    With ``block`` only the norms inside it. A norm that neither a linear layer nor any other weight reads is left out,
+    With ``block`` only the norms in it. A norm that neither a linear layer nor any other weight reads is left out,
     and so is one whose gain is not called ``weight``. ``NormGroup`` says what is exact.
     """
-    return list(_norm_groups(_traced(source), block))
+    return list(_norm_groups(as_trace(source), block))
 
 
 def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]:
-    held_by = parameter_names(trace.model)
+    parameters = parameter_names(trace.model)
     unreached = set(linears(trace.model)) - {call.name for call in trace.calls}
     found = blocks(trace) if unreached else []
     for name in dict.fromkeys(call.name for call in trace.calls):
@@ -61,8 +67,8 @@ def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]
             continue
         if not _looks_like_norm(trace, name):
             continue
-        names, others, raw = _readers(trace, name)
-        offset = _offset(trace, name) if names or raw else None
+        names, others, other_weights = _readers(trace, name)
+        offset = _offset(trace, name) if names or other_weights else None
         if offset is None:
             continue
         width = trace.modules[name].get_parameter("weight").numel()
@@ -73,7 +79,7 @@ def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]
             if block_of(found, linear) is near and features(trace.modules[linear])[1] == width
         ]
         for member in (name, *names):
-            others += tied_weights(trace.modules[member], member, held_by)
+            others += tied_weights(trace.modules[member], member, parameters)
         yield NormGroup(
             name=name,
             module=trace.modules[name],
@@ -84,7 +90,7 @@ def _norm_groups(trace: Trace, block: ModuleScope | None) -> Iterator[NormGroup]
 
 
 def _looks_like_norm(trace: Trace, name: str) -> bool:
-    """Whether a module has a `weight` [d], perhaps a `bias` [d], and maps one tensor [..., d] to another."""
+    """Return True if a module has a ``weight [d]``, perhaps a ``bias [d]``, and maps ``[..., d]`` to ``[..., d]``."""
     module = trace.modules[name]
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
@@ -99,27 +105,27 @@ def _looks_like_norm(trace: Trace, name: str) -> bool:
 
 
 def _offset(trace: Trace, name: str) -> float | None:
-    """`_gain_offset`, worked out once for norms of the same class, size and settings."""
+    """Return ``_gain_offset``, computed once for norms of the same class, size and settings."""
     module = trace.modules[name]
     settings = tuple((key, value) for key, value in vars(module).items() if isinstance(value, (int, float, str)))
-    question = ("offset", type(module), module.get_parameter("weight").shape, settings)
-    return memoize(trace, question, lambda: _gain_offset(module))
+    key = ("offset", type(module), module.get_parameter("weight").shape, settings)
+    return memoize(trace, key, lambda: _gain_offset(module))
 
 
 def _gain_offset(module: nn.Module) -> float | None:
-    """The `offset` of a norm, asked of the module; None if it does not normalise or its weight is no gain."""
-    double = copy_with_tensors(module, lambda tensor: torch.ones(tensor.shape, dtype=torch.float64))
+    """Determine the offset of a norm by running it; None if it does not normalise or its weight is not a gain."""
+    copied = copy_with_tensors(module, lambda tensor: torch.ones(tensor.shape, dtype=torch.float64))
     x = random_tensor((1, 8, module.get_parameter("weight").numel()), seed=1)
 
     def output(weight: float, scale: float = 1.0) -> Tensor:
         with torch.no_grad():
-            for name, parameter in double.named_parameters():
+            for name, parameter in copied.named_parameters():
                 parameter.fill_(weight if name == "weight" else 0.0)
-            return double(x * scale).double()
+            return copied(x * scale).double()
 
     try:
         zero, one, two, larger = output(0.0), output(1.0), output(2.0), output(1.0, scale=2.0)
-    except Exception:  # the module wants another shape than [batch, tokens, channels]: no norm of channels
+    except Exception:  # it needs another shape than [batch, tokens, channels], so it is not a norm of channels
         return None
     normed = one - zero
     size = normed.square().sum()
@@ -131,14 +137,13 @@ def _gain_offset(module: nn.Module) -> float | None:
 
 
 def _readers(trace: Trace, name: str) -> tuple[list[str], list[str], bool]:
-    """Who reads the norm's output: the linears, a description of the rest, whether the rest has weights.
+    """Return the readers of a norm's output: linear layers, descriptions of the rest, and whether the rest has weights.
 
-    Weights that are no linear layer belong to a router or to experts: some module that reads the output holds
-    a matrix.
+    Weights outside of linear layers belong to a router or to experts: a module that reads the output has a matrix.
     """
     values: set[int] = set()
     others: list[str] = []
-    raw = False
+    other_weights = False
     by_linear: dict[str, int] = defaultdict(int)
     pending = [value for call in trace.calls_of(name) for value in call.writes]
     while pending:
@@ -147,7 +152,7 @@ def _readers(trace: Trace, name: str) -> tuple[list[str], list[str], bool]:
             continue
         values.add(value)
         if value in trace.outputs:
-            others.append("the result of the model")
+            others.append("the output of the model")
         for op in trace.readers.get(value, ()):
             if op.linear is not None:
                 by_linear[op.linear] += 1
@@ -155,13 +160,11 @@ def _readers(trace: Trace, name: str) -> tuple[list[str], list[str], bool]:
                 pending.extend(op.writes)
             else:
                 others.append(str(op))
-                raw = raw or any(p.dim() >= 2 for p in trace.modules[op.module].parameters(recurse=False))
+                other_weights = other_weights or any(
+                    p.dim() >= 2 for p in trace.modules[op.module].parameters(recurse=False)
+                )
     for linear, count in by_linear.items():
         if count != len(trace.calls_of(linear)):
             others.append(f"{linear}: reads other tensors too")
     first = {linear: trace.calls_of(linear)[0].start for linear in by_linear}
-    return sorted(by_linear, key=lambda linear: first[linear]), others, raw
-
-
-def _traced(source: nn.Module | Trace) -> Trace:
-    return source if isinstance(source, Trace) else trace(source)
+    return sorted(by_linear, key=lambda linear: first[linear]), others, other_weights

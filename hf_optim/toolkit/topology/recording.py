@@ -1,4 +1,4 @@
-"""Watching a forward: a dispatch mode that numbers the tensors and lists the operations on them."""
+"""Record a forward: a dispatch mode that numbers the tensors and lists the operations on them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .graph import Call, Op, Ref, iter_tensors, map_tree
 from .linear_layers import is_linear
 
-PASSING_ON = ("lift_fresh", "lift_fresh_copy", "clone", "detach", "alias")
-"""Operations whose result has the numbers of their argument."""
+VALUE_PRESERVING = ("lift_fresh", "lift_fresh_copy", "clone", "detach", "alias")
+"""Operations whose result has the elements of their argument."""
 
 LARGEST_CONSTANT = 1 << 16
-"""Integer and boolean tensors whose numbers are known are kept up to this size."""
+"""Integer and boolean tensors whose elements are known are kept up to this number of elements."""
 
 
 class Recorder(TorchDispatchMode):
-    """Numbers the tensors that pass by and lists the operations on them.
+    """Numbers the tensors of a forward and lists the operations on them.
 
-    A tensor is known by its identity, which is why every tensor is kept until the end.
+    A tensor is identified by its id, so every tensor is kept alive until the end.
     """
 
     def __init__(self) -> None:
@@ -32,29 +32,29 @@ class Recorder(TorchDispatchMode):
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.kept: list[Tensor] = []
-        self.known: dict[int, int] = {}
+        self.numbers: dict[int, int] = {}
         self.constants: dict[int, Tensor] = {}
-        self.sharing: dict[int, list[Tensor]] = defaultdict(list)
-        self.open: list[tuple[str, tuple[int, ...], int]] = []
+        self.by_storage: dict[int, list[Tensor]] = defaultdict(list)
+        self.open_calls: list[tuple[str, tuple[int, ...], int]] = []
         self.inside_linear = False
 
-    def watch(self, double: nn.Module) -> None:
-        """Hook the calls of every module of the double, which is thrown away afterwards."""
-        for name, module in double.named_modules():
+    def watch(self, copied: nn.Module) -> None:
+        """Hook the calls of every module of a copy that is discarded afterwards."""
+        for name, module in copied.named_modules():
             linear = is_linear(module)
             module.register_forward_pre_hook(self._enter(name, linear), with_kwargs=True)
             module.register_forward_hook(self._leave(name, linear))
 
     def _enter(self, name: str, linear: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.open.append((name, tuple(map(self.value, iter_tensors((args, kwargs)))), len(self.ops)))
+            self.open_calls.append((name, tuple(map(self.value, iter_tensors((args, kwargs)))), len(self.ops)))
             self.inside_linear = self.inside_linear or linear
 
         return hook
 
     def _leave(self, name: str, linear: bool) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            _, reads, start = self.open.pop()
+            _, reads, start = self.open_calls.pop()
             writes = tuple(map(self.value, iter_tensors(output)))
             if linear:
                 self.inside_linear = False
@@ -64,16 +64,16 @@ class Recorder(TorchDispatchMode):
         return hook
 
     def value(self, tensor: Tensor) -> int:
-        """The number of a tensor; a new number at first sight."""
-        if id(tensor) not in self.known:
-            self.renew(tensor)
+        """Return the number of a tensor; a tensor that is not known yet gets a new number."""
+        if id(tensor) not in self.numbers:
+            self.renumber(tensor)
             with contextlib.suppress(RuntimeError, NotImplementedError):
-                self.sharing[tensor.untyped_storage()._cdata].append(tensor)
-        return self.known[id(tensor)]
+                self.by_storage[tensor.untyped_storage()._cdata].append(tensor)
+        return self.numbers[id(tensor)]
 
-    def renew(self, tensor: Tensor) -> int:
-        """A new number for a tensor, because it is new or because it was written in place."""
-        value = self.known[id(tensor)] = len(self.kept)
+    def renumber(self, tensor: Tensor) -> int:
+        """Give a tensor a new number, because it is new or was written in place, and return the number."""
+        value = self.numbers[id(tensor)] = len(self.kept)
         self.kept.append(tensor)
         known = tensor.constant if isinstance(tensor, FakeTensor) else tensor
         if known is not None and not known.is_floating_point() and known.numel() <= LARGEST_CONSTANT:
@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
         return value
 
     def append(self, **fields: Any) -> None:
-        module = self.open[-1][0] if self.open else ""
+        module = self.open_calls[-1][0] if self.open_calls else ""
         self.ops.append(Op(position=len(self.ops), module=module, **fields))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,37 +93,37 @@ class Recorder(TorchDispatchMode):
         recorded = map_tree((tuple(args), dict(kwargs)), self._reference)
         output = func(*args, **kwargs)
         written = list(_written(func, args, kwargs))
-        mutated = tuple((self.value(tensor), self.renew(tensor)) for tensor in written)
+        mutated = tuple((self.value(tensor), self.renumber(tensor)) for tensor in written)
         writes = tuple(map(self.value, iter_tensors(output)))
         if not writes and not mutated:
             return output
-        if func._opname in PASSING_ON and reads[0] in self.constants:
+        if func._opname in VALUE_PRESERVING and reads[0] in self.constants:
             self.constants[writes[0]] = self.constants[reads[0]]
         self.append(reads=reads, writes=writes, function=func, args=recorded[0], kwargs=recorded[1], mutated=mutated)
         for tensor in written:
-            self._renew_sharing(tensor)
+            self._renumber_aliases(tensor)
         return output
 
     def _reference(self, value: Any) -> Any:
         return Ref(self.value(value)) if isinstance(value, Tensor) else value
 
-    def _renew_sharing(self, written: Tensor) -> None:
-        """Tensors that share memory with one written in place are new values too."""
+    def _renumber_aliases(self, written: Tensor) -> None:
+        """Give new numbers to the tensors that share memory with one that was written in place."""
         with contextlib.suppress(RuntimeError, NotImplementedError):
-            for other in self.sharing[written.untyped_storage()._cdata]:
+            for other in self.by_storage[written.untyped_storage()._cdata]:
                 if other is not written:
                     before = self.value(other)
-                    self.append(reads=(before, self.value(written)), writes=(self.renew(other),))
+                    self.append(reads=(before, self.value(written)), writes=(self.renumber(other),))
 
 
 def _reads_data(func: Any) -> bool:
-    """False for operations that take only shape and dtype from their argument (`zeros_like`, `new_empty`)."""
+    """Return False if an operation uses only the shape and dtype of its argument (``zeros_like``, ``new_empty``)."""
     name = func._opname
     return not (name.startswith("new_") or name.endswith("_like"))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The tensors an operation writes in place, by its schema."""
+    """Yield the tensors that an operation writes in place, according to its schema."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from iter_tensors(args[position] if position < len(args) else kwargs.get(argument.name))

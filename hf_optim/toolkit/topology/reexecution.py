@@ -1,9 +1,9 @@
-"""Run a few recorded operations again, in float64 on random numbers, to learn what they do to channels.
+"""Re-execute recorded operations in float64 on random numbers, to determine how they act on channels.
 
-A trace says which operation reads which tensor; what the operation *does* is asked of the operation itself.
-No weights take part: linear layers are the borders of what is run again, and everything that flows in from
-elsewhere (attention scores, masks, positions) is drawn at random.  All answers hold for those random numbers,
-that is, with probability one; the numbers come from a generator of their own, with a fixed seed.
+A trace records which operation reads which tensor; the operation itself shows what it does. Weights are not used: the
+re-executed part ends at linear layers, and every other input (attention scores, masks, positions) is random. Results
+hold for these random numbers, that is, with probability one. The numbers come from a separate generator with a fixed
+seed.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from torch import Tensor
 from .graph import Op, Ref, Trace, iter_tensors, map_tree
 
 TOLERANCE = 1e-9
-"""Largest relative difference between float64 numbers that should be equal."""
+"""Largest relative difference between float64 numbers that count as equal."""
 
 
 class NotReexecutable(Exception):
-    """The operations cannot be run again outside their model."""
+    """The operations cannot run outside their model."""
 
 
 @dataclass(eq=False)
 class Reexecution:
-    """Runs `ops` again, in their order.  Values from outside are drawn once, the same for every run.
+    """Runs ``ops`` in their recorded order.
 
-    Integers from outside have to be known, or, with `guess_integers`, are taken to be zero.
+    Inputs that are not given are drawn once, the same for every run. Integer inputs must be known, or are taken to be
+    zero with ``guess_integers``.
     """
 
     trace: Trace
     ops: tuple[Op, ...]
     seed: int = 0
     guess_integers: bool = False
-    outside: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """All values after running the operations on the `given` ones; raises `NotReexecutable`."""
+        """Run the operations on the values ``given``, and return all values. Raises ``NotReexecutable``."""
         values = dict(given)
         for op in sorted(self.ops, key=lambda op: op.position):
-            self._run_one(op, values)
+            self._run_op(op, values)
         return values
 
-    def _run_one(self, op: Op, values: dict[int, Tensor]) -> None:
+    def _run_op(self, op: Op, values: dict[int, Tensor]) -> None:
         if op.function is None:
             raise NotReexecutable(str(op))
-        renewed = {before: self._look_up(before, values).clone() for before, _ in op.mutated}
+        written = {before: self._look_up(before, values).clone() for before, _ in op.mutated}
 
         def concrete(item: object) -> object:
             if isinstance(item, Ref):
-                return renewed[item.value] if item.value in renewed else self._look_up(item.value, values)
+                return written[item.value] if item.value in written else self._look_up(item.value, values)
             if isinstance(item, torch.dtype):
                 return torch.float64 if item.is_floating_point else item
             return torch.device("cpu") if isinstance(item, torch.device) else item
@@ -63,14 +64,14 @@ class Reexecution:
         except Exception as error:
             raise NotReexecutable(str(op)) from error
         values.update(zip(op.writes, iter_tensors(output), strict=True))
-        values.update({after: renewed[before] for before, after in op.mutated})
+        values.update({after: written[before] for before, after in op.mutated})
 
     def _look_up(self, value: int, values: Mapping[int, Tensor]) -> Tensor:
         if value in values:
             return values[value]
-        if value not in self.outside:
-            self.outside[value] = self._draw(value)
-        return self.outside[value]
+        if value not in self.inputs:
+            self.inputs[value] = self._draw(value)
+        return self.inputs[value]
 
     def _draw(self, value: int) -> Tensor:
         if value in self.trace.constants:
@@ -82,10 +83,10 @@ class Reexecution:
 
 
 def random_tensor(shape: Iterable[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Random float64 magnitudes in [0.5, 1.5) whose sign alternates from row to row; indices are zero.
+    """Return random float64 magnitudes in [0.5, 1.5) whose sign alternates from row to row.
 
-    With both signs in each channel neither side of a ReLU escapes.  Booleans alternate along the last
-    dimension, so that no row of a mask is empty.
+    Both signs occur in each channel, so both sides of a ReLU are exercised. Booleans alternate along the last
+    dimension, so that no row of a mask is empty. Integers are zero.
     """
     shape = tuple(shape)
     if dtype == torch.bool:
@@ -98,8 +99,14 @@ def random_tensor(shape: Iterable[int], dtype: torch.dtype = torch.float64, seed
     return numbers
 
 
+def distinct_factors(count: int, seed: int = 0) -> Tensor:
+    """Return ``count`` distinct float64 factors between 0.5 and 2, evenly spaced, in random order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.linspace(0.5, 2.0, count, dtype=torch.float64)[order]
+
+
 def is_close(left: Tensor, right: Tensor) -> bool:
-    """Whether two float64 tensors are equal up to rounding, relative to the largest entry."""
+    """Return True if two float64 tensors are equal up to rounding, relative to the largest entry of ``right``."""
     if left.shape != right.shape:
         return False
     scale = right.abs().max() if right.numel() else torch.tensor(1.0)
@@ -107,14 +114,15 @@ def is_close(left: Tensor, right: Tensor) -> bool:
 
 
 def is_data_movement(trace: Trace, op: Op, value: int) -> bool:
-    """Whether `op` only moves, drops or repeats elements of `value`: a view, a slice, a transpose, a copy."""
+    """Return True if ``op`` only moves, drops or repeats elements of ``value``: a view, slice, transpose or copy."""
     others = set(op.reads) - {value}
     if op.function is None or op.mutated or not others.issubset(trace.constants):
         return False
-    return memoize(trace, ("moves", ops_signature(trace, (op,), (value,))), lambda: _moves_elements(trace, op, value))
+    key = ("data movement", ops_signature(trace, (op,), (value,)))
+    return memoize(trace, key, lambda: _is_data_movement(trace, op, value))
 
 
-def _moves_elements(trace: Trace, op: Op, value: int) -> bool:
+def _is_data_movement(trace: Trace, op: Op, value: int) -> bool:
     before = random_tensor(trace.shapes[value])
     try:
         values = Reexecution(trace, (op,)).run({value: before})
@@ -125,19 +133,20 @@ def _moves_elements(trace: Trace, op: Op, value: int) -> bool:
 
 
 def is_scale_equivariant(trace: Trace, op: Op, value: int) -> bool:
-    """Whether scaling the channels (last dimension) of `value` scales those of every output of `op` alike."""
+    """Return True if scaling the channels (last dimension) of ``value`` scales every output of ``op`` alike."""
     if op.function is None or op.mutated or not trace.shapes[value]:
         return False
-    return memoize(trace, ("scales", ops_signature(trace, (op,), (value,))), lambda: _scales_channels(trace, op, value))
+    key = ("scale equivariant", ops_signature(trace, (op,), (value,)))
+    return memoize(trace, key, lambda: _is_scale_equivariant(trace, op, value))
 
 
-def _scales_channels(trace: Trace, op: Op, value: int) -> bool:
+def _is_scale_equivariant(trace: Trace, op: Op, value: int) -> bool:
     channels = trace.shapes[value][-1]
     factors = distinct_factors(channels)
     before = random_tensor(trace.shapes[value])
-    replay = Reexecution(trace, (op,), guess_integers=True)
+    reexecution = Reexecution(trace, (op,), guess_integers=True)
     try:
-        plain, scaled = replay.run({value: before}), replay.run({value: before * factors})
+        plain, scaled = reexecution.run({value: before}), reexecution.run({value: before * factors})
     except NotReexecutable:
         return False
     for write in op.writes:
@@ -147,26 +156,27 @@ def _scales_channels(trace: Trace, op: Op, value: int) -> bool:
     return True
 
 
-def memoize(trace: Trace, question: Hashable, answer: Callable[[], Any]) -> Any:
-    """The answer to a question about the trace, worked out once."""
-    if question not in trace.cache:
-        trace.cache[question] = answer()
-    return trace.cache[question]
+def memoize(trace: Trace, key: Hashable, compute: Callable[[], Any]) -> Any:
+    """Return ``compute()``, cached in the trace under ``key``."""
+    if key not in trace.cache:
+        trace.cache[key] = compute()
+    return trace.cache[key]
 
 
 def ops_signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hashable:
-    """What `ops` do, apart from which tensors they do it to: the same for two equal blocks.
+    """Return a key for what ``ops`` compute, regardless of the tensors they compute on: equal for two equal blocks.
 
-    Values are numbered as they appear, those in `named` first, and carry shape, dtype and known numbers.
+    Values are numbered in order of appearance, those in ``named`` first, and are described by shape, dtype and, for
+    constants, their elements.
     """
     numbers: dict[int, int] = {}
 
     def describe(item: Any) -> Hashable:
         if isinstance(item, Ref):
             number = numbers.setdefault(item.value, len(numbers))
-            known = trace.constants.get(item.value)
-            numbers_known = None if known is None else tuple(known.flatten().tolist())
-            return number, trace.shapes[item.value], trace.dtypes[item.value], numbers_known
+            constant = trace.constants.get(item.value)
+            elements = None if constant is None else tuple(constant.flatten().tolist())
+            return number, trace.shapes[item.value], trace.dtypes[item.value], elements
         if isinstance(item, (list, tuple)):
             return tuple(map(describe, item))
         if isinstance(item, Mapping):
@@ -178,9 +188,3 @@ def ops_signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hash
         results = describe([Ref(value) for value in op.produces])
         described.append((op.function, describe(op.args), describe(op.kwargs), results))
     return tuple(described)
-
-
-def distinct_factors(count: int, seed: int = 0) -> Tensor:
-    """`count` distinct float64 factors between 0.5 and 2, evenly spaced, in random order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return torch.linspace(0.5, 2.0, count, dtype=torch.float64)[order]

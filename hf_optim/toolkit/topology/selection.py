@@ -1,4 +1,4 @@
-"""Choosing modules by patterns: names, globs, regular expressions and class names."""
+"""Select modules by patterns: names, globs, regular expressions and class names."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def match(
     skip: Iterable[str] = (),
     optional: Iterable[str] = (),
 ) -> list[str]:
-    """The names that some pattern of `targets` selects and none of `skip`, in the order of `names`.
+    """Return the names that a pattern of ``targets`` selects and no pattern of ``skip``, in the order of ``names``.
 
-    A pattern is an exact name (`model.layers.0.mlp.up_proj`), a glob (`*.mlp.*`; `*` crosses dots), a regular
-    expression after `re:` that has to match from the beginning, or, if `names` maps to modules, a class name:
-    `Linear` selects every linear layer, `Conv1D` and `ExpertLinear` included, any other name the class and its
-    subclasses.
+    A pattern is an exact name (``model.layers.0.mlp.up_proj``), a glob (``*.mlp.*``; ``*`` crosses dots), a regular
+    expression after ``re:`` that must match from the beginning, or, if ``names`` maps to modules, a class name:
+    ``Linear`` selects every linear layer, including ``Conv1D`` and ``ExpertLinear``; any other name selects the class
+    and its subclasses.
 
-    Raises `ValueError` if a pattern of `targets` or `skip` selects nothing, unless it also stands in
-    `optional`; the message lists those patterns with the nearest names.
+    Raises ``ValueError`` if a pattern of ``targets`` or ``skip`` selects nothing, unless it is also in ``optional``.
+    The message lists those patterns with the nearest names.
     """
     modules = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
     targets, skip, optional = list(targets), list(skip), set(optional)
@@ -41,7 +41,7 @@ def match(
 
 
 def _select(modules: Mapping[str, nn.Module | None], pattern: str) -> set[str]:
-    """The names that one pattern selects."""
+    """Return the names that one pattern selects."""
     if pattern.startswith("re:"):
         expression = re.compile(pattern[3:])
         return {name for name in modules if expression.match(name)}
@@ -58,7 +58,7 @@ def _is_a(module: nn.Module, class_name: str) -> bool:
 
 
 def _nearest(modules: Mapping[str, nn.Module | None], pattern: str) -> str:
-    """The pattern with the names it may have meant."""
+    """Return the pattern with the nearest names, for a message."""
     candidates = [
         *modules,
         *dict.fromkeys(type(module).__name__ for module in modules.values() if module is not None),

@@ -1,9 +1,8 @@
-"""One weightless forward of a model, recorded: which operation reads which tensor, inside which module.
+"""Record one forward of a model without weights: which operation reads which tensor, inside which module.
 
-The forward runs on a double of the model (`copy_with_tensors`) with fake tensors, so it costs neither memory nor
-arithmetic and works for models whose weights are on the meta device.  Where the forward depends on the data
-(a loop over the experts that were hit), it runs once more on the real weights.  A linear layer is recorded as
-one operation.
+The forward runs on a fake copy of the model (``fake_model``), whose fake tensors need no memory and no arithmetic, so
+models with weights on the meta device can be traced. If the forward depends on the data (a loop over the experts that
+receive tokens), it runs again on the real weights. A linear layer is recorded as one operation.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ CONFIG = {
     "output_hidden_states": False,
     "_attn_implementation": "eager",
 }
-"""What the double's configs are set to: plain attention, no cache, nothing but the main outputs."""
+"""Settings of the copy's configs: plain attention, no cache, only the main outputs."""
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple[Any, ...] = ()) -> Trace:
-    """Record one forward of `model(*args, **inputs)`, by default on `dummy_inputs(model)`.
+    """Record one forward of ``model(*args, **inputs)``, by default on ``dummy_inputs(model)``.
 
-    The model itself is not called, and nothing about it changes.  A single block can be traced with the
-    inputs it receives in its model.  Raises `ValueError` for a module that needs inputs and got none, and
-    whatever the forward raises when it runs neither on fake nor on real tensors.
+    The model itself is not called or changed. A single block can be traced with the inputs that it receives in its
+    model. Raises ``ValueError`` for a module that needs inputs and got none, ``RuntimeError`` for a model without
+    weights that cannot be traced on fake tensors, and the exception of a forward that fails on fake and real tensors.
     """
     if inputs is None and not args:
         if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"{type(model).__name__} is no PreTrainedModel: pass the inputs of its forward")
+            raise ValueError(f"{type(model).__name__} is not a PreTrainedModel: pass the inputs of its forward")
         inputs = dummy_inputs(model)
     inputs = dict(inputs or {})
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -57,22 +56,27 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple
             return _trace_real(model, inputs, args)
 
 
+def as_trace(source: nn.Module | Trace) -> Trace:
+    """Return ``source`` if it is a trace, otherwise the trace of the model."""
+    return source if isinstance(source, Trace) else trace(source)
+
+
 def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
     with _silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
-        double = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
-        return _record(model, double, _tensors_to(inputs, empty_on_cpu), _tensors_to(args, empty_on_cpu), real=False)
+        copied = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
+        return _record(model, copied, _map_tensors(inputs, empty_on_cpu), _map_tensors(args, empty_on_cpu), real=False)
 
 
 def _trace_real(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
-    double = copy_with_tensors(model, lambda tensor: tensor, {**CONFIG, "_experts_implementation": "eager"})
-    return _record(model, double, inputs, args, real=True)
+    copied = copy_with_tensors(model, lambda tensor: tensor, {**CONFIG, "_experts_implementation": "eager"})
+    return _record(model, copied, inputs, args, real=True)
 
 
-def _record(model: nn.Module, double: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], real: bool) -> Trace:
+def _record(model: nn.Module, copied: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], real: bool) -> Trace:
     recorder = Recorder()
-    recorder.watch(double)
+    recorder.watch(copied)
     with recorder:
-        outputs = double(*args, **inputs)
+        outputs = copied(*args, **inputs)
     returned = [recorder.value(tensor) for tensor in iter_tensors(outputs)]
     readers: dict[int, list[Op]] = defaultdict(list)
     for op in recorder.ops:
@@ -92,13 +96,13 @@ def _record(model: nn.Module, double: nn.Module, inputs: dict[str, Any], args: t
     )
 
 
-def _tensors_to(tree: Any, convert: Any) -> Any:
+def _map_tensors(tree: Any, convert: Any) -> Any:
     return map_tree(tree, lambda value: convert(value) if isinstance(value, Tensor) else value)
 
 
 @contextlib.contextmanager
 def _silent_fakes() -> Iterator[None]:
-    """Keep PyTorch from logging the operations that fake tensors cannot run: a real forward follows."""
+    """Silence PyTorch's log of operations that fake tensors cannot run: a real forward follows."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:

@@ -26,9 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_optim import Contract, ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
 from hf_optim.toolkit.modules import replace
-from hf_optim.toolkit.pruning import mask_of, require_finite
-from hf_optim.toolkit.quantization import make_codebook, nearest, outlier_mask
-from hf_optim.toolkit.topology import linear_layers
+from hf_optim.toolkit.pruning import mask_out_in, require_finite
+from hf_optim.toolkit.quantization import fit_codebook, nearest_centroids, outlier_mask
+from hf_optim.toolkit.topology import parameter_names, weight_out_in
 
 from . import _gobo_modules
 
@@ -99,12 +99,12 @@ class GOBO(Technique):
         self._classes(run)
         layers, skipped = self._layers(run, scope)
         require_finite(
-            {f"{name}.weight": linear_layers.weight_out_in(layer) for name, layer in layers.items()}, run.label(self)
+            {f"{name}.weight": weight_out_in(layer) for name, layer in layers.items()}, run.label(self)
         )
         for name, layer in list(layers.items()):
             bits = run.bits_of(name, self.bits)
-            mask = mask_of(layer, run.masks, f"{name}.weight")
-            if not self._quantize(run, name, linear_layers.weight_out_in(layer), bits, mask):
+            mask = mask_out_in(layer, run.masks, f"{name}.weight")
+            if not self._quantize(run, name, weight_out_in(layer), bits, mask):
                 skipped.setdefault(NO_GAUSSIAN, []).append(name)
                 del layers[name]
             else:
@@ -121,7 +121,7 @@ class GOBO(Technique):
 
     def _layers(self, run: Run, scope: Scope) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
         """The linears to quantize, and the names of those that cannot be, by reason."""
-        holders = linear_layers.owners(scope.model)
+        holders = parameter_names(scope.model)
         layers: dict[str, nn.Module] = {}
         skipped: dict[str, list[str]] = {}
         for name, layer in scope.select(self.targets, self.skip).items():
@@ -135,7 +135,9 @@ class GOBO(Technique):
                 skipped.setdefault(f"{bits} bits are assigned to it", []).append(name)
             else:
                 layers[name] = layer
-        stacks = [name for name, m in scope.module.named_modules(prefix=scope.name) if compressed.has_stacked_weights(m)]
+        stacks = [
+            name for name, m in scope.module.named_modules(prefix=scope.name) if compressed.has_stacked_weights(m)
+        ]
         stacks = [name for name in stacks if scope.holds(name)]
         if stacks and "Linear" in self.targets:
             skipped["stacked matrices: codebooks are made of linear layers"] = stacks
@@ -151,9 +153,9 @@ class GOBO(Technique):
         if int(inner.sum()) <= int(outlying.sum()):
             return False
         before = weight.clone()
-        book = make_codebook(weight[inner], 2**bits, self.iterations, None if mask is None else 0.0)
+        book = fit_codebook(weight[inner], 2**bits, self.iterations, None if mask is None else 0.0)
         centroids = book.centroids.to(weight.dtype)
-        weight.copy_(torch.where(outlying, weight, centroids[nearest(weight, centroids).long()]))
+        weight.copy_(torch.where(outlying, weight, centroids[nearest_centroids(weight, centroids).long()]))
         state, error = run.state(self), (weight - before).float()
         setattr(state, f"centroids.{name}", centroids)
         state.figures = {
@@ -198,7 +200,7 @@ class GOBO(Technique):
         if type(table) is not nn.Embedding:
             run.cover(self, [], {f"a {type(table).__name__} is no plain embedding": [name]})
             return
-        holders = linear_layers.owners(run.model)[id(table.weight)]
+        holders = parameter_names(run.model)[id(table.weight)]
         if len(holders) > 1:
             run.cover(self, [], {f"its table is shared with {holders[-1]}": [name]})
             return
@@ -209,9 +211,9 @@ class GOBO(Technique):
     def _coded(self, classes: Any, module: Any, centroids: Tensor) -> Any:
         """A coded layer of the generated module for a rounded one. What is none of the centroids is an outlier."""
         table = isinstance(module, nn.Embedding)
-        weight: Any = module.weight.detach() if table else linear_layers.weight_out_in(module).detach()
+        weight: Any = module.weight.detach() if table else weight_out_in(module).detach()
         centroids = centroids.to(weight)
-        codes = nearest(weight, centroids)
+        codes = nearest_centroids(weight, centroids)
         outlying = centroids[codes.long()] != weight
         count = outlying.sum(1)
         coded = classes.coded_like(module, len(centroids).bit_length() - 1, int(count.sum()), int(count.max()))

@@ -7,8 +7,7 @@ import copy
 import torch
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 
-from hf_optim.toolkit.topology.residual_order import find_residual_order
-from hf_optim.toolkit.topology.residual_stream import permute_residual_
+from hf_optim.toolkit.topology import find_residual_order, permute_residual_
 
 
 def test_an_order_is_found_again_after_training_and_pruning():
