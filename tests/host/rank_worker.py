@@ -10,7 +10,8 @@ from torch import nn
 from hf_optim.errors import NumericalError
 from hf_optim.runs import distributed
 from hf_optim.toolkit.distributed import collectives
-from hf_optim.toolkit.statistics.observers import ChannelAbsMax, InputObserver, SecondMoment, TensorMinMax
+from hf_optim.toolkit.statistics.observers import ChannelAbsMax, InputObserver, TensorMinMax
+from hf_optim.toolkit.statistics.second_moment import SecondMoment
 
 LAYERS = {name: nn.Linear(6, 2) for name in ("q", "k", "late")}
 

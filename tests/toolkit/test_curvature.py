@@ -8,7 +8,7 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5, tiny_vit
 from torch import nn
 from transformers import BertModel
 
-from hf_optim.toolkit.statistics.curvature import (
+from hf_optim.toolkit.statistics import (
     RecordedBatches,
     calibration_loss,
     enable_double_backward,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_optim.errors import NumericalError
-from hf_optim.toolkit.statistics.observers import ChannelAbsMax, SecondMoment, TensorMinMax
+from hf_optim.toolkit.statistics import ChannelAbsMax, SecondMoment, TensorMinMax
 
 
 def layer(width: int = 6, out: int = 4) -> nn.Linear:
@@ -155,4 +155,4 @@ def test_observing_keeps_no_graph_and_no_input():
     with observer as found:
         a(x)
     assert not found["a"].total.requires_grad
-    assert observer._open is None
+    assert observer._current is None

@@ -1,18 +1,12 @@
-"""Statistics of activations, gradients and Hessians, gathered through hooks."""
+"""Statistics of activations, gradients and Hessians, collected through hooks."""
 
 from . import importance
-from .curvature import (
-    RecordedBatches,
-    calibration_loss,
-    enable_double_backward,
-    gradients,
-    hessian_product,
-    power_iteration,
-    random_direction,
-    sample_microbatches,
-)
+from .calibration_losses import calibration_loss
+from .curvature import enable_double_backward, gradients, hessian_product, power_iteration, random_direction
 from .expert_tokens import TokenSample, augment_undersampled
-from .observers import ChannelAbsMax, GramMatrix, HessianDiagonal, SecondMoment, TensorMinMax
+from .observers import ChannelAbsMax, HessianDiagonal, TensorMinMax
+from .recorded_batches import RecordedBatches, sample_microbatches
+from .second_moment import GramMatrix, SecondMoment
 from .sensitivity import OutputShift, select_within_budget
 
 __all__ = [

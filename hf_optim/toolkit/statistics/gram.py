@@ -1,11 +1,12 @@
-"""``XᵀX``, summed batch by batch.
+"""Gram matrices ``XᵀX``, accumulated batch by batch.
 
-On CUDA, 16-bit inputs are multiplied by the tensor cores as they are: a product of two bfloat16 or float16 numbers is
-exact in float32, and sums are kept in float32. Inputs of other types are converted to the type of the sum a few rows at
-a time and multiplied in it; for float32 that is torch's float32 product, full precision unless TF32 was allowed.
+On CUDA, 16-bit inputs are multiplied by the tensor cores without conversion: a product of two bfloat16 or float16
+numbers is exact in float32, and sums are kept in float32. Inputs of other dtypes are converted to the dtype of the sum,
+a few rows at a time, and multiplied in it; for float32 this is torch's float32 product, in full precision unless TF32
+is enabled.
 
-Of the sum only the panels on and above the diagonal are computed there, nearly half the work; ``mirror_`` fills the
-rest. On a CPU all of it is.
+On accelerators only the panels on and above the diagonal are computed, which saves nearly half the work; ``mirror_``
+fills the rest. On a CPU the whole matrix is computed.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Columns of a panel; rows converted at a time.
-PANEL, ROWS = 2048, 4096
-_MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm with an out_dtype of its own: 2.8 and later
+PANEL, ROWS = 2048, 4096  # columns of a panel; rows converted at a time
+_MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm accepts an out_dtype from 2.8 on
 
 
 def accumulate_(total: Tensor, rows: Tensor) -> None:
-    """``total += rowsᵀ rows``; on an accelerator, of panels from the diagonal to the right.
+    """Compute ``total += rowsᵀ rows``; on an accelerator only the panels on and above the diagonal.
 
     Args:
         total: ``[width, width]``, float32 or float64.
-        rows: ``[tokens, width]``, any float type, on the same device.
+        rows: ``[tokens, width]``, any floating dtype, on the same device.
     """
     if total.device.type == "cpu":
         wide = rows.to(total.dtype)
@@ -38,13 +38,13 @@ def accumulate_(total: Tensor, rows: Tensor) -> None:
 
 
 def accumulate_panels_(total: Tensor, rows: Tensor) -> None:
-    """``total += rowsᵀ rows`` of one type, panels from the diagonal to the right only."""
+    """Compute the panels on and above the diagonal of ``total += rowsᵀ rows``, both of one dtype."""
     for begin in range(0, len(total), PANEL):
         total[begin : begin + PANEL, begin:].addmm_(rows[:, begin : begin + PANEL].T, rows[:, begin:])
 
 
 def mirror_(total: Tensor) -> None:
-    """Fill what ``accumulate_`` left out; nothing on a CPU."""
+    """Fill the part that ``accumulate_`` leaves out; does nothing on a CPU."""
     if total.device.type != "cpu":
         mirror_panels_(total)
 

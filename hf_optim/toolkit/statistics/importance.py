@@ -1,6 +1,7 @@
-"""What a unit or a block of a transformer is worth: by its weights, by what it adds, by the gradient of a gate on it.
+"""Importance of prunable groups and blocks: by their weights, their activations, and the gradient of a gate.
 
-Every score is larger for what should stay. Units are those of ``structures``; their scores are float64 ``[units]``.
+Every score is larger for what should be kept. Groups are those of ``topology.PrunableGroups``, one object per layer;
+the scores of a layer are float64 ``[groups]``.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ModelError, NumericalError
+from ...errors import NumericalError
 from ..distributed import collectives
 from ..topology.linear_layers import weight_out_in
 from ..topology.prunable_groups import PrunableGroups
-from .curvature import calibration_loss, enable_double_backward, is_causal
+from .calibration_losses import ranking_loss
+from .curvature import enable_double_backward
 from .observers import InputObserver, first_tensor
 
 Gate = Callable[[str, Tensor], "Tensor | None"]
 
 
 # -- weights ------------------------------------------------------------------------------------------------------
-def group_magnitude(model: nn.Module, units: PrunableGroups) -> Tensor:
-    """``‖θ_u‖²``, the sum of squares of all that belongs to a unit."""
-    total = torch.zeros(len(units), dtype=torch.float64)
-    for name, (dim, entries) in units.entries.items():
+def group_magnitude(model: nn.Module, groups: PrunableGroups) -> Tensor:
+    """Return ``‖θ_g‖²``, the sum of squares of all parameters of each group; float64 ``[groups]``."""
+    total = torch.zeros(len(groups), dtype=torch.float64)
+    for name, (dim, entries) in groups.entries.items():
         parameter = model.get_parameter(name).detach()
         squares = parameter.double().square()
         others = [other for other in range(parameter.dim()) if other != dim]
@@ -36,42 +38,41 @@ def group_magnitude(model: nn.Module, units: PrunableGroups) -> Tensor:
 
 
 def block_magnitude(block: nn.Module) -> float:
-    """``‖θ‖²`` of a block."""
+    """Return ``‖θ‖²`` of a block."""
     return sum(float(parameter.detach().double().square().sum()) for parameter in block.parameters())
 
 
 # -- activations --------------------------------------------------------------------------------------------------
 class OutputContributions(InputObserver[Tensor]):
-    """``Σ_t ‖W_u x_u(t)‖²``: the squared length of what each unit adds to the output of its reader, over tokens t.
+    """``Σ_t ‖W_g x_g(t)‖²``: the squared norm of each group's contribution to its consumer's output, over tokens t.
 
     Args:
         model: the model.
-        units: of any kind; the result is by the name of the reader.
+        layers: the groups of several layers, of any kind. The result is keyed by the name of the consumer.
         label: see ``InputObserver``.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[PrunableGroups], label: str = "") -> None:
-        super().__init__({one.consumer: model.get_submodule(one.consumer) for one in units}, label)
-        self.units = {one.consumer: one for one in units}
+    def __init__(self, model: nn.Module, layers: Sequence[PrunableGroups], label: str = "") -> None:
+        super().__init__({groups.consumer: model.get_submodule(groups.consumer) for groups in layers}, label)
+        self.groups = {groups.consumer: groups for groups in layers}
 
     def update(self, name: str, inputs: Tensor) -> None:
         self.check_finite(name, inputs.abs().amax())
-        added = squared_contributions(
-            inputs.detach().reshape(-1, inputs.shape[-1]), self.modules[name], self.units[name]
-        )
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        added = squared_contributions(rows, self.modules[name], self.groups[name])
         self.found[name] = self.found[name] + added if name in self.found else added
 
     def reduce(self) -> None:
         collectives.all_reduce_dict_(self.found, self.modules, "sum", self.device)
 
 
-def squared_contributions(inputs: Tensor, reader: nn.Module, units: PrunableGroups) -> Tensor:
-    """``Σ_t ‖W_u x_u(t)‖²`` for inputs ``[tokens, in]``; float64 ``[units]``."""
-    weight = weight_out_in(reader).detach()
-    columns = units.columns.to(inputs.device)
+def squared_contributions(inputs: Tensor, consumer: nn.Module, groups: PrunableGroups) -> Tensor:
+    """Return ``Σ_t ‖W_g x_g(t)‖²`` for inputs ``[tokens, in]``; float64 ``[groups]``."""
+    weight = weight_out_in(consumer).detach()
+    columns = groups.columns.to(inputs.device)
     if columns.shape[1] == 1:
-        energy = inputs.float().square().sum(0).double() * weight.float().square().sum(0).double()
-        return energy[columns.flatten()]
+        squares = inputs.float().square().sum(0).double() * weight.float().square().sum(0).double()
+        return squares[columns.flatten()]
     added = [(inputs[:, part] @ weight[:, part].T).float().square().sum().double() for part in columns]
     return torch.stack(added)
 
@@ -79,7 +80,7 @@ def squared_contributions(inputs: Tensor, reader: nn.Module, units: PrunableGrou
 class BlockInfluence:
     """Context manager: ``1 - cos(h_in, h_out)`` of each block, mean over tokens (2403.03853).
 
-    ``with`` binds a dictionary from block name to float64 ``[2]``: the sum over tokens and their number.
+    ``with`` binds a dictionary from block name to float64 ``[2]``: the sum over tokens and the number of tokens.
     """
 
     def __init__(self, blocks: Mapping[str, nn.Module], label: str = "") -> None:
@@ -109,7 +110,7 @@ class BlockInfluence:
 
     def _hook(self, name: str) -> Any:
         def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before, after = _hidden(args, kwargs), _output(output)
+            before, after = _hidden_state(args, kwargs), _first_output(output)
             moved = 1.0 - torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).double()
             sums = torch.stack([moved.sum(), torch.tensor(float(moved.numel()), dtype=torch.float64).to(moved.device)])
             self.found[name] = self.found[name] + sums if name in self.found else sums
@@ -119,11 +120,12 @@ class BlockInfluence:
 
 # -- gates --------------------------------------------------------------------------------------------------------
 @contextmanager
-def apply_gates(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], gate: Gate) -> Iterator[None]:
-    """Multiply the inputs of linears, and what blocks add to the residual stream, by gates.
+def apply_gates(consumers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], gate: Gate) -> Iterator[None]:
+    """Multiply the inputs of linear layers, and the updates of blocks to the residual stream, by gates.
 
-    ``gate(name, tensor)`` gives what ``tensor`` is multiplied by, or None to leave it: the input of a reader
-    ``[..., in]``, or the hidden state that a block reads ``[..., width]``, whose update ``h_out - h_in`` is gated.
+    ``gate(name, tensor)`` returns the factor for ``tensor``, or None to leave it unchanged. ``tensor`` is the input of
+    a consumer ``[..., in]``, or the hidden state that a block reads ``[..., width]``; for a block, the update ``h_out -
+    h_in`` is gated.
     """
 
     def on_input(name: str) -> Any:
@@ -135,7 +137,7 @@ def apply_gates(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module
 
     def on_block(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            before, after = _hidden(args, kwargs), _output(output)
+            before, after = _hidden_state(args, kwargs), _first_output(output)
             factor = gate(name, before)
             if factor is None:
                 return None
@@ -144,7 +146,7 @@ def apply_gates(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module
 
         return hook
 
-    handles = [m.register_forward_pre_hook(on_input(name), with_kwargs=True) for name, m in readers.items()]
+    handles = [m.register_forward_pre_hook(on_input(name), with_kwargs=True) for name, m in consumers.items()]
     handles += [m.register_forward_hook(on_block(name), with_kwargs=True) for name, m in blocks.items()]
     try:
         yield
@@ -156,46 +158,46 @@ def apply_gates(readers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module
 def gate_gradients(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
-    units: Sequence[PrunableGroups],
+    layers: Sequence[PrunableGroups],
     blocks: Mapping[str, nn.Module],
     label: str = "",
 ) -> dict[str, Tensor]:
-    """``Σ_samples |∂L/∂ξ_u|`` at ``ξ = 1`` for a gate ``ξ_u`` on each unit, and on the update of each block.
+    """Return ``Σ_samples |∂L/∂ξ|`` at ``ξ = 1`` for a gate ``ξ`` on each group, and on the update of each block.
 
-    That is ``|Σ_t x_u(t)ᵀ ∂L/∂x_u(t)|``: to first order what the loss changes by without the unit. By the name of the
-    reader, float64 ``[units]``, or of the block, ``[1]``.
+    For a group ``g`` this is ``|Σ_t x_g(t)ᵀ ∂L/∂x_g(t)|``: the first-order estimate of how much the loss changes if the
+    group is removed. The result is keyed by the name of the consumer, float64 ``[groups]``, or of the block, ``[1]``.
 
-    Raises ``ModelError`` for a model without a loss (``ranking_loss``), and ``NumericalError`` where it is not finite.
+    Raises ``ModelError`` for a model without a loss (``ranking_loss``), and ``NumericalError`` for a non-finite loss.
     """
-    readers = {one.consumer: model.get_submodule(one.consumer) for one in units}
-    columns = {one.consumer: one.columns for one in units}
+    consumers = {groups.consumer: model.get_submodule(groups.consumer) for groups in layers}
+    columns = {groups.consumer: groups.columns for groups in layers}
     found: dict[str, Tensor] = {}
     for batch in batches:
-        for name, gradient in _gate_gradients(model, batch, readers, blocks, label).items():
+        for name, gradient in _gate_gradients(model, batch, consumers, blocks, label).items():
             parts = gradient[:, columns[name].to(gradient.device)].sum(-1) if name in columns else gradient
             score = len(parts) * parts.double().abs().sum(0)  # the loss is a mean over the samples
             found[name] = found[name] + score if name in found else score
-    collectives.all_reduce_dict_(found, [*readers, *blocks], "sum")
+    collectives.all_reduce_dict_(found, [*consumers, *blocks], "sum")
     return found
 
 
 def _gate_gradients(
     model: nn.Module,
     batch: Mapping[str, Any],
-    readers: Mapping[str, nn.Module],
+    consumers: Mapping[str, nn.Module],
     blocks: Mapping[str, nn.Module],
     label: str,
 ) -> dict[str, Tensor]:
-    """The gradient of the loss in the gates: [samples, in] for a reader, [samples, 1] for a block."""
+    """Return the gradient of the loss in the gates: ``[samples, in]`` for a consumer, ``[samples, 1]`` for a block."""
     gates: dict[str, Tensor] = {}
 
     def gate(name: str, tensor: Tensor) -> Tensor:
-        width = tensor.shape[-1] if name in readers else 1
+        width = tensor.shape[-1] if name in consumers else 1
         shape = (tensor.shape[0], *(1 for _ in tensor.shape[1:-1]), width)
         gates[name] = torch.ones(shape, dtype=tensor.dtype, device=tensor.device, requires_grad=True)
         return gates[name]
 
-    with enable_double_backward(model, ()), apply_gates(readers, blocks, gate):
+    with enable_double_backward(model, ()), apply_gates(consumers, blocks, gate):
         loss = ranking_loss(model, batch, label)
         if not math.isfinite(float(loss.detach())):
             raise NumericalError(
@@ -205,32 +207,11 @@ def _gate_gradients(
     return {name: gradient.flatten(1) for name, gradient in zip(gates, gradients, strict=True) if gradient is not None}
 
 
-def ranking_loss(model: nn.Module, batch: Mapping[str, Any], label: str = "") -> Tensor:
-    """The loss by whose gradient gates are ranked, mean over what is predicted; a scalar.
-
-    The model's own loss with the labels of the batch, or with its inputs as labels for a causal language model; else
-    ``-log p`` of the class that the model itself finds most probable, at every position. Raises ``ModelError``.
-    """
-    if "labels" in batch or is_causal(model):
-        return calibration_loss(model, batch)
-    logits = getattr(model(**batch), "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[-1] < 2:
-        raise ModelError(
-            f"{label}: {type(model).__name__} predicts no classes, so it has no loss without labels; rank by activation"
-        )
-    chosen = logits.detach().argmax(-1)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), chosen.flatten(), reduction="none")
-    mask = batch.get("attention_mask")
-    # A mask of another shape (of an encoder, for a decoder's outputs) says nothing about these positions.
-    kept = mask.flatten().to(loss) if isinstance(mask, Tensor) and mask.shape == chosen.shape else torch.ones_like(loss)
-    return (loss * kept).sum() / kept.sum()
-
-
-def _hidden(args: Any, kwargs: Any) -> Tensor:
+def _hidden_state(args: Any, kwargs: Any) -> Tensor:
     tensor = first_tensor(args, kwargs)
     assert tensor is not None
     return tensor
 
 
-def _output(output: Any) -> Tensor:
+def _first_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]

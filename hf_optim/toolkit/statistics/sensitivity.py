@@ -1,4 +1,4 @@
-"""How much each layer's change disturbs the output, and which layers to change within a budget."""
+"""Sensitivity: how much changing one layer disturbs the output, and which layers to change within a budget."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..topology.linear_layers import weight_out_in
 
 
 class OutputShift:
-    """Context manager: how far a module's output moves when one of its layers has other weights.
+    """Context manager that measures how far a module's output moves if one of its layers gets another weight.
 
     While inputs pass through ``module``, each forward is repeated once per layer with that layer's weight replaced, and
-    the outputs are compared: where there are logits, by the Kullback-Leibler divergence of their softmax (nats, mean
-    over positions), elsewhere by the relative squared error. Weights are put back also when a forward raises.
+    the outputs are compared: logits by the Kullback-Leibler divergence of their softmax (nats, mean over positions),
+    other outputs by the relative squared error. Weights are restored also if a forward raises.
 
     ``with`` binds a dictionary from layer name to the sum over batches.
 
@@ -48,12 +48,12 @@ class OutputShift:
         self._repeating = True
         try:
             for name, (layer, weight) in self.changes.items():
-                self.found[name] += output_divergence(output, self._changed(layer, weight, args, kwargs))
+                self.found[name] += output_divergence(output, self._changed_output(layer, weight, args, kwargs))
         finally:
             self._repeating = False
 
     @torch.no_grad()
-    def _changed(self, layer: nn.Module, weight: Tensor, args: Any, kwargs: Any) -> Any:
+    def _changed_output(self, layer: nn.Module, weight: Tensor, args: Any, kwargs: Any) -> Any:
         view = weight_out_in(layer)
         before = view.clone()
         try:
@@ -64,34 +64,34 @@ class OutputShift:
 
 
 def output_divergence(output: Any, changed: Any) -> float:
-    """The distance of two outputs of a module, >= 0: of their logits in nats, else relative squared error."""
+    """Return the distance of two outputs of a module, >= 0: of their logits in nats, else relative squared error."""
     logits, others = getattr(output, "logits", None), getattr(changed, "logits", None)
     if isinstance(logits, Tensor) and isinstance(others, Tensor):
         log_p, log_q = logits.float().log_softmax(-1), others.float().log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     dense, moved = _first_tensor(output).float(), _first_tensor(changed).float()
-    energy = float(dense.square().sum())
-    return float((moved - dense).square().sum()) / energy if energy > 0 else 0.0
+    norm = float(dense.square().sum())
+    return float((moved - dense).square().sum()) / norm if norm > 0 else 0.0
 
 
 def _first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def select_within_budget(errors: Mapping[str, float], sizes: Mapping[str, int], room: float) -> list[str]:
-    """The layers to change: least error per weight first, each taken if it still fits into ``room`` weights.
+def select_within_budget(errors: Mapping[str, float], sizes: Mapping[str, int], budget: float) -> list[str]:
+    """Select the layers to change: least error per weight first, each taken if it still fits into the budget.
 
     Args:
         errors: layer name -> the error that changing it causes.
         sizes: layer name -> number of weights.
-        room: most weights to change in all.
+        budget: maximum number of weights to change in total.
 
     Returns:
-        names in the order taken; of equal errors per weight the earlier in ``errors``.
+        Names in the order taken; of equal errors per weight the earlier in ``errors``.
     """
     chosen = []
     for name in sorted(errors, key=lambda name: errors[name] / sizes[name]):
-        if sizes[name] <= room:
+        if sizes[name] <= budget:
             chosen.append(name)
-            room -= sizes[name]
+            budget -= sizes[name]
     return chosen
