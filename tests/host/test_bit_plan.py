@@ -125,7 +125,7 @@ def test_a_snapshot_has_the_plan():
     assert BITS_ASSIGNED in other.traits
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_a_real_model(shared_models, tmp_path, stock):
     """babyllama-1m: the plan is in the checkpoint, and stock transformers computes the same."""
     home = shared_models / "babyllama-1m"

@@ -514,7 +514,7 @@ def test_a_copy_saves_the_same():
 # -- a real model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_an_upcycled_model_is_as_good_as_the_dense_one(shared_models, shared_data):
     """babyllama-1m at 3 bits, and the mixture of copies of its feed-forward layers at 3 bits."""
     home = shared_models / "babyllama-1m"

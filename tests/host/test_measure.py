@@ -31,8 +31,10 @@ def real(shared_models, name):
 # -- reference results -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [("babyllama-1m", 2.2251), ("stories260k", 4.3563)])
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    ("name", "expected"), [("babyllama-1m", 2.2251), pytest.param("stories260k", 4.3563, marks=pytest.mark.smoke)]
+)
 def test_the_reference_perplexities(shared_models, shared_data, name, expected):
     model, tokenizer = real(shared_models, name)
     data = DataConfig(str(shared_data / "tinystories/eval.jsonl"), samples=None)
@@ -41,7 +43,7 @@ def test_the_reference_perplexities(shared_models, shared_data, name, expected):
     assert found["nll"] == pytest.approx(math.log(found["perplexity"]), rel=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_rounding_the_weights_gives_the_reference_perplexity(shared_models, shared_data):
     model, tokenizer = real(shared_models, "stories260k")
     for name, module in model.named_modules():

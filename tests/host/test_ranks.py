@@ -111,8 +111,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.real_model
+@pytest.mark.parametrize("name", [pytest.param("gptq", marks=pytest.mark.smoke), "static"])
 def test_two_ranks_write_the_weights_of_one(name, shared_models, shared_data, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"steps": RECIPES[name]}))

@@ -389,7 +389,7 @@ def test_layer_types_of_the_architecture_come_back(tmp_path):
     )  # as AutoTokenizer reads it
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_the_main_job_measures_a_result_with_code_of_its_own(shared_models, shared_data, tmp_path):
     """The result is loaded with its own code, under the head that it was saved with, and its card has the figures."""
     from hf_optim.checkpoints.source import ModelSource

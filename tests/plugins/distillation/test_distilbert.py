@@ -339,7 +339,8 @@ def test_evaluation_has_the_task_loss_alone(tmp_path):
 
 
 # -- a real model ----------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.smoke
 def test_a_student_of_half_the_depth_is_better_than_without_its_teacher(shared_models, shared_data, tmp_path):
     """Layers 0, 2, 4 of five, 40 steps; the gain in evaluation loss is 0.42 nats."""
     home = shared_models / "babyllama-1m"

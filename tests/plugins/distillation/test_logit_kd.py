@@ -678,7 +678,7 @@ def test_the_shipped_recipe():
 
 
 # -- a real model ----------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_a_student_of_half_the_depth_learns_more_from_the_teacher(tmp_path, shared_models, shared_data):
     """Layers 0, 2, 4 of five. Over seeds 0, 1, 2 the gain in evaluation loss is 0.38, 0.42 and 0.33 nats."""
     home = shared_models / "babyllama-1m"

@@ -303,7 +303,8 @@ def _train(model, windows, steps, lr):
         optimizer.zero_grad()
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.smoke
 def test_it_fits_a_little_data_better_than_the_dense_twin(shared_models, shared_data):
     # What a CPU can show: the loss on the windows that both were trained on, with one seed and four experts. The longer
     # comparison, with what it loses on held-out data, stands in model_cards/measurements.

@@ -186,7 +186,7 @@ def test_nothing_to_prune_is_an_error():
         hf_optim.callbacks(model)
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_rounds_are_better_than_one_shot(tmp_path, shared_models, shared_data):
     """Equal steps in all, and equal steps after the last pruning: those before it are under half a mask, or dense."""
     stories = Stories(shared_models, shared_data)

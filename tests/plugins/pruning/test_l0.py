@@ -229,7 +229,8 @@ def test_a_model_without_such_units_is_refused():
         hf_optim.training.stage_callbacks.stage_callbacks(run_of(model))
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.smoke
 def test_a_fifth_of_the_neurons_of_a_real_model_closes(tmp_path, shared_models, shared_data):
     """At a loss below that of closing as many by chance, without training; a dense model's is out of reach so soon."""
     stories = Stories(shared_models, shared_data, width=64, held_out=96)

@@ -96,7 +96,7 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
         OptimConfig.parse([{"technique": "lottery_ticket", **fields}])
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_a_ticket_is_better_than_a_random_start_with_its_mask(tmp_path, shared_models, shared_data):
     """The pretrained weights are the rewinding point, as for pretrained transformers (2007.12223)."""
     stories = Stories(shared_models, shared_data)

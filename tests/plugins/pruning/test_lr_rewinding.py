@@ -53,7 +53,7 @@ def test_a_position_outside_the_schedule_is_refused():
         OptimConfig.parse([{"technique": "lr_rewinding", "rewind_to": 1.5}])
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_it_beats_fine_tuning_at_the_small_rate(tmp_path, shared_models, shared_data):
     """Equal rounds, steps and peak rate; fine-tuning holds a tenth of it, as at the end of a schedule."""
     stories = Stories(shared_models, shared_data)

@@ -161,7 +161,7 @@ def perplexity(model, tokenizer, path):
     return math.exp(total / (windows.shape[0] * (width - 1)))
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_half_of_stories260k_costs_what_it_should(shared_models, shared_data):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -413,6 +413,7 @@ def test_the_gain_in_time_is_the_ratio_of_the_operations():
         assert 0.8 < ratio < 1.2, (fields, ratio)
 
 
+@pytest.mark.real_model
 def test_scores_that_look_at_data_keep_a_real_model_better(shared_models, shared_data, monkeypatch):
     """babyllama-1m. With more data, a quarter of the neurons: activation 3.05, magnitude 4.01, random 4.10 to 4.68;
     one of five layers: taylor 5.28, magnitude 32.2 (dense: 2.26)."""

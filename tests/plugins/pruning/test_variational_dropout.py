@@ -199,7 +199,7 @@ def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog):
         assert any("0.01 instead of 1" in note for note in run_of(model).record.notes)
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_a_third_of_a_real_model_is_noise_at_held_loss(tmp_path, shared_models, shared_data):
     """Beside as many weights of smallest magnitude, removed at once; both ranked over all layers."""
     stories = Stories(shared_models, shared_data, width=64, held_out=96)

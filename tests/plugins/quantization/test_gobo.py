@@ -336,6 +336,8 @@ def encoder(minilm):
     return AutoModel.from_pretrained(minilm).eval()
 
 
+@pytest.mark.real_model
+@pytest.mark.smoke
 def test_of_a_real_model_few_weights_are_outliers_and_three_bits_are_nearer_than_rounding(encoder):
     dense = {n: m.weight.detach() for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and "encoder" in n}
     model = gobo(copy.deepcopy(encoder), bits=3, embedding_bits=3)
@@ -350,6 +352,7 @@ def test_of_a_real_model_few_weights_are_outliers_and_three_bits_are_nearer_than
         assert ours.norm() < rounded.norm()
 
 
+@pytest.mark.real_model
 @pytest.mark.parametrize(("bits", "least"), [(3, 0.820), (2, 0.80)])
 def test_sentence_vectors_survive_where_rounding_breaks_them(encoder, minilm, shared_data, bits, least):
     # Dense: 0.8203; rounded per channel: 0.7895 and 0.2945.

@@ -237,7 +237,7 @@ def test_the_head_outside_the_blocks_is_named():
     assert skipped == {"it lies outside the blocks": {"lm_head"}}
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_it_improves_what_it_stands_on(shared_models, shared_data):
     """babyllama-1m at 2 bits, on a small part of the evaluation text: alone, and after another step."""
     from hf_optim.evaluation.evaluate import perplexity

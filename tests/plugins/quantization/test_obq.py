@@ -201,7 +201,7 @@ def test_layers_by_block():
     assert [name for part in parts for name in part] == list(linears)
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
 def test_in_the_mean_better_than_one_order_for_all_rows_on_real_layers(observer, shared_models, shared_data):
     """All linears of babyllama-1m, 3 bits per channel, 24 rows of each, on equal inputs and grids.

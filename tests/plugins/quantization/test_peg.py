@@ -190,7 +190,7 @@ def test_a_layer_that_nothing_reaches_is_named_and_infinite_inputs_are_refused()
         calibrated(model)
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_within_a_percent_of_dense_on_a_language_model_with_outliers(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
     calibration, held_out = windows(home, shared_data, "calibration", 16), windows(home, shared_data, "eval", 12)

@@ -252,7 +252,7 @@ def test_a_loop_of_ones_own_that_makes_the_callbacks():
         assert torch.equal(model(IDS).logits, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_it_beats_post_training_quantization_on_a_real_model(shared_models, shared_data, tmp_path):
     """babyllama-1m at 3 bits, on a small part of the evaluation text, after 40 steps towards the model it was."""
     from hf_optim.evaluation.evaluate import perplexity

@@ -164,7 +164,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
         quantized(tiny_mixtral())
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_mixed_bits_beat_uniform_ones_at_equal_bytes_on_a_real_model(shared_models, shared_data):
     """babyllama-1m at 4 bits in the mean, the same rounding in groups of 32: 2, 4 and 8 bits against 4 everywhere."""
     home = shared_models / "babyllama-1m"

@@ -197,6 +197,7 @@ def test_the_card(fields, words):
     assert words in card.text
 
 
+@pytest.mark.real_model
 def test_int8_minilm_is_as_good_as_dense_without_data(minilm, shared_data):
     """Sentence vectors on a part of STS-B, dense and INT8."""
     with (shared_data / "stsb" / "test.tsv").open(encoding="utf-8") as file:

@@ -296,6 +296,7 @@ def test_the_card_says_what_was_done(tmp_path):
     assert f"keeps {figures['kept_after']:.2%} of the layers' scores instead of {figures['kept_before']:.2%}" in text
 
 
+@pytest.mark.real_model
 def test_a_real_model_loses_less_by_pruning(shared_models, shared_data):
     from transformers import AutoModelForCausalLM
 

@@ -271,7 +271,7 @@ def test_the_card_names_pattern_and_skipped_layers(tmp_path):
     assert ["model.layers.*.mlp.up_proj", "2", "2,944", "50.0 %", "50.0 %", "50.0 %"] in rows
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_scores_refitting_and_budget_each_help_a_real_model(shared_models, shared_data):
     from transformers import AutoModelForCausalLM
 

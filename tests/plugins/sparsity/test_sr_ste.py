@@ -444,7 +444,7 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
         OptimConfig.parse([{"technique": "sr_ste", **fields}])
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_the_refined_term_is_worth_its_place(tmp_path, shared_models, shared_data):
     """Better than STE at equal steps. From a trained model, in this few, no better than keeping the first mask."""
     stories = Stories(shared_models, shared_data)

@@ -259,7 +259,7 @@ def test_warnings_and_refusals(tmp_path, caplog):
             OptimConfig.parse([{"technique": "top_kast", **fields}])
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 def test_exploring_is_better_than_static_sparsity_at_equal_steps(tmp_path, shared_models, shared_data):
     stories = Stories(shared_models, shared_data)
 
