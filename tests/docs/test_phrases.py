@@ -1,0 +1,60 @@
+"""Phrases that an engineer reads twice stay out of the sources and the documents (CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import ROOT
+
+PHRASES = re.compile(
+    r"""
+      \b(is|are)\ no\b            # "is not a", "does not", "has no"
+    | \bbit\ (by|for)\ bit\b      # bit-exact, bitwise identical
+    | \bin\ work\b                # current
+    | \b(anew|amid|whoever)\b
+    | \bto\ be\ had\b
+    | \bas\ ever\b
+    | \bwhat\ it\ was\ told\b
+    | \"\"\"(Whether|What)\b      # a docstring starts with a verb: "Return True if ..."
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+HERE = ("tests/docs/test_phrases.py", "CONTRIBUTING.md")  # which quote them
+
+
+def sources():
+    for folder, pattern in (
+        ("hf_optim", "*.py"),
+        ("plugins", "*.py"),
+        ("kernels", "*.py"),
+        ("examples", "*.py"),
+        ("docs", "*.md"),
+        ("hf_optim/recipes/shipped", "*.yaml"),
+    ):
+        yield from sorted((ROOT / folder).rglob(pattern))
+    yield ROOT / "README.md"
+
+
+def test_no_phrase_is_left():
+    found = []
+    for path in sources():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            for number, line in enumerate(lines, 1)
+            if PHRASES.search(line)
+        ]
+    assert not found, "\n".join(found)
+
+
+def test_the_pattern_finds_them():
+    for line in (
+        "`X` is no linear layer",
+        "the weight it had before, bit by bit",
+        "The stage in work, or None",
+        '    """Whether the scope holds it."""',
+        "the file is not to be had",
+    ):
+        assert PHRASES.search(line), line
+    for line in ("there is nothing", "a notable", "is not a linear layer", "inwork", "This is normal"):
+        assert not PHRASES.search(line), line
