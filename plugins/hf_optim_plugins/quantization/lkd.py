@@ -1,20 +1,20 @@
-r"""Layer-by-layer knowledge distillation: each quantized block learns to give what the original block gave.
+r"""Layer-by-layer knowledge distillation: each quantized block is trained to reproduce the original block's output.
 
 ZeroQuant (2206.01861, section 3.3 and its equation for ``L_LKD``) trains one transformer block ``L̂_k`` at a time,
-with weights on their grid, towards the block ``L_k`` that it replaces, and both read what the *original* blocks before
-them make of the data::
+with weights on their grid, towards the block ``L_k`` that it replaces; both read the output of the *original* blocks
+before them on the data::
 
     loss_k = MSE(L_k(x), L̂_k(x)),      x = L_{k-1}(... L_1(X))
 
-So there is no second model in memory, one block's gradients and optimizer state at a time, and no label: any text
-serves, and random tokens do (``calibration="random"``, or ``calibration: {dataset: random}`` in a recipe).
+So no second model is in memory, gradients and optimizer state exist for one block at a time, and no labels are needed:
+any text works, and random tokens do too (``calibration="random"``, or ``calibration: {dataset: random}`` in a recipe).
 
-The gradient passes through the rounding (``hf_optim.toolkit.fake_quant``). The state kept for a block is the best one
-seen on all of the data, the one before training included: the loss of no block rises.
+The gradient passes through the rounding (``hf_optim.toolkit.quantization.fake_quant``). The state kept for a block is
+the best one measured on all of the data, including the one before training: the loss of no block rises.
 
-Two uses. From floating-point weights the grid follows from the weights as they are trained; with a learning rate of
-0 it is plain rounding. After a step of the same stage that quantized the model, the layers keep the scheme and the
-grid they have, and training moves their codes.
+There are two uses. From floating-point weights, the grid follows from the weights as they are trained; with a learning
+rate of 0 this is plain rounding. After a step of the same stage that quantized the model, the layers keep their scheme
+and grid, and training moves their codes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from hf_optim import (
     Contract,
     ModelError,
     Paper,
+    Phase,
     Reload,
-    Scope,
     Technique,
     compressed,
     hookimpl,
@@ -42,34 +42,34 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import (
     BlockExamples,
     Grid,
     GridSpec,
     fake_quant,
-    fit_group_size,
     make_grid,
     reconstruct_block,
     trainable_vectors,
 )
 
+from ._weights import select_layers, weight_spec
+
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from hf_optim import Card, Run
+    from hf_optim import Card, Run, Scope
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Student:
-    """A layer in training: what it is stored with afterwards, and the weights that the optimizer moves.
+    """A layer in training: its quantization, and the floating-point weights that the optimizer updates.
 
     Attributes:
         layer: the layer.
-        scheme: what it will be stored with.
+        scheme: the scheme with which it will be stored.
         grid: its grid before training.
-        latent: ``[out, in]``, float32 (float64 for float64 layers), what is rounded.
-        fixed: whether the grid stays.
+        latent: ``[out, in]``, float32 (float64 for float64 layers), the weights that are rounded.
+        fixed: True if the grid does not follow the weights.
         input_scale, input_zero: of statically quantized inputs.
     """
 
@@ -94,30 +94,30 @@ class Student:
     reload=Reload.STOCK_FORMAT,
 )
 class LKD(Technique):
-    """Train each quantized block to match the block it replaces, on that block's own inputs.
+    """Train each quantized block to match the block it replaces, on the inputs of the original block.
 
-    Works on the blocks of the model; layers outside them (an output head) stay as they are. The model must come with
-    floating-point weights: of a checkpoint that is quantized already nobody knows what to match.
+    Works on the blocks of the model; layers outside them (an output head) are left unquantized. The model must come
+    with floating-point weights: a checkpoint that is already quantized has no original block to match.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a weight, 2 to 8, where no step before it in the recipe quantized (``group_size``, ``symmetric``,
-            ``observer`` and ``activations`` likewise); a plan of bits comes first.
+        bits: of a weight, 2 to 8, if no earlier step of the recipe quantizes (``group_size``, ``symmetric``,
+            ``observer`` and ``activations`` likewise); bits that an earlier step has assigned take precedence.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.
         symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``);
-            made anew at every step.
-        activations: quantize the inputs of the layers to ``"int8"``, each token on a grid of its own.
-        learning_rate: of Adam, in units of the weights; it falls to 0 along a straight line. 0 trains nothing. A code
-            that a quantizer chose moves once its weight has travelled half a grid step: on top of one, the rate times
+            recomputed at every step.
+        activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid.
+        learning_rate: of Adam, in units of the weights; it decays linearly to 0. 0 trains nothing. A code that a
+            quantizer chose changes once its weight has moved half a grid step: after a quantizer, the rate times
             ``steps`` should exceed that.
         steps: optimizer steps per block.
         batch_size: sequences per step, in whole calibration batches.
         learn_scales: train the scales too (LSQ, 1902.08153); zero points stay.
-        train: ``"block"`` trains the biases and norm weights of the block beside the quantized weights, ``"weights"``
-            those alone.
+        train: ``"block"`` trains the quantized weights and the biases and norm weights of the block, ``"weights"``
+            only the quantized weights.
         seed: of the order of the batches.
     """
 
@@ -138,9 +138,9 @@ class LKD(Technique):
     def needs_teacher(self) -> bool:
         return True
 
-    def phases(self) -> Any:
-        # Looking at the model before the stage begins changes nothing: the step may stand behind ones that calibrate.
-        return frozenset(phase for phase in super().phases() if phase.name == "CALIBRATE")
+    def phases(self) -> frozenset[Phase]:
+        # The check in transform_model changes nothing, so the step may come after steps that calibrate.
+        return frozenset({Phase.CALIBRATE})
 
     @hookimpl
     def transform_model(self, run: Run) -> None:
@@ -153,35 +153,34 @@ class LKD(Technique):
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         label = run.label(self)
-        self._name_the_rest(run, scope)
-        students, skipped = self._on_top(run, scope) if self._follows(run) else self._afresh(run, scope)
+        if scope.index == 0:
+            self._cover_outside(run)
+        quantized = self._follows_quantizer(run)
+        students, skipped = self._from_codes(scope) if quantized else self._from_floats(run, scope)
         run.cover(self, students, skipped)
         if students:
             examples = BlockExamples(scope.teacher, next(scope.module.parameters()).device)
             examples.require_finite(f"{label}: {scope.name}")
             self._learn(run, scope, students, examples)
-        yield from ()  # the teacher's examples are all the data there is to see
+        yield from ()  # no pass of the data: the teacher's examples hold the inputs
 
-    def _name_the_rest(self, run: Run, scope: Scope) -> None:
-        if scope.index == 0:
-            whole = Scope("", scope.model, scope.model).select(self.targets, self.skip)
-            blocks = {name for name in whole if self._outside_blocks(scope, name)}
-            run.cover(self, [], {"it lies outside the blocks": sorted(blocks)} if blocks else {})
+    def _cover_outside(self, run: Run) -> None:
+        """Record the selected layers that lie in no block."""
+        blocks = topology.blocks(run.model)
+        selected = run.select(self.targets, self.skip)
+        outside = sorted(name for name in selected if not any(block.holds(name) for block in blocks))
+        run.cover(self, [], {"it lies outside the blocks": outside} if outside else {})
 
-    def _outside_blocks(self, scope: Scope, name: str) -> bool:
-        return not any(block.holds(name) for block in topology.blocks(scope.model))
-
-    def _follows(self, run: Run) -> bool:
-        """Whether a step before this one quantizes."""
+    def _follows_quantizer(self, run: Run) -> bool:
+        """Return True if an earlier step of the recipe quantizes."""
         return any(traits.QUANTIZED in step.contract().adds for step in run.recipe.steps[: run.index(self)])
 
-    # -- what is trained ------------------------------------------------------------------------------------------
-    def _on_top(self, run: Run, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
+    # -- layers in training ---------------------------------------------------------------------------------------
+    def _from_codes(self, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
         students: dict[str, Student] = {}
         skipped: dict[str, list[str]] = {}
         for name, layer in scope.select(self.targets, self.skip).items():
-            reason = _obstacle(layer)
-            if reason:
+            if reason := _unsupported_reason(layer):
                 skipped.setdefault(reason, []).append(name)
                 continue
             assert isinstance(layer, nn.Linear)
@@ -192,22 +191,16 @@ class LKD(Technique):
             )
         return students, skipped
 
-    def _afresh(self, run: Run, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
-        label = run.label(self)
-        layers, skipped = compressed.storable(scope, self.targets, self.skip, label=label)
-        require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, label)
+    def _from_floats(self, run: Run, scope: Scope) -> tuple[dict[str, Student], dict[str, list[str]]]:
+        layers, skipped = select_layers(self, run, scope)
         students = {}
         for name, layer in layers.items():
-            spec = self._spec(layer.weight.shape[1], run.bits_of(name, self.bits))
+            bits = run.bits_of(name, self.bits)
+            spec = weight_spec(layer.weight.shape[1], bits, self.group_size, self.symmetric)
             grid = make_grid(layer.weight.detach(), spec, self.observer)
             scheme = compressed.scheme_of(spec, self.activations)
             students[name] = Student(layer, scheme, grid, _wide(layer.weight).requires_grad_(), False)
         return students, skipped
-
-    def _spec(self, in_features: int, bits: int) -> GridSpec:
-        strategy: Literal["group", "channel"] = "group" if self.group_size else "channel"
-        size = fit_group_size(in_features, self.group_size) if self.group_size else None
-        return GridSpec(bits, "int", strategy, size, self.symmetric)
 
     # -- training -------------------------------------------------------------------------------------------------
     def _learn(self, run: Run, scope: Scope, students: Mapping[str, Student], examples: BlockExamples) -> None:
@@ -228,9 +221,7 @@ class LKD(Technique):
                 masks={key: mask for key, mask in masks.items() if mask is not None},
                 label=f"{run.label(self)}: {scope.name}",
             )
-        state = run.state(self)
-        state.losses = getattr(state, "losses", {}) | {scope.name: [float(f"{loss:.6g}") for loss in losses]}
-        run.report(self, losses=state.losses)
+        run.report(self, losses={scope.name: [float(f"{loss:.6g}") for loss in losses]})
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
@@ -243,8 +234,8 @@ class LKD(Technique):
             return
         card.paragraph(
             "Layer-by-layer distillation",
-            f"Each of {len(losses)} quantized blocks was trained for {self.steps} steps to give what the original "
-            "block gives on the original model's inputs.",
+            f"Each of {len(losses)} quantized blocks was trained for {self.steps} steps to reproduce the outputs of "
+            "the original block on the original model's inputs.",
         )
         card.table(
             "Layer-by-layer distillation: mean squared error of the blocks' outputs",
@@ -254,23 +245,23 @@ class LKD(Technique):
 
 
 def _wide(weight: Tensor) -> Tensor:
-    """A copy to train: a step of the optimizer is lost in half precision."""
+    """Return a copy to train, in at least float32: half precision would round optimizer steps away."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return weight.detach().to(dtype, copy=True)
 
 
-def _obstacle(layer: nn.Module) -> str:
-    """Why the codes of a layer cannot be trained; empty if they can."""
+def _unsupported_reason(layer: nn.Module) -> str:
+    """Return why the codes of a layer cannot be trained, or an empty string if they can."""
     scheme = compressed.scheme_on(layer)
     if scheme is None or scheme.weights is None:
         return "its weights are not on a grid"
     if scheme.weights.strategy not in ("tensor", "channel", "group"):
-        return f"scales by {scheme.weights.strategy}: their grid is not known here"
+        return f"scales by {scheme.weights.strategy} are not supported"
     return "its groups are of scattered columns" if "weight_g_idx" in layer._parameters else ""
 
 
 def grid_on(layer: nn.Linear) -> Grid:
-    """The grid of a layer in the quantized state."""
+    """Return the grid of a quantized layer."""
     args = compressed.scheme_on(layer).weights
     spec = GridSpec(args.num_bits, str(args.type), str(args.strategy), args.group_size, bool(args.symmetric))  # type: ignore[arg-type]
     scale: Any = layer._parameters["weight_scale"]
@@ -282,7 +273,7 @@ def grid_on(layer: nn.Linear) -> Grid:
 def _in_training(
     students: Mapping[str, Student], observer: Literal["minmax", "mse"], learn_scales: bool
 ) -> Iterator[dict[str, fake_quant.FakeQuantLinear]]:
-    """The layers with their latent weights on the grid; stored with the codes these have at the end."""
+    """Attach fake quantization to the layers, yield them by name, and store their final codes at the end."""
     layers: dict[str, fake_quant.FakeQuantLinear] = {}
     try:
         for name, student in students.items():

@@ -2,16 +2,17 @@ r"""Quantization-aware training: the forward pass sees weights (and inputs) on t
 
 ``y = Q(x) Q(W)ᵀ + b`` with ``Q(v) = (clamp(round(v / s) + z) - z) s`` in the forward pass (1712.05877, section 3). In
 the backward pass the rounding counts as the identity where nothing was clamped, and stops the gradient elsewhere: the
-straight-through estimator (1308.3432). Scales follow from the weights as they are at each step, or are learned with the
-gradient of LSQ (1902.08153, equation 3); see ``hf_optim.toolkit.fake_quant``.
+straight-through estimator (1308.3432). Scales follow from the current weights at each step, or are learned with the
+gradient of LSQ (1902.08153, equation 3); see ``hf_optim.toolkit.quantization.fake_quant``.
 
-While training lasts, the targeted layers are ``nn.Linear`` with another class and the parameters they had. A
-``checkpoint-N`` is therefore an ordinary checkpoint; learned scales travel in the files that hf_optim's callbacks write
-beside it. The last forward pass and the stored codes give the same numbers, bit by bit.
+During training the targeted layers are ``nn.Linear`` with another class and their own parameters. A ``checkpoint-N`` is
+therefore an ordinary checkpoint; learned scales are saved in the files that hf_optim's callbacks write beside it. The
+last forward pass and the stored codes give bitwise identical numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_optim import (
-    Contract,
     ModelError,
     Paper,
     RecipeError,
@@ -32,7 +32,6 @@ from hf_optim import (
     hookimpl,
     option,
     technique,
-    traits,
 )
 from hf_optim.toolkit.pruning import TRAINING_FORWARD, as_step
 from hf_optim.toolkit.quantization import (
@@ -41,9 +40,11 @@ from hf_optim.toolkit.quantization import (
     Grid,
     GridSpec,
     fake_quant,
-    fit_group_size,
     make_grid,
 )
+from hf_optim.toolkit.topology import summarize
+
+from ._weights import QUANTIZES, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -59,44 +60,38 @@ if TYPE_CHECKING:
         "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
         2018,
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-        owns={TRAINING_FORWARD},
-    ),
+    contract=dataclasses.replace(QUANTIZES, owns={TRAINING_FORWARD}),
     reload=Reload.STOCK_FORMAT,
     trains=True,
 )
 class QAT(Technique):
-    """Train with weights, and if asked inputs, on the grid they will be stored on.
+    """Train with weights, and optionally inputs, on the grid on which they will be stored.
 
-    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``, learned scales included; ``scale_learning_rate``
-    takes ``hf_optim.OptimTrainer``. Layers begin to compute on their grid when those callbacks are made, and
-    leave it when training ends; a training loop that calls no callbacks trains without it, and the weights are
-    merely rounded.
+    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``, also with learned scales; ``scale_learning_rate``
+    needs ``hf_optim.OptimTrainer``. Layers compute on their grid from the creation of those callbacks to the end of
+    training; a training loop that calls no callbacks trains without the grid, and the weights are merely rounded.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a weight, 2 to 8 (a plan of bits comes first); None leaves the weights as they are.
+        bits: of a weight, 2 to 8 (bits that an earlier step has assigned take precedence); None leaves the weights
+            unquantized.
         format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
         strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"`` (of
-            inputs). None: ``group`` where a ``group_size`` is given, else ``channel``.
+            inputs). None: ``group`` if a ``group_size`` is given, else ``channel``.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used.
         symmetric: no zero points for weights. Asymmetric codes are stored one to a byte (see
-            ``hf_optim.compressed.scheme``); zero points do not move where scales are learned.
+            ``hf_optim.compressed.scheme``); zero points stay constant if scales are learned.
         observer: scales from ``"minmax"`` of the weights, or from a search for the least squared error (``"mse"``,
-            slow), at every step; learned scales begin there, or at LSQ's ``"mean"``: ``2 mean|w| / sqrt(Q_P)``.
-        learn_scales: train the scales of the weights with LSQ's gradient. A weight decay of the trainer reaches them,
+            slow), at every step; learned scales start there, or at LSQ's ``"mean"``: ``2 mean|w| / sqrt(Q_P)``.
+        learn_scales: train the scales of the weights with LSQ's gradient. The trainer's weight decay applies to them
             too, unless ``scale_learning_rate`` is set.
-        scale_learning_rate: of learned scales; None takes that of the weights.
+        scale_learning_rate: of learned scales; None uses that of the weights.
         activations: quantize the inputs of the layers to ``"int8"`` or ``"fp8"``.
-        dynamic: make the scale of the inputs on the fly, per token. False: one per layer, learned (``learn_scales``),
-            from LSQ's first value on the first batch.
+        dynamic: compute the scale of the inputs on the fly, per token. False: one per layer, learned
+            (``learn_scales``), starting at LSQ's initial value on the first batch.
         symmetric_activations: no zero point for the inputs' grid.
-        begin: where quantization starts, after training without it: a step, or a share of training.
+        begin: when quantization starts, after training without it: a step, or a share of training.
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -123,7 +118,7 @@ class QAT(Technique):
             "strategy group needs a group_size, such as 128": self.strategy == "group" and self.group_size is None,
             f"group_size and strategy {self.strategy} exclude each other": self.group_size is not None
             and self.strategy in ("tensor", "channel"),
-            "observer mean is the beginning of learned, symmetric scales: set learn_scales, or take minmax or mse": (
+            "observer mean initializes learned, symmetric scales: set learn_scales, or use minmax or mse": (
                 self.observer == "mean" and not (self.learn_scales and self.symmetric)
             ),
             "scale_learning_rate needs learn_scales": self.scale_learning_rate is not None and not self.learn_scales,
@@ -141,7 +136,7 @@ class QAT(Technique):
                 raise RecipeError(f"qat: {reason}")
 
     def implements(self, hook: str) -> bool:
-        # Without a rate of its own, a learned scale is one of the Trainer's parameters like any other.
+        # Without its own learning rate, a learned scale is an ordinary parameter of the Trainer.
         return super().implements(hook) and (hook != "parameter_groups" or self.scale_learning_rate is not None)
 
     @hookimpl
@@ -156,7 +151,7 @@ class QAT(Technique):
         return [{"params": steps, "lr": self.scale_learning_rate, "weight_decay": 0.0}]
 
     def prepare(self, run: Run) -> dict[str, FakeQuantLinear]:
-        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
+        """Return the layers in training by name; the first call attaches them. Raises ``ModelError`` without any."""
         layers = fake_quant.fake_quant_layers(run.model.named_modules())
         if layers:
             return layers
@@ -175,12 +170,11 @@ class QAT(Technique):
             layers[name] = self._attach(run, name, layer)
         run.cover(self, layers, skipped)
         if not layers:
-            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in skipped.items())
-            raise ModelError(f"{label} found nothing to quantize in {type(run.model).__name__}. {why}")
+            raise ModelError(f"{label} found nothing to quantize in {type(run.model).__name__}. {summarize(skipped)}")
         return layers
 
     def _attach(self, run: Run, name: str, layer: nn.Linear) -> FakeQuantLinear:
-        spec = self._spec(layer.weight.shape[1], run.bits_of(name, self.bits)) if self.bits is not None else None
+        spec = None if self.bits is None else self._spec(layer.weight.shape[1], run.bits_of(name, self.bits))
         observer: Literal["minmax", "mse"] = "mse" if self.observer == "mse" else "minmax"
         fake = fake_quant.attach_fake_quant(layer, spec, observer, quantize_input=self._inputs(spec))
         if not self.learn_scales:
@@ -195,12 +189,12 @@ class QAT(Technique):
         return fake
 
     def _spec(self, in_features: int, bits: int) -> GridSpec:
-        strategy = self.strategy or ("group" if self.group_size else "channel")
-        size = fit_group_size(in_features, self.group_size) if self.group_size else None
-        return GridSpec(bits, "float" if self.format == "fp8" else "int", strategy, size, self.symmetric)
+        return weight_spec(
+            in_features, bits, self.group_size, self.symmetric, strategy=self.strategy, format=self.format
+        )
 
     def scheme(self, spec: GridSpec | None) -> QuantizationScheme:
-        """What a layer of this grid is stored with."""
+        """Return the scheme of a layer with this grid."""
         return compressed.scheme_of(spec, self.activations, not self.dynamic, self.symmetric_activations)
 
     def _inputs(self, spec: GridSpec | None) -> fake_quant.InputQuantizer | None:
@@ -208,20 +202,20 @@ class QAT(Technique):
             return None
         if self.dynamic:
             rounded = compressed.input_quantizer(self.scheme(spec))
-            return lambda layer, input: rounded(input)  # nothing is clamped: all of the gradient passes
+            return lambda layer, input: rounded(input)  # nothing is clamped, so the whole gradient passes
         return LearnedInputs(GridSpec(8, "float" if self.activations == "fp8" else "int", "tensor"), self.scheme(spec))
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        idle = []
+        not_reached = []
         for name, layer in self.prepare(run).items():
             if not self.dynamic and not bool(layer.input_step > 0):
-                idle.append(name)
+                not_reached.append(name)
                 fake_quant.detach_fake_quant(layer)
                 continue
             store(layer, self.scheme(layer.spec))
-        if idle:
-            run.cover(self, [], {"no training input reached it": idle})
+        if not_reached:
+            run.cover(self, [], {"no training input reached it": not_reached})
         compressed.attach_quantizer(run.model)
 
     @hookimpl
@@ -238,7 +232,7 @@ class QAT(Technique):
 
 
 class LearnedInputs:
-    """Inputs on a grid with a learned step, LSQ's first one on the first batch."""
+    """Inputs on a grid with a learned scale, initialized as LSQ's on the first batch."""
 
     def __init__(self, spec: GridSpec, scheme: QuantizationScheme) -> None:
         self.spec, self.scheme = spec, scheme
@@ -258,7 +252,7 @@ class LearnedInputs:
 
 
 def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
-    """Put a layer into the quantized state with what its next forward pass would have computed with."""
+    """Quantize and store a layer with the codes and scales that its next forward pass would use."""
     step = layer._parameters.get("input_step")
     scale = None if step is None else fake_quant.round_scale(step.detach(), layer.weight.dtype)
     codes, grid = layer.quantize_weight() if layer.spec is not None else (None, None)
@@ -270,14 +264,14 @@ def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
 
 
 class FakeQuantization(TrainerCallback):
-    """Switches quantization on when its time comes, and keeps learned scales with the state of the run."""
+    """Enables quantization at step ``begin``, and keeps learned scales in the state of the run."""
 
     def __init__(self, step: QAT, run: Run, layers: Mapping[str, FakeQuantLinear]) -> None:
         self.step, self.run, self.layers = step, run, layers
-        for key, parameter in self._steps():
+        for key, parameter in self._learned_scales():
             setattr(run.state(step), key, parameter)
 
-    def _steps(self) -> list[tuple[str, nn.Parameter]]:
+    def _learned_scales(self) -> list[tuple[str, nn.Parameter]]:
         found = [(name, layer._parameters) for name, layer in self.layers.items()]
         return [
             (f"{name}.{key}", scale)
@@ -287,29 +281,29 @@ class FakeQuantization(TrainerCallback):
         ]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._recall()
-        self._switch(state)
+        self._load_scales()
+        self._enable(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._switch(state)
+        self._enable(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._switch(state)
+        self._enable(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._recall()
+        self._load_scales()
 
     @torch.no_grad()
-    def _recall(self) -> None:
-        """Take the scales of a checkpoint that was just read, whose tensors then stand in the state of the run."""
+    def _load_scales(self) -> None:
+        """Copy the scales of a checkpoint that was just read, whose tensors are then in the state of the run."""
         own = self.run.state(self.step)
-        for key, parameter in self._steps():
+        for key, parameter in self._learned_scales():
             saved = getattr(own, key)
             if saved is not parameter:
                 parameter.copy_(saved)
                 setattr(own, key, parameter)
 
-    def _switch(self, state: Any) -> None:
+    def _enable(self, state: Any) -> None:
         active = state.global_step >= as_step(self.step.begin, state.max_steps)
         for layer in self.layers.values():
             layer.active = active

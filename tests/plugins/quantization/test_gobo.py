@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import hf_optim
-from hf_optim import Kernel, ModelError, compressed
+from hf_optim import Kernel, ModelError
+from hf_optim.checkpoints.dense import convert_to_dense
 from hf_optim.compressed.packed.packed_linear import KernelWarning
 from hf_optim.evaluation import evaluate
 from hf_optim.recipes.config import DataConfig
@@ -249,7 +250,7 @@ def test_a_dense_export_is_the_stock_model_of_the_same_outputs(build):
     inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if build is tiny_t5 else {})}
     with torch.no_grad():
         expected = model(**inputs).logits
-    assert compressed.dense(model) == []
+    assert convert_to_dense(model) == []
     assert type(model) is type(build())
     assert not coded(model)
     assert not hasattr(model.config, "gobo")
@@ -358,7 +359,7 @@ def test_sentence_vectors_survive_where_rounding_breaks_them(encoder, minilm, sh
     # Dense: 0.8203; rounded per channel: 0.7895 and 0.2945.
     data = DataConfig(str(shared_data / "stsb/test.tsv"), samples=None)
     model = gobo(copy.deepcopy(encoder), bits=bits)
-    compressed.dense(model)  # the same weights, decoded once
+    convert_to_dense(model)  # the same weights, decoded once
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     found = evaluate.evaluate(model, tokenizer, data, speed=False)
     assert found["pairs"] == 1379
