@@ -115,7 +115,7 @@ def test_tensors_without_a_place_are_told(model):
     rewrite(
         shard_with(model, "model.norm.weight"), lambda tensors: tensors.update({"model.stray.weight": torch.zeros(2)})
     )
-    assert look(model).notes == ["1 tensors of the checkpoint have no place in LlamaForCausalLM: model.stray.weight"]
+    assert look(model).notes == ["1 tensors of the checkpoint do not belong to LlamaForCausalLM: model.stray.weight"]
 
 
 def test_targets_that_match_nothing(model):

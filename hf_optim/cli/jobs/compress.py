@@ -42,13 +42,13 @@ class Job:
 
     Attributes:
         source: the model.
-        recipe: the recipe, with the calibration data it is to use.
+        recipe: the recipe, with its calibration data.
         output: the directory to write.
         evaluation: data to measure the model on, before and after; None measures nothing.
         training: data for stages that train; None takes the calibration data's source.
         dense: write the dense equivalent instead of a compressed format.
-        resume: go on with a calibration or a training that was killed.
-        device: where blocks are calibrated and models are measured; None takes CUDA where there is some.
+        resume: continue a calibration or training that was killed.
+        device: where blocks are calibrated and models are measured; None means CUDA if available.
         print_line: called with each line of progress.
     """
 
@@ -64,9 +64,9 @@ class Job:
 
 
 def compress(job: Job) -> Run:
-    """Do the job. Returns the finished run: its model, and its record as written to ``output/hf_optim.json``.
+    """Run the job. Returns the finished run with its model, and its record as written to ``hf_optim.json``.
 
-    What can be refused is refused before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
+    Everything that can be refused is refused before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
     """
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
@@ -103,7 +103,7 @@ def compress(job: Job) -> Run:
         run.record.measured["after"] |= _compare(job, run)
     measuring = Measuring(job)
     saving.save(run, job.output, measure=measuring)
-    # Kept until here, and by a run that fails: what was calibrated need not be calibrated again.
+    # Kept until here, and if the run fails: calibrated blocks need not be calibrated again.
     journal.remove()
     measuring.report()
     return run
@@ -112,7 +112,7 @@ def compress(job: Job) -> Run:
 def _streamed(
     job: Job, found: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, before: dict[str, Any]
 ) -> Run:
-    """Do the job under the streamed driver: only one block at a time is in memory."""
+    """Run the job under the streamed driver, with one block at a time in memory."""
     work = StreamedJob(
         job.recipe, found, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
     )

@@ -113,27 +113,28 @@ def _meta_model(source: ModelSource, recipe: OptimConfig, offline: bool) -> Meta
     try:
         return meta_model.build(source)
     except ModelError as error:
-        # Code that cannot be loaded without weights can still be loaded with them, by the other drivers.
+        # The other drivers can load code that cannot be loaded without weights.
         if recipe.driver == "streamed":
             raise
-        log.debug("not looked at without weights: %s", error)
+        log.debug("not checked without weights: %s", error)
         return None
 
 
 # -- the shards -------------------------------------------------------------------------------------------------------
 def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
-    """Whether the shards hold what the model needs; sentences about what they hold besides.
+    """Check that the shards hold every tensor of the model; return warnings about additional tensors.
 
-    ``strict`` refuses any missing tensor; else those of the blocks alone (a new head waits for its training).
+    ``strict`` refuses any missing tensor; otherwise only those of blocks (a new head is trained later). Raises
+    ``CheckpointError``.
     """
     kind = type(found.model).__name__
     inside = tuple(f"{block.name}." for block in topology.blocks(found.model))
-    lacking = [name for name in found.missing if strict or name.startswith(inside)]
-    if lacking:
+    missing = [name for name in found.missing if strict or name.startswith(inside)]
+    if missing:
         raise CheckpointError(
-            f"{source} has no weights for {len(lacking)} tensors of {kind} ({', '.join(lacking[:3])}"
-            f"{' ...' if len(lacking) > 3 else ''}): load it with the class that its config.json names, or fetch the "
-            "shards that lack"
+            f"{source} has no weights for {len(missing)} tensors of {kind} ({', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}): load it with the class that its config.json names, or fetch the "
+            "missing shards"
         )
     for entry in SafetensorsHeaders(found.files).entries.values():
         if entry.type not in TORCH_DTYPES:
@@ -141,16 +142,16 @@ def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
                 f"{entry.file.name}: {entry.key} has the type {entry.type}, which hf_optim cannot read"
             )
     extra = found.unexpected
-    return [f"{len(extra)} tensors of the checkpoint have no place in {kind}: {', '.join(extra[:3])}"] if extra else []
+    return [f"{len(extra)} tensors of the checkpoint do not belong to {kind}: {', '.join(extra[:3])}"] if extra else []
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------
 def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
-    """Whether the steps find layers to work on; sentences about what will be otherwise than asked."""
+    """Check that the steps find layers to work on; return warnings about settings that will be adjusted."""
     notes: list[str] = []
     for position, step in enumerate(recipe.steps):
         if step.changes_architecture():
-            break  # what follows works on another model
+            break  # later steps work on another model
         label = f"step {position + 1} ({step.name})"
         _require_targets(step, model, label)
         if QUANTIZED in step.contract().adds and step.reload() == Reload.STOCK_FORMAT:
@@ -167,7 +168,7 @@ def _require_targets(step: Technique, model: nn.Module, label: str) -> None:
     if not isinstance(targets, tuple) or not all(isinstance(target, str) for target in targets):
         return
     try:
-        # Any module counts: a step may have targets that are no linears (embeddings, norms).
+        # Any module counts: targets of a step need not be linears (embeddings, norms).
         everything = {**dict(model.named_modules()), **topology.linears(model)}
         topology.match(everything, targets, tuple(getattr(step, "skip", ())))
     except ValueError as error:
@@ -175,7 +176,7 @@ def _require_targets(step: Technique, model: nn.Module, label: str) -> None:
 
 
 def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
-    """What a step that quantizes can store, and in what groups. Models with experts have rules of their own."""
+    """Check which layers a quantizing step can store, and in what groups. Models with experts have other rules."""
     if topology.has_experts(model):
         return []
     targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
@@ -188,12 +189,12 @@ def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
         why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(skipped.items()))
         raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or 'No module matched'}")
     notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
-    asked = getattr(step, "group_size", None)
-    return notes + (list(_odd_groups(layers, asked, label)) if asked else [])
+    group_size = getattr(step, "group_size", None)
+    return notes + (list(_adjusted_groups(layers, group_size, label)) if group_size else [])
 
 
 def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, label: str) -> None:
-    """Refuse experts that stock transformers could not read, before a block is read, and those of several schemes."""
+    """Refuse experts that stock transformers cannot read, and experts of several schemes, before a block is read."""
     if any(BITS_ASSIGNED in other.contract().adds for other in recipe.steps):
         raise ModelError(
             f"{label}: other bits are assigned to other layers. Stock transformers decodes the experts of all blocks "
@@ -205,14 +206,14 @@ def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, la
     storable(Scope("", model, model), targets, skip, integer, label, experts=True, symmetric=symmetric)
 
 
-def _odd_groups(layers: dict[str, nn.Linear], asked: int, label: str) -> Iterator[str]:
-    odd: dict[tuple[int, int], list[str]] = {}
+def _adjusted_groups(layers: dict[str, nn.Linear], group_size: int, label: str) -> Iterator[str]:
+    adjusted: dict[tuple[int, int], list[str]] = {}
     for name, layer in layers.items():
-        size = fit_group_size(layer.in_features, asked)
-        if size != min(asked, layer.in_features):
-            odd.setdefault((layer.in_features, size), []).append(name)
-    for (width, size), names in sorted(odd.items()):
-        yield f"{label}: group_size {asked} does not divide the {width} inputs of {_few(names)}: groups of {size}"
+        size = fit_group_size(layer.in_features, group_size)
+        if size != min(group_size, layer.in_features):
+            adjusted.setdefault((layer.in_features, size), []).append(name)
+    for (width, size), names in sorted(adjusted.items()):
+        yield f"{label}: group_size {group_size} does not divide the {width} inputs of {_few(names)}: groups of {size}"
 
 
 def _few(names: list[str]) -> str:
@@ -221,7 +222,7 @@ def _few(names: list[str]) -> str:
 
 # -- room -------------------------------------------------------------------------------------------------------------
 def require_writable(path: Path) -> None:
-    """Raise ``CheckpointError`` unless a directory can be made at ``path``."""
+    """Raise ``CheckpointError`` unless a directory can be created at ``path``."""
     home = _existing(path)
     try:
         with tempfile.TemporaryDirectory(dir=home, prefix=".hf-optim-"):
@@ -231,7 +232,7 @@ def require_writable(path: Path) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The directory, or the nearest one above it that is there."""
+    """Return the directory, or its nearest parent that exists."""
     path = path.absolute()
     return next((each for each in (path, *path.parents) if each.is_dir()), Path("/"))
 
@@ -246,7 +247,7 @@ def _require_space(path: Path, needed: int, what: str) -> None:
 
 
 def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, estimates: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of what flows between blocks, and of host memory at most, as far as shapes tell."""
+    """Estimate the bytes of the activations between blocks, and the peak of host memory, from shapes."""
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     hidden = getattr(config.get_text_config(), "hidden_size", None) or 0
     streams = 3 if any(step.implements("calibrate") and step.needs_teacher() for step in recipe.steps) else 1
@@ -257,7 +258,7 @@ def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, estimates
         outside = [
             p.numel() for n, p in model.named_parameters() if not any(n.startswith(f"{name}.") for name in inside)
         ]
-        # One block in work, the next one being read; or what lies outside the blocks, a module at a time.
+        # The current block and the next one being read; or the modules outside the blocks, one at a time.
         host += max(2 * estimates["block_bytes"], max(outside, default=0) * width + estimates["block_bytes"])
     else:
         host += estimates["bytes_before"]
