@@ -1,4 +1,4 @@
-"""One recipe under the blockwise and under the streamed driver, on one checkpoint; and what each wrote."""
+"""Run one recipe on one checkpoint under the blockwise and the streamed driver, and compare the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_optim.toolkit import topology
 
 
 def random_batches(model, count=3, seed=0):
-    """Inputs of two rows for any tiny model."""
+    """Return batches of two examples for any tiny model."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {
@@ -36,7 +36,7 @@ def recipe_of(steps, driver, spill=None):
 
 
 def blockwise(home: Path, steps, batches, output: Path):
-    """The result in memory and on disk."""
+    """Run the blockwise driver, and save the result to ``output``."""
     model = load_model(ModelSource(str(home)))
     made = hf_optim.optimize(model, recipe_of(steps, "blockwise"), batches)
     saving.save(hf_optim.run_of(made), output)
@@ -44,7 +44,7 @@ def blockwise(home: Path, steps, batches, output: Path):
 
 
 def streamed(home: Path, steps, batches, output: Path, spill=None, resume=False):
-    """The run of the streamed driver; what it wrote is in ``output``."""
+    """Run the streamed driver, and save the result to ``output``."""
     source = ModelSource(str(home))
     built = meta_model.build(source)
     recipe = recipe_of(steps, "streamed", spill)
@@ -57,7 +57,7 @@ def streamed(home: Path, steps, batches, output: Path, spill=None, resume=False)
 
 
 def tensors_of(home: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, over all its shards."""
+    """Return every tensor of a checkpoint, from all its shards."""
     found = {}
     for path in sorted(home.glob("*.safetensors")):
         with safe_open(path, "pt") as shard:
@@ -68,7 +68,7 @@ def tensors_of(home: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
-    """The same tensors bit by bit, and the same configuration."""
+    """Assert that two checkpoints have bitwise identical tensors and equal configurations."""
     ours, theirs = tensors_of(one), tensors_of(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

@@ -1,4 +1,4 @@
-"""A directory is at every moment the old one or the new one, whole."""
+"""``replace_directory``: readers see the complete old directory or the complete new one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def never(name):
 
 def test_a_new_directory_appears_whole(tmp_path):
     target = tmp_path / "deep" / "out"
-    with replace_directory(target, never) as beside:
-        (beside / "a").write_text("1")
+    with replace_directory(target, never) as staging:
+        (staging / "a").write_text("1")
         assert not target.exists()
     assert files(target) == {"a": "1"}
     assert [p.name for p in target.parent.iterdir()] == ["out"]
@@ -42,8 +42,8 @@ def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):
         ("a", "0"),
     ):
         (tmp_path / "out" / name).write_text(text)
-    with replace_directory(tmp_path / "out", lambda name: name.startswith("model")) as beside:
-        (beside / "a").write_text("1")
+    with replace_directory(tmp_path / "out", lambda name: name.startswith("model")) as staging:
+        (staging / "a").write_text("1")
     assert files(tmp_path / "out") == {"a": "1", "runs/log": "l", "tokenizer.json": "t"}
 
 
@@ -52,34 +52,34 @@ def test_an_error_leaves_the_old_directory(tmp_path, monkeypatch, swap):
     if not swap:
         monkeypatch.setattr(atomic, "_swap", lambda one, other: False)
     out = tmp_path / "out"
-    with replace_directory(out, never) as beside:
-        (beside / "a").write_text("old")
-    with pytest.raises(KeyError), replace_directory(out, never) as beside:
-        raise KeyError((beside / "a").write_text("new"))
+    with replace_directory(out, never) as staging:
+        (staging / "a").write_text("old")
+    with pytest.raises(KeyError), replace_directory(out, never) as staging:
+        raise KeyError((staging / "a").write_text("new"))
     assert files(out) == {"a": "old"}
-    with replace_directory(out, never) as beside:
-        (beside / "a").write_text("new")
+    with replace_directory(out, never) as staging:
+        (staging / "a").write_text("new")
     assert files(out) == {"a": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_explained(tmp_path):
+def test_a_full_disk_gives_a_readable_error(tmp_path):
     out = tmp_path / "out"
-    with replace_directory(out, never) as beside:
-        (beside / "a").write_text("old")
+    with replace_directory(out, never) as staging:
+        (staging / "a").write_text("old")
     with pytest.raises(CheckpointError, match="the disk is full"), replace_directory(out, never):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert files(out) == {"a": "old"}
 
 
-def test_a_killed_writer_leaves_the_old_directory_and_its_litter_is_swept(tmp_path):
+def test_a_killed_writer_leaves_the_old_directory_and_its_leftovers_are_removed(tmp_path):
     out = tmp_path / "out"
-    with replace_directory(out, never) as beside:
-        (beside / "a").write_text("old")
+    with replace_directory(out, never) as staging:
+        (staging / "a").write_text("old")
     code = (
         "import sys, time; from pathlib import Path; from hf_optim.checkpoints.atomic import replace_directory\n"
-        "with replace_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
-        "    (beside / 'a').write_text('half'); print('writing', flush=True); time.sleep(60)"
+        "with replace_directory(Path(sys.argv[1]), lambda name: False) as staging:\n"
+        "    (staging / 'a').write_text('half'); print('writing', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout.readline().strip() == "writing"
@@ -87,37 +87,37 @@ def test_a_killed_writer_leaves_the_old_directory_and_its_litter_is_swept(tmp_pa
         writer.wait()
     assert files(out) == {"a": "old"}
     assert len(list(tmp_path.iterdir())) == 2
-    with replace_directory(out, never) as beside:
-        (beside / "a").write_text("new")
+    with replace_directory(out, never) as staging:
+        (staging / "a").write_text("new")
     assert files(out) == {"a": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_kill_between_the_two_renames_is_mended(tmp_path):
+def test_a_kill_between_the_two_renames_is_repaired(tmp_path):
     old = tmp_path / ".out.old-999999999"
     old.mkdir()
     (old / "a").write_text("old")
-    with replace_directory(tmp_path / "out", never) as beside:
+    with replace_directory(tmp_path / "out", never) as staging:
         assert files(tmp_path / "out") == {"a": "old"}
-        (beside / "b").write_text("new")
+        (staging / "b").write_text("new")
     assert files(tmp_path / "out") == {"a": "old", "b": "new"}
 
 
-def test_a_reader_never_sees_a_half(tmp_path):
+def test_a_reader_never_sees_a_partial_directory(tmp_path):
     out = tmp_path / "out"
-    with replace_directory(out, never) as beside:
-        (beside / "a").write_text("0")
-        (beside / "b").write_text("0")
+    with replace_directory(out, never) as staging:
+        (staging / "a").write_text("0")
+        (staging / "b").write_text("0")
     code = (
         "import sys; from pathlib import Path; from hf_optim.checkpoints.atomic import replace_directory\n"
         "for i in range(150):\n"
-        "    with replace_directory(Path(sys.argv[1]), lambda name: False) as beside:\n"
-        "        (beside / 'a').write_text(str(i)); (beside / 'b').write_text(str(i))"
+        "    with replace_directory(Path(sys.argv[1]), lambda name: False) as staging:\n"
+        "        (staging / 'a').write_text(str(i)); (staging / 'b').write_text(str(i))"
     )
     seen = 0
     with subprocess.Popen([sys.executable, "-c", code, str(out)]) as writer:
         while writer.poll() is None:
-            handle = os.open(out, os.O_RDONLY)  # one directory, whatever its name is by now
+            handle = os.open(out, os.O_RDONLY)  # stays the same directory if its name changes
             try:
                 pair = []
                 for name in ("a", "b"):

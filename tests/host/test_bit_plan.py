@@ -1,4 +1,4 @@
-"""Bits assigned by one step and used by another, from the recipe to the checkpoint and its reload."""
+"""Bits assigned by one step and used by another: from the recipe to the checkpoint, and reloaded."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_layers_carry_the_planned_bits_into_the_checkpoint_and_back(build, later
         if f"{name}.weight_packed" in tensors:
             words = tensors[f"{name}.weight_packed"]
             assert words.numel() * 4 == layer.out_features * row_bytes(layer.in_features, bits)
-        else:  # with quantized inputs codes take a byte each
+        else:  # with quantized inputs, values take one byte each
             assert int(tensors[f"{name}.weight"].abs().max()) <= 2 ** (bits - 1)
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
     assert {group["weights"]["num_bits"] for group in groups.values()} == set(run.bit_plan.values())
@@ -73,23 +73,23 @@ def test_a_layer_without_a_plan_has_the_bits_of_the_step():
     assert {bits for name, bits in found.items() if name not in plan} == {6}
 
 
-def test_inputs_alone_and_float8_take_no_bits_from_a_plan():
+def test_input_quantization_alone_and_float8_ignore_the_plan():
     for fields in ({"bits": None, "activations": "int8"}, {"format": "fp8"}):
         model = optimize(tiny_llama(), [ASSIGN, {"technique": "rtn", **fields}], calibration=IDS)
         schemes = [m.quantization_scheme.weights for m in compressed.quantized_modules(model).values()]
         assert {scheme and scheme.num_bits for scheme in schemes} == ({None} if "activations" in fields else {8})
 
 
-def test_bits_that_nobody_uses_are_refused():
-    with pytest.raises(RecipeError, match=r"step 1 \(qbert\) owes a later step that adds quantized"):
+def test_unused_bits_are_refused():
+    with pytest.raises(RecipeError, match=r"step 1 \(qbert\) must be followed by a step that adds quantized"):
         OptimConfig.parse([ASSIGN]).check()
-    with pytest.raises(RecipeError, match="owes"):
+    with pytest.raises(RecipeError, match="must be followed by"):
         optimize(tiny_llama(), [ASSIGN], calibration=IDS)
     with pytest.raises(RecipeError, match=r"step 2 \(qbert\) needs a model that computes with floating-point"):
         optimize(tiny_llama(), [{"technique": "rtn"}, ASSIGN], calibration=IDS)
 
 
-def test_a_killed_run_goes_on_with_the_same_plan_and_bits(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_the_same_plan_and_bits(tmp_path, monkeypatch):
     steps = [ASSIGN, LATER["gptq"]]
     whole = optimize(tiny_llama(), steps, calibration=IDS)
     save = BlockJournal.save

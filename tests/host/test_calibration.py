@@ -1,4 +1,4 @@
-"""The drivers: what batches reach, what is restored, and that both drivers show a step the same activations."""
+"""The whole-model and blockwise drivers: activations, coverage, errors, and what they restore."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hf_optim.toolkit import topology
 
 @technique("watcher", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
 class Watcher(Technique):
-    """Sums the inputs of every linear and changes nothing.
+    """Sums the inputs of every linear, and changes nothing by default.
 
     Attributes:
-        passes: how many passes over the data.
-        scale: what to multiply the weights of a block with after it was watched.
-        fail: raise in the middle.
-        targets: which linears.
+        passes: passes over the data.
+        scale: factor for the weights of a block after its inputs were summed.
+        fail: raise after the passes.
+        targets: the linears.
     """
 
     passes: int = 1
@@ -135,7 +135,7 @@ def test_modes_and_cache_are_restored():
     assert model.config.use_cache
 
 
-def test_a_head_is_touched_only_when_named():
+def test_a_head_is_modified_only_if_named():
     assert "lm_head" not in watch(tiny_llama(), "blockwise").sums
     assert set(watch(tiny_llama(), "blockwise", targets=("lm_head",)).sums) == {"lm_head"}
 

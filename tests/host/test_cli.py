@@ -1,4 +1,4 @@
-"""``hf-optim`` as its users meet it: what it prints, what it writes, and how it refuses."""
+"""The command ``hf-optim``: what it prints, what it writes, and how it refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCKS = 5
 
 
 class Workshop:
-    """A folder with a model, data and recipes, and the command that works on them."""
+    """A folder with a model, data and recipes, and arguments of commands that use them."""
 
     def __init__(self, home):
         self.home = home
@@ -71,13 +71,13 @@ def call(argv):
 
 @pytest.fixture(scope="module")
 def small(shop):
-    """The model in 4 bits, by the command."""
+    """The model in 4 bits, written by the command."""
     assert call(shop.calibrated("small")) == 0
     return shop.home / "small"
 
 
 def complaint(capsys, argv, status=2):
-    """The one line that a refused command leaves on standard error."""
+    """Return the one line that a refused command prints on standard error."""
     assert call(argv) == status
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if line.startswith("hf-optim: ")]
@@ -92,10 +92,10 @@ def logits(home):
         return model(torch.arange(3, 35).reshape(2, 16)).logits
 
 
-# -- the frame --------------------------------------------------------------------------------------------------------
+# -- the parser -------------------------------------------------------------------------------------------------------
 
 
-def test_python_m_runs_it_too_and_knows_its_version():
+def test_python_m_runs_it_and_prints_its_version():
     done = subprocess.run(
         [sys.executable, "-m", "hf_optim.cli", "--version"], capture_output=True, text=True, check=True
     )
@@ -178,7 +178,7 @@ def test_list_of_a_technique_has_its_fields(capsys, monkeypatch):
 @pytest.mark.parametrize("name", sorted(TECHNIQUES))
 def test_every_field_of_every_technique_is_described(capsys, name):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     assert call(["list", name, "--json"]) == 0
     (one,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["techniques"]
@@ -266,7 +266,7 @@ def test_check_refuses_a_model_that_is_quantized(capsys, small):
     assert "quantized already" in complaint(capsys, ["check", "w4a16", "--model", small])
 
 
-def test_check_of_a_model_that_is_not_there(capsys, shop):
+def test_check_of_a_missing_model(capsys, shop):
     line = complaint(capsys, ["check", "w8a8", "--model", shop.home / "nowhere"])
     assert "nowhere" in line
 
@@ -287,7 +287,7 @@ def test_compress_writes_a_checkpoint_that_stock_transformers_reads(small):
     assert not list(small.parent.glob(".small*"))
 
 
-def test_compress_measures_before_and_after_in_processes_of_their_own(capsys, shop):
+def test_compress_evaluates_before_and_after_in_child_processes(capsys, shop):
     assert call(shop.compress(shop.rtn, "measured", "--eval", shop.held_out, "--device", "cpu")) == 0
     printed = capsys.readouterr().out
     output = shop.home / "measured"
@@ -332,7 +332,7 @@ def test_dense_writes_the_same_values_uncompressed(shop, small):
     assert any("dense equivalent" in note for note in record.notes)
 
 
-def test_compress_trains_what_trains_and_goes_on(shop):
+def test_compress_runs_training_stages_and_those_after_them(shop):
     recipe = shop.recipe(
         "retrain",
         [{"technique": "nm", "keep": 2, "group": 4}, {"technique": "logit_kd"}, {"technique": "rtn", "bits": 8}],
@@ -403,7 +403,7 @@ def test_missing_calibration_data(capsys, shop):
     assert "--train" in complaint(capsys, shop.compress(recipe, "none"))
 
 
-def test_a_text_column_that_is_not_there(capsys, shop):
+def test_a_missing_text_column(capsys, shop):
     line = complaint(capsys, shop.calibrated("none", "--text-column", "body"))
     assert "'body'" in line
     assert "title, text" in line
@@ -415,15 +415,15 @@ def test_data_that_is_too_short(capsys, shop):
     assert "use more text" in line
 
 
-def test_a_window_longer_than_the_context(capsys, shop):
+def test_a_sequence_longer_than_the_context(capsys, shop):
     assert "context of 64" in complaint(capsys, shop.calibrated("none", "--seq-len", "128"))
 
 
-def test_evaluation_data_that_is_not_there(capsys, shop):
+def test_missing_evaluation_data(capsys, shop):
     assert "no.jsonl" in complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.home / "no.jsonl"))
 
 
-def test_what_the_measuring_process_complains_of_is_passed_on(capsys, shop, monkeypatch):
+def test_the_error_of_the_evaluating_process_is_passed_on(capsys, shop, monkeypatch):
     done = subprocess.CompletedProcess([], 2, "", "noise\nhf-optim: the data is odd\nlate noise\n")
     monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", lambda *args, **kwargs: done)
     line = complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
@@ -438,14 +438,14 @@ def test_an_output_that_is_the_model(capsys, shop):
     assert "is the model itself" in complaint(capsys, shop.compress(shop.rtn, "model"))
 
 
-def test_a_training_argument_that_does_not_exist(capsys, shop):
+def test_an_unknown_training_argument(capsys, shop):
     recipe = shop.recipe("typo", [{"technique": "gmp"}], {"samples": 4, "seq_len": 32}, {"max_step": 2})
     line = complaint(capsys, shop.compress(recipe, "none", "--train", shop.data))
     assert "'max_step'" in line
     assert "'max_steps'" in line
 
 
-def test_a_device_that_is_not_there(capsys, shop):
+def test_a_missing_device(capsys, shop):
     assert "'abacus'" in complaint(capsys, shop.compress(shop.rtn, "none", "--device", "abacus"))
 
 
@@ -477,14 +477,14 @@ def test_a_pickle_checkpoint_is_refused(capsys, shop, copy_of_model):
     assert "only safetensors" in line
 
 
-def test_verbose_shows_where(capsys, shop):
+def test_verbose_shows_the_traceback(capsys, shop):
     assert call([*shop.compress("w4a61", "none"), "-v"]) == 2
     printed = capsys.readouterr().err
     assert "Traceback" in printed
     assert printed.splitlines()[-1].startswith("hf-optim: no recipe 'w4a61'")
 
 
-def test_an_unforeseen_error_is_one_line_too(capsys, monkeypatch):
+def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):
     monkeypatch.setattr("hf_optim.cli.list.describe", lambda cls: 1 / 0)
     assert complaint(capsys, ["list"]) == "hf-optim: ZeroDivisionError: division by zero (-v shows the traceback)"
 
@@ -494,14 +494,14 @@ def test_an_unforeseen_error_is_one_line_too(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def other():
-    """A process that may be maimed."""
+    """A process whose limits may be changed, and which may be killed."""
     session = PythonSession({}, "import os, resource, signal")
     yield session
     session.close()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(shop, small, other):
-    # RLIMIT_FSIZE stands in for the full disk: the kernel refuses to write further. A block fits, the weights do not.
+def test_a_full_disk_leaves_the_old_checkpoint_complete(shop, small, other):
+    # RLIMIT_FSIZE simulates a full disk: writing beyond it fails. One block fits, all weights do not.
     before = {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()}
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
     other.run(limit.format(60000))
@@ -518,8 +518,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(shop, small, other):
     assert not list(shop.home.glob(".small.saving-*"))
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(capsys, shop, small, other):
-    # Dies at once, as by kill -9, once the third block has been saved.
+def test_a_killed_run_resumes_bit_exact(capsys, shop, small, other):
+    # Kills itself with SIGKILL once the third block has been saved.
     other.run("""
 from hf_optim.calibration.block_journal import BlockJournal
 kept, stock = [], BlockJournal.save
@@ -551,7 +551,7 @@ BlockJournal.save = save
     assert not journal.exists()
 
 
-def test_a_run_that_is_killed_in_training_goes_on_with_the_same_bits(shop):
+def test_a_run_killed_in_training_resumes_bit_exact(shop):
     steps = [{"technique": "gmp", "sparsity": 0.5}, {"technique": "logit_kd"}, {"technique": "gptq", "group_size": 16}]
     training = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
     recipe = shop.recipe("ramp6", steps, {"dataset": str(shop.data), "samples": 8, "seq_len": 32}, training)

@@ -1,4 +1,4 @@
-"""Publishing, and loading back, through the real Hub client against a double of the Hub on loopback."""
+"""Publish and load back, with the real Hub client and a fake Hub on loopback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKPOINT = {
     "tokenizer_config.json",
 }
 
-# The logits of a model as numbers that JSON carries without loss.
+# The logits of a model as numbers that JSON stores exactly.
 LOGITS = """
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -44,7 +44,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def stock(hub, tmp_path_factory):
-    """A user with stock transformers: no hf_optim, and a cache of their own."""
+    """A user with stock transformers, without hf_optim, with a separate cache."""
     session = PythonSession(hub.environment(tmp_path_factory.mktemp("stock")), LOGITS, stock=True)
     yield session
     session.close()
@@ -60,7 +60,7 @@ def ours(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(hub, ours, stock, tmp_path_factory):
-    """A dense model on the Hub, put there by stock transformers."""
+    """A dense model on the Hub, uploaded with stock transformers."""
     home = tmp_path_factory.mktemp("base")
     tiny_llama(vocab_size=259).save_pretrained(home)
     tiny_tokenizer().save_pretrained(home)
@@ -71,7 +71,7 @@ def base(hub, ours, stock, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compressed(base, ours, tmp_path_factory):
-    """A checkpoint that the command line made of the model on the Hub."""
+    """A checkpoint made from the model on the Hub by the command line."""
     home = tmp_path_factory.mktemp("compressed")
     (home / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     done = ours.command(["compress", base, "--recipe", home / "recipe.yaml", "--output", home / "small"])
@@ -88,7 +88,7 @@ def pushed(compressed, ours):
 
 @pytest.fixture(scope="module")
 def in_memory(base, ours):
-    """A model optimized in memory, pushed with its own method; its logits, by the one who has it in memory."""
+    """A model optimized in memory and pushed with its own method, and its logits in memory."""
     return ours.run(f"""
 model = AutoModelForCausalLM.from_pretrained({base!r})
 model = hf_optim.optimize(model, [{{"technique": "rtn", "bits": 4, "group_size": 16}}],
@@ -166,7 +166,7 @@ def torch_of(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_weights_of_an_earlier_push_do_not_stay(hub, ours, base):
+def test_weights_of_an_earlier_push_are_removed(hub, ours, base):
     ours.run(f"""
 model = AutoModelForCausalLM.from_pretrained({base!r}, optim_config=[{{"technique": "rtn", "bits": 8}}])
 model.push_to_hub("me/shards")
@@ -179,7 +179,7 @@ model.push_to_hub("me/shards", max_shard_size="20KB")
     assert set(json.loads(files["model.safetensors.index.json"].content)["weight_map"].values()) == set(shards)
 
 
-def test_a_branch_is_made_and_pushed_to(hub, ours, stock, compressed, pushed):
+def test_a_branch_is_created_and_pushed_to(hub, ours, stock, compressed, pushed):
     done = ours.command(["push", compressed, "me/small", "--revision", "w4"])
     assert done.status == 0, done.err
     repo = hub.repos["me/small"]
@@ -229,13 +229,13 @@ def test_push_with_a_wrong_token(ours, compressed):
     assert_one_line(done, "the Hub refused me/other", "401", "Invalid username or password", "hf auth whoami")
 
 
-def test_push_where_one_may_not_write(hub, ours, compressed):
+def test_push_without_write_access(hub, ours, compressed):
     done = ours.command(["push", compressed, "them/model"])
     assert_one_line(done, "the Hub refused them/model", "403", "under the namespace them")
     assert "them/model" not in hub.repos
 
 
-def test_push_to_a_name_that_is_none(ours, compressed):
+def test_push_to_an_invalid_name(ours, compressed):
     assert_one_line(ours.command(["push", compressed, "a/b/c"]), "'a/b/c'", "owner/name")
 
 
@@ -251,13 +251,13 @@ def test_push_to_a_name_that_is_none(ours, compressed):
     ],
     ids=["no record", "no card", "no weights", "broken record", "unfinished", "nothing there"],
 )
-def test_push_of_what_is_no_finished_checkpoint(hub, ours, compressed, tmp_path, spoil, message):
+def test_push_of_anything_but_a_finished_checkpoint(hub, ours, compressed, tmp_path, spoil, message):
     home = tmp_path / "copy"
     shutil.copytree(compressed, home)
     spoil(home)
-    asked = len(hub.requests)
+    requests = len(hub.requests)
     assert_one_line(ours.command(["push", home, "me/never"]), message)
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
 
 
 def unfinish(home):

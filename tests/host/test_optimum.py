@@ -1,4 +1,4 @@
-"""optimum's two doors: its command line, and its quantizer's interface."""
+"""The two integrations with optimum: its command line, and its quantizer interface."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = [{"technique": "rtn", "bits": 4, "group_size": 16}]
 
 @pytest.fixture
 def run(monkeypatch):
-    """``optimum-cli`` with these arguments; returns the exit status."""
+    """Run ``optimum-cli`` with these arguments, and return the exit status."""
 
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, argv)])
@@ -67,7 +67,7 @@ def test_optim_delegates_with_output_and_exit_status(run, capsys, checkpoint, tm
     assert Record.read(tmp_path / "out").finished
 
 
-def test_registration_loads_nothing_heavy_and_leaves_namespaces_alone():
+def test_registration_imports_nothing_heavy_and_keeps_namespaces_clean():
     code = """
 import sys
 import optimum.commands.register.hf_optim as ours
@@ -120,7 +120,7 @@ def test_quantizer_calibrates_a_model_in_memory_on_texts(quantizer_class, tmp_pa
     assert record.traits == ["quantized"]
 
 
-def test_quantizer_refuses_what_it_cannot_do(quantizer_class, checkpoint, tmp_path):
+def test_quantizer_refuses_what_it_does_not_support(quantizer_class, checkpoint, tmp_path):
     with pytest.raises(ModelError, match="nowhere"):
         quantizer_class.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match=r"file_name='model\.onnx'"):

@@ -1,4 +1,4 @@
-"""REMOTE_CODE: stock transformers refuses, loads right when it is allowed to, and never loads wrong in silence."""
+"""REMOTE_CODE: stock transformers refuses, or loads correctly if trusted, and never loads wrong silently."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def logits(model):
 
 
 def python(code, tmp_path):
-    """Run `code` where hf_optim cannot be imported, with a module cache of its own and nobody to ask."""
+    """Run ``code`` in a process that cannot import hf_optim, with a separate module cache and no stdin."""
     return subprocess.run(
         [sys.executable, "-c", BLOCKED + textwrap.dedent(code)],
         capture_output=True,
@@ -106,7 +106,7 @@ def test_a_checkpoint_names_its_own_type_and_holds_its_code(checkpoint):
     assert {name.partition(".")[0] for name in imported - standard} == {"torch", "transformers"}
 
 
-def test_stock_transformers_refuses_by_every_door(checkpoint, tmp_path):
+def test_stock_transformers_refuses_at_every_entry_point(checkpoint, tmp_path):
     directory, _ = checkpoint
     done = python(
         f"""
@@ -125,7 +125,7 @@ def test_stock_transformers_refuses_by_every_door(checkpoint, tmp_path):
     assert "loaded" not in done.stdout
 
 
-def test_with_trust_it_loads_right_and_saves_itself_again(checkpoint, tmp_path):
+def test_with_trust_it_loads_correctly_and_can_be_saved_again(checkpoint, tmp_path):
     directory, expected = checkpoint
     again = tmp_path / "again"
     done = python(
@@ -146,14 +146,14 @@ def test_with_trust_it_loads_right_and_saves_itself_again(checkpoint, tmp_path):
     assert "AutoModelForCausalLM" in second["auto_map"]
 
 
-def test_in_the_process_that_made_it_no_flag_is_needed(checkpoint):
+def test_the_process_that_made_it_needs_no_flag(checkpoint):
     directory, expected = checkpoint
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     assert torch.equal(logits(model), expected)
     assert type(AutoModel.from_pretrained(directory)).__name__ == "LocalGPT2Model"
 
 
-def test_register_teaches_a_fresh_process_without_running_the_checkpoints_code(checkpoint, tmp_path):
+def test_register_in_a_new_process_does_not_run_the_code_of_the_checkpoint(checkpoint, tmp_path):
     directory, expected = checkpoint
     (directory / "modeling_local_gpt2.py").write_text("raise SystemExit('the code of the checkpoint ran')")
     code = textwrap.dedent(f"""
@@ -178,7 +178,7 @@ def test_unknown_types_are_refused():
             remote_code.register(model_type)
 
 
-def test_models_from_elsewhere_are_refused():
+def test_models_outside_transformers_are_refused():
     class HomeMade(GPT2Model):
         pass
 
@@ -212,9 +212,9 @@ def test_the_generated_text_is_deterministic():
     compile(texts.pop(), "modeling_local_gpt2.py", "exec")
 
 
-# -- modules of its own: several files as one, replaced modules, and the way back -------------------------------------
+# -- custom modules: several files as one, replaced modules, and reverting --------------------------------------------
 class Doubled(nn.Module):
-    """A linear layer that holds its weight in halves: stands for one that stores codes."""
+    """A linear layer that stores half of its weight, in place of a codebook module."""
 
     holds_codes = True
 
@@ -317,7 +317,7 @@ def test_a_module_is_found_with_and_without_a_head():
     assert replace.resolve_module_name(model, "bert.encoder.layer.9.output") is None
 
 
-def test_revert_gives_the_stock_classes_back():
+def test_revert_restores_the_stock_classes():
     model = doubled()
     parameters = list(model.state_dict())
     assert type(model).__name__ == "DoublingBertForSequenceClassification"
@@ -327,14 +327,14 @@ def test_revert_gives_the_stock_classes_back():
     assert type(model.config) is type(stock.config)
     assert model.config.to_dict().keys() == stock.config.to_dict().keys()
     assert {type(m.config) for m in model.modules() if hasattr(m, "config")} == {type(stock.config)}
-    assert list(model.state_dict()) == parameters  # the modules are left alone
+    assert list(model.state_dict()) == parameters  # the modules are not changed
     assert remote_code.revert(stock) is stock
     assert type(remote_code.revert(converted())) is type(tiny_gpt2())
 
 
-# -- stock classes that are asked for by name -------------------------------------------------------------------------
+# -- stock classes loaded by name -------------------------------------------------------------------------------------
 GOBO, PEG, MIXED = ({"technique": "gobo"}, {"technique": "peg"}, {"technique": "mixed_precision", "sites": "all"})
-# qwen2 has layer types of its own.
+# qwen2 configurations have layer types of their own.
 CODED = [(name, GOBO) for name in ("llama", "bert", "gpt2", "vit", "t5", "qwen2")]
 CODED += [("bert", PEG), ("t5", PEG), ("vit", MIXED)]
 
@@ -342,7 +342,7 @@ CODED += [("bert", PEG), ("t5", PEG), ("vit", MIXED)]
 @pytest.mark.parametrize(
     ("architecture", "step"), CODED, ids=lambda each: each if isinstance(each, str) else each["technique"]
 )
-def test_every_stock_class_refuses_and_with_trust_all_is_right(architecture, step, stock, tmp_path):
+def test_every_stock_class_refuses_and_trusted_code_loads_correctly(architecture, step, stock, tmp_path):
     make = TINY[architecture]
     name, inputs = type(make()).__name__, topology.dummy_inputs(make())
     model = optimize(make(), [step], calibration=[inputs])
@@ -350,15 +350,15 @@ def test_every_stock_class_refuses_and_with_trust_all_is_right(architecture, ste
     for asked in (name, type(make().base_model).__name__):
         with pytest.raises(OSError, match=r"(?s)layer_types.*needs_trust_remote_code"):
             stock.logits(tmp_path / "out", asked, inputs)
-    # With trust, and in this process, which knows the type: the same model, also when it is saved again.
+    # With trust, and in this process, which has registered the type: the same model, also when it is saved again.
     auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
     auto = next(auto for auto, place in auto_map.items() if place.endswith(f".{type(model).__name__}"))
     with torch.no_grad():
         expected = model(**inputs).logits
     assert torch.equal(stock.logits(tmp_path / "out", auto, inputs, trust_remote_code=True)[1], expected)
     own = getattr(transformers, auto).from_pretrained(tmp_path / "out").eval()
-    told, before = own.config.to_dict(), model.config.to_dict()
-    assert {key for key in told.keys() | before.keys() if told.get(key) != before.get(key)} <= {"_name_or_path"}
+    loaded, before = own.config.to_dict(), model.config.to_dict()
+    assert {key for key in loaded.keys() | before.keys() if loaded.get(key) != before.get(key)} <= {"_name_or_path"}
     own.save_pretrained(tmp_path / "again")
     assert torch.equal(stock.logits(tmp_path / "again", auto, inputs, trust_remote_code=True)[1], expected)
     with pytest.raises(OSError, match="layer_types"):
@@ -375,7 +375,7 @@ def test_a_configuration_without_a_number_of_layers_is_refused_too(tmp_path):
     assert not hasattr(again, "num_hidden_layers")
 
 
-def test_layer_types_of_the_architecture_come_back(tmp_path):
+def test_layer_types_of_the_architecture_are_restored(tmp_path):
     types = ["full_attention", "sliding_attention"]
     made = remote_code.generate(DOUBLING, Qwen2Config).DoublingQwen2Config(
         num_hidden_layers=2, layer_types=types, use_sliding_window=True
@@ -390,8 +390,8 @@ def test_layer_types_of_the_architecture_come_back(tmp_path):
 
 
 @pytest.mark.real_model
-def test_the_main_job_measures_a_result_with_code_of_its_own(shared_models, shared_data, tmp_path):
-    """The result is loaded with its own code, under the head that it was saved with, and its card has the figures."""
+def test_compress_evaluates_a_result_with_remote_code(shared_models, shared_data, tmp_path):
+    """The result is loaded with its own code and the head it was saved with, and its card has the metrics."""
     from hf_optim.checkpoints.source import ModelSource
     from hf_optim.cli.jobs.compress import Job, compress
 

@@ -1,4 +1,4 @@
-"""The streamed driver writes what the blockwise driver writes, bit by bit, with one block in memory at a time."""
+"""The streamed driver writes bitwise the same as the blockwise driver, with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ CASES = {
     "opt, the tied head": ("opt", HEAD),
     "gpt2, pruned alone": ("gpt2", PRUNED[:1]),
     "vit, renamed tensors": ("vit", STATIC),
-    "t5, blocks that hand on more than a hidden state": ("t5", STATIC),
+    "t5, blocks that return more than a hidden state": ("t5", STATIC),
     "mixtral, merged experts, pruned alone": ("mixtral", PRUNED[:1]),
 }
 
 
 @technique("onlooker", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
 class Onlooker(Technique):
-    """Notes what is real in each scope, halves the weights of the block, and can do what no step may.
+    """Records what is materialized in each scope, halves the weights of the block, and can break the rules.
 
     Attributes:
-        teacher: ask for what the blocks computed before, and note sums of it.
+        teacher: request reference outputs, and record their sums.
         trespass: write into a parameter outside the block.
-        whole: ask for all blocks at once.
+        whole: request all blocks at once.
     """
 
     teacher: bool = False
@@ -72,9 +72,9 @@ class Onlooker(Technique):
     def calibrate(self, run, scope):
         state = run.state(self)
         real = [name for name, p in scope.model.named_parameters() if not p.is_meta]
-        state.real = [*getattr(state, "real", []), sorted({name for name in real if not scope.holds(name)})]
-        state.lessons = [
-            *getattr(state, "lessons", []),
+        state.outside = [*getattr(state, "outside", []), sorted({name for name in real if not scope.holds(name)})]
+        state.references = [
+            *getattr(state, "references", []),
             [
                 (float(example.args[0].double().sum()), float(_first(example.output).double().sum()))
                 for example in scope.teacher
@@ -96,13 +96,13 @@ def _first(output):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """The plots on the cards are not looked at here, and take longer than the rest."""
+    """Skip the plots of the cards, which take longer than everything else here."""
     monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw_plots", lambda self, directory: [])
 
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """Tiny checkpoints, in several shards each."""
+    """Tiny checkpoints with several shards each."""
     made = {}
 
     def home(name):
@@ -130,7 +130,7 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, tmp_path):
     assert torch.equal(*reloaded)
 
 
-def test_activations_may_be_spilled(homes, tmp_path):
+def test_activations_can_be_offloaded_to_disk(homes, tmp_path):
     spill = tmp_path / "spill"
     spill.mkdir()
     batches = random_batches(tiny_llama())
@@ -151,22 +151,22 @@ def test_activations_may_be_spilled(homes, tmp_path):
     assert_same_checkpoint(tmp_path / "spilled", tmp_path / "held")
 
 
-def test_nothing_but_the_block_in_work_is_real(homes, tmp_path):
+def test_only_the_current_block_is_materialized(homes, tmp_path):
     step = Onlooker()
     run = streamed(homes("llama"), [step], random_batches(tiny_llama()), tmp_path / "out")
-    assert run.state(step).real == [[], []]
+    assert run.state(step).outside == [[], []]
     assert all(parameter.is_meta for parameter in run.model.parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_a_teacher_shows_what_the_blocks_were(name, homes, tmp_path):
+def test_references_are_the_outputs_of_the_unmodified_blocks(name, homes, tmp_path):
     ours, theirs = Onlooker(teacher=True), Onlooker(teacher=True)
     batches = random_batches(TINY[name]())
-    told = streamed(homes(name), [ours], batches, tmp_path / "ours").state(ours).lessons
-    shown = blockwise(homes(name), [theirs], batches, tmp_path / "theirs").state(theirs).lessons
-    assert told == shown
-    assert len(told) == len(topology.blocks(TINY[name]()))
-    assert all(len(lesson) == len(batches) for lesson in told)
+    found = streamed(homes(name), [ours], batches, tmp_path / "ours").state(ours).references
+    expected = blockwise(homes(name), [theirs], batches, tmp_path / "theirs").state(theirs).references
+    assert found == expected
+    assert len(found) == len(topology.blocks(TINY[name]()))
+    assert all(len(references) == len(batches) for references in found)
     assert_same_checkpoint(tmp_path / "ours", tmp_path / "theirs")
 
 
@@ -176,7 +176,7 @@ def test_a_write_outside_the_block_is_refused(homes, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_a_skeleton_is_the_model_without_weights(name, homes):
+def test_a_meta_model_is_the_model_without_weights(name, homes):
     built = meta_model.build(ModelSource(str(homes(name)))).model
     loaded = type(built).from_pretrained(homes(name))
     assert {n: (p.shape, p.dtype) for n, p in built.named_parameters()} == {
@@ -215,7 +215,7 @@ def test_what_needs_the_whole_model_is_refused(case, homes, tmp_path):
     steps, reason = REFUSED[case]
     steps = [Onlooker(whole=True)] if "onlooker" in reason else steps
     recipe = recipe_of(steps, "streamed")
-    with pytest.raises(RecipeError, match=f"(?s){reason}.*blockwise"):
+    with pytest.raises(RecipeError, match=f"(?s)use driver: blockwise.*{reason}"):
         compress(Job(ModelSource(str(homes("llama"))), recipe, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -229,11 +229,11 @@ def test_a_model_in_memory_cannot_be_streamed(homes):
 
 
 def test_only_streamed_spills():
-    with pytest.raises(RecipeError, match="spill is for driver: streamed"):
+    with pytest.raises(RecipeError, match="remove spill, or use driver: streamed"):
         hf_optim.OptimConfig.parse({"steps": list(RTN), "driver": "blockwise", "spill": "here"})
 
 
-def test_the_record_has_the_figures_and_no_directory_of_this_machine(homes, tmp_path):
+def test_the_record_has_the_metrics_and_no_directory_of_this_machine(homes, tmp_path):
     streamed(homes("llama"), GPTQ, random_batches(tiny_llama()), tmp_path / "out", spill=str(tmp_path))
     record = Record.read(tmp_path / "out")
     stage = record.stages[0]
@@ -254,19 +254,19 @@ def test_the_bar_shows_block_and_step(homes, tmp_path):
 
 
 def live_bytes():
-    """Bytes of all tensors with data that anything holds."""
+    """Return the bytes of all live tensors with data."""
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        # By the type alone: asking some proxies for their class runs code. A fake tensor has no data.
+        # Checked by type only, since reading __class__ of some proxies runs code. Fake tensors have no data.
         plain = issubclass(type(found), torch.Tensor) and not issubclass(type(found), FakeTensor)
         if plain and found.device.type == "cpu":
             storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
     return sum(storages.values())
 
 
-def test_three_blocks_at_most_are_in_memory(tmp_path):
-    """The one in work, the one that is read ahead, and the one before until its turn ends; of twelve."""
+def test_at_most_three_blocks_are_in_memory(tmp_path):
+    """Of twelve: the current one, the prefetched one, and the one before until it is offloaded."""
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 64}
     tiny_llama(**shape).save_pretrained(tmp_path / "model", max_shard_size="2MB")
     before, peaks = live_bytes(), []

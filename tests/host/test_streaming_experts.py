@@ -1,4 +1,4 @@
-"""Mixtures of experts under the streamed driver: it writes what the blockwise driver writes, and can be resumed."""
+"""Mixtures of experts under the streamed driver: same output as the blockwise driver, and resumable."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ GPTQ = {"technique": "gptq", "bits": 4, "group_size": 16}
 
 
 def qwen3_moe() -> nn.Module:
-    """The first block is dense, and a block's experts are five."""
+    """A model whose first block is dense; the others have five experts."""
     config = {**DECODER, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "head_dim": 8, "mlp_only_layers": [0]}
     config |= {"num_hidden_layers": 3, "num_experts": 5}
     return _build(transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**config), 0)
 
 
 def granite_moe() -> nn.Module:
-    """Its checkpoints have no matrix for each expert."""
+    """A model whose checkpoints do not store one matrix per expert."""
     config = transformers.GraniteMoeConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2)
     return _build(transformers.GraniteMoeForCausalLM, config, 0)
 
@@ -51,7 +51,7 @@ CASES = {
     "assigning", family="testing", contract=Contract(adds={BITS_ASSIGNED}, owes={QUANTIZED}), reload=Reload.STOCK_DENSE
 )
 class Assigning(Technique):
-    """Assigns bits block by block, without looking at all of them."""
+    """Assigns bits block by block."""
 
     @hookimpl
     def calibrate(self, run, scope):
@@ -60,7 +60,7 @@ class Assigning(Technique):
 
 
 class Stop(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def no_plots(monkeypatch):
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """Checkpoints in several shards, so that the matrices of one stack lie in different files."""
+    """Checkpoints with several shards, so that the matrices of one expert stack are in different files."""
     made = {}
     for name, make in MODELS.items():
         made[name] = tmp_path_factory.mktemp(name)
@@ -97,7 +97,7 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path
 
 
 def stop_in(monkeypatch, name, at):
-    """Let the driver's method raise when it is called for the ``at``-th time."""
+    """Make a method of the driver raise at its ``at``-th call."""
     stock_method, calls = getattr(driver.StreamedDriver, name), []
 
     def method(*args, **kwargs):
@@ -110,7 +110,7 @@ def stop_in(monkeypatch, name, at):
 
 
 @pytest.mark.parametrize(("name", "place"), [("mixtral", "_compute_outputs"), ("qwen3", "_calibrate_non_blocks")])
-def test_a_run_that_is_stopped_goes_on_with_the_same_bytes(name, place, homes, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_bytes(name, place, homes, tmp_path, monkeypatch):
     batches = random_batches(MODELS[name]())
     streamed(homes[name], (GPTQ,), batches, tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
@@ -125,7 +125,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bytes(name, place, homes, t
     assert (tmp_path / "stopped" / config).read_bytes() == (tmp_path / "undisturbed" / config).read_bytes()
 
 
-def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, monkeypatch):
+def test_the_state_file_of_a_block_has_no_decoded_weights(homes, tmp_path, monkeypatch):
     stop_in(monkeypatch, "_calibrate_non_blocks", 1)
     with pytest.raises(Stop):
         streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")
@@ -137,14 +137,14 @@ def test_what_is_kept_beside_a_block_has_no_decoded_weights(homes, tmp_path, mon
         }
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 def look(home, *steps):
     source, recipe = ModelSource(str(home)), recipe_of(steps, "streamed")
     preflight.check_recipe(source, recipe)
     return preflight.preflight(source, recipe)
 
 
-def test_experts_that_stock_could_not_read_are_refused_before_a_block_is_read(homes, tmp_path):
+def test_experts_that_stock_cannot_read_are_refused_before_a_block_is_read(homes, tmp_path):
     granite_moe().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"step 1 \(rtn\).*has no conversion.*fp8"):
         look(tmp_path, RTN)
@@ -165,7 +165,7 @@ def test_bits_that_vary_are_refused(homes):
 def test_a_block_of_another_scheme_is_not_written(homes, tmp_path, monkeypatch):
     from hf_optim_plugins.quantization.rtn import RTN as Rounding
 
-    # Stands for whatever gives the blocks other bits in a way that no contract tells of.
+    # Simulates a step that assigns different bits to blocks without declaring it in its contract.
     monkeypatch.setattr(Rounding, "_bits", lambda self, run, name: 8 if ".layers.1." in name else 4)
     with pytest.raises(ModelError, match=r"experts of model\.layers\.1 are quantized by another scheme.*blockwise"):
         streamed(homes["mixtral"], (RTN,), None, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A streamed run that is killed goes on where it was, and ends with the same bytes in every file."""
+"""A killed streamed run resumes where it stopped, and every file ends up with the same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATIC = ({"technique": "rtn", "bits": 8, "activations": "int8", "dynamic": Fals
 
 
 class Shop:
-    """A checkpoint, data and a recipe for the command."""
+    """A folder with a checkpoint, data and a recipe for the command."""
 
     def __init__(self, home):
         self.home, self.model, self.data = home, home / "model", home / "data.jsonl"
@@ -53,7 +53,7 @@ def no_plots(monkeypatch):
     monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw_plots", lambda self, directory: [])
 
 
-# A process that has imported everything; a command runs in a copy of it, which can be killed.
+# A process that has imported everything; commands run in forks of it, which can be killed.
 BEGIN = """
 import os
 import transformers.models.llama.modeling_llama
@@ -76,7 +76,7 @@ def victims():
 
 
 def killed_after(victims, words, journal, blocks):
-    """Run the command in a process of its own and kill it, as by kill -9, when so many blocks are finished."""
+    """Run the command in a child process, and kill it with SIGKILL once this many blocks are completed."""
     child = victims.run(f"result = begin({words!r})")
     deadline = time.monotonic() + 240
     while len(list(journal.glob("state-*.safetensors"))) < blocks:
@@ -101,7 +101,7 @@ def test_killed_twice_it_ends_with_the_same_bytes(shop, victims):
     one, other = shop.home / "killed", shop.home / "undisturbed"
     names = {path.name for path in one.iterdir() if path.is_file()}
     assert names == {path.name for path in other.iterdir() if path.is_file()}
-    for name in names - {"hf_optim.json", "README.md"}:  # these tell how long it took
+    for name in names - {"hf_optim.json", "README.md"}:  # these contain timings
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     ours, theirs = Record.read(one), Record.read(other)
     assert (ours.steps, ours.coverage, ours.traits) == (theirs.steps, theirs.coverage, theirs.traits)
@@ -109,7 +109,7 @@ def test_killed_twice_it_ends_with_the_same_bytes(shop, victims):
     assert not journal.exists()
 
 
-def test_another_recipe_cannot_go_on_with_it(shop, victims, capsys):
+def test_another_recipe_cannot_resume_it(shop, victims, capsys):
     journal = shop.home / ".other.journal"
     killed_after(victims, shop.words("other"), journal, 1)
     assert main([*shop.words("other", "--resume"), "--samples", "4"]) == 2
@@ -120,7 +120,7 @@ def test_another_recipe_cannot_go_on_with_it(shop, victims, capsys):
 
 
 class Stop(Exception):
-    """Stands for a kill, where a process of its own would show no more."""
+    """Simulates a kill, where a child process would show nothing more."""
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_t5])
@@ -157,7 +157,7 @@ def test_stopped_anywhere_in_a_block(make, steps, when, tmp_path, monkeypatch):
         assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_journal_that_is_damaged_is_named(tmp_path, monkeypatch):
+def test_a_damaged_journal_is_named(tmp_path, monkeypatch):
     home, batches = tmp_path / "model", random_batches(tiny_llama())
     tiny_llama().save_pretrained(home)
     with monkeypatch.context() as patch:
@@ -170,7 +170,7 @@ def test_a_journal_that_is_damaged_is_named(tmp_path, monkeypatch):
         streamed(home, GPTQ, batches, tmp_path / "out", resume=True)
 
 
-def test_a_run_without_data_skips_what_is_finished(tmp_path, monkeypatch):
+def test_a_run_without_data_skips_completed_blocks(tmp_path, monkeypatch):
     home = tmp_path / "model"
     tiny_llama().save_pretrained(home)
     rtn = ({"technique": "rtn", "bits": 4, "group_size": 16},)
