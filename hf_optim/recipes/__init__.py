@@ -1,1 +1,1 @@
-"""What is asked: techniques, their contracts and traits, recipes and how their steps compose."""
+"""Recipes: techniques, their contracts and traits, and how steps compose."""

@@ -1,7 +1,7 @@
-"""The catalogue: which techniques exist. Names come from entry points, modules are imported when first asked for.
+"""The catalogue of techniques. Names come from entry points; a module is imported when its technique is first used.
 
-A distribution adds a technique with an entry point in the group ``hf_optim``: its name is the technique's name, its
-value the module. The module implements the hook ``register_techniques``.
+A distribution adds a technique with an entry point in the group ``hf_optim``, whose name is the name of the technique
+and whose value is the module. The module implements the hook ``register_techniques``.
 """
 
 from __future__ import annotations
@@ -30,29 +30,33 @@ class Catalogue:
         self._classes: dict[str, type[Technique]] = {}
 
     def names(self) -> list[str]:
-        """Every technique name, sorted, without importing any."""
+        """Return the names of all techniques, sorted, without importing any."""
         return sorted({*self._entry_points, *self._classes})
 
     def register(self, cls: type[Technique]) -> None:
-        """Add a technique class. Raises ``RecipeError`` if its name is taken by another class."""
+        """Add a technique class. Raises ``RecipeError`` if another class has its name."""
         known = self._classes.get(cls.spec.name)
         if known is not None and known is not cls:
-            raise RecipeError(f"two classes claim the technique {cls.spec.name!r}: {_home(known)} and {_home(cls)}")
+            raise RecipeError(
+                f"rename one of {_full_name(known)} and {_full_name(cls)}: both register the technique "
+                f"{cls.spec.name!r}"
+            )
         self._classes[cls.spec.name] = cls
 
     def get(self, name: str) -> type[Technique]:
-        """The class of a technique, importing its module. Raises ``RecipeError`` for an unknown name."""
+        """Return the class of a technique; import its module if needed. Raises ``RecipeError`` for an unknown name."""
         if name not in self._classes:
             entry = self._entry_points.get(name)
             if entry is None:
                 raise RecipeError(
-                    f"no technique {name!r}{did_you_mean(name, self.names())} (there are {', '.join(self.names())})"
+                    f"no technique {name!r}{did_you_mean(name, self.names())} "
+                    f"(the techniques are {', '.join(self.names())})"
                 )
             self._load(entry)
         return self._classes[name]
 
     def all(self) -> list[type[Technique]]:
-        """Every technique class, sorted by family and name; imports all modules."""
+        """Return all technique classes, sorted by family and name. Imports all modules."""
         return sorted((self.get(name) for name in self.names()), key=lambda c: (c.spec.family, c.spec.name))
 
     def _load(self, entry: importlib.metadata.EntryPoint) -> None:
@@ -60,16 +64,18 @@ class Catalogue:
         if not self._manager.is_registered(module):
             self._manager.register(module, name=module.__name__)
             self._manager.check_pending()
-        hooks = self._manager.subset_hook_caller(
+        register_hook = self._manager.subset_hook_caller(
             "register_techniques", [p for p in self._manager.get_plugins() if p is not module]
         )
         found: list[type[Technique]] = []
-        hooks(register=_both(found.append, self.register))
+        register_hook(register=_call_both(found.append, self.register))
         if entry.name not in {cls.spec.name for cls in found}:
-            raise RecipeError(f"{entry.value} is announced as technique {entry.name!r} but does not register it")
+            raise RecipeError(
+                f"correct the entry point {entry.name!r}: its module {entry.value} registers no technique of that name"
+            )
 
 
-def _both(*functions: Callable[[type[Technique]], None]) -> Callable[[type[Technique]], None]:
+def _call_both(*functions: Callable[[type[Technique]], None]) -> Callable[[type[Technique]], None]:
     def call(cls: type[Technique]) -> None:
         for function in functions:
             function(cls)
@@ -77,11 +83,11 @@ def _both(*functions: Callable[[type[Technique]], None]) -> Callable[[type[Techn
     return call
 
 
-def _home(cls: type) -> str:
+def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @cache
 def catalogue() -> Catalogue:
-    """The one catalogue of this process."""
+    """Return the catalogue of this process."""
     return Catalogue()

@@ -1,4 +1,4 @@
-"""Whether the steps of a recipe compose, and where its stages end. Nothing here loads a model."""
+"""Composition of the steps of a recipe: check their contracts, and split them into stages. No model is loaded."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class Stage:
 
     @property
     def trains(self) -> bool:
-        """True when some step of the stage is nothing without training."""
+        """True if a step of the stage has no effect without training."""
         return any(step.spec.trains for step in self.steps)
 
     @property
     def calibrates(self) -> bool:
+        """True if a step of the stage takes part in calibration."""
         return any(Phase.CALIBRATE in step.phases() for step in self.steps)
 
     @property
     def needs_data(self) -> bool:
-        """Whether some step must see calibration batches."""
+        """True if a step of the stage needs calibration batches."""
         return any(Phase.CALIBRATE in step.phases() and step.needs_data() for step in self.steps)
 
     def __str__(self) -> str:
@@ -37,15 +38,15 @@ class Stage:
 
 
 def split_stages(steps: Sequence[Technique]) -> list[Stage]:
-    """Cut a recipe into stages: a new one begins where a step's work comes before work that is already behind it.
+    """Split a recipe into stages. A stage ends before a step whose phases come earlier than those already reached.
 
-    The phases of a stage run in one order (load, transform, calibrate, train). A step that calibrates cannot join
-    a stage that trains before it, nor a step that transforms one that has calibrated.
+    The phases of a stage run in a fixed order (load, transform, calibrate, train). So a step that calibrates cannot
+    join a stage whose earlier steps train, nor a step that transforms one whose earlier steps calibrate.
     """
     stages: list[list[Technique]] = []
     reached = Phase.LOAD
     for step in steps:
-        phases = _binding_phases(step)
+        phases = _ordering_phases(step)
         if not stages or min(phases) < reached:
             stages.append([])
             reached = Phase.LOAD
@@ -54,70 +55,98 @@ def split_stages(steps: Sequence[Technique]) -> list[Stage]:
     return [Stage(tuple(members)) for members in stages]
 
 
-def _binding_phases(step: Technique) -> frozenset[Phase]:
-    # A step that merely takes part in training (spec.trains False) does not make its stage a training stage.
+def _ordering_phases(step: Technique) -> frozenset[Phase]:
+    # A step that takes part in training but does not need it (spec.trains is False) makes no training stage.
     phases = step.phases() - ({Phase.TRAIN} if not step.spec.trains else set())
     return frozenset(phases - {Phase.LOAD}) or frozenset({Phase.TRANSFORM})
 
 
 def compose(steps: Sequence[Technique], traits: frozenset[Trait]) -> frozenset[Trait]:
-    """The traits of the result. Raises ``RecipeError`` naming the step, the trait and the remedy."""
+    """Apply the contracts of the steps to a model with these traits; return the traits of the result.
+
+    Raises ``RecipeError``, which names what to change, the step and the trait.
+    """
     owners: dict[str, str] = {}
-    givers: dict[Trait, str] = {}
-    debts: list[tuple[str, Trait]] = []
-    for position, step in enumerate(steps):
-        label = f"step {position + 1} ({step.name})"
+    origins: dict[Trait, str] = {}
+    owed: list[tuple[str, Trait]] = []
+    for index, step in enumerate(steps):
+        label = step_label(index, step)
         contract = step.contract()
-        for trait in sorted(contract.needs - traits, key=str):
-            raise RecipeError(f"{label} needs a model that {trait.meaning}; {_why_missing(trait, steps[:position])}")
-        for trait in sorted(contract.forbids & traits, key=str):
-            giver = givers.get(trait, "the model as loaded")
-            raise RecipeError(
-                f"{label} cannot work on a model that {trait.meaning}, which comes from {giver}; "
-                f"put {step.name} before it, or leave one of them out"
-            )
-        for place in sorted(contract.owns):
-            if place in owners:
-                raise RecipeError(f"{label} and {owners[place]} both set {place!r}; leave one of them out")
-            owners[place] = label
-        for trait in sorted(traits - contract.keeps - contract.drops, key=str):
-            if trait.fragile and _rewrites_weights(step):
-                raise RecipeError(
-                    f"{label} rewrites weights and would destroy {trait} ({givers.get(trait, 'the model as loaded')}); "
-                    f"put {step.name} before the step that makes it"
-                )
-        debts = [(who, trait) for who, trait in debts if trait not in contract.adds]
-        debts += [(label, trait) for trait in sorted(contract.owes, key=str)]
-        givers.update(dict.fromkeys(contract.adds, label))
+        _check_preconditions(step, label, traits, origins, steps[:index])
+        for slot in sorted(contract.owns):
+            if slot in owners:
+                raise RecipeError(f"keep only one of {label} and {owners[slot]}: both set {slot!r}")
+            owners[slot] = label
+        _check_fragile(step, label, traits, origins)
+        owed = [(who, trait) for who, trait in owed if trait not in contract.adds]
+        owed += [(label, trait) for trait in sorted(contract.owes, key=str)]
+        origins.update(dict.fromkeys(contract.adds, label))
         traits = (traits - contract.drops) | contract.adds
-    for who, trait in debts:
+    for who, trait in owed:
         raise RecipeError(
-            f"{who} owes a later step that adds {trait} (after it the model must be one that {trait.meaning}); "
-            f"{_remedy(trait)}"
+            f"{_how_to_get(trait, 'after')}: {who} must be followed by a step that adds {trait} "
+            f"(a model that {trait.meaning})"
         )
-    for position, stage in enumerate(split_stages(steps)[1:]):
+    _check_load_steps(steps)
+    return traits
+
+
+def step_label(index: int, step: Technique) -> str:
+    """Return the name of a step in messages, counted from 1: ``"step 2 (gptq)"``."""
+    return f"step {index + 1} ({step.name})"
+
+
+def _check_preconditions(
+    step: Technique, label: str, traits: frozenset[Trait], origins: dict[Trait, str], before: Sequence[Technique]
+) -> None:
+    """Raise ``RecipeError`` if the model lacks a trait that a step needs, or has one that it forbids."""
+    contract = step.contract()
+    for trait in sorted(contract.needs - traits, key=str):
+        dropped = next((other.name for other in reversed(before) if trait in other.contract().drops), None)
+        if dropped is not None:
+            raise RecipeError(
+                f"move {step.name} before {dropped}: {label} needs a model that {trait.meaning}; "
+                f"after {dropped} it no longer does"
+            )
+        raise RecipeError(f"{_how_to_get(trait, 'before')}: {label} needs a model that {trait.meaning}")
+    for trait in sorted(contract.forbids & traits, key=str):
+        reason = f"{label} does not support a model that {trait.meaning}"
+        if trait in origins and trait in contract.adds:
+            raise RecipeError(f"keep only one of {label} and {origins[trait]}: {reason}")
+        if trait in origins:
+            raise RecipeError(f"move {step.name} before {origins[trait]}, or remove one of them: {reason}")
+        raise RecipeError(f"remove {step.name}, or start from another model: {reason}, as the loaded one does")
+
+
+def _check_fragile(step: Technique, label: str, traits: frozenset[Trait], origins: dict[Trait, str]) -> None:
+    """Raise ``RecipeError`` if a step would destroy a fragile trait that its contract does not keep."""
+    contract = step.contract()
+    for trait in sorted(traits - contract.keeps - contract.drops, key=str):
+        if trait.fragile and _rewrites_weights(step):
+            if trait in origins:
+                remedy = f"move {step.name} before {origins[trait]}"
+            else:
+                remedy = f"remove {step.name}, or start from another model"
+            raise RecipeError(f"{remedy}: {label} rewrites weights and would destroy {trait}")
+
+
+def _check_load_steps(steps: Sequence[Technique]) -> None:
+    """Raise ``RecipeError`` if a step that acts while the model is loaded is not in the first stage."""
+    for number, stage in enumerate(split_stages(steps)[1:], start=2):
         for step in stage.steps:
             if step.implements("prepare_load"):
                 raise RecipeError(
-                    f"{step.name} acts while the model is loaded, but stands in stage {position + 2}; "
-                    "put it before the steps that train or calibrate"
+                    f"move {step.name} before the steps that train or calibrate: it acts while the model is loaded, "
+                    f"but is in stage {number}"
                 )
-    return traits
 
 
 def _rewrites_weights(step: Technique) -> bool:
     return bool(step.phases() & {Phase.TRANSFORM, Phase.CALIBRATE}) or step.spec.trains
 
 
-def _why_missing(trait: Trait, before: Sequence[Technique]) -> str:
-    for step in reversed(before):
-        if trait in step.contract().drops:
-            return f"{step.name} before it ended that; move {step.name} after it"
-    return _remedy(trait)
-
-
-def _remedy(trait: Trait) -> str:
-    givers = [cls.spec.name for cls in catalogue().all() if trait in cls.spec.contract.adds]
-    if givers:
-        return f"add {' or '.join(givers)}"
-    return trait.remedy or f"no technique in the catalogue adds {trait}"
+def _how_to_get(trait: Trait, where: str) -> str:
+    names = [cls.spec.name for cls in catalogue().all() if trait in cls.spec.contract.adds]
+    if names:
+        return f"add {' or '.join(names)} {where} it"
+    return trait.remedy or f"use another recipe (no technique in the catalogue adds {trait})"

@@ -1,4 +1,4 @@
-"""Recipes: an ordered list of steps, where the calibration data comes from, and whether the steps compose.
+"""Recipes: an ordered list of steps, their data and their driver.
 
 A recipe in YAML::
 
@@ -42,11 +42,11 @@ class DataConfig:
     Attributes:
         dataset: a Hub id or a local text / json / jsonl / csv / tsv / parquet file.
         split: the split of a Hub dataset; local files have one, ``train``.
-        text_column: the column with the text; None finds ``text``, ``sentence`` or the only string column.
-        samples: how many windows of ``seq_len`` tokens; None takes everything.
-        seq_len: tokens per window; None takes the model's context, 2048 at most.
-        seed: seed of the sample's choice.
-        batch_size: windows that go through the model at once; fewer take less memory on the accelerator.
+        text_column: the column with the text; None finds ``text``, ``sentence``, ``content`` or the only string column.
+        samples: number of sequences of ``seq_len`` tokens; None takes everything.
+        seq_len: tokens per sequence; None takes the model's context length, 2048 at most.
+        seed: seed of the random sample.
+        batch_size: sequences that go through the model at once; fewer need less memory on the accelerator.
     """
 
     dataset: str | None = None
@@ -59,22 +59,24 @@ class DataConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DataConfig:
+        """Build from the ``calibration:`` mapping of a recipe. Raises ``RecipeError``."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
                 raise RecipeError(
                     f"calibration has no key {key!r}{did_you_mean(key, known)} (it has {', '.join(known)})"
                 )
-        made = cls(**data)
+        config = cls(**data)
         for name in ("samples", "seq_len", "batch_size"):
-            value = getattr(made, name)
+            value = getattr(config, name)
             if (value is not None or name == "batch_size") and (
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise RecipeError(f"calibration: {name} must be a whole number >= 1, not {value!r}")
-        return made
+        return config
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
@@ -84,13 +86,13 @@ class OptimConfig:
 
     Attributes:
         steps: the techniques, in order.
-        calibration: where calibration data comes from, unless the caller brings it.
+        calibration: where calibration data comes from, unless the caller passes it.
         training: arguments of ``transformers.TrainingArguments`` for stages that train, used by ``hf-optim compress``.
-        driver: how calibration goes through the model: ``whole_model``; ``blockwise``, one block at a time on the
-            accelerator; ``auto``, blockwise wherever the model has a sequence of blocks; ``streamed`` (for
-            ``hf-optim compress``), one block at a time in memory at all, so that the model may be larger than it.
-        spill: a directory where ``streamed`` keeps what flows between blocks; None keeps that in host memory.
-        description: a line for people.
+        driver: how calibration runs: ``whole_model``; ``blockwise``, with one block at a time on the accelerator;
+            ``auto``, blockwise if the model has a sequence of blocks; ``streamed`` (for ``hf-optim compress``), with
+            one block at a time in memory, so that the model may be larger than memory.
+        spill: a directory where ``streamed`` stores the activations between blocks; None keeps them in host memory.
+        description: one line for readers.
         name: the name it was loaded by.
     """
 
@@ -105,31 +107,31 @@ class OptimConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
         if not self.steps:
-            raise RecipeError("a recipe needs at least one step")
+            raise RecipeError("add at least one step: the recipe is empty")
         if self.driver not in DRIVERS:
             raise RecipeError(f"driver must be one of {', '.join(DRIVERS)}, not {self.driver!r}")
         if self.spill is not None and self.driver != "streamed":
             raise RecipeError(
-                f"spill is for driver: streamed; driver {self.driver} keeps what flows between blocks in host memory"
+                f"remove spill, or use driver: streamed: driver {self.driver} keeps activations in host memory"
             )
 
     @property
     def stages(self) -> list[Stage]:
-        """The steps, cut where calibration follows training."""
+        """The stages: the steps, split where a step calibrates after one that trains."""
         return split_stages(self.steps)
 
     def check(self, traits: Iterable[Trait] = (FLOAT_WEIGHTS,)) -> frozenset[Trait]:
-        """Raise ``RecipeError`` unless the steps compose on a model with ``traits``; return the result's traits."""
+        """Return the traits of the result for a model with ``traits``. Raises ``RecipeError`` if steps conflict."""
         return compose(self.steps, frozenset(traits))
 
     @property
     def reload(self) -> Reload:
-        """The reload level of the result: the least stock of the levels of its steps."""
+        """The reload level of the result: of the levels of its steps, the one that is least stock."""
         levels = list(Reload)
         return levels[max(levels.index(step.reload()) for step in self.steps)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON types; ``OptimConfig.parse`` reads it back."""
+        """Return the recipe as plain JSON types; ``OptimConfig.parse`` reads it back."""
         data: dict[str, Any] = {"steps": [step.to_dict() for step in self.steps]}
         if self.calibration != DataConfig():
             data["calibration"] = self.calibration.to_dict()
@@ -144,14 +146,15 @@ class OptimConfig:
         return data
 
     def to_yaml(self) -> str:
+        """Return the recipe as YAML text."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @classmethod
     def parse(cls, source: Any) -> OptimConfig:
-        """Make a recipe of anything that ``optim_config`` accepts.
+        """Build a recipe from anything that ``optim_config`` accepts.
 
-        An ``OptimConfig``; a technique or a list of techniques and mappings; a mapping with ``steps``; the path of a
-        YAML or JSON file; the name of a shipped recipe. Raises ``RecipeError``.
+        Accepted are an ``OptimConfig``; a technique; a list of techniques and mappings; a mapping with ``steps``; the
+        path of a YAML or JSON file; the name of a shipped recipe or of a technique. Raises ``RecipeError``.
         """
         if isinstance(source, OptimConfig):
             return source
@@ -162,12 +165,14 @@ class OptimConfig:
         if isinstance(source, (str, Path)):
             return cls.load(source)
         if isinstance(source, Sequence):
-            return cls(steps=tuple(_step(item, i) for i, item in enumerate(source)))
-        raise RecipeError(f"cannot make a recipe of a {type(source).__name__}")
+            return cls(steps=tuple(_parse_step(item, i) for i, item in enumerate(source)))
+        raise RecipeError(
+            f"pass the recipe as a name, a path, a mapping or a list of steps, not as a {type(source).__name__}"
+        )
 
     @classmethod
     def load(cls, source: str | Path) -> OptimConfig:
-        """Read a recipe file, or a shipped recipe by its name."""
+        """Read a recipe file, or a shipped recipe or a technique by its name. Raises ``RecipeError``."""
         path = Path(source)
         if path.suffix.lower() in SUFFIXES:
             if not path.is_file():
@@ -182,38 +187,38 @@ class OptimConfig:
         raise RecipeError(f"no recipe {str(source)!r}{hint} (shipped: {', '.join(sorted(shipped))}; or a .yaml file)")
 
     @classmethod
-    def _from_text(cls, text: str, where: str, name: str) -> OptimConfig:
+    def _from_text(cls, text: str, path: str, name: str) -> OptimConfig:
         try:
-            # safe_load: a recipe may come from anywhere, and must not be able to construct objects.
-            data = json.loads(text) if where.endswith(".json") else yaml.safe_load(text)
+            # safe_load: a recipe may come from an untrusted source, and must not be able to construct objects.
+            data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{where} is not a plain YAML or JSON recipe: {error}") from error
+            raise RecipeError(f"{path} is not a plain YAML or JSON recipe: {error}") from error
         if isinstance(data, list):
             data = {"steps": data}
         if not isinstance(data, Mapping):
-            raise RecipeError(f"{where} holds a {type(data).__name__}, not a recipe")
+            raise RecipeError(f"{path} contains a value of type {type(data).__name__}, not a recipe")
         try:
             return dataclasses.replace(cls._from_mapping(data), name=name)
         except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
+            raise RecipeError(f"{path}: {error}") from error
 
     @classmethod
     def _from_mapping(cls, data: Mapping[str, Any]) -> OptimConfig:
         if "technique" in data:
-            return cls(steps=(_step(data, 0),))
+            return cls(steps=(_parse_step(data, 0),))
         for key in data:
             if key not in KEYS:
                 raise RecipeError(f"a recipe has no key {key!r}{did_you_mean(key, KEYS)} (it has {', '.join(KEYS)})")
         steps = data.get("steps")
         if not isinstance(steps, Sequence) or isinstance(steps, str):
-            raise RecipeError("a recipe needs `steps:`, a list of mappings with `technique:`")
+            raise RecipeError("add `steps:` to the recipe, a list of mappings with `technique:`")
         calibration = data.get("calibration") or {}
         training = data.get("training") or {}
         for key, value in (("calibration", calibration), ("training", training)):
             if not isinstance(value, Mapping):
                 raise RecipeError(f"`{key}:` must be a mapping, not {value!r}")
         return cls(
-            steps=tuple(_step(item, i) for i, item in enumerate(steps)),
+            steps=tuple(_parse_step(item, i) for i, item in enumerate(steps)),
             calibration=DataConfig.from_dict(calibration),
             training=dict(training),
             driver=data.get("driver", "auto"),
@@ -222,21 +227,21 @@ class OptimConfig:
         )
 
 
-def _step(item: Any, position: int) -> Technique:
+def _parse_step(item: Any, index: int) -> Technique:
     if isinstance(item, Technique):
         return item
     if isinstance(item, str):
         item = {"technique": item}
     if not isinstance(item, Mapping) or not isinstance(item.get("technique"), str):
-        raise RecipeError(f"step {position + 1} must be a mapping with `technique:`, not {item!r}")
+        raise RecipeError(f"step {index + 1} must be a mapping with `technique:`, not {item!r}")
     fields = {key: value for key, value in item.items() if key != "technique"}
     try:
         return catalogue().get(item["technique"]).from_dict(fields)
     except RecipeError as error:
-        raise RecipeError(f"step {position + 1}: {error}") from error
+        raise RecipeError(f"step {index + 1}: {error}") from error
 
 
 def shipped_recipes() -> dict[str, Any]:
-    """The recipes that come with hf_optim: name -> readable resource."""
+    """Return the recipes that ship with hf_optim: name -> readable resource."""
     folder = resources.files("hf_optim.recipes") / "shipped"
     return {Path(f.name).stem: f for f in folder.iterdir() if f.name.endswith(".yaml")}

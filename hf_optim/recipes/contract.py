@@ -1,4 +1,4 @@
-"""What a technique states about itself: its paper, its phases, what it needs and what it leaves."""
+"""What a technique declares about itself: its paper, its phases, its contract and its reload level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .traits import Trait
 
 
 class Reload(enum.Enum):
-    """How a checkpoint comes back in stock transformers (docs/checkpoints.md)."""
+    """How stock transformers loads a checkpoint (docs/checkpoints.md)."""
 
     STOCK_DENSE = "an ordinary checkpoint of the same class"
     STOCK_FORMAT = "a format that transformers reads natively (compressed-tensors)"
@@ -20,7 +20,7 @@ class Reload(enum.Enum):
 
 
 class Phase(enum.IntEnum):
-    """The parts of a stage, in the order in which the host runs them."""
+    """The phases of a stage, in the order in which the host runs them."""
 
     LOAD = 0
     TRANSFORM = 1
@@ -38,7 +38,7 @@ PHASE_OF_HOOK = {
 }
 
 
-# Training hooks that a callback cannot serve: they take OptimTrainer.
+# Training hooks that a callback cannot replace: they need OptimTrainer.
 TRAINER_HOOKS = ("training_loss", "parameter_groups")
 
 
@@ -52,21 +52,22 @@ class Paper:
 
     @property
     def url(self) -> str:
+        """Address of the paper on arxiv.org or doi.org."""
         return f"https://arxiv.org/abs/{self.id}" if not self.id.startswith("10.") else f"https://doi.org/{self.id}"
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a step asks of the model and what it leaves, over traits.
+    """The preconditions and effects of a step, written in traits of the model.
 
     Attributes:
-        needs: traits that must hold before the step.
-        forbids: traits that must not hold before the step.
-        adds: traits that hold after it.
-        drops: traits that it ends, knowingly.
-        keeps: fragile traits that survive it.
-        owes: traits that some *later* step must add, or the recipe is refused.
-        owns: names of places that only one step of a recipe may fill (``"attention"``, ``"experts"``).
+        needs: preconditions: traits that the model must have before the step.
+        forbids: traits that the model must not have before the step.
+        adds: postconditions: traits that the model has after the step.
+        drops: traits that the step removes on purpose.
+        keeps: fragile traits that survive the step.
+        owes: traits that a *later* step must add: the step must be followed by one that adds them.
+        owns: names of exclusive slots (``"attention"``, ``"experts"``), each of which one step of a recipe may fill.
     """
 
     needs: Set[Trait] = frozenset()
@@ -84,7 +85,7 @@ class Contract:
 
 @dataclass(frozen=True)
 class TechniqueSpec:
-    """What ``@technique`` records about a class."""
+    """The arguments of ``@technique``, and the first line of the class docstring as ``summary``."""
 
     name: str
     family: str

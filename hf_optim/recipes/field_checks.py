@@ -1,4 +1,4 @@
-"""Check the fields of a step against their annotations and stated ranges."""
+"""Declare the ranges of a technique's fields, and check values against ranges and annotations."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def option(
     choices: Iterable[Any] | None = None,
     infinite: bool = False,
 ) -> Any:
-    """A field with a stated range: ``low <= value <= high``, ``above < value < below``, or one of ``choices``.
+    """Declare a field with a range: ``low <= value <= high``, ``above < value < below``, or one of ``choices``.
 
-    Checked when the technique is constructed; ``None`` passes if the annotation admits it. A float must be finite,
-    unless ``infinite`` says that infinity has a meaning; NaN never passes.
+    The value is checked when the technique is constructed. ``None`` passes if the annotation admits it. A float must be
+    finite, unless ``infinite`` is set; NaN never passes. Raises ``TypeError`` for a mutable default.
     """
     limits = {"low": low, "high": high, "below": below, "above": above, "choices": choices and tuple(choices)}
     metadata = {key: value for key, value in limits.items() if value is not None} | {"infinite": infinite}
@@ -37,18 +37,18 @@ def option(
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
     word, names = str(word), [str(name) for name in known]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
-    # The beginning of a name is meant for it, however long it goes on.
+    # A prefix counts, however long the rest of the name is.
     close = close or [name for name in names if len(word) > 2 and name.startswith(word)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_fields(step: Any) -> None:
-    """Check every field of a technique (a dataclass with a ``name``) against its annotation and its range.
+    """Raise ``RecipeError`` if a field of a technique (a dataclass with a ``name``) does not fit its type or range.
 
-    Raises ``RecipeError``.
+    Lists become tuples, and whole numbers become floats where the annotation has only ``float``.
     """
     hints = typing.get_type_hints(type(step))
     for f in dataclasses.fields(step):
@@ -56,11 +56,11 @@ def check_fields(step: Any) -> None:
         if isinstance(value, list):
             value = tuple(value)
             object.__setattr__(step, f.name, value)
-        if isinstance(value, int) and not isinstance(value, bool) and _admits(hints[f.name], 0.5):
-            value = value if _admits(hints[f.name], 1) else float(value)
+        if isinstance(value, int) and not isinstance(value, bool) and admits(hints[f.name], 0.5):
+            value = value if admits(hints[f.name], 1) else float(value)
             object.__setattr__(step, f.name, value)
-        if not _admits(hints[f.name], value):
-            raise _misfit(f"{step.name}: {f.name}", value, hints[f.name])
+        if not admits(hints[f.name], value):
+            raise _wrong_type(f"{step.name}: {f.name}", value, hints[f.name])
         if value is not None:
             _check_finite(f"{step.name}: {f.name}", value, f.metadata.get("infinite", False))
             _check_range(f"{step.name}: {f.name}", value, f.metadata)
@@ -74,50 +74,51 @@ def _check_finite(what: str, value: Any, infinite: bool) -> None:
 
 def _check_range(what: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
     if "choices" in limits and value not in limits["choices"]:
-        raise _no_choice(what, value, limits["choices"])
-    for key, sign, fine in (
+        raise _wrong_choice(what, value, limits["choices"])
+    for key, sign, holds in (
         ("low", ">=", lambda v, b: v >= b),
         ("high", "<=", lambda v, b: v <= b),
         ("above", ">", lambda v, b: v > b),
         ("below", "<", lambda v, b: v < b),
     ):
-        if key in limits and not fine(value, limits[key]):
+        if key in limits and not holds(value, limits[key]):
             raise RecipeError(f"{what} must be {sign} {limits[key]}, not {value!r}")
 
 
-def _misfit(what: str, value: Any, hint: Any) -> RecipeError:
-    choices = choices_of(hint)
+def _wrong_type(what: str, value: Any, hint: Any) -> RecipeError:
+    choices = literal_choices(hint)
     if choices:
-        return _no_choice(what, value, choices)
-    remedy = f"; write [{value}]" if isinstance(value, str) and _admits(hint, (value,)) else ""
-    return RecipeError(f"{what} must be {spell(hint)}, not {value!r}{remedy}")
+        return _wrong_choice(what, value, choices)
+    remedy = f"; write [{value}]" if isinstance(value, str) and admits(hint, (value,)) else ""
+    return RecipeError(f"{what} must be {describe_type(hint)}, not {value!r}{remedy}")
 
 
-def _no_choice(what: str, value: Any, choices: Iterable[Any]) -> RecipeError:
+def _wrong_choice(what: str, value: Any, choices: Iterable[Any]) -> RecipeError:
     choices = tuple(choices)
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""
     return RecipeError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
 
 
-def choices_of(hint: Any) -> tuple[Any, ...]:
-    """The values that a ``Literal`` admits (with None, where that is an arm of a union); empty for other types."""
+def literal_choices(hint: Any) -> tuple[Any, ...]:
+    """Return the values that a ``Literal`` admits (and None, if a union has it); empty for other types."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        arms = [(None,) if arm is type(None) else choices_of(arm) for arm in typing.get_args(hint)]
+        arms = [(None,) if arm is type(None) else literal_choices(arm) for arm in typing.get_args(hint)]
         found = tuple(value for arm in arms for value in arm)
         return found if all(arms) and found != (None,) else ()
     return ()
 
 
-def _admits(hint: Any, value: Any) -> bool:
+def admits(hint: Any, value: Any) -> bool:
+    """Return True if a value has the annotated type. A bool is not an int here."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return True
     if hint is None or hint is type(None):
         return value is None
     if origin in (typing.Union, types.UnionType):
-        return any(_admits(arm, value) for arm in typing.get_args(hint))
+        return any(admits(arm, value) for arm in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if origin is tuple:
@@ -125,8 +126,8 @@ def _admits(hint: Any, value: Any) -> bool:
         if not isinstance(value, tuple):
             return False
         if len(arms) == 2 and arms[1] is Ellipsis:
-            return all(_admits(arms[0], v) for v in value)
-        return len(arms) == len(value) and all(_admits(a, v) for a, v in zip(arms, value, strict=True))
+            return all(admits(arms[0], v) for v in value)
+        return len(arms) == len(value) and all(admits(a, v) for a, v in zip(arms, value, strict=True))
     if origin is not None:
         return isinstance(value, origin)
     if hint in (int, float) and isinstance(value, bool):
@@ -137,15 +138,15 @@ def _admits(hint: Any, value: Any) -> bool:
 _PLURALS = {str: "names", int: "whole numbers", float: "numbers", bool: "booleans"}
 
 
-def spell(hint: Any) -> str:
-    """A type as people write it: ``int | None``, ``a list of names``."""
+def describe_type(hint: Any) -> str:
+    """Return a type in words: ``int | None``, ``a list of names``."""
     if hint is None or hint is type(None):
         return "None"
     origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(spell, arms))
+        return " | ".join(map(describe_type, arms))
     if origin is typing.Literal:
         return " | ".join(map(repr, arms))
     if origin is tuple and len(arms) == 2 and arms[1] is Ellipsis:
-        return f"a list of {_PLURALS.get(arms[0], spell(arms[0]))}"
+        return f"a list of {_PLURALS.get(arms[0], describe_type(arms[0]))}"
     return hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")

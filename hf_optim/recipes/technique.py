@@ -1,4 +1,4 @@
-"""What a technique is: a frozen class whose fields are its configuration and whose methods are hooks.
+"""The base class and the decorator of techniques: frozen classes whose fields are configuration and methods hooks.
 
 Example::
 
@@ -11,8 +11,8 @@ Example::
         @hookimpl
         def calibrate(self, run, scope): ...
 
-An object of the class is at once the configuration, the pluggy plugin and the step of a recipe. Mutable state lives in
-``run.state(step)``, never in the step: one step object may serve several runs.
+An object of the class is configuration, pluggy plugin and step of a recipe at once. Mutable state is kept in
+``run.state(step)``, never in the step: one step object may be used in several runs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from ..errors import RecipeError
 from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSpec
-from .field_checks import _admits, check_fields, did_you_mean, option
+from .field_checks import admits, check_fields, did_you_mean, option
 
 
 class Technique:
-    """Base of every technique. Subclasses are made with the decorator ``@technique``.
+    """Base of all techniques. Decorate subclasses with ``@technique``.
 
-    Some things may depend on the fields, and are methods for that reason: ``contract()``, ``reload()``,
+    Properties that may depend on the fields are methods, to be overridden: ``contract()``, ``reload()``,
     ``needs_data()``, ``needs_whole_model()``, ``needs_teacher()`` and ``changes_architecture()``.
     """
 
@@ -42,68 +42,69 @@ class Technique:
         self.validate()
 
     def validate(self) -> None:
-        """Raise ``RecipeError`` for field values that do not go together. The single ranges are checked before."""
+        """Raise ``RecipeError`` for a wrong combination of field values. Each value has been checked before."""
 
     def contract(self) -> Contract:
-        """The traits this step needs, adds, drops, keeps and owes, with these fields."""
+        """Return the traits that this step needs, forbids, adds, drops, keeps and owes, and the slots that it owns."""
         return self.spec.contract
 
     def reload(self) -> Reload:
-        """The reload level of a checkpoint whose last word is this step's."""
+        """Return the reload level that this step requires of the checkpoint."""
         return self.spec.reload
 
     def needs_data(self) -> bool:
-        """Whether ``calibrate`` must see batches. True by default for a technique that implements the hook."""
+        """Return True if ``calibrate`` needs batches; by default if the technique implements that hook."""
         return Phase.CALIBRATE in self.phases()
 
     def needs_whole_model(self) -> bool:
-        """Whether ``calibrate`` must see all blocks at once (a global ranking), whatever the driver."""
+        """Return True if ``calibrate`` needs all blocks at once (for a global ranking), with any driver."""
         return False
 
     def needs_teacher(self) -> bool:
-        """Whether ``calibrate`` works towards what each block computed before this stage: see ``Scope.teacher``."""
+        """Return True if ``calibrate`` needs the outputs of each block before this stage: see ``Scope.teacher``."""
         return False
 
     def phases(self) -> frozenset[Phase]:
-        """The phases of a stage that this step takes part in, read off the hooks it implements."""
+        """Return the phases of a stage that this step takes part in, derived from the hooks it implements."""
         return frozenset(phase for hook, phase in PHASE_OF_HOOK.items() if hasattr(type(self), hook))
 
     def changes_architecture(self) -> bool:
-        """Whether the model behind this step has other modules or shapes than the configuration said before it.
+        """Return True if the step changes modules or shapes, so that the model no longer matches its configuration.
 
-        True by default for a technique that takes part in the phase of ``transform_model``; override it in one that
-        makes the model smaller while it calibrates.
+        True by default for a technique that implements ``transform_model``. Override it in a technique that makes the
+        model smaller while it calibrates.
         """
         return Phase.TRANSFORM in self.phases()
 
     def implements(self, hook: str) -> bool:
-        """Whether this technique has a hook of that name."""
+        """Return True if this technique implements the hook."""
         return hasattr(type(self), hook)
 
     @property
     def name(self) -> str:
+        """Name of the technique, as in recipes."""
         return self.spec.name
 
     @classmethod
     def for_testing(cls) -> Technique:
-        """A step that does something, for tests: with its defaults, unless these leave to say what it is to do."""
+        """Return a step for the conformance suite. Override it if a step with default fields does nothing."""
         return cls()
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"technique": name, field: value, ...}`` with the fields that differ from their defaults."""
+        """Return ``{"technique": name, field: value, ...}`` with the fields that differ from their defaults."""
         changed, hints = {}, typing.get_type_hints(type(self))
         for f in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, f.name)
-            # Of a position in training, 1 is the first step and 1.0 the end, though they are equal.
-            either = _admits(hints[f.name], 1) and _admits(hints[f.name], 0.5)
-            same = value == f.default and not (either and type(value) is not type(f.default))
+            # As a position in training, 1 is the first step and 1.0 the end, although they are equal.
+            ambiguous = admits(hints[f.name], 1) and admits(hints[f.name], 0.5)
+            same = value == f.default and not (ambiguous and type(value) is not type(f.default))
             if f.default is dataclasses.MISSING or not same:
                 changed[f.name] = list(value) if isinstance(value, tuple) else value
         return {"technique": self.name, **changed}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Technique:
-        """Build a step from its fields. Unknown fields raise ``RecipeError`` with the nearest right name."""
+        """Build a step from its fields. Raises ``RecipeError``, for an unknown field with the nearest known name."""
         known = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
         for key in fields:
             if key not in known:
@@ -126,24 +127,24 @@ def technique(
     paper: Paper | None = None,
     trains: bool = False,
 ) -> Callable[[type[T]], type[T]]:
-    """Make a class a technique: a frozen, keyword-only dataclass that compares by identity.
+    """Turn a class into a technique: a frozen, keyword-only dataclass that compares by identity.
 
     Args:
-        name: the name in recipes; by convention the paper's own, in snake case.
+        name: the name in recipes; by convention that of the paper, in snake case.
         family: the folder of the catalogue it belongs to.
-        contract: over traits; override the method ``contract`` where it depends on the fields.
-        reload: reload level of its checkpoints; override the method ``reload`` where it depends on the fields.
+        contract: preconditions and effects; override the method ``contract`` if it depends on the fields.
+        reload: reload level of its checkpoints; override the method ``reload`` if it depends on the fields.
         paper: the source.
-        trains: True when the technique is nothing without training steps (a schedule, a distillation loss). Such a
-            step makes its stage a training stage; a technique with training hooks and ``trains=False`` takes part
-            in training when there is some.
+        trains: True if the technique has no effect without training steps (a schedule, a distillation loss). Such a
+            step makes its stage a training stage. A technique with training hooks and ``trains=False`` takes part in
+            training if the stage trains anyway.
     """
 
     def decorate(cls: type[T]) -> type[T]:
-        # eq=False: pluggy refuses two equal plugins, and one technique may stand twice in a recipe.
-        made = dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        # eq=False: pluggy rejects two equal plugins, but a recipe may have one technique twice.
+        frozen = dataclass(frozen=True, eq=False, kw_only=True)(cls)
         summary = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        made.spec = TechniqueSpec(name, family, contract, reload, paper, trains, summary)
-        return made
+        frozen.spec = TechniqueSpec(name, family, contract, reload, paper, trains, summary)
+        return frozen
 
     return decorate

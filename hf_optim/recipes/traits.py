@@ -1,6 +1,6 @@
-"""Traits: what is true of a model's weights and structure, as techniques see it.
+"""Traits: properties of a model's weights and structure, in which contracts are written.
 
-A contract (``techniques.Contract``) is written over traits, so that no technique ever names another one. A trait can be
+A contract (``recipes.contract.Contract``) is written in traits, so that no technique names another one. A trait can be
 checked in the tensors: ``hf_optim.testing.trait_checks.holds(trait, run)``.
 """
 
@@ -16,12 +16,12 @@ class Trait:
     """A named property of a model.
 
     Attributes:
-        name: what error messages print.
-        meaning: one line that completes "the model ...".
+        name: its name in error messages.
+        meaning: completes the phrase "a model that ...".
         fragile: True for a property of weight *values*, which any step that rewrites weights destroys unless its
             contract ``keeps`` it.
-        remedy: what a user can do when the trait is missing and no technique adds it.
-        check: for traits of third parties, the property tested in the tensors of ``run.model``; the built-in ones are
+        remedy: what a user can do if the trait is missing and no technique adds it, as a command: "start from ...".
+        check: for traits of third parties: tests the property in the tensors of ``run.model``. The built-in ones are
             checked by ``hf_optim.testing.trait_checks``.
     """
 
@@ -38,10 +38,10 @@ class Trait:
 FLOAT_WEIGHTS = Trait(
     "float-weights",
     "computes with floating-point weights",
-    remedy="start from the floating-point checkpoint: this one is quantized already",
+    remedy="start from the floating-point checkpoint instead of a quantized one",
 )
 QUANTIZED = Trait("quantized", "stores weights as codes on a grid")
-BITS_ASSIGNED = Trait("bits-assigned", "has a width in bits assigned to each of its layers")
+BITS_ASSIGNED = Trait("bits-assigned", "has a bit width assigned to each of its layers")
 SPARSE = Trait("sparse", "has weights that were pruned to zero", fragile=True)
 SPARSE_NM = Trait("sparse-nm", "keeps N of every M weights in a row", fragile=True)
 MOE = Trait("moe", "routes tokens to experts")

@@ -66,10 +66,10 @@ def test_the_promised_recipes_are_shipped():
         ({"steps": [RTN], "calibration": 3}, "must be a mapping"),
         ("w4a61", "no recipe 'w4a61'; did you mean 'w4a16'"),
         ("missing.yaml", "no recipe file 'missing.yaml'"),
-        (3, "cannot make a recipe of a int"),
+        (3, "a mapping or a list of steps, not as a int"),
     ],
 )
-def test_bad_recipes_say_what_is_wrong(source, message):
+def test_bad_recipes_are_refused_with_the_reason(source, message):
     with pytest.raises(RecipeError) as caught:
         OptimConfig.parse(source)
     assert message in str(caught.value)

@@ -135,7 +135,7 @@ def test_rounds_that_contradict_the_recipe_are_refused():
 def test_two_owners_of_the_rounds_are_refused(first, second):
     """Each divides the steps and sets the learning rate: of two, one would be dropped without a word."""
     recipe = OptimConfig.parse([{"technique": first}, {"technique": second}])
-    message = rf"step 2 \({second}\) and step 1 \({first}\) both set '[a-z ]+'; leave one of them out"
+    message = rf"keep only one of step 2 \({second}\) and step 1 \({first}\): both set '[a-z ]+'"
     with pytest.raises(RecipeError, match=message):
         recipe.check()
 

@@ -392,7 +392,7 @@ def test_quantizing_afterwards_keeps_the_zeros(tmp_path):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("other", ["qat", "top_kast"])
 def test_two_steps_that_change_the_forward_are_refused(other):
-    with pytest.raises(RecipeError, match=rf"step 2 \({other}\) and step 1 \(sr_ste\) both set 'the training forward"):
+    with pytest.raises(RecipeError, match=rf"step 2 \({other}\) and step 1 \(sr_ste\): both set 'the training forward"):
         OptimConfig.parse([{"technique": "sr_ste"}, {"technique": other}]).check()
 
 
