@@ -90,7 +90,7 @@ class Checkpoint:
         return [name for name in names if name not in self._first_of]
 
     def stored_unchanged(self, name: str) -> TensorInfo | None:
-        """Return the stored tensor that equals the parameter bit for bit; None if it must be cast or converted."""
+        """Return the stored tensor that is the parameter, bitwise identical; None if it must be cast or converted."""
         sources = self._sources[self._first_of[name]]
         if sources.converter is not None:
             return None

@@ -33,7 +33,7 @@ class ActivationCache:
         device: the device of the current block.
         directory: where activations are offloaded to; None keeps them in host memory.
         name: prefix of the file names, to distinguish two caches in one directory.
-        keeps_inputs: keep the inputs of a block, beside its outputs, until the next block starts.
+        keeps_inputs: keep the inputs of a block too, not only its outputs, until the next block starts.
     """
 
     def __init__(

@@ -24,13 +24,13 @@ from ..forward import Batch, BlockInputsCaptured, replace_forwards
 
 @dataclass(frozen=True)
 class _TensorRef:
-    """Stands for a recorded tensor among the leaves of a call: its index in the tensors of that batch."""
+    """A reference to a recorded tensor, in place of it in a call: its index in the tensors of that batch."""
 
     index: int
 
 
 class _Hidden:
-    """Stands for the hidden state among the leaves of a call."""
+    """The type of ``HIDDEN``, which is in place of the hidden state in a call."""
 
 
 HIDDEN = _Hidden()

@@ -67,8 +67,8 @@ def _stored_bytes(recipe: OptimConfig, model: Any, width: int) -> int:
         if not isinstance(module, torch.nn.Linear) or topology.is_output_head(model, name):
             continue
         rows, columns = module.weight.shape
-        asked = getattr(step, "group_size", None)
-        groups = columns // fit_group_size(columns, asked) if asked else 1
+        group_size = getattr(step, "group_size", None)
+        groups = columns // fit_group_size(columns, group_size) if group_size else 1
         total += rows * (_packed_bytes(columns, bits) + groups * width - columns * width)
     return total
 
