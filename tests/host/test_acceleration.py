@@ -233,7 +233,9 @@ def test_a_kernel_that_raises_falls_back_once_and_loudly(model, x):
     up = model.get_submodule(UP)
     dense = up(x)
     hf_optim.accelerate(model, [Kernel("broken", supports=lambda w: None, prepack=Broken)])
-    with pytest.warns(KernelWarning, match=r"layers\.0\.mlp\.up_proj falls back to the dense path: broken raised RuntimeError"):
+    with pytest.warns(
+        KernelWarning, match=r"layers\.0\.mlp\.up_proj falls back to the dense path: broken raised RuntimeError"
+    ):
         assert torch.equal(up(x), dense)
     assert torch.equal(up(x), dense)
     assert up.packed_weight.calls == 1

@@ -109,11 +109,11 @@ def test_every_architecture_runs_as_before(name):
         wanted, found = apart(**inputs), model(**inputs)
     assert torch.allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-5)
     assert (calls(model), calls(apart)) == COUNTS[name]
-    assert all(fused_output.held is None for fused_output in fused_outputs(model))
+    assert all(fused_output.cached is None for fused_output in fused_outputs(model))
     if model.can_generate():
         texts = [m.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False) for m in (model, apart)]
         assert torch.equal(*texts)
-        assert all(fused_output.held is None for fused_output in fused_outputs(model))
+        assert all(fused_output.cached is None for fused_output in fused_outputs(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "bert"])
@@ -208,10 +208,10 @@ def test_the_product_is_computed_once_and_let_go(model, x):
     with torch.no_grad():
         assert q(once).shape == (2, 5, 32)
         k(once)
-        assert q.packed_weight.fused_output.held is not None
+        assert q.packed_weight.fused_output.cached is not None
         v(once)
     assert calls(model) == before + 1
-    assert q.packed_weight.fused_output.held is None
+    assert q.packed_weight.fused_output.cached is None
     alive = weakref.ref(once)
     del once
     assert alive() is None
@@ -345,8 +345,8 @@ def test_copies_are_joined_and_whole(model, x):
         q(x)
         alone = copy.deepcopy(model.get_submodule(V))
         assert torch.equal(alone(x), model.get_submodule(V)(x))
-        assert alone.packed_weight.fused_output.held is not None
-        assert alone.packed_weight.fused_output.held[0] is x
+        assert alone.packed_weight.fused_output.cached is not None
+        assert alone.packed_weight.fused_output.cached[0] is x
         file = io.BytesIO()
         torch.save(model.get_submodule(K), file)
         file.seek(0)
@@ -388,7 +388,7 @@ def test_a_joint_operand_that_fails_falls_back_layer_by_layer(x):
     model = packed(kernel=Kernel("broken", supports=supports_all, prepack=Broken, join=joined))
     q, k = model.get_submodule(Q), model.get_submodule(K)
     for layer in (q, k):
-        with pytest.warns(KernelWarning, match="is dense from now on: broken raised RuntimeError"):
+        with pytest.warns(KernelWarning, match="falls back to the dense path: broken raised RuntimeError"):
             assert torch.allclose(layer(x), x @ layer.weight.T)
         assert torch.allclose(layer(x), x @ layer.weight.T)
     hf_optim.accelerate(model, [JOINING])
@@ -449,7 +449,7 @@ def test_a_compiled_model_has_one_product_a_group(captured, mode):
     assert len(captured.graphs) == 1
     nodes = [node for node in captured.graphs[0].graph.nodes if node.target is operator.matmul]
     assert len([node for node in nodes if "in decoded" not in node.stack_trace and OPERANDS in node.stack_trace]) == 9
-    assert all(fused_output.held is None for fused_output in fused_outputs(model))
+    assert all(fused_output.cached is None for fused_output in fused_outputs(model))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -1,4 +1,4 @@
-"""Faster layers for a model in memory: ``accelerate`` packs them for kernels, ``restore`` unpacks, ``report`` lists.
+"""Fast kernels for a model in memory: ``accelerate`` packs its layers, ``restore`` unpacks them, ``report`` lists them.
 
 A layer on a kernel is the same module with another class, ``PackedLinear``: it keeps its compressed weight in the
 kernel's layout and no dense one. No class is modified and no global state changes. ``save_pretrained`` writes the same
@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -28,14 +28,16 @@ from .kernel import NO_KERNEL, Kernel
 from .packed_linear import KernelWarning, PackedLinear
 from .swap import pack, prepack, unpack, unsupported_reason
 
+if TYPE_CHECKING:
+    from transformers import CompileConfig
+
 __all__ = [
-    "Kernel",
-    "KernelWarning",
     "LayerReport",
     "Report",
     "accelerate",
     "compile_config",
     "kernels_for",
+    "pack_layers",
     "report",
     "restore",
 ]
@@ -43,12 +45,12 @@ __all__ = [
 UNSUPPORTED = "_hf_optim_unsupported"
 ATTACHED = "_hf_optim_attached"
 NOT_COMPRESSED = "not compressed"
-NOT_ASKED = "accelerate() was not called"
+NOT_ACCELERATED = "accelerate() was not called"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why on none."""
+    """A linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why it runs dense."""
 
     name: str
     shape: tuple[int, int]
@@ -57,13 +59,13 @@ class LayerReport:
 
 
 class Report(list[LayerReport]):
-    """Every linear layer of a model; ``str()`` prints a table."""
+    """The linear layers of a model; ``str()`` formats them as a table."""
 
     def __str__(self) -> str:
         cells = [("layer", "out x in", "runs on")]
         cells += [(r.name, f"{r.shape[0]} x {r.shape[1]}", r.kernel or f"dense: {r.reason}") for r in self]
-        wide = [max(len(row[i]) for row in cells) for i in range(2)]
-        lines = [f"{name:<{wide[0]}}  {shape:>{wide[1]}}  {what}".rstrip() for name, shape, what in cells]
+        width = [max(len(row[i]) for row in cells) for i in range(2)]
+        lines = [f"{name:<{width[0]}}  {shape:>{width[1]}}  {what}".rstrip() for name, shape, what in cells]
         return "\n".join(lines)
 
 
@@ -93,7 +95,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     Args:
         model: a model, or a wrapper around one (peft).
         kernels: in order of preference.
-        decided: the layers that were tried already, with the reason why they are on no kernel (empty: they are on one).
+        decided: layers that were tried already, with the reason why no kernel runs them (``""`` if one does).
     """
     look_for_24 = any(kernel.sparse24 for kernel in kernels)
     shared = _shared(model)
@@ -122,7 +124,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
 
 
 def _make_savable(model: nn.Module) -> None:
-    """See to it that ``save_pretrained`` writes the stored format of packed layers, whoever quantized them."""
+    """Make ``save_pretrained`` write the stored format of packed layers, also of a model that others quantized."""
     inner: Any = _pretrained(model)
     packed = any(isinstance(m, PackedLinear) and hasattr(m, "quantization_scheme") for m in model.modules())
     if not packed or inner is None:
@@ -136,9 +138,9 @@ def _make_savable(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``: every layer has the weight and the forward it had before, bit by bit.
+    """Undo ``accelerate``: every layer gets back the weight and the forward it had before, bit-exact.
 
-    Nothing happens to a model without kernels.
+    A model without packed layers is left unchanged.
     """
     from ..quantizer import detach_quantizer
 
@@ -154,7 +156,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Which kernel each linear layer runs on, or why it runs dense."""
+    """Return, for each linear layer, the kernel it runs on or the reason why it runs dense."""
     unsupported = model.__dict__.get(UNSUPPORTED)
     rows = Report()
     for name, module in (topology.linears(model) | codebook_layers.codebook_linears(model)).items():
@@ -165,11 +167,8 @@ def report(model: nn.Module) -> Report:
             failure = module.packing.failure
             rows.append(LayerReport(name, shape, None if failure else str(module.packed_weight.label), failure))
         else:
-            rows.append(
-                LayerReport(
-                    name, shape, None, NOT_ASKED if unsupported is None else unsupported.get(name, NOT_COMPRESSED)
-                )
-            )
+            reason = NOT_ACCELERATED if unsupported is None else unsupported.get(name, NOT_COMPRESSED)
+            rows.append(LayerReport(name, shape, None, reason))
     return rows
 
 
@@ -208,7 +207,10 @@ def _pack(
     shared: str,
     outliers: float | None,
 ) -> str:
-    """Pack a layer for the first kernel that serves it; the empty string, or the reason why none does."""
+    """Pack a layer for the first kernel that supports it; return the reason why none does, or ``""``.
+
+    ``shared`` is another name of its weight (``""`` if it has none), ``outliers`` its outlier threshold.
+    """
     compressed = getattr(module, "quantization_scheme", None) is not None
     if not isinstance(module, nn.Linear):
         return f"a {type(module).__name__} is not laid out as nn.Linear" if compressed else NOT_COMPRESSED
@@ -227,13 +229,13 @@ def _pack(
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
-    """Parameter -> another name of it, for those that have one."""
+    """Map the name of each parameter that has several names to another one of them."""
     several = [names for names in parameter_names(model).values() if len(names) > 1]
     return {name: names[i == 0] for names in several for i, name in enumerate(names)}
 
 
 def _decompress(module: nn.Module) -> None:
-    """Do now what compressed-tensors would do at the first forward, of one layer that stock transformers loaded."""
+    """Decompress one layer that stock transformers loaded, as compressed-tensors would at the first forward."""
     status = getattr(module, "quantization_status", None)
     if getattr(status, "value", None) == "compressed" and "weight_scale" in module._parameters:
         from compressed_tensors.compressors.base import decompress_module
@@ -242,6 +244,7 @@ def _decompress(module: nn.Module) -> None:
 
 
 def _decompress_rest(model: nn.Module) -> None:
+    """Decompress the modules that are not linear layers, and remove the hook that would do it at the first forward."""
     for module in model.modules():
         if "ct_decompress_hook" in module.__dict__:
             for part in module.modules():
@@ -271,16 +274,16 @@ def _few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def compile_config(**changes: Any) -> Any:
-    """How ``generate`` may compile a model whose modules do not change meanwhile: without guards on them.
+def compile_config(**changes: Any) -> CompileConfig:
+    """Return a ``CompileConfig`` with which ``generate`` compiles a model without guards on its modules.
 
-    Before each compiled step torch checks some hundred attributes and tensors of every block: 2.7 of the 6.9
-    milliseconds of a step of a W4A16 8B model on an H200 with a slow host. Here these checks are left out::
+    Before each compiled step torch checks about a hundred attributes and tensors per block: 2.7 of the 6.9
+    milliseconds of a step of a W4A16 8B model on an H200 with a slow host. This configuration omits these checks::
 
         model.generate(..., cache_implementation="static", compile_config=hf_optim.compile_config())
 
-    The compiled step then does not notice a change of the model (``restore``, adapters, other weights): call
-    ``torch.compiler.reset()`` after one. Inputs are checked as ever.
+    The modules must then not change: the compiled step does not detect ``restore``, adapters or other weights. Call
+    ``torch.compiler.reset()`` after such a change. Guards on the inputs remain.
 
     Args:
         changes: other fields of transformers' ``CompileConfig``.

@@ -1,9 +1,9 @@
-"""From the ``quantization_config`` of a checkpoint to the layouts of its layers."""
+"""Checkpoint formats: from the ``quantization_config`` of a checkpoint to the tensor layouts of its layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,27 +11,30 @@ from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, 
 from .describe import scheme_unsupported_reason
 from .layouts import AWQ, GPTQ, Compressed, Layout
 
-# A model and what its checkpoint holds -> the layout of each of its linears that is compressed.
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+# (model, tensors of its checkpoint) -> the layout of each of its compressed linears, by name.
 CheckpointFormat = Callable[[nn.Module, SafetensorsHeaders], dict[str, Layout]]
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
-# What a compressed-tensors configuration may hold beside its schemes that says nothing about the layers.
-HARMLESS = ("version", "quant_method", "config_groups", "format", "ignore", "quantization_status")
+# The keys of a compressed-tensors configuration that are read here, or do not affect the layers.
+KNOWN_KEYS = ("version", "quant_method", "config_groups", "format", "ignore", "quantization_status")
 
 
 def parse_checkpoint_format(config: Mapping[str, Any]) -> CheckpointFormat:
-    """How to read a checkpoint with this ``quantization_config``. Raises ``UnsupportedCheckpoint``."""
+    """Return the format of checkpoints with this ``quantization_config``. Raises ``UnsupportedCheckpoint``."""
     from transformers.utils.quantization_config import QuantizationMethod as Method
 
     method = config.get("quant_method")
-    plans = {
+    parsers = {
         Method.COMPRESSED_TENSORS.value: _compressed_tensors,
         Method.GPTQ.value: _gptq,
         Method.AWQ.value: _awq,
     }
-    if method not in plans:
+    if method not in parsers:
         raise UnsupportedCheckpoint(f"quant_method {method!r}")
-    return plans[method](config)
+    return parsers[method](config)
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -41,16 +44,16 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
     if not config.get("config_groups"):
         raise UnsupportedCheckpoint("no config_groups")
     for key, value in config.items():
-        # kv_cache_scheme, transform_config, sparsity_config: a layer is not all that they concern.
-        if key not in HARMLESS and value and key in ("kv_cache_scheme", "transform_config"):
+        # These do not concern linear layers only.
+        if value and key in ("kv_cache_scheme", "transform_config"):
             raise UnsupportedCheckpoint(f"a {key}")
         if key == "sparsity_config" and value and value.get("format", "dense") != "dense":
             raise UnsupportedCheckpoint(f"a {key}")
     if config.get("quantization_status") != "compressed":
         raise UnsupportedCheckpoint("its weights are not compressed")
     try:
-        known = {key: value for key, value in config.items() if key in HARMLESS and key != "version"}
-        known["config_groups"] = {name: _unordered(group) for name, group in config["config_groups"].items()}
+        known = {key: value for key, value in config.items() if key in KNOWN_KEYS and key != "version"}
+        known["config_groups"] = {name: _without_actorder(group) for name, group in config["config_groups"].items()}
         parsed = QuantizationConfig.model_validate(known)
     except (ValidationError, ValueError) as error:
         raise UnsupportedCheckpoint(f"quantization_config: {error}") from error
@@ -59,25 +62,25 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
     return lambda model, headers: _matched(model, headers, targets, parsed.ignore or [])
 
 
-def _unordered(group: Any) -> Any:
-    # Newer releases refuse the word "group" here. Whether columns were sorted shows in the tensors (weight_g_idx).
+def _without_actorder(group: Any) -> Any:
+    # Newer releases reject the value "group". The tensors (weight_g_idx) show if columns were sorted.
     weights = group.get("weights") if isinstance(group, Mapping) else None
     return {**group, "weights": {**weights, "actorder": None}} if weights else group
 
 
-def _layout(scheme: Any, format_of_all: Any) -> Compressed:
+def _layout(scheme: QuantizationScheme, default_format: Any) -> Compressed:
     from compressed_tensors.config import CompressionFormat
 
     if reason := scheme_unsupported_reason(scheme):
         raise UnsupportedCheckpoint(reason)
-    own = scheme.format or format_of_all
-    stored = str(getattr(own, "value", own))
+    format = scheme.format or default_format
+    stored = str(getattr(format, "value", format))
     if stored not in FORMATS:
         raise UnsupportedCheckpoint(f"format {stored!r}")
     kept = scheme.model_copy(deep=True)
     kept.format = CompressionFormat(stored)
     if stored == "pack-quantized" and not kept.weights.symmetric:
-        # Where the model is saved again: see `schemes.scheme`.
+        # For saving the model again: see ``schemes.scheme``.
         kept.format = CompressionFormat.naive_quantized
     return Compressed(kept, stored)
 
@@ -96,7 +99,7 @@ def _matched(
         layout = targets[match_targets(name, module, list(targets))[0]]
         entry = headers.find(f"{name}.{layout.key}")
         if entry is None and headers.find(f"{name}.weight_scale") is None:
-            continue  # a layer that is new (a head), or that was left dense
+            continue  # a layer that is new (a head) or was left dense
         if entry is not None and layout.key == "weight" and entry.type in FLOAT_DTYPES:
             continue
         found[name] = layout
@@ -105,13 +108,13 @@ def _matched(
 
 def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
     bits, size = config.get("bits"), config.get("group_size", 128)
-    first = str(config["quant_method"])  # the first version of the format has its plain name
-    form = config.get("checkpoint_format") or first
-    if bits not in (2, 3, 4, 8) or form not in (first, f"{first}_v2") or config.get("dynamic"):
+    version_1 = str(config["quant_method"])  # the first version of the format has no suffix
+    version = config.get("checkpoint_format") or version_1
+    if bits not in (2, 3, 4, 8) or version not in (version_1, f"{version_1}_v2") or config.get("dynamic"):
         raise UnsupportedCheckpoint(
-            f"GPTQ with bits {bits}, checkpoint_format {form!r}, dynamic {config.get('dynamic')}"
+            f"GPTQ with bits {bits}, checkpoint_format {version!r}, dynamic {config.get('dynamic')}"
         )
-    layout = GPTQ(bits, _size(size), zero_points_minus_one=form == first)
+    layout = GPTQ(bits, _group_size(size), zero_points_minus_one=version == version_1)
     return lambda model, headers: _named(model, headers, layout)
 
 
@@ -120,16 +123,16 @@ def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
     version = str(getattr(config.get("version"), "value", config.get("version") or "gemm")).lower()
     if bits != 4 or version != "gemm":
         raise UnsupportedCheckpoint(f"AWQ with bits {bits}, version {version!r}")
-    layout = AWQ(_size(size))
+    layout = AWQ(_group_size(size))
     return lambda model, headers: _named(model, headers, layout)
 
 
-def _size(size: Any) -> int | None:
+def _group_size(size: Any) -> int | None:
     return None if size in (None, -1) else int(size)
 
 
 def _named(model: nn.Module, headers: SafetensorsHeaders, layout: Layout) -> dict[str, Layout]:
-    """The linears of which the checkpoint has a ``qweight``: the configuration does not tell them."""
+    """Assign ``layout`` to the linears with a ``qweight`` in the checkpoint; the configuration does not list them."""
     found: dict[str, Layout] = {}
     for name, module in model.named_modules():
         if headers.find(f"{name}.{layout.key}") is not None:
@@ -138,6 +141,6 @@ def _named(model: nn.Module, headers: SafetensorsHeaders, layout: Layout) -> dic
             found[name] = layout
     if len(found) != headers.count(f".{layout.key}"):
         raise UnsupportedCheckpoint(
-            f"{headers.count(f'.{layout.key}') - len(found)} of its layers are none of the model's"
+            f"{headers.count(f'.{layout.key}') - len(found)} of its layers do not exist in the model"
         )
     return found

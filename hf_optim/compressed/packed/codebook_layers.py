@@ -1,8 +1,8 @@
-"""Modules of remote code that hold codes (``holds_codes``), on kernels and back, in place.
+"""Putting codebook modules of remote code (``holds_codes``) on kernels and taking them off, in place.
 
-Such a module keeps the codes of a linear layer in one buffer, ``codes_buffer``; ``pack(codes)`` makes that buffer of
-codes, ``uint8 [out, in]``. On a kernel the buffer is gone, and the packed weight has the codes in its own layout;
-everything else stays where it is. ``save_pretrained`` writes what it would write without a kernel.
+Such a module keeps the codes of a linear layer in one buffer, whose name is ``codes_buffer``; ``pack(codes)`` builds
+that buffer from codes, ``uint8 [out, in]``. On a kernel the buffer is removed, and the packed weight holds the codes in
+its own layout; everything else stays in place. ``save_pretrained`` writes the same tensors as without a kernel.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ KERNEL = "_hf_optim_kernel"
 
 
 class PackedCodebookLayer:
-    """Part of the class of a module that computes with its ``packed_weight``."""
+    """Mixin for the class of a codebook module on a kernel: it computes with its ``packed_weight``."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in] -> [..., out]."""
         packed_weight: Any = self._modules[PACKED_WEIGHT]  # type: ignore[attr-defined]
         if not packed_weight.accepts(input):
             return super().forward(input)  # type: ignore[misc]
@@ -34,20 +35,20 @@ class PackedCodebookLayer:
         except Exception as error:
             if type(error).__module__ == CHECKPOINT:
                 raise
-            # A fault of the input is the module's own to report: it then raises here.
+            # If the input is at fault, the module's own forward raises here.
             output = super().forward(input)  # type: ignore[misc]
             unpack(self)  # type: ignore[arg-type]
-            text = f"a {type(self).__name__} decodes its weight from now on: {type(error).__name__}: {error}"
+            text = f"a {type(self).__name__} falls back to decoding its weight: {type(error).__name__}: {error}"
             warnings.warn(text, KernelWarning, stacklevel=2)
             return output
         bias = self.bias  # type: ignore[attr-defined]
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            # The packed weight has the bias' values; a difference of zero brings the gradient.
+            # The packed weight added the bias without a gradient; adding zero attaches it.
             output = output + (bias - bias.detach())
         return output
 
     def codes(self) -> Tensor:
-        """The codes, ``uint8 [out, in]``, made now."""
+        """Unpack the codes, ``uint8 [out, in]``."""
         packed_weight: Any = self._modules[PACKED_WEIGHT]  # type: ignore[attr-defined]
         return packed_weight.codes()
 
@@ -69,7 +70,7 @@ class PackedCodebookLayer:
         destination[prefix + name] = getattr(self, name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # The layout depends on dtype and device: it is made anew. Codes are few bits, so this is cheap.
+        # The layout depends on dtype and device, so the codes are packed again. They are small, so this is cheap.
         kernel = self.__dict__[KERNEL]
         unpack(self)  # type: ignore[arg-type]
         module: Any = self
@@ -85,7 +86,7 @@ def _packed_class(cls: type) -> type:
 
 
 def codebook_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model that are modules of remote code, by name."""
+    """Return the linear layers of a model that are codebook modules of remote code, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -94,7 +95,7 @@ def codebook_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
-    """Put a module on the first kernel that serves it; the empty string, or the reason why none does."""
+    """Put a module on the first kernel that supports it; return the reason why none does, or ``""``."""
     if isinstance(module, PackedCodebookLayer):
         return ""
     reasons = []
@@ -115,7 +116,7 @@ def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
 
 @torch.no_grad()
 def pack(module: nn.Module, kernel: Kernel) -> None:
-    """Give the module its packed weight in place of its codes."""
+    """Replace the codes of a module by the packed weight of a kernel. Raises what ``Kernel.prepack`` raises."""
     packed_weight = kernel.prepack(module)  # type: ignore[arg-type]
     del module._buffers[module.codes_buffer]  # type: ignore[arg-type]
     module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]
@@ -125,12 +126,12 @@ def pack(module: nn.Module, kernel: Kernel) -> None:
 
 @torch.no_grad()
 def unpack(module: nn.Module) -> None:
-    """Undo ``pack``: the module is what it was, bit by bit. One that is on no kernel is left alone."""
+    """Undo ``pack``, bit-exact. A module that is not on a kernel is left unchanged."""
     if not isinstance(module, PackedCodebookLayer):
         return
     name: Any = type(module).codes_buffer  # type: ignore[attr-defined]
     held = getattr(module, name)
     del module._modules[PACKED_WEIGHT], module.__dict__[KERNEL]
     module.__class__ = type(module).__mro__[2]
-    # In its old place: buffers are saved in their order.
+    # In its original position, since buffers are saved in order.
     module._buffers.update({name: held, **{key: module._buffers.pop(key) for key in list(module._buffers)}})

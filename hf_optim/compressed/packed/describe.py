@@ -1,9 +1,9 @@
-"""A layer in the words of ``compressed.weights``: from its quantization scheme, or from a 2:4 pattern."""
+"""Describing the weight of a layer for kernels (``QuantizedWeight``), from its scheme or its 2:4 pattern."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from ..codes import group_size_of, is_sparse24, recover_codes
 from ..weights import Codes, InputQuantization, QuantizedWeight
 
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
 OFFLOADED = "its weight is offloaded"
 
 
-def scheme_unsupported_reason(scheme: Any) -> str:
-    """Why a layer of this ``QuantizationScheme`` cannot be described; the empty string if it can."""
+def scheme_unsupported_reason(scheme: QuantizationScheme) -> str:
+    """Return why a layer with this ``QuantizationScheme`` cannot be described for kernels, or ``""``."""
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None:
         return "its weights are not quantized"
@@ -37,7 +40,7 @@ def scheme_unsupported_reason(scheme: Any) -> str:
 def describe_weight(
     name: str,
     shape: tuple[int, int],
-    scheme: Any,
+    scheme: QuantizationScheme,
     scale: Tensor,
     bias: Tensor | None,
     codes: Callable[[], Codes],
@@ -46,11 +49,19 @@ def describe_weight(
     sparse24: bool = False,
     outliers: float | None = None,
 ) -> QuantizedWeight:
-    """A quantized weight. Its dtype and device are those of ``scale``; ``scheme_unsupported_reason`` must be empty.
+    """Describe a quantized weight. ``scheme_unsupported_reason`` must be ``""`` for its scheme.
 
-    ``outliers`` is left out where the weight is not of the form that ``QuantizedWeight`` wants for it.
+    Args:
+        name: qualified name of the layer.
+        shape: ``[out, in]``.
+        scheme: how weights and inputs are quantized.
+        scale: its dtype and device are those of the weight.
+        bias: ``[out]``, or None.
+        codes, ordered, sparse24: see ``QuantizedWeight``.
+        outliers: threshold for outlier decomposition; ignored unless the weight has the form that
+            ``QuantizedWeight.outliers`` requires.
     """
-    args, inputs = scheme.weights, scheme.input_activations
+    args = scheme.weights
     return QuantizedWeight(
         name=name,
         shape=shape,
@@ -61,18 +72,24 @@ def describe_weight(
         group_size=group_size_of(args, shape[1]),
         symmetric=bool(args.symmetric),
         ordered=ordered,
-        inputs=inputs
-        and InputQuantization(
-            "float8" if inputs.type == "float" else "int8", inputs.dynamic is True, bool(inputs.symmetric)
-        ),
+        inputs=_input_quantization(scheme),
         sparse24=sparse24,
         bias=None if bias is None else bias.detach(),
         codes=codes,
-        outliers=outliers if _may_split(scheme) and not ordered else None,
+        outliers=outliers if _allows_outlier_decomposition(scheme) and not ordered else None,
     )
 
 
-def _may_split(scheme: Any) -> bool:
+def _input_quantization(scheme: QuantizationScheme) -> InputQuantization | None:
+    inputs = scheme.input_activations
+    if inputs is None:
+        return None
+    return InputQuantization(
+        "float8" if inputs.type == "float" else "int8", inputs.dynamic is True, bool(inputs.symmetric)
+    )
+
+
+def _allows_outlier_decomposition(scheme: QuantizationScheme) -> bool:
     args = scheme.weights
     plain = args.type == "int" and args.num_bits == 8 and bool(args.symmetric) and args.strategy != "group"
     return plain and scheme.input_activations is None
@@ -81,7 +98,17 @@ def _may_split(scheme: Any) -> bool:
 def describe_module(
     name: str, module: nn.Linear, look_for_24: bool, outliers: float | None = None
 ) -> QuantizedWeight | str:
-    """The weight of a layer in memory, or the reason why no kernel can be asked; empty if it is not compressed."""
+    """Describe the weight of a layer in memory.
+
+    Args:
+        name: qualified name of the layer.
+        module: the layer, in the decoded state (see ``state``) or not quantized.
+        look_for_24: check the weight for the 2:4 pattern.
+        outliers: see ``describe_weight``.
+
+    Returns:
+        The description, or the reason why no kernel can run the layer; ``""`` if it is not compressed.
+    """
     scheme: Any = getattr(module, "quantization_scheme", None)
     weight = module._parameters.get("weight")
     if scheme is None and not look_for_24:
@@ -108,7 +135,7 @@ def describe_module(
         scheme,
         weight.detach(),
         module.bias,
-        # Not kept beyond the binding, or the dense weight would be.
+        # Holds the dense weight, so it must not be kept after prepacking.
         lambda: recover_codes(module),
         ordered=not plain,
         sparse24=look_for_24 and plain and is_sparse24(weight.detach()),

@@ -1,7 +1,7 @@
-"""Norms that quantize for the layers that read them.
+"""Norms that quantize their output for the layers that read it.
 
-Which layers read a norm is found by tracing, as in ``joining``. Where all of them are on a kernel that can do it, the
-norm's class is changed to ``QuantizingNorm``: the same module, whose forward asks the kernel first.
+Which layers read a norm is found by tracing, as in ``fused_projections``. If all of them are on a kernel that supports
+it, the class of the norm is changed to ``QuantizingNorm``: the same module, whose forward tries the kernel first.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FORMER, FUSED = "_former", "_fused"
 
 
 class QuantizingNorm(nn.Module):
-    """A norm that makes the codes of its output beside it, where its kernel says that this pays."""
+    """A norm that also quantizes its output, where the kernel of its readers expects this to be faster."""
 
     _former: type[nn.Module]
     _fused: Callable[[nn.Module, Tensor], Tensor | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the norm computes, to rounding."""
+        """Return the output of the norm, equal up to rounding."""
         if len(args) == 1 and not kwargs:
             output = self._fused(self, args[0])
             if output is not None:
@@ -35,30 +35,33 @@ class QuantizingNorm(nn.Module):
         return self._former.forward(self, *args, **kwargs)
 
     def unfuse(self) -> None:
-        """Give the norm its own class back."""
+        """Restore the norm's own class."""
         self.__class__ = self.__dict__.pop(FORMER)
         del self.__dict__[FUSED]
 
 
-def fuse_norms(model: nn.Module, wiring: Trace | None = None) -> None:
-    """Let the norms of a model quantize for the packed layers that read them, where these can take it.
+def fuse_norms(model: nn.Module, traced: Trace | None = None) -> None:
+    """Let the norms of a model quantize for the packed layers that read them, where the kernel supports it.
 
     Args:
-        wiring: a trace of the model with its packed layers; None makes one, if it is needed.
+        model: the model; norms are changed in place.
+        traced: a trace of the model with its packed layers; None traces the model if necessary.
     """
-    ready = [m for m in model.modules() if isinstance(m, PackedLinear) and _fuses(m) and m.packing.norm is None]
+    ready = [m for m in model.modules() if isinstance(m, PackedLinear) and _can_fuse(m) and m.packing.norm is None]
     if not ready:
         return
-    wiring = wiring or trace_packed(model)
-    for group in find_norm_groups(wiring) if wiring is not None else ():
+    traced = traced or trace_packed(model)
+    for group in find_norm_groups(traced) if traced is not None else ():
         _fuse(group)
 
 
-def _fuses(layer: nn.Module) -> bool:
-    return isinstance(layer, PackedLinear) and not layer.packing.failure and hasattr(_prepacked(layer), "fuse")
+def _can_fuse(layer: nn.Module) -> bool:
+    """Return True if a layer is on a kernel that can take quantized inputs from a norm."""
+    return isinstance(layer, PackedLinear) and not layer.packing.failure and hasattr(_whole_weight(layer), "fuse")
 
 
-def _prepacked(layer: PackedLinear) -> Any:
+def _whole_weight(layer: PackedLinear) -> Any:
+    """Return the packed weight of a layer, or the fused weight of which it is a slice."""
     packed_weight = layer._modules[PACKED_WEIGHT]
     return packed_weight.fused if isinstance(packed_weight, FusedSlice) else packed_weight
 
@@ -66,16 +69,16 @@ def _prepacked(layer: PackedLinear) -> Any:
 def _fuse(group: NormGroup) -> None:
     norm: Any = group.module
     layers: list[Any] = list(group.linears.values())
-    own = "forward" in norm.__dict__ or "_old_forward" in norm.__dict__
-    if own or isinstance(norm, QuantizingNorm) or not layers or not all(_fuses(layer) for layer in layers):
+    replaced = "forward" in norm.__dict__ or "_old_forward" in norm.__dict__
+    if replaced or isinstance(norm, QuantizingNorm) or not layers or not all(_can_fuse(layer) for layer in layers):
         return
-    packed_weights = list({id(_prepacked(layer)): _prepacked(layer) for layer in layers}.values())
+    packed_weights = list({id(_whole_weight(layer)): _whole_weight(layer) for layer in layers}.values())
     if len({type(packed_weight) for packed_weight in packed_weights}) > 1:
         return
-    made = packed_weights[0].fuse(norm, packed_weights)
-    if made is None:
+    fused = packed_weights[0].fuse(norm, packed_weights)
+    if fused is None:
         return
-    norm.__dict__[FORMER], norm.__dict__[FUSED] = type(norm), made
+    norm.__dict__[FORMER], norm.__dict__[FUSED] = type(norm), fused
     norm.__class__ = QuantizingNorm
     for layer in layers:
         layer.packing.norm = norm

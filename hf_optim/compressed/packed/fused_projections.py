@@ -1,6 +1,6 @@
-"""Joining the layers that read the same tensor (q, k and v; gate and up) into one product, and undoing it.
+"""Running layers that read the same tensor (q, k and v; gate and up) as one product, and undoing it.
 
-Which layers do is not known by name, but found by looking: one forward of the model is traced without weights.
+Such layers are not recognized by name: one forward of the model is traced without weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class FusedProjections:
-    """Layers that run as one product wherever their kernel has a packed weight for all of them.
+    """Layers that run as one product if their kernel can join their packed weights.
 
     Attributes:
         layers: in the order in which they run.
         contiguous: see ``FusedOutput``.
-        fused: the packed weight of all; None while each has its own.
+        fused: the packed weight of all layers; None while each layer has its own.
     """
 
     def __init__(self, layers: list[PackedLinear], contiguous: bool) -> None:
@@ -41,19 +41,19 @@ class FusedProjections:
 
     @torch.no_grad()
     def fuse(self) -> bool:
-        """Replace the packed weights by slices of one fused weight. Return False where the kernel does not allow it."""
-        kinds = {_kind(layer) for layer in self.layers}
-        description = self.layers[0].packing.description
-        if self.fused is not None or len(kinds) > 1 or None in kinds or description.device.type == "meta":
+        """Replace the packed weights by slices of one fused weight. Return False if the kernel does not allow it."""
+        kinds = {_fusion_key(layer) for layer in self.layers}
+        device = self.layers[0].packing.description.device
+        if self.fused is not None or len(kinds) > 1 or None in kinds or device.type == "meta":
             return False
         fused = _fuse_weights(self.layers)
         if fused is None:
             return False
-        fused_output = FusedOutput([layer.out_features for layer in self.layers], self.contiguous)
-        short = _short([layer.packing.description.name for layer in self.layers])
+        output = FusedOutput([layer.out_features for layer in self.layers], self.contiguous)
+        short = _short_names([layer.packing.description.name for layer in self.layers])
         for i, layer in enumerate(self.layers):
             others = ", ".join(name for name in short if name != short[i])
-            layer._modules[PACKED_WEIGHT] = FusedSlice(fused, fused_output, i, f"{fused.label}, with {others}")
+            layer._modules[PACKED_WEIGHT] = FusedSlice(fused, output, i, f"{fused.label}, with {others}")
             layer.packing.group = self
             layer.tie()
         self.fused = fused
@@ -61,69 +61,61 @@ class FusedProjections:
 
     @torch.no_grad()
     def unfuse(self) -> None:
-        """Give every layer a packed weight of its own again, with the same codes. ``fuse`` may follow."""
+        """Give every layer its own packed weight again, with the same codes. ``fuse`` may follow."""
         if self.fused is None:
             return
-        found, start = self.fused.codes(), 0
+        codes, start = self.fused.codes(), 0
         for layer in self.layers:
             layer.packing.unfuse_norm()
             bias = layer._parameters["bias"]
             if bias is not None:
                 bias.data = bias.data.clone()
-            codes = partial(slice_rows, found, start, start + layer.out_features)
-            weight = replace(layer.packing.description, bias=None if bias is None else bias.detach(), codes=codes)
+            own = partial(slice_rows, codes, start, start + layer.out_features)
+            weight = replace(layer.packing.description, bias=None if bias is None else bias.detach(), codes=own)
             layer._modules[PACKED_WEIGHT] = layer.packing.kernel.prepack(weight)
             layer.tie()
             start += layer.out_features
         self.fused = None
 
     def disband(self) -> None:
-        """``unfuse`` for good."""
+        """Call ``unfuse`` and dissolve the group."""
         self.unfuse()
         for layer in self.layers:
             layer.packing.group = None
 
 
-def _kind(layer: PackedLinear) -> Hashable:
-    """Equal for layers that a kernel may join; None for one that has none."""
-    packing, description = layer.packing, layer.packing.description
+def _fusion_key(layer: PackedLinear) -> Hashable:
+    """Return a key that is equal for layers that a kernel may join; None if the layer's kernel joins none."""
+    packing, weight = layer.packing, layer.packing.description
     if packing.failure or packing.kernel.join is None:
         return None
-    inputs = description.inputs and (description.inputs.type, description.inputs.dynamic, description.inputs.symmetric)
-    form = (
-        description.kind,
-        description.bits,
-        description.group_size,
-        description.symmetric,
-        description.ordered,
-        description.sparse24,
-        description.outliers,
-    )
+    inputs = weight.inputs and (weight.inputs.type, weight.inputs.dynamic, weight.inputs.symmetric)
+    form = weight.kind, weight.bits, weight.group_size, weight.symmetric, weight.ordered, weight.sparse24
     biased = layer._parameters["bias"] is not None
-    return packing.kernel, description.shape[1], description.dtype, description.device, *form, inputs, biased
+    return packing.kernel, weight.shape[1], weight.dtype, weight.device, *form, weight.outliers, inputs, biased
 
 
 def _fuse_weights(layers: list[PackedLinear]) -> Any:
-    """The kernel's joint packed weight, or None."""
+    """Join the packed weights of layers; return None if their kernel does not."""
     join = layers[0].packing.kernel.join
     assert join is not None
     names = [layer.packing.description.name for layer in layers]
     try:
         fused = join([layer._modules[PACKED_WEIGHT] for layer in layers])
     except Exception as error:
-        log.debug("%s are not joined: %s: %s", names, type(error).__name__, error)
+        log.debug("%s are not fused: %s: %s", names, type(error).__name__, error)
         return None
     if fused is None or layers[0]._parameters["bias"] is None:
         return fused
     bias = fused._buffers.get("bias")
     if bias is None or bias.shape != (sum(layer.out_features for layer in layers),):
-        log.debug("%s are not joined: the joint packed weight has no buffer of their biases", names)
+        log.debug("%s are not fused: the fused weight has no buffer with their biases", names)
         return None
     return fused
 
 
-def _short(names: list[str]) -> list[str]:
-    """Names without what all of them begin or end with."""
+def _short_names(names: list[str]) -> list[str]:
+    """Strip the leading and trailing parts that all names have in common."""
     split = [name.split(".") for name in names]
     while all(len(parts) > 1 for parts in split) and len({parts[-1] for parts in split}) == 1:
         split = [parts[:-1] for parts in split]
@@ -133,37 +125,37 @@ def _short(names: list[str]) -> list[str]:
 
 
 def fuse_projections(model: nn.Module) -> Trace | None:
-    """Join what can be of the packed layers of a model that were not looked at before.
+    """Fuse the packed layers of a model that read the same tensor, unless it has been tried for all of them before.
 
-    A model that cannot be traced keeps its layers apart. The trace is returned, where one was made.
+    The layers of a model that cannot be traced stay separate. Returns the trace, if one was made.
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    alone = [layer for layer in layers if layer.packing.group is None and _kind(layer) is not None]
-    by_kind: dict[Hashable, list[PackedLinear]] = defaultdict(list)
-    for layer in alone:
-        by_kind[_kind(layer)].append(layer)
-    candidates = {id(layer) for members in by_kind.values() if len(members) > 1 for layer in members}
-    if not any(not layer.packing.fusion_tried for layer in alone if id(layer) in candidates):
+    separate = [layer for layer in layers if layer.packing.group is None and _fusion_key(layer) is not None]
+    by_key: dict[Hashable, list[PackedLinear]] = defaultdict(list)
+    for layer in separate:
+        by_key[_fusion_key(layer)].append(layer)
+    candidates = {id(layer) for members in by_key.values() if len(members) > 1 for layer in members}
+    if not any(not layer.packing.fusion_tried for layer in separate if id(layer) in candidates):
         return None
-    for layer in alone:
+    for layer in separate:
         layer.packing.fusion_tried = True
-    found = _wiring(model)
+    found = _trace_with_layout(model)
     if found is None:
         return None
-    wiring, contiguous = found
-    for members in _groups(wiring, candidates):
+    traced, contiguous = found
+    for members in _fusable_groups(traced, candidates):
         FusedProjections(members, contiguous).fuse()
-    return wiring
+    return traced
 
 
 def trace_packed(model: nn.Module) -> Trace | None:
-    """A trace of a model with packed layers; None if it cannot be traced."""
-    found = _wiring(model)
+    """Trace a model with packed layers; return None if it cannot be traced."""
+    found = _trace_with_layout(model)
     return None if found is None else found[0]
 
 
-def _wiring(model: nn.Module) -> tuple[Trace, bool] | None:
-    """A trace of the model, and whether outputs of its layers must be contiguous; None if it cannot be traced."""
+def _trace_with_layout(model: nn.Module) -> tuple[Trace, bool] | None:
+    """Trace a model. Also return True if the outputs of its layers must be contiguous. None if it cannot be traced."""
     error: Exception | None = None
     for contiguous in (False, True):
         try:
@@ -171,29 +163,29 @@ def _wiring(model: nn.Module) -> tuple[Trace, bool] | None:
                 return trace(model), contiguous
         except Exception as reason:
             error = reason
-    log.debug("no layers are joined, since %s cannot be traced: %s", type(model).__name__, error)
+    log.debug("no layers are fused, since %s cannot be traced: %s", type(model).__name__, error)
     return None
 
 
 class _TraceableLinear(PackedLinear):
-    """A packed layer for tracing: its packed weight, which fake tensors may not be able to run, is left out."""
+    """A packed layer for tracing: it skips the packed weight, which fake tensors may not be able to run."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Of the right shape and type, which is what models look at."""
+        """A placeholder with the shape and dtype of the weight, which is what models read."""
         return torch.zeros((), dtype=self.packing.description.dtype).expand(self.packing.description.shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output laid out as it would be in a group."""
+        """Return the output with the strides it would have in a fused product."""
         wide = input.new_empty((*input.shape[:-1], self.out_features + 8))
         if not isinstance(input, FakeTensor):
-            right = self._run(input) if self._accepts(input) else self.dense(input)
-            wide[..., : self.out_features] = right
+            real = self._run(input) if self._accepts(input) else self.dense(input)
+            wide[..., : self.out_features] = real
         return wide.narrow(-1, 0, self.out_features)
 
 
 class _ContiguousTraceableLinear(_TraceableLinear):
-    """One whose outputs are laid out as those of ``nn.Linear``."""
+    """A packed layer for tracing whose outputs are contiguous, like those of ``nn.Linear``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).contiguous()
@@ -201,6 +193,7 @@ class _ContiguousTraceableLinear(_TraceableLinear):
 
 @contextlib.contextmanager
 def _traceable(model: nn.Module, contiguous: bool) -> Iterator[None]:
+    """Replace the class of the packed layers by one that can be traced, for the duration of the context."""
     layers = [module for module in model.modules() if type(module) is PackedLinear]
     try:
         for layer in layers:
@@ -211,11 +204,11 @@ def _traceable(model: nn.Module, contiguous: bool) -> Iterator[None]:
             layer.__class__ = PackedLinear
 
 
-def _groups(wiring: Trace, candidates: Iterable[int]) -> list[list[PackedLinear]]:
-    """The layers of one block and kind that run one after the other on the same tensor, in every pass through them."""
+def _fusable_groups(traced: Trace, candidates: Iterable[int]) -> list[list[PackedLinear]]:
+    """Return the layers of one block and kind that run consecutively on the same tensor, in every pass over them."""
     found: dict[tuple[str, ...], None] = {}
     runs: dict[str, set[tuple[str, ...]]] = defaultdict(set)
-    for run in _runs(wiring, set(candidates)):
+    for run in _consecutive_calls(traced, set(candidates)):
         found[run] = None
         for name in run:
             runs[name].add(run)
@@ -223,21 +216,21 @@ def _groups(wiring: Trace, candidates: Iterable[int]) -> list[list[PackedLinear]
     for run in found:
         if len(set(run)) < len(run) or any(len(runs[name]) > 1 for name in run):
             continue
-        by_kind: dict[Hashable, list[PackedLinear]] = defaultdict(list)
+        by_key: dict[Hashable, list[PackedLinear]] = defaultdict(list)
         for name in run:
-            layer: Any = wiring.modules[name]
-            by_kind[_kind(layer)].append(layer)
-        groups += [members for members in by_kind.values() if len(members) > 1]
+            layer: Any = traced.modules[name]
+            by_key[_fusion_key(layer)].append(layer)
+        groups += [members for members in by_key.values() if len(members) > 1]
     return groups
 
 
-def _runs(wiring: Trace, candidates: set[int]) -> Iterator[tuple[str, ...]]:
-    """The candidates in the order of their calls, cut wherever another tensor is read or another block begins."""
-    known = blocks(wiring)
+def _consecutive_calls(traced: Trace, candidates: set[int]) -> Iterator[tuple[str, ...]]:
+    """Yield the candidates in call order, split wherever another tensor is read or another block begins."""
+    known = blocks(traced)
     run: list[str] = []
     last: Hashable = None
-    for op in wiring.ops:
-        if op.linear is None or id(wiring.modules[op.linear]) not in candidates:
+    for op in traced.ops:
+        if op.linear is None or id(traced.modules[op.linear]) not in candidates:
             continue
         block = block_of(known, op.linear)
         place = op.reads, None if block is None else block.name

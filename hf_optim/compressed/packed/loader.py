@@ -1,10 +1,10 @@
-"""Loading a compressed checkpoint without a dense copy, through transformers' own loader.
+"""Loading a compressed checkpoint without a dense copy, through the loader of transformers.
 
-The checkpoint's ``quantization_config`` is set aside, and one of ours takes its place, whose quantizer is registered
-with transformers as any other: before the weights are read it gives the linears of the model (which have no data yet)
-the tensors that the checkpoint has; after, it turns layer by layer into a ``PackedLinear``, and frees what was read.
-A layer that no kernel serves is decoded, as stock transformers would have it. At most the compressed weights and one
-layer's codes are in memory, and the dense weights of layers without a kernel.
+The ``quantization_config`` of the checkpoint is replaced by one of hf_optim, whose quantizer is registered with
+transformers like any other. Before the weights are read, it gives the linears of the model (on the meta device) the
+tensors that the checkpoint stores. Afterwards it turns one layer after the other into a ``PackedLinear``, and frees the
+tensors that were read. A layer that no kernel supports is decoded, as stock transformers would load it. Memory holds at
+most the compressed weights, the codes of one layer, and the dense weights of layers without a kernel.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ STRICT = "_keep_in_fp32_modules_strict"
 
 
 class PlaceholderLinear(nn.Linear):
-    """A linear whose compressed tensors are being loaded."""
+    """A linear layer while its compressed tensors are loaded."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Stands in for a weight that classes initialize before they load (T5): nothing, and marked as initialized."""
+        """An empty tensor marked as initialized, for classes that initialize weights before loading them (T5)."""
         found = self._parameters.get("weight")
         if found is None:
             found = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -48,7 +48,7 @@ class PlaceholderLinear(nn.Linear):
 
 
 def with_packed_quantizer(config: Any) -> Any:
-    """Return a copy of a model configuration whose quantizer is ours. Raises ``UnsupportedCheckpoint``."""
+    """Return a copy of a model configuration that selects the packed quantizer. Raises ``UnsupportedCheckpoint``."""
     config = copy.deepcopy(config)
     holder = config
     if getattr(config, "quantization_config", None) is None:
@@ -66,6 +66,7 @@ def with_packed_quantizer(config: Any) -> Any:
 
 @functools.cache
 def _register() -> None:
+    """Register the packed quantizer and its configuration with transformers, once per process."""
     from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -80,7 +81,7 @@ def _register() -> None:
 
     @register_quantizer(METHOD)
     class PackedQuantizer(HfQuantizer):
-        """See the module."""
+        """Loads the linears of a compressed checkpoint as packed layers; see the module docstring."""
 
         requires_calibration = True
         is_trainable = True
@@ -90,7 +91,7 @@ def _register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
             if not checkpoint_files:
-                raise UnsupportedCheckpoint("its weights are no files")
+                raise UnsupportedCheckpoint("its weights are not in files")
             config: Any = self.quantization_config
             headers = SafetensorsHeaders(checkpoint_files, getattr(model, "base_model_prefix", ""))
             prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)

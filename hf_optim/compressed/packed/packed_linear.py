@@ -1,4 +1,4 @@
-"""``PackedLinear``: a linear layer that holds its weight in a kernel's layout alone."""
+"""``PackedLinear``: a linear layer that holds its weight only in the layout of a kernel."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ if TYPE_CHECKING:
     from .kernel import Kernel
 
 PACKED_WEIGHT = "packed_weight"
-# Gradient checkpointing ends a recomputation that has gone far enough by raising from within.
+# Gradient checkpointing ends a recomputation early by raising an exception of this module from inside the forward.
 CHECKPOINT = "torch.utils.checkpoint"
 
 
 class KernelWarning(UserWarning):
-    """A layer runs as it did before, although it was meant to run on a kernel. The message names it and says why."""
+    """A layer does not run on a kernel although it was meant to. The message names the layer and the reason."""
 
 
 class ProjectionGroup(Protocol):
-    """What a layer needs of the layers that share one fused weight with it (``fused_projections.ProjectionGroup``)."""
+    """The layers that share one fused weight (``fused_projections.FusedProjections``), as one of them sees it."""
 
     def fuse(self) -> bool:
-        """Fuse the weights of the layers; False where that is not possible."""
+        """Fuse the weights of the layers. Return False if that is not possible."""
         ...
 
     def unfuse(self) -> None:
-        """Give every layer its own weight for now; the layers stay a group."""
+        """Give every layer its own weight; the layers remain a group."""
 
     def disband(self) -> None:
-        """Give every layer its own weight again."""
+        """Give every layer its own weight and dissolve the group."""
 
 
 @dataclass(eq=False)
 class Packing:
-    """What a ``PackedLinear`` knows of itself beside its packed weight.
+    """The state of a ``PackedLinear`` besides its packed weight.
 
     Attributes:
-        about: the weight as the kernel was told of it, but for its codes and its bias.
-        kernel: made the packed weight.
-        former: the class the module had.
-        undo: makes the module what it was before it was packed.
-        parameters: names of the parameters before, in their order; those that the packed weight replaces are
-        ``replaced``.
-        replaced: name -> shape, dtype and ``requires_grad`` of the parameters that the packed weight replaces.
-        attributes: what stood in the instance in the way of ``PackedLinear.forward``.
-        failure: why the layer runs dense now; empty while it runs on the kernel.
-        group: the layers it is joined with (see ``joining``), or None; looked_at: whether such were looked for.
-        norm: the norm that quantizes for it (see ``fusing``), or None.
+        description: the weight as it was described to the kernel, without its codes and its bias.
+        kernel: the kernel that built the packed weight.
+        former: the class of the module before packing.
+        undo: restores the module to what it was before packing.
+        parameters: the names of all parameters before packing, in order.
+        replaced: name -> shape, dtype and ``requires_grad`` of those parameters that the packed weight replaces.
+        attributes: instance attributes that would have overridden ``PackedLinear.forward``.
+        failure: why the layer runs dense; empty while it runs on the kernel.
+        group: the layers it is fused with (see ``fused_projections``), or None.
+        fusion_tried: True once such layers have been searched for.
+        norm: the norm that quantizes for this layer (see ``fused_norm``), or None.
     """
 
     description: QuantizedWeight
@@ -73,23 +73,23 @@ class Packing:
     norm: Any = None
 
     def unfuse_norm(self) -> None:
-        """Let the norm before the layer be an ordinary one again."""
+        """Make the norm before the layer an ordinary norm again."""
         if self.norm is not None:
-            # Another layer that reads the same norm may have done this already.
+            # Another layer that reads the same norm may already have unfused it.
             if hasattr(self.norm, "unfuse"):
                 self.norm.unfuse()
             self.norm = None
 
 
-def _never(input: Tensor) -> bool:
+def _reject(input: Tensor) -> bool:
     return False
 
 
 class DecodedWeight(Tensor):
-    """What ``PackedLinear.weight`` gives: to be read. Results of operations on it are plain tensors.
+    """The read-only value of ``PackedLinear.weight``. Results of operations on it are plain tensors.
 
-    It is made in inference mode, so operations in place on it raise ``RuntimeError``; ``weight.data = ...`` (and
-    ``weight.data += ...``, as adapters are merged) raises ``ModelError``.
+    It is created in inference mode, so in-place operations on it raise ``RuntimeError``. ``weight.data = ...`` (and
+    ``weight.data += ...``, which merges adapters) raises ``ModelError``.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -102,18 +102,18 @@ class DecodedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise ModelError(
-            "this layer holds a compressed weight alone, which cannot be written to: hf_optim.restore(model) first"
+            "this layer holds only a compressed weight, which cannot be written to: call hf_optim.restore(model) first"
         )
 
 
 class PackedLinear(nn.Linear):
-    """An ``nn.Linear`` without a dense weight: its ``packed_weight`` computes, and gives the codes back when asked.
+    """An ``nn.Linear`` without a dense weight: its ``packed_weight`` computes the product and can return the codes.
 
-    ``hf_optim.accelerate`` makes one of an existing module by changing its class, so the module stays the same object,
-    with its hooks and its bias. ``weight`` is decoded anew whenever it is read (``out * in`` numbers in the layer's
-    dtype, which nobody keeps): right but slow, and writing into it raises. An input that the
-    packed weight does not take (another dtype or device) is multiplied with a weight decoded for that call; so is every
-    input once the packed weight has raised, after one ``KernelWarning``.
+    ``hf_optim.accelerate`` creates one from an existing module by changing its class, so the module remains the same
+    object, with its hooks and its bias. ``weight`` is decoded at every read (``out * in`` numbers in the layer's dtype,
+    which are not cached): correct but slow, and writing to it raises. An input that the packed weight does not accept
+    (another dtype or device) is multiplied with a weight decoded for that call. The same holds for every input once the
+    packed weight has raised an exception, after one ``KernelWarning``.
     """
 
     packed_weight: nn.Module
@@ -123,17 +123,17 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight ``[out, in]``, decoded now. What would write into it (merging an adapter) raises."""
+        """Decode the dense weight ``[out, in]``. Writing to it, as merging an adapter does, raises."""
         with torch.inference_mode():
             return self.decoded().clone().as_subclass(DecodedWeight)
 
     def decoded(self) -> Tensor:
-        """The dense weight ``[out, in]``, as a tensor like any other."""
+        """Decode the dense weight ``[out, in]`` into an ordinary tensor."""
         description = self.packing.description
         return decode(self.codes(), description.bits, description.dtype)
 
     def codes(self) -> Codes:
-        """The weight's codes, made now."""
+        """Unpack the codes of the weight."""
         packed_weight: Any = self._modules[PACKED_WEIGHT]
         return packed_weight.codes()
 
@@ -146,36 +146,37 @@ class PackedLinear(nn.Linear):
         except Exception as error:
             if type(error).__module__ == CHECKPOINT:
                 raise
-            # A fault of the input is the dense layer's to report: it then raises here.
+            # If the input is at fault, the dense product raises here.
             output = self.dense(input)
             self.fail(f"{self.packing.kernel.name} raised {type(error).__name__}: {error}")
             return output
         bias = self._parameters["bias"]
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            # The packed weight has the bias' values; a difference of zero brings the gradient.
+            # The packed weight added the bias without a gradient; adding zero attaches it.
             output = output + (bias - bias.detach())
         return output
 
     def dense(self, input: Tensor) -> Tensor:
-        """The product with a weight decoded for this call, the inputs quantized as the layer's scheme says."""
+        """Multiply with a weight decoded for this call; the input is quantized according to the layer's scheme."""
         scheme = getattr(self, "quantization_scheme", None)
         if scheme is not None and scheme.input_activations is not None:
             from ..codec import quantize_input
 
-            # compressed-tensors finds tokens in three dimensions only; in two it would give all of them one scale.
+            # compressed-tensors recognizes tokens only in three dimensions; in two, all would share one scale.
             flat = input.dim() == 2
             input = quantize_input(self, input[None] if flat else input)
             input = input[0] if flat else input
         return F.linear(input, self.decoded(), self.bias)
 
     def fail(self, reason: str) -> None:
-        """Take the layer off its kernel for good, and say so."""
+        """Fall back to the dense path until the layer is packed again, and warn."""
         self.packing.failure = reason
         self.tie()
-        warnings.warn(f"{self.packing.description.name} is dense from now on: {reason}", KernelWarning, stacklevel=4)
+        text = f"{self.packing.description.name} falls back to the dense path: {reason}"
+        warnings.warn(text, KernelWarning, stacklevel=4)
 
     def tie(self) -> None:
-        """Look up what ``forward`` calls, and make the packed weight's bias the layer's own."""
+        """Cache the methods that ``forward`` calls, and let the packed weight share the layer's bias."""
         packed_weight: Any = self._modules[PACKED_WEIGHT]
         bias = self._parameters["bias"]
         if isinstance(packed_weight, FusedSlice):
@@ -184,9 +185,9 @@ class PackedLinear(nn.Linear):
             packed_weight._buffers["bias"] = bias.detach()
             if hasattr(packed_weight, "renew"):
                 packed_weight.renew()
-        # Past nn.Module.__setattr__ and found without nn.Module.__getattr__.
+        # In the instance dict: set without nn.Module.__setattr__, and found without nn.Module.__getattr__.
         self.__dict__["_run"] = packed_weight.forward
-        self.__dict__["_accepts"] = _never if self.packing.failure else packed_weight.accepts
+        self.__dict__["_accepts"] = _reject if self.packing.failure else packed_weight.accepts
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -194,15 +195,15 @@ class PackedLinear(nn.Linear):
             self.tie()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy of the model: its parameters were copied one by one, so the packed weight's bias is another tensor now.
+        # In a copy of the model, parameters are copied one by one, so the packed weight's bias is another tensor.
         super().__setstate__(state)
         self.packing = replace(self.packing)
         self.tie()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        description = self.packing.description
-        asked = fn(torch.empty(0, dtype=description.dtype, device=description.device))
-        moves = asked.dtype != description.dtype or asked.device != description.device
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        before = self.packing.description
+        target = fn(torch.empty(0, dtype=before.dtype, device=before.device))
+        moves = target.dtype != before.dtype or target.device != before.device
         group = self.packing.group
         if moves:
             self.packing.unfuse_norm()
@@ -213,22 +214,20 @@ class PackedLinear(nn.Linear):
             super()._apply(fn, recurse)
         finally:
             self._modules[PACKED_WEIGHT] = packed_weight
-        # Scales are part of the code: they move, but are never rounded to another dtype.
+        # Scales belong to the codes: they move to another device, but are never rounded to another dtype.
         packed_weight._apply(lambda tensor: _moved(fn, tensor))
         self.tie()
         if moves:
-            self.packing.description = replace(description, dtype=asked.dtype, device=asked.device)
-            if asked.device.type != "meta" and (asked.dtype, asked.device.type) != (
-                description.dtype,
-                description.device.type,
-            ):
+            self.packing.description = replace(before, dtype=target.dtype, device=target.device)
+            changed = target.dtype != before.dtype or target.device.type != before.device.type
+            if changed and target.device.type != "meta":
                 self._prepack_again()
             if group is not None:
-                group.fuse()  # as soon as the last of them has moved
+                group.fuse()  # succeeds once the last layer of the group has moved
         return self
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """As of any module; but a weight that is not quantized appears as ``weight``, for whoever saves the model."""
+        """Return the state dict as for any module, but with a weight that is not quantized as the dense ``weight``."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.packing.description.kind == "dense":
             for key in [key for key in state if key.startswith(f"{prefix}{PACKED_WEIGHT}.")]:
@@ -237,7 +236,7 @@ class PackedLinear(nn.Linear):
         return state
 
     def _prepack_again(self) -> None:
-        """Ask the kernel for a packed weight of the dtype and on the device that the layer has now."""
+        """Prepack the weight again, for the current dtype and device of the layer."""
         bias = self._parameters["bias"]
         weight = replace(self.packing.description, bias=None if bias is None else bias.detach(), codes=self.codes)
         reason = self.packing.kernel.supports(weight)
@@ -253,6 +252,7 @@ class PackedLinear(nn.Linear):
             self.fail(f"it moved to {weight.dtype} on {weight.device}, {self.packing.kernel.name}: {reason}")
 
 
-def _moved(fn: Any, tensor: Tensor) -> Tensor:
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply ``fn`` but keep the dtype."""
     result = fn(tensor)
     return result if result.dtype == tensor.dtype else tensor.to(result.device)

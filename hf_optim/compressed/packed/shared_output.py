@@ -1,13 +1,13 @@
-"""``FusedSlice``: the packed weight of a layer whose rows are some of a joint packed weight's.
+"""``FusedSlice``: the packed weight of a layer that runs as part of a fused product.
 
-Layers that read the same tensor (q, k and v; gate and up) can be one product. Each stays a layer of its own, with its
-hooks and its name: the first that is called with a tensor computes for all, and leaves the output on a ``FusedOutput``,
-where the others find theirs.
+Layers that read the same tensor (q, k and v; gate and up) can run as one product. Each remains a separate layer, with
+its hooks and its name: the first one called with a tensor computes the product, and caches the outputs of the others in
+a ``FusedOutput``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -18,92 +18,92 @@ from ..weights import Codes
 
 
 class FusedOutput:
-    """What the first of some layers computed, until the last has taken its part.
+    """Cache of the output of a fused product, until the last layer has taken its slice.
 
     Args:
         sizes: rows of each layer.
-        contiguous: whether outputs must be contiguous, as those of ``nn.Linear`` are, and not only views.
+        contiguous: return contiguous outputs, like those of ``nn.Linear``, instead of views.
 
     Attributes:
-        everyone: a bit for each layer.
-        held: the input, its version, whether gradients were recorded, the output of each layer, and the bits of those
-            that have not taken theirs; None when there is nothing to take. One tuple, so that another thread sees all
-            or nothing of it.
+        all_bits: a bit for each layer.
+        cached: the input, its version, whether gradients were recorded, the output of each layer, and the bits of the
+            layers that have not taken theirs; None when there is nothing to take. It is one tuple, so that another
+            thread sees all of it or nothing.
     """
 
     def __init__(self, sizes: list[int], contiguous: bool) -> None:
-        self.sizes, self.contiguous, self.everyone = sizes, contiguous, (1 << len(sizes)) - 1
-        self.held: tuple[Tensor, int, bool, Sequence[Tensor], int] | None = None
+        self.sizes, self.contiguous, self.all_bits = sizes, contiguous, (1 << len(sizes)) - 1
+        self.cached: tuple[Tensor, int, bool, Sequence[Tensor], int] | None = None
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
-        """The output [..., sum of sizes] as one of each layer."""
+        """Split the output [..., sum of sizes] into the outputs of the layers."""
         if torch.compiler.is_compiling():
             starts = accumulate(self.sizes[:-1], initial=0)
             parts: Sequence[Tensor] = [y.narrow(-1, *at) for at in zip(starts, self.sizes, strict=True)]
         else:
-            # One call for all. Nobody writes into the whole, so parts may be written into, as outputs of nn.Linear may.
+            # A single call. Nothing writes into the whole, so slices may be modified in place like nn.Linear outputs.
             parts = torch.unsafe_split_with_sizes(y, self.sizes, -1)
         return [part.contiguous() for part in parts] if self.contiguous else parts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": None}
+        return {**self.__dict__, "cached": None}
 
 
 def _version(x: Tensor) -> int:
-    """Grows with each write into a tensor.
+    """Return a counter that grows with each write into a tensor.
 
-    Tensors of inference mode have none, and a compiler cannot branch on it. There no write is expected between the
-    calls of joined layers: they were seen to read one tensor without any.
+    Tensors of inference mode have none, and a compiler cannot branch on it. In both cases no write is expected between
+    the calls of fused layers: in the trace they read one tensor with no write in between.
     """
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class FusedSlice(nn.Module):
-    """The rows ``start`` to ``stop`` of a joint packed weight.
+    """The rows ``start`` to ``stop`` of a fused weight.
 
-    The joint packed weight is a submodule of the first part alone; every part knows it. A part is a packed weight as
-    any other (see ``Kernel``): whatever it is called with, its output is right; what it saves is the product, where the
-    input is the very tensor that another part was called with last, not written to since.
+    The fused weight is a submodule of the first slice only; every slice has a reference to it. A slice is a packed
+    weight like any other (see ``Kernel``): its output is correct for every input. It saves a product if the input is
+    the same tensor that another slice was called with last, unmodified since.
     """
 
     fused_output: FusedOutput
     fused: Any
 
-    def __init__(self, fused: nn.Module, fused_output: FusedOutput, index: int, label: str) -> None:
+    def __init__(self, fused: nn.Module, output: FusedOutput, index: int, label: str) -> None:
         super().__init__()
         if index == 0:
             self._modules["fused"] = fused
-        # Found without nn.Module.__getattr__, and not registered twice.
+        # In the instance dict: found without nn.Module.__getattr__, and not registered twice.
         self.__dict__["fused"] = fused
-        self.fused_output, self.index, self.bit, self.label = fused_output, index, 1 << index, label
-        self.start = sum(fused_output.sizes[:index])
-        self.stop = self.start + fused_output.sizes[index]
+        self.fused_output, self.index, self.bit, self.label = output, index, 1 << index, label
+        self.start = sum(output.sizes[:index])
+        self.stop = self.start + output.sizes[index]
 
     @property
-    def accepts(self) -> Any:
-        """The joint packed weight's own ``accepts``."""
+    def accepts(self) -> Callable[[Tensor], bool]:
+        """The ``accepts`` of the fused weight."""
         return self.fused.accepts
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out], a view of the joint output."""
-        fused_output, recording, version = self.fused_output, torch.is_grad_enabled(), _version(x)
-        held = fused_output.held
+        """``x`` [..., in] -> [..., out], a view of the fused output."""
+        output, recording, version = self.fused_output, torch.is_grad_enabled(), _version(x)
+        cached = output.cached
         if (
-            held is not None
-            and held[0] is x
-            and held[4] & self.bit
-            and held[1] == version
-            and held[2] == recording
+            cached is not None
+            and cached[0] is x
+            and cached[4] & self.bit
+            and cached[1] == version
+            and cached[2] == recording
         ):  # fmt: skip
-            outputs, waiting = held[3], held[4] & ~self.bit
+            outputs, remaining = cached[3], cached[4] & ~self.bit
         else:
-            fused_output.held = None
-            outputs, waiting = fused_output.split(self.fused.forward(x)), fused_output.everyone & ~self.bit
-        fused_output.held = (x, version, recording, outputs, waiting) if waiting else None
+            output.cached = None
+            outputs, remaining = output.split(self.fused.forward(x)), output.all_bits & ~self.bit
+        output.cached = (x, version, recording, outputs, remaining) if remaining else None
         return outputs[self.index]
 
     def codes(self) -> Codes:
-        """This part of the joint packed weight's codes, in memory of its own."""
+        """Return this slice of the fused weight's codes, as copies."""
         return slice_rows(self.fused.codes(), self.start, self.stop)
 
     @torch.no_grad()
@@ -121,20 +121,20 @@ class FusedSlice(nn.Module):
                 bias.data = own
 
 
-def slice_rows(found: Any, start: int, stop: int) -> Codes:
-    """Copies of some rows of codes."""
+def slice_rows(codes: Codes, start: int, stop: int) -> Codes:
+    """Return copies of the rows ``start`` to ``stop`` of a weight's codes."""
 
     def copy(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.clone()
 
-    def some(value: Tensor | None) -> Tensor | None:
+    def rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else value[start:stop].clone()
 
     return Codes(
-        found.codes[start:stop].clone(),
-        some(found.scale),
-        some(found.zero),
-        copy(found.order),
-        copy(found.input_scale),
-        copy(found.input_zero),
+        codes.codes[start:stop].clone(),
+        rows(codes.scale),
+        rows(codes.zero),
+        copy(codes.order),
+        copy(codes.input_scale),
+        copy(codes.input_zero),
     )

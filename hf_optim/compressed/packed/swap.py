@@ -1,4 +1,4 @@
-"""Turning a linear layer into a ``PackedLinear`` and back, in place."""
+"""Turn a linear layer into a ``PackedLinear`` and back, in place."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..weights import Codes, QuantizedWeight
 from .kernel import Kernel
 from .packed_linear import PACKED_WEIGHT, PackedLinear, Packing
 
-# What the packed weight holds; everything else of a layer stays where it is.
+# The parameters that the packed weight replaces; everything else of a layer stays in place.
 REPLACED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
-# Where the forward of an instance may stand: its own, and the one that hooks of accelerate (the library) have taken.
+# Instance attributes with a forward: a replaced one, and the one that hooks of the accelerate library have set aside.
 FORWARDS = ("forward", "_old_forward")
 REQUIRED = ("forward", "accepts", "codes", "label")
 
@@ -45,7 +45,7 @@ def prepack(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel,
 
 
 def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel]:
-    """Those that are for what this weight has (outliers, 2:4) come before those that do without."""
+    """Put the kernels specialized for a property of this weight (outliers, 2:4) before the others."""
     kernels = list(kernels)
     special = [kernel for kernel in kernels if kernel.outliers]
     plain = sorted((k for k in kernels if not k.outliers), key=lambda k: not (weight.sparse24 and k.sparse24))
@@ -60,7 +60,7 @@ def _checked(packed_weight: Any) -> nn.Module:
 
 
 def unsupported_reason(module: nn.Linear) -> str:
-    """Why the class of this layer cannot be changed; the empty string if it can."""
+    """Return why the class of a layer cannot be changed, or ``""``."""
     if type(module).forward is not nn.Linear.forward:
         return f"a {type(module).__name__} is not laid out as nn.Linear"
     own = module.__dict__.get("forward")
@@ -68,13 +68,19 @@ def unsupported_reason(module: nn.Linear) -> str:
     if own is None or "_old_forward" in module.__dict__:
         return ""
     if quantized and isinstance(own, types.MethodType) and own.__self__ is module:
-        return ""  # compressed-tensors' own, which quantizes inputs
+        return ""  # the forward of compressed-tensors, which quantizes the inputs
     return "something else has replaced its forward"
 
 
 @torch.no_grad()
 def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, packed_weight: nn.Module) -> None:
-    """Give the module its packed weight in place of its dense weight."""
+    """Make a module a ``PackedLinear``: ``packed_weight`` replaces its dense weight.
+
+    Args:
+        module: a layer for which ``unsupported_reason`` is ``""``.
+        weight: the description of its weight.
+        kernel: the kernel that built ``packed_weight`` from ``weight``.
+    """
     replaced = {}
     parameters = tuple(module._parameters)
     for name in REPLACED:
@@ -90,23 +96,23 @@ def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, packed_weig
     else:
         module.__dict__.pop("forward", None)
     module.__class__ = PackedLinear
-    description = replace(weight, bias=None, codes=_unasked)
+    description = replace(weight, bias=None, codes=_no_codes)
     module.__dict__["packing"] = Packing(description, kernel, former, unpack, parameters, replaced, attributes)
     module._modules[PACKED_WEIGHT] = packed_weight
     module.tie()  # type: ignore[operator]
 
 
-def _unasked() -> Codes:
-    raise ValueError("a packed layer gives its codes itself")
+def _no_codes() -> Codes:
+    raise ValueError("the codes of a packed layer come from its packed weight")
 
 
 @torch.no_grad()
 def unpack(module: PackedLinear) -> None:
-    """Undo ``pack``, bit-exact. Layers it was fused with get their own packed weights again."""
+    """Undo ``pack``, bit-exact. The layers that it was fused with get their own packed weights again."""
     module.packing.unfuse_norm()
     if module.packing.group is not None:
         module.packing.group.disband()
-    packing, found, weight = module.packing, module.codes(), module.decoded()
+    packing, codes, weight = module.packing, module.codes(), module.decoded()
     scheme: Any = getattr(module, "quantization_scheme", None)
     del module._modules[PACKED_WEIGHT]
     for name in ("packing", "_run", "_accepts"):
@@ -114,47 +120,48 @@ def unpack(module: PackedLinear) -> None:
     module.__class__ = packing.former  # type: ignore[assignment]
     module.__dict__.update(packing.attributes)
     if packing.replaced:
-        _refill(module, packing, found, weight, scheme)
+        _restore_parameters(module, packing, codes, weight, scheme)
     else:
         from ..state import store
 
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        store(module, scheme, **store_arguments(found, scheme), g_idx=g_idx_of(found, packing.description.group_size))
+        store(module, scheme, **store_arguments(codes, scheme), g_idx=g_idx_of(codes, packing.description.group_size))
 
 
-def _refill(module: nn.Linear, packing: Packing, found: Codes, weight: Tensor, scheme: Any) -> None:
+def _restore_parameters(module: nn.Linear, packing: Packing, codes: Codes, weight: Tensor, scheme: Any) -> None:
+    """Put the parameters that the packed weight replaced back, in their original order, shapes and dtypes."""
     values: dict[str, Tensor] = {"weight": weight}
     if scheme is not None:
-        values |= scale_tensors(found, scheme)
+        values |= scale_tensors(codes, scheme)
         if "weight_zero_point" not in values and "weight_zero_point" in packing.replaced:
             values["weight_zero_point"] = torch.zeros((), dtype=torch.int8, device=weight.device)
     if "weight_g_idx" in packing.replaced:
-        g_idx = g_idx_of(found, packing.description.group_size)
-        values["weight_g_idx"] = _plain_g_idx(found, packing) if g_idx is None else g_idx
+        g_idx = g_idx_of(codes, packing.description.group_size)
+        values["weight_g_idx"] = _ordered_g_idx(codes, packing) if g_idx is None else g_idx
     kept = dict(module._parameters)
     module._parameters.clear()
     for name in packing.parameters:
         if name in packing.replaced:
-            shape, dtype, trains = packing.replaced[name]
+            shape, dtype, requires_grad = packing.replaced[name]
             if name != "weight" and dtype.is_floating_point:
                 dtype = weight.dtype
             value = values[name].to(weight.dtype if name == "weight" else dtype)
             value = value.reshape(shape) if value.numel() == shape.numel() else value.expand(shape)
-            module._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=trains)
+            module._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
         else:
             module._parameters[name] = kept.pop(name)
     module._parameters.update(kept)
 
 
-def g_idx_of(found: Codes, group_size: int) -> Tensor | None:
-    """The group of each column, int32 ``[in]``; None where the groups are of neighbouring columns."""
-    if found.order is None:
+def g_idx_of(codes: Codes, group_size: int) -> Tensor | None:
+    """Return the group of each column, int32 ``[in]``; None if the groups consist of adjacent columns."""
+    if codes.order is None:
         return None
-    groups = torch.arange(len(found.order), device=found.order.device) // group_size
-    return torch.empty_like(groups).index_copy_(0, found.order, groups).int()
+    groups = torch.arange(len(codes.order), device=codes.order.device) // group_size
+    return torch.empty_like(groups).index_copy_(0, codes.order, groups).int()
 
 
-def _plain_g_idx(found: Codes, packing: Packing) -> Tensor:
-    return torch.arange(packing.description.shape[1], device=found.codes.device).div(
+def _ordered_g_idx(codes: Codes, packing: Packing) -> Tensor:
+    return torch.arange(packing.description.shape[1], device=codes.codes.device).div(
         packing.description.group_size, rounding_mode="floor"
     )
