@@ -30,7 +30,7 @@ def small_net(seed: int) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 
 
 def dense_hessian(net: nn.Module, name: str, loss) -> torch.Tensor:
-    """The Hessian of ``loss(outputs)`` in one weight, ``[n, n]``, formed as a whole."""
+    """The Hessian of ``loss(outputs)`` in one weight, the full matrix ``[n, n]``."""
     weight = net.get_parameter(name).detach()
     whole = torch.func.jacrev(
         torch.func.grad(lambda w: loss(lambda x: torch.func.functional_call(net, {name: w}, (x,))))
@@ -102,7 +102,7 @@ def test_transformers_are_differentiated_twice(build, attention):
         if hasattr(model, "lm_head") and "decoder_input_ids" not in batch:
             loss = lambda: calibration_loss(model, batch)  # noqa: E731
         else:
-            # The reference of the divergence is what the model computes unmoved.
+            # The divergence is measured from the outputs of the unchanged model.
             fixed = model(**batch).logits.detach().log_softmax(-1)
             loss = lambda: nn.functional.kl_div(  # noqa: E731
                 model(**batch).logits.log_softmax(-1).flatten(0, -2),
@@ -126,7 +126,7 @@ def inputs(model) -> dict[str, torch.Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs_for(model).items()}
 
 
-def test_without_labels_the_hessian_is_gauss_newtons():
+def test_without_labels_the_hessian_is_the_gauss_newton_matrix():
     """½‖f - f₀‖² of a bare encoder, against JᵀJ with the Jacobian formed by autograd."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_without_labels_the_hessian_is_gauss_newtons():
     assert torch.allclose(product.flatten(), expected @ vector.flatten(), rtol=1e-8, atol=1e-12)
 
 
-def test_labels_make_it_the_models_own_loss():
+def test_with_labels_it_is_the_models_loss():
     model, ids = tiny_llama(), torch.randint(3, 60, (2, 9))
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
@@ -166,7 +166,7 @@ def test_labels_make_it_the_models_own_loss():
         assert torch.equal(calibration_loss(classifier, batch), classifier(**batch).loss)
 
 
-def test_flags_and_gradients_are_as_before_also_after_an_error():
+def test_flags_and_gradients_are_restored_also_after_an_error():
     model = tiny_llama()
     model.model.norm.weight.requires_grad_(False)
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -182,7 +182,7 @@ def test_flags_and_gradients_are_as_before_also_after_an_error():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_parts_of_the_data():
+def test_microbatches():
     batches = [
         {"input_ids": torch.arange(10).view(5, 2), "flag": True},
         {"input_ids": torch.arange(6).view(3, 2), "flag": False},
@@ -195,7 +195,7 @@ def test_parts_of_the_data():
     assert [part["input_ids"][0, 0].item() for part in two] == [0, 8]
 
 
-def test_batches_are_seen_and_the_hook_goes():
+def test_batches_are_recorded_and_the_hook_is_removed():
     model, ids = tiny_llama(), torch.randint(3, 60, (2, 9))
     with RecordedBatches(model) as batches, torch.no_grad():
         model(input_ids=ids)

@@ -1,4 +1,4 @@
-"""Sums of products: whole on a CPU, by panels and mirrored elsewhere; both against float64."""
+"""Gram matrices: complete on a CPU, by panels and mirrored elsewhere; both against float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inputs(tokens, width, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_on_a_cpu_all_of_it_is_summed(dtype):
+def test_on_a_cpu_the_whole_matrix_is_summed(dtype):
     rows = inputs(50, 20, dtype)
     total = torch.ones(20, 20, dtype=torch.float64)
     gram.accumulate_(total, rows)

@@ -1,4 +1,4 @@
-"""Observers: what they gather, what they share, what they refuse, and that they leave nothing behind."""
+"""Observers: their statistics, shared inputs, non-finite inputs, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_second_moment(dtype):
     torch.testing.assert_close(found["a"].mean, rows.T @ rows / 30)
 
 
-def test_low_precision_inputs_are_summed_in_the_asked_dtype():
+def test_low_precision_inputs_are_summed_in_the_given_dtype():
     a = layer().bfloat16()
     ones = torch.ones(1, 600, 6, dtype=torch.bfloat16)
     with SecondMoment({"a": a}) as found:
@@ -63,7 +63,7 @@ def test_low_precision_inputs_are_summed_in_the_asked_dtype():
     assert found["a"].total[0, 0].item() == 600  # bfloat16 has no 601
 
 
-def test_layers_that_read_one_tensor_share_their_moment():
+def test_layers_that_read_one_tensor_share_their_gram_matrix():
     q, k, o = layer(), layer(), layer()
     with SecondMoment({"o": o, "k": k, "q": q}) as found:
         for batch in batches():
@@ -99,8 +99,8 @@ def test_a_tensor_changed_in_place_is_another_input():
 
 
 @pytest.mark.parametrize("schedule", ["part", "join", "late", "alone"])
-def test_changing_company_is_counted_right(schedule):
-    """Whoever reads what with whom, each module's sum is that of the inputs it read."""
+def test_changing_sets_of_readers_are_summed_correctly(schedule):
+    """The sum of each module is that of the inputs it read, whichever modules read them too."""
     q, k = layer(), layer()
     read: dict[str, list[torch.Tensor]] = {"q": [], "k": []}
 
@@ -124,7 +124,7 @@ def test_changing_company_is_counted_right(schedule):
 
 @pytest.mark.parametrize("observer", [ChannelAbsMax, TensorMinMax, SecondMoment])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_inputs_are_refused_by_name_and_hooks_go(observer, bad):
+def test_non_finite_inputs_raise_with_the_module_name_and_hooks_are_removed(observer, bad):
     a, b = layer(), layer()
     x = batches()[0]
     x[0, 0, 0] = bad

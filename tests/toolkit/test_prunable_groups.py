@@ -1,4 +1,4 @@
-"""Units: what belongs to a head or a neuron, found in fused and separate projections, on every family."""
+"""Prunable groups: the parameter entries of heads and neurons, in fused and separate projections of every family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = {
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 FUSED = {
     "phi3": ("Phi3", GROUPED),  # one projection for q, k and v, one after the other; one for gate and up
-    "gpt_neox": ("GPTNeoX", SMALL),  # q, k and v of a head beside each other
+    "gpt_neox": ("GPTNeoX", SMALL),  # q, k and v of a head next to each other
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 8}),  # norms that all heads share
 }
 
@@ -37,35 +37,35 @@ BUILDERS = {**TINY, **{name: lambda name=name: fused(name) for name in FUSED}}
 
 @pytest.mark.parametrize("family", BUILDERS)
 @torch.no_grad()
-def test_what_belongs_to_a_unit_matters_to_nothing_once_the_unit_is_not_read(family):
-    """Random numbers for all entries of one unit, its reader's columns zero: no output moves. Without that, they do."""
+def test_entries_of_a_group_affect_no_output_once_its_consumer_columns_are_zero(family):
+    """With the consumer's columns zero, random entries of the group change no output; those of another group do."""
     model = BUILDERS[family]().double()
-    model.config._experts_implementation = "eager"  # the fused kernels know no float64
+    model.config._experts_implementation = "eager"  # the fused kernels do not support float64
     inputs = dummy_inputs(model)
-    units = find_prunable_groups(trace(model))
-    assert {one.kind for one in units} == ({HEADS} if family == "mixtral" else {HEADS, NEURONS})
-    for together in coupled_layers(units):
+    layers = find_prunable_groups(trace(model))
+    assert {groups.kind for groups in layers} == ({HEADS} if family == "mixtral" else {HEADS, NEURONS})
+    for coupled in coupled_layers(layers):
         state = {name: parameter.clone() for name, parameter in model.named_parameters()}
         entries = {}
-        for one in together:
-            reader = f"{one.consumer}.weight"
-            dim, columns = one.entries[reader]
-            model.get_parameter(reader).index_fill_(dim, columns[1], 0.0)
-            entries |= {name: part for name, part in one.entries.items() if name != reader}
-        unread = main_output(model, inputs)
+        for groups in coupled:
+            consumer = f"{groups.consumer}.weight"
+            dim, columns = groups.entries[consumer]
+            model.get_parameter(consumer).index_fill_(dim, columns[1], 0.0)
+            entries |= {name: part for name, part in groups.entries.items() if name != consumer}
+        expected = main_output(model, inputs)
         for name, (dim, parts) in entries.items():
             parameter = model.get_parameter(name)
             parameter.index_copy_(dim, parts[1], torch.randn_like(parameter.index_select(dim, parts[1])))
-        assert torch.equal(main_output(model, inputs), unread)
+        assert torch.equal(main_output(model, inputs), expected)
         for name, (dim, parts) in entries.items():
             other = model.get_parameter(name)
             other.index_add_(dim, parts[0], torch.ones_like(other.index_select(dim, parts[0])))
-        assert not torch.equal(main_output(model, inputs), unread)
+        assert not torch.equal(main_output(model, inputs), expected)
         for name, before in state.items():
             model.get_parameter(name).copy_(before)
 
 
-def test_a_unit_of_grouped_queries_is_a_key_value_head_with_its_query_heads():
+def test_a_group_of_grouped_query_attention_is_a_key_value_head_with_its_query_heads():
     heads = next(one for one in find_prunable_groups(trace(TINY["llama"]())) if one.kind == HEADS)
     assert (len(heads), heads.width, heads.query_heads) == (2, 8, 2)
     assert heads.block == "model.layers.0"
@@ -75,7 +75,7 @@ def test_a_unit_of_grouped_queries_is_a_key_value_head_with_its_query_heads():
     assert torch.equal(heads.columns, torch.arange(32).view(2, 16))
 
 
-def test_fused_projections_are_taken_apart():
+def test_entries_of_fused_projections():
     phi = {one.kind: one for one in find_prunable_groups(trace(fused("phi3"))) if one.block == "model.layers.0"}
     _, rows = phi[HEADS].entries["model.layers.0.self_attn.qkv_proj.weight"]
     assert torch.equal(rows[0], torch.cat([torch.arange(16), torch.arange(32, 40), torch.arange(48, 56)]))
@@ -86,7 +86,7 @@ def test_fused_projections_are_taken_apart():
     assert torch.equal(rows, torch.arange(96).view(4, 24))
 
 
-def test_layers_that_share_position_biases_lose_the_same_heads():
+def test_layers_that_share_position_biases_are_coupled():
     together = [
         sorted(one.consumer for one in group) for group in coupled_layers(find_prunable_groups(trace(TINY["t5"]())))
     ]
@@ -95,8 +95,8 @@ def test_layers_that_share_position_biases_lose_the_same_heads():
     assert ["decoder.block.0.layer.1.EncDecAttention.o"] in together
 
 
-def test_heads_that_hold_no_weights_need_none():
-    """On the meta device: nothing is computed with the model's own numbers."""
+def test_groups_are_found_on_the_meta_device():
+    """Nothing is computed with the weights of the model."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
     assert [one.kind for one in find_prunable_groups(trace(model))] == [HEADS, NEURONS] * 2

@@ -1,4 +1,4 @@
-"""The order of a residual stream, read off the embeddings of two models."""
+"""The residual-channel permutation between two models, determined from their embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from hf_optim.toolkit.topology import find_residual_order, permute_residual_
 
 
-def test_an_order_is_found_again_after_training_and_pruning():
+def test_the_permutation_is_found_after_training_and_pruning():
     origin = tiny_llama()
     model = copy.deepcopy(origin)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
@@ -24,7 +24,7 @@ def test_an_order_is_found_again_after_training_and_pruning():
     assert torch.equal(find_residual_order(model, origin), order)
 
 
-def test_models_that_stand_alike_or_have_nothing_in_common_have_none():
+def test_equal_or_unrelated_models_have_none():
     model = tiny_llama()
     assert find_residual_order(model, copy.deepcopy(model)) is None
     assert find_residual_order(model, tiny_llama(seed=1)) is None

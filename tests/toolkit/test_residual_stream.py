@@ -1,4 +1,4 @@
-"""The residual stream: found in every architecture, and put into another order without a change of the function."""
+"""The residual stream: found in every architecture, and permuted without changing the outputs."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_a_permutation_is_exact_where_norms_compute_in_float32(family):
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "ModernBert"])
-def test_a_tied_head_that_reads_a_stream_of_its_own_moves_along(kind):
-    """The head of a masked language model has the embedding's weight, and between the stream and it a transform."""
+def test_a_tied_head_with_its_own_stream_is_permuted_too(kind):
+    """The head of a masked language model shares the embedding's weight; a transform is between the stream and it."""
     names = {"DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}}
     sizes = names.get(
         kind, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -81,7 +81,7 @@ def test_the_stream_itself_is_permuted(family):
     assert not torch.allclose(seen[1], seen[0], atol=1e-2)
 
 
-def test_what_is_found_in_a_llama():
+def test_the_residual_stream_of_a_llama():
     residual = find_residual_stream(tiny_llama())
     assert residual.width == 32
     assert set(residual.writers) == {
@@ -94,8 +94,8 @@ def test_what_is_found_in_a_llama():
     assert not residual.returned
 
 
-def test_a_matrix_that_reads_and_writes_is_not_mistaken():
-    # 32 x 32: only the columns of the query, and only the rows of the output projection, are in the stream's order.
+def test_only_one_dimension_of_a_square_matrix_follows_the_stream():
+    # 32 x 32: only the columns of the query and only the rows of the output projection follow the stream.
     parameters = find_residual_stream(tiny_bert()).parameters
     layer = "bert.encoder.layer.0.attention"
     assert parameters[f"{layer}.self.query.weight"] == (1,)
@@ -112,7 +112,7 @@ def test_a_tied_head_is_permuted_once():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_model_that_returns_its_stream_is_refused_and_left_alone():
+def test_a_model_that_returns_its_stream_is_refused_and_unchanged():
     with torch.random.fork_rng():
         model = BertModel(tiny_bert().config).eval()
     start = copy.deepcopy(model.state_dict())
@@ -121,12 +121,12 @@ def test_a_model_that_returns_its_stream_is_refused_and_left_alone():
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
-def test_an_order_that_is_no_permutation_is_refused():
+def test_an_order_that_is_not_a_permutation_is_refused():
     with pytest.raises(ValueError, match="not a permutation of 32"):
         permute_residual_(tiny_llama(), torch.zeros(32, dtype=torch.int64))
 
 
-def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
+def test_a_permutation_that_changes_the_outputs_is_undone(monkeypatch):
     model = tiny_llama()
     residual = find_residual_stream(model)
     broken = copy.copy(residual)

@@ -1,4 +1,4 @@
-"""What topology finds on one tiny model of each family, and that what it calls exact is exact."""
+"""Topology on one tiny model of each family, and that the exact transformations are exact."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def traces():
 
 
 def logits(model):
-    """The main output of a float64 model on its dummy inputs; the fused expert kernels know no float64."""
+    """The main output of a float64 model on its dummy inputs; the fused expert kernels do not support float64."""
     model.config._experts_implementation = "eager"
     with torch.no_grad():
         inputs = topology.dummy_inputs(model)
@@ -95,7 +95,7 @@ def test_dummy_inputs_of_each_kind():
     assert 0 not in ids
 
 
-def test_dummy_inputs_refuses_what_it_does_not_know():
+def test_dummy_inputs_refuses_unsupported_main_inputs():
     model = tiny_llama()
     model.main_input_name = "input_features"
     with pytest.raises(ValueError, match="input_features"):
@@ -141,7 +141,7 @@ def test_has_experts():
 
 # --- blocks -------------------------------------------------------------------------------------------------
 
-STACKS = {
+BLOCK_LISTS = {
     "llama": ["model.layers"],
     "qwen2": ["model.layers"],
     "gpt2": ["transformer.h"],
@@ -156,20 +156,20 @@ STACKS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks(family, traces):
     found = topology.blocks(traces[family])
-    expected = [(stack, index) for stack in STACKS[family] for index in range(2)]
+    expected = [(name, index) for name in BLOCK_LISTS[family] for index in range(2)]
     assert [(block.list_name, block.index) for block in found] == expected
-    assert [block.name for block in found] == [f"{stack}.{index}" for stack, index in expected]
+    assert [block.name for block in found] == [f"{name}.{index}" for name, index in expected]
     assert all(block.module is traces[family].model.get_submodule(block.name) for block in found)
 
 
-def test_one_block_is_a_stack_and_layers_that_do_not_run_are_left_out():
+def test_a_single_block_is_found_and_layers_that_do_not_run_are_left_out():
     assert [block.name for block in topology.blocks(tiny_llama(num_hidden_layers=1))] == ["model.layers.0"]
     model = tiny_llama()
     model.config.num_hidden_layers = 1
     assert [block.name for block in topology.blocks(model)] == ["model.layers.0"]
 
 
-def test_blocks_notice_that_the_model_changed():
+def test_blocks_are_searched_again_after_the_model_changed():
     model = tiny_llama()
     assert len(topology.blocks(model)) == 2
     del model.model.layers[0]
@@ -223,7 +223,7 @@ def expert_model():
         return ExpertModel().eval()
 
 
-def test_lists_of_experts_are_no_blocks_and_data_dependent_models_are_traced_for_real(expert_model):
+def test_lists_of_experts_are_not_blocks_and_data_dependent_models_are_traced_on_real_weights(expert_model):
     trace = topology.trace(expert_model, args=(torch.ones(1, 6, 16),))
     assert trace.used_real_weights
     assert [block.name for block in topology.blocks(trace)] == ["layers.0", "layers.1", "layers.2"]
@@ -303,7 +303,7 @@ def test_norms_of_one_block_only(traces):
     assert names == ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"]
 
 
-def test_folding_into_a_norm_that_others_read_is_refused(traces):
+def test_moving_the_scale_of_a_norm_with_other_readers_is_refused(traces):
     group = groups_of(traces["bert"])["bert.embeddings.LayerNorm"]
     with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.0\.attention\.output: add"):
         move_norm_scale_(group, factors(32))
@@ -382,7 +382,7 @@ def test_a_pair(family, consumer, producer, scalable, traces):
     assert pair.consumer_module is traces[family].model.get_submodule(consumer)
 
 
-def test_how_many_pairs_there_are(traces):
+def test_number_of_linear_pairs(traces):
     counts = {family: len(topology.find_linear_pairs(traces[family])) for family in FAMILIES}
     assert counts == {
         "bert": 5,
@@ -402,7 +402,7 @@ def test_how_many_pairs_there_are(traces):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pairs_that_are_not_scalable_are_not(family, traces):
+def test_rescaling_pairs_that_are_not_scalable_is_refused(family, traces):
     for pair in topology.find_linear_pairs(traces[family]):
         if not pair.scalable:
             with pytest.raises(ValueError, match="not homogeneous"):
@@ -417,7 +417,7 @@ def test_permutations_across_heads_are_refused(traces):
         permute_pair_(pair, torch.zeros(16, dtype=torch.int64))
 
 
-# --- what is called exact is exact ------------------------------------------------------------------
+# --- exactness ---------------------------------------------------------------------------------------
 
 
 def check_exactness(model, tolerance=1e-10):
@@ -466,13 +466,13 @@ def test_exactness_of_norms_with_an_offset_gain():
 
 @pytest.mark.parametrize(("cls", "changes"), [(FalconForCausalLM, {}), (DeepseekV3ForCausalLM, MLA)])
 def test_exactness_with_other_attentions(cls, changes):
-    """One key/value head for all, cut out by an index; values compressed together with a part of the keys."""
+    """One key/value head for all, selected by an index; values compressed together with a part of the keys."""
     _, pairs = check_exactness(seeded(cls, **changes))
     assert len([pair for pair in pairs if pair.scalable]) >= 2
     assert pairs[0].producer.endswith(("query_key_value", "kv_b_proj"))
 
 
-def test_fused_gate_and_up_are_each_others_partners():
+def test_fused_gate_and_up_projection_is_its_own_partner():
     model = seeded(Phi3ForCausalLM, num_key_value_heads=2, num_hidden_layers=1)
     value, mlp = topology.find_linear_pairs(model)
     assert torch.equal(value.rows, torch.arange(48, 64))
@@ -541,7 +541,7 @@ def test_match():
     assert topology.match(modules, []) == []
 
 
-def test_match_complains_about_patterns_that_match_nothing():
+def test_match_raises_for_patterns_that_match_nothing():
     modules = topology.linears(tiny_llama())
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up_prjo' \(nearest: model\.layers\.0\.mlp\.up_proj"):
         topology.match(modules, ["Linear", "model.layers.0.mlp.up_prjo"])
@@ -550,7 +550,7 @@ def test_match_complains_about_patterns_that_match_nothing():
     assert topology.match(modules, ["lm_head"], skip=["score"], optional=["score"]) == ["lm_head"]
 
 
-# --- leaving no trace ---------------------------------------------------------------------------------------
+# --- the model is unchanged ---------------------------------------------------------------------------------
 
 
 def hooks_of(model):
@@ -562,7 +562,7 @@ def hooks_of(model):
     ]
 
 
-def look(model):
+def analyse(model):
     trace = topology.trace(model)
     topology.blocks(trace)
     topology.find_norm_groups(trace)
@@ -570,7 +570,7 @@ def look(model):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral", "t5"])
-def test_looking_changes_nothing(family):
+def test_analysis_leaves_the_model_unchanged(family):
     model = TINY[family]().train()
     next(model.children()).eval()
     config = copy.deepcopy(model.config.to_dict())
@@ -581,7 +581,7 @@ def test_looking_changes_nothing(family):
     random = torch.get_rng_state()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    look(model)
+    analyse(model)
     assert calls == []
     assert len(hooks_of(model)) == 1
     assert torch.equal(torch.get_rng_state(), random)
@@ -594,7 +594,7 @@ def test_looking_changes_nothing(family):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_looking_changes_nothing_when_the_forward_raises(monkeypatch):
+def test_analysis_leaves_the_model_unchanged_if_the_forward_raises(monkeypatch):
     model = tiny_llama().train()
 
     def broken(self, *args, **kwargs):
@@ -612,7 +612,7 @@ def test_looking_changes_nothing_when_the_forward_raises(monkeypatch):
         topology.trace(model.to("meta"))
 
 
-def test_the_answers_are_the_same_each_time_and_without_weights():
+def test_results_are_deterministic_and_do_not_depend_on_weights():
     def summary(model):
         trace = topology.trace(model)
         assert not trace.used_real_weights
@@ -634,7 +634,7 @@ def test_the_answers_are_the_same_each_time_and_without_weights():
     assert summary(meta) == summary(tiny_gpt2())
 
 
-def test_a_block_alone_can_be_traced_with_its_inputs():
+def test_a_single_block_can_be_traced_with_its_inputs():
     layer = tiny_opt().model.decoder.layers[0]
     trace = topology.trace(layer, args=(torch.zeros(1, 4, 32),))
     assert [group.name for group in topology.find_norm_groups(trace)] == [

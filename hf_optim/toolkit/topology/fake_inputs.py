@@ -21,8 +21,8 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Text models get ``input_ids [1, T]`` int64, encoder-decoders also ``decoder_input_ids [1, T / 2]``. Vision models,
     and models that compare texts with images, get ``pixel_values [1, channels, height, width]`` in the floating dtype
-    of the model. Token ids are valid for the vocabulary and never the padding token; the last one is the end-of-sequence
-    token if the model has one, since some heads look for it. The values are the same at each call.
+    of the model. Token ids are valid for the vocabulary and never the padding token; the last one is the
+    end-of-sequence token if the model has one, since some heads look for it. The values are the same at each call.
 
     Raises ``ValueError`` for a main input that is neither text nor pixels: pass your own inputs for such a model.
     """

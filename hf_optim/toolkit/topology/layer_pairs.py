@@ -104,7 +104,7 @@ def find_linear_pairs(source: nn.Module | Trace, block: ModuleScope | None = Non
 
     With ``block`` only the pairs whose producer is in it. A consumer has at most one pair. If several producers feed
     it, a scalable one is the producer and the others are in ``permutable_with``. Layers whose weights are tied to
-    another module have no pair. ``LinearPair`` says what is exact.
+    another module have no pair. See ``LinearPair`` for what is exact.
     """
     return list(_linear_pairs(as_trace(source), block))
 
@@ -162,7 +162,7 @@ def _exchange_groups(trace: Trace, members: list[ChannelLink]) -> Tensor:
     """Return ``[rows]`` int64: rows of equal number can be permuted, in all ``members`` and the consumer together.
 
     ``members`` are the links of one consumer whose rows correspond. The rows of the first link are numbered; a row that
-    cannot move has a number of its own. Two rows are interchangeable if equal inputs give equal outputs: those of one
+    cannot move has its own number. Two rows are interchangeable if equal inputs give equal outputs: those of one
     head are, those of two heads are not, since each head weighs the tokens differently.
     """
     target, columns = members[0].target, members[0].columns

@@ -53,7 +53,7 @@ def find_norm_groups(source: nn.Module | Trace, block: ModuleScope | None = None
     """Return the norms of a model with the linear layers that read exactly their output, in execution order.
 
     With ``block`` only the norms in it. A norm that neither a linear layer nor any other weight reads is left out,
-    and so is one whose gain is not called ``weight``. ``NormGroup`` says what is exact.
+    and so is one whose gain is not called ``weight``. See ``NormGroup`` for what is exact.
     """
     return list(_norm_groups(as_trace(source), block))
 

@@ -77,7 +77,7 @@ def find_prunable_groups(trace: Trace) -> list[PrunableGroups]:
 def coupled_layers(layers: Iterable[PrunableGroups]) -> list[list[PrunableGroups]]:
     """Collect the layers whose groups share parameters, and which must therefore lose the same groups.
 
-    A layer that shares none is returned in a list of its own.
+    A layer that shares none is returned in its own list.
     """
     coupled: list[list[PrunableGroups]] = []
     for layer in layers:
