@@ -1,27 +1,27 @@
-"""The errors of hf_optim. Each message says what is wrong, where, and what to do."""
+"""The errors of hf_optim. Each message names what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class OptimError(Exception):
-    """Base of every error that hf_optim raises on purpose."""
+    """Base of all errors that hf_optim raises deliberately."""
 
 
 class RecipeError(OptimError, ValueError):
-    """A recipe that cannot be read, has a wrong field, or cannot compose."""
+    """A recipe cannot be read, has a wrong field, or has steps that do not compose."""
 
 
 class DataError(OptimError, ValueError):
-    """Calibration, training or evaluation data that cannot serve."""
+    """Calibration, training or evaluation data is missing, unreadable or unsuitable."""
 
 
 class ModelError(OptimError, ValueError):
-    """A model that a step cannot work on."""
+    """A step does not support the model."""
 
 
 class NumericalError(OptimError, ArithmeticError):
-    """Non-finite activations or a singular matrix; the message names the module and the step."""
+    """An activation is not finite or a matrix is singular; the message names the module and the step."""
 
 
 class CheckpointError(OptimError, OSError):
-    """A checkpoint that cannot be read or written."""
+    """A checkpoint cannot be read or written."""

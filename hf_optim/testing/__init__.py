@@ -1,1 +1,1 @@
-"""The conformance suite that every technique passes: ``pytest --hf-optim NAME``."""
+"""The conformance suite for techniques (``pytest --hf-optim NAME``), and tools for tests."""

@@ -1,8 +1,8 @@
-"""What every technique must do, whatever it does. Parametrized over techniques (``cls``) by the plugin beside it.
+"""The conformance suite: what every technique must do. ``testing.plugin`` parametrizes it over techniques (``cls``).
 
-A technique passes by existing: the suite builds the smallest recipe around it (paying what it owes with a technique of
-the catalogue), runs it on tiny random models of six architectures, and looks at what is left. An architecture that a
-technique does not support must be refused with a ``ModelError`` or ``RecipeError`` that says why.
+The suite builds the smallest recipe around a technique (with techniques of the catalogue that must precede or follow
+it), runs it on tiny random models of six architectures, and checks the results. An architecture that a technique does
+not support must be refused with a ``ModelError`` or ``RecipeError`` that gives the reason.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import hf_optim
 from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, Reload, Technique
 from hf_optim.recipes.catalogue import catalogue
+from hf_optim.recipes.traits import FLOAT_WEIGHTS
 from hf_optim.runs.run import run_of
 from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
@@ -44,56 +45,52 @@ STEPS = 3
 
 # -- the smallest recipe, data and training around a technique -------------------------------------------------------
 def recipe_for(cls: type[Technique]) -> OptimConfig:
-    """The technique's sample (its defaults, mostly), followed by techniques that pay what it owes."""
+    """Return ``cls.for_testing()``, preceded by techniques that add what it needs and followed by what it owes."""
     steps: list[Technique] = [cls.for_testing()]
     for trait in sorted(steps[0].contract().owes, key=str):
-        payer = next(c for c in catalogue().all() if trait in c.spec.contract.adds and not c.spec.trains)
-        steps.append(payer())
+        provider = next(c for c in catalogue().all() if trait in c.spec.contract.adds and not c.spec.trains)
+        steps.append(provider())
     needed = sorted(steps[0].contract().needs, key=str)
     for trait in needed:
-        if trait not in _free_traits():
-            giver = next(c for c in catalogue().all() if trait in c.spec.contract.adds)
-            steps.insert(0, giver())
+        if trait != FLOAT_WEIGHTS:
+            provider = next(c for c in catalogue().all() if trait in c.spec.contract.adds)
+            steps.insert(0, provider())
     return OptimConfig(steps=tuple(steps))
 
 
-def _free_traits() -> set[Any]:
-    from hf_optim.recipes.traits import FLOAT_WEIGHTS
-
-    return {FLOAT_WEIGHTS}
-
-
 def inputs_for(model: PreTrainedModel, seed: int = 0, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
-    """A batch of random inputs of the right kinds: ids ``[rows, length]`` int64, pixels ``[rows, C, H, W]`` float."""
+    """Return a batch of random inputs for a model: ids ``[rows, length]`` int64, pixels ``[rows, C, H, W]`` float."""
     generator = torch.Generator().manual_seed(seed)
-    made = {}
+    batch = {}
     for key, value in topology.dummy_inputs(model).items():
         if value.is_floating_point():
-            made[key] = torch.randn((rows, *value.shape[1:]), generator=generator, dtype=value.dtype)
+            batch[key] = torch.randn((rows, *value.shape[1:]), generator=generator, dtype=value.dtype)
         elif key.endswith("input_ids"):
-            made[key] = torch.randint(3, 60, (rows, length), generator=generator)
+            batch[key] = torch.randint(3, 60, (rows, length), generator=generator)
         else:
-            made[key] = value[:1].expand(rows, *value.shape[1:])
-    return made
+            batch[key] = value[:1].expand(rows, *value.shape[1:])
+    return batch
 
 
-def training_rows(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    rows = []
+def training_examples(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """Return eight random examples with labels."""
+    examples = []
     for index in range(8):
-        row = {key: value[0] for key, value in inputs_for(model, seed=index, rows=1).items()}
-        classes = int(model.config.num_labels or 0) if classifies(model) else 0
-        ids = row.get("decoder_input_ids", row.get("input_ids"))
-        row["labels"] = torch.tensor(index % classes) if classes or ids is None else ids
-        rows.append(row)
-    return rows
+        example = {key: value[0] for key, value in inputs_for(model, seed=index, rows=1).items()}
+        classes = int(model.config.num_labels or 0) if is_classifier(model) else 0
+        ids = example.get("decoder_input_ids", example.get("input_ids"))
+        example["labels"] = torch.tensor(index % classes) if classes or ids is None else ids
+        examples.append(example)
+    return examples
 
 
-def classifies(model: PreTrainedModel) -> bool:
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Return True for a sequence or image classifier."""
     return "Classification" in type(model).__name__
 
 
-def optimized(cls: type[Technique], model: PreTrainedModel, folder: Path, seed: int = 0) -> PreTrainedModel:
-    """The model after the smallest recipe, trained for a few steps where the recipe trains."""
+def optimize_tiny(cls: type[Technique], model: PreTrainedModel, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Return the model after the smallest recipe, trained for a few steps if the recipe trains."""
     model = hf_optim.optimize(model, recipe_for(cls), calibration=[inputs_for(model, seed=s) for s in range(3)])
     while (stage := run_of(model).stage) is not None:
         model = _train(model, folder / f"stage-{run_of(model).stage_index}")
@@ -109,11 +106,11 @@ def _train(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     )  # fmt: skip
     assert run.stage is not None
     plain = not any(s.implements(h) for s in run.stage.steps for h in ("training_loss", "parameter_groups"))
-    rows = training_rows(model)
+    examples = training_examples(model)
     if plain:
-        trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=hf_optim.callbacks(model))  # type: ignore[arg-type]
+        trainer = Trainer(model=model, args=args, train_dataset=examples, callbacks=hf_optim.callbacks(model))  # type: ignore[arg-type]
     else:
-        trainer = hf_optim.OptimTrainer(model=model, args=args, train_dataset=rows)
+        trainer = hf_optim.OptimTrainer(model=model, args=args, train_dataset=examples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train()
@@ -121,12 +118,12 @@ def _train(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def attempt(cls: type[Technique], architecture: str, folder: Path) -> PreTrainedModel | None:
-    """The optimized tiny model, or None when the technique refuses the architecture with a reason."""
+    """Return the optimized tiny model, or None if the technique refuses the architecture with a reason."""
     try:
-        return optimized(cls, TINY[architecture](), folder)
+        return optimize_tiny(cls, TINY[architecture](), folder)
     except (ModelError, RecipeError) as refusal:
         text = str(refusal)
-    assert len(text) > 30, f"a refusal must say why: {text}"
+    assert len(text) > 30, f"a refusal must give the reason: {text}"
     assert re.search(r"step \d+ \(\w+\)", text), f"a refusal must name the step: {text}"
     return None
 
@@ -207,7 +204,7 @@ def test_every_field_is_documented_and_the_module_has_its_equation_and_paper(cls
         assert cls.spec.paper.id in module, "the module's docstring does not name the paper"
 
 
-def test_the_catalogue_has_it(cls: type[Technique]) -> None:
+def test_it_is_in_the_catalogue(cls: type[Technique]) -> None:
     assert catalogue().get(cls.spec.name) is cls
     assert hasattr(importlib.import_module(cls.__module__), "register_techniques")
 
@@ -217,11 +214,11 @@ def test_its_recipe_composes(cls: type[Technique]) -> None:
     assert cls.for_testing().contract().adds - {t for s in recipe_for(cls).steps for t in s.contract().drops} <= traits
 
 
-def test_what_it_owes_must_be_paid(cls: type[Technique]) -> None:
+def test_it_is_refused_without_the_step_that_must_follow(cls: type[Technique]) -> None:
     if not cls.for_testing().contract().owes:
-        OptimConfig(steps=(cls.for_testing(),)).check(cls.for_testing().contract().needs | _free_traits())
+        OptimConfig(steps=(cls.for_testing(),)).check({*cls.for_testing().contract().needs, FLOAT_WEIGHTS})
         return
-    with pytest.raises(RecipeError, match="owes"):
+    with pytest.raises(RecipeError, match="must be followed by"):
         OptimConfig(steps=(cls.for_testing(),)).check()
 
 
@@ -234,7 +231,7 @@ def test_some_architecture_is_supported(cls: type[Technique], attempts: Attempts
 def test_a_checkpoint_outlives_the_tool(
     cls: type[Technique], architecture: str, tmp_path: Path, attempts: Attempts, stock: StockTransformers
 ) -> None:
-    """Reloaded where hf_optim cannot be imported: equal logits, or a loud refusal for REMOTE_CODE."""
+    """Reload it where hf_optim cannot be imported: equal logits, after an error without trust for REMOTE_CODE."""
     model = attempts(cls, architecture)
     if model is None:
         return
@@ -266,7 +263,7 @@ def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_pat
     source.save_pretrained(tmp_path / "source")
     batches = [inputs_for(source, seed=s) for s in range(3)]
     loaded = type(source).from_pretrained(tmp_path / "source", optim_config=recipe_for(cls), calibration=batches)
-    hf_optim.restore(loaded)  # it was put on kernels, whose sums may end in another order
+    hf_optim.restore(loaded)  # off the kernels, which may add in another order
     inputs = inputs_for(source, seed=99)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, direct(**inputs).logits)
@@ -278,7 +275,7 @@ def test_a_second_run_is_bit_exact_and_leaves_global_and_random_state_alone(
     architecture, first = attempts.first(cls)  # the first run may import and register
     torch.manual_seed(7)
     random_before, globals_before = torch.random.get_rng_state(), _globals()
-    second = optimized(cls, TINY[architecture](), tmp_path)
+    second = optimize_tiny(cls, TINY[architecture](), tmp_path)
     assert _globals() == globals_before
     if not any(stage.trains for stage in recipe_for(cls).stages):
         assert torch.equal(random_before, torch.random.get_rng_state())
@@ -291,7 +288,7 @@ def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], attempts: A
     architecture, _ = attempts.first(cls)
     recipe = recipe_for(cls)
     if not any(stage.needs_data for stage in recipe.stages[:1]):
-        pytest.skip("it sees no data that could fail")
+        pytest.skip("it uses no data that could fail")
     model = TINY[architecture]()
     globals_before = _globals()
     with pytest.raises(RuntimeError, match="the data broke"):
@@ -300,7 +297,7 @@ def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], attempts: A
     assert _globals() == globals_before
 
 
-def test_activations_that_are_not_finite_are_named(cls: type[Technique], attempts: Attempts) -> None:
+def test_an_error_about_non_finite_activations_names_the_module(cls: type[Technique], attempts: Attempts) -> None:
     architecture, _ = attempts.first(cls)
     if not (cls.for_testing().implements("calibrate") and cls.for_testing().needs_data()):
         pytest.skip("it observes no activations")
@@ -313,9 +310,9 @@ def test_activations_that_are_not_finite_are_named(cls: type[Technique], attempt
     assert any(name in str(caught.value) for name, _ in model.named_modules() if name)
 
 
-# -- what is looked at --------------------------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------------------------
 class _Broken(dict):
-    """A batch whose first tensor cannot be read by a model."""
+    """A batch that raises when it is read."""
 
     def __iter__(self) -> Iterator[str]:
         raise RuntimeError("the data broke")
@@ -324,7 +321,7 @@ class _Broken(dict):
 
 
 def _assert_clean(model: nn.Module, allow_quantized: bool = True) -> None:
-    """No hook, no replaced forward and no parametrization is left on the model."""
+    """Assert that the model has no hook, no replaced forward and no parametrization."""
     for name, module in model.named_modules():
         hooks = [
             *module._forward_hooks,
@@ -340,7 +337,7 @@ def _assert_clean(model: nn.Module, allow_quantized: bool = True) -> None:
 
 
 def _globals() -> Mapping[str, Any]:
-    """What a technique must not patch: methods of the base classes, torch's functions, the default dtype."""
+    """Return what a technique must not patch: methods of base classes, functions of torch, the default dtype."""
     watched: dict[str, Any] = {"dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled()}
     for holder in (nn.Module, nn.Linear, nn.functional, torch, PreTrainedModel, Trainer):
         for key, value in vars(holder).items():

@@ -1,9 +1,8 @@
 """Tiny random models, one per architecture family, for the tests.
 
-Every builder is seeded, leaves the global random state as it found it, and returns a model in evaluation
-mode. Hidden width 32, two blocks, vocabulary 64 (96 for T5): a forward takes milliseconds on a CPU.  Norm
-weights and biases are drawn at random instead of ones and zeros, so that a test which folds them cannot pass
-by accident.
+Each builder is seeded, does not change the global random state, and returns a model in evaluation mode. Hidden width
+32, two blocks, vocabulary 64 (96 for T5): a forward takes milliseconds on a CPU. Norm weights and biases are random
+instead of ones and zeros, so that a test that folds them cannot pass by accident.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ DECODER: dict[str, Any] = {
 
 
 def _build(cls: type[PreTrainedModel], config: Any, seed: int) -> Any:
-    """A `cls(config)` with random weights from `seed`, float32, on the CPU, in evaluation mode."""
+    """Build ``cls(config)`` with random weights, float32, on the CPU, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(config)
@@ -64,17 +63,17 @@ def _build(cls: type[PreTrainedModel], config: Any, seed: int) -> Any:
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Llama with grouped-query attention (4 heads, 2 key/value heads), untied output head."""
+    """Build Llama with grouped-query attention (4 heads, 2 key/value heads), untied output head."""
     return _build(LlamaForCausalLM, LlamaConfig(**{**DECODER, **changes}), seed)
 
 
 def tiny_qwen2(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
-    """Qwen2: like Llama, with biases on q, k, v and the output head tied to the embeddings."""
+    """Build Qwen2: like Llama, with biases on q, k, v and the output head tied to the embeddings."""
     return _build(Qwen2ForCausalLM, Qwen2Config(**{**DECODER, "tie_word_embeddings": True, **changes}), seed)
 
 
 def tiny_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    """GPT-2: `Conv1D` layers (weight [in, out]), one fused q, k, v projection, tied output head."""
+    """Build GPT-2: ``Conv1D`` layers (weight ``[in, out]``), one fused q, k, v projection, tied output head."""
     config = {
         "vocab_size": 64,
         "n_embd": 32,
@@ -89,7 +88,7 @@ def tiny_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
 
 
 def tiny_opt(seed: int = 0, **changes: Any) -> OPTForCausalLM:
-    """OPT, pre-norm, ReLU MLP without a gate, biases everywhere, tied output head."""
+    """Build OPT, pre-norm, ReLU MLP without a gate, biases everywhere, tied output head."""
     config = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -107,7 +106,7 @@ def tiny_opt(seed: int = 0, **changes: Any) -> OPTForCausalLM:
 
 
 def tiny_bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
-    """BERT, post-norm, GELU MLP, with a pooler and a three-label classifier."""
+    """Build BERT, post-norm, GELU MLP, with a pooler and a three-label classifier."""
     config = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -121,7 +120,7 @@ def tiny_bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
 
 
 def tiny_vit(seed: int = 0, **changes: Any) -> ViTForImageClassification:
-    """ViT, 16 x 16 pixels in four patches, three labels."""
+    """Build ViT, 16 x 16 pixels in four patches, three labels."""
     config = {
         "image_size": 16,
         "patch_size": 8,
@@ -136,7 +135,7 @@ def tiny_vit(seed: int = 0, **changes: Any) -> ViTForImageClassification:
 
 
 def tiny_t5(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
-    """T5: encoder and decoder of two blocks each, cross attention, ReLU MLP without biases."""
+    """Build T5: encoder and decoder of two blocks each, cross attention, ReLU MLP without biases."""
     config = {
         "vocab_size": 96,
         "d_model": 32,
@@ -153,7 +152,7 @@ def tiny_t5(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
 
 
 def tiny_mixtral(seed: int = 0, **changes: Any) -> MixtralForCausalLM:
-    """Mixtral: four experts of which two run for each token, stored as 3-D parameters."""
+    """Build Mixtral: four experts, two of them per token, stored as 3-D parameters."""
     config = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
     return _build(MixtralForCausalLM, MixtralConfig(**{**config, **changes}), seed)
 

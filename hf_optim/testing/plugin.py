@@ -1,7 +1,7 @@
 """The pytest plugin: ``pytest --hf-optim NAME [--hf-optim NAME ...]`` runs the conformance suite over those techniques.
 
-``--hf-optim all`` takes the whole catalogue. The plugin is loaded by every pytest of an environment that has hf_optim,
-and so does nothing, and imports nothing, until it is asked.
+``--hf-optim all`` runs it over the whole catalogue. Every pytest in an environment with hf_optim loads this plugin, so
+it does nothing and imports nothing without the option.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hf-optim"):
         return
-    # Instead of the project's own tests, unless they were named on the command line too.
-    asked = [
+    # The suite replaces the tests of the project, unless those are named on the command line, too.
+    named = [
         str(a) for a in config.invocation_params.args if (config.invocation_params.dir / str(a).split("::")[0]).exists()
     ]
-    config.args[:] = [*(config.args if asked else []), str(SUITE)]
+    config.args[:] = [*(config.args if named else []), str(SUITE)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if Path(metafunc.definition.path) == SUITE and "cls" in metafunc.fixturenames:
         from ..recipes.catalogue import catalogue
 
-        asked = metafunc.config.getoption("--hf-optim")
-        names = catalogue().names() if not asked or "all" in asked else asked
+        requested = metafunc.config.getoption("--hf-optim")
+        names = catalogue().names() if not requested or "all" in requested else requested
         metafunc.parametrize("cls", [pytest.param(catalogue().get(name), id=name) for name in names])

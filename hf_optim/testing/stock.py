@@ -1,4 +1,4 @@
-"""A process with transformers but without hf_optim: what it computes is what anybody gets from a checkpoint."""
+"""A child process with transformers but without hf_optim, which loads checkpoints as users without hf_optim do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for line in sys.stdin:
     try:
         cls = getattr(transformers, job["class"])
         model = cls.from_pretrained(job["directory"], trust_remote_code=job["trust"]).eval()
-        # Where a tensor of a file lies, the file says; on some processors sums over unaligned memory end in other bits.
+        # Tensors of a mapped file may be unaligned, and on some processors unaligned sums round differently.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
         with torch.no_grad():
@@ -67,9 +67,10 @@ class StockTransformers:
     def logits(
         self, directory: Path, auto_class: str, inputs: Mapping[str, torch.Tensor], trust_remote_code: bool = False
     ) -> tuple[str, torch.Tensor]:
-        """The class that stock transformers made of the checkpoint, and its logits; ``OSError`` if it refused.
+        """Load a checkpoint with stock transformers; return the name of its class, and its logits.
 
-        Of a bare encoder, which has no logits, the last hidden states.
+        For a bare encoder, which has no logits, return the last hidden states. Raises ``OSError`` if loading or the
+        forward fails.
         """
         home = Path(self._folder.name)
         save_file({key: value.contiguous() for key, value in inputs.items()}, home / "inputs.safetensors")

@@ -1,4 +1,4 @@
-"""Check that a model really has the traits it claims."""
+"""Check in the tensors that a model has the traits that its run claims."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _has_float_weights(run: Run) -> bool:
 
 
 def _has_stored_quantization(run: Run) -> bool:
-    # A module of remote code that holds codes says so itself.
+    # Modules of remote code that hold codes have the attribute holds_codes.
     return any(
         getattr(m, "quantization_scheme", None) is not None or getattr(m, "holds_codes", False)
         for m in run.model.modules()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError, run_of
 from hf_optim.recipes.traits import SPARSE
-from hf_optim.testing.conformance import inputs_for, training_rows
+from hf_optim.testing.conformance import inputs_for, training_examples
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.topology.prunable_groups import HEADS, coupled_layers, find_prunable_groups
@@ -316,7 +316,7 @@ def test_it_recovers_in_one_stage_with_the_model_as_it_was_for_a_teacher(tmp_pat
         save_strategy="no",
         learning_rate=1e-3,
     )
-    trainer = hf_optim.OptimTrainer(model=model, args=args, train_dataset=training_rows(model))
+    trainer = hf_optim.OptimTrainer(model=model, args=args, train_dataset=training_examples(model))
     trainer.train()
     assert run.finished
     assert not torch.equal(model.lm_head.weight, before)
