@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiny_models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_optim import Reload
+from hf_optim import Card, Reload
 from hf_optim.cli import COMMANDS, main
 from hf_optim.recipes.catalogue import GROUP, catalogue
 from hf_optim.recipes.config import shipped_recipes
@@ -428,6 +429,45 @@ def test_the_error_of_the_evaluating_process_is_passed_on(capsys, shop, monkeypa
     monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", lambda *args, **kwargs: done)
     line = complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the original: the data is odd"
+
+
+def test_a_result_that_cannot_be_measured_is_written_before_the_error(capsys, shop, monkeypatch):
+    def measure(command, **kwargs):
+        original = command[command.index("eval") + 1] == str(shop.model)
+        out = json.dumps({"perplexity": 2.0})
+        return subprocess.CompletedProcess([], 0, out, "") if original else failed
+
+    failed = subprocess.CompletedProcess([], 2, "", "hf-optim: the data is odd\n")
+    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
+    line = complaint(capsys, shop.compress(shop.rtn, "unmeasured", "--eval", shop.held_out))
+    assert line == "hf-optim: could not measure the result: the data is odd"
+    record = json.loads((shop.home / "unmeasured" / "hf_optim.json").read_text())
+    assert record["finished"]
+    assert "perplexity" not in record["measured"]["after"]
+    assert logits(shop.home / "unmeasured").isfinite().all()
+
+
+def test_record_and_card_of_a_measured_result_are_written_once(shop, monkeypatch):
+    """The result is measured before it takes its name: nothing in it is replaced afterwards."""
+    seen = []
+
+    def measure(command, **kwargs):
+        home = Path(command[command.index("eval") + 1])
+        seen.append((home.name, (shop.home / "once").exists(), (home / "README.md").exists()))
+        return subprocess.CompletedProcess([], 0, json.dumps({"perplexity": 2.5}), "")
+
+    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
+    cards = []
+    write = Card.write
+    monkeypatch.setattr(Card, "write", lambda self, directory: cards.append(directory) or write(self, directory))
+    assert call(shop.compress(shop.rtn, "once", "--eval", shop.held_out)) == 0
+    assert len(cards) == 1
+    (original, _, _), (result, named, carded) = seen
+    assert (original, named, carded) == ("model", False, False)
+    assert result != "once"
+    record = json.loads((shop.home / "once" / "hf_optim.json").read_text())
+    assert record["measured"]["after"]["perplexity"] == 2.5
+    assert "2.5" in (shop.home / "once" / "README.md").read_text()
 
 
 def test_an_output_that_is_a_file(capsys, shop):

@@ -66,7 +66,7 @@ class Job:
 def compress(job: Job) -> Run:
     """Run the job. Returns the finished run with its model, and its record as written to ``hf_optim.json``.
 
-    Everything that can be refused is refused before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
+    Refuses what it can before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
     """
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
