@@ -1,4 +1,4 @@
-"""The conformance suite over the whole catalogue: a new technique gets all of it by existing."""
+"""The conformance suite over the whole catalogue; a new technique is included automatically."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_goal_on_its_own_card_is_in_microseconds():
 
 def test_a_goal_on_another_card_is_the_same_share_of_the_floor():
     card = results(device="NVIDIA H200", ceilings={**H100, "copy": 4.5e6})
-    # 10.1 us of 16 there; here the floor is 6.7 us, so 10.7 us are asked for.
+    # 10.1 us of 16 there; here the floor is 6.7 us, so the goal is 10.7 us.
     floor = BYTES / 4.5e6
     assert find_goal(row(graph_us=floor * 16 / (BYTES / 3e6) * 0.99, floor_us=floor), card).met is True
     assert find_goal(row(graph_us=floor * 16 / (BYTES / 3e6) * 1.01, floor_us=floor), card).met is False
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
         Results.load(tmp_path)
 
 
-def test_rows_are_joined_by_what_they_measure():
+def test_results_are_merged_by_problem():
     old = results(row(graph_us=20.0), row("dense", "dense"))
     new = results(row(graph_us=15.0))
     assert [(r.contender, r.graph_us) for r in new.merged_after(old).rows] == [("dense", 15.0), ("w4a16", 15.0)]
@@ -126,7 +126,7 @@ def test_a_failing_peer_is_a_row(monkeypatch):
     assert "absent" not in {r.contender for r in found.rows}
 
 
-def test_nothing_begins_after_the_time_limit():
+def test_nothing_starts_after_the_time_limit():
     found = results()
     op_runner.run_ops(found, ["wna16"], [(64, 256)], [1, 2], deadline=environment.Deadline(0.0, -1.0))
     model_runner.run_models(found, "tiny", deadline=environment.Deadline(0.0, -1.0))
@@ -142,7 +142,7 @@ def test_int4_codes_and_pruning():
     assert (peers.prune24(weight).view(-1, 4) != 0).sum(1).eq(2).all()
 
 
-# Which kernels a CPU has for a scheme is not the matter here.
+# Which schemes have a CPU kernel is tested elsewhere.
 @pytest.mark.filterwarnings("ignore:these layers stay as they are")
 @pytest.mark.parametrize("scheme", models.SCHEMES)
 def test_a_model_is_built_under_every_scheme(scheme):

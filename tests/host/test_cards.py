@@ -43,7 +43,7 @@ class Grid(Technique):
 
 @pytest.fixture(autouse=True)
 def known_technique(monkeypatch):
-    # For the time of the test: the catalogue is one for the whole process.
+    # Only during the test: the process has one catalogue.
     monkeypatch.setitem(catalogue()._classes, Grid.spec.name, Grid)
 
 
@@ -181,7 +181,7 @@ def test_the_relation_and_tags_follow_the_result():
     assert "compressed-tensors" not in data["tags"]
 
 
-def test_the_class_comes_from_the_checkpoint_where_there_is_one(tmp_path):
+def test_the_class_comes_from_the_checkpoint_if_there_is_one(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
     card = Card(record(), tmp_path)
     assert front(card.render())["pipeline_tag"] == "text-classification"
@@ -212,7 +212,7 @@ def test_every_number_of_the_table_is_in_the_record():
     assert rows["KL from the original (nats per position)"][2] == ""
 
 
-def test_the_card_tells_recipe_coverage_data_stages_limits_papers_and_versions():
+def test_the_card_has_recipe_coverage_data_stages_limits_papers_and_versions():
     text = Card(record()).render()
     assert "968,576 parameters in float32" in text
     assert "weights on disk: 1.1 MB (original: 3.88 MB)." in text
@@ -281,7 +281,7 @@ def test_an_unfinished_run_and_an_unknown_technique_still_render():
     assert "## Papers" not in text
 
 
-def test_what_steps_add_is_kept_in_the_record_and_rendered_again(tmp_path):
+def test_sections_of_steps_are_kept_in_the_record_and_rendered_again(tmp_path):
     made = record()
     card = Card(made, tmp_path)
     for text in ("Old words.", "New words."):

@@ -1,4 +1,4 @@
-"""Recipes: every accepted form, and the error for each way to get one wrong."""
+"""Recipes: all accepted forms, and the error for each mistake."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_pickles_are_refused_even_when_they_exist(tmp_path, suffix):
         load_examples(DataConfig(str(file)))
 
 
-def test_bad_files_are_named(tmp_path):
+def test_errors_name_the_bad_file(tmp_path):
     with pytest.raises(DataError, match="no data file"):
         load_examples(DataConfig(str(tmp_path / "absent.jsonl")))
     with pytest.raises(DataError, match="is a folder"):
@@ -107,7 +107,7 @@ def test_bad_files_are_named(tmp_path):
         list(load_examples(DataConfig(str(broken))))
 
 
-def test_a_hub_dataset_offline_says_so():
+def test_a_hub_dataset_offline_is_an_error():
     with pytest.raises(DataError, match="offline: HF_HUB_OFFLINE"):
         load_examples(DataConfig("some-owner/some-dataset-that-is-not-cached"))
 
@@ -150,7 +150,7 @@ def test_samples_are_random_by_seed_and_equally_likely():
     assert (counts - 500).abs().max() < 97
 
 
-def test_too_short_data_says_how_many_tokens_there_are_and_how_many_are_needed():
+def test_the_error_for_too_short_data_has_the_tokens_and_those_needed():
     with pytest.raises(DataError, match=r"has 101 tokens, but 4 sequences of 50 tokens need 200: .*samples=2 or less"):
         sample_sequences(["x" * 100], tiny_tokenizer(), 50, 4)
     with pytest.raises(DataError, match="has 101 tokens, but 1 sequence of 128 tokens need 128"):
@@ -180,7 +180,7 @@ def test_the_default_sequence_length_is_the_context():
     assert sequence_length(tiny_llama(max_position_embeddings=1_000_000).config) == 2048
 
 
-def test_calibration_from_a_file_describes_itself_without_the_path(tmp_path):
+def test_the_description_of_a_file_has_no_path(tmp_path):
     file = write(tmp_path, "jsonl")
     data = DataConfig(str(file), samples=3, seq_len=16, seed=7)
     made = build_calibration_data(None, model_config=LLAMA, tokenizer=tiny_tokenizer(), data=data)
@@ -239,7 +239,7 @@ def test_texts_and_datasets_of_texts_need_a_tokenizer():
             build_calibration_data(source, model_config=LLAMA)
 
 
-def test_a_tokenizer_of_another_model_is_noticed():
+def test_the_tokenizer_of_another_model_is_refused():
     with pytest.raises(
         DataError, match="the vocabulary of the model has 64: pass the tokenizer that belongs to the model"
     ):
@@ -289,7 +289,7 @@ def test_images_go_through_the_processor(tmp_path):
         build_calibration_data(str(file), model_config=model.config)
 
 
-def test_random_inputs_are_asked_for_by_name():
+def test_random_inputs_by_name():
     made = build_calibration_data("random", model_config=LLAMA, data=DataConfig(samples=3, seq_len=5, seed=2))
     assert torch.equal(made.batches[0]["input_ids"], random_tokens(259, 3, 5, 2))
     assert made.description["dataset"] == "random"

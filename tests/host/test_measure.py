@@ -271,14 +271,14 @@ def test_parameter_bytes_count_shared_storage_once():
     assert expected * 0.99 < sizes.parameter_bytes(plain) <= expected
 
 
-def test_peak_memory_says_of_what():
+def test_peak_memory_names_its_device():
     with PeakMemory(torch.device("cpu")) as peak:
         block = torch.ones(40_000_000)
     assert peak.bytes > block.numel() * 4
     assert peak.metrics()["device"] == "cpu"
 
 
-def test_milliseconds_per_token_generates_that_many_and_leaves_the_model_as_it_was():
+def test_ms_per_token_generates_that_many_and_restores_the_model():
     model = tiny_llama(eos_token_id=2)
     made, stock = [], model.generate
 

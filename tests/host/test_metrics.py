@@ -49,7 +49,7 @@ def test_they_are_metrics_of_evaluate(kind, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_perplexity_is_exp_of_the_mean_nll_without_the_ignored():
+def test_perplexity_is_exp_of_the_mean_nll_of_scored_tokens():
     predictions, references = logits(3, 5, 7), torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
     references[0, 2] = -100
     expected = torch.nn.functional.cross_entropy(predictions.double().flatten(0, 1), references.flatten())
@@ -61,7 +61,7 @@ def test_perplexity_is_exp_of_the_mean_nll_without_the_ignored():
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_batches_add_up_and_compute_starts_afresh(kind):
+def test_batches_add_up_and_compute_resets(kind):
     if kind is Perplexity or kind is Accuracy:
         first, second = logits(12, 5), torch.arange(12) % 5
     elif kind is Spearman:
@@ -94,7 +94,7 @@ def test_kl_is_reference_to_candidate():
     found = KLDivergence().compute(predictions=candidate, references=reference)["kl"]
     assert found == pytest.approx(expected, rel=1e-6)
     assert KLDivergence().compute(predictions=candidate, references=candidate)["kl"] == 0
-    # A hair of difference: float32 would lose it among its rounding.
+    # A tiny difference, below the rounding of float32.
     moved = reference.double() + torch.tensor([[1e-6, 0.0]])
     assert KLDivergence().compute(predictions=moved, references=reference)["kl"] == pytest.approx(1.25e-13, rel=1e-2)
 

@@ -45,7 +45,7 @@ def test_the_function_stays_and_the_channels_grow(family):
         assert torch.allclose(now[name][others], then[name][others], rtol=1e-4)
 
 
-def test_a_post_norm_model_takes_them_in_its_value_channels_alone():
+def test_a_post_norm_model_gets_them_in_its_value_channels_only():
     outliers = add_synthetic_outliers(tiny_bert(), channels=2)
     # Only the pooler reads the last norm of a classifier.
     layers = {f"bert.encoder.layer.{i}.attention.output.dense" for i in (0, 1)}

@@ -18,7 +18,7 @@ class Example(Technique):
     """An example.
 
     Attributes:
-        rate: a share.
+        rate: a fraction.
         mode: a choice.
         targets: names.
     """
@@ -55,13 +55,13 @@ def test_fields_are_checked():
         ("distilbert", {"layers": "0"}, "layers must be a list of whole numbers | None, not '0'"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_told_what_would_be_right(technique, fields, message):
+def test_a_wrong_value_names_the_valid_ones(technique, fields, message):
     with pytest.raises(RecipeError) as caught:
         OptimConfig.parse([{"technique": technique, **fields}])
     assert str(caught.value).endswith(message)
 
 
-def test_only_names_that_are_close_are_suggested():
+def test_only_similar_names_are_suggested():
     with pytest.raises(RecipeError) as caught:
         OptimConfig.parse([{"technique": "gmp", "start": 3}])
     assert str(caught.value) == (
@@ -78,14 +78,14 @@ def test_a_step_is_frozen_and_compares_by_identity():
     assert Example() != Example()
 
 
-def test_one_technique_may_stand_twice_in_a_recipe():
+def test_one_technique_may_occur_twice_in_a_recipe():
     recipe = OptimConfig.parse([Example(), Example(rate=0.1)])
     run = start_run(recipe, config=None)
     run.state(recipe.steps[0]).seen = 1
     assert not hasattr(run.state(recipe.steps[1]), "seen")
 
 
-def test_phases_are_read_off_the_hooks():
+def test_phases_follow_from_the_hooks():
     assert Example().phases() == {Phase.CALIBRATE}
     assert Example().needs_data()
 
@@ -111,8 +111,8 @@ def test_numbers_are_finite_unless_an_option_says_otherwise():
         Example(rate=math.nan)
 
 
-def test_a_step_and_a_share_are_told_apart():
-    """``1`` is the first step and ``1.0`` the end of training: a recipe that is written and read stays what it was."""
+def test_a_step_and_a_fraction_are_distinguished():
+    """``1`` is the first step and ``1.0`` the end of training: writing and reading a recipe preserves which."""
 
     @technique("positioned", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
     class Positioned(Technique):
@@ -129,7 +129,7 @@ def test_a_step_and_a_share_are_told_apart():
 def test_a_hook_with_an_unknown_name_is_an_error():
     @technique("misspelt", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
     class Misspelt(Technique):
-        """Has a hook that nobody calls."""
+        """Has a hook that the host does not call."""
 
         @hookimpl
         def calibrat(self, run, scope):
@@ -142,7 +142,7 @@ def test_a_hook_with_an_unknown_name_is_an_error():
 def test_an_argument_that_a_hook_does_not_have_is_an_error():
     @technique("greedy", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
     class Greedy(Technique):
-        """Asks for an argument that nobody passes."""
+        """Has a hook with an argument that the host does not pass."""
 
         @hookimpl
         def finalize_model(self, run, scope):

@@ -1,4 +1,4 @@
-"""Recipes of several techniques: what each leaves, the next one keeps, and stock transformers reads the result."""
+"""Recipes of several techniques: each keeps the effects of those before it, and stock transformers loads the result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared
     )
     trainer.train()
 
-    # The trainer's end finished the stage and went on with the next: the data was at hand.
+    # The end of training finished the stage and ran the next one, since its data was available.
     assert run.finished
     assert {SPARSE_NM, QUANTIZED} <= run.traits
     assert loss() < pruned
