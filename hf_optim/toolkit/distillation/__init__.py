@@ -1,4 +1,4 @@
-"""Teachers, students, and the losses between them."""
+"""Distillation: teachers, students, and losses on logits and hidden states."""
 
 from . import losses, students, teachers
 from .hidden_losses import cosine_loss, squarehead_loss, token_masks

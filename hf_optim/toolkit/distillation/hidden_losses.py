@@ -1,4 +1,4 @@
-"""Distances of a student's hidden states from its teacher's, means over the tokens that are no padding."""
+"""Losses between the hidden states of student and teacher, averaged over the tokens that are not padding."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 
 
 def cosine_loss(
-    states: Sequence[Tensor], wanted: Sequence[Tensor], masks: Sequence[Tensor | None], pooled: bool = False
+    states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None], pooled: bool = False
 ) -> Tensor:
-    """``1 - cos(h_s, h_t)``, the mean over tokens (``pooled``: of mean states, over sequences), and over bodies.
+    """Return ``1 - cos(h_s, h_t)``, averaged over tokens and over base models (encoder and decoder).
 
     Args:
-        states, wanted: the student's and the teacher's, one or more of ``[batch, tokens, width]``.
-        masks: for each of them ``[batch, tokens]``, non-zero where a token counts; None where all do.
+        states, targets: hidden states of student and teacher, one ``[batch, tokens, width]`` per base model.
+        masks: for each of them ``[batch, tokens]``, non-zero for tokens that count; None if all count.
+        pooled: compare the mean state of each sequence, and average over sequences.
     """
     terms = []
-    for ours, theirs, mask in zip(states, wanted, masks, strict=True):
+    for ours, theirs, mask in zip(states, targets, masks, strict=True):
         ours, theirs = ours.float(), theirs.to(ours.device).float()
         weight = _weight(ours, mask)
         if pooled:
-            # The length of a vector is nothing to its direction: sums serve for means.
+            # The cosine does not depend on the norm of a vector, so sums replace means.
             ours, theirs = ((h * weight[..., None]).sum(1) for h in (ours, theirs))
             weight = weight.amax(1)
         distance = 1.0 - F.cosine_similarity(ours, theirs, dim=-1)
@@ -31,17 +32,17 @@ def cosine_loss(
     return sum(terms[1:], terms[0]) / len(terms)
 
 
-def squarehead_loss(states: Sequence[Tensor], wanted: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-    """``Σ_l MSE(h_t^l, h_s^l) / MSE(h_t^l, 0)``, SquareHead of 2310.06927 (section 2): a sum over the layers ``l``.
+def squarehead_loss(states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """Return ``Σ_l MSE(h_t^l, h_s^l) / MSE(h_t^l, 0)``, SquareHead of 2310.06927 (section 2): a sum over layers ``l``.
 
-    Dividing by the teacher's own square makes all layers count alike, whose states differ in size by far.
+    The denominator gives all layers equal weight, although the magnitudes of their states differ widely.
 
     Args:
-        states, wanted: the student's and the teacher's, one ``[batch, tokens, width]`` for each layer.
-        masks: for each of them ``[batch, tokens]``, non-zero where a token counts; None where all do.
+        states, targets: hidden states of student and teacher, one ``[batch, tokens, width]`` per layer.
+        masks: for each of them ``[batch, tokens]``, non-zero for tokens that count; None if all count.
     """
     terms = []
-    for ours, theirs, mask in zip(states, wanted, masks, strict=True):
+    for ours, theirs, mask in zip(states, targets, masks, strict=True):
         ours, theirs = ours.float(), theirs.to(ours.device).float()
         weight = _weight(ours, mask)[..., None]
         size = (weight * theirs.square()).sum()
@@ -49,10 +50,10 @@ def squarehead_loss(states: Sequence[Tensor], wanted: Sequence[Tensor], masks: S
     return sum(terms[1:], terms[0])
 
 
-def token_masks(inputs: Mapping[str, Any], encodes: bool) -> list[Tensor | None]:
-    """Which tokens of a model's bodies are no padding."""
+def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> list[Tensor | None]:
+    """Return the padding mask ``[batch, tokens]``, or None, for each base model (encoder and decoder)."""
     mask = inputs.get("attention_mask")
-    if not encodes:
+    if not is_encoder_decoder:
         return [mask]
     labels, decoder = inputs.get("labels"), inputs.get("decoder_attention_mask")
     return [mask, decoder if decoder is not None else labels != -100 if labels is not None else None]

@@ -1,4 +1,4 @@
-"""Hidden states of a model, recorded while it runs: of its bodies or of every block."""
+"""Recording of hidden states while a model runs: the outputs of its base models, or of every block."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..topology.block_lists import blocks
 
 
 class HiddenStates:
-    """Records what ``modules`` give, in the next forward and only while it is attached.
+    """Context manager that records the outputs of ``modules`` in every forward.
 
-    Every tensor is ``[batch, tokens, width]``. A forward that gradient checkpointing repeats in the backward is not
+    Each tensor is ``[batch, tokens, width]``. A forward that gradient checkpointing repeats in the backward is not
     recorded again.
     """
 
@@ -36,7 +36,7 @@ class HiddenStates:
         self._found.clear()
 
     def take(self) -> list[Tensor]:
-        """The states of the forward before, which are then forgotten; empty if there was none."""
+        """Return the states of the last forward, and clear them; empty if there was none."""
         found = [self._found[i] for i in sorted(self._found)]
         self._found.clear()
         return found
@@ -53,46 +53,46 @@ class HiddenStates:
 
 
 class HiddenStatesCallback(TrainerCallback):
-    """Records the states of ``modules()`` in every training step, and only then: ``own.states`` holds the recorder.
+    """Callback that records the states of ``modules()`` in training steps only.
 
-    ``own`` is the state of a step of a run.
+    The recorder is the attribute ``states`` of ``step_state``, the state of a step of a run.
     """
 
-    def __init__(self, own: Any, modules: Callable[[], Sequence[nn.Module]]) -> None:
-        self._own, self._modules = own, modules
+    def __init__(self, step_state: Any, modules: Callable[[], Sequence[nn.Module]]) -> None:
+        self._step_state, self._modules = step_state, modules
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        remove_recorder(self._own)  # of a step that failed
-        self._own.states = HiddenStates(self._modules()).__enter__()
+        remove_recorder(self._step_state)  # left by a step that failed
+        self._step_state.states = HiddenStates(self._modules()).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        remove_recorder(self._own)
+        remove_recorder(self._step_state)
 
 
-def take_hidden_states(own: Any) -> list[Tensor]:
-    """What the recorder of ``HiddenStatesCallback`` found in the forward before; empty outside a training step."""
-    recorder: HiddenStates | None = getattr(own, "states", None)
+def take_hidden_states(step_state: Any) -> list[Tensor]:
+    """Return what ``HiddenStatesCallback`` recorded in the last forward; empty outside a training step."""
+    recorder: HiddenStates | None = getattr(step_state, "states", None)
     return [] if recorder is None else recorder.take()
 
 
-def remove_recorder(own: Any) -> None:
-    """Take the recorder of ``HiddenStatesCallback`` off the model, if there is one."""
-    recorder = vars(own).pop("states", None)
+def remove_recorder(step_state: Any) -> None:
+    """Remove the recorder of ``HiddenStatesCallback`` from the model, if there is one."""
+    recorder = vars(step_state).pop("states", None)
     if recorder is not None:
         recorder.__exit__()
 
 
 def base_models(model: Any) -> list[nn.Module]:
-    """The modules whose output the head reads, after the last norm: encoder and decoder, or the one body."""
+    """Return the modules whose output the head reads, after the last norm: encoder and decoder, or the base model."""
     if model.config.is_encoder_decoder:
         return [model.get_encoder(), model.get_decoder()]
     return [model.base_model]
 
 
 def base_model_of_blocks(model: Any) -> list[int]:
-    """For every block of ``blocks(model)`` the index in ``base_models(model)`` of the one that it lies in."""
-    inside = [set(map(id, body.modules())) for body in base_models(model)]
-    return [next(i for i, held in enumerate(inside) if id(block.module) in held) for block in blocks(model)]
+    """Return, for each block of ``blocks(model)``, the index of its base model in ``base_models(model)``."""
+    members = [set(map(id, base.modules())) for base in base_models(model)]
+    return [next(i for i, ids in enumerate(members) if id(block.module) in ids) for block in blocks(model)]
 
 
 def _in_backward() -> bool:

@@ -1,9 +1,9 @@
-"""A teacher's most probable classes on disk, sample by sample, so that it runs once and not in every epoch.
+"""On-disk cache of a teacher's top-k logits by sample, so that the teacher runs once and not in every epoch.
 
-Samples are found by the hash of their content, whatever batch they stand in and however that is padded. Shards are
-safetensors files that appear whole or not at all: a killed run goes on with what was written. One scored token takes
-``8 k + 4`` bytes (int32 classes, float32 log-probabilities, the rest), a thousandth of float32 logits at ``k = 64`` and
-a vocabulary of 128 thousand.
+The key of a sample is a hash of its content, independent of its batch and of padding. Shards are safetensors files that
+are written atomically, so that a killed run continues with what was written. A scored token takes ``8 k + 4`` bytes
+(int32 classes, float32 log-probabilities, the rest), a thousandth of its float32 logits for ``k = 64`` and a vocabulary
+of 128 thousand.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ PARTS = TopK._fields
 
 
 class LogitCache:
-    """Maps a sample's key to its ``TopK``, in memory and in the shards of a directory.
+    """Mapping from the key of a sample to its ``TopK``, in memory and in the shards of a directory.
 
     Args:
-        directory: made if it is not there.
-        settings: what the entries depend on (teacher, temperature, k); shards that were made otherwise are refused.
-        writer: number of this process, so that several can write into one directory.
+        directory: created if it does not exist.
+        settings: what the entries depend on (teacher, temperature, k); shards with other settings are refused.
+        writer: index of this process, so that several processes can write to one directory.
 
-    Raises ``CheckpointError`` for shards of other settings, or broken ones.
+    Raises:
+        CheckpointError: a shard has other settings, or is not readable.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any], writer: int = 0) -> None:
@@ -52,8 +53,8 @@ class LogitCache:
             self._index(path)
 
     @staticmethod
-    def begun(directory: str | Path) -> bool:
-        """Whether a directory has shards of a cache."""
+    def has_shards(directory: str | Path) -> bool:
+        """Return True if a directory has shards of a cache."""
         return any(Path(directory).glob("teacher-*.safetensors"))
 
     def __len__(self) -> int:
@@ -64,10 +65,11 @@ class LogitCache:
 
     @property
     def bytes_on_disk(self) -> int:
+        """Return the size of all shards in the directory."""
         return sum(path.stat().st_size for path in self.directory.glob("teacher-*.safetensors"))
 
     def get(self, key: str) -> TopK:
-        """The entry of a sample, on the CPU. Raises ``KeyError``."""
+        """Return the entry of a sample, on the CPU. Raises ``KeyError``."""
         if key in self._new:
             return self._new[key]
         shard = self._shard(self._where[key])
@@ -81,18 +83,18 @@ class LogitCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not on disk yet."""
+        """Write the entries that are not on disk yet."""
         if not self._new:
             return
         number = len(list(self.directory.glob(f"teacher-{self.writer}-*.safetensors")))
         path = self.directory / f"teacher-{self.writer}-{number:05d}.safetensors"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {f"{key}.{part}": getattr(entry, part) for key, entry in self._new.items() for part in PARTS}
         try:
-            save_file(tensors, beside, metadata={"settings": self.settings})
-            os.replace(beside, path)
+            save_file(tensors, temporary, metadata={"settings": self.settings})
+            os.replace(temporary, path)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         self._where |= dict.fromkeys(self._new, path)
         self._new.clear()
         self._size = 0
@@ -103,7 +105,7 @@ class LogitCache:
         if made_with != self.settings:
             raise CheckpointError(
                 f"the teacher cache {self.directory} was made with {made_with}, and this run has {self.settings}: "
-                "give another directory, or the same settings"
+                "use another directory, or the same settings"
             )
         self._where |= {name.removesuffix(".rest"): path for name in shard.keys() if name.endswith(".rest")}  # noqa: SIM118
 
@@ -112,7 +114,9 @@ class LogitCache:
             try:
                 self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is no readable shard of a teacher cache ({error}); delete it") from error
+                raise CheckpointError(
+                    f"{path} is not a readable shard of a teacher cache ({error}); delete it"
+                ) from error
         return self._open[path]
 
 
@@ -139,9 +143,10 @@ def cached_top_k(
 
 
 def sample_keys(inputs: Mapping[str, Any]) -> list[str]:
-    """A key for each sample of a batch: a hash of its tensors, without padding.
+    """Return a key for each sample of a batch: a hash of its tensors without padding.
 
-    Tensors of the attention mask's shape are cut to what it keeps; labels of another shape to those that are not -100.
+    Tensors in the shape of the attention mask are restricted to the unmasked tokens; labels of another shape to those
+    that are not -100.
     """
     mask = inputs.get("attention_mask")
     tensors = {name: t.detach().cpu() for name, t in sorted(inputs.items()) if isinstance(t, Tensor) and t.dim() > 0}

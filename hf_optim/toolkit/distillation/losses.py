@@ -7,20 +7,19 @@ With teacher logits ``z_t``, student logits ``z_s`` and a temperature ``T``, let
 - ``reverse``: ``KL(q ‖ p)``, of MiniLLM (2306.08543);
 - ``js``: ``β KL(p ‖ m) + (1-β) KL(q ‖ m)`` with ``m = β p + (1-β) q``, of GKD (2306.13649, equation 1).
 
-``T²`` keeps the gradient's size when ``T`` changes; for ``T → ∞`` the forward loss goes to half the mean square
-difference of centred logits, ``mean((z_s - z̄_s - z_t + z̄_t)²) / 2`` (1503.02531, section 2.1).
+``T²`` keeps the magnitude of the gradient when ``T`` changes; for ``T → ∞`` the forward loss converges to half the mean
+squared difference of centred logits, ``mean((z_s - z̄_s - z_t + z̄_t)²) / 2`` (1503.02531, section 2.1).
 
-Two heads of sequence classifiers have no distribution over classes (``head_kind``). With ``n`` outputs, and averaged over
-rows as well:
+Two heads of sequence classifiers have no distribution over classes (``head_kind``). With ``n`` outputs, also averaged
+over rows:
 
-- ``regression``: ``Σ_i (z_s,i - z_t,i)² / n``, the mean squared error that such a model is trained with; a temperature
-  has no place in it;
-- ``labels``, each of which holds or does not: ``T² Σ_i D(p_i, q_i) / n`` with ``p_i = (σ(z_t,i/T), 1 - σ(z_t,i/T))``
-  and ``q_i`` likewise: ``D`` between two outcomes, for every label alone.
+- ``regression``: ``Σ_i (z_s,i - z_t,i)² / n``, the mean squared error of regression training; without a temperature;
+- ``labels``, which are independent: ``T² Σ_i D(p_i, q_i) / n`` with ``p_i = (σ(z_t,i/T), 1 - σ(z_t,i/T))`` and ``q_i``
+  likewise, that is ``D`` between two outcomes for each label.
 
-Two softmaxes over ``[rows, vocabulary]`` would be several times as large as the logits. Here rows go through in chunks,
-and each chunk's gradient is taken at once, so that what stands is one tensor of the size of the student's logits: their
-gradient.
+Two softmaxes over ``[rows, vocabulary]`` would be several times as large as the logits. Therefore rows are processed in
+chunks, and the gradient of each chunk is computed in the forward, so that a single tensor of the size of the student's
+logits is kept: their gradient.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ RESTS = ("bucket", "renormalize")
 # Heads that transformers trains by the `problem_type` of their configuration.
 SEQUENCE_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
 
-# Elements of one chunk of rows: 32 MB in float32, of which a handful of copies exist for a moment.
+# Elements of one chunk of rows: 32 MB in float32, of which a handful of copies exist at a time.
 CHUNK_ELEMENTS = 2**23
 
 
 class TopK(NamedTuple):
-    """The ``k`` most probable classes of each row of a teacher, at one temperature.
+    """The ``k`` most probable classes of each row of a teacher, at a given temperature.
 
     Attributes:
         indices: int32 ``[rows, k]``, the classes.
         log_probs: float ``[rows, k]``, their log-probabilities at the temperature, over *all* classes.
-        rest: float ``[rows]``, the log of the probability of all other classes together (-inf when there are none).
+        rest: float ``[rows]``, the log of the total probability of all other classes (-inf if there are none).
     """
 
     indices: Tensor
@@ -61,12 +60,12 @@ class TopK(NamedTuple):
 
 
 def divergence(teacher: Tensor, student: Tensor, direction: Direction = "forward", beta: float = 0.5) -> Tensor:
-    """``D(p, q)`` of each row.
+    """Return ``D(p, q)`` of each row.
 
     Args:
-        teacher, student: log-probabilities ``[rows, classes]``; a class may have -inf.
+        teacher, student: log-probabilities ``[rows, classes]``; may be -inf.
         direction: ``forward``, ``reverse`` or ``js``.
-        beta: of ``js``, in (0, 1).
+        beta: ``β`` of ``js``, in (0, 1).
 
     Returns:
         ``[rows]``, in nats.
@@ -79,14 +78,14 @@ def divergence(teacher: Tensor, student: Tensor, direction: Direction = "forward
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta must lie between 0 and 1, not {beta}")
-    # A class that neither has would make the gradient of logaddexp NaN.
+    # The gradient of logaddexp is NaN for a class that has probability zero in both.
     teacher, student = (logs.clamp_min(torch.finfo(logs.dtype).min / 4) for logs in (teacher, student))
-    middle = torch.logaddexp(teacher + math.log(beta), student + math.log(1.0 - beta))
-    return beta * _kl(teacher, middle) + (1.0 - beta) * _kl(student, middle)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1.0 - beta))
+    return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    # 0 log(0/x) = 0: a class of probability zero adds nothing, to the loss as to the gradient.
+    # 0 log(0/x) = 0: a class of probability zero contributes neither to the loss nor to the gradient.
     weight = p.exp()
     absent = weight == 0
     return (weight * (p.masked_fill(absent, 0.0) - q.masked_fill(absent, 0.0))).sum(-1)
@@ -102,15 +101,15 @@ def kd_loss(
     rows: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
-    """``T²·D(softmax(teacher/T), softmax(student/T))``, the mean over rows. No gradient goes to the teacher.
+    """Return ``T²·D(softmax(teacher/T), softmax(student/T))``, averaged over rows, without a gradient for the teacher.
 
     Args:
         student, teacher: logits ``[..., classes]`` of one shape, any floating dtype and any devices; computed in
             float32, or float64 if the student is.
         temperature: ``T > 0``.
-        direction, beta: which ``D``; see ``divergence``.
+        direction, beta: select ``D``; see ``divergence``.
         rows: int64 ``[n]``, the rows of ``student.view(-1, classes)`` that count (``scored_rows``); None takes all.
-        chunk_elements: size of the chunks; the result does not depend on it but for rounding.
+        chunk_elements: elements per chunk; affects the result only by rounding.
 
     Returns:
         A scalar (zero without rows), in float32 or float64.
@@ -128,10 +127,10 @@ def kd_loss(
 
 
 def head_kind(model: Any) -> Head:
-    """What the logits of a model are of: ``classes`` of which one is right, a ``regression``, or single ``labels``.
+    """Return what the logits predict: one of several ``classes``, a ``regression``, or independent ``labels``.
 
-    The last two only for classifiers of whole sequences (or images), whose configuration says so: by ``num_labels`` of
-    1, or by ``problem_type``. transformers sets a ``problem_type`` that is None at the first batch that has labels.
+    The last two occur only for classifiers of whole sequences (or images), with ``num_labels`` 1 or a ``problem_type``
+    in their configuration. transformers sets a ``problem_type`` of None at the first batch with labels.
     """
     names = [cls.__name__ for cls in type(model).__mro__]
     if not any(name.endswith(SEQUENCE_CLASSIFIERS) for name in names):
@@ -151,11 +150,11 @@ def head_loss(
     beta: float = 0.5,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """The loss of a head (see above), the mean over rows. No gradient goes to the teacher.
+    """Return the loss of a head (see above), averaged over rows, without a gradient for the teacher.
 
     Args:
-        head: ``classes`` (``kd_loss``), ``labels``, or ``regression``, to which temperature and direction mean nothing.
-        others: as ``kd_loss``; the logits are ``[..., n]``.
+        head: ``classes`` (``kd_loss``), ``labels``, or ``regression``, which ignores temperature and direction.
+        others: as for ``kd_loss``; the logits are ``[..., n]``.
 
     Returns:
         A scalar (zero without rows), in float32 or float64.
@@ -178,16 +177,16 @@ def head_loss(
 
 
 def _outcomes(logits: Tensor) -> Tensor:
-    """Log-probabilities ``[..., 2]`` that a label holds and that it does not."""
+    """Return the log-probabilities ``[..., 2]`` that a label is set, and that it is not."""
     return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
 
 
 def top_k(teacher: Tensor, k: int, temperature: float = 1.0, *, chunk_elements: int = CHUNK_ELEMENTS) -> TopK:
-    """The ``k`` most probable classes of logits ``[rows, classes]``, in float32 (or float64), without gradient."""
+    """Return the ``k`` most probable classes of logits ``[rows, classes]``, in float32 or float64, without gradient."""
     k = min(k, teacher.shape[-1])
     found = []
     for part in teacher.detach().split(max(1, chunk_elements // teacher.shape[-1])):
-        logs = F.log_softmax(part.to(_working_dtype(part)) / temperature, -1)
+        logs = F.log_softmax(part.to(_compute_dtype(part)) / temperature, -1)
         values, indices = logs.topk(k, -1)
         rest = logs.scatter(-1, indices, -torch.inf).logsumexp(-1)
         found.append((indices.to(torch.int32), values, rest))
@@ -205,20 +204,19 @@ def top_k_kd_loss(
     rows: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
-    """``kd_loss`` against a teacher of whom only the ``k`` most probable classes are known.
+    """Return ``kd_loss`` for a teacher of which only the ``k`` most probable classes are known.
 
-    What happens to the other classes, ``rest``:
+    ``rest`` selects how the other classes are treated:
 
     - ``bucket``: they count as one class with the sum of their probabilities, for teacher and student alike. The loss
-      is then at most ``kd_loss``, and equal to it for ``k = classes``; the student's mass outside is held at the
-      teacher's.
-    - ``renormalize``: both distributions are conditioned on the ``k`` classes; the student's mass outside is left
-      alone.
+      is then at most ``kd_loss``, and equal to it for ``k = classes``; the student's mass outside the ``k`` classes is
+      trained towards the teacher's.
+    - ``renormalize``: both distributions are conditioned on the ``k`` classes; the student's mass outside is ignored.
 
     Args:
         student: logits ``[..., classes]``.
-        teacher: one row for each of ``rows``, in their order; made at the same ``temperature``.
-        others: as ``kd_loss``.
+        teacher: one row for each of ``rows``, in their order, computed at the same ``temperature``.
+        others: as for ``kd_loss``.
     """
     classes = student.shape[-1]
 
@@ -238,27 +236,27 @@ def top_k_kd_loss(
 
 
 def scored_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None = None, *, shift: bool = False) -> Tensor:
-    """Which rows of ``logits.view(-1, classes)`` a loss looks at: int64 ``[n]``, on the logits' device.
+    """Return the rows of ``logits.view(-1, classes)`` that a loss is computed on: int64 ``[n]``, on the logits' device.
 
     Args:
         logits: ``[batch, tokens, classes]``, or ``[batch, classes]``.
-        labels: ``[batch, tokens]`` (or ``[batch]``) with -100 where nothing is scored; None scores everything.
-        mask: attention mask ``[batch, tokens]``, used where there are no labels.
+        labels: ``[batch, tokens]`` (or ``[batch]``), -100 for tokens that are not scored; None scores all.
+        mask: attention mask ``[batch, tokens]``, used if there are no labels.
         shift: True for a causal model, whose logits at ``t`` predict token ``t + 1``.
     """
     shape = logits.shape[:-1]
     if labels is not None and labels.shape == shape:
-        wanted = labels != -100
+        scored = labels != -100
     elif labels is None and mask is not None and mask.shape == shape:
-        wanted = mask != 0
+        scored = mask != 0
     else:
-        wanted = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        scored = torch.ones(shape, dtype=torch.bool, device=logits.device)
     if shift:
-        wanted = F.pad(wanted[..., 1:], (0, 1), value=False)
-    return wanted.reshape(-1).nonzero().squeeze(-1).to(logits.device)
+        scored = F.pad(scored[..., 1:], (0, 1), value=False)
+    return scored.reshape(-1).nonzero().squeeze(-1).to(logits.device)
 
 
-def _working_dtype(tensor: Tensor) -> torch.dtype:
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -276,7 +274,7 @@ def _mean_over_rows(
 
 
 class _RowMean(torch.autograd.Function):
-    """The mean of ``per_row(student[rows], *teacher[rows])``; the gradient is made chunk by chunk in the forward."""
+    """The mean of ``per_row(student[rows], *teacher[rows])``; the forward computes the gradient chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -289,22 +287,22 @@ class _RowMean(torch.autograd.Function):
         chunk: int,
         *teacher: Tensor,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(student) if wanted else None
-        total = torch.zeros((), dtype=_working_dtype(student), device=student.device)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(student) if needs_gradient else None
+        total = torch.zeros((), dtype=_compute_dtype(student), device=student.device)
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
-            here = part if rows is None else rows[part].to(student.device)
-            there = part if teacher_rows is None else teacher_rows[part]
-            given = [t[there if isinstance(there, slice) else there.to(t.device)].to(student.device) for t in teacher]
-            logits = student[here].to(total.dtype)
+            index = part if rows is None else rows[part].to(student.device)
+            other = part if teacher_rows is None else teacher_rows[part]
+            targets = [t[other if isinstance(other, slice) else other.to(t.device)].to(student.device) for t in teacher]
+            logits = student[index].to(total.dtype)
             # Under autocast some of these operations would run in half precision.
             with torch.enable_grad(), torch.autocast(student.device.type, enabled=False):
-                logits.requires_grad_(wanted)
-                loss = per_row(logits, *given).sum()
+                logits.requires_grad_(needs_gradient)
+                loss = per_row(logits, *targets).sum()
             total += loss.detach()
             if gradient is not None:
-                gradient[here] = torch.autograd.grad(loss, logits)[0].to(gradient.dtype)
+                gradient[index] = torch.autograd.grad(loss, logits)[0].to(gradient.dtype)
         ctx.count = count
         ctx.save_for_backward(*([gradient] if gradient is not None else []))
         return total / max(count, 1)

@@ -1,4 +1,4 @@
-"""Teachers of a distillation: loading one, making sure that it speaks the student's language, asking it."""
+"""Teachers of a distillation: loading, placement, compatibility with the student, and the forward pass."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..distributed import fsdp
 from ..topology.block_lists import blocks
 
 SAME, OFFLOAD = "same", "offload"
-SAMPLED_BYTES = 2**16
+SAMPLED_BYTES = 2**16  # of each end of a file that is hashed
 
 
 def load(source: str, label: str) -> nn.Module:
-    """A teacher from a path or Hub id, as the class that its configuration names, in the dtype of its checkpoint.
+    """Load a teacher from a path or Hub id, with the class in its configuration and the dtype of its checkpoint.
 
-    ``label`` names the step in messages. Raises ``ModelError``.
+    ``label`` is the name of the step in messages. Raises ``ModelError``.
     """
     import transformers
 
@@ -36,7 +36,7 @@ def load(source: str, label: str) -> nn.Module:
         cls = getattr(transformers, name, None)
         if cls is None:
             raise ModelError(
-                f"{label}: the teacher {source} is a {name}, a class that transformers does not have; load it yourself "
+                f"{label}: the teacher {source} is a {name}, which is not a class of transformers; load it yourself "
                 "and set hf_optim.run_of(model).state(step).teacher"
             )
         return cls.from_pretrained(source, dtype="auto", use_safetensors=True)
@@ -45,25 +45,27 @@ def load(source: str, label: str) -> nn.Module:
 
 
 def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Module:
-    """The teacher in evaluation mode, without gradients, where it is to run.
+    """Put the teacher in evaluation mode on its device, without gradients, and return it.
 
     Args:
-        device: the student's.
-        where: ``"same"``: on the student's device, unless its owner placed it on an accelerator; ``"offload"``: in host
-            memory, its blocks brought to the student's device one after the other; else the name of a device
-            (``"cpu"``: it computes there).
+        teacher: the teacher.
+        device: the device of the student.
+        where: ``"same"``: the device of the student, unless the teacher is already on an accelerator; ``"offload"``:
+            host memory, with blocks moved to the device of the student one at a time; or the name of a device
+            (``"cpu"`` computes there).
 
-    Raises ``ModelError`` for a device that is not there, and for a teacher that its owner spread over several.
+    Raises:
+        ModelError: the device does not exist, or the teacher is dispatched over several devices.
     """
     teacher.eval().requires_grad_(False)
-    spread = getattr(teacher, "hf_device_map", None) is not None
+    dispatched = getattr(teacher, "hf_device_map", None) is not None
     if where == SAME:
-        if not spread and input_device(teacher).type == "cpu":
+        if not dispatched and input_device(teacher).type == "cpu":
             teacher.to(device)
         return teacher
-    if spread:
+    if dispatched:
         raise ModelError(
-            f"the teacher is spread over devices by its device_map: leave device at {SAME!r}, not {where!r}"
+            f"the teacher is dispatched over devices by its device_map: leave device at {SAME!r}, not {where!r}"
         )
     if where == OFFLOAD:
         return offload(teacher, device)
@@ -75,7 +77,7 @@ def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Mo
 
 
 def check_device(where: str, step: str) -> None:
-    """Raise ``RecipeError`` unless ``freeze`` knows the word: ``same``, ``offload``, or a device of torch."""
+    """Raise ``RecipeError`` unless ``where`` is ``same``, ``offload``, or a device of torch."""
     if where in (SAME, OFFLOAD):
         return
     try:
@@ -87,9 +89,10 @@ def check_device(where: str, step: str) -> None:
 
 
 def offload(teacher: nn.Module, device: torch.device) -> nn.Module:
-    """Keep the teacher's blocks in host memory; each is on ``device`` only while it runs. The rest stays there.
+    """Keep the blocks of the teacher in host memory; each is on ``device`` only while it runs.
 
-    The weights do not change, so nothing is copied back. Where the device is the CPU nothing is moved.
+    All other modules are moved to ``device``. The weights do not change, so they are not copied back. If the device is
+    the CPU, nothing is moved.
     """
     if device.type == "cpu" or getattr(teacher, "_hf_optim_offloaded", False):
         return teacher
@@ -99,10 +102,10 @@ def offload(teacher: nn.Module, device: torch.device) -> nn.Module:
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(device)
     for block in found:
-        home = [(t, t.data.cpu().pin_memory()) for t in _tensors(block)]  # copies overlap with computing
-        _bring_home(home)
-        block.register_forward_pre_hook(lambda module, args, home=home: _bring(home, device))
-        block.register_forward_hook(lambda module, args, output, home=home: _bring_home(home))
+        host = [(t, t.data.cpu().pin_memory()) for t in _tensors(block)]  # pinned: copies overlap with computation
+        _move_to_host(host)
+        block.register_forward_pre_hook(lambda module, args, host=host: _move_to_device(host, device))
+        block.register_forward_hook(lambda module, args, output, host=host: _move_to_host(host))
     object.__setattr__(teacher, "_hf_optim_offloaded", True)
     object.__setattr__(teacher, "_hf_optim_device", device)
     return teacher
@@ -112,39 +115,42 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _bring(home: list[tuple[Tensor, Tensor]], device: torch.device) -> None:
-    for tensor, kept in home:
+def _move_to_device(host: list[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    for tensor, kept in host:
         tensor.data = kept.to(device, non_blocking=True)
 
 
-def _bring_home(home: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, kept in home:
+def _move_to_host(host: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, kept in host:
         tensor.data = kept
 
 
 def forward_logits(teacher: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The teacher's logits for a batch of the student's, on the teacher's device."""
+    """Return the teacher's logits for a batch of the student, on the teacher's device."""
     return forward(teacher, inputs).logits
 
 
 @torch.no_grad()
 def forward(teacher: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The teacher's outputs for a batch of the student's, on the teacher's device. It gets what its forward knows."""
+    """Return the teacher's outputs for a batch of the student, on the teacher's device.
+
+    Inputs that its forward does not accept, and labels, are left out.
+    """
     device = input_device(teacher)
-    known = inspect.signature(teacher.forward).parameters
-    given = {name: value for name, value in inputs.items() if name in known and name != "labels"}
+    accepted = inspect.signature(teacher.forward).parameters
+    given = {name: value for name, value in inputs.items() if name in accepted and name != "labels"}
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-    encodes = getattr(getattr(teacher, "config", None), "is_encoder_decoder", False)
-    if encodes and "decoder_input_ids" not in given and "labels" in inputs:
+    is_encoder_decoder = getattr(getattr(teacher, "config", None), "is_encoder_decoder", False)
+    if is_encoder_decoder and "decoder_input_ids" not in given and "labels" in inputs:
         shift: Any = teacher.prepare_decoder_input_ids_from_labels
         given["decoder_input_ids"] = shift(inputs["labels"].to(device))
-    if "use_cache" in known:
+    if "use_cache" in accepted:
         given["use_cache"] = False
     return teacher(**given)
 
 
 def require_same_classes(student: nn.Module, teacher: nn.Module, label: str) -> None:
-    """Raise ``ModelError`` if the two predict another number of classes."""
+    """Raise ``ModelError`` if student and teacher predict different numbers of classes."""
     mine, theirs = num_classes(student), num_classes(teacher)
     if None not in (mine, theirs) and mine != theirs:
         raise ModelError(
@@ -154,9 +160,9 @@ def require_same_classes(student: nn.Module, teacher: nn.Module, label: str) -> 
 
 
 def require_same_tokenizer(student: Any, teacher: Any, label: str) -> bool:
-    """Raise ``ModelError`` if two tokenizers number tokens differently; False if one is missing and nobody can tell.
+    """Raise ``ModelError`` if two tokenizers number tokens differently; return False if one of them is missing.
 
-    Each is a tokenizer, or a path or Hub id beside which one may lie.
+    Each is a tokenizer, or the path or Hub id of a checkpoint that may include one.
     """
     mine, theirs = (load_tokenizer(x) if isinstance(x, str) else x for x in (student, teacher))
     if not (hasattr(mine, "get_vocab") and hasattr(theirs, "get_vocab")):
@@ -172,7 +178,7 @@ def require_same_tokenizer(student: Any, teacher: Any, label: str) -> bool:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer that lies beside a checkpoint, or None."""
+    """Load the tokenizer of a checkpoint; return None if there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -182,12 +188,12 @@ def load_tokenizer(source: str) -> Any:
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Whether the logits at ``t`` belong to the label at ``t + 1``: true of decoders that generate."""
+    """Return True if the logits at ``t`` predict the label at ``t + 1``, as in decoders that generate."""
     return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 def num_classes(model: Any) -> int | None:
-    """How many classes the logits have: of the vocabulary, or of the labels; None where that cannot be told."""
+    """Return the number of classes of the logits: vocabulary size or number of labels; None if unknown."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         return int(head.weight.shape[0])
@@ -196,9 +202,9 @@ def num_classes(model: Any) -> int | None:
 
 
 def is_copy(model: nn.Module, teacher: nn.Module) -> bool:
-    """Whether a model is for certain what its teacher is: the same classes of modules, and equal values in them.
+    """Return True if a model is certain to equal its teacher: the same module classes, and equal tensors.
 
-    False where that cannot be told: of models with hooks inside, and of weights that are sharded over ranks.
+    Return False if this is uncertain: for submodules with hooks, and for weights that are sharded over ranks.
     """
     kinds = [{name: type(module) for name, module in one.named_modules()} for one in (model, teacher)]
     if kinds[0] != kinds[1]:
@@ -217,7 +223,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def hash_parameters(model: nn.Module) -> str:
-    """A hash of a few values of every parameter, to tell one teacher from another."""
+    """Return a hash of a few values of every parameter, which identifies a teacher."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         few = parameter.detach().reshape(-1)[:16].double().cpu()
@@ -226,18 +232,18 @@ def hash_parameters(model: nn.Module) -> str:
 
 
 def hash_files(source: str) -> str:
-    """What tells a teacher at a path or Hub id from another one that comes to lie there, without reading its weights.
+    """Return what identifies the teacher that is currently at a path or Hub id, without reading all of its weights.
 
-    Of a folder a hash over its configuration and, of every safetensors file, name, size, header, and the first and last
-    64 KiB of data; of a Hub id the commit, if it is on this machine, else the id itself.
+    For a folder, a hash of its configuration and of name, size, header, and the first and last 64 KiB of data of every
+    safetensors file; for a Hub id, the commit in the local cache, or else the id itself.
     """
-    home = Path(source).expanduser()
-    if not home.is_dir():
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
         return _commit_of(source) or source
     digest = hashlib.sha256()
-    config = home / "config.json"
+    config = folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
-    for path in sorted(home.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
@@ -250,7 +256,7 @@ def hash_files(source: str) -> str:
 
 
 def _commit_of(source: str) -> str | None:
-    """The commit of a Hub id that lies in the cache of huggingface_hub; nothing is asked of the Hub."""
+    """Return the commit of a Hub id in the local cache of huggingface_hub, or None; the Hub is not contacted."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
@@ -264,5 +270,5 @@ def _looks_like_path(source: str) -> bool:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: where its first weights are."""
+    """Return the device of a model's inputs: that of its first parameter."""
     return getattr(model, "_hf_optim_device", None) or next(model.parameters()).device

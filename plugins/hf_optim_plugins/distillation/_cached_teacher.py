@@ -70,7 +70,7 @@ def _teacher_identity(step: Any, run: Run) -> dict[str, Any]:
         return {"teacher": teachers.hash_parameters(given)}
     if step.teacher in (None, SELF):
         return {"teacher": step.teacher}
-    if not LogitCache.begun(step.cache or ""):
+    if not LogitCache.has_shards(step.cache or ""):
         # An empty cache needs the teacher anyway, and the commit of a Hub id is known once it is downloaded.
         step.ready_teacher(run)
     return {"teacher": step.teacher, "teacher_files": teachers.hash_files(step.teacher or "")}

@@ -327,7 +327,7 @@ def test_devices_that_are_not_there(tmp_path):
         trained(tiny_llama(), LogitKD(teacher=None, device="cuda:77"), tmp_path, tiny_llama(seed=1))
     spread = tiny_llama(seed=1)
     spread.hf_device_map = {"": 0}
-    with pytest.raises(ModelError, match="spread over devices by its device_map"):
+    with pytest.raises(ModelError, match="dispatched over devices by its device_map"):
         trained(tiny_llama(), LogitKD(teacher=None, device="cpu"), tmp_path, spread)
 
 
@@ -574,11 +574,11 @@ def test_a_cache_of_other_settings_is_refused(tmp_path):
         (cached(tmp_path / "cache", 5, temperature=1.0), tiny_llama(seed=1)),
         (cached(tmp_path / "cache", 5), tiny_llama(seed=2)),
     ):
-        with pytest.raises(CheckpointError, match="give another directory"):
+        with pytest.raises(CheckpointError, match="use another directory"):
             trained(tiny_llama(), step, tmp_path / "b", teacher, max_steps=1)
     shard = next((tmp_path / "cache").iterdir())
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="no readable shard"):
+    with pytest.raises(CheckpointError, match="not a readable shard"):
         trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "b", tiny_llama(seed=1), max_steps=1)
 
 
@@ -588,13 +588,13 @@ def test_a_cache_of_a_teacher_that_changed_at_its_path_is_refused(tmp_path, monk
     trained(tiny_llama(), step, tmp_path / "a", max_steps=1)
     trained(tiny_llama(), step, tmp_path / "b", max_steps=1)
     tiny_llama(seed=2).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(CheckpointError, match="give another directory"):
+    with pytest.raises(CheckpointError, match="use another directory"):
         trained(tiny_llama(), step, tmp_path / "c", max_steps=1)
     tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
     trained(tiny_llama(), step, tmp_path / "d", max_steps=1)
     changed = json.loads((tmp_path / "teacher" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "teacher" / "config.json").write_text(json.dumps({**changed, "rope_theta": 77.0}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="give another directory"):
+    with pytest.raises(CheckpointError, match="use another directory"):
         trained(tiny_llama(), step, tmp_path / "e", max_steps=1)
 
 
@@ -605,7 +605,7 @@ def test_a_cache_that_does_not_know_its_teachers_files_is_refused(tmp_path):
     cache = LogitCache(tmp_path / "cache", settings)
     cache.put("some sample", TopK(torch.zeros(1, 5, dtype=torch.int32), torch.zeros(1, 5), torch.zeros(1)))
     cache.flush()
-    with pytest.raises(CheckpointError, match="give another directory"):
+    with pytest.raises(CheckpointError, match="use another directory"):
         trained(tiny_llama(), step, tmp_path / "out", max_steps=1)
 
 
