@@ -1,6 +1,6 @@
-"""Layers that hold their weight as codes of one small codebook, and a few outliers as they are.
+"""Layers that hold their weight as codes of one small codebook, and a few outliers unquantized.
 
-``W[n, k] = centroids[code[n, k]]``, but for the outliers. A row's codes follow each other without gaps, eight of them
+``W[n, k] = centroids[code[n, k]]``, except for the outliers. The codes of a row are packed without gaps, eight of them
 in ``bits`` bytes. This file is stored beside checkpoints, so it imports only torch and transformers.
 """
 
@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_optim.toolkit.modules import ReplacedModules
 
-# A larger layer is decoded and multiplied in parts, so that no dense weight of its size is ever there.
+# A larger layer is decoded and multiplied in parts, so that its dense weight never exists as a whole.
 MOST_DECODED = 1 << 26
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 ``[out, in]`` in [0, 2^bits) as bytes ``[out, ceil(in / 8) * bits]``; the first is lowest."""
+    """Pack codes uint8 ``[out, in]`` in [0, 2^bits) into bytes ``[out, ceil(in / 8) * bits]``, lowest bits first."""
     rows, columns = codes.shape
     eights = F.pad(codes, (0, -columns % 8)).view(rows, -1, 8)
     flags = (eights[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
@@ -29,14 +29,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def several(bits: int) -> int:
-    """How many neighbouring codes one look into a table gives: as many as fit into a byte, of eight."""
+    """Return how many neighbouring codes one table lookup decodes: as many as fit into a byte, a divisor of eight."""
     return {2: 4, 3: 2, 4: 2}.get(bits, 1)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int, together: int = 1) -> Tensor:
-    """The codes of ``packed``, ``together`` (1, 2, 4 or 8) in one number, the first in the lowest bits.
+    """Unpack codes, ``together`` (1, 2, 4 or 8) in one number, the first in the lowest bits.
 
-    int32 (int64 for more than 3 bits a code) ``[out, ceil(in / together)]``, or uint8 where a byte is one number.
+    Returns ``[out, ceil(in / together)]``, int32 (int64 for more than 3 bits per code), or uint8 if a byte is a number.
     """
     if together * bits == 8:
         return packed[:, : -(-columns // together)]
@@ -60,8 +60,8 @@ class Coded(nn.Module):
         packed: uint8 ``[out, ceil(in / 8) * bits]``, see ``pack_codes``.
         centroids: ``[2^bits]``, in the dtype in which the layer computes.
         outliers: ``[outliers]``, in that dtype, row after row.
-        outlier_counts: ``[out]``, how many outliers each row has; int16 where the row has less than 2^15 columns.
-        outlier_columns: ``[outliers]``, of that dtype too.
+        outlier_counts: ``[out]``, how many outliers each row has; int16 if the row has less than 2^15 columns.
+        outlier_columns: ``[outliers]``, in the same dtype.
     """
 
     holds_codes = True
@@ -90,7 +90,7 @@ class Coded(nn.Module):
 
     @torch.no_grad()
     def fill(self, weight: Tensor, codes: Tensor, centroids: Tensor, outlying: Tensor) -> None:
-        """Take codes (uint8 ``[out, in]``) and centroids, and of ``weight`` the values where ``outlying`` (bool)."""
+        """Store codes (uint8 ``[out, in]``), centroids, and the values of ``weight`` where ``outlying`` (bool)."""
         self.packed.copy_(self.pack(codes.masked_fill(outlying, 0)))
         self.centroids.copy_(centroids)
         self.outliers.copy_(weight[outlying])
@@ -98,20 +98,20 @@ class Coded(nn.Module):
         self.outlier_columns.copy_(outlying.nonzero()[:, 1])
 
     def pack(self, codes: Tensor) -> Tensor:
-        """What ``packed`` is for these codes, uint8 ``[out, in]``."""
+        """Return ``packed`` for these codes, uint8 ``[out, in]``."""
         return pack_codes(codes, self.bits)
 
     def codes(self) -> Tensor:
-        """The codes, uint8 ``[out, in]``; 0 at the outliers."""
+        """Return the codes, uint8 ``[out, in]``; 0 at the outliers."""
         return unpack_codes(self.packed, self.bits, self.shape[1]).to(torch.uint8)
 
     def outlier_rows(self) -> Tensor:
-        """The row of each outlier, int64 ``[outliers]``."""
+        """Return the row of each outlier, int64 ``[outliers]``."""
         rows = torch.arange(self.shape[0], device=self.packed.device)
         return torch.repeat_interleave(rows, self.outlier_counts.long(), output_size=len(self.outliers))
 
     def decode(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The rows ``first`` to ``last`` of the matrix, made now: ``[rows, in]``."""
+        """Decode the rows ``first`` to ``last`` of the matrix: ``[rows, in]``."""
         last = self.shape[0] if last is None else last
         together = several(self.bits)
         numbers = unpack_codes(self.packed[first:last], self.bits, self.shape[1], together)
@@ -131,7 +131,7 @@ class Coded(nn.Module):
 
 
 class GoboLinear(Coded):
-    """``y = x W^T + bias``. ``transposed``: it stands for a ``Conv1D``, whose weight is ``[in, out]``."""
+    """``y = x W^T + bias``. ``transposed``: it replaces a ``Conv1D``, whose weight is ``[in, out]``."""
 
     bias: nn.Parameter | None
 
@@ -151,12 +151,12 @@ class GoboLinear(Coded):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the stock layer has it, decoded whenever it is read. Writing into it changes nothing."""
+        """The weight of the stock layer, decoded at every access. Writing into it has no effect."""
         weight = self.decode()
         return nn.Parameter(weight.T if self.transposed else weight, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in] -> [..., out]."""
+        """Map ``input`` ``[..., in]`` to ``[..., out]``."""
         step = max(1, MOST_DECODED // max(1, self.shape[1]))
         if self.shape[0] <= step:
             return F.linear(input, self.decode(), self.bias)
@@ -169,7 +169,7 @@ class GoboLinear(Coded):
         return torch.cat(parts, -1)
 
     def to_dense(self) -> tuple[nn.Module, bool]:
-        """The stock layer of the same weight, and that it computes the same."""
+        """Return the stock layer of the same weight, and True: it computes the same."""
         with torch.device("meta"):
             made = Conv1D(*self.shape) if self.transposed else nn.Linear(*self.shape[::-1], bias=self.bias is not None)
         made.weight = nn.Parameter(self.weight.detach().contiguous())
@@ -179,7 +179,7 @@ class GoboLinear(Coded):
 
 
 class GoboEmbedding(Coded):
-    """A table of vectors, one a row; those that are asked for are decoded. No row has more than ``most`` outliers."""
+    """A table of vectors, one per row, decoded on lookup. No row has more than ``most`` outliers."""
 
     def __init__(
         self,
@@ -197,15 +197,15 @@ class GoboEmbedding(Coded):
 
     @property
     def weight(self) -> Tensor:
-        """The table, decoded whenever it is read. Writing into it changes nothing."""
+        """The table, decoded at every access. Writing into it has no effect."""
         return nn.Parameter(self.decode(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [...], integers in [0, num_embeddings) -> [..., embedding_dim]."""
+        """Map ``input`` ``[...]``, integers in [0, num_embeddings), to ``[..., embedding_dim]``."""
         ids, columns = input.reshape(-1).long(), self.shape[1]
         codes = unpack_codes(self.packed[ids], self.bits, columns).long()
         values = self.centroids[codes]
-        # The outliers of a row stand together.
+        # The outliers of a row are neighbours.
         count = self.outlier_counts.long()
         end = count.cumsum(0)[ids]
         begin = end - count[ids]
@@ -217,16 +217,16 @@ class GoboEmbedding(Coded):
         return values.view(*input.shape, columns)
 
     def to_dense(self) -> tuple[nn.Module, bool]:
-        """The stock table of the same weight, and that it computes the same."""
+        """Return the stock table of the same weight, and True: it computes the same."""
         weight = self.decode()
         made = nn.Embedding(*self.shape, padding_idx=self.padding_idx, _weight=weight)
         return made.train(self.training), True
 
 
 def coded_like(module: nn.Module, bits: int, outliers: int, most: int) -> GoboLinear | GoboEmbedding:
-    """An empty coded layer to stand in the place of a linear layer or an embedding; a bias is shared.
+    """Return an empty codebook layer in place of a linear layer or an embedding; a bias is shared.
 
-    Of its ``outliers``, no row has more than ``most``.
+    No row has more than ``most`` of the ``outliers``.
     """
     weight: Any = module.weight
     about = {"dtype": weight.dtype, "device": weight.device}
@@ -238,7 +238,7 @@ def coded_like(module: nn.Module, bits: int, outliers: int, most: int) -> GoboLi
 
 
 class GoboModules(ReplacedModules):
-    """Part of a model class: the modules that ``config.gobo`` names hold codes."""
+    """Base of a model class in which the modules named in ``config.gobo`` hold codes."""
 
     replaced_field = "gobo"
 

@@ -1,16 +1,17 @@
-r"""GOBO: every layer gets one small codebook; the few weights that fall out of its Gaussian stay as they are.
+r"""GOBO: one small codebook per layer; the few weights outside the layer's Gaussian are stored unquantized.
 
-With mean m and standard deviation s of the weights of a layer, a weight is an outlier (2005.03842, section IV) where::
+With mean m and standard deviation s of the weights of a layer, a weight is an outlier (2005.03842, section IV) if::
 
     log p(w) = -(w - m)^2 / (2 s^2) - log(s sqrt(2 pi)) < threshold
 
-log is natural and p the density, in 1 / unit of the weight, as the paper has it. The others, the paper's G group, go to
-2^bits centroids: first the means of bins of equal population, then, while ``sum |w - c(w)|`` falls, every weight to the
-nearest centroid and every centroid to the mean of its weights. The set with the least sum is kept.
+log is natural and p the density, in 1 / unit of the weight, as in the paper. The other weights, the paper's G group,
+are assigned to 2^bits centroids: first the means of bins of equal population, then, while ``sum |w - c(w)|`` falls,
+every weight goes to the nearest centroid and every centroid to the mean of its weights. The set with the least sum is
+kept.
 
-Nothing is trained and no data is seen. The paper keeps outliers in fp32; here they have the model's dtype. What a layer
-holds, in memory and on disk: ``bits`` bits a weight without gaps, the centroids, and of every outlier its value and its
-column (with a count per row), which the paper spends 32 bits and a position in its group of weights on.
+Nothing is trained and no data is used. The paper keeps outliers in fp32; here they have the model's dtype. A layer
+holds, in memory and on disk: ``bits`` bits per weight without gaps, the centroids, and for every outlier its value and
+its column (with a count per row), for which the paper uses 32 bits and a position in its group of weights.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_optim import Contract, ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
+from hf_optim import ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
+from hf_optim.toolkit.checkpoint import NamedTensors
 from hf_optim.toolkit.modules import replace
 from hf_optim.toolkit.pruning import mask_out_in, require_finite
 from hf_optim.toolkit.quantization import fit_codebook, nearest_centroids, outlier_mask
 from hf_optim.toolkit.topology import parameter_names, weight_out_in
 
 from . import _gobo_modules
+from ._weights import QUANTIZES
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
-# A table on the card has at most so many layers.
+# Most layers in a table on the card.
 MOST_ROWS = 40
 NO_GAUSSIAN = "nearly all of its weights are outliers under the threshold"
 
@@ -48,27 +51,22 @@ NO_GAUSSIAN = "nearly all of its weights are outliers under the threshold"
         "GOBO: Quantizing Attention-Based NLP Models for Low Latency and Energy Efficient Inference",
         2020,
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.REMOTE_CODE,
 )
 class GOBO(Technique):
-    """Codes of one codebook of 2^bits values a layer, and the outliers of its Gaussian as they are.
+    """Quantize each layer to a codebook of 2^bits values, and store the outliers of its Gaussian unquantized.
 
-    A layer with pruned weights has 0 among its centroids, so that these stay zero; neither the Gaussian nor the other
-    centroids count them.
+    A layer with pruned weights has 0 among its centroids, so that these stay zero; they count neither for the Gaussian
+    nor for the other centroids.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
-        bits: of a code, 2 to 8, where no earlier step assigned bits to the layer.
+        bits: of a code, 2 to 8; bits that an earlier step has assigned to a layer take precedence.
         threshold: natural logarithm of the density below which a weight is an outlier.
-        iterations: most iterations over the centroids of a layer; it ends by itself after a few.
-        embedding_bits: of the codes of the input embedding's table; None leaves it as it is. A table that the output
+        iterations: most iterations over the centroids of a layer; it converges after a few.
+        embedding_bits: of the codes of the input embedding's table; None leaves it unquantized. A table that the output
             head shares is left out.
     """
 
@@ -91,16 +89,14 @@ class GOBO(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        """Give the weights of a scope the values they will have; ``finalize_model`` puts coded layers in their place.
+        """Round the weights of a scope in place; ``finalize_model`` replaces the layers by codebook layers.
 
-        Until then a killed run can be resumed from ordinary layers.
+        Until then the layers are ordinary ones, from which a killed run can be resumed.
         """
         yield from ()
         self._classes(run)
         layers, skipped = self._layers(run, scope)
-        require_finite(
-            {f"{name}.weight": weight_out_in(layer) for name, layer in layers.items()}, run.label(self)
-        )
+        require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
         for name, layer in list(layers.items()):
             bits = run.bits_of(name, self.bits)
             mask = mask_out_in(layer, run.masks, f"{name}.weight")
@@ -112,7 +108,7 @@ class GOBO(Technique):
         run.cover(self, layers, skipped)
 
     def _classes(self, run: Run) -> Any:
-        """The generated module with the classes of the model's architecture."""
+        """Return the generated module with the classes of the model's architecture."""
         config_class: Any = type(run.model.config)
         try:
             return generate(self.remote_code, config_class)
@@ -120,7 +116,7 @@ class GOBO(Technique):
             raise ModelError(f"{run.label(self)}: {error}") from error
 
     def _layers(self, run: Run, scope: Scope) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-        """The linears to quantize, and the names of those that cannot be, by reason."""
+        """Return the linears to quantize, and the names of those that cannot be, by reason."""
         holders = parameter_names(scope.model)
         layers: dict[str, nn.Module] = {}
         skipped: dict[str, list[str]] = {}
@@ -128,7 +124,7 @@ class GOBO(Technique):
             bits = run.bits_of(name, self.bits)
             shared = [other for other in holders.get(id(layer.weight), ()) if other != f"{name}.weight"]
             if type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
-                skipped.setdefault(f"a {type(layer).__name__} is no plain linear layer", []).append(name)
+                skipped.setdefault(f"a {type(layer).__name__} is not a plain linear layer", []).append(name)
             elif shared:
                 skipped.setdefault(f"its weight is shared with {shared[0]}", []).append(name)
             elif not 2 <= bits <= 8:
@@ -145,11 +141,11 @@ class GOBO(Technique):
 
     @torch.no_grad()
     def _quantize(self, run: Run, name: str, weight: Tensor, bits: int, mask: Tensor | None) -> bool:
-        """Round a matrix in place and keep its centroids in the step's state; False if it has no Gaussian group."""
+        """Round a matrix in place and keep its centroids in the step's state; return False if it has no Gaussian."""
         mask = None if mask is None or bool(mask.all()) else mask.to(weight.device)
         outlying = outlier_mask(weight, self.threshold, mask)
         inner = ~outlying if mask is None else ~outlying & mask
-        # The threshold is one of the density: for weights of a large deviation it lies above the peak.
+        # The threshold is a density: for weights with a large standard deviation it lies above the peak.
         if int(inner.sum()) <= int(outlying.sum()):
             return False
         before = weight.clone()
@@ -157,7 +153,7 @@ class GOBO(Technique):
         centroids = book.centroids.to(weight.dtype)
         weight.copy_(torch.where(outlying, weight, centroids[nearest_centroids(weight, centroids).long()]))
         state, error = run.state(self), (weight - before).float()
-        setattr(state, f"centroids.{name}", centroids)
+        self._centroids(run)[name] = centroids
         state.figures = {
             **getattr(state, "figures", {}),
             name: {
@@ -174,31 +170,35 @@ class GOBO(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         state, classes = run.state(self), self._classes(run)
-        self._embedding(run)
-        entries, figures = {}, state.figures
-        for name in figures:
-            coded = self._coded(classes, run.model.get_submodule(name), getattr(state, f"centroids.{name}"))
+        self._quantize_embedding(run)
+        entries, metrics, centroids = {}, state.figures, self._centroids(run)
+        for name in metrics:
+            coded = self._codebook_layer(classes, run.model.get_submodule(name), centroids[name])
             replace.replace_module(run.model, name, coded)
             entries[name] = {"bits": coded.bits, "outliers": len(coded.outliers)}
             entries[name]["most"] = int(coded.outlier_counts.max())
             size = sum(value.numel() * value.element_size() for value in coded.buffers())
-            figures[name] |= {
-                "outlier_share": _rounded(figures[name]["outliers"] / figures[name]["weights"]),
-                "bits_per_weight": _rounded(8 * size / figures[name]["weights"]),
-                "bytes_before": figures[name]["weights"] * coded.centroids.element_size(),
+            metrics[name] |= {
+                "outlier_share": _rounded(metrics[name]["outliers"] / metrics[name]["weights"]),
+                "bits_per_weight": _rounded(8 * size / metrics[name]["weights"]),
+                "bytes_before": metrics[name]["weights"] * coded.centroids.element_size(),
                 "bytes": size,
             }
         convert(run.model, self.remote_code, {"modules": entries})
-        run.report(self, layers=figures, **totals(figures))
+        run.report(self, layers=metrics, **totals(metrics))
 
-    def _embedding(self, run: Run) -> None:
-        """Round the table of the input embedding, if asked for."""
+    def _centroids(self, run: Run) -> NamedTensors:
+        """Return the centroids by layer name, which the state of the step keeps from ``calibrate`` on."""
+        return NamedTensors(run.state(self), "centroids")
+
+    def _quantize_embedding(self, run: Run) -> None:
+        """Round the table of the input embedding if ``embedding_bits`` is set."""
         if self.embedding_bits is None:
             return
         table: Any = run.model.get_input_embeddings()
         name = next(name for name, module in run.model.named_modules() if module is table)
         if type(table) is not nn.Embedding:
-            run.cover(self, [], {f"a {type(table).__name__} is no plain embedding": [name]})
+            run.cover(self, [], {f"a {type(table).__name__} is not a plain embedding": [name]})
             return
         holders = parameter_names(run.model)[id(table.weight)]
         if len(holders) > 1:
@@ -208,8 +208,8 @@ class GOBO(Technique):
         quantized = self._quantize(run, name, table.weight, self.embedding_bits, None)
         run.cover(self, [name] if quantized else [], {} if quantized else {NO_GAUSSIAN: [name]})
 
-    def _coded(self, classes: Any, module: Any, centroids: Tensor) -> Any:
-        """A coded layer of the generated module for a rounded one. What is none of the centroids is an outlier."""
+    def _codebook_layer(self, classes: Any, module: Any, centroids: Tensor) -> Any:
+        """Return a codebook layer for a rounded one; a weight that equals no centroid is an outlier."""
         table = isinstance(module, nn.Embedding)
         weight: Any = module.weight.detach() if table else weight_out_in(module).detach()
         centroids = centroids.to(weight)
@@ -222,22 +222,22 @@ class GOBO(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = run.reported(self)
-        layers = figures.get("layers")
+        metrics = run.reported(self)
+        layers = metrics.get("layers")
         if not layers:
             return
         card.paragraph(
             "GOBO",
-            f"{len(layers)} layers hold codes of one codebook each, {figures['bits_per_weight']:.2f} bits a weight "
-            f"with centroids, outliers and their places: {figures['bytes']:,} bytes where the weights had "
-            f"{figures['bytes_before']:,}, in memory and on disk. {100 * figures['outlier_share']:.2f} % of the "
+            f"{len(layers)} layers hold codes of one codebook each, {metrics['bits_per_weight']:.2f} bits per weight "
+            f"with centroids, outliers and their positions: {metrics['bytes']:,} bytes instead of "
+            f"{metrics['bytes_before']:,}, in memory and on disk. {100 * metrics['outlier_share']:.2f} % of the "
             "weights are outliers, kept in the model's dtype. The codes are decoded when a layer runs; reading them "
-            "takes the code that comes with the checkpoint (`trust_remote_code=True`).",
+            "needs the code that comes with the checkpoint (`trust_remote_code=True`).",
         )
         widest = sorted(layers, key=lambda name: layers[name]["outlier_share"], reverse=True)[:MOST_ROWS]
         card.table(
             "GOBO: the layers" + f" with most outliers, {MOST_ROWS} of {len(layers)}" * (len(layers) > MOST_ROWS),
-            ["layer", "bits", "outliers %", "bits a weight", "relative L1 error"],
+            ["layer", "bits", "outliers %", "bits per weight", "relative L1 error"],
             [
                 [f"`{name}`", own["bits"], f"{100 * own['outlier_share']:.3f}", f"{own['bits_per_weight']:.3f}",
                  f"{own['l1_error']:.4f}"]
@@ -247,7 +247,7 @@ class GOBO(Technique):
 
 
 def totals(layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Bytes before and after, bits per weight and the share of outliers over all layers."""
+    """Return bytes before and after, bits per weight and the share of outliers over all layers."""
     size, before = (sum(own[key] for own in layers.values()) for key in ("bytes", "bytes_before"))
     weights, outliers = (sum(own[key] for own in layers.values()) for key in ("weights", "outliers"))
     return {

@@ -136,7 +136,7 @@ def test_the_record_and_the_card_tell_the_size(tmp_path):
     assert sum(t.numel() * t.element_size() for k, t in stored.items() if k.rpartition(".")[2] in
                ("packed", "centroids", "outliers", "outlier_counts", "outlier_columns")) == held  # fmt: skip
     card = (tmp_path / "README.md").read_text()
-    assert f"{figures['bits_per_weight']:.2f} bits a weight" in card
+    assert f"{figures['bits_per_weight']:.2f} bits per weight" in card
     assert "outliers %" in card
     [coverage] = record["coverage"].values()
     assert coverage["weights_touched"] == figures["bytes_before"] // 4
