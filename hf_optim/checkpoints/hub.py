@@ -6,11 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..runs.record import FILE_NAME, Record
 from ..runs.run import find_run
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import PreTrainedModel
 
 # Left over from training or editors, or pickles: never published.
 IGNORED_PATTERNS = ["checkpoint-*", "checkpoint-*/**", "runs/**", ".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp"]
@@ -46,7 +51,7 @@ def push(
     return str(commit.commit_url)
 
 
-def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+def push_to_hub(self: PreTrainedModel, repo_id: str, **kwargs: Any) -> CommitInfo:
     """Upload the optimized model like ``PreTrainedModel.push_to_hub``, with hf_optim's record and card.
 
     Takes ``commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags`` and returns
@@ -70,11 +75,11 @@ def _upload(
     repo_id: str,
     *,
     private: bool | None = None,
-    token: Any = None,
+    token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     **kwargs: Any,
-) -> Any:
+) -> CommitInfo:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -133,7 +138,7 @@ def _readable_errors(repo_id: str) -> Iterator[None]:
         raise CheckpointError(f"the Hub client refused {repo_id}: {_one_line(error)}") from error
 
 
-def _reason(error: Any) -> str:
+def _reason(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     message = error.server_message or _one_line(error)
     remedy = {

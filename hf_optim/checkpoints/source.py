@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
@@ -73,12 +74,12 @@ def load_model(source: ModelSource) -> Any:
     return model.eval()
 
 
-def load_processor(source: ModelSource, cls: Any) -> Any:
+def load_processor(source: ModelSource, cls: type[PreTrainedModel]) -> Any:
     """Load the tokenizer of a checkpoint (the image processor for models that take pixels), or return None."""
     return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.load_kwargs)
 
 
-def checkpoint_bytes(source: ModelSource, model: Any) -> int:
+def checkpoint_bytes(source: ModelSource, model: nn.Module) -> int:
     """Return the bytes of the weights on disk, or of ``model`` in memory if the files are not on this machine."""
     home = local_directory(source.model, source.revision)
     try:

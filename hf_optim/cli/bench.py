@@ -8,11 +8,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import OptimError
 from .options import positive_int
 from .table import print_table
+
+if TYPE_CHECKING:
+    from ..evaluation.bench.environment import Deadline
+    from ..evaluation.bench.results import Results
 
 EXAMPLE = """\
 hf-optim bench --op wna16 --peers --output bench
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_ops(args: argparse.Namespace, results: Any, deadline: Any) -> None:
+def _run_ops(args: argparse.Namespace, results: Results, deadline: Deadline) -> None:
     import torch
 
     from ..evaluation.bench import environment, op_runner
@@ -109,7 +113,7 @@ def _run_ops(args: argparse.Namespace, results: Any, deadline: Any) -> None:
     op_runner.run_ops(results, ops, shapes, rows, dtype, args.peers, deadline)
 
 
-def _run_model(args: argparse.Namespace, results: Any, deadline: Any) -> None:
+def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline) -> None:
     import torch
 
     from ..evaluation.bench import decode, models
@@ -133,7 +137,7 @@ def _list() -> int:
     return 0
 
 
-def _joined(results: Any, directory: Path) -> Any:
+def _joined(results: Results, directory: Path) -> Results:
     """Add the rows of earlier results that these do not replace."""
     from ..evaluation.bench.results import FILE, Results
 

@@ -55,7 +55,7 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _stored_bytes(recipe: OptimConfig, model: Any, width: int) -> int:
+def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> int:
     total = sum(p.numel() for p in model.parameters()) * width
     step = next((s for s in reversed(recipe.steps) if QUANTIZED in s.contract().adds), None)
     bits = getattr(step, "bits", None)
