@@ -184,11 +184,11 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) ->
         command.append("--trust-remote-code")
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=distributed.own_environment())
     if done.returncode:
-        raise OptimError(f"could not measure the {what}: {_complaint(done.stderr)}")
+        raise OptimError(f"could not measure the {what}: {_last_error_line(done.stderr)}")
     return json.loads(done.stdout)
 
 
-def _complaint(stderr: str) -> str:
+def _last_error_line(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     ours = [line.removeprefix("hf-optim: ") for line in lines if line.startswith("hf-optim: ")]
     return (ours or lines or ["no message"])[-1]
