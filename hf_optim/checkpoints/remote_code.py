@@ -44,7 +44,7 @@ class RemoteCode:
         name: the name of the technique; the prefix of ``model_type`` and, capitalized, of class names.
         source: text of a module that imports only torch and transformers (``joined`` makes one of several modules).
         config_base: name of the class in ``source`` that the configuration classes inherit from. It must make stock
-            classes that are loaded by name refuse the checkpoint; empty for ``remote_marker.RefusedByStock``, which
+            classes that are loaded by name refuse the checkpoint; empty for ``remote_code_guard.RefusedByStock``, which
             does so.
         field: name of the configuration field with the settings of the technique: a number, or plain JSON.
         default: the value of the field in a configuration created without it.
