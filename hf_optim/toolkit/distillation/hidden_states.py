@@ -90,7 +90,7 @@ def base_models(model: Any) -> list[nn.Module]:
 
 
 def base_model_of_blocks(model: Any) -> list[int]:
-    """Return, for each block of ``blocks(model)``, the index of its base model in ``base_models(model)``."""
+    """Return the index in ``base_models(model)`` of the base model of each block of ``blocks(model)``."""
     members = [set(map(id, base.modules())) for base in base_models(model)]
     return [next(i for i, ids in enumerate(members) if id(block.module) in ids) for block in blocks(model)]
 

@@ -126,7 +126,7 @@ def cached_top_k(
     """Return the teacher's top classes for ``rows`` on the device of ``logits``, from the cache if it has them.
 
     Args:
-        cache: the cache; it takes the entries of a batch with a sample that it lacks.
+        cache: the cache; it takes the entries of a batch with a sample that it does not have.
         inputs: the batch.
         logits: the student's, ``[batch, ..., classes]``.
         rows: int64 ``[rows]``, ascending, the scored rows of ``logits.view(-1, classes)``.

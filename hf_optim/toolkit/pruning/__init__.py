@@ -1,4 +1,4 @@
-"""Masks, schedules, gates and shrinking: the maths of pruning."""
+"""Masks, schedules, gates and structural pruning."""
 
 from . import hard_concrete, masked_layers, masks, nm_groups, noisy_layers, shrink, sparsity
 from .decay_checks import check_decay_stability, negligible_decay, peak_rate

@@ -1,4 +1,4 @@
-"""Whether a weight decay ``W -= γ λ W`` fits the learning rate ``γ``: strong enough to matter, weak enough to converge.
+"""Checks of a weight decay ``W -= γ λ W`` at a learning rate ``γ``: strong enough to matter, weak enough to converge.
 
 A step takes off the share ``γ λ`` of a weight. Above 1 the sign of the weight turns at every step, and above 2 the
 weight grows without bound; a share that is tiny over the whole training does nothing.

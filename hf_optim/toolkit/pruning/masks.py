@@ -163,7 +163,7 @@ def has_nm_pattern(weight: Tensor, keep: int, group: int) -> bool:
 
 
 def parameter_has_nm_pattern(model: nn.Module, parameter: str, keep: int, group: int) -> bool:
-    """``has_nm_pattern`` for a weight by its parameter name, however the linear layer or the experts store it."""
+    """Return ``has_nm_pattern`` of a parameter by name, however the linear layer or the experts store it."""
     module = model.get_submodule(parameter.rpartition(".")[0])
     if is_linear(module):
         return has_nm_pattern(fsdp.full_tensor(weight_out_in(module).detach()), keep, group)

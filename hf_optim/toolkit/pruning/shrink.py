@@ -124,9 +124,9 @@ def apply_(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def removable_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Return the indices, per block list, of the blocks that may be removed: those without parameters of their own.
+    """Return the indices, per block list, of the blocks that may be removed.
 
-    A block has parameters of its own if another block of the list does not have them (T5's position biases).
+    A block may not be removed if it has parameters that another block of the list does not have (T5's position biases).
     """
     stacks: dict[str, dict[int, set[str]]] = {}
     for block in blocks(model):

@@ -127,7 +127,7 @@ def _pareto_front(total: torch.Tensor, cost: torch.Tensor, most: int) -> torch.T
 
 
 def _min_bytes_after(sizes: Mapping[str, Mapping[int, int]]) -> list[int]:
-    """Return, for each layer, the fewest bytes that the layers after it take."""
+    """Return the fewest bytes that the layers after each layer take."""
     least = [min(own.values()) for own in sizes.values()]
     return [sum(least[i + 1 :]) for i in range(len(least))]
 

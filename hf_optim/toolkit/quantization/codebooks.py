@@ -125,7 +125,7 @@ def _means(ordered: Tensor, sums: Tensor, bounds: Tensor, default: Tensor) -> Te
 def _distance(ordered: Tensor, sums: Tensor, bounds: Tensor, centroids: Tensor) -> float:
     """Return the sum of the distances of all values to the centroids of their bins."""
     first, last = bounds[:-1], bounds[1:]
-    middle = torch.searchsorted(ordered, centroids, right=True).clamp(first, last)
-    below = centroids * (middle - first) - (sums[middle] - sums[first])
-    above = (sums[last] - sums[middle]) - centroids * (last - middle)
+    split = torch.searchsorted(ordered, centroids, right=True).clamp(first, last)
+    below = centroids * (split - first) - (sums[split] - sums[first])
+    above = (sums[last] - sums[split]) - centroids * (last - split)
     return float((below + above).sum())
