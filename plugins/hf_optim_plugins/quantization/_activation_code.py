@@ -1,4 +1,4 @@
-"""Putting modules that round their input into a model, with the code that travels with its checkpoint."""
+"""Install modules that round their input into a model, with the code that travels with its checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Grids:
 
 
 def code_of(name: str) -> RemoteCode:
-    """The remote code of a technique whose modules round their input."""
+    """Return the remote code of a technique whose modules round their input."""
     model_base = _activation_modules.RoundedActivationModel
     return RemoteCode(
         name=name,
@@ -39,8 +39,10 @@ def code_of(name: str) -> RemoteCode:
     )
 
 
-def separate(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The linears whose weight is theirs alone, and the names of the others, by reason."""
+def select_unshared(
+    model: nn.Module, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """Return the linears whose weight no other module shares, and the names of the others, by reason."""
     holders = parameter_names(model)
     kept: dict[str, nn.Module] = {}
     skipped: dict[str, list[str]] = {}
@@ -63,16 +65,16 @@ def install(
     bits: int | None,
     grouped: bool = False,
 ) -> None:
-    """Replace modules of a model in place and give it a class that builds them again when it is loaded.
+    """Replace modules of a model in place, and give it a class that builds them again when it is loaded.
 
     Args:
         model: of a class of transformers.
         code: made by ``code_of``.
-        layers: names of linears; one without ``grids`` keeps its input as it is.
-        norms: names of normalisations, all with ``grids``.
+        layers: names of linears; the input of one without ``grids`` is not rounded.
+        norms: names of normalizations, all with ``grids``.
         grids: of the inputs, by name.
-        bits: of the weights, symmetric with a scale for each row; None leaves them as they are.
-        grouped: a scale for each row and group of input channels instead.
+        bits: of the weights, symmetric with one scale per row; None leaves them unquantized.
+        grouped: one scale per row and group of input channels instead.
     """
     made = generate(code, stock_class(type(model.config)))  # type: ignore[arg-type]
     entries: dict[str, dict[str, Any]] = {}
@@ -91,7 +93,7 @@ def install(
 
 
 def _fill(new: Any, layer: Any, group: Tensor | None, bits: int | None) -> None:
-    """Put the weight and the bias of a stock layer into the one that takes its place."""
+    """Copy the weight (quantized) and the bias of a stock layer into its replacement."""
     weight = weight_out_in(layer).detach()
     if bits is None:
         new.weight.copy_(weight)

@@ -1,7 +1,7 @@
-"""Modules that round their input to 8-bit grids made beforehand, one grid for each group of channels.
+"""Modules that round their input to static 8-bit grids, one grid for each group of channels.
 
 This file is stored beside checkpoints whose activations no stock class can round, so it imports only torch and
-transformers. With the scale ``s_g`` and the zero point ``z_g`` of the group ``g(j)`` that channel ``j`` is in::
+transformers. With the scale ``s_g`` and the zero point ``z_g`` of the group ``g(j)`` of channel ``j``::
 
     q(x)_j = s_g (clamp(round(x_j / s_g) + z_g, -128, 127) - z_g)
 
@@ -21,7 +21,7 @@ from hf_optim.toolkit.modules import ReplacedModules
 
 
 class InputGrids(nn.Module):
-    """Base of modules that round their input. With ``groups`` 0 the input stays as it is.
+    """Base of modules that round their input. With ``groups`` 0 the input is not rounded.
 
     ``input_scale`` [groups], ``input_zero`` [groups] int8, ``input_group`` [channels] int32: the group of each channel.
     """
@@ -32,7 +32,7 @@ class InputGrids(nn.Module):
     input_group: Tensor
 
     def add_grids(self, channels: int, groups: int, like: Tensor) -> None:
-        """Make room for the grids."""
+        """Register buffers for the grids."""
         self.groups = groups
         if groups:
             self.register_buffer("input_scale", torch.ones(groups, dtype=like.dtype, device=like.device))
@@ -40,12 +40,12 @@ class InputGrids(nn.Module):
             self.register_buffer("input_group", torch.zeros(channels, dtype=torch.int32, device=like.device))
 
     def set_grids(self, scale: Tensor, zero: Tensor, group: Tensor) -> None:
-        """Put the grids in."""
+        """Copy the grids into the buffers."""
         for buffer, value in ((self.input_scale, scale), (self.input_zero, zero), (self.input_group, group)):
             buffer.copy_(value)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """``x`` [..., channels] moved to the nearest points of its grids, in its dtype."""
+        """Round ``x`` ``[..., channels]`` to the nearest points of its grids, in its dtype."""
         if not self.groups:
             return x
         wide = x if x.dtype == torch.float64 else x.float()
@@ -56,12 +56,12 @@ class InputGrids(nn.Module):
 
 
 class RoundedLinear(InputGrids):
-    """A linear layer on rounded inputs. ``weight`` [out, in]: int8 codes if it has scales, else the weight as it was.
+    """A linear layer on rounded inputs. ``weight`` [out, in]: int8 codes if it has scales, else the original weight.
 
     Args:
         in_features, out_features, bias: of the layer.
         groups: of input channels, see ``InputGrids``.
-        scales: how many each row has, ``weight_scale`` [out, scales]: 0, 1 or ``groups``.
+        scales: scales per row, ``weight_scale`` [out, scales]: 0, 1 or ``groups``.
         transposed: the stock layer is a ``Conv1D``, which stores its weight as [in, out].
         like: a tensor with the dtype and device of the stock layer.
     """
@@ -85,13 +85,13 @@ class RoundedLinear(InputGrids):
 
     @classmethod
     def in_place_of(cls, layer: Any, groups: int, scales: int) -> RoundedLinear:
-        """A layer of the shape of a stock one, its tensors yet to be filled."""
+        """Return a layer of the shape of a stock one, with empty tensors."""
         transposed = isinstance(layer, Conv1D)
         rows, columns = layer.weight.shape[::-1] if transposed else layer.weight.shape
         return cls(columns, rows, layer.bias is not None, groups, scales, transposed, layer.weight)
 
     def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out, in] as numbers."""
+        """Return the decoded weight ``[out, in]``."""
         if not self.scales:
             return self.weight if dtype is None else self.weight.to(dtype)
         scale = self.weight_scale.to(dtype or self.weight_scale.dtype)
@@ -101,7 +101,7 @@ class RoundedLinear(InputGrids):
         return nn.functional.linear(self.rounded(x), self.decoded(x.dtype), self.bias)
 
     def to_dense(self) -> tuple[nn.Module, bool]:
-        """The stock layer with the decoded weight, and whether it computes the same."""
+        """Return the stock layer with the decoded weight, and whether it computes the same."""
         weight = self.decoded()
         made: nn.Module
         if self.transposed:
@@ -116,7 +116,7 @@ class RoundedLinear(InputGrids):
 
 
 class RoundedNorm(InputGrids):
-    """A normalisation, whatever its class, on rounded inputs."""
+    """A normalization of any class on rounded inputs."""
 
     def __init__(self, inner: Any, groups: int) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ class RoundedNorm(InputGrids):
         return self.inner(self.rounded(x))
 
     def to_dense(self) -> tuple[nn.Module, bool]:
-        """The stock module; it computes on inputs that are not rounded."""
+        """Return the stock module, and whether it computes the same: it does not round its inputs."""
         return self.inner, self.groups == 0
 
 
 class RoundedActivationModel(ReplacedModules):
-    """Part of a model class: its configuration's `activation_grids` says which modules round their input."""
+    """Base of a model class in which the modules named in ``config.activation_grids`` round their input."""
 
     replaced_field = "activation_grids"
 

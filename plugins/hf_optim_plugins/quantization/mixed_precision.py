@@ -1,21 +1,21 @@
 r"""Mixed precision for activations: 8 bits where that does no harm, 16 where it does, found by measuring.
 
-With one grid per tensor, a few activation tensors carry the whole loss of 8-bit quantization: those with outliers. With
-``D(S)`` the divergence of the model's output when the inputs in the set ``S`` are rounded to 8 bits (static,
-asymmetric, ranges from calibration), each input ``i`` is measured alone, as in table 2 of the paper, and then 16 bits
-are given in that order::
+With one grid per tensor, a few activation tensors, those with outliers, cause nearly the whole loss of 8-bit
+quantization. With ``D(S)`` the divergence of the model's output when the inputs in the set ``S`` are rounded to 8 bits
+(static, asymmetric, ranges from calibration), each input ``i`` is measured alone, as in table 2 of the paper, and then
+16 bits are given in that order::
 
     D({i_1}) >= D({i_2}) >= ... >= D({i_n}),        k* = min { k : D(all but i_1 .. i_k) <= tolerance }
 
 ``D`` is the Kullback-Leibler divergence of the softmax of the logits, in nats per position; for a model without logits
-the relative squared error of its first output.
+it is the relative squared error of its first output.
 
 Bondarenko, Nagel, Blankevoort, "Understanding and Overcoming the Challenges of Efficient Transformer Quantization",
 arXiv 2109.12948, sections 3 and 4. The paper simulates 16-bit integers; here an input with 16 bits stays in floating
-point (a layer is then W8A16), which is no coarser in float16 and float32. The paper finds BERT's residual sums to be
-the worst tensors, and raises these. They are inputs of norms, which no stock checkpoint can round, so they take part
-with ``sites: all`` and the model then brings its own code; by default they stay in floating point, all of them, and the
-inputs of linears compete.
+point (such a layer is W8A16), which is no coarser in float16 and float32. The paper finds BERT's residual sums to be
+the worst tensors, and gives these 16 bits. They are inputs of norms, which no stock checkpoint can round, so they take
+part only with ``sites: all``, and the model then brings its own code; by default they all stay in floating point, and
+only the inputs of linears compete.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from hf_optim import (
     hookimpl,
     option,
     technique,
-    traits,
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit import topology
@@ -57,14 +56,14 @@ from hf_optim.toolkit.quantization import (
     quantize_dequantize,
 )
 from hf_optim.toolkit.statistics import TensorMinMax
-from hf_optim.toolkit.topology import find_residual_stream
+from hf_optim.toolkit.topology import find_residual_stream, not_reached
 
-from ._activation_code import Grids, code_of, install, separate
+from ._activation_code import Grids, code_of, install, select_unshared
+from ._weights import QUANTIZES
 
 if TYPE_CHECKING:
     from hf_optim import Card
 
-UNSEEN = "no calibration input reached it"
 EVERY = "all inputs"
 Sites = dict[str, tuple[str, ...]]
 Scales = dict[str, tuple[Tensor, Tensor]]
@@ -76,24 +75,19 @@ Scales = dict[str, tuple[Tensor, Tensor]]
     paper=Paper(
         "2109.12948", "Understanding and Overcoming the Challenges of Efficient Transformer Quantization", 2021
     ),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.QUANTIZED},
-        drops={traits.FLOAT_WEIGHTS},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-    ),
+    contract=QUANTIZES,
     reload=Reload.STOCK_FORMAT,
 )
 class MixedPrecision(Technique):
-    """8-bit activations, except for those tensors whose rounding hurts, which keep 16 bits; 8-bit weights.
+    """Quantize activations to 8 bits, except for the tensors whose rounding hurts, and weights to 8 bits.
 
     Attributes:
         targets: which linears.
         skip: which of them to leave out.
         tolerance: the divergence of the output that rounding activations may cause, in nats per position (see above).
-        budget: at most this share of the sites gets 16 bits, whatever the divergence; None for no limit.
+        budget: at most this share of the tensors gets 16 bits, whatever the divergence; None for no limit.
         sites: which tensors take part: the inputs of ``"linears"``, or ``"all"``: residual sums too.
-        bits: of a weight, symmetric with a scale for each output channel; None leaves weights as they are.
+        bits: of a weight, symmetric with one scale per output channel; None leaves weights unquantized.
     """
 
     targets: tuple[str, ...] = ("Linear",)
@@ -113,7 +107,7 @@ class MixedPrecision(Technique):
         return Reload.STOCK_FORMAT if self.sites == "linears" else Reload.REMOTE_CODE
 
     def contract(self) -> Contract:
-        # Modules of their own code hold codes, which masks cannot be applied to.
+        # The modules of the remote code hold codes, to which masks cannot be applied.
         plain = self.spec.contract
         kept = plain.keeps if self.sites == "linears" else frozenset()
         return Contract(needs=plain.needs, adds=plain.adds, drops=plain.drops, keeps=kept)
@@ -128,8 +122,7 @@ class MixedPrecision(Technique):
         norms = self._norms(scope.model)
         with TensorMinMax({**layers, **norms}, run.label(self)) as ranges:
             yield
-        if idle := [name for name in (*layers, *norms) if name not in ranges]:
-            skipped[UNSEEN] = idle
+        skipped |= not_reached((*layers, *norms), ranges)
         modules = {name: m for name, m in {**layers, **norms}.items() if name in ranges}
         scales = {name: grid_of(*ranges[name], module) for name, module in modules.items()}
         sites = group_by_input(topology.trace(scope.model), modules)
@@ -142,7 +135,7 @@ class MixedPrecision(Technique):
         ranking = sorted(alone, key=lambda name: -alone[name])
         most = len(ranking) if self.budget is None else math.floor(self.budget * len(ranking))
         low, high = (0, 0) if reached[0] <= self.tolerance or not most else (1, most)
-        while low not in reached:  # bisection; more sites with 16 bits diverge less
+        while low not in reached:  # bisection: the divergence falls with the number of tensors in 16 bits
             middle = (low + high) // 2
             rest = {module: how for name in ranking[middle:] for module, how in roundings[name]}
             with RoundingSensitivity(scope.model, {"rest": rest}) as found:
@@ -167,7 +160,7 @@ class MixedPrecision(Technique):
 
     def _layers(self, run: Run, scope: Scope) -> tuple[dict[str, Any], dict[str, list[str]]]:
         if self.sites == "all":
-            return separate(scope.model, scope.select(self.targets, self.skip))
+            return select_unshared(scope.model, scope.select(self.targets, self.skip))
         integer = self.bits is not None
         layers, skipped = compressed.storable(scope, self.targets, self.skip, integer=integer, label=run.label(self))
         return dict(layers), skipped
@@ -216,26 +209,26 @@ class MixedPrecision(Technique):
             "Activations in 16 bits",
             f"{wide} of {len(state.table)} activation tensors keep 16 bits (they stay in floating point); the others "
             "are rounded to 8-bit grids made on calibration data. The table has the divergence of the output when that "
-            "tensor alone is rounded: nats per position where there are logits, else relative squared error.",
+            "tensor alone is rounded: nats per position if the model has logits, else relative squared error.",
         )
         rows = [[names, f"{shift:.2e}", bits] for names, shift, bits in state.table]
-        card.table("What 8 bits do to each activation tensor", ["read by", "divergence", "bits"], rows)
+        card.table("Sensitivity of each activation tensor to 8 bits", ["read by", "divergence", "bits"], rows)
 
 
 def grid_of(low: Tensor, high: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the asymmetric 8-bit grid of one input, ``[1]`` each."""
+    """Return scale and zero point of the asymmetric 8-bit grid of one input, ``[1]`` each."""
     scale, zero = qparams_from_range(low, high, ASYMMETRIC_INT8, module.get_parameter("weight").dtype)
     assert zero is not None
     return scale, zero
 
 
 def rounding(grid: tuple[Tensor, Tensor]) -> Rounding:
-    """The function that moves a tensor to the grid."""
+    """Return the function that rounds a tensor to the grid."""
     return lambda x: quantize_dequantize(x, *grid)
 
 
 def width_of(module: nn.Module) -> int:
-    """Channels of a linear's or a norm's input."""
+    """Return the number of channels of a linear's or a norm's input."""
     return topology.features(module)[1] if topology.is_linear(module) else module.get_parameter("weight").numel()
 
 

@@ -1,16 +1,17 @@
-"""SmoothQuant: move the difficulty of quantizing activations into the weights, without changing the model.
+"""SmoothQuant: move the difficulty of quantizing activations into the weights, without changing the model's function.
 
     Y = (X diag(s)^-1) (diag(s) W^T),        s_j = max|X_j|^alpha / max|W_:j|^(1 - alpha)
 
-A few input channels of a transformer's linear layers are a hundred times larger than the others and spoil the one scale
-that 8-bit activations have per tensor or token.  Dividing channel j of X by s_j and multiplying column j of W by it
-leaves Y as it is.  1/s goes into whatever makes X: the gain (and bias) of the norm that the linears read, and, where
-it is exact, the rows of the linear before: value -> output projection, up -> down projection, fc1 -> fc2 through ReLU.
+A few input channels of a transformer's linear layers are a hundred times larger than the others, and degrade the single
+scale that 8-bit activations have per tensor or token. Dividing channel j of X by s_j and multiplying column j of W by
+it leaves Y unchanged. 1/s is folded into the layer that produces X: the gain (and bias) of the norm that the linears
+read, and, where it is exact, the rows of the preceding linear: value -> output projection, up -> down projection,
+fc1 -> fc2 through ReLU.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", arXiv
-2211.10438.  (The reference list of the survey that this collection follows gives it the title of another paper.)
+2211.10438. (The reference list of the survey that this collection follows gives it the title of another paper.)
 
-By itself nothing is smaller afterwards, so a recipe must quantize after it.
+On its own it makes nothing smaller, so a recipe must quantize after it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from hf_optim.toolkit.permutation import folding
 from hf_optim.toolkit.statistics import ChannelAbsMax
 from hf_optim.toolkit.topology import LinearPair, NormGroup, weight_out_in
 
-SHARED = "the norm that feeds it also feeds something that is no linear layer (a residual sum, a router, experts)"
+SHARED = "the norm that feeds it also feeds something that is not a linear layer (a residual sum, a router, experts)"
 APART = "it shares its norm with layers that are not selected or lie in another block"
-UNSEEN = "no calibration input reached it"
 UNFED = "neither a norm nor a scalable layer feeds it alone"
 
 
@@ -43,14 +43,14 @@ UNFED = "neither a norm nor a scalable layer feeds it alone"
     reload=Reload.STOCK_DENSE,
 )
 class SmoothQuant(Technique):
-    """Scales that make activations easy to quantize, folded into norms and neighbouring layers.
+    """Fold scales into norms and neighbouring layers that make activations easy to quantize.
 
     Attributes:
-        alpha: how much of the difficulty moves to the weights: 0 none of the activations', 1 all of it. 0.5 is the
-            paper's; 0.75 and more for models with stronger outliers.
+        alpha: share of the difficulty that moves to the weights, from 0 (none of the activations') to 1 (all of it).
+            0.5 is the paper's; 0.75 and more suit models with stronger outliers.
         pairs: also smooth the inputs that come from another linear layer, where that is exact.
-        targets: the linears to smooth.
-        skip: linears to leave alone; those that share a norm with one of them stay as they are too.
+        targets: linear layers to smooth, by class, name or pattern.
+        skip: patterns of layers to leave out; those that share a norm with one of them are left out too.
     """
 
     alpha: float = option(0.5, low=0.0, high=1.0)
@@ -63,15 +63,15 @@ class SmoothQuant(Technique):
         selected = scope.select(self.targets, self.skip)
         groups, pairs = self._wiring(run, scope)
         plan = make_plan(selected, groups, pairs if self.pairs else ())
-        with ChannelAbsMax(plan.watched, run.label(self)) as peaks:
-            if plan.watched:
+        with ChannelAbsMax(plan.observed, run.label(self)) as peaks:
+            if plan.observed:
                 yield
-        made = plan.apply(peaks, self.alpha)
-        run.cover(self, made.touched, made.skipped)
-        self._report(run, made)
+        smoothed = plan.apply(peaks, self.alpha)
+        run.cover(self, smoothed.covered, smoothed.skipped)
+        self._report(run, smoothed)
 
     def _wiring(self, run: Run, scope: Scope) -> tuple[list[NormGroup], list[LinearPair]]:
-        """Norm groups and scalable pairs of the scope. The model is traced once, at the first scope."""
+        """Return the norm groups and scalable pairs of the scope. The model is traced once, at the first scope."""
         state = run.state(self)
         if getattr(state, "model", None) is not scope.model:
             trace = topology.trace(scope.model)
@@ -81,60 +81,61 @@ class SmoothQuant(Technique):
         groups = [group for group in state.groups if any(scope.holds(name) for name in group.linears)]
         return groups, [pair for pair in state.pairs if scope.holds(pair.producer) and scope.holds(pair.consumer)]
 
-    def _report(self, run: Run, made: Smoothed) -> None:
-        total = run.state(self).__dict__.setdefault("total", {"norms": 0, "pairs": 0, "spread": []})
-        total["norms"] += made.norms
-        total["pairs"] += made.pairs
-        total["spread"] += made.spread
-        if total["spread"]:
-            before, after = (max(column) for column in zip(*total["spread"], strict=True))
-            run.report(
-                self,
-                norms=total["norms"],
-                pairs=total["pairs"],
-                peak_over_median_before=round(before, 3),
-                peak_over_median_after=round(after, 3),
-            )
+    def _report(self, run: Run, smoothed: Smoothed) -> None:
+        """Add the counts of a scope to the record, and the largest ratios of absmax to median so far."""
+        if not smoothed.ratios:
+            return
+        before, after = (round(max(column), 3) for column in zip(*smoothed.ratios, strict=True))
+        reported = run.reported(self)
+        run.report(
+            self,
+            norms=reported.get("norms", 0) + smoothed.norms,
+            pairs=reported.get("pairs", 0) + smoothed.pairs,
+            peak_over_median_before=max(before, reported.get("peak_over_median_before", before)),
+            peak_over_median_after=max(after, reported.get("peak_over_median_after", after)),
+        )
 
 
 @dataclass
 class Smoothed:
-    """What was done in one scope.
+    """The result of smoothing one scope.
 
     Attributes:
         norms, pairs: how many of each took a scale.
-        touched: names of the linears whose weights changed.
+        covered: names of the linears whose weights changed.
         skipped: reason -> names of selected linears that were not smoothed.
-        spread: for each smoothed input, its largest over its median channel, before and after.
+        ratios: for each smoothed input, the absmax of its largest channel over that of its median channel, before and
+            after.
     """
 
     norms: int = 0
     pairs: int = 0
-    touched: set[str] = field(default_factory=set)
+    covered: set[str] = field(default_factory=set)
     skipped: dict[str, set[str]] = field(default_factory=dict)
-    spread: list[tuple[float, float]] = field(default_factory=list)
+    ratios: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which scales can move in a scope: all linears of a group read one input, of which one observer is enough."""
+    """The norm groups and pairs of a scope that take a scale. One linear of a group is observed: all read one input."""
 
     groups: tuple[NormGroup, ...]
     pairs: tuple[LinearPair, ...]
     skipped: dict[str, set[str]]
 
     @property
-    def watched(self) -> dict[str, nn.Module]:
+    def observed(self) -> dict[str, nn.Module]:
+        """The linears whose inputs are observed, by name."""
         readers = {name: module for group in self.groups for name, module in [next(iter(group.linears.items()))]}
         return readers | {pair.consumer: pair.consumer_module for pair in self.pairs}
 
     def apply(self, peaks: dict[str, Tensor], alpha: float) -> Smoothed:
-        """Move the scales. Pairs first, since they change the rows of layers whose columns a norm's scale looks at."""
-        made = Smoothed(skipped={reason: set(names) for reason, names in self.skipped.items()})
+        """Move the scales. Pairs first, since they change rows of layers whose columns determine a norm's scale."""
+        smoothed = Smoothed(skipped={reason: set(names) for reason, names in self.skipped.items()})
         for pair in self.pairs:
             peak = peaks.get(pair.consumer)
             if peak is None:
-                made.skipped.setdefault(UNSEEN, set()).add(pair.consumer)
+                smoothed.skipped.setdefault(topology.NOT_REACHED, set()).add(pair.consumer)
                 continue
             rows = smoothing_scale(
                 folding.max_over_columns(pair, peak),
@@ -142,24 +143,26 @@ class Plan:
                 alpha,
             )
             folding.move_pair_scale_(pair, rows)
-            made.pairs += 1
-            made.touched |= {pair.producer, pair.consumer}
-            made.spread.append((spread(peak), spread(peak / folding.expand_to_columns(pair, rows))))
+            smoothed.pairs += 1
+            smoothed.covered |= {pair.producer, pair.consumer}
+            smoothed.ratios.append(
+                (max_over_median(peak), max_over_median(peak / folding.expand_to_columns(pair, rows)))
+            )
         for group in self.groups:
             peak = peaks.get(next(iter(group.linears)))
             if peak is None:
-                made.skipped.setdefault(UNSEEN, set()).update(group.linears)
+                smoothed.skipped.setdefault(topology.NOT_REACHED, set()).update(group.linears)
                 continue
             scale = smoothing_scale(peak, column_peak(group.linears.values()).to(peak), alpha)
             folding.move_norm_scale_(group, scale)
-            made.norms += 1
-            made.touched |= set(group.linears)
-            made.spread.append((spread(peak), spread(peak / scale)))
-        return made
+            smoothed.norms += 1
+            smoothed.covered |= set(group.linears)
+            smoothed.ratios.append((max_over_median(peak), max_over_median(peak / scale)))
+        return smoothed
 
 
 def make_plan(selected: dict[str, nn.Module], groups: Iterable[NormGroup], pairs: Iterable[LinearPair]) -> Plan:
-    """Sort out which norm groups and pairs take a scale, and why the other selected linears do not."""
+    """Select the norm groups and pairs that take a scale, and give the reasons why other selected linears do not."""
     taken = tuple(pair for pair in pairs if pair.consumer in selected and pair.producer in selected)
     usable: list[NormGroup] = []
     skipped: dict[str, set[str]] = {}
@@ -181,7 +184,7 @@ def make_plan(selected: dict[str, nn.Module], groups: Iterable[NormGroup], pairs
 
 
 def smoothing_scale(input_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
-    """s = max|X|^alpha / max|W|^(1 - alpha) per channel, [channels] each; 1 where a channel is dead on either side."""
+    """Return ``s = max|X|^alpha / max|W|^(1 - alpha)`` per channel, ``[channels]``; 1 for a channel that is all zeros."""
     dead = (input_peak == 0) | (weight_peak == 0)
     scale = input_peak.double().pow(alpha) / weight_peak.double().clamp_min(torch.finfo(torch.float64).tiny).pow(
         1 - alpha
@@ -190,12 +193,12 @@ def smoothing_scale(input_peak: Tensor, weight_peak: Tensor, alpha: float) -> Te
 
 
 def column_peak(modules: Iterable[nn.Module]) -> Tensor:
-    """The largest absolute weight of each input channel over linears [out, in] that read one input: [in], float32."""
+    """Return the largest absolute weight of each input channel over linears that read one input: float32 ``[in]``."""
     return torch.stack([weight_out_in(module).detach().abs().amax(0).float() for module in modules]).amax(0)
 
 
-def spread(peak: Tensor) -> float:
-    """The largest over the median channel peak; what one scale for all channels has to cover."""
+def max_over_median(peak: Tensor) -> float:
+    """Return the largest over the median channel absmax: the range that one scale for all channels has to cover."""
     return float(peak.max() / peak.median().clamp_min(torch.finfo(torch.float32).tiny))
 
 
