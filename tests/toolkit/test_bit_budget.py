@@ -1,4 +1,4 @@
-"""Bits within a budget: against brute force, and against the bytes that compressed-tensors writes."""
+"""Bit allocation against brute force, and against the bytes that compressed-tensors writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def problem(seed: int, layers: int = 6):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_cheapest_plan_is_the_one_that_enumeration_finds(seed):
+def test_the_allocation_equals_enumeration(seed):
     costs, sizes, limit = problem(seed)
     best = min(
         sum(costs[name][b] for name, b in zip(costs, plan, strict=True))
@@ -59,7 +59,7 @@ def test_equal_costs_take_the_fewest_bytes():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_plan_by_rank_is_monotone_and_spends_what_it_can(seed):
+def test_allocation_by_rank_is_monotone_and_exhausts_the_budget(seed):
     costs, sizes, limit = problem(seed, layers=9)
     ranks = {name: costs[name][2] for name in costs}
     plan = allocate_bits_by_rank(ranks, CHOICES, sizes, limit)
@@ -73,7 +73,7 @@ def test_a_plan_by_rank_is_monotone_and_spends_what_it_can(seed):
     assert used + sizes[first][step] - sizes[first][min(ordered)] > limit
 
 
-def test_a_budget_that_holds_nothing_is_refused():
+def test_a_budget_below_the_smallest_widths_is_refused():
     costs, sizes, _ = problem(0)
     for call in (
         lambda: allocate_bits(costs, sizes, 10),

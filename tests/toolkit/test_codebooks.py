@@ -1,4 +1,4 @@
-"""Clustering of one tensor against brute force on the unsorted values."""
+"""Codebook fitting against brute force on the unsorted values."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def heavy_tailed(n, seed):
 
 
 def skewed(n, seed):
-    """Values whose bins of equal population are far from the best ones."""
+    """Values whose bins of equal population are far from optimal."""
     return torch.rand(n, generator=torch.Generator().manual_seed(seed)) ** 3 - 0.2
 
 
 def plain(values, levels, iterations):
-    """GOBO's iterations as they are told, value by value: centroids and sums of distances."""
+    """The iterations of GOBO as the paper states them, value by value: centroids and sums of distances."""
     wide = values.double()
     order = wide.sort().values
     edges = [i * len(wide) // levels for i in range(levels + 1)]
@@ -45,7 +45,7 @@ def plain(values, levels, iterations):
 
 @pytest.mark.parametrize(("n", "levels"), [(4000, 8), (1001, 4), (513, 16), (37, 3)])
 @pytest.mark.parametrize("make", [heavy_tailed, skewed])
-def test_the_centroids_are_those_of_the_plain_iterations(n, levels, make):
+def test_the_centroids_equal_the_plain_iterations(n, levels, make):
     values = make(n, levels)
     wanted, sums = plain(values, levels, 100)
     book = fit_codebook(values, levels)
@@ -73,7 +73,7 @@ def test_iterations_can_be_bounded():
     assert torch.allclose(first, bins, atol=1e-15, rtol=0)
 
 
-def test_codes_are_of_the_nearest_centroid():
+def test_codes_are_those_of_the_nearest_centroid():
     values = heavy_tailed(3000, 3).view(50, 60)
     centroids = torch.randn(16, generator=torch.Generator().manual_seed(0)).sort().values * 0.1
     codes = nearest_centroids(values, centroids)
@@ -84,7 +84,7 @@ def test_codes_are_of_the_nearest_centroid():
 
 
 @pytest.mark.parametrize("levels", [3, 4, 8])
-def test_a_pinned_centroid_stays_and_the_others_go_on(levels):
+def test_a_pinned_centroid_does_not_move(levels):
     values = heavy_tailed(4000, 5) + 0.01
     book = fit_codebook(values, levels, pinned=0.0)
     assert len(book.centroids) == levels
@@ -94,20 +94,20 @@ def test_a_pinned_centroid_stays_and_the_others_go_on(levels):
     code = nearest_centroids(values, book.centroids)
     for i in range(levels):
         if book.centroids[i] != 0:
-            # The best set is kept, which need not be a fixed point; its centroids lie among their weights.
+            # The best set is not necessarily a fixed point, but its centroids lie among their weights.
             own = values[code == i]
             assert own.min() <= book.centroids[i] <= own.max()
 
 
 @pytest.mark.parametrize("values", [torch.tensor([0.5]), torch.zeros(9), torch.tensor([1.0, -1.0, 1.0])])
-def test_fewer_values_than_centroids_are_met_exactly(values):
+def test_fewer_values_than_centroids_are_exact(values):
     book = fit_codebook(values, 8)
     assert torch.isfinite(book.centroids).all()
     assert torch.equal(book.centroids[nearest_centroids(values, book.centroids).long()].float(), values)
     assert book.history[-1] == 0
 
 
-def test_outliers_are_those_of_the_logarithm_of_the_density():
+def test_outliers_have_a_low_log_density():
     weight = heavy_tailed(6000, 2).view(60, 100)
     wide = weight.double()
     normal = torch.distributions.Normal(wide.mean(), wide.std(correction=0))
@@ -117,7 +117,7 @@ def test_outliers_are_those_of_the_logarithm_of_the_density():
     assert 0 < outlier_mask(weight, -4.0).float().mean() < 0.05
 
 
-def test_weights_that_are_not_kept_count_for_nothing():
+def test_pruned_weights_are_ignored():
     weight = heavy_tailed(6000, 4)
     kept = torch.rand(6000, generator=torch.Generator().manual_seed(1)) < 0.5
     pruned = weight * kept
@@ -126,7 +126,7 @@ def test_weights_that_are_not_kept_count_for_nothing():
     assert not found[~kept].any()
 
 
-def test_weights_without_a_spread_have_no_outliers_and_a_wide_spread_makes_all_of_them():
+def test_constant_weights_have_no_outliers_and_wide_ones_are_all_outliers():
     assert not outlier_mask(torch.full((5, 5), 3.0), -4.0).any()
     wide = torch.linspace(-200, 200, 500)
     assert math.log(float(wide.std())) > 4

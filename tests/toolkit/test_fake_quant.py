@@ -1,4 +1,4 @@
-"""Fake quantization: its values, both gradients, and a layer that leaves no trace."""
+"""Fake quantization: values, both gradients, and layers that are restored completely."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weight(rows=9, columns=42, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spec", SPECS)
-def test_values_are_what_the_stored_codes_decode_to(spec, dtype):
+def test_values_equal_the_decoded_codes(spec, dtype):
     layer = nn.Linear(42, 9, dtype=dtype)
     layer.weight.data = weight(dtype=dtype)
     fake = attach_fake_quant(layer, spec)
@@ -51,7 +51,7 @@ def test_values_are_what_the_stored_codes_decode_to(spec, dtype):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_straight_through_gradient_is_that_of_torch(bits, symmetric):
+def test_the_straight_through_gradient_equals_torch(bits, symmetric):
     """Identity inside the range, zero outside, per channel."""
     spec = GridSpec(bits, "int", "channel", None, symmetric)
     grid = make_grid(weight() * 0.6, spec)  # narrower than the values: some are clamped
@@ -82,7 +82,7 @@ def test_the_largest_weight_of_a_minmax_grid_still_learns():
 @pytest.mark.parametrize(
     "spec", [GridSpec(3, "int", "group", 7), GridSpec(4), GridSpec(2, "int", "channel", None, False)]
 )
-def test_the_gradient_of_a_learned_step_is_equation_3(spec):
+def test_the_gradient_of_a_learned_scale_is_equation_3(spec):
     values = weight(dtype=DOUBLE).requires_grad_()
     made = make_grid(values.detach() * 0.7, spec)
     step = made.scale.clone().requires_grad_()
@@ -111,7 +111,7 @@ def test_the_initial_scale():
     assert initial_scale(values, GridSpec(3, "int", "tensor")).shape == (1,)
 
 
-def test_a_step_is_stored_positive_and_exact():
+def test_a_scale_is_stored_positive_and_exact():
     step = torch.tensor([0.1, -1.0, 1e-30], requires_grad=True)
     found = round_scale(step, torch.bfloat16)
     assert bool((found > 0).all())
@@ -120,7 +120,7 @@ def test_a_step_is_stored_positive_and_exact():
     assert step.grad.tolist() == [1, 1, 1]
 
 
-def test_descending_on_the_step_lowers_the_error():
+def test_gradient_descent_on_the_scale_lowers_the_error():
     values, spec = weight(32, 64), GridSpec(3)
     step = initial_scale(values, spec).mul(2.5).requires_grad_()
     optimizer = torch.optim.Adam([step], lr=0.02)
@@ -144,7 +144,7 @@ class Twice(nn.Linear):
 
 
 class TestLayer:
-    def test_state_dicts_do_not_know_the_steps(self):
+    def test_state_dicts_do_not_contain_learned_scales(self):
         layer = nn.Linear(8, 4)
         before = copy.deepcopy(layer.state_dict())
         fake = attach_fake_quant(layer, GridSpec(4))
@@ -161,10 +161,10 @@ class TestLayer:
     def test_scales_follow_the_weights(self):
         fake = attach_fake_quant(nn.Linear(8, 4), GridSpec(4))
         first = fake.grid()
-        fake.weight.data = fake.weight.data * 2  # unseen by autograd's counter
+        fake.weight.data = fake.weight.data * 2  # does not change the version counter of autograd
         assert torch.equal(fake.grid().scale, 2 * first.scale)
 
-    def test_a_copy_has_steps_of_its_own(self):
+    def test_a_copy_has_its_own_scales(self):
         fake = attach_fake_quant(nn.Linear(8, 4), GridSpec(4))
         fake.learn_scale(fake.grid())
         twin = copy.deepcopy(fake)
@@ -172,7 +172,7 @@ class TestLayer:
             twin.weight_step.mul_(3)
         assert torch.equal(twin.grid().scale, 3 * fake.grid().scale)
 
-    def test_a_latent_weight_takes_the_place_of_the_weight(self):
+    def test_a_latent_weight_replaces_the_weight(self):
         latent = weight(4, 8).requires_grad_()
         fake = attach_fake_quant(nn.Linear(8, 4, dtype=torch.bfloat16), GridSpec(4), latent=latent)
         out = fake(torch.randn(3, 8, dtype=torch.bfloat16))
@@ -189,11 +189,11 @@ class TestLayer:
             layer.weight.data[::2, ::3] = 0
             assert not attach_fake_quant(layer, spec).fake_weight()[::2, ::3].any()
 
-    def test_what_is_no_plain_linear_is_refused(self):
+    def test_a_layer_with_its_own_forward_is_refused(self):
         with pytest.raises(ValueError, match="Twice with its own forward"):
             attach_fake_quant(Twice(4, 4), GridSpec(4))
 
-    def test_switched_off_it_is_the_layer(self):
+    def test_an_inactive_layer_computes_as_linear(self):
         layer, x = nn.Linear(8, 4), torch.randn(2, 8)
         expected = layer(x)
         fake = attach_fake_quant(layer, GridSpec(2), active=False)

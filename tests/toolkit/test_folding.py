@@ -1,4 +1,4 @@
-"""Moving scales and permutations between layers: what it does to the weights, and what it refuses."""
+"""Folding of scales and permutations: the effect on weights and function, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scale(count, seed=0):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_opt, tiny_qwen2])
-def test_large_scales_over_every_norm_and_pair_leave_the_function(build):
+def test_large_scales_over_every_norm_and_pair_preserve_the_function(build):
     model = build().double()
     before, start = logits(model), copy.deepcopy(model.state_dict())
     trace = topology.trace(model)
@@ -40,7 +40,7 @@ def test_large_scales_over_every_norm_and_pair_leave_the_function(build):
     assert torch.allclose(logits(model), before, rtol=0, atol=1e-10)
 
 
-def test_a_norm_loses_what_the_columns_gain():
+def test_norm_and_columns_scale_inversely():
     model = tiny_llama().double()
     group = next(g for g in topology.find_norm_groups(model) if g.name == "model.layers.0.input_layernorm")
     gain = group.module.weight.detach().clone()
@@ -53,7 +53,7 @@ def test_a_norm_loses_what_the_columns_gain():
         assert torch.equal(model.get_submodule(name).weight, weight * factor)
 
 
-def test_rows_take_their_bias_along():
+def test_rows_are_scaled_with_their_bias():
     model = tiny_qwen2().double()
     pair = next(p for p in topology.find_linear_pairs(model) if p.producer.endswith("0.self_attn.v_proj"))
     bias = pair.producer_module.bias.detach().clone()
@@ -62,7 +62,7 @@ def test_rows_take_their_bias_along():
     assert torch.allclose(pair.producer_module.bias, bias / factor, rtol=1e-14)
 
 
-def test_grouped_heads_share_their_row():
+def test_grouped_heads_share_their_rows():
     pair = next(p for p in topology.find_linear_pairs(tiny_llama()) if p.producer.endswith("0.self_attn.v_proj"))
     peaks = torch.arange(32.0)
     # 4 heads of 8 channels on 2 key/value heads: rows 0..7 feed the columns 0..7 and 8..15.
@@ -95,7 +95,7 @@ def test_refusals():
         folding.move_norm_scale_(group, torch.ones(3))
 
 
-def test_permuting_moves_rows_columns_and_gates_together():
+def test_a_permutation_moves_rows_columns_and_gates_together():
     model = tiny_llama().double()
     before = logits(model)
     pair = next(p for p in topology.find_linear_pairs(model) if p.consumer.endswith("0.mlp.down_proj"))

@@ -21,13 +21,13 @@ FLOATS = [GridSpec(8, "float", strategy) for strategy in ("tensor", "channel")]
 
 def weights(rows: int = 24, columns: int = 48, seed: int = 0) -> torch.Tensor:
     drawn = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    drawn[3] += 2.0  # a row without negative values: asymmetric grids must still hold zero
+    drawn[3] += 2.0  # a row without negative values: asymmetric grids must still include zero
     drawn[5] = 0.0
     return drawn
 
 
 @pytest.mark.parametrize("spec", INTEGERS + FLOATS, ids=str)
-def test_grid_is_compressed_tensors_own(spec):
+def test_grids_equal_those_of_compressed_tensors(spec):
     weight = weights()
     grid = make_grid(weight, spec)
     args = compressed.scheme_of(spec).weights
@@ -44,7 +44,7 @@ def test_grid_is_compressed_tensors_own(spec):
 
 
 @pytest.mark.parametrize("spec", INTEGERS, ids=str)
-def test_error_is_at_most_half_a_step(spec):
+def test_error_is_at_most_half_a_scale(spec):
     weight = weights()
     grid = make_grid(weight, spec)
     step = grid.scale.reshape(*group_by_scale(weight, spec).shape[:-1], 1)
@@ -54,7 +54,7 @@ def test_error_is_at_most_half_a_step(spec):
 
 
 @pytest.mark.parametrize("spec", INTEGERS + FLOATS, ids=str)
-def test_values_are_on_the_grid_and_zero_is_one_of_them(spec):
+def test_values_are_on_the_grid_which_includes_zero(spec):
     weight = weights()
     weight[:, ::3] = 0.0
     grid = make_grid(weight, spec)
@@ -95,7 +95,7 @@ def test_scales_are_exact_in_the_dtype_in_which_they_are_stored(dtype):
 
 
 @pytest.mark.parametrize("spec", [s for s in INTEGERS if s.strategy != "tensor"], ids=str)
-def test_mse_search_never_does_worse(spec):
+def test_mse_search_is_never_worse(spec):
     weight = weights()
     importance = torch.rand(48, generator=torch.Generator().manual_seed(1)) ** 4
 
@@ -118,11 +118,11 @@ def test_importance_moves_the_scale():
 
 
 @pytest.mark.parametrize(
-    ("width", "asked", "size"),
+    ("width", "requested", "size"),
     [(352, 128, 88), (172, 128, 86), (172, 32, 4), (128, 128, 128), (64, 128, 64), (97, 32, 1)],
 )
-def test_group_size_is_the_largest_divisor(width, asked, size):
-    assert fit_group_size(width, asked) == size
+def test_group_size_is_the_largest_divisor(width, requested, size):
+    assert fit_group_size(width, requested) == size
 
 
 def test_rows_of_a_grid():

@@ -1,4 +1,4 @@
-"""Hard concrete gates: closed forms beside sampling, and the gate at test time."""
+"""Hard concrete gates: closed forms against sampling, and the gate at test time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_probability_of_an_open_gate_is_the_share_of_open_samples(temperatur
         assert found == pytest.approx(right, abs=allowed)
 
 
-def test_the_closed_form_is_the_distribution_of_the_stretched_variable():
+def test_the_closed_form_equals_the_distribution_of_the_stretched_variable():
     """P(z ≠ 0) = P(s̄ > 0): the draw at which the gate leaves zero, found by bisection, in float64."""
     log_alpha = torch.tensor(0.7, dtype=torch.float64)
     low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_the_closed_form_is_the_distribution_of_the_stretched_variable():
     assert 1 - low.item() == pytest.approx(open_probability(log_alpha).item(), abs=1e-12)
 
 
-def test_the_gate_at_test_time_is_the_formula_and_zero_exactly_where_it_says():
+def test_the_gate_at_test_time_is_the_formula_with_exact_zeros():
     log_alpha = torch.linspace(-8.0, 8.0, 161, dtype=torch.float64)
     formula = [min(1.0, max(0.0, (ZETA - GAMMA) / (1 + math.exp(-a)) + GAMMA)) for a in log_alpha.tolist()]
     gates = deterministic_gates(log_alpha)
@@ -65,7 +65,7 @@ def test_the_gradient_passes_only_where_a_gate_is_between_zero_and_one():
     assert log_alpha.grad.tolist() == pytest.approx([0.0, 0.25 * (ZETA - GAMMA) / TEMPERATURE, 0.0])
 
 
-def test_draws_are_finite_and_their_beginning_is_what_is_asked():
+def test_samples_are_finite_and_start_at_the_given_probability():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         assert torch.isfinite(sample_gates(torch.zeros(100_000))).all()

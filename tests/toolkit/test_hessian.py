@@ -15,7 +15,7 @@ def gram(width: int = 12, tokens: int = 40, seed: int = 0) -> torch.Tensor:
     return x.T @ x / tokens
 
 
-def test_factor_is_upper_and_gives_the_inverse():
+def test_the_factor_is_upper_triangular_and_gives_the_inverse():
     hessian = gram()
     found = inverse_cholesky(hessian, damp=0.01)
     expected = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64))
@@ -31,7 +31,7 @@ def test_the_argument_is_not_changed():
     assert torch.equal(hessian, before)
 
 
-def test_dead_columns_are_decoupled_and_do_not_count_in_the_mean():
+def test_dead_inputs_are_decoupled_and_do_not_count_in_the_mean():
     hessian = gram()
     hessian[4, :] = 0
     hessian[:, 4] = 0
@@ -44,7 +44,7 @@ def test_dead_columns_are_decoupled_and_do_not_count_in_the_mean():
     assert torch.equal(out[alive][:, alive].triu(1), hessian[alive][:, alive].triu(1))
 
 
-def test_all_columns_dead():
+def test_all_inputs_dead():
     upper = inverse_cholesky(torch.zeros(3, 3), damp=0.01).upper
     torch.testing.assert_close(upper, torch.eye(3) / 1.01**0.5)
 
@@ -66,7 +66,7 @@ def test_a_rank_one_hessian_passes_with_the_usual_damping():
     assert found.damp == 0.01
 
 
-def test_a_hopeless_matrix_is_refused_by_name():
+def test_a_singular_matrix_is_refused_by_name():
     with pytest.raises(NumericalError, match=r"step 1 \(gptq\): q_proj is singular.*float64"):
         inverse_cholesky(gram() - 100 * torch.eye(12, dtype=torch.float64), label="step 1 (gptq): q_proj")
 

@@ -1,4 +1,4 @@
-"""Recording hidden states: what is recorded, when, and that nothing stays."""
+"""Recording of hidden states: what is recorded, when, and that no hook remains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_optim.toolkit.distillation.hidden_states import (
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-def test_blocks_give_what_transformers_calls_hidden_states():
+def test_block_outputs_are_the_hidden_states_of_transformers():
     model = tiny_llama().eval()
     with HiddenStates([block.module for block in topology.blocks(model)]) as recorder:
         outputs = model(IDS, output_hidden_states=True)
@@ -34,7 +34,7 @@ def test_blocks_give_what_transformers_calls_hidden_states():
     assert recorder.take() == []
 
 
-def test_bodies_give_what_the_head_reads():
+def test_base_models_return_what_the_head_reads():
     llama, bert = tiny_llama().eval(), tiny_bert().eval()
     for model in (llama, bert):
         with HiddenStates(base_models(model)) as recorder:
@@ -43,7 +43,7 @@ def test_bodies_give_what_the_head_reads():
         torch.testing.assert_close(found, outputs.hidden_states[-1])
 
 
-def test_blocks_know_their_bodies():
+def test_the_base_model_of_every_block():
     t5 = tiny_t5()
     names = [block.name for block in topology.blocks(t5)]
     assert base_model_of_blocks(t5) == [int("decoder" in name) for name in names]
@@ -52,7 +52,7 @@ def test_blocks_know_their_bodies():
 
 
 def test_a_repeated_forward_of_the_backward_is_not_recorded():
-    """Hooks of a module that is checkpointed by its caller run again when the backward computes it anew."""
+    """Hooks of a module that is checkpointed by its caller run again when the backward recomputes it."""
     layer, x = torch.nn.Linear(4, 4), torch.randn(1, 2, 4, requires_grad=True)
     calls = []
     layer.register_forward_hook(lambda *given: calls.append(1))
@@ -66,7 +66,7 @@ def test_a_repeated_forward_of_the_backward_is_not_recorded():
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_the_callback_records_within_a_step_alone():
+def test_the_callback_records_only_within_a_step():
     model, own = tiny_llama(), SimpleNamespace()
     recorder = HiddenStatesCallback(own, lambda: base_models(model))
     model(IDS)

@@ -11,7 +11,7 @@ from hf_optim.toolkit.quantization.least_squares import output_error, reconstruc
 
 @pytest.fixture
 def problem():
-    """Weights [out, in], correlated inputs [tokens, in], and their second moment."""
+    """Weights [out, in], correlated inputs [tokens, in], and their Gram matrix."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 24, generator=generator, dtype=torch.float64)
     mix = torch.randn(24, 24, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_equals_the_exact_solution_of_every_row(problem, damp):
     assert not found[~mask].any()
 
 
-def test_outputs_come_nearer_to_the_dense_ones(problem):
+def test_outputs_are_closer_to_the_dense_ones(problem):
     weight, inputs, moment = problem
     mask = nm_mask(weight, 2, 4)
     dense = inputs @ weight.T
@@ -46,13 +46,13 @@ def test_outputs_come_nearer_to_the_dense_ones(problem):
     assert output_error(weight, reconstruct_weights(weight, mask, moment), moment) < 0.8 * float(plain)
 
 
-def test_nothing_removed_changes_nothing(problem):
+def test_a_full_mask_changes_nothing(problem):
     weight, _, moment = problem
     assert torch.equal(reconstruct_weights(weight, torch.ones_like(weight, dtype=torch.bool), moment), weight)
     assert output_error(weight, weight, moment) == 0.0
 
 
-def test_inputs_that_never_fire_leave_weights_alone(problem):
+def test_weights_of_dead_inputs_do_not_change(problem):
     weight, _, moment = problem
     mask = nm_mask(weight, 2, 4)
     assert torch.equal(reconstruct_weights(weight, mask, torch.zeros_like(moment)), weight * mask)

@@ -1,4 +1,4 @@
-"""The distillation losses: against the papers' formulas in float64, their limits, and what they keep in memory."""
+"""The distillation losses: against the papers' formulas in float64, their limits, and their memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def formula(student: torch.Tensor, teacher: torch.Tensor, direction: str) -> tor
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("chunk", [1, 22, 10**9], ids=["row", "two rows", "whole"])
-def test_equals_the_formula_with_gradient(direction: str, chunk: int):
+def test_loss_and_gradient_equal_the_formula(direction: str, chunk: int):
     student, teacher = logits(0, 2, 3, 11).requires_grad_(), logits(1, 2, 3, 11)
     ours = kd_loss(student, teacher, temperature=T, direction=direction, beta=BETA, chunk_elements=chunk)
     expected = formula(student, teacher, direction)
@@ -52,7 +52,7 @@ def test_equals_the_formula_with_gradient(direction: str, chunk: int):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_labels_are_compared_one_by_one(direction: str):
+def test_labels_are_compared_independently(direction: str):
     student, teacher, rows = logits(0, 5, 3).requires_grad_(), logits(1, 5, 3), torch.tensor([0, 2, 3])
     ours = head_loss("labels", student, teacher, temperature=T, direction=direction, beta=BETA, rows=rows)
     both = [torch.stack([z, torch.zeros_like(z)], -1)[rows] for z in (student, teacher)]  # σ(z) = softmax([z, 0])
@@ -102,7 +102,7 @@ def test_high_temperature_is_the_mean_square_of_centred_logits():
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("rest", ["bucket", "renormalize"])
-def test_all_classes_cached_equal_the_live_teacher(direction: str, rest: str):
+def test_top_k_of_all_classes_equals_the_full_loss(direction: str, rest: str):
     student, teacher = logits(6, 5, 9).requires_grad_(), logits(7, 5, 9)
     rows = torch.tensor([1, 2, 4])
     options = {"temperature": T, "direction": direction, "beta": BETA, "rows": rows}
@@ -223,7 +223,7 @@ class PeakSaved(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(Held, lambda held: held.tensor)
 
 
-def test_softmaxes_of_the_whole_vocabulary_never_stand():
+def test_no_softmax_of_the_whole_vocabulary_is_stored():
     student, teacher = (logits(seed, 64, 500, dtype=torch.float32) for seed in (18, 19))
     student.requires_grad_()
     size = student.numel()

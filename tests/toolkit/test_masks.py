@@ -41,21 +41,21 @@ def test_nm_ties_go_to_the_lower_index():
     assert torch.equal(masks.nm_mask(score, 2, 4), expected)
 
 
-def test_nm_mask_brings_nothing_back():
+def test_nm_mask_keeps_removed_weights_removed():
     kept = torch.tensor([[False, True, True, True, False, False, False, True]])
     score = torch.tensor([[9.0, 1.0, 3.0, 2.0, 9.0, 9.0, 9.0, 0.0]])
     expected = torch.tensor([[False, False, True, True, False, False, False, True]])
     assert torch.equal(masks.nm_mask(score, 2, 4, kept), expected)
 
 
-def test_nm_mask_refuses_widths_and_patterns_that_do_not_fit():
+def test_nm_mask_refuses_invalid_widths_and_patterns():
     with pytest.raises(ValueError, match="width 6 is not a multiple of the group size 4"):
         masks.nm_mask(normal(2, 6), 2, 4)
     with pytest.raises(ValueError, match="5:4 is not a pattern"):
         masks.nm_mask(normal(2, 8), 5, 4)
 
 
-def test_obeys_nm_counts_along_the_input():
+def test_has_nm_pattern_counts_along_the_input():
     across = torch.zeros(4, 4)
     across[0] = 1.0
     assert not masks.has_nm_pattern(across, 2, 4)
@@ -63,7 +63,7 @@ def test_obeys_nm_counts_along_the_input():
     assert not masks.has_nm_pattern(torch.zeros(2, 6), 2, 4)
 
 
-def test_follows_nm_knows_how_conv1d_stores_its_weight():
+def test_parameter_has_nm_pattern_handles_conv1d():
     model = tiny_gpt2()
     name = "transformer.h.0.mlp.c_fc"
     layer = model.get_submodule(name)
@@ -92,7 +92,7 @@ def test_counts_are_rounded_to_the_nearest():
     assert [masks.removed_count(10, s) for s in (0.0, 0.04, 0.05, 0.3, 0.96, 1.0)] == [0, 0, 1, 3, 10, 10]
 
 
-def test_ties_at_the_cut_are_kept_from_the_lowest_index_on():
+def test_ties_at_the_threshold_are_kept_in_order_of_their_index():
     score = torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0])
     assert masks.layer_masks({"w": score}, 0.4)["w"].tolist() == [True, True, True, False, False]
     both = masks.global_masks({"a": torch.ones(3), "b": torch.ones(3)}, 0.5)
@@ -100,7 +100,7 @@ def test_ties_at_the_cut_are_kept_from_the_lowest_index_on():
     assert both["b"].tolist() == [False] * 3
 
 
-def test_global_masks_share_one_cut():
+def test_global_masks_share_one_threshold():
     scores = {"small": 0.1 * normal(8, 8), "large": normal(8, 16, seed=1)}
     found = masks.global_masks(scores, 0.6)
     both = torch.cat([scores["small"].flatten(), scores["large"].flatten()]).abs()
@@ -112,7 +112,7 @@ def test_global_masks_share_one_cut():
     assert kept["small"] < kept["large"]
 
 
-def test_what_was_removed_stays_removed_and_counts():
+def test_removed_weights_stay_removed_and_count():
     score = normal(10, 10)
     earlier = {"w": torch.ones(10, 10, dtype=torch.bool)}
     earlier["w"][:3] = False
@@ -122,7 +122,7 @@ def test_what_was_removed_stays_removed_and_counts():
     assert torch.equal(masks.layer_masks({"w": score}, 0.1, earlier)["w"], earlier["w"])
 
 
-def test_prune_narrows_masks_and_zeroes_weights():
+def test_prune_intersects_masks_and_zeroes_weights():
     model = tiny_llama()
     name = "model.layers.0.mlp.up_proj.weight"
     weight = model.get_parameter(name)

@@ -1,4 +1,4 @@
-"""Orders of columns for N:M masks: against brute force, the published efficacy, and on every path of the search."""
+"""Column permutations for N:M masks: against brute force and the published efficacy, on every path of the search."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kept(weight, order, keep=2, group=4):
 
 
 @pytest.mark.parametrize(("group", "stripes", "count"), [(4, 2, 35), (4, 3, 5775), (2, 2, 3), (2, 3, 15)])
-def test_splits_are_all_there_and_none_twice(group, stripes, count):
+def test_splits_are_complete_and_distinct(group, stripes, count):
     splits = all_splits(group, stripes)
     assert split_count(group, stripes) == count == len(splits.ways)
     sets = splits.subsets[splits.ways]
@@ -46,13 +46,13 @@ def test_splits_are_all_there_and_none_twice(group, stripes, count):
     assert torch.equal(sets[0].flatten(), torch.arange(group * stripes))
 
 
-def test_too_many_splits_are_not_tried():
+def test_too_many_splits_are_refused():
     with pytest.raises(ValueError, match="6435 splits"):
         all_splits(8, 2)
 
 
 @pytest.mark.parametrize(("keep", "group"), [(1, 4), (2, 4), (3, 4), (1, 2), (4, 8)])
-def test_the_largest_and_what_is_kept_are_those_of_a_sort(keep, group):
+def test_largest_and_kept_sums_equal_a_sort(keep, group):
     values = gaussian(group, 50).abs()
     assert torch.equal(torch.stack(largest(values.unbind(0), keep)), values.sort(0, descending=True).values[:keep])
     weight = gaussian(30, 4 * group)
@@ -60,7 +60,7 @@ def test_the_largest_and_what_is_kept_are_those_of_a_sort(keep, group):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_table_and_direct_scores_are_what_a_mask_keeps(keep):
+def test_table_and_direct_scores_equal_the_kept_sum(keep):
     weight = gaussian(300, 12)
     scores = weight.abs().T.contiguous()
     table, direct = TableScorer(scores, keep, 4), DirectScorer(scores, keep, 4)
@@ -130,7 +130,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("rows", "columns", "keep", "group"), PATHS)
-def test_on_every_path_more_is_kept_and_the_order_is_a_permutation(rows, columns, keep, group):
+def test_every_path_keeps_more_and_returns_a_permutation(rows, columns, keep, group):
     weight = gaussian(rows, columns)
     found = search_permutation(weight, keep, group, tries=5)
     assert torch.equal(found.order.sort().values, torch.arange(columns))
@@ -142,7 +142,7 @@ def test_on_every_path_more_is_kept_and_the_order_is_a_permutation(rows, columns
 
 
 def test_kept_never_falls():
-    # The best order there is: every group holds two columns of ones and two of zeros.
+    # The optimal order: every group has two columns of ones and two of zeros.
     best = torch.tensor([[1.0, 1.0, 0.0, 0.0] * 8] * 5)
     found = search_permutation(best)
     assert torch.equal(found.order, torch.arange(32))
@@ -152,7 +152,7 @@ def test_kept_never_falls():
     assert hidden.after >= hidden.before
 
 
-def test_a_pattern_that_was_shuffled_is_found_again():
+def test_a_shuffled_pattern_is_recovered():
     weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 1.0]]).repeat(10, 12)
     shuffled = weight[:, torch.randperm(48, generator=torch.Generator().manual_seed(0))]
     found = search_permutation(shuffled)
@@ -172,7 +172,7 @@ def test_swap_gains_are_exact():
             assert float(gains[i, j]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_disjoint_pairs_are_those_of_the_greedy_choice():
+def test_disjoint_pairs_equal_the_greedy_choice():
     gains = gaussian(20, 20)
     gains = gains + gains.T
     first, second = disjoint_pairs(gains)
@@ -209,7 +209,7 @@ def test_exchanges_never_lose():
 @pytest.mark.parametrize(
     ("columns", "keep", "group", "message"), [(10, 2, 4, "10 columns"), (8, 5, 4, "not a pattern")]
 )
-def test_what_cannot_be_searched_is_refused(columns, keep, group, message):
+def test_invalid_arguments_are_refused(columns, keep, group, message):
     with pytest.raises(ValueError, match=message):
         search_permutation(gaussian(4, columns), keep, group)
 

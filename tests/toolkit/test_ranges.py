@@ -1,4 +1,4 @@
-"""Ranges by channel and groups of channels."""
+"""Ranges per channel, and groups of channels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(low, high, group):
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(7, 2), (9, 3), (10, 4), (5, 5), (6, 9), (8, 1)])
-def test_fitted_groups_have_the_least_noise_of_all_intervals(channels, groups):
+def test_optimal_groups_have_the_least_noise_of_all_intervals(channels, groups):
     low, high = draws(channels, seed=channels)
     every = []
     for cuts in itertools.combinations(range(1, channels), min(groups, channels) - 1):
@@ -48,7 +48,7 @@ def test_fitted_groups_have_the_least_noise_of_all_intervals(channels, groups):
     assert noise(low, high, found) == pytest.approx(min(every), rel=1e-6)
 
 
-def test_fitted_groups_of_many_channels():
+def test_optimal_groups_of_many_channels():
     low, high = draws(3000)
     high[[5, 700, 2999]] = 50.0
     order = (high - low).argsort()
@@ -63,7 +63,7 @@ def test_even_groups():
     assert even_groups(4, 9).tolist() == [0, 1, 2, 3]
 
 
-def test_group_grids_cover_their_channels_and_zero():
+def test_group_qparams_cover_their_channels_and_zero():
     low, high = torch.tensor([-1.0, 2.0, -4.0, 0.5]), torch.tensor([3.0, 5.0, -2.0, 0.5])
     scale, zero = group_qparams(low, high, torch.tensor([0, 0, 1, 2]), torch.float32)
     assert torch.allclose(scale, torch.tensor([6.0, 4.0, 0.5]) / 255)
@@ -85,7 +85,7 @@ def test_channel_ranges_over_batches():
     assert torch.equal(found["layer"][1], rows.amax(0))
 
 
-def test_a_shift_is_the_divergence_of_the_rounded_forward_and_leaves_no_hook():
+def test_rounding_sensitivity_is_the_divergence_of_the_rounded_forward():
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     batches = [torch.randn(5, 4) for _ in range(3)]
     cases = {"none": {}, "second": {model[1]: torch.round}}
@@ -102,7 +102,7 @@ def test_a_shift_is_the_divergence_of_the_rounded_forward_and_leaves_no_hook():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_rounded_inputs_are_gone_when_a_forward_raises():
+def test_rounding_is_removed_if_a_forward_raises():
     layer = nn.Linear(4, 4)
 
     def broken(x):

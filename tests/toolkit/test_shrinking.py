@@ -1,4 +1,4 @@
-"""Smaller models: the configuration is found, modules agree with it, and what cannot be expressed is refused."""
+"""Structural pruning: the configuration is found, modules match it, and what it cannot express is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reloaded(model, folder):
     return type(model).from_pretrained(folder)
 
 
-def test_a_narrower_model_is_the_same_object_with_another_configuration(tmp_path):
+def test_a_sliced_model_is_the_same_object_with_another_configuration(tmp_path):
     model = tiny_llama()
     config, layer, weight = (
         model.config,
@@ -62,7 +62,7 @@ def test_planning_changes_nothing():
     assert torch.equal(torch.random.get_rng_state(), rng)
 
 
-def test_layers_are_numbered_anew_and_keep_their_kind():
+def test_layers_are_renumbered_and_keep_their_type():
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model = tiny_qwen2(num_hidden_layers=4, layer_types=kinds, sliding_window=4, use_sliding_window=True)
     kept = list(model.model.layers)[1:3]
@@ -77,7 +77,7 @@ def test_layers_are_numbered_anew_and_keep_their_kind():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "mixtral", "t5"])
-def test_the_cache_works_after_layers_went(family):
+def test_the_cache_works_after_layers_are_removed(family):
     """Decoding with the cache gives the tokens that decoding without it gives."""
     model = TINY[family](**({"n_layer": 3} if family == "gpt2" else {}))
     kept_blocks = {
@@ -94,8 +94,8 @@ def test_the_cache_works_after_layers_went(family):
     assert torch.equal(cached, plain)
 
 
-def test_a_layer_with_position_codes_of_its_own_keeps_them(tmp_path):
-    """SmolLM3 leaves rotary positions out of some layers, by a list in the configuration."""
+def test_a_layer_keeps_its_rotary_setting(tmp_path):
+    """SmolLM3 has a list of the layers without rotary embeddings in its configuration."""
     config = transformers.SmolLM3Config(**DECODER | {"num_hidden_layers": 4}, no_rope_layer_interval=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_a_layer_with_position_codes_of_its_own_keeps_them(tmp_path):
     assert torch.equal(main_output(reloaded(model, tmp_path), inputs), main_output(model, inputs))
 
 
-def test_lists_that_are_as_long_by_chance_stay(tmp_path):
+def test_lists_of_the_same_length_by_chance_do_not_change(tmp_path):
     model = tiny_llama(num_hidden_layers=3, eos_token_id=[2, 5, 7])
     model.config.favourite_numbers = [1, 2, 3]
     plan = shrink(model, kept_blocks={"model.layers": [0, 2]})
@@ -119,7 +119,7 @@ def test_lists_that_are_as_long_by_chance_stay(tmp_path):
 
 
 class Shares(transformers.LlamaForCausalLM):
-    """Its blocks are built by a list whose name says nothing, as Gemma3n's are by `activation_sparsity_pattern`."""
+    """A list with a neutral name determines its blocks, as ``activation_sparsity_pattern`` does in Gemma3n."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -127,7 +127,7 @@ class Shares(transformers.LlamaForCausalLM):
             layer.mlp.share = share
 
 
-def test_a_list_that_blocks_are_built_by_follows_whatever_its_name(tmp_path):
+def test_a_list_that_determines_blocks_is_sliced_whatever_its_name(tmp_path):
     config = tiny_llama(num_hidden_layers=3, eos_token_id=[2, 5, 7]).config
     config.shares, config.favourite_numbers = [0.5, 0.0, 0.25], [1, 2, 3]
     model = Shares(config).eval()
@@ -138,8 +138,8 @@ def test_a_list_that_blocks_are_built_by_follows_whatever_its_name(tmp_path):
     assert reloaded(model, tmp_path).model.layers[1].mlp.share == 0.25
 
 
-def test_a_layer_that_would_become_another_is_refused():
-    """Which layers of a Qwen2-MoE are dense is a list of their numbers."""
+def test_a_layer_that_would_change_is_refused():
+    """Qwen2-MoE lists its dense layers by index."""
     fields = {
         **DECODER, "num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
@@ -158,8 +158,8 @@ def test_shapes_that_no_configuration_gives_are_refused():
     assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
 
 
-def test_a_field_that_is_not_set_may_be_the_one(tmp_path):
-    """GPT-2's feed-forward width is four times its own width where `n_inner` is None."""
+def test_a_field_that_is_none_can_be_set(tmp_path):
+    """The feed-forward width of GPT-2 is four times its hidden size if ``n_inner`` is None."""
     model, kept = tiny_gpt2(), torch.arange(0, 128, 2)
     stays = {}
     for index in range(2):
@@ -182,6 +182,6 @@ def test_a_model_that_is_not_what_its_configuration_builds_is_refused():
         shrinking.plan(model, [halve_neurons(model)])
 
 
-def test_a_block_that_holds_what_others_need_may_not_go():
+def test_a_block_with_parameters_that_others_do_not_have_cannot_be_removed():
     assert shrinking.removable_blocks(tiny_t5(num_layers=3)) == {"encoder.block": [1, 2], "decoder.block": [1]}
     assert shrinking.removable_blocks(tiny_llama()) == {"model.layers": [0, 1]}

@@ -1,4 +1,4 @@
-"""Sparse variational dropout: the divergence beside the integral it approximates, and the noise of outputs."""
+"""Sparse variational dropout: the KL divergence against the integral it approximates, and the noise of outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected_log(alpha: float) -> float:
     # From the singularity to both tails; where it lies beyond a tail, from there to the other.
     start, power = (zero, 4) if zero > -TAIL else (-TAIL, 1)
     for end in (-TAIL, TAIL):
-        # t = start + (end - start) v⁴ takes the logarithm's singularity away.
+        # t = start + (end - start) v⁴ removes the singularity of the logarithm.
         v = (NODES + 1) / 2
         past = (end - start) * v**power
         t = start + past
@@ -54,7 +54,7 @@ def exact_kl(log_alpha: float) -> float:
     return expected_log(math.exp(log_alpha)) - 0.5 * log_alpha - constant
 
 
-def test_the_quadrature_is_right_where_a_closed_form_is_known():
+def test_the_quadrature_equals_known_closed_forms():
     # For large α it is ½ log α + E log|ε|, for small α 0 to first order: log|1 + x| ~ x - x²/2.
     assert expected_log(1e12) == pytest.approx(0.5 * math.log(1e12) - (np.euler_gamma + math.log(2)) / 2, abs=1e-5)
     assert expected_log(1e-4) == pytest.approx(-0.5e-4 - 0.75e-8, abs=1e-10)
@@ -67,12 +67,12 @@ def test_the_approximation_agrees_with_the_integral():
     exact = torch.tensor([exact_kl(float(value)) for value in grid], dtype=torch.float64)
     error = (kl_divergence(grid) - exact).abs()
     assert error.max() < 0.01, float(error.max())
-    # And it is the paper's formula, not just any that is near.
+    # It is the formula of the paper, not merely close to it.
     paper = -(K1 * torch.sigmoid(K2 + K3 * grid) - 0.5 * torch.log(1 + torch.exp(-grid)) - K1)
     torch.testing.assert_close(kl_divergence(grid), paper, rtol=0, atol=1e-12)
 
 
-def test_it_falls_with_alpha_and_stays_finite_at_both_ends():
+def test_it_decreases_with_alpha_and_is_finite_at_both_ends():
     grid = torch.linspace(-60.0, 60.0, 121)
     values = kl_divergence(grid)
     assert (values.diff() <= 0).all()
@@ -83,7 +83,7 @@ def test_it_falls_with_alpha_and_stays_finite_at_both_ends():
     assert torch.isfinite(grid.grad).all()
 
 
-def test_log_alpha_is_the_ratio_and_has_a_floor():
+def test_log_alpha_is_the_ratio_with_a_lower_bound():
     weight = torch.tensor([0.5, -0.5, 0.0], requires_grad=True)
     found = log_alpha(weight, torch.full((3,), -2.0))
     assert found.tolist() == pytest.approx([-2.0 - math.log(0.25)] * 2 + [-2.0 - math.log(FLOOR)])
@@ -92,8 +92,8 @@ def test_log_alpha_is_the_ratio_and_has_a_floor():
     assert log_alpha(weight.detach().bfloat16(), torch.zeros(3)).dtype == torch.float32
 
 
-def test_drawing_outputs_is_drawing_weights():
-    """Mean and variance over draws, beside those of layers whose weights are drawn."""
+def test_sampling_outputs_equals_sampling_weights():
+    """Mean and variance over samples, against those of layers whose weights are sampled."""
     generator = torch.Generator().manual_seed(3)
     input = torch.randn(3, 5, generator=generator)
     variance = torch.rand(4, 5, generator=generator)
@@ -123,7 +123,7 @@ def test_half_precision_does_not_overflow_and_zeros_have_a_gradient():
 @pytest.mark.parametrize(
     ("build", "name"), [(tiny_llama, "model.layers.0.mlp.up_proj"), (tiny_gpt2, "transformer.h.0.mlp.c_fc")]
 )
-def test_without_variance_a_layer_is_dense_and_a_mask_silences_weights(build, name):
+def test_without_variance_a_layer_is_dense_and_masked_weights_have_no_noise(build, name):
     model = build()
     layer = model.get_submodule(name)
     input = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
@@ -136,14 +136,14 @@ def test_without_variance_a_layer_is_dense_and_a_mask_silences_weights(build, na
         layer.log_variance.fill_(-2.0)
         layer.weight.zero_()
     assert (layer(input) - dense).abs().max() > 0.1
-    whole = noise.divergence()
-    # Masked by outputs: of those that are removed nothing is heard, and only the others count.
+    total = noise.divergence()
+    # All weights of some outputs are masked: these have no noise, and only the others count.
     out = layer.bias.shape[0] if layer.bias is not None else layer.weight.shape[0]
     gone = torch.arange(out) % 2 == 0
     mask = (~gone).unsqueeze(1).expand(out, 32)
     kept[f"{name}.weight"] = (mask if isinstance(layer, nn.Linear) else mask.T).contiguous()
     bias = 0.0 if layer.bias is None else layer.bias
-    heard = layer(input) - bias
-    assert heard[..., gone].abs().max() < 1e-12
-    assert heard[..., ~gone].abs().min() > 0
-    assert noise.divergence().item() == pytest.approx(whole.item() / 2, rel=1e-5)
+    output = layer(input) - bias
+    assert output[..., gone].abs().max() < 1e-12
+    assert output[..., ~gone].abs().min() > 0
+    assert noise.divergence().item() == pytest.approx(total.item() / 2, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Figures of sparse layers."""
+"""Sparsity metrics of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tiny_models import tiny_llama
 from hf_optim.toolkit.pruning import sparsity
 
 
-def test_figures_and_rows_count_zeros_in_the_weights():
+def test_metrics_and_table_rows_count_zeros_in_the_weights():
     model = tiny_llama()
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"]
     with torch.no_grad():
@@ -24,5 +24,5 @@ def test_figures_and_rows_count_zeros_in_the_weights():
     assert all(len(row) == len(sparsity.TABLE_HEADER) for row in sparsity.table_rows(model, names))
 
 
-def test_no_layers_are_no_zeros():
+def test_no_layers_have_no_zeros():
     assert sparsity.metrics(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}}
