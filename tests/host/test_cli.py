@@ -77,7 +77,7 @@ def small(shop):
     return shop.home / "small"
 
 
-def complaint(capsys, argv, status=2):
+def error_line(capsys, argv, status=2):
     """Return the one line that a refused command prints on standard error."""
     assert call(argv) == status
     printed = capsys.readouterr()
@@ -204,9 +204,9 @@ def test_list_of_a_recipe_has_its_steps(capsys):
 
 
 def test_list_of_an_unknown_name(capsys):
-    line = complaint(capsys, ["list", "gptw"])
+    line = error_line(capsys, ["list", "gptw"])
     assert line == "hf-optim: no technique or shipped recipe 'gptw'; did you mean 'gptq'? (`hf-optim list` shows them)"
-    assert "did you mean" not in complaint(capsys, ["list", "abacus"])
+    assert "did you mean" not in error_line(capsys, ["list", "abacus"])
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -235,7 +235,7 @@ REFUSED = {
 def test_check_refuses_with_reason_and_remedy(capsys, shop, case):
     steps, parts = REFUSED[case]
     recipe = shop.recipe("refused", steps)
-    line = complaint(capsys, ["check", recipe])
+    line = error_line(capsys, ["check", recipe])
     assert all(part in line for part in parts), line
     assert call(["check", recipe, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -264,11 +264,11 @@ def test_check_prints_estimates_and_counts_calibration_tokens(capsys, shop):
 
 
 def test_check_refuses_a_model_that_is_quantized(capsys, small):
-    assert "quantized already" in complaint(capsys, ["check", "w4a16", "--model", small])
+    assert "instead of a quantized one" in error_line(capsys, ["check", "w4a16", "--model", small])
 
 
 def test_check_of_a_missing_model(capsys, shop):
-    line = complaint(capsys, ["check", "w8a8", "--model", shop.home / "nowhere"])
+    line = error_line(capsys, ["check", "w8a8", "--model", shop.home / "nowhere"])
     assert "nowhere" in line
 
 
@@ -376,58 +376,58 @@ def test_card_of_a_folder_is_its_index(capsys, tmp_path, small):
 
 
 def test_card_without_a_record(capsys, tmp_path):
-    assert "has no hf_optim.json" in complaint(capsys, ["card", tmp_path])
+    assert "has no hf_optim.json" in error_line(capsys, ["card", tmp_path])
 
 
 def test_card_of_a_broken_record(capsys, tmp_path):
     (tmp_path / "hf_optim.json").write_text('{"schema": 99}')
-    assert "schema 99" in complaint(capsys, ["card", tmp_path])
+    assert "schema 99" in error_line(capsys, ["card", tmp_path])
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_recipe_suggests_the_nearest(capsys, shop):
-    assert "'w4a16'" in complaint(capsys, shop.compress("w4a61", "none"))
-    assert "no recipe file" in complaint(capsys, shop.compress("missing.yaml", "none"))
+    assert "'w4a16'" in error_line(capsys, shop.compress("w4a61", "none"))
+    assert "no recipe file" in error_line(capsys, shop.compress("missing.yaml", "none"))
 
 
 def test_yaml_that_constructs_objects_is_refused(capsys, shop):
     path = shop.home / "evil.yaml"
     path.write_text("steps: !!python/object/apply:os.system ['touch evil']\n")
-    assert "not a plain YAML or JSON recipe" in complaint(capsys, shop.compress(path, "none"))
+    assert "not a plain YAML or JSON recipe" in error_line(capsys, shop.compress(path, "none"))
 
 
 def test_missing_calibration_data(capsys, shop):
-    assert "--calibration" in complaint(capsys, shop.compress(shop.gptq, "none"))
+    assert "--calibration" in error_line(capsys, shop.compress(shop.gptq, "none"))
     recipe = shop.recipe("ramp", [{"technique": "gmp"}])
-    assert "--train" in complaint(capsys, shop.compress(recipe, "none"))
+    assert "--train" in error_line(capsys, shop.compress(recipe, "none"))
 
 
 def test_a_missing_text_column(capsys, shop):
-    line = complaint(capsys, shop.calibrated("none", "--text-column", "body"))
+    line = error_line(capsys, shop.calibrated("none", "--text-column", "body"))
     assert "'body'" in line
     assert "title, text" in line
 
 
 def test_data_that_is_too_short(capsys, shop):
-    line = complaint(capsys, shop.calibrated("none", "--samples", "4000"))
+    line = error_line(capsys, shop.calibrated("none", "--samples", "4000"))
     assert "4000 sequences of 32 tokens" in line
     assert "use more text" in line
 
 
 def test_a_sequence_longer_than_the_context(capsys, shop):
-    assert "context of 64" in complaint(capsys, shop.calibrated("none", "--seq-len", "128"))
+    assert "context of 64" in error_line(capsys, shop.calibrated("none", "--seq-len", "128"))
 
 
 def test_missing_evaluation_data(capsys, shop):
-    assert "no.jsonl" in complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.home / "no.jsonl"))
+    assert "no.jsonl" in error_line(capsys, shop.compress(shop.rtn, "none", "--eval", shop.home / "no.jsonl"))
 
 
 def test_the_error_of_the_evaluating_process_is_passed_on(capsys, shop, monkeypatch):
     done = subprocess.CompletedProcess([], 2, "", "noise\nhf-optim: the data is odd\nlate noise\n")
     monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", lambda *args, **kwargs: done)
-    line = complaint(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
+    line = error_line(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the original: the data is odd"
 
 
@@ -439,7 +439,7 @@ def test_a_result_that_cannot_be_measured_is_written_before_the_error(capsys, sh
 
     failed = subprocess.CompletedProcess([], 2, "", "hf-optim: the data is odd\n")
     monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
-    line = complaint(capsys, shop.compress(shop.rtn, "unmeasured", "--eval", shop.held_out))
+    line = error_line(capsys, shop.compress(shop.rtn, "unmeasured", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the result: the data is odd"
     record = json.loads((shop.home / "unmeasured" / "hf_optim.json").read_text())
     assert record["finished"]
@@ -471,22 +471,22 @@ def test_record_and_card_of_a_measured_result_are_written_once(shop, monkeypatch
 
 
 def test_an_output_that_is_a_file(capsys, shop):
-    assert "is a file" in complaint(capsys, shop.compress(shop.rtn, "eval.jsonl"))
+    assert "is a file" in error_line(capsys, shop.compress(shop.rtn, "eval.jsonl"))
 
 
 def test_an_output_that_is_the_model(capsys, shop):
-    assert "is the model itself" in complaint(capsys, shop.compress(shop.rtn, "model"))
+    assert "is the model itself" in error_line(capsys, shop.compress(shop.rtn, "model"))
 
 
 def test_an_unknown_training_argument(capsys, shop):
     recipe = shop.recipe("typo", [{"technique": "gmp"}], {"samples": 4, "seq_len": 32}, {"max_step": 2})
-    line = complaint(capsys, shop.compress(recipe, "none", "--train", shop.data))
+    line = error_line(capsys, shop.compress(recipe, "none", "--train", shop.data))
     assert "'max_step'" in line
     assert "'max_steps'" in line
 
 
 def test_a_missing_device(capsys, shop):
-    assert "'abacus'" in complaint(capsys, shop.compress(shop.rtn, "none", "--device", "abacus"))
+    assert "'abacus'" in error_line(capsys, shop.compress(shop.rtn, "none", "--device", "abacus"))
 
 
 @pytest.fixture
@@ -504,7 +504,7 @@ def test_a_broken_shard_is_named(capsys, shop, copy_of_model, spoil):
     shard = sorted(copy_of_model.glob("model-*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2] if spoil == "truncated" else b"\xff" * len(content))
-    line = complaint(capsys, ["compress", copy_of_model, "--recipe", shop.rtn, "--output", copy_of_model / "out"])
+    line = error_line(capsys, ["compress", copy_of_model, "--recipe", shop.rtn, "--output", copy_of_model / "out"])
     assert shard.name in line
     assert "truncated or corrupt" in line
     assert not (copy_of_model / "out").exists()
@@ -512,7 +512,7 @@ def test_a_broken_shard_is_named(capsys, shop, copy_of_model, spoil):
 
 def test_a_pickle_checkpoint_is_refused(capsys, shop, copy_of_model):
     (copy_of_model / "model.safetensors").rename(copy_of_model / "pytorch_model.bin")
-    line = complaint(capsys, ["compress", copy_of_model, "--recipe", shop.rtn, "--output", copy_of_model / "out"])
+    line = error_line(capsys, ["compress", copy_of_model, "--recipe", shop.rtn, "--output", copy_of_model / "out"])
     assert "pytorch_model.bin" in line
     assert "only safetensors" in line
 
@@ -526,7 +526,7 @@ def test_verbose_shows_the_traceback(capsys, shop):
 
 def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):
     monkeypatch.setattr("hf_optim.cli.list.describe", lambda cls: 1 / 0)
-    assert complaint(capsys, ["list"]) == "hf-optim: ZeroDivisionError: division by zero (-v shows the traceback)"
+    assert error_line(capsys, ["list"]) == "hf-optim: ZeroDivisionError: division by zero (-v shows the traceback)"
 
 
 # -- a full disk, and kill -9 -----------------------------------------------------------------------------------------
@@ -550,10 +550,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_complete(shop, small, other):
     finally:
         other.run(limit.format("resource.getrlimit(resource.RLIMIT_FSIZE)[1]"))
     assert done.status == 2
-    complaints = [line for line in done.err.splitlines() if line.startswith("hf-optim: ")]
-    assert len(complaints) == 1
-    assert "small" in complaints[0]
-    assert "untouched" in complaints[0]
+    error_lines = [line for line in done.err.splitlines() if line.startswith("hf-optim: ")]
+    assert len(error_lines) == 1
+    assert "small" in error_lines[0]
+    assert "untouched" in error_lines[0]
     assert {path.name: path.read_bytes() for path in small.iterdir() if path.is_file()} == before
     assert not list(shop.home.glob(".small.saving-*"))
 
@@ -578,7 +578,7 @@ BlockJournal.save = save
 
     other_recipe = shop.recipe("gptq3", [{"technique": "gptq", "bits": 3}], {"samples": 8, "seq_len": 32})
     refused = shop.compress(other_recipe, "killed", "--calibration", shop.data, "--resume")
-    line = complaint(capsys, refused)
+    line = error_line(capsys, refused)
     assert "another recipe" in line
     assert "start without --resume" in line
     assert len(list(journal.glob("step-*.safetensors"))) == 3
