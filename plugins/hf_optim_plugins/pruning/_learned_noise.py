@@ -17,15 +17,10 @@ from transformers import TrainerCallback
 
 from hf_optim import RecipeError, Technique, hookimpl
 from hf_optim.toolkit.pruning import (
-    NoisyLayer,
-    as_step,
-    check_positions,
-    cut_schedule_message,
-    linear_schedule,
+    masked_layers,
     masks,
     noisy_layers,
-    require_unsharded,
-    select_supported,
+    schedules,
     sparsity,
 )
 
@@ -83,13 +78,13 @@ class LearnedNoise(Technique):
 
     # -- what they share ----------------------------------------------------------------------------------------------
     def validate(self) -> None:
-        check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
+        schedules.check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 
-    def prepare(self, run: Run) -> dict[str, NoisyLayer]:
+    def prepare(self, run: Run) -> dict[str, noisy_layers.NoisyLayer]:
         """Return the layers in training by name; the first call attaches the noise. Raises ``ModelError`` if none."""
         own = run.state(self)
         if not hasattr(own, "layers"):
-            found, skipped = select_supported(run.model, run.select(self.targets, self.skip))
+            found, skipped = masked_layers.select_supported(run.model, run.select(self.targets, self.skip))
             weights = {name: layer.get_parameter("weight") for name, layer in found.items()}
             masks.require_finite(weights, run.label(self))
             own.noises, own.settled = self.attach(run, found, skipped), False
@@ -141,7 +136,7 @@ class NoiseTraining(TrainerCallback):
         return self.run.state(self.step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        require_unsharded(self.layers)
+        masked_layers.require_unsharded(self.layers)
         self._check_schedule(state.max_steps)
         noisy_layers.lower_adam_epsilon(kwargs.get("optimizer"), self.layers)
         noisy_layers.load_noise_parameters(self.own, self.layers)
@@ -153,7 +148,7 @@ class NoiseTraining(TrainerCallback):
         self._update(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.own.settled and state.global_step == as_step(self.step.settle, state.max_steps):
+        if not self.own.settled and state.global_step == schedules.as_step(self.step.settle, state.max_steps):
             self.step.remove(self.run)
             self.own.settled = True
         self._update(state)
@@ -165,7 +160,9 @@ class NoiseTraining(TrainerCallback):
     def _check_schedule(self, max_steps: int) -> None:
         """Raise ``RecipeError`` for a schedule that ends before it begins; warn if it does not finish."""
         step = self.step
-        begin, end, settle = (as_step(position, max_steps) for position in (step.begin, step.end, step.settle))
+        begin, end, settle = (
+            schedules.as_step(position, max_steps) for position in (step.begin, step.end, step.settle)
+        )
         if begin > end:
             raise RecipeError(
                 f"{self.run.label(step)}: the schedule begins at step {begin} and ends at step {end} of {max_steps}; "
@@ -177,11 +174,11 @@ class NoiseTraining(TrainerCallback):
         cut, remedy = f"training at step {max_steps}", "train longer, or lower end"
         if settle < max_steps:
             cut, remedy = f"weights are removed for good at step {settle}", "raise settle, or lower end"
-        reached = step.shortfall(linear_schedule(last, begin, end))
-        self.run.warn(step, cut_schedule_message(end, cut, reached, remedy))
+        reached = step.shortfall(schedules.linear_schedule(last, begin, end))
+        self.run.warn(step, schedules.cut_schedule_message(end, cut, reached, remedy))
 
     def _update(self, state: Any) -> None:
-        begin, end = (as_step(position, state.max_steps) for position in (self.step.begin, self.step.end))
-        self.own.ramp = linear_schedule(state.global_step, begin, end)
+        begin, end = (schedules.as_step(position, state.max_steps) for position in (self.step.begin, self.step.end))
+        self.own.ramp = schedules.linear_schedule(state.global_step, begin, end)
         for noise in self.own.noises.values():
             noise.active = not self.own.settled

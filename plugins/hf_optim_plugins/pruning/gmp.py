@@ -24,14 +24,7 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.distributed import FullWeights
-from hf_optim.toolkit.pruning import (
-    SparsitySchedule,
-    as_step,
-    check_positions,
-    masks,
-    sparsity,
-    unfinished_schedule_message,
-)
+from hf_optim.toolkit.pruning import masks, schedules, sparsity
 from hf_optim.toolkit.topology import require_layers
 
 if TYPE_CHECKING:
@@ -63,7 +56,7 @@ class GMP(Technique):
         end: where the last update stands; training after it is recovery alone.
         every: steps between updates (Δt); one more update stands at ``end`` where the ramp is no multiple of it.
         scope: ``"layer"`` prunes every layer to the ramp, ``"global"`` all targets together, ranked across layers.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 
@@ -77,19 +70,19 @@ class GMP(Technique):
     skip: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        check_positions(self.name, begin=self.begin, end=self.end)
+        schedules.check_positions(self.name, begin=self.begin, end=self.end)
         if self.initial > self.sparsity:
             raise RecipeError(f"gmp: initial must be <= sparsity, not {self.initial} > {self.sparsity}")
 
-    def ramp(self, max_steps: int) -> SparsitySchedule:
+    def ramp(self, max_steps: int) -> schedules.SparsitySchedule:
         """The schedule for a training of ``max_steps`` optimizer steps. Raises ``RecipeError`` if it ends first."""
-        begin, end = as_step(self.begin, max_steps), as_step(self.end, max_steps)
+        begin, end = schedules.as_step(self.begin, max_steps), schedules.as_step(self.end, max_steps)
         if begin > end:
             raise RecipeError(
                 f"gmp: the schedule begins at step {begin} and ends at step {end} of {max_steps}; give begin and end "
                 "both as steps or both as shares"
             )
-        return SparsitySchedule(begin, end, self.every, self.initial, self.sparsity)
+        return schedules.SparsitySchedule(begin, end, self.every, self.initial, self.sparsity)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
@@ -128,7 +121,7 @@ class RampPruning(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ramp = self.step.ramp(state.max_steps)
-        if sentence := unfinished_schedule_message(ramp, state.max_steps):
+        if sentence := schedules.unfinished_schedule_message(ramp, state.max_steps):
             self.run.warn(self.step, sentence)
         if state.global_step == 0 and ramp.is_update_step(0):
             self._prune(ramp.sparsity(0))

@@ -41,7 +41,7 @@ class Iterative(InRounds):
         rate: the learning rate of retraining, as a share of the Trainer's ``learning_rate``; None takes all of it when
             there is no dense phase, and else where the schedule of the dense phase ends, but at least a tenth.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 

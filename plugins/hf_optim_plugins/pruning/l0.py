@@ -27,9 +27,7 @@ from hf_optim import Contract, ModelError, Paper, Reload, hookimpl, option, tech
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     TRAINING_FORWARD,
-    Gates,
-    GroupGates,
-    WeightGates,
+    gated_layers,
     hard_concrete,
     masks,
 )
@@ -76,8 +74,8 @@ class L0(LearnedNoise):
         gate_learning_rate: of ``log α``; None takes that of the weights, too little for short training: a gate closes
             when ``log α`` has come some five units down.
         temperature: ``β`` of the gates, in (0, 1).
-        targets: which linear layers, by class, name or pattern; for units, the layers that read them (output and down
-            projections). Output heads only where named exactly, and no weight that another module shares.
+        targets: linear layers, by class, name or pattern; for units, the layers that read them (output and down
+            projections). Output heads only if named exactly, and no weight that another module shares.
         skip: patterns of layers to leave dense.
     """
 
@@ -129,8 +127,10 @@ class L0(LearnedNoise):
         start = hard_concrete.initial_log_alpha(self.initial)
         if self.on == "weights":
             run.cover(self, layers, skipped)
-            return {name: WeightGates(name, layer, start, self.temperature) for name, layer in layers.items()}
-        gates = {group.consumer: GroupGates(run.model, group, start, self.temperature) for group in units}
+            return {
+                name: gated_layers.WeightGates(name, layer, start, self.temperature) for name, layer in layers.items()
+            }
+        gates = {group.consumer: gated_layers.GroupGates(run.model, group, start, self.temperature) for group in units}
         run.cover(self, {name.rpartition(".")[0] for each in gates.values() for name in each.entries}, skipped)
         return gates
 
@@ -188,7 +188,7 @@ class GateTraining(NoiseTraining):
         super().on_step_end(args, state, control, **kwargs)
 
 
-def open_share(gates: list[Gates], kept: Mapping[str, Tensor]) -> Tensor:
+def open_share(gates: list[gated_layers.Gates], kept: Mapping[str, Tensor]) -> Tensor:
     """The expected share of the weights under these gates that is used, in [0, 1]; masked weights count on no side."""
     counts = [one.expected_open(kept) for one in gates]
     used, size = (torch.stack(parts).sum() for parts in zip(*counts, strict=True))

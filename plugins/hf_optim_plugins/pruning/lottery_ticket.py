@@ -47,7 +47,7 @@ class LotteryTicket(InRounds):
             instead, with a fresh optimizer; the masks are those of the ticket.
         seed: of the random weights.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 

@@ -35,7 +35,7 @@ class LRRewinding(InRounds):
         dense: whether training begins with a dense phase; False prunes before the first step, which suits a model that
             is trained already.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 

@@ -36,7 +36,7 @@ class Magnitude(Technique):
         sparsity: share of the weights to remove, in [0, 1).
         scope: ``"layer"`` removes this share from every layer, ``"global"`` from all targets together, ranked across
             layers by absolute value.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 

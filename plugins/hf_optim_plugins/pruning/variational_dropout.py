@@ -70,7 +70,7 @@ class VariationalDropout(LearnedNoise):
         variance_learning_rate: of ``log σ²``; None takes that of the weights, too little for short training: a weight
             is removed when ``log σ²`` has come some ten units up.
         scope: with ``sparsity``: ``"global"`` ranks all targets together, ``"layer"`` removes this share of each layer.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly, and no weight
+        targets: linear layers, by class, name or pattern; output heads only if named exactly, and no weight
             that another module shares.
         skip: patterns of layers to leave dense.
     """

@@ -28,8 +28,8 @@ from hf_optim import ModelError, Paper, Reload, Technique, compressed, hookimpl,
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
 from hf_optim.toolkit.checkpoint import NamedTensors
 from hf_optim.toolkit.modules import replace
-from hf_optim.toolkit.pruning import mask_out_in, require_finite
-from hf_optim.toolkit.quantization import fit_codebook, nearest_centroids, outlier_mask
+from hf_optim.toolkit.pruning import masks, require_finite
+from hf_optim.toolkit.quantization import codebooks
 from hf_optim.toolkit.topology import parameter_names, weight_out_in
 
 from . import _gobo_modules
@@ -61,8 +61,8 @@ class GOBO(Technique):
     nor for the other centroids.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         bits: of a code, 2 to 8; bits that an earlier step has assigned to a layer take precedence.
         threshold: natural logarithm of the density below which a weight is an outlier.
         iterations: most iterations over the centroids of a layer; it converges after a few.
@@ -99,7 +99,7 @@ class GOBO(Technique):
         require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
         for name, layer in list(layers.items()):
             bits = run.bits_of(name, self.bits)
-            mask = mask_out_in(layer, run.masks, f"{name}.weight")
+            mask = masks.mask_out_in(layer, run.masks, f"{name}.weight")
             if not self._quantize(run, name, weight_out_in(layer), bits, mask):
                 skipped.setdefault(NO_GAUSSIAN, []).append(name)
                 del layers[name]
@@ -143,15 +143,15 @@ class GOBO(Technique):
     def _quantize(self, run: Run, name: str, weight: Tensor, bits: int, mask: Tensor | None) -> bool:
         """Round a matrix in place and keep its centroids in the step's state; return False if it has no Gaussian."""
         mask = None if mask is None or bool(mask.all()) else mask.to(weight.device)
-        outlying = outlier_mask(weight, self.threshold, mask)
+        outlying = codebooks.outlier_mask(weight, self.threshold, mask)
         inner = ~outlying if mask is None else ~outlying & mask
         # The threshold is a density: for weights with a large standard deviation it lies above the peak.
         if int(inner.sum()) <= int(outlying.sum()):
             return False
         before = weight.clone()
-        book = fit_codebook(weight[inner], 2**bits, self.iterations, None if mask is None else 0.0)
+        book = codebooks.fit_codebook(weight[inner], 2**bits, self.iterations, None if mask is None else 0.0)
         centroids = book.centroids.to(weight.dtype)
-        weight.copy_(torch.where(outlying, weight, centroids[nearest_centroids(weight, centroids).long()]))
+        weight.copy_(torch.where(outlying, weight, centroids[codebooks.nearest_centroids(weight, centroids).long()]))
         state, error = run.state(self), (weight - before).float()
         self._centroids(run)[name] = centroids
         state.figures = {
@@ -213,7 +213,7 @@ class GOBO(Technique):
         table = isinstance(module, nn.Embedding)
         weight: Any = module.weight.detach() if table else weight_out_in(module).detach()
         centroids = centroids.to(weight)
-        codes = nearest_centroids(weight, centroids)
+        codes = codebooks.nearest_centroids(weight, centroids)
         outlying = centroids[codes.long()] != weight
         count = outlying.sum(1)
         coded = classes.coded_like(module, len(centroids).bit_length() - 1, int(count.sum()), int(count.max()))

@@ -67,8 +67,8 @@ class GPTQ(Technique):
     is one pass per block, and one for the layers outside the blocks.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8. Bits that an earlier step has assigned to a layer take precedence; a layer with more
             than 8 is left unquantized.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one

@@ -43,13 +43,11 @@ from hf_optim import (
 )
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.quantization import (
-    BlockExamples,
     Grid,
     GridSpec,
+    block_reconstruction,
     fake_quant,
     make_grid,
-    reconstruct_block,
-    trainable_vectors,
 )
 
 from ._weights import select_layers, weight_spec
@@ -100,8 +98,8 @@ class LKD(Technique):
     with floating-point weights: a checkpoint that is already quantized has no original block to match.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8, if no earlier step of the recipe quantizes (``group_size``, ``symmetric``,
             ``observer`` and ``activations`` likewise); bits that an earlier step has assigned take precedence.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
@@ -159,7 +157,7 @@ class LKD(Technique):
         students, skipped = self._from_codes(scope) if quantized else self._from_floats(run, scope)
         run.cover(self, students, skipped)
         if students:
-            examples = BlockExamples(scope.teacher, next(scope.module.parameters()).device)
+            examples = block_reconstruction.BlockExamples(scope.teacher, next(scope.module.parameters()).device)
             examples.require_finite(f"{label}: {scope.name}")
             self._learn(run, scope, students, examples)
         yield from ()  # no pass of the data: the teacher's examples hold the inputs
@@ -203,14 +201,16 @@ class LKD(Technique):
         return students, skipped
 
     # -- training -------------------------------------------------------------------------------------------------
-    def _learn(self, run: Run, scope: Scope, students: Mapping[str, Student], examples: BlockExamples) -> None:
+    def _learn(
+        self, run: Run, scope: Scope, students: Mapping[str, Student], examples: block_reconstruction.BlockExamples
+    ) -> None:
         masks = {id(student.latent): run.masks.get(f"{name}.weight") for name, student in students.items()}
         with (
-            trainable_vectors(scope.module, self.train == "block") as vectors,
+            block_reconstruction.trainable_vectors(scope.module, self.train == "block") as vectors,
             _in_training(students, self.observer, self.learn_scales) as layers,
         ):
             scales = [layer.weight_step for layer in layers.values()] if self.learn_scales else []
-            losses = reconstruct_block(
+            losses = block_reconstruction.reconstruct_block(
                 scope.module,
                 [*(student.latent for student in students.values()), *scales, *vectors],
                 examples,

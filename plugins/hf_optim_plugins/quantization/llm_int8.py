@@ -56,8 +56,8 @@ class LLMInt8(Technique):
     Attributes:
         threshold: input columns with a larger magnitude are multiplied unquantized. 6.0 is the paper's, for models in
             16-bit floating point; 0 quantizes no input column, null every one.
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
     """
 
     threshold: float | None = option(6.0, low=0.0, below=float("inf"))

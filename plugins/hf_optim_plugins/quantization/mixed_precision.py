@@ -48,9 +48,7 @@ from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import (
     ASYMMETRIC_INT8,
     GridSpec,
-    Rounding,
-    RoundingSensitivity,
-    group_by_input,
+    activation_rounding,
     make_grid,
     qparams_from_range,
     quantize_dequantize,
@@ -82,8 +80,8 @@ class MixedPrecision(Technique):
     """Quantize activations to 8 bits, except for the tensors whose rounding hurts, and weights to 8 bits.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         tolerance: the divergence of the output that rounding activations may cause, in nats per position (see above).
         budget: at most this share of the tensors gets 16 bits, whatever the divergence; None for no limit.
         sites: which tensors take part: the inputs of ``"linears"``, or ``"all"``: residual sums too.
@@ -125,11 +123,11 @@ class MixedPrecision(Technique):
         skipped |= not_reached((*layers, *norms), ranges)
         modules = {name: m for name, m in {**layers, **norms}.items() if name in ranges}
         scales = {name: grid_of(*ranges[name], module) for name, module in modules.items()}
-        sites = group_by_input(topology.trace(scope.model), modules)
+        sites = activation_rounding.group_by_input(topology.trace(scope.model), modules)
         roundings = {name: [(modules[m], rounding(scales[m])) for m in members] for name, members in sites.items()}
         cases = {name: dict(pairs) for name, pairs in roundings.items()}
         every = {module: how for pairs in roundings.values() for module, how in pairs}
-        with RoundingSensitivity(scope.model, {**cases, EVERY: every}) as alone:
+        with activation_rounding.RoundingSensitivity(scope.model, {**cases, EVERY: every}) as alone:
             yield
         reached = {0: alone.pop(EVERY)}
         ranking = sorted(alone, key=lambda name: -alone[name])
@@ -138,7 +136,7 @@ class MixedPrecision(Technique):
         while low not in reached:  # bisection: the divergence falls with the number of tensors in 16 bits
             middle = (low + high) // 2
             rest = {module: how for name in ranking[middle:] for module, how in roundings[name]}
-            with RoundingSensitivity(scope.model, {"rest": rest}) as found:
+            with activation_rounding.RoundingSensitivity(scope.model, {"rest": rest}) as found:
                 yield
             reached[middle] = found["rest"]
             low, high = (low, middle) if found["rest"] <= self.tolerance else (min(middle + 1, high), high)
@@ -222,7 +220,7 @@ def grid_of(low: Tensor, high: Tensor, module: nn.Module) -> tuple[Tensor, Tenso
     return scale, zero
 
 
-def rounding(grid: tuple[Tensor, Tensor]) -> Rounding:
+def rounding(grid: tuple[Tensor, Tensor]) -> activation_rounding.Rounding:
     """Return the function that rounds a tensor to the grid."""
     return lambda x: quantize_dequantize(x, *grid)
 

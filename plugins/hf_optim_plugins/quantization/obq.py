@@ -67,8 +67,8 @@ class OBQ(Technique):
     """Quantize the cheapest weight of every row, let the free weights compensate it, and repeat.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8; bits that an earlier step has assigned to a layer take precedence.
         group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
             scale per output channel.

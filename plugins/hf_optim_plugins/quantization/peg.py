@@ -67,8 +67,8 @@ class PEG(Technique):
     """Quantize activations to 8 bits with a grid for each group of channels of similar range, and weights to 8 bits.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         groups: K, the number of groups of an input's channels.
         permute: sort channels by range first. False: groups are slices of the channels in their own order.
         split: sizes of the groups: ``"even"`` as in the paper, or ``"fitted"`` for the least noise.

@@ -33,10 +33,8 @@ from hf_optim import (
     option,
     technique,
 )
-from hf_optim.toolkit.pruning import TRAINING_FORWARD, as_step
+from hf_optim.toolkit.pruning import TRAINING_FORWARD, schedules
 from hf_optim.toolkit.quantization import (
-    LEARNED_SCALES,
-    FakeQuantLinear,
     Grid,
     GridSpec,
     fake_quant,
@@ -72,8 +70,8 @@ class QAT(Technique):
     training; a training loop that calls no callbacks trains without the grid, and the weights are merely rounded.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8 (bits that an earlier step has assigned take precedence); None leaves the weights
             unquantized.
         format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.
@@ -147,10 +145,10 @@ class QAT(Technique):
     def parameter_groups(self, run: Run, model: nn.Module) -> list[dict[str, Any]] | None:
         if self.scale_learning_rate is None:
             return None
-        steps = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in LEARNED_SCALES]
+        steps = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in fake_quant.LEARNED_SCALES]
         return [{"params": steps, "lr": self.scale_learning_rate, "weight_decay": 0.0}]
 
-    def prepare(self, run: Run) -> dict[str, FakeQuantLinear]:
+    def prepare(self, run: Run) -> dict[str, fake_quant.FakeQuantLinear]:
         """Return the layers in training by name; the first call attaches them. Raises ``ModelError`` without any."""
         layers = fake_quant.fake_quant_layers(run.model.named_modules())
         if layers:
@@ -173,7 +171,7 @@ class QAT(Technique):
             raise ModelError(f"{label} found nothing to quantize in {type(run.model).__name__}. {summarize(skipped)}")
         return layers
 
-    def _attach(self, run: Run, name: str, layer: nn.Linear) -> FakeQuantLinear:
+    def _attach(self, run: Run, name: str, layer: nn.Linear) -> fake_quant.FakeQuantLinear:
         spec = None if self.bits is None else self._spec(layer.weight.shape[1], run.bits_of(name, self.bits))
         observer: Literal["minmax", "mse"] = "mse" if self.observer == "mse" else "minmax"
         fake = fake_quant.attach_fake_quant(layer, spec, observer, quantize_input=self._inputs(spec))
@@ -237,7 +235,7 @@ class LearnedInputs:
     def __init__(self, spec: GridSpec, scheme: QuantizationScheme) -> None:
         self.spec, self.scheme = spec, scheme
 
-    def __call__(self, layer: FakeQuantLinear, input: Tensor) -> Tensor:
+    def __call__(self, layer: fake_quant.FakeQuantLinear, input: Tensor) -> Tensor:
         step = layer.input_step
         if not bool(step > 0):
             if not layer.training:
@@ -251,7 +249,7 @@ class LearnedInputs:
         return rounded(input.detach()) + (found - found.detach())
 
 
-def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
+def store(layer: fake_quant.FakeQuantLinear, scheme: QuantizationScheme) -> None:
     """Quantize and store a layer with the codes and scales that its next forward pass would use."""
     step = layer._parameters.get("input_step")
     scale = None if step is None else fake_quant.round_scale(step.detach(), layer.weight.dtype)
@@ -266,7 +264,7 @@ def store(layer: FakeQuantLinear, scheme: QuantizationScheme) -> None:
 class FakeQuantization(TrainerCallback):
     """Enables quantization at step ``begin``, and keeps learned scales in the state of the run."""
 
-    def __init__(self, step: QAT, run: Run, layers: Mapping[str, FakeQuantLinear]) -> None:
+    def __init__(self, step: QAT, run: Run, layers: Mapping[str, fake_quant.FakeQuantLinear]) -> None:
         self.step, self.run, self.layers = step, run, layers
         for key, parameter in self._learned_scales():
             setattr(run.state(step), key, parameter)
@@ -276,7 +274,7 @@ class FakeQuantization(TrainerCallback):
         return [
             (f"{name}.{key}", scale)
             for name, own in found
-            for key in LEARNED_SCALES
+            for key in fake_quant.LEARNED_SCALES
             if (scale := own.get(key)) is not None
         ]
 
@@ -304,7 +302,7 @@ class FakeQuantization(TrainerCallback):
                 setattr(own, key, parameter)
 
     def _enable(self, state: Any) -> None:
-        active = state.global_step >= as_step(self.step.begin, state.max_steps)
+        active = state.global_step >= schedules.as_step(self.step.begin, state.max_steps)
         for layer in self.layers.values():
             layer.active = active
 

@@ -62,11 +62,9 @@ from hf_optim import (
 from hf_optim.toolkit.distributed import collectives
 from hf_optim.toolkit.quantization import (
     Grid,
-    allocate_bits,
-    allocate_bits_by_rank,
+    bit_budget,
     fit_group_size,
     make_grid,
-    stored_bytes,
 )
 from hf_optim.toolkit.statistics import (
     RecordedBatches,
@@ -97,8 +95,8 @@ class QBERT(Technique):
     """Give each layer 2, 4 or 8 bits by the curvature of the loss, within a budget, and round to groups.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out; they are not part of the budget either.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out; they are not part of the budget either.
         choices: the numbers of bits to choose from, each 2 to 8.
         budget: mean bits per weight. The bytes of all codes and scales together are at most those of a model with this
             many bits everywhere.
@@ -237,11 +235,11 @@ class QBERT(Technique):
         sizes = {name: {bits: self._bytes(layer, bits) for bits in self.choices} for name, layer in layers.items()}
         limit = sum(self._bytes(layer, self.budget) for layer in layers.values())
         if self.assign == "rank":
-            plan = allocate_bits_by_rank(
+            plan = bit_budget.allocate_bits_by_rank(
                 {name: row["omega"] for name, row in table.items()}, self.choices, sizes, limit
             )
         else:
-            plan = allocate_bits({name: row["costs"] for name, row in table.items()}, sizes, limit)
+            plan = bit_budget.allocate_bits({name: row["costs"] for name, row in table.items()}, sizes, limit)
         weights = {name: layer.weight.numel() for name, layer in layers.items()}
         run.report(
             self,
@@ -266,7 +264,7 @@ class QBERT(Technique):
     def _bytes(self, layer: nn.Linear, bits: float) -> int:
         rows, columns = layer.weight.shape
         scales = columns // fit_group_size(columns, self.group_size) if self.group_size else 1
-        return stored_bytes(rows, columns, bits, scales, layer.weight.element_size())
+        return bit_budget.stored_bytes(rows, columns, bits, scales, layer.weight.element_size())
 
     def _grid(self, layer: nn.Linear, bits: int) -> Grid:
         return grouped_grid(

@@ -57,8 +57,8 @@ class RTN(Technique):
     """Round weights, and optionally activations, to the nearest point of a uniform grid.
 
     Attributes:
-        targets: which linears.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8; None leaves the weights unquantized (W32A8). Bits that an earlier step has assigned
             to a layer take precedence.
         format: ``"int"``, or ``"fp8"``: float8 (e4m3) weights, with ``bits: 8``.

@@ -184,7 +184,7 @@ def make_plan(selected: dict[str, nn.Module], groups: Iterable[NormGroup], pairs
 
 
 def smoothing_scale(input_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
-    """Return ``s = max|X|^alpha / max|W|^(1 - alpha)`` per channel, ``[channels]``; 1 for a channel that is all zeros."""
+    """Return ``s = max|X|^alpha / max|W|^(1 - alpha)`` per channel, ``[channels]``; 1 for a channel of zeros."""
     dead = (input_peak == 0) | (weight_peak == 0)
     scale = input_peak.double().pow(alpha) / weight_peak.double().clamp_min(torch.finfo(torch.float64).tiny).pow(
         1 - alpha

@@ -65,9 +65,9 @@ class ZeroQuant(Technique):
         group_size: instead, inputs that share a scale within a row; the largest divisor of the width up to it is used.
         activations: ``"int8"``, with a scale per token computed at run time; None leaves them unquantized.
         symmetric_activations: no zero point for a token's grid.
-        targets: which linears. With other targets than the default, the step may follow one that has quantized other
-            layers.
-        skip: which of them to leave out.
+        targets: linear layers to quantize, by class, name or pattern. With other targets than the default, the step may
+            follow one that has quantized other layers.
+        skip: patterns of layers to leave out.
     """
 
     bits: int = option(8, low=2, high=8)

@@ -1,23 +1,24 @@
-"""Channel permutations: put the input channels of linear layers into an order in which an N:M mask keeps more.
+"""Channel permutations: reorder the input channels of linear layers so that an N:M mask keeps more.
 
     P* = argmax_P  Σ_rows Σ_groups  (sum of the N largest of each M in S P),      W x = (W P) (P^T x)
 
-An N:M mask chooses within groups of M neighbours, so it loses where large weights happen to stand together. The input
-channels of W are put into another order P, and whatever makes x gets its rows in the same order, which leaves the model
-the function that it was. S is ``|W|``, or ``|W_ij| ‖X_j‖₂`` for a mask that is chosen by activations.
+An N:M mask chooses within groups of M neighbours, so it loses where large weights happen to be neighbours. The input
+channels of W are permuted by P, and the rows of the layers that produce x by the same order, which leaves the model's
+function unchanged. S is ``|W|``, or ``|W_ij| ‖X_j‖₂`` for a mask that is chosen by activations.
 
-Orders that are exact are found on the wiring of the model: the neurons of a feed-forward layer (rows of up and gate,
-columns of down), the value channels of each key/value head (rows of the value projection, columns of the output
-projection under all its query heads), and one order of the residual stream, which is the best for the sum over all
-layers that read it. Queries and keys stay: their rows are no input of a linear layer, and rotary positions tie each
-channel to its place. Where a model returns its residual stream, or a router or fused experts read a channel, that
+The permutations that are exact are found on the wiring of the model: the neurons of a feed-forward layer (rows of up
+and gate, columns of down), the value channels of each key/value head (rows of the value projection, columns of the
+output projection under all its query heads), and one order of the residual stream, the best for the sum over all layers
+that read it. Queries and keys are not permuted: their rows are not inputs of a linear layer, and rotary positions tie
+each channel to its index. Where a model returns its residual stream, or a router or fused experts read a channel, that
 channel is moved with all its readers or not at all. The outputs on a small batch are compared before and after.
 
 The search is that of Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021 (no arXiv number;
 https://proceedings.neurips.cc/paper/2021/hash/6e8404c3b93a9527c8db241a1846599a-Abstract.html): all splits of two or
 three stripes, best gain first, then bounded regressions. Ours starts narrow matrices from many orders instead of one,
-and searches wide ones by exchanges of columns. What a mask keeps stands in for quality and is not the same: where 2:4
-all but destroys a small model, one of two equally good orders can leave it with a much higher loss than the other.
+and searches wide ones by exchanges of columns. The sum that a mask keeps is a proxy for quality, not the same thing:
+where 2:4 all but destroys a small model, one of two equally good orders can leave it with a much higher loss than the
+other.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ from hf_optim.toolkit.topology import weight_out_in
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
-UNSEEN = "no calibration input reached the layer"
-ROOM = {"cpu": 2**23, "cuda": 2**27}
-"""Scores that a search looks at; of larger sites it sees some of the rows, drawn at random."""
+# Most scores that a search examines, by device; for larger sites it takes a random sample of the rows.
+MAX_SCORES = {"cpu": 2**23, "cuda": 2**27}
 
 
 @technique(
@@ -64,24 +64,24 @@ ROOM = {"cpu": 2**23, "cuda": 2**27}
     reload=Reload.STOCK_DENSE,
 )
 class ChannelPermutation(Technique):
-    """Reorder input channels so that an N:M mask, made by a later step, keeps more; the model computes what it did.
+    """Reorder input channels so that the N:M mask of a later step keeps more, without changing the model's function.
 
-    What the mask keeps, summed over the layers that read the channels, never falls: an order that is not better is not
-    used. Masks that an earlier step made move along, but N:M masks would be broken, so they must come after.
+    The kept sum over the layers that read the channels never falls: an order that is not better is not used. Masks of
+    an earlier step are permuted too, but N:M masks would be broken, so their step must come later.
 
     Attributes:
         where: which channels: ``"neurons"``, ``"values"``, ``"residual"``.
-        keep: weights that the mask to come keeps in a group (the N of N:M).
+        keep: weights that the later mask keeps in a group (the N of N:M).
         group: consecutive input weights in a group (the M).
-        score: that of the mask to come: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input
+        score: that of the later mask: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input
             channel (needs data).
-        stripes: how many groups are split anew at once, 2 or 3; three only for matrices of at most 84 columns.
-        tries: regressions from the order found; fewer where a matrix of more than 84 columns makes them costly, none
-            where it has more than 256 groups.
-        starts: from how many orders the search of a matrix of at most 84 columns starts.
+        stripes: how many groups are split again at once, 2 or 3; three only for matrices of at most 84 columns.
+        tries: regressions from the order found; fewer for a matrix of more than 84 columns, where they are costly, and
+            none for one of more than 256 groups.
+        starts: number of orders from which the search of a matrix of at most 84 columns starts.
         seed: of the search.
-        targets: the linear layers that will be N:M, by class, name or pattern; output heads only where named exactly.
-        skip: patterns of layers that will stay dense: they are moved where others need it, and do not count.
+        targets: the linear layers that will be N:M, by class, name or pattern; output heads only if named exactly.
+        skip: patterns of layers that will stay dense: they are permuted if other layers require it, and do not count.
     """
 
     where: tuple[str, ...] = SITE_KINDS
@@ -101,9 +101,9 @@ class ChannelPermutation(Technique):
         for kind in self.where:
             if kind not in SITE_KINDS:
                 raise RecipeError(
-                    f"channel_permutation: where must be among {', '.join(SITE_KINDS)}, not {kind!r}; the rows of queries "
-                    "and keys are no input of a linear layer, and under rotary positions another order would change "
-                    "the model"
+                    f"channel_permutation: where must be among {', '.join(SITE_KINDS)}, not {kind!r}; the rows of "
+                    "queries and keys are not inputs of a linear layer, and under rotary positions another order would "
+                    "change the model"
                 )
         if not self.where:
             raise RecipeError(f"channel_permutation: where must name at least one of {', '.join(SITE_KINDS)}")
@@ -123,46 +123,46 @@ class ChannelPermutation(Technique):
         if self.score == "activation":
             with InputNorm(layers, run.label(self)) as norms:
                 yield
-        work = _Permutation(self, run, layers, norms)
-        work.do(*self._sites(run))
-        run.cover(self, work.readers, {reason: names for reason, names in work.skipped.items() if names})
-        work.report()
+        permutation = _Permutation(self, run, layers, norms)
+        permutation.apply(*self._sites(run))
+        run.cover(self, permutation.readers, {why: names for why, names in permutation.skipped.items() if names})
+        permutation.report()
 
     def _sites(self, run: Run) -> tuple[list[Site], dict[str, list[str]]]:
         try:
             return find_sites(run.model, self.where)
         except (ValueError, RuntimeError) as error:
-            raise ModelError(f"{run.label(self)}: how the model is wired cannot be found: {error}") from error
+            raise ModelError(f"{run.label(self)}: the wiring of the model cannot be traced: {error}") from error
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        figures = getattr(run.state(self), "figures", None)
-        if figures is None:
+        metrics = run.reported(self)
+        if not metrics:
             return
         card.paragraph(
             "Channel permutations",
-            f"Before {self.keep}:{self.group} pruning the input channels of {figures['layers_permuted']} linear layers "
-            f"were put into another order ({', '.join(self.where)}; Pool and Yu, NeurIPS 2021). The model computes the "
-            f"same; a {self.keep}:{self.group} mask by {self.score} keeps {figures['kept_after']:.2%} of the layers' "
-            f"scores instead of {figures['kept_before']:.2%}, which is {figures['efficacy']:.1%} of what the groups "
-            "lose against pruning each row freely.",
+            f"Before {self.keep}:{self.group} pruning the input channels of {metrics['layers_permuted']} linear layers "
+            f"were reordered ({', '.join(self.where)}; Pool and Yu, NeurIPS 2021), which does not change the function "
+            f"of the model. A {self.keep}:{self.group} mask by {self.score} keeps {metrics['kept_after']:.2%} of the "
+            f"layers' scores instead of {metrics['kept_before']:.2%}, which recovers {metrics['efficacy']:.1%} of what "
+            "the groups lose against pruning each row freely.",
         )
 
 
 @dataclass(eq=False)
 class _Permutation:
-    """The work on one model.
+    """The search for, and application of, permutations in one model.
 
     Attributes:
-        step, run: whose it is.
+        step, run: the step and its run.
         layers: name -> layer that will be N:M.
         norms: name -> norm of each input channel, or None for magnitudes.
         readers: the layers that read channels which may be permuted.
-        moved: those whose input was put into another order.
-        skipped: what could not be looked at: reason -> names.
-        orders: how many orders were searched, and how many were better than what was there.
-        gap: how far the outputs moved, relative to the largest.
-        before: what ``_measure`` found before anything was moved.
+        moved: those whose input channels were reordered.
+        skipped: reason -> names of the channels or layers left out.
+        orders: number of orders searched, and of those that were better and are used.
+        gap: largest change of an output, relative to the largest output.
+        before: result of ``_measure`` before anything was permuted.
     """
 
     step: ChannelPermutation
@@ -176,16 +176,21 @@ class _Permutation:
     gap: float = 0.0
     before: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
-    def do(self, found: list[Site], refused: Mapping[str, list[str]]) -> None:
-        """Search and apply every order, and see that the model computes what it did."""
+    def apply(self, found: list[Site], refused: Mapping[str, list[str]]) -> None:
+        """Search and apply the order of every site, and check that the model's outputs do not change.
+
+        Raises:
+            ModelError: if no site can be permuted.
+            NumericalError: if the outputs change by more than rounding; the permutations are then undone.
+        """
         step, run = self.step, self.run
         self.skipped.update(refused)
         if self.norms is not None:
-            self.skipped[UNSEEN] = [name for name in self.layers if name not in self.norms]
+            self.skipped |= topology.not_reached(self.layers, self.norms)
             self.layers = {name: layer for name, layer in self.layers.items() if name in self.norms}
         usable = [site for site in found if self._is_usable(site)]
         if not usable:
-            why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in self.skipped.items() if names)
+            why = topology.summarize(self.skipped)
             raise ModelError(
                 f"{run.label(step)}: {type(run.model).__name__} has no channels of {', '.join(step.where)} that can be "
                 f"permuted{f' ({why})' if why else ''}"
@@ -216,7 +221,7 @@ class _Permutation:
         return True
 
     def _permute_(self, site: Site) -> Tensor | None:
-        """Search an order and apply it; None where none is better."""
+        """Search an order and apply it; return None if none is better than the current one."""
         step, readers = self.step, [name for name in site.readers if name in self.layers]
         options = {"stripes": step.stripes, "tries": step.tries, "starts": step.starts, "seed": step.seed}
         order = search_permutation(self._sample(site, readers), step.keep, step.group, **options).order
@@ -229,25 +234,25 @@ class _Permutation:
             return None
         site.permute_(self.run.model, order, self.run.masks)
         for name in readers if self.norms is not None else ():
-            for run in site.columns:
-                self.norms[name][run] = self.norms[name][run[order]]  # type: ignore[index]
+            for columns in site.columns:
+                self.norms[name][columns] = self.norms[name][columns[order]]  # type: ignore[index]
         self.moved.update(readers)
         return order
 
     def _columns(self, site: Site, readers: list[str]) -> Iterator[Tensor]:
-        """The scores of what reads the channels, ``[rows, channels]``, reader by reader and run by run."""
+        """Yield the scores ``[rows, channels]`` of every reader, once for each of its sets of columns."""
         for name in readers:
             scores = self.scores(name)
-            for run in site.columns:
-                yield scores[:, run.to(scores.device)]
+            for columns in site.columns:
+                yield scores[:, columns.to(scores.device)]
 
     def _sample(self, site: Site, readers: list[str]) -> Tensor:
-        """The scores of all readers one below the other, or of as many of their rows as there is room for."""
+        """Return the scores of all readers, concatenated along the rows, or of a random sample of ``MAX_SCORES``."""
         total = sum(len(weight_out_in(self.layers[name])) for name in readers) * len(site.columns)
         generator = torch.Generator().manual_seed(self.step.seed)
         parts = []
         for part in self._columns(site, readers):
-            share = ROOM.get(part.device.type, ROOM["cpu"]) / (total * site.width)
+            share = MAX_SCORES.get(part.device.type, MAX_SCORES["cpu"]) / (total * site.width)
             if share < 1.0:
                 rows = torch.randperm(len(part), generator=generator)[: max(1, int(len(part) * share))]
                 part = part[rows.to(part.device)]
@@ -255,13 +260,13 @@ class _Permutation:
         return torch.cat(parts)
 
     def scores(self, name: str) -> Tensor:
-        """``[out, in]`` float32, where the run computes."""
+        """Return the scores of a layer, float32 ``[out, in]`` on the device of the run."""
         weight = weight_out_in(self.layers[name]).detach()
         scores = weight.to(self.run.device or weight.device).float().abs()
         return scores if self.norms is None else scores * self.norms[name].to(scores.device)
 
     def _measure(self) -> dict[str, tuple[float, float, float]]:
-        """Layer name -> what a mask keeps, what it would keep of whole rows, and the sum of all scores."""
+        """Return for each layer the sum a mask keeps, the sum it would keep of whole rows, and that of all scores."""
         pattern, found = (self.step.keep, self.step.group), {}
         for name in self.readers:
             scores = self.scores(name)
@@ -273,24 +278,20 @@ class _Permutation:
         return found
 
     def report(self) -> None:
-        """Put on the record what a mask keeps of each layer before and after, as shares of the layer's scores."""
+        """Record the sum that a mask keeps of each layer before and after, as shares of the layer's scores."""
         after = self._measure()
         kept = {name: (self.before[name][0], after[name][0], *after[name][1:]) for name in self.readers}
         old, new, rows, total = (sum(column) for column in zip(*kept.values(), strict=True))
-        figures = {
-            "orders_searched": self.orders[0],
-            "orders_used": self.orders[1],
-            "layers_permuted": len(self.moved),
-            "kept_before": round(old / total, 6) if total else 0.0,
-            "kept_after": round(new / total, 6) if total else 0.0,
-            "efficacy": round((new - old) / (rows - old), 6) if rows > old else 0.0,
-            "output_difference": float(f"{self.gap:.3g}"),
-        }
-        self.run.state(self.step).figures = figures
         self.run.report(
             self.step,
             pattern=f"{self.step.keep}:{self.step.group}",
-            **figures,
+            orders_searched=self.orders[0],
+            orders_used=self.orders[1],
+            layers_permuted=len(self.moved),
+            kept_before=round(old / total, 6) if total else 0.0,
+            kept_after=round(new / total, 6) if total else 0.0,
+            efficacy=round((new - old) / (rows - old), 6) if rows > old else 0.0,
+            output_difference=float(f"{self.gap:.3g}"),
             kept_before_by_layer={name: round(v[0] / v[3], 6) for name, v in kept.items() if v[3]},
             kept_after_by_layer={name: round(v[1] / v[3], 6) for name, v in kept.items() if v[3]},
             efficacy_by_layer={
@@ -300,10 +301,10 @@ class _Permutation:
 
 
 class InputNorm(HessianDiagonal):
-    """``‖X_j‖₂`` over all tokens, for each input channel: name -> float32 ``[in_features]``."""
+    """The norm ``‖X_j‖₂`` over all tokens of each input channel: name -> float32 ``[in_features]``."""
 
     def complete(self) -> None:
-        self.found.update({name: energy.sqrt() for name, energy in self.found.items()})
+        self.found.update({name: mean_square.sqrt() for name, mean_square in self.found.items()})
 
 
 @hookimpl

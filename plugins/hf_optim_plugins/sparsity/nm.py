@@ -1,12 +1,12 @@
 """N:M sparsity: keep ``keep`` of every ``group`` consecutive weights along the input, once, and retrain as before.
 
-``M`` maximizes ``Σ M ∘ S`` under "at most ``keep`` of each group". Mishra et al. (2104.08378, section 4) take
-``S = |W|``, prune a trained network once and repeat its training with the mask fixed. Their score can be replaced by
-that of Wanda (2306.11695, equation 1), ``S_ij = |W_ij| · ‖X_j‖₂``, and the weights that stay can be refitted to the
-layer's outputs (SparseGPT, 2301.00774, equation 2), ``min ‖(M ∘ Ŵ - W) X‖²``. Both need data, and no training.
+``M`` maximizes ``Σ M ∘ S`` with at most ``keep`` ones in each group. Mishra et al. (2104.08378, section 4) take
+``S = |W|``, prune a trained network once and repeat its training with the mask fixed. The score can also be that of
+Wanda (2306.11695, equation 1), ``S_ij = |W_ij| · ‖X_j‖₂``, and the remaining weights can be refitted to the layer's
+outputs (SparseGPT, 2301.00774, equation 2), ``min ‖(M ∘ Ŵ - W) X‖²``. Both need data, and no training.
 
-A small model does not stand 2:4 in every layer. With a budget, the layers whose pruning disturbs outputs least for
-each weight saved become N:M and the others stay dense.
+A small model does not tolerate 2:4 in every layer. With a budget, the layers whose pruning disturbs outputs least per
+weight saved become N:M, and the others stay dense.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.pruning import masks, nm_groups, sparsity
-from hf_optim.toolkit.quantization import output_error, reconstruct
-from hf_optim.toolkit.statistics import HessianDiagonal, Moment, OutputShift, SecondMoment, cheapest_within
-from hf_optim.toolkit.topology import weight_out_in
+from hf_optim.toolkit.quantization import output_error, reconstruct_weights
+from hf_optim.toolkit.statistics import GramMatrix, HessianDiagonal, OutputShift, SecondMoment, select_within_budget
+from hf_optim.toolkit.topology import not_reached, weight_out_in
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
 
-# Name -> squared norm of each input channel (None: not observed), and name -> second moment.
-Observed = tuple[dict[str, Tensor] | None, dict[str, Moment]]
+# Name -> mean square of each input channel (None: not observed), and name -> Gram matrix.
+Observed = tuple[dict[str, Tensor] | None, dict[str, GramMatrix]]
 
 
 @technique(
@@ -57,24 +57,24 @@ Observed = tuple[dict[str, Tensor] | None, dict[str, Moment]]
 class NM(Technique):
     """Keep N of every M weights along the input, and keep the pattern in any training that follows.
 
-    The mask is the best of all patterns, ties by index. Layers whose input width is not a multiple of ``group`` stay
-    dense and are named in the coverage. Zeros that an earlier step made stay.
+    The mask is the best of all patterns; ties are broken by index. Layers whose input width is not a multiple of
+    ``group`` stay dense and are listed in the coverage. Zeros of an earlier step stay zero.
 
     Attributes:
         keep: weights kept in a group (the N of N:M).
-        group: consecutive input weights in a group (the M); 2 and 4 is what sparse tensor cores run.
+        group: consecutive input weights in a group (the M); sparse tensor cores support 2 of 4.
         score: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input channel (needs data).
-        compensate: refit the weights that stay to the layer's dense outputs by least squares (needs data).
-        budget: share of the target weights that may become N:M, in (0, 1]; the layers with the least error for each
-            weight go first, and a layer that would exceed the share stays dense. None: all (needs data).
-        scope: within what the budget's share holds. ``"block"``: within each block of a blockwise run; ``"model"``:
-            across the model, so that the most sensitive layers stay dense wherever they are, which takes all blocks
-            at once (the driver ``whole_model``).
-        sensitivity: the error that ranks layers under a budget. ``"model"``: how far the output of the model (in a
-            blockwise run: of the block) moves with this layer alone pruned, measured by one more forward for each
-            layer and batch. ``"layer"``: relative squared error of the layer's own output, which costs no forward but
-            does not see how much of an output the rest of the block uses.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        compensate: refit the remaining weights to the layer's dense outputs by least squares (needs data).
+        budget: share of the target weights that may become N:M, in (0, 1] (needs data); the layers with the least error
+            per weight go first, and a layer that would exceed the share stays dense. None: all layers.
+        scope: where the budget's share holds. ``"block"``: within each block of a blockwise run; ``"model"``: across
+            the model, so that the most sensitive layers stay dense wherever they are, which needs all blocks at once
+            (the driver ``whole_model``).
+        sensitivity: the error that ranks layers under a budget. ``"model"``: the change of the model's output (in a
+            blockwise run: of the block's) with this layer alone pruned, measured by one more forward for each layer
+            and batch. ``"layer"``: relative squared error of the layer's own output, which costs no forward, but
+            ignores how much of that output the rest of the block uses.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 
@@ -105,39 +105,39 @@ class NM(Technique):
         selected = scope.select(self.targets, self.skip)
         layers = {name: selected[name] for name in masks.weight_names(selected)}
         sizes = {name: weight_out_in(layer).numel() for name, layer in layers.items()}
-        layers, skipped = nm_groups.divisible(layers, self.group)
+        layers, skipped = nm_groups.select_divisible(layers, self.group)
         masks.require_finite({name: weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
-        energies, moments = yield from self._observe(run, layers)
-        if energies is not None:
-            skipped["no calibration input reached the layer"] = [name for name in layers if name not in energies]
-            layers = {name: layer for name, layer in layers.items() if name in energies}
-        plans = {name: self._plan(run, name, layer, energies, moments) for name, layer in layers.items()}
+        mean_squares, grams = yield from self._observe(run, layers)
+        if mean_squares is not None:
+            skipped |= not_reached(layers, mean_squares)
+            layers = {name: layer for name, layer in layers.items() if name in mean_squares}
+        plans = {name: self._plan(run, name, layer, mean_squares, grams) for name, layer in layers.items()}
         if self.budget is not None:
             errors = yield from self._errors(scope, layers, plans)
-            chosen = cheapest_within(errors, sizes, self.budget * sum(sizes.values()))
+            chosen = select_within_budget(errors, sizes, self.budget * sum(sizes.values()))
             skipped["too sensitive for the budget"] = [name for name in layers if name not in chosen]
             plans = {name: plans[name] for name in chosen}
-            self._report_errors(run, errors)
+            run.report(self, errors={name: float(f"{error:.6g}") for name, error in errors.items()})
         for name, plan in plans.items():
             self._apply(run, name, layers[name], plan)
         run.cover(self, plans, {reason: names for reason, names in skipped.items() if names})
 
     def _observe(self, run: Run, layers: Mapping[str, nn.Module]) -> Generator[None, None, Observed]:
-        """What is needed of the layers' inputs: the energy of each channel, and second moments."""
+        """Collect the statistics of the layers' inputs that the fields need, in at most one pass of the data."""
         if self.compensate or (self.budget is not None and self.sensitivity == "layer"):
-            with SecondMoment(layers, run.label(self)) as moments:
+            with SecondMoment(layers, run.label(self)) as grams:
                 yield
-            return {name: moment.total.diagonal() for name, moment in moments.items()}, moments
+            return {name: gram.total.diagonal() for name, gram in grams.items()}, grams
         if self.score == "activation":
-            with HessianDiagonal(layers, run.label(self)) as energies:
+            with HessianDiagonal(layers, run.label(self)) as mean_squares:
                 yield
-            return energies, {}
+            return mean_squares, {}
         return None, {}
 
     def _errors(
         self, scope: Scope, layers: Mapping[str, nn.Module], plans: Mapping[str, Plan]
     ) -> Generator[None, None, dict[str, float]]:
-        """The error by which layers are ranked: name -> error of pruning that layer alone."""
+        """Return the error of pruning each layer alone, by which layers are ranked under a budget."""
         if self.sensitivity == "layer":
             return {name: plan.error for name, plan in plans.items()}
         with OutputShift(scope.module, {name: (layer, plans[name].weight) for name, layer in layers.items()}) as shifts:
@@ -145,19 +145,24 @@ class NM(Technique):
         return shifts
 
     def _plan(
-        self, run: Run, name: str, layer: nn.Module, energies: dict[str, Tensor] | None, moments: dict[str, Moment]
+        self,
+        run: Run,
+        name: str,
+        layer: nn.Module,
+        mean_squares: Mapping[str, Tensor] | None,
+        grams: Mapping[str, GramMatrix],
     ) -> Plan:
         weight = weight_out_in(layer).detach()
         score = weight.float().abs()
-        if self.score == "activation" and energies is not None:
-            score = score * energies[name].sqrt()
-        kept = masks.mask_of(layer, run.masks, f"{name}.weight")
+        if self.score == "activation" and mean_squares is not None:
+            score = score * mean_squares[name].sqrt()
+        kept = masks.mask_out_in(layer, run.masks, f"{name}.weight")
         mask = masks.nm_mask(score, self.keep, self.group, kept)
-        if name not in moments:
+        if name not in grams:
             return Plan(weight * mask, mask, 0.0)
-        moment = moments[name].total
-        fitted = reconstruct(weight, mask, moment) if self.compensate else weight * mask
-        error = output_error(weight, fitted, moment)
+        gram = grams[name].total
+        fitted = reconstruct_weights(weight, mask, gram) if self.compensate else weight * mask
+        error = output_error(weight, fitted, gram)
         if not math.isfinite(error):
             raise NumericalError(
                 f"{run.label(self)}: refitting {name} gave infinite or NaN values; calibrate with more samples, or "
@@ -170,42 +175,39 @@ class NM(Technique):
         with torch.no_grad():
             weight_out_in(layer).copy_(plan.weight)
         masks.prune_(run.model, run.masks, {parameter: masks.as_stored(layer, plan.mask)})
-        nm_groups.tighten(run.nm_patterns, parameter, self.keep, self.group)
-
-    def _report_errors(self, run: Run, errors: Mapping[str, float]) -> None:
-        state = run.state(self)
-        state.errors = getattr(state, "errors", {}) | {name: float(f"{error:.6g}") for name, error in errors.items()}
-        run.report(self, errors=state.errors)
+        nm_groups.record_pattern(run.nm_patterns, parameter, self.keep, self.group)
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
-        masks.zero_(run.model, run.masks, [f"{name}.weight" for name in names])
-        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.figures(run.model, names))
+        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names])
+        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, names))
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
         names, skipped = run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
-        fitted = " The weights that stay were refitted to the dense layers' outputs." if self.compensate else ""
+        fitted = " The remaining weights were refitted to the dense layers' outputs." if self.compensate else ""
         card.paragraph(
             f"{self.keep}:{self.group} sparsity",
             f"{len(names)} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
             f"input, chosen by {self.score}.{fitted}{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
-            f"Sparsity of the {self.keep}:{self.group} layers", sparsity.HEADER, sparsity.table(run.model, names)
+            f"Sparsity of the {self.keep}:{self.group} layers",
+            sparsity.TABLE_HEADER,
+            sparsity.table_rows(run.model, names),
         )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a layer would become.
+    """The pruned form of a layer, not yet applied.
 
     Attributes:
         weight: ``[out, in]``, in the layer's dtype.
         mask: bool ``[out, in]``, True = kept.
-        error: relative squared error of the layer's output; 0 where inputs were not observed.
+        error: relative squared error of the layer's output; 0 if its inputs were not observed.
     """
 
     weight: Tensor

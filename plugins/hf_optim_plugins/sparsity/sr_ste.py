@@ -1,9 +1,9 @@
-"""SR-STE: learn N:M sparse weights in training, with a mask made anew at each step (Zhou et al., 2102.04010).
+"""SR-STE: learn N:M sparse weights in training, with a mask renewed at each step (Zhou et al., 2102.04010).
 
 Every forward computes with ``W̃ = M(W) ∘ W``, where ``M(W)`` keeps the ``N`` largest weights by magnitude of every
-``M`` along the input. Every weight takes the gradient ``g = ∂L/∂W̃`` (the straight-through estimator, STE), so that one
-which is left out now may come back. STE alone changes masks too often; the sparse-refined estimator lets the
-weights that are left out decay::
+``M`` along the input. Every weight takes the gradient ``g = ∂L/∂W̃`` (the straight-through estimator, STE), so that a
+weight that is masked out now may come back. STE alone changes masks too often; the sparse-refined estimator lets the
+weights that are masked out decay::
 
     W_{t+1} = W_t - γ_t (g_t + λ ((1 - M(W_t)) ∘ W_t))
 
@@ -36,15 +36,11 @@ from hf_optim import (
 )
 from hf_optim.toolkit.checkpoint import NamedTensors
 from hf_optim.toolkit.pruning import (
-    MaskedLayer,
-    as_step,
-    check_decay_stability,
-    check_positions,
+    decay_checks,
     masked_layers,
     masks,
-    negligible_decay,
     nm_groups,
-    peak_rate,
+    schedules,
     sparsity,
 )
 from hf_optim.toolkit.topology import require_layers, weight_out_in
@@ -69,28 +65,28 @@ if TYPE_CHECKING:
 class SRSTE(Technique):
     """Train with N:M sparse weights whose mask follows the dense weights behind them.
 
-    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. While training lasts the model computes with sparse
+    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. During training the model computes with sparse
     weights, in evaluation too, and keeps dense ones: a ``checkpoint-N`` is an ordinary dense checkpoint. When training
-    ends, what the mask leaves out becomes zero. Weights that an earlier step removed stay removed. Steps are optimizer
-    steps, or shares of training where floats.
+    ends, the weights that are masked out become zero. Weights that an earlier step removed stay removed. Steps are
+    optimizer steps if whole numbers, and shares of training if floats.
 
-    The term is added after the gradients are clipped (it adds nothing to their norm) and unscaled.
+    The term is added after the gradients are clipped (it does not add to their norm) and unscaled.
 
     Attributes:
         keep: weights kept in a group (the N of N:M).
-        group: consecutive input weights in a group (the M); 2 and 4 is what sparse tensor cores run.
+        group: consecutive input weights in a group (the M); sparse tensor cores support 2 of 4.
         decay: ``λ``; 0 is the straight-through estimator. The paper's value is for SGD. With ``term: update`` a step
-            takes off a share ``γ λ``, which the small rates of Adam make nothing (said at the start of training):
-            with AdamW at a rate of 3e-3, 10 to 100 did best on a small language model. A share above
-            1 turns the sign of a weight at every step, and above 2 lets it grow without end: it is refused at the start
-            of training, under SGD for both places of the term.
-        term: where the decay goes. ``"update"`` subtracts ``γ λ W`` from the weights that are left out, beside the
-            optimizer's step as decoupled weight decay does; ``"gradient"`` adds ``λ W`` to their gradient, so that it
-            passes through the running means. With SGD without momentum both are the formula.
-        begin: where sparsity starts, after training without it.
-        end: the last renewal of the mask, which then stays; None renews it as long as training lasts.
+            takes off a share ``γ λ``, which is negligible at the small learning rates of Adam (a warning at the start
+            of training reports this): with AdamW at a rate of 3e-3, 10 to 100 did best on a small language model. A
+            share above 1 turns the sign of a weight at every step, and above 2 lets it grow without bound: it is
+            refused at the start of training, under SGD for both places of the term.
+        term: where the decay is applied. ``"update"`` subtracts ``γ λ W`` from the weights that are masked out, apart
+            from the optimizer's step, as decoupled weight decay does; ``"gradient"`` adds ``λ W`` to their gradient, so
+            that it passes through the running means. With SGD without momentum both are the formula.
+        begin: when sparsity starts, after training without it.
+        end: the last renewal of the mask, which then stays; None renews it throughout training.
         every: optimizer steps between renewals.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 
@@ -107,19 +103,19 @@ class SRSTE(Technique):
     def validate(self) -> None:
         if self.keep >= self.group:
             raise RecipeError(f"sr_ste: keep must be < group, not {self.keep} of {self.group}: that removes nothing")
-        check_positions(self.name, begin=self.begin, end=self.end)
+        schedules.check_positions(self.name, begin=self.begin, end=self.end)
 
     @property
     def masks_follow_weights(self) -> bool:
-        """Whether the masks of any moment can be made from the weights of that moment."""
+        """True if the current masks always follow from the current weights, so that checkpoints need not save them."""
         return self.every == 1 and self.end is None
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [SparseRefinement(self, run, self.prepare(run))]
 
-    def prepare(self, run: Run) -> dict[str, MaskedLayer]:
-        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
+    def prepare(self, run: Run) -> dict[str, masked_layers.MaskedLayer]:
+        """Return the layers in training by name; the first call attaches them. Raises ``ModelError`` without any."""
         if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
@@ -135,8 +131,8 @@ class SRSTE(Technique):
         masks.require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in found.items()}, label)
         return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
 
-    def mask(self, run: Run, name: str, layer: MaskedLayer) -> Tensor:
-        """``M(W)`` of a layer as its weight is now, the way round that it is stored."""
+    def mask(self, run: Run, name: str, layer: masked_layers.MaskedLayer) -> Tensor:
+        """Return ``M(W)`` of a layer for its current weight, in the layout in which the weight is stored."""
         kept = masks.mask_out_in(layer, run.masks, f"{name}.weight")
         return masks.as_stored(layer, masks.nm_mask(weight_out_in(layer), self.keep, self.group, kept))
 
@@ -162,7 +158,7 @@ class SRSTE(Technique):
         card.paragraph(
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
             f"{len(names)} linear layers were trained with at most {self.keep} of every {self.group} consecutive "
-            f"weights along the input; the mask followed the weights, and what it left out decayed with λ = "
+            f"weights along the input; the mask followed the weights, and masked-out weights decayed with λ = "
             f"{self.decay:g} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
@@ -173,9 +169,9 @@ class SRSTE(Technique):
 
 
 class SparseRefinement(TrainerCallback):
-    """Renews the masks after optimizer steps, and lets the weights that are left out decay."""
+    """Renews the masks after optimizer steps, and lets the weights that are masked out decay."""
 
-    def __init__(self, step: SRSTE, run: Run, layers: Mapping[str, MaskedLayer]) -> None:
+    def __init__(self, step: SRSTE, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> None:
         self.step, self.run, self.layers = step, run, layers
         if step.begin == 0:
             for name, layer in layers.items():
@@ -215,7 +211,7 @@ class SparseRefinement(TrainerCallback):
 
     def _span(self, state: Any) -> tuple[int, int]:
         step, last = self.step, state.max_steps
-        return as_step(step.begin, last), last if step.end is None else as_step(step.end, last)
+        return schedules.as_step(step.begin, last), last if step.end is None else schedules.as_step(step.end, last)
 
     def _renew(self) -> None:
         self._set({name: self.step.mask(self.run, name, layer) for name, layer in self.layers.items()})
@@ -228,7 +224,7 @@ class SparseRefinement(TrainerCallback):
                 saved[name] = layer.forward_mask
 
     def _warn_if_decay_negligible(self, rate: float, max_steps: int) -> None:
-        warning = negligible_decay(rate, self.step.decay, max_steps)
+        warning = decay_checks.negligible_decay(rate, self.step.decay, max_steps)
         if warning and self.step.term == "update":
             self.run.warn(self.step, warning)
 
@@ -237,31 +233,36 @@ class SparseRefinement(TrainerCallback):
         # any optimizer where the term is part of the update.
         sgd = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
         if sgd or self.step.term == "update":
-            peak = peak_rate(optimizer, scheduler, [layer.weight for layer in self.layers.values()], max_steps)
-            check_decay_stability(peak, self.step.decay, self.run.label(self.step))
+            peak = decay_checks.peak_rate(
+                optimizer, scheduler, [layer.weight for layer in self.layers.values()], max_steps
+            )
+            decay_checks.check_decay_stability(peak, self.step.decay, self.run.label(self.step))
 
 
 @torch.no_grad()
 def apply_decay_(
-    layers: Iterable[MaskedLayer], decay: float, term: Literal["update", "gradient"], rates: Mapping[int, float]
+    layers: Iterable[masked_layers.MaskedLayer],
+    decay: float,
+    term: Literal["update", "gradient"],
+    rates: Mapping[int, float],
 ) -> None:
-    """Add the refined term, before an optimizer step: ``g += λ ¬M ∘ W``, or ``W -= γ λ ¬M ∘ W``.
+    """Add the refined term before an optimizer step: ``g += λ ¬M ∘ W``, or ``W -= γ λ ¬M ∘ W``.
 
     Args:
-        layers: in sparse training; those without a mask, or whose weight is not trained, are left alone.
+        layers: in sparse training; those without a mask, or whose weight is not trained, are skipped.
         decay: ``λ``.
         term: ``"gradient"`` or ``"update"``.
-        rates: ``γ`` of the step that comes, by the identity of the parameter.
+        rates: ``γ`` of the coming step, by the ``id`` of the parameter.
     """
     for layer in layers:
         weight: nn.Parameter = layer.weight
         if layer.forward_mask is None or weight.grad is None or id(weight) not in rates:
             continue
-        left_out = weight.detach().masked_fill(layer.forward_mask, 0.0)
+        masked_out = weight.detach().masked_fill(layer.forward_mask, 0.0)
         if term == "gradient":
-            weight.grad.add_(left_out, alpha=decay)
+            weight.grad.add_(masked_out, alpha=decay)
         else:
-            weight.sub_(left_out, alpha=rates[id(weight)] * decay)
+            weight.sub_(masked_out, alpha=rates[id(weight)] * decay)
 
 
 @hookimpl

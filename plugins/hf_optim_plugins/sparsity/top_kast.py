@@ -1,21 +1,21 @@
-"""Top-KAST: sparse in the forward and in the backward, from the first step to the last (Jayakumar et al., 2106.03517).
+"""Top-KAST: sparse forward and backward passes from the first step to the last (Jayakumar et al., 2106.03517).
 
-Of every layer, ``A`` is the share ``D`` of the weights that is largest by magnitude and ``B ⊇ A`` the share ``D + M``.
+In every layer, ``A`` is the share ``D`` of the weights that is largest by magnitude, and ``B ⊇ A`` the share ``D + M``.
 The forward computes with ``α = A ∘ θ``; the weights in ``B`` take its gradient, the others keep their values. A weight
 of ``B \\ A`` that grows enters ``A``::
 
     Δθ_i = -γ ∂L(α)/∂α_i   for i ∈ B,   0 elsewhere
 
-So that ``A`` does not stay what it was at first, a penalty holds weights down, those that are only
-explored ``1/D`` times as hard, which keeps the two in competition::
+So that ``A`` changes during training, a penalty holds weights down, and those that are only explored ``1/D`` times as
+hard, which keeps the two sets in competition::
 
     R = c (Σ_{i ∈ A} r(θ_i) + 1/D Σ_{i ∈ B \\ A} r(θ_i))     r(θ) = θ²/2  (l2)  or |θ|  (l1)
 
-The penalty is called L2 and printed with ``|θ|``: both are here, and the default goes by the name.
+The paper calls the penalty L2 and prints it with ``|θ|``: both are available, and the default follows the name.
 
-It is applied as its gradient, ``c θ`` or ``c sign(θ)``, to what the backward left and clipping has seen. A stock
-``Trainer`` therefore suffices, and the loss it logs is the task's. What the paper's sparse tensors would save in memory
-and time is not saved: masks over dense weights compute the same numbers.
+The penalty is applied as its gradient, ``c θ`` or ``c sign(θ)``, added to the gradients after the backward pass and
+clipping. A stock ``Trainer`` therefore suffices, and the loss it logs is the task's. The memory and time that the
+paper's sparse tensors would save are not saved here: masks over dense weights compute the same numbers.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.checkpoint import NamedTensors
-from hf_optim.toolkit.pruning import MaskedLayer, as_step, check_positions, masked_layers, masks, sparsity
+from hf_optim.toolkit.pruning import (
+    masked_layers,
+    masks,
+    schedules,
+    sparsity,
+)
 from hf_optim.toolkit.topology import require_layers
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
 
-# As a checkpoint keeps the supports, one number for each weight; 0 is outside.
+# The supports as a checkpoint saves them, one number per weight; 0 is outside.
 EXPLORED, ACTIVE = 1, 2
 
 
@@ -67,23 +72,23 @@ EXPLORED, ACTIVE = 1, 2
 class TopKAST(Technique):
     """Train with a constant sparsity in forward and backward, and let weights compete for their place.
 
-    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. A ``checkpoint-N`` holds the weights outside ``A``
-    too, and the supports beside them. When training ends, the weights outside ``A`` become zero. Weights that an
-    earlier step removed stay removed, and count. No weight outside ``B`` moves, whatever the optimizer does (weight
-    decay, running means).
+    Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. A ``checkpoint-N`` also holds the weights outside
+    ``A``, and the supports in a file beside them. When training ends, the weights outside ``A`` become zero. Weights
+    that an earlier step removed stay removed, and count. No weight outside ``B`` changes, whatever the optimizer does
+    (weight decay, running means).
 
     Attributes:
         sparsity: share of the weights that the forward leaves out, ``1 - D``, in [0, 1).
-        backward_sparsity: share that takes no gradient, ``1 - (D + M)``, at most ``sparsity``; equal to it (``M = 0``)
-            the supports are static.
+        backward_sparsity: share that takes no gradient, ``1 - (D + M)``, at most ``sparsity``; if equal to it
+            (``M = 0``), the supports are static.
         penalty: ``"l2"`` or ``"l1"``.
         strength: ``c``, the weight of the penalty.
-        every: optimizer steps between renewals of the supports. Weights that are explored move for that long without
-            being used: in 240 steps of Adam on a small language model, a renewal every 10 steps was no better than
-            static sparsity, and one at every step far better.
-        end: the end of exploration, a step, or a share of training where a float: from then on ``B = A``, and both
-            stay. None explores as long as training lasts.
-        targets: which linear layers, by class, name or pattern; output heads only where named exactly.
+        every: optimizer steps between renewals of the supports. Explored weights change for that long without being
+            used: in 240 steps of Adam on a small language model, a renewal every 10 steps did not improve on static
+            sparsity, and one at every step was far better.
+        end: the end of exploration: a step, or a share of training if a float. From then on ``B = A``, and both stay.
+            None explores throughout training.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 
@@ -102,14 +107,14 @@ class TopKAST(Technique):
                 f"top_kast: backward_sparsity must be <= sparsity (the gradient reaches more weights than the forward "
                 f"uses), not {self.backward_sparsity} > {self.sparsity}"
             )
-        check_positions(self.name, end=self.end)
+        schedules.check_positions(self.name, end=self.end)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [Exploration(self, run, self.prepare(run))]
 
-    def prepare(self, run: Run) -> dict[str, MaskedLayer]:
-        """The layers in training, by name; made at the first call. Raises ``ModelError`` if there are none."""
+    def prepare(self, run: Run) -> dict[str, masked_layers.MaskedLayer]:
+        """Return the layers in training by name; the first call attaches them. Raises ``ModelError`` without any."""
         if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
@@ -122,8 +127,8 @@ class TopKAST(Technique):
         require_layers(found, run.model, label, skipped)
         return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
 
-    def supports(self, run: Run, layers: Mapping[str, MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
-        """``(A, B)`` of every layer as its weight is now. Raises ``NumericalError`` for weights that are not finite."""
+    def supports(self, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return ``(A, B)`` of every layer for its current weight. Raises ``NumericalError`` for infinite or NaN."""
         weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
         masks.require_finite(weights, run.label(self))
         used = masks.layer_masks(weights, self.sparsity, run.masks)
@@ -155,7 +160,7 @@ class TopKAST(Technique):
             f"Trained with {100 * (1 - self.sparsity):g} % of each layer's weights in the forward and "
             f"{100 * (1 - self.backward_sparsity):g} % in the backward pass, exploring {explored}, with an "
             f"{self.penalty} penalty of {self.strength:g}; {100 * share:.1f} % of the targeted weights are zero. The "
-            f"dense layers computed with masks, so training itself was not cheaper. {sparsity.NO_SPEED_UP}",
+            f"dense layers computed with masks, so training was not cheaper. {sparsity.NO_SPEED_UP}",
         )
         card.table("Sparsity after Top-KAST", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
@@ -165,9 +170,9 @@ def _unit(position: int | float) -> str:
 
 
 class Exploration(TrainerCallback):
-    """Renews the supports, adds the penalty's gradient, and holds what lies outside ``B``."""
+    """Renews the supports, adds the penalty's gradient, and restores the weights outside ``B`` after each step."""
 
-    def __init__(self, step: TopKAST, run: Run, layers: Mapping[str, MaskedLayer]) -> None:
+    def __init__(self, step: TopKAST, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> None:
         self.step, self.run, self.layers = step, run, layers
         self._held: dict[str, Tensor] = {}
         for name, supports in step.supports(run, layers).items():
@@ -209,7 +214,7 @@ class Exploration(TrainerCallback):
             self._renew(state.global_step, end, kwargs.get("optimizer"))
 
     def _end(self, state: Any) -> int:
-        return state.max_steps if self.step.end is None else as_step(self.step.end, state.max_steps)
+        return state.max_steps if self.step.end is None else schedules.as_step(self.step.end, state.max_steps)
 
     def _renew(self, now: int, end: int, optimizer: Any) -> None:
         static = self.step.backward_sparsity == self.step.sparsity
@@ -232,8 +237,10 @@ class Exploration(TrainerCallback):
 
 
 @torch.no_grad()
-def penalize_(layers: Iterable[MaskedLayer], strength: float, density: float, kind: Literal["l2", "l1"]) -> None:
-    """Add the penalty's gradient to the gradients: ``c r'(θ)`` in ``A``, ``c/D r'(θ)`` in ``B \\ A``, else nothing."""
+def penalize_(
+    layers: Iterable[masked_layers.MaskedLayer], strength: float, density: float, kind: Literal["l2", "l1"]
+) -> None:
+    """Add the penalty's gradient to the gradients: ``c r'(θ)`` in ``A``, ``c/D r'(θ)`` in ``B \\ A``, 0 elsewhere."""
     for layer in layers:
         used, reached = layer.forward_mask, layer.backward_mask
         if layer.weight.grad is None or used is None or reached is None:
