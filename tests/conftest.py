@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from python_session import PythonSession
 
 pytest_plugins = ["cpu_budget", "two_runs"]
 
@@ -56,3 +57,26 @@ def stock() -> Iterator[object]:
 
     with StockTransformers() as process:
         yield process
+
+
+# What most copies import, so that they need not; techniques, kernels and models as they are needed.
+STOCK_IMPORTS = "import torch, compressed_tensors.compressors; from transformers import AutoModelForCausalLM, Trainer\n"
+IMPORTS = STOCK_IMPORTS + "import matplotlib.pyplot, hf_optim.cli.jobs.compress\n"
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonSession]:
+    """A process with hf_optim, one per test process: use ``command``, ``copy`` and ``ranks``."""
+    cache = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    session = PythonSession(cache, IMPORTS)
+    yield session
+    session.close()
+
+
+@pytest.fixture(scope="session")
+def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonSession]:
+    """A process that cannot import hf_optim, one per test process: use ``copy``."""
+    cache = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    session = PythonSession(cache, STOCK_IMPORTS, stock=True)
+    yield session
+    session.close()

@@ -1,4 +1,4 @@
-"""A Python process that a test talks to: with other environment variables, and one import for many calls."""
+"""A Python process that tests share: it imports once, and a call can run in a copy of it, as in a fresh process."""
 
 from __future__ import annotations
 
@@ -7,35 +7,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-WORKER = """
-import contextlib, io, json, sys, traceback
-answers, sys.stdout = sys.stdout, sys.stderr
-names = {}
-exec(sys.argv[1], names)
-for line in sys.stdin:
-    request, out, err = json.loads(line), io.StringIO(), io.StringIO()
-    names["result"], status = None, 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            if "argv" in request:
-                from hf_optim.cli import main
-                status = main(request["argv"])
-            else:
-                exec(request["code"], names)
-        except BaseException:
-            traceback.print_exc()
-            status = 70
-    answer = {"status": status, "out": out.getvalue(), "err": err.getvalue(), "result": names["result"]}
-    answers.write(json.dumps(answer) + "\\n")
-    answers.flush()
-"""
-BLOCK = "import sys; sys.modules['hf_optim'] = None\n"
+WORKER = Path(__file__).with_name("session_worker.py")
+OURS = ("hf_optim", "hf_optim_plugins", "hf_optim_kernels", "hf_optim_generated")
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({OURS}))\n"
 
 
 class Done(NamedTuple):
-    """What a call gave: exit status, standard output and error, and what it bound to ``result`` (JSON types)."""
+    """The end of a call: exit status or minus the signal that killed it, standard output and error, and ``result``."""
 
     status: int
     out: str
@@ -44,14 +25,16 @@ class Done(NamedTuple):
 
 
 class PythonSession:
-    """A child process with variables ``environment`` beside ours.
+    """A child process with the variables ``environment`` beside ours, one import for many calls.
 
-    It starts with the code ``begin`` and does not wait for it; with ``stock=True`` it cannot import hf_optim.
+    It starts with the code ``begin`` and does not wait for it; with ``stock=True`` it cannot import hf_optim. ``run``
+    executes code in the session itself. ``command`` and ``copy`` take a forked copy of the session, which may change
+    what it likes, or be killed: nothing of it is left but the files that it wrote.
     """
 
     def __init__(self, environment: Mapping[str, str], begin: str = "", stock: bool = False) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", (BLOCK if stock else "") + WORKER, begin],
+            [sys.executable, str(WORKER), (BLOCK if stock else "") + begin],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -59,13 +42,25 @@ class PythonSession:
             env={**os.environ, **environment},
         )
 
-    def command(self, argv: Sequence[str | os.PathLike[str]]) -> Done:
-        """``hf-optim`` with these arguments."""
-        return self._ask({"argv": [os.fspath(word) for word in argv]})
+    def command(
+        self, argv: Sequence[str | os.PathLike[str]], before: str = "", folder: str | os.PathLike[str] = ""
+    ) -> Done:
+        """Run ``hf-optim`` with these arguments in a copy, after the code ``before``, in ``folder``."""
+        return self._ask(copy=True, code=before, argv=[os.fspath(word) for word in argv], folder=str(folder))
+
+    def copy(self, code: str, **environment: str) -> Done:
+        """Execute code in a copy, with more environment variables."""
+        return self._ask(copy=True, code=code, environment=environment)
+
+    def ranks(self, file: str | os.PathLike[str], *arguments: str | os.PathLike[str]) -> Done:
+        """Run a Python file as two ranks on the CPU, each in a copy; the first that fails ends the other."""
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        words = [os.fspath(word) for word in arguments]
+        return self._ask(copy=True, file=os.fspath(file), argv=words, environment=variables)
 
     def run(self, code: str) -> Any:
-        """Execute code (names last from call to call) and return what it bound to ``result``."""
-        done = self._ask({"code": code})
+        """Execute code in the session (names last from call to call) and return what it bound to ``result``."""
+        done = self._ask(code=code)
         assert done.status == 0, done.err
         return done.result
 
@@ -74,7 +69,8 @@ class PythonSession:
         self._process.kill()
         self._process.communicate()
 
-    def _ask(self, request: dict[str, Any]) -> Done:
+    def _ask(self, **given: Any) -> Done:
+        request = {"copy": False, "code": "", "file": "", "argv": [], "environment": {}, "folder": ""} | given
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")

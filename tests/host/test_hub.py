@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from conftest import IMPORTS
 from hub_double import TOKEN, hub_double
 from huggingface_hub import ModelCard
 from python_session import PythonSession
@@ -53,7 +54,7 @@ def stock(hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(hub, tmp_path_factory):
     """The author, with hf_optim."""
-    session = PythonSession(hub.environment(tmp_path_factory.mktemp("ours")), "import os, hf_optim\n" + LOGITS)
+    session = PythonSession(hub.environment(tmp_path_factory.mktemp("ours")), "import os, hf_optim\n" + IMPORTS + LOGITS)
     yield session
     session.close()
 

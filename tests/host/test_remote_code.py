@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
-import subprocess
 import sys
 import textwrap
 
@@ -38,16 +36,7 @@ from hf_optim_plugins.attention.local import Local
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
 CODE = Local.remote_code
 
-BLOCKED = """
-import importlib.abc, sys
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("hf_optim", "hf_optim_plugins", "hf_optim_generated"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-"""
+IMPORTS = "import torch\nfrom transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel\n"
 
 
 def converted(model=None, window=4):
@@ -59,18 +48,6 @@ def converted(model=None, window=4):
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
-
-
-def python(code, tmp_path):
-    """Run ``code`` in a process that cannot import hf_optim, with a separate module cache and no stdin."""
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-    )
 
 
 @pytest.fixture
@@ -106,39 +83,35 @@ def test_a_checkpoint_names_its_own_type_and_holds_its_code(checkpoint):
     assert {name.partition(".")[0] for name in imported - standard} == {"torch", "transformers"}
 
 
-def test_stock_transformers_refuses_at_every_entry_point(checkpoint, tmp_path):
+def test_stock_transformers_refuses_at_every_entry_point(checkpoint, tmp_path, stock_python):
     directory, _ = checkpoint
-    done = python(
-        f"""
+    code = f"""
         for load in (AutoModelForCausalLM.from_pretrained, GPT2LMHeadModel.from_pretrained, GPT2Config.from_pretrained):
             try:
                 load({str(directory)!r})
                 print("loaded")
             except Exception as error:
                 print("refused:", "trust_remote_code" in str(error), "windowed_attention" in str(error))
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line[line.index("refused") :] for line in done.stdout.splitlines() if "refused" in line]
+        """
+    done = stock_python.copy(IMPORTS + textwrap.dedent(code))
+    assert done.status == 0, done.err
+    lines = [line[line.index("refused") :] for line in done.out.splitlines() if "refused" in line]
     assert lines == ["refused: True False", "refused: False True", "refused: False True"]
-    assert "loaded" not in done.stdout
+    assert "loaded" not in done.out
 
 
-def test_with_trust_it_loads_correctly_and_can_be_saved_again(checkpoint, tmp_path):
+def test_with_trust_it_loads_correctly_and_can_be_saved_again(checkpoint, tmp_path, stock_python):
     directory, expected = checkpoint
     again = tmp_path / "again"
-    done = python(
-        f"""
+    code = f"""
         model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True).eval()
         ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})
         model.save_pretrained({str(again)!r})
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+        """
+    done = stock_python.copy(IMPORTS + textwrap.dedent(code))
+    assert done.status == 0, done.err
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
     assert (again / "modeling_local_gpt2.py").read_bytes() == (directory / "modeling_local_gpt2.py").read_bytes()
     first, second = (json.loads((d / "config.json").read_text()) for d in (directory, again))
@@ -153,7 +126,7 @@ def test_the_process_that_made_it_needs_no_flag(checkpoint):
     assert type(AutoModel.from_pretrained(directory)).__name__ == "LocalGPT2Model"
 
 
-def test_register_in_a_new_process_does_not_run_the_code_of_the_checkpoint(checkpoint, tmp_path):
+def test_register_in_a_new_process_does_not_run_the_code_of_the_checkpoint(checkpoint, tmp_path, python):
     directory, expected = checkpoint
     (directory / "modeling_local_gpt2.py").write_text("raise SystemExit('the code of the checkpoint ran')")
     code = textwrap.dedent(f"""
@@ -166,9 +139,9 @@ def test_register_in_a_new_process_does_not_run_the_code_of_the_checkpoint(check
         with torch.no_grad():
             torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "LocalGPT2Config"
+    done = python.copy(code)
+    assert done.status == 0, done.err
+    assert done.out.strip() == "LocalGPT2Config"
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
 
@@ -280,12 +253,11 @@ def test_joined_files_are_one_module_without_the_projects_imports(tmp_path, monk
     compile(own, "joined.py", "exec")
 
 
-def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp_path):
+def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp_path, stock_python):
     model = doubled()
     assert torch.equal(logits(model), logits(tiny_bert()))
     model.save_pretrained(tmp_path / "out")
-    done = python(
-        f"""
+    code = f"""
         from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification as Auto
         ids = torch.tensor({IDS.tolist()})
         model = Auto.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True).eval()
@@ -297,10 +269,9 @@ def test_replaced_modules_are_built_from_the_configuration_whatever_the_head(tmp
         assert model.config.num_hidden_layers == 2
         assert not hasattr(model.config, "layer_types") and not hasattr(model.config, "stock_layers")
         model.save_pretrained({str(tmp_path / "again")!r})
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+        """
+    done = stock_python.copy(IMPORTS + textwrap.dedent(code))
+    assert done.status == 0, done.err
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(model))
     first, second = (json.loads((tmp_path / which / "config.json").read_text()) for which in ("out", "again"))
     differing = {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}

@@ -7,7 +7,6 @@ import signal
 import time
 
 import pytest
-from python_session import PythonSession
 from streamed_and_blockwise import random_batches, streamed
 from tiny_models import tiny_llama, tiny_t5
 from tiny_tokenizer import tiny_tokenizer
@@ -53,11 +52,9 @@ def no_plots(monkeypatch):
     monkeypatch.setattr("hf_optim.evaluation.cards.card.Card._draw_plots", lambda self, directory: [])
 
 
-# A process that has imported everything; commands run in forks of it, which can be killed.
+# Commands run in forks of the session, which can be killed.
 BEGIN = """
 import os
-import transformers.models.llama.modeling_llama
-import hf_optim.cli.compress, hf_optim.cli.jobs.compress
 from hf_optim.cli import main
 
 def begin(words):
@@ -69,10 +66,9 @@ def begin(words):
 
 
 @pytest.fixture(scope="module")
-def victims():
-    session = PythonSession({"OMP_NUM_THREADS": "1"}, BEGIN)
-    yield session
-    session.close()
+def victims(python):
+    python.run(BEGIN)
+    return python
 
 
 def killed_after(victims, words, journal, blocks):

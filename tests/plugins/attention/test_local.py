@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -259,12 +257,10 @@ def test_through_optimize_and_from_pretrained(tmp_path):
     assert hf_optim.run_of(made).record.reload == "REMOTE_CODE"
 
 
-def test_a_stock_arch_checkpoint_needs_nothing_else(tmp_path):
+def test_a_stock_arch_checkpoint_needs_nothing_else(tmp_path, stock_python):
     model = localize(tiny_llama(), window=4).model
     PreTrainedModel.save_pretrained(model, tmp_path)
     code = textwrap.dedent(f"""
-        import sys
-        sys.modules["hf_optim"] = None
         import torch
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
@@ -273,9 +269,9 @@ def test_a_stock_arch_checkpoint_needs_nothing_else(tmp_path):
             torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})
         print(type(model).__name__, model.config.sliding_window)
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["MistralForCausalLM", "4"]
+    done = stock_python.copy(code)
+    assert done.status == 0, done.err
+    assert done.out.split() == ["MistralForCausalLM", "4"]
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(model))
 
 

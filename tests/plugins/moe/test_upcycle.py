@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -263,12 +261,10 @@ def test_fields_are_checked():
         Upcycle(router_lr=0.0)
 
 
-def test_it_reloads_in_stock_transformers(tmp_path):
+def test_it_reloads_in_stock_transformers(tmp_path, stock_python):
     model = upcycle(tiny_llama(tie_word_embeddings=True, head_dim=16)).model
     model.save_pretrained(tmp_path)
-    torch_free = textwrap.dedent(f"""
-        import sys
-        sys.modules["hf_optim"] = None
+    code = textwrap.dedent(f"""
         import torch
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
@@ -277,9 +273,9 @@ def test_it_reloads_in_stock_transformers(tmp_path):
         torch.save(logits, {str(tmp_path / "logits.pt")!r})
         print(type(model).__module__, type(model).__name__)
     """)
-    done = subprocess.run([sys.executable, "-c", torch_free], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["transformers.models.mixtral.modeling_mixtral", "MixtralForCausalLM"]
+    done = stock_python.copy(code)
+    assert done.status == 0, done.err
+    assert done.out.split() == ["transformers.models.mixtral.modeling_mixtral", "MixtralForCausalLM"]
     with torch.no_grad():
         expected = model(IDS).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -200,28 +197,11 @@ def test_pruned_weights_stay_zero(step, trait, tmp_path):
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
-def stock_python(code, tmp_path):
-    blocked = """
-    import importlib.abc, sys
-    class Blocked(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in ("hf_optim", "hf_optim_plugins", "hf_optim_kernels"):
-                raise ImportError(name)
-    sys.meta_path.insert(0, Blocked())
-    """
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(blocked) + textwrap.dedent(code)],
-        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=env,
-    )  # fmt: skip
-
-
-def test_stock_transformers_reads_it_into_packed_layers(tmp_path):
+def test_stock_transformers_reads_it_into_packed_layers(tmp_path, stock_python):
     model = gobo(tiny_bert(), embedding_bits=3).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "out")
     torch.save(logits(model), tmp_path / "logits")
-    done = stock_python(
-        f"""
+    code = f"""
         import torch
         from transformers import AutoModelForSequenceClassification as Auto, AutoModel
         try:
@@ -238,10 +218,9 @@ def test_stock_transformers_reads_it_into_packed_layers(tmp_path):
         headless = AutoModel.from_pretrained(r"{tmp_path / "out"}", trust_remote_code=True, dtype="auto")
         assert sum(getattr(m, "holds_codes", False) for m in headless.modules()) == len(held)
         assert torch.equal(headless(ids)[0], model.bert(ids)[0])
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+        """
+    done = stock_python.copy(textwrap.dedent(code))
+    assert done.status == 0, done.err
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_t5])
