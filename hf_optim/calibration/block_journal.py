@@ -103,8 +103,22 @@ class BlockJournal:
         write_json(header, identity)
 
 
-def run_identity(run: Run) -> dict[str, Any]:
-    """Return what must be equal for a run to resume: recipe, model, data and versions, in JSON types."""
+def run_identity(run: Run, model_hash: str | None = None) -> dict[str, Any]:
+    """Return what must be equal for a run to resume: recipe, model, data and versions, in JSON types.
+
+    Args:
+        model_hash: identifies the model; None hashes its configuration and a sample of its parameters.
+    """
+    packages = versions()
+    return {
+        "recipe": run.recipe.to_dict(),
+        "model": model_hash or _hash_model(run),
+        "data": run.data.description if run.data is not None else None,
+        "versions": {name: packages.get(name) for name in ("hf-optim", "torch", "transformers")},
+    }
+
+
+def _hash_model(run: Run) -> str:
     # A Trainer and saving set these keys; whether they did so yet depends on where the run resumes.
     config = {key: value for key, value in run.model.config.to_dict().items() if key not in VOLATILE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -112,13 +126,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         # About a thousand values of each: enough to distinguish two trainings, and fast for any model size.
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
         digest.update(sample.float().cpu().numpy().tobytes())
-    packages = versions()
-    return {
-        "recipe": run.recipe.to_dict(),
-        "model": digest.hexdigest(),
-        "data": run.data.description if run.data is not None else None,
-        "versions": {name: packages.get(name) for name in ("hf-optim", "torch", "transformers")},
-    }
+    return digest.hexdigest()
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...calibration.block_journal import run_identity
 from ...calibration.streamed.driver import StreamedDriver
 from ...calibration.streamed.finished_model import finished_weights
 from ...calibration.streamed.output import INDEX, StreamedOutput
@@ -24,7 +25,6 @@ from ...lifecycle.loading import apply_prepared
 from ...lifecycle.stages import attach_model, complete_stage, enter_stage, start_run
 from ...recipes.composition import Stage
 from ...recipes.config import OptimConfig
-from ...runs.record import versions
 from ...runs.run import Run
 from ...toolkit import topology
 
@@ -124,15 +124,9 @@ class StreamedJob:
         for key, entry in sorted(self.checkpoint.headers.entries.items()):
             digest.update(f"{key} {entry.type} {entry.shape}".encode())
             digest.update(read_sample(entry))
-        packages = versions()
-        recipe = self.run.recipe.to_dict()
-        recipe.pop("spill", None)
-        return {
-            "recipe": recipe,
-            "model": digest.hexdigest(),
-            "data": self.run.data.description if self.run.data is not None else None,
-            "versions": {name: packages.get(name) for name in ("hf-optim", "torch", "transformers")},
-        }
+        identity = run_identity(self.run, digest.hexdigest())
+        identity["recipe"].pop("spill", None)  # where activations are kept does not change the result
+        return identity
 
 
 def _link(path: Path, target: Path) -> None:
