@@ -25,7 +25,6 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 import hf_optim
-import hf_optim.acceleration
 from hf_optim.cli.jobs import demo_corpus
 from hf_optim.cli.jobs.demo import bundled_model
 
@@ -117,7 +116,7 @@ def agreement(name: str, models: dict[str, Any]) -> dict[str, Any]:
 def measure(name: str, scheme: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     make = {"llama": llama, "minilm": minilm}[name]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", hf_optim.acceleration.KernelWarning)
+        warnings.simplefilter("ignore", hf_optim.KernelWarning)
         hf_optim.optimize(make(), [SCHEMES[scheme]]).save_pretrained(folder)
         models = {"original": make().to(dtype), "stock": reloaded(folder, name, dtype)}
         models["accelerated"] = hf_optim.accelerate(reloaded(folder, name, dtype))

@@ -26,7 +26,7 @@ class Subject:
 
     Attributes:
         name: as printed.
-        figure: of ``hf_optim.measure.evaluate``.
+        figure: of ``hf_optim.evaluation.evaluate``.
         lower_is_better: of that figure.
         load: the model before any training.
         tokenizer: of the model.
