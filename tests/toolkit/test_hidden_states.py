@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation.hidden_states import (
-    HiddenStates,
-    HiddenStatesCallback,
+    Recorder,
+    RecorderCallback,
     base_model_of_blocks,
     base_models,
-    take_hidden_states,
+    take_recorded,
 )
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -22,13 +22,13 @@ IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
 def test_block_outputs_are_the_hidden_states_of_transformers():
     model = tiny_llama().eval()
-    with HiddenStates([block.module for block in topology.blocks(model)]) as recorder:
+    with Recorder([block.module for block in topology.blocks(model)]) as recorder:
         outputs = model(IDS, output_hidden_states=True)
         found = recorder.take()
         assert recorder.take() == []
     torch.testing.assert_close(found[0], outputs.hidden_states[1])
     torch.testing.assert_close(model.model.norm(found[-1]), outputs.hidden_states[-1])
-    with HiddenStates([block.module for block in topology.blocks(model)]):
+    with Recorder([block.module for block in topology.blocks(model)]):
         pass
     model(IDS)
     assert recorder.take() == []
@@ -37,7 +37,7 @@ def test_block_outputs_are_the_hidden_states_of_transformers():
 def test_base_models_return_what_the_head_reads():
     llama, bert = tiny_llama().eval(), tiny_bert().eval()
     for model in (llama, bert):
-        with HiddenStates(base_models(model)) as recorder:
+        with Recorder(base_models(model)) as recorder:
             outputs = model(IDS, output_hidden_states=True)
             (found,) = recorder.take()
         torch.testing.assert_close(found, outputs.hidden_states[-1])
@@ -56,7 +56,7 @@ def test_a_repeated_forward_of_the_backward_is_not_recorded():
     layer, x = torch.nn.Linear(4, 4), torch.randn(1, 2, 4, requires_grad=True)
     calls = []
     layer.register_forward_hook(lambda *given: calls.append(1))
-    with HiddenStates([layer]) as recorder:
+    with Recorder([layer]) as recorder:
         loss = checkpoint(lambda x: layer(x).exp(), x, use_reentrant=False).sum()
         (states,) = recorder.take()
         (loss + states.square().sum()).backward()
@@ -68,15 +68,15 @@ def test_a_repeated_forward_of_the_backward_is_not_recorded():
 
 def test_the_callback_records_only_within_a_step():
     model, own = tiny_llama(), SimpleNamespace()
-    recorder = HiddenStatesCallback(own, lambda: base_models(model))
+    recorder = RecorderCallback(own, lambda: base_models(model))
     model(IDS)
-    assert take_hidden_states(own) == []
+    assert take_recorded(own) == []
     recorder.on_step_begin(None, None, None)
     recorder.on_step_begin(None, None, None)  # the step before failed
     assert len(model.base_model._forward_hooks) == 1
     model(IDS)
-    assert len(take_hidden_states(own)) == 1
+    assert len(take_recorded(own)) == 1
     recorder.on_step_end(None, None, None)
     model(IDS)
-    assert take_hidden_states(own) == []
+    assert take_recorded(own) == []
     assert not model.base_model._forward_hooks

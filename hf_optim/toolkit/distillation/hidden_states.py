@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ..topology.block_lists import blocks
 
 
-class HiddenStates:
+class Recorder:
     """Context manager that records the outputs of ``modules`` in every forward.
 
     Each tensor is ``[batch, tokens, width]``. A forward that gradient checkpointing repeats in the backward is not
@@ -24,7 +24,7 @@ class HiddenStates:
         self._found: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> HiddenStates:
+    def __enter__(self) -> Recorder:
         if not self._handles:
             self._handles = [each.register_forward_hook(self._hook(i)) for i, each in enumerate(self._modules)]
         return self
@@ -52,7 +52,7 @@ class HiddenStates:
         return record
 
 
-class HiddenStatesCallback(TrainerCallback):
+class RecorderCallback(TrainerCallback):
     """Callback that records the states of ``modules()`` in training steps only.
 
     The recorder is the attribute ``states`` of ``step_state``, the state of a step of a run.
@@ -63,20 +63,20 @@ class HiddenStatesCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         remove_recorder(self._step_state)  # left by a step that failed
-        self._step_state.states = HiddenStates(self._modules()).__enter__()
+        self._step_state.states = Recorder(self._modules()).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         remove_recorder(self._step_state)
 
 
-def take_hidden_states(step_state: Any) -> list[Tensor]:
-    """Return what ``HiddenStatesCallback`` recorded in the last forward; empty outside a training step."""
-    recorder: HiddenStates | None = getattr(step_state, "states", None)
+def take_recorded(step_state: Any) -> list[Tensor]:
+    """Return what ``RecorderCallback`` recorded in the last forward; empty outside a training step."""
+    recorder: Recorder | None = getattr(step_state, "states", None)
     return [] if recorder is None else recorder.take()
 
 
 def remove_recorder(step_state: Any) -> None:
-    """Remove the recorder of ``HiddenStatesCallback`` from the model, if there is one."""
+    """Remove the recorder of ``RecorderCallback`` from the model, if there is one."""
     recorder = vars(step_state).pop("states", None)
     if recorder is not None:
         recorder.__exit__()

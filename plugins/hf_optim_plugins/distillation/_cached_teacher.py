@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from hf_optim.toolkit.distillation import LogitCache, teachers
+from hf_optim.toolkit.distillation import logit_cache, teachers
 
 from ._teacher import TeacherCallback
 
@@ -24,7 +24,7 @@ class CachedTeacherCallback(TeacherCallback):
         step, own = self.step, self.run.state(self.step)
         step.check_student(self.run)
         if step.cache is not None:
-            own.cache = LogitCache(step.cache, cache_settings(step, self.run), writer=args.process_index)
+            own.cache = logit_cache.LogitCache(step.cache, cache_settings(step, self.run), writer=args.process_index)
             log.info(
                 "%s: teacher cache %s has %d samples; %d bytes for each scored token",
                 *(self.run.label(step), step.cache, len(own.cache), 8 * (step.top_k or 0) + 4),
@@ -70,7 +70,7 @@ def _teacher_identity(step: Any, run: Run) -> dict[str, Any]:
         return {"teacher": teachers.hash_parameters(given)}
     if step.teacher in (None, SELF):
         return {"teacher": step.teacher}
-    if not LogitCache.has_shards(step.cache or ""):
+    if not logit_cache.LogitCache.has_shards(step.cache or ""):
         # An empty cache needs the teacher anyway, and the commit of a Hub id is known once it is downloaded.
         step.ready_teacher(run)
     return {"teacher": step.teacher, "teacher_files": teachers.hash_files(step.teacher or "")}

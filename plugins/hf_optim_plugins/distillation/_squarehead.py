@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_optim import ModelError
-from hf_optim.toolkit.distillation import base_model_of_blocks, squarehead_loss, take_hidden_states, token_masks
+from hf_optim.toolkit.distillation import hidden_losses, hidden_states
 from hf_optim.toolkit.topology import find_residual_order
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def squarehead_term(
         ModelError: if the numbers of blocks or the widths differ, or if no gradient reaches the student's last block.
     """
     own, label = run.state(step), run.label(step)
-    states = take_hidden_states(own)
+    states = hidden_states.take_recorded(own)
     if not states or [h.shape for h in states] != [h.shape for h in targets]:
         raise ModelError(
             f"{label}: alpha_states compares the hidden states of all blocks; the teacher has {len(targets)} "
@@ -44,8 +44,10 @@ def squarehead_term(
         own.order = find_residual_order(run.model, teacher)
     if own.order is not None:
         targets = [h[..., own.order.to(h.device)] for h in targets]
-    masks = token_masks(inputs, run.model.config.is_encoder_decoder)
-    return squarehead_loss(states, targets, [masks[i] for i in base_model_of_blocks(run.model)])
+    masks = hidden_losses.token_masks(inputs, run.model.config.is_encoder_decoder)
+    return hidden_losses.squarehead_loss(
+        states, targets, [masks[i] for i in hidden_states.base_model_of_blocks(run.model)]
+    )
 
 
 def _widths(states: list[Tensor]) -> str:

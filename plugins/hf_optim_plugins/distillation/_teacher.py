@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_optim import Technique
-from hf_optim.toolkit.distillation import remove_recorder, teachers
+from hf_optim.toolkit.distillation import hidden_states, teachers
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -37,7 +37,7 @@ class Distillation(Technique):
     def release_teacher(self, run: Run, *keys: str) -> None:
         """Remove the teacher, the recorder of hidden states and ``keys`` from the state of the step."""
         own = run.state(self)
-        remove_recorder(own)
+        hidden_states.remove_recorder(own)
         for name in ("teacher", "ready", *keys):
             vars(own).pop(name, None)
 

@@ -32,16 +32,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, hookimpl, option, technique, traits
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation import (
-    HiddenStates,
-    HiddenStatesCallback,
-    base_models,
-    cosine_loss,
-    head_kind,
-    scored_rows,
+    hidden_losses,
+    hidden_states,
+    losses,
     students,
-    take_hidden_states,
     teachers,
-    token_masks,
 )
 
 from ._fused_kd import kd_loss
@@ -148,32 +143,35 @@ class DistilBERT(Distillation):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [TeacherCallback(self, run), HiddenStatesCallback(run.state(self), lambda: base_models(run.model))]
+        return [
+            TeacherCallback(self, run),
+            hidden_states.RecorderCallback(run.state(self), lambda: hidden_states.base_models(run.model)),
+        ]
 
     @hookimpl
     def training_loss(
         self, run: Run, model: nn.Module, inputs: Mapping[str, Any], outputs: Any
     ) -> dict[str, Tensor | float]:
         label, teacher = run.label(self), self.ready_teacher(run)
-        with HiddenStates(base_models(teacher)) as asked:
+        with hidden_states.Recorder(hidden_states.base_models(teacher)) as asked:
             theirs = teachers.forward(teacher, inputs)
             wanted = asked.take()
-        states = take_hidden_states(run.state(self))
+        states = hidden_states.take_recorded(run.state(self))
         terms: dict[str, Tensor | float] = {"task_scale": self.alpha_task}
-        masks = token_masks(inputs, run.model.config.is_encoder_decoder)
+        masks = hidden_losses.token_masks(inputs, run.model.config.is_encoder_decoder)
         for name, weight, pooled in (("cosine", self.alpha_cos, False), ("pooled", self.alpha_pool, True)):
             if weight:
                 if not states or len(states) != len(wanted):
                     raise ModelError(
                         f"{label}: the model's last hidden states cannot be told; set alpha_cos: 0 and alpha_pool: 0"
                     )
-                terms[name] = weight * cosine_loss(states, wanted, masks, pooled)
+                terms[name] = weight * hidden_losses.cosine_loss(states, wanted, masks, pooled)
         logits = getattr(outputs, "logits", None)
         if isinstance(logits, Tensor) and self.alpha_ce:
             terms["kd"] = self.alpha_ce * kd_loss(
                 logits,
                 theirs.logits,
-                head=head_kind(run.model),
+                head=losses.head_kind(run.model),
                 temperature=self.temperature,
                 rows=all_rows(run.model, logits, inputs),
             )
@@ -207,8 +205,8 @@ class DistilBERT(Distillation):
 
 def all_rows(model: Any, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """The rows of ``logits.view(-1, classes)`` of all tokens that are no padding."""
-    masks = token_masks(inputs, model.config.is_encoder_decoder)
-    return scored_rows(logits, None, masks[-1])
+    masks = hidden_losses.token_masks(inputs, model.config.is_encoder_decoder)
+    return losses.scored_rows(logits, None, masks[-1])
 
 
 @hookimpl

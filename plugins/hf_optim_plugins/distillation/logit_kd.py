@@ -35,20 +35,10 @@ from hf_optim import (
     traits,
 )
 from hf_optim.toolkit.distillation import (
-    DIRECTIONS,
-    RESTS,
-    Direction,
-    Head,
-    HiddenStates,
-    HiddenStatesCallback,
-    Rest,
-    TopK,
-    cached_top_k,
-    head_kind,
-    scored_rows,
+    hidden_states,
+    logit_cache,
+    losses,
     teachers,
-    top_k,
-    top_k_kd_loss,
 )
 from hf_optim.toolkit.topology import blocks
 
@@ -111,10 +101,10 @@ class LogitKD(Distillation):
     temperature: float = option(2.0, above=0.0)
     alpha: float = option(0.9, low=0.0, high=1.0)
     alpha_states: float = option(0.0, low=0.0)
-    direction: Direction = option("forward", choices=DIRECTIONS)
+    direction: losses.Direction = option("forward", choices=losses.DIRECTIONS)
     beta: float = option(0.5, above=0.0, below=1.0)
     top_k: int | None = option(None, low=1)
-    rest: Rest = option("bucket", choices=RESTS)
+    rest: losses.Rest = option("bucket", choices=losses.RESTS)
     cache: str | None = None
     device: str = teachers.SAME
 
@@ -138,7 +128,9 @@ class LogitKD(Distillation):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        recorder = HiddenStatesCallback(run.state(self), lambda: [block.module for block in blocks(run.model)])
+        recorder = hidden_states.RecorderCallback(
+            run.state(self), lambda: [block.module for block in blocks(run.model)]
+        )
         return [CachedTeacherCallback(self, run), *([recorder] if self.alpha_states else [])]
 
     @hookimpl
@@ -155,7 +147,7 @@ class LogitKD(Distillation):
         head = self.head(run)
         # The labels of the other heads are not class indices, in which -100 means no label.
         labels = inputs.get("labels") if head == "classes" else None
-        rows = scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next_token(run.model))
+        rows = losses.scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next_token(run.model))
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "direction": self.direction,
@@ -167,7 +159,7 @@ class LogitKD(Distillation):
             if self.top_k is None:
                 term = kd_loss(logits, self._teacher_logits(run, inputs, logits), head=head, **options)
             else:
-                term = top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
+                term = losses.top_k_kd_loss(logits, self._top_k(run, inputs, logits, rows), rest=self.rest, **options)
             if self.alpha_states:
                 teacher, targets = self.ready_teacher(run), recorder.take()
                 terms["states"] = self.alpha_states * squarehead_term(self, run, inputs, teacher, targets)
@@ -190,9 +182,11 @@ class LogitKD(Distillation):
             )
 
     # -- the teacher's outputs ----------------------------------------------------------------------------------------
-    def _recorded_teacher(self, run: Run) -> HiddenStates:
+    def _recorded_teacher(self, run: Run) -> hidden_states.Recorder:
         """Return a recorder of the teacher's blocks; of none if hidden states are not compared."""
-        return HiddenStates([block.module for block in blocks(self.ready_teacher(run))] if self.alpha_states else [])
+        return hidden_states.Recorder(
+            [block.module for block in blocks(self.ready_teacher(run))] if self.alpha_states else []
+        )
 
     def _teacher_logits(self, run: Run, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
         found = teachers.forward_logits(self.ready_teacher(run), inputs)
@@ -203,20 +197,20 @@ class LogitKD(Distillation):
             )
         return found
 
-    def _top_k(self, run: Run, inputs: Mapping[str, Any], logits: Tensor, rows: Tensor) -> TopK:
+    def _top_k(self, run: Run, inputs: Mapping[str, Any], logits: Tensor, rows: Tensor) -> losses.TopK:
         """Return the teacher's top classes for ``rows``, from the cache if it has them."""
 
-        def compute() -> TopK:
+        def compute() -> losses.TopK:
             found = self._teacher_logits(run, inputs, logits).reshape(-1, logits.shape[-1])
-            return top_k(found[rows.to(found.device)], self.top_k or 0, self.temperature)
+            return losses.top_k(found[rows.to(found.device)], self.top_k or 0, self.temperature)
 
         cache = getattr(run.state(self), "cache", None)
-        return compute() if cache is None else cached_top_k(cache, inputs, logits, rows, compute)
+        return compute() if cache is None else logit_cache.cached_top_k(cache, inputs, logits, rows, compute)
 
     # -- checks -------------------------------------------------------------------------------------------------------
-    def head(self, run: Run) -> Head:
+    def head(self, run: Run) -> losses.Head:
         """Return what the model predicts. Raises ``ModelError`` if ``top_k`` is set and it does not predict classes."""
-        head = head_kind(run.model)
+        head = losses.head_kind(run.model)
         if head != "classes" and self.top_k is not None:
             predicts = "a number" if head == "regression" else "labels that hold each by itself"
             raise ModelError(

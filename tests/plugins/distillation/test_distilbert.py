@@ -14,7 +14,7 @@ from hf_optim import ModelError, OptimConfig, OptimError, RecipeError
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.runs.run import run_of
 from hf_optim.toolkit.distillation import students
-from hf_optim.toolkit.distillation.hidden_states import HiddenStates, base_models
+from hf_optim.toolkit.distillation.hidden_states import Recorder, base_models
 from hf_optim.training.trainer import OptimTrainer
 from hf_optim_plugins.distillation.distilbert import DistilBERT
 
@@ -198,7 +198,7 @@ def terms_of(teacher, inputs, **fields):
     """The hook's terms, the student's outputs with hidden states, and the teacher's."""
     student = hf_optim.optimize(teacher, step := DistilBERT(**fields))
     run = run_of(student)
-    with HiddenStates(base_models(student)) as run.state(step).states:
+    with Recorder(base_models(student)) as run.state(step).states:
         outputs = student(**inputs, output_hidden_states=True)
         (terms,) = run.call("training_loss", model=student, inputs=inputs, outputs=outputs)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from hf_optim.runs.masking import stray_weights
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.distillation import teachers
-from hf_optim.toolkit.distillation.hidden_states import HiddenStatesCallback
+from hf_optim.toolkit.distillation.hidden_states import RecorderCallback
 from hf_optim.toolkit.distillation.logit_cache import LogitCache
 from hf_optim.toolkit.distillation.losses import TopK
 from hf_optim.training.fit import training_rows
@@ -424,7 +424,7 @@ def test_squarehead_is_the_papers(builder):
     inputs["attention_mask"][1:, 4:] = 0
     run = begin(student, step := LogitKD(teacher=None, alpha_states=0.5))
     run.state(step).teacher = teacher
-    recorder = run_callbacks(run, HiddenStatesCallback)[0]
+    recorder = run_callbacks(run, RecorderCallback)[0]
     recorder.on_step_begin(None, None, None)
     (terms,) = run.call("training_loss", model=student, inputs=inputs, outputs=student(**inputs))
     recorder.on_step_end(None, None, None)
