@@ -438,6 +438,6 @@ def test_scores_that_look_at_data_keep_a_real_model_better(shared_models, shared
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         monkeypatch.setattr(
-            importance, "unit_magnitude", lambda model, one, g=generator: torch.rand(len(one), generator=g)
+            importance, "group_magnitude", lambda model, groups, g=generator: torch.rand(len(groups), generator=g)
         )
         assert perplexity(neurons=0.25, score="magnitude")[1] > 1.2 * activation
