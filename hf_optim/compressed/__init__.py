@@ -1,9 +1,10 @@
-"""The bridge to compressed-tensors, the quantized format that transformers reads natively.
+"""Quantized weights in the format of compressed-tensors, which transformers reads natively.
 
-A quantized module is kept as stock transformers has it after reloading the checkpoint: the dequantized weight in
-``module.weight``, ``weight_scale`` (and ``weight_zero_point``) beside it, ``quantization_scheme``, the status
-``DECOMPRESSED``, and a forward that quantizes the activations if the scheme says so. Nothing is packed until
-``save_pretrained``, which packs through transformers' own hook for quantized models (``attach_quantizer``).
+In memory, a quantized module has the state that stock transformers gives it after reloading the checkpoint: the
+dequantized weight in ``module.weight``, the parameter ``weight_scale`` (and ``weight_zero_point``), the attribute
+``quantization_scheme``, the status ``DECOMPRESSED``, and a forward that quantizes the activations if the scheme
+includes them. Weights are packed in ``save_pretrained``, through the hook of transformers for quantized models
+(``attach_quantizer``).
 """
 
 from .codec import scheme_on

@@ -1,7 +1,7 @@
-"""Codes of a few bits in 32-bit words: least significant bits first, a code may begin in one word and end in the next.
+"""Codes of a few bits packed into 32-bit words: least significant bits first; a code may span two words.
 
-This is how compressed-tensors packs (along the rows), and GPTQ (along the columns; for 3 bits too, whose 32 codes to
-three words come out the same).
+compressed-tensors packs this way along the rows, GPTQ along the columns (also with 3 bits, where its 32 codes in three
+words have the same layout).
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Codes decoded at once where they cross words: eight bytes each in between.
+# Codes unpacked at once if they span words: each takes eight bytes of temporary memory.
 CHUNK = 1 << 22
 
 
 def word_count(count: int, bits: int) -> int:
-    """How many words ``count`` codes take."""
+    """Return the number of words that ``count`` codes take."""
     return -(-count * bits // 32)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 ``[rows, words]`` -> uint8 ``[rows, count]``, codes in [0, 2^bits)."""
+    """Unpack int32 ``[rows, words]`` to uint8 ``[rows, count]``, codes in [0, 2^bits)."""
     if 8 % bits == 0:
-        # No code crosses a byte. (Little-endian hosts, like every one that torch supports on an accelerator.)
+        # No code spans two bytes. (This assumes a little-endian host, like all that torch supports with accelerators.)
         narrow = words.contiguous().view(torch.uint8)
         if bits == 8:
             return narrow[:, :count].contiguous()
@@ -36,7 +36,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _unpack_across(words: Tensor, bits: int) -> Tensor:
-    # 32 codes take `bits` words. One word of zeros more, since the last code asks for the word after its own.
+    # 32 codes take ``bits`` words. One more word of zeros, since the last code also reads the word after its own.
     rows, found = words.shape
     groups = -(-found // bits)
     wide = torch.zeros(rows, groups, bits + 1, dtype=torch.int64, device=words.device)

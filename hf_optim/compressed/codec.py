@@ -1,4 +1,4 @@
-"""Codes of one module, to values and back: what compressed-tensors packs, decodes and checks."""
+"""Quantized values of one module: packing, dequantization and checks through compressed-tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def pack(local: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> dict[str, torch.Tensor] | None:
-    """Compress the tensors of one module; None if they do not decode to its weight again."""
+    """Compress the tensors of one module; return None if decompressing them does not reproduce its weight.
+
+    Args:
+        local: the tensors of the module, by local name.
+        scheme: its quantization scheme.
+    """
     if scheme.weights is None:
         return dict(local)
     if "weight_g_idx" in local:
@@ -30,11 +35,19 @@ def pack(local: Mapping[str, torch.Tensor], scheme: QuantizationScheme) -> dict[
     return packed if torch.equal(decoded, local["weight"]) else None
 
 
-def check_fit(weight: torch.Tensor, scheme: QuantizationScheme, codes: Any, scale: Any, zero_point: Any) -> None:
-    """Raise ``ModelError`` unless codes and scales are what ``scheme`` wants for a weight ``[out, in]``."""
+def check_fit(
+    weight: torch.Tensor,
+    scheme: QuantizationScheme,
+    codes: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+) -> None:
+    """Raise ``ModelError`` unless codes and scales fit ``scheme`` and a weight ``[out, in]``."""
     args = scheme.weights
     if codes is None or scale is None or (zero_point is None) != bool(args.symmetric):
-        raise ModelError("quantized weights need codes and scales, and a zero point exactly if the grid is asymmetric")
+        raise ModelError(
+            "quantized weights need codes and scales, and a zero point if and only if the grid is asymmetric"
+        )
     rows, columns = weight.shape
     shape: tuple[int, ...] = {"tensor": (1,), "channel": (rows, 1)}.get(args.strategy, ())
     if args.strategy == "group":
@@ -45,19 +58,25 @@ def check_fit(weight: torch.Tensor, scheme: QuantizationScheme, codes: Any, scal
             f"with strategy {args.strategy}: the scale must be {shape}"
         )
     if not torch.equal(scale.to(weight.dtype).to(scale.dtype), scale):
-        raise ModelError(f"the scale is not exact in the weight's dtype {weight.dtype}; round it before coding")
+        raise ModelError(f"the scale is not exact in the weight's dtype {weight.dtype}; round it before quantizing")
 
 
-def dequantize(codes: Any, scale: Any, zero_point: Any, args: QuantizationArgs, like: torch.Tensor) -> torch.Tensor:
-    """The values of codes in the dtype of ``like``, as stock transformers has them after loading."""
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    args: QuantizationArgs,
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """Return the values of codes in the dtype of ``like``, as stock transformers has them after loading."""
+    from compressed_tensors.quantization.lifecycle import forward
 
     zero_point = None if zero_point is None else zero_point.to(like.device)
-    return dequantize(x_q=codes.to(like.device), scale=scale.to(like), zero_point=zero_point, args=args)
+    return forward.dequantize(x_q=codes.to(like.device), scale=scale.to(like), zero_point=zero_point, args=args)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second argument's value with the first one's gradient."""
+    """Return the value of the second argument with the gradient of the first."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
@@ -69,7 +88,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize_input(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
-    """The input of a layer rounded to the grid that its scheme has for inputs; gradients pass straight through."""
+    """Quantize the input of a layer as its scheme specifies; gradients pass straight through."""
     from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 
     quantized = forward_quantize(module, input, "input", scheme_on(module).input_activations)
@@ -77,5 +96,5 @@ def quantize_input(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
 
 
 def scheme_on(module: nn.Module) -> Any:
-    """The ``QuantizationScheme`` of a module in the quantized state, else None."""
+    """Return the ``QuantizationScheme`` of a module in the quantized state, else None."""
     return getattr(module, "quantization_scheme", None)

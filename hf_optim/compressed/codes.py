@@ -1,44 +1,49 @@
-"""Between codes and weights: decoding, the codes of a decoded layer, the tensors of a compressed-tensors checkpoint.
+"""Conversions between codes and weights: decoding, recovering codes, and the tensors of a checkpoint.
 
-The arithmetic is that of compressed-tensors, so that what is decoded here is bit by bit what stock transformers has.
+The arithmetic is that of compressed-tensors, so that decoded weights are bitwise identical to those of stock
+transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .weights import Codes
 
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
 OFF_GRID = "its weight is not on the grid of its scales (changed since it was quantized?)"
 
 
 @torch.no_grad()
-def decode(found: Codes, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weight ``[out, in]`` in ``dtype``, its columns in the order of the layer's input."""
-    codes, scale = found.codes, found.scale
+def decode(codes: Codes, bits: int, dtype: torch.dtype) -> Tensor:
+    """Decode the weight ``[out, in]`` in ``dtype``, with its columns in the order of the layer's input."""
+    values, scale = codes.codes, codes.scale
     if scale is None:
-        weight = codes.to(dtype)
+        weight = values.to(dtype)
     else:
-        rows, columns = codes.shape
-        grouped = codes.view(rows, scale.shape[1], -1).to(scale.dtype)
-        if codes.dtype == torch.uint8:
-            # Whole numbers up to 256: exact in every floating type from bfloat16 on.
-            grouped -= 2 ** (bits - 1) if found.zero is None else found.zero[..., None].to(scale.dtype)
+        rows, columns = values.shape
+        grouped = values.view(rows, scale.shape[1], -1).to(scale.dtype)
+        if values.dtype == torch.uint8:
+            # Integers up to 256 are exact in bfloat16 and every wider floating-point dtype.
+            grouped -= 2 ** (bits - 1) if codes.zero is None else codes.zero[..., None].to(scale.dtype)
         weight = grouped.mul_(scale[..., None]).view(rows, columns).to(dtype)
-    return weight if found.order is None else torch.empty_like(weight).index_copy_(1, found.order, weight)
+    return weight if codes.order is None else torch.empty_like(weight).index_copy_(1, codes.order, weight)
 
 
 def column_order(g_idx: Tensor, group_size: int) -> Tensor | None:
-    """The columns sorted by their group, int64 ``[in]``, or None where they already are.
+    """Return the columns sorted by group, int64 ``[in]``, or None if they already are.
 
     Args:
         g_idx: ``[in]``, the group of each column.
+        group_size: columns per group.
 
-    Raises ``ValueError`` if the groups are not of ``group_size`` columns each.
+    Raises ``ValueError`` if the groups do not have ``group_size`` columns each.
     """
     columns = len(g_idx)
     order = g_idx.long().argsort(stable=True)
@@ -49,7 +54,10 @@ def column_order(g_idx: Tensor, group_size: int) -> Tensor | None:
 
 
 def expand_groups(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Scales or zero points per tensor, channel or group, as ``[out, groups]``. Raises ``ValueError``."""
+    """Expand scales or zero points per tensor, channel or group to ``shape`` = ``[out, groups]``.
+
+    Raises ``ValueError`` if their shape is none of these.
+    """
     values = values.detach()
     values = values.reshape(-1, 1) if values.dim() < 2 else values
     if values.dim() != 2 or values.shape[0] not in (1, shape[0]) or values.shape[1] not in (1, shape[1]):
@@ -58,25 +66,26 @@ def expand_groups(values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def to_unsigned(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes (int8, in [-2^(bits - 1), 2^(bits - 1))) as uint8 from zero on."""
+    """Shift signed codes (int8, in [-2^(bits - 1), 2^(bits - 1))) to uint8 in [0, 2^bits)."""
     return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
 
 
 def to_signed(codes: Tensor, bits: int) -> Tensor:
-    """Inverse of ``to_unsigned``."""
+    """Invert ``to_unsigned``."""
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
-def group_size_of(args: Any, columns: int) -> int:
-    """Columns that share a scale, of compressed-tensors' ``QuantizationArgs``."""
+def group_size_of(args: QuantizationArgs, columns: int) -> int:
+    """Return the number of columns that share a scale, for a weight with ``columns`` columns."""
     return int(args.group_size) if args.strategy == "group" else columns
 
 
 @torch.no_grad()
 def recover_codes(module: nn.Module) -> Codes:
-    """The codes of a layer in the decoded state of ``quantized``. Raises ``ValueError`` if its weight left their grid.
+    """Recover the codes of a layer in the decoded state (see ``state``).
 
-    They are recovered in float32, as when such a layer is saved, and must decode to the weight bit by bit.
+    They are recovered in float32, as when such a layer is saved, and must decode to its weight, bit-exact. Raises
+    ``ValueError`` if they do not, since the weight has left its grid.
     """
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
@@ -87,75 +96,83 @@ def recover_codes(module: nn.Module) -> Codes:
     g_idx = getattr(module, "weight_g_idx", None)
     order = None if g_idx is None else column_order(g_idx, size)
     scale: Any = module.weight_scale
-    point: Any = None if args.symmetric else module.weight_zero_point
-    shape = (rows, columns // size)
+    zero_point: Any = None if args.symmetric else module.weight_zero_point
+    grid = (rows, columns // size)
     ordered = weight if order is None else weight[:, order]
-    kind = torch.float8_e4m3fn if args.type == "float" else torch.int8
-    codes = quantize(x=ordered.float(), scale=scale.float(), zero_point=point, args=args, dtype=kind)
+    dtype = torch.float8_e4m3fn if args.type == "float" else torch.int8
+    values = quantize(x=ordered.float(), scale=scale.float(), zero_point=zero_point, args=args, dtype=dtype)
     zero = None
     if args.type == "int":
-        codes = to_unsigned(codes, args.num_bits)
-        zero = None if point is None else to_unsigned(expand_groups(point, shape), args.num_bits)
-    inputs = {key: getattr(module, name, None) for key, name in INPUTS.items()}
-    found = Codes(codes, expand_groups(scale, shape), zero, order, **{k: _data(v) for k, v in inputs.items()})
-    if not torch.equal(decode(found, args.num_bits, weight.dtype), weight):
+        values = to_unsigned(values, args.num_bits)
+        zero = None if zero_point is None else to_unsigned(expand_groups(zero_point, grid), args.num_bits)
+    codes = Codes(
+        values,
+        expand_groups(scale, grid),
+        zero,
+        order,
+        input_scale=_detached(module, "input_scale"),
+        input_zero=_detached(module, "input_zero_point"),
+    )
+    if not torch.equal(decode(codes, args.num_bits, weight.dtype), weight):
         raise ValueError(OFF_GRID)
-    return found
+    return codes
 
 
-INPUTS = {"input_scale": "input_scale", "input_zero": "input_zero_point"}
-
-
-def _data(value: Tensor | None) -> Tensor | None:
+def _detached(module: nn.Module, name: str) -> Tensor | None:
+    value = getattr(module, name, None)
     return None if value is None else value.detach()
 
 
-def scale_tensors(found: Codes, scheme: Any) -> dict[str, Tensor]:
-    """``weight_scale`` and ``weight_zero_point`` as the decoded state and the checkpoint have them."""
+def scale_tensors(codes: Codes, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Return ``weight_scale`` and ``weight_zero_point`` in the shapes of the decoded state and the checkpoint."""
     args = scheme.weights
-    assert found.scale is not None
-    parts = {"weight_scale": _narrow(found.scale, args)}
+    assert codes.scale is not None
+    tensors = {"weight_scale": _per_tensor(codes.scale, args)}
     if not args.symmetric:
-        zero = torch.full_like(found.scale, 2 ** (args.num_bits - 1)) if found.zero is None else found.zero
-        parts["weight_zero_point"] = _narrow(to_signed(zero, args.num_bits), args)
-    return parts
+        zero = torch.full_like(codes.scale, 2 ** (args.num_bits - 1)) if codes.zero is None else codes.zero
+        tensors["weight_zero_point"] = _per_tensor(to_signed(zero, args.num_bits), args)
+    return tensors
 
 
-def _narrow(values: Tensor, args: Any) -> Tensor:
+def _per_tensor(values: Tensor, args: QuantizationArgs) -> Tensor:
+    """Return the single value ``[1]`` of ``values`` for the strategy ``tensor``, otherwise ``values``."""
     return values[0, :1].clone() if args.strategy == "tensor" else values
 
 
-def checkpoint_tensors(found: Codes, scheme: Any) -> dict[str, Tensor]:
-    """The weight of a layer as a compressed-tensors checkpoint has it, by local name. ``found.order`` must be None."""
+def checkpoint_tensors(codes: Codes, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Return the tensors of a layer in a compressed-tensors checkpoint, by local name. ``codes.order`` must be None."""
     args = scheme.weights
-    parts = scale_tensors(found, scheme)
-    codes = found.codes if args.type == "float" else to_signed(found.codes, args.num_bits)
+    tensors = scale_tensors(codes, scheme)
+    values = _stored_values(codes, args)
     if scheme.format != "pack-quantized":
-        return {"weight": codes, **parts}
+        return {"weight": values, **tensors}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    if "weight_zero_point" in parts and args.strategy in ("group", "channel"):
-        parts["weight_zero_point"] = pack_to_int32(parts["weight_zero_point"], args.num_bits, packed_dim=0)
-    packed = pack_to_int32(codes, args.num_bits)
-    return {"weight_packed": packed, "weight_shape": torch.tensor(codes.shape), **parts}
+    if "weight_zero_point" in tensors and args.strategy in ("group", "channel"):
+        tensors["weight_zero_point"] = pack_to_int32(tensors["weight_zero_point"], args.num_bits, packed_dim=0)
+    packed = pack_to_int32(values, args.num_bits)
+    return {"weight_packed": packed, "weight_shape": torch.tensor(values.shape), **tensors}
+
+
+def _stored_values(codes: Codes, args: QuantizationArgs) -> Tensor:
+    """Return the codes as compressed-tensors has them: float8, or signed integers."""
+    return codes.codes if args.type == "float" else to_signed(codes.codes, args.num_bits)
 
 
 def is_sparse24(matrix: Tensor) -> bool:
-    """Whether of every four neighbouring columns of ``[out, in]`` two at least are zero."""
+    """Return True if at least two of every four adjacent columns of ``[out, in]`` are zero."""
     if matrix.shape[1] % 4 or matrix.numel() == 0:
         return False
     return bool((matrix.ne(0).view(-1, 4).sum(1) <= 2).all())
 
 
-def store_arguments(found: Codes, scheme: Any) -> Mapping[str, Any]:
-    """The arguments of ``quantized.store`` that bring a layer to these codes."""
-    args = scheme.weights
-    codes = found.codes if args.type == "float" else to_signed(found.codes, args.num_bits)
-    parts = scale_tensors(found, scheme)
+def store_arguments(codes: Codes, scheme: QuantizationScheme) -> Mapping[str, Any]:
+    """Return the arguments of ``state.store`` that put a layer into the state of these codes."""
+    tensors = scale_tensors(codes, scheme)
     return {
-        "codes": codes,
-        "scale": parts["weight_scale"],
-        "zero_point": parts.get("weight_zero_point"),
-        "input_scale": found.input_scale,
-        "input_zero_point": found.input_zero,
+        "codes": _stored_values(codes, scheme.weights),
+        "scale": tensors["weight_scale"],
+        "zero_point": tensors.get("weight_zero_point"),
+        "input_scale": codes.input_scale,
+        "input_zero_point": codes.input_zero,
     }

@@ -1,12 +1,12 @@
-"""Layers that compute outlying columns of their input apart: which, and above what magnitude.
+"""Outlier decomposition: which layers compute outlier columns of their input separately, and above which magnitude.
 
-No quantized format has words for it, so it stands in the model's configuration, where stock transformers keeps it from
-load to save without reading it::
+Quantized formats cannot express this, so it is stored in the model's configuration, where stock transformers preserves
+it from load to save without reading it::
 
     "hf_optim": {"outliers": [{"threshold": 6.0, "modules": ["model.layers.*.mlp.up_proj", ...]}]}
 
-A threshold of null sets no column apart. In module names ``*`` is the number of a layer. What stock transformers
-computes does not depend on any of this.
+With a threshold of null, no column is an outlier. In module names, ``*`` stands for the number of a layer. It does not
+affect what stock transformers computes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 from torch import nn
 
 FIELD, KEY = "hf_optim", "outliers"
-# What adapters call the layer that they wrap.
+# The name that adapters give to the layer that they wrap.
 WRAPPED = "base_layer"
 
 
 def set_outlier_threshold(model: Any, names: Iterable[str], threshold: float | None) -> None:
-    """Say that these linear layers multiply the columns of their input with a larger magnitude unquantized.
+    """Set the magnitude above which these linear layers multiply columns of their input unquantized.
 
-    They have 8-bit symmetric weights with one scale a row; for others it means nothing. ``None``: no column is apart.
-    Raises ``ValueError`` for a threshold that is negative or not finite.
+    It applies to layers with 8-bit symmetric weights and one scale per row, and is ignored for others. With None, no
+    column is an outlier. Raises ``ValueError`` for a threshold that is negative or not finite.
     """
     if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold {threshold}; it must be finite and not negative, or None")
@@ -40,7 +40,7 @@ def set_outlier_threshold(model: Any, names: Iterable[str], threshold: float | N
 
 
 def outlier_thresholds(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Those of ``names`` that set outliers apart, with their thresholds; infinity where none is apart."""
+    """Return the thresholds of those of ``names`` that have one; infinity for a threshold of null."""
     entries = _entries(model)
     found: dict[str, float] = {}
     for name in names if entries else ():
@@ -51,7 +51,7 @@ def outlier_thresholds(model: nn.Module, names: Iterable[str]) -> dict[str, floa
 
 
 def remove_outlier_thresholds(config: Any) -> None:
-    """Take it out of a configuration."""
+    """Remove all outlier thresholds from a configuration."""
     held = getattr(config, FIELD, None)
     if isinstance(held, Mapping) and KEY in held:
         rest = {key: value for key, value in held.items() if key != KEY}
@@ -70,7 +70,7 @@ def _entries(model: nn.Module) -> list[Mapping[str, Any]]:
 
 
 def _without(entry: dict[str, Any], names: set[str], model: nn.Module) -> dict[str, Any]:
-    """An entry less these modules; empty where nothing is left."""
+    """Return an entry without these modules; empty if no module is left."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     own = [name for name in linears if any(_same(name, pattern) for pattern in entry["modules"])]
     left = [name for name in own if name not in names]
@@ -78,7 +78,7 @@ def _without(entry: dict[str, Any], names: set[str], model: nn.Module) -> dict[s
 
 
 def _patterns(names: list[str], model: nn.Module) -> list[str]:
-    """Names with ``*`` for numbers, where these hit no other linear layer; else the names themselves."""
+    """Replace numbers in names by ``*`` where the result matches no other linear layer."""
     chosen = set(names)
     others = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in chosen]
     found: dict[str, None] = {}
@@ -89,7 +89,7 @@ def _patterns(names: list[str], model: nn.Module) -> list[str]:
 
 
 def _same(name: str, pattern: str) -> bool:
-    """Whether a name is of that pattern; a wrapper around the model, or its base model alone, counts as the model."""
+    """Return True if a name matches a pattern, also in a wrapper around the model or in its base model."""
     parts = [part for part in name.split(".") if part != WRAPPED]
     wanted = pattern.split(".")
     if len(wanted) == len(parts) + 1 and len(parts) > 1:

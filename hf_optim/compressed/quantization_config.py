@@ -1,4 +1,4 @@
-"""The ``quantization_config`` of config.json: schemes, and patterns that match exactly their modules."""
+"""The ``quantization_config`` of config.json: schemes, and patterns that match exactly the modules of each."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 
 
 def stored_schemes(model: nn.Module, off_grid: Iterable[str] = ()) -> dict[str, QuantizationScheme]:
-    """The scheme of every quantized module, by name; of a module with a dense weight, what is left of it.
+    """Return the scheme of every quantized module, by name.
 
-    Stacks of experts have the one scheme in which all of them are written.
+    A module in ``off_grid`` is saved with a dense weight: its scheme is reduced to that of its inputs, or omitted.
+    Fused experts have the one scheme in which all of them are stored.
     """
     schemes: dict[str, QuantizationScheme] = {name: scheme_on(m) for name, m in quantized_modules(model).items()}
     experts = stored_scheme(model)
     schemes |= {name: experts for name, m in model.named_modules() if experts is not None and expert_schemes(m)}
     for name in off_grid:
-        left = schemes.pop(name)
-        if left.input_activations is not None:
-            schemes[name] = left.model_copy(update={"weights": None, "format": "dense"})
+        scheme = schemes.pop(name)
+        if scheme.input_activations is not None:
+            schemes[name] = scheme.model_copy(update={"weights": None, "format": "dense"})
     return schemes
 
 
 def quantization_config(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> CompressedTensorsConfig:
-    """The ``quantization_config`` of config.json: the schemes, and patterns that hit exactly their modules."""
+    """Build the ``quantization_config`` of config.json from the scheme of every quantized module, by name.
+
+    Raises ``CheckpointError`` if no patterns match exactly the modules of each scheme.
+    """
     from transformers import CompressedTensorsConfig
 
     by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
@@ -45,7 +49,7 @@ def quantization_config(model: nn.Module, schemes: Mapping[str, QuantizationSche
     targets, ignore = target_patterns(model, [names for _, names in by_scheme.values()])
     common = next(iter(experts.values()), None)
     if common is not None and (targets != [["Linear"]] or [*by_scheme] != [_key(common)]):
-        # transformers takes the scheme of experts from the first group that has a pattern with this word.
+        # transformers takes the scheme of experts from the first group with a pattern that contains "experts".
         by_scheme = {"experts": (common, []), **by_scheme}
         targets = [expert_patterns(checkpoint_modules(model)), *targets]
     groups: dict[str, Any] = {
@@ -66,39 +70,39 @@ def _key(scheme: QuantizationScheme) -> str:
 
 
 def expert_patterns(names: Iterable[str]) -> list[str]:
-    """Patterns for experts by the end of their names: what is before it differs between model and checkpoint."""
+    """Return patterns that match experts by the end of their names; the rest differs between model and checkpoint."""
     ends = sorted({re.sub(r"^.*?([^.]*experts[^.]*)\.\d+\.", r"\1.0.", name) for name in names})
     return [r"re:.*\b" + re.escape(end).replace(r"\.0\.", r"\.\d+\.", 1) + "$" for end in ends]
 
 
 def target_patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[list[str]], list[str]]:
-    """Target patterns per group of module names, and patterns to ignore, in compressed-tensors' language.
+    """Return compressed-tensors target patterns for each group of module names, and patterns to ignore.
 
-    The class ``Linear`` and an ignore list where all is quantized alike; else expressions without layer numbers; else
-    one for each module. The first form that hits exactly the groups is taken. They hit the same modules in the base
-    model, and under another head. Raises ``CheckpointError`` if none does.
+    The first of these forms that matches exactly the groups is returned: the class ``Linear`` with an ignore list (for
+    a single group), regular expressions without layer numbers, one regular expression per module. The patterns match
+    the same modules in the base model, and under another head. Raises ``CheckpointError`` if no form matches.
     """
     named = dict(model.named_modules())
     chosen = {name for names in groups for name in names}
     others = [name for name, m in named.items() if isinstance(m, nn.Linear) and name not in chosen]
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     bare = [[name.removeprefix(prefix) for name in names] for names in groups]
-    spared = [name.removeprefix(prefix) for name in others]
+    excluded = [name.removeprefix(prefix) for name in others]
     forms: list[tuple[list[list[str]], list[str]]] = []
     if len(groups) == 1:
-        forms += [([["Linear"]], _exactly(spared)), ([["Linear"]], _generalize(spared))]
+        forms += [([["Linear"]], _exactly(excluded)), ([["Linear"]], _generalize(excluded))]
         if len(others) > 8:
             forms.reverse()
     forms += [([_generalize(names) for names in bare], []), ([_exactly(names) for names in bare], [])]
     wanted = {name: i for i, names in enumerate(groups) for name in names}
     for targets, ignore in forms:
-        if _hits(named, targets, ignore) == wanted:
+        if _matches(named, targets, ignore) == wanted:
             return targets, ignore
-    raise CheckpointError("no compressed-tensors pattern tells the quantized modules of this model from the others")
+    raise CheckpointError("no compressed-tensors pattern separates the quantized modules of this model from the others")
 
 
 def _exactly(names: Iterable[str]) -> list[str]:
-    # A head is named alike everywhere; what lies in the base model may have a prefix or not.
+    # A head has the same name everywhere; modules of the base model may have a prefix.
     return sorted(_anywhere(re.escape(name)) if "." in name else name for name in names)
 
 
@@ -110,13 +114,13 @@ def _anywhere(pattern: str) -> str:
     return r"re:(?:.*\.)?" + pattern + "$"
 
 
-def _hits(named: Mapping[str, nn.Module], targets: list[list[str]], ignore: list[str]) -> dict[str, int]:
+def _matches(named: Mapping[str, nn.Module], targets: list[list[str]], ignore: list[str]) -> dict[str, int]:
     from compressed_tensors.utils.match import is_match, match_targets
 
     group_of = {target: i for i, found in enumerate(targets) for target in found}
-    hits = {}
+    matches = {}
     for name, module in named.items():
         matched = match_targets(name, module, list(group_of))
         if matched and isinstance(module, (nn.Linear, nn.Embedding)) and not is_match(name, module, ignore):
-            hits[name] = group_of[matched[0]]
-    return hits
+            matches[name] = group_of[matched[0]]
+    return matches

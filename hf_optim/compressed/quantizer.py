@@ -1,7 +1,7 @@
-"""Writing a quantized model as a compressed-tensors checkpoint, through transformers' hook for quantized models.
+"""Saving a quantized model as a compressed-tensors checkpoint, through the hook of transformers for quantized models.
 
-``quantizer_class()`` is what ``formats.attach_quantizer`` puts on a model: ``save_pretrained`` asks it for the state
-dict. It packs module by module and leaves the model in memory as it is.
+``attach_quantizer`` attaches an instance of ``quantizer_class()`` to a model, from which ``save_pretrained`` gets the
+state dict. It packs module by module and leaves the model in memory unchanged.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import copy
 import functools
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..runs.run import find_run
+from ..runs.run import Run, find_run
 from .codec import scheme_on
 from .experts import (
     discard_decoding,
@@ -26,18 +26,23 @@ from .quantization_config import quantization_config, stored_schemes
 from .state import quantized_modules
 from .state_dict import packed_state_dict
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 logger = logging.getLogger(__name__)
 
 
 @functools.cache
 def quantizer_class() -> type:
-    """The quantizer of a model in the state of ``formats``; made when first needed."""
+    """Return the class of quantizer for models in the quantized state; it is created at the first call."""
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
     class StoredQuantizer(CompressedTensorsHfQuantizer):
-        """Saves packed codes, and lets adapters train on top of the frozen weights."""
+        """Saves packed codes, and allows adapters to be trained on top of the frozen weights."""
 
-        use_fp8_kernel = False  # set by validate_environment, which runs only when transformers loads a checkpoint
+        use_fp8_kernel = (
+            False  # normally set by validate_environment, which runs only when transformers loads a checkpoint
+        )
         is_trainable = True
         is_qat_trainable = False  # type: ignore[assignment]  # transformers reads it as a property
 
@@ -46,23 +51,23 @@ def quantizer_class() -> type:
 
         def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, torch.Tensor] | None, dict]:
             if getattr(model, "_hf_peft_config_loaded", False):
-                return None, {}  # only the adapter is saved
+                return None, {}  # save_pretrained then saves the adapter only
             discard_decoding(model)
             state, off_grid = packed_state_dict(model)
             if off_grid:
                 logger.warning(
-                    "%d of %d quantized weights have changed since they were quantized (a merged adapter, a cast, "
-                    "experts that transformers decoded) and are saved as they are, in full: %s. Quantize again for a "
-                    "smaller checkpoint.",
+                    "%d of %d quantized weights have changed since they were quantized (by a merged adapter, a cast, "
+                    "or transformers decoding experts) and are saved dense: %s. Quantize again for a smaller "
+                    "checkpoint.",
                     len(off_grid),
                     len(quantized_modules(model)),
                     ", ".join(off_grid[:3]) + (", ..." if len(off_grid) > 3 else ""),
                 )
-            self._renew(model, set(off_grid))
+            self._update_config(model, set(off_grid))
             return state, {}
 
-        def _renew(self, model: Any, off_grid: set[str]) -> None:
-            # save_pretrained writes model.config after this call.
+        def _update_config(self, model: Any, off_grid: set[str]) -> None:
+            # save_pretrained writes model.config after it gets the state dict.
             schemes = stored_schemes(model, off_grid)
             if schemes:
                 self.quantization_config = model.config.quantization_config = quantization_config(model, schemes)
@@ -73,10 +78,10 @@ def quantizer_class() -> type:
 
 
 def apply_packing_fallback(model: Any) -> None:
-    """Store one code to a byte, under the name ``weight``, where transformers could not prepare a packed model.
+    """Store one code per byte, as ``weight``, if transformers cannot prepare a packed model of this class.
 
-    Before it reads weights, transformers initializes the modules. Some classes (T5) do that through ``module.weight``,
-    which a packed linear does not have. Tried here on a twin without data.
+    Before transformers reads weights, it initializes the modules. Some classes (T5) access ``module.weight`` to do so,
+    which a packed linear layer does not have. This function tries it on a meta model.
     """
     packed = packed_modules(model)
     if packed and not _initializes_without_weights(model, packed):
@@ -84,9 +89,9 @@ def apply_packing_fallback(model: Any) -> None:
 
 
 def packed_modules(model: Any, inside: str = "") -> dict[str, nn.Module]:
-    """The quantized linears of a model whose codes are packed, by full name; only those inside the module ``inside``.
+    """Return the quantized linear layers whose codes are packed, by full name; only those in the module ``inside``.
 
-    Experts are none: they exist as linears in the checkpoint only.
+    Fused experts are not included: they are linear layers in the checkpoint only.
     """
     holder = model.get_submodule(inside) if inside else model
     found = quantized_modules(holder).items()
@@ -95,12 +100,12 @@ def packed_modules(model: Any, inside: str = "") -> dict[str, nn.Module]:
 
 
 def store_unpacked(model: Any, packed: Mapping[str, nn.Module]) -> None:
-    """Store the codes of these modules one to a byte, and note why on the model's record."""
+    """Store the codes of these modules one per byte, and note the reason in the model's record."""
     for module in packed.values():
         scheme_on(module).format = "naive-quantized"
     sentence = (
-        f"Codes are stored one to a byte: transformers cannot prepare a packed {type(model).__name__}, whose "
-        "initialization reads the weights of its linears."
+        f"Codes are stored one per byte: transformers cannot prepare a packed {type(model).__name__}, whose "
+        "initialization reads the weights of its linear layers."
     )
     if (run := find_run(model)) is not None:
         if sentence in run.record.notes:
@@ -110,13 +115,13 @@ def store_unpacked(model: Any, packed: Mapping[str, nn.Module]) -> None:
 
 
 class PackingFallback:
-    """``apply_packing_fallback`` for a model written block by block; decided at the first block."""
+    """``apply_packing_fallback`` for a model that is written block by block. The first block decides."""
 
     def __init__(self) -> None:
         self._packable: bool | None = None
 
-    def apply(self, run: Any, name: str) -> None:
-        """Settle how the codes of the module ``name`` are stored, before they are written."""
+    def apply(self, run: Run, name: str) -> None:
+        """Apply the fallback to the module ``name``, before its codes are written."""
         packed = packed_modules(run.model, name)
         if not packed:
             return
@@ -127,15 +132,16 @@ class PackingFallback:
 
 
 def _initializes_without_weights(model: Any, names: Iterable[str]) -> bool:
+    """Return True if a model can be initialized while these linear layers have no ``weight``."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"), torch.no_grad():
-        twin = type(model)(config)
+        meta_model = type(model)(config)
         for name in names:
-            del twin.get_submodule(name).weight
+            del meta_model.get_submodule(name).weight
         try:
-            for module in twin.modules():
-                twin._init_weights(module)
+            for module in meta_model.modules():
+                meta_model._init_weights(module)
         except AttributeError as error:
             if "weight" not in str(error):
                 raise
@@ -144,13 +150,11 @@ def _initializes_without_weights(model: Any, names: Iterable[str]) -> bool:
 
 
 def attach_quantizer(model: Any) -> None:
-    """Make ``model.save_pretrained`` write a compressed-tensors checkpoint, and ``model.config`` say so.
+    """Make ``model.save_pretrained`` write a compressed-tensors checkpoint, and set the configuration accordingly.
 
-    Call it when the quantized modules are in their state; a second call brings the configuration up to date.
-    Raises ``ModelError`` if no module is quantized.
+    Call it once the modules are in the quantized state; another call updates the configuration. Raises ``ModelError``
+    if no module is quantized.
     """
-    from .quantization_config import quantization_config, stored_schemes
-
     apply_packing_fallback(model)
     schemes = stored_schemes(model)
     if not schemes:
@@ -160,12 +164,12 @@ def attach_quantizer(model: Any) -> None:
     model.quantization_method = config.quant_method
     model.is_quantized = True
     model.config.quantization_config = config
-    for config in model_configs(model):
-        config._is_quantized = True
+    for own in model_configs(model):
+        own._is_quantized = True
 
 
 def detach_quantizer(model: Any) -> None:
-    """Undo ``attach_quantizer``. The modules are left as they are."""
+    """Undo ``attach_quantizer``. The modules keep their state."""
     discard_decoding(model)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
@@ -174,7 +178,8 @@ def detach_quantizer(model: Any) -> None:
             vars(config).pop(name, None)
 
 
-def model_configs(model: nn.Module) -> list[Any]:
+def model_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Return the configurations of a model and of the models inside it."""
     from transformers import PreTrainedConfig
 
     found = (getattr(part, "config", None) for part in model.modules())

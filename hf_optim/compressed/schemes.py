@@ -1,4 +1,4 @@
-"""Quantization schemes in the words of compressed-tensors, which is imported when first needed."""
+"""Building quantization schemes of compressed-tensors, which is imported at the first call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def weight_args(
     group_size: int | None = None,
     symmetric: bool = True,
 ) -> QuantizationArgs:
-    """How weights are quantized, in compressed-tensors' words. ``group_size`` belongs to the strategy ``group``."""
+    """Build the ``QuantizationArgs`` of weights. ``group_size`` applies to the strategy ``group`` only."""
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(
@@ -33,7 +33,7 @@ def weight_args(
 
 
 def activation_args(type: Literal["int8", "fp8"], static: bool = False, symmetric: bool = True) -> QuantizationArgs:
-    """How inputs are quantized: per token with scales made on the fly, or per tensor with one calibrated scale."""
+    """Build the ``QuantizationArgs`` of inputs: dynamic scales per token, or one calibrated scale per tensor."""
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(
@@ -55,17 +55,17 @@ def scheme(
     static: bool = False,
     symmetric_activations: bool = True,
 ) -> QuantizationScheme:
-    """A quantization scheme for linear layers, with the storage format that compressed-tensors chooses for it.
+    """Build a quantization scheme for linear layers, with the storage format that compressed-tensors infers for it.
 
-    Asymmetric weights are the exception: compressed-tensors would pack their zero points, and transformers (5.17 to
-    5.23 with compressed-tensors 0.20) then refuses the checkpoint, so their codes are stored one to a byte.
+    Asymmetric weights are an exception: compressed-tensors would pack their zero points, and transformers (5.17 to 5.23
+    with compressed-tensors 0.20) then rejects the checkpoint, so their codes are stored one per byte.
 
     Args:
-        bits: of the weights, 2 to 8; None leaves the weights as they are.
+        bits: of the weights, 2 to 8; None leaves the weights unquantized.
         type, strategy, group_size, symmetric: of the weights, see ``weight_args``.
-        activations: None, or the type to which inputs are quantized.
+        activations: the type to which inputs are quantized, or None.
         static: one calibrated scale per module for the inputs, instead of one per token.
-        symmetric_activations: False adds a zero point to the inputs' grid.
+        symmetric_activations: False adds a zero point to the grid of the inputs.
     """
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.config import CompressionFormat
@@ -76,7 +76,7 @@ def scheme(
     made = QuantizationScheme(targets=["Linear"], weights=weights or None, input_activations=inputs or None)
     made.format = infer_module_format(nn.Linear, made)
     if made.format == CompressionFormat.pack_quantized and not symmetric:
-        # transformers does not find packed zero points again: their shape differs from the one it prepares.
+        # transformers cannot load packed zero points: their shape differs from the one it prepares.
         made.format = CompressionFormat.naive_quantized
     return made
 
@@ -87,7 +87,7 @@ def scheme_of(
     static: bool = False,
     symmetric_activations: bool = True,
 ) -> QuantizationScheme:
-    """The scheme of weights on a grid (None: weights as they are), see ``scheme``."""
+    """Build the scheme of weights on a grid (None: unquantized weights); for the other arguments see ``scheme``."""
     inputs = (activations, static, symmetric_activations)
     if spec is None:
         return scheme(None, "int", "channel", None, True, *inputs)

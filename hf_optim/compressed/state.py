@@ -1,6 +1,6 @@
-"""The quantized state of a linear layer in memory: putting a layer into it, taking it off, and keeping it in a file.
+"""The quantized state of a linear layer in memory: storing it, clearing it, and saving it to a file.
 
-That of experts which a model keeps as stacked matrices is in ``experts``; the functions here take both.
+The functions also accept fused experts, whose state is implemented in ``experts``.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def store(
     Args:
         module: an ``nn.Linear``, or one matrix of an expert as ``storable`` gives it; its weight's dtype is the dtype
             in which the codes are decoded.
-        scheme: made by ``scheme``.
-        codes: int8 ``[out, in]`` on the grid of ``scheme.weights``, or float8 for FP8. None with unquantized weights.
+        scheme: a result of ``scheme``.
+        codes: int8 ``[out, in]`` on the grid of ``scheme.weights``, or float8 for FP8; None for unquantized weights.
         scale: ``[out, groups]``, ``[out, 1]`` or ``[1]``; must be exact in the weight's dtype, since the checkpoint
-            has it in that dtype (``grids.Grid`` sees to it).
-        zero_point: int8, of the shape of ``scale``, for asymmetric grids; None for symmetric ones.
+            stores it in that dtype (``grids.Grid`` rounds it).
+        zero_point: int8, in the shape of ``scale``, for asymmetric grids; None for symmetric ones.
         input_scale, input_zero_point: ``[1]``, for statically quantized inputs.
-        g_idx: int32 ``[in]``, the group of each column of the layer's input, where groups are of scattered columns;
-            the columns of ``codes`` are then sorted by their group.
+        g_idx: int32 ``[in]``, the group of each column of the layer's input, if the columns of a group are not
+            adjacent; the columns of ``codes`` are then sorted by group.
 
     Raises ``ModelError`` if the module or the tensors do not fit the scheme.
     """
@@ -60,6 +60,8 @@ def store(
     weight = module.weight
     if scheme.weights is not None:
         check_fit(weight, scheme, codes, scale, zero_point)
+        assert codes is not None
+        assert scale is not None
         decoded = dequantize(codes, scale, zero_point, scheme.weights, weight)
         if g_idx is None:
             weight.copy_(decoded)
@@ -82,6 +84,7 @@ def store(
 
 
 def _quantize_forward(module: nn.Module, scheme: QuantizationScheme) -> None:
+    """Attach a scheme to a module, and the forward that quantizes its inputs if the scheme includes them."""
     from compressed_tensors.quantization import QuantizationStatus
     from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
 
@@ -95,7 +98,7 @@ def _quantize_forward(module: nn.Module, scheme: QuantizationScheme) -> None:
 def attach_scheme(
     module: nn.Linear, scheme: QuantizationScheme, input_scale: torch.Tensor | None, input_zero: torch.Tensor | None
 ) -> None:
-    """Give a layer that is about to be packed its scheme, as ``store`` would, without a weight."""
+    """Attach a scheme to a layer that is about to be packed, like ``store`` but without a weight."""
     from compressed_tensors.quantization import QuantizationStatus
 
     module.quantization_scheme = scheme  # type: ignore[assignment]
@@ -106,8 +109,8 @@ def attach_scheme(
 
 
 def _pass_gradients(module: nn.Module) -> None:
-    # compressed-tensors quantizes inputs without a gradient, which would cut an adapter in a lower layer off. Where no
-    # gradient is asked for, its own forward runs.
+    # compressed-tensors quantizes inputs without a gradient, which would cut off adapters in earlier layers. If no
+    # gradient is required, its own forward runs.
     plain = module.forward.__func__  # type: ignore[attr-defined]
 
     @functools.wraps(plain)
@@ -122,11 +125,11 @@ def _pass_gradients(module: nn.Module) -> None:
 def input_quantizer(
     scheme: QuantizationScheme, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What rounds inputs as a layer with this scheme would, for a layer that is not in the quantized state.
+    """Return a function that rounds inputs like a layer with this scheme, for a layer not in the quantized state.
 
     Args:
-        scheme: made by ``scheme``, with activations.
-        scale, zero_point: ``[1]``, of statically quantized inputs.
+        scheme: a result of ``scheme`` with quantized activations.
+        scale, zero_point: ``[1]``, for statically quantized inputs.
     """
     from compressed_tensors.quantization import QuantizationStatus
 
@@ -140,7 +143,7 @@ def input_quantizer(
 
 
 def clear(module: nn.Module) -> bool:
-    """Take the quantized state off one module; its weight stays as it is. True if there was one."""
+    """Remove the quantized state of one module; its weight keeps its values. Return True if it had such a state."""
     if scheme_on(module) is None:
         return False
     if expert_schemes(module):
@@ -158,22 +161,22 @@ def clear(module: nn.Module) -> bool:
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module in the quantized state, by name: linears, and the modules that hold stacked experts."""
+    """Return the modules in the quantized state, by name: linear layers, and modules with fused experts."""
     return {name: module for name, module in model.named_modules() if scheme_on(module) is not None}
 
 
 def dump_module_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of a block with its quantization, for a file: tensors by name, and what else it takes (JSON types).
+    """Return the state of a block and its quantization, for a file: tensors by name, and metadata (JSON types).
 
-    The tensors are the module's own, not copies.
+    The tensors are those of the module, not copies.
     """
     tensors = {name: value.detach() for name, value in module.state_dict().items()}
     schemes: dict[str, Any] = {}
     experts: dict[str, Any] = {}
     for name, part in quantized_modules(module).items():
-        stacked = expert_schemes(part)
-        if stacked:
-            experts[name] = {parameter: scheme.model_dump(mode="json") for parameter, scheme in stacked.items()}
+        fused = expert_schemes(part)
+        if fused:
+            experts[name] = {parameter: scheme.model_dump(mode="json") for parameter, scheme in fused.items()}
         else:
             schemes[name] = scheme_on(part).model_dump(mode="json")
     return tensors, {"schemes": schemes, "experts": experts}
@@ -181,9 +184,9 @@ def dump_module_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[
 
 @torch.no_grad()
 def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Bring a block to the state that ``dump_module_state`` took, bit by bit.
+    """Restore the state that ``dump_module_state`` returned, bit-exact.
 
-    Raises ``CheckpointError`` if the block has other parameters, shapes or dtypes than the one dumped.
+    Raises ``CheckpointError`` if the block has other parameters, shapes or dtypes than the dumped one.
     """
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -192,34 +195,34 @@ def load_module_state(module: nn.Module, tensors: Mapping[str, torch.Tensor], me
     for name, fields in meta["schemes"].items():
         part = module.get_submodule(name)
         weight = part.get_parameter("weight").requires_grad_(False)
-        _make_room(part, name, PARAMETERS, tensors, weight.device)
+        _register_empty(part, name, PARAMETERS, tensors, weight.device)
         _quantize_forward(part, QuantizationScheme.model_validate(fields))
-    for name, stacked in meta.get("experts", {}).items():
+    for name, fused in meta.get("experts", {}).items():
         part = module.get_submodule(name)
-        for parameter in stacked:
+        for parameter in fused:
             device = part.get_parameter(parameter).requires_grad_(False).device
-            _make_room(part, name, (parameter + SCALE,), tensors, device)
+            _register_empty(part, name, (parameter + SCALE,), tensors, device)
         attach_expert_schemes(
-            part, {parameter: QuantizationScheme.model_validate(fields) for parameter, fields in stacked.items()}
+            part, {parameter: QuantizationScheme.model_validate(fields) for parameter, fields in fused.items()}
         )
     own = module.state_dict()
     for name in sorted(own.keys() ^ tensors.keys()):
-        raise CheckpointError(f"the saved block and this one do not have the same tensors: only one has {name!r}")
+        raise CheckpointError(f"the saved block and the current one have different tensors: only one has {name!r}")
     for name, value in own.items():
         if value.shape != tensors[name].shape or value.dtype != tensors[name].dtype:
             raise CheckpointError(
                 f"{name} was saved as {tensors[name].dtype} {tuple(tensors[name].shape)}, "
-                f"and here it is {value.dtype} {tuple(value.shape)}"
+                f"but is now {value.dtype} {tuple(value.shape)}"
             )
         value.copy_(tensors[name])
 
 
-def _make_room(
+def _register_empty(
     module: nn.Module, name: str, keys: Iterable[str], tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:
-    """Register blank parameters for those ``keys`` of a module that the saved tensors have."""
+    """Register empty parameters for those ``keys`` of a module that are among the saved tensors."""
     for key in keys:
         value = tensors.get(f"{name}.{key}" if name else key)
         if value is not None:
-            blank = torch.empty_like(value, device=device)
-            module.register_parameter(key, nn.Parameter(blank, requires_grad=False))
+            empty = torch.empty_like(value, device=device)
+            module.register_parameter(key, nn.Parameter(empty, requires_grad=False))

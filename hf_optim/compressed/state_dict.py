@@ -1,4 +1,4 @@
-"""The state dict of a compressed checkpoint, packed module by module."""
+"""Building the state dict of a compressed checkpoint, module by module."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .packed.packed_linear import PACKED_WEIGHT, PackedLinear
 def packed_state_dict(
     model: nn.Module, owner: nn.Module | None = None, inside: str = ""
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The state dict of the compressed checkpoint, and the names of modules that no longer fit their grid.
+    """Return the state dict of the compressed checkpoint, and the names of modules that are no longer on their grid.
 
-    A layer that runs on a kernel gives its codes itself; no dense weight is made of it. Elsewhere the codes are
-    recovered from the weights in float32, where that is exact: a weight is a code times a scale rounded to the model's
-    dtype. Each packed module is decoded again, and must give the weight bit by bit; one that does not (somebody wrote
-    into it) keeps its dense weight. So does one whose groups are of scattered columns: stock transformers would read
-    its checkpoint without a word, and wrong.
+    The codes of a layer on a kernel come from its packed weight, without creating a dense weight. Otherwise the codes
+    are recovered from the weight in float32, which is exact: a weight is a code times a scale, rounded to the model's
+    dtype. Each packed module is decoded again; if that does not reproduce its weight bit-exact (because it was
+    modified), the dense weight is saved. The same holds for groups of columns that are not adjacent: stock transformers
+    would silently read such a checkpoint wrong.
 
-    Experts are packed all or none: stock transformers reads them in no other way. If one no longer fits its grid, the
-    whole checkpoint is dense.
+    Experts are packed all or none, since stock transformers reads them in no other way. If one is no longer on its
+    grid, the whole checkpoint is dense.
 
     Args:
         model: a model, or a part of one.
-        owner, inside: for a part, the model that it is of and the name that it has there: the names of experts in a
-            checkpoint are a matter of the whole model.
+        owner, inside: for a part, the model that contains it and its name there, since the names of experts in a
+            checkpoint depend on the whole model.
     """
     state = dict(model.state_dict())
     off_grid = []
     experts = _packed_experts(model, owner or model, inside)
-    as_they_are = experts is None
+    dense = experts is None
     for name, module in model.named_modules():
         if expert_schemes(module):
             _put_experts(state, name, module, experts)
@@ -53,9 +53,9 @@ def packed_state_dict(
         if isinstance(module, PackedLinear):
             for key in [key for key in state if key.startswith(f"{prefix}{PACKED_WEIGHT}.")]:
                 del state[key]
-            packed = None if as_they_are else _given(local, module)
+            packed = None if dense else _packed_layer(local, module)
         else:
-            packed = None if as_they_are else pack(local, scheme_on(module))
+            packed = None if dense else pack(local, scheme_on(module))
         if packed is None:
             off_grid.append(name)
             weight = {"weight": module.decoded()} if isinstance(module, PackedLinear) else {}
@@ -65,10 +65,10 @@ def packed_state_dict(
 
 
 def _packed_experts(model: nn.Module, owner: Any, inside: str) -> dict[str, dict[str, torch.Tensor]] | None:
-    """The checkpoint's tensors of every quantized stack of experts; None if one does not fit its grid any more."""
+    """Return the checkpoint tensors of all quantized experts, by module; None if one is no longer on its grid."""
     integer = any(s.weights is not None and s.weights.type == "int" for s in map(scheme_on, model.modules()) if s)
-    if integer and any(not expert_schemes(stack) for stack in fused_experts(model).values()):
-        return None  # transformers decoded them while it loaded the checkpoint
+    if integer and any(not expert_schemes(module) for module in fused_experts(model).values()):
+        return None  # transformers decoded the experts while loading the checkpoint
     common = stored_scheme(model)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in model.named_modules():
@@ -80,18 +80,23 @@ def _packed_experts(model: nn.Module, owner: Any, inside: str) -> dict[str, dict
     return found
 
 
-def _put_experts(state: dict[str, torch.Tensor], name: str, stack: nn.Module, packed: Any) -> None:
-    """Replace the tensors of a stack of experts by their packed form, or leave the decoded weights alone."""
+def _put_experts(
+    state: dict[str, torch.Tensor],
+    name: str,
+    module: nn.Module,
+    packed: Mapping[str, Mapping[str, torch.Tensor]] | None,
+) -> None:
+    """Replace the tensors of fused experts by their packed form; with ``packed`` None, keep the decoded weights."""
     prefix = f"{name}." if name else ""
-    for parameter in expert_schemes(stack):
+    for parameter in expert_schemes(module):
         del state[f"{prefix}{parameter}{SCALE}"]
         if packed is not None:
             del state[prefix + parameter]
     state.update({} if packed is None else packed[name])
 
 
-def _given(local: Mapping[str, torch.Tensor], module: PackedLinear) -> dict[str, torch.Tensor] | None:
-    """The checkpoint's tensors of a layer on a kernel; None if compressed-tensors cannot express it."""
+def _packed_layer(local: Mapping[str, torch.Tensor], module: PackedLinear) -> dict[str, torch.Tensor] | None:
+    """Return the checkpoint tensors of a layer on a kernel; None if compressed-tensors cannot represent it."""
     scheme = scheme_on(module)
     if scheme is None:
         return {**local, "weight": module.decoded()}

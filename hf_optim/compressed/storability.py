@@ -1,4 +1,4 @@
-"""Which layers of a scope compressed-tensors can store, and why not the others."""
+"""Selecting the layers of a scope that compressed-tensors can store, with the reasons for the others."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def storable(
     experts: bool = False,
     symmetric: bool = True,
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The linears of a scope that compressed-tensors can store, and the names of what it cannot, by reason.
+    """Return the linear layers of a scope that compressed-tensors can store, and the names of the others, by reason.
 
-    Of experts that a model keeps as stacked matrices (no ``nn.Linear`` of their own) transformers (5.17 to 5.23) looks
-    for codes in a checkpoint of integers, and cannot read one without. So with ``integer`` weights all of them are
-    quantized, or the model is refused.
+    If a model stores its experts as stacked matrices (instead of ``nn.Linear`` modules), transformers (5.17 to 5.23)
+    expects codes for them in an integer checkpoint, and cannot read one without. With ``integer`` weights, therefore,
+    either all experts are quantized or the model is rejected.
 
     Args:
-        scope, targets, skip: see ``Scope.select``. ``Linear`` includes the matrices of experts; routers are none.
-        integer: whether the weights get integer codes. If not, experts are among what is left out.
-        label: what messages begin with.
-        experts: whether the caller quantizes ``ExpertLinear`` too, which are then among the layers.
-        symmetric: whether the codes have no zero points; with experts they must not.
+        scope, targets, skip: see ``Scope.select``. ``Linear`` includes the matrices of experts, but not routers.
+        integer: True if the weights get integer codes. Otherwise experts are skipped.
+        label: the beginning of error messages.
+        experts: True if the caller also quantizes ``ExpertLinear`` layers, which are then among the returned ones.
+        symmetric: True if the codes have no zero points, as experts require.
 
-    Raises ``ModelError`` for integer weights of a model with experts that would not be stored, or not be read.
+    Raises ``ModelError`` for integer weights of a model whose experts would not be stored, or could not be read back.
     """
     targets, skip = tuple(targets), tuple(skip)
     selected = scope.select(targets, skip, experts=experts)
@@ -60,13 +60,13 @@ def storable(
     stacks = {name: m for name, m in scope.model.named_modules() if has_stacked_weights(m)}
     inside = [name for name in stacks if scope.holds(name)]
     if stacks and integer and layers:
-        _require_whole_experts(scope, stacks, targets, skip, label, experts, symmetric)
+        _require_readable_experts(scope, stacks, targets, skip, label, experts, symmetric)
     elif inside and "Linear" in targets:
         skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
     return layers, skipped
 
 
-def _require_whole_experts(
+def _require_readable_experts(
     scope: Scope,
     stacks: Mapping[str, nn.Module],
     targets: tuple[str, ...],
@@ -75,15 +75,15 @@ def _require_whole_experts(
     experts: bool,
     symmetric: bool,
 ) -> None:
-    """Raise ``ModelError`` unless a step on these targets leaves experts that stock transformers reads."""
+    """Raise ``ModelError`` unless stock transformers can read the experts after a step on these targets."""
     model = scope.model
     begin = f"{label} cannot store integer weights of {type(model).__name__}: its experts are stacked matrices"
     left = {name: stack for name, stack in stacks.items() if not expert_schemes(stack)}
     if not experts and left:
         raise ModelError(
-            f"{begin} ({next(iter(left))}), which this technique leaves as they are, and stock transformers reads an "
-            "integer checkpoint of a mixture of experts only with its experts packed too. Use a technique that "
-            "quantizes experts too, or fp8, which stock transformers reads beside experts that are not quantized"
+            f"{begin} ({next(iter(left))}), which this technique leaves unquantized, and stock transformers reads an "
+            "integer checkpoint of a mixture of experts only if its experts are packed too. Use a technique that "
+            "quantizes experts, or fp8, which stock transformers reads together with unquantized experts"
         )
     views = expert_linears(model)
     chosen = set(match({**linears(model), **views}, targets, skip)) if experts else set()
@@ -91,7 +91,7 @@ def _require_whole_experts(
     if out:
         raise ModelError(
             f"{begin} of which targets and skip leave out {len(out)}, such as {out[0]}, and stock transformers reads "
-            "an integer checkpoint of a mixture of experts only with all its experts packed. Select all of them, or "
+            "an integer checkpoint of a mixture of experts only if all its experts are packed. Select all of them, or "
             "use fp8"
         )
     checked = {name: stack for name, stack in left.items() if scope.holds(name)} or dict([*left.items()][:1])
@@ -99,17 +99,17 @@ def _require_whole_experts(
         if why := experts_unsupported_reason(model, name, stack):
             raise ModelError(
                 f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
-                "leaves experts as they are"
+                "leaves experts unquantized"
             )
         if not symmetric:
             raise ModelError(
-                f"{begin} ({name}), and stock transformers reads the codes of experts without zero points only. Use "
+                f"{begin} ({name}), and stock transformers reads codes of experts without zero points only. Use "
                 "symmetric: true"
             )
 
 
 def has_stacked_weights(module: nn.Module) -> bool:
-    """Whether a module holds stacked matrices ``[n, ., .]``, as experts are kept."""
+    """Return True if a module has stacked matrices ``[n, ., .]``, the form of fused experts."""
     convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return not convolution and any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 

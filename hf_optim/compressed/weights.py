@@ -1,6 +1,6 @@
-"""What the host tells a kernel about the weight of a linear layer, and in which words the weight itself is told.
+"""The description of a linear layer's weight that kernels receive, and the form of the weight itself.
 
-Kernels read these by their attributes and import nothing from here.
+Kernels read the attributes of these classes and do not import this module.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class InputQuantization:
     """How the inputs of a layer are quantized.
 
     Attributes:
-        type: of the codes.
-        dynamic: one scale per token, made on the fly; else one calibrated scale for all.
+        type: dtype of the codes.
+        dynamic: one scale per token, computed on the fly; otherwise one calibrated scale for all tokens.
         symmetric: no zero point.
     """
 
@@ -30,16 +30,16 @@ class InputQuantization:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The values of a weight: ``W[n, order[j]] = (codes[n, j] - zero[n, g]) * scale[n, g]``, ``g = j // group_size``.
+    """The quantized weight: ``W[n, order[j]] = (codes[n, j] - zero[n, g]) * scale[n, g]``, ``g = j // group_size``.
 
     Attributes:
         codes: ``[out, in]``; uint8 in [0, 2^bits) for integers (a signed code c is stored as c + 2^(bits - 1)),
-            float8_e4m3fn for floats, and the weight itself where nothing is quantized.
+            float8_e4m3fn for floats; the weight itself if it is not quantized.
         scale: ``[out, groups]``, in the dtype of the layer; None for a weight that is not quantized.
-        zero: uint8 ``[out, groups]`` in [0, 2^bits); None where it is 2^(bits - 1) everywhere (symmetric).
+        zero: uint8 ``[out, groups]`` in [0, 2^bits); None if it is 2^(bits - 1) everywhere (symmetric).
         order: int64 ``[in]``: the stored column j is column ``order[j]`` of the layer's input; None for the identity.
-        input_scale: ``[1]``, of statically quantized inputs.
-        input_zero: ``[1]``, of statically quantized asymmetric inputs, as a signed number.
+        input_scale: ``[1]``, for statically quantized inputs.
+        input_zero: ``[1]``, for statically quantized asymmetric inputs, as a signed number.
     """
 
     codes: Tensor
@@ -52,26 +52,26 @@ class Codes:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """The weight of one layer, described; its codes are made when asked for.
+    """The description of a layer's weight; its codes are computed on request.
 
     Attributes:
         name: qualified name of the layer.
         shape: ``[out, in]``.
-        dtype: of the layer's inputs, outputs and bias.
-        device: where the weight is.
+        dtype: dtype of the layer's inputs, outputs and bias.
+        device: device of the weight.
         kind: integers, floats, or a weight that is not quantized (2:4 sparse).
-        bits: of a code; of the dtype for ``"dense"``.
-        group_size: columns that share a scale; ``in`` for one scale a row.
+        bits: bits of a code; of the dtype for ``"dense"``.
+        group_size: columns that share a scale; ``in`` for one scale per row.
         symmetric: no zero points.
-        ordered: the groups are of scattered columns, ``Codes.order`` is set.
-        inputs: how inputs are quantized; None: they are not.
-        sparse24: of every four columns (as stored), two at least are zero. Looked for only where a kernel asks for it.
+        ordered: the columns of a group are not adjacent; ``Codes.order`` is set.
+        inputs: how inputs are quantized; None if they are not.
+        sparse24: at least two of every four columns (as stored) are zero. Checked only if a kernel has ``sparse24``.
         bias: ``[out]``, or None.
-        codes: makes the ``Codes``, which nobody keeps. Raises ``ValueError`` with the reason where it cannot.
-        outliers: the layer is meant to be computed with int8 inputs, one scale per token, but for the columns that have
-            a larger magnitude than this, which keep their own type (infinity: none does). None: it is not. Only for
-            8-bit symmetric weights with one scale a row, and ``inputs`` None, which is what a kernel does that knows
-            nothing of this.
+        codes: computes the ``Codes``, which are not cached. Raises ``ValueError`` with the reason if it cannot.
+        outliers: threshold for outlier decomposition: inputs are int8, one scale per token, except for columns with a
+            larger magnitude, which keep their dtype (infinity: no column does). None: no decomposition. Set only for
+            8-bit symmetric weights with one scale per row and ``inputs`` None; a kernel without outlier decomposition
+            then computes with unquantized inputs.
     """
 
     name: str

@@ -223,7 +223,7 @@ def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(
-        collectives, "reduce_", lambda t, how: t.add_(torch.tensor([14, 0]) if t.dim() == 1 else padded)
+        collectives, "all_reduce_", lambda t, how: t.add_(torch.tensor([14, 0]) if t.dim() == 1 else padded)
     )
     watcher.reduce()
     assert torch.equal(sample[name], torch.cat([others, mine])[::2])
@@ -368,7 +368,7 @@ def test_zero_points_are_refused(technique):
     "fields", [{"skip": ["*.experts.*"]}, {"skip": ["*.1.mlp.experts.2.down_proj"]}, {"targets": ["*.q_proj"]}]
 )
 def test_experts_are_quantized_all_or_none(fields):
-    with pytest.raises(ModelError, match=r"leave out .*only with all its experts packed"):
+    with pytest.raises(ModelError, match=r"leave out .*only if all its experts are packed"):
         quantized(tiny_mixtral(), bits=4, **fields)
 
 

@@ -122,7 +122,7 @@ class _Pending(NamedTuple):
 def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: SafetensorsHeaders) -> None:
     """Give the linears of a model on the meta device the tensors that their layouts name.
 
-    Raises ``CheckpointError`` if the checkpoint lacks one, or has it in another shape or dtype.
+    Raises ``CheckpointError`` if one is missing from the checkpoint, or has another shape or dtype.
     """
     _require_no_fused_experts(model)
     for name, layout in layouts.items():
