@@ -38,7 +38,7 @@ def quantizer_class() -> type:
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
     class StoredQuantizer(CompressedTensorsHfQuantizer):
-        """Saves packed codes, and allows adapters to be trained on top of the frozen weights."""
+        """A quantizer that saves packed codes, and allows adapters to be trained on top of the frozen weights."""
 
         use_fp8_kernel = (
             False  # normally set by validate_environment, which runs only when transformers loads a checkpoint

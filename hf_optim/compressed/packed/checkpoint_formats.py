@@ -9,7 +9,7 @@ from torch import nn
 
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, UnsupportedCheckpoint
 from .describe import scheme_unsupported_reason
-from .layouts import AWQ, GPTQ, Compressed, Layout
+from .layouts import AWQLayout, CompressedTensorsLayout, GPTQLayout, Layout
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -68,7 +68,7 @@ def _without_actorder(group: Any) -> Any:
     return {**group, "weights": {**weights, "actorder": None}} if weights else group
 
 
-def _layout(scheme: QuantizationScheme, default_format: Any) -> Compressed:
+def _layout(scheme: QuantizationScheme, default_format: Any) -> CompressedTensorsLayout:
     from compressed_tensors.config import CompressionFormat
 
     if reason := scheme_unsupported_reason(scheme):
@@ -82,11 +82,11 @@ def _layout(scheme: QuantizationScheme, default_format: Any) -> Compressed:
     if stored == "pack-quantized" and not kept.weights.symmetric:
         # For saving the model again: see ``schemes.scheme``.
         kept.format = CompressionFormat.naive_quantized
-    return Compressed(kept, stored)
+    return CompressedTensorsLayout(kept, stored)
 
 
 def _matched(
-    model: nn.Module, headers: SafetensorsHeaders, targets: Mapping[str, Compressed], ignore: list[str]
+    model: nn.Module, headers: SafetensorsHeaders, targets: Mapping[str, CompressedTensorsLayout], ignore: list[str]
 ) -> dict[str, Layout]:
     from compressed_tensors.utils.match import match_named_modules, match_targets
 
@@ -114,7 +114,7 @@ def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
         raise UnsupportedCheckpoint(
             f"GPTQ with bits {bits}, checkpoint_format {version!r}, dynamic {config.get('dynamic')}"
         )
-    layout = GPTQ(bits, _group_size(size), zero_points_minus_one=version == version_1)
+    layout = GPTQLayout(bits, _group_size(size), zero_points_minus_one=version == version_1)
     return lambda model, headers: _named(model, headers, layout)
 
 
@@ -123,7 +123,7 @@ def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
     version = str(getattr(config.get("version"), "value", config.get("version") or "gemm")).lower()
     if bits != 4 or version != "gemm":
         raise UnsupportedCheckpoint(f"AWQ with bits {bits}, version {version!r}")
-    layout = AWQ(_group_size(size))
+    layout = AWQLayout(_group_size(size))
     return lambda model, headers: _named(model, headers, layout)
 
 

@@ -55,7 +55,7 @@ class FusedProjections:
             others = ", ".join(name for name in short if name != short[i])
             layer._modules[PACKED_WEIGHT] = FusedSlice(fused, output, i, f"{fused.label}, with {others}")
             layer.packing.group = self
-            layer.tie()
+            layer.refresh()
         self.fused = fused
         return True
 
@@ -73,7 +73,7 @@ class FusedProjections:
             own = partial(slice_rows, codes, start, start + layer.out_features)
             weight = replace(layer.packing.description, bias=None if bias is None else bias.detach(), codes=own)
             layer._modules[PACKED_WEIGHT] = layer.packing.kernel.prepack(weight)
-            layer.tie()
+            layer.refresh()
             start += layer.out_features
         self.fused = None
 

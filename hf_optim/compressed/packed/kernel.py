@@ -19,7 +19,7 @@ class Kernel:
         name: name of the kernel, for messages.
         supports: ``weight -> None`` if the kernel can run a layer with that weight faster than the dense product,
             otherwise the reason why not (a phrase); ``""`` if the kernel does not handle this kind of weight at all.
-            It reads the description only, not the codes.
+            ``supports`` reads the description only, not the codes.
         prepack: builds the *packed weight*, an ``nn.Module`` that holds the weight in the kernel's own layout, as
             buffers:
 

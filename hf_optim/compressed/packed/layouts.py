@@ -79,7 +79,7 @@ class Layout(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Compressed:
+class CompressedTensorsLayout:
     """A layer of a compressed-tensors checkpoint: its ``QuantizationScheme`` and the format of its tensors."""
 
     scheme: QuantizationScheme
@@ -148,7 +148,7 @@ class Compressed:
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQLayout:
     """A layer of a GPTQ checkpoint.
 
     Attributes:
@@ -188,7 +188,7 @@ class GPTQ:
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQLayout:
     """A layer of an AWQ checkpoint. ``group_size`` None: one group with all columns."""
 
     group_size: int | None

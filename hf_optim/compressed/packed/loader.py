@@ -73,7 +73,7 @@ def _register() -> None:
 
     @register_quantization_config(METHOD)
     class PackedConfig(QuantizationConfigMixin):
-        """Holds the checkpoint's own configuration while it is loaded."""
+        """A configuration that holds the original one of the checkpoint while it is loaded."""
 
         def __init__(self, stored: Mapping[str, Any], **kwargs: Any) -> None:
             self.quant_method: Any = METHOD
@@ -81,7 +81,7 @@ def _register() -> None:
 
     @register_quantizer(METHOD)
     class PackedQuantizer(HfQuantizer):
-        """Loads the linears of a compressed checkpoint as packed layers; see the module docstring."""
+        """A quantizer that loads the linears of a compressed checkpoint as packed layers; see the module docstring."""
 
         requires_calibration = True
         is_trainable = True
@@ -111,7 +111,7 @@ def _register() -> None:
 
 
 class _Pending(NamedTuple):
-    """What a ``PlaceholderLinear`` becomes once its tensors are loaded."""
+    """The data from which a ``PlaceholderLinear`` is converted once its tensors are loaded."""
 
     layout: Layout
     former: type[nn.Linear]

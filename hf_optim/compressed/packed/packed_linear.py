@@ -171,11 +171,11 @@ class PackedLinear(nn.Linear):
     def fail(self, reason: str) -> None:
         """Fall back to the dense path until the layer is packed again, and warn."""
         self.packing.failure = reason
-        self.tie()
+        self.refresh()
         text = f"{self.packing.description.name} falls back to the dense path: {reason}"
         warnings.warn(text, KernelWarning, stacklevel=4)
 
-    def tie(self) -> None:
+    def refresh(self) -> None:
         """Cache the methods that ``forward`` calls, and let the packed weight share the layer's bias."""
         packed_weight: Any = self._modules[PACKED_WEIGHT]
         bias = self._parameters["bias"]
@@ -192,13 +192,13 @@ class PackedLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "bias":
-            self.tie()
+            self.refresh()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # In a copy of the model, parameters are copied one by one, so the packed weight's bias is another tensor.
         super().__setstate__(state)
         self.packing = replace(self.packing)
-        self.tie()
+        self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         before = self.packing.description
@@ -216,7 +216,7 @@ class PackedLinear(nn.Linear):
             self._modules[PACKED_WEIGHT] = packed_weight
         # Scales belong to the codes: they move to another device, but are never rounded to another dtype.
         packed_weight._apply(lambda tensor: _moved(fn, tensor))
-        self.tie()
+        self.refresh()
         if moves:
             self.packing.description = replace(before, dtype=target.dtype, device=target.device)
             changed = target.dtype != before.dtype or target.device.type != before.device.type
@@ -247,7 +247,7 @@ class PackedLinear(nn.Linear):
                 reason = str(error)
         if reason is None:
             self.packing.failure = ""
-            self.tie()
+            self.refresh()
         else:
             self.fail(f"it moved to {weight.dtype} on {weight.device}, {self.packing.kernel.name}: {reason}")
 

@@ -99,7 +99,7 @@ def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, packed_weig
     description = replace(weight, bias=None, codes=_no_codes)
     module.__dict__["packing"] = Packing(description, kernel, former, unpack, parameters, replaced, attributes)
     module._modules[PACKED_WEIGHT] = packed_weight
-    module.tie()  # type: ignore[operator]
+    module.refresh()  # type: ignore[operator]
 
 
 def _no_codes() -> Codes:
