@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -25,18 +23,12 @@ from hf_optim.errors import CheckpointError, ModelError
 from hf_optim.toolkit.quantization.grids import GridSpec, fit_group_size, make_grid
 
 STOCK = """
-import sys, torch
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("hf_optim", "hf_optim_plugins", "hf_optim_kernels"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Block())
-import transformers
+import torch, transformers
 from safetensors.torch import save_file
 from transformers.utils import logging
 logging.disable_progress_bar()
 ids = torch.arange(18).view(2, 9) % 64
-for d in sys.argv[1:]:
+for d in directories:
     config = transformers.AutoConfig.from_pretrained(d)
     model = getattr(transformers, config.architectures[0]).from_pretrained(d).eval()
     with torch.no_grad():
@@ -97,12 +89,11 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-def stock_logits(*directories) -> list[torch.Tensor]:
+def stock_logits(stock_python, *directories) -> list[torch.Tensor]:
     """Reload in a process that cannot import hf_optim."""
-    command = [sys.executable, "-c", STOCK, *map(str, directories)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "were not used" not in done.stderr + done.stdout
+    done = stock_python.copy(f"directories = {[str(d) for d in directories]}\n{STOCK}")
+    assert done.status == 0, done.err[-3000:]
+    assert "were not used" not in done.err + done.out
     return [load_file(d / "logits.safetensors")["logits"] for d in directories]
 
 
@@ -127,7 +118,7 @@ def extra_models() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def round_trip(tmp_path_factory):
+def round_trip(tmp_path_factory, stock_python):
     """name -> (config.json, stored tensors, logits in memory, logits of stock transformers)."""
     root = tmp_path_factory.mktemp("checkpoints")
     tiny_llama().save_pretrained(root / "base")
@@ -150,7 +141,7 @@ def round_trip(tmp_path_factory):
         assert all(torch.equal(before[key].float(), after[key].float()) for key in before)
         config = json.loads((root / name / "config.json").read_text())
         found[name] = [config, load_file(root / name / "model.safetensors"), logits(model)]
-    for name, stock in zip(models, stock_logits(*[root / name for name in models]), strict=True):
+    for name, stock in zip(models, stock_logits(stock_python, *[root / name for name in models]), strict=True):
         found[name].append(stock)
     return found
 

@@ -54,7 +54,8 @@ def stock(hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(hub, tmp_path_factory):
     """The author, with hf_optim."""
-    session = PythonSession(hub.environment(tmp_path_factory.mktemp("ours")), "import os, hf_optim\n" + IMPORTS + LOGITS)
+    begin = "import os, hf_optim\n" + IMPORTS + LOGITS
+    session = PythonSession(hub.environment(tmp_path_factory.mktemp("ours")), begin)
     yield session
     session.close()
 

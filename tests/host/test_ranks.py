@@ -89,17 +89,17 @@ def test_a_child_process_is_no_rank(monkeypatch):
     assert not {"WORLD_SIZE", "RANK"} & distributed.own_environment().keys()
 
 
-def test_observers_find_what_one_rank_finds():
-    done = torchrun(str(WORKER))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("checked") == 1  # rank 0 alone speaks
+def test_observers_find_what_one_rank_finds(python):
+    done = python.ranks(WORKER)
+    assert done.status == 0, done.err[-3000:]
+    assert done.out.count("checked") == 1  # rank 0 alone speaks
 
 
-def test_a_rank_that_fails_ends_all():
-    done = torchrun(str(WORKER), "fail")
-    assert done.returncode != 0
-    assert "this rank fails" in done.stderr
-    assert "checked" not in done.stdout
+def test_a_rank_that_fails_ends_all(python):
+    done = python.ranks(WORKER, "fail")
+    assert done.status != 0
+    assert "this rank fails" in done.err
+    assert "checked" not in done.out
 
 
 RECIPES = {

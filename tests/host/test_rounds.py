@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -393,12 +390,7 @@ def test_stopping_early_ends_in_the_round_it_is_in(tmp_path):
     assert rounds_of(run_of(model)).done < 2
 
 
-@pytest.mark.slow
-def test_two_ranks_rewind_to_one_point(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(WORKER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    command = [*launcher, str(WORKER), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agreed") == 2
+def test_two_ranks_rewind_to_one_point(tmp_path, python):
+    done = python.ranks(WORKER, tmp_path)
+    assert done.status == 0, done.err[-3000:]
+    assert done.out.count("agreed") == 2

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,15 +13,11 @@ from hf_optim.toolkit.distributed import fsdp
 WORKER = Path(__file__).with_name("shard_worker.py")
 
 
-def test_masks_follow_the_shards(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    done = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
+def test_masks_follow_the_shards(tmp_path, python):
+    done = python.ranks(WORKER, tmp_path)
+    assert done.status == 0, done.out[-1000:] + done.err[-5000:]
     for check in ("magnitude", "resumption", "guard", "agreement", "stock_trainer"):
-        assert f"check_{check}" in done.stdout
+        assert f"check_{check}" in done.out
 
 
 def test_without_shards_nothing_is_copied():
