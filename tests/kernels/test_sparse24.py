@@ -339,7 +339,7 @@ def test_negative_zeros_of_joined_operands():
         ({"sparse24": False}, "^$"),
         ({"kind": "float"}, "float codes"),
         ({"dtype": torch.float32}, "float32 inputs"),
-        ({"ordered": True}, "scattered"),
+        ({"ordered": True}, "not adjacent"),
         ({"shape": (24, 174)}, "multiple of 4"),
         ({"group_size": 8}, "multiple of 16"),
         ({"bits": 9}, "9-bit"),

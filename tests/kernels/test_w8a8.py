@@ -467,7 +467,7 @@ def test_joined_operands(device):
         ({"bits": 4, "kind": "float"}, "4-bit float weights with int8 inputs"),
         ({"inputs": InputQuantization("float8", True, True)}, "8-bit int weights with float8 inputs"),
         ({"symmetric": False}, "zero points"),
-        ({"group_size": 32}, "groups of 32 columns"),
+        ({"group_size": 32}, "group of 32 columns"),
         ({"ordered": True}, "another order"),
         ({"device": torch.device("meta")}, "no kernel for meta devices"),
         ({"dtype": torch.float64}, "float64 inputs"),

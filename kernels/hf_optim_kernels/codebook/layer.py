@@ -1,7 +1,8 @@
-"""Linear layers of a codebook on ``hf_optim::codebook_linear``: which modules are served, and what runs them.
+"""Linear layers with a codebook on ``hf_optim::codebook_linear``: supported modules, and their packed form.
 
-``supports`` and ``prepack`` read a module that holds codes: ``codes()`` (uint8 [out, in]), ``bits``, ``shape``,
-``centroids``, and its outliers as ``outliers``, ``outlier_counts`` (of each row) and ``outlier_columns``.
+This module is an entry point of the group ``hf_optim.kernels``. ``supports`` and ``prepack`` read a codebook module:
+``codes()`` (uint8 [out, in]), ``bits``, ``shape``, ``centroids``, and its outliers as ``outliers``, ``outlier_counts``
+(per row) and ``outlier_columns``.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ READ = ("codes", "bits", "shape", "centroids", "outliers", "outlier_counts", "ou
 
 
 def supports(module: Any) -> str | None:
-    """None where the module can run here, else why not; the empty string for one that is no business of this."""
+    """Return None if the kernel can run a module, otherwise the reason; ``""`` if it is not a codebook module."""
     if not getattr(module, "holds_codes", False) or not all(hasattr(module, name) for name in READ):
         return ""
     device, dtype = module.centroids.device, module.centroids.dtype
     if device.type != "cuda":
-        return f"no kernel for {device.type} devices: it decodes its weight at every call"
+        return f"no kernel for {device.type} devices: the module decodes its weight at every call"
     if util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype not in DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} activations; served are float16 and bfloat16"
+        return f"{str(dtype).removeprefix('torch.')} activations; float16 and bfloat16 are supported"
     size = module.shape[0] * module.shape[1]
     if size < LEAST_WEIGHTS:
         return f"a layer of {size:,} weights is left to PyTorch (from {LEAST_WEIGHTS:,})"
@@ -42,7 +43,7 @@ def supports(module: Any) -> str | None:
 
 
 def prepack(module: Any) -> CodebookWeight:
-    """The packed weight of a module that is served."""
+    """Return the packed form of a supported module."""
     bias = module.bias
     return CodebookWeight(
         module.codes(),

@@ -1,7 +1,7 @@
-"""The linear layer of LLM.int8(): what it serves, and the packed weight that a packed layer holds.
+"""Linear layers of LLM.int8() on ``hf_optim::llm_int8``: supported weights, and their packed form.
 
-``supports`` and ``prepack`` read an ``hf_optim.compressed.weights.QuantizedWeight``, of which only the attributes are
-used.
+This module is an entry point of the group ``hf_optim.kernels``. ``supports`` and ``prepack`` read the attributes of an
+``hf_optim.compressed.weights.QuantizedWeight``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ LEAST_CAPABILITY = (8, 0)
 
 
 def supports(weight: Any) -> str | None:
-    """None where the weight can run here and it pays, else why not; "" where outliers are not apart."""
+    """Return None if the kernel runs a weight faster, otherwise the reason; ``""`` without outlier decomposition."""
     if weight.outliers is None:
         return ""
     return cpu.unsupported_reason(weight) if weight.device.type == "cpu" else _unsupported_device(weight)
 
 
 def supports_everywhere(weight: Any) -> str | None:
-    """As ``supports``, but whether it pays is not asked: for seeing on a CPU what a GPU computes."""
+    """Return ``supports`` regardless of speed, to reproduce on a CPU what a GPU computes."""
     if weight.outliers is None or weight.device.type != "cpu":
         return supports(weight)
     return None if weight.dtype.is_floating_point else f"{str(weight.dtype).removeprefix('torch.')} inputs"
@@ -51,7 +51,7 @@ def _unsupported_device(weight: Any) -> str | None:
 
 
 def prepack(weight: Any) -> LLMInt8Linear:
-    """The packed weight of a weight that is served."""
+    """Return the packed form of a supported weight."""
     found = weight.codes()
     codes = (found.codes ^ 128).view(torch.int8).contiguous()
     return LLMInt8Linear(codes, found.scale.detach(), weight.bias, weight.outliers, weight.dtype)
@@ -122,7 +122,7 @@ class LLMInt8Linear(Planned):
 
 
 def join(packed_weights: list[nn.Module]) -> LLMInt8Linear | None:
-    """One layer whose outputs are those of all, one after the other; None where inputs or types differ."""
+    """Concatenate packed weights along the output; return None if their inputs or dtypes differ."""
     parts = [part for part in packed_weights if isinstance(part, LLMInt8Linear)]
     if not parts or len(parts) < len(packed_weights):
         return None

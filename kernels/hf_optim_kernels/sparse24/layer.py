@@ -1,7 +1,8 @@
-"""Binding a 2:4 weight: which weights are served, and the packed weight that runs one.
+"""Linear layers with 2:4 sparse weights on ``hf_optim::sparse24``: supported weights, and their packed form.
 
-A weight comes as the host describes it (``QuantizedWeight``: ``kind`` "dense" for 16-bit numbers or "int" for codes,
-read here by its attributes alone) and goes back as it came, bit for bit, through ``codes``.
+This module is an entry point of the group ``hf_optim.kernels``. ``supports`` and ``prepack`` read the attributes of an
+``hf_optim.compressed.weights.QuantizedWeight``: ``kind`` is "dense" for 16-bit numbers, "int" for codes. The ``codes``
+of the packed weight are bitwise identical to those it was built from.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ MOST_PLANS = 64
 
 
 def supports(weight: Any) -> str | None:
-    """None where the weight can run here and pays, else why not; empty where it is not 2:4."""
+    """Return None if the kernel runs a weight faster, otherwise the reason; ``""`` if it is not 2:4 sparse."""
     if not weight.sparse24:
         return ""
     if weight.inputs is not None:
-        return "its inputs are quantized, this kernel is for weights only"
+        return "its inputs are quantized; only weights may be"
     return (
         _unsupported_format(weight)
         or _not_faster(weight)
@@ -42,19 +43,19 @@ def supports(weight: Any) -> str | None:
 def _unsupported_format(weight: Any) -> str | None:
     columns = weight.shape[1]
     if weight.kind not in ("dense", "int"):
-        return f"{weight.kind} codes; served are integers and unquantized weights"
+        return f"{weight.kind} codes; integers and unquantized weights are supported"
     if weight.dtype not in op.DTYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} inputs; the kernel is for bfloat16 and float16"
+        return f"{str(weight.dtype).removeprefix('torch.')} inputs; bfloat16 and float16 are supported"
     if weight.ordered:
-        return "its groups are of scattered columns (act-order)"
+        return "the columns of its groups are not adjacent (act-order)"
     if columns % 4:
-        return f"{columns} columns are no multiple of 4"
+        return f"{columns} columns are not a multiple of 4"
     if weight.kind == "dense":
         return None
     if not 2 <= weight.bits <= 8:
-        return f"{weight.bits}-bit codes; served are 2 to 8 bits"
+        return f"{weight.bits}-bit codes; 2 to 8 bits are supported"
     if weight.group_size < columns and weight.group_size % GROUP_MULTIPLE:
-        return f"groups of {weight.group_size} columns are no multiple of {GROUP_MULTIPLE}"
+        return f"group size {weight.group_size} is not a multiple of {GROUP_MULTIPLE}"
     return None
 
 
@@ -86,16 +87,17 @@ def _not_faster(weight: Any) -> str | None:
 
 
 def _for_tensor_cores(weight: Any) -> bool:
-    """Whether integer codes are to be laid out for sparse tensor cores."""
+    """Return True if integer codes are to be laid out for sparse tensor cores."""
     rows, columns = weight.shape
     return weight.bits <= 4 and mma_layout.fits(rows, columns) and mma_layout.takes_groups(columns, weight.group_size)
 
 
 @torch.no_grad()
 def prepack(weight: Any) -> PackedWeight:
-    """The packed weight of a weight. Raises ``ValueError`` where a four has more than two entries that are not zero.
+    """Return the packed form of a supported weight.
 
-    For codes, zero is exactly the zero point's code.
+    Raises ``ValueError`` if a group of four columns has more than two nonzero entries. For codes, zero is the code that
+    equals the zero point.
     """
     found = weight.codes()
     columns, middle = weight.shape[1], 1 << (weight.bits - 1)
@@ -234,7 +236,7 @@ class PackedWeight(nn.Module):
 
 
 def join(packed_weights: Sequence[PackedWeight]) -> PackedWeight | None:
-    """Concatenate packed weights along the output; return None where they differ in more than their rows."""
+    """Concatenate packed weights along the output; return None if they differ in more than their rows."""
     first = packed_weights[0]
     if any(_form(w) != _form(first) for w in packed_weights):
         return None

@@ -1,4 +1,8 @@
-"""A linear layer with 8-bit weights and inputs: what it serves, and the packed weight that a packed layer holds."""
+"""Linear layers with 8-bit weights and inputs on ``hf_optim::w8a8``: supported weights, and their packed form.
+
+This module is an entry point of the group ``hf_optim.kernels``. ``supports`` and ``prepack`` read the attributes of an
+``hf_optim.compressed.weights.QuantizedWeight``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ LEAST_CAPABILITY = {"int8": (8, 0), "float8": (8, 9)}
 
 
 def supports(weight: Any) -> str | None:
-    """None where the weight (a ``QuantizedWeight``) can run here, else why not; "" where inputs are not quantized."""
+    """Return None if the kernel can run a weight, otherwise the reason; ``""`` if its inputs are not quantized."""
     inputs = weight.inputs
     if inputs is None or weight.kind == "dense":
         return ""
@@ -29,11 +33,12 @@ def supports(weight: Any) -> str | None:
         return cpu.unsupported_reason(weight)
     wanted = {"int": "int8", "float": "float8"}[weight.kind]
     if not 2 <= weight.bits <= 8 or (weight.kind == "float" and weight.bits != 8) or inputs.type != wanted:
-        return f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs; served are up to 8 bits of one kind"
+        kinds = f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs"
+        return f"{kinds}; supported are up to 8 bits, both integer or both float8"
     if not weight.symmetric:
         return "its weight has zero points"
     if weight.group_size != weight.shape[1]:
-        return f"scales for groups of {weight.group_size} columns; the products of codes need one a row"
+        return f"scales per group of {weight.group_size} columns; the product of codes needs one scale per row"
     if weight.ordered:
         return "its columns are stored in another order"
     if inputs.type == "float8" and not inputs.symmetric:
@@ -55,7 +60,7 @@ def _unsupported_device(weight: Any) -> str | None:
 
 
 def prepack(weight: Any) -> nn.Module:
-    """The packed weight for a weight that is served. Raises ``ValueError`` for static inputs without a scale."""
+    """Return the packed form of a supported weight. Raises ``ValueError`` for static inputs without a scale."""
     if weight.device.type == "cpu":
         from . import cpu
 
@@ -177,7 +182,7 @@ def _zero_of(found: Any) -> Tensor:
 
 
 def join(packed_weights: Sequence[Any]) -> nn.Module | None:
-    """One packed weight whose outputs are those of all, one after the other; None where inputs or types differ."""
+    """Concatenate packed weights along the output; return None if their inputs or dtypes differ."""
     if not isinstance(packed_weights[0], PackedWeight):
         from . import cpu
 

@@ -1,8 +1,7 @@
-"""Weight-only quantized linear layers on ``hf_optim::wna16``: which weights are served, and the packed weight that runs
-them.
+"""Weight-only quantized linear layers on ``hf_optim::wna16``: supported weights, and their packed form.
 
-``supports`` and ``prepack`` read an ``hf_optim.compressed.weights.QuantizedWeight``, of which only the attributes are
-used.
+This module is an entry point of the group ``hf_optim.kernels``. ``supports`` and ``prepack`` read the attributes of an
+``hf_optim.compressed.weights.QuantizedWeight``.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ MOST_PLANS = 64
 
 
 def supports(weight: Any) -> str | None:
-    """None where the weight can run here, else why not; the empty string for a weight that is no business of this."""
+    """Return None if the kernel can run a weight, otherwise the reason; ``""`` unless it is weight-only integer."""
     if weight.kind != "int" or weight.inputs is not None:
         return ""
     if not 2 <= weight.bits <= 8:
-        return f"{weight.bits}-bit codes; served are 2 to 8 bits"
+        return f"{weight.bits}-bit codes; 2 to 8 bits are supported"
     if weight.device.type == "cpu":
         from . import cpu
 
@@ -39,9 +38,9 @@ def supports(weight: Any) -> str | None:
 
 def _unsupported_layout(weight: Any) -> str | None:
     if weight.dtype not in DTYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} activations; served are float16 and bfloat16"
+        return f"{str(weight.dtype).removeprefix('torch.')} activations; float16 and bfloat16 are supported"
     if weight.group_size < weight.shape[1] and weight.group_size % 16:
-        return f"groups of {weight.group_size} columns are no multiple of 16"
+        return f"group size {weight.group_size} is not a multiple of 16"
     if weight.shape[0] * weight.shape[1] < LEAST_WEIGHTS:
         return f"a layer of {weight.shape[0] * weight.shape[1]:,} weights is faster dense (from {LEAST_WEIGHTS:,})"
     return None
@@ -57,7 +56,7 @@ def _unsupported_device(weight: Any) -> str | None:
 
 
 def prepack(weight: Any) -> nn.Module:
-    """The packed weight of a weight that is served."""
+    """Return the packed form of a supported weight."""
     if weight.device.type == "cpu":
         from . import cpu
 
@@ -181,7 +180,7 @@ class PackedWeight(nn.Module):
 
 
 def join(packed_weights: list[Any]) -> nn.Module | None:
-    """One packed weight whose output is those of ``packed_weights`` side by side; None where their layouts differ."""
+    """Concatenate packed weights along the output; return None if their layouts differ."""
     first = packed_weights[0]
     if not isinstance(first, PackedWeight):
         from . import cpu
