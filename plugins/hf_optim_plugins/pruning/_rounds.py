@@ -1,7 +1,7 @@
-"""What the techniques that prune in rounds share: the hooks, and what the record and the card say.
+"""Base of the techniques that prune in rounds: their hooks, their entry on the record and their card.
 
 After round ``r`` of ``n`` a share ``s_r = 1 - (1 - s)^(r / n)`` of the weights is zero: every round removes the same
-share of what is left, and the last one ends exactly at ``s``.
+share of the remaining weights, and the last one ends exactly at ``s``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class InRounds(Technique):
     title = ""
 
     def driver(self, rounds: Rounds) -> RoundTraining:
-        """The callback that drives the rounds, with what this technique does between them."""
+        """Return the callback that runs the rounds and restores weights or learning rates between them."""
         raise NotImplementedError
 
     def between(self) -> str:
-        """What happens between the rounds, as the end of a sentence on the card."""
+        """Return what happens between the rounds, as the end of a sentence on the card."""
         raise NotImplementedError
 
     @hookimpl
@@ -73,7 +73,7 @@ class InRounds(Technique):
         rounds = ", ".join(f"{100 * reached:.1f} %" for reached in getattr(run.state(self), "sparsities", []))
         card.paragraph(
             self.title,
-            f"Pruned by magnitude in rounds (sparsity after each: {rounds or 'none was begun'}); {self.between()}. "
+            f"Pruned by magnitude in rounds (sparsity after each: {rounds or 'none was started'}); {self.between()}. "
             f"{100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
         card.table(f"Sparsity after {self.title.lower()}", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))

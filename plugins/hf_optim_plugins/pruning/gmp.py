@@ -1,8 +1,8 @@
 """Gradual magnitude pruning: raise the sparsity while the model trains (Zhu & Gupta, 1710.01878).
 
 ``s_t = s_f + (s_i - s_f) (1 - (t - t0) / (n Δt))³`` for ``t ∈ {t0, t0 + Δt, ..., t0 + n Δt}`` (equation 1). At each of
-these steps the weights of smallest magnitude are removed until a share ``s_t`` is zero; what was removed stays removed,
-without gradient, and the weights that are left go on training and recover the loss.
+these steps the weights of smallest magnitude are removed until a share ``s_t`` is zero. Removed weights stay removed,
+without gradient; the remaining weights continue to train and recover the loss.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class GMP(Technique):
     """Prune gradually during training, along a cubic ramp.
 
     Steps are optimizer steps, counted as the Trainer counts them (``state.global_step``). ``begin`` and ``end`` are
-    such steps when whole numbers, and shares of the training's length when floats: ``end: 1`` is the first step,
-    ``end: 1.0`` the end of training. The masks of a step are renewed right after it, so a run resumed from a
-    checkpoint goes on with the same bits.
+    steps if whole numbers, and shares of training if floats: ``end: 1`` is the first step, ``end: 1.0`` the end of
+    training. The masks of a step are renewed right after it, so a run resumed from a checkpoint continues with bitwise
+    identical weights.
 
     Attributes:
         sparsity: share of the weights that is removed at the end, in [0, 1).
         initial: share that is removed at ``begin``.
-        begin: where the ramp starts: a step, or a share of training.
-        end: where the last update stands; training after it is recovery alone.
-        every: steps between updates (Δt); one more update stands at ``end`` where the ramp is no multiple of it.
+        begin: start of the ramp: a step, or a share of training.
+        end: the last update; training after it only recovers the loss.
+        every: steps between updates (Δt); there is one more update at ``end`` if Δt does not divide the ramp.
         scope: ``"layer"`` prunes every layer to the ramp, ``"global"`` all targets together, ranked across layers.
         targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
@@ -75,7 +75,7 @@ class GMP(Technique):
             raise RecipeError(f"gmp: initial must be <= sparsity, not {self.initial} > {self.sparsity}")
 
     def ramp(self, max_steps: int) -> schedules.SparsitySchedule:
-        """The schedule for a training of ``max_steps`` optimizer steps. Raises ``RecipeError`` if it ends first."""
+        """Return the schedule for ``max_steps`` optimizer steps. Raises ``RecipeError`` if it ends before it begins."""
         begin, end = schedules.as_step(self.begin, max_steps), schedules.as_step(self.end, max_steps)
         if begin > end:
             raise RecipeError(
@@ -105,14 +105,14 @@ class GMP(Technique):
         share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
         card.paragraph(
             "Gradual magnitude pruning",
-            f"Pruned while training, from {100 * self.initial:g} % towards {100 * self.sparsity:g} % along a cubic "
+            f"Pruned during training, from {100 * self.initial:g} % towards {100 * self.sparsity:g} % along a cubic "
             f"ramp; {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
         card.table("Sparsity after gradual pruning", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
 
 
 class RampPruning(TrainerCallback):
-    """Renews ``run.masks`` along the ramp. It remembers nothing: all follows from ``global_step`` and the masks."""
+    """Renews ``run.masks`` along the ramp. It has no state: everything follows from ``global_step`` and the masks."""
 
     def __init__(self, step: GMP, run: Run, parameters: list[str]) -> None:
         self.step = step

@@ -1,9 +1,9 @@
-"""Iterative magnitude pruning: prune a part, fine-tune what is left, repeat (Han et al., 1506.02626).
+"""Iterative magnitude pruning: prune a part, fine-tune the remaining weights, repeat (Han et al., 1506.02626).
 
 ``s_r = 1 - (1 - s)^(r / n)`` is the sparsity after round ``r`` of ``n``. In a round the weights of smallest magnitude
-are removed, and the rest is trained on at one small learning rate, ``η = rate · η_max``: the retraining called
-fine-tuning by Renda et al. (2003.02389), who hold the last rate of the original schedule. The schedules of transformers
-end at 0, where nothing would be learnt; what is held instead is said at ``rate``.
+are removed, and the rest is trained at one small learning rate, ``η = rate · η_max``: the retraining called fine-tuning
+by Renda et al. (2003.02389), who keep the last rate of the original schedule. The schedules of transformers end at 0,
+where nothing would be learned; ``rate`` describes the rate that is used instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from hf_optim.toolkit.pruning import ROUNDS
 
 from ._rounds import InRounds
 
-# Of the highest rate: the mean over the last fifth of a linear decay, and about the last stage of a stepwise one.
+# As a share of the highest rate: the mean over the last fifth of a linear decay, and about the last stage of a stepwise
+# one.
 SMALL_RATE = 0.1
 
 
@@ -30,16 +31,16 @@ SMALL_RATE = 0.1
 class Iterative(InRounds):
     """Prune a part of the weights, fine-tune the rest, and repeat until the sparsity is reached.
 
-    The steps of one training are divided evenly among the rounds (and the dense phase, where there is one). Weights and
-    the optimizer's state go on from round to round.
+    The steps of one training are divided evenly among the rounds (and the dense phase, if there is one). Weights and
+    the optimizer's state carry over from round to round.
 
     Attributes:
         sparsity: share of the weights that is zero at the end, in [0, 1).
-        rounds: how often is pruned; each round removes the same share of what is left.
-        dense: whether training begins with a dense phase, which follows the Trainer's learning-rate schedule, as long
-            as a round; False prunes before the first step, which suits a model that is trained already.
-        rate: the learning rate of retraining, as a share of the Trainer's ``learning_rate``; None takes all of it when
-            there is no dense phase, and else where the schedule of the dense phase ends, but at least a tenth.
+        rounds: number of rounds; each removes the same share of the remaining weights.
+        dense: begin training with a dense phase, which follows the Trainer's learning-rate schedule and is as long as a
+            round; False prunes before the first step, which suits a trained model.
+        rate: the learning rate of retraining, as a share of the Trainer's ``learning_rate``; None uses all of it
+            without a dense phase, and with one the rate at which its schedule ends, but at least a tenth.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
         targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
@@ -62,7 +63,7 @@ class Iterative(InRounds):
         return RoundTraining(rounds, dense=self.dense, held=self.held)
 
     def held(self, last: float) -> float:
-        """The multiplier of the learning rate in retraining, where that of the dense phase ends at ``last``."""
+        """Return the learning-rate multiplier of retraining, if that of the dense phase ends at ``last``."""
         if self.rate is not None:
             return self.rate
         return max(last, SMALL_RATE) if self.dense else 1.0

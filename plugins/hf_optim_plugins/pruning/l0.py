@@ -1,17 +1,18 @@
-r"""L0 regularization: gates that close while the model trains, paid for by the number that are open (1712.01312).
+r"""L0 regularization: gates that close during training, with a price on the number of open ones (1712.01312).
 
 ``L = E_z[task loss with z ∘ W] + λ Σ_j |θ_j| P(z_j ≠ 0) / |θ|`` (Louizos et al., section 2.2), where ``z_j`` is the
 hard concrete gate of a weight, a neuron or a head and ``|θ_j|`` the number of weights it governs. Gates are exactly 0
-or 1 part of the time, and ``P(z ≠ 0)`` has a closed form (``hf_optim.toolkit.hard_concrete``). At the end the weights
-are multiplied by the gates at test time, and what has a gate of 0 is removed. The paper's λ is ours divided by ``|θ|``.
+or 1 part of the time, and ``P(z ≠ 0)`` has a closed form (``hf_optim.toolkit.pruning.hard_concrete``). At the end the
+weights are multiplied by the deterministic gates of test time, and the weights of gates that are 0 are removed. The
+paper's λ is ours divided by ``|θ|``.
 
-With a target sparsity ``t`` the price is found by training (Wang et al., 1910.04732): with ``s`` the expected share of
-closed gates, ``λ₁ (t - s) + λ₂ (t - s)²`` is added to the loss instead; the optimizer lowers it in the gates, gradient
-ascent raises it in ``λ₁`` and ``λ₂``, and ``t`` grows from 0 over the ramp.
+With a target sparsity ``t`` the price is learned (Wang et al., 1910.04732): with ``s`` the expected share of closed
+gates, ``λ₁ (t - s) + λ₂ (t - s)²`` is added to the loss instead; the optimizer minimizes it in the gates, gradient
+ascent maximizes it in ``λ₁`` and ``λ₂``, and ``t`` grows from 0 over the ramp.
 
-While training lasts, the gated layers have another class and the parameters they had. A ``checkpoint-N`` is therefore
-an ordinary checkpoint (of the weights without gates); the gates travel in the files that hf_optim's callbacks write
-beside it. Unlike the paper, gates of units are drawn once for a batch, not for each of its rows.
+During training the gated layers have another class and their own parameters. A ``checkpoint-N`` is therefore an
+ordinary checkpoint (of the weights without gates); the gates are saved in the files that hf_optim's callbacks write
+beside it. Unlike in the paper, gates of units are drawn once for a batch, not for each of its rows.
 """
 
 from __future__ import annotations
@@ -53,26 +54,27 @@ if TYPE_CHECKING:
     trains=True,
 )
 class L0(LearnedNoise):
-    """Learn which weights, neurons or heads to keep, with random gates whose expected number has a price.
+    """Learn which weights, neurons or heads to keep, with random gates and a price on the expected number of open ones.
 
     Runs in ``hf_optim.OptimTrainer``: the price is the loss term ``l0``. In evaluation mode the gates are those of test
-    time. Neurons and heads are found by looking (``toolkit.structures``); with grouped-query attention a unit is a
-    key/value head with its query heads. Their weights become zeros: the model keeps its shape.
+    time. Neurons and heads are found by tracing the model (``hf_optim.toolkit.topology.prunable_groups``); with
+    grouped-query attention a unit is a key/value head with its query heads. Their weights become zeros: the model keeps
+    its shape.
 
     Attributes:
-        on: what has a gate of its own: ``"weights"``, ``"neurons"`` of feed-forward layers, or attention ``"heads"``.
-        sparsity: share of the gates to close: the price is found by training, and at the end the gates with the
-            largest ``log α`` are kept (less, if more are closed already). None: ``weight`` is the price.
+        on: the parts with a gate each: ``"weights"``, ``"neurons"`` of feed-forward layers, or attention ``"heads"``.
+        sparsity: share of the gates to close: the price is learned, and at the end the gates with the largest
+            ``log α`` are kept (fewer, if more are closed already). None: ``weight`` is the price.
         weight: ``λ``, the price of all the weights under gates; unused with ``sparsity``.
         multiplier_rate: learning rate of ``λ₁`` and ``λ₂`` with ``sparsity``: too high, and the target is overshot; too
-            low, and gates are still open when the time comes to close them.
-        begin: where the price (or the target) begins to rise: a step, or a share of training.
-        end: where it has risen fully, in a straight line.
-        settle: where gates are closed for good: a step, or a share of training. What is left trains on without gates;
-            1.0 is the end of training, as in the paper.
-        initial: ``sigmoid(log α)`` of every gate at the beginning: 1 minus the paper's dropout rate.
-        gate_learning_rate: of ``log α``; None takes that of the weights, too little for short training: a gate closes
-            when ``log α`` has come some five units down.
+            low, and gates are still open at ``settle``.
+        begin: when the price (or the target) starts to rise: a step, or a share of training.
+        end: when it reaches its full height, after a linear rise.
+        settle: when gates are closed for good: a step, or a share of training. The remaining weights train on without
+            gates; 1.0 is the end of training, as in the paper.
+        initial: ``sigmoid(log α)`` of every gate at the start: 1 minus the paper's dropout rate.
+        gate_learning_rate: of ``log α``; None uses that of the weights, too low for short training: a gate closes
+            when ``log α`` has fallen by about five units.
         temperature: ``β`` of the gates, in (0, 1).
         targets: linear layers, by class, name or pattern; for units, the layers that read them (output and down
             projections). Output heads only if named exactly, and no weight that another module shares.
@@ -172,7 +174,7 @@ class L0(LearnedNoise):
 
 
 class GateTraining(NoiseTraining):
-    """Finds the price too, where a sparsity is the target."""
+    """Also learns the price, if a sparsity is the target."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -189,8 +191,8 @@ class GateTraining(NoiseTraining):
 
 
 def open_share(gates: list[gated_layers.Gates], kept: Mapping[str, Tensor]) -> Tensor:
-    """The expected share of the weights under these gates that is used, in [0, 1]; masked weights count on no side."""
-    counts = [one.expected_open(kept) for one in gates]
+    """Return the expected share of the gated weights that is used, in [0, 1]; masked weights do not count."""
+    counts = [each.expected_open(kept) for each in gates]
     used, size = (torch.stack(parts).sum() for parts in zip(*counts, strict=True))
     return used / size.clamp(min=1)
 

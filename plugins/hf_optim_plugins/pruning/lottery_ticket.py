@@ -1,10 +1,10 @@
-"""Lottery tickets: prune, put the weights that are left back to what they were early on, train again (1803.03635).
+"""Lottery tickets: prune, rewind the remaining weights to their values early in training, train again (1803.03635).
 
 ``W ← m ⊙ W_k``, where ``m`` keeps the largest weights of the *trained* network and ``W_k`` are its weights after ``k``
 steps: after round ``r`` of ``n`` a share ``s_r = 1 - (1 - s)^(r / n)`` of ``m`` is zero. With ``k = 0`` this is the
 procedure of Frankle & Carbin; larger networks need a ``k`` some way into training (Frankle et al., 1903.01611 and
-1912.05671); for a pretrained transformer ``k = 0``, its pretrained weights, serves (Chen et al., 2007.12223). The
-optimizer's state goes back to step ``k`` as well, and the learning rate follows its schedule from there.
+1912.05671); for a pretrained transformer ``k = 0``, its pretrained weights, is enough (Chen et al., 2007.12223). The
+optimizer's state is rewound to step ``k`` as well, and the learning rate follows its schedule from there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._rounds import InRounds, check_position
     "lottery_ticket",
     family="pruning",
     paper=Paper("1803.03635", "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", 2018),
-    # The training forward as well: gates, variances and scales that another step trains would not be put back.
+    # The training forward as well: gates, variances and scales that another step trains would not be rewound.
     contract=Contract(
         needs={traits.FLOAT_WEIGHTS},
         adds={traits.SPARSE},
@@ -32,19 +32,19 @@ from ._rounds import InRounds, check_position
     trains=True,
 )
 class LotteryTicket(InRounds):
-    """Prune in rounds, and put the remaining weights back to an early step before each retraining.
+    """Prune in rounds, and rewind the remaining weights to an early step before each retraining.
 
     The steps of one training are divided into a dense phase of ``T`` steps and rounds of ``T - k``. The weights of step
     ``k`` are kept as the checkpoint ``output_dir/rewind-K``, which training needs until its end.
 
     Attributes:
         sparsity: share of the weights that is zero at the end, in [0, 1).
-        rounds: how often is pruned; each round removes the same share of what is left.
-        rewind_to: ``k``, the step whose weights come back: a whole number of steps, or a share of the dense phase.
-        dense: whether training begins with a dense phase, whose weights are ranked first; False ranks the weights that
-            the model arrives with, and these are what comes back (``rewind_to`` is 0 then).
-        reinitialize: as the control that a ticket must beat, begin the *last* round from weights drawn at random
-            instead, with a fresh optimizer; the masks are those of the ticket.
+        rounds: number of rounds; each removes the same share of the remaining weights.
+        rewind_to: ``k``, the step whose weights are restored: a whole number of steps, or a share of the dense phase.
+        dense: begin training with a dense phase, whose weights are ranked first; False ranks the initial weights of
+            the model, and these are restored (``rewind_to`` is then 0).
+        reinitialize: as the control that a ticket must beat, begin the *last* round from random weights instead, with
+            a fresh optimizer; the masks are those of the ticket.
         seed: of the random weights.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
         targets: linear layers, by class, name or pattern; output heads only if named exactly.
@@ -82,7 +82,7 @@ class LotteryTicket(InRounds):
         )
 
     def rewind_weights(self, rounds: Rounds, optimizer: Any) -> None:
-        """Put back the weights for the round that begins."""
+        """Restore the weights for the round that begins."""
         if self.reinitialize and not rounds.left:
             rounds.reinitialize(self.seed, optimizer)
         else:

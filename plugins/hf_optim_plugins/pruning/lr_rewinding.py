@@ -1,7 +1,7 @@
 """Learning-rate rewinding: prune, keep the weights, and repeat the learning-rate schedule (Renda et al., 2003.02389).
 
-In retraining ``η_t = η(k + t)``, the schedule of the original training from its step ``k`` on, while the weights go on
-from their trained values: ``s_r = 1 - (1 - s)^(r / n)`` of them are zero after round ``r`` of ``n``.
+In retraining ``η_t = η(k + t)``, the schedule of the original training from its step ``k`` on, while the weights
+continue from their trained values: ``s_r = 1 - (1 - s)^(r / n)`` of them are zero after round ``r`` of ``n``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class LRRewinding(InRounds):
     """Prune in rounds, and restart the learning-rate schedule for each retraining.
 
     The steps of one training are divided into a dense phase of ``T`` steps and rounds of ``T - k``. The Trainer's
-    schedule (with its warm-up) is made for ``T`` steps. Weights and the optimizer's state go on from round to round.
+    schedule (with its warm-up) is made for ``T`` steps. Weights and the optimizer's state carry over from round to
+    round.
 
     Attributes:
         sparsity: share of the weights that is zero at the end, in [0, 1).
-        rounds: how often is pruned; each round removes the same share of what is left.
-        rewind_to: ``k``, where in the schedule retraining begins: a whole number of steps, or a share of it.
-        dense: whether training begins with a dense phase; False prunes before the first step, which suits a model that
-            is trained already.
+        rounds: number of rounds; each removes the same share of the remaining weights.
+        rewind_to: ``k``, the step of the schedule at which retraining begins: a whole number, or a share of the phase.
+        dense: begin training with a dense phase; False prunes before the first step, which suits a trained model.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
         targets: linear layers, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
@@ -50,7 +50,7 @@ class LRRewinding(InRounds):
     title = "Learning-rate rewinding"
 
     def between(self) -> str:
-        return "the weights went on from round to round, and the learning-rate schedule began again in each"
+        return "the weights carried over from round to round, and the learning-rate schedule started again in each"
 
     def validate(self) -> None:
         check_position(self.name, self.rewind_to)

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_optim import Contract, Paper, Reload, Scope, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, Paper, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit.distributed import FullWeights
 from hf_optim.toolkit.pruning import masks, sparsity
 
 if TYPE_CHECKING:
-    from hf_optim import Card, Run
+    from hf_optim import Card, Run, Scope
 
 
 @technique(
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Magnitude(Technique):
     """Remove the smallest weights at once, and keep them removed in any training that follows.
 
-    The count is exact and ties go by index (``toolkit.masks``). What an earlier step removed stays removed and counts,
-    so an N:M pattern survives.
+    The count is exact, and ties are broken by index (``hf_optim.toolkit.pruning.masks``). Weights that an earlier step
+    removed stay removed and count, so an N:M pattern survives.
 
     Attributes:
         sparsity: share of the weights to remove, in [0, 1).
@@ -54,11 +54,10 @@ class Magnitude(Technique):
         if self.scope == "layer":
             new = _rank(self, run, names)
         else:
-            # Ranked once, before the first block changes: a cut through all layers cannot be made block by block.
+            # Ranked once, before the first block changes: one threshold over all layers needs all of them.
             state = run.state(self)
             if not hasattr(state, "masks"):
-                whole = Scope("", run.model, run.model)
-                state.masks = _rank(self, run, masks.weight_names(whole.select(self.targets, self.skip)))
+                state.masks = _rank(self, run, masks.weight_names(run.select(self.targets, self.skip)))
             new = {name: state.masks.pop(name) for name in names.values() if name in state.masks}
         masks.prune_(run.model, run.masks, new)
         run.cover(self, names)

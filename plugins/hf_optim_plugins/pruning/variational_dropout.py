@@ -1,16 +1,15 @@
-r"""Sparse variational dropout: learn how much noise each weight bears, and remove those that drown in it (1701.05369).
+r"""Sparse variational dropout: learn how much noise each weight tolerates, and remove the noisiest (1701.05369).
 
 ``L = -(1/N) Σ log p(y | x, w̃) + (λ/N) Σ_ij KL(α_ij)``, ``w̃ = w + σ ε``, ``α = σ² / w²`` (Molchanov et al., equations
-2, 3 and 14). The first term is the task loss with noise in the weights, the second the distance of their posterior
+2, 3 and 14). The first term is the task loss with noise in the weights, the second the divergence of their posterior
 from a log-uniform prior, which rewards large ``α``. A weight with ``log α > 3`` is 95 % noise: it is removed. Noise is
-drawn for the outputs of a layer rather than for its weights; see ``hf_optim.toolkit.sparse_variational``.
+drawn for the outputs of a layer rather than for its weights; see ``hf_optim.toolkit.pruning.sparse_variational``.
 
 Gale et al. (1902.09574) raise λ gradually and choose it, and the threshold, for a sparsity: ``weight``, ``begin``,
 ``end`` and ``sparsity`` do that here.
 
-While training lasts, the targeted layers have another class and the parameters they had. A ``checkpoint-N`` is
-therefore an ordinary checkpoint (of the means); the variances travel in the files that hf_optim's callbacks write
-beside it.
+During training the targeted layers have another class and their own parameters. A ``checkpoint-N`` is therefore an
+ordinary checkpoint (of the means); the variances are saved in the files that hf_optim's callbacks write beside it.
 """
 
 from __future__ import annotations
@@ -50,25 +49,25 @@ class VariationalDropout(LearnedNoise):
     """Learn a noise level for each weight while training, and remove the weights that are mostly noise.
 
     Runs in ``hf_optim.OptimTrainer``: the divergence is the loss term ``kl``. In evaluation mode layers compute with
-    the means that would be kept now, without noise. A step costs two matrix products for each forward product of a
-    targeted layer, and the optimizer holds twice the targeted weights.
+    the means that would currently be kept, without noise. A step costs two matrix products for each forward product of
+    a targeted layer, and the optimizer holds twice the targeted weights.
 
-    The ``N`` of the paper counts what the task loss is a mean over: tokens with a label for a language model, rows for
-    a classifier. A model with more weights than the data has tokens is pruned hard at ``weight: 1``, which is the
-    paper's bound; less weight trades sparsity for loss.
+    The ``N`` of the paper is the number of items over which the task loss is a mean: tokens with a label for a language
+    model, rows for a classifier. A model with more weights than the data has tokens is pruned hard at ``weight: 1``,
+    which is the paper's bound; less weight trades sparsity for loss.
 
     Attributes:
         sparsity: share of the weights to remove, those with the largest α; None removes those above ``threshold``.
         threshold: of ``log α``.
         weight: ``λ``, of the divergence; 1 is the evidence lower bound.
         examples: ``N``; None: the labels of the first batch times the batches of an epoch.
-        begin: where the divergence begins to count: a step, or a share of training.
-        end: where it counts fully, after a straight rise.
-        settle: where weights are removed for good: a step, or a share of training. Those left train on without noise;
-            1.0 is the end of training, as in the paper.
-        initial: ``log σ²`` of every weight at the beginning; ``-inf`` is no noise at all.
-        variance_learning_rate: of ``log σ²``; None takes that of the weights, too little for short training: a weight
-            is removed when ``log σ²`` has come some ten units up.
+        begin: when the divergence starts to count: a step, or a share of training.
+        end: when it counts fully, after a linear rise.
+        settle: when weights are removed for good: a step, or a share of training. The remaining weights train on
+            without noise; 1.0 is the end of training, as in the paper.
+        initial: ``log σ²`` of every weight at the start; ``-inf`` means without noise.
+        variance_learning_rate: of ``log σ²``; None uses that of the weights, too low for short training: a weight is
+            removed when ``log σ²`` has risen by about ten units.
         scope: with ``sparsity``: ``"global"`` ranks all targets together, ``"layer"`` removes this share of each layer.
         targets: linear layers, by class, name or pattern; output heads only if named exactly, and no weight
             that another module shares.
@@ -125,7 +124,7 @@ class VariationalDropout(LearnedNoise):
 
     @torch.no_grad()
     def choose(self, run: Run) -> masks.Masks:
-        """What would be kept now: parameter name -> mask. Worked out once for each optimizer step."""
+        """Return the masks that would be kept now, by parameter name. Computed once for each optimizer step."""
         own = run.state(self)
         if getattr(own, "chosen", None) is None:
             alphas = {noise.parameter: noise.log_alpha() for noise in own.noises.values()}
@@ -159,7 +158,7 @@ class VariationalDropout(LearnedNoise):
 
 
 class VariationalTraining(NoiseTraining):
-    """Counts the examples too, and forgets what would be kept where weights have moved."""
+    """Also counts the examples, and discards the masks of ``choose`` when weights have changed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -177,7 +176,7 @@ class VariationalTraining(NoiseTraining):
 
 
 def labelled(inputs: Mapping[str, Any]) -> int:
-    """How many items of a batch have a label (-100 is none); its rows, if there are no labels. Reads the device."""
+    """Return how many items of a batch have a label other than -100, or its rows without labels. Reads the device."""
     labels = inputs.get("labels")
     if isinstance(labels, Tensor):
         return max(
@@ -187,7 +186,7 @@ def labelled(inputs: Mapping[str, Any]) -> int:
 
 
 def batches(args: Any, state: Any, loader: Any) -> int:
-    """Micro-batches of an epoch over all processes; those of the whole training, where data comes without a length."""
+    """Return the micro-batches of an epoch over all processes; of the whole training, if the data has no length."""
     try:
         count = len(loader)
     except TypeError:
