@@ -224,7 +224,7 @@ def test_a_failure_in_training_leaves_plain_layers(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(lkd, "reconstruct_block", fail)
+    monkeypatch.setattr(lkd.block_reconstruction, "reconstruct_block", fail)
     model = tiny_llama()
     with pytest.raises(RuntimeError, match="no more"):
         distilled(model)
