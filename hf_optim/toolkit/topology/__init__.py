@@ -15,7 +15,7 @@ from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
 from .norm_groups import NormGroup, find_norm_groups
 from .prunable_groups import HEADS, NEURONS, PrunableGroups, coupled_layers, find_prunable_groups
-from .reasons import not_reached, require_layers, summarize
+from .reasons import NOT_REACHED, not_reached, require_layers, summarize
 from .residual_permutation import find_residual_order, permute_residual_
 from .residual_stream import ResidualStream, find_residual_stream
 from .selection import match
@@ -24,6 +24,7 @@ from .tracing import trace
 __all__ = [
     "HEADS",
     "NEURONS",
+    "NOT_REACHED",
     "Block",
     "ExpertLinear",
     "LinearPair",
