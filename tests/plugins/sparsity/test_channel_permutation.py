@@ -176,7 +176,7 @@ def test_masks_of_an_earlier_step_move_along():
 
 
 def test_masks_in_groups_must_come_after():
-    with pytest.raises(RecipeError, match=r"keeps N of every M weights.*put channel_permutation before it"):
+    with pytest.raises(RecipeError, match=r"move channel_permutation before step 1.*keeps N of every M weights"):
         OptimConfig.parse([{"technique": "nm"}, {"technique": NAME}]).check()
     OptimConfig.parse([{"technique": NAME}, {"technique": "nm"}]).check()
 
@@ -265,7 +265,7 @@ def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
         object.__setattr__(residual, "parameters", parameters)
         return real(model, residual)
 
-    monkeypatch.setattr(permutation_sites, "_of_residual", broken)
+    monkeypatch.setattr(permutation_sites, "_residual_site", broken)
     model = tiny_llama()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(NumericalError, match=r"step 1 \(channel_permutation\).*changes its outputs.*undone"):
