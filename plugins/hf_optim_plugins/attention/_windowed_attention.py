@@ -1,8 +1,8 @@
-"""Sliding-window attention for any model that takes its attention from transformers' `AttentionInterface`.
+"""Sliding-window attention for any model that takes its attention from transformers' ``AttentionInterface``.
 
-This file is stored beside checkpoints whose class no release of transformers expresses, so it imports only torch and
-transformers. It registers `hf_optim_local_sdpa`, `hf_optim_local_eager` and `hf_optim_local_flex_attention`: the stock
-implementations, with the mask that the model asks for intersected with
+This file is stored beside checkpoints whose class is in no release of transformers, so it imports only torch and
+transformers. It registers ``hf_optim_local_sdpa``, ``hf_optim_local_eager`` and ``hf_optim_local_flex_attention``: the
+stock implementations, with the model's mask intersected with
 
     |query position - key position| < window,        window = config.attention_window
 """
@@ -24,7 +24,7 @@ MARK = "windowed_attention"
 
 
 def implementation(asked: str) -> str:
-    """The windowed form of an attention implementation. Raises `ValueError` for one that has none."""
+    """Return the windowed form of an attention implementation. Raises ``ValueError`` for one that has none."""
     kernel = asked.removeprefix(PREFIX)
     if kernel not in KERNELS:
         raise ValueError(
@@ -34,7 +34,7 @@ def implementation(asked: str) -> str:
 
 
 def within(window: int) -> Callable[[Any, Any, Any, Any], Any]:
-    """A mask function: True where query and key lie less than `window` positions apart."""
+    """Return a mask function that is True where query and key are less than ``window`` positions apart."""
 
     def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (query - key).abs() < window
@@ -43,13 +43,13 @@ def within(window: int) -> Callable[[Any, Any, Any, Any], Any]:
 
 
 def windowed_mask(kernel: str) -> Callable[..., Any]:
-    """The mask builder of `kernel` with the window added to the mask function it is given."""
+    """Return the mask builder of ``kernel`` with the window added to its mask function."""
 
     def build(*, mask_function: Callable[..., Any], config: PreTrainedConfig, **kwargs: Any) -> Any:
         window = getattr(config, "attention_window", None)
         if not window:
             raise ValueError(f"attn_implementation={PREFIX + kernel!r} needs config.attention_window")
-        # `local_size` lets the builder leave the mask out for inputs that are shorter than the window.
+        # With local_size the builder leaves the mask out for inputs that are shorter than the window.
         kwargs["local_size"] = window
         stock = AttentionMaskInterface()[kernel]
         return stock(mask_function=and_masks(mask_function, within(window)), config=config, **kwargs)
@@ -70,10 +70,15 @@ def eager_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention in plain PyTorch, for models that have an eager form of their own: it returns the weights too.
+    """Compute softmax attention in plain PyTorch, in place of the models' own eager forms.
 
-    `query` [B, H, T, D], `key` and `value` [B, H / groups, S, D], `attention_mask` [B, 1, T, S] additive.
-    Returns the output [B, T, H, D] and the weights [B, H, T, S].
+    Args:
+        query: ``[B, H, T, D]``.
+        key, value: ``[B, H / groups, S, D]``.
+        attention_mask: ``[B, 1, T, S]``, additive.
+
+    Returns:
+        The output ``[B, T, H, D]`` and the weights ``[B, H, T, S]``.
     """
     if s_aux is not None:
         raise ValueError("windowed eager attention has no attention sinks: set attn_implementation='sdpa'")
@@ -92,11 +97,11 @@ def eager_attention(
 
 
 class WindowedConfig(PreTrainedConfig):
-    """Part of a configuration class: the window holds whatever attention implementation is chosen.
+    """Base of a configuration class whose window applies under every attention implementation.
 
-    A cache keeps the last `attention_window - 1` positions of a decoder. On disk the layers are marked with a type that
-    stock configurations do not know, so that a stock class which is asked for by name refuses too. Architectures that
-    have layer types of their own keep those.
+    A cache keeps the last ``attention_window - 1`` positions of a decoder. On disk the layers have a type that stock
+    configurations reject, so that a stock class that is named explicitly refuses the checkpoint too. Architectures with
+    their own layer types keep those.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -106,7 +111,7 @@ class WindowedConfig(PreTrainedConfig):
         self.bound_cache()
 
     def bound_cache(self) -> None:
-        """Tell caches that they need not keep more than the window."""
+        """Limit caches to the window."""
         if self._marked():
             self.sliding_window = self.attention_window
 
@@ -131,7 +136,7 @@ class WindowedConfig(PreTrainedConfig):
 
 
 def register() -> None:
-    """Make the implementations known to transformers; doing it twice changes nothing."""
+    """Register the implementations with transformers. Repeated calls have no further effect."""
     for kernel in KERNELS:
         stock = eager_attention if kernel == "eager" else AttentionInterface()[kernel]
         AttentionInterface.register(PREFIX + kernel, stock)

@@ -1,24 +1,23 @@
-"""Local attention: every token attends to the positions less than `window` away from its own.
+"""Local attention: every token attends to the positions less than ``window`` away from its own.
 
     A = softmax(Q K^T / sqrt(d) + M) V,      M[i, j] = 0 if |i - j| < window and the model allows j, else -inf
 
 In a causal model token i sees itself and the window - 1 tokens before it; in an encoder also the window - 1 after it.
-With window >= n that is the attention of the model as it was. After Beltagy et al., "Longformer: The Long-Document
-Transformer", arXiv 2004.05150, section 3.1, without its global tokens: in a classifier the first token, too, sees no
-more than its window.
+With window >= n this is the model's full attention. After Beltagy et al., "Longformer: The Long-Document Transformer",
+arXiv 2004.05150, section 3.1, without its global tokens: in a classifier, the first token also sees only its window.
 
-How the result comes back depends on the model:
+How the checkpoint reloads depends on the model:
 
-- A class whose configuration has `sliding_window` keeps its class, and Llama becomes Mistral, which is Llama with a
+- A class whose configuration has ``sliding_window`` keeps its class, and Llama becomes Mistral, which is Llama with a
   window; the weights are the same tensors. STOCK_ARCH.
-- Any other model that takes its attention from `AttentionInterface` (GPT-2, OPT, BERT, ViT, a Llama with biases ...)
-  gets a class of its own, whose code travels with the checkpoint. REMOTE_CODE.
+- Any other model that takes its attention from ``AttentionInterface`` (GPT-2, OPT, BERT, ViT, a Llama with biases ...)
+  gets its own class, whose code is saved with the checkpoint. REMOTE_CODE.
 
-Either way it is checked, on the model, that the window is all that changed.
+In both cases it is checked, on the model, that the window is the only change.
 
-On cost: the key/value cache of a decoder is bounded by the window. Time is linear in the sequence length only with a
-kernel that skips blocks outside the window: `flex_attention` on CUDA, and FlashAttention for the stock classes.
-`sdpa` and `eager` apply the window as a mask and still compute the whole matrix.
+On cost: the window bounds the key/value cache of a decoder. Time is linear in the sequence length only with a kernel
+that skips blocks outside the window: ``flex_attention`` on CUDA, and FlashAttention for the stock classes. ``sdpa`` and
+``eager`` apply the window as a mask and still compute the whole matrix.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert
-from hf_optim.toolkit.modules import rounding_tolerance, transplant
+from hf_optim.toolkit.modules import eval_mode, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _windowed_attention
 
-# A class that is another one with a window.
+# Model types whose class, given a window, is that of another model type.
 WITH_WINDOW = {"llama": "mistral"}
 
 
@@ -55,13 +54,14 @@ WITH_WINDOW = {"llama": "mistral"}
     reload=Reload.STOCK_ARCH,
 )
 class Local(Technique):
-    """Every token attends to the positions less than a window away.
+    """Restrict the attention of every token to the positions less than a window away.
 
     Attributes:
         window: positions per side that a token sees, its own included. At least 2, since a stock sliding cache cannot
             be empty.
-        implementation: the attention implementation; `auto` leaves the choice to the call of `from_pretrained`, or else
-            to the model (`sdpa` where it can). `flex_attention` skips what lies outside the window, on CUDA.
+        implementation: the attention implementation; ``auto`` leaves the choice to the call of ``from_pretrained``, or
+            else to the model (``sdpa`` if it supports it). ``flex_attention`` skips the blocks outside the window, on
+            CUDA.
     """
 
     window: int = option(512, low=2)
@@ -81,27 +81,21 @@ class Local(Technique):
         chosen = None if self.implementation == "auto" else self.implementation
         if stock_config_class(run.config) is not None:
             return {"attn_implementation": chosen} if chosen else None
-        # The caller's choice gets its window when the class is made. AutoModel puts it into the configuration.
+        # The windowed form of the implementation is set by transform_model, with the model's own class.
         caller = load_kwargs.get("attn_implementation") or (run.loading and run.config._attn_implementation)
-        if caller and chosen in (None, caller):
-            return None
-        state = run.state(self)
-        state.before = run.config._attn_implementation
-        run.config.attention_window = self.window
-        return {"attn_implementation": _windowed_attention.PREFIX + (chosen or kernel_of(run.config))}
+        return {"attn_implementation": chosen} if chosen and caller and caller != chosen else None
 
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
         model, label = run.model, run.label(self)
-        self._restore(run)
         refuse_cross_attention(model.config, label)
         inputs = dummy_inputs(model)
         full = hidden_states(model, inputs)
         causal = is_causal(model, inputs, full)
-        made = self._stock(model, inputs, full)
+        made = self._with_stock_class(model, inputs, full)
         level = Reload.STOCK_ARCH
         if made is None:
-            made, level = self._own(model, inputs, full, label), Reload.REMOTE_CODE
+            made, level = self._with_remote_code(model, inputs, full, label), Reload.REMOTE_CODE
         run.record.reload = level.name
         length = context_length(made, full)
         layers = made.config.get_text_config().num_hidden_layers
@@ -115,8 +109,10 @@ class Local(Technique):
         )
         return made
 
-    def _stock(self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor) -> PreTrainedModel | None:
-        """The model as a stock class with a window, sharing its weights; None if there is no such class."""
+    def _with_stock_class(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor
+    ) -> PreTrainedModel | None:
+        """Return the model as a stock class with a window, sharing its weights; None if there is no such class."""
         config_class = stock_config_class(model.config)
         if config_class is None:
             return None
@@ -129,14 +125,20 @@ class Local(Technique):
             made, spare = transplant.transplant(model, target, config)
             return made if not spare and not transplant.meta_tensor_names(made) else None
 
-        # Twice the dummy text is out of reach, and 1 leaves each token alone: the two ends show what the window does.
-        wide, alone = build(2 * full.shape[1]), build(1)
-        if wide is None or alone is None or not only_the_window(full, wide, alone, inputs, rounding_tolerance(model)):
+        # The two extremes: a window of twice the dummy text changes nothing, and a window of 1 isolates every token.
+        wide, isolated = build(2 * full.shape[1]), build(1)
+        if wide is None or isolated is None:
             return None
-        return build(self.window)
+        same = relative_difference(hidden_states(wide, inputs), full) <= rounding_tolerance(model)
+        return build(self.window) if same and not attends_beyond_window(isolated, inputs) else None
 
-    def _own(self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str) -> PreTrainedModel:
-        """The model with a class of its own, in place. Raises `ModelError`, and leaves it alone, if that is in vain."""
+    def _with_remote_code(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str
+    ) -> PreTrainedModel:
+        """Give the model its own class with a window, in place, and return it.
+
+        Raises ``ModelError``, and leaves the model unchanged, if the window has no effect on its attention.
+        """
         before, had = model.config._attn_implementation, hasattr(model.config, "attention_window")
         try:
             model.set_attn_implementation(_windowed_attention.implementation(self._kernel(model.config)))
@@ -146,12 +148,12 @@ class Local(Technique):
             model.config.attention_window = 2 * full.shape[1]
             wide = hidden_states(model, inputs)
             model.config.attention_window = 1
-            lonely = leaks(model, inputs)
+            isolated_still_leaks = attends_beyond_window(model, inputs)
         finally:
             if not had:
                 del model.config.attention_window
             model.set_attn_implementation(before)
-        if lonely or relative(wide, full) > rounding_tolerance(model):
+        if isolated_still_leaks or relative_difference(wide, full) > rounding_tolerance(model):
             raise ModelError(
                 f"{label}: a window does not reach the attention of {type(model).__name__}, which does not take its "
                 "mask from transformers' AttentionMaskInterface; this architecture is not supported"
@@ -165,17 +167,9 @@ class Local(Technique):
     def _kernel(self, config: PretrainedConfig) -> str:
         return self.implementation if self.implementation != "auto" else kernel_of(config)
 
-    def _restore(self, run: Run) -> None:
-        """Undo what `prepare_load` asked for, so that the model can be compared with itself."""
-        config, state = run.model.config, run.state(self)
-        if hasattr(state, "before"):
-            if (config._attn_implementation or "").startswith(_windowed_attention.PREFIX):
-                run.model.set_attn_implementation(kernel_of(config) if state.before is None else state.before)
-            config.__dict__.pop("attention_window", None)
-
 
 def stock_config_class(config: PretrainedConfig) -> type[PretrainedConfig] | None:
-    """The stock configuration class that can say `sliding_window` for this architecture; None without one."""
+    """Return the stock configuration class with ``sliding_window`` for this architecture, or None."""
     if hasattr(type(config)(), "sliding_window"):
         return type(config)
     target = WITH_WINDOW.get(config.model_type)
@@ -183,7 +177,7 @@ def stock_config_class(config: PretrainedConfig) -> type[PretrainedConfig] | Non
 
 
 def window_fields(config: PretrainedConfig, window: int) -> dict[str, Any]:
-    """What makes a stock configuration windowed in every layer, where it has the fields."""
+    """Return the fields that make every layer of a stock configuration windowed, of those that it has."""
     fields: dict[str, Any] = {"sliding_window": window}
     if hasattr(config, "use_sliding_window"):
         fields["use_sliding_window"] = True
@@ -195,12 +189,12 @@ def window_fields(config: PretrainedConfig, window: int) -> dict[str, Any]:
 
 
 def kernel_of(config: PretrainedConfig) -> str:
-    """The attention implementation that a configuration names, without a window; `sdpa` if it names none."""
+    """Return the attention implementation of a configuration, without its window; ``sdpa`` if it has none."""
     return (config._attn_implementation or "sdpa").removeprefix(_windowed_attention.PREFIX)
 
 
 def refuse_cross_attention(config: PretrainedConfig, label: str) -> None:
-    """Raise `ModelError` for models in which one sequence reads another one, where positions cannot be compared."""
+    """Raise ``ModelError`` for models with cross-attention, where the positions of two sequences do not compare."""
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise ModelError(
             f"{label}: {config.model_type} has cross-attention between two sequences, for which a window of positions "
@@ -209,40 +203,28 @@ def refuse_cross_attention(config: PretrainedConfig, label: str) -> None:
 
 
 def hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states [1, T, d] of the model under its head, in evaluation mode."""
+    """Return the last hidden states ``[1, T, d]`` of the model under its head, in evaluation mode."""
     body = model.base_model
-    modes = [(module, module.training) for module in body.modules()]
-    body.eval()
     extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    try:
-        with torch.no_grad():
-            return body(**inputs, **extra)[0].double()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(body):
+        return body(**inputs, **extra)[0].double()
 
 
-def only_the_window(
-    full: Tensor, wide: PreTrainedModel, alone: PreTrainedModel, inputs: dict[str, Tensor], tolerance: float
-) -> bool:
-    """Whether `wide` computes what the model did before, and in `alone` no position hears of another one."""
-    return relative(hidden_states(wide, inputs), full) <= tolerance and not leaks(alone, inputs)
+def attends_beyond_window(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
+    """Return True if the first input position influences the last output position, or the last the first.
 
-
-def leaks(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
-    """Whether a change of the first input position shows at the last one, or the other way round.
-
-    Beyond rounding, since experts see tokens in groups, and a matrix product rounds by its size.
+    Differences within rounding do not count: experts process tokens in groups, and a matrix product rounds depending on
+    its size.
     """
     tolerance = max(1e-5, 2 * torch.finfo(model.dtype).eps)
     before = hidden_states(model, inputs)
-    first, last = changed(inputs, 0), changed(inputs, -1)
+    first, last = perturb_position(inputs, 0), perturb_position(inputs, -1)
     far = [(hidden_states(model, first)[:, -1], before[:, -1]), (hidden_states(model, last)[:, 0], before[:, 0])]
-    return any(relative(after, was) > tolerance for after, was in far)
+    return any(relative_difference(after, was) > tolerance for after, was in far)
 
 
-def changed(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
-    """The inputs with another token, or another corner of the picture, at the first (0) or last (-1) position."""
+def perturb_position(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
+    """Return the inputs with another token, or corner of the picture, at the first (0) or last (-1) position."""
     name, value = next(iter(inputs.items()))
     value = value.clone()
     if value.is_floating_point():
@@ -252,24 +234,24 @@ def changed(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
     return {**inputs, name: value}
 
 
-def relative(values: Tensor, reference: Tensor) -> float:
-    """The largest difference, relative to the largest value of `reference`."""
+def relative_difference(values: Tensor, reference: Tensor) -> float:
+    """Return the largest difference, relative to the largest value of ``reference``."""
     scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
     return float((values - reference).abs().max() / scale)
 
 
 def is_causal(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor) -> bool:
-    """Whether the first position is blind to the last one; `full` are the hidden states for `inputs`."""
-    return relative(hidden_states(model, changed(inputs, -1))[:, 0], full[:, 0]) == 0
+    """Return True if the first position does not see the last one; ``full`` are the hidden states for ``inputs``."""
+    return relative_difference(hidden_states(model, perturb_position(inputs, -1))[:, 0], full[:, 0]) == 0
 
 
 def context_length(model: PreTrainedModel, full: Tensor) -> int:
-    """Positions that the model is made for; those of the dummy input where the configuration does not say."""
+    """Return the maximal number of positions of the model, or those of the dummy input if it is not configured."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or full.shape[1]
 
 
 def attended_share(length: int, window: int, causal: bool) -> float:
-    """The pairs of positions inside the window, as a share of those that full attention computes."""
+    """Return the pairs of positions inside the window, as a share of those that full attention computes."""
     full = length * (length + 1) // 2 if causal else length * length
     reach = min(window, length)
     one_sided = length * reach - reach * (reach - 1) // 2

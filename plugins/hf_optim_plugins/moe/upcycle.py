@@ -1,16 +1,16 @@
 """Sparse upcycling: every feed-forward layer becomes a mixture of experts that starts as copies of it.
 
-    y = sum over the top k experts e of  g_e(x) * FFN_e(x),      g = softmax(W_r x), renormalised over the top k
+    y = sum over the top k experts e of  g_e(x) * FFN_e(x),      g = softmax(W_r x), renormalized over the top k
 
-With FFN_e = FFN for every e and the gates of the chosen experts summing to one, y = FFN(x): the model computes what it
-computed before, for any router W_r, and training starts from the dense loss.  The router is drawn from
-N(0, router_std^2); noise on the experts breaks the tie between them at the price of that exactness.
+With FFN_e = FFN for every e and the gates of the chosen experts summing to one, y = FFN(x): the model's function is
+unchanged, for any router W_r, and training starts from the dense loss. The router is drawn from N(0, router_std^2);
+noise on the experts makes them differ from the start, at the price of that exactness.
 
 Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", arXiv 2212.05055.
-The paper drops the renormalisation for language models; here it stays, as in the native classes.
+The paper drops the renormalization for language models; here it is kept, as in the native classes.
 
-The result is a class that ships in transformers, so its checkpoints need nothing else.  Attention and norms must be
-those of the dense class, which leaves Mixtral for Llama and Mistral, and Qwen3-MoE for Qwen3.
+The result is a class that ships in transformers, so its checkpoints need no other code. Attention and norms must be
+those of the dense class: the target is Mixtral for Llama and Mistral, and Qwen3-MoE for Qwen3.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ ROUTER, GATE_UP, EXPERTS_DOWN = "gate.weight", "experts.gate_up_proj", "experts.
 
 @dataclass(frozen=True)
 class Native:
-    """The mixture-of-experts class of transformers whose attention, norms and experts are a dense class's own.
+    """The mixture-of-experts class of transformers with the attention, norms and feed-forward layers of a dense class.
 
     Attributes:
         model_type: the target's.
-        mixes: whether dense and expert layers may alternate, as `decoder_sparse_step` says.
+        mixes: True if dense and expert layers may alternate (``decoder_sparse_step``).
     """
 
     model_type: str
     mixes: bool = False
 
     def fields(self, config: PretrainedConfig, step: Upcycle) -> dict[str, Any]:
-        """The fields of the target's configuration that the dense one does not have."""
+        """Return the fields of the target's configuration that the dense one does not have."""
         fields: dict[str, Any] = {
             "num_experts_per_tok": step.top_k,
             "router_aux_loss_coef": step.aux_loss,
@@ -91,20 +91,20 @@ NATIVE = {"llama": Native("mixtral"), "mistral": Native("mixtral"), "qwen3": Nat
     reload=Reload.STOCK_ARCH,
 )
 class Upcycle(Technique):
-    """Copies of each feed-forward layer become the experts of a mixture that starts as the same function.
+    """Turn each feed-forward layer into a mixture of copies of it, which starts as the same function.
 
     Attributes:
         experts: experts per layer.
-        top_k: experts that each token goes to.
+        top_k: number of experts per token.
         every: 1 makes every layer a mixture, 2 every second one (the second, the fourth ...), and so on. More than
             1 needs a native class that mixes dense and expert layers (Qwen3).
         router_std: standard deviation of the router's weights at the start.
         router_lr: learning rate of the routers; None leaves them in the Trainer's groups.
-        aux_loss: coefficient of the load-balancing loss, written to `config.router_aux_loss_coef`. It is part of the
-            model's loss while a Trainer trains; outside, `output_router_logits` is off, so that a loss measures the
-            text alone and a checkpoint computes nothing that inference does not need.
-        noise: standard deviation of Gaussian noise on the experts' weights, relative to each weight matrix's
-            own; 0 leaves the experts equal and the model exact.
+        aux_loss: coefficient of the load-balancing loss, written to ``config.router_aux_loss_coef``. It is part of the
+            model's loss while a Trainer trains; otherwise ``output_router_logits`` is off, so that a loss measures only
+            the text and inference computes nothing superfluous.
+        noise: standard deviation of Gaussian noise on the experts' weights, relative to that of each weight matrix; 0
+            leaves the experts equal and the model exact.
         seed: of router and noise.
     """
 
@@ -131,7 +131,7 @@ class Upcycle(Technique):
         if target is None:
             raise ModelError(f"{label}: transformers has no {native.model_type} class for {type(dense).__name__}")
         if dense.dtype == torch.float64:
-            config._experts_implementation = "eager"  # the fused kernels of PyTorch know no float64
+            config._experts_implementation = "eager"  # PyTorch's fused kernels do not support float64
         model, spare = transplant.transplant(dense, target, config)
         layers = self._fill_experts(model, spare, label)
         _move_masks(run, layers, self.experts)
@@ -155,7 +155,7 @@ class Upcycle(Technique):
         routers = tuple(getattr(run.state(self), "routers", ()))
         if self.router_lr is None or not routers:
             return None
-        # Wrappers put their own prefix before the names, so the ends are compared.
+        # Wrappers prefix the names, so only the ends are compared.
         chosen = [p for name, p in model.named_parameters() if name.endswith(routers) and p.requires_grad]
         return [{"params": chosen, "lr": self.router_lr}]
 
@@ -164,7 +164,7 @@ class Upcycle(Technique):
         return [BalanceExperts()] if self.aux_loss else []
 
     def _fill_experts(self, model: PreTrainedModel, spare: dict[str, nn.Parameter], label: str) -> list[str]:
-        """Give every mixture its experts and its router; the names of the layers that became one."""
+        """Fill the experts and the router of every mixture; return the names of the layers that became one."""
         generator = torch.Generator().manual_seed(self.seed)
         layers = [
             name.removesuffix("." + ROUTER)
@@ -202,12 +202,12 @@ class Upcycle(Technique):
         if not gap <= rounding_tolerance(dense):
             raise ModelError(
                 f"{label}: {type(model).__name__} does not compute what {type(dense).__name__} computes (relative "
-                f"difference {gap:.1e}): some field of the configuration has no counterpart there"
+                f"difference {gap:.1e}): some field of its configuration has no counterpart"
             )
 
 
 class BalanceExperts(TrainerCallback):
-    """Turns the model's own load-balancing loss on while it trains."""
+    """Enables the model's own load-balancing loss during training."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.config.output_router_logits = True
@@ -217,7 +217,7 @@ class BalanceExperts(TrainerCallback):
 
 
 def find_native(model: PreTrainedModel, every: int, label: str) -> Native:
-    """The native class for `model`. Raises `ModelError` with what is supported, or why this model is not."""
+    """Return the native class for ``model``. Raises ``ModelError`` with what is supported, or why this model is not."""
     native = NATIVE.get(model.config.model_type)
     if native is None:
         raise ModelError(
@@ -239,18 +239,18 @@ def find_native(model: PreTrainedModel, every: int, label: str) -> Native:
 
 
 def copies(weight: Tensor, experts: int) -> Tensor:
-    """`weight` [out, in] as [experts, out, in], in memory of its own."""
+    """Return ``weight`` ``[out, in]`` as ``[experts, out, in]``, in its own memory."""
     return weight.unsqueeze(0).repeat(experts, 1, 1)
 
 
 def perturb_(weights: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Add N(0, (noise * std(weights))^2) to `weights` in place, except where they are zero: pruned stays pruned."""
+    """Add N(0, (noise * std(weights))^2) to ``weights`` in place, except to zeros, so that pruned stays pruned."""
     drawn = torch.randn(weights.shape, generator=generator).to(weights)
     return weights.add_(drawn * (noise * weights.float().std()).to(weights) * (weights != 0))
 
 
 def active_parameters(model: nn.Module, layers: list[str], experts: int, top_k: int) -> int:
-    """How many parameters take part in the computation of one token."""
+    """Return how many parameters take part in the computation of one token."""
     total = sum(p.numel() for p in model.parameters())
     idle = sum(
         model.get_parameter(f"{layer}.{leaf}").numel() // experts * (experts - top_k)
@@ -261,7 +261,7 @@ def active_parameters(model: nn.Module, layers: list[str], experts: int, top_k: 
 
 
 def _move_masks(run: Run, layers: list[str], experts: int) -> None:
-    """Masks and N:M patterns of the dense weights become those of the experts."""
+    """Turn masks and N:M patterns of the dense weights into those of the experts."""
     for layer in layers:
         sources = {f"{layer}.{GATE_UP}": (GATE, UP), f"{layer}.{EXPERTS_DOWN}": (DOWN,)}
         for name, leaves in sources.items():
@@ -276,7 +276,7 @@ def _move_masks(run: Run, layers: list[str], experts: int) -> None:
 
 
 def _expert_names(name: str, layers: list[str], experts: int) -> list[str]:
-    """What a module of the dense model is called now: a projection by the matrices that hold its copies."""
+    """Return the new names of a module of the dense model: for a projection the matrices that hold its copies."""
     layer, _, leaf = name.rpartition(".")
     for parameter, leaves in ((GATE_UP, (GATE, UP)), (EXPERTS_DOWN, (DOWN,))):
         if layer in layers and f"{leaf}.weight" in leaves:
