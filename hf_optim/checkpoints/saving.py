@@ -91,7 +91,7 @@ def describe(run: Run, beside: Path, measure: Measure | None = None) -> None:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a checkpoint holds weights, or tells where they are."""
+    """Return True for a file of a checkpoint that holds weights, or that is an index of such files."""
     return bool(_WEIGHTS.match(name))
 
 

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of transformers, 5.17 to 5.24. No other module depends on a version."""
+"""Differences between the supported versions of transformers, 5.17 to 5.24. No other module depends on a version."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def keep_masks(model: nn.Module) -> nn.Module:
 
     Call it on a ``PeftModel`` before training; ``merge_adapters`` is then exact up to rounding. It costs one dense
     product more for each masked layer with an adapter. An adapter trained this way belongs to its masks:
-    ``save_pretrained`` saves it as usual, but whoever loads it onto the pruned model must call ``keep_masks`` too.
+    ``save_pretrained`` saves it as usual, but load it onto the pruned model with ``keep_masks``, too.
 
     Returns the model. Raises ``OptimError`` if it has no masks, or adapters whose update is not one fixed matrix: other
     kinds than LoRA, its variants (DoRA), or dropout inside.

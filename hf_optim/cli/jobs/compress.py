@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What to compress and how.
+    """A model to compress, and how.
 
     Attributes:
         source: the model.

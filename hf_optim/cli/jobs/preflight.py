@@ -47,7 +47,7 @@ INTERPRETER = 600 * 2**20
 
 @dataclass(frozen=True)
 class Findings:
-    """What ``preflight`` found.
+    """The result of ``preflight``.
 
     Attributes:
         meta_model: the model on the meta device; None if its weights are not on this machine, or it cannot be built.
