@@ -26,7 +26,7 @@ FREE_FIELDS = ("device", "cache")
 
 
 def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors (masks, states of steps) and metadata of a run, for parameters whose name begins with ``inside``.
+    """Return the tensors (masks, states of steps) and metadata of a run, for parameters named ``inside...``.
 
     Of a step's state, attributes that are tensors or plain JSON types are kept; others must be derivable.
     """
