@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -42,8 +43,19 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+def execute(line, folder, python):
+    """Return exit status and output of a line of a shell. ``hf-optim`` runs in the session, which has imported it."""
+    if line.startswith("hf-optim "):
+        done = python.command(shlex.split(line)[1:], folder=folder)
+        return done.status, done.out + done.err
+    # `make` would install everything: that the target exists is what can be shown here.
+    command = line.replace("make ", f"make --dry-run -C {ROOT} ", 1) if line.startswith("make ") else line
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_snippet_runs(page, workplace, monkeypatch):
+def test_every_snippet_runs(page, workplace, monkeypatch, python):
     module = types.ModuleType("snippet")  # classes look their module up by name
     monkeypatch.setitem(sys.modules, "snippet", module)
     for language, text in snippets(page):
@@ -57,10 +69,8 @@ def test_every_snippet_runs(page, workplace, monkeypatch):
             OptimConfig.parse(workplace / "snippet.yaml").check()
         elif language == "sh":
             for line in filter(None, (line.split("  #")[0].strip() for line in text.splitlines())):
-                # `make` would install everything anew: that the target is there is what can be shown here.
-                command = line.replace("make ", f"make --dry-run -C {ROOT} ", 1) if line.startswith("make ") else line
-                done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+                status, output = execute(line, workplace, python)
+                assert status == 0, f"{line}\n{output}"
         else:
             assert language in ("text", "toml"), f"{page.name}: a fenced block of {language or 'no language'}"
 

@@ -287,6 +287,7 @@ def test_compress_writes_a_checkpoint_that_stock_transformers_reads(small):
     assert not list(small.parent.glob(".small*"))
 
 
+@pytest.mark.slow
 def test_compress_evaluates_before_and_after_in_child_processes(capsys, shop):
     assert call(shop.compress(shop.rtn, "measured", "--eval", shop.held_out, "--device", "cpu")) == 0
     printed = capsys.readouterr().out
