@@ -258,7 +258,7 @@ def test_fused_experts_have_no_neurons_to_permute():
 
 
 def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
-    real = permutation_sites._of_residual
+    real = permutation_sites._residual_site
 
     def broken(model, residual):
         parameters = {name: dims for name, dims in residual.parameters.items() if "lm_head" not in name}
