@@ -17,6 +17,8 @@ from .weights import Codes
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+# Numbers that are checked for the 2:4 pattern at once.
+CHUNK = 1 << 22
 OFF_GRID = "its weight is not on the grid of its scales (changed since it was quantized?)"
 
 
@@ -163,7 +165,9 @@ def is_sparse24(matrix: Tensor) -> bool:
     """Return True if at least two of every four adjacent columns of ``[out, in]`` are zero."""
     if matrix.shape[1] % 4 or matrix.numel() == 0:
         return False
-    return bool((matrix.ne(0).view(-1, 4).sum(1) <= 2).all())
+    # In chunks: a dense weight fails in the first one, so that the check takes little time and memory.
+    chunks = matrix.split(max(1, CHUNK // matrix.shape[1]))
+    return all(bool((chunk.ne(0).reshape(-1, 4).sum(1) <= 2).all()) for chunk in chunks)
 
 
 def store_arguments(codes: Codes, scheme: QuantizationScheme) -> Mapping[str, Any]:

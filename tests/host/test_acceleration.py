@@ -16,6 +16,7 @@ from torch import nn
 
 import hf_optim
 from hf_optim import Contract, Kernel, Reload, Technique, compressed, hookimpl, technique
+from hf_optim.compressed import codes
 from hf_optim.compressed.packed.accelerate import kernels_for
 from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
 from hf_optim.errors import ModelError
@@ -54,7 +55,7 @@ def x():
 
 
 def state(model):
-    """Everything there is to see of a model's modules."""
+    """Return the state of all modules of a model, for comparison."""
     seen = []
     for name, module in model.named_modules():
         own = {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_modules")}
@@ -131,13 +132,13 @@ def test_memory_holds_no_dense_weight(model):
     hf_optim.accelerate(model, [NAIVE])
     gc.collect()
     assert alive() is None
-    # Four bytes a weight have become one.
+    # One byte per weight instead of four.
     assert parameter_bytes(model) <= dense - 3 * weights
     hf_optim.restore(model)
     assert parameter_bytes(model) == dense
 
 
-def test_dense_weights_are_asked_for_only_by_kernels_of_24(tmp_path):
+def test_dense_weights_are_checked_only_for_kernels_of_24(tmp_path):
     model = tiny_llama()
     with torch.no_grad():
         model.get_submodule(UP).weight.view(-1, 4)[:, 2:] = 0
@@ -158,7 +159,7 @@ def test_dense_weights_are_asked_for_only_by_kernels_of_24(tmp_path):
     assert torch.equal(model(TOKENS).logits, logits)
 
 
-def test_something_elses_forward_is_left_alone(model, x):
+def test_a_forward_replaced_by_others_is_kept(model, x):
     up = model.get_submodule(UP)
     up.forward = lambda input: input + 1
     with pytest.warns(KernelWarning, match="something else has replaced its forward"):
@@ -166,7 +167,7 @@ def test_something_elses_forward_is_left_alone(model, x):
     assert torch.equal(up(x), x + 1)
 
 
-def test_twice_is_once(model):
+def test_accelerating_twice_changes_nothing(model):
     hf_optim.accelerate(model, [NAIVE])
     packed_weight = model.get_submodule(UP).packed_weight
     hf_optim.accelerate(model, [NAIVE])
@@ -201,7 +202,7 @@ def test_layers_that_stay_dense_are_named_in_one_warning(model):
 
 
 @pytest.mark.parametrize("error", [ValueError("off the grid"), OSError("no driver")])
-def test_a_kernel_that_cannot_bind_leaves_the_layer(model, x, error):
+def test_a_kernel_that_cannot_prepack_leaves_the_layer(model, x, error):
     def prepack(weight):
         raise error
 
@@ -212,7 +213,7 @@ def test_a_kernel_that_cannot_bind_leaves_the_layer(model, x, error):
     assert str(error) in runs_on(model).reason
 
 
-def test_an_operand_must_give_its_codes_back(model):
+def test_a_packed_weight_must_have_the_required_methods(model):
     with pytest.warns(KernelWarning, match="its packed weight is not an nn.Module with forward, accepts, codes, label"):
         hf_optim.accelerate(model, [Kernel("plain", supports=lambda w: None, prepack=lambda w: nn.Identity())])
     assert runs_on(model).kernel is None
@@ -229,7 +230,7 @@ class Broken(PackedWeight):
         raise RuntimeError("out of shared memory")
 
 
-def test_a_kernel_that_raises_falls_back_once_and_loudly(model, x):
+def test_a_kernel_that_raises_falls_back_with_one_warning(model, x):
     up = model.get_submodule(UP)
     dense = up(x)
     hf_optim.accelerate(model, [Kernel("broken", supports=lambda w: None, prepack=Broken)])
@@ -266,7 +267,7 @@ def test_a_faulty_input_is_not_the_kernels_fault(model, x):
     assert runs_on(model).kernel == "naive int4"
 
 
-def test_an_input_that_the_operand_does_not_take(model, x):
+def test_an_input_that_the_packed_weight_does_not_accept(model, x):
     up = model.get_submodule(UP)
     dense = up(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -312,7 +313,7 @@ def test_writing_into_the_decoded_weight_raises(model):
         up.weight = nn.Parameter(delta)
 
 
-def test_a_copy_runs_on_its_own_operand(model, x):
+def test_a_copy_runs_on_its_own_packed_weight(model, x):
     hf_optim.accelerate(model, [NAIVE])
     dense = model.get_submodule(UP)(x)
     calls = model.get_submodule(UP).packed_weight.calls
@@ -329,7 +330,7 @@ def test_a_copy_runs_on_its_own_operand(model, x):
     assert torch.equal(torch.load(file, weights_only=False)(x), dense)
 
 
-def test_another_dtype_is_bound_anew_and_scales_are_not_rounded(model, x):
+def test_another_dtype_is_prepacked_again_and_scales_are_not_rounded(model, x):
     hf_optim.accelerate(model, [NAIVE])
     up = model.get_submodule(UP)
     exact = up.codes()
@@ -367,7 +368,7 @@ def test_a_compiled_model_has_no_graph_break(model):
 
 
 class Traced(PackedWeight):
-    """Without the counter, at whose every value a compiler would compile again."""
+    """Without the call counter, each value of which would make the compiler recompile."""
 
     def forward(self, x):
         return x @ self.decoded().T
@@ -384,22 +385,22 @@ def test_coverage_counts_packed_weights(model):
 
 
 # -- where kernels come from ------------------------------------------------------------------------------------------
-ASKED = []
+CALLED = []
 
 
 @technique("offering", family="test", contract=Contract(), reload=Reload.STOCK_DENSE)
 class Offering(Technique):
-    """Offers the kernel above."""
+    """Registers the naive kernel."""
 
     @hookimpl
     def register_kernels(self, register):
-        ASKED.append(self)
+        CALLED.append(self)
         register(NAIVE)
 
 
 @technique("confused", family="test", contract=Contract(), reload=Reload.STOCK_DENSE)
 class Confused(Technique):
-    """Offers what is no kernel."""
+    """Registers an object that is not a Kernel."""
 
     @hookimpl
     def register_kernels(self, register):
@@ -408,7 +409,7 @@ class Confused(Technique):
 
 @technique("silent", family="test", contract=Contract(), reload=Reload.STOCK_DENSE)
 class Silent(Technique):
-    """Offers nothing."""
+    """Registers nothing."""
 
 
 def optimized(model, *steps):
@@ -417,21 +418,21 @@ def optimized(model, *steps):
     return run
 
 
-def test_the_steps_of_the_recipe_are_asked_once(model, x):
-    ASKED.clear()
+def test_the_hooks_of_a_recipe_are_called_once(model, x):
+    CALLED.clear()
     run = optimized(model, Offering(), Offering())
     hf_optim.accelerate(model)
     hf_optim.accelerate(model)
-    assert len(ASKED) == 2
-    assert list(run.recipe.steps) == ASKED
+    assert len(CALLED) == 2
+    assert list(run.recipe.steps) == CALLED
     assert runs_on(model).kernel == "naive int4"
     hf_optim.restore(model)
     hf_optim.accelerate(model)
-    assert len(ASKED) == 2
+    assert len(CALLED) == 2
     assert runs_on(model).kernel == "naive int4"
 
 
-def test_what_is_no_kernel_is_refused(model):
+def test_registering_something_else_raises(model):
     optimized(model, Confused())
     with pytest.raises(TypeError, match=r"not an hf_optim\.Kernel"):
         hf_optim.accelerate(model)
@@ -456,13 +457,13 @@ def test_kernels_of_the_recipe_are_tried_before_installed_ones(model, monkeypatc
     assert kernels_for(model) == (NAIVE, installed)
 
 
-def test_a_compressed_layer_without_a_kernel_says_so(model, monkeypatch):
+def test_a_compressed_layer_without_a_kernel_is_reported(model, monkeypatch):
     monkeypatch.setattr(INSTALLED, lambda: ())
     with pytest.warns(KernelWarning, match="no kernel handles this kind of weight"):
         hf_optim.accelerate(model)
 
 
-# -- in the company of others -----------------------------------------------------------------------------------------
+# -- with other libraries ----------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
 def test_an_adapter_trains_over_packed_layers(model):
     peft = pytest.importorskip("peft")
@@ -508,7 +509,7 @@ def test_a_stock_checkpoint_runs_packed(model, tmp_path):
     assert one == two
 
 
-def test_no_warning_where_nothing_was_to_be_accelerated():
+def test_no_warning_for_a_model_without_compressed_layers():
     model = tiny_llama()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -545,13 +546,27 @@ def test_a_kernel_for_outliers_is_tried_first_and_only_for_weights_with_a_thresh
     assert model.get_submodule(UP).packing.kernel is apart
     assert model.model.layers[1].mlp.up_proj.packing.kernel is NAIVE
     hf_optim.restore(model)
-    # Where it declines, the others may have it; what it means is in the description all the same.
+    # If it declines, other kernels are tried; the description still has the threshold.
     hf_optim.accelerate(model, [Kernel("apart", lambda weight: "not here", PackedWeight, outliers=True), NAIVE])
     assert model.get_submodule(UP).packing.kernel is NAIVE
     assert model.get_submodule(UP).packing.description.outliers == 5.0
 
 
-def test_outliers_mean_nothing_for_other_weights():
+def test_the_24_pattern_is_checked_in_every_chunk(monkeypatch):
+    monkeypatch.setattr(codes, "CHUNK", 24)
+    matrix = torch.arange(1.0, 57.0).view(7, 8)
+    matrix[:, ::2] = 0
+    assert codes.is_sparse24(matrix)
+    assert codes.is_sparse24(matrix.T.contiguous().T)
+    for row in range(7):
+        changed = matrix.clone()
+        changed[row, 4] = 1
+        assert not codes.is_sparse24(changed)
+    assert not codes.is_sparse24(matrix[:, :6])
+    assert not codes.is_sparse24(matrix[:0])
+
+
+def test_outlier_thresholds_of_other_weights_are_ignored():
     for fields in ({"bits": 4}, {"bits": 8, "size": 16}, {"bits": 8, "size": None, "activations": "int8"}):
         model = quantize(tiny_llama().requires_grad_(False), **fields)
         compressed.set_outlier_threshold(model, [UP], 5.0)
