@@ -1,4 +1,4 @@
-"""A kernel for the tests of the host: supports every weight, on naive arithmetic. It holds codes, no dense weight."""
+"""A naive kernel for the tests, which supports every weight. It holds codes and no dense weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARTS = ("codes", "scale", "zero", "order", "input_scale", "input_zero")
 
 
 class PackedWeight(nn.Module):
-    """Decodes its codes in float32 at every call, and rounds its inputs where the scheme says so."""
+    """Decodes its codes in float32 at every call, and rounds its inputs according to the scheme."""
 
     def __init__(self, weight):
         super().__init__()

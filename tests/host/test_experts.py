@@ -1,4 +1,4 @@
-"""Fused experts: what each of them reads, their quantized state, and that stock transformers reads it back."""
+"""Fused experts: the inputs of each, their quantized state, and reloading it with stock transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOE: dict[str, Any] = {**DECODER, "moe_intermediate_size": 24, "num_experts_per_
 
 
 def qwen2_moe(**changes: Any) -> nn.Module:
-    """With an expert that all tokens go to, which is three linears."""
+    """With a shared expert for all tokens, which consists of three linear layers."""
     config = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 40, **changes}
     return _build(transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig(**config), 0)
 
@@ -73,7 +73,7 @@ def quantized(model: nn.Module, technique: str = "rtn", **fields: Any) -> nn.Mod
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
-    """Parameters only, as ``from_pretrained`` has it."""
+    """Parameters only, as after ``from_pretrained``."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     return model
@@ -102,7 +102,7 @@ class NeverTo(nn.Module):
 
 
 def seen_by(model: nn.Module, stack: nn.Module) -> list[torch.Tensor]:
-    """The tokens of each expert, one by one, from what the module is called with."""
+    """Collect the tokens of each expert, one by one, from the arguments of the module."""
     calls = []
     handle = stack.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
     logits(model)
@@ -119,7 +119,7 @@ def seen_by(model: nn.Module, stack: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("build", [tiny_mixtral, qwen3_moe, gpt_oss])
-def test_the_views_compute_what_the_stack_computes(build):
+def test_the_views_compute_what_the_fused_module_computes(build):
     stack = next(iter(fused_experts(build()).values()))
     views = expert_linears(stack)
     generator = torch.Generator().manual_seed(1)
@@ -184,7 +184,7 @@ def test_the_sample_is_evenly_spread():
     assert 48 <= len(sample[name]) <= 96  # the widest matrix has 48 inputs
 
 
-def test_experts_with_few_tokens_are_topped_up_to_as_many_as_they_have_inputs():
+def test_experts_with_few_tokens_are_augmented_to_as_many_as_they_have_inputs():
     model = tiny_mixtral()
     block = model.model.layers[0].mlp
     block.gate = NeverTo(block.gate, 2)
@@ -211,7 +211,7 @@ def test_experts_with_few_tokens_are_topped_up_to_as_many_as_they_have_inputs():
 
 
 def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
-    """The other rank is played: what it adds to each sum."""
+    """The other rank is simulated by what it adds to each sum."""
     model = tiny_mixtral()
     views = {name: view for name, view in expert_linears(model).items() if ".layers.0." in name}
     watcher = TokenSample(views, size=8)
@@ -233,7 +233,7 @@ def test_the_sample_of_two_ranks_is_that_of_both(monkeypatch):
 
 
 def one_by_one(model: nn.Module, spec_of: Any) -> nn.Module:
-    """Every storable layer on the grid that ``spec_of(name, in_features)`` says."""
+    """Store every storable layer on the grid that ``spec_of(name, in_features)`` returns."""
     for name, layer in compressed.storable(whole(model), ("Linear",), experts=True)[0].items():
         weight = layer.weight.detach()
         grid = make_grid(weight, spec_of(name, weight.shape[1]))
@@ -336,7 +336,7 @@ def test_coverage_counts_experts(round_trip):
     assert one.covered == 32 * 48
 
 
-def test_numbered_rows_find_their_way():
+def test_rows_of_fused_parameters_in_a_checkpoint():
     model = tiny_mixtral()
     stack = model.model.layers[0].mlp.experts
     found = checkpoint_rows(model, "model.layers.0.mlp.experts.gate_up_proj", stack)
@@ -350,7 +350,7 @@ def test_numbered_rows_find_their_way():
 
 @pytest.mark.parametrize("build", [gpt_oss, granite_moe])
 @pytest.mark.parametrize("technique", ["rtn", "gptq"])
-def test_what_stock_could_not_read_is_refused_before_any_work(build, technique):
+def test_experts_that_stock_cannot_read_are_rejected_before_any_work(build, technique):
     model = build()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ModelError, match=r"experts\).*could not read their codes.*no conversion.*Use fp8"):
@@ -359,7 +359,7 @@ def test_what_stock_could_not_read_is_refused_before_any_work(build, technique):
 
 
 @pytest.mark.parametrize("technique", ["rtn", "gptq"])
-def test_zero_points_are_refused(technique):
+def test_zero_points_are_rejected(technique):
     with pytest.raises(ModelError, match=r"without zero points only\. Use symmetric: true"):
         quantized(tiny_mixtral(), technique, bits=4, symmetric=False)
 
@@ -372,12 +372,12 @@ def test_experts_are_quantized_all_or_none(fields):
         quantized(tiny_mixtral(), bits=4, **fields)
 
 
-def test_a_technique_without_experts_is_refused():
+def test_a_technique_without_experts_is_rejected():
     with pytest.raises(ModelError, match=r"step 1 cannot store integer weights .*which this technique leaves"):
         compressed.storable(whole(tiny_mixtral()), ("Linear",), label="step 1")
 
 
-def test_store_refuses_what_stock_does_not_read():
+def test_store_rejects_schemes_that_stock_does_not_read():
     view = expert_linears(tiny_mixtral())["model.layers.0.mlp.experts.0.down_proj"]
     grid = make_grid(view.weight, GridSpec(4, "int", "group", 16, False))
     with pytest.raises(ModelError, match=r"experts\.0\.down_proj: .*symmetric"):
@@ -390,7 +390,7 @@ def test_store_refuses_what_stock_does_not_read():
 
 
 def moments_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Per matrix of the first block's experts the second moment of what it reads in the dense model."""
+    """Return the second moment of the inputs in the dense model, per matrix of the first block's experts."""
     views = {name: view for name, view in expert_linears(model).items() if ".layers.0." in name}
     with SecondMoment(views, dtype=torch.float64) as moments:
         logits(model)
@@ -425,7 +425,7 @@ def test_an_expert_that_never_fires_is_named_and_calibrated(caplog):
     assert few["model.layers.0.mlp.experts.2.gate_up_proj"] == 0
     assert few["model.layers.0.mlp.experts.2.down_proj"] == 0
     assert "model.layers.0.mlp.experts.2.gate_up_proj (0)" in caplog.text
-    # On its layer's tokens it is better than rounding.
+    # On the tokens of its layer, it is better than rounding.
     views = expert_linears(model)
     with TokenSample(views) as sample:
         logits(model)
@@ -467,7 +467,7 @@ def test_block_state_survives_a_file(tmp_path):
     assert not any(".layers.0." in name for name in compressed.quantized_modules(other))
 
 
-def test_a_part_is_packed_as_the_whole_is():
+def test_a_part_is_packed_like_the_whole_model():
     model = quantized(tiny_mixtral(), bits=4, group_size=16)
     everything = packed_state_dict(model)[0]
     name = "model.layers.1"
@@ -490,7 +490,7 @@ def test_when_an_expert_changed_the_checkpoint_is_an_ordinary_one(tmp_path, capl
 
 @pytest.mark.parametrize("how", ["auto", "dense"])
 def test_a_reloaded_model_can_be_saved(round_trip, tmp_path, how):
-    """transformers has decoded its experts, so what it is saved as is an ordinary checkpoint."""
+    """transformers has decoded its experts, so it is saved as an ordinary checkpoint."""
     directory, _, mine, _ = round_trip["mixtral w4 groups"]
     if how == "auto":
         model = AutoModelForCausalLM.from_pretrained(directory, optim_config="auto")
@@ -516,7 +516,7 @@ def test_a_copy_saves_the_same():
 
 @pytest.mark.real_model
 def test_an_upcycled_model_is_as_good_as_the_dense_one(shared_models, shared_data):
-    """babyllama-1m at 3 bits, and the mixture of copies of its feed-forward layers at 3 bits."""
+    """Compare babyllama-1m at 3 bits with the mixture of copies of its feed-forward layers at 3 bits."""
     home = shared_models / "babyllama-1m"
     held_out = windows(home, shared_data, "eval", 12)
     calibration = windows(home, shared_data, "calibration", 16)

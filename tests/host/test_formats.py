@@ -1,4 +1,4 @@
-"""The bridge to compressed-tensors: stock transformers reloads every format with identical logits."""
+"""Checkpoints of compressed-tensors: stock transformers reloads every format with identical logits."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_patterns_fall_back_to_names():
 
 
 def test_the_base_model_of_a_partly_quantized_checkpoint_has_its_weights(tmp_path):
-    """A layer that was left out is told from the others in the base model too, whose names lack the prefix."""
+    """The patterns exclude an unquantized layer in the base model too, whose names have no prefix."""
     model = hf_optim.optimize(tiny_llama(), [{"technique": "rtn", "skip": ["*.1.mlp.up_proj"]}])
     model.save_pretrained(tmp_path)
     base, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -200,7 +200,7 @@ def test_the_base_model_of_a_partly_quantized_checkpoint_has_its_weights(tmp_pat
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
-def test_store_is_what_stock_computes_and_binds_its_forward():
+def test_store_matches_stock_transformers_and_its_forward():
     model = w4(tiny_llama())
     module = model.model.layers[0].mlp.up_proj
     assert module.quantization_status == "decompressed"
@@ -231,7 +231,7 @@ def test_gradients_pass_through_quantized_activations():
 
 
 @pytest.mark.parametrize("wrong", ["shape", "scale", "zero", "codes", "inexact"])
-def test_store_refuses_what_does_not_fit(wrong):
+def test_store_rejects_tensors_that_do_not_fit(wrong):
     layer = nn.Linear(32, 8).bfloat16()
     grid = make_grid(layer.weight.detach(), GridSpec(4, "int", "group", 16))
     codes, scale, zero = grid.quantize(layer.weight.detach()), grid.scale, None
@@ -252,7 +252,7 @@ def test_store_refuses_what_does_not_fit(wrong):
     assert not hasattr(layer, "quantization_scheme")
 
 
-def test_store_refuses_other_layers():
+def test_store_rejects_other_layers():
     layer = tiny_gpt2().transformer.h[0].attn.c_attn
     with pytest.raises(ModelError, match="Conv1D"):
         compressed.store(layer, compressed.scheme_of(None, "int8"))
@@ -266,7 +266,7 @@ def test_storing_twice_leaves_one_state():
     assert not hasattr(layer.forward.__wrapped__.__wrapped__, "__wrapped__")
 
 
-def test_storable_names_what_it_leaves_out():
+def test_storable_names_the_layers_it_skips():
     model = tiny_gpt2()
     layers, skipped = compressed.storable(Scope("", model, model), ("Linear",))
     assert layers == {}
@@ -304,19 +304,19 @@ def test_dense_leaves_no_trace():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_dense_says_whose_activations_are_no_longer_quantized():
+def test_dense_names_layers_whose_activations_are_no_longer_quantized():
     model = tiny_llama()
     quantize(model, GridSpec(8), "int8", only=lambda n: "mlp" in n)
     compressed.attach_quantizer(model)
     assert convert_to_dense(model) == [n for n in inner(model) if "mlp" in n]
 
 
-def test_attaching_to_a_model_without_quantization_is_refused():
+def test_attaching_to_a_model_without_quantization_raises():
     with pytest.raises(ModelError, match="no module"):
         compressed.attach_quantizer(tiny_llama())
 
 
-def test_the_trainer_is_told_to_train_adapters_only():
+def test_the_trainer_trains_adapters_only():
     quantizer = w4(tiny_llama()).hf_quantizer
     assert quantizer.is_trainable
     assert quantizer.is_serializable()
@@ -324,8 +324,8 @@ def test_the_trainer_is_told_to_train_adapters_only():
 
 
 @pytest.mark.parametrize("activations", [None, "int8"])
-def test_a_changed_weight_is_saved_as_it_is(tmp_path, caplog, activations):
-    """As after merging an adapter: never packed wrongly in silence."""
+def test_a_changed_weight_is_saved_dense(tmp_path, caplog, activations):
+    """As after merging an adapter: it is never silently packed wrong."""
     model = tiny_llama()
     quantize(model, GridSpec(8), activations)
     compressed.attach_quantizer(model)
@@ -379,13 +379,13 @@ def test_block_state_survives_a_file(tmp_path, activations):
         assert not module.weight.requires_grad
 
 
-def test_block_state_of_a_plain_block_takes_the_quantization_off():
+def test_block_state_of_a_dense_block_removes_the_quantization():
     model, other = tiny_llama(), w4(tiny_llama(seed=1))
     compressed.load_module_state(other.model.layers[0], *compressed.dump_module_state(model.model.layers[0]))
     assert not any(".layers.0." in name for name in compressed.quantized_modules(other))
 
 
-def test_block_state_of_another_block_is_refused():
+def test_block_state_of_another_block_raises():
     tensors, meta = compressed.dump_module_state(tiny_llama().model.layers[0])
     with pytest.raises(CheckpointError, match="saved as"):
         compressed.load_module_state(tiny_llama(intermediate_size=40).model.layers[0], tensors, meta)
@@ -421,7 +421,7 @@ def test_an_adapter_trains_on_top_and_merges(tmp_path, activations):
         optimizer.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
-    # The adapter of the first block learns: the gradient came through everything above it.
+    # The adapter of the first block learns: the gradient passed through all later layers.
     first = model.base_model.model.model.layers[0].self_attn.q_proj
     assert first.lora_B["default"].weight.abs().max() > 0
     assert first.base_layer.weight.grad is None

@@ -29,7 +29,7 @@ GATE, UP = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up"))
 
 
 def joined(packed_weights):
-    """One naive packed weight of several."""
+    """Join several naive packed weights into one."""
     first = packed_weights[0]
     parts = [packed_weight.codes() for packed_weight in packed_weights]
 
@@ -52,7 +52,7 @@ JOINING = Kernel("joining", supports=supports_all, prepack=PackedWeight, join=jo
 
 
 def quantized(name):
-    """A tiny model whose every linear is quantized (the head too, so it is not tied)."""
+    """Return a tiny model with all linear layers quantized (the head too, so it is not tied)."""
     return quantize(
         TINY[name](**{} if name == "t5" else {"tie_word_embeddings": False}), size=16, only=ONLY.get(name, "")
     )
@@ -64,7 +64,7 @@ def packed(name="llama", kernel=JOINING):
 
 
 def packed_weights(model):
-    """Every packed weight that holds a weight."""
+    """Return the packed weights that hold a weight, without slices of fused ones."""
     return [module for module in model.modules() if isinstance(module, PackedWeight)]
 
 
@@ -93,7 +93,7 @@ def inputs_of(model):
 
 
 ONLY = {"t5": "block"}
-# Products of one forward joined, and apart. GPT-2 has no nn.Linear but its head; Mixtral's experts are stacks.
+# Products of one forward, fused and separate. GPT-2 has no nn.Linear except its head; Mixtral's experts are fused.
 COUNTS = {
     "llama": (9, 15), "qwen2": (9, 15), "opt": (9, 13), "bert": (10, 14), "vit": (9, 13), "t5": (22, 32),
     "mixtral": (5, 9),
@@ -117,7 +117,7 @@ def test_every_architecture_runs_as_before(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "bert"])
-def test_codes_are_given_back_bit_by_bit_and_nothing_is_held_twice(name, tmp_path):
+def test_codes_are_bit_exact_and_nothing_is_held_twice(name, tmp_path):
     model, apart = packed(name), packed(name, NAIVE)
     for row in hf_optim.report(model):
         one, two = (m.get_submodule(row.name).codes() for m in (model, apart))
@@ -144,7 +144,7 @@ def test_restore_leaves_no_trace(name):
     assert len(set(pointers)) == len(pointers)
 
 
-def test_dense_weights_of_a_pattern_are_joined_too(tmp_path):
+def test_dense_24_weights_are_joined_too(tmp_path):
     model = tiny_llama().requires_grad_(False)
     for name in (Q, K, V, UP):
         model.get_submodule(name).weight.view(-1, 4)[:, :2] = 0
@@ -160,13 +160,13 @@ def test_dense_weights_of_a_pattern_are_joined_too(tmp_path):
     assert torch.equal(hf_optim.restore(model)(TOKENS).logits, wanted)
 
 
-def test_the_report_tells_it(model):
+def test_the_report_names_the_fused_layers(model):
     assert runs_on(model, K).kernel == "naive int4, with q_proj, v_proj"
     assert runs_on(model, UP).kernel == "naive int4, with gate_proj"
     assert runs_on(model, "model.layers.0.mlp.down_proj").kernel == "naive int4"
 
 
-def test_a_kernel_that_cannot_join_is_left_alone():
+def test_layers_of_a_kernel_that_cannot_join_stay_separate():
     def weary(packed_weights):
         raise RuntimeError("not today")
 
@@ -176,7 +176,7 @@ def test_a_kernel_that_cannot_join_is_left_alone():
         assert runs_on(model, K).kernel == "naive int4"
 
 
-def test_other_weights_stay_apart():
+def test_different_weights_stay_separate():
     model = quantize(tiny_llama().requires_grad_(False), 4, 16, only="q_proj")
     quantize(model, 8, 16, only="k_proj")
     quantize(model, 4, 16, only="v_proj")
@@ -185,8 +185,8 @@ def test_other_weights_stay_apart():
     assert runs_on(model, K).kernel == "naive int8"
 
 
-# -- whatever it is called with, a part is right ----------------------------------------------------------------------
-def test_a_part_is_right_whatever_it_is_called_with(model, x):
+# -- a slice is correct for every input -------------------------------------------------------------------------------
+def test_a_slice_is_correct_for_every_input(model, x):
     q, k, v = (model.get_submodule(name) for name in (Q, K, V))
     other = x + 1
     dense = {(layer, t): t @ layer.weight.T for layer in (q, k, v) for t in (x, other)}
@@ -202,7 +202,7 @@ def test_a_part_is_right_whatever_it_is_called_with(model, x):
     assert torch.allclose(q(x.clone()), 2 * dense[q, x], atol=1e-4)
 
 
-def test_the_product_is_computed_once_and_let_go(model, x):
+def test_the_product_is_computed_once_and_released(model, x):
     q, k, v = (model.get_submodule(name) for name in (Q, K, V))
     before, once = calls(model), x.clone()
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_the_product_is_computed_once_and_let_go(model, x):
     assert alive() is None
 
 
-def test_outputs_may_be_written_into(model, x):
+def test_outputs_may_be_modified_in_place(model, x):
     q, k, v = (model.get_submodule(name) for name in (Q, K, V))
     x.requires_grad_()
     outs = [layer(x).mul_(2) for layer in (q, k, v)]
@@ -229,7 +229,7 @@ def test_outputs_may_be_written_into(model, x):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_recorded_for_who_asks(model, x, mode):
+def test_gradients_are_recorded_where_required(model, x, mode):
     q, k, v = (model.get_submodule(name) for name in (Q, K, V))
     x.requires_grad_()
     with mode():
@@ -270,7 +270,7 @@ def test_outputs_are_contiguous_where_the_model_needs_it(monkeypatch):
     assert calls(model) == 9
 
 
-def test_a_model_that_cannot_be_traced_stays_apart(monkeypatch):
+def test_layers_of_a_model_that_cannot_be_traced_stay_separate(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     forward = LlamaMLP.forward
@@ -312,7 +312,7 @@ def test_an_adapter_trains_over_joined_layers(checkpointing, first):
     assert all(float((a - b).norm() / b.norm()) < 1e-4 for a, b in zip(*grads, strict=True))
 
 
-def test_a_bias_is_one_with_the_joint_ones():
+def test_a_bias_shares_memory_with_the_fused_bias():
     model = quantized("qwen2")
     hf_optim.accelerate(model, [JOINING])
     k = model.get_submodule(K)
@@ -334,7 +334,7 @@ def test_a_bias_is_one_with_the_joint_ones():
 
 
 # -- copies, moves, failures ------------------------------------------------------------------------------------------
-def test_copies_are_joined_and_whole(model, x):
+def test_copies_are_fused_and_complete(model, x):
     q = model.get_submodule(Q)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -356,7 +356,7 @@ def test_copies_are_joined_and_whole(model, x):
     assert torch.equal(model(TOKENS).logits, wanted)
 
 
-def test_state_goes_in_and_out(model):
+def test_the_state_dict_round_trips(model):
     other = packed()
     for buffer in packed_weights(other):
         buffer.own_codes.zero_()
@@ -365,7 +365,7 @@ def test_state_goes_in_and_out(model):
         assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_another_dtype_joins_anew():
+def test_another_dtype_is_fused_again():
     model = quantized("qwen2").requires_grad_(False)
     hf_optim.accelerate(model, [JOINING])
     exact, bias = model.get_submodule(K).codes(), model.get_submodule(K).bias.clone()
@@ -384,7 +384,7 @@ def test_another_dtype_joins_anew():
     assert runs_on(model, K).kernel == "naive int4, with q_proj, v_proj"
 
 
-def test_a_joint_operand_that_fails_falls_back_layer_by_layer(x):
+def test_a_fused_weight_that_raises_falls_back_layer_by_layer(x):
     model = packed(kernel=Kernel("broken", supports=supports_all, prepack=Broken, join=joined))
     q, k = model.get_submodule(Q), model.get_submodule(K)
     for layer in (q, k):
@@ -397,7 +397,7 @@ def test_a_joint_operand_that_fails_falls_back_layer_by_layer(x):
     assert torch.allclose(q(x), x @ q.weight.T, atol=1e-5)
 
 
-def test_an_input_that_the_joint_operand_does_not_take(model, x):
+def test_an_input_that_the_fused_weight_does_not_accept(model, x):
     k = model.get_submodule(K)
     with torch.autocast("cpu", torch.bfloat16):
         y = k(x.bfloat16())
@@ -406,14 +406,14 @@ def test_an_input_that_the_joint_operand_does_not_take(model, x):
     assert calls(model) == 0
 
 
-def test_twice_is_once(model, monkeypatch):
+def test_accelerating_twice_traces_once(model, monkeypatch):
     before = [id(packed_weight) for packed_weight in packed_weights(model)]
     monkeypatch.setattr("hf_optim.compressed.packed.fused_projections.trace", lambda model: pytest.fail("traced again"))
     hf_optim.accelerate(model, [JOINING])
     assert [id(packed_weight) for packed_weight in packed_weights(model)] == before
 
 
-def test_nothing_keeps_operands_alive(model):
+def test_nothing_keeps_packed_weights_alive(model):
     alive = weakref.ref(model.get_submodule(K).packed_weight.fused)
     hf_optim.restore(model)
     gc.collect()
@@ -426,7 +426,7 @@ TRACED = Kernel("traced", supports=supports_all, prepack=Traced, join=joined)
 
 @pytest.fixture
 def captured():
-    """A backend that keeps its graphs."""
+    """A compiler backend that records its graphs."""
     graphs = []
 
     def backend(graph, inputs):
@@ -439,7 +439,7 @@ def captured():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
-def test_a_compiled_model_has_one_product_a_group(captured, mode):
+def test_a_compiled_model_has_one_product_per_group(captured, mode):
     model = packed(kernel=TRACED)
     with mode():
         wanted = model(TOKENS, use_cache=False).logits
@@ -463,7 +463,7 @@ def test_a_compiled_model_generates(backend):
 
 
 # -- the packed weights that ship -------------------------------------------------------------------------------------
-def test_wna16_joined_is_wna16_apart():
+def test_wna16_fused_equals_wna16_separate():
     layer = pytest.importorskip("hf_optim_kernels.wna16.layer")
     form = (4, 16, torch.bfloat16)
 
@@ -488,7 +488,7 @@ def test_wna16_joined_is_wna16_apart():
 
 
 @pytest.mark.parametrize("inputs", [{}, {"symmetric_activations": False}])
-def test_w8a8_on_a_cpu_joined_is_w8a8_apart(inputs):
+def test_w8a8_on_a_cpu_fused_equals_w8a8_separate(inputs):
     from hf_optim_kernels.w8a8 import cpu, layer
 
     logits, saved = [], []

@@ -1,4 +1,4 @@
-"""The door ``optim_config="auto"`` on checkpoints written by packers that are not ours."""
+"""``optim_config="auto"`` on checkpoints written by other packers."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ INSTALLED = "hf_optim.compressed.packed.accelerate.installed_kernels"
 
 @pytest.fixture
 def served(monkeypatch):
-    """Every layer is served, by the naive kernel of the tests."""
+    """The naive kernel of the tests is installed, which supports every layer."""
     monkeypatch.setattr(INSTALLED, lambda: (NAIVE,))
 
 
 @pytest.fixture
 def unserved(monkeypatch):
-    """There is no kernel at all."""
+    """No kernel is installed."""
     monkeypatch.setattr(INSTALLED, lambda: ())
 
 
 def build(folder, bits, size, symmetric, layout, config, scattered=False, shards=1, **sizes):
-    """A random Llama in a layout, and the same with the dense weights that the reference decodes."""
+    """Write a random Llama in a layout; return it with the dense weights that the reference decodes."""
     rng = np.random.default_rng(bits * 100 + (size or 7))
     dense = tiny_llama(hidden_size=64, intermediate_size=96, **sizes)
     layers = {}
@@ -238,7 +238,7 @@ print(json.dumps({"bytes": 1024 * (after - before), "packed": packed, "technique
 
 
 def test_loading_makes_no_dense_copy_and_imports_no_technique(tmp_path):
-    """The peak of a process that loads 24 million weights of 3 bits: 9 MB stored, 96 MB dense."""
+    """Measure the peak memory of a process that loads 24 million 3-bit weights: 9 MB stored, 96 MB dense."""
     config = gptq_config(3, 128)
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
     rng, layers = np.random.default_rng(0), {}
@@ -254,11 +254,11 @@ def test_loading_makes_no_dense_copy_and_imports_no_technique(tmp_path):
     assert found["packed"] == len(layers)
     assert found["techniques"] == []
     assert set(found["bundled"]) >= {"wna16", "w8a8", "llm_int8", "sparse24", "codebook"}
-    # The packed weight of the tests holds a byte a weight; stored are 3 bits; a dense copy would be four bytes more.
+    # The naive packed weight has one byte per weight, the checkpoint 3 bits; a dense copy would add four bytes.
     assert found["bytes"] < 2.2 * weights + 2**24
 
 
-def test_restored_is_what_no_kernel_would_have_been(tmp_path, served, monkeypatch):
+def test_restoring_equals_loading_without_kernels(tmp_path, served, monkeypatch):
     build(
         tmp_path,
         4,
@@ -363,7 +363,7 @@ def test_a_truncated_file_is_named(cut, tmp_path, served):
         AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
 
 
-def test_a_header_of_absurd_length_is_no_memory_error(tmp_path, served):
+def test_a_header_of_absurd_length_raises_checkpoint_error(tmp_path, served):
     build(tmp_path, 4, 32, True, gptq, gptq_config(4, 32))
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
