@@ -50,8 +50,8 @@ def test_packing_gives_the_codes_back(bits, shape):
 def test_the_layout_is_bits_wide_where_chunks_divide_the_columns():
     codes = torch.zeros(4, 4096, dtype=torch.uint8)
     assert naive.pack(codes, 3).numel() * 16 == 3 * codes.numel()
-    assert naive.plane(4096) == 32
-    assert naive.plane(768) == 16
+    assert naive.slice_columns(4096) == 32
+    assert naive.slice_columns(768) == 16
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_decoded_weight():
     module, packed_weight = packed_weight_of(9, 20, 3, torch.float32, bias=True)
     x = torch.randn(4, 20, generator=torch.Generator().manual_seed(2), requires_grad=True)
     bias = module.bias.clone().requires_grad_()
-    y = op.codebook_linear(x, *packed_weight._held(), bias, packed_weight.counters)
+    y = op.codebook_linear(x, *packed_weight.tensors()._replace(bias=bias))
     y.square().sum().backward()
     twin, other = x.detach().double().requires_grad_(), bias.detach().double().requires_grad_()
     module.bias = None
@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_decoded_weight():
 
 def test_the_operator_passes_pytorchs_own_checks():
     _, packed_weight = packed_weight_of(9, 20, 3, torch.float32, bias=True)
-    args = (torch.randn(4, 20), *packed_weight._held(), packed_weight.bias, packed_weight.counters)
+    args = (torch.randn(4, 20), *packed_weight.tensors())
     torch.library.opcheck(op.codebook_linear, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -184,10 +184,10 @@ def test_the_fused_kernel(device, N, K, M, bits, dtype, split):
     module, packed_weight = packed_weight_of(N, K, bits, dtype, device, bias=True)
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT": split, "EDGE": 32, "num_warps": 4, "num_stages": 2}
-    y = launch.fused(x, packed_weight._held(), packed_weight.bias, packed_weight.counters, tiles)
+    y = launch.fused(x, packed_weight.tensors(), tiles)
     assert y.dtype == dtype
     assert relative(y, brute_force(module, x)) < BOUND[dtype]
-    assert not packed_weight.counters.any()
+    assert not packed_weight.semaphores.any()
 
 
 @on_triton
@@ -197,9 +197,9 @@ def test_the_decoded_weight_is_exact(device, N, K, bits):
 
     module, packed_weight = packed_weight_of(N, K, bits, torch.float16, device)
     wanted = brute_force(module, torch.eye(K, dtype=torch.float64, device=device)).T
-    held = packed_weight._held()
-    assert torch.equal(launch.dense(held, K, torch.float16).double(), wanted)
-    assert torch.equal(launch.dense(held, K, torch.float16, 2, 3).double(), wanted[2:5])
+    weight = packed_weight.tensors()
+    assert torch.equal(launch.dense(weight, K, torch.float16).double(), wanted)
+    assert torch.equal(launch.dense(weight, K, torch.float16, 2, 3).double(), wanted[2:5])
 
 
 @on_triton
@@ -221,17 +221,6 @@ def test_many_rows_take_the_library_and_agree(device, monkeypatch):
 def test_large_layers_on_a_device(bits, M):
     _, packed_weight = packed_weight_of(1536, 4096, bits, torch.bfloat16, "cuda")
     x = torch.randn(M, 4096, device="cuda").bfloat16()
-    wanted = (
-        x.double()
-        @ naive.dequantize(
-            packed_weight.words,
-            packed_weight.table,
-            packed_weight.values,
-            packed_weight.columns,
-            packed_weight.starts,
-            4096,
-            torch.float64,
-        ).T
-    )
+    wanted = x.double() @ naive.dequantize(packed_weight.tensors(), 4096, torch.float64).T
     for _ in range(2):  # the second call takes the plan
         assert relative(packed_weight(x), wanted) < BOUND[torch.bfloat16]

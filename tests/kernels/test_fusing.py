@@ -17,7 +17,7 @@ from torch import nn
 import hf_optim
 from hf_optim import Kernel, optimize
 from hf_optim.compressed.packed.fused_norm import QuantizingNorm
-from hf_optim_kernels.w8a8 import fusing, layer, tiles
+from hf_optim_kernels.w8a8 import layer, norm_fusion, tiles
 
 LONG = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(0))
 NORM = "model.layers.0.input_layernorm"
@@ -77,9 +77,9 @@ def test_fused_codes_equal_unfused_ones_to_one_ulp_of_the_scale(dtype, symmetric
         plain = norm._former.forward(norm, x)
         made = up.packed_weight.fused.handoff.take(y, 1)
     # What is quantized is what the norm gives out, exactly as a launch of its own would do it.
-    assert all(torch.equal(a, b) for a, b in zip(made, quantize.rows(y, False, symmetric)[:3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(made, quantize.quantize_rows(y, False, symmetric)[:3], strict=True))
     # The norm's own sums, in float32, may end in another order: at most one place of a shorter type.
-    _, scale, _, _ = quantize.rows(plain, False, symmetric)
+    _, scale, _, _ = quantize.quantize_rows(plain, False, symmetric)
     ulp = torch.exp2(scale.log2().floor()) * (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
     assert bool(((made[1] - scale).abs() <= ulp).all())
     assert relative(y, plain) < torch.finfo(dtype).eps
@@ -94,8 +94,8 @@ def test_a_fused_model_computes_the_same(device, monkeypatch):
         f"model.layers.{i}.{name}" for i in (0, 1) for name in ("input_layernorm", "post_attention_layernorm")
     ]
     taken = []
-    real = fusing.Handoff.take
-    monkeypatch.setattr(fusing.Handoff, "take", lambda *a: taken.append(real(*a)) or taken[-1])
+    real = norm_fusion.Handoff.take
+    monkeypatch.setattr(norm_fusion.Handoff, "take", lambda *a: taken.append(real(*a)) or taken[-1])
     fused = run(model)
     assert sum(found is not None for found in taken) == 4  # joined q, k, v and joined gate, up of two blocks
     assert model.model.layers[0].self_attn.q_proj.packed_weight.fused.handoff.held is None
@@ -148,7 +148,7 @@ def test_gradients_take_the_plain_way(device):
 
 @on_triton
 def test_codes_of_a_tensor_that_was_written_to_are_not_taken(device):
-    handoff = fusing.Handoff(2)
+    handoff = norm_fusion.Handoff(2)
     x = torch.randn(4, 8, device=device)
     parts = (torch.ones(4, 8), torch.ones(4), torch.empty(0))
     handoff.give(x, *parts)
@@ -184,11 +184,11 @@ def test_a_norm_is_known_by_what_it_computes():
         rms, ln = nn.RMSNorm(24, eps=1e-6).to(dtype), nn.LayerNorm(24, eps=1e-5).to(dtype)
         for norm in (rms, ln):
             norm.weight.data.normal_()
-        assert fusing.norm_kind(rms, 24, dtype, cpu) == (RMS_NORM, 1e-6)
-        assert fusing.norm_kind(ln, 24, dtype, cpu) == (LAYER_NORM, 1e-5)
-        assert fusing.norm_kind(Shifted(rms), 24, dtype, cpu) is None
-        assert fusing.norm_kind(rms, 24, torch.float16, cpu) is None
-        assert fusing.norm_kind(nn.BatchNorm1d(24).to(dtype).eval(), 24, dtype, cpu) is None
+        assert norm_fusion.norm_kind(rms, 24, dtype, cpu) == (RMS_NORM, 1e-6)
+        assert norm_fusion.norm_kind(ln, 24, dtype, cpu) == (LAYER_NORM, 1e-5)
+        assert norm_fusion.norm_kind(Shifted(rms), 24, dtype, cpu) is None
+        assert norm_fusion.norm_kind(rms, 24, torch.float16, cpu) is None
+        assert norm_fusion.norm_kind(nn.BatchNorm1d(24).to(dtype).eval(), 24, dtype, cpu) is None
     wrong = nn.RMSNorm(24, eps=1e-6)
     wrong.variance_epsilon = 1e-5  # is not what it computes with
-    assert fusing.norm_kind(wrong, 24, torch.float32, cpu) is None
+    assert norm_fusion.norm_kind(wrong, 24, torch.float32, cpu) is None

@@ -39,8 +39,8 @@ def random_case(rows, out, columns, dtype, device="cpu", outliers=(), seed=0):
     return tuple(t.to(device) for t in (x.to(dtype), weight, scale, torch.randn(out, generator=g).to(dtype)))
 
 
-def counters(out, columns, device):
-    return torch.zeros(tiles.counters_size(out, columns), dtype=torch.int32, device=device)
+def semaphores(out, columns, device):
+    return torch.zeros(tiles.semaphores_size(out, columns), dtype=torch.int32, device=device)
 
 
 def in_float64(x, weight, scale, bias, threshold=6.0):
@@ -103,13 +103,13 @@ def test_every_kernel_equals_float64(case, dtype, device, monkeypatch):
     rows, out, columns, outliers = case
     operands = random_case(rows, out, columns, dtype, device, outliers)
     reference = in_float64(*operands)
-    count = counters(out, columns, device)
+    weight = naive.PackedTensors(*operands[1:], semaphores(out, columns, device))
     for config in CONFIGS:
-        y = launch.llm_int8(*operands, 6.0, count, config)
+        y = launch.llm_int8(operands[0], weight, 6.0, config)
         assert y.dtype == dtype
         # A code at the middle between two may be the other one in float32: one step of one entry.
         assert relative(y, reference) < BOUND[dtype], config
-        assert not bool(count.any()), config
+        assert not bool(weight.semaphores.any()), config
 
 
 @on_triton
@@ -120,16 +120,17 @@ def test_spans_of_many_columns(rows, device):
 
     found = [(i % rows, column) for i, column in enumerate((0, 255, 256, 8190, 8255, 8299))]
     operands = random_case(rows, 20, 8300, torch.float32, device, found)
-    reference, count = in_float64(*operands), counters(20, 8300, device)
+    reference = in_float64(*operands)
+    weight = naive.PackedTensors(*operands[1:], semaphores(20, 8300, device))
     for config in CONFIGS[:3]:
-        y = launch.llm_int8(*operands, 6.0, count, config | {"BLOCK_K": 512})
+        y = launch.llm_int8(operands[0], weight, 6.0, config | {"BLOCK_K": 512})
         assert relative(y, reference) < 1e-6, config
 
 
 @on_triton
 def test_odd_shapes(device):
     operands = random_case(2, 352, 172, torch.float32, device, [(1, 171), (0, 3)])
-    y = op.llm_int8(*operands, 6.0, counters(352, 172, device))
+    y = op.llm_int8(*operands, 6.0, semaphores(352, 172, device))
     assert relative(y, in_float64(*operands)) < 1e-6
 
 
@@ -137,7 +138,7 @@ def test_odd_shapes(device):
 @pytest.mark.parametrize("rows", [*range(1, 34, 4), 64, 65])
 def test_numbers_of_rows(rows, device):
     x, weight, scale, bias = random_case(rows, 20, 40, torch.float32, device, [(rows // 2, 3)], seed=rows)
-    y = op.llm_int8(x, weight, scale, bias, 6.0, counters(20, 40, device))
+    y = op.llm_int8(x, weight, scale, bias, 6.0, semaphores(20, 40, device))
     assert relative(y, naive.llm_int8(x, weight, scale, bias, 6.0)) < 1e-6
 
 
@@ -147,7 +148,7 @@ def test_the_list_of_columns(device):
 
     x = torch.zeros(4, 50, device=device)
     x[0, 3], x[2, 3], x[3, 49], x[1, 10], x[1, 11] = 7.0, -8.0, float("nan"), 6.0, float("-inf")
-    count = counters(8, 50, device)
+    count = semaphores(8, 50, device)
     codes, scale, _, columns, number = launch.quantize(x, 6.0, count, 8)
     assert columns[: int(number)].tolist() == [3, 11, 49]
     assert not bool(count.any())
@@ -160,7 +161,7 @@ def test_the_list_of_columns(device):
 @on_triton
 def test_no_rows_more_dimensions_and_strides(device):
     x, weight, scale, _ = random_case(6, 24, 64, torch.float32, device, [(1, 5)])
-    rest = (weight, scale, None, 6.0, counters(24, 64, device))
+    rest = (weight, scale, None, 6.0, semaphores(24, 64, device))
     wanted = in_float64(x, weight, scale, None)
     assert op.llm_int8(x[:0], *rest).shape == (0, 24)
     assert op.llm_int8(x[0], *rest).shape == (24,)
@@ -180,7 +181,8 @@ def test_what_is_not_finite_propagates(device):
     x[0, 5], x[1, 7] = float("nan"), float("inf")
     dense = x.double() @ (weight.double() * scale[:, None].double()).T + bias.double()
     for config in CONFIGS:
-        y = launch.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device), config)
+        packed = naive.PackedTensors(weight, scale, bias, semaphores(24, 64, device))
+        y = launch.llm_int8(x, packed, 6.0, config)
         assert torch.equal(y.isnan(), dense.isnan())
         assert torch.equal(y.isinf(), dense.isinf())
 
@@ -191,7 +193,7 @@ def test_gradients_pass_straight_through(device):
     x.requires_grad_()
     bias.requires_grad_()
     coefficients = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).to(device)
-    (op.llm_int8(x, weight, scale, bias, 6.0, counters(24, 64, device)) * coefficients).sum().backward()
+    (op.llm_int8(x, weight, scale, bias, 6.0, semaphores(24, 64, device)) * coefficients).sum().backward()
     assert relative(x.grad, coefficients.double() @ (weight.double() * scale[:, None].double())) < 1e-6
     assert relative(bias.grad, coefficients.double().sum(0)) < 1e-6
 
@@ -200,7 +202,7 @@ def test_gradients_pass_straight_through(device):
 def test_the_operator_is_well_formed(device):
     operands = random_case(3, 24, 64, torch.float32, device, [(0, 1)])
     operands[0].requires_grad_()
-    torch.library.opcheck(torch.ops.hf_optim.llm_int8.default, (*operands, 6.0, counters(24, 64, device)))
+    torch.library.opcheck(torch.ops.hf_optim.llm_int8.default, (*operands, 6.0, semaphores(24, 64, device)))
 
 
 @on_triton
@@ -231,7 +233,7 @@ def test_launches_that_are_kept(rows, device):
         made(first)
         assert made.plans[x.shape] is not None
         assert relative(made(x), naive.llm_int8(x, made.weight, made.w_scale, made.bias, 6.0)) < 1e-6
-    assert not bool(made.counters.any())
+    assert not bool(made.semaphores.any())
     assert copy.deepcopy(made).plans == {}
 
 

@@ -15,6 +15,7 @@ from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
 from hf_optim_kernels.sparse24 import layer, naive, op
 from hf_optim_kernels.sparse24 import tiles as configs
+from hf_optim_kernels.sparse24.naive import PackedTensors
 
 ROW = 1 << 20
 # width, group, zero points.
@@ -23,40 +24,44 @@ GRIDS = [(16, ROW, False), (8, ROW, False), (8, ROW, True), (4, 128, True), (4, 
 SHAPES = [(1, 40, 256), (5, 33, 172), (17, 20, 260)]
 
 
+def product(x, *weight):
+    return op.linear(x, PackedTensors(*weight))
+
+
 def mask_of(out, columns, generator, kept=2):
     scores = torch.rand(out, columns // 4, 4, generator=generator)
     return (scores.argsort(-1).argsort(-1) < kept).view(out, columns)
 
 
 def random_weight(out, columns, width, group, zero, dtype, seed=0):
-    """``(numbers, kept, scale, zero, group, middle), W`` with W float64; some fours keep one column or none."""
+    """``(numbers, kept, scale, zero, group, offset), W`` with W float64; some 2:4 groups keep one column or none."""
     g = torch.Generator().manual_seed(seed)
     kept = mask_of(out, columns, g) & (torch.rand(out, columns, generator=g) > 0.05)
     if width == 16:
         numbers = (torch.randn(out, columns, generator=g) * kept).to(dtype)
         return (numbers, numbers != 0, None, None, columns, 0), numbers.double()
-    middle, size = 1 << (width - 1), min(group, columns)
+    offset, size = 1 << (width - 1), min(group, columns)
     groups = -(-columns // size)
     scale = (torch.rand(groups, out, generator=g) * 0.1 + 0.01).to(dtype)
     points = torch.randint(0, 2**width, (groups, out), generator=g, dtype=torch.uint8) if zero else None
-    full = torch.full((groups, out), middle, dtype=torch.uint8) if points is None else points
+    full = torch.full((groups, out), offset, dtype=torch.uint8) if points is None else points
     spread = full.T.repeat_interleave(size, 1)[:, :columns]
     numbers = torch.where(kept, torch.randint(0, 2**width, (out, columns), generator=g, dtype=torch.uint8), spread)
     weight = (numbers.double() - spread) * scale.double().T.repeat_interleave(size, 1)[:, :columns]
-    return (numbers, numbers != spread, scale, points, size, middle), weight
+    return (numbers, numbers != spread, scale, points, size, offset), weight
 
 
 def random_case(rows, out, columns, width, group, zero, dtype, device="cpu", seed=0):
     """Arguments of the operator and the float64 result."""
-    (numbers, kept, scale, points, size, middle), weight = random_weight(out, columns, width, group, zero, dtype, seed)
+    (numbers, kept, scale, points, size, offset), weight = random_weight(out, columns, width, group, zero, dtype, seed)
     g = torch.Generator().manual_seed(seed + 1)
     bias = torch.randn(out, generator=g).to(dtype)
     x = torch.randn(rows, columns, generator=g).to(dtype)
     reference = x.double() @ weight.T + bias.double()
-    counters = torch.zeros(configs.COUNTERS, dtype=torch.int32)
-    tensors = [x, *naive.pack(numbers, kept, width), scale, points, bias, counters]
+    semaphores = torch.zeros(configs.SEMAPHORES, dtype=torch.int32)
+    tensors = [x, *naive.pack(numbers, kept, width), scale, points, bias, semaphores]
     moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
-    return (*moved, width, size, middle), reference.to(device)
+    return (*moved, width, size, offset), reference.to(device)
 
 
 # -- the format -------------------------------------------------------------------------------------------------------
@@ -65,15 +70,15 @@ def random_case(rows, out, columns, width, group, zero, dtype, device="cpu", see
 def test_packing_is_undone_by_unpacking(width, group, zero, columns):
     (numbers, kept, *_), _ = random_weight(33, columns, width, group, zero, torch.bfloat16)
     values, bits = naive.pack(numbers, kept, width)
-    assert bits.shape == (33, naive.stored_fours(columns) // 2)
-    assert values.numel() * values.element_size() == 33 * naive.stored_fours(columns) * 2 * width // 8
+    assert bits.shape == (33, naive.stored_groups24(columns) // 2)
+    assert values.numel() * values.element_size() == 33 * naive.stored_groups24(columns) * 2 * width // 8
     found, at = naive.unpack(values, bits, width, columns)
     assert torch.equal(found[kept], numbers[kept])
     assert not bool((kept & ~at).any())
     assert bool((at.view(33, -1, 4).sum(-1) == 2).all())
 
 
-def test_every_pattern_of_a_four():
+def test_every_pattern_of_a_group():
     patterns = torch.tensor([[(i >> p) & 1 for p in range(4)] for i in range(16)], dtype=torch.bool)
     numbers = torch.arange(1, 65).view(16, 4).to(torch.float16)
     few = patterns.sum(1) <= 2
@@ -91,7 +96,7 @@ def test_the_specification_equals_float64(dtype):
         for grid in GRIDS:
             arguments, reference = random_case(*shape, *grid, dtype)
             # Without a GPU or the interpreter, the operator is the specification.
-            assert relative(op.run(*arguments), reference) < BOUND[dtype]
+            assert relative(product(*arguments), reference) < BOUND[dtype]
 
 
 # -- the kernels ------------------------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ def test_every_path_equals_float64(shape, grid, dtype, device, poisoned):
     for name, config in PATHS.items():
         if name.startswith("row") and shape[0] > 5:
             continue  # interpreting every row by itself is slow
-        y = launch.sparse24(*arguments, config=config)
+        y = launch.sparse24(arguments[0], PackedTensors(*arguments[1:]), config)
         # A weight that was scaled one by one is rounded once more.
         bound = BOUND[dtype] * (1.5 if grid[0] != 16 else 1)
         assert relative(y, reference) < bound, name
@@ -140,7 +145,7 @@ def test_every_path_equals_float64(shape, grid, dtype, device, poisoned):
 @pytest.mark.parametrize("rows", [*range(1, 34)])
 def test_every_number_of_rows(rows, device):
     arguments, reference = random_case(rows, 18, 40, 16, ROW, False, torch.float16, device)
-    assert relative(op.run(*arguments), reference) < BOUND[torch.float16]
+    assert relative(product(*arguments), reference) < BOUND[torch.float16]
 
 
 @on_triton
@@ -149,19 +154,19 @@ def test_split_sums_are_the_same_every_time(device):
 
     arguments, _ = random_case(4, 40, 1024, 16, ROW, False, torch.float16, device)
     config = configs.config("dot", 16, 32, 32, 4, 4, 2)
-    first = launch.sparse24(*arguments, config=config)
+    first = launch.sparse24(arguments[0], PackedTensors(*arguments[1:]), config)
     for _ in range(3 if device == "cpu" else 50):
-        assert torch.equal(launch.sparse24(*arguments, config=config), first)
+        assert torch.equal(launch.sparse24(arguments[0], PackedTensors(*arguments[1:]), config), first)
 
 
 @on_triton
-def test_more_tiles_than_counters_are_not_split(device):
+def test_more_tiles_than_semaphores_are_not_split(device):
     from hf_optim_kernels.sparse24 import launch
 
-    (*tensors, _, width, group, middle), reference = random_case(3, 40, 512, 16, ROW, False, torch.float16, device)
-    counters = torch.zeros(1, dtype=torch.int32, device=device)
+    (x, *tensors, _, width, group, offset), reference = random_case(3, 40, 512, 16, ROW, False, torch.float16, device)
+    semaphores = torch.zeros(1, dtype=torch.int32, device=device)
     config = configs.config("dot", 16, 32, 32, 2, 4, 2)
-    y = launch.sparse24(*tensors, counters, width, group, middle, config=config)
+    y = launch.sparse24(x, PackedTensors(*tensors, semaphores, width, group, offset), config)
     assert relative(y, reference) < BOUND[torch.float16]
 
 
@@ -170,14 +175,14 @@ def test_more_tiles_than_counters_are_not_split(device):
 def test_no_rows_more_dimensions_and_strides(grid, device):
     (x, *rest), reference = random_case(6, 24, 64, *grid, torch.float16, device)
     bound = 1.5 * BOUND[torch.float16]
-    assert op.run(x[:0], *rest).shape == (0, 24)
-    assert op.run(x.view(2, 3, 64)[:, :0], *rest).shape == (2, 0, 24)
-    assert relative(op.run(x.view(2, 3, 64), *rest).view(6, 24), reference) < bound
+    assert product(x[:0], *rest).shape == (0, 24)
+    assert product(x.view(2, 3, 64)[:, :0], *rest).shape == (2, 0, 24)
+    assert relative(product(x.view(2, 3, 64), *rest).view(6, 24), reference) < bound
     shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(6, 64)  # not aligned to 16 bytes
     views = (x.T.contiguous().T, torch.stack((x, x), 1)[:, 0], torch.stack((x, x), 2)[:, :, 1], shifted)
     for strided in views:
-        assert relative(op.run(strided, *rest), reference) < bound
-    y = op.run(x.view(2, 3, 64).transpose(0, 1), *rest)
+        assert relative(product(strided, *rest), reference) < bound
+    y = product(x.view(2, 3, 64).transpose(0, 1), *rest)
     assert relative(y.transpose(0, 1).reshape(6, 24), reference) < bound
 
 
@@ -187,11 +192,12 @@ def test_no_rows_more_dimensions_and_strides(grid, device):
 def test_what_is_not_finite_propagates(path, device):
     from hf_optim_kernels.sparse24 import launch
 
-    (x, values, bits, *rest), _ = random_case(3, 24, 64, 16, ROW, False, torch.float16, device)
-    weight = naive.dequantize(values, bits, None, None, 16, 64, 0, 64, torch.float64)
+    (x, *rest), _ = random_case(3, 24, 64, 16, ROW, False, torch.float16, device)
+    weight = PackedTensors(*rest)
+    dense = naive.dequantize(weight, 64, torch.float64)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
-    y = launch.sparse24(x, values, bits, *rest, config=PATHS[path])
-    wanted = x.double() @ weight.T  # a pruned weight times infinity is NaN, as in the dense product
+    y = launch.sparse24(x, weight, PATHS[path])
+    wanted = x.double() @ dense.T  # a pruned weight times infinity is NaN, as in the dense product
     assert torch.equal(y.isnan(), wanted.isnan())
     assert torch.equal(y.isinf(), wanted.isinf())
     assert bool(y[1].isnan().any())
@@ -217,7 +223,8 @@ def test_gradients(grid, device):
     bias.requires_grad_()
     coefficients = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     (torch.ops.hf_optim.sparse24(x, values, bits, scale, zero, bias, *rest) * coefficients).sum().backward()
-    weight = naive.dequantize(values, bits, scale, zero, *rest[1:], 64, torch.float64)
+    packed_weight = PackedTensors(values, bits, scale, zero, None, None, *rest[1:])
+    weight = naive.dequantize(packed_weight, 64, torch.float64)
     assert relative(x.grad, coefficients.double() @ weight) < BOUND[dtype]
     assert relative(bias.grad, coefficients.double().sum(0)) < BOUND[dtype]
 
@@ -228,8 +235,8 @@ def test_the_operator_is_well_formed(grid, device):
     arguments, _ = random_case(3, 24, 64, *grid, torch.float16, device)
     arguments[0].requires_grad_()
     torch.library.opcheck(torch.ops.hf_optim.sparse24.default, arguments)
-    _, values, bits, scale, zero, _, _, width, group, middle = arguments
-    weight = (values, bits, scale, zero, width, group, middle, 64, torch.float16)
+    _, values, bits, scale, zero, _, _, width, group, offset = arguments
+    weight = (values, bits, scale, zero, width, group, offset, 64, torch.float16)
     torch.library.opcheck(torch.ops.hf_optim.sparse24_weight.default, weight)
 
 
@@ -237,7 +244,7 @@ def test_inputs_of_another_width_are_refused():
     (x, *rest), _ = random_case(3, 24, 256, 16, ROW, False, torch.float16)
     for columns in (260, 258):
         with pytest.raises(ValueError, match="columns"):
-            op.run(x.new_zeros(3, columns), *rest)
+            product(x.new_zeros(3, columns), *rest)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -355,12 +362,12 @@ def test_what_is_not_served_is_told_why(changes, reason):
 
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 172), (8, 4)])
 @pytest.mark.parametrize("rows", [1, 2, 16, 64, 128, 256, 8192])
-def test_configurations_fit_their_counters_and_columns(shape, rows):
+def test_configurations_fit_their_semaphores_and_columns(shape, rows):
     N, K = shape
     for config in [configs.default(N, K, rows, False), *configs.candidates(N, K, rows)]:
         assert config.keys() == configs.DENSE.keys()
         if config["path"] in ("row", "dot"):
             assert naive.HALF % config["FOURS"] == 0
             tiles = -(-N // config["BLOCK_N"]) * -(-rows // config["BLOCK_M"])
-            assert config["SPLIT"] == 1 or tiles <= configs.COUNTERS
-            assert 1 <= config["SPLIT"] <= max(1, naive.stored_fours(K) // 128)
+            assert config["SPLIT"] == 1 or tiles <= configs.SEMAPHORES
+            assert 1 <= config["SPLIT"] <= max(1, naive.stored_groups24(K) // 128)

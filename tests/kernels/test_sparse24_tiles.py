@@ -15,14 +15,19 @@ import hf_optim
 from hf_optim import Kernel, compressed
 from hf_optim.compressed.packed.swap import prepack as prepack_first
 from hf_optim_kernels.sparse24 import layer, mma_layout, naive, op, tiles
+from hf_optim_kernels.sparse24.naive import PackedTensors
 
 ROW = 1 << 20
 # group, zero points
 GRIDS = [(128, False), (64, True), (32, False), (32, True), (ROW, False), (ROW, True), (256, True)]
 
 
+def product(x, *weight):
+    return op.linear(x, PackedTensors(*weight))
+
+
 def random_codes(out, columns, group, zero, seed=0):
-    """uint8 codes, where they are kept, scale and zero [groups, out]; some fours keep one column or none."""
+    """uint8 codes, where they are kept, scale and zero [groups, out]; some 2:4 groups keep one column or none."""
     g = torch.Generator().manual_seed(seed)
     order = torch.rand(out, columns // 4, 4, generator=g).argsort(-1).argsort(-1)
     kept = (order < 2).view(out, columns) & (torch.rand(out, columns, generator=g) > 0.1)
@@ -43,8 +48,8 @@ def random_case(rows, out, columns, group, zero, dtype, device="cpu", seed=0, bi
     added = torch.randn(out, generator=g).to(dtype) if bias else None
     x = torch.randn(rows, columns, generator=g).to(dtype)
     reference = x.double() @ weight.T + (0.0 if added is None else added.double())
-    counters = torch.zeros(tiles.COUNTERS, dtype=torch.int32)
-    tensors = [x, *mma_layout.pack(codes, kept), scale, points, added, counters]
+    semaphores = torch.zeros(tiles.SEMAPHORES, dtype=torch.int32)
+    tensors = [x, *mma_layout.pack(codes, kept), scale, points, added, semaphores]
     moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
     return (*moved, 4, size, 8), reference.to(device)
 
@@ -116,10 +121,10 @@ def test_the_instruction_gives_the_product(zero):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_weight_is_decompressed_as_the_specification_says(grid, device):
     (_, values, bits, scale, zero, _, _, *form), _ = random_case(1, 48, 256, *grid, torch.float16, device)
-    wanted = naive.dequantize(values, bits, scale, zero, *form, 256)
+    wanted = naive.dequantize(PackedTensors(values, bits, scale, zero, None, None, *form), 256)
     assert torch.equal(op.weight_of(values, bits, scale, zero, *form, 256, torch.float16), wanted.half())
     (_, values, bits, scale, zero, _, _, *form), _ = random_case(1, 48, 256, *grid, torch.bfloat16, device)
-    wanted = naive.dequantize(values, bits, scale, zero, *form, 256, torch.float64)
+    wanted = naive.dequantize(PackedTensors(values, bits, scale, zero, None, None, *form), 256, torch.float64)
     found = op.weight_of(values, bits, scale, zero, *form, 256, torch.bfloat16)
     assert relative(found, wanted) < BOUND[torch.bfloat16]
     assert torch.equal(found == 0, wanted == 0)
@@ -150,7 +155,7 @@ def test_the_operator_equals_float64(grid, dtype, device):
         arguments, reference = random_case(rows, 80, 768, *grid, dtype, device)
         # Decompressed, a weight is rounded by itself.
         bound = BOUND[dtype] * (1.5 if device == "cpu" or rows > tiles.MOST_TILED_ROWS else 1)
-        assert relative(op.run(*arguments), reference) < bound, rows
+        assert relative(product(*arguments), reference) < bound, rows
         assert not bool(arguments[6].any())
 
 
@@ -163,9 +168,9 @@ def test_every_configuration_equals_float64(shape, device):
         arguments, reference = random_case(rows, *shape, 128, True, dtype, device)
         for config in tiles.tiled_candidates(*shape, rows)[: 4 if rows == 5 else 3]:
             torch.full((rows, shape[0]), float("nan"), dtype=dtype, device=device)
-            y = launch.sparse24(*arguments, config=config)
+            y = launch.sparse24(arguments[0], PackedTensors(*arguments[1:]), config)
             assert relative(y, reference) < BOUND[dtype] * (1.5 if config["path"] == "dense" else 1), config
-            assert torch.equal(launch.sparse24(*arguments, config=config), y), config
+            assert torch.equal(launch.sparse24(arguments[0], PackedTensors(*arguments[1:]), config), y), config
             assert not bool(arguments[6].any()), config
 
 
@@ -173,11 +178,11 @@ def test_every_configuration_equals_float64(shape, device):
 def test_no_rows_more_dimensions_and_strides(device):
     (x, *rest), reference = random_case(6, 32, 128, 64, True, torch.float16, device)
     bound = 1.5 * BOUND[torch.float16]
-    assert op.run(x[:0], *rest).shape == (0, 32)
-    assert relative(op.run(x.view(2, 3, 128), *rest).view(6, 32), reference) < bound
+    assert product(x[:0], *rest).shape == (0, 32)
+    assert relative(product(x.view(2, 3, 128), *rest).view(6, 32), reference) < bound
     shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(6, 128)  # not aligned to 16 bytes
     for strided in (x.T.contiguous().T, torch.stack((x, x), 1)[:, 0], torch.stack((x, x), 2)[:, :, 1], shifted):
-        assert relative(op.run(strided, *rest), reference) < bound
+        assert relative(product(strided, *rest), reference) < bound
 
 
 # -- the operator -----------------------------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def test_the_operator_is_well_formed(device):
 def test_inputs_of_another_width_are_refused():
     (x, *rest), _ = random_case(3, 32, 256, 64, False, torch.float16)
     with pytest.raises(ValueError, match="columns"):
-        op.run(x.new_zeros(3, 128), *rest)
+        product(x.new_zeros(3, 128), *rest)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -282,7 +287,7 @@ def test_a_layer_again_and_again(device):
     ],
 )
 def test_which_codes_are_served(monkeypatch, shape, changes, served):
-    monkeypatch.setattr(layer, "_unsupported_device", lambda device: None)
+    monkeypatch.setattr(layer, "unsupported_device", lambda device: None)
     told = {**vars(weight_as_told(16, 128, 128, False)[0]), "shape": shape, "group_size": 128, **changes}
     reason = layer.supports(SimpleNamespace(**told))
     assert reason is None if served else reason
@@ -335,7 +340,7 @@ def labels(model):
 
 def test_a_model_lands_on_the_kernel_and_is_saved_as_it_was(monkeypatch, tmp_path):
     """The host's part, with the specification for a kernel: without a recipe the whole catalogue offers."""
-    monkeypatch.setattr(layer, "_unsupported_device", lambda device: None)
+    monkeypatch.setattr(layer, "unsupported_device", lambda device: None)
     monkeypatch.setattr(layer, "LEAST_WEIGHTS", 0)
     lands_and_is_saved(pruned_llama(), tmp_path)
 

@@ -13,7 +13,7 @@ from interpreting import BOUND, CUDA, on_triton, relative
 from torch.nn import functional as F
 
 from hf_optim.compressed.weights import Codes, InputQuantization, QuantizedWeight
-from hf_optim_kernels.w8a8 import layer, naive, op, producers
+from hf_optim_kernels.w8a8 import epilogues, layer, naive, op
 
 GRIDS = [(False, True), (False, False), (True, True)]  # float8, symmetric
 DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
@@ -48,7 +48,7 @@ def random_input(rows, columns, dtype, device="cpu", seed=1):
     return x.to(dtype).to(device)
 
 
-def counters(out, device):
+def semaphores(out, device):
     return torch.zeros(-(-out // 16), dtype=torch.int32, device=device)
 
 
@@ -109,7 +109,7 @@ def test_the_specification_equals_float64(float8, symmetric):
     codes, rows, zero = naive.quantize(x, float8, symmetric)
     values = codes.double() - (zero[:, None] if zero.numel() else 0)
     wanted = (values * rows[:, None]) @ (weight.double() * scale[:, None].double()).T + bias
-    y = op.w8a8(x, weight, scale, sums, bias, None, None, counters(33, "cpu"), symmetric)
+    y = op.w8a8(x, weight, scale, sums, bias, None, None, semaphores(33, "cpu"), symmetric)
     assert relative(y, wanted) < 1e-14
 
 
@@ -126,7 +126,7 @@ def test_quantized_rows(float8, symmetric, static, dtype, device, monkeypatch):
     given = (torch.tensor([0.013], device=device, dtype=dtype), None) if static else (None, None)
     if static and not symmetric:
         given = (given[0], torch.tensor([-9], device=device, dtype=torch.int8))
-    codes, scale, zero, _ = producers.quantize_rows(x, float8, symmetric, *given)
+    codes, scale, zero, _ = epilogues.quantize_rows(x, float8, symmetric, *given)
     wanted, wanted_scale, wanted_zero = by_naive(x, float8, symmetric, *given)
     # The interpreter cuts to bfloat16, and rounds halves up in float8: the next code is as good there.
     cut = device == "cpu" and (float8 or dtype == torch.bfloat16)
@@ -142,13 +142,13 @@ def test_quantized_rows(float8, symmetric, static, dtype, device, monkeypatch):
 
 def produced(kind, x, other, third):
     if kind == "rms":
-        return producers.rms_norm_quantize(x, other[0], 1e-5, False, True, None, None, True), naive.rms_norm(
+        return epilogues.rms_norm_quantize(x, other[0], 1e-5, False, True, None, None, True), naive.rms_norm(
             x, other[0], 1e-5
         )
     if kind == "layer":
-        out = producers.layer_norm_quantize(x, other[0], third, 1e-5, False, True, None, None, True)
+        out = epilogues.layer_norm_quantize(x, other[0], third, 1e-5, False, True, None, None, True)
         return out, naive.layer_norm(x, other[0], third, 1e-5)
-    out = producers.gated_quantize(x, other, kind, False, True, None, None, True)
+    out = epilogues.gated_quantize(x, other, kind, False, True, None, None, True)
     return out, naive.gated(x, other, kind)
 
 
@@ -172,12 +172,12 @@ def test_fused_quantization(kind, dtype, device):
 @on_triton
 def test_an_activation_without_a_factor(device):
     x = random_input(3, 40, torch.float32, device)
-    codes, scale, _, kept = producers.gated_quantize(x, None, "gelu", False, True, None, None, False)
+    codes, scale, _, kept = epilogues.gated_quantize(x, None, "gelu", False, True, None, None, False)
     assert kept.numel() == 0
     error = (codes.double() * scale[:, None] - F.gelu(x)).abs()
     assert bool((error <= 0.51 * scale[:, None]).all())  # half a step, and what float32 rounds
     with pytest.raises(ValueError, match="activation 'swish'"):
-        producers.gated_quantize(x, None, "swish", False, True, None, None, False)
+        epilogues.gated_quantize(x, None, "swish", False, True, None, None, False)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -199,15 +199,15 @@ def test_every_kernel_equals_float64(rows, out, columns, grid, dtype, device, mo
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(77))
     weight, scale, sums, bias = random_layer(out, columns, float8=float8, dtype=dtype, device=device)
     x = random_input(rows, columns, dtype, device)
-    reference = exact(quantize.rows(x, float8, symmetric)[:3], weight, scale, bias)
-    count = counters(out, device)
+    reference = exact(quantize.quantize_rows(x, float8, symmetric)[:3], weight, scale, bias)
+    packed = naive.PackedTensors(weight, scale, sums, bias, semaphores(out, device))
     # Of float8, the tensor core's own accumulator has fewer digits than float32.
     bound = max(BOUND[dtype], 1e-3 if float8 and device != "cpu" else 0)
     for config in CONFIGS:
-        y = launch.linear(x, weight, scale, sums, bias, None, None, count, symmetric, config)
+        y = launch.linear(x, packed, naive.InputGrid(None, None, symmetric), config)
         assert y.dtype == dtype
         assert relative(y, reference) < bound, config
-        assert not bool(count.any()), config
+        assert not bool(packed.semaphores.any()), config
 
 
 @on_triton
@@ -220,7 +220,8 @@ def test_static_inputs(symmetric, device):
     given = torch.tensor([0.02], device=device), None if symmetric else torch.tensor([11], device=device).char()
     wanted = exact(by_naive(x, False, symmetric, *given), weight, scale, bias)
     for config in CONFIGS:
-        y = launch.linear(x, weight, scale, sums, bias, *given, counters(24, device), symmetric, config)
+        packed = naive.PackedTensors(weight, scale, sums, bias, semaphores(24, device))
+        y = launch.linear(x, packed, naive.InputGrid(*given, symmetric), config)
         assert relative(y, wanted) < 1e-6
 
 
@@ -231,11 +232,11 @@ def test_every_number_of_rows(rows, device):
     x = random_input(rows, 40, torch.float32, device, seed=rows)
     quantized = by_naive(x, False)
     wanted = exact(quantized, weight, scale, bias)
-    y = op.w8a8_codes(*quantized, weight, scale, sums, bias, counters(20, device), torch.float32)
+    y = op.w8a8_codes(*quantized, weight, scale, sums, bias, semaphores(20, device), torch.float32)
     assert relative(y, wanted) < 1e-6
     # One program quantizes a row, whatever their number.
     if rows in (1, 2, 5, 16, 17, 33, 65):
-        y = op.w8a8(x, weight, scale, sums, bias, None, None, counters(20, device), True)
+        y = op.w8a8(x, weight, scale, sums, bias, None, None, semaphores(20, device), True)
         assert relative(y, wanted) < 1e-6
 
 
@@ -244,7 +245,7 @@ def test_odd_shapes(device):
     weight, scale, sums, bias = random_layer(352, 172, float8=False, dtype=torch.float32, device=device)
     for rows, symmetric in ((1, False), (2, True)):
         x = random_input(rows, 172, torch.float32, device)
-        y = op.w8a8(x, weight, scale, sums, bias, None, None, counters(352, device), symmetric)
+        y = op.w8a8(x, weight, scale, sums, bias, None, None, semaphores(352, device), symmetric)
         assert relative(y, exact(by_naive(x, False, symmetric), weight, scale, bias)) < 1e-6
 
 
@@ -252,7 +253,7 @@ def test_odd_shapes(device):
 def test_no_rows_more_dimensions_and_strides(device):
     weight, scale, sums, _ = random_layer(24, 64, float8=False, dtype=torch.float32, device=device)
     x = random_input(6, 64, torch.float32, device)
-    rest = (weight, scale, sums, None, None, None, counters(24, device), True)
+    rest = (weight, scale, sums, None, None, None, semaphores(24, device), True)
     wanted = exact(by_naive(x, False), weight, scale, None)
     assert op.w8a8(x[:0], *rest).shape == (0, 24)
     assert relative(op.w8a8(x.view(2, 3, 64), *rest).view(6, 24), wanted) < 1e-6
@@ -277,7 +278,8 @@ def test_what_is_not_finite_propagates(float8, symmetric, static, device):
     given = torch.tensor([0.02], device=device) if static else None
     zero = torch.tensor([3], device=device, dtype=torch.int8) if static and not symmetric else None
     for config in (DECODE, DECODE | {"PREQUANT": 1}, GROUPED):
-        y = launch.linear(x, weight, scale, sums, bias, given, zero, counters(24, device), symmetric, config)
+        packed = naive.PackedTensors(weight, scale, sums, bias, semaphores(24, device))
+        y = launch.linear(x, packed, naive.InputGrid(given, zero, symmetric), config)
         assert bool(y[0].isnan().all())
         assert not bool(y[1].isfinite().any())
         assert bool(y[2].isfinite().all())
@@ -291,7 +293,7 @@ def test_codes_that_were_made_before(device):
         codes, rows, zero = by_naive(x, False, symmetric)
         for part in (slice(0, 3), slice(0, 35)):
             given = codes[:, part], rows[:, part], zero[:, part] if zero.numel() else zero
-            y = op.w8a8_codes(*given, weight, scale, sums, bias, counters(24, device), torch.float32)
+            y = op.w8a8_codes(*given, weight, scale, sums, bias, semaphores(24, device), torch.float32)
             assert relative(y, exact(given, weight, scale, bias)) < 1e-6
 
 
@@ -301,7 +303,7 @@ def test_gradients_pass_straight_through(device):
     x = random_input(4, 64, torch.float32, device).requires_grad_()
     bias.requires_grad_()
     coefficients = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).to(device)
-    y = op.w8a8(x, weight, scale, sums, bias, None, None, counters(24, device), True)
+    y = op.w8a8(x, weight, scale, sums, bias, None, None, semaphores(24, device), True)
     (y * coefficients).sum().backward()
     assert relative(x.grad, coefficients.double() @ (weight.double() * scale[:, None].double())) < 1e-6
     assert relative(bias.grad, coefficients.double().sum(0)) < 1e-6
@@ -313,10 +315,10 @@ def test_the_operators_are_well_formed(device):
     x = random_input(3, 64, torch.float32, device)
     ops, check = torch.ops.hf_optim, torch.library.opcheck
     given = x.clone().requires_grad_()
-    check(ops.w8a8.default, (given, weight, scale, sums, bias, None, None, counters(24, device), True))
+    check(ops.w8a8.default, (given, weight, scale, sums, bias, None, None, semaphores(24, device), True))
     for symmetric in (True, False):
-        codes, rows, zero, _ = producers.quantize_rows(x, False, symmetric, None, None)
-        rest = (weight, scale, sums, bias, counters(24, device), torch.float32)
+        codes, rows, zero, _ = epilogues.quantize_rows(x, False, symmetric, None, None)
+        rest = (weight, scale, sums, bias, semaphores(24, device), torch.float32)
         check(ops.w8a8_codes.default, (codes, rows, zero, *rest))
         check(ops.quantize_rows.default, (x, False, symmetric, None, None))
         check(ops.rms_norm_quantize.default, (x, x[0], 1e-5, False, symmetric, None, None, True))
@@ -327,11 +329,11 @@ def test_the_operators_are_well_formed(device):
 def test_the_operators_without_triton():
     weight, scale, sums, bias = random_layer(24, 64, float8=True, dtype=torch.float32)
     x = random_input(3, 64, torch.float32)
-    y = op.w8a8(x, weight, scale, sums, bias, None, None, counters(24, "cpu"), True)
+    y = op.w8a8(x, weight, scale, sums, bias, None, None, semaphores(24, "cpu"), True)
     assert relative(y, exact(by_naive(x, True), weight, scale, bias)) < 1e-6
-    codes, rows, zero, kept = producers.rms_norm_quantize(x, x[0], 1e-5, True, True, None, None, True)
+    codes, rows, zero, kept = epilogues.rms_norm_quantize(x, x[0], 1e-5, True, True, None, None, True)
     assert relative(kept, F.rms_norm(x, (64,), x[0], 1e-5)) < 1e-6
-    y = op.w8a8_codes(codes, rows, zero, weight, scale, sums, bias, counters(24, "cpu"), torch.float32)
+    y = op.w8a8_codes(codes, rows, zero, weight, scale, sums, bias, semaphores(24, "cpu"), torch.float32)
     assert relative(y, exact(by_naive(kept, True), weight, scale, bias)) < 1e-6
 
 
@@ -369,7 +371,7 @@ def test_the_operand(float8, symmetric, dynamic, device):
     x = random_input(6, 64, torch.float32, device).view(2, 3, 64)
     values = found.codes.double() - (0 if float8 else 128)
     y = copy.deepcopy(packed_weight)(x)
-    codes, rows, zero, _ = producers.quantize_rows(x, float8, symmetric, found.input_scale, found.input_zero)
+    codes, rows, zero, _ = epilogues.quantize_rows(x, float8, symmetric, found.input_scale, found.input_zero)
     wanted = naive.dequantize(codes, rows, zero, torch.float64) @ (values * found.scale.double()).T + given.bias
     assert relative(y, wanted) < (1e-3 if float8 and device != "cpu" else 1e-6)
     assert torch.equal(packed_weight.quantized_forward(codes, rows, zero), y)
@@ -383,67 +385,24 @@ def test_the_operand(float8, symmetric, dynamic, device):
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_launches_that_are_kept(rows, dynamic, device):
+def test_launches_that_are_kept(rows, dynamic, device, monkeypatch):
     """The second call of a shape goes by a plan, which the first one made; moving or copying a layer forgets it."""
     packed_weight = layer.PackedWeight.of(quantized_weight(48, 64, symmetric=False, dynamic=dynamic, device=device))
     first, x = (random_input(rows, 64, torch.float32, device, seed=s) for s in (1, 2))
     packed_weight(first)
-    plan = packed_weight.plans[x.shape]
-    assert plan is not None
+    assert packed_weight.plans[x.shape] is not None
+    computed = packed_weight.compute(x)
+    monkeypatch.setattr(layer.op, "linear", None)  # a plan makes the launches by itself
     y = packed_weight(x)
-    assert torch.equal(y, plan(x))
-    assert torch.equal(y, op.linear(x, packed_weight.weight, *rest_of(packed_weight)))
-    assert not bool(packed_weight.counters.any())
-    assert plan(torch.empty(rows * 64 + 1, device=device)[1:].view(rows, 64)) is None
+    assert torch.equal(y, packed_weight.planned(x))
+    assert torch.equal(y, computed)
+    monkeypatch.undo()
+    assert not bool(packed_weight.semaphores.any())
+    unaligned = torch.empty(rows * 64 + 1, device=device)[1:].view(rows, 64).copy_(x)
+    assert torch.equal(packed_weight(unaligned), y)
     assert torch.equal(packed_weight(x.T.contiguous().T), y)
     assert copy.deepcopy(packed_weight).plans == {}
     assert packed_weight.float().plans == {}
-
-
-def rest_of(packed_weight):
-    grid = packed_weight.input_scale, packed_weight.input_zero
-    return (
-        packed_weight.w_scale,
-        packed_weight.w_sum,
-        packed_weight.bias,
-        *grid,
-        packed_weight.counters,
-        packed_weight.symmetric,
-    )
-
-
-def test_a_plan_makes_the_same_launches(monkeypatch):
-    pytest.importorskip("triton")
-    from hf_optim_kernels.w8a8 import plans
-
-    made = []
-    monkeypatch.setattr(plans.launching, "launch", lambda *a, **k: lambda *call: made.append(call))
-    monkeypatch.setattr(plans, "_current_device", lambda: None)
-    monkeypatch.setattr(plans, "_current_stream", lambda index: 7)
-    weight, x, other = torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2, 4)
-
-    def call():
-        y, held, more = torch.empty(8), torch.empty(3), torch.empty(5)
-        plans.launch("first", (1, 2, 3), (x, weight[1:], held, more[1:], 5), {})
-        plans.launch("second", (4, 1, 1), (held, x[1:], y), {})
-        return y.view(2, 4)
-
-    _, plan = plans.recorded(call, x, [weight])
-    y = plan(other)
-    (grid, stream, first), (_, _, second) = made
-    assert (grid, stream) == ((1, 2, 3), 7)
-    assert first[:2] == [other.data_ptr(), weight[1:].data_ptr()]
-    assert first[3] == first[2] + plans.ALIGNMENT + 4
-    assert first[4] == 5
-    assert second == [first[2], other[1:].data_ptr(), y.data_ptr()]
-    assert y.shape == (2, 4)
-
-    def more_than_launches():
-        plans.unplanned()
-        return call()
-
-    assert plans.recorded(more_than_launches, x, [weight])[1] is None
-    assert plans.recorded(lambda: x, x, [weight])[1] is None
 
 
 @on_triton
@@ -467,7 +426,7 @@ def test_joined_operands(device):
         ({"bits": 4, "kind": "float"}, "4-bit float weights with int8 inputs"),
         ({"inputs": InputQuantization("float8", True, True)}, "8-bit int weights with float8 inputs"),
         ({"symmetric": False}, "zero points"),
-        ({"group_size": 32}, "group of 32 columns"),
+        ({"group_size": 32}, "group size 32 is not supported"),
         ({"ordered": True}, "another order"),
         ({"device": torch.device("meta")}, "no kernel for meta devices"),
         ({"dtype": torch.float64}, "float64 inputs"),

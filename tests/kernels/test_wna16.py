@@ -14,7 +14,7 @@ from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
 from hf_optim_kernels.wna16 import layer, naive, op
 
-# rows, out, in, group; 172 columns and 33 or 352 rows fit no block, groups of 48 no whole plane.
+# rows, out, in, group; 172 columns and 33 or 352 rows fit no block, groups of 48 no whole slice.
 SHAPES = [
     (1, 64, 256, 128),
     (16, 80, 128, 32),
@@ -26,7 +26,7 @@ SHAPES = [
 
 
 def random_case(rows, out, columns, group, width, *, zero, dtype, device="cpu", seed=0):
-    """Random operands, and the float64 result: ``(x, packed, scale, zero, bias, counters, width, group), y``."""
+    """Random operands, and the float64 result: ``(x, packed, scale, zero, bias, semaphores, width, group), y``."""
     g = torch.Generator().manual_seed(seed)
     groups = -(-columns // group)
     codes = torch.randint(0, 2**width, (out, columns), generator=g)
@@ -39,8 +39,8 @@ def random_case(rows, out, columns, group, width, *, zero, dtype, device="cpu", 
     reference = x.double() @ weight.T + bias.double()
     zeros = None if zeros is None else zeros.to(torch.uint8).to(device)
     packed = naive.pack(codes, width, group).to(device)
-    counters = torch.zeros(64, dtype=torch.int32, device=device)
-    return (x.to(device), packed, scale.to(device), zeros, bias.to(device), counters, width, group), reference.to(
+    semaphores = torch.zeros(64, dtype=torch.int32, device=device)
+    return (x.to(device), packed, scale.to(device), zeros, bias.to(device), semaphores, width, group), reference.to(
         device
     )
 
@@ -56,13 +56,13 @@ def test_packing_is_undone_by_unpacking(shape, width):
     codes = torch.randint(0, 2**width, (out, columns), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     packed = naive.pack(codes, width, group)
     assert packed.dtype == torch.int16
-    assert packed.shape[1:] == (out, naive.plane(group, columns))
-    assert packed.shape[0] == -(-columns // naive.chunk(group, width, columns))
+    assert packed.shape[1:] == (out, naive.slice_columns(group, columns))
+    assert packed.shape[0] == -(-columns // naive.tile_columns(group, width, columns))
     assert torch.equal(naive.unpack(packed, width, columns), codes)
 
 
 def test_groups_that_the_layout_does_not_have():
-    with pytest.raises(ValueError, match="group size 43"):
+    with pytest.raises(ValueError, match="group size 43 is not a multiple of 16"):
         naive.pack(torch.zeros(4, 172, dtype=torch.uint8), 4, 43)
 
 
@@ -71,8 +71,8 @@ def test_groups_that_the_layout_does_not_have():
 def test_the_specification_equals_float64(width, zero):
     for shape in SHAPES:
         for dtype in BOUND:
-            (x, packed, scale, zeros, bias, _, *rest), reference = random_case(*shape, width, zero=zero, dtype=dtype)
-            assert relative(naive.wna16(x, packed, scale, zeros, bias, *rest), reference) < BOUND[dtype]
+            (x, *weight), reference = random_case(*shape, width, zero=zero, dtype=dtype)
+            assert relative(naive.wna16(x, naive.PackedTensors(*weight)), reference) < BOUND[dtype]
 
 
 # Every pair of a shape, a type, a width and a grid, not every combination: interpreting is slow.
@@ -92,12 +92,12 @@ def test_the_triton_kernels_equal_float64(shape, width, zero, dtype, device, mon
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     arguments, reference = random_case(*shape, width, zero=zero, dtype=dtype, device=device)
-    (x, packed, scale, zeros, bias, counters, _, group) = arguments
+    x, weight = arguments[0], naive.PackedTensors(*arguments[1:])
     for split in (1, 3):
         tiles = {**launch.default(1, 64, 64, width), "BLOCK_M": 16, "SPLIT": split}
-        assert relative(launch.fused(*arguments, tiles), reference) < BOUND[dtype]
-        assert not bool(counters.any())
-    assert relative(launch.by_library(x, packed, scale, zeros, bias, width, group), reference) < 2 * BOUND[dtype]
+        assert relative(launch.fused(x, weight, tiles), reference) < BOUND[dtype]
+        assert not bool(weight.semaphores.any())
+    assert relative(launch.by_library(x, weight), reference) < 2 * BOUND[dtype]
 
 
 @on_triton
@@ -105,10 +105,10 @@ def test_a_large_weight_is_decoded_in_parts(device, monkeypatch):
     from hf_optim_kernels.wna16 import launch
 
     arguments, reference = random_case(5, 300, 96, 48, 4, zero=True, dtype=torch.float32, device=device)
-    (x, packed, scale, zeros, bias, _, width, group) = arguments
+    x, weight = arguments[0], naive.PackedTensors(*arguments[1:])
     monkeypatch.setattr(launch, "MOST_BYTES", 128 * 96 * 4)
     monkeypatch.setattr(torch.nn.functional, "linear", None)  # not all at once
-    assert relative(launch.by_library(x, packed, scale, zeros, bias, width, group), reference) < 1e-6
+    assert relative(launch.by_library(x, weight), reference) < 1e-6
 
 
 @on_triton
@@ -151,7 +151,7 @@ def test_inputs_need_not_be_contiguous(device):
 def test_what_is_not_finite_propagates(zero, device):
     (x, *rest), _ = random_case(3, 24, 64, 32, 4, zero=zero, dtype=torch.float32, device=device)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
-    y, wanted = op.wna16(x, *rest), naive.wna16(x, *rest[:4], *rest[5:])
+    y, wanted = op.wna16(x, *rest), naive.wna16(x, naive.PackedTensors(*rest))
     assert torch.equal(y.isfinite(), wanted.isfinite())
     assert bool(y[0].isnan().all())
     assert not bool(y[1].isfinite().any())
@@ -162,14 +162,15 @@ def test_what_is_not_finite_propagates(zero, device):
 
 @on_triton
 def test_gradients(device):
-    (x, packed, scale, zero, bias, counters, width, group), _ = random_case(
+    (x, packed, scale, zero, bias, semaphores, width, group), _ = random_case(
         4, 24, 64, 32, 4, zero=True, dtype=torch.float32, device=device
     )
     x.requires_grad_()
     bias.requires_grad_()
     coefficients = torch.randn(4, 24, generator=torch.Generator().manual_seed(3)).to(device)
-    (op.wna16(x, packed, scale, zero, bias, counters, width, group) * coefficients).sum().backward()
-    weight = naive.dequantize(packed, scale, zero, width, group, 64, torch.float64)
+    (op.wna16(x, packed, scale, zero, bias, semaphores, width, group) * coefficients).sum().backward()
+    packed_weight = naive.PackedTensors(packed, scale, zero, None, None, width, group)
+    weight = naive.dequantize(packed_weight, 64, torch.float64)
     assert relative(x.grad, coefficients.double() @ weight) < 1e-6
     assert relative(bias.grad, coefficients.double().sum(0)) < 1e-6
 
@@ -274,8 +275,8 @@ def described(**changes):
         ({"kind": "float"}, "^$"),
         ({"inputs": object()}, "^$"),
         ({"bits": 9}, "9-bit codes"),
-        ({"dtype": torch.float32}, "float32 activations"),
-        ({"group_size": 43}, "group size 43"),
+        ({"dtype": torch.float32}, "float32 inputs are not supported, only float16, bfloat16"),
+        ({"group_size": 43}, "group size 43 is not a multiple of 16"),
         ({"shape": (64, 64)}, "faster dense"),
         ({"device": torch.device("meta")}, "no kernel for meta devices"),
     ],

@@ -1,4 +1,4 @@
-"""From tensors to launches: which kernel with which tiles for so many rows."""
+"""From tensors to launches: which kernel runs, and with which tiles, for a number of rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ..common import tuning
-from ..common.launch_plan import Plan, aligned, interpreted, launch
+from ..common.compute_type import compute_constants
+from ..common.dense import multiply_decoded, over_rows
+from ..common.launch import is_aligned, launch
+from ..common.splitk import launch_split, new_semaphores
 from .kernel import _dense_kernel, _linear_kernel
-from .lookup import BF16, FP16, FP32, MOST_BITS
-from .naive import WORD, rows_of
+from .lookup import MOST_BITS
+from .naive import WORD, PackedTensors, rows_of
 
 # With more rows, decoding the whole weight and the library's product are faster than the fused kernel.
 MOST_ROWS = 32
@@ -21,16 +24,16 @@ MOST_BYTES = 256 << 20
 
 
 def default(M: int, N: int, K: int) -> dict[str, int]:
-    """A guess at the fastest tiles; ``M`` is a bucket."""
+    """Return a guess at the fastest tiles; ``M`` is a bucket."""
     block_m, block_n = max(8, min(M, 64)), 64 if M <= 8 else 32
     tiles, wanted = -(-N // block_n) * -(-M // block_m), 1600
     split = next(s for s in (1, 2, 4, 8) if s == 8 or tiles * s >= wanted or 512 * s >= K)
-    # The inputs of sixteen planes wait in shared memory for each stage.
+    # Each stage holds the inputs of sixteen slices in shared memory.
     return dict(zip(_NAMES, (block_m, block_n, split, 64, 4, 2), strict=True))
 
 
 def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
-    """Tiles worth timing, the likeliest first; ``M`` is a bucket."""
+    """Return tiles worth timing, the likeliest first; ``M`` is a bucket."""
     block_m = max(8, min(M, 64))
     shapes = [(block_m, n, s, edge, w, st) for s in (2, 4, 8) for edge in (64, 128, 32)
               for n, w in ((64, 4), (64, 2), (32, 2), (128, 4), (128, 8)) for st in (3, 2)]  # fmt: skip
@@ -38,108 +41,68 @@ def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
     return [tiles for i, tiles in enumerate(found) if 256 * tiles["SPLIT"] <= K and tiles not in found[:i]]
 
 
-def counters_for(N: int, device: torch.device) -> Tensor:
-    """Zeros that count the finished programs of each tile; a launch leaves them zero."""
-    return torch.zeros(max(1, -(-N // 32)) * 4, dtype=torch.int32, device=device)
-
-
-def _math(dtype: torch.dtype) -> int:
-    # The interpreter has no bfloat16 arithmetic: the same sums are made there in float32.
-    if dtype == torch.bfloat16 and not interpreted(_linear_kernel):
-        return BF16.value
-    return FP16.value if dtype == torch.float16 else FP32.value
-
-
-def _asm(math: int, bits: int) -> bool:
-    return math != FP32.value and bits <= MOST_BITS and not interpreted(_linear_kernel)
-
-
-_TILES: dict[tuple, dict[str, int]] = {}
+def semaphores_for(N: int, device: torch.device) -> Tensor:
+    """Return split-k semaphores for a weight of ``N`` rows; a launch leaves them zero."""
+    return new_semaphores(4 * max(1, -(-N // 32)), device)
 
 
 def tiles_for(M: int, N: int, K: int, bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """The tuned tiles for so many rows, else the default ones."""
+    """Return the tuned tiles for ``M`` rows, else the default ones."""
     rows = tuning.bucket(M)
-    key = (rows, N, K, bits, dtype, device)
-    if key not in _TILES:
-        _TILES[key] = tuning.choose(f"codebook{bits}", (N, K, rows), dtype, default(rows, N, K), device)
-    return _TILES[key]
+    return tuning.cached_choice(f"codebook{bits}", (N, K, rows), dtype, device, lambda: default(rows, N, K))
 
 
-def fused(x: Tensor, held: tuple, bias: Tensor | None, counters: Tensor, tiles: dict[str, int] | None = None) -> Tensor:
-    """``x W^T + bias`` by the fused kernel: ``x`` [M, in] with contiguous rows, M > 0; the result is [M, out].
-
-    ``held`` are the tensors of the weight as ``op.codebook_linear`` names them, from ``words`` to ``starts``.
-    """
-    M, N = x.shape[0], held[0].shape[2]
-    grid, before, after, options = _arguments(x, held, bias, counters, tiles)
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    partial = out if grid[2] == 1 else torch.empty((grid[2], M, N), dtype=torch.float32, device=x.device)
-    launch(_linear_kernel, grid, (x, *before, out, partial, *after), **options)
-    return out
+def _math(dtype: torch.dtype, bits: int) -> dict[str, Any]:
+    found = compute_constants(dtype, _linear_kernel)
+    return found | {"ASM": found["ASM"] and bits <= MOST_BITS}
 
 
-def plan_for(x: Tensor, held: tuple, bias: Tensor | None, counters: Tensor) -> Plan | None:
-    """How the fused kernel runs inputs like ``x`` [..., in]; None where it is not what runs them."""
-    K, N = x.shape[-1], held[0].shape[2]
-    if not x.is_contiguous() or not aligned(x, held[0]) or not 0 < x.numel() <= MOST_ROWS * K or N == 0:
-        return None
-    flat = x.view(-1, K)
-    grid, before, after, options = _arguments(flat, held, bias, counters, None)
-    out = torch.empty((flat.shape[0], N), dtype=x.dtype, device=x.device)
-    size = grid[2] * out.numel() if grid[2] > 1 else 0
-    partial = torch.empty(size, dtype=torch.float32, device=x.device) if size else out
-    compiled = launch(_linear_kernel, grid, (flat, *before, out, partial, *after), **options)
-    if compiled is None:
-        return None
-    first = tuple(tensor.data_ptr() for tensor in before)
-    return Plan(compiled, grid, first, (after[0].data_ptr(), *after[1:]), (*x.shape[:-1], N), x.dtype, x.device, size)
-
-
-def _arguments(
-    x: Tensor, held: tuple, bias: Tensor | None, counters: Tensor, tiles: dict[str, int] | None
-) -> tuple[tuple[int, int, int], tuple[Tensor, ...], tuple, dict[str, Any]]:  # fmt: skip
-    """The grid, the arguments before the output and behind the partial sums, and what ``launch`` takes else."""
-    words, table, registers, values, columns, owners, starts = held
-    M, K = x.shape
-    bits, _, N, size = words.shape
-    chosen = tiles or tiles_for(M, N, K, bits, x.dtype, x.device)
-    block_m, block_n, warps, stages = (chosen[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
-    cells = -(-N // block_n) * -(-M // block_m)
-    split = chosen["SPLIT"] if cells <= counters.numel() else 1
-    grid, math = (-(-N // block_n), -(-M // block_m), split), _math(x.dtype)
-    asm = _asm(math, bits)
+def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, int] | None = None) -> Tensor:
+    """Return ``x W^T + bias`` [M, out] by the fused kernel: ``x`` [M, in] with contiguous rows, M > 0."""
+    *tensors, bias, semaphores = weight
+    words, table, _, values, columns, _, _ = tensors
+    assert semaphores is not None
+    (M, K), (bits, _, N, size) = x.shape, words.shape
+    tiles = tiles or tiles_for(M, N, K, bits, x.dtype, x.device)
+    block_m, block_n, edge, warps, stages = (tiles[n] for n in _NAMES if n != "SPLIT")
+    grid_n, grid_m = -(-N // block_n), -(-M // block_m)
+    split = tiles["SPLIT"] if grid_n * grid_m <= semaphores.numel() else 1
+    math = _math(x.dtype, bits)
     constants = {
-        "PLANE": size, "BITS": bits, "HAS_BIAS": bias is not None, "MATH": math, "ASM": asm, "BLOCK_M": block_m,
-        "BLOCK_N": block_n, "SPLIT": split, "EDGE": chosen["EDGE"],
+        "SLICE": size, "BITS": bits, "HAS_BIAS": bias is not None, **math, "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "SPLIT": split, "EDGE": edge,
     }  # fmt: skip
-    before = (words, table, registers, values, columns, owners, starts, bias if bias is not None else table)
+    before = (x, *tensors, bias if bias is not None else table)
     key = (
         x.dtype, table.dtype, values.dtype, columns.dtype, bias.dtype if bias is not None else 0, N, K, x.stride(0),
-        bits, size, asm, split, block_m, block_n, chosen["EDGE"], warps, stages,
-        *(aligned(tensor) for tensor in (x, *before)),
+        bits, size, math["ASM"], split, block_m, block_n, edge, warps, stages,
+        *(is_aligned(tensor) for tensor in before),
     )  # fmt: skip
-    options = {"constants": constants, "num_warps": warps, "num_stages": stages, "key": key}
-    return grid, before, (counters, M, N, K, x.stride(0), words.stride(0), words.stride(1)), options
+    after = (semaphores, M, N, K, x.stride(0), words.stride(0), words.stride(1))
+    return launch_split(
+        _linear_kernel, (grid_n, grid_m, split), before, after, (M, N), x.dtype, constants=constants, num_warps=warps,
+        num_stages=stages, key=key,
+    )  # fmt: skip
 
 
-def dense(held: tuple, width: int, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
-    """The weight in ``dtype``, rows ``first : first + count`` of it: [count, in]; ``width`` is ``in``."""
-    words, table, registers, values, columns, _, starts = held
+def dense(
+    weight: PackedTensors, width: int, dtype: torch.dtype, first: int = 0, count: int | None = None
+) -> Tensor:  # fmt: skip
+    """Return rows ``first : first + count`` of the weight in ``dtype``: [count, in]; ``width`` is ``in``."""
+    words, table, registers, values, columns, _, starts, _, _ = weight
     bits, _, N, size = words.shape
     count = N - first if count is None else count
     out = torch.empty((count, width), dtype=dtype, device=words.device)
     if out.numel() == 0:
         return out
-    block, math = 64, _math(dtype)
-    asm = _asm(math, bits)
+    block, math = 64, _math(dtype, bits)
     launch(
         _dense_kernel, (-(-width // (WORD * size)), -(-count // block), 1),
         (words, table, registers, out, first, count, width, words.stride(0), words.stride(1)),
-        {"PLANE": size, "BITS": bits, "MATH": math, "ASM": asm, "BLOCK_N": block},
+        {"SLICE": size, "BITS": bits, **math, "BLOCK_N": block},
         num_warps=4, num_stages=1,
         key=(dtype, table.dtype, first, count, width, words.stride(0), words.stride(1), bits, size,
-             aligned(words), aligned(out), aligned(table), aligned(registers)),
+             is_aligned(words), is_aligned(out), is_aligned(table), is_aligned(registers)),
     )  # fmt: skip
     rows = rows_of(starts, len(values))
     if count < N:
@@ -148,28 +111,13 @@ def dense(held: tuple, width: int, dtype: torch.dtype, first: int = 0, count: in
     return out.index_put_((rows, columns.long()), values.to(dtype))
 
 
-def by_library(x: Tensor, held: tuple, bias: Tensor | None) -> Tensor:
-    """``x W^T + bias``, ``x`` [M, in], by the library's product with the decoded weight, or part after part."""
-    N, K = held[0].shape[2], x.shape[1]
-    parts = -(-N * K * x.element_size() // MOST_BYTES)
-    if parts <= 1:
-        return torch.nn.functional.linear(x, dense(held, K, x.dtype), bias)
-    rows = -(-N // parts // 128) * 128
-    out = torch.empty((x.shape[0], N), dtype=x.dtype, device=x.device)
-    for first in range(0, N, rows):
-        count = min(rows, N - first)
-        torch.mm(x, dense(held, K, x.dtype, first, count).T, out=out[:, first : first + count])
-    return out if bias is None else out.add_(bias)
+def by_library(x: Tensor, weight: PackedTensors) -> Tensor:
+    """Return ``x W^T + bias``, ``x`` [M, in], by the library's product with the decoded weight, or part after part."""
+    decode = lambda first, count: dense(weight, x.shape[1], x.dtype, first, count)  # noqa: E731
+    return multiply_decoded(x, weight.words.shape[2], weight.bias, MOST_BYTES, decode)
 
 
-def codebook_linear(x: Tensor, held: tuple, bias: Tensor | None, counters: Tensor) -> Tensor:
-    """``x W^T + bias``, ``x`` [..., in]. Arguments as of ``fused``."""
-    K, N = x.shape[-1], held[0].shape[2]
-    flat = x.reshape(-1, K)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    M = flat.shape[0]
-    if M == 0 or N == 0:
-        return x.new_empty((*x.shape[:-1], N))
-    y = fused(flat, held, bias, counters) if M <= MOST_ROWS else by_library(flat, held, bias)
-    return y.view(*x.shape[:-1], N)
+def codebook_linear(x: Tensor, weight: PackedTensors) -> Tensor:
+    """Return ``x W^T + bias``, ``x`` [..., in]; ``weight.semaphores`` as ``semaphores_for`` makes them."""
+    product = lambda flat: fused(flat, weight) if len(flat) <= MOST_ROWS else by_library(flat, weight)  # noqa: E731
+    return over_rows(x, weight.words.shape[2], product)

@@ -7,20 +7,19 @@ This module is an entry point of the group ``hf_optim.kernels``. ``supports`` an
 
 from __future__ import annotations
 
-from importlib import util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.launch_plan import PlannedLinear
+from ..common.support import unsupported_device, unsupported_dtype
 from . import naive, op
 
 NAME = "codebook"
 CODEBOOK = True
 DTYPES = (torch.float16, torch.bfloat16)
 LEAST_WEIGHTS = 1 << 20
-# Shapes of inputs whose launch is kept ready; a server's prompts have ever new ones.
-MOST_PLANS = 64
 READ = ("codes", "bits", "shape", "centroids", "outliers", "outlier_counts", "outlier_columns", "in_features")
 
 
@@ -31,15 +30,10 @@ def supports(module: Any) -> str | None:
     device, dtype = module.centroids.device, module.centroids.dtype
     if device.type != "cuda":
         return f"no kernel for {device.type} devices: the module decodes its weight at every call"
-    if util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if dtype not in DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} activations; float16 and bfloat16 are supported"
     size = module.shape[0] * module.shape[1]
     if size < LEAST_WEIGHTS:
-        return f"a layer of {size:,} weights is left to PyTorch (from {LEAST_WEIGHTS:,})"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}" if major < 8 else None
+        return f"a layer of {size:,} weights is left to PyTorch (packed from {LEAST_WEIGHTS:,})"
+    return unsupported_dtype(dtype, DTYPES) or unsupported_device(device)
 
 
 def prepack(module: Any) -> CodebookWeight:
@@ -56,10 +50,11 @@ def prepack(module: Any) -> CodebookWeight:
     )
 
 
-class CodebookWeight(nn.Module):
+class CodebookWeight(PlannedLinear):
     """A weight in the layout of the kernels; it computes ``x W^T + bias``.
 
-    Its outliers, their columns and the bias are the tensors it was given. Nothing of it is in a state dict.
+    Its buffers are the fields of ``naive.PackedTensors``; outliers, their columns and the bias are the tensors it was
+    given. None of them is in a state dict.
     """
 
     words: Tensor
@@ -70,7 +65,7 @@ class CodebookWeight(nn.Module):
     owners: Tensor
     starts: Tensor
     bias: Tensor | None
-    counters: Tensor
+    semaphores: Tensor
 
     def __init__(
         self,
@@ -83,7 +78,7 @@ class CodebookWeight(nn.Module):
         bias: Tensor | None,
     ) -> None:
         super().__init__()
-        from .launch import counters_for
+        from .launch import semaphores_for
         from .lookup import MOST_BITS, tables
 
         self.bits, self.width, self.dtype = bits, codes.shape[1], centroids.dtype
@@ -99,48 +94,30 @@ class CodebookWeight(nn.Module):
             "owners": naive.rows_of(starts, len(outliers)).int(),
             "starts": starts.int(),
             "bias": bias,
-            "counters": counters_for(len(codes), codes.device),
+            "semaphores": semaphores_for(len(codes), codes.device),
         }
         for name, tensor in made.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.plans: dict[torch.Size, Any] = {}
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether the kernel is right for this input."""
+        """Return True if ``x`` has the dtype and the device of the layer."""
         return x.dtype == self.dtype and x.device == self.words.device
 
     def codes(self) -> Tensor:
-        """The codes again, uint8 [out, in]."""
+        """Return the codes, uint8 [out, in]."""
         return naive.unpack(self.words, self.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out]."""
-        if torch.compiler.is_compiling() or not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
-            return op.codebook_linear(x, *self._held(), self.bias, self.counters)
-        plan = self.plans.get(x.shape)
-        y = plan(x) if plan is not None and x.dtype == self.dtype and x.is_contiguous() else None
-        return self._plan(x) if y is None else y
+        """Return the product for ``x`` [..., in]: [..., out]."""
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return op.codebook_linear(x, *self.tensors())
+        return self.planned(x)
 
-    def _held(self) -> tuple[Tensor, ...]:
-        return self.words, self.table, self.registers, self.values, self.columns, self.owners, self.starts
+    def compute(self, x: Tensor) -> Tensor:
+        """See ``PlannedLinear``."""
+        return op.linear(x, self.tensors())
 
-    def _plan(self, x: Tensor) -> Tensor:
-        """As ``forward``, for a shape without a plan; makes one where one will do."""
-        from . import launch
-
-        if len(self.plans) < MOST_PLANS and x.shape not in self.plans:
-            plan = launch.plan_for(x, self._held(), self.bias, self.counters)
-            if plan is not None:
-                self.plans[x.shape] = plan
-        return launch.codebook_linear(x, self._held(), self.bias, self.counters)
-
-    def renew(self) -> None:
-        """Forget what holds addresses of the buffers: one of them is another tensor now."""
-        self.plans = {}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CodebookWeight:
-        self.renew()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}}
+    def tensors(self) -> naive.PackedTensors:
+        """Return the arguments of the operator after the input."""
+        held: Any = self._buffers
+        return naive.PackedTensors(*(held[name] for name in naive.PackedTensors._fields))

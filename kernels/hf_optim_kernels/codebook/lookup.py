@@ -1,10 +1,10 @@
-"""Codes to numbers inside a Triton kernel: a table of up to 16 numbers of 16 bits, held in registers.
+"""Convert codes to numbers inside a Triton kernel: a table of up to 16 numbers of 16 bits, held in registers.
 
-``prmt`` picks four bytes of eight by the four nibbles of a selector. The low bytes of eight numbers are two registers,
-the high bytes two more: a selector made of the codes of four columns gives their low bytes in one instruction and their
-high bytes in another. A code's bits stand in words of their own, at one place: a shift and a mask for each bit make the
-selectors of eight columns, four of each of two words. A table of sixteen is looked up in both halves, and the fourth
-bit, spread over a byte by ``prmt``'s sign mode, chooses.
+``prmt`` selects four bytes of eight by the four nibbles of a selector. The low bytes of eight numbers fill two
+registers, the high bytes two more: a selector built from the codes of four columns gives their low bytes in one
+instruction and their high bytes in another. Each bit of a code is in a separate word, at the same position: a shift and
+a mask per bit build the selectors of eight columns, four from each of two words. A table of sixteen is looked up in
+both halves, and the fourth bit, spread over a byte by ``prmt``'s sign mode, selects the half.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.compute_type import BF16, FP32
+
 # Bits of a code whose table fits into registers.
 MOST_BITS = 4
 _ONES = 0x11111111
 
 
 def tables(centroids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of up to 16 centroids in a 16-bit ``dtype``: int32 [8], low bytes of four numbers each, then high."""
+    """Return the bytes of up to 16 centroids in a 16-bit ``dtype``: int32 [8], low bytes by fours, then high bytes."""
     found = torch.zeros(16, dtype=torch.int32, device=centroids.device)
     found[: len(centroids)] = centroids.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
     shifts = torch.arange(0, 32, 8, device=centroids.device)
@@ -36,9 +38,9 @@ def _shifted(register: str, source: str, shift: int) -> str:
 
 
 def text(bits: int, first: int) -> str:
-    """Instructions that make the numbers of the planes ``first``, + 4, + 8 and + 12 of a pair of words.
+    """Return PTX that decodes the slices ``first``, + 4, + 8 and + 12 of a pair of words.
 
-    $0 to $3 are pairs of numbers, from $4 on come ``bits`` pairs of words, then the table, each register of it twice.
+    $0 to $3 are pairs of numbers; from $4 on follow ``bits`` pairs of words, then the table, each register twice.
     """
     table = [f"${4 + bits + 2 * i}" for i in range(8)]
     lines = [
@@ -64,7 +66,7 @@ def text(bits: int, first: int) -> str:
             f"prmt.b32 hd, {table[6]}, {table[7]}, t;",
             _shifted("a", "$7", first),
             f"and.b32 top, a, {_ONES:#x};",
-            # Nibble 0 picks byte 0 of 0x8000, nibble 9 the sign of byte 1, eight times.
+            # Nibble 0 selects byte 0 of 0x8000, nibble 9 the sign of byte 1, eight times.
             "mul.lo.u32 top, top, 9;",
             "shr.u32 t, top, 16;",
             "mov.b32 u, 0x8000;",
@@ -86,11 +88,10 @@ def text(bits: int, first: int) -> str:
 
 
 def constraints(bits: int) -> str:
-    """What Triton is told of the operands of ``text``."""
+    """Return the constraints of the operands of ``text``."""
     return ",".join(["=&r"] * 4 + ["r"] * (bits + 16))
 
 
-BF16, FP16, FP32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FOUR_BF16, FOUR_FP16 = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.float16,) * 4)
 T20, T21, T22, T23 = (tl.constexpr(text(2, first)) for first in range(4))
 T30, T31, T32, T33 = (tl.constexpr(text(3, first)) for first in range(4))
@@ -124,13 +125,13 @@ def _number(table, code, MATH: tl.constexpr):
 
 
 @triton.jit
-def four_planes(
+def four_slices(
     words, table, r0, r1, r2, r3, r4, r5, r6, r7,
     FIRST: tl.constexpr, BITS: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of the planes FIRST, + 4, + 8, + 12 of ``words``, a tuple of eight of which BITS count.
+    """The numbers of the slices FIRST, + 4, + 8, + 12 of ``words``, a tuple of eight of which the first BITS are read.
 
-    ``ASM`` takes ``text`` and the table in ``r0`` to ``r7``; else numbers are loaded from ``table``.
+    ``ASM`` uses ``text`` and the table in ``r0`` to ``r7``; else numbers are loaded from ``table``.
     """
     w0, w1, w2, w3, w4, w5, w6, w7 = words
     if ASM:

@@ -1,82 +1,61 @@
-"""The operator ``torch.ops.hf_optim.codebook_linear``: ``x W^T + bias`` with a weight of a codebook (see ``naive``).
+"""The operator ``torch.ops.hf_optim.codebook_linear``: ``x W^T + bias`` with a codebook weight (see ``naive``).
 
 Importing this module registers it. On a CUDA device it runs the Triton kernels, on a CPU the specification (or, under
-``TRITON_INTERPRET=1``, the kernels interpreted). It has a fake implementation, and a gradient with respect to ``x`` and
+``TRITON_INTERPRET=1``, the interpreted kernels). It has a fake implementation, and a gradient with respect to ``x`` and
 ``bias``, for which the weight is decoded again.
 """
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from ..common.support import can_run_triton
 from . import naive
+from .naive import PackedTensors
 
 
-def on_triton(x: Tensor) -> bool:
-    """Whether the kernels run this input: on a CUDA device, or interpreted."""
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+def linear(x: Tensor, weight: PackedTensors) -> Tensor:
+    """Return the operator's result for ``x`` [..., in] without PyTorch's dispatch, and without a gradient."""
+    if can_run_triton(x):
+        from . import launch
+
+        return launch.codebook_linear(x, weight)
+    return naive.codebook_linear(x, weight)
 
 
 @torch.library.custom_op("hf_optim::codebook_linear", mutates_args=())
 def codebook_linear(
-    x: Tensor,
-    words: Tensor,
-    table: Tensor,
-    registers: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    owners: Tensor,
-    starts: Tensor,
-    bias: Tensor | None,
-    counters: Tensor,
-) -> Tensor:
-    """``x W^T + bias``.
+    x: Tensor, words: Tensor, table: Tensor, registers: Tensor, values: Tensor, columns: Tensor, owners: Tensor,
+    starts: Tensor, bias: Tensor | None, counters: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return ``x W^T + bias``: [..., out].
 
     Args:
         x: [..., in], float16, bfloat16 or float32.
-        words: int16 [bits, chunks, out, plane], made by ``naive.pack``.
-        table: [2^bits], the centroids in the type of ``x``.
-        registers: int32 [8], made of 16-bit centroids by ``lookup.tables``; any where bits > 4 or ``x`` is float32.
-        values: [outliers], row after row.
-        columns: integers [outliers].
-        owners: int32 [outliers], their rows.
-        starts: int32 [out + 1], how many outliers stand before each row.
-        bias: [out], or None.
-        counters: int32, made by ``run.counters_for``; zeros before and after.
+        counters: the split-k semaphores, int32, made by ``launch.semaphores_for``; zeros before and after.
+        words, table, registers, values, columns, owners, starts, bias: see ``naive.PackedTensors``.
     """
-    if on_triton(x):
-        from .launch import codebook_linear as run
-
-        return run(x, (words, table, registers, values, columns, owners, starts), bias, counters)
-    return naive.codebook_linear(x, words, table, values, columns, starts, bias)
+    return linear(x, PackedTensors(words, table, registers, values, columns, owners, starts, bias, counters))
 
 
 @codebook_linear.register_fake
-def _(x, words, table, registers, values, columns, owners, starts, bias, counters) -> Tensor:
+def _(x, words, *_) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[2]))
 
 
 @torch.library.custom_op("hf_optim::codebook_dense", mutates_args=())
 def codebook_dense(
-    words: Tensor,
-    table: Tensor,
-    registers: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    owners: Tensor,
-    starts: Tensor,
-    width: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight [out, in] in ``dtype``. Arguments as of ``codebook_linear``; ``width`` is ``in``."""
-    if on_triton(words):
-        from .launch import dense
+    words: Tensor, table: Tensor, registers: Tensor, values: Tensor, columns: Tensor, owners: Tensor, starts: Tensor,
+    width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return the weight [out, in] in ``dtype``. Arguments as of ``codebook_linear``; ``width`` is ``in``."""
+    weight = PackedTensors(words, table, registers, values, columns, owners, starts, None, None)
+    if can_run_triton(words):
+        from . import launch
 
-        return dense((words, table, registers, values, columns, owners, starts), width, dtype)
-    return naive.dequantize(words, table, values, columns, starts, width, dtype)
+        return launch.dense(weight, width, dtype)
+    return naive.dequantize(weight, width, dtype)
 
 
 @codebook_dense.register_fake
@@ -85,8 +64,8 @@ def _(words, table, registers, values, columns, owners, starts, width, dtype) ->
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *held, _, _ = inputs
-    ctx.save_for_backward(*held)
+    x, *weight, _, _ = inputs
+    ctx.save_for_backward(*weight)
     ctx.width = x.shape[-1]
 
 

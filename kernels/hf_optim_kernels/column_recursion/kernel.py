@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..w8a8.quantize import ROUND, divide
+from ..common.numerics import ROUND, divide
 
 
 @triton.jit(do_not_specialize=["begin", "width"])

@@ -12,12 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 REPLAYS = 31
 MOST_COPIES = 64
@@ -184,12 +187,29 @@ def copies_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
 
 
-def modules_of(module: nn.Module) -> list[nn.Module]:
+def modules_of(module: M) -> list[M]:
     """A module and copies of it, their buffers and parameters together larger than the L2 cache."""
     import copy
 
     held = [*module.parameters(), *module.buffers()]
     return [module, *(copy.deepcopy(module) for _ in range(copies_for(bytes_of(held)) - 1))]
+
+
+def dense_contender(x: Tensor, weight: Tensor, math: str = "") -> Contender:
+    """Return the library's product of ``x`` [M, in] with a dense weight [out, in]."""
+    calls = [partial(nn.functional.linear, x, *copy) for copy in copies_of((weight,))]
+    reference = x.double() @ weight.double().T
+    return Contender("dense", calls, bytes_of((weight,)), 2 * len(x) * weight.numel(), reference, math, dense=True)
+
+
+def calls_of(module: nn.Module, x: Tensor) -> list[Callable[[], Tensor]]:
+    """Return calls of a module and of its copies on ``x``, without a gradient."""
+    return [partial(_infer, copy, x) for copy in modules_of(module)]
+
+
+def _infer(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return module(x)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -1,145 +1,192 @@
-"""Launching Triton kernels with little work on the host.
+"""Record the launches of a layer, and replay them for other inputs of the same shape.
 
-``kernel[grid](...)`` binds, specializes and hashes its arguments in Python at every call, which takes longer than a
-decode kernel runs. ``launch`` does that once for each key and from then on calls the compiled kernel itself; a ``Plan``
-also keeps everything that does not change from call to call of one layer.
+``record`` runs a function once and notes its launches. The ``LaunchPlan`` it returns repeats them for another input: it
+allocates the output and the intermediate memory, and looks nothing up. The work on the host is what a decode step of a
+small layer costs, and this is little more than the launches themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-from torch import Tensor
+from torch import Tensor, nn
 
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+from .launch import RECORDER, Compiled, current_device, current_stream, is_aligned
+
+# Shapes of inputs whose launches are kept: the prompts of a server have ever new ones.
+MOST_PLANS = 64
+# Intermediate buffers start at multiples of this many bytes.
+ALIGNMENT = 256
+# Bytes of the memory that the launches of a stream share: at least, and at most per launch.
+LEAST_SHARED, MOST_SHARED = 4 << 20, 64 << 20
+# Where a launcher takes the stream (after the three dimensions of the grid), and the first argument of the kernel.
+STREAM, FIRST = 3, 9
+
 _capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
+_shared: dict[tuple[int | None, int], Tensor] = {}
 
 
-class Compiled:
-    """A compiled kernel: called with a grid, a stream, and the run-time arguments (addresses or tensors, numbers)."""
+class LaunchPlan:
+    """The launches of one function for inputs of one shape.
 
-    __slots__ = ("function", "metadata", "run", "tail")
+    Attributes:
+        steps: of each launch, the launcher; its arguments, in which addresses are filled in; the positions of input,
+            output and intermediate memory (that of the stream, which is filled in last, for an address that the kernel
+            does not take); and further addresses, each a position, a base (0 input, 1 output, 2 intermediate memory)
+            and an offset in bytes.
+        shape, dtype, device, index: of the output; ``index`` is the number of the device.
+        size: bytes of intermediate memory.
+        is_shared: True if that memory may be the stream's. Launches of a stream follow each other, but another thread
+            may launch between two steps of this plan.
+    """
 
-    def __init__(self, compiled: Any, constants: dict[str, Any]) -> None:
-        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
-        self.tail = tuple(constants.values())
+    __slots__ = ("device", "dtype", "index", "is_shared", "shape", "size", "steps")
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple | list) -> None:
-        self.run(grid[0], grid[1], grid[2], stream, self.function, self.metadata, None, None, None, *args, *self.tail)
+    def __init__(self, steps: list[tuple], y: Tensor, size: int) -> None:
+        self.steps, self.size, self.is_shared = steps, size, len(steps) == 1 and size <= MOST_SHARED
+        # ``torch.empty`` takes a tuple faster than a ``torch.Size``.
+        self.shape, self.dtype, self.device, self.index = tuple(y.shape), y.dtype, y.device, y.device.index
+
+    def allocate(self, stream: int) -> Tensor:
+        """Return new intermediate memory; unless a graph is being captured, it becomes the stream's if it may.
+
+        A launch that is being captured has its own memory: its graph may be replayed on any stream.
+        """
+        if not self.is_shared or _capturing():
+            return torch.empty(self.size, dtype=torch.int8, device=self.device)
+        memory = torch.empty(max(self.size, LEAST_SHARED), dtype=torch.int8, device=self.device)
+        _shared[self.index, stream] = memory
+        return memory
 
 
-_COMPILED: dict[tuple, Compiled] = {}
+class PlannedLinear(nn.Module):
+    """A linear layer that keeps the launches of the input shapes it has seen. Its buffers must stay where they are.
+
+    Attributes:
+        dtype: of inputs and outputs.
+        plans: launches by the shape of the input; None where a call is more than launches.
+    """
+
+    dtype: torch.dtype
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plans: dict[torch.Size, LaunchPlan | None] = {}
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the product for ``x`` [..., in] without a gradient, past PyTorch's dispatcher."""
+        raise NotImplementedError
+
+    def planned(self, x: Tensor) -> Tensor:
+        """Return ``compute(x)``, by a plan for inputs of its shape on a CUDA device if there is one."""
+        # The path of every eager call: one more look-up or call here is felt in a decode step.
+        plan = self.plans.get(x.shape)
+        if plan is None or not x.is_cuda or x.dtype != self.dtype or not x.is_contiguous():
+            return self._record(x)
+        address, index = x.data_ptr(), plan.index
+        if address & 15 or current_device() != index:
+            return self.compute(x)
+        y = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+        stream, size, memory = current_stream(index), plan.size, y
+        if size:
+            shared = _shared.get((index, stream)) if plan.is_shared and not _capturing() else None
+            memory = plan.allocate(stream) if shared is None or shared.numel() < size else shared
+        output, between = y.data_ptr(), memory.data_ptr()
+        for run, arguments, at_x, at_y, at_memory, others in plan.steps:
+            given = arguments.copy()
+            given[at_x] = address
+            given[at_y] = output
+            given[at_memory] = between
+            given[STREAM] = stream
+            for position, base, offset in others:
+                given[position] = (address, output, between)[base] + offset
+            run(*given)
+        return y
+
+    def _record(self, x: Tensor) -> Tensor:
+        can_plan = x.is_cuda and x.dtype == self.dtype and x.numel() and x.is_contiguous() and is_aligned(x)
+        if not can_plan or x.shape in self.plans or len(self.plans) >= MOST_PLANS:
+            return self.compute(x)
+        y, self.plans[x.shape] = record(lambda: self.compute(x), x, [b for b in self.buffers() if b.numel()])
+        return y
+
+    def renew(self) -> None:
+        """Forget the addresses of the buffers: one of them is another tensor now."""
+        self.plans = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PlannedLinear:
+        self.renew()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}}
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    args: tuple,
-    constants: dict[str, Any],
-    *,
-    num_warps: int,
-    num_stages: int,
-    key: tuple,
-) -> Compiled | None:
-    """Run ``kernel`` on the current stream of its tensors' device.
+def prevent_recording() -> None:
+    """Mark the current work as more than launches of given arguments: a running ``record`` then returns no plan."""
+    if RECORDER.log is not None:
+        RECORDER.log.append((None, (), ()))
+
+
+def record(call: Callable[[], Tensor], x: Tensor, kept: list[Tensor]) -> tuple[Tensor, LaunchPlan | None]:
+    """Run ``call`` and return its result, with a plan that repeats its launches.
 
     Args:
-        kernel: a ``triton.jit`` function whose parameters are run-time arguments first, ``tl.constexpr`` last.
-        grid: programs in each of three dimensions; none of them is zero.
-        args: tensors, ints and floats, in the kernel's order; the first is a tensor, and names the device.
-        constants: every constexpr by name, in the kernel's order.
-        num_warps, num_stages: compile options.
-        key: hashable; calls with equal keys must compile to the same code: it determines dtypes, constants,
-            options, the alignment of pointers and what Triton specializes of integers (1, multiples of 16).
+        call: a function of ``x`` and of the tensors ``kept`` alone.
+        kept: tensors that stay where they are.
 
-    Returns the compiled kernel; None where Triton interprets.
+    The plan is None if the work is more than launches, or Triton interprets.
     """
-    device = args[0].device
-    if device.type != "cuda" or interpreted(kernel):
-        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-        return None
-    index = device.index
-    if index != _current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key)
-    whole = (id(kernel), index, key)
-    found = _COMPILED.get(whole)
-    if found is None:
-        compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-        found = _COMPILED[whole] = Compiled(compiled, constants)
-        return found
-    # Addresses instead of tensors: the launcher would ask the driver about each pointer.
-    found(grid, _current_stream(index), [a.data_ptr() if isinstance(a, Tensor) else a for a in args])
-    return found
+    log: list[tuple[Compiled | None, tuple, tuple]] = []
+    RECORDER.log = log
+    try:
+        y = call()
+    finally:
+        RECORDER.log = None
+    written = {_storage(value) for _, _, args in log for value in args if isinstance(value, Tensor)}
+    fills_storage = y.is_contiguous() and y.untyped_storage().nbytes() == y.numel() * y.element_size()
+    if _storage(y) not in written or not fills_storage:
+        return y, None
+    fixed = {_storage(tensor) for tensor in kept}
+    offsets: dict[int, int] = {}  # of storages in the intermediate memory
+    launches, size = [], 0
+    for compiled, grid, args in log:
+        if compiled is None:
+            return y, None
+        moving = [(i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and _storage(a) not in fixed]
+        for _, tensor in moving:
+            if _storage(tensor) not in (_storage(x), _storage(y), *offsets):
+                offsets[_storage(tensor)] = size
+                size += -(-tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+        places = [(i, *_place(tensor, x, y, offsets)) for i, tensor in moving]
+        addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+        launches.append((compiled.run, compiled.arguments(grid, None, addresses), places))
+    return y, LaunchPlan([_step(*launched, has_memory=size > 0) for launched in launches], y, size)
 
 
-class Plan:
-    """One layer's launch for inputs of one shape: ``plan(x)`` allocates the output and launches, nothing else.
-
-    Args:
-        compiled: what ``launch`` returned for such an input; its arguments are ``x``, ``before``, the output, scratch
-            memory, and ``after``.
-        before, after: addresses and numbers that stay.
-        shape, dtype, device: of the output.
-        scratch: float32 numbers that the programs of a launch exchange through memory; 0 for none.
-    """
-
-    __slots__ = ("after", "before", "compiled", "device", "dtype", "grid", "index", "scratch", "shape")
-
-    def __init__(
-        self,
-        compiled: Compiled,
-        grid: tuple[int, int, int],
-        before: tuple,
-        after: tuple,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        scratch: int,
-    ) -> None:
-        self.compiled, self.grid, self.before, self.after = compiled, grid, before, (*after, *compiled.tail)
-        self.shape, self.dtype, self.device, self.index, self.scratch = shape, dtype, device, device.index, scratch
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """The output; None where this plan does not fit the moment (another current device, unaligned input)."""
-        at, index = x.data_ptr(), self.index
-        if at & 15 or _current_device() != index:
-            return None
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        stream, made, grid = _current_stream(index), self.compiled, self.grid
-        held = scratch(self.scratch, index, stream) if self.scratch else out
-        made.run(
-            grid[0], grid[1], grid[2], stream, made.function, made.metadata, None, None, None,
-            at, *self.before, out.data_ptr(), held.data_ptr(), *self.after,
-        )  # fmt: skip
-        return out
+def _place(tensor: Tensor, x: Tensor, y: Tensor, offsets: dict[int, int]) -> tuple[int, int]:
+    """Return what a tensor is part of (see ``LaunchPlan.steps``), and its offset there."""
+    storage = _storage(tensor)
+    if storage == _storage(x):
+        return 0, tensor.data_ptr() - x.data_ptr()
+    if storage == _storage(y):
+        return 1, tensor.data_ptr() - y.data_ptr()
+    return 2, offsets[storage] + tensor.data_ptr() - storage
 
 
-_SCRATCH: dict[tuple[int, int], Tensor] = {}
+def _step(run: Any, arguments: list[Any], places: list[tuple[int, int, int]], has_memory: bool) -> tuple:
+    found, others = [STREAM] * 3, []
+    for position, base, offset in places:
+        # Without intermediate memory its address is the output's, which a kernel may take twice.
+        slot = 2 if base == 1 and found[1] != STREAM and not has_memory else base
+        if offset or found[slot] != STREAM:
+            others.append((FIRST + position, base, offset))
+        else:
+            found[slot] = FIRST + position
+    return run, arguments, *found, tuple(others)
 
 
-def scratch(size: int, index: int, stream: int) -> Tensor:
-    """At least ``size`` float32 numbers that the launches of a stream share, one after the other.
-
-    A launch that is being captured has memory of its own: its graph may be replayed on any stream.
-    """
-    if _capturing():
-        return torch.empty(size, dtype=torch.float32, device=torch.device("cuda", index))
-    found = _SCRATCH.get((index, stream))
-    if found is None or found.numel() < size:
-        found = torch.empty(max(size, 1 << 20), dtype=torch.float32, device=torch.device("cuda", index))
-        _SCRATCH[index, stream] = found
-    return found
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether every tensor begins at a multiple of 16 bytes: part of a key where views may not."""
-    return not any(tensor.data_ptr() % 16 for tensor in tensors)
-
-
-def interpreted(kernel: Any) -> bool:
-    """Whether Triton interprets its kernels (``TRITON_INTERPRET=1`` when this one was defined)."""
-    return not isinstance(kernel, triton.runtime.JITFunction)
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,24 @@ def choose(
     return dict(found) if found is not None and found.keys() == default.keys() else dict(default)
 
 
+_CHOSEN: dict[tuple, dict[str, Any]] = {}
+
+
+def cached_choice(
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    default: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return ``choose``, looked up once per process and arguments until a configuration is remembered."""
+    key = (op, shape, dtype, device)
+    found = _CHOSEN.get(key)
+    if found is None:
+        found = _CHOSEN[key] = choose(op, shape, dtype, default(), device)
+    return found
+
+
 def remember(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, config: Mapping[str, Any], device: torch.device
 ) -> Path:
@@ -55,6 +73,7 @@ def remember(
         Path(beside).unlink(missing_ok=True)
         raise
     table.cache_clear()
+    _CHOSEN.clear()
     return path
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common.launch_plan import aligned, launch
+from ..common.launch import is_aligned, launch
 from .kernel import _gradient_kernel, _losses_kernel
 from .naive import DIRECTIONS
 
@@ -59,7 +59,7 @@ def gradient(
         (student, teacher, statistics if kept is None else kept, statistics, upstream, out, V, student.stride(0),
          teacher.stride(0), out.stride(0), math.log2(math.e) / temperature, temperature, beta),
         _constants(direction, kept, block), num_warps=warps, num_stages=1,
-        key=(*_key(student, teacher, kept, direction), out.dtype, out.stride(0), upstream.dtype, aligned(out)),
+        key=(*_key(student, teacher, kept, direction), out.dtype, out.stride(0), upstream.dtype, is_aligned(out)),
     )  # fmt: skip
 
 
@@ -74,5 +74,5 @@ def _constants(direction: str, kept: Tensor | None, block: int) -> dict[str, obj
 
 def _key(student: Tensor, teacher: Tensor, kept: Tensor | None, direction: str) -> tuple:
     shape = (student.shape[1], student.stride(0), teacher.stride(0))
-    given = () if kept is None else (kept.dtype, aligned(kept))
-    return (student.dtype, teacher.dtype, *shape, direction, *given, aligned(student), aligned(teacher))
+    given = () if kept is None else (kept.dtype, is_aligned(kept))
+    return (student.dtype, teacher.dtype, *shape, direction, *given, is_aligned(student), is_aligned(teacher))

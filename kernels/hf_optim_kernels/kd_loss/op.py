@@ -8,18 +8,16 @@ above. Written into the teacher's own memory (``overwrite_teacher``), it is no f
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from ..common.support import can_run_triton
 from . import naive
 
 
 def on_triton(logits: Tensor) -> bool:
-    """Whether the kernels run these logits: on a CUDA device or interpreted, and not in float64."""
-    there = logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return there and logits.dtype != torch.float64
+    """Return True if the kernels run for these logits: on a CUDA device or interpreted, and not in float64."""
+    return logits.dtype != torch.float64 and can_run_triton(logits)
 
 
 @torch.library.custom_op("hf_optim::kd_rows", mutates_args=())

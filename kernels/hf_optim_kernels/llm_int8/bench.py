@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..common.benchmark import Contender, bytes_of, copies_of, device, modules_of
+from ..common.benchmark import Contender, bytes_of, calls_of, dense_contender, device
 from . import layer, naive
 
 OUTLIERS = 8
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
-    """The ways to run a layer of shape [N, K] on M rows, of which ``OUTLIERS`` columns are twenty times the others."""
+    """Return the ways to run a layer of shape [N, K] on M rows; ``OUTLIERS`` columns are twenty times the others."""
     x = torch.randn(M, K, device=device(), dtype=dtype)
     x[:, torch.randperm(K, device=device())[:OUTLIERS]] *= 20
     linear = nn.Linear(K, N, bias=False, device=device(), dtype=dtype).requires_grad_(False)
-    held = layer.LLMInt8Linear.from_linear(linear)
-    flops, size = 2 * M * N * K, bytes_of((held.weight, held.w_scale))
-    wanted = naive.llm_int8(x.double(), held.weight, held.w_scale, None, held.threshold)
-    calls = [partial(_call, each, x) for each in modules_of(held)]
-    found = [Contender("llm_int8", calls, size, flops, wanted, math="int8")]
-    dense = [partial(nn.functional.linear, x, *copy) for copy in copies_of((linear.weight.data,))]
-    exact = x.double() @ linear.weight.double().T
-    found.append(Contender("dense", dense, bytes_of((linear.weight,)), flops, exact, dense=True))
-    return found
-
-
-@torch.no_grad()
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)
+    packed = layer.LLMInt8Linear.from_linear(linear)
+    size = bytes_of((packed.weight, packed.w_scale))
+    reference = naive.llm_int8(x.double(), packed.weight, packed.w_scale, None, packed.threshold)
+    ours = Contender("llm_int8", calls_of(packed, x), size, 2 * M * N * K, reference, math="int8")
+    return [ours, dense_contender(x, linear.weight.data)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..w8a8.gemm import swizzled
+from ..common.gemm import swizzled
 
 CHUNK = tl.constexpr(16)
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..w8a8.quantize import ROUND, magnitude
+from ..common.numerics import ROUND, magnitude
+from ..common.splitk import store_part, sum_parts, tile_parts
 
 
 @triton.jit
-def either(a, b):
+def bitwise_or(a, b):
     return a | b
 
 
@@ -28,7 +29,7 @@ def outside(value, threshold):
 
 
 @triton.jit
-def inverse_of(top):
+def reciprocal(top):
     return tl.where(top > 0.0, 127.0 / tl.where(top > 0.0, top, 1.0), 0.0)
 
 
@@ -61,7 +62,7 @@ def rows_kernel(
     outlying = outside(value, threshold)
     inner = tl.where(outlying, 0.0, value)
     top = tl.max(tl.abs(inner), 0)
-    tl.store(codes + row * K + column, encode(inner, inverse_of(top)), inside)
+    tl.store(codes + row * K + column, encode(inner, reciprocal(top)), inside)
     tl.store(scales + row, top / 127.0)
     if FLAGS:
         # All that write a flag write the same.
@@ -104,7 +105,7 @@ def row_tops(x, threshold, M, K, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["threshold", "M"])
 def decode_kernel(
-    x, codes, x_scale, words, weight, w_scale, bias, y, partial, counters, threshold, M, N, K,
+    x, codes, x_scale, words, weight, w_scale, bias, y, partial, semaphores, threshold, M, N, K,
     QUANTIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, REAL: tl.constexpr, ROWS: tl.constexpr,
     GRID_BLOCK: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, EVERY: tl.constexpr,
@@ -125,10 +126,10 @@ def decode_kernel(
         scale = tl.load(x_scale + row, row < M, 0.0)
         inverse = scale
         each = tl.arange(0, ROWS)
-        word = tl.reduce(tl.load(words + each, each < M, 0), 0, either)
+        word = tl.reduce(tl.load(words + each, each < M, 0), 0, bitwise_or)
     else:
         top, word = row_tops(x, threshold, M, K, SPAN, ROWS, GRID_BLOCK)
-        scale, inverse = top / 127.0, inverse_of(top)
+        scale, inverse = top / 127.0, reciprocal(top)
     # Rows beyond the weight repeat its last one; they are not stored.
     w_rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     rows = row.to(tl.int64) * K
@@ -173,17 +174,11 @@ def decode_kernel(
         out = tl.dot(w.to(REAL), tl.broadcast_to(rest, (PIECE, BLOCK_M)), out, input_precision="ieee")
     last = True
     if SPLIT > 1:
-        own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m
-        parts = partial + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + own
-        tl.store(parts + part * (BLOCK_N * BLOCK_M), out)
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        parts = tile_parts(partial, tile, BLOCK_M, BLOCK_N, SPLIT)
+        last = store_part(out, parts, part, semaphores, tile, SPLIT)
     if last:
         if SPLIT > 1:
-            out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for s in range(SPLIT):
-                out += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            tl.store(counters + tile, 0)
+            out = sum_parts(out, parts, semaphores, tile, SPLIT)
         column = n[:, None]
         there = column < N
         out *= tl.load(w_scale + column, there, 0.0)

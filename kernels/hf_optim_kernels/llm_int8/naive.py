@@ -11,10 +11,29 @@ threshold counts for ``s`` also where its column has an outlier in another row, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 LEVELS = 127.0
+
+
+class PackedTensors(NamedTuple):
+    """A packed weight [out, in].
+
+    Attributes:
+        weight: int8 codes [out, in] in [-127, 127], contiguous.
+        scale: float32 [out].
+        bias: [out], or None.
+        semaphores: int32 zeros (``tiles.semaphores_size`` of them), zero again after a call. Calls that share them must
+            not overlap.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    semaphores: Tensor
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

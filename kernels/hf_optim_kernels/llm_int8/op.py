@@ -11,38 +11,35 @@ from torch import Tensor
 
 from ..w8a8.op import on_triton
 from . import cpu, naive
+from .naive import PackedTensors
 
 
-def linear(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float, counters: Tensor
-) -> Tensor:  # fmt: skip
-    """``torch.ops.hf_optim.llm_int8`` without PyTorch's dispatch, and without a gradient."""
+def linear(x: Tensor, weight: PackedTensors, threshold: float) -> Tensor:
+    """Return ``torch.ops.hf_optim.llm_int8`` of ``x`` [..., in] without PyTorch's dispatch, and without a gradient."""
     if on_triton(x, x.dtype):
-        from .launch import llm_int8 as kernel
+        from . import launch
 
-        return kernel(x, weight, w_scale, bias, threshold, counters)
-    return cpu.llm_int8(x, weight, w_scale, bias, threshold)
+        return launch.llm_int8(x, weight, threshold)
+    return cpu.llm_int8(x, weight.weight, weight.scale, weight.bias, threshold)
 
 
 @torch.library.custom_op("hf_optim::llm_int8", mutates_args=())
 def llm_int8(
     x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float, counters: Tensor
 ) -> Tensor:  # fmt: skip
-    """``x W^T + bias`` with outlier columns of ``x`` in its own type.
+    """Return ``x W^T + bias`` with outlier columns of ``x`` multiplied in its own dtype.
 
     Args:
-        x: [..., in], floating.
-        weight: int8 codes [out, in] in [-127, 127], contiguous.
-        w_scale: float32 [out].
-        bias: [out], or None.
+        x: [..., in], floating point.
         threshold: columns with a larger magnitude are outliers: with 0 all of them, with infinity none.
-        counters: int32 zeros (``counters_size`` of them), zero again afterwards. Calls that share it must not overlap.
+        counters: the split-k semaphores.
+        weight, w_scale, bias: see ``naive.PackedTensors``, as for the semaphores.
     """
-    return linear(x, weight, w_scale, bias, threshold, counters)
+    return linear(x, PackedTensors(weight, w_scale, bias, counters), threshold)
 
 
 @llm_int8.register_fake
-def _(x, weight, w_scale, bias, threshold, counters) -> Tensor:
+def _(x, weight, *_) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

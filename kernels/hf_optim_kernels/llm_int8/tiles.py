@@ -17,7 +17,8 @@ from ..w8a8.tiles import MOST_DECODE_ROWS
 
 _DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
 _GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "FLATTEN", "PREPARED", "num_warps", "num_stages")
-_TILES: dict[tuple, dict[str, Any]] = {}
+# In float32 no tensor core multiplies outliers, and what does takes more registers.
+_FLOAT32 = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3), strict=True))
 
 
 def default(M: int, N: int, K: int) -> dict[str, Any]:
@@ -51,18 +52,12 @@ def candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
 
 
 def tiles_for(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The tuned configuration for so many rows, else the default one."""
+    """Return the tuned configuration for ``M`` rows, else the default one."""
     rows = tuning.bucket(M)
-    key = (rows, N, K, dtype, device)
-    if key not in _TILES:
-        found = tuning.choose("llm-int8", (N, K, rows), dtype, default(rows, N, K), device)
-        if dtype == torch.float32 and "SPLIT" not in found:
-            # No tensor core multiplies outliers in float32, and what does takes more registers.
-            found = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3), strict=True))
-        _TILES[key] = found
-    return _TILES[key]
+    found = tuning.cached_choice("llm-int8", (N, K, rows), dtype, device, lambda: default(rows, N, K))
+    return _FLOAT32 if dtype == torch.float32 and "SPLIT" not in found else found
 
 
-def counters_size(N: int, K: int) -> int:
-    """How many int32 zeros a call uses: a counter for each tile, a byte for each column."""
+def semaphores_size(N: int, K: int) -> int:
+    """Return how many int32 zeros a call uses: a semaphore per tile, and a byte per column."""
     return max(1, -(-N // 16)) + -(-K // 4)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch_plan import launch
+from ..common.launch import launch
 from .kernel import zero_kernel
 
 BLOCK, _WARPS = 4096, 4

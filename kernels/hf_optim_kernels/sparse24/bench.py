@@ -1,5 +1,5 @@
-"""Contenders for a 2:4 layer: the kernels of this folder, the dense product, 4-bit codes without the pattern (by the
-kernel for these), and cuSPARSELt through PyTorch."""
+"""Contenders for a 2:4 layer: the kernels of this folder, the dense product, 4-bit codes without the pattern (by
+``wna16``), and cuSPARSELt through PyTorch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common import tuning
-from ..common.benchmark import Contender, bytes_of, codes_of, copies_of, device, graph_time, modules_of, weight_of
+from ..common.benchmark import (
+    Contender,
+    bytes_of,
+    calls_of,
+    codes_of,
+    copies_of,
+    dense_contender,
+    device,
+    graph_time,
+    modules_of,
+    weight_of,
+)
 from ..wna16 import bench as unpruned
 from . import cusparselt, layer, mma_layout, naive, tiles
 
@@ -20,7 +31,7 @@ GROUP = 128
 
 
 def sparse_weight(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """A random weight [N, K] with the first and third or second and fourth of every four columns."""
+    """Return a random weight [N, K] with the first and third or second and fourth of every four columns."""
     generator = torch.Generator(device()).manual_seed(seed)
     weight = torch.randn(N, K // 4, 2, 2, device=device(), generator=generator, dtype=torch.float32)
     odd = torch.rand(N, K // 4, 1, device=device(), generator=generator) < 0.5
@@ -30,72 +41,66 @@ def sparse_weight(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (weight + 0.0).reshape(N, K).to(dtype)
 
 
-def packed_weight(N: int, K: int, bits: int, dtype: torch.dtype) -> tuple[layer.PackedWeight, Tensor]:
-    """A random packed weight, 16-bit or codes (8 bits: a scale per row; 4: per ``GROUP``), and its float64 weight."""
+def random_weight(N: int, K: int, bits: int, dtype: torch.dtype) -> tuple[layer.PackedWeight, Tensor]:
+    """Return a random packed weight, 16-bit or codes (8 bits: a scale per row; 4: per ``GROUP``), and its values."""
     dense = sparse_weight(N, K, dtype)
     group = K if bits != 4 else min(GROUP, K)
     if bits == 16:
-        told = weight_of(codes_of(dense, None), dtype, 16, K, kind="dense", sparse24=True)
-        return layer.prepack(told), dense.double()
-    middle = 1 << (bits - 1)
+        weight = weight_of(codes_of(dense, None), dtype, 16, K, kind="dense", sparse24=True)
+        return layer.prepack(weight), dense.double()
+    zero_offset = 1 << (bits - 1)
     grouped = dense.float().view(N, -1, group)
-    scale = (grouped.abs().amax(-1) / (middle - 1)).to(dtype)
-    codes = (grouped / scale.float()[..., None]).round().clamp(1 - middle, middle - 1).view(N, K)
-    told = weight_of(codes_of((codes + middle).to(torch.uint8), scale), dtype, bits, group, sparse24=True)
-    return layer.prepack(told), codes.double() * scale.double().repeat_interleave(group, 1)
+    scale = (grouped.abs().amax(-1) / (zero_offset - 1)).to(dtype)
+    codes = (grouped / scale.float()[..., None]).round().clamp(1 - zero_offset, zero_offset - 1).view(N, K)
+    weight = weight_of(codes_of((codes + zero_offset).to(torch.uint8), scale), dtype, bits, group, sparse24=True)
+    return layer.prepack(weight), codes.double() * scale.double().repeat_interleave(group, 1)
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
-    """The ways to run a 2:4 layer of shape [N, K] on M rows."""
+    """Return the ways to run a 2:4 layer of shape [N, K] on M rows."""
     x = torch.randn(M, K, device=device(), dtype=dtype)
     flops = 2 * M * N * K
     found = []
     for bits in (16, 8, 4):
-        module, weight = packed_weight(N, K, bits, dtype)
+        module, weight = random_weight(N, K, bits, dtype)
         reference = x.double() @ weight.T
         del weight
-        size = stored_bytes(module)
-        calls = [partial(_without_gradient, each, x) for each in modules_of(module)]
-        found.append(Contender(f"2:4 {'bf16' if bits == 16 else f'int{bits}'}", calls, size, flops, reference))
+        name, size = f"2:4 {'bf16' if bits == 16 else f'int{bits}'}", stored_bytes(module)
+        found.append(Contender(name, calls_of(module, x), size, flops, reference))
     dense = sparse_weight(N, K, dtype)
-    reference = x.double() @ dense.double().T
-    calls = [partial(torch.nn.functional.linear, x, *copy) for copy in copies_of((dense,))]
-    found.append(Contender("dense", calls, bytes_of((dense,)), flops, reference, dense=True))
+    found.append(dense_contender(x, dense))
+    exact = found[-1].reference
     found.append(unpruned.contender("int4, not 2:4", N, K, M, 4, GROUP if K % GROUP == 0 else K, dtype))
     packed = cusparselt.share(dense, naive.pack(dense, dense != 0, 16)[0])
     if packed is not None:
         calls = [partial(cusparselt.product, x, copy, None, 0) for (copy,) in copies_of((packed,))]
-        found.append(Contender("cuSPARSELt", calls, bytes_of((packed,)), flops, reference, peer=True))
+        found.append(Contender("cuSPARSELt", calls, bytes_of((packed,)), flops, exact, peer=True))
     return found
 
 
 def stored_bytes(module: layer.PackedWeight) -> int:
-    """Bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
+    """Return the bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
     if mma_layout.holds(module.bits):
         return bytes_of(t for t in (module.values, module.bits, module.scale, module.zero) if t is not None)
-    rows, fours = module.bits.shape[0], 2 * module.bits.shape[1]
-    return rows * fours * 2 * module.width // 8 + bytes_of(
-        tensor for tensor in (module.bits, module.scale, module.zero) if tensor is not None
-    )
+    rows, count = module.bits.shape[0], 2 * module.bits.shape[1]
+    others = (tensor for tensor in (module.bits, module.scale, module.zero) if tensor is not None)
+    return rows * count * 2 * module.width // 8 + bytes_of(others)
 
 
 def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Time the candidates for codes on sparse tensor cores and remember the fastest; tells what was found."""
-    from . import tensor_core_launch
-
-    module, rows = packed_weight(N, K, 4, dtype)[0], tuning.bucket(M)
+    """Time the candidates for codes on sparse tensor cores and remember the fastest; return a line about it."""
+    module, rows = random_weight(N, K, 4, dtype)[0], tuning.bucket(M)
     if device().type != "cuda" or not mma_layout.holds(module.values) or rows > tiles.MOST_TILED_ROWS:
         return "nothing to tune"
     found = timed(module, torch.randn(M, K, device=device(), dtype=dtype), tiles.tiled_candidates(N, K, rows))
     best, config = found[0]
     tuning.remember("sparse24-tiles", (N, K, rows), dtype, config, device())
-    tensor_core_launch.forget()
     return f"{best:.1f} us with {config}"
 
 
 @torch.no_grad()
 def timed(module: layer.PackedWeight, x: Tensor, tried: Iterable[tiles.Config]) -> list[tuple[float, tiles.Config]]:
-    """Microseconds of configurations on copies of a layer, fastest first; those that do not compile are left out."""
+    """Return microseconds and configurations on copies of a layer, fastest first, without those that do not compile."""
     modules, times = modules_of(module), []
     for config in tried:
         try:
@@ -105,17 +110,8 @@ def timed(module: layer.PackedWeight, x: Tensor, tried: Iterable[tiles.Config]) 
     return sorted(times, key=lambda pair: pair[0])
 
 
-def run(module: nn.Module, x: Tensor, config: tiles.Config) -> Tensor:
-    """``module(x)`` with a given configuration."""
+def run(module: layer.PackedWeight, x: Tensor, config: tiles.Config) -> Tensor:
+    """Return ``module(x)`` with a given configuration."""
     from . import launch
 
-    assert isinstance(module, layer.PackedWeight)
-    return launch.sparse24(
-        x, module.values, module.bits, module.scale, module.zero, module.bias, module.counters, module.width,
-        module.group_size, module.middle, config,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _without_gradient(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)
+    return launch.sparse24(x, module.tensors(), config)

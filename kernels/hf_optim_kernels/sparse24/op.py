@@ -2,134 +2,82 @@
 
 Importing this module registers it, and ``hf_optim::sparse24_weight``, the dense weight, for its gradient. On a CUDA
 device they run the Triton kernels for inputs of 16 bits, else the specification (or, under ``TRITON_INTERPRET=1``, the
-kernels interpreted). They have fake implementations, so graphs that hold them compile without a break, and ``sparse24``
+interpreted kernels). They have fake implementations, so that graphs with them compile without a break, and ``sparse24``
 has a gradient with respect to ``x`` and ``bias``.
 """
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from ..common.support import can_run_triton
 from . import mma_layout, naive
+from .naive import PackedTensors
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 def on_kernel(x: Tensor, values: Tensor) -> bool:
-    """Whether the Triton kernels serve inputs like ``x``: 16 bits, and weights of 16 bits of the same type."""
+    """Return True if the Triton kernels support inputs like ``x``: 16 bits, and the dtype of weights of 16 bits."""
     fits = x.dtype in DTYPES and (not values.is_floating_point() or values.dtype == x.dtype)
-    return fits and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return fits and can_run_triton(x)
 
 
-def run(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    counters: Tensor,
-    width: int,
-    group_size: int,
-    middle: int,
-) -> Tensor:
-    """The operator without PyTorch's dispatcher: no gradient, less work for the host."""
+def linear(x: Tensor, weight: PackedTensors) -> Tensor:
+    """Return the operator's result for ``x`` [..., in] without PyTorch's dispatch, and without a gradient.
+
+    Raises ``ValueError`` if the columns of ``x`` are not those of the weight.
+    """
+    bits = weight.bits
     stored, K = naive.shape_of(bits)[1], x.shape[-1]
-    if (stored != K if mma_layout.holds(bits) else 4 * naive.stored_fours(K) != stored) or K % 4:
-        raise ValueError(f"inputs of {K} columns for a weight of up to {stored}, in fours")
-    if on_kernel(x, values):
-        from .launch import sparse24 as kernels
+    if (stored != K if mma_layout.holds(bits) else 4 * naive.stored_groups24(K) != stored) or K % 4:
+        raise ValueError(f"inputs of {K} columns do not match a weight of up to {stored} columns in groups of four")
+    if on_kernel(x, weight.values):
+        from . import launch
 
-        return kernels(x, values, bits, scale, zero, bias, counters, width, group_size, middle)
-    return naive.sparse24(x, values, bits, scale, zero, bias, width, group_size, middle)
+        return launch.sparse24(x, weight)
+    return naive.sparse24(x, weight)
 
 
 @torch.library.custom_op("hf_optim::sparse24", mutates_args=())
 def sparse24(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    counters: Tensor,
-    width: int,
-    group_size: int,
-    middle: int,
-) -> Tensor:
-    """``x W^T + bias``.
+    x: Tensor, values: Tensor, bits: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None,
+    counters: Tensor, width: int, group_size: int, middle: int,
+) -> Tensor:  # fmt: skip
+    """Return ``x W^T + bias``: [..., out].
 
     Args:
-        x: [..., in], floating point; ``in`` a multiple of 4.
-        values: the two numbers of every four, made by ``naive.pack``; those of 16 bits have the type of the weight.
-        bits: uint8 [out, fours / 2], made by ``naive.pack``; int32, as are ``values`` then, if ``fragments.pack`` made
-            them (``width`` 4, whole tiles, groups that ``fragments.takes_groups``).
-        scale: [groups, out], floating point; None for weights of 16 bits.
-        zero: [groups, out], whole numbers in [0, 255]; None where it is ``middle``.
-        bias: [out], or None.
-        counters: int32, zeros, at least one for each tile of the output (``configs.COUNTERS`` are enough). They count
-            while the operator runs and are zero again when it is done, which is why it is not said to write them.
-            Two calls may not use the same ones at the same time: one layer, one stream.
-        width: 16, or the bits of a stored code, 8 or 4.
-        group_size: columns that share a scale, a multiple of 4; ``in`` or more for one scale a row.
-        middle: the zero point where none is given.
+        x: [..., in], floating point; ``in`` is a multiple of 4.
+        counters: the split-k semaphores.
+        middle: the zero offset.
+        values, bits, scale, zero, bias, width, group_size: see ``naive.PackedTensors``, as for those two.
     """
-    return run(x, values, bits, scale, zero, bias, counters, width, group_size, middle)
+    return linear(x, PackedTensors(values, bits, scale, zero, bias, counters, width, group_size, middle))
 
 
 @sparse24.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    counters: Tensor,
-    width: int,
-    group_size: int,
-    middle: int,
-) -> Tensor:
+def _(x, values, bits, *_) -> Tensor:
     return x.new_empty((*x.shape[:-1], naive.shape_of(bits)[0]))
 
 
 @torch.library.custom_op("hf_optim::sparse24_weight", mutates_args=())
 def weight_of(
-    values: Tensor,
-    bits: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    width: int,
-    group_size: int,
-    middle: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The dense weight [out, in] in ``dtype``; arguments as in ``sparse24``."""
+    values: Tensor, bits: Tensor, scale: Tensor | None, zero: Tensor | None, width: int, group_size: int, middle: int,
+    columns: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return the dense weight [out, in] in ``dtype``; arguments as in ``sparse24``."""
+    weight = PackedTensors(values, bits, scale, zero, None, None, width, group_size, middle)
     if on_kernel(bits.new_empty(0, dtype=dtype), values):
-        from .launch import decompress
+        from . import launch
 
-        return decompress(values, bits, scale, zero, width, group_size, middle, columns, dtype)
+        return launch.decompress(weight, columns, dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    dense = naive.dequantize(values, bits, scale, zero, width, group_size, middle, columns, compute)
-    return dense.to(dtype).contiguous()
+    return naive.dequantize(weight, columns, compute).to(dtype).contiguous()
 
 
 @weight_of.register_fake
-def _(
-    values: Tensor,
-    bits: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    width: int,
-    group_size: int,
-    middle: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(values, bits, scale, zero, width, group_size, middle, columns, dtype) -> Tensor:
     return bits.new_empty((naive.shape_of(bits)[0], columns), dtype=dtype)
 
 

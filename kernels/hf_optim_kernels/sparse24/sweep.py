@@ -33,7 +33,7 @@ BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[tiles.Config]) -> float:
     """The largest relative error over paths; each runs twice and has to give the same bits. Raises when wrong."""
-    module, weight = bench.packed_weight(*shape, bits, dtype)
+    module, weight = bench.random_weight(*shape, bits, dtype)
     if mma_layout.holds(module.bits):
         paths = TILES
     worst = 0.0
@@ -48,7 +48,7 @@ def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int]
             error = relative_error(y, reference)
             worst = max(worst, error)
             limit = BOUND[dtype] * (1 if bits == 16 else 1.5)
-            if not error < limit or not torch.equal(y, again) or bool(module.counters.any()):
+            if not error < limit or not torch.equal(y, again) or bool(module.semaphores.any()):
                 raise AssertionError(f"{shape} {bits}-bit {dtype} M={M} {config}: relative error {error:.2e}")
     return worst
 
@@ -72,7 +72,7 @@ def check_all() -> None:
 
 def algorithms(module: layer.PackedWeight, x: Tensor) -> list[tiles.Config]:
     """cuSPARSELt's default and the algorithm its own search prefers."""
-    if not cusparselt.shared(module.values, module.bits):
+    if not cusparselt.is_shared(module.values, module.bits):
         return []
     found = torch._cslt_sparse_mm_search(module.values, x.t(), transpose_result=True)
     return [{**tiles.LIBRARY, "algorithm": number} for number in sorted({0, int(found)})]
@@ -91,7 +91,7 @@ def times(module: layer.PackedWeight, x: Tensor, end: float) -> list[tuple[float
 def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[str, Any]:
     """Time every number of rows for a shape "OUTxIN"; prints a table."""
     N, K = map(int, shape.split("x"))
-    module, weight = bench.packed_weight(N, K, bits, torch.bfloat16)
+    module, weight = bench.random_weight(N, K, bits, torch.bfloat16)
     del weight
     dense = copies_of((bench.sparse_weight(N, K, torch.bfloat16),))
     print(f"{shape} {bits}-bit, {module.label}: {bench.stored_bytes(module) / 1e6:.1f} MB", flush=True)

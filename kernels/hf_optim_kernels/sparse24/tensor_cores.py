@@ -1,11 +1,11 @@
-"""The Triton kernels for codes in the order of sparse tensor cores; ``fragments`` says what lies where.
+"""The Triton kernels for codes in the order of sparse tensor cores (``mma_layout`` specifies it).
 
-The tensor cores put the stored numbers at their places, so all that is left to arithmetic units is to make numbers of
-codes: eleven instructions for sixteen weights. A warp goes over tiles of the weight with one lane for each entry of
-its tensors: Triton gives thread ``i`` element ``i`` of a tensor as long as a program has threads, and assembly works on
-each by itself. Codes are read a step ahead, all of a step at once.
+The tensor cores put the stored numbers at their places, so the arithmetic units only convert codes to numbers: eleven
+instructions for sixteen weights. A warp goes over tiles of the weight with one lane for each entry of its tensors:
+Triton gives thread ``i`` element ``i`` of a tensor as long as a program has threads, and assembly works on each by
+itself. Codes are read a step ahead, all of a step at once.
 
-Columns of the weight that are pruned take no part in the product: what is not finite there does not reach the output.
+Pruned columns of the weight take no part in the product: what is not finite there does not reach the output.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_helpers import BF16
+from ..common.compute_type import BF16
+from ..common.splitk import is_last
 
 FOUR, EIGHT = tl.constexpr((tl.float32,) * 4), tl.constexpr((tl.float32,) * 8)
 SIXTEEN, MORE = tl.constexpr((tl.float32,) * 16), tl.constexpr((tl.float32,) * 32)
 FOUR_WORDS, SIX_WORDS = tl.constexpr((tl.int32,) * 4), tl.constexpr((tl.int32,) * 6)
 
-# Codes and places of a lane, read once and not kept in L1. $6, $7 addresses.
+# Codes and places of a lane, read once and not cached in L1. $6, $7 addresses.
 READ = tl.constexpr(
     "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$6]; "
     "ld.global.nc.L1::no_allocate.L2::256B.v2.b32 {$4, $5}, [$7];"
 )
 READ_REGISTERS = tl.constexpr("=r,=r,=r,=r,=r,=r,l,l")
 # Inputs of one instruction, $4 their address, as four words and as two pieces of sixteen bytes of which every second
-# word is another lane's ($5 says which); $5 or $6 is zero where there are none.
+# word is another lane's ($5 selects which); $5 or $6 is zero where there are none.
 NARROW = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
     "@p ld.global.nc.b32 $0, [$4]; @p ld.global.nc.b32 $1, [$4 + 8]; @p ld.global.nc.b32 $2, [$4 + 16]; "
@@ -44,7 +45,7 @@ WIDE_EVEN = tl.constexpr(
     "ld.global.nc.v4.b32 {a4, a5, a6, a7}, [$4 + 16]; selp.b32 $0, a1, a0, odd; selp.b32 $1, a3, a2, odd; "
     "selp.b32 $2, a5, a4, odd; selp.b32 $3, a7, a6, odd; }"
 )
-# The same of inputs that ``stage_kernel`` has put in the order of lanes: one piece of sixteen bytes.
+# The same for inputs that ``stage_kernel`` has put in the order of lanes: one piece of sixteen bytes.
 STAGED_EVEN = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];")
 STAGED = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
@@ -55,10 +56,10 @@ IN_WORDS, IN_PIECES, IN_ORDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 
 
 def step(blocks: int, half: str, selector: int) -> str:
-    """PTX for one word of codes and ``blocks`` times eight rows of inputs.
+    """Return PTX for one word of codes and ``blocks`` times eight rows of inputs.
 
-    ``$0`` and on: the sums; then the sums so far, the word, the places, minus what stands for zero of the rows q and
-    q + 8 (twice each, in a register), and the inputs.
+    ``$0`` and on: the sums; then the sums so far, the word, the places, minus the zero point as a number of the rows q
+    and q + 8 (twice each, in a register), and the inputs.
     """
     one, magic, kind = {"bf16": ("0x3F803F80", "0x43004300", "bf16"), "fp16": ("0x3C003C00", "0x64006400", "f16")}[half]
     sums = 4 * blocks
@@ -79,14 +80,14 @@ def step(blocks: int, half: str, selector: int) -> str:
 
 
 def step_registers(blocks: int) -> str:
-    """The operands of ``step``."""
+    """Return the constraints of the operands of ``step``."""
     return ",".join(["=&f"] * 4 * blocks + ["f"] * 4 * blocks + ["r"] * (4 + 4 * blocks))
 
 
 @triton.jit
-def _minus_zero(zero, at, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr, MATH: tl.constexpr):
-    """Minus the number that the bits of a zero point make, twice in a register."""
-    code = tl.load(zero + at).to(tl.int32) if HAS_ZERO else tl.zeros_like(at) + MIDDLE
+def _minus_zero(zero, at, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, MATH: tl.constexpr):
+    """Minus the number of a zero point, in the biased form of codes, twice in a register."""
+    code = tl.load(zero + at).to(tl.int32) if HAS_ZERO else tl.zeros_like(at) + ZERO_OFFSET
     half = code | (0xC300 if MATH == BF16 else 0xE400)
     return half | (half << 16)
 
@@ -94,10 +95,10 @@ def _minus_zero(zero, at, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr, MATH: tl
 @triton.jit
 def _read(
     values, bits, scale, zero, unit, first, row, N, units,
-    SCALES: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr, MATH: tl.constexpr,
+    SCALES: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, MATH: tl.constexpr,
     TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """What a lane needs of its column tile ``unit`` and ``TILES`` row tiles, from ``first`` on.
+    """Load what a lane needs of its column tile ``unit`` and ``TILES`` row tiles, from ``first`` on.
 
     For each: six words, and for each of the tile's ``GROUPS`` the zeros and scales of the rows ``row`` and ``row + 8``.
     """
@@ -110,8 +111,8 @@ def _read(
         )  # fmt: skip
         for group in tl.static_range(GROUPS):
             upper = (unit * 128 + group * (128 // GROUPS)) // GROUP * N + row + 16 * tile
-            held = held + (_minus_zero(zero, upper, HAS_ZERO, MIDDLE, MATH),)
-            held = held + (_minus_zero(zero, upper + 8, HAS_ZERO, MIDDLE, MATH),)
+            held = held + (_minus_zero(zero, upper, HAS_ZERO, ZERO_OFFSET, MATH),)
+            held = held + (_minus_zero(zero, upper + 8, HAS_ZERO, ZERO_OFFSET, MATH),)
             if SCALES == "row":
                 held = held + (unit, unit)
             else:
@@ -121,7 +122,7 @@ def _read(
 
 @triton.jit
 def _inputs(address, odd, inside, BLOCKS: tl.constexpr, INPUTS: tl.constexpr, GUARD: tl.constexpr):
-    """Four words for each of ``BLOCKS`` times eight rows."""
+    """Load four words for each of ``BLOCKS`` times eight rows."""
     words = ()
     for block in tl.static_range(BLOCKS):
         if GUARD:
@@ -187,7 +188,7 @@ def _add(
     SCALES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
     GUARD: tl.constexpr, EVEN_STEP: tl.constexpr, ODD_STEP: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` plus the products of what ``_read`` gave; ``address`` of the inputs of the column tile."""
+    """``sums`` plus the products of what ``_read`` loaded; ``address`` is that of the inputs of the column tile."""
     COUNT: tl.constexpr = 4 * BLOCKS
     EACH: tl.constexpr = 6 + 4 * GROUPS
     parts = sums if SCALES == "row" else _nothing(odd, COUNT * TILES)
@@ -219,18 +220,18 @@ def _add(
 
 @triton.jit(do_not_specialize=["M"])
 def tiles_kernel(
-    x, values, bits, scale, zero, bias, out, partial, counters, M, N, units,
-    SCALES: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GUARD: tl.constexpr, MATH: tl.constexpr, TRIPS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
-    DEPTH: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, INPUTS: tl.constexpr, EVEN_STEP: tl.constexpr,
-    ODD_STEP: tl.constexpr, REGISTERS: tl.constexpr,
+    x, values, bits, scale, zero, bias, out, partial, semaphores, M, N, units,
+    SCALES: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GUARD: tl.constexpr, MATH: tl.constexpr, TRIPS: tl.constexpr, TILES: tl.constexpr,
+    BLOCKS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, INPUTS: tl.constexpr,
+    EVEN_STEP: tl.constexpr, ODD_STEP: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Few rows of inputs; programs (rows, ``TILES`` row tiles of the weight, split).
+    """Compute the product for few rows; programs (rows, ``TILES`` row tiles of the weight, split).
 
-    x [M, 128 * units], or as ``stage_kernel`` writes it; values and bits as ``fragments.pack`` makes them, scale and
-    zero [groups, N], out [M, N], partial float32 [SPLIT, M, N], counters int32, a zero for each tile of the output.
-    The warps of ``SPLIT`` programs take the column tiles in turns, ``TRIPS`` times ``DEPTH`` each; ``GUARD`` says that
-    some have one less.
+    x [M, 128 * units], or as ``stage_kernel`` writes it; values and bits as ``mma_layout.pack`` makes them, scale and
+    zero [groups, N], out [M, N], partial float32 [SPLIT, M, N], semaphores int32, a zero for each tile of the output.
+    The warps of ``SPLIT`` programs take the column tiles in turns, ``TRIPS`` times ``DEPTH`` each; with ``GUARD``, some
+    have one less.
     """
     GROUPS: tl.constexpr = 1 if SCALES == "row" or GROUP >= 128 else 128 // GROUP
     pid_m, first = tl.program_id(0), tl.program_id(1) * TILES
@@ -253,14 +254,14 @@ def tiles_kernel(
     for d in tl.static_range(DEPTH):
         now = tl.minimum(unit + d * SPLIT * WARPS, units - 1) if GUARD else unit + d * SPLIT * WARPS
         held = held + (_read(values, bits, scale, zero, now, first, row, N, units,
-                             SCALES, GROUP, HAS_ZERO, MIDDLE, MATH, TILES, GROUPS),)  # fmt: skip
+                             SCALES, GROUP, HAS_ZERO, ZERO_OFFSET, MATH, TILES, GROUPS),)  # fmt: skip
     for _ in range(TRIPS - 1):
         ahead = ()
         for d in tl.static_range(DEPTH):
             now = unit + (DEPTH + d) * SPLIT * WARPS
             now = tl.minimum(now, units - 1) if GUARD else now
             ahead = ahead + (_read(values, bits, scale, zero, now, first, row, N, units,
-                                   SCALES, GROUP, HAS_ZERO, MIDDLE, MATH, TILES, GROUPS),)  # fmt: skip
+                                   SCALES, GROUP, HAS_ZERO, ZERO_OFFSET, MATH, TILES, GROUPS),)  # fmt: skip
         for d in tl.static_range(DEPTH):
             here = ()
             for block in tl.static_range(BLOCKS):
@@ -277,24 +278,24 @@ def tiles_kernel(
         sums = _add(sums, held[d], here, odd, inside, SCALES, TILES, BLOCKS, GROUPS, INPUTS, GUARD,
                     EVEN_STEP, ODD_STEP, REGISTERS)  # fmt: skip
         unit += SPLIT * WARPS
-    _store(sums, partial, counters, bias, scale, out, pid_m, first, M, N,
+    _store(sums, partial, semaphores, bias, scale, out, pid_m, first, M, N,
            SCALES, HAS_BIAS, TILES, BLOCKS, SPLIT, WARPS)  # fmt: skip
 
 
 @triton.jit
-def _together(sums, FIRST: tl.constexpr, WARPS: tl.constexpr):
-    """Four entries of ``sums`` added up over warps: [32, 4], a lane's four side by side."""
-    four = tl.join(tl.join(sums[FIRST], sums[FIRST + 2]), tl.join(sums[FIRST + 1], sums[FIRST + 3]))
-    return tl.sum(tl.reshape(four, [WARPS, 32, 4]), 0)
+def _over_warps(sums, FIRST: tl.constexpr, WARPS: tl.constexpr):
+    """Sum four entries of ``sums`` over warps: [32, 4], the four of a lane contiguous."""
+    entries = tl.join(tl.join(sums[FIRST], sums[FIRST + 2]), tl.join(sums[FIRST + 1], sums[FIRST + 3]))
+    return tl.sum(tl.reshape(entries, [WARPS, 32, 4]), 0)
 
 
 @triton.jit
 def _store(
-    sums, partial, counters, bias, scale, out, pid_m, first, M, N,
+    sums, partial, semaphores, bias, scale, out, pid_m, first, M, N,
     SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all warps, and of all programs of a tile by the last of them."""
+    """Store the sums of all warps; the last program of a tile stores the sums of all programs."""
     lane, entry = tl.arange(0, 32)[:, None], tl.arange(0, 4)[None, :]
     cols = first * 16 + lane // 4 + entry // 2 * 8
     rows = pid_m * 8 * BLOCKS + lane % 4 * 2 + entry % 2
@@ -303,8 +304,8 @@ def _store(
         for i in tl.static_range(TILES * BLOCKS):
             row, col = rows + i % BLOCKS * 8, cols + i // BLOCKS * 16
             at = tl.program_id(2) * size + row.to(tl.int64) * N + col
-            tl.store(partial + at, _together(sums, 4 * i, WARPS), mask=row < M)
-        last = arrived(counters, tl.program_id(1) * tl.num_programs(0) + pid_m, SPLIT)
+            tl.store(partial + at, _over_warps(sums, 4 * i, WARPS), mask=row < M)
+        last = is_last(semaphores, tl.program_id(1) * tl.num_programs(0) + pid_m, SPLIT)
     if last:
         for i in tl.static_range(TILES * BLOCKS):
             row, col = rows + i % BLOCKS * 8, cols + i // BLOCKS * 16
@@ -314,7 +315,7 @@ def _store(
                 for part in range(SPLIT):
                     total += tl.load(partial + part * size + at, mask=row < M, other=0.0, cache_modifier=".cg")
             else:
-                total = _together(sums, 4 * i, WARPS)
+                total = _over_warps(sums, 4 * i, WARPS)
             if SCALES == "row":
                 total *= tl.load(scale + col).to(tl.float32)
             if HAS_BIAS:
@@ -322,22 +323,11 @@ def _store(
             tl.store(out + at, total.to(out.dtype.element_ty), mask=row < M)
 
 
-@triton.jit
-def arrived(counters, tile, SPLIT: tl.constexpr):
-    """Whether this program is the last of ``SPLIT`` at a tile; the tile's counter is then zero again."""
-    # All threads have stored before one of them counts, and that publishes the stores.
-    tl.debug_barrier()
-    last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        tl.store(counters + tile, 0)
-    return last
-
-
 @triton.jit(do_not_specialize=["M"])
 def stage_kernel(x, out, M, units):
-    """Inputs [M, 128 * units] in the order of lanes, zeros after the last row; programs (column tiles, eight rows).
+    """Write inputs [M, 128 * units] in the order of lanes, then rows of zeros; programs (column tiles, eight rows).
 
-    Read as they are, eight rows of one column tile are in as many lines of L1, and in the same banks of it.
+    Read in place, eight rows of one column tile would be in as many lines of L1, and in the same banks.
     """
     unit, block = tl.program_id(0), tl.program_id(1)
     word = tl.arange(0, 512)
@@ -352,27 +342,28 @@ def stage_kernel(x, out, M, units):
 @triton.jit
 def unpack_kernel(
     values, bits, scale, zero, out, N, units,
-    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The dense weight [N, 128 * units], written as words of 64 bits; programs (row tiles, column tiles)."""
+    """Write the dense weight [N, 128 * units] as words of 64 bits; programs (row tiles, column tiles)."""
     tile, unit = tl.program_id(0), tl.program_id(1)
-    row, four = tl.arange(0, 16)[:, None], tl.arange(0, 32)[None, :]
+    row, group24 = tl.arange(0, 16)[:, None], tl.arange(0, 32)[None, :]
     half, quad = row // 8, row % 8
-    seen = four % 4 * 2 + four % 8 // 4
+    seen = group24 % 4 * 2 + group24 % 8 // 4
     at = (tile.to(tl.int64) * units + unit) * 32 + quad * 4
-    codes = tl.load(values + (at + seen % 4) * 4 + four // 8) >> (half + seen // 4 * 2) * 4
-    places = tl.load(bits + (at + four // 8 % 2 * 2 + seen // 4) * 2 + four // 16) >> (half * 16 + seen % 4 * 4)
-    group = (unit * 128 + four * 4) // GROUP * N + tile * 16 + row
+    codes = tl.load(values + (at + seen % 4) * 4 + group24 // 8) >> (half + seen // 4 * 2) * 4
+    places = tl.load(bits + (at + group24 // 8 % 2 * 2 + seen // 4) * 2 + group24 // 16)
+    places = places >> (half * 16 + seen % 4 * 4)
+    group = (unit * 128 + group24 * 4) // GROUP * N + tile * 16 + row
     scales = tl.load(scale + group).to(tl.float32)
-    zeros = tl.load(zero + group).to(tl.float32) if HAS_ZERO else tl.zeros([16, 32], tl.float32) + MIDDLE
+    zeros = tl.load(zero + group).to(tl.float32) if HAS_ZERO else tl.zeros([16, 32], tl.float32) + ZERO_OFFSET
     word = _word((codes & 15).to(tl.float32) - zeros, scales, places & 3, HALF)
     word |= _word(((codes >> 16) & 15).to(tl.float32) - zeros, scales, (places >> 2) & 3, HALF)
     line = (tile * 16 + row).to(tl.int64) * (units * 32)
-    tl.store(out.to(tl.pointer_type(tl.int64)) + line + unit * 32 + four, word)
+    tl.store(out.to(tl.pointer_type(tl.int64)) + line + unit * 32 + group24, word)
 
 
 @triton.jit
 def _word(number, scale, place, HALF: tl.constexpr):
-    """A weight at its place in a word of four."""
+    """A weight at its place in the word of its 2:4 group."""
     weight = (number * scale).to(HALF).to(tl.int16, bitcast=True)
     return (weight.to(tl.int64) & 0xFFFF) << (place.to(tl.int64) * 16)

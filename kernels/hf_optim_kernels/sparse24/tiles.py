@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from ..common import tuning
-from .naive import HALF, stored_fours
+from .naive import HALF, stored_groups24
 
 Config = dict[str, Any]
 # More rows than this are a matter of arithmetic, not of bytes.
 FEW_ROWS = 64
-COUNTERS = 1 << 14
+SEMAPHORES = 1 << 14
 # With more, a weight in the order of sparse tensor cores is decompressed: faster on five shapes at 256 rows (H200).
 MOST_TILED_ROWS = 128
 
@@ -81,7 +81,7 @@ def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
 
 def split_of(N: int, K: int, block_n: int, tiles: int = 512) -> int:
     """Programs that share the columns of a tile, for about ``tiles`` programs, each with two chunks or more."""
-    chunks = stored_fours(K) // (2 * HALF)
+    chunks = stored_groups24(K) // (2 * HALF)
     wanted = max(1, round(tiles / -(-N // block_n)))
     return max(1, min(wanted, chunks // 2, 16))
 

@@ -1,8 +1,8 @@
-"""Device functions of the kernels: stored numbers to the four weights they stand for.
+"""Device functions of the kernels: convert stored numbers to the four weights of their 2:4 group.
 
-Tensors of weights are [BLOCK_N, FOURS], one for each of the four columns of a four: column ``p`` of fours is then a
-matrix product by itself with every fourth input, and nothing is interleaved. Where a number goes is decided by masks
-made of its bits: with bits ``b0 .. b3`` set for the two columns that are stored as ``v0, v1``,
+Tensors of weights are [BLOCK_N, GROUPS24], one for each of the four columns of a group: column ``p`` of all groups is
+then one matrix product with every fourth input, and nothing is interleaved. Masks made of a group's bits decide where
+its numbers go: with bits ``b0 .. b3`` set for the two columns that are stored as ``v0, v1``,
 
     w0 = b0 v0,    w1 = b1 (b0 ? v1 : v0),    w2 = b2 (b3 ? v0 : v1),    w3 = b3 v1
 """
@@ -12,12 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The type of the arithmetic. The interpreter has no bfloat16 arithmetic: bfloat16 is computed there in float32.
-BF16, FP16, FP32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from ..common.compute_type import BF16, FP16, FP32
 
 
 def _select(high: bool) -> str:
-    """PTX for four stored fours in a thread: registers hold two numbers of 16 bits, and the bits of all four.
+    """Return PTX for four stored groups in a thread: registers hold two numbers of 16 bits, and the bits of all four.
 
     A mask of two numbers is one byte permutation that repeats the signs of two bytes, after a shift that brings the
     wanted bit of each byte to its sign. 28 instructions for 16 weights.
@@ -57,7 +56,7 @@ def _where(v0, v1, bits, HIGH: tl.constexpr):
 
 @triton.jit
 def place(v0, v1, bits, HIGH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The weights of columns 0 to 3 of fours. ``bits`` uint8; ``HIGH``: they are in its upper half."""
+    """The weights of columns 0 to 3 of 2:4 groups. ``bits`` uint8; ``HIGH``: they are in its upper half."""
     if ASM:
         first, second = v0.to(tl.int16, bitcast=True), v1.to(tl.int16, bitcast=True)
         i0, i1, i2, i3 = tl.inline_asm_elementwise(
@@ -77,7 +76,7 @@ def place(v0, v1, bits, HIGH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexp
 
 @triton.jit
 def as_number(half, MATH: tl.constexpr):
-    """Sixteen bits (int16) as the number of the kernel's type; for ``FP32`` they are those of a bfloat16."""
+    """Sixteen bits (int16) as a number of the kernel's type; for ``FP32`` they are those of a bfloat16."""
     if MATH == BF16:
         number = half.to(tl.bfloat16, bitcast=True)
     elif MATH == FP16:
@@ -118,7 +117,7 @@ def scaled(number, scale, MATH: tl.constexpr):
 
 @triton.jit
 def stored_pair(values, at, WIDTH: tl.constexpr):
-    """The two numbers of the fours ``at``, as int16: bits of a weight, or codes."""
+    """The two numbers of the 2:4 groups ``at``, as int16: bits of a weight, or codes."""
     if WIDTH == 16:
         word = tl.load(values.to(tl.pointer_type(tl.int32)) + at)
         v0, v1 = (word & 0xFFFF).to(tl.int16), (word >> 16).to(tl.int16)
@@ -134,18 +133,18 @@ def stored_pair(values, at, WIDTH: tl.constexpr):
 @triton.jit
 def numbers(
     values, at, scale, zero, group_at,
-    WIDTH: tl.constexpr, SCALES: tl.constexpr, HAS_ZERO: tl.constexpr, MIDDLE: tl.constexpr, MATH: tl.constexpr,
+    WIDTH: tl.constexpr, SCALES: tl.constexpr, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """The two stored numbers of the fours ``at``, in the kernel's type.
+    """The two stored numbers of the 2:4 groups ``at``, in the kernel's type.
 
     With ``SCALES`` "each" they are multiplied by their scales; else codes are whole numbers, exact in 16 bits, and
-    the sum of their products is scaled. ``group_at`` [BLOCK_N, 1 or FOURS] is where scale and zero point are.
+    the sum of their products is scaled. ``group_at`` [BLOCK_N, 1 or GROUPS24] is where scale and zero point are.
     """
     v0, v1 = stored_pair(values, at, WIDTH)
     if WIDTH == 16:
         v0, v1 = as_number(v0, MATH), as_number(v1, MATH)
     else:
-        zeros = tl.load(zero + group_at).to(tl.float32) if HAS_ZERO else tl.full([1, 1], MIDDLE, tl.float32)
+        zeros = tl.load(zero + group_at).to(tl.float32) if HAS_ZERO else tl.full([1, 1], ZERO_OFFSET, tl.float32)
         v0, v1 = _above_zero(v0, zeros, WIDTH, MATH), _above_zero(v1, zeros, WIDTH, MATH)
         if SCALES == "each":
             scales = tl.load(scale + group_at).to(tl.float32)

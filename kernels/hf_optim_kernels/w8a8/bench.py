@@ -6,14 +6,23 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..common.benchmark import Contender, bytes_of, codes_of, copies_of, device, modules_of, weight_of
+from ..common.benchmark import (
+    Contender,
+    bytes_of,
+    calls_of,
+    codes_of,
+    copies_of,
+    dense_contender,
+    device,
+    weight_of,
+)
 from . import layer, naive
 
 
-def packed_weight(N: int, K: int, dtype: torch.dtype, float8: bool) -> layer.PackedWeight:
-    """A random packed weight [N, K] with a grid for each row of the input."""
+def random_weight(N: int, K: int, dtype: torch.dtype, float8: bool) -> layer.PackedWeight:
+    """Return a random packed weight [N, K] whose inputs have a grid per row."""
     codes = torch.randint(1, 256, (N, K), device=device(), dtype=torch.uint8)
     if float8:
         codes = torch.randn(N, K, device=device()).to(naive.FLOAT8)
@@ -24,34 +33,29 @@ def packed_weight(N: int, K: int, dtype: torch.dtype, float8: bool) -> layer.Pac
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
-    """The ways to run an 8-bit layer of shape [N, K] on M rows; float8 where the device has it."""
+    """Return the ways to run an 8-bit layer of shape [N, K] on M rows; float8 where the device has it."""
     x = torch.randn(M, K, device=device(), dtype=dtype)
-    flops = 2 * M * N * K
-    found = [_ours(N, K, x, flops, False)]
-    if _has_float8():
-        found.append(_ours(N, K, x, flops, True))
-    held = packed_weight(N, K, dtype, False)
-    values = naive.dequantize(held.weight, held.w_scale, None, torch.float32).to(dtype)
-    calls = [partial(nn.functional.linear, x, *copy) for copy in copies_of((values,))]
-    reference = x.double() @ values.double().T
-    found.append(Contender("dense", calls, bytes_of((values,)), flops, reference, dense=True))
+    found = [_ours(N, K, x, float8) for float8 in ((False, True) if _has_float8() else (False,))]
+    weight = random_weight(N, K, dtype, False)
+    values = naive.dequantize(weight.weight, weight.w_scale, None, torch.float32).to(dtype)
+    found.append(dense_contender(x, values))
     if M > 16 and K % 8 == 0 and N % 8 == 0:
-        size = bytes_of((held.weight, held.w_scale))
-        pairs = [partial(_int_mm, x, *copy) for copy in copies_of((held.weight, held.w_scale))]
-        found.append(Contender("torch._int_mm", pairs, size, flops, _reference(x, held), math="int8", peer=True))
+        size, flops = bytes_of((weight.weight, weight.w_scale)), 2 * M * N * K
+        pairs = [partial(_int_mm, x, *copy) for copy in copies_of((weight.weight, weight.w_scale))]
+        found.append(Contender("torch._int_mm", pairs, size, flops, _reference(x, weight), math="int8", peer=True))
     return found
 
 
-def _ours(N: int, K: int, x: Tensor, flops: int, float8: bool) -> Contender:
-    held = packed_weight(N, K, x.dtype, float8)
-    calls = [partial(_call, each, x) for each in modules_of(held)]
-    name, size = ("float8" if float8 else "int8"), bytes_of((held.weight, held.w_scale))
-    return Contender(f"w8a8 {name}", calls, size, flops, _reference(x, held), math="int8")
+def _ours(N: int, K: int, x: Tensor, float8: bool) -> Contender:
+    weight = random_weight(N, K, x.dtype, float8)
+    name, size = ("float8" if float8 else "int8"), bytes_of((weight.weight, weight.w_scale))
+    reference = _reference(x, weight)
+    return Contender(f"w8a8 {name}", calls_of(weight, x), size, 2 * len(x) * N * K, reference, math="int8")
 
 
-def _reference(x: Tensor, held: layer.PackedWeight) -> Tensor:
-    codes, scale, zero = naive.quantize(x, held.float8)
-    return naive.multiply(codes, scale.double(), zero, held.weight.double(), held.w_scale, None, torch.float64)
+def _reference(x: Tensor, packed: layer.PackedWeight) -> Tensor:
+    codes, scale, zero = naive.quantize(x, packed.float8)
+    return naive.multiply(codes, scale.double(), zero, packed.weight.double(), packed.w_scale, None, torch.float64)
 
 
 def _int_mm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -61,8 +65,3 @@ def _int_mm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _has_float8() -> bool:
     return device().type == "cpu" or torch.cuda.get_device_capability() >= layer.LEAST_CAPABILITY["float8"]
-
-
-@torch.no_grad()
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)

@@ -9,17 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..common.gemm import swizzled
 from .kernel import scaled
-
-
-@triton.jit
-def swizzled(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tile number -> (block of rows, block of columns), GROUP blocks of rows together so that the L2 cache helps."""
-    down = tl.cdiv(M, BLOCK_M)
-    in_group = GROUP * tl.cdiv(N, BLOCK_N)
-    first = tile // in_group * GROUP
-    height = tl.minimum(down - first, GROUP)
-    return first + tile % in_group % height, tile % in_group // height
 
 
 @triton.jit

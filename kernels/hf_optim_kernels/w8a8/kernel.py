@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .quantize import INFINITY_BITS, encode, magnitude, token_grid
+from ..common.numerics import INFINITY_BITS, magnitude
+from ..common.splitk import store_part, sum_parts, tile_parts
+from .quantize import encode, token_grid
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def row_grids(
 
 @triton.jit(do_not_specialize=["M"])
 def decode_kernel(
-    x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, partial, counters, M, N, K,
+    x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, partial, semaphores, M, N, K,
     QUANTIZED: tl.constexpr, STATIC: tl.constexpr, FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, GRID_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
@@ -108,17 +110,11 @@ def decode_kernel(
         acc = accumulate(w, tl.broadcast_to(codes, (BLOCK_K, BLOCK_M)), acc, FLOAT8)
     last = True
     if SPLIT > 1:
-        own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m
-        parts = partial + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + own
-        tl.store(parts + part * (BLOCK_N * BLOCK_M), acc)
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        parts = tile_parts(partial, tile, BLOCK_M, BLOCK_N, SPLIT)
+        last = store_part(acc, parts, part, semaphores, tile, SPLIT)
     if last:
         if SPLIT > 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32 if FLOAT8 else tl.int32)
-            for s in range(SPLIT):
-                acc += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            tl.store(counters + tile, 0)
+            acc = sum_parts(acc, parts, semaphores, tile, SPLIT)
         column = n[:, None]
         there = column < N
         sums = column

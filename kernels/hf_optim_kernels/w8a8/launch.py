@@ -1,188 +1,130 @@
-"""From tensors to launches: which kernel with which tiles for so many rows."""
+"""From tensors to launches: which kernel runs, and with which tiles, for a number of rows."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..common.launch_plan import aligned
+from ..common.dense import as_rows, empty_product
+from ..common.gemm import schedule
+from ..common.launch import is_aligned, launch
+from ..common.launch_plan import prevent_recording
+from ..common.splitk import new_semaphores, parts_memory
 from .gemm import grouped_kernel, persistent_kernel
 from .kernel import decode_kernel
-from .naive import FLOAT8
-from .plans import launch, unplanned
-from .quantize import as_rows, rows
-from .tiles import MOST_DECODE_ROWS, WITHOUT_DESCRIPTORS, default, tiles_for
+from .naive import FLOAT8, InputGrid, PackedTensors
+from .quantize import quantize_rows
+from .tiles import MOST_DECODE_ROWS, decode_block, default, tiles_for
 
 
-def counters_for(N: int, device: torch.device) -> Tensor:
-    """Zeros that count the finished programs of each tile; a launch leaves them zero."""
-    return torch.zeros(max(1, -(-N // 16)), dtype=torch.int32, device=device)
+def semaphores_for(N: int, device: torch.device) -> Tensor:
+    """Return split-k semaphores for a weight of ``N`` rows; a launch leaves them zero."""
+    return new_semaphores(-(-N // 16), device)
 
 
-def linear(
-    x: Tensor, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, x_scale: Tensor | None,
-    x_zero: Tensor | None, counters: Tensor, symmetric: bool, tiles: dict[str, Any] | None = None,
-) -> Tensor:  # fmt: skip
-    """Quantize ``x`` [..., in] (dynamically where ``x_scale`` is None) and multiply: [..., out]. See ``naive``."""
+def linear(x: Tensor, weight: PackedTensors, grid: InputGrid, tiles: dict[str, Any] | None = None) -> Tensor:
+    """Quantize ``x`` [..., in] and multiply: [..., out]. See ``naive``."""
     flat = as_rows(x)
     M, K = flat.shape
-    N, float8 = weight.shape[0], weight.dtype == FLOAT8
+    N, float8 = weight.weight.shape[0], weight.weight.dtype == FLOAT8
     if not M or not K or not N:
-        return empty_product(x.shape[:-1], N, bias, x.dtype, x.device)
+        return empty_product(x.shape[:-1], N, weight.bias, x.dtype, x.device)
     tiles = tiles or tiles_for(M, N, K, float8, x.dtype, x.device)
     if "SPLIT" in tiles and not tiles["PREQUANT"]:
-        flat = flat.contiguous()
-        y = _decode(flat, x_scale, x_zero, weight, w_scale, w_sum, bias, counters, x.dtype, symmetric, False, tiles)
+        y = _decode(flat.contiguous(), grid, weight, x.dtype, False, tiles)
     else:
-        codes, scale, zero, _ = rows(flat, float8, symmetric, x_scale, x_zero)
-        y = product(codes, scale, zero, weight, w_scale, w_sum, bias, counters, x.dtype, tiles)
+        codes, scale, zero, _ = quantize_rows(flat, float8, grid.is_symmetric, grid.scale, grid.zero)
+        y = product(codes, scale, zero, weight, x.dtype, tiles)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
 
 
 def linear_codes(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor,
-    bias: Tensor | None, counters: Tensor, dtype: torch.dtype, tiles: dict[str, Any] | None = None,
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: PackedTensors, dtype: torch.dtype,
+    tiles: dict[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """Multiply codes [..., in] with scales [...] (and zero points [...], or none): [..., out] in ``dtype``."""
-    N, K = weight.shape
+    N, K = weight.weight.shape
     flat = as_rows(codes).contiguous()
     M = flat.shape[0]
     if not M or not K or not N:
-        return empty_product(codes.shape[:-1], N, bias, dtype, codes.device)
-    tiles = tiles or tiles_for(M, N, K, weight.dtype == FLOAT8, dtype, codes.device)
+        return empty_product(codes.shape[:-1], N, weight.bias, dtype, codes.device)
+    tiles = tiles or tiles_for(M, N, K, weight.weight.dtype == FLOAT8, dtype, codes.device)
     zero = None if zero is None or not zero.numel() else zero.reshape(-1)
-    y = product(flat, scale.reshape(-1), zero, weight, w_scale, w_sum, bias, counters, dtype, tiles)
-    return y.view(*codes.shape[:-1], N)
-
-
-def empty_product(
-    rows_: torch.Size, N: int, bias: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:  # fmt: skip
-    """The result over no rows, or no columns: the bias, or zeros."""
-    y = torch.zeros(*rows_, N, dtype=dtype, device=device)
-    return y if bias is None else y + bias.to(dtype)
+    return product(flat, scale.reshape(-1), zero, weight, dtype, tiles).view(*codes.shape[:-1], N)
 
 
 def product(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor,
-    bias: Tensor | None, counters: Tensor, dtype: torch.dtype, tiles: dict[str, Any],
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: PackedTensors, dtype: torch.dtype, tiles: dict[str, Any]
 ) -> Tensor:  # fmt: skip
-    """The product of codes [M, in] under one configuration."""
+    """Return the product of codes [M, in] with one configuration."""
     zero = None if zero is None or not zero.numel() else zero
     if "SPLIT" in tiles:
-        symmetric = zero is None
-        return _decode(codes, scale, zero, weight, w_scale, w_sum, bias, counters, dtype, symmetric, True, tiles)
+        return _decode(codes, InputGrid(scale, zero, zero is None), weight, dtype, True, tiles)
     if tiles["KERNEL"] == "torch":
         if zero is None and dtype == torch.bfloat16:
-            return scaled_mm(codes, scale, weight, w_scale, bias)
-        tiles = default(max(len(codes), MOST_DECODE_ROWS + 1), weight.shape[0], weight.shape[1], False)
-    return _gemm(codes, scale, zero, weight, w_scale, w_sum, bias, dtype, tiles)
+            return scaled_mm(codes, scale, weight)
+        N, K = weight.weight.shape
+        tiles = default(max(len(codes), MOST_DECODE_ROWS + 1), N, K, False)
+    return _gemm(codes, scale, zero, weight, dtype, tiles)
 
 
-def scaled_mm(codes: Tensor, scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch._scaled_mm`` with a scale for each row of both operands: float8 to bfloat16."""
-    unplanned()
+def scaled_mm(codes: Tensor, scale: Tensor, weight: PackedTensors) -> Tensor:
+    """Return ``torch._scaled_mm`` with a scale per row of both operands: float8 to bfloat16."""
+    prevent_recording()
     return torch._scaled_mm(
-        codes, weight.T, scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+        codes, weight.weight.T, scale[:, None], weight.scale[None, :], bias=weight.bias, out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
 
 
 def _decode(
-    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor,
-    bias: Tensor | None, counters: Tensor, dtype: torch.dtype, symmetric: bool, quantized: bool,
-    tiles: dict[str, Any],
+    x: Tensor, grid: InputGrid, weight: PackedTensors, dtype: torch.dtype, is_quantized: bool, tiles: dict[str, Any]
 ) -> Tensor:  # fmt: skip
-    (M, K), N = x.shape, weight.shape[0]
-    if M > MOST_DECODE_ROWS:
-        raise ValueError(f"{M} rows; this kernel takes {MOST_DECODE_ROWS}")
-    block_m = max(16, 1 << (M - 1).bit_length())
+    """Return the product by the kernel for few rows; ``grid`` has the scales of codes, if ``x`` holds codes."""
+    (M, K), (codes, w_scale, sums, bias, semaphores) = x.shape, weight
+    N, float8, block_m = codes.shape[0], codes.dtype == FLOAT8, decode_block(M)
     block_n, block_k, split = tiles["BLOCK_N"], tiles["BLOCK_K"], tiles["SPLIT"]
-    ones = 1 if M == 1 else block_m
+    rows, blocks = 1 if M == 1 else block_m, -(-N // block_n)
     y = torch.empty(M, N, dtype=dtype, device=x.device)
-    float8 = weight.dtype == FLOAT8
-    partial, blocks = y, -(-N // block_n)
-    if split > 1:
-        size = blocks * split * block_n * block_m
-        partial = torch.empty(size, dtype=torch.float32 if float8 else torch.int32, device=x.device)
+    partial = parts_memory(y, blocks, split, block_m * block_n, torch.float32 if float8 else torch.int32)
     constants = {
-        "QUANTIZED": quantized, "STATIC": not quantized and x_scale is not None, "FLOAT8": float8,
-        "ASYMMETRIC": not symmetric, "HAS_BIAS": bias is not None, "EPS": torch.finfo(dtype).eps,
-        "EVEN": K % block_k == 0, "ROWS": ones, "GRID_BLOCK": max(16, min(4096, triton.next_power_of_2(K)) // ones),
+        "QUANTIZED": is_quantized, "STATIC": not is_quantized and grid.scale is not None, "FLOAT8": float8,
+        "ASYMMETRIC": not grid.is_symmetric, "HAS_BIAS": bias is not None, "EPS": torch.finfo(dtype).eps,
+        "EVEN": K % block_k == 0, "ROWS": rows, "GRID_BLOCK": max(16, min(4096, triton.next_power_of_2(K)) // rows),
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
     }  # fmt: skip
-    x_scale = w_scale if x_scale is None else x_scale
-    x_zero = w_sum if x_zero is None else x_zero
-    bias = w_scale if bias is None else bias
-    args = (x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, partial, counters, M, N, K)
-    types = (x.dtype, dtype, bias.dtype, x_scale.dtype, x_zero.dtype)
+    inputs = _or(bias, w_scale), _or(grid.scale, w_scale), _or(grid.zero, sums)
+    args = (x, codes, w_scale, sums, *inputs, y, partial, semaphores, M, N, K)
+    types = (x.dtype, dtype, *(t.dtype for t in inputs))
     warps, stages = tiles["num_warps"], tiles["num_stages"]
-    key = (*constants.values(), warps, stages, N, K, types, aligned(x, weight, w_scale, bias, x_scale, x_zero))
+    key = (*constants.values(), warps, stages, N, K, types, is_aligned(x, codes, w_scale, *inputs))
     launch(decode_kernel, (blocks, split, 1), args, constants, num_warps=warps, num_stages=stages, key=key)
     return y
 
 
 def _gemm(
-    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor,
-    bias: Tensor | None, dtype: torch.dtype, tiles: dict[str, Any],
+    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: PackedTensors, dtype: torch.dtype, tiles: dict[str, Any]
 ) -> Tensor:  # fmt: skip
-    (M, K), N = x.shape, weight.shape[0]
+    """Return the product of codes ``x`` [M, in] by a kernel for many rows."""
+    (M, K), (codes, w_scale, sums, bias, _) = x.shape, weight
+    N = codes.shape[0]
     y = torch.empty(M, N, dtype=dtype, device=x.device)
-    tiles = readable(tiles, x, weight)
-    persistent = tiles["KERNEL"] == "persistent"
-    block = {name: tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
-    count = -(-M // block["BLOCK_M"]) * -(-N // block["BLOCK_N"])
-    constants: dict[str, Any] = {
-        "FLOAT8": weight.dtype == FLOAT8, "ASYMMETRIC": x_zero is not None, "HAS_BIAS": bias is not None
+    is_persistent, programs, constants, options = schedule(tiles, x, codes)
+    constants = {
+        "FLOAT8": codes.dtype == FLOAT8, "ASYMMETRIC": x_zero is not None, "HAS_BIAS": bias is not None, **constants
     }  # fmt: skip
-    if persistent:
-        allow_descriptors()
-        programs = processors(x.device)
-        constants |= {"PROGRAMS": programs, "FLATTEN": bool(tiles["FLATTEN"]), "HALVES": bool(tiles["HALVES"])}
-        count = min(count, programs)
-    else:
-        constants |= {"EVEN": K % block["BLOCK_K"] == 0}
-    constants |= block
-    x_zero = w_sum if x_zero is None else x_zero
-    bias = w_scale if bias is None else bias
-    args = (x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, M, N, K)
-    warps, stages = tiles["num_warps"], tiles["num_stages"]
-    types = (x.dtype, dtype, bias.dtype, x_zero.dtype)
-    key = (*constants.values(), warps, stages, N, K, types, aligned(x, weight, w_scale, bias, x_scale, x_zero))
-    kernel: Any = persistent_kernel if persistent else grouped_kernel
-    launch(kernel, (count, 1, 1), args, constants, num_warps=warps, num_stages=stages, key=key)
+    inputs = _or(bias, w_scale), x_scale, _or(x_zero, sums)
+    args = (x, codes, w_scale, sums, *inputs, y, M, N, K)
+    types = (x.dtype, dtype, inputs[0].dtype, inputs[2].dtype)
+    key = (*constants.values(), *options.values(), N, K, types, is_aligned(x, codes, w_scale, *inputs))
+    kernel: Any = persistent_kernel if is_persistent else grouped_kernel
+    launch(kernel, (programs, 1, 1), args, constants, **options, key=key)
     return y
 
 
-def readable(tiles: dict[str, Any], x: Tensor, weight: Tensor) -> dict[str, Any]:
-    """The configuration itself, or one without tensor descriptors where they cannot be read."""
-    if tiles["KERNEL"] == "grouped" or reads_tiles(x, weight):
-        return tiles
-    large = tiles["BLOCK_M"] * tiles["BLOCK_N"] > 128 * 128
-    return tiles | (WITHOUT_DESCRIPTORS if large else {"KERNEL": "grouped"})
-
-
-def reads_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether tensor descriptors can read both operands: rows that begin at multiples of 16 bytes, and the hardware."""
-    if x.shape[1] % 16 or not aligned(x, weight):
-        return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """The multiprocessors of a device; a few in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def allow_descriptors() -> None:
-    """Let the next launch have memory for its tensor descriptors."""
-    triton.set_allocator(_scratch)
-    unplanned()
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, device="cuda", dtype=torch.int8)
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    """Return ``tensor``, or an address for a parameter that the kernel does not read."""
+    return unused if tensor is None else tensor

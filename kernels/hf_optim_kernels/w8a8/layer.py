@@ -6,16 +6,16 @@ This module is an entry point of the group ``hf_optim.kernels``. ``supports`` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib import util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.codes import Codes
-from . import fusing, naive, op
-from .plans import Planned
+from ..common.launch_plan import PlannedLinear
+from ..common.support import unsupported_device, unsupported_dtype
+from . import naive, norm_fusion, op
 
 NAME = "w8a8"
 # The lowest compute capability with tensor cores for the codes.
@@ -33,30 +33,20 @@ def supports(weight: Any) -> str | None:
         return cpu.unsupported_reason(weight)
     wanted = {"int": "int8", "float": "float8"}[weight.kind]
     if not 2 <= weight.bits <= 8 or (weight.kind == "float" and weight.bits != 8) or inputs.type != wanted:
-        kinds = f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs"
-        return f"{kinds}; supported are up to 8 bits, both integer or both float8"
+        found = f"{weight.bits}-bit {weight.kind} weights with {inputs.type} inputs"
+        return f"{found} are not supported, only up to 8 bits of one kind"
     if not weight.symmetric:
         return "its weight has zero points"
     if weight.group_size != weight.shape[1]:
-        return f"scales per group of {weight.group_size} columns; the product of codes needs one scale per row"
+        return f"group size {weight.group_size} is not supported: products of codes need one scale per row"
     if weight.ordered:
         return "its columns are stored in another order"
     if inputs.type == "float8" and not inputs.symmetric:
-        return "float8 inputs with zero points"
-    return _unsupported_device(weight)
-
-
-def _unsupported_device(weight: Any) -> str | None:
-    if weight.device.type != "cuda":
-        return f"no kernel for {weight.device.type} devices"
-    if weight.dtype not in op.KERNEL_TYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} inputs"
-    if util.find_spec("triton") is None:
-        return "Triton is not installed"
-    held, least = torch.cuda.get_device_capability(weight.device), LEAST_CAPABILITY[weight.inputs.type]
-    if held < least:
-        return f"{weight.inputs.type} needs compute capability {least[0]}.{least[1]}, this GPU has {held[0]}.{held[1]}"
-    return None
+        return "float8 inputs with zero points are not supported"
+    capability = LEAST_CAPABILITY[inputs.type]
+    return unsupported_dtype(weight.dtype, op.KERNEL_TYPES) or unsupported_device(
+        weight.device, capability, inputs.type
+    )
 
 
 def prepack(weight: Any) -> nn.Module:
@@ -68,20 +58,20 @@ def prepack(weight: Any) -> nn.Module:
     return PackedWeight.of(weight)
 
 
-class PackedWeight(Planned):
+class PackedWeight(PlannedLinear):
     """``x W^T + bias`` on ``hf_optim::w8a8``.
 
     Attributes:
         weight: codes [out, in], int8 or float8_e4m3fn. Integers of fewer bits take a byte each as well.
-        w_scale: float32 [out]; ``stored_scale`` [out, 1] as the checkpoint has it.
+        w_scale: float32 [out]; ``stored_scale`` [out, 1] as in the checkpoint.
         w_sum: int32 [out], sums of the rows of ``weight``.
         bias: [out], or None.
         input_scale, input_zero: [1], the static grid of inputs; None where each row has its own (or no zero points).
-        counters: int32, zero between calls. Two calls must not overlap on different streams.
+        semaphores: int32, zero between calls. Two calls must not overlap on different streams.
         float8, symmetric: the grid of inputs.
         bits: of a code.
         handoff, bit: where the norm before leaves the codes of its output, and this packed weight's place there
-            (``fusing``).
+            (``norm_fusion``).
     """
 
     weight: Tensor
@@ -91,7 +81,7 @@ class PackedWeight(Planned):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero: Tensor | None
-    counters: Tensor
+    semaphores: Tensor
 
     def __init__(
         self, weight: Tensor, stored_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
@@ -99,7 +89,7 @@ class PackedWeight(Planned):
     ) -> None:  # fmt: skip
         super().__init__()
         self.dtype, self.symmetric, self.float8, self.bits = dtype, symmetric, weight.dtype == naive.FLOAT8, bits
-        self.handoff: fusing.Handoff | None = None
+        self.handoff: norm_fusion.Handoff | None = None
         self.bit = 0
         grid = "per token" if input_scale is None else "static"
         self.label = f"w8a8 Triton, {'float8' if self.float8 else 'int8'} ({grid} inputs)"
@@ -113,15 +103,15 @@ class PackedWeight(Planned):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero", input_zero)
-        counters = torch.zeros(max(1, -(-len(weight) // 16)), dtype=torch.int32, device=weight.device)
-        self.register_buffer("counters", counters)
+        semaphores = torch.zeros(max(1, -(-len(weight) // 16)), dtype=torch.int32, device=weight.device)
+        self.register_buffer("semaphores", semaphores)
 
     @classmethod
     def of(cls, weight: Any) -> PackedWeight:
-        """The packed weight of a ``QuantizedWeight``. Raises ``ValueError`` for static inputs without a scale."""
+        """Pack a ``QuantizedWeight``. Raises ``ValueError`` for static inputs without a scale."""
         found = weight.codes()
         if not weight.inputs.dynamic and found.input_scale is None:
-            raise ValueError("its inputs are static, but have no scale")
+            raise ValueError("its inputs are static but have no scale")
         codes = found.codes
         if codes.dtype != naive.FLOAT8:
             codes = (codes.to(torch.int16) - (1 << (weight.bits - 1))).to(torch.int8)
@@ -134,38 +124,44 @@ class PackedWeight(Planned):
         return cls(codes.contiguous(), stored, weight.bias, scale, zero, *about)
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether the input is of the layer's type, and on its device."""
+        """Return True if ``x`` has the dtype and the device of the layer, outside of autocast."""
         same = x.dtype == self.dtype and x.device == self.weight.device
         return same and not torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out]."""
+        """Return the product for ``x`` [..., in]: [..., out]."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            return self._call(torch.ops.hf_optim.w8a8, x)
+            weight, grid = self.tensors(), self.grid()
+            return torch.ops.hf_optim.w8a8(x, *weight[:4], *grid[:2], weight.semaphores, self.symmetric)
         made = None if self.handoff is None else self.handoff.take(x, self.bit)
         if made is not None:
             return self.quantized_forward(*made)
-        if not x.is_cuda or x.dtype != self.dtype:
-            return self._call(op.linear, x)
-        return self.planned(x, lambda: self._call(op.linear, x))
+        return self.planned(x)
 
-    def _call(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        return call(
-            x, self.weight, self.w_scale, self.w_sum, self.bias, self.input_scale, self.input_zero, self.counters,
-            self.symmetric,
-        )  # fmt: skip
+    def compute(self, x: Tensor) -> Tensor:
+        """See ``PlannedLinear``."""
+        return op.linear(x, self.tensors(), self.grid())
+
+    def tensors(self) -> naive.PackedTensors:
+        """Return the weight as the kernels take it."""
+        return naive.PackedTensors(self.weight, self.w_scale, self.w_sum, self.bias, self.semaphores)
+
+    def grid(self) -> naive.InputGrid:
+        """Return the grid of the inputs."""
+        return naive.InputGrid(self.input_scale, self.input_zero, self.symmetric)
 
     def quantized_forward(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Codes [..., in], scales [...] and zero points [...] (or none) of rows -> [..., out]. See ``producers``."""
-        call = torch.ops.hf_optim.w8a8_codes if torch.compiler.is_compiling() else op.linear_codes
-        return call(codes, scale, zero, self.weight, self.w_scale, self.w_sum, self.bias, self.counters, self.dtype)
+        """Return [..., out] for codes [..., in], scales [...] and zero points [...] (or none), see ``epilogues``."""
+        if torch.compiler.is_compiling():
+            return torch.ops.hf_optim.w8a8_codes(codes, scale, zero, *self.tensors(), self.dtype)
+        return op.linear_codes(codes, scale, zero, self.tensors(), self.dtype)
 
-    def fuse(self, norm: nn.Module, packed_weights: Sequence[PackedWeight]) -> fusing.NormQuantizer | None:
-        """Let ``norm`` quantize for ``packed_weights``, of which this is one: see ``fusing.fuse``."""
-        return fusing.fuse(norm, packed_weights)
+    def fuse(self, norm: nn.Module, packed_weights: Sequence[PackedWeight]) -> norm_fusion.NormQuantizer | None:
+        """Let ``norm`` quantize for ``packed_weights``, one of which is this: see ``norm_fusion.fuse``."""
+        return norm_fusion.fuse(norm, packed_weights)
 
     def codes(self) -> Codes:
-        """The codes, scales and input grid this was made of, bit for bit."""
+        """Return codes, scales and input grid, bitwise identical to those it was packed from."""
         codes = self.weight
         if not self.float8:
             codes = (codes.to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
@@ -177,7 +173,7 @@ class PackedWeight(Planned):
 
 def _zero_of(found: Any) -> Tensor:
     if found.input_zero is None:
-        raise ValueError("its static inputs are asymmetric, but have no zero point")
+        raise ValueError("its static inputs are asymmetric but have no zero point")
     return found.input_zero.detach().reshape(1)
 
 

@@ -16,6 +16,8 @@ and scales ``t`` [out] of the weight. Quantizing inside of the layer that makes 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +25,37 @@ from torch.nn import functional as F
 FLOAT8 = torch.float8_e4m3fn
 INT8_LEVELS, FLOAT8_LEVELS = 127.5, 448.0
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class PackedTensors(NamedTuple):
+    """A packed weight [out, in].
+
+    Attributes:
+        weight: codes [out, in], int8 or float8_e4m3fn, contiguous; inputs are quantized to the same type.
+        scale: float32 [out].
+        sums: int32 [out], the sums of the rows of an int8 weight; read where inputs are asymmetric.
+        bias: [out], or None.
+        semaphores: int32 split-k semaphores, zeros before and after a call. Calls that share them must not overlap.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor | None
+    semaphores: Tensor
+
+
+class InputGrid(NamedTuple):
+    """The grid on which inputs are quantized.
+
+    Attributes:
+        scale, zero: [1], of static inputs; None where each row has its own grid (or no zero points).
+        is_symmetric: True for a grid without zero points.
+    """
+
+    scale: Tensor | None
+    zero: Tensor | None
+    is_symmetric: bool
 
 
 def quantize(
@@ -99,8 +132,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def gated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """``activation(gate) * up``, or the activation alone; both [..., in]. Raises ``ValueError`` for other names."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    """Return ``activation(gate) * up``, or the activation alone; both [..., in]."""
+    check_activation(activation)
     value = F.gelu(gate, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(gate)
     return value if up is None else value * up
+
+
+def check_activation(name: str) -> None:
+    """Raise ``ValueError`` if ``name`` is not one of ``ACTIVATIONS``."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported, only {', '.join(ACTIVATIONS)}")

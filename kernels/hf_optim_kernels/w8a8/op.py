@@ -1,53 +1,50 @@
 """The operators ``hf_optim::w8a8`` and ``hf_optim::w8a8_codes``: 8-bit products (see ``naive``).
 
 Importing this module registers them. On a CUDA device they run the Triton kernels, on a CPU the specification (or,
-under ``TRITON_INTERPRET=1``, the kernels interpreted). The gradient of ``x`` passes the quantization straight through:
-``grad_x = grad W`` with the dequantized weight. Code runs under a name with an underscore where no graph is recorded:
-PyTorch's dispatch of an operator costs more of the host than a launch.
+under ``TRITON_INTERPRET=1``, the interpreted kernels). The gradient of ``x`` passes straight through the quantization:
+``grad_x = grad W`` with the dequantized weight. ``linear`` and ``linear_codes`` serve where no graph is recorded:
+PyTorch's dispatch of an operator costs the host more than a launch.
 """
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from ..common.support import can_run_triton
 from . import naive
+from .naive import InputGrid, PackedTensors
 
 KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def on_triton(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels take this input."""
-    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and dtype in KERNEL_TYPES
+    """Return True if the Triton kernels run for ``x``, with outputs of ``dtype``."""
+    return dtype in KERNEL_TYPES and can_run_triton(x)
 
 
-def linear(
-    x: Tensor, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, x_scale: Tensor | None,
-    x_zero: Tensor | None, counters: Tensor, symmetric: bool,
-) -> Tensor:  # fmt: skip
-    """``torch.ops.hf_optim.w8a8`` without PyTorch's dispatch, and without a gradient."""
+def linear(x: Tensor, weight: PackedTensors, grid: InputGrid) -> Tensor:
+    """Return ``torch.ops.hf_optim.w8a8`` of ``x`` [..., in] without PyTorch's dispatch, and without a gradient."""
     if on_triton(x, x.dtype):
-        from .launch import linear as kernel
+        from . import launch
 
-        return kernel(x, weight, w_scale, w_sum, bias, x_scale, x_zero, counters, symmetric)
+        return launch.linear(x, weight, grid)
     if not x.shape[-1]:
-        return x.new_zeros(*x.shape[:-1], weight.shape[0]) + (0 if bias is None else bias)
-    codes, scale, zero = naive.quantize(x, weight.dtype == naive.FLOAT8, symmetric, x_scale, x_zero)
-    return naive.multiply(codes, scale, zero, weight, w_scale, bias, x.dtype)
+        return x.new_zeros(*x.shape[:-1], weight.weight.shape[0]) + (0 if weight.bias is None else weight.bias)
+    float8 = weight.weight.dtype == naive.FLOAT8
+    codes, scale, zero = naive.quantize(x, float8, grid.is_symmetric, grid.scale, grid.zero)
+    return naive.multiply(codes, scale, zero, weight.weight, weight.scale, weight.bias, x.dtype)
 
 
 def linear_codes(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor,
-    bias: Tensor | None, counters: Tensor, dtype: torch.dtype,
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: PackedTensors, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    """``torch.ops.hf_optim.w8a8_codes`` without PyTorch's dispatch."""
+    """Return ``torch.ops.hf_optim.w8a8_codes`` without PyTorch's dispatch."""
     if on_triton(codes, dtype):
-        from .launch import linear_codes as kernel
+        from . import launch
 
-        return kernel(codes, scale, zero, weight, w_scale, w_sum, bias, counters, dtype)
-    return naive.multiply(codes, scale, zero, weight, w_scale, bias, dtype)
+        return launch.linear_codes(codes, scale, zero, weight, dtype)
+    return naive.multiply(codes, scale, zero, weight.weight, weight.scale, weight.bias, dtype)
 
 
 @torch.library.custom_op("hf_optim::w8a8", mutates_args=())
@@ -55,23 +52,20 @@ def w8a8(
     x: Tensor, weight: Tensor, w_scale: Tensor, w_sum: Tensor, bias: Tensor | None, x_scale: Tensor | None,
     x_zero: Tensor | None, counters: Tensor, symmetric: bool,
 ) -> Tensor:  # fmt: skip
-    """Quantize ``x`` and multiply: [..., out] in the type of ``x``.
+    """Quantize ``x`` and multiply: [..., out] in the dtype of ``x``.
 
     Args:
-        x: [..., in], floating.
-        weight: codes [out, in], int8 or float8_e4m3fn, contiguous; inputs are quantized to the same type.
-        w_scale: float32 [out].
-        w_sum: int32 [out], the sums of the rows of an int8 weight; read where inputs are asymmetric.
-        bias: [out], or None.
-        x_scale, x_zero: [1], the static grid of inputs; None where each row has its own.
-        counters: int32 zeros (``run.counters_for``), zero again afterwards. Calls that share it must not overlap.
-        symmetric: whether the grid of inputs has no zero points.
+        x: [..., in], floating point.
+        weight, w_scale, w_sum, bias: see ``naive.PackedTensors``.
+        x_scale, x_zero, symmetric: see ``naive.InputGrid``.
+        counters: the split-k semaphores, int32 zeros (``launch.semaphores_for``), zero again afterwards. Calls that
+            share them must not overlap.
     """
-    return linear(x, weight, w_scale, w_sum, bias, x_scale, x_zero, counters, symmetric)
+    return linear(x, PackedTensors(weight, w_scale, w_sum, bias, counters), InputGrid(x_scale, x_zero, symmetric))
 
 
 @w8a8.register_fake
-def _(x, weight, w_scale, w_sum, bias, x_scale, x_zero, counters, symmetric) -> Tensor:
+def _(x, weight, *_) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -100,11 +94,11 @@ def w8a8_codes(
     codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, w_scale: Tensor, w_sum: Tensor,
     bias: Tensor | None, counters: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Multiply codes [..., in] that a fused quantizer made: [..., out] in ``dtype``. No gradient.
+    """Multiply codes [..., in] from a quantizing epilogue: [..., out] in ``dtype``. No gradient.
 
-    ``scale`` float32 [...], ``zero`` int32 [...] (or None, or empty) are those of the rows; the rest as ``w8a8``.
+    ``scale`` float32 [...] and ``zero`` int32 [...] (or None, or empty) are those of the rows; the rest as ``w8a8``.
     """
-    return linear_codes(codes, scale, zero, weight, w_scale, w_sum, bias, counters, dtype)
+    return linear_codes(codes, scale, zero, PackedTensors(weight, w_scale, w_sum, bias, counters), dtype)
 
 
 @w8a8_codes.register_fake

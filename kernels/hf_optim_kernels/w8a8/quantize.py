@@ -1,8 +1,7 @@
-"""Triton kernels that quantize rows, alone or inside of what makes the rows (see ``naive`` for the equations).
+"""Triton kernels that quantize rows, alone or as the epilogue of the operation that computes the rows.
 
-A program makes one whole row in registers, so that its largest magnitude and its codes cost one reading. Magnitudes
-are compared as integers: the bits of ``|x|`` order like its values, with Inf and then NaN on top, where ``tl.max`` of
-floats would lose a NaN.
+A program computes one whole row in registers, so that its largest magnitude and its codes cost one reading. Magnitudes
+are compared as integers, since ``tl.max`` of floats would lose a NaN. ``naive`` has the equations.
 """
 
 from __future__ import annotations
@@ -12,26 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch_plan import aligned
+from ..common.dense import as_rows
+from ..common.launch import is_aligned, launch
+from ..common.numerics import INFINITY_BITS, ROUND, divide, magnitude
 from . import naive
-from .plans import launch
 
+# The operations whose epilogue quantizes: none, a norm, or an activation with or without a factor.
 PLAIN, RMS_NORM, LAYER_NORM, GATED = range(4)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 below 2^22 to the nearest even integer
-INFINITY_BITS = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def magnitude(x):
-    """The bits of ``|x|`` of float32 values, as int32."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def divide(x, y):
-    """``x / y`` of float32, correctly rounded, with broadcasting."""
-    x, y = tl.broadcast(x, y)
-    return tl.div_rn(x, y)
 
 
 @triton.jit
@@ -89,28 +75,28 @@ def activate(x, ACTIVATION: tl.constexpr):
 @triton.jit(do_not_specialize=["eps"])
 def rows_kernel(
     x, second, third, static_scale, static_zero, codes, scales, zeros, full, eps, K, x_stride, second_stride,
-    PRODUCER: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_THIRD: tl.constexpr,
+    FUSED_OP: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_THIRD: tl.constexpr,
     KEEP: tl.constexpr, STATIC: tl.constexpr, FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr, EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program m makes row m: ``x`` is the input or gate, ``second`` the weight of a norm or the factor of a gate."""
+    """Program m computes row m: ``x`` is the input or gate, ``second`` the weight of a norm or the factor of a gate."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < K
     value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
-    if PRODUCER == 1:
+    if FUSED_OP == 1:
         value = value * tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / K + eps)
         weight = tl.load(second + column, inside, 0.0).to(tl.float32)
         value = (value.to(DTYPE).to(tl.float32) * weight).to(DTYPE).to(tl.float32)
-    elif PRODUCER == 2:
+    elif FUSED_OP == 2:
         value = tl.where(inside, value - tl.sum(value, 1, keep_dims=True) / K, 0.0)
         value = value * tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / K + eps)
         value = value * tl.load(second + column, inside, 0.0).to(tl.float32)
         if HAS_THIRD:
             value += tl.load(third + column, inside, 0.0).to(tl.float32)
         value = value.to(DTYPE).to(tl.float32)
-    elif PRODUCER == 3:
+    elif FUSED_OP == 3:
         value = activate(value, ACTIVATION).to(DTYPE).to(tl.float32)
         if HAS_SECOND:
             factor = tl.load(second + row * second_stride + column, inside, 0.0).to(tl.float32)
@@ -136,15 +122,23 @@ def rows_kernel(
         tl.store(zeros + row + one, zero)
 
 
-def rows(
+def quantize_rows(
     x: Tensor, float8: bool, symmetric: bool, scale: Tensor | None = None, zero: Tensor | None = None, *,
-    producer: int = PLAIN, second: Tensor | None = None, third: Tensor | None = None, activation: str = "",
+    fused_op: int = PLAIN, second: Tensor | None = None, third: Tensor | None = None, activation: str = "",
     eps: float = 0.0, keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes [..., in], scales [...], zero points [...] (or [0]) and, where kept, the row itself [..., in] (or [0])."""
+    """Return codes [..., in], scales [...], zero points [...] (or [0]) and, with ``keep``, the row [..., in] (or [0]).
+
+    Args:
+        x: [..., in], the rows, or the input of ``fused_op``, which computes them.
+        float8, symmetric, scale, zero: the grid, as in ``naive.quantize``.
+        second: the weight [in] of a norm, or the factor [..., in] of an activation.
+        third: the bias [in] of a LayerNorm.
+        activation, eps: of ``fused_op``.
+    """
     flat = as_rows(x)
     M, K = flat.shape
-    factor = None if second is None else (as_rows(second) if producer == GATED else second)
+    factor = None if second is None else (as_rows(second) if fused_op == GATED else second)
     codes = torch.empty(x.shape, dtype=naive.FLOAT8 if float8 else torch.int8, device=x.device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     zeros = torch.empty(x.shape[:-1] if not symmetric else 0, dtype=torch.int32, device=x.device)
@@ -155,18 +149,14 @@ def rows(
     warps = min(16, max(1, block // 512))
     stride = factor.stride(0) if factor is not None else 0
     constants = {
-        "PRODUCER": producer, "ACTIVATION": activation, "HAS_SECOND": factor is not None,
+        "FUSED_OP": fused_op, "ACTIVATION": activation, "HAS_SECOND": factor is not None,
         "HAS_THIRD": third is not None, "KEEP": keep, "STATIC": scale is not None, "FLOAT8": float8,
         "ASYMMETRIC": not symmetric, "EPS": torch.finfo(x.dtype).eps, "BLOCK": block,
     }  # fmt: skip
     others = [t if t is not None else flat for t in (factor, third, scale, zero)]
-    key = (*constants.values(), K, flat.stride(0), stride, *(t.dtype for t in (flat, *others)), aligned(flat, *others))
+    key = (
+        *constants.values(), K, flat.stride(0), stride, *(t.dtype for t in (flat, *others)), is_aligned(flat, *others)
+    )  # fmt: skip
     args = (flat, *others, codes, scales, zeros, full, eps, K, flat.stride(0), stride)
     launch(rows_kernel, (M, 1, 1), args, constants, num_warps=warps, num_stages=1, key=key)
     return codes, scales, zeros, full
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """``x`` [..., in] as [rows, in], whose columns are contiguous."""
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()

@@ -51,8 +51,8 @@ class Case:
         self.sums = codes.sum(1, dtype=torch.int32)
         count = copies or max(1, min(16, -(-L2_BYTES // (N * K))))
         self.weights = [self.weight] + [self.weight.clone() for _ in range(count - 1)]
-        self.counters = (
-            llm.counters_for(N, K, self.weight.device) if op == "llm" else launch.counters_for(N, codes.device)
+        self.semaphores = (
+            llm.semaphores_for(N, K, codes.device) if op == "llm" else launch.semaphores_for(N, codes.device)
         )
 
     def input(self, M: int) -> Tensor:
@@ -67,11 +67,11 @@ class Case:
         """One call for each copy of the weight; a single one where the product is bound by arithmetic."""
         weights = self.weights if len(x) <= 512 else self.weights[:1]
         if self.op == "llm":
-            return [partial(llm.llm_int8, x, w, self.scale, None, 6.0, self.counters, config) for w in weights]
-        return [
-            partial(launch.linear, x, w, self.scale, self.sums, None, None, None, self.counters, True, config)
-            for w in weights
-        ]
+            packed = [llm_naive.PackedTensors(w, self.scale, None, self.semaphores) for w in weights]
+            return [partial(llm.llm_int8, x, each, 6.0, config) for each in packed]
+        grid = naive.InputGrid(None, None, True)
+        tensors = [naive.PackedTensors(w, self.scale, self.sums, None, self.semaphores) for w in weights]
+        return [partial(launch.linear, x, each, grid, config) for each in tensors]
 
     def reference(self, x: Tensor) -> Tensor:
         """The specification's result in float64."""

@@ -16,9 +16,13 @@ from ..common import tuning
 MOST_DECODE_ROWS = 64
 _DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
 _GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "HALVES", "FLATTEN", "num_warps", "num_stages")
-# Where tensor descriptors cannot be read: less shared memory than on the cards that read them.
-WITHOUT_DESCRIPTORS = {"KERNEL": "grouped", "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
-_TILES: dict[tuple, dict[str, Any]] = {}
+
+
+def decode_block(M: int) -> int:
+    """Return ``BLOCK_M`` of the kernel for few rows. Raises ``ValueError`` above ``MOST_DECODE_ROWS``."""
+    if M > MOST_DECODE_ROWS:
+        raise ValueError(f"{M} rows are too many for this kernel, which takes up to {MOST_DECODE_ROWS}")
+    return max(16, 1 << (M - 1).bit_length())
 
 
 def default(M: int, N: int, K: int, float8: bool) -> dict[str, Any]:
@@ -97,13 +101,10 @@ def _decode_candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
 
 
 def tiles_for(M: int, N: int, K: int, float8: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The tuned configuration for so many rows, else the default one; ``dtype`` is that of the output."""
+    """Return the tuned configuration for ``M`` rows, else the default one; ``dtype`` is that of the output."""
     rows = tuning.bucket(M)
-    key = (rows, N, K, float8, dtype, device)
-    if key not in _TILES:
-        guess = default(rows, N, K, float8)
-        _TILES[key] = tuning.choose(op_name(float8), (N, K, rows), dtype, guess, device)
-    return _TILES[key]
+    guess = lambda: default(rows, N, K, float8)  # noqa: E731
+    return tuning.cached_choice(op_name(float8), (N, K, rows), dtype, device, guess)
 
 
 def op_name(float8: bool) -> str:

@@ -1,4 +1,4 @@
-"""What ``hf-optim bench`` times of ``hf_optim::wna16``; alone, it prints a short table of one layer.
+"""Contenders of ``hf-optim bench`` for ``hf_optim::wna16``; run alone, it prints a short table of one layer.
 
 python -m hf_optim_kernels.wna16.bench [--shape 14336x4096] [--rows 1 16 64]
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import math
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common import benchmark, tuning
 from ..common.benchmark import Contender
@@ -22,7 +21,7 @@ MATH = "bfloat16"
 
 
 def random_codes(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype):
-    """Random codes ``[N, K]`` with scales per group, in the attributes of ``hf_optim.compressed.weights.Codes``."""
+    """Return random codes ``[N, K]`` with scales per group, as ``hf_optim.compressed.weights.Codes`` has them."""
     device = benchmark.device()
     codes = torch.randint(0, 2**bits, (N, K), device=device, dtype=torch.uint8)
     scale = (torch.rand(N, K // group_size, device=device) * 0.01 + 0.001).to(dtype)
@@ -30,24 +29,23 @@ def random_codes(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype)
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
-    """4-bit groups of 128 (of the whole row where that does not divide ``K``), and 8-bit codes with one scale a row."""
+    """Return 4-bit codes in groups of 128 (of ``K`` if it is not a multiple), and 8-bit codes with a scale per row."""
     group = GROUP if K % GROUP == 0 else K
     return [contender("w4a16", N, K, M, 4, group, dtype), contender("w8a16", N, K, M, 8, K, dtype)]
 
 
 def contender(name: str, N: int, K: int, M: int, bits: int, group_size: int, dtype: torch.dtype) -> Contender:
-    """The layer's packed weight, bound as ``hf_optim.accelerate`` binds it, on ``M`` rows of random inputs."""
+    """Return the packed weight of a layer, as ``hf_optim.accelerate`` makes it, on ``M`` rows of random inputs."""
     found = random_codes(N, K, bits, group_size, dtype)
     packed_weight = layer.prepack(benchmark.weight_of(found, dtype, bits, group_size))
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     reference = _reference(x, found, bits, group_size)
     size = N * K * bits // 8 + benchmark.bytes_of((found.scale,))
-    calls = [partial(_call, module, x) for module in benchmark.modules_of(packed_weight)]
-    return Contender(name, calls, size, 2 * M * N * K, reference, MATH)
+    return Contender(name, benchmark.calls_of(packed_weight, x), size, 2 * M * N * K, reference, MATH)
 
 
 def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Time the fused kernel's candidates for 4-bit groups of 128 and remember the fastest; tells what was found."""
+    """Time the fused kernel's candidates for 4-bit groups of 128 and remember the fastest; return a line about it."""
     from triton.runtime.errors import OutOfResources
 
     from . import launch
@@ -56,11 +54,13 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     if benchmark.device().type != "cuda" or rows > launch.MOST_ROWS:
         return "nothing to tune"
     found = random_codes(N, K, 4, group, dtype)
-    packed_weights = benchmark.modules_of(layer.prepack(benchmark.weight_of(found, dtype, 4, group)))
+    packed_weight = layer.prepack(benchmark.weight_of(found, dtype, 4, group))
+    assert isinstance(packed_weight, layer.PackedWeight)
+    weights = [module.tensors() for module in benchmark.modules_of(packed_weight)]
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
     times = []
     for tiles in launch.candidates(rows, N, K, 4):
-        calls = [partial(_fused, module, x, tiles) for module in packed_weights]
+        calls = [partial(launch.fused, x, weight, tiles) for weight in weights]
         try:
             times.append((benchmark.graph_time(calls, 11).us, tiles))
         except OutOfResources:
@@ -68,18 +68,6 @@ def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     best, tiles = min(times, key=lambda pair: pair[0])
     tuning.remember("w4a16", (N, K, rows), dtype, tiles, benchmark.device())
     return f"{best:.1f} us with {tiles}"
-
-
-def _fused(packed_weight: Any, x: Tensor, tiles: dict[str, int]) -> Tensor:
-    from . import launch
-
-    parts = (packed_weight.packed, packed_weight.scale, packed_weight.zero, packed_weight.bias, packed_weight.counters)
-    return launch.fused(x, *parts, packed_weight.width, packed_weight.group_size, tiles)
-
-
-def _call(packed_weight: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return packed_weight(x)
 
 
 def _reference(x: Tensor, found, bits: int, group_size: int) -> Tensor:

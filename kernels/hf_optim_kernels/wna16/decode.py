@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BF16, FP16, FP32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from ..common.compute_type import BF16, FP16
 
 # $0..$3 numbers, $4 words. 0xEA is the truth table of (a & b) | c.
 _SPLIT = """
@@ -79,7 +79,7 @@ BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
 
 @triton.jit
 def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The four planes ``code - 8`` of int16 words, of the words' shape.
+    """The four slices ``code - 8`` of int16 words, of the words' shape.
 
     ``ASM`` takes the instructions above; else the same numbers by plain arithmetic (float32, and the interpreter).
     """
@@ -99,7 +99,7 @@ def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The two planes ``code - 128`` of int16 words, as ``nibbles``."""
+    """The two slices ``code - 128`` of int16 words, as ``nibbles``."""
     if ASM:
         a, b = tl.inline_asm_elementwise(
             BYTES_BF16 if MATH == BF16 else BYTES_FP16, "=&r,=&r,r", [words],
@@ -114,8 +114,8 @@ def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _number(codes, middle: tl.constexpr, MATH: tl.constexpr):
-    number = (codes - middle).to(tl.float32)
+def _number(codes, zero_offset: tl.constexpr, MATH: tl.constexpr):
+    number = (codes - zero_offset).to(tl.float32)
     if MATH == BF16:
         number = number.to(tl.bfloat16)
     elif MATH == FP16:

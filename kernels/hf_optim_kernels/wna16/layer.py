@@ -6,21 +6,20 @@ This module is an entry point of the group ``hf_optim.kernels``. ``supports`` an
 
 from __future__ import annotations
 
-from importlib import util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.codes import Codes
+from ..common.launch_plan import PlannedLinear
+from ..common.support import unsupported_device, unsupported_dtype
 from . import naive, op
 
 NAME = "wna16"
 DTYPES = (torch.float16, torch.bfloat16)
 # Where packed beats the dense product (bench.py, H200).
 LEAST_WEIGHTS = 1 << 20
-# Shapes of inputs whose launch is kept ready; a server's prompts have ever new ones.
-MOST_PLANS = 64
 
 
 def supports(weight: Any) -> str | None:
@@ -28,31 +27,21 @@ def supports(weight: Any) -> str | None:
     if weight.kind != "int" or weight.inputs is not None:
         return ""
     if not 2 <= weight.bits <= 8:
-        return f"{weight.bits}-bit codes; 2 to 8 bits are supported"
+        return f"{weight.bits}-bit codes are not supported, only 2 to 8 bits"
     if weight.device.type == "cpu":
         from . import cpu
 
         return cpu.unsupported_reason(weight)
-    return _unsupported_layout(weight) or _unsupported_device(weight)
+    return _unsupported_layout(weight) or unsupported_device(weight.device)
 
 
 def _unsupported_layout(weight: Any) -> str | None:
-    if weight.dtype not in DTYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} activations; float16 and bfloat16 are supported"
-    if weight.group_size < weight.shape[1] and weight.group_size % 16:
+    rows, columns = weight.shape
+    if weight.group_size < columns and weight.group_size % 16:
         return f"group size {weight.group_size} is not a multiple of 16"
-    if weight.shape[0] * weight.shape[1] < LEAST_WEIGHTS:
-        return f"a layer of {weight.shape[0] * weight.shape[1]:,} weights is faster dense (from {LEAST_WEIGHTS:,})"
-    return None
-
-
-def _unsupported_device(weight: Any) -> str | None:
-    if weight.device.type != "cuda":
-        return f"no kernel for {weight.device.type} devices"
-    if util.find_spec("triton") is None:
-        return "Triton is not installed"
-    major, minor = torch.cuda.get_device_capability(weight.device)
-    return f"the kernel needs compute capability 8.0, this GPU has {major}.{minor}" if major < 8 else None
+    if rows * columns < LEAST_WEIGHTS:
+        return f"a layer of {rows * columns:,} weights is faster dense (packed from {LEAST_WEIGHTS:,})"
+    return unsupported_dtype(weight.dtype, DTYPES)
 
 
 def prepack(weight: Any) -> nn.Module:
@@ -64,14 +53,14 @@ def prepack(weight: Any) -> nn.Module:
     return PackedWeight.from_codes(weight.codes(), weight.bits, weight.group_size, weight.dtype, weight.bias)
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(PlannedLinear):
     """``x W^T + bias`` on ``hf_optim::wna16``.
 
     Attributes:
-        packed: int16 [chunks, out, plane], see ``naive.pack``.
-        scale: [groups, out], as the checkpoint has it; zero: uint8 [groups, out], or None.
+        packed: int16 [k-tiles, out, slice], see ``naive.pack``.
+        scale: [groups, out], as in the checkpoint; zero: uint8 [groups, out], or None.
         order: int64 [in]: stored column ``j`` is column ``order[j]`` of the input; None for the identity.
-        counters: int32, for programs that share a tile.
+        semaphores: int32, for programs that share a tile.
     """
 
     packed: Tensor
@@ -79,7 +68,7 @@ class PackedWeight(nn.Module):
     zero: Tensor | None
     order: Tensor | None
     bias: Tensor | None
-    counters: Tensor
+    semaphores: Tensor
 
     def __init__(
         self,
@@ -95,7 +84,7 @@ class PackedWeight(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        from .launch import counters_for
+        from .launch import semaphores_for
 
         self.bits, self.width, self.group_size, self.columns = bits, _width(bits), group_size, columns
         self.dtype = dtype
@@ -105,8 +94,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("zero", zero)
         self.register_buffer("order", order)
         self.register_buffer("bias", bias)
-        self.register_buffer("counters", counters_for(packed.shape[1], packed.device))
-        self.plans: dict[torch.Size, Any] = {}
+        self.register_buffer("semaphores", semaphores_for(packed.shape[1], packed.device))
 
     @classmethod
     def from_codes(
@@ -117,7 +105,7 @@ class PackedWeight(nn.Module):
         zero = found.zero
         codes = found.codes
         if zero is None and bits != width:
-            # Stored wider than it is: the middle of the grid moves.
+            # Stored with more bits than it has: the zero offset moves.
             codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
         return cls(
             naive.pack(codes, width, group_size),
@@ -132,7 +120,7 @@ class PackedWeight(nn.Module):
         )
 
     def codes(self) -> Codes:
-        """The weight's codes, scales and zero points again, bit for bit."""
+        """Return the codes, scales and zero points of the weight, bitwise identical to those it was packed from."""
         codes = naive.unpack(self.packed, self.width, self.columns)
         if self.zero is None and self.bits != self.width:
             codes = codes - (2 ** (self.width - 1) - 2 ** (self.bits - 1))
@@ -140,43 +128,27 @@ class PackedWeight(nn.Module):
         return Codes(codes.contiguous(), self.scale.T.contiguous(), zero, self.order)
 
     def accepts(self, x: Tensor) -> bool:
-        """Whether the kernel is right for this input."""
+        """Return True if ``x`` has the dtype and the device of the layer."""
         return x.dtype == self.dtype and x.device == self.packed.device
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out]."""
+        """Return the product for ``x`` [..., in]: [..., out]."""
         order = self._buffers["order"]
         if order is not None:
             x = x.index_select(-1, order)
-        if torch.compiler.is_compiling() or not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
-            return op.wna16(
-                x, self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size
-            )
-        plan = self.plans.get(x.shape)
-        y = plan(x) if plan is not None and x.dtype == self.dtype and x.is_contiguous() else None
-        return self._plan(x) if y is None else y
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return op.wna16(x, *self.tensors())
+        return self.planned(x)
 
-    def _plan(self, x: Tensor) -> Tensor:
-        """As ``forward``, for a shape without a plan; makes one where one will do."""
-        from . import launch
+    def compute(self, x: Tensor) -> Tensor:
+        """See ``PlannedLinear``; the columns of ``x`` are in the stored order."""
+        return op.linear(x, self.tensors())
 
-        held = (self.packed, self.scale, self.zero, self.bias, self.counters, self.width, self.group_size)
-        if len(self.plans) < MOST_PLANS and x.shape not in self.plans:
-            plan = launch.plan_for(x, *held)
-            if plan is not None:
-                self.plans[x.shape] = plan
-        return launch.wna16(x, *held)
-
-    def renew(self) -> None:
-        """Forget what holds addresses of the buffers: one of them is another tensor now."""
-        self.plans = {}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
-        self.renew()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}}
+    def tensors(self) -> naive.PackedTensors:
+        """Return the arguments of the operator after the input."""
+        return naive.PackedTensors(
+            self.packed, self.scale, self.zero, self.bias, self.semaphores, self.width, self.group_size
+        )
 
 
 def join(packed_weights: list[Any]) -> nn.Module | None:

@@ -1,8 +1,8 @@
-"""The operators that quantize rows: ``hf_optim::quantize_rows`` and those fused with what makes the rows.
+"""The operators that quantize rows: ``hf_optim::quantize_rows``, and quantizing epilogues of norms and activations.
 
-Each returns ``(codes [..., in], scale [...] float32, zero [...] int32, row [..., in])``. ``zero`` is empty where the
-grid is symmetric, ``row`` (the unquantized value, for other readers) where ``keep`` is False. ``scale_in``, ``zero_in``
-[1] are a static grid; None for one of each row. Equations and source: ``naive``. They have no gradient.
+Each returns ``(codes [..., in], scale [...] float32, zero [...] int32, row [..., in])``. ``zero`` is empty if the grid
+is symmetric, ``row`` (the unquantized value, for other readers) if ``keep`` is False. ``scale_in``, ``zero_in`` [1] are
+a static grid; None for one per row. Equations and source: ``naive``. They have no gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _plain(row: Tensor, float8: bool, symmetric: bool, scale: Tensor | None, zero: Tensor | None, keep: bool):
     if not row.shape[-1]:
-        raise ValueError("rows of no columns have no grid")
+        raise ValueError("rows without columns cannot be quantized")
     codes, made, zeros = naive.quantize(row, float8, symmetric, scale, zero)
     return codes, made.contiguous(), zeros, row.clone() if keep else row.new_empty(0)
 
@@ -38,11 +38,11 @@ def _fake(x: Tensor, float8: bool, symmetric: bool, keep: bool) -> Quantized:
 def quantize_rows(
     x: Tensor, float8: bool, symmetric: bool, scale_in: Tensor | None, zero_in: Tensor | None
 ) -> Quantized:
-    """Quantize ``x`` [..., in] to int8, or float8_e4m3fn."""
+    """Quantize ``x`` [..., in] to int8 or float8_e4m3fn."""
     if on_triton(x, x.dtype):
-        from .quantize import rows
+        from . import quantize
 
-        return rows(x, float8, symmetric, scale_in, zero_in)
+        return quantize.quantize_rows(x, float8, symmetric, scale_in, zero_in)
     return _plain(x, float8, symmetric, scale_in, zero_in, False)
 
 
@@ -56,11 +56,13 @@ def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, float8: bool, symmetric: bool,
     scale_in: Tensor | None, zero_in: Tensor | None, keep: bool,
 ) -> Quantized:  # fmt: skip
-    """RMSNorm with ``weight`` [in] of ``x`` [..., in], quantized."""
+    """Return the RMSNorm with ``weight`` [in] of ``x`` [..., in], quantized."""
     if on_triton(x, x.dtype):
-        from .quantize import RMS_NORM, rows
+        from . import quantize
 
-        return rows(x, float8, symmetric, scale_in, zero_in, producer=RMS_NORM, second=weight, eps=eps, keep=keep)
+        return quantize.quantize_rows(
+            x, float8, symmetric, scale_in, zero_in, fused_op=quantize.RMS_NORM, second=weight, eps=eps, keep=keep
+        )
     return _plain(naive.rms_norm(x, weight, eps), float8, symmetric, scale_in, zero_in, keep)
 
 
@@ -74,13 +76,13 @@ def layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, float8: bool, symmetric: bool,
     scale_in: Tensor | None, zero_in: Tensor | None, keep: bool,
 ) -> Quantized:  # fmt: skip
-    """LayerNorm with ``weight``, ``bias`` [in] of ``x`` [..., in], quantized."""
+    """Return the LayerNorm with ``weight``, ``bias`` [in] of ``x`` [..., in], quantized."""
     if on_triton(x, x.dtype):
-        from .quantize import LAYER_NORM, rows
+        from . import quantize
 
-        return rows(
+        return quantize.quantize_rows(
             x, float8, symmetric, scale_in, zero_in,
-            producer=LAYER_NORM, second=weight, third=bias, eps=eps, keep=keep,
+            fused_op=quantize.LAYER_NORM, second=weight, third=bias, eps=eps, keep=keep,
         )  # fmt: skip
     return _plain(naive.layer_norm(x, weight, bias, eps), float8, symmetric, scale_in, zero_in, keep)
 
@@ -95,17 +97,25 @@ def gated_quantize(
     gate: Tensor, up: Tensor | None, activation: str, float8: bool, symmetric: bool,
     scale_in: Tensor | None, zero_in: Tensor | None, keep: bool,
 ) -> Quantized:  # fmt: skip
-    """``activation(gate) * up`` [..., in], quantized; ``up`` None: the activation alone. Both may be views of one.
+    """Return ``activation(gate) * up`` [..., in], quantized; without ``up``, the activation alone.
 
-    ``activation`` is one of ``naive.ACTIVATIONS``, else ``ValueError``.
+    ``gate`` and ``up`` may be views of one tensor. Raises ``ValueError`` if ``activation`` is not one of
+    ``naive.ACTIVATIONS``.
     """
-    if activation not in naive.ACTIVATIONS:
-        raise ValueError(f"activation {activation!r}; there are {', '.join(naive.ACTIVATIONS)}")
+    naive.check_activation(activation)
     if on_triton(gate, gate.dtype):
-        from .quantize import GATED, rows
+        from . import quantize
 
-        return rows(
-            gate, float8, symmetric, scale_in, zero_in, producer=GATED, second=up, activation=activation, keep=keep
+        return quantize.quantize_rows(
+            gate,
+            float8,
+            symmetric,
+            scale_in,
+            zero_in,
+            fused_op=quantize.GATED,
+            second=up,
+            activation=activation,
+            keep=keep,
         )
     return _plain(naive.gated(gate, up, activation), float8, symmetric, scale_in, zero_in, keep)
 

@@ -60,16 +60,16 @@ class NormQuantizer:
     """Makes the output of a norm together with its codes.
 
     Attributes:
-        producer: ``quantize.RMS_NORM`` or ``quantize.LAYER_NORM``.
+        fused_op: ``quantize.RMS_NORM`` or ``quantize.LAYER_NORM``.
         eps: of the norm.
         float8, symmetric, dtype: of the packed weights' inputs.
         least: the fewest rows for which it pays.
     """
 
     def __init__(
-        self, producer: int, eps: float, float8: bool, symmetric: bool, dtype: torch.dtype, least: int, handoff: Handoff
+        self, fused_op: int, eps: float, float8: bool, symmetric: bool, dtype: torch.dtype, least: int, handoff: Handoff
     ) -> None:
-        self.producer, self.eps, self.float8, self.symmetric = producer, eps, float8, symmetric
+        self.fused_op, self.eps, self.float8, self.symmetric = fused_op, eps, float8, symmetric
         self.dtype, self.least, self.handoff = dtype, least, handoff
 
     def __call__(self, norm: nn.Module, x: Tensor) -> Tensor | None:
@@ -82,10 +82,10 @@ class NormQuantizer:
             return None
         if x.device != weight.device or not op.on_triton(x, x.dtype) or torch.is_autocast_enabled(x.device.type):
             return None
-        from .quantize import rows
+        from .quantize import quantize_rows
 
-        codes, scale, zero, row = rows(
-            x, self.float8, self.symmetric, producer=self.producer, second=weight, third=bias, eps=self.eps, keep=True
+        codes, scale, zero, row = quantize_rows(
+            x, self.float8, self.symmetric, fused_op=self.fused_op, second=weight, third=bias, eps=self.eps, keep=True
         )
         self.handoff.give(row, codes, scale, zero)
         return row

@@ -1,0 +1,97 @@
+"""Launch Triton kernels with little work on the host.
+
+``kernel[grid](...)`` binds, specializes and hashes its arguments in Python at every call, which takes longer than a
+decode kernel runs. ``launch`` does that once per key and from then on calls the compiled kernel itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+class Compiled:
+    """A compiled kernel: called with a grid, a stream, and the run-time arguments (addresses or tensors, numbers)."""
+
+    __slots__ = ("function", "metadata", "run", "tail")
+
+    def __init__(self, compiled: Any, constants: dict[str, Any]) -> None:
+        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        self.tail = tuple(constants.values())
+
+    def arguments(self, grid: tuple[int, int, int], stream: int | None, args: tuple | list) -> list[Any]:
+        """Return what ``run`` takes; the three ``None`` are launch hooks."""
+        return [*grid, stream, self.function, self.metadata, None, None, None, *args, *self.tail]
+
+
+_COMPILED: dict[tuple, Compiled] = {}
+
+
+class Recorder(threading.local):
+    """The launches of the current thread, while they are being recorded (``launch_plan.record``).
+
+    Attributes:
+        log: of each launch, the compiled kernel (None if interpreted), grid and arguments; None if not recording.
+    """
+
+    log: list[tuple[Compiled | None, tuple, tuple]] | None = None
+
+
+RECORDER = Recorder()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    args: tuple,
+    constants: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int,
+    key: tuple,
+) -> None:
+    """Run ``kernel`` on the current stream of its tensors' device, and note it in a running ``record``.
+
+    Args:
+        kernel: a ``triton.jit`` function whose parameters are run-time arguments first, ``tl.constexpr`` last.
+        grid: programs in each of three dimensions; none of them is zero.
+        args: tensors, ints and floats, in the kernel's order; the first is a tensor, and determines the device.
+        constants: every constexpr by name, in the kernel's order.
+        num_warps, num_stages: compile options.
+        key: hashable; calls with equal keys must compile to the same code: it determines dtypes, constants,
+            options, the alignment of pointers and what Triton specializes of integers (1, multiples of 16).
+    """
+    device, compiled = args[0].device, None
+    if device.type != "cuda" or is_interpreted(kernel):
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    elif device.index != current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key)
+    else:
+        full_key = (id(kernel), device.index, key)
+        compiled = _COMPILED.get(full_key)
+        if compiled is None:
+            made = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+            compiled = _COMPILED[full_key] = Compiled(made, constants)
+        else:
+            # Addresses instead of tensors: the launcher would query the driver for each pointer.
+            addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+            compiled.run(*compiled.arguments(grid, current_stream(device.index), addresses))
+    if RECORDER.log is not None:
+        RECORDER.log.append((compiled, grid, args))
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Return True if every tensor begins at a multiple of 16 bytes: part of a key where views may not."""
+    return not any(tensor.data_ptr() % 16 for tensor in tensors)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Return True if Triton interprets its kernels (``TRITON_INTERPRET=1`` when this one was defined)."""
+    return type(kernel).__module__ == "triton.runtime.interpreter"

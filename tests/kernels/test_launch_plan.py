@@ -1,0 +1,180 @@
+"""Launches that are recorded once and replayed for other inputs, with a launcher that only notes its arguments."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_optim_kernels.common import launch_plan
+from hf_optim_kernels.common.launch import RECORDER, Compiled
+from hf_optim_kernels.common.launch_plan import MOST_PLANS, PlannedLinear
+
+GRID, STREAM = (1, 2, 3), 7
+# What a launcher takes before the arguments of the kernel, and after them: the constants.
+HEAD, TAIL = [*GRID, STREAM, "function", "metadata", None, None, None], [16]
+made = []
+COMPILED = Compiled(
+    SimpleNamespace(run=lambda *a: made.append(list(a)), function="function", packed_metadata="metadata"), {"BLOCK": 16}
+)
+
+
+@pytest.fixture(autouse=True)
+def without_a_device(monkeypatch):
+    """A layer takes tensors of the CPU for those of a CUDA device; ``made`` has the arguments of replayed launches."""
+    made.clear()
+    monkeypatch.setattr(launch_plan, "current_device", lambda: None)
+    monkeypatch.setattr(launch_plan, "current_stream", lambda index: STREAM)
+    monkeypatch.setattr(launch_plan, "_capturing", lambda: False)
+    monkeypatch.setattr(launch_plan, "_shared", {})
+
+
+def launch(*args):
+    """What ``common.launch.launch`` does but for the launch itself."""
+    if RECORDER.log is not None:
+        RECORDER.log.append((COMPILED, GRID, args))
+
+
+class OnDevice(torch.Tensor):
+    is_cuda = True
+
+
+class Layer(PlannedLinear):
+    """``call(x)``."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(4, 4))
+        self.dtype, self.call, self.computed = torch.float32, call, 0
+
+    def compute(self, x):
+        self.computed += 1
+        return self.call(self, x)
+
+
+def zeros(*shape):
+    return torch.zeros(shape).as_subclass(OnDevice)
+
+
+def test_a_plan_makes_the_same_launches():
+    def call(layer, x):
+        y, held, more = torch.empty(8), torch.empty(3), torch.empty(5)
+        launch(x, layer.weight[1:], held, more[1:], 5)
+        launch(held, x[1:], y)
+        return y.view(2, 4)
+
+    layer, x, other = Layer(call), zeros(2, 4), zeros(2, 4)
+    layer.planned(x)
+    y = layer.planned(other)
+    first, second = made
+    assert layer.computed == 1
+    assert first[:9] == second[:9] == HEAD
+    assert first[-1:] == second[-1:] == TAIL
+    first, second = first[9:-1], second[9:-1]
+    assert first[:2] == [other.data_ptr(), layer.weight[1:].data_ptr()]
+    assert first[3] == first[2] + launch_plan.ALIGNMENT + 4
+    assert first[4] == 5
+    assert second == [first[2], other[1:].data_ptr(), y.data_ptr()]
+    assert y.shape == (2, 4)
+    assert not launch_plan._shared  # another thread may launch between the two
+
+
+def test_what_is_more_than_launches_has_no_plan():
+    x = torch.zeros(2, 4)
+
+    def launches():
+        y = torch.empty(2, 4)
+        launch(x, y)
+        return y
+
+    def more_than_launches():
+        launch_plan.prevent_recording()
+        return launches()
+
+    def decode_and_multiply():
+        weight = torch.empty(4, 4)
+        launch(weight)
+        return x @ weight
+
+    def a_part_of_what_is_written():
+        y = torch.empty(3, 4)
+        launch(x, y)
+        return y[:2]
+
+    assert launch_plan.record(launches, x, [])[1] is not None
+    for call in (more_than_launches, decode_and_multiply, a_part_of_what_is_written, lambda: x):
+        assert launch_plan.record(call, x, [])[1] is None
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_partial_sums_of_one_launch_are_in_memory_of_the_stream(split):
+    def call(layer, x):
+        y = torch.empty(2, 4)
+        launch(x, layer.weight, y, torch.empty(16) if split else y, 3)
+        return y
+
+    layer, x, other = Layer(call), zeros(2, 4), zeros(2, 4)
+    layer.planned(x)
+    outputs = [layer.planned(other) for _ in range(2)]
+    for y, arguments in zip(outputs, made, strict=True):
+        partial = launch_plan._shared[None, STREAM].data_ptr() if split else y.data_ptr()
+        assert arguments == [*HEAD, other.data_ptr(), layer.weight.data_ptr(), y.data_ptr(), partial, 3, *TAIL]
+    assert outputs[0].data_ptr() != outputs[1].data_ptr()
+
+
+def test_captured_launches_have_their_own_memory(monkeypatch):
+    def call(layer, x):
+        y = torch.empty(2, 4)
+        launch(x, y, torch.empty(16))
+        return y
+
+    layer, x = Layer(call), zeros(2, 4)
+    layer.planned(x)
+    layer.planned(x)
+    monkeypatch.setattr(launch_plan, "_capturing", lambda: True)
+    layer.planned(x)
+    outside, captured = made
+    assert outside[11] == launch_plan._shared[None, STREAM].data_ptr() != captured[11]
+
+
+def doubled(layer, x):
+    y = torch.empty(x.shape)
+    launch(x, layer.weight, y)
+    return y
+
+
+def test_a_layer_keeps_a_plan_per_shape():
+    layer, x = Layer(doubled), zeros(2, 4)
+    for _ in range(3):
+        layer.planned(x)
+    assert (layer.computed, len(made)) == (1, 2)
+    strided, unaligned = zeros(4, 2).T, zeros(9)[1:].view(2, 4)
+    for other in (strided, unaligned, x.double(), torch.zeros(2, 4)):
+        layer.planned(other)
+    assert (layer.computed, len(made)) == (5, 2)
+    layer.planned(zeros(9)[1:].view(8))
+    assert list(layer.plans) == [x.shape]
+    for rows in range(2 * MOST_PLANS):
+        layer.planned(zeros(rows, 1, 4))
+    assert len(layer.plans) == MOST_PLANS
+
+
+def test_a_plan_is_for_one_device(monkeypatch):
+    layer, x = Layer(doubled), zeros(2, 4)
+    layer.planned(x)
+    monkeypatch.setattr(launch_plan, "current_device", lambda: 1)
+    layer.planned(x)
+    assert (layer.computed, len(made)) == (2, 0)
+
+
+def test_a_plan_is_forgotten_when_buffers_move():
+    layer, x = Layer(doubled), zeros(2, 4)
+    layer.planned(x)
+    assert copy.deepcopy(layer).plans == {}
+    assert layer.plans
+    assert layer.double().plans == {}
+    layer.planned(x)
+    layer.renew()
+    assert layer.plans == {}
