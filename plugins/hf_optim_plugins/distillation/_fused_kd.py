@@ -12,19 +12,19 @@ from hf_optim.toolkit.distillation import losses
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, head: losses.Head = "classes", **options: Any) -> Tensor:
-    """As ``hf_optim.toolkit.distillation.losses.head_loss``, with the same options.
+    """Compute ``hf_optim.toolkit.distillation.losses.head_loss``, with the same options.
 
-    The teacher's logits are given up: on the kernel, the backward may leave the gradient in their memory.
+    The teacher's logits are consumed: on the kernel, the backward may write the gradient into their memory.
     """
     if head != "classes":
         return losses.head_loss(head, student, teacher, **options)
-    if not _kernel_serves(student, teacher):
+    if not _kernel_supports(student, teacher):
         return losses.kd_loss(student, teacher, **options)
     from hf_optim_kernels.kd_loss import op
 
     return op.kd_loss(student, teacher, overwrite_teacher=True, **options)
 
 
-def _kernel_serves(student: Tensor, teacher: Tensor) -> bool:
+def _kernel_supports(student: Tensor, teacher: Tensor) -> bool:
     both = student.is_cuda and student.device == teacher.device
     return both and student.dtype != torch.float64 and util.find_spec("triton") is not None

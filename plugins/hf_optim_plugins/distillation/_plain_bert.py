@@ -1,6 +1,7 @@
 """A BERT without token types and pooler, which is the DistilBERT class of transformers (1910.01108, section 3).
 
-The embedding of the first segment is added to those of the positions, so that texts of one segment give what they gave.
+The embedding of the first segment is added to those of the positions, so that the outputs for texts of one segment do
+not change.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ EPS = 1e-12  # of every norm of DistilBERT
 
 
 def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedModel, Callable[[str], list[str]]]:
-    """The DistilBERT that holds a BERT's tensors; and for ``Run.rename`` what the BERT's modules are called there.
+    """Return the DistilBERT with a BERT's tensors, and the new names of the BERT's modules for ``Run.rename``.
 
-    Raises ``ModelError`` for a class or a configuration that DistilBERT has no place for, and if the two differ.
+    Raises ``ModelError`` for a class or a configuration that DistilBERT cannot represent, and if the outputs differ.
     """
     target, config = CLASSES.get(type(model)), model.config
     if target is None or config.is_decoder or config.layer_norm_eps != EPS:
@@ -66,14 +67,14 @@ def without_token_types(model: PreTrainedModel, label: str) -> tuple[PreTrainedM
     plain.train(model.training)
     gap = output_difference(model, plain, dummy_inputs(model))
     if not gap <= rounding_tolerance(model):
-        raise ModelError(f"{label}: without token types the model is another one (relative difference {gap:.1e})")
+        raise ModelError(f"{label}: without token types the model's outputs change (relative difference {gap:.1e})")
     members = (*plain.named_modules(remove_duplicate=False), *plain.named_parameters(remove_duplicate=False))
     names = {bert_name(name): [name] for name, _ in members}
     return plain, lambda name: names.get(name, [])
 
 
 def bert_name(name: str) -> str:
-    """BERT's name of a tensor of DistilBERT."""
+    """Return BERT's name of a tensor of DistilBERT."""
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r"self\.[qkv]\b", lambda found: LETTERS[found[0]], name)
@@ -103,7 +104,7 @@ def _config(model: PreTrainedModel) -> DistilBertConfig:
 
 @torch.no_grad()
 def _add_segment(plain: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Add the first segment's embedding to every position's, in memory of its own."""
+    """Add the first segment's embedding to every position's, in a new tensor."""
     embeddings: Any = model.base_model.embeddings
     positions = embeddings.position_embeddings.weight
     summed = positions + embeddings.token_type_embeddings.weight[0]

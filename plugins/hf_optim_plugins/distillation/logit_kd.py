@@ -2,13 +2,15 @@
 
 ``L = α T² KL(softmax(z_t/T) ‖ softmax(z_s/T)) + (1 - α) CE(y, z_s)``, the weighted average of two objectives: the
 teacher's distribution, softened by the temperature ``T``, and the labels, with "a considerably lower weight". Up to the
-factor ``α`` this is ``T² KL + λ CE`` with ``λ = (1 - α)/α``. ``T²`` keeps the teacher's share when ``T`` changes.
+factor ``α`` this is ``T² KL + λ CE`` with ``λ = (1 - α)/α``. ``T²`` keeps the weight of the teacher's term constant
+when ``T`` changes.
 
-The divergence may be turned round (``reverse``: ``KL(student ‖ teacher)``, 2306.08543, which does not make a small
-student cover what it cannot) or lie between (``js``: the generalized Jensen-Shannon divergence of 2306.13649).
+The divergence may be reversed (``reverse``: ``KL(student ‖ teacher)``, 2306.08543, which does not make a small student
+cover what it cannot represent) or lie between the two (``js``: the generalized Jensen-Shannon divergence of
+2306.13649).
 
 A sparse model of the teacher's own shape learns more from every token if its blocks must agree as well: SquareHead
-(Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2310.06927), as
+(Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2310.06927), enabled by
 ``alpha_states``.
 """
 

@@ -354,7 +354,7 @@ def test_the_kernel_takes_the_place_of_the_chunks(direction, monkeypatch):
     chunks["kd"].backward()
     expected = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    monkeypatch.setattr("hf_optim_plugins.distillation._fused_kd._kernel_serves", lambda *logits: True)
+    monkeypatch.setattr("hf_optim_plugins.distillation._fused_kd._kernel_supports", lambda *logits: True)
     called, stock = [], op.kd_loss
     monkeypatch.setattr(op, "kd_loss", lambda *given, **options: called.append(options) or stock(*given, **options))
     kernel, _ = hooked(LogitKD(**step), student, tiny_llama(seed=1), inputs)

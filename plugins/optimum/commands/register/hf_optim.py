@@ -1,7 +1,7 @@
-"""``optimum-cli optim``: the commands of ``hf-optim``, where users of optimum look for them.
+"""``optimum-cli optim``: the commands of ``hf-optim`` under the command line of optimum.
 
 optimum imports every file of the namespace ``optimum.commands.register`` when its command line starts, so nothing heavy
-is imported here. (PEP 420: there is no ``__init__.py`` in these folders, and there must be none.)
+is imported here. (PEP 420: these folders have no ``__init__.py``, and must have none.)
 """
 
 from __future__ import annotations
