@@ -1,4 +1,4 @@
-"""The formula against the paper's; the conformance suite does the rest (``pytest --hf-optim ternary``)."""
+"""The closed form of the paper; the conformance suite tests the rest (``pytest --hf-optim ternary``)."""
 
 import torch
 from hf_optim_ternary.ternary import ternary
@@ -9,7 +9,7 @@ def test_the_closed_form_on_a_row_worked_by_hand():
     assert torch.equal(ternary(row, 0.7), torch.tensor([[3.5, -3.5, 0.0, 0.0]]))
 
 
-def test_three_values_a_channel_and_zeros_stay():
+def test_three_values_per_channel_and_zeros_stay():
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     weight[2, ::3] = 0
     made = ternary(weight, 0.7)

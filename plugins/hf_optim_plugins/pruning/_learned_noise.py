@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_optim import RecipeError, Technique, hookimpl
+from hf_optim import Contract, RecipeError, Technique, hookimpl, traits
 from hf_optim.toolkit.pruning import (
     masked_layers,
     masks,
@@ -26,6 +26,13 @@ from hf_optim.toolkit.pruning import (
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
+
+CONTRACT = Contract(
+    needs={traits.FLOAT_WEIGHTS},
+    adds={traits.SPARSE},
+    keeps={traits.SPARSE, traits.SPARSE_NM},
+    owns={masked_layers.TRAINING_FORWARD},
+)
 
 
 class LearnedNoise(Technique):

@@ -24,17 +24,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, ModelError, Paper, Reload, hookimpl, option, technique, traits
+from hf_optim import ModelError, Paper, Reload, hookimpl, option, technique
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
-    TRAINING_FORWARD,
     gated_layers,
     hard_concrete,
     masks,
 )
 from hf_optim.toolkit.topology import find_prunable_groups
 
-from ._learned_noise import LearnedNoise, NoiseTraining
+from ._learned_noise import CONTRACT, LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -44,12 +43,7 @@ if TYPE_CHECKING:
     "l0",
     family="pruning",
     paper=Paper("1712.01312", "Learning Sparse Neural Networks through L0 Regularization", 2018),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.SPARSE},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-        owns={TRAINING_FORWARD},
-    ),
+    contract=CONTRACT,
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, Paper, Reload, hookimpl, option, technique, traits
-from hf_optim.toolkit.pruning import TRAINING_FORWARD, WeightNoise, masks
+from hf_optim import Paper, Reload, hookimpl, option, technique
+from hf_optim.toolkit.pruning import WeightNoise, masks
 from hf_optim.toolkit.topology import require_layers
 
-from ._learned_noise import LearnedNoise, NoiseTraining
+from ._learned_noise import CONTRACT, LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
     from hf_optim import Run
@@ -36,12 +36,7 @@ if TYPE_CHECKING:
     "variational_dropout",
     family="pruning",
     paper=Paper("1701.05369", "Variational Dropout Sparsifies Deep Neural Networks", 2017),
-    contract=Contract(
-        needs={traits.FLOAT_WEIGHTS},
-        adds={traits.SPARSE},
-        keeps={traits.SPARSE, traits.SPARSE_NM},
-        owns={TRAINING_FORWARD},
-    ),
+    contract=CONTRACT,
     reload=Reload.STOCK_DENSE,
     trains=True,
 )

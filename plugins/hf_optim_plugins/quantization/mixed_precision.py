@@ -12,10 +12,10 @@ it is the relative squared error of its first output.
 
 Bondarenko, Nagel, Blankevoort, "Understanding and Overcoming the Challenges of Efficient Transformer Quantization",
 arXiv 2109.12948, sections 3 and 4. The paper simulates 16-bit integers; here an input with 16 bits stays in floating
-point (such a layer is W8A16), which is as fine or finer in float16 and float32. The paper finds BERT's residual sums to be
-the worst tensors, and gives these 16 bits. They are inputs of norms, which no stock checkpoint can round, so they take
-part only with ``sites: all``, and the model then brings its own code; by default they all stay in floating point, and
-only the inputs of linears compete.
+point (such a layer is W8A16), which is at least as fine in float16 and float32. The paper finds BERT's residual sums to
+be the worst tensors, and gives these 16 bits. They are inputs of norms, which no stock checkpoint can round, so they
+take part only with ``sites: all``, and the model then brings its own code; by default they all stay in floating point,
+and only the inputs of linears compete.
 """
 
 from __future__ import annotations

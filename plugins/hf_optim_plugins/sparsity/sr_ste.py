@@ -24,11 +24,9 @@ from transformers import TrainerCallback
 
 from hf_optim import (
     Contract,
-    ModelError,
     Paper,
     RecipeError,
     Reload,
-    Technique,
     hookimpl,
     option,
     technique,
@@ -43,7 +41,9 @@ from hf_optim.toolkit.pruning import (
     schedules,
     sparsity,
 )
-from hf_optim.toolkit.topology import require_layers, weight_out_in
+from hf_optim.toolkit.topology import weight_out_in
+
+from ._masked_training import MaskedTraining
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     reload=Reload.STOCK_DENSE,
     trains=True,
 )
-class SRSTE(Technique):
+class SRSTE(MaskedTraining):
     """Train with N:M sparse weights whose mask follows the dense weights behind them.
 
     Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. During training the model computes with sparse
@@ -114,22 +114,8 @@ class SRSTE(Technique):
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [SparseRefinement(self, run, self.prepare(run))]
 
-    def prepare(self, run: Run) -> dict[str, masked_layers.MaskedLayer]:
-        """Return the layers in training by name; the first call attaches them. Raises ``ModelError`` without any."""
-        if layers := masked_layers.masked_layers(run.model):
-            return layers
-        label = run.label(self)
-        selected = run.select(self.targets, self.skip)
-        found, skipped = nm_groups.select_divisible(selected, self.group)
-        try:
-            found, others = masked_layers.select_supported(run.model, found)
-        except ModelError as error:
-            raise ModelError(f"{label}: {error}") from error
-        skipped |= others
-        run.cover(self, found, skipped)
-        require_layers(found, run.model, label, skipped)
-        masks.require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in found.items()}, label)
-        return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
+    def eligible(self, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+        return nm_groups.select_divisible(layers, self.group)
 
     def mask(self, run: Run, name: str, layer: masked_layers.MaskedLayer) -> Tensor:
         """Return ``M(W)`` of a layer for its current weight, in the layout in which the weight is stored."""

@@ -30,11 +30,9 @@ from transformers import TrainerCallback
 
 from hf_optim import (
     Contract,
-    ModelError,
     Paper,
     RecipeError,
     Reload,
-    Technique,
     hookimpl,
     option,
     technique,
@@ -47,7 +45,8 @@ from hf_optim.toolkit.pruning import (
     schedules,
     sparsity,
 )
-from hf_optim.toolkit.topology import require_layers
+
+from ._masked_training import MaskedTraining
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -69,7 +68,7 @@ EXPLORED, ACTIVE = 1, 2
     reload=Reload.STOCK_DENSE,
     trains=True,
 )
-class TopKAST(Technique):
+class TopKAST(MaskedTraining):
     """Train with a constant sparsity in forward and backward, and let weights compete for their place.
 
     Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``. A ``checkpoint-N`` also holds the weights outside
@@ -112,20 +111,6 @@ class TopKAST(Technique):
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [Exploration(self, run, self.prepare(run))]
-
-    def prepare(self, run: Run) -> dict[str, masked_layers.MaskedLayer]:
-        """Return the layers in training by name; the first call attaches them. Raises ``ModelError`` without any."""
-        if layers := masked_layers.masked_layers(run.model):
-            return layers
-        label = run.label(self)
-        selected = run.select(self.targets, self.skip)
-        try:
-            found, skipped = masked_layers.select_supported(run.model, selected)
-        except ModelError as error:
-            raise ModelError(f"{label}: {error}") from error
-        run.cover(self, found, skipped)
-        require_layers(found, run.model, label, skipped)
-        return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
 
     def supports(self, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``(A, B)`` of every layer for its current weight. Raises ``NumericalError`` for infinite or NaN."""

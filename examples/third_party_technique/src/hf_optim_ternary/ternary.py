@@ -23,12 +23,12 @@ from hf_optim.toolkit.topology import weight_out_in
     reload=Reload.STOCK_DENSE,
 )
 class Ternary(Technique):
-    """Rounds weights to three values per output channel; the checkpoint stays dense.
+    """Round weights to three values per output channel; the checkpoint stays dense.
 
     Attributes:
         threshold: weights below this multiple of the channel's mean magnitude become 0; 0.7 in the paper.
-        targets: which linears.
-        skip: which of them to leave alone.
+        targets: linear layers to round, by class, name or pattern.
+        skip: patterns of layers to leave out.
     """
 
     threshold: float = option(0.7, low=0.0)
@@ -50,7 +50,15 @@ class Ternary(Technique):
 
 
 def ternary(weight: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The ternary approximation of ``weight`` [out, in], any float dtype; the same shape and dtype (equations 5, 6)."""
+    """Return the ternary approximation of ``weight`` (equations 5 and 6).
+
+    Args:
+        weight: ``[out, in]``, any float dtype.
+        threshold: weights below this multiple of the channel's mean magnitude become 0.
+
+    Returns:
+        A tensor of the same shape and dtype.
+    """
     magnitude = weight.abs().float()
     large = magnitude > threshold * magnitude.mean(dim=1, keepdim=True)
     scale = (magnitude * large).sum(dim=1, keepdim=True) / large.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,0 +1,47 @@
+"""Base of the techniques that train linear layers with masks over their dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from hf_optim import ModelError, Technique
+from hf_optim.toolkit.pruning import masked_layers, masks
+from hf_optim.toolkit.topology import require_layers, weight_out_in
+
+if TYPE_CHECKING:
+    from hf_optim import Run
+
+
+class MaskedTraining(Technique):
+    """A technique with the fields ``targets`` and ``skip`` whose layers compute with masks during training."""
+
+    targets: tuple[str, ...]
+    skip: tuple[str, ...]
+
+    def eligible(self, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+        """Return the selected layers that the masks fit, and the names of the others, by reason."""
+        return dict(layers), {}
+
+    def prepare(self, run: Run) -> dict[str, masked_layers.MaskedLayer]:
+        """Return the layers in training by name; the first call attaches them.
+
+        Raises:
+            ModelError: if no layer is left, or for a model with adapters.
+            NumericalError: for weights that are infinite or NaN.
+        """
+        if layers := masked_layers.masked_layers(run.model):
+            return layers
+        label = run.label(self)
+        found, skipped = self.eligible(run.select(self.targets, self.skip))
+        try:
+            found, others = masked_layers.select_supported(run.model, found)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        skipped |= others
+        run.cover(self, found, skipped)
+        require_layers(found, run.model, label, skipped)
+        masks.require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in found.items()}, label)
+        return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}
