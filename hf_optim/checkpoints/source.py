@@ -114,5 +114,5 @@ def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any)
     loader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
     try:
         return loader.from_pretrained(home, **load_kwargs) if home else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, ImportError):  # transformers 5.17 needs torchvision for images
         return None

@@ -155,17 +155,18 @@ def checkpoint_rows(model: Any, name: str, module: nn.Module) -> dict[str, tuple
     shape = module.get_parameter(parameter).shape
     transposed = bool(getattr(module, "is_transposed", False))
     experts, rows = shape[0], shape[2] if transposed else shape[1]
-    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    # Two columns: transformers 5.17 squeezes matrices of one.
+    numbers = torch.arange(experts * rows).view(experts, rows, 1).repeat(1, 1, 2)
     parts = _converted(model, converter, name, numbers.transpose(1, 2) if transposed else numbers)
     found = {}
     for key, part in parts.items():
-        begin = int(part.flatten()[0])
-        expected = torch.arange(begin, begin + part.numel())
-        consecutive = part.shape == (part.numel(), 1) and torch.equal(part.flatten(), expected)
+        begin, count = int(part.flatten()[0]), part.numel() // 2
+        expected = torch.arange(begin, begin + count)
+        consecutive = part.shape == (count, 2) and torch.equal(part[:, 0], expected)
         expert = begin // rows
-        if not key.endswith(WEIGHT) or not consecutive or (begin + part.numel() - 1) // rows != expert:
+        if not key.endswith(WEIGHT) or not consecutive or (begin + count - 1) // rows != expert:
             raise ModelError(no_conversion)
-        found[key] = (expert, begin - expert * rows, begin + part.numel() - expert * rows)
+        found[key] = (expert, begin - expert * rows, begin + count - expert * rows)
     if sum(end - begin for _, begin, end in found.values()) != experts * rows:
         raise ModelError(no_conversion)
     return found
