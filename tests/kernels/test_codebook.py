@@ -58,7 +58,7 @@ def test_the_layout_is_bits_wide_where_chunks_divide_the_columns():
 def test_the_specification_is_the_product_with_the_decoded_weight(bits):
     module, packed_weight = packed_weight_of(37, 100, bits, torch.float32, bias=True)
     x = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(1))
-    assert len(packed_weight.values) > 0
+    assert len(packed_weight.tensors().values) > 0
     assert relative(packed_weight(x), brute_force(module, x)) < BOUND[torch.float32]
 
 

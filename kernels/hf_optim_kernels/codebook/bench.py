@@ -44,8 +44,8 @@ def random_module(N: int, K: int, bits: int, dtype: torch.dtype) -> SimpleNamesp
 def contender(N: int, K: int, M: int, bits: int, dtype: torch.dtype) -> Contender:
     """Return a random packed weight on ``M`` rows of random inputs."""
     packed_weight = layer.prepack(random_module(N, K, bits, dtype))
+    tensors = packed_weight.tensors()
     x = torch.randn(M, K, device=benchmark.device()).to(dtype)
-    reference = x.double() @ naive.dequantize(packed_weight.tensors(), K, torch.float64).T
-    outliers = (packed_weight.values, packed_weight.columns, packed_weight.owners, packed_weight.starts)
-    size = N * K * bits // 8 + benchmark.bytes_of(outliers)
+    reference = x.double() @ naive.dequantize(tensors, K, torch.float64).T
+    size = N * K * bits // 8 + benchmark.bytes_of(tensors[3:7])  # codes and outliers
     return Contender(f"codebook{bits}", benchmark.calls_of(packed_weight, x), size, 2 * M * N * K, reference, MATH)

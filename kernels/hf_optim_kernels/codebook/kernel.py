@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP32
-from ..common.splitk import store_split
+from ..common.splitk import output_tile, store_split
 from .lookup import four_slices
 
 
@@ -49,10 +49,7 @@ def _linear_kernel(
 ):  # fmt: skip
     """x [M, K], words int16 [BITS, k-tiles, N, SLICE], out [M, N], partial [SPLIT, M, N]; owners: rows of outliers."""
     pid_n, pid_m, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    wanted = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns past the end repeat the last one and are not stored: loads of the weight then need no mask.
-    cols = tl.minimum(wanted, N - 1)
+    rows, wanted, cols = output_tile(pid_m, pid_n, N, BLOCK_M, BLOCK_N)
     at = cols[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
     r0, r1, r2, r3 = tl.load(registers), tl.load(registers + 1), tl.load(registers + 2), tl.load(registers + 3)
     r4, r5, r6, r7 = tl.load(registers + 4), tl.load(registers + 5), tl.load(registers + 6), tl.load(registers + 7)

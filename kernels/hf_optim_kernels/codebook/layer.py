@@ -58,14 +58,6 @@ class CodebookWeight(PlannedLinear):
     """
 
     words: Tensor
-    table: Tensor
-    registers: Tensor
-    values: Tensor
-    columns: Tensor
-    owners: Tensor
-    starts: Tensor
-    bias: Tensor | None
-    semaphores: Tensor
 
     def __init__(
         self,
@@ -98,10 +90,6 @@ class CodebookWeight(PlannedLinear):
         }
         for name, tensor in made.items():
             self.register_buffer(name, tensor, persistent=False)
-
-    def accepts(self, x: Tensor) -> bool:
-        """Return True if ``x`` has the dtype and the device of the layer."""
-        return x.dtype == self.dtype and x.device == self.words.device
 
     def codes(self) -> Tensor:
         """Return the codes, uint8 [out, in]."""

@@ -1,8 +1,8 @@
 """The Triton kernel of one block of columns (see ``naive`` for the equations).
 
 A program keeps its rows of the block in registers and goes through the columns one by one; rows do not depend on each
-other. Column j of the tile is not read any more once it is rounded, so its place takes the error: what is left in the
-tile at the end are the errors that the columns beyond the block have to make up for.
+other. Column j of the tile is not read again once it is rounded, so the error takes its place: at the end, the tile
+holds the errors that the columns beyond the block compensate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def block_kernel(
     """Round columns ``begin`` to ``begin + width`` (at most BLOCK_C) of ``rest``, in the order of the recursion.
 
     ``rest`` float32 [rows, columns], columns in order; ``weight`` [rows, columns] and ``codes`` int8 [rows, columns],
-    columns as they stand; ``upper`` float32 [columns, columns]; ``order`` int32 [columns]; ``scale`` float32 and
+    columns as in the weight; ``upper`` float32 [columns, columns]; ``order`` int32 [columns]; ``scale`` float32 and
     ``zero`` int8 [rows, groups]; ``errors`` float32 [rows, width].
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)

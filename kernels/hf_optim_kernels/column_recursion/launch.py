@@ -1,6 +1,6 @@
-"""The recursion over all columns: one launch of the kernel for each block, and one product for what it owes the rest.
+"""The recursion over all columns: per block, one launch of the kernel and one product that updates later columns.
 
-That product is ``torch.addmm`` of float32, in the precision that torch is set to for those (full float32 by default).
+That product is ``torch.addmm`` of float32, in the precision that torch is set to (full float32 by default).
 """
 
 from __future__ import annotations
@@ -13,26 +13,21 @@ from torch import Tensor
 
 from .kernel import block_kernel
 
-# Of a tile in registers: 32 rows of 128 columns are 32 numbers a thread.
+# A tile in registers: 32 rows of 128 columns are 32 numbers per thread.
 _ROWS, _WARPS = 32, 4
 MOST_COLUMNS = 256
 
 
 def recurse(
-    weight: Tensor,
-    upper: Tensor,
-    order: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    group_size: int,
-    low: float,
-    high: float,
-    block_size: int = 128,
-) -> Tensor:
-    """What ``naive.recurse`` returns, to reduction order, computed in float32.
+    weight: Tensor, upper: Tensor, order: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, low: float,
+    high: float, block_size: int = 128,
+) -> Tensor:  # fmt: skip
+    """Return the codes of ``naive.recurse``, up to the order of reduction, computed in float32.
 
     Args:
-        block_size: columns of a block, MOST_COLUMNS at most.
+        block_size: columns of a block, at most ``MOST_COLUMNS``.
+
+    Raises ``ValueError`` unless ``upper`` and ``scale`` are float32.
     """
     if upper.dtype != torch.float32 or scale.dtype != torch.float32:
         raise ValueError(f"the column recursion is computed in float32, not {upper.dtype}")

@@ -6,7 +6,7 @@ Columns are taken in the order ``p_0, p_1, ...``; ``U`` is upper triangular over
     e[:, q]   = (w[:, q] - (c[:, q] - z[:, g(q)]) s[:, g(q)]) / U[q, q]
     w[:, r]  -= e[:, q] U[q, r]                            for every r after q
 
-with ``g(q) = p_q // group_size``, the group of the column where it stands in the weight.
+with ``g(q) = p_q // group_size``, the group of the column in the weight.
 """
 
 from __future__ import annotations
@@ -16,28 +16,22 @@ from torch import Tensor
 
 
 def recurse(
-    weight: Tensor,
-    upper: Tensor,
-    order: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    group_size: int,
-    low: float,
+    weight: Tensor, upper: Tensor, order: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, low: float,
     high: float,
-) -> Tensor:
-    """Codes of ``weight``.
+) -> Tensor:  # fmt: skip
+    """Return the codes of ``weight``.
 
     Args:
         weight: ``[rows, columns]``, any float type; computed in the type of ``upper``. Exact zeros stay zero.
         upper: ``[columns, columns]``, over columns in ``order``.
-        order: int64 ``[columns]``, a permutation: the column of the weight that comes at each place.
+        order: int64 ``[columns]``, a permutation: the column of the weight at each position.
         scale: ``[rows, columns / group_size]``, positive.
         zero: whole numbers of the shape of ``scale``; None for zeros.
-        group_size: neighbouring columns that share a scale.
+        group_size: adjacent columns that share a scale.
         low, high: the smallest and the largest code, within int8.
 
     Returns:
-        int8 ``[rows, columns]``, columns where they stand in the weight.
+        int8 ``[rows, columns]``, columns as in the weight.
     """
     rest = weight[:, order].to(upper.dtype)
     group = order // group_size

@@ -66,6 +66,7 @@ class PlannedLinear(nn.Module):
 
     Attributes:
         dtype: of inputs and outputs.
+        semaphores: a buffer of split-k semaphores, on the device of the layer.
         plans: launches by the shape of the input; None where a call is more than launches.
     """
 
@@ -74,6 +75,11 @@ class PlannedLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.plans: dict[torch.Size, LaunchPlan | None] = {}
+
+    def accepts(self, x: Tensor) -> bool:
+        """Return True if ``x`` has the dtype and the device of the layer."""
+        # Past nn.Module.__getattr__: PackedLinear calls this every time.
+        return x.dtype == self.dtype and x.device == self._buffers["semaphores"].device  # type: ignore[union-attr]
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the product for ``x`` [..., in] without a gradient, past PyTorch's dispatcher."""

@@ -52,6 +52,15 @@ def parts_memory(y: Tensor, tiles: int, split: int, size: int, dtype: torch.dtyp
 
 
 @triton.jit
+def output_tile(pid_m, pid_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of a tile of the output, and its columns within N."""
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    wanted = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Columns past the end repeat the last one and are not stored: loads of the weight then need no mask.
+    return rows, wanted, tl.minimum(wanted, N - 1)
+
+
+@triton.jit
 def store_split(
     acc, partial, semaphores, bias, out, rows, wanted, cols, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip

@@ -1,6 +1,6 @@
-"""What ``hf-optim bench`` times of ``hf_optim::kd_rows``: the loss and its gradient over logits ``[M, N]``.
+"""Contenders of ``hf-optim bench`` for ``hf_optim::kd_rows``: the loss and its gradient over logits ``[M, N]``.
 
-A "layer of ``N`` outputs" is a vocabulary of ``N`` here, and ``K`` means nothing: logits have no inputs.
+A "layer of ``N`` outputs" is a vocabulary of ``N`` here, and ``K`` is not used: logits have no inputs.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from ..common.benchmark import Contender
 from . import naive, op
 
 TEMPERATURE, BETA = 2.0, 0.5
-# Multiplications, additions and exponentials for each pair of logits, of the loss and of the gradient.
+# Multiplications, additions and exponentials per pair of logits, in the loss and in the gradient.
 FLOPS = 20
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
-    """Each direction, and the formula in plain PyTorch; every call gives the gradient of the mean loss, ``[M, N]``."""
+    """Return each direction, and the formula in plain PyTorch; a call returns the gradient of the mean loss."""
     student, teacher = (torch.randn(M, N, device=benchmark.device()).mul_(3).to(dtype) for _ in range(2))
     held = benchmark.copies_of((student, teacher))
     upstream = torch.full((M,), 1.0 / M, device=student.device)
-    # Both logits read once, the gradient written: nothing can be less.
-    floor = 3 * benchmark.bytes_of((student,))
+    # The lower bound: both logits are read once, and the gradient is written.
+    bound = 3 * benchmark.bytes_of((student,))
     found = []
     for direction in naive.DIRECTIONS:
         calls = [partial(_fused, one, other, upstream, direction) for one, other in held]
         exact = naive.gradient(student.double(), teacher.double(), None, upstream, TEMPERATURE, direction, BETA)
-        found.append(Contender(f"kd {direction}", calls, floor, FLOPS * M * N, exact, ""))
+        found.append(Contender(f"kd {direction}", calls, bound, FLOPS * M * N, exact, ""))
     exact = naive.gradient(student.double(), teacher.double(), None, upstream, TEMPERATURE, "forward", BETA)
     calls = [partial(plain, one, other) for one, other in held]
-    return [*found, Contender("plain formula", calls, floor, FLOPS * M * N, exact, "", graph=False, dense=True)]
+    return [*found, Contender("plain formula", calls, bound, FLOPS * M * N, exact, "", graph=False, dense=True)]
 
 
 def _fused(student: Tensor, teacher: Tensor, upstream: Tensor, direction: str) -> Tensor:
@@ -44,7 +44,7 @@ def _fused(student: Tensor, teacher: Tensor, upstream: Tensor, direction: str) -
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
-    """The two-line formula in float32, and its gradient by autograd."""
+    """Return the gradient of the two-line formula in float32, by autograd."""
     student = student.detach().requires_grad_()
     log_q = F.log_softmax(student.float() / TEMPERATURE, -1)
     log_p = F.log_softmax(teacher.float() / TEMPERATURE, -1)

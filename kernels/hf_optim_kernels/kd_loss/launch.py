@@ -1,4 +1,4 @@
-"""From tensors to launches of the distillation loss: a program for each row, and for each piece of its gradient."""
+"""From tensors to launches of the distillation loss: a program per row, and per piece of its gradient."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STEP, _PIECE = 4096, 2048
 def losses(
     student: Tensor, teacher: Tensor, kept: Tensor | None, temperature: float, direction: str, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """``naive.losses`` in float32, and the statistics ``[rows, 3]`` that ``gradient`` needs.
+    """Return ``naive.losses`` in float32, and the statistics ``[rows, 3]`` that ``gradient`` needs.
 
-    ``student`` and ``teacher`` are ``[rows, classes]``, each with rows in one piece.
+    ``student`` and ``teacher`` are ``[rows, classes]`` with contiguous rows.
     """
     rows, V = student.shape
     found = torch.empty(rows, dtype=torch.float32, device=student.device)
@@ -39,16 +39,9 @@ def losses(
 
 
 def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor | None,
-    statistics: Tensor,
-    upstream: Tensor,
-    out: Tensor,
-    temperature: float,
-    direction: str,
-    beta: float,
-) -> None:
+    student: Tensor, teacher: Tensor, kept: Tensor | None, statistics: Tensor, upstream: Tensor, out: Tensor,
+    temperature: float, direction: str, beta: float,
+) -> None:  # fmt: skip
     """Write ``naive.gradient`` into ``out`` ``[rows, classes]``, which may be ``teacher``."""
     rows, V = student.shape
     if rows == 0:

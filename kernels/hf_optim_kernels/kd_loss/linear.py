@@ -1,7 +1,7 @@
-"""The distillation loss of hidden states and heads: logits exist for a few tokens at a time, and never whole.
+"""The distillation loss of hidden states and heads: the logits of a few tokens exist at a time, never all of them.
 
 ``z_s = h_s W_sᵀ`` and ``z_t = h_t W_tᵀ``; the loss is that of ``op.kd_loss``. The gradients of ``h_s`` and ``W_s`` are
-made in the forward, chunk by chunk, so what stands beside them is two chunks of logits.
+computed in the forward, chunk by chunk, so that two chunks of logits are all the additional memory.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ def fused_linear_kd_loss(
     rows: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
-    """``T²·D``, the mean over tokens: a float32 scalar, differentiable once in ``student_hidden`` and ``student_head``.
+    """Return ``T²·D``, the mean over tokens: a float32 scalar, once differentiable in the student's arguments.
 
     Args:
         student_hidden: ``[..., student width]``.
         student_head: ``[classes, student width]``, of the dtype of the hidden states.
-        teacher_hidden: ``[..., teacher width]``, as many tokens.
+        teacher_hidden: ``[..., teacher width]``, with the same number of tokens.
         teacher_head: ``[classes, teacher width]``.
         temperature, direction, beta: as ``op.kd_loss``.
         rows: int64 ``[n]``, distinct: the tokens that count; None takes all.
-        chunk_elements: size of a chunk's logits. The head's gradient is summed over chunks in the head's own dtype.
+        chunk_elements: size of a chunk's logits. The head's gradient is summed over chunks in the head's dtype.
+
+    Raises ``ValueError`` if tokens or classes of student and teacher differ in number.
     """
     ours, theirs = (hidden.reshape(-1, hidden.shape[-1]) for hidden in (student_hidden, teacher_hidden))
     if ours.shape[0] != theirs.shape[0] or student_head.shape[0] != teacher_head.shape[0]:
@@ -49,7 +51,7 @@ def fused_linear_kd_loss(
         )
     chunk = max(1, chunk_elements // student_head.shape[0])
     return _Fused.apply(
-        ours, student_head, theirs.detach(), teacher_head.detach(), rows, temperature, direction, beta, chunk
+        ours, student_head, theirs.detach(), teacher_head.detach(), rows, (temperature, direction, beta), chunk
     )
 
 
@@ -62,9 +64,7 @@ class _Fused(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_head: Tensor,
         rows: Tensor | None,
-        temperature: float,
-        direction: str,
-        beta: float,
+        settings: tuple[float, str, float],
         chunk: int,
     ) -> Tensor:
         count = hidden.shape[0] if rows is None else rows.numel()
@@ -77,16 +77,16 @@ class _Fused(torch.autograd.Function):
             here = here if rows is None else rows[here]
             h = hidden[here]
             student, teacher = h @ head.T, teacher_hidden[here] @ teacher_head.T
-            losses, statistics = op.kd_rows(student, teacher, None, temperature, direction, beta, False)
+            losses, statistics = op.kd_rows(student, teacher, None, *settings, False)
             total += losses.sum()
             if grad_hidden is None and grad_head is None:
                 continue
-            slope = _slope(student, teacher, statistics, temperature, direction, beta)
+            slope = _slope(student, teacher, statistics, settings)
             if grad_hidden is not None:
                 grad_hidden[here] = slope @ head
             if grad_head is not None:
                 grad_head.addmm_(slope.T, h)
-        # The mean's factor comes last: in float16 the gradient of one logit would vanish with it.
+        # The factor of the mean is applied last: in float16 the gradient of one logit would underflow with it.
         ctx.share = 1.0 / max(count, 1)
         ctx.save_for_backward(grad_hidden, grad_head)
         return total / max(count, 1)
@@ -95,15 +95,13 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         found = [None if g is None else g * (upstream[0] * ctx.share).to(g.dtype) for g in ctx.saved_tensors]
-        return *found, *[None] * 7
+        return *found, *[None] * 5
 
 
-def _slope(
-    student: Tensor, teacher: Tensor, statistics: Tensor, temperature: float, direction: str, beta: float
-) -> Tensor:
-    """The gradient of the sum of a chunk's losses, in the memory of the teacher's logits where it fits."""
+def _slope(student: Tensor, teacher: Tensor, statistics: Tensor, settings: tuple[float, str, float]) -> Tensor:
+    """Return the gradient of the sum of a chunk's losses, in the memory of the teacher's logits if dtypes agree."""
     upstream = torch.ones(len(student), dtype=torch.float32, device=student.device)
     if teacher.dtype != student.dtype:
-        return op.kd_gradient(student, teacher, None, statistics, upstream, temperature, direction, beta)
-    op.kd_gradient_(teacher, student, None, statistics, upstream, temperature, direction, beta)
+        return op.kd_gradient(student, teacher, None, statistics, upstream, *settings)
+    op.kd_gradient_(teacher, student, None, statistics, upstream, *settings)
     return teacher

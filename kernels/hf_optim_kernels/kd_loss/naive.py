@@ -1,4 +1,4 @@
-"""The specification of the distillation loss in plain PyTorch, row by row over logits ``[rows, classes]``.
+"""The specification of the distillation loss in plain PyTorch, per row of logits ``[rows, classes]``.
 
 With ``p = softmax(z_t / T)`` and ``q = softmax(z_s / T)``::
 
@@ -7,8 +7,8 @@ With ``p = softmax(z_t / T)`` and ``q = softmax(z_s / T)``::
     js        D = β Σ p (log p - log m) + (1-β) K                  dD/du = (1-β) q (log q - log m - K)
               m = β p + (1-β) q,  K = Σ q (log q - log m)
 
-where ``u = z_s / T``; a class of probability zero adds nothing. The loss of a row is ``T² D``, and its gradient with
-respect to ``z_s`` is ``T dD/du``. Forward is 1503.02531 section 2, reverse 2306.08543, js 2306.13649 equation 1.
+where ``u = z_s / T``; a class of probability zero contributes nothing. The loss of a row is ``T² D``, and its gradient
+with respect to ``z_s`` is ``T dD/du``. Forward is 1503.02531 section 2, reverse 2306.08543, js 2306.13649 equation 1.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DIRECTIONS = ("forward", "reverse", "js")
 def losses(
     student: Tensor, teacher: Tensor, kept: Tensor | None, temperature: float, direction: str, beta: float
 ) -> Tensor:
-    """``T² D`` of every row.
+    """Return ``T² D`` of every row.
 
     Args:
         student, teacher: logits ``[rows, classes]``; computed in float32, or float64 if the student is.
-        kept: bool ``[rows]``, False for rows whose loss is 0; None keeps all.
+        kept: bool ``[rows]``, False for rows whose loss is set to 0; None keeps all.
 
     Returns:
         ``[rows]``, float32 or float64.
@@ -36,15 +36,10 @@ def losses(
 
 
 def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor | None,
-    upstream: Tensor,
-    temperature: float,
-    direction: str,
+    student: Tensor, teacher: Tensor, kept: Tensor | None, upstream: Tensor, temperature: float, direction: str,
     beta: float,
-) -> Tensor:
-    """The gradient of ``(upstream * losses).sum()`` with respect to ``student``: its shape and dtype.
+) -> Tensor:  # fmt: skip
+    """Return the gradient of ``(upstream * losses).sum()`` with respect to ``student``: its shape and dtype.
 
     Args:
         upstream: ``[rows]``.
@@ -55,7 +50,7 @@ def gradient(
 
 
 def _parts(student: Tensor, teacher: Tensor, temperature: float, direction: str, beta: float) -> tuple[Tensor, Tensor]:
-    """``D`` [rows] and ``dD/du`` [rows, classes]."""
+    """Return ``D`` [rows] and ``dD/du`` [rows, classes]."""
     working = torch.float64 if student.dtype == torch.float64 else torch.float32
     log_q = (student.to(working) / temperature).log_softmax(-1)
     log_p = (teacher.to(working) / temperature).log_softmax(-1)
@@ -76,5 +71,5 @@ def _parts(student: Tensor, teacher: Tensor, temperature: float, direction: str,
 
 
 def _expected(weight: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """``weight (one - other)``, 0 where the weight is."""
+    """Return ``weight (one - other)``, 0 where the weight is 0."""
     return torch.where(weight > 0, weight * (one - other), 0.0)

@@ -1,9 +1,10 @@
 """The operator ``torch.ops.hf_optim.kd_rows``: the distillation loss of every row of logits (see ``naive``).
 
 Importing this module registers it. On a CUDA device it runs the Triton kernels, on a CPU the specification (or, under
-``TRITON_INTERPRET=1``, the kernels interpreted). The forward reads both logits once (``js``: twice) and keeps three
-numbers a row; the backward reads them again and writes the gradient, in the student's dtype, scaled by what comes from
-above. Written into the teacher's own memory (``overwrite_teacher``), it is no further tensor of the size of the logits.
+``TRITON_INTERPRET=1``, the interpreted kernels). The forward reads both logits once (``js``: twice) and keeps three
+numbers per row; the backward reads them again and writes the gradient, in the student's dtype, scaled by the upstream
+gradient. With ``overwrite_teacher`` it is written into the teacher's memory: no further tensor has the size of the
+logits.
 """
 
 from __future__ import annotations
@@ -22,23 +23,18 @@ def on_triton(logits: Tensor) -> bool:
 
 @torch.library.custom_op("hf_optim::kd_rows", mutates_args=())
 def kd_rows(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor | None,
-    temperature: float,
-    direction: str,
-    beta: float,
+    student: Tensor, teacher: Tensor, kept: Tensor | None, temperature: float, direction: str, beta: float,
     overwrite_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    """``T² D`` of every row, and statistics for the gradient.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``T² D`` of every row, and statistics for the gradient.
 
     Args:
         student: logits ``[rows, classes]`` with a gradient.
         teacher: the same shape, any floating dtype; gets no gradient.
-        kept: bool ``[rows]``: rows that count, the others have loss 0 and no gradient; None for all.
+        kept: bool ``[rows]``: rows that count; the others have loss 0 and no gradient. None keeps all.
         temperature, direction, beta: as in ``naive``.
-        overwrite_teacher: the backward leaves the gradient in the teacher's memory (of the student's dtype) in place of
-            its logits. A second backward through the same loss is then an error.
+        overwrite_teacher: the backward writes the gradient over the teacher's logits (of the student's dtype). A second
+            backward through the same loss is then an error.
 
     Returns:
         losses ``[rows]`` and statistics ``[rows, 3]``, float32 (float64 if the student is).
@@ -59,16 +55,10 @@ def _(student, teacher, kept, temperature, direction, beta, overwrite_teacher) -
 
 @torch.library.custom_op("hf_optim::kd_gradient", mutates_args=())
 def kd_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor | None,
-    statistics: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    direction: str,
-    beta: float,
-) -> Tensor:
-    """The gradient of ``(upstream * losses).sum()`` with respect to ``student``, in its shape and dtype."""
+    student: Tensor, teacher: Tensor, kept: Tensor | None, statistics: Tensor, upstream: Tensor, temperature: float,
+    direction: str, beta: float,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of ``(upstream * losses).sum()`` with respect to ``student``, in its shape and dtype."""
     if on_triton(student):
         from .launch import gradient
 
@@ -85,16 +75,10 @@ def _(student, teacher, kept, statistics, upstream, temperature, direction, beta
 
 @torch.library.custom_op("hf_optim::kd_gradient_", mutates_args=("teacher",))
 def kd_gradient_(
-    teacher: Tensor,
-    student: Tensor,
-    kept: Tensor | None,
-    statistics: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    direction: str,
-    beta: float,
-) -> None:
-    """As ``kd_gradient``; the result takes the place of the teacher's logits."""
+    teacher: Tensor, student: Tensor, kept: Tensor | None, statistics: Tensor, upstream: Tensor, temperature: float,
+    direction: str, beta: float,
+) -> None:  # fmt: skip
+    """Write the result of ``kd_gradient`` over the teacher's logits."""
     if on_triton(student):
         from .launch import gradient
 
@@ -134,19 +118,18 @@ def kd_loss(
     rows: Tensor | None = None,
     overwrite_teacher: bool = False,
 ) -> Tensor:
-    """``T²·D``, the mean over rows: a float32 scalar (float64 if the student is), 0 without rows.
+    """Return ``T²·D``, the mean over rows: a float32 scalar (float64 if the student is), 0 without rows.
 
     Args:
-        student, teacher: logits ``[..., classes]`` of one shape on one device; rows that are not in one piece are
-            copied.
+        student, teacher: logits ``[..., classes]`` of one shape on one device; rows that are not contiguous are copied.
         temperature: ``T > 0``.
         direction, beta: see ``naive``.
-        rows: int64 ``[n]``, distinct: the rows of ``student.view(-1, classes)`` that count; None takes all. Nothing is
-            gathered.
-        overwrite_teacher: the teacher's logits are not needed any more: the gradient takes their place where dtype and
-            layout allow.
+        rows: int64 ``[n]``, distinct: the rows of ``student.view(-1, classes)`` that count, which are not gathered;
+            None takes all.
+        overwrite_teacher: the teacher's logits are no longer needed: the gradient overwrites them if dtype and layout
+            allow it.
 
-    Raises ``ValueError`` for shapes that differ and a direction that there is not.
+    Raises ``ValueError`` if the shapes differ, or the direction is unknown.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")

@@ -10,19 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..common import tuning
-from ..common.benchmark import (
-    Contender,
-    bytes_of,
-    calls_of,
-    codes_of,
-    copies_of,
-    dense_contender,
-    device,
-    graph_time,
-    modules_of,
-    weight_of,
-)
+from ..common import benchmark, tuning
+from ..common.benchmark import Contender
 from ..wna16 import bench as unpruned
 from . import cusparselt, layer, mma_layout, naive, tiles
 
@@ -32,9 +21,9 @@ GROUP = 128
 
 def sparse_weight(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Return a random weight [N, K] with the first and third or second and fourth of every four columns."""
-    generator = torch.Generator(device()).manual_seed(seed)
-    weight = torch.randn(N, K // 4, 2, 2, device=device(), generator=generator, dtype=torch.float32)
-    odd = torch.rand(N, K // 4, 1, device=device(), generator=generator) < 0.5
+    generator = torch.Generator(benchmark.device()).manual_seed(seed)
+    weight = torch.randn(N, K // 4, 2, 2, device=benchmark.device(), generator=generator, dtype=torch.float32)
+    odd = torch.rand(N, K // 4, 1, device=benchmark.device(), generator=generator) < 0.5
     weight[..., 0] *= odd
     weight[..., 1] *= ~odd
     # A product with False may leave -0.0.
@@ -46,19 +35,20 @@ def random_weight(N: int, K: int, bits: int, dtype: torch.dtype) -> tuple[layer.
     dense = sparse_weight(N, K, dtype)
     group = K if bits != 4 else min(GROUP, K)
     if bits == 16:
-        weight = weight_of(codes_of(dense, None), dtype, 16, K, kind="dense", sparse24=True)
+        weight = benchmark.weight_of(benchmark.codes_of(dense, None), dtype, 16, K, kind="dense", sparse24=True)
         return layer.prepack(weight), dense.double()
     zero_offset = 1 << (bits - 1)
     grouped = dense.float().view(N, -1, group)
     scale = (grouped.abs().amax(-1) / (zero_offset - 1)).to(dtype)
     codes = (grouped / scale.float()[..., None]).round().clamp(1 - zero_offset, zero_offset - 1).view(N, K)
-    weight = weight_of(codes_of((codes + zero_offset).to(torch.uint8), scale), dtype, bits, group, sparse24=True)
+    stored = benchmark.codes_of((codes + zero_offset).to(torch.uint8), scale)
+    weight = benchmark.weight_of(stored, dtype, bits, group, sparse24=True)
     return layer.prepack(weight), codes.double() * scale.double().repeat_interleave(group, 1)
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     """Return the ways to run a 2:4 layer of shape [N, K] on M rows."""
-    x = torch.randn(M, K, device=device(), dtype=dtype)
+    x = torch.randn(M, K, device=benchmark.device(), dtype=dtype)
     flops = 2 * M * N * K
     found = []
     for bits in (16, 8, 4):
@@ -66,45 +56,45 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
         reference = x.double() @ weight.T
         del weight
         name, size = f"2:4 {'bf16' if bits == 16 else f'int{bits}'}", stored_bytes(module)
-        found.append(Contender(name, calls_of(module, x), size, flops, reference))
+        found.append(Contender(name, benchmark.calls_of(module, x), size, flops, reference))
     dense = sparse_weight(N, K, dtype)
-    found.append(dense_contender(x, dense))
+    found.append(benchmark.dense_contender(x, dense))
     exact = found[-1].reference
     found.append(unpruned.contender("int4, not 2:4", N, K, M, 4, GROUP if K % GROUP == 0 else K, dtype))
     packed = cusparselt.share(dense, naive.pack(dense, dense != 0, 16)[0])
     if packed is not None:
-        calls = [partial(cusparselt.product, x, copy, None, 0) for (copy,) in copies_of((packed,))]
-        found.append(Contender("cuSPARSELt", calls, bytes_of((packed,)), flops, exact, peer=True))
+        calls = [partial(cusparselt.product, x, copy, None, 0) for (copy,) in benchmark.copies_of((packed,))]
+        found.append(Contender("cuSPARSELt", calls, benchmark.bytes_of((packed,)), flops, exact, peer=True))
     return found
 
 
 def stored_bytes(module: layer.PackedWeight) -> int:
     """Return the bytes of a weight that a kernel of this folder reads: numbers, bits, scales."""
     if mma_layout.holds(module.bits):
-        return bytes_of(t for t in (module.values, module.bits, module.scale, module.zero) if t is not None)
+        return benchmark.bytes_of(t for t in (module.values, module.bits, module.scale, module.zero) if t is not None)
     rows, count = module.bits.shape[0], 2 * module.bits.shape[1]
     others = (tensor for tensor in (module.bits, module.scale, module.zero) if tensor is not None)
-    return rows * count * 2 * module.width // 8 + bytes_of(others)
+    return rows * count * 2 * module.width // 8 + benchmark.bytes_of(others)
 
 
 def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
     """Time the candidates for codes on sparse tensor cores and remember the fastest; return a line about it."""
     module, rows = random_weight(N, K, 4, dtype)[0], tuning.bucket(M)
-    if device().type != "cuda" or not mma_layout.holds(module.values) or rows > tiles.MOST_TILED_ROWS:
+    if benchmark.device().type != "cuda" or not mma_layout.holds(module.values) or rows > tiles.MOST_TILED_ROWS:
         return "nothing to tune"
-    found = timed(module, torch.randn(M, K, device=device(), dtype=dtype), tiles.tiled_candidates(N, K, rows))
+    found = timed(module, torch.randn(M, K, device=benchmark.device(), dtype=dtype), tiles.tiled_candidates(N, K, rows))
     best, config = found[0]
-    tuning.remember("sparse24-tiles", (N, K, rows), dtype, config, device())
+    tuning.remember("sparse24-tiles", (N, K, rows), dtype, config, benchmark.device())
     return f"{best:.1f} us with {config}"
 
 
 @torch.no_grad()
 def timed(module: layer.PackedWeight, x: Tensor, tried: Iterable[tiles.Config]) -> list[tuple[float, tiles.Config]]:
     """Return microseconds and configurations on copies of a layer, fastest first, without those that do not compile."""
-    modules, times = modules_of(module), []
+    modules, times = benchmark.modules_of(module), []
     for config in tried:
         try:
-            times.append((graph_time([partial(run, each, x, config) for each in modules], 11).us, config))
+            times.append((benchmark.graph_time([partial(run, each, x, config) for each in modules], 11).us, config))
         except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
             log.info("%s: %s: %s", config, type(error).__name__, str(error)[:120])
     return sorted(times, key=lambda pair: pair[0])

@@ -151,10 +151,6 @@ class PackedWeight(PlannedLinear):
             return "sparse24 Triton, int4 values on sparse tensor cores"
         return f"sparse24 Triton, {'16-bit' if self.width == 16 else f'int{self.width}'} values{many}"
 
-    def accepts(self, x: Tensor) -> bool:
-        """Return True if ``x`` has the dtype and the device of the layer."""
-        return x.dtype == self.dtype and x.device == self.bits.device
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the product for ``x`` [..., in]: [..., out]."""
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):

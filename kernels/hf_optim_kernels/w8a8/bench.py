@@ -8,49 +8,42 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..common.benchmark import (
-    Contender,
-    bytes_of,
-    calls_of,
-    codes_of,
-    copies_of,
-    dense_contender,
-    device,
-    weight_of,
-)
+from ..common import benchmark
+from ..common.benchmark import Contender
 from . import layer, naive
 
 
 def random_weight(N: int, K: int, dtype: torch.dtype, float8: bool) -> layer.PackedWeight:
     """Return a random packed weight [N, K] whose inputs have a grid per row."""
-    codes = torch.randint(1, 256, (N, K), device=device(), dtype=torch.uint8)
+    codes = torch.randint(1, 256, (N, K), device=benchmark.device(), dtype=torch.uint8)
     if float8:
-        codes = torch.randn(N, K, device=device()).to(naive.FLOAT8)
-    scale = (torch.rand(N, 1, device=device()) * 0.01 + 0.001).to(dtype)
+        codes = torch.randn(N, K, device=benchmark.device()).to(naive.FLOAT8)
+    scale = (torch.rand(N, 1, device=benchmark.device()) * 0.01 + 0.001).to(dtype)
     inputs = SimpleNamespace(type="float8" if float8 else "int8", dynamic=True, symmetric=True)
     kind = "float" if float8 else "int"
-    return layer.PackedWeight.of(weight_of(codes_of(codes, scale), dtype, 8, K, kind=kind, inputs=inputs))
+    found = benchmark.codes_of(codes, scale)
+    return layer.PackedWeight.of(benchmark.weight_of(found, dtype, 8, K, kind=kind, inputs=inputs))
 
 
 def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     """Return the ways to run an 8-bit layer of shape [N, K] on M rows; float8 where the device has it."""
-    x = torch.randn(M, K, device=device(), dtype=dtype)
+    x = torch.randn(M, K, device=benchmark.device(), dtype=dtype)
     found = [_ours(N, K, x, float8) for float8 in ((False, True) if _has_float8() else (False,))]
     weight = random_weight(N, K, dtype, False)
     values = naive.dequantize(weight.weight, weight.w_scale, None, torch.float32).to(dtype)
-    found.append(dense_contender(x, values))
+    found.append(benchmark.dense_contender(x, values))
     if M > 16 and K % 8 == 0 and N % 8 == 0:
-        size, flops = bytes_of((weight.weight, weight.w_scale)), 2 * M * N * K
-        pairs = [partial(_int_mm, x, *copy) for copy in copies_of((weight.weight, weight.w_scale))]
+        size, flops = benchmark.bytes_of((weight.weight, weight.w_scale)), 2 * M * N * K
+        pairs = [partial(_int_mm, x, *copy) for copy in benchmark.copies_of((weight.weight, weight.w_scale))]
         found.append(Contender("torch._int_mm", pairs, size, flops, _reference(x, weight), math="int8", peer=True))
     return found
 
 
 def _ours(N: int, K: int, x: Tensor, float8: bool) -> Contender:
     weight = random_weight(N, K, x.dtype, float8)
-    name, size = ("float8" if float8 else "int8"), bytes_of((weight.weight, weight.w_scale))
+    name, size = ("float8" if float8 else "int8"), benchmark.bytes_of((weight.weight, weight.w_scale))
     reference = _reference(x, weight)
-    return Contender(f"w8a8 {name}", calls_of(weight, x), size, 2 * len(x) * N * K, reference, math="int8")
+    return Contender(f"w8a8 {name}", benchmark.calls_of(weight, x), size, 2 * len(x) * N * K, reference, math="int8")
 
 
 def _reference(x: Tensor, packed: layer.PackedWeight) -> Tensor:
@@ -64,4 +57,4 @@ def _int_mm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _has_float8() -> bool:
-    return device().type == "cpu" or torch.cuda.get_device_capability() >= layer.LEAST_CAPABILITY["float8"]
+    return benchmark.device().type == "cpu" or torch.cuda.get_device_capability() >= layer.LEAST_CAPABILITY["float8"]

@@ -125,8 +125,7 @@ class PackedWeight(PlannedLinear):
 
     def accepts(self, x: Tensor) -> bool:
         """Return True if ``x`` has the dtype and the device of the layer, outside of autocast."""
-        same = x.dtype == self.dtype and x.device == self.weight.device
-        return same and not torch.is_autocast_enabled(x.device.type)
+        return super().accepts(x) and not torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product for ``x`` [..., in]: [..., out]."""

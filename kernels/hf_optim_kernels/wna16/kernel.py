@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP32
-from ..common.splitk import store_split
+from ..common.splitk import output_tile, store_split
 from .decode import bytes_, nibbles
 
 
@@ -93,10 +93,7 @@ def _linear_kernel(
 ):  # fmt: skip
     """x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], out [M, N], partial [SPLIT, M, N]."""
     pid_n, pid_m, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    wanted = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Columns past the end repeat the last one and are not stored: loads of the weight then need no mask.
-    cols = tl.minimum(wanted, N - 1)
+    rows, wanted, cols = output_tile(pid_m, pid_n, N, BLOCK_M, BLOCK_N)
     tile = packed + cols[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     TILE_COLUMNS: tl.constexpr = SLICE * (16 // WIDTH)

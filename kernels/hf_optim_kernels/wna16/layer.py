@@ -127,10 +127,6 @@ class PackedWeight(PlannedLinear):
         zero = None if self.zero is None else self.zero.T.contiguous()
         return Codes(codes.contiguous(), self.scale.T.contiguous(), zero, self.order)
 
-    def accepts(self, x: Tensor) -> bool:
-        """Return True if ``x`` has the dtype and the device of the layer."""
-        return x.dtype == self.dtype and x.device == self.packed.device
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the product for ``x`` [..., in]: [..., out]."""
         order = self._buffers["order"]
