@@ -40,6 +40,7 @@ from ..toolkit.distributed.fsdp import FullWeights, has_sharded_parameters
 from ..toolkit.pruning import masks
 from ..toolkit.pruning.rewinding import copy_state_, reinitialized_copy, require_lambda_lr, seek_scheduler_
 from ..toolkit.pruning.rounds import ROUNDS, round_sparsity
+from ..toolkit.topology import require_layers
 from .checkpoint_callback import write_state
 
 
@@ -92,10 +93,7 @@ class Rounds:
         targets = self._resolve("targets", targets if targets is None else tuple(targets), ("Linear",))
         skip = self._resolve("skip", skip if skip is None else tuple(skip), ())
         layers = run.select(targets, skip)
-        if not layers:
-            raise ModelError(
-                f"{self.label}: no linear layer of {type(run.model).__name__} is left; check targets and skip"
-            )
+        require_layers(layers, run.model, self.label)
         names = masks.weight_names(layers)
         self.parameters = list(names.values())
         if step is not None:
