@@ -1,11 +1,11 @@
-"""DistilBERT's recipe on a classifier: an encoder fine-tuned on SST-2, and a student of half of its layers.
+"""Distil a classifier with DistilBERT's recipe: an encoder fine-tuned on SST-2, and a student of half its layers.
 
     python examples/quantization/train_sst2_classifier.py --encoder MINILM --data sst2 --output sst2-classifier
     python examples/distillation/classifier_student.py --classifier sst2-classifier --data sst2 --json classifier.json
 
-The same copied layers are trained twice on train.tsv, with the recipe and by the task loss alone; reported are the
-accuracy on dev.tsv, parameters of the layers, and the time to encode the sentences of dev. 600 steps of 32 sentences
-take five minutes on two CPU cores.
+The same copied layers are trained twice on train.tsv, with the recipe and with the task loss alone. The script reports
+the accuracy on dev.tsv, the parameters of the layers, and the time to encode the sentences of dev. 600 steps of 32
+sentences take five minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minilm_student import arguments, batches, seconds, variants
+from minilm_student import encoding_seconds, load_batches, loss_variants, training_arguments
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_optim
@@ -26,8 +26,8 @@ from hf_optim.evaluation.evaluate import evaluate
 from hf_optim.training.fit import training_rows
 
 
-def classifier(args: argparse.Namespace) -> dict[str, Any]:
-    """Teach the student in both ways, and measure all."""
+def distil_classifier(args: argparse.Namespace) -> dict[str, Any]:
+    """Train the student with both losses, and measure both students and the teacher."""
     tokenizer = AutoTokenizer.from_pretrained(args.classifier)
     held_out = DataConfig(str(args.data / "dev.tsv"), samples=None)
 
@@ -38,28 +38,30 @@ def classifier(args: argparse.Namespace) -> dict[str, Any]:
         return float(evaluate(model.eval(), tokenizer, held_out, speed=False)["accuracy"])
 
     teacher = load()
-    found: dict[str, Any] = {"teacher": accuracy(teacher)}
+    results: dict[str, Any] = {"teacher": accuracy(teacher)}
     rows, collator = training_rows(
         teacher, tokenizer, DataConfig(str(args.data / "train.tsv"), samples=args.steps * args.batch)
     )
-    for name, weights in variants():
+    for name, weights in loss_variants():
         student = hf_optim.optimize(load(), {"technique": "distilbert", "layers": args.layers, **weights})
-        found.setdefault("copied layers", accuracy(student))
+        results.setdefault("copied layers", accuracy(student))
         with tempfile.TemporaryDirectory() as home:
             trainer = hf_optim.OptimTrainer(
-                model=student, args=arguments(args, home, args.rate), train_dataset=rows, data_collator=collator
-            )  # type: ignore[arg-type]
+                model=student,
+                args=training_arguments(args, home, args.rate),
+                train_dataset=rows,  # type: ignore[arg-type]
+                data_collator=collator,
+            )
             trainer.train()
         student = trainer.run.model
-        found[name] = accuracy(student)
-        figures = trainer.run.record.steps["0"]
-        found["layer parameters"] = [figures[f"layer_parameters_{when}"] for when in ("before", "after")]
-        found["layers"] = figures["layers"]
-        print(name, found[name], flush=True)
-    slow, fast = seconds(
-        [teacher.base_model, student.base_model], batches(args.data / "dev.tsv", "sentence", tokenizer)
-    )
-    return {**found, "encoding seconds": [slow, fast], "speed-up": slow / fast}
+        results[name] = accuracy(student)
+        reported = trainer.run.record.steps["0"]
+        results["layer parameters"] = [reported["layer_parameters_before"], reported["layer_parameters_after"]]
+        results["layers"] = reported["layers"]
+        print(name, results[name], flush=True)
+    inputs = load_batches(args.data / "dev.tsv", "sentence", tokenizer)
+    slow, fast = encoding_seconds([teacher.base_model, student.base_model], inputs)
+    return {**results, "encoding seconds": [slow, fast], "speed-up": slow / fast}
 
 
 def main() -> None:
@@ -72,11 +74,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures are written")
+    parser.add_argument("--json", type=Path, required=True, help="where the results are written")
     args = parser.parse_args()
-    found = {"settings": {key: str(value) for key, value in vars(args).items()}, "classifier": classifier(args)}
-    print(json.dumps(found["classifier"], indent=2))
-    args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    settings = {key: str(value) for key, value in vars(args).items()}
+    results = {"settings": settings, "classifier": distil_classifier(args)}
+    print(json.dumps(results["classifier"], indent=2))
+    args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

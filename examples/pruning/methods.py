@@ -1,4 +1,4 @@
-"""The methods of the pruning sweep: the recipe of each for a sparsity."""
+"""The methods of the pruning sweep: the recipe of each at a given sparsity."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Step = dict[str, Any]
 Recipe = Callable[[float, "Shape"], list[Step]]
 
 ROUNDS = 3
-# Of one phase: where weights and schedule go back to.
+# The point that weights and schedule are rewound to, as a fraction of one phase.
 REWIND_TO = 0.2
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The weights of a model's blocks, of which the sparsity is a share.
+    """The weights of a model's blocks; sparsity is counted over them.
 
     Attributes:
-        layers: how many blocks there are.
-        attention, feed_forward: weights of one block's linear layers.
-        heads: heads that may be removed on their own, or 0.
-        neurons: of a feed-forward layer.
+        layers: number of blocks.
+        attention, feed_forward: number of weights in the linear layers of one block.
+        heads: number of heads that can be removed one by one, or 0.
+        neurons: number of neurons of a feed-forward layer.
     """
 
     layers: int
@@ -38,12 +38,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to a model with few weights.
+    """A method that reduces the number of weights.
 
     Attributes:
         name: as printed.
-        recipe: sparsity and shape -> the steps; none for the dense model.
-        trains: False where the model is measured as it comes out of the recipe; the others all train equally long.
+        recipe: maps sparsity and shape to the steps; no steps for the dense model.
+        trains: False if the model is measured right after the recipe. All others train for the same number of steps.
     """
 
     name: str
@@ -51,56 +51,60 @@ class Method:
     trains: bool = True
 
 
-def one(technique: str, **fields: Any) -> Recipe:
+def single_step(technique: str, **fields: Any) -> Recipe:
+    """Return the recipe of one step."""
     return lambda sparsity, _: [{"technique": technique, "sparsity": sparsity, **fields}]
 
 
-def rounds(technique: str, **fields: Any) -> Recipe:
-    """A dense phase and three rounds, together as long as the training of the other methods."""
-    return one(technique, rounds=ROUNDS, dense=True, **fields)
+def in_rounds(technique: str, **fields: Any) -> Recipe:
+    """Return the recipe of a dense phase and three rounds, together as long as the training of the other methods."""
+    return single_step(technique, rounds=ROUNDS, dense=True, **fields)
 
 
 def top_kast(sparsity: float, _: Shape) -> list[Step]:
-    """The gradient reaches half of what the forward leaves out; supports stay for the last third of training."""
+    """Return the recipe of Top-KAST.
+
+    Half of the weights that the forward leaves out receive gradients. Masks are fixed for the last 30 % of training.
+    """
     return [{"technique": "top_kast", "sparsity": sparsity, "backward_sparsity": sparsity / 2, "every": 1, "end": 0.7}]
 
 
 def smaller_dense(sparsity: float, shape: Shape) -> list[Step]:
-    """A dense model with as many weights in its blocks as the sparse ones have non-zeros.
+    """Return the recipe of a dense model with as many weights in its blocks as the sparse models have non-zeros.
 
-    Of the ways to that number through whole layers or heads, and neurons for the rest, the one is taken that shrinks
-    attention and feed-forward layers most evenly.
+    Whole layers or heads are removed, and neurons for the rest. Of the combinations that give the target, the one that
+    shrinks attention and feed-forward layers most evenly is taken.
     """
-    wanted = (1.0 - sparsity) * shape.weights
-    ways = []
+    target = (1.0 - sparsity) * shape.weights
+    candidates = []
     for layers in range(1, shape.layers + 1) if not shape.heads else (shape.layers,):
         for heads in range(1, shape.heads + 1) if shape.heads else (1,):
-            share = heads / shape.heads if shape.heads else 1.0
-            neurons = (wanted / layers - share * shape.attention) / shape.feed_forward
-            if 0.0 < neurons <= 1.0:
-                ways.append((abs(neurons - share), layers, heads, neurons))
-    _, layers, heads, neurons = min(ways)
+            of_heads = heads / shape.heads if shape.heads else 1.0
+            of_neurons = (target / layers - of_heads * shape.attention) / shape.feed_forward
+            if 0.0 < of_neurons <= 1.0:
+                candidates.append((abs(of_neurons - of_heads), layers, heads, of_neurons))
+    _, layers, heads, of_neurons = min(candidates)
     step: Step = {"technique": "structured", "score": "activation", "round_to": 1}
     return [
         {
             **step,
             "layers": shape.layers - layers,
             "heads": shape.heads - heads if shape.heads else 0,
-            "neurons": round((1.0 - neurons) * shape.neurons),
+            "neurons": round((1.0 - of_neurons) * shape.neurons),
         }
     ]
 
 
 METHODS = (
-    Method("magnitude, one shot, no training", one("magnitude"), trains=False),
-    Method("magnitude, one shot", one("magnitude")),
-    Method("gmp", one("gmp", end=0.7, every=20)),
-    Method("iterative, fine-tuned", rounds("iterative")),
-    Method("weight rewinding", rounds("lottery_ticket", rewind_to=REWIND_TO)),
-    Method("random tickets", rounds("lottery_ticket", rewind_to=REWIND_TO, reinitialize=True)),
-    Method("lr rewinding", rounds("lr_rewinding", rewind_to=REWIND_TO)),
-    Method("variational dropout", one("variational_dropout", end=0.3, settle=0.7)),
-    Method("l0", one("l0", end=0.4, settle=0.7)),
+    Method("magnitude, one shot, no training", single_step("magnitude"), trains=False),
+    Method("magnitude, one shot", single_step("magnitude")),
+    Method("gmp", single_step("gmp", end=0.7, every=20)),
+    Method("iterative, fine-tuned", in_rounds("iterative")),
+    Method("weight rewinding", in_rounds("lottery_ticket", rewind_to=REWIND_TO)),
+    Method("random tickets", in_rounds("lottery_ticket", rewind_to=REWIND_TO, reinitialize=True)),
+    Method("lr rewinding", in_rounds("lr_rewinding", rewind_to=REWIND_TO)),
+    Method("variational dropout", single_step("variational_dropout", end=0.3, settle=0.7)),
+    Method("l0", single_step("l0", end=0.4, settle=0.7)),
     Method("top_kast", top_kast),
     Method("smaller dense", smaller_dense),
 )

@@ -1,4 +1,4 @@
-"""The two models of the pruning sweep, how they are trained and what they are measured by."""
+"""The two models of the pruning sweep, with their training settings and their metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_optim import DataConfig
 from hf_optim.evaluation.evaluate import evaluate
 from hf_optim.training.fit import training_rows
 
-LABELLED = 38_400
+LABELLED = 38_400  # labelled sentences that the encoder trains on
 
 
 @dataclass
@@ -26,18 +26,18 @@ class Subject:
 
     Attributes:
         name: as printed.
-        figure: of ``hf_optim.evaluation.evaluate``.
-        lower_is_better: of that figure.
-        load: the model before any training.
-        tokenizer: of the model.
-        data: texts or rows to train on, several files.
-        evaluation: what the figure is taken on.
-        training: arguments of ``TrainingArguments``; a share of the steps is warm-up, then the rate falls in a line.
-        shape: of the blocks.
+        metric: key in the result of ``hf_optim.evaluation.evaluate.evaluate``.
+        lower_is_better: True if a lower metric is better.
+        load: loads the model, before any training.
+        tokenizer: its tokenizer.
+        data: texts or labelled sentences to train on; several files.
+        evaluation: the data of the metric.
+        training: arguments of ``TrainingArguments``.
+        shape: the weights of the blocks.
     """
 
     name: str
-    figure: str
+    metric: str
     lower_is_better: bool
     load: Callable[[], Any]
     tokenizer: Any
@@ -47,17 +47,17 @@ class Subject:
     shape: Shape
 
     @cached_property
-    def rows(self) -> tuple[list[dict[str, Any]], Any]:
-        """Training rows and their collator."""
-        model, found, collator = self.load(), [], None
+    def training_data(self) -> tuple[list[dict[str, Any]], Any]:
+        """Training examples and their collator."""
+        model, examples, collator = self.load(), [], None
         for data in self.data:
             rows, collator = training_rows(model, self.tokenizer, data)
-            found += rows
-        return found, collator
+            examples += rows
+        return examples, collator
 
     @torch.no_grad()
     def measure(self, model: Any) -> float:
-        return float(evaluate(model.eval(), self.tokenizer, self.evaluation, speed=False)[self.figure])
+        return float(evaluate(model.eval(), self.tokenizer, self.evaluation, speed=False)[self.metric])
 
 
 def babyllama(models: Path, data: Path) -> Subject:
@@ -76,7 +76,7 @@ def babyllama(models: Path, data: Path) -> Subject:
 
 
 def minilm(encoder: Path, data: Path) -> Subject:
-    """The encoder with a new head: pruned while it is fine-tuned, as tickets of pretrained encoders are looked for."""
+    """Return the pretrained encoder with a new head: it is pruned during fine-tuning, as is usual for tickets."""
 
     def load() -> Any:
         with torch.random.fork_rng():
@@ -96,8 +96,8 @@ def minilm(encoder: Path, data: Path) -> Subject:
     )
 
 
-def calibration(rows: list[dict[str, Any]], collator: Any, seed: int) -> list[dict[str, Any]]:
-    """Four batches of training rows, for what is ranked by activations."""
-    chosen = random.Random(seed).sample(rows, 64)
-    batches = [collator([dict(row) for row in chosen[at : at + 16]]) for at in range(0, 64, 16)]
+def calibration_batches(examples: list[dict[str, Any]], collator: Any, seed: int) -> list[dict[str, Any]]:
+    """Return four batches of training examples without labels, for methods that rank by activations."""
+    chosen = random.Random(seed).sample(examples, 64)
+    batches = [collator([dict(example) for example in chosen[at : at + 16]]) for at in range(0, 64, 16)]
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]

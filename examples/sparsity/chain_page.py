@@ -1,4 +1,4 @@
-"""The 2:4 chain as a page and a plot, from ``results.json`` and, where it is there, the benchmark in ``runtime``."""
+"""Render the 2:4 chain as a page and a plot, from ``results.json`` and the benchmark in ``runtime`` (optional)."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ RUNTIME = "runtime"
 
 HEAD = """# 2:4 sparsity, step by step
 
-Written by `examples/sparsity/chain.py`; that script computes every figure. babyllama-1m, **every** linear layer of its
-blocks 2:4; perplexity on TinyStories' eval split, which is used once, after stock transformers has reloaded the
-checkpoint. Training and calibration see the 700 stories of the other two splits alone. `sr_ste` renews the mask at
-every step; KD has the dense model for a teacher, and no other loss.
-What limits it is the text: the student comes much nearer to its teacher on windows that it has seen than on others. So
-two links go on from the checkpoint of the one before: one with tokens of every second window replaced at random, one
-with every second window written by the dense model itself, begun with 16 tokens of a story. int4 follows on the latter.
+Written by `examples/sparsity/chain.py`, which computes every number. babyllama-1m, **every** linear layer of its blocks
+2:4; perplexity on the eval split of TinyStories, which is used once, after stock transformers has reloaded the
+checkpoint. Training and calibration use only the 700 stories of the other two splits. `sr_ste` recomputes the mask at
+every step. With KD, the dense model is the teacher and the divergence from it is the only loss.
+
+The amount of text is the limit: the student is much closer to its teacher on sequences from its training than on
+others. So two links continue from the checkpoint of `+ KD`: in one, tokens of every second sequence are replaced at
+random; in the other, every second sequence is sampled from the dense model after 16 tokens of a story. int4 is applied
+to the second.
 
 ![Perplexity of every link](chain.png)
 """
 TIMES = """
-## What it is worth at run time
+## Run time
 
-A model of one million weights fits into the cache of any device, so its times say nothing. These are of random weights
-in the shape of {model}, run by stock transformers on hf_optim's kernels ({device}, torch {torch}, triton {triton}); by
-`{command}` ([all of it](runtime/README.md)). Prefill is one forward over a prompt, with a cache to fill.
+A model of one million weights fits into the cache of any device, so its times mean little. These times are of random
+weights in the shape of {model}, run by stock transformers on hf_optim's kernels ({device}, torch {torch}, triton
+{triton}); measured by `{command}` ([full results](runtime/README.md)). Prefill is one forward over a prompt that also
+fills the cache.
 """
 
 
 def read(folder: Path) -> dict[str, Any]:
+    """Read ``results.json`` of a folder; without the file, return empty results."""
     path = folder / NAME
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"links": {}}
 
 
-def add(folder: Path, link: str, figures: dict[str, Any]) -> None:
-    """Put one link into the results; several processes may do so at once."""
+def add(folder: Path, link: str, result: dict[str, Any]) -> None:
+    """Add the result of one link to ``results.json``; several processes may do so at once."""
     with open(folder / f".{NAME}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = read(folder)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        results["links"][link] = {**figures, "device": device}
+        results["links"][link] = {**result, "device": device}
         results["versions"] = versions()
         (folder / NAME).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (folder / f".{NAME}.lock").unlink(missing_ok=True)
@@ -62,13 +66,13 @@ def render(folder: Path, order: Sequence[str]) -> None:
     results = read(folder)
     links = {name: results["links"][name] for name in order if name in results["links"]}
     lines = [HEAD, "| | perplexity | weights on disk | training steps | on |", "|---|---|---|---|---|"]
-    for name, found in links.items():
+    for name, result in links.items():
         lines.append(
-            f"| {name} | {found['perplexity']:.4f} | {found['bytes'] / 1e6:.2f} MB | {found.get('steps', '')} | "
-            f"{found['device']} |"
+            f"| {name} | {result['perplexity']:.4f} | {result['bytes'] / 1e6:.2f} MB | {result.get('steps', '')} | "
+            f"{result['device']} |"
         )
-    lines += ["", "A 2:4 checkpoint without codes is an ordinary dense one: its zeros take their bytes on disk."]
-    lines += _times(folder)
+    lines += ["", "A 2:4 checkpoint without codes is an ordinary dense one: its zeros take up space on disk."]
+    lines += _run_time_section(folder)
     lines += [
         "",
         "Last computed with "
@@ -77,26 +81,26 @@ def render(folder: Path, order: Sequence[str]) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-    _plot(folder / "chain.png", {name: found["perplexity"] for name, found in links.items()})
+    _plot(folder / "chain.png", {name: result["perplexity"] for name, result in links.items()})
 
 
-def _times(folder: Path) -> list[str]:
+def _run_time_section(folder: Path) -> list[str]:
     if not (folder / RUNTIME).is_dir():
         return []
-    found = Results.load(folder / RUNTIME)
-    prompts = sorted({row.tokens for row in found.prefill})
-    heads = ["weights", "weights GB", "ms a token, batch 1", *(f"ms, prefill of {tokens}" for tokens in prompts)]
-    about = {"model": found.decode[0].model, "device": found.device, "command": found.command, **found.versions}
-    lines = [TIMES.format(**about), f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in found.decode:
-        times = {each.tokens: each.ms for each in found.prefill if each.scheme == row.scheme}
+    benchmark = Results.load(folder / RUNTIME)
+    prompts = sorted({row.tokens for row in benchmark.prefill})
+    heads = ["weights", "weights GB", "ms per token, batch 1", *(f"ms, prefill of {tokens}" for tokens in prompts)]
+    setup = {"model": benchmark.decode[0].model, "device": benchmark.device, "command": benchmark.command}
+    lines = [TIMES.format(**setup, **benchmark.versions), f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in benchmark.decode:
+        times = {each.tokens: each.ms for each in benchmark.prefill if each.scheme == row.scheme}
         cells = [row.scheme, f"{row.weights_gb:.2f}", f"{row.ms:.2f}", *(f"{times[tokens]:.1f}" for tokens in prompts)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _plot(path: Path, perplexities: dict[str, float]) -> None:
-    """Bars of perplexity, logarithmic, the dense model's as a line."""
+    """Draw the perplexities as bars on a logarithmic axis, and that of the dense model as a line."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,9 +1,10 @@
-"""Efficacy of channel permutations for 2:4 on the random matrix of the paper's code: 128 rows, 64 columns.
+"""Measure the efficacy of channel permutations for 2:4 on the random matrix of the paper's code: 128 rows, 64 columns.
 
-    efficacy = (kept after - kept before) / (kept of free rows - kept before) · 100
+    efficacy = (kept after - kept before) / (kept row-wise - kept before) · 100
 
-The published figures (35.5 for stripe groups of 8 columns, 36.6 for 12) are of one matrix, numpy's uniform [0, 1) with
-seed 1. Here are that one, the mean of ten seeds, and the same for a Gaussian. Run on one thread:
+where "row-wise" keeps the largest half of each row, without groups. The published values (35.5 for stripe groups of 8
+columns, 36.6 for 12) belong to one matrix: numpy's uniform [0, 1) with seed 1. The script reports that matrix, the mean
+over ten seeds, and the same for two other distributions, on one thread:
 
     python examples/sparsity/permutation_efficacy.py --out efficacy.json
 """
@@ -41,25 +42,25 @@ SEARCHES: dict[str, dict[str, int]] = {
 
 
 def measure(make: Callable[[int], np.ndarray], options: dict[str, int], seeds: range) -> dict[str, Any]:
-    """Efficacy in per cent and seconds, for each seed of the matrix."""
+    """Return the efficacy in percent and the seconds of the search, for each seed of the matrix."""
     efficacies, seconds = [], []
     for seed in seeds:
         weight = torch.from_numpy(make(seed))
-        begin = time.perf_counter()
-        found = search_permutation(weight, **options)
-        seconds.append(round(time.perf_counter() - begin, 4))
-        efficacies.append(round(100 * found.efficacy, 2))
+        started = time.perf_counter()
+        result = search_permutation(weight, **options)
+        seconds.append(round(time.perf_counter() - started, 4))
+        efficacies.append(round(100 * result.efficacy, 2))
     return {"efficacy": efficacies, "seconds": seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--seeds", type=int, default=10, help="how many matrices of each kind")
+    parser.add_argument("--out", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--seeds", type=int, default=10, help="number of matrices of each kind")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds = range(1, arguments.seeds + 1)
-    search_permutation(torch.from_numpy(MATRICES["gaussian"](0)), stripes=3)  # the lists of splits are made once
+    search_permutation(torch.from_numpy(MATRICES["gaussian"](0)), stripes=3)  # builds the cached lists of splits
     table: dict[str, Any] = {"reference": REFERENCE, "shape": [128, 64], "seeds": list(seeds), "results": {}}
     print(
         f"{'matrix':<16}{'search':<30}{'seed 1':>8}{'mean':>8}{'lowest':>8}{'highest':>8}{'seconds':>9}{'slowest':>9}"
