@@ -1,6 +1,8 @@
-"""Masking on a GPU: that the kernel is exact, and its time beside PyTorch's own ways.
+"""Check that the masking kernel is exact on a GPU, and compare its time with PyTorch's operators.
 
-OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking.py [WORD ...]     (sections with a word in their names)
+    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking.py [WORD ...]
+
+With words, only the sections that have one of them in their names run.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ SETS = {"llama-85M, 84 tensors": llama_shapes(), "2000 tensors of 128x256": [(12
 
 @section("exact")
 def _():
-    found = {}
+    """Compare the kernel with the specification, bitwise, with NaN in the data."""
+    results = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, shapes in {**SETS, "odd": [(1,), (7, 3), (4097,), (129, 130), (4096, 3)]}.items():
             g = torch.Generator(DEVICE).manual_seed(0)
@@ -35,16 +38,16 @@ def _():
             expected = [t.clone() for t in tensors]
             naive.zero_(expected, masks)
             fused.Zeroing(masks)(tensors)
-            kind = torch.int16 if dtype.itemsize == 2 else torch.int32
-            same = all(torch.equal(a.view(kind), b.view(kind)) for a, b in zip(tensors, expected, strict=False))
-            found[f"{dtype} {name}"] = same
+            bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+            same = all(torch.equal(a.view(bits), b.view(bits)) for a, b in zip(tensors, expected, strict=True))
+            results[f"{dtype} {name}"] = same
             assert same
-    return found
+    return results
 
 
 @section("kernel")
 def _():
-    """Microseconds on the device (graph), eager, and of the host alone."""
+    """Return the microseconds of the device (CUDA graph), of an eager call, and of the host."""
     rows = {}
     for name, shapes in SETS.items():
         for dtype in (torch.float32, torch.bfloat16):
@@ -52,18 +55,18 @@ def _():
             masks = [torch.rand(s, device=DEVICE) < 0.5 for s in shapes]
             count = sum(t.numel() for t in tensors)
             zero = fused.Zeroing(masks)
-            ways = {
+            contenders = {
                 "torch._foreach_mul_": lambda: torch._foreach_mul_(tensors, masks),
                 "masked_fill_ each": lambda: [t.masked_fill_(m, 0) for t, m in zip(tensors, masks, strict=True)],
                 "ours": lambda: zero(tensors),
             }
-            for way, call in ways.items():
+            for contender, call in contenders.items():
                 graph = benchmark.graph_time([call]).us
-                rows[f"{name} {dtype} {way}"] = {
+                row = rows[f"{name} {dtype} {contender}"] = {
                     "graph_us": round(graph, 1),
                     "eager_us": round(benchmark.eager_time([call]).us, 1),
                     "host_us": round(benchmark.host_time(call).us, 1),
                     "TB/s (mask + read + write)": round(count * (1 + 2 * dtype.itemsize) / graph / 1e6, 2),
                 }
-                print(name, dtype, way, rows[f"{name} {dtype} {way}"], flush=True)
+                print(name, dtype, contender, row, flush=True)
     return rows

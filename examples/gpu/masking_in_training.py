@@ -1,6 +1,8 @@
-"""What masks cost in a step of a stock Trainer: Llama of 85 M weights, bf16 autocast, on one GPU.
+"""Measure the cost of masks per step of a stock Trainer: a Llama of 85 M weights, bf16 autocast, on one GPU.
 
-OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking_in_training.py [WORD ...]     (sections by a word)
+    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/masking_in_training.py [WORD ...]
+
+With words, only the sections that have one of them in their names run.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ warnings.simplefilter("ignore")
 section = Sections("masking-in-training.json")
 
 
-class Rows(torch.utils.data.Dataset):
+class RandomTokens(torch.utils.data.Dataset):
     def __init__(self, count, length, vocabulary):
         self.ids = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
 
@@ -36,16 +38,16 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": self.ids[i]}
 
 
-class Clock(TrainerCallback):
-    """Wall time of a step once warm, and when each step ended."""
+class StepTimer(TrainerCallback):
+    """Measures the mean wall time of a step, after ``warm`` steps."""
 
     def __init__(self, warm):
-        self.warm, self.begun, self.ended, self.steps = warm, 0.0, 0.0, 0
+        self.warm, self.started, self.ended, self.steps = warm, 0.0, 0.0, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.warm:
             torch.cuda.synchronize()
-            self.begun = time.perf_counter()
+            self.started = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs):
         torch.cuda.synchronize()
@@ -53,11 +55,11 @@ class Clock(TrainerCallback):
 
     @property
     def ms(self):
-        return 1e3 * (self.ended - self.begun) / self.steps
+        return 1e3 * (self.ended - self.started) / self.steps
 
 
-class Stopwatch:
-    """What the hooks of a callback take: on the device by events, on the host by the clock."""
+class HookTimer:
+    """Times the hooks of a callback: on the device with events, on the host with the clock."""
 
     def __init__(self, callback, names=("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end")):
         self.spans, self.host, self.calls = [], [], 0
@@ -77,18 +79,19 @@ class Stopwatch:
 
         return call
 
-    def figures(self):
+    def times(self):
+        """Return the median milliseconds per step."""
         torch.cuda.synchronize()
         spans = [a.elapsed_time(b) for a, b in self.spans]
         per = len(spans) // max(1, self.calls)
-        steps, host = ([sum(found[i : i + per]) for i in range(0, len(found), per)] for found in (spans, self.host))
+        steps, host = ([sum(times[i : i + per]) for i in range(0, len(times), per)] for times in (spans, self.host))
         return {
             "device_ms_a_step": round(statistics.median(steps), 3),
             "host_ms_a_step": round(1e3 * statistics.median(host), 3),
         }
 
 
-def model_of(dtype=torch.float32, layers=12):
+def build_model(layers=12):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32000,
@@ -100,35 +103,43 @@ def model_of(dtype=torch.float32, layers=12):
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(config)
 
 
-ONCE = [{"technique": "gmp", "sparsity": 0.5, "begin": 0, "end": 0}]
+ONE_SHOT = [{"technique": "gmp", "sparsity": 0.5, "begin": 0, "end": 0}]
 
 
 def train(kind, steps=60, warm=20, batch=8, length=1024, clock_parts=False, layers=12):
-    """``kind``: plain; stage (masks and the guard against NaN); stage-unguarded; stage-twice (masked after the step,
-    not within it); stage-foreach (without the kernel)."""
-    model = model_of(layers=layers)
+    """Train a model; return its times, and the model.
+
+    ``kind`` is one of
+
+    - ``plain``: without hf_optim;
+    - ``stage``: with masks and the check for non-finite gradients;
+    - ``stage-unguarded``: without that check;
+    - ``stage-twice``: weights are also masked after the optimizer step;
+    - ``stage-foreach``: as ``stage-twice``, without the kernel.
+    """
+    model = build_model(layers=layers)
     callbacks, run = [], None
     if kind != "plain":
-        model = hf_optim.optimize(model, ONCE)
+        model = hf_optim.optimize(model, ONE_SHOT)
         run = hf_optim.run_of(model)
         callbacks = hf_optim.callbacks(model)
     fused_masking._kernel.cache_clear()
-    known, stay = fused_masking.KERNEL, mask_callback.STAY_AT_ZERO
+    kernel, stay_at_zero = fused_masking.KERNEL, mask_callback.STAY_AT_ZERO
     if kind == "stage-foreach":
         fused_masking.KERNEL = "no_such_package"
     if kind in ("stage-twice", "stage-foreach"):
         mask_callback.STAY_AT_ZERO = ()
     if kind == "stage-unguarded":
         callbacks = [c for c in callbacks if not isinstance(c, NonFiniteCallback)]
-    watches = {}
+    timers = {}
     if clock_parts:
         for callback in callbacks:
             if isinstance(callback, (MaskCallback, NonFiniteCallback)):
-                watches[type(callback).__name__] = Stopwatch(callback)
-    clock = Clock(warm)
+                timers[type(callback).__name__] = HookTimer(callback)
+    timer = StepTimer(warm)
     with tempfile.TemporaryDirectory() as home:
         args = TrainingArguments(
             output_dir=home,
@@ -144,24 +155,24 @@ def train(kind, steps=60, warm=20, batch=8, length=1024, clock_parts=False, laye
             optim="adamw_torch_fused",
             weight_decay=0.1,
         )
-        # Several GPUs would make the Trainer wrap the model in DataParallel.
+        # With several GPUs, the Trainer would wrap the model in DataParallel.
         _ = args.device
         args._n_gpu = 1
-        trainer = Trainer(model=model, args=args, train_dataset=Rows(512, length, 32000), callbacks=[*callbacks, clock])
-        trainer.train()
-    fused_masking.KERNEL, mask_callback.STAY_AT_ZERO = known, stay
+        dataset = RandomTokens(512, length, 32000)
+        Trainer(model=model, args=args, train_dataset=dataset, callbacks=[*callbacks, timer]).train()
+    fused_masking.KERNEL, mask_callback.STAY_AT_ZERO = kernel, stay_at_zero
     fused_masking._kernel.cache_clear()
-    figures = {"ms_a_step": round(clock.ms, 3), **{name: watch.figures() for name, watch in watches.items()}}
+    results = {"ms_a_step": round(timer.ms, 3), **{name: each.times() for name, each in timers.items()}}
     if run is not None:
-        figures["stray"] = len(stray_weights(run))
-        figures["masked_tensors"] = len(run.masks)
-        assert not figures["stray"]
-    return figures, model
+        results["stray"] = len(stray_weights(run))
+        results["masked_tensors"] = len(run.masks)
+        assert not results["stray"]
+    return results, model
 
 
 @section("exact training")
 def _():
-    """Same bits (up to the sign of zeros) from the kernel in one pass, in two, and from foreach."""
+    """Compare the weights after training with the kernel in one pass, in two, and with foreach: equal up to -0."""
     torch.use_deterministic_algorithms(False)
     weights = {}
     for kind in ("stage", "stage-twice", "stage-foreach"):
@@ -179,7 +190,7 @@ def _():
 
 @section("share of a step")
 def _():
-    """Each kind between two plain runs, since the clock drifts: its time over the mean of its neighbours'."""
+    """Time each kind between two plain runs, since clocks drift; return its time over the mean of the two."""
     kinds, turns = ("stage", "stage-unguarded", "stage-foreach"), 4
     times = [("plain", train("plain", steps=40, warm=10)[0]["ms_a_step"])]
     for _turn in range(turns):
@@ -196,22 +207,23 @@ def _():
         "plain ms": [min(plain), statistics.median(plain), max(plain)],
         **{
             kind: {
-                "over plain": f"{100 * (statistics.median(found) - 1):.2f} %",
-                "each": [round(100 * (r - 1), 2) for r in found],
+                "over plain": f"{100 * (statistics.median(values) - 1):.2f} %",
+                "each": [round(100 * (ratio - 1), 2) for ratio in values],
             }
-            for kind, found in ratios.items()
+            for kind, values in ratios.items()
         },
     }
 
 
 @section("parts")
 def _():
+    """Time the hooks of the callbacks."""
     return {kind: train(kind, clock_parts=True)[0] for kind in ("stage", "stage-twice", "stage-foreach")}
 
 
 @section("accumulation and small batches")
 def _():
-    """Where masking costs most: a step of little work."""
+    """Time steps with little work, where masking costs most."""
     return {
         f"{kind} batch {batch}x{length}": train(kind, batch=batch, length=length)[0]["ms_a_step"]
         for batch, length in ((1, 512), (32, 1024))

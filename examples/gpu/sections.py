@@ -1,4 +1,4 @@
-"""Sections of a script for a GPU: each printed, kept in a JSON file under $OUT, and none the end of the others."""
+"""Sections of a benchmark script: results are kept in a JSON file in ``$OUT``, and a failure does not stop the rest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import triton
 
 
 class Sections:
-    """Runs functions as they are decorated; those that the command line names, or all.
+    """A decorator that runs each function where it is defined.
+
+    Words on the command line select the sections that have one of them in their names; without words, all run.
 
     Attributes:
-        result: name -> what the function returned, beside the device and versions.
+        result: name -> the returned value of the function; also the device and versions.
     """
 
     def __init__(self, file: str) -> None:
@@ -31,7 +33,7 @@ class Sections:
         }
 
     def __call__(self, name: str) -> Callable[[Callable[[], Any]], None]:
-        """Decorates the function of section ``name``."""
+        """Return the decorator of section ``name``."""
 
         def run(function: Callable[[], Any]) -> None:
             if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):
