@@ -1,16 +1,17 @@
-"""A checkpoint larger than the memory it is compressed in: the shape of Llama-3-8B, 16 GB of random weights.
+"""Compress a checkpoint that is larger than memory: the shape of Llama-3-8B, 16 GB of random weights.
 
 Writes the checkpoint shard by shard (dimensions of Llama-3-8B: width 4096, 32 layers, 14336 in the MLP, 32 query and 8
-key/value heads, 128256 tokens), then runs ``hf-optim compress --driver streamed`` on it in a process of its own, under
-a limit on memory, and prints seconds a block and peaks of memory. Calibration data are random token ids, so no
-tokenizer is needed; a recipe without data (``rtn``) streams the weights and nothing else.
+key/value heads, 128256 tokens), then runs ``hf-optim compress --driver streamed`` on it in a child process with limited
+memory, and prints the seconds per block and the peak memory. Calibration data are random token ids, so no tokenizer is
+needed; a recipe without data (``rtn``) only streams the weights.
 
-The limit is on the process's own memory (``RssAnon``, and ``RssShmem``, which holds pinned buffers): it is looked at
-every 20 ms, and the process is killed beyond it. Limits of the system (``RLIMIT_DATA``, ``RLIMIT_AS``) count addresses,
-also those of files that safetensors maps to read their headers and those that a GPU's driver reserves, so they would
-forbid what takes no memory. Pages of mapped files (``RssFile``) are reported, not counted: the system may drop them.
+The limit applies to the process's own memory (``RssAnon``, and ``RssShmem``, which holds pinned buffers). It is checked
+every 20 ms, and a process beyond it is killed. Limits of the system (``RLIMIT_DATA``, ``RLIMIT_AS``) count address
+space, including the files that safetensors maps to read their headers and the ranges that a GPU driver reserves, so
+they would reject mappings that take no memory. Pages of mapped files (``RssFile``) are reported but not counted,
+because the system may drop them.
 
-    python examples/compress_8b_shape.py --recipe rtn                       # 16 GB + 5 GB of disk, a CPU will do
+    python examples/compress_8b_shape.py --recipe rtn                       # a CPU; 16 GB + 5 GB of disk
     python examples/compress_8b_shape.py --recipe gptq --samples 128        # a GPU
     python examples/compress_8b_shape.py --recipe gptq --layers 2 --samples 4 --seq-len 64
 """
@@ -31,16 +32,16 @@ import torch
 from safetensors.torch import save_file
 
 GIB = 2**30
-WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
+WIDTH, INNER, HEADS, KEY_VALUE_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
 RECIPES = {
     "rtn": [{"technique": "rtn", "bits": 4, "group_size": 128}],
     "gptq": [{"technique": "gptq", "bits": 4, "group_size": 128}],
 }
 
 
-def shards(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The tensors of each shard, by name: the embeddings, one block each, the head."""
-    keys = WIDTH * KEY_HEADS // HEADS
+def shard_shapes(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield the shapes of the tensors of each shard, by name: the embeddings, one shard per block, norm and head."""
+    keys = WIDTH * KEY_VALUE_HEADS // HEADS
     yield {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
     for number in range(layers):
         shapes = {
@@ -58,20 +59,20 @@ def shards(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
     yield {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
 
 
-def fill(tensor: torch.Tensor, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Fill a tensor with pieces of a pool of random numbers: copying is far faster than drawing billions of them."""
+def fill_(tensor: torch.Tensor, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Fill a tensor with slices of a pool of random numbers, which is much faster than sampling billions of them."""
     flat = tensor.view(-1)
     at = 0
     while at < len(flat):
-        begin = int(torch.randint(len(pool) // 2, (), generator=generator))
-        size = min(len(pool) - begin, len(flat) - at)
-        flat[at : at + size] = pool[begin : begin + size]
+        start = int(torch.randint(len(pool) // 2, (), generator=generator))
+        size = min(len(pool) - start, len(flat) - at)
+        flat[at : at + size] = pool[start : start + size]
         at += size
     return tensor
 
 
 def write_checkpoint(home: Path, layers: int) -> int:
-    """Write the checkpoint, one shard in memory at a time; returns its bytes."""
+    """Write the checkpoint with one shard in memory at a time; return its size in bytes."""
     from transformers import LlamaConfig
 
     home.mkdir(parents=True)
@@ -81,7 +82,7 @@ def write_checkpoint(home: Path, layers: int) -> int:
         intermediate_size=INNER,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
         max_position_embeddings=8192,
         rope_theta=500000.0,
         tie_word_embeddings=False,
@@ -92,22 +93,22 @@ def write_checkpoint(home: Path, layers: int) -> int:
     index, total = {}, 0
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(1 << 22).normal_(0.0, 0.02, generator=generator).to(torch.bfloat16)
-    for number, tensors in enumerate(shards(layers), 1):
+    for number, shapes in enumerate(shard_shapes(layers), 1):
         name = f"model-{number:05d}-of-{layers + 2:05d}.safetensors"
-        made = {}
-        for key, shape in tensors.items():
-            blank = torch.empty(shape, dtype=torch.bfloat16)
-            made[key] = blank.fill_(1.0) if len(shape) == 1 else fill(blank, pool, generator)
-            total += blank.nbytes
+        tensors = {}
+        for key, shape in shapes.items():
+            empty = torch.empty(shape, dtype=torch.bfloat16)
+            tensors[key] = empty.fill_(1.0) if len(shape) == 1 else fill_(empty, pool, generator)
+            total += empty.nbytes
         index |= dict.fromkeys(tensors, name)
-        save_file(made, home / name, metadata={"format": "pt"})
+        save_file(tensors, home / name, metadata={"format": "pt"})
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     (home / "model.safetensors.index.json").write_text(text)
     return total
 
 
-def memory_of(process: int) -> dict[str, int]:
-    """Resident bytes of a process by kind: ``RssAnon``, ``RssShmem``, ``RssFile``."""
+def resident_memory(process: int) -> dict[str, int]:
+    """Return the resident bytes of a process by kind: ``RssAnon``, ``RssShmem``, ``RssFile``."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -116,21 +117,24 @@ def memory_of(process: int) -> dict[str, int]:
     return {name: int(rest.split()[0]) * 1024 for name, rest in pairs}
 
 
-def watched(command: list[str], limit: int) -> dict[str, int]:
-    """Run a command under a limit on its memory; returns the peaks. Ends the program if it failed or went beyond."""
+def run_with_limit(command: list[str], limit: int) -> dict[str, int]:
+    """Run a command with limited memory, and return its peak memory by kind, in bytes.
+
+    Exits if the command fails or exceeds the limit.
+    """
     peaks: dict[str, int] = {}
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            now = memory_of(process.pid)
+            now = resident_memory(process.pid)
             own = now.get("RssAnon", 0) + now.get("RssShmem", 0)
             for name, value in {**now, "own": own}.items():
                 peaks[name] = max(peaks.get(name, 0), value)
             if own > limit:
                 process.kill()
-                sys.exit(f"killed: {own / GIB:.2f} GiB of memory, and the limit is {limit / GIB:.2f}")
+                sys.exit(f"killed: compress used {own / GIB:.2f} GiB of memory; the limit is {limit / GIB:.2f} GiB")
             time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"compress ended with status {process.returncode}")
+        sys.exit(f"compress failed with exit status {process.returncode}")
     return peaks
 
 
@@ -145,7 +149,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=6.0, help="GiB of host memory")
     parser.add_argument("--device", default=None)
     parser.add_argument("--spill", action="store_true", help="keep activations on disk")
-    parser.add_argument("--keep", action="store_true", help="leave the files there; a checkpoint that is there is used")
+    parser.add_argument("--keep", action="store_true", help="keep the files; an existing checkpoint is always used")
     args = parser.parse_args()
     source, output = args.home / "model", args.home / "result"
     args.home.mkdir(parents=True, exist_ok=True)
@@ -162,8 +166,8 @@ def main() -> None:
     command += ["--device", args.device] if args.device else []
     command += ["--spill", str(args.home)] if args.spill else []
     started = time.perf_counter()
-    peaks = watched(command, int(args.limit * GIB))
-    figures = {
+    peaks = run_with_limit(command, int(args.limit * GIB))
+    results = {
         "seconds": round(time.perf_counter() - started, 1),
         "limit_gib": args.limit,
         "peak_own_memory_gib": round(peaks["own"] / GIB, 3),
@@ -174,7 +178,7 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "stage": json.loads((output / "hf_optim.json").read_text())["stages"][0],
     }
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(results, indent=2))
     if not args.keep:
         shutil.rmtree(source)
         shutil.rmtree(output)

@@ -1,9 +1,10 @@
-"""Make the cards under ``model_cards/``: compress each model by each recipe, keep the card, the record and the plots.
+"""Make the cards in ``model_cards/``: compress a model with each recipe, and keep the card, the record and the plots.
 
     python examples/make_model_cards.py --model ../shared/models/babyllama-1m \\
         --calibration calibration.jsonl --eval eval.jsonl --recipes w4a16 w3a16 w8a8
 
-Without ``--model`` it takes the bundled demo model, with the standard library's source as data. Weights are not kept.
+Without ``--model``, the script uses the bundled demo model, with the standard library's source as data. Weights are not
+kept.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ from hf_optim.cli.jobs import demo_corpus
 from hf_optim.cli.jobs.demo import bundled_model
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
-
-
-# Of the held-out files the beginnings, so that every module has its say and a laptop is done in minutes.
+# Only the start of each held-out file is used, so that all modules count and a laptop takes minutes.
 HELD_OUT_CHARACTERS = 6_000
 
 
-def demo_data(folder: Path, split: str) -> str:
-    """The demo corpus as a jsonl file."""
+def write_demo_data(folder: Path, split: str) -> str:
+    """Write a split of the demo corpus as a JSON-lines file; return its path."""
     path = folder / f"stdlib-{split}.jsonl"
     length = HELD_OUT_CHARACTERS if split == "held_out" else None
     rows = (json.dumps({"text": text[:length]}) for text in demo_corpus.texts(split))
@@ -45,8 +44,8 @@ def main() -> None:
         folder = Path(home)
         model = args.model or str(bundled_model())
         name = Path(args.model).name if args.model else "hf-optim-demo"
-        calibration = args.calibration or demo_data(folder, "train")
-        evaluation = args.eval or demo_data(folder, "held_out")
+        calibration = args.calibration or write_demo_data(folder, "train")
+        evaluation = args.eval or write_demo_data(folder, "held_out")
         for recipe in args.recipes:
             output = folder / f"{name}-{recipe}"
             command = ["compress", model, "--recipe", recipe, "--calibration", calibration, "--eval", evaluation]

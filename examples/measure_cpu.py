@@ -1,8 +1,8 @@
-"""Compressed models on a CPU: the original in float32, the stock reload of the checkpoint, the same accelerated.
+"""Time compressed models on a CPU: the original, the stock reload of the checkpoint, and the accelerated reload.
 
 Two small models: the bundled Llama (forward of a text, and greedy ``generate``) and a BERT of MiniLM-L6's shape with
-random weights. The three are timed in turns, so that what else the machine does falls on all of them alike; the least
-time is what the work takes. Prints a table and writes JSON.
+random weights. The three variants are timed in turns, so that other load on the machine affects all of them alike; the
+minimum is the time of the work itself. Prints a table and writes JSON.
 
     python examples/measure_cpu.py --threads 2 --output cpu.json
 """
@@ -36,17 +36,17 @@ MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
 NEW_TOKENS = 50
 
 
-def llama() -> PreTrainedModel:
+def load_llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32).eval()
 
 
-def minilm() -> PreTrainedModel:
+def build_minilm() -> PreTrainedModel:
     torch.manual_seed(0)
     return BertModel(BertConfig(**MINILM)).eval()
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds, least and median, of each call; each is made at least five times."""
+def time_in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
+    """Return the minimum and median milliseconds of each call, over at least five turns."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -59,28 +59,30 @@ def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, d
     return {n: {"min_ms": round(min(t), 3), "median_ms": round(statistics.median(t), 3)} for n, t in taken.items()}
 
 
-def greedy(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+def generate_greedily(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     return model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
 def workloads(name: str) -> dict[str, Callable[[Any], Any]]:
+    """Return the calls to time for a model, by description."""
     if name == "minilm":
         ids = {(b, n): torch.randint(1000, 30000, (b, n)) for b in (1, 8) for n in (32, 128)}
         return {f"forward {b} x {n}": lambda m, i=i: m(i) for (b, n), i in ids.items()}
     text = demo_ids()
-    found: dict[str, Callable[[Any], Any]] = {f"forward 1 x {n}": lambda m, n=n: m(text[:, :n]) for n in (16, 64, 256)}
+    calls: dict[str, Callable[[Any], Any]] = {f"forward 1 x {n}": lambda m, n=n: m(text[:, :n]) for n in (16, 64, 256)}
     for batch in (1, 8):
         ids = text[:, :20].expand(batch, -1).contiguous()
-        found[f"generate {batch} x {NEW_TOKENS}"] = lambda m, ids=ids: greedy(m, ids, NEW_TOKENS)
-    return found
+        calls[f"generate {batch} x {NEW_TOKENS}"] = lambda m, ids=ids: generate_greedily(m, ids, NEW_TOKENS)
+    return calls
 
 
 def demo_ids() -> torch.Tensor:
+    """Return the first 256 tokens of the held-out demo corpus, ``[1, 256]``."""
     tokenizer = AutoTokenizer.from_pretrained(bundled_model())
     return tokenizer(next(iter(demo_corpus.texts("held_out"))), return_tensors="pt").input_ids[:, :256]
 
 
-def reloaded(folder: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def reload(folder: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
     auto = AutoModel if name == "minilm" else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=dtype).eval()
 
@@ -90,36 +92,37 @@ def output_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return (out.logits if "logits" in out else out.last_hidden_state).double()
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the second."""
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of ``b``, to three digits."""
     return float(f"{float((a - b).norm() / b.norm()):.2e}")
 
 
 def agreement(name: str, models: dict[str, Any]) -> dict[str, Any]:
-    """How far outputs are apart; and both, with the original's own, from the stock reload computed in float64."""
+    """Compare the outputs of the models with each other, and with the stock reload computed in float64."""
     ids = demo_ids()[:, :64] if name == "llama" else torch.arange(1000, 1064)[None]
-    stock, fast = models["stock"], models["accelerated"]
-    reference, result = output_of(stock, ids), output_of(fast, ids)
+    stock, accelerated = models["stock"], models["accelerated"]
+    reference, result = output_of(stock, ids), output_of(accelerated, ids)
     exact = output_of(copy.deepcopy(stock).double(), ids)
-    found: dict[str, Any] = {
-        "accelerated_against_stock": apart(result, reference),
-        "accelerated_against_float64": apart(result, exact),
-        "stock_against_float64": apart(reference, exact),
-        "stock_against_original": apart(reference, output_of(models["original"], ids)),
+    errors: dict[str, Any] = {
+        "accelerated_against_stock": relative_error(result, reference),
+        "accelerated_against_float64": relative_error(result, exact),
+        "stock_against_float64": relative_error(reference, exact),
+        "stock_against_original": relative_error(reference, output_of(models["original"], ids)),
     }
     if name == "llama":
-        texts = [greedy(m, demo_ids()[:, :20], 200) for m in (stock, fast)]
-        found["greedy_200_identical"] = bool(torch.equal(*texts))
-    return found
+        texts = [generate_greedily(m, demo_ids()[:, :20], 200) for m in (stock, accelerated)]
+        errors["greedy_200_identical"] = bool(torch.equal(*texts))
+    return errors
 
 
 def measure(name: str, scheme: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    make = {"llama": llama, "minilm": minilm}[name]
+    """Compress a model, and measure the agreement and the times of its three variants."""
+    make = {"llama": load_llama, "minilm": build_minilm}[name]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", hf_optim.KernelWarning)
         hf_optim.optimize(make(), [SCHEMES[scheme]]).save_pretrained(folder)
-        models = {"original": make().to(dtype), "stock": reloaded(folder, name, dtype)}
-        models["accelerated"] = hf_optim.accelerate(reloaded(folder, name, dtype))
+        models = {"original": make().to(dtype), "stock": reload(folder, name, dtype)}
+        models["accelerated"] = hf_optim.accelerate(reload(folder, name, dtype))
     runs: dict[str, int] = {}
     for row in hf_optim.report(models["accelerated"]):
         label = row.kernel or f"dense: {row.reason}"
@@ -133,7 +136,7 @@ def measure(name: str, scheme: str, dtype: torch.dtype, seconds: float) -> dict[
     result["agreement"] = agreement(name, models)
     result["times"] = {}
     for work, call in workloads(name).items():
-        times = in_turns({n: lambda m=m, call=call: call(m) for n, m in models.items()}, seconds)
+        times = time_in_turns({n: lambda m=m, call=call: call(m) for n, m in models.items()}, seconds)
         result["times"][work] = times
         shown = "  ".join(f"{n} {t['min_ms']:9.2f}" for n, t in times.items())
         print(f"{name:6} {scheme:5} {result['dtype']:8} {work:16} {shown}", flush=True)
@@ -144,7 +147,7 @@ def measure(name: str, scheme: str, dtype: torch.dtype, seconds: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of timing per row")
     parser.add_argument("--models", nargs="+", default=["llama", "minilm"], choices=["llama", "minilm"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--output", required=True)

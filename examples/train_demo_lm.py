@@ -3,9 +3,9 @@
     python examples/train_demo_lm.py --steps 20                 # a laptop CPU, under two minutes: a smoke test
     python examples/train_demo_lm.py --device cuda --compile    # the published settings: a minute on an H200
 
-Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load offline: float16 weights, the tokenizer,
-`training.json` (every figure of the run) and a model card rendered from it. No checkpoint is selected: what is
-written is the last step of a fixed schedule. The modules in `demo_corpus.HELD_OUT` are used for evaluation only.
+Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load offline: float16 weights, the tokenizer,
+``training.json`` (every number of the run) and a model card rendered from it. No checkpoint is selected: the weights
+are those of the last step of a fixed schedule. The modules in ``demo_corpus.HELD_OUT`` are used only for evaluation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_optim.cli.jobs import demo_corpus
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048
-CONTEXT = 512  # positions the model is made for, and the window of every reported loss
+CONTEXT = 512  # positions of the model, and the sequence length of every reported loss
 SHAPE = {
     "hidden_size": 256,
     "num_hidden_layers": 6,
@@ -38,7 +38,7 @@ SHAPE = {
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every string round-trips exactly. `<s>` is put first, as Llama does."""
+    """Train a byte-level BPE, so every string round-trips exactly. It prepends ``<s>``, as Llama's does."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -63,7 +63,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Save, naming the class by the one name that transformers 4 and 5 both know."""
+    """Save the tokenizer, with a class name that exists in transformers 4 and 5."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -71,7 +71,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one row of token ids [tokens], each text between `<s>` and `</s>`."""
+    """Return the token ids of all texts, joined: ``[n]``, int64; each text is enclosed in ``<s>`` and ``</s>``."""
     encoded = tokenizer.backend_tokenizer.encode_batch(texts)
     return torch.tensor([i for text in encoded for i in (*text.ids, tokenizer.eos_token_id)])
 
@@ -89,29 +89,37 @@ def build_model(tokenizer: PreTrainedTokenizerFast, context: int) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
-def random_windows(stream: torch.Tensor, batch: int, length: int, bos: int) -> torch.Tensor:
-    """[batch, length] windows of the stream. Half of them start with `<s>`, so that the model reads text
-    from the middle of a file equally well with and without it."""
+def random_sequences(stream: torch.Tensor, batch: int, length: int, bos: int) -> torch.Tensor:
+    """Return token ids ``[batch, length]`` from random positions of the stream.
+
+    Half of the sequences start with ``<s>``, so that the model predicts text from the middle of a file equally well
+    with and without it.
+    """
     starts = torch.randint(len(stream) - length, (batch, 1), device=stream.device)
-    windows = stream[starts + torch.arange(length, device=stream.device)]
-    windows[: batch // 2, 0] = bos
-    return windows
+    sequences = stream[starts + torch.arange(length, device=stream.device)]
+    sequences[: batch // 2, 0] = bos
+    return sequences
 
 
 def add_dropout(model: LlamaForCausalLM, rate: float) -> list:
-    """Dropout after the embedding and on what each block adds to the stream (Llama has none): handles to remove."""
-    places = [model.model.embed_tokens]
-    places += [linear for layer in model.model.layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    """Add dropout after the embedding and on the outputs of attention and MLP, since Llama has none.
+
+    Returns the handles that remove it.
+    """
+    modules = [model.model.embed_tokens]
+    modules += [linear for layer in model.model.layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
 
     def drop(module, inputs, output):
         return torch.nn.functional.dropout(output, rate, module.training)
 
-    return [place.register_forward_hook(drop) for place in places] if rate else []
+    return [module.register_forward_hook(drop) for module in modules] if rate else []
 
 
 def train(model, stream, *, steps, batch, length, lr, weight_decay, dropout, compile_model, progress) -> None:
-    """AdamW, bfloat16 autocast on a GPU, linear warm-up over 5 % of the steps, then a cosine down to zero.
-    The corpus is small for the model, so weight decay and dropout are what keep it from learning it by heart."""
+    """Train with AdamW, bfloat16 autocast on a GPU, and a linear warm-up over 5 % of the steps, then cosine to zero.
+
+    The corpus is small for the model: only weight decay and dropout keep the model from memorizing it.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -126,7 +134,7 @@ def train(model, stream, *, steps, batch, length, lr, weight_decay, dropout, com
     compute_loss = torch.compile(loss_of) if compile_model else loss_of
     model.train()
     for step in range(1, steps + 1):
-        loss = compute_loss(random_windows(stream, batch, length, model.config.bos_token_id))
+        loss = compute_loss(random_sequences(stream, batch, length, model.config.bos_token_id))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,8 +151,11 @@ def train(model, stream, *, steps, batch, length, lr, weight_decay, dropout, com
 
 @torch.no_grad()
 def mean_loss(model, stream: torch.Tensor, most_windows: int | None = None, batch: int = 32) -> float:
-    """Mean nats per token over windows of 512 that overlap by one token, so that each token is predicted once;
-    `most_windows` evenly spaced ones, or all. A tail shorter than a window is dropped."""
+    """Compute the mean nats per token over windows of 512 tokens.
+
+    Windows overlap by one token, so that each token is predicted once. ``most_windows`` evenly spaced windows are used,
+    or all. An incomplete window at the end is dropped.
+    """
     windows = stream.unfold(0, CONTEXT, CONTEXT - 1)
     if most_windows is not None and most_windows < len(windows):
         windows = windows[torch.linspace(0, len(windows) - 1, most_windows).long()]
@@ -154,12 +165,15 @@ def mean_loss(model, stream: torch.Tensor, most_windows: int | None = None, batc
 
 
 def save_half(model, directory: Path, stream: torch.Tensor, reference: float, most_windows: int | None) -> float:
-    """Write float16 weights, load them back, and return the held-out loss of what was written.
-    On a CPU the reloaded weights are widened to float32 before the arithmetic."""
+    """Save float16 weights, reload them, and return the held-out loss of the reloaded model.
+
+    On a CPU the reloaded weights are converted to float32. Raises ``RuntimeError`` if the loss differs from
+    ``reference`` by more than 0.1 %.
+    """
     device = model.device
     model.half().save_pretrained(directory)
-    arithmetic = torch.float16 if device.type == "cuda" else torch.float32
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=arithmetic).to(device).eval()
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
     loss = mean_loss(reloaded, stream, most_windows)
     if abs(loss - reference) > 1e-3 * reference:
         raise RuntimeError(f"float16 changed the held-out loss from {reference:.5f} to {loss:.5f}")
@@ -183,20 +197,20 @@ tags:
 
 {parameters:,} parameters, trained from random weights (not a pretrained model, and not a fine-tune of one) on the
 source code of the Python {corpus_python} standard library by `examples/train_demo_lm.py`. It ships inside `hf-optim`
-so that a compression can be run, measured and seen to cost something within a minute, on a CPU, with no download.
+so that a compression and its cost in quality can be measured within a minute, on a CPU, without a download.
 
 | | |
 |---|---|
 | architecture | `LlamaForCausalLM`, {layers} layers, width {width}, {heads} heads \
 ({kv_heads} for keys and values), MLP {mlp}, context {context}, tied embeddings |
-| tokenizer | byte-level BPE, {vocabulary} tokens; text round-trips exactly; `<s>` is put first |
+| tokenizer | byte-level BPE, {vocabulary} tokens; text round-trips exactly; `<s>` is prepended |
 | weights | float16, {weight_bytes:,} bytes |
 | training | {steps:,} steps of {batch} x {seq_len} tokens = {tokens_seen:,} tokens, \
 {epochs:.1f} passes over {train_tokens:,}; AdamW, learning rate {lr}, weight decay {weight_decay}, \
 dropout {dropout}, cosine; seed {seed} |
 | run on | {device_name}, {wall_seconds:.0f} s; torch {torch_version}, transformers {transformers_version} |
 
-## Figures
+## Results
 
 | | nats per token | perplexity | bits per byte |
 |---|---|---|---|
@@ -205,23 +219,23 @@ dropout {dropout}, cosine; seed {seed} |
 | {train_bits_per_byte:.4f} |
 
 Windows of 512 tokens, each token predicted once; {held_out_scope}. The float16 file scored {held_out_loss_float16:.4f}
-nats per token. The weights are the last step of a fixed schedule: no checkpoint was selected.{tuning}
-`training.json` holds every figure.
+nats per token. The weights are those of the last step of a fixed schedule: no checkpoint was selected.{tuning}
+`training.json` has every number.
 
 ## Data
 
-Every `*.py` file of the standard library except tests, generated tables and build records; `hf_optim.demo_corpus` is
-the exact definition. Held out, whole, and never trained on:
+Every `*.py` file of the standard library except tests, generated tables and build records;
+`hf_optim.cli.jobs.demo_corpus` is the exact definition. Held out completely, and never trained on:
 {held_out}.
-The Python source is under the PSF licence; it was the training corpus only, and its files are not part of this model.
+The Python source is under the PSF licence; it was only the training corpus, and its files are not part of this model.
 
 ## Use and limits
 
-For demonstrating and testing compression: it is large enough that pruning, quantization and distillation move its
-loss, and small enough for a laptop. It writes lines that look like Python and mostly mean nothing. It knows no
-language but the standard library's code and comments, may repeat that source word for word, was not aligned or
-filtered, and should not be used to write code. Its perplexity says nothing about other models: the vocabulary is its
-own.
+For demonstrating and testing compression: the model is large enough that pruning, quantization and distillation change
+its loss, and small enough for a laptop. Its output looks like Python and is mostly meaningless. It was trained only on
+the code and comments of the standard library, may repeat that source verbatim, was not aligned or filtered, and should
+not be used to write code. Its perplexity cannot be compared with that of other models, because its vocabulary is
+different.
 """
 
 
@@ -233,8 +247,8 @@ def render_card(record: dict) -> str:
     return CARD.format_map(record | {"held_out": names, "held_out_scope": scope, "tuning": note})
 
 
-def figures(split: str, loss: float, stream: torch.Tensor, texts: list[str]) -> dict[str, float]:
-    """One loss in nats per token, as the three figures the card gives."""
+def metrics_of(split: str, loss: float, stream: torch.Tensor, texts: list[str]) -> dict[str, float]:
+    """Return the three metrics of the card from a loss in nats per token."""
     tokens_per_byte = len(stream) / sum(len(text.encode()) for text in texts)
     bits_per_byte = loss * tokens_per_byte / math.log(2)
     return {f"{split}_loss": loss, f"{split}_perplexity": math.exp(loss), f"{split}_bits_per_byte": bits_per_byte}
@@ -247,7 +261,7 @@ def digest(texts: list[str]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, help="windows a step (default: 64 on a GPU, 4 on a CPU)")
+    parser.add_argument("--batch", type=int, help="sequences per step (default: 64 on a GPU, 4 on a CPU)")
     parser.add_argument("--seq-len", type=int, default=CONTEXT)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=2.0)
@@ -256,8 +270,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
     parser.add_argument("--output", type=Path, default=Path("demo-model"))
-    parser.add_argument("--corpus", type=Path, help="another Python's Lib folder, in place of the running one's")
-    parser.add_argument("--corpus-python", default=platform.python_version(), help="the version that folder is of")
+    parser.add_argument("--corpus", type=Path, help="the Lib folder of another Python (default: the running one's)")
+    parser.add_argument("--corpus-python", default=platform.python_version(), help="the Python version of that folder")
     parser.add_argument("--eval-windows", type=int, help="held-out windows (default: all on a GPU, 16 on a CPU)")
     parser.add_argument("--note", default="", help="a sentence for the card, on how the settings were chosen")
     options = parser.parse_args()
@@ -272,7 +286,7 @@ def main() -> None:
     device = torch.device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    began = time.perf_counter()
+    started = time.perf_counter()
 
     train_texts = list(demo_corpus.texts("train", root=options.corpus))
     held_out_texts = list(demo_corpus.texts("held_out", root=options.corpus))
@@ -283,11 +297,11 @@ def main() -> None:
     print(f"corpus: {len(train_stream):,} tokens to train on, {len(held_out_stream):,} held out", flush=True)
 
     model = build_model(tokenizer, max(CONTEXT, options.seq_len)).to(device)
-    train_began = time.perf_counter()
+    train_started = time.perf_counter()
 
     def progress(step: int, loss: float) -> None:
         held_out = mean_loss(model, held_out_stream, 64 if device.type == "cuda" else 4)
-        seconds = time.perf_counter() - train_began
+        seconds = time.perf_counter() - train_started
         print(f"step {step:6}  loss {loss:.4f}  held-out {held_out:.4f} (a few windows)  {seconds:.0f} s", flush=True)
 
     train(
@@ -302,7 +316,7 @@ def main() -> None:
         compile_model=options.compile,
         progress=progress,
     )
-    wall_seconds = time.perf_counter() - began
+    wall_seconds = time.perf_counter() - started
 
     train_windows = 256 if options.eval_windows is None else options.eval_windows
     train_loss = mean_loss(model, train_stream, train_windows)
@@ -332,9 +346,9 @@ def main() -> None:
         weight_decay=options.weight_decay,
         dropout=options.dropout,
         seed=options.seed,
-        **figures("train", train_loss, train_stream, train_texts),
+        **metrics_of("train", train_loss, train_stream, train_texts),
         train_windows=train_windows,
-        **figures("held_out", held_out_loss, held_out_stream, held_out_texts),
+        **metrics_of("held_out", held_out_loss, held_out_stream, held_out_texts),
         held_out_windows=options.eval_windows,
         held_out_loss_float16=half_loss,
         held_out_tokens=len(held_out_stream),

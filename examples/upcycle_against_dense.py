@@ -1,8 +1,8 @@
-"""Sparse upcycling against the dense twin: equal steps, data and learning rate, on the bundled demo model.
+"""Compare sparse upcycling with the dense model, for equal steps, data and learning rate, on the bundled demo model.
 
-Both models continue from the same weights on the standard library's own source. Prints, per seed, the mean training
-loss of the last tenth of the steps and the loss on the held-out modules. On a GPU the defaults take a few minutes; on a
-CPU try ``--steps 20 --seeds 1 --batch 4 --seq-len 128``.
+Both models continue training from the same weights on the source of the Python standard library. Prints, per seed, the
+mean training loss over the last tenth of the steps and the loss on the held-out modules. On a GPU the defaults take a
+few minutes; on a CPU try ``--steps 20 --seeds 1 --batch 4 --seq-len 128``.
 
     python examples/upcycle_against_dense.py --steps 600 --seeds 3
 """
@@ -21,28 +21,28 @@ from hf_optim.cli.jobs.demo import bundled_model
 from hf_optim.toolkit.modules import eval_mode
 
 
-def tokens(tokenizer, split: str, limit: int | None) -> torch.Tensor:
-    """All texts of a split, joined: int64 [n]."""
+def load_tokens(tokenizer, split: str, limit: int | None) -> torch.Tensor:
+    """Load the texts of a split, joined: token ids ``[n]``, int64; ``limit`` is in bytes of text."""
     ids: list[int] = []
     for text in demo_corpus.texts(split, limit):
         ids += tokenizer.backend_tokenizer.encode(text).ids
     return torch.tensor(ids)
 
 
-def windows(data: torch.Tensor, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Random windows, int64 [batch, length]."""
+def random_sequences(data: torch.Tensor, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Return sequences from random positions: token ids ``[batch, length]``, int64."""
     starts = torch.randint(len(data) - length, (batch,), generator=generator)
     return torch.stack([data[s : s + length] for s in starts.tolist()])
 
 
 def train(model, data, args, seed: int, device: torch.device) -> float:
-    """Mean training loss (task loss alone) of the last tenth of the steps."""
+    """Train the model; return the mean task loss over the last tenth of the steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1)
     losses = []
     model.train()
     for _ in range(args.steps):
-        ids = windows(data, args.batch, args.seq_len, generator).to(device)
+        ids = random_sequences(data, args.batch, args.seq_len, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -54,8 +54,8 @@ def train(model, data, args, seed: int, device: torch.device) -> float:
     return float(torch.stack(tail).mean())
 
 
-def held_out(model, data: torch.Tensor, length: int, device: torch.device) -> float:
-    """Mean loss over the first 64 windows of the held-out modules."""
+def held_out_loss(model, data: torch.Tensor, length: int, device: torch.device) -> float:
+    """Compute the mean loss over the first 64 sequences of the held-out modules."""
     rows = data[: len(data) // length * length].view(-1, length)[:64]
     with eval_mode(model):
         losses = [float(model(row[None].to(device), labels=row[None].to(device)).loss) for row in rows]
@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(bundled_model())
-    data, unseen = tokens(tokenizer, "train", None), tokens(tokenizer, "held_out", 400_000)
+    data, held_out = load_tokens(tokenizer, "train", None), load_tokens(tokenizer, "held_out", 400_000)
     for seed in range(args.seeds):
         row: dict[str, object] = {"seed": seed, "steps": args.steps, "experts": args.experts}
         for name in ("dense", "upcycled"):
@@ -81,7 +81,7 @@ def main() -> None:
             model.to(device)
             row[name] = {
                 "train_loss": round(train(model, data, args, seed, device), 4),
-                "held_out_loss": round(held_out(model, unseen, args.seq_len, device), 4),
+                "held_out_loss": round(held_out_loss(model, held_out, args.seq_len, device), 4),
             }
         print(json.dumps(row), flush=True)
 
