@@ -87,7 +87,7 @@ class Technique:
 
     @classmethod
     def for_testing(cls) -> Technique:
-        """Return a step for the conformance suite. Override it if a step with default fields does nothing."""
+        """Return a step for the conformance suite. Override it if the defaults do nothing or are slow."""
         return cls()
 
     def to_dict(self) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class LKD(Technique):
     train: Literal["block", "weights"] = "block"
     seed: int = 0
 
+    @classmethod
+    def for_testing(cls) -> Technique:
+        return cls.from_dict({"steps": 20})
+
     def needs_teacher(self) -> bool:
         return True
 

@@ -130,6 +130,10 @@ class QBERT(Technique):
     iterations: int = option(30, low=2)
     tolerance: float = option(0.02, above=0.0, below=1.0)
 
+    @classmethod
+    def for_testing(cls) -> Technique:
+        return cls.from_dict({"iterations": 5})
+
     def validate(self) -> None:
         if not self.choices or any(not 2 <= bits <= 8 for bits in self.choices):
             raise RecipeError(f"qbert: choices are numbers of bits from 2 to 8, not {self.choices!r}")

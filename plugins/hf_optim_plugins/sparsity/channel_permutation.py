@@ -95,6 +95,10 @@ class ChannelPermutation(Technique):
     targets: tuple[str, ...] = ("Linear",)
     skip: tuple[str, ...] = ()
 
+    @classmethod
+    def for_testing(cls) -> Technique:
+        return cls.from_dict({"tries": 0, "starts": 8})
+
     def validate(self) -> None:
         if self.keep >= self.group:
             raise RecipeError(f"channel_permutation: keep must be < group, not {self.keep} of {self.group}")
