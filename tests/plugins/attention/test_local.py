@@ -31,7 +31,7 @@ OWN = ("gpt2", "opt", "bert", "vit")
 
 
 def localize(model, **fields):
-    """Drive the hooks by hand, as the host does for a model in memory; the run."""
+    """Call the hooks as the host does for a model in memory, and return the run."""
     recipe = OptimConfig.parse([Local(**fields)])
     run = start_run(recipe, model.config)
     step = recipe.steps[0]
@@ -56,7 +56,7 @@ def logits(model, **extra):
 
 
 def under_the_mask(model, window, causal):
-    """The dense model's logits when every softmax is taken under the boolean mask |i - j| < window (and j <= i)."""
+    """Return the dense model's logits with every softmax under the boolean mask |i - j| < window (and j <= i)."""
 
     def build(*, batch_size, q_length, kv_length, **kwargs):
         i, j = torch.arange(q_length)[:, None], torch.arange(kv_length)[None]
@@ -78,14 +78,14 @@ def exact(build):
 
 
 def close(one, other, family, kernel="sdpa"):
-    """Equal in float64, but for stock eager softmaxes and routers, which are float32 whatever the model is."""
+    """Return True if equal in float64, except for stock eager softmaxes and routers, which always run in float32."""
     single = family == "mixtral" or (family in STOCK and kernel == "eager")
     return torch.allclose(one, other, rtol=0, atol=1e-5 if single else 1e-12)
 
 
 @pytest.mark.parametrize("family", STOCK + OWN)
 @pytest.mark.parametrize("window", [2, 5])
-def test_it_is_the_dense_softmax_under_the_mask(family, window):
+def test_local_attention_equals_masked_dense_attention(family, window):
     expected = under_the_mask(exact(TINY[family]), window, causal=family not in ("bert", "vit"))
     run = localize(exact(TINY[family]), window=window)
     for kernel in ("sdpa", "eager"):
@@ -95,14 +95,14 @@ def test_it_is_the_dense_softmax_under_the_mask(family, window):
 
 
 @pytest.mark.parametrize("family", STOCK + OWN)
-def test_a_window_as_long_as_the_input_is_full_attention(family):
+def test_a_window_as_long_as_the_input_equals_full_attention(family):
     dense = logits(exact(TINY[family]))
     run = localize(exact(TINY[family]), window=24)
     assert close(logits(run.model), dense, family)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_no_future_leaks_and_the_reach_is_bounded(family):
+def test_attention_is_causal_and_bounded_by_the_window(family):
     model = localize(exact(TINY[family]), window=3).model
     before, other = logits(model), IDS.clone()
     other[:, 10] = (other[:, 10] + 1) % 60
@@ -123,7 +123,7 @@ def test_an_encoder_sees_both_sides():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_with_a_cache_is_generation_without(family, cache):
+def test_generation_with_a_cache_equals_generation_without(family, cache):
     model = localize(TINY[family](), window=4).model
     fields = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     with_cache = model.generate(IDS, cache_implementation=cache, **fields)
@@ -176,7 +176,7 @@ def test_a_llama_with_biases_gets_its_own_class():
     assert torch.allclose(logits(run.model), expected, rtol=0, atol=1e-12)
 
 
-def test_what_a_config_field_does_not_express_exactly_goes_the_other_way():
+def test_a_stock_class_that_is_not_exact_falls_back_to_remote_code():
     # Gemma 2 alternates layers with and without a window, and softcaps its scores.
     fields = {**DECODER, "head_dim": 8, "sliding_window": 4, "attn_implementation": "eager"}
     with torch.random.fork_rng():
@@ -204,14 +204,14 @@ def test_the_share_counts_pairs(window, causal):
     assert attended_share(9, window, causal) == pytest.approx(float(inside.sum() / allowed.sum()), rel=1e-6)
 
 
-def test_encoder_decoders_are_refused_and_left_alone():
+def test_encoder_decoders_are_refused_and_unchanged():
     model = tiny_t5()
     with pytest.raises(ModelError, match=r"step 1 \(local\): t5 has cross-attention"):
         localize(model, window=4)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_ignores_its_mask_is_refused_and_left_alone(monkeypatch):
+def test_a_model_that_ignores_its_mask_is_refused_and_unchanged(monkeypatch):
     monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.create_causal_mask", lambda **kwargs: None)
     model = tiny_gpt2()
     with pytest.raises(ModelError, match="does not reach the attention of GPT2LMHeadModel"):
@@ -257,7 +257,7 @@ def test_through_optimize_and_from_pretrained(tmp_path):
     assert hf_optim.run_of(made).record.reload == "REMOTE_CODE"
 
 
-def test_a_stock_arch_checkpoint_needs_nothing_else(tmp_path, stock_python):
+def test_a_stock_arch_checkpoint_needs_no_other_code(tmp_path, stock_python):
     model = localize(tiny_llama(), window=4).model
     PreTrainedModel.save_pretrained(model, tmp_path)
     code = textwrap.dedent(f"""

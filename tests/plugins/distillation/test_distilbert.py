@@ -1,4 +1,4 @@
-"""DistilBERT: the student's layers and ties, each term against its formula, and that a student learns by them."""
+"""DistilBERT: the student's layers and ties, each term against its formula, and the effect on a student."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_other_layer_is_that_of_the_papers_code():
     assert len(hf_optim.optimize(deep(tiny_llama), step).model.layers) == 2
 
 
-def test_students_that_cannot_be_are_refused():
+def test_impossible_students_are_refused():
     for layers in ([2, 1], [-1, 1], [], [0, 0]):
         with pytest.raises(RecipeError, match=r"distilbert: layers are the indices .* in ascending order, not \["):
             OptimConfig.parse([{"technique": "distilbert", "layers": layers}])
@@ -106,7 +106,7 @@ def test_students_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
-def test_token_types_and_pooler_can_go(cls, tmp_path):
+def test_token_types_and_pooler_can_be_dropped(cls, tmp_path):
     teacher = bert(cls)
     kept = hf_optim.optimize(bert(cls), DistilBERT())
     plain = hf_optim.optimize(teacher, step := DistilBERT(token_types=False))
@@ -131,7 +131,7 @@ def test_others_keep_their_token_types():
         hf_optim.optimize(deep(tiny_bert), DistilBERT(token_types=False))
 
 
-def test_masks_move_with_their_layers():
+def test_masks_follow_their_layers():
     teacher = deep(tiny_llama)
     recipe = [{"technique": "magnitude", "sparsity": 0.5}, {"technique": "distilbert"}]
     student = hf_optim.optimize(teacher, recipe)
@@ -172,7 +172,7 @@ def test_a_pruned_teacher_gives_a_student_whose_card_names_its_own_layers(first,
         assert not again.get_parameter(name)[~mask].any()
 
 
-def test_masks_and_coverage_move_to_the_class_without_token_types(tmp_path):
+def test_masks_and_coverage_follow_to_the_class_without_token_types(tmp_path):
     recipe = OptimConfig.parse([{"technique": "nm"}, {"technique": "distilbert", "token_types": False}])
     student = hf_optim.optimize(bert(BertForMaskedLM), recipe)
     run = run_of(student)
@@ -185,7 +185,7 @@ def test_masks_and_coverage_move_to_the_class_without_token_types(tmp_path):
     assert f"{len(names)} linear layers keep at most 2 of every 4" in card
 
 
-def test_bits_move_with_their_layers():
+def test_assigned_bits_follow_their_layers():
     run = start_run(OptimConfig.parse([{"technique": "distilbert"}]), deep(tiny_llama).config)
     run.model = deep(tiny_llama)
     run.bit_plan = {f"model.layers.{i}.mlp.up_proj": 2 + i for i in range(4)}
@@ -195,7 +195,7 @@ def test_bits_move_with_their_layers():
 
 # -- the loss --------------------------------------------------------------------------------------------------------
 def terms_of(teacher, inputs, **fields):
-    """The hook's terms, the student's outputs with hidden states, and the teacher's."""
+    """Return the hook's terms, the student's outputs with hidden states, and the teacher's."""
     student = hf_optim.optimize(teacher, step := DistilBERT(**fields))
     run = run_of(student)
     with Recorder(base_models(student)) as run.state(step).states:
@@ -278,7 +278,7 @@ def test_a_classifier_without_classes(fields):
     torch.testing.assert_close(terms["kd"], 5.0 * expected)
 
 
-def test_a_model_whose_states_cannot_be_told_is_refused():
+def test_a_model_without_recorded_states_is_refused():
     student = hf_optim.optimize(deep(tiny_llama), DistilBERT())
     inputs = {"input_ids": torch.arange(3, 11)[None]}
     with pytest.raises(ModelError, match="set alpha_cos: 0"):
@@ -291,7 +291,7 @@ def trainer_for(folder, teacher, rows, **changes):
     return OptimTrainer(model=student, args=arguments(folder, **changes), train_dataset=rows)
 
 
-def test_a_bare_encoder_learns_without_labels_and_leaves_nothing_behind(tmp_path):
+def test_a_bare_encoder_learns_without_labels_and_keeps_no_hooks(tmp_path):
     rows = [{"input_ids": row["input_ids"]} for row in sentences()]
     changes = {"max_steps": 16, "logging_strategy": "steps", "logging_steps": 4, "learning_rate": 3e-3}
     trainer = trainer_for(tmp_path, bert(BertModel), rows, **changes)
@@ -328,7 +328,7 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path):
     assert all(torch.equal(p, q) for (_, p), (_, q) in pairs)
 
 
-def test_evaluation_has_the_task_loss_alone(tmp_path):
+def test_evaluation_has_only_the_task_loss(tmp_path):
     rows = sentences(4)
     trainer = trainer_for(tmp_path, deep(tiny_llama), rows)
     loss = trainer.evaluate(rows)["eval_loss"]

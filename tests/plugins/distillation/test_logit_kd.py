@@ -1,4 +1,4 @@
-"""Distillation on logits: the term for every kind of model, the teacher, its cache, and that it helps."""
+"""Distillation on logits: the term for every kind of model, the teacher, its cache, and its effect."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_padding_is_left_out_where_there_are_no_labels():
     torch.testing.assert_close(terms["kd"], expected["kd"])
 
 
-def test_the_teacher_is_asked_in_evaluation_mode_and_frozen():
+def test_the_teacher_is_frozen_and_runs_in_evaluation_mode():
     student, teacher = tiny_bert(), tiny_bert(seed=1).train()
     step = LogitKD(teacher=None)
     one, _ = hooked(step, student, teacher, batch(student))
@@ -173,7 +173,7 @@ def test_self_is_the_model_before_its_stage(tmp_path):
     ],
     ids=lambda step: step["technique"],
 )
-def test_self_is_the_model_before_another_step_made_a_new_one(other, tmp_path):
+def test_self_is_the_model_before_another_step_replaced_it(other, tmp_path):
     recipe = OptimConfig.parse([other, {"technique": "logit_kd", "alpha": 1.0}])
     assert len(recipe.stages) == 1
     dense = tiny_llama(num_hidden_layers=4)
@@ -229,7 +229,7 @@ def test_adapters_may_learn_from_the_model_without_them(tmp_path):
     assert [entry["kd"] for entry in trainer.state.log_history if "kd" in entry][-1] > 0
 
 
-def test_a_teacher_that_is_the_student_is_noticed(caplog):
+def test_a_teacher_identical_to_the_student_is_reported_once(caplog):
     model = hf_optim.optimize(tiny_llama(), [LogitKD()])
     run = hf_optim.run_of(model)
     inputs = batch(model)
@@ -320,7 +320,7 @@ def test_a_module_teacher_with_another_tokenizer_is_refused_and_an_unknown_one_n
     assert "could not be compared" in note
 
 
-def test_devices_that_are_not_there(tmp_path):
+def test_unavailable_devices_are_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"logit_kd: device must be 'same', 'offload', or a device"):
         LogitKD(device="nowhere")
     with pytest.raises(ModelError, match="the teacher cannot be put on device 'cuda:77'"):
@@ -333,7 +333,7 @@ def test_devices_that_are_not_there(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["same", "offload", "cpu"])
-def test_a_teacher_elsewhere_gives_the_same_term(device):
+def test_a_teacher_on_another_device_gives_the_same_term(device):
     student = tiny_llama().cuda()
     inputs = {name: value.cuda() for name, value in batch(student).items()}
     near, _ = hooked(LogitKD(teacher=None), student, tiny_llama(seed=1), inputs)
@@ -346,7 +346,7 @@ def test_a_teacher_elsewhere_gives_the_same_term(device):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
-def test_the_kernel_takes_the_place_of_the_chunks(direction, monkeypatch):
+def test_the_kernel_replaces_the_chunks(direction, monkeypatch):
     """Its operator runs the specification on a CPU; the teacher's logits are overwritten in the backward."""
     student, step = tiny_llama(), {"teacher": None, "temperature": T, "direction": direction, "beta": 0.3}
     inputs = batch(student)
@@ -375,7 +375,7 @@ STILL = {
 
 @pytest.mark.parametrize("builder", STILL, ids=["causal", "classifier", "seq2seq"])
 def test_without_labels_the_loss_is_the_teachers_term(builder, tmp_path):
-    """On random tokens, which need nobody's text."""
+    """On random tokens."""
     student = builder(**STILL[builder])
     run = begin(student, step := LogitKD(teacher=None, alpha=0.7))
     run.state(step).teacher = builder(seed=1)
@@ -442,7 +442,7 @@ def test_squarehead_is_the_papers(builder):
 
 @pytest.mark.parametrize("again", [False, True], ids=["in this run", "before the checkpoint"])
 def test_hidden_states_are_compared_channel_by_channel_after_a_permutation(tmp_path, again):
-    """A permuted model computes what it did: nothing is to be learnt before the first step."""
+    """A permuted model has the same function, so the terms are zero before the first step."""
     dense = tiny_llama()
     dense.save_pretrained(tmp_path / "dense")
     kd = {"technique": "logit_kd", "alpha_states": 1.0}
@@ -468,7 +468,7 @@ def run_callbacks(run, kind):
 
 
 def block_outputs(model, inputs) -> list[torch.Tensor]:
-    """As transformers tells them: states before the first block, after it, ...; the last one after a norm."""
+    """Return the outputs of the blocks, before any final norm."""
     found = []
     handles = [
         block.module.register_forward_hook(lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out))
@@ -521,7 +521,7 @@ def cached(folder, k: int | None, **fields) -> LogitKD:
 
 
 @pytest.mark.parametrize("k", [5, 64])
-def test_a_cache_stands_for_the_teacher(tmp_path, k: int):
+def test_a_cache_replaces_the_teacher(tmp_path, k: int):
     logging = {"logging_strategy": "steps", "logging_steps": 1, "max_steps": 8}  # two epochs
 
     def losses(trainer):
@@ -554,7 +554,7 @@ def test_a_complete_cache_needs_no_teacher(tmp_path, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_a_killed_run_goes_on_with_what_was_written(tmp_path, monkeypatch):
+def test_a_killed_run_continues_with_the_cached_entries(tmp_path, monkeypatch):
     teacher = tiny_llama(seed=1)
     trained(tiny_llama(), cached(tmp_path / "cache", 5), tmp_path / "a", teacher, max_steps=2)  # half of an epoch
     calls = []
@@ -598,7 +598,7 @@ def test_a_cache_of_a_teacher_that_changed_at_its_path_is_refused(tmp_path, monk
         trained(tiny_llama(), step, tmp_path / "e", max_steps=1)
 
 
-def test_a_cache_that_does_not_know_its_teachers_files_is_refused(tmp_path):
+def test_a_cache_without_a_hash_of_its_teachers_files_is_refused(tmp_path):
     tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
     step = LogitKD(teacher=str(tmp_path / "teacher"), top_k=5, cache=str(tmp_path / "cache"))
     settings = {"teacher": step.teacher, "temperature": step.temperature, "top_k": 5, "classes": 64}
@@ -609,8 +609,8 @@ def test_a_cache_that_does_not_know_its_teachers_files_is_refused(tmp_path):
         trained(tiny_llama(), step, tmp_path / "out", max_steps=1)
 
 
-def test_a_training_that_failed_goes_on_with_the_teacher_it_has_loaded(tmp_path):
-    """The module that was loaded from a path is no teacher of another kind."""
+def test_training_continues_after_a_failure_with_the_loaded_teacher(tmp_path):
+    """The module that was loaded from a path does not count as another teacher."""
     tiny_llama(seed=1).save_pretrained(tmp_path / "teacher")
     step = LogitKD(teacher=str(tmp_path / "teacher"), top_k=5, cache=str(tmp_path / "cache"))
     run = begin(tiny_llama(), step)

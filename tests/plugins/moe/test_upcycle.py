@@ -32,7 +32,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 
 
 def upcycle(model, before=None, **fields):
-    """Drive the hook by hand; `before(run)` prepares the run."""
+    """Call the hook directly; ``before(run)`` prepares the run."""
     recipe = OptimConfig.parse([Upcycle(**fields)])
     run = start_run(recipe, model.config)
     run.model = model
@@ -137,7 +137,7 @@ def test_router_is_drawn_from_the_seed_and_leaves_the_global_state():
     assert 0.4 < routers[0].std().item() < 0.6
 
 
-def test_noise_breaks_the_tie_and_keeps_zeros():
+def test_noise_makes_experts_differ_and_keeps_zeros():
     dense = tiny_llama()
     with torch.no_grad():
         dense.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
@@ -183,7 +183,7 @@ def test_a_pruned_model_gives_experts_that_its_card_counts(technique, tmp_path):
         assert not again.get_parameter(name)[~mask].any()
 
 
-def test_bits_go_to_every_expert():
+def test_assigned_bits_apply_to_every_expert():
     def prepare(run):
         run.bit_plan = {"model.layers.0.mlp.down_proj": 3, "model.layers.0.self_attn.q_proj": 4}
 
@@ -288,7 +288,7 @@ def _loss(model, windows):
 
 
 def _train(model, windows, steps, lr):
-    """A few steps of AdamW, the same batches for everybody."""
+    """A few steps of AdamW on the same batches for every model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     order = torch.Generator().manual_seed(0)
     model.train()
@@ -301,9 +301,9 @@ def _train(model, windows, steps, lr):
 
 @pytest.mark.real_model
 @pytest.mark.smoke
-def test_it_fits_a_little_data_better_than_the_dense_twin(shared_models, shared_data):
+def test_it_fits_a_little_data_better_than_the_dense_model(shared_models, shared_data):
     # What a CPU can show: the loss on the windows that both were trained on, with one seed and four experts. The longer
-    # comparison, with what it loses on held-out data, stands in model_cards/measurements.
+    # comparison, with what it loses on held-out data, is in model_cards/measurements.
     home = shared_models / "babyllama-1m"
     ids = windows(home, shared_data, "train", 16, 64)
     dense = AutoModelForCausalLM.from_pretrained(home)

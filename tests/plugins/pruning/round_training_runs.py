@@ -1,4 +1,4 @@
-"""Trainings that the tests of pruning in rounds share, with what happened at every step."""
+"""Training runs shared by the tests of pruning in rounds, with a record of every step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
 
 
 def train(model: Any, folder: Path, steps: int, **changes: Any) -> Watch:
-    """Train a model that waits for it, or a plain one, in a stock Trainer."""
+    """Train a model in a training stage, or a plain one, in a stock Trainer."""
     run = hf_optim.runs.run.find_run(model)
     watch = Watch(run) if run is not None else None
     callbacks = [*hf_optim.callbacks(model), watch] if watch is not None else []

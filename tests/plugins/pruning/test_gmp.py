@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning in a stock Trainer: the ramp, monotone masks, resumption, and what it is worth."""
+"""Gradual magnitude pruning in a stock Trainer: the ramp, monotone masks, resumption, and its effect."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_the_ramp_at_every_step_and_masks_monotone(tmp_path, scope):
     assert run.record.steps["0"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
 
 
-def test_an_update_removes_the_weights_that_are_smallest_then(tmp_path):
-    """The mask is made of the trained weights, not of those at the start."""
+def test_an_update_removes_the_currently_smallest_weights(tmp_path):
+    """The mask follows from the trained weights, not from the initial ones."""
     model = hf_optim.optimize(tiny_llama(), {"technique": "gmp", "begin": 4, "end": 4})
     run = run_of(model)
     trained = {}
@@ -115,7 +115,7 @@ def test_shares_of_training_and_the_update_at_the_start(tmp_path):
     assert total_sparsity(seen[8]) == pytest.approx(0.5, abs=1e-3)
 
 
-def test_resuming_mid_ramp_is_bit_equal(tmp_path):
+def test_resuming_in_the_ramp_is_bit_exact(tmp_path):
     step = {"technique": "gmp", "sparsity": 0.7, "begin": 1, "end": 10, "every": 2}
     whole = hf_optim.optimize(tiny_llama(), step)
     train(whole, tmp_path, 12, save_strategy="steps", save_steps=5)
@@ -137,7 +137,7 @@ def test_a_ramp_longer_than_training_warns_with_what_is_reached(tmp_path, caplog
     assert any("instead of 0.9" in note for note in run_of(model).record.notes)
 
 
-def test_a_pattern_that_is_there_survives(tmp_path):
+def test_an_existing_pattern_survives(tmp_path):
     model = hf_optim.optimize(tiny_gpt2(), [{"technique": "nm"}, {"technique": "gmp", "sparsity": 0.7, "end": 4}])
     train(model, tmp_path, 5)
     run = run_of(model)
@@ -156,7 +156,7 @@ def test_a_pattern_that_is_there_survives(tmp_path):
         ({"sparsity": 1.0}, "must be < 1"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         OptimConfig.parse([{"technique": "gmp", **fields}])
 

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning: fractions that compound to the target, weights that go on, one small rate."""
+"""Iterative magnitude pruning: fractions that compound to the target, weights that carry over, one small rate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_optim.toolkit.pruning import masks
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_fractions_compound_to_the_target_exactly(tmp_path, make, scope):
-    """Every round of n leaves (1 - s)^(1/n) of what was left; the last one ends at s, to the weight."""
+    """Every round of n leaves (1 - s)^(1/n) of the remaining weights; the last one ends exactly at s."""
     step = {"technique": "iterative", "sparsity": 0.8, "rounds": 4, "scope": scope}
     model = hf_optim.optimize(make(), step)
     seen = train(model, tmp_path, 12)
@@ -46,7 +46,7 @@ def test_fractions_compound_to_the_target_exactly(tmp_path, make, scope):
     assert record["sparsity"] == pytest.approx(0.8, abs=1e-3)
 
 
-def test_a_round_removes_the_weights_that_are_smallest_then_and_the_rest_go_on(tmp_path):
+def test_a_round_removes_the_currently_smallest_weights_and_keeps_the_rest(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "iterative", "rounds": 2})
     seen = train(model, tmp_path, 6)
     for name, trained in seen.before[3].items():
@@ -68,13 +68,13 @@ def test_retraining_has_one_rate(tmp_path, fields, rate):
     assert seen.rates == [*dense, *[1e-2 * rate] * (36 - len(dense))]
 
 
-def test_a_schedule_that_does_not_end_at_zero_is_held_where_it_ends(tmp_path):
+def test_retraining_keeps_the_last_rate_of_a_schedule_that_does_not_end_at_zero(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "iterative", "rounds": 1, "dense": True})
     seen = train(model, tmp_path, 8, lr_scheduler_type="constant")
     assert seen.rates == [1e-2] * 8
 
 
-def test_a_pattern_that_is_there_survives(tmp_path):
+def test_an_existing_pattern_survives(tmp_path):
     model = hf_optim.optimize(tiny_gpt2(), [{"technique": "nm"}, {"technique": "iterative", "sparsity": 0.7}])
     train(model, tmp_path, 6)
     run = run_of(model)
@@ -83,7 +83,7 @@ def test_a_pattern_that_is_there_survives(tmp_path):
     assert run.record.steps["1"]["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
 
-def test_stopping_early_is_said_with_what_was_reached(tmp_path, caplog):
+def test_stopping_early_warns_with_the_sparsity_reached(tmp_path, caplog):
     model = hf_optim.optimize(tiny_bert(), {"technique": "iterative", "sparsity": 0.75, "rounds": 2})
     run = run_of(model)
     (driver,) = (c for c in hf_optim.callbacks(model) if isinstance(c, hf_optim.RoundTraining))
@@ -95,8 +95,8 @@ def test_stopping_early_is_said_with_what_was_reached(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("given", [{}, {"sparsity": 0.75, "rounds": 2, "targets": ["Linear"]}])
-def test_a_loop_of_ones_own_is_on_the_record_and_the_card(tmp_path, caplog, given):
-    """As the documents have it: the rounds are those of the recipe's step, whether or not their numbers are said."""
+def test_a_custom_loop_is_on_the_record_and_the_card(tmp_path, caplog, given):
+    """As documented: the rounds are those of the recipe's step, whether or not the arguments repeat them."""
     model = hf_optim.optimize(tiny_llama(), {"technique": "iterative", "sparsity": 0.75, "rounds": 2})
     run = run_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -133,7 +133,7 @@ def test_rounds_that_contradict_the_recipe_are_refused():
 @pytest.mark.parametrize("second", ["iterative", "lottery_ticket", "lr_rewinding"])
 @pytest.mark.parametrize("first", ["iterative", "lottery_ticket", "lr_rewinding"])
 def test_two_owners_of_the_rounds_are_refused(first, second):
-    """Each divides the steps and sets the learning rate: of two, one would be dropped without a word."""
+    """Each divides the steps and sets the learning rate, so one of two would silently be ignored."""
     recipe = OptimConfig.parse([{"technique": first}, {"technique": second}])
     message = rf"keep only one of step 2 \({second}\) and step 1 \({first}\): both set '[a-z ]+'"
     with pytest.raises(RecipeError, match=message):
@@ -141,7 +141,7 @@ def test_two_owners_of_the_rounds_are_refused(first, second):
 
 
 class Pages:
-    """Stands in for a model card and keeps what it is told."""
+    """A model card that records its calls."""
 
     def __init__(self):
         self.paragraphs, self.tables = {}, {}
@@ -154,7 +154,7 @@ class Pages:
 
 
 @pytest.mark.parametrize("technique", ["iterative", "lottery_ticket", "lr_rewinding"])
-def test_the_card_tells_the_rounds(tmp_path, technique):
+def test_the_card_lists_the_rounds(tmp_path, technique):
     model = hf_optim.optimize(tiny_llama(), {"technique": technique, "sparsity": 0.75, "rounds": 2})
     train(model, tmp_path, 6)
     card = Pages()

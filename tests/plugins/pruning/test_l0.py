@@ -29,7 +29,7 @@ QUICK = {"technique": "l0", "initial": 0.2, "gate_learning_rate": 0.5, "end": 0,
 
 
 class Watch(TrainerCallback):
-    """Logits in evaluation mode, weights and gates after every optimizer step, before the steps see its end."""
+    """Logits in evaluation mode, weights and gates after every optimizer step, before the end of that step."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         with eval_mode(model):
@@ -68,7 +68,7 @@ def test_gates_of_weights_are_folded_by_the_formula_of_test_time(build, tmp_path
 
 @pytest.mark.parametrize("on", ["neurons", "heads"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-def test_closed_units_are_zero_in_every_layer_that_makes_or_reads_them(build, on, tmp_path):
+def test_closed_units_are_zero_in_their_producers_and_consumers(build, on, tmp_path):
     model = optimize(build(), {**QUICK, "on": on, "initial": 0.5, "sparsity": 0.5})
     run = run_of(model)
     watch = train(model, tmp_path)
@@ -92,8 +92,8 @@ def test_closed_units_are_zero_in_every_layer_that_makes_or_reads_them(build, on
     assert holds(SPARSE, run)
 
 
-def test_other_parameters_of_a_unit_are_left_alone():
-    """A head of T5 owns a bias on attention scores that other layers read, too."""
+def test_other_parameters_of_a_unit_have_no_gate():
+    """A head of T5 has a bias on attention scores that other layers also read."""
     model = tiny_t5()
     run = run_of(optimize(model, {**QUICK, "on": "heads"}))
     step = run.recipe.steps[0]
@@ -113,7 +113,7 @@ def test_the_price_is_the_expected_share_of_open_gates(tmp_path):
 
 
 def test_the_multipliers_rise_by_gradient_ascent(tmp_path):
-    """Gates that stand still miss the target by m: after k steps λ₁ = k r m and λ₂ = k r m²."""
+    """Constant gates miss the target by m: after k steps λ₁ = k r m and λ₂ = k r m²."""
     step = {**QUICK, "sparsity": 0.5, "initial": 0.9, "multiplier_rate": 2.0, "gate_learning_rate": 0.0}
     watch = train(optimize(tiny_llama(), step), tmp_path, 4, logging_steps=1, logging_strategy="steps")
     terms = [entry["l0"] for entry in watch.log if "l0" in entry]
@@ -121,7 +121,7 @@ def test_the_multipliers_rise_by_gradient_ascent(tmp_path):
     assert terms == pytest.approx([k * 2.0 * (missing**2 + missing**4) for k in range(4)], rel=1e-4)
 
 
-def test_a_target_is_approached_by_prices_that_rise(tmp_path):
+def test_a_target_sparsity_is_reached_by_rising_prices(tmp_path):
     """Neurons, of which 94 % are expected to be open at first and half in the end."""
     step = {**QUICK, "on": "neurons", "sparsity": 0.5, "initial": 0.9, "multiplier_rate": 0.1, "end": 0.5}
     model = optimize(tiny_llama(), {**step, "gate_learning_rate": 0.05})
@@ -146,7 +146,7 @@ def test_a_target_closes_the_gates_of_the_smallest_log_alpha(tmp_path):
 @pytest.mark.parametrize(
     "fields", [{}, {"sparsity": 0.5, "multiplier_rate": 2.0}, {"on": "heads", "sparsity": 0.5, "settle": 4}], ids=str
 )
-def test_a_checkpoint_is_a_plain_one_and_training_resumes_to_the_bit(fields, tmp_path):
+def test_a_checkpoint_is_ordinary_and_training_resumes_bit_exact(fields, tmp_path):
     step, more = {**QUICK, **fields}, {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     whole = optimize(tiny_llama(), step)
     train(whole, tmp_path, 6, weight_decay=0.1, **more)
@@ -159,7 +159,7 @@ def test_a_checkpoint_is_a_plain_one_and_training_resumes_to_the_bit(fields, tmp
 
 
 @pytest.mark.parametrize("on", ["weights", "neurons"])
-def test_what_an_earlier_step_removed_stays_removed(on, tmp_path):
+def test_weights_removed_by_an_earlier_step_stay_removed(on, tmp_path):
     model = optimize(tiny_gpt2(), [{"technique": "nm"}, {**QUICK, "on": on, "initial": 0.12}])
     run = run_of(model)
     before = {name: mask.clone() for name, mask in run.masks.items()}
@@ -180,7 +180,7 @@ def test_what_an_earlier_step_removed_stays_removed(on, tmp_path):
         ({"initial": 1.0}, "initial must be < 1"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         optimize(tiny_llama(), {"technique": "l0", **fields})
 
@@ -194,7 +194,7 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
         ({"end": 8, "settle": 0.4}, "weights are removed for good at step 4", r"0\.5 instead of 1; raise settle, or"),
     ],
 )
-def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog, fields, cut, outcome):
+def test_an_unfinished_ramp_warns_at_the_start(tmp_path, caplog, fields, cut, outcome):
     model = optimize(tiny_llama(), {"technique": "l0", **fields})
     message = rf"step 1 \(l0\): the schedule ends at step {fields['end']}, but {cut}: .*{outcome}"
     train(model, tmp_path, 10)
@@ -202,7 +202,7 @@ def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog, fiel
     assert any("the schedule ends at step" in note for note in run_of(model).record.notes)
 
 
-def test_a_ramp_that_finishes_is_not_talked_about(tmp_path):
+def test_a_finished_ramp_does_not_warn(tmp_path):
     model = optimize(tiny_llama(), {"technique": "l0", "end": 4, "settle": 4})
     train(model, tmp_path, 4)
     assert run_of(model).record.notes == []
@@ -213,7 +213,7 @@ def test_a_ramp_that_ends_before_it_begins_is_refused(tmp_path):
         train(optimize(tiny_llama(), {"technique": "l0", "begin": 500, "end": 0.5}), tmp_path, 10)
 
 
-def test_gates_are_heard_from_the_first_forward_in_training_on():
+def test_gates_are_sampled_from_the_first_training_forward_on():
     model = optimize(tiny_llama(), {"technique": "l0"})
     run = run_of(model)
     run.recipe.steps[0].prepare(run)
@@ -232,7 +232,7 @@ def test_a_model_without_such_units_is_refused():
 @pytest.mark.real_model
 @pytest.mark.smoke
 def test_a_fifth_of_the_neurons_of_a_real_model_closes(tmp_path, shared_models, shared_data):
-    """At a loss below that of closing as many by chance, without training; a dense model's is out of reach so soon."""
+    """The loss is below that of closing as many at random; so few steps do not reach the dense loss."""
     stories = Stories(shared_models, shared_data, width=64, held_out=96)
     step = {"technique": "l0", "on": "neurons", "sparsity": 0.2, "gate_learning_rate": 0.1, "multiplier_rate": 1.0}
     model = stories.load([{**step, "initial": 0.95, "end": 0.3, "settle": 0.8}])

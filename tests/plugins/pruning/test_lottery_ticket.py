@@ -1,4 +1,4 @@
-"""Lottery tickets: what survives goes back to an early step, bit for bit, and trains again."""
+"""Lottery tickets: the surviving weights are rewound bit-exactly to an early step and trained again."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_rewound_weights_equal_those_of_step_k_where_the_mask_is_1(tmp_path, mak
     ("other", "place"),
     [*itertools.product(["l0", "variational_dropout", "sr_ste", "top_kast"], [0, 1]), ("qat", 1)],
 )
-def test_a_step_whose_learning_would_not_go_back_is_refused(other, place):
-    """Gates, variances, masks and scales lie beside the weights, and rewinding leaves them where they are."""
+def test_a_step_whose_parameters_are_not_rewound_is_refused(other, place):
+    """Gates, variances, masks and scales are not weights, and rewinding does not restore them."""
     steps = [{"technique": "lottery_ticket"}]
     steps.insert(place, {"technique": other})
     with pytest.raises(RecipeError, match=r"keep only one of .* both set 'the training forward of linear layers'"):
@@ -57,7 +57,7 @@ def test_a_step_whose_learning_would_not_go_back_is_refused(other, place):
     OptimConfig.parse([{"technique": "logit_kd"}, {"technique": "lottery_ticket"}]).check()
 
 
-def test_without_a_dense_phase_the_weights_that_came_are_ranked_and_come_back(tmp_path):
+def test_without_a_dense_phase_the_initial_weights_are_ranked_and_restored(tmp_path):
     model = tiny_llama()
     came = {name: p.detach().clone() for name, p in model.named_parameters()}
     step = {"technique": "lottery_ticket", "sparsity": 0.75, "rounds": 2, "dense": False}
@@ -91,7 +91,7 @@ def test_the_control_has_the_masks_of_the_ticket_and_random_weights(tmp_path):
         ({"rewind": 5}, "did you mean 'rewind_to'"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         OptimConfig.parse([{"technique": "lottery_ticket", **fields}])
 

@@ -1,4 +1,4 @@
-"""Learning-rate rewinding: the weights stay, and the schedule of the original training comes again."""
+"""Learning-rate rewinding: the weights stay, and the schedule of the original training is repeated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_learning_rates_are_those_of_the_original(tmp_path, schedule, rewind
     assert seen.rates == [*original, *original[rewind_to:], *original[rewind_to:]]
 
 
-def test_a_trained_model_begins_with_a_round(tmp_path):
+def test_a_trained_model_starts_with_a_round(tmp_path):
     original = original_rates(tiny_llama(), tmp_path / "a", 8, warmup_steps=2)
     step = {"technique": "lr_rewinding", "rounds": 3, "rewind_to": 0.25, "dense": False, "sparsity": 0.875}
     seen = train(hf_optim.optimize(tiny_llama(), step), tmp_path / "b", 18, warmup_steps=2)
@@ -37,7 +37,7 @@ def test_a_trained_model_begins_with_a_round(tmp_path):
         assert 1 - sum(int(m.sum()) for m in found) / sum(m.numel() for m in found) == pytest.approx(share, abs=1e-3)
 
 
-def test_weights_stay(tmp_path):
+def test_weights_are_not_rewound(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "lr_rewinding", "rounds": 2, "sparsity": 0.6})
     seen = train(model, tmp_path, 9)
     for start in (3, 6):
@@ -55,7 +55,7 @@ def test_a_position_outside_the_schedule_is_refused():
 
 @pytest.mark.real_model
 def test_it_beats_fine_tuning_at_the_small_rate(tmp_path, shared_models, shared_data):
-    """Equal rounds, steps and peak rate; fine-tuning holds a tenth of it, as at the end of a schedule."""
+    """Equal rounds, steps and peak rate; fine-tuning uses a tenth of it, as at the end of a schedule."""
     stories = Stories(shared_models, shared_data)
     step = {"technique": "lr_rewinding", "sparsity": 0.8, "rounds": 4, "dense": False}
     rewound = stories.loss_after([step], tmp_path, 160)

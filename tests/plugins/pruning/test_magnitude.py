@@ -1,4 +1,4 @@
-"""One-shot magnitude pruning: counts, orders, and the dense-to-sparse figures of a real model."""
+"""One-shot magnitude pruning: counts, orders, and the dense and sparse perplexity of a real model."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_targets_and_skip_choose_the_layers():
     } - {"model.layers.1.mlp.down_proj"}
 
 
-def test_a_pattern_that_is_there_survives():
+def test_an_existing_pattern_survives():
     steps = [{"technique": "nm"}, {"technique": "magnitude", "sparsity": 0.7}]
     model = hf_optim.optimize(tiny_gpt2(), steps)
     run = run_of(model)
@@ -74,14 +74,14 @@ def test_a_pattern_that_is_there_survives():
         assert 1.0 - float(run.masks[name].double().mean()) == pytest.approx(0.7, abs=1e-3)
 
 
-def test_zeros_that_are_there_count():
+def test_existing_zeros_count():
     steps = [{"technique": "magnitude", "sparsity": 0.6}, {"technique": "magnitude", "sparsity": 0.2}]
     model = hf_optim.optimize(tiny_llama(), steps)
     once = hf_optim.optimize(tiny_llama(), steps[:1])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), once.parameters(), strict=True))
 
 
-def test_finalize_folds_weights_that_came_back():
+def test_finalize_zeroes_masked_weights_that_changed():
     model = hf_optim.optimize(tiny_llama(), {"technique": "magnitude"})
     run, step = run_of(model), run_of(model).recipe.steps[0]
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -92,7 +92,7 @@ def test_finalize_folds_weights_that_came_back():
     assert torch.equal(weight == 0, before == 0)
 
 
-def test_the_record_has_the_figures_of_every_layer():
+def test_the_record_has_the_sparsity_of_every_layer():
     model = hf_optim.optimize(tiny_llama(), {"technique": "magnitude", "sparsity": 0.25})
     figures = run_of(model).record.steps["0"]
     assert figures["sparsity"] == 0.25
@@ -101,7 +101,7 @@ def test_the_record_has_the_figures_of_every_layer():
 
 
 class Pages:
-    """Stands in for a model card and keeps what it is told."""
+    """A model card that records its calls."""
 
     def __init__(self):
         self.paragraphs, self.tables = {}, {}
@@ -113,7 +113,7 @@ class Pages:
         self.tables[title] = (header, rows)
 
 
-def test_the_card_tells_the_share_and_promises_no_speed(tmp_path):
+def test_the_card_has_the_share_and_promises_no_speed_up(tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "magnitude", "sparsity": 0.25})
     card = Pages()
     run_of(model).recipe.steps[0].export(run_of(model), tmp_path, card)

@@ -1,4 +1,4 @@
-"""Structured pruning: what was zero goes without a trace, scores by their formulas, one stage with a teacher."""
+"""Structured pruning: zero units are removed without effect, scores by their formulas, one stage with a teacher."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def figures(model):
 
 @torch.no_grad()
 def silence(model, units, count):
-    """Zero all weights of the last ``count`` units of each, which are then the least by any score."""
+    """Zero all weights of the last ``count`` units of each layer, which then have the smallest value of any score."""
     for one in units:
         for name, (dim, entries) in one.entries.items():
             model.get_parameter(name).index_fill_(dim, entries[len(one) - count :].flatten(), 0.0)
@@ -108,7 +108,7 @@ def test_the_configuration_agrees_and_a_stock_reload_is_equal(family, tmp_path):
     assert f"| parameters | {figures(model)['parameters_before']:,} | {model.num_parameters():,} |" in card
 
 
-def test_widths_are_what_was_asked_for():
+def test_widths_follow_the_fields():
     config = prune(tiny_llama(), heads=0.5, neurons=16, score="magnitude").config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
     assert config.intermediate_size == 32
@@ -138,13 +138,13 @@ def observed(model, data, names):
 
 
 def kept_of(model, dense, reader):
-    """The units that stayed, by comparing columns of a reader with those of the dense model."""
+    """Return the kept units, by comparing columns of a consumer with those of the dense model."""
     now, before = model.get_submodule(reader).weight, dense.get_submodule(reader).weight
     return [index for index, column in enumerate(before.T) if any(torch.equal(column, other) for other in now.T)]
 
 
 @pytest.mark.parametrize("kind", ["neurons", "heads"])
-def test_activation_is_the_length_of_what_a_unit_adds(kind):
+def test_activation_is_the_squared_norm_of_a_units_contribution(kind):
     dense, data = tiny_llama(), batches(tiny_llama(), 3)
     units = [one for one in find_prunable_groups(topology.trace(dense)) if one.kind == kind]
     inputs = observed(dense, data, [one.consumer for one in units])
@@ -188,7 +188,7 @@ def test_taylor_is_the_gradient_of_a_gate_sample_by_sample(family, kind):
         assert kept_of(model, dense, one.consumer) == one.columns[best].flatten().sort().values.tolist()
 
 
-def test_layers_go_by_block_influence_and_by_the_gradient_of_their_gates():
+def test_layers_are_ranked_by_block_influence_or_the_gradient_of_their_gates():
     dense, data = tiny_llama(num_hidden_layers=4), batches(tiny_llama(), 3)
     influence, gates = torch.zeros(4), torch.zeros(4, dtype=torch.float64)
     for batch in data:
@@ -216,14 +216,14 @@ def test_layers_go_by_block_influence_and_by_the_gradient_of_their_gates():
         assert figures(model)["removed_layers"] == [f"model.layers.{int(expected.argmin())}"]
 
 
-def test_only_what_is_asked_for_goes():
+def test_only_the_requested_kinds_are_removed():
     model = prune(tiny_llama(num_hidden_layers=3), layers=1, score="magnitude")
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (2, 48)
     assert figures(model)["ranked_by"] == {"layers": "magnitude"}
     assert figures(model)["widths"] == {}
 
 
-def test_without_a_score_layers_go_by_taylor_and_units_by_activation(tmp_path):
+def test_by_default_layers_are_ranked_by_taylor_and_units_by_activation(tmp_path):
     """On a model where the two disagree about layers."""
     data = batches(tiny_llama(), 3)
 
@@ -247,7 +247,7 @@ def test_without_a_score_layers_go_by_taylor_and_units_by_activation(tmp_path):
     assert "(neurons by activation, layers by taylor)" in (tmp_path / "README.md").read_text()
 
 
-def test_layers_of_a_model_without_a_loss_go_by_activation(caplog):
+def test_layers_of_a_model_without_a_loss_are_ranked_by_activation(caplog):
     model = prune(tiny_bert(num_labels=1), batches(tiny_bert()), layers=1)
     assert figures(model)["ranked_by"] == {"layers": "activation"}
     assert "step 1 (structured): layers are ranked by activation" in caplog.text
@@ -263,7 +263,7 @@ def test_without_labels_a_model_is_ranked_by_its_own_predictions(family):
 
 
 # -- with others --------------------------------------------------------------------------------------------------
-def test_masks_of_an_earlier_step_follow():
+def test_masks_of_an_earlier_step_are_sliced():
     steps = [{"technique": "magnitude", "sparsity": 0.5}, {"technique": "structured", "layers": 1, "heads": 1}]
     model = hf_optim.optimize(tiny_llama(num_hidden_layers=3), steps, calibration=batches(tiny_llama()))
     run = run_of(model)
@@ -287,7 +287,7 @@ def test_a_pattern_along_the_inputs_survives_only_where_columns_stay():
     assert all(holds(trait, run_of(model)) for trait in run_of(model).traits)
 
 
-def test_a_blockwise_step_after_it_sees_the_layers_that_are_left():
+def test_a_later_blockwise_step_sees_the_remaining_layers():
     steps = [{"technique": "structured", "layers": 1}, {"technique": "nm", "score": "activation"}]
     model = tiny_llama(num_hidden_layers=3)
     model = hf_optim.optimize(model, {"steps": steps, "driver": "blockwise"}, calibration=batches(model))
@@ -296,7 +296,7 @@ def test_a_blockwise_step_after_it_sees_the_layers_that_are_left():
     assert all(holds(trait, run) for trait in run.traits)
 
 
-def test_it_recovers_in_one_stage_with_the_model_as_it_was_for_a_teacher(tmp_path):
+def test_it_recovers_in_one_stage_with_the_original_model_as_teacher(tmp_path):
     steps = [{"technique": "structured", "layers": 1, "heads": 1}, {"technique": "logit_kd"}]
     model = hf_optim.optimize(tiny_llama(), steps, calibration=batches(tiny_llama()))
     run = run_of(model)
@@ -345,7 +345,7 @@ def test_heads_whose_width_is_derived_are_refused(family):
         (lambda: tiny_gpt2(scale_attn_by_inverse_layer_idx=True), {"layers": 1, "neurons": 0}, "would change at index"),
     ],
 )
-def test_what_cannot_be_removed_is_refused(build, fields, message):
+def test_impossible_removals_are_refused(build, fields, message):
     with pytest.raises(ModelError, match=message):
         prune(build(), score="magnitude", **fields)
 
@@ -360,12 +360,12 @@ def test_what_cannot_be_removed_is_refused(build, fields, message):
         ({"layers": -1}, "layers must be >= 0"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         OptimConfig.parse([{"technique": "structured", **fields}])
 
 
-def test_named_layers_stay():
+def test_skipped_layers_are_kept():
     model = prune(tiny_llama(num_hidden_layers=3), layers=2, neurons=0, score="magnitude", skip=("model.layers.1",))
     assert figures(model)["removed_layers"] == ["model.layers.0", "model.layers.2"]
 
@@ -377,9 +377,9 @@ def test_shared_position_biases_lose_the_same_heads_in_every_layer():
         assert len({tuple(kept_of(model, dense, one.consumer)) for one in together}) == 1
 
 
-# -- what it is worth ---------------------------------------------------------------------------------------------
+# -- effect --------------------------------------------------------------------------------------------------------
 def fastest(models, inputs, rounds=9):
-    """Seconds of one forward of each model: the least of several, taken in turn, so that other load counts little."""
+    """Return the seconds of one forward of each model: the minimum of several, interleaved against load."""
     best = [math.inf] * len(models)
     with torch.no_grad():
         for _ in range(rounds):
@@ -414,7 +414,7 @@ def test_the_gain_in_time_is_the_ratio_of_the_operations():
 
 
 @pytest.mark.real_model
-def test_scores_that_look_at_data_keep_a_real_model_better(shared_models, shared_data, monkeypatch):
+def test_scores_from_data_beat_magnitude_on_a_real_model(shared_models, shared_data, monkeypatch):
     """babyllama-1m. With more data, a quarter of the neurons: activation 3.05, magnitude 4.01, random 4.10 to 4.68;
     one of five layers: taylor 5.28, magnitude 32.2 (dense: 2.26)."""
     home = shared_models / "babyllama-1m"

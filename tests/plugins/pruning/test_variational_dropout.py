@@ -1,4 +1,4 @@
-"""Sparse variational dropout in OptimTrainer: what is removed, the scale of its term, exact resumption, its worth."""
+"""Sparse variational dropout in OptimTrainer: what is removed, the scale of its term, exact resumption, its effect."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = {"technique": "variational_dropout", "initial": -4.0, "variance_learning
 
 
 class Watch(TrainerCallback):
-    """Logits in evaluation mode and the variances after every optimizer step, before the steps see its end."""
+    """Logits in evaluation mode and the variances after every optimizer step, before the end of that step."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         with eval_mode(model):
@@ -55,7 +55,7 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-def test_the_weights_above_the_threshold_are_removed_and_evaluation_saw_it_coming(build, tmp_path):
+def test_the_weights_above_the_threshold_are_removed_as_in_evaluation(build, tmp_path):
     model = optimize(build(), {**QUICK, "threshold": 1.0})
     run = run_of(model)
     watch = train(model, tmp_path)
@@ -121,7 +121,7 @@ def test_without_noise_and_term_it_trains_as_a_dense_model(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"threshold": 1.0}, {"sparsity": 0.5, "settle": 4}], ids=str)
-def test_a_checkpoint_is_a_plain_one_and_training_resumes_to_the_bit(fields, tmp_path):
+def test_a_checkpoint_is_ordinary_and_training_resumes_bit_exact(fields, tmp_path):
     step, more = {**QUICK, **fields}, {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     whole = optimize(tiny_llama(), step)
     train(whole, tmp_path, 6, weight_decay=0.1, **more)
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_a_plain_one_and_training_resumes_to_the_bit(fields, tmp
         assert all(torch.equal(mask, run_of(again).masks[name]) for name, mask in run_of(whole).masks.items())
 
 
-def test_once_settled_the_rest_trains_on_without_noise(tmp_path):
+def test_once_settled_the_remaining_weights_train_without_noise(tmp_path):
     model = optimize(tiny_llama(), {**QUICK, "sparsity": 0.5, "settle": 2})
     watch = train(model, tmp_path, 6, logging_steps=1, logging_strategy="steps")
     assert [("kl" in entry) for entry in watch.log if "task_loss" in entry or "loss" in entry] == [True] * 2 + [
@@ -143,7 +143,7 @@ def test_once_settled_the_rest_trains_on_without_noise(tmp_path):
         torch.testing.assert_close(model(IDS).logits, watch.logits, rtol=0, atol=1e-5)
 
 
-def test_what_an_earlier_step_removed_stays_removed_and_counts(tmp_path):
+def test_weights_removed_by_an_earlier_step_stay_removed_and_count(tmp_path):
     model = optimize(tiny_gpt2(), [{"technique": "nm"}, {**QUICK, "sparsity": 0.7}])
     before = {name: mask.clone() for name, mask in run_of(model).masks.items()}
     train(model, tmp_path)
@@ -155,7 +155,7 @@ def test_what_an_earlier_step_removed_stays_removed_and_counts(tmp_path):
     assert removed == masks.removed_count(sum(mask.numel() for mask in run.masks.values()), 0.7)
 
 
-def test_heads_and_shared_weights_are_left_alone(tmp_path):
+def test_heads_and_shared_weights_are_left_out(tmp_path):
     model = optimize(tiny_qwen2(), {**QUICK, "threshold": 0.0})
     train(model, tmp_path, 2)
     assert not any("lm_head" in name or "embed" in name for name in run_of(model).masks)
@@ -184,12 +184,12 @@ def test_a_stock_trainer_is_refused():
         ({"weight": -1.0}, "weight must be >= 0"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         optimize(tiny_llama(), {"technique": "variational_dropout", **fields})
 
 
-def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog):
+def test_an_unfinished_ramp_warns_at_the_start(tmp_path, caplog):
     for number, (fields, told) in enumerate([({}, ""), ({"sparsity": 0.5}, r", and a sparsity of 0\.5 is")]):
         model = optimize(tiny_llama(), {"technique": "variational_dropout", "end": 1000, **fields})
         message = r"step 1 \(variational_dropout\): the schedule ends at step 1000, but .* 10: .* 0\.01 instead of 1"
@@ -201,7 +201,7 @@ def test_a_ramp_that_does_not_finish_is_said_at_the_start(tmp_path, caplog):
 
 @pytest.mark.real_model
 def test_a_third_of_a_real_model_is_noise_at_held_loss(tmp_path, shared_models, shared_data):
-    """Beside as many weights of smallest magnitude, removed at once; both ranked over all layers."""
+    """Compared with as many weights of smallest magnitude, removed at once; both ranked over all layers."""
     stories = Stories(shared_models, shared_data, width=64, held_out=96)
     dense = stories.loss(stories.load())
     magnitude = stories.loss(stories.load([{"technique": "magnitude", "sparsity": 0.3, "scope": "global"}]))

@@ -1,4 +1,4 @@
-"""GOBO: its codes on random weights, what is stored, what is left of a pruned model, and a real encoder."""
+"""GOBO: its codes on random weights, what is stored, pruned models, and a real encoder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def logits(model, ids=IDS):
 # -- the layers -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("shape", [(3, 1), (4, 17), (2, 64)])
-def test_packed_codes_have_no_gaps_and_come_back(bits, shape):
+def test_packed_codes_have_no_gaps_and_unpack_exactly(bits, shape):
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     packed = pack_codes(codes, bits)
     assert packed.shape == (shape[0], -(-shape[1] // 8) * bits)
@@ -90,7 +90,7 @@ def test_a_large_layer_is_decoded_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5])
-def test_an_embedding_decodes_the_rows_asked_for(bits):
+def test_an_embedding_decodes_only_the_rows_it_looks_up(bits):
     linear, table = layer_of((20, 33), bits)
     made = GoboEmbedding((20, 33), bits, len(linear.outliers), int(linear.outlier_counts.max()), 0, torch.float32)
     made.load_state_dict({k: v for k, v in linear.state_dict().items() if k != "bias"})
@@ -121,7 +121,7 @@ def test_every_layer_holds_what_the_paper_says(build, bits):
     assert type(model).__name__.startswith("Gobo")
 
 
-def test_the_record_and_the_card_tell_the_size(tmp_path):
+def test_the_record_and_the_card_have_the_size(tmp_path):
     model = gobo(tiny_llama(), bits=3)
     model.save_pretrained(tmp_path)
     record = json.loads((tmp_path / "hf_optim.json").read_text())
@@ -154,7 +154,7 @@ def test_bits_that_a_step_assigned_are_followed(monkeypatch):
     assert coverage["skipped"] == {"16 bits are assigned to it": ["model.layers.0.mlp.down_proj"]}
 
 
-def test_embeddings_are_an_option_and_a_shared_table_is_left_alone():
+def test_embeddings_are_an_option_and_a_shared_table_is_left_out():
     model = gobo(tiny_bert(), embedding_bits=4)
     table = model.get_input_embeddings()
     assert type(table).__name__ == "GoboEmbedding"
@@ -165,12 +165,12 @@ def test_embeddings_are_an_option_and_a_shared_table_is_left_alone():
     assert any("shared" in reason for reason in coverage["skipped"])
 
 
-def test_experts_in_stacks_are_named():
+def test_stacked_experts_are_listed_as_skipped():
     [coverage] = run_of(gobo(tiny_mixtral())).record.coverage.values()
     assert any("stacked" in reason for reason in coverage["skipped"])
 
 
-def test_weights_of_no_gaussian_are_left_alone_and_said():
+def test_weights_without_a_gaussian_are_skipped_with_the_reason():
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1e5)
@@ -239,7 +239,7 @@ def test_a_dense_export_is_the_stock_model_of_the_same_outputs(build):
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 class PackedWeight(nn.Module):
-    """Computes as the layer does and keeps the codes one to a byte."""
+    """Computes like the layer, with one code per byte."""
 
     label = "in bytes"
 
@@ -268,7 +268,7 @@ BYTES = Kernel(
 
 
 @pytest.mark.filterwarnings("error")
-def test_coded_layers_go_on_a_kernel_and_back(tmp_path):
+def test_codebook_layers_switch_to_a_kernel_and_back(tmp_path):
     model = gobo(tiny_bert())
     expected, before = logits(model), copy.deepcopy(model.state_dict())
     classes = {name: type(module) for name, module in model.named_modules()}
@@ -289,7 +289,7 @@ def test_coded_layers_go_on_a_kernel_and_back(tmp_path):
     assert torch.equal(logits(model), expected)
 
 
-def test_a_kernel_that_fails_leaves_the_layer_right(monkeypatch):
+def test_a_failing_kernel_leaves_the_layer_correct(monkeypatch):
     model = gobo(tiny_bert())
     expected = logits(model)
     hf_optim.accelerate(model, [BYTES])
@@ -303,7 +303,7 @@ def test_a_kernel_that_fails_leaves_the_layer_right(monkeypatch):
     assert not [row for row in hf_optim.report(model) if row.kernel]
 
 
-def test_on_a_cpu_the_layers_stay_and_the_reason_is_said():
+def test_on_a_cpu_the_layers_stay_and_the_reason_is_given():
     model = gobo(tiny_bert())
     with pytest.warns(KernelWarning, match="no kernel for cpu"):
         hf_optim.accelerate(model)

@@ -1,4 +1,4 @@
-"""GPTQ: its oracles, the zeros it keeps, what shares a Hessian, and its effect on a real model."""
+"""GPTQ: its oracles, the zeros it keeps, layers that share a Hessian, and its effect on a real model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def problem(rows=10, columns=48, tokens=300, seed=0) -> tuple[torch.Tensor, torc
 
 
 def by_definition(weight, hessian, grid, damp, act_order):
-    """Optimal brain quantization in a fixed order: after each column the inverse Hessian of the rest, anew."""
+    """Optimal brain quantization in a fixed order: the inverse Hessian of the rest is recomputed after each column."""
     h = damp_(hessian.clone(), damp)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(h))
     w = weight.clone()
@@ -116,7 +116,7 @@ def test_float32_is_near_float64():
     assert (single != double).double().mean() < 0.01
 
 
-def test_a_hopeless_hessian_names_layers_and_step():
+def test_a_singular_hessian_names_layers_and_step():
     weight, hessian = problem()
     grid = make_grid(weight, GridSpec(4))
     with pytest.raises(NumericalError, match="q_proj is singular"):
@@ -146,7 +146,7 @@ def test_all_linears_but_the_head_and_the_report():
     assert model.hf_quantizer.is_serializable()
 
 
-def test_a_layer_is_quantized_on_what_reaches_it():
+def test_a_layer_is_quantized_on_its_actual_inputs():
     """The codes of a block's first layers follow from its inputs, the blocks before it being quantized."""
     model = quantized(tiny_llama(), group_size=16, precision="float64")
     dense = tiny_llama()
@@ -205,7 +205,7 @@ def test_an_unsupported_model_is_refused_with_the_reason():
         quantized(tiny_gpt2())
 
 
-def test_a_mixture_is_refused_without_its_experts_and_they_are_named():
+def test_a_mixture_is_refused_without_its_experts():
     with pytest.raises(
         ModelError, match=r"step 1 \(gptq\) cannot store integer weights .*model\.layers\.0\.mlp\.experts"
     ):
@@ -281,7 +281,7 @@ class Plan(Technique):
         run.bit_plan.update(self.plan)
 
 
-def test_layers_with_one_input_have_the_bits_that_are_assigned_to_them():
+def test_layers_with_one_input_get_their_assigned_bits():
     first = "model.layers.0.self_attn."
     plan = {first + "q_proj": 2, first + "v_proj": 8, "model.layers.1.mlp.up_proj": 16}
     fields = {"bits": 4, "group_size": 16, "precision": "float64"}
@@ -300,8 +300,8 @@ def test_layers_with_one_input_have_the_bits_that_are_assigned_to_them():
         assert torch.equal(codes(model)[first + name], codes(alone)[first + name])
 
 
-def test_what_a_group_leaves_behind_is_freed_before_the_next_is_factored(monkeypatch):
-    """The largest Hessians are as large as a block: one is let go before the next is worked on."""
+def test_memory_of_a_group_is_freed_before_the_next_factorization(monkeypatch):
+    """The largest Hessians are as large as a block, so one is freed before the next is factored."""
     alive: list[int] = []
     known: list[weakref.ref] = []
 

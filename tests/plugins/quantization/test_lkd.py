@@ -1,4 +1,4 @@
-"""Layer-by-layer distillation: lr 0 is rounding, no block's loss rises, what it leaves alone, and its worth."""
+"""Layer-by-layer distillation: lr 0 is rounding, no block's loss rises, what it does not change, and its effect."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_without_a_learning_rate_it_is_rounding(fields, dtype):
 
 
 @pytest.mark.parametrize("learn_scales", [False, True])
-def test_without_a_learning_rate_it_leaves_what_a_quantizer_made(learn_scales):
+def test_without_a_learning_rate_the_codes_of_a_quantizer_stay(learn_scales):
     quantizer = {"technique": "gptq", "bits": 3, "group_size": 16, "symmetric": False}
     model = distilled(tiny_llama(), quantizer, learning_rate=0.0, learn_scales=learn_scales)
     assert same(model, optimize(tiny_llama(), quantizer, calibration=IDS))
 
 
 def block_losses(model) -> list[float]:
-    """The mean squared error of every block on the original model's inputs, by hooks on the original."""
+    """Return the mean squared error of every block on the original model's inputs, by hooks on the original."""
     dense, seen = tiny_llama(), {}
     for index, block in enumerate(dense.model.layers):
         block.register_forward_hook(
@@ -103,7 +103,7 @@ def test_the_loss_of_no_block_rises_and_is_the_one_reported(train, rate):
         assert all(new < 0.9 * old for old, new in zip(before, after, strict=True))
 
 
-def test_on_top_of_a_quantizer_scheme_and_grid_stay_and_codes_move():
+def test_after_a_quantizer_scheme_and_grid_stay_and_codes_change():
     quantizer = {"technique": "rtn", "bits": 3, "group_size": 16, "activations": "int8"}
     plain = optimize(tiny_llama(), quantizer, calibration=IDS)
     model = distilled(tiny_llama(), quantizer, bits=8, learning_rate=1e-2)
@@ -119,7 +119,7 @@ def test_on_top_of_a_quantizer_scheme_and_grid_stay_and_codes_move():
     assert [first for first, _ in losses(model).values()] == pytest.approx(block_losses(plain), rel=1e-4)
 
 
-def test_learned_scales_change_on_top_too():
+def test_learned_scales_change_after_a_quantizer_too():
     quantizer = {"technique": "gptq", "bits": 2, "group_size": 16}
     plain = optimize(tiny_llama(), quantizer, calibration=IDS)
     model = distilled(tiny_llama(), quantizer, learn_scales=True)
@@ -130,7 +130,7 @@ def test_learned_scales_change_on_top_too():
     assert all(bool((a > 0).all()) for a, _ in pairs)
 
 
-def test_what_is_not_trained_is_untouched_and_flags_are_as_before():
+def test_untrained_parameters_and_flags_do_not_change():
     source = tiny_llama()
     source.model.layers[1].input_layernorm.weight.requires_grad_(False)
     dense = copy.deepcopy(source)
@@ -171,14 +171,14 @@ class BitsTwo(Technique):
         yield
 
 
-def test_a_plan_of_bits_comes_first():
+def test_assigned_bits_take_precedence():
     model = optimize(tiny_llama(), [BitsTwo(), LKD(bits=4, group_size=16, **FEW)], calibration=IDS)
     found = {name: m.quantization_scheme.weights.num_bits for name, m in compressed.quantized_modules(model).items()}
     assert found.pop("model.layers.0.mlp.up_proj") == 2
     assert set(found.values()) == {4}
 
 
-def test_random_tokens_do_and_no_labels_are_needed():
+def test_random_tokens_suffice_and_no_labels_are_needed():
     random = {"calibration": {"dataset": "random", "samples": 16, "seq_len": 24}}
     model = optimize(tiny_llama(), {"steps": [{"technique": "lkd", "bits": 3, "group_size": 16, **FEW}], **random})
     assert all(last < first for first, last in losses(model).values())
@@ -206,7 +206,7 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
         optimize(loaded, {"technique": "lkd", **FEW}, calibration=IDS)
 
 
-def test_refusals_say_why():
+def test_refusals_give_the_reason():
     with pytest.raises(ModelError, match=r"step 1 \(lkd\).*driver: blockwise"):
         optimize(tiny_llama(), {"steps": [{"technique": "lkd"}], "driver": "whole_model"}, calibration=IDS)
     with pytest.raises(ModelError, match=r"step 1 \(lkd\).*Conv1D"):
@@ -231,14 +231,14 @@ def test_a_failure_in_training_leaves_plain_layers(monkeypatch):
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
 
 
-def test_the_head_outside_the_blocks_is_named():
+def test_the_head_outside_the_blocks_is_listed_as_skipped():
     model = distilled(tiny_llama(), targets=["lm_head", "Linear"], bits=4, group_size=16)
     _, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert skipped == {"it lies outside the blocks": {"lm_head"}}
 
 
 @pytest.mark.real_model
-def test_it_improves_what_it_stands_on(shared_models, shared_data):
+def test_it_improves_on_rounding_and_on_other_steps(shared_models, shared_data):
     """babyllama-1m at 2 bits, on a small part of the evaluation text: alone, and after another step."""
     from hf_optim.evaluation.evaluate import perplexity
 

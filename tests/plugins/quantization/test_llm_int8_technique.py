@@ -1,4 +1,4 @@
-"""LLM.int8(): its decomposition against float64, what the checkpoint keeps, and synthetic outliers on a real model."""
+"""LLM.int8(): its decomposition against float64, the checkpoint, and synthetic outliers on a real model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_threshold_zero_is_the_decoded_layer_and_none_is_vectorwise_int8():
         assert not close(everything, decoded, 1e-3)
 
 
-def test_the_largest_weight_of_a_row_is_on_the_last_code():
+def test_the_largest_weight_of_a_row_has_the_last_code():
     dense, model = tiny_llama(), tiny_llama()
     for one in (dense, model):
         one.get_submodule(UP).weight.data[3] = 0.0
@@ -125,7 +125,7 @@ def test_the_checkpoint_is_stock_and_keeps_the_threshold(tmp_path):
     assert torch.equal(logits(stock), expected)
 
 
-def test_the_base_model_of_a_checkpoint_is_served_too(tmp_path):
+def test_the_base_model_of_a_checkpoint_is_supported_too(tmp_path):
     quantized(threshold=4.5).save_pretrained(tmp_path)
     base = on_kernel(AutoModel.from_pretrained(tmp_path))
     assert base.layers[0].mlp.up_proj.packed_weight.fused.threshold == 4.5
@@ -148,14 +148,14 @@ def test_a_packed_checkpoint_loads_onto_the_kernel(tmp_path, monkeypatch):
     assert torch.equal(logits(loaded), logits(on_kernel(model)))
 
 
-def test_dense_forgets_the_threshold():
+def test_dense_removes_the_threshold():
     model = quantized()
     convert_to_dense(model)
     assert not hasattr(model.config, "hf_optim")
     assert not compressed.quantized_modules(model)
 
 
-def test_other_steps_and_other_layers_stay_what_they_are():
+def test_other_steps_and_other_layers_do_not_change():
     recipe = OptimConfig.parse([{"technique": "llm_int8", "targets": ["*.mlp.*"], "threshold": 3.0}])
     model = on_kernel(optimize(tiny_llama(), recipe))
     names = list(topology.linears(model))
@@ -193,7 +193,7 @@ def test_zeros_stay():
         assert bool((module.weight[zeros[name]] == 0).all())
 
 
-def test_what_is_refused():
+def test_refusals():
     with pytest.raises(ModelError, match=r"step 1 \(llm_int8\).*Conv1D"):
         quantized(tiny_gpt2())
     for wrong in (-1.0, float("inf")):
@@ -214,7 +214,7 @@ def described(device, **changes):
     return QuantizedWeight(**about | changes)
 
 
-def test_what_the_kernel_serves(monkeypatch):
+def test_what_the_kernel_supports(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     supports = kernel().supports
@@ -252,7 +252,7 @@ def test_the_record_and_the_card():
     assert "above 4.5" in card.text
 
 
-def test_synthetic_outliers_cost_it_nothing_where_naive_int8_breaks(shared_models, shared_data):
+def test_synthetic_outliers_do_not_hurt_it_while_they_break_naive_int8(shared_models, shared_data):
     home = shared_models / "babyllama-1m"
     ids = windows(home, shared_data, "eval", 8)
     dense = perplexity(AutoModelForCausalLM.from_pretrained(home).eval(), ids)

@@ -34,7 +34,7 @@ def kl(reference, other):
 
 
 def together(model, inputs):
-    """Names of linears by the identity of their input, in order."""
+    """Return the names of linears grouped by their input, in order."""
     seen, held = {}, []
     handles = []
     for name, module in model.named_modules():
@@ -53,7 +53,7 @@ def together(model, inputs):
 
 
 def ablation(model, batches):
-    """The divergence of the logits when one input alone is rounded to its asymmetric 8-bit grid, by hand."""
+    """Return the divergence of the logits with one input alone rounded to its asymmetric 8-bit grid."""
     reference = [logits(model, batch) for batch in batches]
     found = {}
     for members in together(model, batches[0]):
@@ -81,7 +81,7 @@ def ablation(model, batches):
 
 @pytest.mark.parametrize("sites", ["linears", "all"])
 @pytest.mark.parametrize("family", [tiny_llama, tiny_bert, tiny_vit])
-def test_with_16_bits_everywhere_the_model_computes_what_it_did(family, sites):
+def test_with_16_bits_everywhere_the_outputs_do_not_change(family, sites):
     model = family()
     batches = batches_of(model)
     before = logits(model, batches[0])
@@ -93,7 +93,7 @@ def test_with_16_bits_everywhere_the_model_computes_what_it_did(family, sites):
     assert not torch.equal(logits(wide, batches[0]), before)
 
 
-def test_without_weights_16_bits_everywhere_is_dense_to_the_bit():
+def test_without_weights_16_bits_everywhere_is_bit_exact():
     model = tiny_llama()
     batches = batches_of(model)
     before = logits(model, batches[0])
@@ -121,7 +121,7 @@ def test_the_chosen_set_is_the_one_a_brute_force_ablation_ranks_first(family):
     assert list(report["ranking"].values()) == pytest.approx([by_hand[m] for m in expected], rel=1e-2, abs=2e-7)
 
 
-def test_sites_of_synthetic_outliers_are_the_ones_that_are_found():
+def test_sites_of_synthetic_outliers_get_16_bits():
     model = tiny_llama()
     outliers = add_synthetic_outliers(model, factor=100.0, pairs=False)
     made = calibrated(model, batches_of(model), budget=0.5, tolerance=0.0)
@@ -155,7 +155,7 @@ def test_a_generous_tolerance_leaves_everything_at_8_bits():
     assert all(s.input_activations is not None and not s.input_activations.dynamic for s in schemes)
 
 
-def test_residual_sums_take_part_where_asked_and_the_model_then_brings_its_code():
+def test_residual_sums_take_part_on_request_and_need_remote_code():
     assert MixedPrecision().reload() is Reload.STOCK_FORMAT
     assert MixedPrecision(sites="all").reload() is Reload.REMOTE_CODE
     model = tiny_bert()
@@ -167,7 +167,7 @@ def test_residual_sums_take_part_where_asked_and_the_model_then_brings_its_code(
 
 
 @pytest.mark.parametrize("sites", ["linears", "all"])
-def test_it_comes_back_as_it_was(sites, tmp_path):
+def test_it_reloads_with_equal_outputs(sites, tmp_path):
     model = tiny_llama()
     add_synthetic_outliers(model, factor=60.0)
     batches = batches_of(model)

@@ -1,4 +1,4 @@
-"""OBQ: brute force on small rows, its limits, the zeros it keeps, and real layers beside one order for all rows."""
+"""OBQ: brute force on small rows, its limits, the zeros it keeps, and real layers against one order for all rows."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SPECS = [
 
 
 def by_definition(weight, hessian, grid, damp, outliers_first):
-    """Row by row, weight by weight; the Hessian of what is left is inverted anew at each step."""
+    """Row by row, weight by weight; the Hessian of the remaining weights is inverted again at each step."""
     h = damp_(hessian.clone(), damp)
     scale, zero = expand_grid(grid, *weight.shape, DOUBLE)
     codes = torch.zeros_like(weight)
     for row in range(len(weight)):
         w, free = weight[row].clone(), list(range(weight.shape[1]))
-        # A pruned weight is zero for good: it is no variable of the row's problem.
+        # A pruned weight stays zero: it is not a variable of the row's problem.
         for q in [q for q in free if weight[row, q] == 0]:
             codes[row, q] = zero[row, q]
             free.remove(q)
@@ -78,7 +78,7 @@ def test_equals_brute_force_beyond_one_block_of_steps(memory):
     assert torch.equal(codes.to(DOUBLE), by_definition(weight, hessian, grid, 0.01, True))
 
 
-def test_outliers_are_what_the_rule_is_about():
+def test_outliers_are_quantized_first():
     weight, hessian = problem(rows=20, columns=24)
     grid = make_grid(weight * 0.5, GridSpec(3))
     found = {
@@ -103,7 +103,7 @@ def test_dead_inputs_round_to_nearest():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_zeros_are_kept_and_rows_with_a_mask_of_their_own_equal_brute_force(symmetric):
+def test_zeros_are_kept_and_rows_with_different_masks_equal_brute_force(symmetric):
     weight, hessian = problem(rows=7, columns=12)
     weight[weight.abs() < 0.6] = 0.0
     weight[2] = 0.0
@@ -123,7 +123,7 @@ def test_float32_is_near_float64():
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
-def test_a_hopeless_hessian_names_layers_and_step():
+def test_a_singular_hessian_names_layers_and_step():
     weight, hessian = problem()
     with pytest.raises(NumericalError, match="q_proj is singular"):
         quantize_greedily(weight, -hessian, make_grid(weight, GridSpec(4)), label="q_proj")
@@ -143,7 +143,7 @@ def quantized(model, driver="auto", **fields) -> nn.Module:
     return optimize(model, {"steps": [{"technique": "obq", **fields}], "driver": driver}, calibration=IDS)
 
 
-def test_drivers_agree_and_the_report_has_every_layer():
+def test_drivers_agree_and_every_layer_is_reported():
     models = [
         quantized(tiny_llama(), driver, group_size=16, precision="float64") for driver in ("blockwise", "whole_model")
     ]
@@ -156,7 +156,7 @@ def test_drivers_agree_and_the_report_has_every_layer():
     assert 0 < max(figures["relative_error"].values()) < 0.05
 
 
-def test_a_bit_plan_is_followed():
+def test_assigned_bits_are_used():
     model = tiny_llama()
     run = {}
 
@@ -171,7 +171,7 @@ def test_a_bit_plan_is_followed():
     assert {name: m.quantization_scheme.weights.num_bits for name, m in found.items()} == run["plan"]
 
 
-def test_a_layer_that_is_too_wide_is_refused_before_any_work():
+def test_a_layer_that_is_too_wide_is_refused_before_quantizing():
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ModelError, match=r"step 1 \(obq\): .*down_proj has 48 inputs, more than widest: 40"):
@@ -203,10 +203,10 @@ def test_layers_by_block():
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
-def test_in_the_mean_better_than_one_order_for_all_rows_on_real_layers(observer, shared_models, shared_data):
+def test_on_average_better_than_one_order_for_all_rows_on_real_layers(observer, shared_models, shared_data):
     """All linears of babyllama-1m, 3 bits per channel, 24 rows of each, on equal inputs and grids.
 
-    In the mean over the layers, not in each: see the module's docstring.
+    On average over the layers, not in each: see the module's docstring.
     """
     home = shared_models / "babyllama-1m"
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32).eval()

@@ -32,7 +32,7 @@ def calibrated(model, batches=None, **fields):
 
 
 def ranges_of(model, names, batches):
-    """Smallest and largest input per channel, by hand."""
+    """Return the smallest and largest input per channel, computed directly."""
     seen = {name: [] for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -64,7 +64,7 @@ def test_the_two_ends_of_the_number_of_groups(groups, dim):
     assert torch.allclose(made.rounded(x), expected, atol=1e-6)
 
 
-def test_even_groups_are_slices_of_the_channels_as_they_stand_without_the_permutation():
+def test_without_the_permutation_even_groups_are_slices_of_the_channels():
     model = calibrated(tiny_llama(), permute=False, split="even", groups=5)
     for module in model.modules():
         if getattr(module, "holds_codes", False):
@@ -110,7 +110,7 @@ def test_sorting_is_exact_in_float64_and_sorts(family):
             assert bool((rows[pair.groups == number].diff() >= -1e-9).all())
 
 
-def test_folded_or_listed_the_numbers_are_the_same():
+def test_folded_and_listed_groups_give_the_same_results():
     """An encoder without a head keeps the order of its stream; with one it does not: same hidden states."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_synthetic_outliers_are_repaired_where_one_grid_breaks():
     assert error() < error(split="even") < one_grid
 
 
-def test_norms_are_left_alone_without_sums_and_linears_outside_the_stream_with_residual_sites():
+def test_fields_leave_out_norms_and_linears_outside_the_stream():
     model = calibrated(tiny_llama(), sums=False, sites="residual", groups=4)
     kinds = [type(m).__name__ for m in model.modules()]
     assert "RoundedNorm" not in kinds
@@ -166,7 +166,7 @@ def test_the_dense_equivalent_has_stock_modules_and_the_decoded_weights():
     assert not any(getattr(m, "holds_codes", False) for m in model.modules())
 
 
-def test_weights_are_within_half_a_step_and_take_a_byte():
+def test_weights_are_within_half_a_grid_step_and_take_a_byte():
     model = tiny_llama()
     before = copy.deepcopy(model.model.layers[0].self_attn.q_proj.weight)
     made = calibrated(model, permute=False).model.layers[0].self_attn.q_proj
@@ -175,14 +175,14 @@ def test_weights_are_within_half_a_step_and_take_a_byte():
     assert bool(((made.decoded() - before).abs() <= step / 2 + 1e-6).all())
 
 
-def test_weights_may_stay_as_they_are():
+def test_weights_may_stay_unquantized():
     model = tiny_llama()
     weight = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     made = calibrated(model, bits=None, permute=False).model.layers[0].self_attn.q_proj
     assert torch.equal(made.weight, weight)
 
 
-def test_a_layer_that_nothing_reaches_is_named_and_infinite_inputs_are_refused():
+def test_unreached_layers_are_listed_and_infinite_inputs_are_refused():
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.fill_(1e38)

@@ -1,4 +1,4 @@
-"""Quantization-aware training: what is stored is what was trained, clean checkpoints, exact resumption, its worth."""
+"""Quantization-aware training: what is stored, ordinary checkpoints, exact resumption, and its effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows(count=32, width=12):
 
 
 class Watch(TrainerCallback):
-    """Logits before the stage is finished, and the classes of the layers while it lasts."""
+    """Logits before the stage ends, and the classes of the layers during it."""
 
     def __init__(self):
         self.active, self.logits = {}, None
@@ -87,7 +87,7 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("fields", SCHEMES, ids=str)
-def test_what_is_stored_is_what_the_last_forward_computed(fields, tmp_path):
+def test_the_stored_model_equals_the_last_forward(fields, tmp_path):
     model = optimize(tiny_llama(), {"technique": "qat", **fields})
     watch = train(model, tmp_path, 2, gradient_accumulation_steps=2)
     assert run_of(model).finished
@@ -115,7 +115,7 @@ def test_without_learning_it_is_rounding(tmp_path):
     assert same(model, plain)
 
 
-def test_it_begins_when_it_should(tmp_path):
+def test_it_starts_at_begin(tmp_path):
     for begin in (3, 0.5):
         model = optimize(tiny_llama(), {"technique": "qat", "begin": begin})
         watch = train(model, tmp_path, 6)
@@ -123,7 +123,7 @@ def test_it_begins_when_it_should(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"bits": 3}, {"bits": 3, "learn_scales": True, "begin": 1}])
-def test_a_checkpoint_is_a_plain_one_and_training_resumes_to_the_bit(fields, tmp_path):
+def test_a_checkpoint_is_ordinary_and_training_resumes_bit_exact(fields, tmp_path):
     step = {"technique": "qat", "group_size": 16, **fields}
     whole = optimize(tiny_llama(), step)
     train(whole, tmp_path / "a", 6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2)
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_a_plain_one_and_training_resumes_to_the_bit(fields, tmp
     assert same(whole, again)
 
 
-def test_learned_scales_move_in_a_stock_trainer_and_their_rate_takes_ours(tmp_path):
+def test_learned_scales_train_in_a_stock_trainer_and_their_own_rate_needs_ours(tmp_path):
     step = {"technique": "qat", "bits": 3, "group_size": 16, "learn_scales": True}
     scales = []
     for rate in (None, 0.0, 1e-2):
@@ -213,7 +213,7 @@ def test_zeros_of_a_pruned_model_stay(first, tmp_path):
     assert all(parameter_has_nm_pattern(model, name, 2, 4) for name in run.nm_patterns)
 
 
-def test_tied_heads_are_left_out_and_others_on_request(tmp_path):
+def test_tied_heads_are_left_out_and_others_quantized_on_request(tmp_path):
     model = optimize(tiny_llama(), {"technique": "qat", "targets": ["lm_head", "Linear"], "skip": ["*.o_proj"]})
     train(model, tmp_path, 1)
     names = compressed.quantized_modules(model)
@@ -238,7 +238,7 @@ def test_refusals():
             QAT(**fields)
 
 
-def test_a_loop_of_ones_own_that_makes_the_callbacks():
+def test_a_custom_loop_with_the_callbacks():
     model = optimize(tiny_bert(), {"technique": "qat", "bits": 4})
     hf_optim.callbacks(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -254,7 +254,7 @@ def test_a_loop_of_ones_own_that_makes_the_callbacks():
 
 @pytest.mark.real_model
 def test_it_beats_post_training_quantization_on_a_real_model(shared_models, shared_data, tmp_path):
-    """babyllama-1m at 3 bits, on a small part of the evaluation text, after 40 steps towards the model it was."""
+    """babyllama-1m at 3 bits, on a small part of the evaluation text, after 40 steps towards the original model."""
     from hf_optim.evaluation.evaluate import perplexity
 
     home = shared_models / "babyllama-1m"

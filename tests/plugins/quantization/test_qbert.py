@@ -1,4 +1,4 @@
-"""Q-BERT: curvature and groups against their definitions, budgets in bytes, and a mixed model beside a uniform one."""
+"""Q-BERT: curvature and groups against their definitions, budgets in bytes, and a mixed model against a uniform one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_group_for_every_row_equals_per_channel(groups):
 
 
 @pytest.mark.parametrize("group_size", [None, 5])
-def test_rows_of_a_group_share_a_range_and_no_others(group_size):
+def test_exactly_the_rows_of_a_group_share_a_range(group_size):
     w = weight(12, 20)
     grid = grouped_grid(w, 3, 5, group_size, symmetric=False)  # 4 groups of 3 rows: the largest divisor up to 5
     size = group_size or 20
@@ -64,7 +64,7 @@ def test_rows_of_a_group_share_a_range_and_no_others(group_size):
             assert torch.equal(grid.zero_point[3 * group : 3 * group + 3, part], expected.zero_point.expand(3))
 
 
-def test_figures_of_a_layer_are_those_of_the_full_hessian():
+def test_metrics_of_a_layer_are_those_of_the_full_hessian():
     """Mean and standard deviation of the top eigenvalue over two parts of the data, Ω, and the quadratic form."""
     model = tiny_llama(hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2).double()
     name = "model.layers.0.mlp.down_proj"
@@ -98,7 +98,7 @@ def test_figures_of_a_layer_are_those_of_the_full_hessian():
 @pytest.mark.parametrize(
     "fields", [{}, {"group_size": 16, "budget": 3.3}, {"groups": 4, "choices": [3, 5], "budget": 4.5}]
 )
-def test_the_checkpoint_holds_the_bytes_that_were_allowed(assign, fields, tmp_path):
+def test_the_checkpoint_stays_within_the_bytes_allowed(assign, fields, tmp_path):
     model = quantized(tiny_llama(), assign=assign, **fields)
     figures = run_of(model).record.steps["0"]
     assert figures["bytes"] <= figures["bytes_allowed"]
@@ -122,7 +122,7 @@ def test_by_rank_a_larger_omega_never_has_fewer_bits():
     assert bits == sorted(bits)
 
 
-def test_flags_gradients_and_training_mode_are_as_before():
+def test_flags_gradients_and_training_mode_are_restored():
     model = tiny_llama()
     model.model.layers[0].input_layernorm.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -142,14 +142,14 @@ def test_models_without_labels_and_without_logits():
         assert all(row["mean"] > 0 for row in table.values())  # a Gauss-Newton matrix is positive semidefinite
 
 
-def test_inputs_are_quantized_when_asked():
+def test_inputs_are_quantized_on_request():
     schemes = [
         m.quantization_scheme for m in compressed.quantized_modules(quantized(tiny_bert(), activations="int8")).values()
     ]
     assert all(scheme.input_activations.dynamic for scheme in schemes)
 
 
-def test_what_cannot_be_done_is_refused_with_the_reason():
+def test_impossible_settings_are_refused_with_the_reason():
     for fields, reason in [
         ({"budget": 3.0, "choices": (4, 8)}, "under the smallest of choices"),
         ({"choices": (1, 4)}, "from 2 to 8"),
@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason():
 
 @pytest.mark.real_model
 def test_mixed_bits_beat_uniform_ones_at_equal_bytes_on_a_real_model(shared_models, shared_data):
-    """babyllama-1m at 4 bits in the mean, the same rounding in groups of 32: 2, 4 and 8 bits against 4 everywhere."""
+    """babyllama-1m at 4 bits on average, the same rounding in groups of 32: 2, 4 and 8 bits against 4 everywhere."""
     home = shared_models / "babyllama-1m"
     calibration = windows(home, shared_data, "calibration", 4)
     held_out = windows(home, shared_data, "eval", 24)

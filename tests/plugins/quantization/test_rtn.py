@@ -102,7 +102,7 @@ def test_needs_data_only_for_static_activations():
         optimize(tiny_llama(), [{"technique": "rtn", "activations": "int8", "dynamic": False}])
 
 
-def test_static_scales_cover_what_was_seen():
+def test_static_scales_cover_the_observed_range():
     model = rounded(tiny_llama(), activations="int8", dynamic=False)
     first = model.model.layers[0].self_attn.q_proj
     dense, seen = tiny_llama(), []
@@ -156,7 +156,7 @@ def test_synthetic_outliers_hurt_activations_more_than_weights():
         {"bits": 1},
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields):
+def test_contradictory_fields_are_refused(fields):
     with pytest.raises(RecipeError, match="rtn"):
         RTN(**fields)
 
@@ -174,7 +174,7 @@ def test_an_unsupported_model_is_refused_with_the_reason():
         rounded(tiny_gpt2())
 
 
-def test_experts_are_named_as_skipped():
+def test_experts_are_listed_as_skipped():
     model = rounded(tiny_mixtral(), format="fp8", activations="fp8")
     _, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert any("model.layers.1.mlp.experts" in names for names in skipped.values())

@@ -1,4 +1,4 @@
-"""SmoothQuant: exact before quantization, and worth its while after it."""
+"""SmoothQuant: exact before quantization, and its effect after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUTLIERS = (3, 17, 29)
 
 
 def inputs_of(model, rows=4, seed=0):
-    """Random inputs of the kind and length of the model's dummy inputs."""
+    """Return random inputs of the kind and length of the model's dummy inputs."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, value in topology.dummy_inputs(model).items():
@@ -40,7 +40,7 @@ def logits(model, inputs):
 
 
 def add_outliers_(model, channels=OUTLIERS, factor=50.0):
-    """Make a few inputs of every linear after an exclusive norm 50 times larger; the function stays."""
+    """Make a few inputs of every linear after an exclusive norm 50 times larger, without changing the function."""
     for group in topology.find_norm_groups(model):
         if group.exclusive:
             scale = torch.ones(group.module.weight.numel(), dtype=torch.float64)
@@ -50,7 +50,7 @@ def add_outliers_(model, channels=OUTLIERS, factor=50.0):
 
 
 def smooth_(model, inputs, **fields):
-    """Drive the hook by hand over the whole model; the run, for what it recorded."""
+    """Call the hook over the whole model, and return the run with its record."""
     recipe = OptimConfig.parse([SmoothQuant(**fields)])
     run = start_run(recipe, model.config)
     run.model = model
@@ -201,7 +201,7 @@ def test_norms_that_feed_a_router_are_skipped_with_the_reason():
     assert torch.allclose(logits(model, inputs), before, atol=1e-4)
 
 
-def test_a_skipped_linear_keeps_its_whole_group():
+def test_a_skipped_linear_excludes_its_whole_group():
     model = tiny_llama()
     start = copy.deepcopy(model.state_dict())
     run = smooth_(model, inputs_of(model), pairs=False, skip=("*.q_proj",))
@@ -225,7 +225,7 @@ def test_zeros_stay_zeros():
     assert all(torch.equal(model.state_dict()[name] == 0, mask) for name, mask in zeros.items())
 
 
-def test_observers_are_gone_when_a_pass_fails():
+def test_observers_are_removed_if_a_pass_fails():
     model = tiny_llama()
     run = start_run(OptimConfig.parse([SmoothQuant()]), model.config)
     run.model = model

@@ -1,4 +1,4 @@
-"""ZeroQuant: its grids, what serves them, mixed widths, and real models at dense quality without calibration data."""
+"""ZeroQuant: its grids, their kernels, mixed bits, and real models at dense quality without calibration data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits(model):
 
 
 def by_definition(x, weight, bits, groups):
-    """The equations: each group of rows and each token on a grid of its own. Sums in float64.
+    """The equations: each group of rows and each token on its own grid. Sums in float64.
 
     Codes in float32: the largest of a group lies in the middle between two.
     """
@@ -60,7 +60,7 @@ def test_a_layer_is_the_papers_equations(bits, groups, used):
     assert float((y - wanted).norm() / wanted.norm()) < 1e-5
 
 
-def test_finer_groups_are_nearer():
+def test_finer_groups_have_a_smaller_error():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 40, generator=generator) * torch.rand(48, 1, generator=generator)
     errors = [float((row_groups(weight, 4, g).nearest(weight) - weight).square().sum()) for g in (1, 4, 16, None)]
@@ -99,7 +99,7 @@ def test_it_needs_no_data():
     assert torch.equal(logits(quantized()), logits(optimize(tiny_llama(), ZeroQuant(), calibration=IDS)))
 
 
-def test_two_steps_mix_widths():
+def test_two_steps_mix_bits():
     """The paper's W4/8: four bits in the feed-forward layers, eight in attention."""
     recipe = [
         {"technique": "zeroquant", "targets": ["*.self_attn.*"]},
@@ -114,7 +114,7 @@ def test_two_steps_mix_widths():
     assert torch.equal(model.get_submodule(UP).weight, row_groups(weight, 4, 8).nearest(weight))
 
 
-def test_a_plan_of_bits_is_followed():
+def test_assigned_bits_are_used():
     from hf_optim import Contract, Reload, Technique, hookimpl, technique
     from hf_optim.recipes.traits import BITS_ASSIGNED, FLOAT_WEIGHTS
 
@@ -140,7 +140,7 @@ def test_a_plan_of_bits_is_followed():
     assert run_of(model).record.steps["1"]["layers_by_bits"] == {"3": 2, "8": 12}
 
 
-def test_kernels_serve_groups_of_rows(monkeypatch):
+def test_kernels_support_groups_of_rows(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     model = hf_optim.accelerate(quantized(bits=4, groups=4))
     assert all(row.kernel.startswith("w8a8") for row in hf_optim.report(model)[:-1])
@@ -165,7 +165,7 @@ def test_a_named_head_is_quantized_too():
     assert "lm_head" in compressed.quantized_modules(quantized(targets=("lm_head", "Linear")))
 
 
-def test_what_is_refused():
+def test_refusals():
     with pytest.raises(RecipeError, match="exclude each other"):
         ZeroQuant(groups=4, group_size=16)
     with pytest.raises(ModelError, match=r"step 1 \(zeroquant\).*Conv1D"):

@@ -1,4 +1,4 @@
-"""Channel permutations: the function stays, what a mask keeps grows, and only what may be moved is moved."""
+"""Channel permutations: the function stays, the kept sum grows, and only exact permutations are applied."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def permuted(model, **fields):
 
 
 def column_order(before, after):
-    """The order of columns that makes ``after`` of ``before``, whatever the order of the rows."""
+    """Return the order of columns that turns ``before`` into ``after``, for any order of the rows."""
     old, new = before.double().sort(0).values, after.double().sort(0).values
     return torch.cdist(new.T, old.T).argmin(1)
 
@@ -63,7 +63,7 @@ def test_outputs_are_the_same_in_float64(family, where):
 
 @pytest.mark.parametrize("where", permutation_sites.SITE_KINDS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "t5", "mixtral"])
-def test_outputs_are_the_same_where_norms_compute_in_float32(family, where):
+def test_outputs_are_the_same_with_norms_in_float32(family, where):
     if (family, where) == ("mixtral", "neurons"):
         pytest.skip("its experts are fused")
     # The products of experts know no float64.
@@ -79,7 +79,7 @@ def test_outputs_are_the_same_where_norms_compute_in_float32(family, where):
 
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8)])
-def test_what_a_mask_keeps_grows_and_is_reported(family, keep, group):
+def test_the_kept_sum_grows_and_is_reported(family, keep, group):
     model = TINY[family]()
     dense = weights(model)
     model = permuted(model, keep=keep, group=group)
@@ -99,7 +99,7 @@ def test_what_a_mask_keeps_grows_and_is_reported(family, keep, group):
         assert figures["kept_after_by_layer"][name] == pytest.approx(share, abs=2e-6)
 
 
-def test_a_llama_is_permuted_wherever_it_may_and_nowhere_else():
+def test_a_llama_is_permuted_exactly_where_that_is_exact():
     model = tiny_llama()
     dense = weights(model)
     after = weights(permuted(model))
@@ -161,7 +161,7 @@ def test_reordered_queries_would_change_a_model_with_rotary_positions():
     assert float((logits(model, inputs) - before).abs().max()) > 1e-3 * float(before.abs().max())
 
 
-def test_masks_of_an_earlier_step_move_along():
+def test_masks_of_an_earlier_step_are_permuted():
     steps = [{"technique": "magnitude", "sparsity": 0.5}, {"technique": NAME, **QUICK}]
     pruned = hf_optim.optimize(tiny_llama(), steps[:1])
     model = hf_optim.optimize(tiny_llama(), steps)
@@ -175,7 +175,7 @@ def test_masks_of_an_earlier_step_move_along():
     assert run.record.steps["1"]["kept_after"] > run.record.steps["1"]["kept_before"] > 0.74
 
 
-def test_masks_in_groups_must_come_after():
+def test_nm_masks_must_come_later():
     with pytest.raises(RecipeError, match=r"move channel_permutation before step 1.*keeps N of every M weights"):
         OptimConfig.parse([{"technique": "nm"}, {"technique": NAME}]).check()
     OptimConfig.parse([{"technique": NAME}, {"technique": "nm"}]).check()
@@ -228,7 +228,7 @@ def test_an_order_that_is_not_better_is_not_used():
     assert figures["kept_before"] == figures["kept_after"] == 1.0
 
 
-def test_widths_that_do_not_divide_are_named():
+def test_widths_that_do_not_divide_are_listed():
     model = permuted(tiny_llama(intermediate_size=46))
     _, skipped = run_of(model).covered(run_of(model).recipe.steps[0])
     assert skipped["its 46 channels do not fill groups of 4"] == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
@@ -236,7 +236,7 @@ def test_widths_that_do_not_divide_are_named():
         permuted(tiny_llama(intermediate_size=46), where=["neurons"])
 
 
-def test_a_stream_that_is_returned_stays_and_the_rest_is_permuted():
+def test_a_returned_stream_stays_and_the_rest_is_permuted():
     with torch.random.fork_rng():
         model = BertModel(tiny_bert().config).eval()
     inputs = {"input_ids": torch.arange(3, 11)[None]}
@@ -257,7 +257,7 @@ def test_fused_experts_have_no_neurons_to_permute():
         permuted(tiny_mixtral(), where=["neurons"])
 
 
-def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
+def test_a_permutation_that_changes_outputs_is_undone(monkeypatch):
     real = permutation_sites._residual_site
 
     def broken(model, residual):
@@ -282,12 +282,12 @@ def test_outputs_that_change_are_noticed_and_undone(monkeypatch):
         ({"score": "act"}, "one of 'magnitude', 'activation'"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         OptimConfig.parse([{"technique": NAME, **fields}])
 
 
-def test_the_card_says_what_was_done(tmp_path):
+def test_the_card_has_the_result(tmp_path):
     model = permuted(tiny_llama())
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""N:M sparsity: the pattern on every family, scores, refitting, budgets, and what they are worth on a real model."""
+"""N:M sparsity: the pattern on every family, scores, refitting, budgets, and their effect on a real model."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def test_compensation_is_the_least_squares_fit_of_each_layer(build):
 
 
 @pytest.mark.parametrize(("keep", "group"), [(6, 8), (4, 8), (1, 4)])
-def test_other_patterns_are_exact_compose_and_stay_in_training(keep, group, tmp_path):
-    """Of each group the ``keep`` largest stay, counted by sorting; refitting and training move nothing else."""
+def test_other_patterns_are_exact_compose_and_persist_in_training(keep, group, tmp_path):
+    """The ``keep`` largest of each group stay, counted by sorting; refitting and training change nothing else."""
     dense = {name: layer.weight.detach().clone() for name, layer in linears(tiny_llama()).items()}
     step = {"technique": "nm", "keep": keep, "group": group}
     model = hf_optim.optimize(tiny_llama(), step)
@@ -125,7 +125,7 @@ def test_other_patterns_are_exact_compose_and_stay_in_training(keep, group, tmp_
 
 
 def test_a_budget_may_hold_across_the_model():
-    """The dense layers are those with the most error for each weight anywhere, in a blockwise recipe too."""
+    """The dense layers are those with the largest error per weight anywhere, in a blockwise recipe too."""
     model = tiny_llama()
     with torch.no_grad():
         for parameter in model.model.layers[0].parameters():
@@ -183,7 +183,7 @@ def test_layer_sensitivity_is_the_error_of_the_output():
         assert error == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_widths_that_do_not_divide_are_named():
+def test_widths_that_do_not_divide_are_listed():
     model = hf_optim.optimize(tiny_llama(intermediate_size=46), "nm")
     names, skipped = touched(model)
     assert skipped == {
@@ -194,7 +194,7 @@ def test_widths_that_do_not_divide_are_named():
         hf_optim.optimize(tiny_llama(intermediate_size=46), {"technique": "nm", "targets": ["*.down_proj"]})
 
 
-def test_zeros_that_are_there_stay_and_the_tighter_pattern_is_kept():
+def test_existing_zeros_stay_and_the_tighter_pattern_is_recorded():
     steps = [{"technique": "magnitude", "sparsity": 0.6}, {"technique": "nm"}]
     model = hf_optim.optimize(tiny_llama(), steps)
     once = hf_optim.optimize(tiny_llama(), steps[:1])
@@ -221,7 +221,7 @@ def test_the_pattern_is_kept_in_training(tmp_path):
         assert not model.get_parameter(name)[~run_of(model).masks[name]].any()
 
 
-def test_data_is_asked_for_only_where_it_is_needed():
+def test_data_is_required_only_if_needed():
     for fields, needed in (
         ({}, False),
         ({"score": "activation"}, True),
@@ -242,13 +242,13 @@ def test_data_is_asked_for_only_where_it_is_needed():
         ({"score": "act"}, "one of 'magnitude', 'activation'"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         OptimConfig.parse([{"technique": "nm", **fields}])
 
 
 class Pages:
-    """Stands in for a model card and keeps what it is told."""
+    """A model card that records its calls."""
 
     def __init__(self):
         self.paragraphs, self.tables = {}, {}

@@ -1,4 +1,4 @@
-"""SR-STE in a stock Trainer: the term's sign and size, STE and dense limits, resumption, and what it is worth."""
+"""SR-STE in a stock Trainer: the term's sign and size, STE and dense limits, resumption, and its effect."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def targets(model):
 # -- the formula ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("term", ["update", "gradient"])
 def test_sign_and_size_of_the_term(term):
-    """One step of SGD, in float64, is W - γ (g + λ ¬M ∘ W): what is left out decays, what is kept does not."""
+    """One step of SGD, in float64, is W - γ (g + λ ¬M ∘ W): masked-out weights decay, kept ones do not."""
     torch.manual_seed(0)
     layer = masked_layers.attach_masks(torch.nn.Linear(8, 3).double())
     start = layer.weight.detach().clone()
@@ -92,7 +92,7 @@ def test_sign_and_size_of_the_term(term):
 
 
 def reference(model, steps, optimizer, decay, term, clip, keep=2, group=4):
-    """The paper's algorithm, written out: dense weights here, a model with the masked ones there."""
+    """The paper's algorithm, written out: dense weights here, a model with masked ones there."""
     dense = dict(model.named_parameters())
     layers = targets(model)
     optimizer = optimizer(dense.values())
@@ -182,7 +182,7 @@ def test_before_sparsity_begins_it_is_dense_training(tmp_path, caplog):
 
 @pytest.mark.parametrize("term", ["update", "gradient"])
 def test_a_decay_that_turns_signs_is_refused_under_sgd(term, tmp_path):
-    """W ← (1 - γ λ) W of what is left out: above 1 its sign turns, above 2 it grows. Other optimizers go on."""
+    """W ← (1 - γ λ) W for masked-out weights: above 1 the sign turns, above 2 it grows. Other optimizers train."""
     step = {"technique": "sr_ste", "decay": 150.0, "term": term}
     message = r"step 1 \(sr_ste\): at a learning rate of 0\.01, a decay of 150 takes 1\.5 times.*about 10, or"
     for schedule in ({}, {"lr_scheduler_type": "cosine", "warmup_steps": 2}):
@@ -198,8 +198,8 @@ def test_a_decay_that_turns_signs_is_refused_under_sgd(term, tmp_path):
         train(adam, tmp_path, optim="adamw_torch")
 
 
-def test_the_rate_that_counts_is_that_of_the_layers_under_sgd(tmp_path):
-    """An optimizer of the caller's own, whose rate the arguments do not know."""
+def test_the_rate_of_the_masked_layers_is_the_one_checked(tmp_path):
+    """The caller's own optimizer, whose rate is not in the arguments."""
     model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "decay": 3.0})
     run, step = run_of(model), run_of(model).recipe.steps[0]
     ours = [layer.weight for layer in targets(model).values()]
@@ -211,7 +211,7 @@ def test_the_rate_that_counts_is_that_of_the_layers_under_sgd(tmp_path):
             driver._check_decay_stability(optimizer, None, 4)
 
 
-def test_a_step_that_the_loss_scaler_leaves_out_decays_nothing():
+def test_a_step_skipped_by_the_loss_scaler_decays_nothing():
     layer = masked_layers.attach_masks(torch.nn.Linear(8, 3))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer.weight.grad = torch.full_like(layer.weight, float("inf"))
@@ -222,7 +222,7 @@ def test_a_step_that_the_loss_scaler_leaves_out_decays_nothing():
     assert not masked_layers.will_skip_step(scaled)
 
 
-def test_recomputed_blocks_and_bfloat16_autocast_change_no_rule(tmp_path):
+def test_activation_checkpointing_and_bfloat16_autocast_keep_the_rules(tmp_path):
     """Gradient checkpointing computes the same; under autocast the dense weights stay in float32."""
     found = []
     for recompute in (False, True):
@@ -300,7 +300,7 @@ def test_begin_every_and_end(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, {"every": 3}, {"end": 3}, {"begin": 2, "every": 2}, {"begin": 5}], ids=str)
-def test_a_checkpoint_is_dense_and_training_resumes_to_the_bit(fields, tmp_path):
+def test_a_checkpoint_is_dense_and_training_resumes_bit_exact(fields, tmp_path):
     step = {"technique": "sr_ste", "decay": 5.0, **fields}
     whole = hf_optim.optimize(tiny_gpt2(), step)
     train(whole, tmp_path, 8, save_strategy="steps", save_steps=4)
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, {"every": 2}])
-def test_the_best_model_is_pruned_with_masks_of_its_own(fields, tmp_path):
+def test_the_best_model_is_pruned_with_its_own_masks(fields, tmp_path):
     model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", **fields})
     trainer = train(
         model, tmp_path, 8, learning_rate=0.1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
@@ -346,7 +346,7 @@ def test_the_best_model_is_pruned_with_masks_of_its_own(fields, tmp_path):
         assert torch.equal(model.get_parameter(name), best[name] * mask)
 
 
-def test_what_an_earlier_step_removed_stays_removed(tmp_path):
+def test_weights_removed_by_an_earlier_step_stay_removed(tmp_path):
     steps = [{"technique": "magnitude", "sparsity": 0.6}, {"technique": "sr_ste"}]
     model = hf_optim.optimize(tiny_llama(), steps)
     before = {name: mask.clone() for name, mask in run_of(model).masks.items()}
@@ -396,7 +396,7 @@ def test_two_steps_that_change_the_forward_are_refused(other):
         OptimConfig.parse([{"technique": "sr_ste"}, {"technique": other}]).check()
 
 
-def test_layers_that_cannot_take_part_are_named():
+def test_unsupported_layers_are_listed():
     model = hf_optim.optimize(
         tiny_llama(intermediate_size=46, tie_word_embeddings=True),
         {"technique": "sr_ste", "targets": ["Linear", "lm_head"]},
@@ -420,7 +420,7 @@ def test_training_that_ends_before_sparsity_begins_warns(tmp_path, caplog):
     assert holds(SPARSE_NM, run_of(model))
 
 
-def test_a_decay_that_the_learning_rate_makes_nothing_is_noted(tmp_path):
+def test_a_decay_made_negligible_by_the_learning_rate_is_noted(tmp_path):
     for fields, noted in (({}, True), ({"decay": 10.0}, False), ({"decay": 0.0}, False), ({"term": "gradient"}, False)):
         model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", **fields})
         train(model, tmp_path, 1)
@@ -439,14 +439,14 @@ def test_a_decay_that_the_learning_rate_makes_nothing_is_noted(tmp_path):
         ({"end": 1.5}, r"share of training in \[0, 1\] or a whole number"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(fields, message):
+def test_contradictory_fields_are_refused(fields, message):
     with pytest.raises(RecipeError, match=message):
         OptimConfig.parse([{"technique": "sr_ste", **fields}])
 
 
 @pytest.mark.real_model
 def test_the_refined_term_is_worth_its_place(tmp_path, shared_models, shared_data):
-    """Better than STE at equal steps. From a trained model, in this few, no better than keeping the first mask."""
+    """Better than STE at equal steps. From a trained model, in so few steps, not better than keeping the first mask."""
     stories = Stories(shared_models, shared_data)
 
     def loss_after(**step):

@@ -1,4 +1,4 @@
-"""Top-KAST in a stock Trainer: exact supports, what moves and what does not, its limits, resumption, and its worth."""
+"""Top-KAST in a stock Trainer: exact supports, which weights change, its limits, resumption, and its effect."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def same(first, second) -> bool:
 
 # -- the supports -----------------------------------------------------------------------------------------------------
 def test_supports_are_exact_under_ties():
-    """All weights of a layer alike: the counts are those asked for, the lower index first, and A lies in B."""
+    """All weights of a layer are equal: the counts are exact, lower indices first, and A lies in B."""
     model = tiny_llama()
     with torch.no_grad():
         for layer in linears(model).values():
@@ -138,7 +138,7 @@ def test_training_is_the_papers_algorithm(build, kind, tmp_path):
         assert torch.allclose(model.get_parameter(name), weight * used[name], atol=1e-6)
 
 
-def test_the_penalty_of_what_is_explored_is_one_over_d():
+def test_the_penalty_of_explored_weights_is_scaled_by_one_over_d():
     layer = masked_layers.attach_masks(torch.nn.Linear(4, 1, bias=False).double())
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0]]))
@@ -174,7 +174,7 @@ def test_without_exploration_it_is_static(tmp_path):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-def test_nothing_outside_b_moves_and_weights_are_exchanged(optim, tmp_path):
+def test_weights_outside_b_do_not_change_and_a_exchanges_weights(optim, tmp_path):
     step = {"technique": "top_kast", "sparsity": 0.7, "backward_sparsity": 0.4, "every": 2}
     model = hf_optim.optimize(tiny_llama(), step)
     watch = train(model, tmp_path, 8, learning_rate=0.05, weight_decay=0.5, optim=optim)
@@ -213,7 +213,7 @@ def test_exploration_ends(end, tmp_path):
 
 # -- the lifecycle ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fields", [{"every": 3}, {"every": 2, "end": 3}], ids=str)
-def test_a_checkpoint_is_dense_and_training_resumes_to_the_bit(fields, tmp_path):
+def test_a_checkpoint_is_dense_and_training_resumes_bit_exact(fields, tmp_path):
     step = {"technique": "top_kast", "sparsity": 0.7, "backward_sparsity": 0.4, **fields}
     whole = hf_optim.optimize(tiny_gpt2(), step)
     train(whole, tmp_path, 8, save_strategy="steps", save_steps=4, learning_rate=0.05)
@@ -225,7 +225,7 @@ def test_a_checkpoint_is_dense_and_training_resumes_to_the_bit(fields, tmp_path)
     assert all(torch.equal(mask, run_of(again).masks[name]) for name, mask in run_of(whole).masks.items())
 
 
-def test_what_an_earlier_step_removed_stays_removed(tmp_path):
+def test_weights_removed_by_an_earlier_step_stay_removed(tmp_path):
     steps = [{"technique": "nm"}, {"technique": "top_kast", "sparsity": 0.7, "backward_sparsity": 0.3, "every": 2}]
     model = hf_optim.optimize(tiny_llama(), steps)
     before = {name: mask.clone() for name, mask in run_of(model).masks.items()}
