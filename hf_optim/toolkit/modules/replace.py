@@ -46,13 +46,13 @@ class ReplacedModules:
             if own is not None:
                 replace_module(self, own, self.replacement(self.get_submodule(own), entry, settings))  # type: ignore
 
-    def replacement(self, module: nn.Module, entry: Any, said: dict[str, Any]) -> nn.Module:
+    def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         """Return the module that replaces ``module``; its tensors are then loaded from the checkpoint.
 
         Args:
             module: the module of the stock model.
             entry: its entry in the configuration.
-            said: the whole field of the configuration.
+            field: the whole field of the configuration.
         """
         raise NotImplementedError
 

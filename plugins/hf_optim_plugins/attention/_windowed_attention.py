@@ -23,9 +23,9 @@ KERNELS = ("sdpa", "eager", "flex_attention")
 MARK = "windowed_attention"
 
 
-def implementation(asked: str) -> str:
+def implementation(requested: str) -> str:
     """Return the windowed form of an attention implementation. Raises ``ValueError`` for one that has none."""
-    kernel = asked.removeprefix(PREFIX)
+    kernel = requested.removeprefix(PREFIX)
     if kernel not in KERNELS:
         raise ValueError(
             f"windowed attention runs on {', '.join(KERNELS)}, not on {kernel!r}: set another attn_implementation"
@@ -127,8 +127,8 @@ class WindowedConfig(PreTrainedConfig):
 
     @property
     def _attn_implementation(self) -> str | None:
-        asked = self._attn_implementation_internal
-        return None if asked is None else implementation(asked)
+        requested = self._attn_implementation_internal
+        return None if requested is None else implementation(requested)
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:

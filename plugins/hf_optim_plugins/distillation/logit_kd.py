@@ -75,11 +75,11 @@ class LogitKD(Distillation):
     outputs, whatever the temperature. With ``problem_type: multi_label_classification`` the term is the mean over the
     labels of the divergence of each label's two outcomes.
 
-    ``teacher`` and ``device`` say what the teacher is and where it runs; ``temperature`` to ``beta`` define the loss;
+    ``teacher`` and ``device`` choose the teacher and its device; ``temperature`` to ``beta`` define the loss;
     ``top_k``, ``rest`` and ``cache`` reduce what is compared, and keep it on disk.
 
     Attributes:
-        teacher: a path or Hub id; or ``"self"``, the model as it was before the steps of its stage changed it (which
+        teacher: a path or Hub id; or ``"self"``, the model before the steps of its stage changed it (which
             recovers a pruned model; alone in its stage it keeps the model close to itself while labels teach it, and
             is refused if they do not: with ``alpha`` 1, and without labels); or None: set
             ``hf_optim.run_of(model).state(step).teacher`` to a module.
@@ -112,7 +112,9 @@ class LogitKD(Distillation):
 
     def validate(self) -> None:
         if self.cache is not None and self.top_k is None:
-            raise RecipeError("logit_kd: a cache keeps the teacher's top classes: say how many with top_k (64, say)")
+            raise RecipeError(
+                "logit_kd: a cache keeps the teacher's top classes: set their number with top_k (64, for example)"
+            )
         if self.cache is not None and self.alpha_states:
             raise RecipeError("logit_kd: a cache keeps no hidden states: leave out cache or alpha_states")
         teachers.check_device(self.device, self.name)

@@ -234,7 +234,7 @@ def find_native(model: PreTrainedModel, every: int, label: str) -> Native:
     if every > layers:
         raise ModelError(f"{label}: every={every} selects none of the {layers} layers")
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-        raise ModelError(f"{label}: {native.model_type} has no layers with a window of their own")
+        raise ModelError(f"{label}: {native.model_type} has no layers with their own window")
     return native
 
 

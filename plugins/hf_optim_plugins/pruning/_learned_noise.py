@@ -1,4 +1,4 @@
-"""Base of the techniques that train noise (gates, variances) beside the weights and prune by what it learned.
+"""Base of the techniques that train noise (gates, variances) with the weights and prune by its parameters.
 
 A penalty on the noise is weighted by a linear schedule, ``r(t) = clamp((t - begin) / (end - begin), 0, 1)``. At step
 ``settle`` weights are removed for good, and the remaining ones train on without noise. A schedule that does not finish
@@ -55,7 +55,7 @@ class LearnedNoise(Technique):
     title = ""
     scratch: tuple[str, ...] = ()
 
-    # -- what a technique adds ----------------------------------------------------------------------------------------
+    # -- for subclasses -----------------------------------------------------------------------------------------------
     def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
         """Attach noise to ``layers`` and record the coverage; return the noise of each layer by name.
 
@@ -68,7 +68,7 @@ class LearnedNoise(Technique):
         raise NotImplementedError
 
     def remove(self, run: Run) -> None:
-        """Remove weights for good, by what the noise has learned."""
+        """Remove weights for good, by the parameters of the noise."""
         raise NotImplementedError
 
     def shortfall(self, share: float) -> str:
@@ -76,14 +76,14 @@ class LearnedNoise(Technique):
         raise NotImplementedError
 
     def outcome(self, run: Run) -> dict[str, Any]:
-        """Return the metrics for the record beside the sparsity."""
+        """Return the metrics for the record, in addition to the sparsity."""
         raise NotImplementedError
 
     def description(self) -> str:
         """Return the sentence of the card on how weights were chosen."""
         raise NotImplementedError
 
-    # -- what they share ----------------------------------------------------------------------------------------------
+    # -- shared hooks -------------------------------------------------------------------------------------------------
     def validate(self) -> None:
         schedules.check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 

@@ -104,7 +104,7 @@ class Structured(Technique):
                 raise RecipeError(f"structured: {name} is a share in [0, 1) or a whole number, not {value!r}")
         if not (self.heads or self.neurons or self.layers):
             raise RecipeError(
-                "structured: say what to remove: heads, neurons or layers, each a share or a number (neurons: 0.25)"
+                "structured: set what to remove: heads, neurons or layers, each a share or a number (neurons: 0.25)"
             )
         if self.skip and not self.layers:
             raise RecipeError("structured: skip names layers that stay, but no layers are removed")
@@ -114,7 +114,7 @@ class Structured(Technique):
         return cls.from_dict({"neurons": 0.25})
 
     def contract(self) -> Contract:
-        # Taking columns out moves what is left across the groups of an N:M pattern; taking layers out does not.
+        # Removing columns moves the others across the groups of an N:M pattern; removing layers does not.
         keeps = {traits.SPARSE} if self.heads or self.neurons else {traits.SPARSE, traits.SPARSE_NM}
         return Contract(needs={traits.FLOAT_WEIGHTS}, keeps=keeps)
 

@@ -114,7 +114,7 @@ class VariationalDropout(LearnedNoise):
         return self.variance_learning_rate
 
     def shortfall(self, share: float) -> str:
-        made = "" if self.sparsity is None else f", and a sparsity of {self.sparsity:g} is made of the ranking so far"
+        made = "" if self.sparsity is None else f", and the ranking so far gives a sparsity of {self.sparsity:g}"
         return f"the weight of the divergence reaches {share * self.weight:.4g} instead of {self.weight:g}{made}"
 
     @torch.no_grad()

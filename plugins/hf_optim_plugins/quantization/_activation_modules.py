@@ -136,7 +136,7 @@ class RoundedActivationModel(ReplacedModules):
 
     replaced_field = "activation_grids"
 
-    def replacement(self, module: nn.Module, entry: Any, said: dict[str, Any]) -> nn.Module:
+    def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         if entry["kind"] == "norm":
             return RoundedNorm(module, entry["groups"])
         return RoundedLinear.in_place_of(module, entry["groups"], entry["scales"])

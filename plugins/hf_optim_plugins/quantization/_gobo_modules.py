@@ -242,5 +242,5 @@ class GoboModules(ReplacedModules):
 
     replaced_field = "gobo"
 
-    def replacement(self, module: nn.Module, entry: Any, said: dict[str, Any]) -> nn.Module:
+    def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         return coded_like(module, entry["bits"], entry["outliers"], entry["most"])

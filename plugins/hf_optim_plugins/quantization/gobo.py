@@ -136,7 +136,7 @@ class GOBO(Technique):
         ]
         stacks = [name for name in stacks if scope.holds(name)]
         if stacks and "Linear" in self.targets:
-            skipped["stacked matrices: codebooks are made of linear layers"] = stacks
+            skipped["stacked matrices: only linear layers get codebooks"] = stacks
         return layers, skipped
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ On a pruned model the mask stays. Updates may move a pruned weight away from zer
 3.5). One factor ``U`` serves all rows, whatever their masks. That is exact for none of them, and the price of a single
 factorization.
 
-In a mixture of experts each matrix of each expert is a layer of its own, with the Hessian of the tokens that the router
+In a mixture of experts each matrix of each expert is a separate layer, with the Hessian of the tokens that the router
 sends to that expert. An expert that sees fewer tokens than it has inputs is reported, and is also calibrated on other
 tokens of its layer (``hf_optim.toolkit.statistics.augment_undersampled``). The codes of experts have no zero points.
 """
@@ -110,7 +110,7 @@ class GPTQ(Technique):
         yield from self._passes(run, scope, layers)
 
     def _passes(self, run: Run, scope: Scope, layers: Mapping[str, nn.Linear]) -> Generator[None, None, None]:
-        """Quantize block by block, each on a pass of the data of its own; on several with ``true_sequential``."""
+        """Quantize block by block, each on its own pass of the data; on several with ``true_sequential``."""
         for waiting in group_by_block(scope.model, layers) if scope.whole else [layers]:
             while waiting:
                 grams = yield from self._observe(run, waiting)

@@ -14,7 +14,7 @@ the fly, or by the tensor, from calibration data.
 Names used elsewhere: W8A32 is ``bits: 8`` alone; W8A8 adds ``activations: int8``; W32A8 is ``bits: null, activations:
 int8``; W4A16 and W3A16 are ``bits: 4`` (``3``) with a ``group_size``.
 
-In a mixture of experts every matrix of every expert is a layer of its own. Experts get integer weights without zero
+In a mixture of experts every matrix of every expert is a separate layer. Experts get integer weights without zero
 points, or are left unquantized (fp8); their inputs are never quantized.
 """
 

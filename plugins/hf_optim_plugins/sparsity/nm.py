@@ -92,7 +92,7 @@ class NM(Technique):
         if self.keep >= self.group:
             raise RecipeError(f"nm: keep must be < group, not {self.keep} of {self.group}: that removes nothing")
         if self.scope == "model" and self.budget is None:
-            raise RecipeError("nm: scope says where a budget holds; set budget, a share in (0, 1], or leave scope out")
+            raise RecipeError("nm: scope applies to a budget; set budget, a share in (0, 1], or leave scope out")
 
     def needs_data(self) -> bool:
         return self.score == "activation" or self.compensate or self.budget is not None

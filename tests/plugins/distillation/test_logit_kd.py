@@ -665,7 +665,7 @@ def test_a_sample_is_found_in_any_batch_and_padding():
 
 
 def test_a_cache_needs_top_k():
-    with pytest.raises(RecipeError, match="say how many with top_k"):
+    with pytest.raises(RecipeError, match="set their number with top_k"):
         LogitKD(cache="somewhere")
 
 

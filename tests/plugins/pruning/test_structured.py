@@ -354,8 +354,8 @@ def test_impossible_removals_are_refused(build, fields, message):
     ("fields", "message"),
     [
         ({"neurons": 1.0}, r"neurons is a share in \[0, 1\) or a whole number"),
-        ({}, "say what to remove: heads, neurons or layers"),
-        ({"neurons": 0, "score": "magnitude"}, "say what to remove"),
+        ({}, "set what to remove: heads, neurons or layers"),
+        ({"neurons": 0, "score": "magnitude"}, "set what to remove"),
         ({"neurons": 0.25, "skip": ["x"]}, "no layers are removed"),
         ({"layers": -1}, "layers must be >= 0"),
     ],

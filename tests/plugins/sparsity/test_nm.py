@@ -238,7 +238,7 @@ def test_data_is_required_only_if_needed():
         ({"keep": 5}, "keep must be < group"),
         ({"keep": 4}, "nm: keep must be < group, not 4 of 4: that removes nothing"),
         ({"budget": 0.0}, "budget must be > 0"),
-        ({"scope": "model"}, "scope says where a budget holds"),
+        ({"scope": "model"}, "scope applies to a budget"),
         ({"score": "act"}, "one of 'magnitude', 'activation'"),
     ],
 )
