@@ -106,8 +106,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(device):
     zeroing, fine = Zeroing(masks), torch.ones(4, 6, device=device)
     for other, message in [
         (torch.ones(6, 4, device=device).T, "not contiguous"),
-        (torch.ones(4, 6, device=device).bfloat16(), "bytes in one table"),
-        (torch.ones(6, 4, device=device), "for a tensor of"),
+        (torch.ones(4, 6, device=device).bfloat16(), "cannot share a table"),
+        (torch.ones(6, 4, device=device), "does not fit a tensor of"),
     ]:
         with pytest.raises(ValueError, match=message):
             zeroing([fine, other])

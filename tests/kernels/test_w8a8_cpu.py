@@ -211,7 +211,7 @@ def test_it_takes_its_own_type_alone():
         ({"bits": 16}, "16-bit int codes"),
         ({"inputs": None}, "int8 inputs"),
         ({"inputs": SimpleNamespace(type="float8", dynamic=True, symmetric=True)}, "int8 inputs"),
-        ({"group_size": 32}, "groups of 32 columns"),
+        ({"group_size": 32}, "group size 32"),
         ({"ordered": True}, "reordered"),
         ({"shape": (8, 1 << 17), "group_size": 1 << 17}, "131072 columns"),
         ({"dtype": torch.float64}, "float64"),

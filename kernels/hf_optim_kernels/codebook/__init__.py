@@ -1,5 +1,6 @@
-"""Linear layers whose weight is codes of one small codebook, with a few outliers as they are.
+"""Linear layers whose weight is codes of one small codebook, with a few outliers stored as numbers.
 
-``naive`` is the specification, ``kernel`` the Triton kernels, ``lookup`` how codes become numbers in them, ``run``
-their launches, ``op`` the operator ``hf_optim::codebook_linear``, ``layer`` what a model is bound to.
+``naive`` is the specification, ``kernel`` the Triton kernels, ``launch`` their launches, ``op`` the operator
+``hf_optim::codebook_linear``, ``layer`` the packed weight, ``bench`` the contenders of ``hf-optim bench``. Apart from
+these, ``lookup`` converts codes to numbers, mostly in inline assembly. There is no ``cpu``: a CPU decodes the weight.
 """

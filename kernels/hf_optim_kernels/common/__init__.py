@@ -1,1 +1,5 @@
-"""What several kernels share: cached launches, tuned tiles, codes as numbers, benchmarks."""
+"""Helpers shared by the kernels.
+
+Launches: ``launch``, ``launch_plan``, ``tuning``. Inside kernels: ``compute_type``, ``numerics``, ``splitk``, ``gemm``.
+Layers: ``codes``, ``support``, ``dense``, ``cpu_linear``. Measuring: ``benchmark``.
+"""

@@ -1,8 +1,8 @@
 """Timing of operators: contenders, cold replays of CUDA graphs, host time, and the ceilings of the device.
 
-Each folder of an operator has a module ``bench`` with ``contenders(N, K, M, dtype) -> list[Contender]`` (a layer of
+The folder of an operator has a module ``bench`` with ``contenders(N, K, M, dtype) -> list[Contender]`` (a layer of
 ``N`` outputs and ``K`` inputs, ``M`` rows), which this module finds (``operations``) and times (``measure``). Times are
-in microseconds. On a CPU the same functions give wall-clock medians.
+in microseconds. On a CPU the same functions return wall-clock medians.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 REPLAYS = 31
 MOST_COPIES = 64
-# Host time is taken in bursts that the launch queue holds, with a wait after each.
+# Host time is measured in bursts that fit the launch queue, with a wait after each.
 BURST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """One way to do the work of a row.
+    """One way to compute a row of the table.
 
     Attributes:
-        name: what a table prints.
+        name: printed in tables.
         calls: the same work over several copies of the weight, which together are larger than the L2 cache.
-        bytes: the fewest bytes that the weight's format makes it read.
+        bytes: a lower bound of the bytes read, by the format of the weight.
         flops: multiplications and additions of the product.
-        reference: float64 output that ``calls[0]`` should give, or None.
+        reference: the float64 output expected of ``calls[0]``, or None.
         math: type whose measured matrix rate bounds ``flops``: ``bfloat16`` or ``int8``; empty: that of the operator.
-        graph: whether a CUDA graph can hold the call (it does not wait for the device).
+        graph: True if a CUDA graph can hold the call (it does not wait for the device).
         dense: the unquantized product that others are compared with.
-        peer: somebody else's operator.
+        peer: True for an operator of another project.
     """
 
     name: str
@@ -63,22 +63,22 @@ class Timing(NamedTuple):
 
 
 def device() -> torch.device:
-    """Where operators are timed: the CUDA device if there is one."""
+    """Return the device to time operators on: the CUDA device if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def operations() -> list[str]:
-    """The operators of this package that have a ``bench`` module."""
+    """Return the operators of this package that have a ``bench`` module."""
     return sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/bench.py"))
 
 
 def bench_of(op: str) -> Any:
-    """The ``bench`` module of an operator."""
+    """Return the ``bench`` module of an operator."""
     return importlib.import_module(f"hf_optim_kernels.{op}.bench")
 
 
 def measure(contender: Contender) -> dict[str, float | None]:
-    """``graph_us``, ``spread``, ``eager_us``, ``host_us`` and ``error`` of a contender; None for what cannot be had."""
+    """Return ``graph_us``, ``spread``, ``eager_us``, ``host_us`` and ``error``; None for what cannot be measured."""
     output = contender.calls[0]()
     error = None if contender.reference is None else relative_error(output, contender.reference)
     del output
@@ -94,7 +94,7 @@ def measure(contender: Contender) -> dict[str, float | None]:
 
 
 def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> Timing:
-    """One call, from replays of a graph that makes all ``calls`` one after the other (on a CPU: without a graph)."""
+    """Return the time of one call, from replays of a graph of all ``calls`` in sequence (on a CPU: without a graph)."""
     for call in calls:
         call()
     if device().type == "cpu":
@@ -110,7 +110,7 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) ->
 
 
 def eager_time(calls: Sequence[Callable[[], object]], passes: int = 12) -> Timing:
-    """One call when the host launches each, one behind the other."""
+    """Return the time of one call when the host launches them in sequence."""
     for call in calls:
         call()
     if device().type == "cpu":
@@ -127,7 +127,7 @@ def eager_time(calls: Sequence[Callable[[], object]], passes: int = 12) -> Timin
 
 
 def host_time(call: Callable[[], object], bursts: int = 24) -> Timing:
-    """What one call costs the host: the time until it returns, while the device works behind."""
+    """Return the host time of one call: the time until it returns, while the device works asynchronously."""
     times = []
     for _ in range(bursts):
         _wait()
@@ -140,9 +140,9 @@ def host_time(call: Callable[[], object], bursts: int = 24) -> Timing:
 
 
 def copy_bandwidth(size: int | None = None) -> float:
-    """Bytes a microsecond of a large copy on the device, read and write counted.
+    """Return the bytes per microsecond of a large copy on the device, counting reads and writes.
 
-    The faster of the runtime's copy (2.7 TB/s on an H200) and of a kernel that adds one (4.2 there).
+    It is the faster of the runtime's copy (2.7 TB/s on an H200) and of a kernel that adds one (4.2 there).
     """
     size = size or (1 << 30 if device().type == "cuda" else 1 << 26)
     source = torch.randint(0, 255, (size // 4,), dtype=torch.int32, device=device())
@@ -152,7 +152,7 @@ def copy_bandwidth(size: int | None = None) -> float:
 
 
 def matmul_rate(math: str = "bfloat16", size: int | None = None) -> float:
-    """Operations a microsecond (multiplication and addition counted) of a square product of random numbers.
+    """Return the operations per microsecond (multiplications and additions) of a square product of random numbers.
 
     Args:
         math: ``int8`` (``torch._int_mm``), or the name of a floating type.
@@ -168,13 +168,13 @@ def matmul_rate(math: str = "bfloat16", size: int | None = None) -> float:
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
-    """Norm of the difference to ``reference`` over its norm; NaN where an output was not written."""
+    """Return the norm of the difference to ``reference`` over its norm; NaN if an output was not written."""
     wanted = reference.double()
     return float((output.double().view_as(wanted) - wanted).norm() / wanted.norm())
 
 
 def copies_for(size: int) -> int:
-    """How many weights of ``size`` bytes are together three times the L2 cache; one on a CPU."""
+    """Return how many weights of ``size`` bytes together have three times the size of the L2 cache; one on a CPU."""
     if device().type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device()).L2_cache_size
@@ -182,13 +182,13 @@ def copies_for(size: int) -> int:
 
 
 def copies_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The tensors and clones of them, together larger than the L2 cache."""
+    """Return the tensors and clones of them, together larger than the L2 cache."""
     count = copies_for(bytes_of(tensors))
     return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
 
 
-def modules_of(module: M) -> list[M]:
-    """A module and copies of it, their buffers and parameters together larger than the L2 cache."""
+def modules_of(module: Module) -> list[Module]:
+    """Return a module and copies of it, whose buffers and parameters are together larger than the L2 cache."""
     import copy
 
     held = [*module.parameters(), *module.buffers()]
@@ -213,12 +213,12 @@ def _infer(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors hold."""
+    """Return the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def weight_of(found: Any, dtype: torch.dtype, bits: int, group_size: int, **more: Any) -> Any:
-    """A weight as ``supports`` and ``prepack`` of an operator read it, of codes made here.
+    """Return a weight as ``supports`` and ``prepack`` of an operator read it, with given codes.
 
     Args:
         found: with the attributes of ``hf_optim.compressed.weights.Codes``.
@@ -244,12 +244,12 @@ def weight_of(found: Any, dtype: torch.dtype, bits: int, group_size: int, **more
 
 
 def codes_of(codes: Tensor, scale: Tensor | None, zero: Tensor | None = None) -> Any:
-    """Codes with the attributes of ``hf_optim.compressed.weights.Codes``."""
+    """Return codes with the attributes of ``hf_optim.compressed.weights.Codes``."""
     return SimpleNamespace(codes=codes, scale=scale, zero=zero, order=None, input_scale=None, input_zero=None)
 
 
 def _span(work: Callable[[], object]) -> float:
-    """Microseconds between two events around ``work``."""
+    """Return the microseconds between two events around ``work``."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()
@@ -269,9 +269,9 @@ def _wall_time(calls: Sequence[Callable[[], object]], passes: int) -> Timing:
 
 
 def _summary(times: Sequence[float]) -> Timing:
-    middle = statistics.median(times)
-    tenths = statistics.quantiles(times, n=10) if len(times) > 1 else [middle, middle]
-    return Timing(middle, (tenths[-1] - tenths[0]) / middle if middle else 0.0)
+    median = statistics.median(times)
+    tenths = statistics.quantiles(times, n=10) if len(times) > 1 else [median, median]
+    return Timing(median, (tenths[-1] - tenths[0]) / median if median else 0.0)
 
 
 def _wait() -> None:

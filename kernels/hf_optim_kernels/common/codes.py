@@ -1,4 +1,4 @@
-"""What a packed weight gives back of its weight."""
+"""The codes that a packed weight returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The codes a packed weight was made of, bit for bit; ``hf_optim.compressed.weights.Codes`` says what they mean.
+    """The codes of a packed weight, bitwise identical to those it was built from.
+
+    The same as ``hf_optim.compressed.weights.Codes``, which this package does not import.
 
     Attributes:
         codes: [out, in]: uint8, float8, or the weight itself.

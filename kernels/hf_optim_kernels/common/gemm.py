@@ -1,4 +1,4 @@
-"""What the products of codes for many rows share: the order of tiles, tensor descriptors, and persistent programs.
+"""Common parts of products of codes for many rows: the order of tiles, tensor descriptors, and persistent programs.
 
 A configuration names its kernel: ``grouped`` has one program per tile of the result, ``persistent`` as many as run at a
 time, each with one tile after the other, which reads through tensor descriptors (TMA; compute capability 9.0).
@@ -19,7 +19,7 @@ from .launch_plan import prevent_recording
 
 # For operands that tensor descriptors cannot read: less shared memory than on the cards that read them.
 WITHOUT_DESCRIPTORS = {"KERNEL": "grouped", "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
-# Of a multiprocessor count, where Triton interprets.
+# The multiprocessor count where Triton interprets.
 _INTERPRETED_PROGRAMS = 3
 
 

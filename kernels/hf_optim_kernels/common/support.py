@@ -1,4 +1,4 @@
-"""What kernels need of devices and dtypes, and the reasons given where it is missing."""
+"""The devices and dtypes that kernels support, and the reasons given for others."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Tile shapes that were measured to be fast: tables shipped for some generations of cards, and the user's own cache.
+"""Tile shapes that were measured to be fast: tables shipped for some generations of GPUs, and the user's cache.
 
-Nothing is timed when a model runs: ``choose`` looks a configuration up, and takes a guess where there is none.
-``hf-optim bench --tune`` measures and calls ``remember``. The user's cache is one JSON file for each card and version
-of torch and Triton, under ``$HF_OPTIM_CACHE`` (default ``~/.cache/hf_optim``); it takes precedence. The shipped
-``tables/sm_90.json`` was measured on an H200 (torch 2.11, Triton 3.6) and serves the whole generation.
+Nothing is timed when a model runs: ``choose`` looks up a configuration, or takes a guess if there is none. ``hf-optim
+bench --tune`` measures and calls ``remember``. The user's cache is one JSON file per GPU and version of torch and
+Triton, under ``$HF_OPTIM_CACHE`` (default ``~/.cache/hf_optim``); it takes precedence. The shipped table
+``tables/sm_90.json`` was measured on an H200 (torch 2.11, Triton 3.6) and is used for the whole generation.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SHIPPED = Path(__file__).parent / "tables"
 
 
 def bucket(rows: int) -> int:
-    """The next power of two: calls with so many rows share a configuration."""
+    """Return the next power of two: calls with the same bucket of rows share a configuration."""
     return 1 << max(rows - 1, 0).bit_length()
 
 
 def choose(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, default: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """The configuration of ``op`` for a shape (whose rows are a ``bucket``), else ``default``.
+    """Return the configuration of ``op`` for a shape (whose rows are a ``bucket``), else ``default``.
 
-    A table may be older than the code: an entry whose names are not those of ``default`` is passed over.
+    A table may be older than the code: an entry whose names are not those of ``default`` is ignored.
     """
     found = table(device).get(key_of(op, shape, dtype))
     return dict(found) if found is not None and found.keys() == default.keys() else dict(default)
@@ -60,17 +60,17 @@ def cached_choice(
 def remember(
     op: str, shape: tuple[int, ...], dtype: torch.dtype, config: Mapping[str, Any], device: torch.device
 ) -> Path:
-    """Write a configuration into the user's cache, whole or not at all; returns the file."""
+    """Write a configuration into the user's cache, atomically; return the path of the file."""
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = _read(path) | {key_of(op, shape, dtype): dict(config)}
-    handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(dumps(entries))
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
         raise
     table.cache_clear()
     _CHOSEN.clear()
@@ -78,19 +78,19 @@ def remember(
 
 
 def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table as JSON, an entry a line."""
+    """Return a table as JSON, one entry per line."""
     lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def key_of(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """How a table names an entry: ``wna16 14336x4096x16 bfloat16``."""
+    """Return the name of an entry in a table: ``wna16 14336x4096x16 bfloat16``."""
     return f"{op} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 @functools.cache
 def table(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Every entry for a device, the user's over the shipped ones; empty for a CPU."""
+    """Return every entry for a device, the user's over the shipped ones; empty for a CPU."""
     if device.type != "cuda":
         return {}
     major, minor = torch.cuda.get_device_capability(device)
@@ -98,7 +98,7 @@ def table(device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where the user's entries for this card, torch and Triton are."""
+    """Return the file of the user's entries for this GPU, torch and Triton."""
     import triton
 
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -117,9 +117,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"{path} is not read: {error}", stacklevel=3)
+        warnings.warn(f"{path} is ignored: {error}", stacklevel=3)
         return {}
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        warnings.warn(f"{path} is no table of configurations, and is not read", stacklevel=3)
+        warnings.warn(f"{path} is ignored: not a table of configurations", stacklevel=3)
         return {}
     return entries

@@ -126,8 +126,8 @@ def kd_loss(
         direction, beta: see ``naive``.
         rows: int64 ``[n]``, distinct: the rows of ``student.view(-1, classes)`` that count, which are not gathered;
             None takes all.
-        overwrite_teacher: the teacher's logits are no longer needed: the gradient overwrites them if dtype and layout
-            allow it.
+        overwrite_teacher: True if the teacher's logits are not needed afterwards: the gradient overwrites them if dtype
+            and layout allow it.
 
     Raises ``ValueError`` if the shapes differ, or the direction is unknown.
     """

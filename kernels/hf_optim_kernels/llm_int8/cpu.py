@@ -1,7 +1,7 @@
 """LLM.int8() on a CPU: PyTorch's own integer product, ``aten::_int_mm``, and a float32 product of the outlier columns.
 
-The codes are those of ``naive``, whose exact sums these are too, so that outputs agree to float32 rounding. Nothing
-else is quantized: where no column of the input is outlying, the second product is left out.
+Codes and exact sums are those of ``naive``, so that outputs agree up to float32 rounding. If no column of the input is
+outlying, the second product is left out.
 """
 
 from __future__ import annotations
@@ -11,32 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.cpu_linear import INT_MM_DTYPES, MOST_INT_MM_COLUMNS, unsupported_by_int_mm
 from . import naive
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Sums of products of int8 codes stay below 2^31 up to here.
-MOST_COLUMNS = 1 << 16
-# Where this is faster than the dense product for every number of rows but few (one thread of a 2.8 GHz Ice Lake).
+# From here, this is faster than the dense product for all but few numbers of rows (one thread of a 2.8 GHz Ice Lake).
 LEAST_WEIGHTS = 1 << 20
 
 
 def unsupported_reason(weight: Any) -> str | None:
     """Return why this CPU path does not run, or does not speed up, a ``QuantizedWeight``; None if it does."""
     count = weight.shape[0] * weight.shape[1]
-    if weight.dtype not in DTYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} inputs; served are float32, bfloat16 and float16"
-    if weight.shape[1] > MOST_COLUMNS:
-        return f"{weight.shape[1]} columns; int32 sums are exact up to {MOST_COLUMNS}"
     if count < LEAST_WEIGHTS:
-        return f"a layer of {count:,} weights is faster dense (from {LEAST_WEIGHTS:,})"
-    if not torch.cpu._is_vnni_supported():
-        return "PyTorch's integer product was measured with AVX512-VNNI, which this CPU has not"
-    return None
+        return f"a layer of {count:,} weights is faster dense (packed from {LEAST_WEIGHTS:,})"
+    return unsupported_by_int_mm(weight.dtype, weight.shape[1])
 
 
 def llm_int8(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """``naive.llm_int8`` for inputs of ``DTYPES``, [..., in] -> [..., out]."""
-    if not x.numel() or x.dtype not in DTYPES or x.shape[-1] > MOST_COLUMNS:
+    """Return ``naive.llm_int8`` of ``x`` [..., in], by the integer product where it supports the input."""
+    if not x.numel() or x.dtype not in INT_MM_DTYPES or x.shape[-1] > MOST_INT_MM_COLUMNS:
         return naive.llm_int8(x, weight, w_scale, bias, threshold)
     flat = x.reshape(-1, x.shape[-1])
     wide = flat.float()

@@ -4,9 +4,9 @@ With c the codes of all columns, s the scale of a row and O the outlying columns
 
     (sum_k c[m, k] w[n, k]) s[m] + sum_{k in O} (x[m, k] - c[m, k] s[m]) w[n, k]
 
-(times the weight's scale): the second sum takes the codes of O out again and puts the input in. It has CHUNK columns a
-step, and none at all where the list is empty, so that the loop over all columns is that of a plain int8 product.
-``prepare_kernel`` lays the operands of its first step side by side; else, and behind them, tiles gather their own.
+(times the weight's scale): the second sum replaces the codes of O by the input. It has CHUNK columns per step, and no
+step where the list is empty, so that the loop over all columns is that of a plain int8 product. ``prepare_kernel``
+gathers the operands of its first step contiguously; otherwise, and for later steps, tiles gather their own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The Triton kernels of LLM.int8() for few rows, and the one that quantizes rows.
 
-The host never learns where the outliers are. In ``decode_kernel`` a tile has every row of the input, so that a span of
-columns tells by itself which of them are outlying: their codes stay in the integer product, and behind it what these
-leave of the input (all of an outlier, less than half a step of its neighbours) is multiplied in the input's type. A
-word with a bit for each span says where to look.
+The positions of outliers stay on the device. In ``decode_kernel`` a tile has every row of the input, so a span of
+columns is enough to find which of them are outlying. Their codes stay in the integer product; afterwards the remainder
+of the input (all of an outlier, less than half a step of its neighbors) is multiplied in the input's dtype. A word with
+a bit per span marks the spans with outliers.
 
-Many rows: see ``gemm``. It reads the outlying columns of ``list_kernel``.
+For many rows see ``gemm``, which reads the outlying columns of ``list_kernel``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def bitwise_or(a, b):
 
 @triton.jit
 def outside(value, threshold):
-    """Which float32 values are outliers. Compared as integers: Inf and NaN are above every threshold."""
+    """True for float32 values that are outliers. Compared as integers: Inf and NaN are above every threshold."""
     return magnitude(value) > magnitude(tl.zeros(value.shape, tl.float32) + threshold)
 
 
@@ -35,14 +35,14 @@ def reciprocal(top):
 
 @triton.jit
 def encode(inner, inverse):
-    """Codes of float32 values that are no outliers."""
+    """Codes of float32 values that are not outliers."""
     steps = tl.minimum(tl.maximum(inner * inverse, -127.0), 127.0)
     return ((steps + ROUND) - ROUND).to(tl.int8)
 
 
 @triton.jit
 def spans(outlying, first, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """A bit for each SPAN of the columns ``outlying`` [BLOCK] (int32, 0 or 1), beginning with bit ``first``."""
+    """A bit per SPAN of the columns ``outlying`` [BLOCK] (int32, 0 or 1), beginning with bit ``first``."""
     marks = tl.max(tl.reshape(outlying, (BLOCK // SPAN, SPAN)), 1).to(tl.int64)
     return tl.sum(marks << (first + tl.arange(0, BLOCK // SPAN)).to(tl.int64), 0)
 
@@ -51,7 +51,7 @@ def spans(outlying, first, SPAN: tl.constexpr, BLOCK: tl.constexpr):
 def rows_kernel(
     x, codes, scales, words, flags, threshold, K, FLAGS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Program m makes codes and scale of row m, without its outliers.
+    """Program m computes codes and scale of row m, without its outliers.
 
     ``FLAGS``: ``flags`` (uint8 [K], zero before) get 1 where outliers are; else ``words`` [rows] (int64) get the spans.
     """
@@ -65,7 +65,7 @@ def rows_kernel(
     tl.store(codes + row * K + column, encode(inner, reciprocal(top)), inside)
     tl.store(scales + row, top / 127.0)
     if FLAGS:
-        # All that write a flag write the same.
+        # All programs that write a flag write the same value.
         tl.store(flags + column, tl.full([BLOCK], 1, tl.uint8), outlying & inside)
     else:
         tl.store(words + row, spans(outlying.to(tl.int32), 0, SPAN, BLOCK))
@@ -73,9 +73,9 @@ def rows_kernel(
 
 @triton.jit
 def list_kernel(columns, count, flags, K, SCAN: tl.constexpr):
-    """``columns`` [K] get those with flags, in their order, and ``count`` [1] how many; flags are zero afterwards.
+    """Write the columns with flags to ``columns`` [K], in order, and their number to ``count`` [1]; reset the flags.
 
-    A launch of its own: a scan takes registers, of which ``rows_kernel`` needs few to have many rows under way.
+    A separate launch: a scan takes registers, of which ``rows_kernel`` must use few to have many rows in flight.
     """
     total = 0
     for first in range(0, K, SCAN):
@@ -89,7 +89,7 @@ def list_kernel(columns, count, flags, K, SCAN: tl.constexpr):
 
 @triton.jit
 def row_tops(x, threshold, M, K, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest magnitudes [1, ROWS] of the rows of ``x`` without outliers, and the spans of columns with some."""
+    """Largest magnitudes [1, ROWS] of the rows of ``x`` without outliers, and the spans of columns with outliers."""
     row = tl.arange(0, ROWS)[None, :]
     column = tl.arange(0, BLOCK)[:, None]
     top = tl.zeros([1, ROWS], tl.float32)
@@ -110,12 +110,12 @@ def decode_kernel(
     GRID_BLOCK: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, s) makes part s of rows i * BLOCK_N of the weight, for all rows of ``x``; M <= BLOCK_M.
+    """Program (i, s) computes part s of rows i * BLOCK_N of the weight, for all rows of ``x``; M <= BLOCK_M.
 
     ``QUANTIZED``: ``codes``, ``x_scale`` and ``words`` are those of ``rows_kernel``; else ``x`` is quantized here.
-    ``ROWS`` is 1 for one row of input, whose tile is made once and repeated, else BLOCK_M. Other parameters as in
-    ``w8a8.kernel.decode_kernel``; ``REAL`` is the type in which outliers are multiplied, ``EVERY`` has
-    every SPLIT-th bit set, and PIECE columns of a span are multiplied at a time.
+    ``ROWS`` is 1 for one row of input, whose tile is computed once and broadcast, else BLOCK_M. Other parameters as in
+    ``w8a8.kernel.decode_kernel``; ``REAL`` is the type in which outliers are multiplied, ``EVERY`` has every SPLIT-th
+    bit set, and PIECE columns of a span are multiplied at a time.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)

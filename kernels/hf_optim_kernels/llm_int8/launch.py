@@ -43,10 +43,10 @@ def llm_int8(x: Tensor, weight: PackedTensors, threshold: float, tiles: dict[str
 def quantize(
     x: Tensor, threshold: float, semaphores: Tensor, N: int, span: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Codes [M, in], scales [M], and where the outliers are.
+    """Return codes [M, in], scales [M], and the positions of outliers.
 
-    With ``span``: words [M] (int64) with a bit for so many columns each. Else the outlying columns (int32 [in], the
-    first ``count`` of them) and ``count`` [1]. What is not asked for is not written.
+    With ``span``: words [M] (int64) with a bit per ``span`` columns. Else the outlying columns (int32 [in], the first
+    ``count`` of them) and ``count`` [1]. The other tensors are empty.
     """
     M, K = x.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
@@ -81,7 +81,7 @@ def _decode(x: Tensor, weight: PackedTensors, threshold: float, tiles: dict[str,
     warps, stages, rows = tiles["num_warps"], tiles["num_stages"], 1 if M == 1 else block_m
     whole = triton.next_power_of_2(K)
     span = max(_PIECE, whole // 64)
-    every = sum(1 << bit for bit in range(0, 64, split))
+    every = sum(1 << place for place in range(0, 64, split))
     every -= (1 << 64) * (every >> 63)  # as int64
     # Parameters that the kernel does not read take any address.
     codes, scale, words = x, w_scale, semaphores
@@ -127,7 +127,7 @@ def _gemm(x: Tensor, weight: PackedTensors, threshold: float, tiles: dict[str, A
 def _prepare(
     x: Tensor, codes: Tensor, scale: Tensor, weight: Tensor, columns: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The operands of ``gemm.store_corrected``'s first step: [M, CHUNK] and [N, CHUNK]."""
+    """Return the operands of the first step of ``gemm.store_corrected``: [M, CHUNK] and [N, CHUNK]."""
     (M, K), N, rows = x.shape, weight.shape[0], 64
     rests = torch.empty(M, CHUNK.value, dtype=x.dtype, device=x.device)
     chosen = torch.empty(N, CHUNK.value, dtype=x.dtype, device=x.device)

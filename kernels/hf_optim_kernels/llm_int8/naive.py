@@ -6,7 +6,7 @@ With O the columns of ``X`` [rows, in] where any ``|x|`` is above the threshold 
     c[m, k] = round(x[m, k] / s[m]),   s[m] = max{|x[m, k]| : |x[m, k]| <= threshold} / 127
 
 The weight is ``w t``: int8 codes and a scale for each row, ``t[n] = max_k |W[n, k]| / 127``. A magnitude below the
-threshold counts for ``s`` also where its column has an outlier in another row, so that ``s`` needs one row alone.
+threshold counts for ``s`` even if its column has an outlier in another row, so that ``s`` depends on one row only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PackedTensors(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A dense weight [out, in] as int8 codes [out, in] and float32 scales [out]."""
+    """Quantize a dense weight [out, in] to int8 codes [out, in] and float32 scales [out]."""
     wide = weight.detach().float()
     scale = wide.abs().amax(1) / LEVELS
     divisor = torch.where(scale == 0, 1.0, scale)
@@ -45,9 +45,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [rows, in] (int8), scales [rows] (float32) and the outlier columns [in] (bool) of ``x`` [rows, in].
+    """Return codes [rows, in] (int8), scales [rows] (float32) and the outlier columns [in] (bool) of ``x`` [rows, in].
 
-    The codes of outlier columns mean nothing.
+    The codes of outlier columns are arbitrary.
     """
     wide = x.float()
     outlying = ~(wide.abs() <= threshold)
@@ -59,7 +59,7 @@ def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def llm_int8(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """``x`` [..., in], ``weight`` int8 [out, in], ``w_scale`` float32 [out]: [..., out] in the type of ``x``."""
+    """Return [..., out] in the dtype of ``x`` [..., in]; ``weight`` is int8 [out, in], ``w_scale`` float32 [out]."""
     if not x.numel():
         y = x.new_zeros(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias.to(x.dtype)
@@ -75,5 +75,5 @@ def llm_int8(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, th
 
 
 def dequantize(weight: Tensor, w_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] in ``dtype``."""
+    """Return the weight [out, in] in ``dtype``."""
     return weight.to(dtype) * w_scale[:, None].to(dtype)

@@ -1,8 +1,8 @@
 """Tile shapes of LLM.int8(): a good guess, those worth timing, and the tuned ones.
 
-Up to ``MOST_DECODE_ROWS`` rows a configuration is of ``kernel.decode_kernel`` (``PREQUANT``: behind a launch that
-quantizes the rows); above, ``KERNEL`` names the product of ``gemm``, and ``PREPARED`` is whether a launch before it
-gathers outlying columns.
+Up to ``MOST_DECODE_ROWS`` rows a configuration is for ``kernel.decode_kernel`` (``PREQUANT``: after a launch that
+quantizes the rows); above, ``KERNEL`` names the product of ``gemm``, and with ``PREPARED`` a launch before it gathers
+outlying columns.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _FLOAT32 = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3), strict=True)
 
 
 def default(M: int, N: int, K: int) -> dict[str, Any]:
-    """A guess at the fastest configuration; ``M`` is a bucket. The product is that of w8a8, so are its tiles."""
+    """Return a guess at the fastest configuration, for the product of w8a8 with its tiles; ``M`` is a bucket."""
     guess = w8a8.default(M, N, K, False)
     if M <= MOST_DECODE_ROWS:
         return guess
-    # Gathering pays where many tiles read what it has gathered.
+    # Gathering pays where many tiles read the gathered columns.
     return {name: guess.get(name, int(M > 512)) for name in _GEMM}
 
 
 def candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
-    """Configurations worth timing, the likeliest first; ``M`` is a bucket."""
+    """Return configurations worth timing, the likeliest first; ``M`` is a bucket."""
     if M <= MOST_DECODE_ROWS:
         return w8a8.candidates(M, N, K, False)
     if M <= 512:

@@ -1,5 +1,5 @@
-"""Zeros where masks say so, in many tensors with one launch: what keeps pruned weights at zero through training.
+"""Zero many tensors where masks are False, in one launch: it keeps pruned weights at zero during training.
 
-``naive`` is the specification, ``kernel`` the Triton kernel, ``run`` the tables of addresses that it goes through.
-Nothing here is recorded for autograd or compiled, so there is no ``torch.library`` operator.
+``naive`` is the specification, ``kernel`` the Triton kernel, ``launch`` builds the tables of addresses it reads. There
+is no ``op``: autograd does not record the call, and it is not compiled.
 """

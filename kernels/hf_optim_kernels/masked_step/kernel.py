@@ -1,4 +1,4 @@
-"""The Triton kernel: a program zeroes one chunk of one tensor (see ``naive``)."""
+"""The Triton kernel: a program masks one chunk of one tensor (see ``naive``)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import triton.language as tl
 def zero_kernel(
     addresses, masks, sizes, owners, chunks, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Zero elements ``chunks[p] * BLOCK`` and following of tensor ``owners[p]``, p the program.
+    """Zero masked elements of tensor ``owners[p]`` from ``chunks[p] * BLOCK`` on, where p is the program.
 
-    ``addresses``, ``masks`` and ``sizes`` int64 [tensors]: where a tensor lies (0: nowhere, it is passed over), where
-    its mask lies (one byte an element), and how many elements it has; ``owners`` and ``chunks`` int32 [programs].
-    Elements are moved as integers of their width (``KIND``); all bits zero is 0 in every floating type.
+    ``addresses``, ``masks`` and ``sizes`` int64 [tensors]: the addresses of tensors (0: skipped) and of their masks
+    (one byte per element), and their numbers of elements; ``owners`` and ``chunks`` int32 [programs]. Elements are
+    moved as integers of their width (``KIND``); all bits zero is 0 in every floating-point type.
     """
     p = tl.program_id(0)
     owner = tl.load(owners + p)
@@ -29,6 +29,6 @@ def zero_kernel(
     i = tl.arange(0, BLOCK)
     inside = i < tl.where(at == 0, 0, size - begin)
     kept = tl.load(mask + i, inside, 1) != 0
-    # Reading whole and writing whole is coalesced; a store of single elements here and there touches as many sectors.
+    # Reading and writing all elements is coalesced; storing scattered elements touches as many sectors.
     value = tl.load(tensor + i, inside, 0)
     tl.store(tensor + i, tl.where(kept, value, tl.zeros_like(value)), inside)

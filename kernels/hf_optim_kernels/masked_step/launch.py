@@ -1,4 +1,4 @@
-"""One launch over a table of tensors. The table lies on the device, and is renewed when a tensor moved."""
+"""One launch over a table of tensors. The table is on the device, and is renewed when a tensor has moved."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ _KINDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 class Zeroing:
-    """Zeroes elements of many tensors: made once for their masks, called at every step.
+    """Zeroes masked elements of many tensors: built once for their masks, called at every step.
 
     Args:
-        masks: bool, contiguous, on one device. They are kept, not copied: what is written into them later holds.
+        masks: bool, contiguous, on one device. They are not copied: later changes of them take effect.
+
+    Raises ``ValueError`` for other masks.
     """
 
     def __init__(self, masks: Sequence[Tensor]) -> None:
         if not all(mask.dtype == torch.bool and mask.is_contiguous() for mask in masks):
-            raise ValueError("masks are contiguous tensors of bool")
+            raise ValueError("masks must be contiguous tensors of dtype bool")
         self.masks = list(masks)
         self.device = self.masks[0].device
         sizes = [mask.numel() for mask in self.masks]
@@ -48,10 +50,10 @@ class Zeroing:
         """Zero the tensors in place where their masks are False.
 
         Args:
-            tensors: in the order of the masks, of their shapes, contiguous and of one width of element; None is passed
-                over. Tensors that stand where they stood at the call before cost no copy to the device.
+            tensors: in the order and shapes of the masks, contiguous and of one element width; None is skipped. If no
+                tensor has moved since the last call, nothing is copied to the device.
 
-        Raises ``ValueError`` for tensors that are none of that; nothing is written then.
+        Raises ``ValueError`` for other tensors, and then writes nothing.
         """
         found = [tensor for tensor in tensors if tensor is not None]
         if not all(map(Tensor.is_contiguous, found)):
@@ -69,16 +71,16 @@ class Zeroing:
     def _renew(self, tensors: Sequence[Tensor | None], found: list[Tensor], known: list[int]) -> None:
         widths = {tensor.element_size() for tensor in found}
         if len(widths) > 1 or not widths <= _KINDS.keys():
-            raise ValueError(f"elements of {sorted(widths)} bytes in one table")
+            raise ValueError(f"tensors with elements of {sorted(widths)} bytes cannot share a table")
         for tensor, mask in zip(tensors, self.masks, strict=True):
             if tensor is not None and (tensor.shape != mask.shape or tensor.device != mask.device):
-                raise ValueError(f"a mask of {tuple(mask.shape)} for a tensor of {tuple(tensor.shape)}")
+                raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit a tensor of {tuple(tensor.shape)}")
         self._width = widths.pop() if widths else 0
         self._now_aligned = self._aligned and not any(address % 16 for address in known)
         self._addresses = self._table(known)
         self._known = known
 
     def _table(self, numbers: list[int]) -> Tensor:
-        # From pinned memory, which PyTorch keeps until the copy is done, nothing waits.
+        # The copy from pinned memory, which PyTorch keeps until it is done, is asynchronous.
         host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)

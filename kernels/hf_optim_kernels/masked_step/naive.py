@@ -1,6 +1,6 @@
 """The specification in plain PyTorch: ``t[i] = 0`` wherever ``mask[i]`` is False, and no other bit changes.
 
-Not ``t * mask``: a negative number would become ``-0.0``, and what is infinite or NaN would become or stay NaN.
+Unlike ``t * mask``, which turns negative numbers into ``-0.0`` and leaves NaN for values that are not finite.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def zero_(tensors: Sequence[Tensor | None], masks: Sequence[Tensor]) -> None:
     """Zero each tensor where its mask is False, in place.
 
     Args:
-        tensors: any shapes and types; None is passed over.
+        tensors: any shapes and dtypes; None is skipped.
         masks: bool, of the same shapes.
     """
     for tensor, mask in zip(tensors, masks, strict=True):

@@ -1,9 +1,9 @@
-"""Checks the 2:4 kernels on a CUDA device, then times configurations and keeps the best.
+"""Check the 2:4 kernels on a CUDA device, then time configurations and keep the best.
 
     python -m hf_optim_kernels.sparse24.sweep [--seconds 80] [--bits 16] [--rows 1 16] [--shape 14336x4096] [--top 3]
 
-The best of each shape and number of rows goes to ``sparse24.json`` in the directory ``$OUT`` (default: here), with its
-time, that of the dense product, and every candidate's. Entries of ``best`` are named as ``tuning`` names them.
+The best configuration per shape and number of rows is written to ``sparse24.json`` in the directory ``$OUT`` (default:
+here), with its time, that of the dense product, and those of all candidates. ``best`` has the form of a tuning table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
 def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int], paths: list[tiles.Config]) -> float:
-    """The largest relative error over paths; each runs twice and has to give the same bits. Raises when wrong."""
+    """Return the largest relative error over paths. Raise if one is wrong, or if a second run differs in a bit."""
     module, weight = bench.random_weight(*shape, bits, dtype)
     if mma_layout.holds(module.bits):
         paths = TILES
@@ -54,7 +54,7 @@ def check(shape: tuple[int, int], bits: int, dtype: torch.dtype, rows: list[int]
 
 
 def check_all() -> None:
-    """Odd and even shapes, every width and type, few configurations: compiling them takes longer than running."""
+    """Check odd and even shapes, every width and dtype, few configurations: compiling takes longer than running."""
     paths = [
         tiles.config("row", 1, 32, 32, 2, 4, 2),
         tiles.config("dot", 16, 32, 32, 2, 2, 3),
@@ -71,7 +71,7 @@ def check_all() -> None:
 
 
 def algorithms(module: layer.PackedWeight, x: Tensor) -> list[tiles.Config]:
-    """cuSPARSELt's default and the algorithm its own search prefers."""
+    """Return cuSPARSELt's default and the algorithm that its search prefers."""
     if not cusparselt.is_shared(module.values, module.bits):
         return []
     found = torch._cslt_sparse_mm_search(module.values, x.t(), transpose_result=True)
@@ -79,7 +79,7 @@ def algorithms(module: layer.PackedWeight, x: Tensor) -> list[tiles.Config]:
 
 
 def times(module: layer.PackedWeight, x: Tensor, end: float) -> list[tuple[float, tiles.Config]]:
-    """Microseconds of the candidates, fastest first; those that do not compile or come after ``end`` are left out."""
+    """Return microseconds of the candidates, fastest first, without those that fail or come after ``end``."""
     (M, K), N = x.shape, naive.shape_of(module.bits)[0]
     tiled = mma_layout.holds(module.bits)
     candidates = (tiles.tiled_candidates if tiled else tiles.candidates)(N, K, M)
@@ -89,7 +89,7 @@ def times(module: layer.PackedWeight, x: Tensor, end: float) -> list[tuple[float
 
 
 def sweep(shape: str, bits: int, rows: list[int], end: float, top: int) -> dict[str, Any]:
-    """Time every number of rows for a shape "OUTxIN"; prints a table."""
+    """Time every number of rows for a shape "OUTxIN", and print a table."""
     N, K = map(int, shape.split("x"))
     module, weight = bench.random_weight(N, K, bits, torch.bfloat16)
     del weight

@@ -1,4 +1,4 @@
-"""Which kernel runs for how many rows, and its tiles."""
+"""Which kernel runs for a number of rows, and its tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..common import tuning
 from .naive import HALF, stored_groups24
 
 Config = dict[str, Any]
-# More rows than this are a matter of arithmetic, not of bytes.
+# With more rows, products are bound by arithmetic, not by bandwidth.
 FEW_ROWS = 64
 SEMAPHORES = 1 << 14
 # With more, a weight in the order of sparse tensor cores is decompressed: faster on five shapes at 256 rows (H200).
@@ -18,15 +18,15 @@ MOST_TILED_ROWS = 128
 
 
 def config(
-    path: str, block_m: int, block_n: int, fours: int, split: int, warps: int, stages: int, algorithm: int = 0
+    path: str, block_m: int, block_n: int, groups24: int, split: int, warps: int, stages: int, algorithm: int = 0
 ) -> Config:
-    """A configuration.
+    """Return a configuration.
 
     ``path`` is "row", "dot", "tiles" (see ``tiles``), "library" (cuSPARSELt, with the number of its ``algorithm``) or
-    "dense" (decompress, then the dense product).
+    "dense" (decompress, then the dense product). Tuned tables name the 2:4 groups of a step ``FOURS``.
     """
     names = ("path", "BLOCK_M", "BLOCK_N", "FOURS", "SPLIT", "num_warps", "num_stages", "algorithm")
-    return dict(zip(names, (path, block_m, block_n, fours, split, warps, stages, algorithm), strict=True))
+    return dict(zip(names, (path, block_m, block_n, groups24, split, warps, stages, algorithm), strict=True))
 
 
 DENSE = config("dense", 0, 0, 0, 1, 0, 0)
@@ -34,20 +34,22 @@ LIBRARY = config("library", 0, 0, 0, 1, 0, 0)
 
 
 def tiles(rows: int, outputs: int, ahead: int, split: int, warps: int, inputs: int = 0) -> Config:
-    """A configuration of the kernel for sparse tensor cores.
+    """Return a configuration of the kernel for sparse tensor cores.
 
-    ``rows`` of inputs (8, 16, 32, 64) and ``outputs`` (16, 32, 64) of a warp, whose registers hold ``ahead`` tiles of
-    128 columns. ``inputs``: how it reads them, in words (0), in pieces of 16 bytes (1), or put in the order of its
-    lanes by a launch before (2); that pays where many rows are read often.
+    Args:
+        rows, outputs: rows of inputs (8, 16, 32, 64) and outputs (16, 32, 64) of a warp.
+        ahead: tiles of 128 columns that its registers hold.
+        inputs: how it reads inputs: in words (0), in pieces of 16 bytes (1), or in the order of its lanes, after a
+            launch that orders them (2), which pays where many rows are read often.
     """
     return config("tiles", rows, outputs, 32 * ahead, split, warps, 1, inputs)
 
 
 def default_tiles(N: int, K: int, M: int) -> Config:
-    """A good guess for codes in the order of sparse tensor cores."""
+    """Return a good guess for codes in the order of sparse tensor cores."""
     units = K // 128
     ahead = min(2 if units <= 48 else 4, units)
-    # Tiles of few outputs fill the card, of many use the inputs that they read more often.
+    # Tiles with few outputs fill the GPU; tiles with many reuse their inputs more often.
     narrow = N <= 8192
     if M > MOST_TILED_ROWS:
         return DENSE
@@ -63,7 +65,7 @@ def default_tiles(N: int, K: int, M: int) -> Config:
 
 
 def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
-    """Configurations worth timing for codes in the order of sparse tensor cores, the likeliest first."""
+    """Return configurations worth timing for codes in the order of sparse tensor cores, the likeliest first."""
     if M <= 1:
         shapes = [(16, 2, 1, 4, 0), (16, 4, 1, 4, 0), (16, 2, 1, 8, 0), (16, 3, 1, 4, 0), (32, 2, 2, 4, 0)]
     elif M <= 8:
@@ -80,14 +82,14 @@ def tiled_candidates(N: int, K: int, M: int) -> list[Config]:
 
 
 def split_of(N: int, K: int, block_n: int, tiles: int = 512) -> int:
-    """Programs that share the columns of a tile, for about ``tiles`` programs, each with two chunks or more."""
-    chunks = stored_groups24(K) // (2 * HALF)
+    """Return the split for about ``tiles`` programs, each with at least two k-tiles."""
+    k_tiles = stored_groups24(K) // (2 * HALF)
     wanted = max(1, round(tiles / -(-N // block_n)))
-    return max(1, min(wanted, chunks // 2, 16))
+    return max(1, min(wanted, k_tiles // 2, 16))
 
 
 def candidates(N: int, K: int, M: int) -> list[Config]:
-    """Configurations worth timing for a weight [N, K] and M rows, the likeliest first."""
+    """Return configurations worth timing for a weight [N, K] and M rows, the likeliest first."""
     if M <= 1:
         row = [
             config("row", 1, n, HALF, split_of(N, K, n, programs), warps, stages)
@@ -98,9 +100,9 @@ def candidates(N: int, K: int, M: int) -> list[Config]:
 
 
 def _few(N: int, K: int, block_m: int) -> list[Config]:
-    """Tiles of one block of rows: on one or two warps, or on four or eight with Hopper's instructions for 64 outputs.
+    """Return tiles of one block of rows: on one or two warps, or on four or eight with Hopper's instructions.
 
-    The former runs out of registers with more than 16 rows.
+    The former run out of registers with more than 16 rows; the latter have 64 outputs.
     """
     two = ((32, 1056, 2, 3), (64, 528, 2, 3), (32, 1056, 2, 5), (32, 528, 2, 5), (16, 2112, 1, 4))
     four = ((64, 528, 4, 3), (64, 1056, 4, 3), (128, 264, 8, 3), (128, 528, 8, 3))
@@ -118,7 +120,7 @@ def _many(N: int, K: int, M: int) -> list[Config]:
 
 
 def default(N: int, K: int, M: int, library: bool) -> Config:
-    """A good guess where nothing was measured; ``library``: the weight is in cuSPARSELt's format too."""
+    """Return a good guess where nothing was measured; ``library``: the weight is in cuSPARSELt's format as well."""
     if M <= FEW_ROWS:
         return candidates(N, K, M)[0]
     if library and M > 128:
@@ -127,7 +129,7 @@ def default(N: int, K: int, M: int, library: bool) -> Config:
 
 
 def chosen(N: int, K: int, M: int, width: int, dtype: torch.dtype, library: bool, device: torch.device) -> Config:
-    """The configuration for M rows. The tuned one, unless it asks for a library that cannot serve this weight."""
+    """Return the configuration for M rows: the tuned one, unless it needs a library that cannot run this weight."""
     rows = tuning.bucket(M)
     guess = default(N, K, rows, library)
     found = tuning.choose("sparse24", (N, K, width, rows), dtype, guess, device)

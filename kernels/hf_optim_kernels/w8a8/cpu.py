@@ -1,19 +1,19 @@
 """Linear layers with int8 inputs on a CPU: PyTorch's own integer product, ``aten::_int_mm``.
 
-It multiplies int8 [rows, in] by int8 [in, out] with exact int32 sums, on the weight as it is stored, a byte a code.
-What is around it is written in few operations, because for a row or two each operation costs what its call costs.
-Inputs are quantized as in ``naive.quantize``, which is what compressed-tensors' own forward does, to the same codes.
+It multiplies int8 [rows, in] by int8 [in, out] with exact int32 sums, on the weight as stored, one byte per code. The
+rest is written in few operations, because for a row or two an operation costs as much as its call. Inputs are quantized
+as in ``naive.quantize``, as in compressed-tensors' own forward, to the same codes.
 
-Sums are exact here and rounded there, so outputs of one layer agree to float32 rounding. Through a whole model they do
-not: rounding decides the codes of values near a tie in the next layer, a code moves the next, and after a few layers
-any two correct orders of summation (stock's own with another number of threads, or with a cache and without) have
-logits apart by about what quantization itself costs.
+Sums are exact here and rounded there, so outputs of one layer agree up to float32 rounding. Over a whole model they do
+not: rounding decides the codes of values near a tie in the next layer, each such code changes the layer after it, and
+after a few layers any two correct orders of summation (stock's own with another number of threads, or with and without
+a cache) have logits that differ by about the error of quantization itself.
 
 Measured with torch 2.13, one thread of a 2.8 GHz Ice Lake (AVX512-VNNI), the best of several, in microseconds: the
 product alone / dense float32 for 1, 8, 32, 256 and 1024 rows of 256 x 256 weights 3 / 11, 14 / 23, 21 / 56, 99 / 337,
-238 / 939. Quantizing one row of 256 takes about 18, scales and bias 5: whole, small layers lose with one row, and win
-from some tens. ``onednn::qlinear_pointwise`` takes 43 to 382 for the same products with uint8 inputs, and up to
-seconds with int8.
+238 / 939. Quantizing one row of 256 takes about 18, scales and bias 5: in total, small layers are slower with one row
+and faster from some tens. ``onednn::qlinear_pointwise`` takes 43 to 382 for the same products with uint8 inputs, and
+up to seconds with int8.
 """
 
 from __future__ import annotations
@@ -21,45 +21,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.codes import Codes
+from ..common.cpu_linear import CpuLinear, cat_optional, unsupported_by_int_mm
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = 127.5
-# Sums of products of int8 codes stay below 2^31 up to here.
-MOST_COLUMNS = 1 << 16
 
 
 def unsupported_reason(weight: Any) -> str | None:
-    """Why an ``hf_optim.compressed.weights.QuantizedWeight`` cannot run here; None where it can.
+    """Return why a ``QuantizedWeight`` (of ``hf_optim.compressed.weights``) cannot run here; None if it can.
 
-    No size is too small: what the layer would do instead is quantize its input and its weight in float at each call.
+    No size is too small: the alternative of the layer is to quantize its input and weight in float at every call.
     """
     columns = weight.shape[1]
     if weight.kind != "int" or weight.bits > 8:
-        return f"{weight.bits}-bit {weight.kind} codes; PyTorch's integer product has int8"
+        return f"{weight.bits}-bit {weight.kind} codes: PyTorch's integer product has int8 codes"
     if weight.inputs is None or weight.inputs.type != "int8":
         return "PyTorch's integer product has int8 inputs"
     if weight.group_size < columns:
-        return f"groups of {weight.group_size} columns; PyTorch's integer product has one scale a row"
+        return f"group size {weight.group_size}: PyTorch's integer product has one scale per row"
     if weight.ordered:
-        return "its columns are reordered; PyTorch's integer product has one scale a row and no order"
-    if columns > MOST_COLUMNS:
-        return f"{columns} columns; int32 sums are exact up to {MOST_COLUMNS}"
-    if weight.dtype not in DTYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} inputs; served are float32, bfloat16 and float16"
-    if not torch.cpu._is_vnni_supported():
-        return "PyTorch's integer product was measured with AVX512-VNNI, which this CPU has not"
-    return None
+        return "its columns are reordered, which PyTorch's integer product does not support"
+    return unsupported_by_int_mm(weight.dtype, columns)
 
 
 def prepack(weight: Any) -> QuantizedLinear:
-    """The packed weight of a weight for which ``unsupported_reason`` is None."""
+    """Return the packed form of a weight for which ``unsupported_reason`` is None."""
     return QuantizedLinear.from_codes(weight.codes(), weight.bits, weight.inputs, weight.dtype, weight.bias)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(CpuLinear):
     """``quantized(x) W^T + bias`` on ``aten::_int_mm``.
 
     With input codes ``a``, their scale ``s`` and zero point ``z`` per row ``m``, and weight codes ``w``, scale ``t``
@@ -67,18 +59,17 @@ class QuantizedLinear(nn.Module):
 
         y[m, n] = (sum_k a w - z[m] sum_k w - u[n] (sum_k a - z[m] in)) s[m] t[n] + bias[n]
 
-    The bracket is exact, in int32. Its gradient with respect to ``x`` is that of ``x W^T`` (straight through the
+    The bracket is exact, in int32. The gradient with respect to ``x`` is that of ``x W^T`` (straight through the
     rounding of the input).
 
     Attributes:
-        packed: int8 [out, in], codes less 2^(bits - 1).
-        scale: [out, 1], as the checkpoint has it; factor: the same as float32 [out].
-        zero: uint8 [out, 1], and shift: int32 [out], zero less 2^(bits - 1); None for symmetric weights.
+        packed: int8 [out, in], codes minus 2^(bits - 1).
+        scale: [out, 1], as in the checkpoint; factor: the same as float32 [out].
+        zero: uint8 [out, 1], and shift: int32 [out], zero minus 2^(bits - 1); None for symmetric weights.
         sums: int32 [out], of each row of ``packed``; None for symmetric inputs.
         input_scale, input_zero: [1], of static inputs; None for dynamic ones.
     """
 
-    packed: Tensor
     scale: Tensor
     factor: Tensor
     zero: Tensor | None
@@ -116,7 +107,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_codes(cls, found: Any, bits: int, inputs: Any, dtype: torch.dtype, bias: Tensor | None) -> QuantizedLinear:
-        """Pack ``Codes`` with one scale a row. ``inputs`` is an ``Inputs`` (see ``hf_optim.compressed.weights``)."""
+        """Pack ``Codes`` with one scale per row. ``inputs`` is an ``Inputs`` (see ``hf_optim.compressed.weights``)."""
         return cls(
             (found.codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).contiguous(),
             found.scale,
@@ -130,28 +121,18 @@ class QuantizedLinear(nn.Module):
         )
 
     def codes(self) -> Codes:
-        """The codes, scales and zero points it was made of, bit for bit."""
+        """Return codes, scales and zero points, bitwise identical to those it was packed from."""
         codes = (self.packed.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
         return Codes(codes, self.scale, self.zero, None, self.input_scale, self.input_zero)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in]."""
+        """See ``CpuLinear``."""
         steps = self.packed.float() if self.shift is None else self.packed.float() - self.shift[:, None]
         return (steps * self.factor[:, None]).to(dtype)
 
-    def accepts(self, x: Tensor) -> bool:
-        """Whether the operator has this input's type and device."""
-        return x.dtype == self.dtype and x.device == self.packed.device
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out]."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return _StraightThrough.apply(x, self)
-        return self.product(x)
-
     def product(self, x: Tensor) -> Tensor:
-        """``forward`` without a gradient."""
-        # nn.Module's own lookup of eight buffers takes as long as the product of a small layer.
+        """See ``CpuLinear``."""
+        # The look-up of eight buffers by nn.Module takes as long as the product of a small layer.
         held = self._buffers
         packed, factor, bias, sums, shift = (held[n] for n in ("packed", "factor", "bias", "sums", "shift"))
         flat = x.reshape(-1, x.shape[-1])
@@ -167,10 +148,10 @@ class QuantizedLinear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def _quantize(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of ``x`` [rows, in]: int8 codes, float32 scales [rows, 1], zero points int32 ([rows, 1] or [1]) or None.
-        ``given`` is the scale of static inputs.
+        """Return int8 codes, float32 scales [rows, 1] and zero points int32 ([rows, 1] or [1], or None) of [rows, in].
 
-        Rows of zeros have scale 0, or zero points of no meaning beside it: whatever their codes, the product is 0.
+        ``given`` is the scale of static inputs. Rows of zeros have scale 0, and meaningless codes and zero points: the
+        product is 0.
         """
         if given is not None:
             return self._static(x, given)
@@ -187,31 +168,20 @@ class QuantizedLinear(nn.Module):
         steps = x / scale
         steps = steps if self.input_zero is None else steps.add_(self.input_zero)
         codes = steps.clamp_(-128, 127).round_().to(torch.int8)
-        # Integers have no NaN: a row that is not finite shows in its scale.
+        # Integers have no NaN: a row that is not finite gets a scale that is not.
         row = x.sum(-1, keepdim=True, dtype=torch.float32).mul_(0).add_(scale)
         return codes, row, None if self.input_zero is None else self.input_zero.int()
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed_weight: QuantizedLinear) -> Tensor:
-        ctx.packed_weight = packed_weight
-        return packed_weight.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.packed_weight.decoded(grad.dtype), None
-
-
 def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude of each row, [rows, 1]. For one row the norm is one call and not slower."""
+    """Return the largest magnitude of each row, [rows, 1]. For one row the norm is one call and not slower."""
     if x.shape[0] == 1:
         return torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
     return x.abs().amax(-1, keepdim=True)
 
 
 def join(packed_weights: list[QuantizedLinear]) -> QuantizedLinear | None:
-    """Concatenate packed weights along the output; return None where they differ in more than their rows."""
+    """Concatenate packed weights along the output; return None if they differ in more than their rows."""
     first = packed_weights[0]
     if any(_kind(o) != _kind(first) for o in packed_weights):
         return None
@@ -219,17 +189,13 @@ def join(packed_weights: list[QuantizedLinear]) -> QuantizedLinear | None:
         own = getattr(first, name)
         if own is not None and any(not torch.equal(getattr(o, name), own) for o in packed_weights):
             return None
-
-    def together(name: str) -> Tensor | None:
-        return None if getattr(first, name) is None else torch.cat([getattr(o, name) for o in packed_weights])
-
     return QuantizedLinear(
         torch.cat([o.packed for o in packed_weights]),
         torch.cat([o.scale for o in packed_weights]),
-        together("zero"),
+        cat_optional(packed_weights, "zero"),
         first.input_scale,
         first.input_zero,
-        together("bias"),
+        cat_optional(packed_weights, "bias"),
         bits=first.bits,
         symmetric=first.symmetric,
         dtype=first.dtype,
@@ -238,11 +204,5 @@ def join(packed_weights: list[QuantizedLinear]) -> QuantizedLinear | None:
 
 def _kind(packed_weight: QuantizedLinear) -> tuple[Any, ...]:
     absent = tuple(getattr(packed_weight, name) is None for name in ("zero", "bias", "input_scale", "input_zero"))
-    return (
-        packed_weight.bits,
-        packed_weight.symmetric,
-        packed_weight.dtype,
-        packed_weight.scale.dtype,
-        packed_weight.packed.shape[1],
-        absent,
-    )
+    numbers = packed_weight.bits, packed_weight.symmetric, packed_weight.packed.shape[1]
+    return *numbers, packed_weight.dtype, packed_weight.scale.dtype, absent

@@ -1,7 +1,7 @@
 """Triton kernels for many rows of codes: int8 x int8 or float8 x float8, scaled as it is stored.
 
-``grouped_kernel`` has one program for each tile of the result, ``persistent_kernel`` as many as the machine runs at a
-time, each taking one tile after the other and reading through tensor descriptors (TMA; compute capability 9.0).
+``grouped_kernel`` has one program per tile of the result, ``persistent_kernel`` as many as the device runs at a time,
+each with one tile after the other, which reads through tensor descriptors (TMA; compute capability 9.0).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .kernel import scaled
 
 @triton.jit
 def multiply(a, b, acc, FLOAT8: tl.constexpr, PRECISE: tl.constexpr):
-    """``acc + a b``; of float8, sums in the tensor core's shorter accumulator are moved on after PRECISE products."""
+    """``acc + a b``; sums of float8 leave the tensor core's shorter accumulator after PRECISE products."""
     if FLOAT8:
         return tl.dot(a, b, acc, max_num_imprecise_acc=PRECISE)
     else:
@@ -47,7 +47,7 @@ def grouped_kernel(
     FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program, one tile: ``x`` [M, K] codes, ``weight`` [N, K] codes, ``y`` [M, N]."""
+    """Compute one tile per program: ``x`` [M, K] codes, ``weight`` [N, K] codes, ``y`` [M, N]."""
     i, j = swizzled(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     k_offsets = tl.arange(0, BLOCK_K)
@@ -74,10 +74,10 @@ def persistent_kernel(
     FLATTEN: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``grouped_kernel`` over tiles PROGRAMS apart. K is a multiple of 16 (rows begin at multiples of 16 bytes).
+    """Compute tiles PROGRAMS apart, as ``grouped_kernel``. K is a multiple of 16: rows begin at multiples of 16 bytes.
 
-    ``FLATTEN`` makes one loop of both, so that the next tile is read while this one is stored; ``HALVES`` stores a tile
-    in two halves of its columns, which takes half the shared memory.
+    ``FLATTEN`` merges both loops, so that the next tile is read while this one is stored; ``HALVES`` stores a tile in
+    two halves of its columns, which takes half the shared memory.
     """
     a_tiles = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
     b_tiles = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])

@@ -1,9 +1,8 @@
 """The Triton kernel for few rows: quantize, multiply, scale and add the bias in one launch.
 
-The weight is the left operand of ``tl.dot``, so that its rows fill the machine however few the inputs' are. Every
-program reads its rows of ``x`` once to make their grids (they lie in the L2 cache) and quantizes tiles of them as it
-goes. ``SPLIT`` programs share the columns of a tile; the last of them to arrive adds the parts up in their order, so
-that the sum does not depend on who was last.
+The weight is the left operand of ``tl.dot``, so that its rows fill the machine however few those of the inputs are.
+Every program reads its rows of ``x`` once to compute their grids (they are in the L2 cache) and quantizes tiles of them
+on the way. ``SPLIT`` programs share the columns of a tile, see ``common.splitk``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .quantize import encode, token_grid
 
 @triton.jit
 def scaled(acc, w_scale, x_scale, w_sum, x_zero, bias, HAS_BIAS: tl.constexpr, ASYMMETRIC: tl.constexpr):
-    """A tile of the result in float32, from sums of products of codes; the other operands broadcast against it."""
+    """A tile of the result in float32, from sums of products of codes; the other operands are broadcast."""
     if ASYMMETRIC:
         acc = acc - w_sum * x_zero
     out = acc.to(tl.float32) * x_scale * w_scale
@@ -29,7 +28,7 @@ def scaled(acc, w_scale, x_scale, w_sum, x_zero, bias, HAS_BIAS: tl.constexpr, A
 
 @triton.jit
 def accumulate(a, b, acc, FLOAT8: tl.constexpr):
-    """``acc + a b``: exact in int32; of float8, products are summed in full float32 after every 32 of them."""
+    """``acc + a b``: exact in int32; products of float8 are summed in full float32 after every 32 of them."""
     if FLOAT8:
         return tl.dot(a, b, acc, max_num_imprecise_acc=32)
     else:
@@ -65,11 +64,11 @@ def decode_kernel(
     HAS_BIAS: tl.constexpr, EPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, GRID_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, s) makes part s of rows i * BLOCK_N of the weight, for all rows of ``x``; M <= BLOCK_M.
+    """Program (i, s) computes part s of rows i * BLOCK_N of the weight, for all rows of ``x``; M <= BLOCK_M.
 
     ``QUANTIZED``: ``x`` holds codes, and ``x_scale`` [M], ``x_zero`` [M] are theirs; else ``x`` is quantized here, on
     the static grid ``x_scale`` [1], ``x_zero`` [1] if ``STATIC``. ``ROWS`` is 1 for one row of input, whose tile is
-    made once and repeated, else BLOCK_M.
+    computed once and broadcast, else BLOCK_M.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     tile, part = tl.program_id(0), tl.program_id(1)

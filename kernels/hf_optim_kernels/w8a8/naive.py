@@ -1,17 +1,17 @@
 """The specification of the 8-bit operators in plain PyTorch.
 
-A row ``x`` [in] is quantized to codes ``c``, on a grid that is made per row (dynamic) or given (static)::
+A row ``x`` [in] is quantized to codes ``c``, on a grid that is computed per row (dynamic) or given (static)::
 
     int8, symmetric     s = max|x| / 127.5          c = clamp(round(x / s), -128, 127)
     int8, asymmetric    s = (max x - min x) / 255    c = clamp(round(x / s + z), -128, 127), z = round(-128 - min x / s)
     float8 (e4m3)       s = max|x| / 448             c = x / s rounded to e4m3
 
-with 0 counted among ``min x`` and ``max x``, and ``s`` the machine epsilon where it would be 0. Every step is rounded
-to the type of ``x``, as compressed-tensors does, so that codes are those of its fake quantization. A row that is not
-finite gets ``s`` = its largest magnitude (Inf or NaN), also on a static grid: it stays visible in the output.
+where ``min x`` and ``max x`` include 0, and ``s`` is the machine epsilon where it would be 0. Every step is rounded to
+the dtype of ``x``, as in compressed-tensors, so that codes are those of its fake quantization. A row that is not finite
+gets ``s`` = its largest magnitude (Inf or NaN), also on a static grid: it stays visible in the output.
 
 The product is ``y[m, n] = (sum_k c[m, k] w[n, k] - z[m] sum_k w[n, k]) s[m] t[n] + bias[n]`` with codes ``w`` [out, in]
-and scales ``t`` [out] of the weight. Quantizing inside of the layer that makes the row is ZeroQuant's (2206.01861).
+and scales ``t`` [out] of the weight. Quantizing in the layer that computes the row is ZeroQuant's (2206.01861).
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class InputGrid(NamedTuple):
 def quantize(
     x: Tensor, float8: bool, symmetric: bool = True, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [..., in] (int8 or float8_e4m3fn), scales [...] (float32; float64 for float64), zero points [...] (int32).
+    """Return codes [..., in] (int8 or float8_e4m3fn), scales [...] and zero points [...] (int32).
 
     Args:
         x: [..., in], floating.
-        scale, zero: of a static grid, one element each; None for a grid of each row.
+        scale, zero: of a static grid, one element each; None for a grid per row.
 
-    The zero points are an empty tensor where the grid is symmetric.
+    The scales are float32 (float64 for float64). The zero points are an empty tensor if the grid is symmetric.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     top = x.abs().amax(-1)
@@ -88,7 +88,7 @@ def quantize(
 
 
 def token_grid(x: Tensor, float8: bool, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scales [...] in the type of ``x`` and zero points [...] (int32; None when symmetric) of the rows of ``x``."""
+    """Return scales [...] in the dtype of ``x`` and zero points [...] (int32; None if symmetric) of its rows."""
     low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
     eps = torch.finfo(x.dtype).eps
     if symmetric:
@@ -100,7 +100,7 @@ def token_grid(x: Tensor, float8: bool, symmetric: bool) -> tuple[Tensor, Tensor
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``(codes - zero) * scale``: codes [..., in], scales and zero points [...]."""
+    """Return ``(codes - zero) * scale``: codes [..., in], scales and zero points [...]."""
     values = codes.to(dtype)
     if zero is not None and zero.numel():
         values = values - zero[..., None].to(dtype)
@@ -111,7 +111,7 @@ def multiply(
     x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """``x`` [..., in] and ``weight`` [out, in] in codes -> [..., out] in ``dtype``. Exact sums of int8 products."""
+    """Multiply codes ``x`` [..., in] and ``weight`` [out, in]: [..., out] in ``dtype``. Sums of int8 are exact."""
     compute = torch.float64 if dtype == torch.float64 or weight.dtype == torch.int8 else torch.float32
     codes = x.to(compute)
     if x_zero is not None and x_zero.numel():
@@ -121,13 +121,13 @@ def multiply(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` rounded to the type of ``x``, times ``weight`` [in] (as Llama's is)."""
+    """Return ``x / sqrt(mean(x^2) + eps)`` rounded to the dtype of ``x``, times ``weight`` [in] (as in Llama)."""
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """``torch.nn.functional.layer_norm`` over the last dimension."""
+    """Return ``torch.nn.functional.layer_norm`` over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -1,9 +1,9 @@
-"""Quantizing inside of the norm that makes the rows (ZeroQuant, 2206.01861, section 4.3).
+"""Quantize in the norm that computes the rows (ZeroQuant, 2206.01861, section 4.3).
 
-A norm and the packed weights that read its output share a ``Handoff``. Where quantizing takes a launch of its own, the
-norm makes its output, the codes and the scales in one kernel, and a packed weight that is called with that very tensor
-takes the codes. Whatever else a packed weight is called with, it quantizes itself. The codes are those of the unfused
-layer, but where the rounding of the norm's own sums differs.
+A norm and the packed weights that read its output share a ``Handoff``. Where quantizing takes a separate launch, the
+norm computes its output, the codes and the scales in one kernel, and a packed weight that is called with that tensor
+takes the codes. With any other input a packed weight quantizes by itself. The codes are those of the unfused layer, up
+to the rounding of the norm's own sums.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from . import naive, op
 
-# Of norms without any of these nothing is known.
+# Norms without any of these attributes are not fused.
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
 
 class Handoff:
-    """What a norm made last, until every packed weight has taken it.
+    """The last output of a norm and its codes, until every packed weight has taken them.
 
     Attributes:
-        readers: how many packed weights there are.
-        held: the norm's output, its version, codes, scales, zero points, and a bit for each packed weight that has not
-            taken them yet; None when there is nothing to take. One tuple, so that another thread sees all or nothing of
-            it.
+        readers: the number of packed weights.
+        held: the norm's output, its version, codes, scales, zero points, and a bit per packed weight that has not taken
+            them yet; None if there is nothing to take. One tuple, so that another thread sees all of it or nothing.
     """
 
     def __init__(self, readers: int) -> None:
@@ -35,11 +34,11 @@ class Handoff:
         self.held: tuple[Tensor, int, Tensor, Tensor, Tensor, int] | None = None
 
     def give(self, row: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
-        """Leave what belongs to ``row`` [..., in]."""
+        """Store the codes of ``row`` [..., in]."""
         self.held = (row, _version(row), codes, scale, zero, (1 << self.readers) - 1)
 
     def take(self, x: Tensor, bit: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Codes, scales and zero points of ``x``, or None where they are of another tensor or ``x`` was written to."""
+        """Return codes, scales and zero points of ``x``; None if they are of another tensor, or ``x`` was modified."""
         held = self.held
         if held is None or held[0] is not x or held[1] != _version(x) or not held[5] & bit:
             return None
@@ -52,18 +51,18 @@ class Handoff:
 
 
 def _version(x: Tensor) -> int:
-    # Tensors of inference mode have none.
+    # Tensors of inference mode have no version.
     return 0 if x.is_inference() else x._version
 
 
 class NormQuantizer:
-    """Makes the output of a norm together with its codes.
+    """A norm that computes the codes of its output as well.
 
     Attributes:
         fused_op: ``quantize.RMS_NORM`` or ``quantize.LAYER_NORM``.
         eps: of the norm.
         float8, symmetric, dtype: of the packed weights' inputs.
-        least: the fewest rows for which it pays.
+        least: the fewest rows for which fusing pays.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class NormQuantizer:
         self.dtype, self.least, self.handoff = dtype, least, handoff
 
     def __call__(self, norm: nn.Module, x: Tensor) -> Tensor | None:
-        """The output of ``norm`` for ``x`` [..., in]; None where the norm had better make it itself."""
+        """Return the output of ``norm`` for ``x`` [..., in]; None where the norm itself should compute it."""
         if torch.compiler.is_compiling() or x.numel() < self.least * x.shape[-1] or x.dtype != self.dtype:
             return None
         held: Any = norm._parameters
@@ -93,10 +92,10 @@ class NormQuantizer:
 
 @torch.no_grad()
 def fuse(norm: nn.Module, packed_weights: Sequence[Any]) -> NormQuantizer | None:
-    """What makes a norm's output for ``packed_weights`` (``layer.PackedWeight``), all of which read it.
+    """Return the fused norm of ``packed_weights`` (``layer.PackedWeight``), all of which read its output.
 
-    None for packed weights whose inputs are quantized to grids of their own or to different ones, and for a norm that
-    is neither an RMSNorm nor a LayerNorm; which of these it is shows in what it computes.
+    Returns None if the packed weights have static or different input grids, or the norm is neither an RMSNorm nor a
+    LayerNorm, by the numbers it computes.
     """
     first = packed_weights[0]
     kinds = {(o.float8, o.symmetric, o.dtype, o.weight.device, o.weight.shape[1]) for o in packed_weights}
@@ -114,7 +113,7 @@ def fuse(norm: nn.Module, packed_weights: Sequence[Any]) -> NormQuantizer | None
 
 
 def norm_kind(norm: nn.Module, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[int, float] | None:
-    """``quantize.RMS_NORM`` or ``quantize.LAYER_NORM`` and the epsilon, or None: asked of the module on random rows."""
+    """Return ``quantize.RMS_NORM`` or ``LAYER_NORM`` and the epsilon, by outputs for random rows, or None."""
     from .quantize import LAYER_NORM, RMS_NORM
 
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
@@ -125,13 +124,13 @@ def norm_kind(norm: nn.Module, columns: int, dtype: torch.dtype, device: torch.d
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, columns, generator=generator)
-    # In a row as small as the root of epsilon, a wrong epsilon shows.
+    # A row as small as the root of epsilon reveals a wrong epsilon.
     x = (x * torch.tensor([1.0, 30.0, eps**0.5])[:, None] + 0.1 * x.new_tensor([1.0, 30.0, 0.0])[:, None]).to(
         device, dtype
     )
     try:
         y = type(norm).forward(norm, x)
-    except Exception:  # it wants other inputs than [batch, rows, columns]
+    except Exception:  # it takes other inputs than [batch, rows, columns]
         return None
     if bias is None and _equal(y, naive.rms_norm(x, weight, eps)):
         return RMS_NORM, eps
@@ -139,7 +138,7 @@ def norm_kind(norm: nn.Module, columns: int, dtype: torch.dtype, device: torch.d
 
 
 def _equal(y: Any, wanted: Tensor) -> bool:
-    """But for the last place, since the order of sums may differ."""
+    """Return True if ``y`` equals ``wanted`` up to the last place, since the order of sums may differ."""
     if not isinstance(y, Tensor) or y.shape != wanted.shape or y.dtype != wanted.dtype:
         return False
     step = torch.finfo(wanted.dtype).eps

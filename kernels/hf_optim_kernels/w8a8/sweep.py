@@ -1,10 +1,10 @@
-"""Checks and times every candidate configuration of the 8-bit products on a CUDA device.
+"""Check and time every candidate configuration of the 8-bit products on a CUDA device.
 
     python -m hf_optim_kernels.w8a8.sweep [--budget 100] [--ops int8 float8 llm] [--shapes 14336x4096] [--rows 1 16]
 
-Every candidate is held against float64 before it is timed; one that is wrong, or does not compile, is named and left
-out. Times are medians of graph replays over copies of the weight that together exceed the L2 cache, the quantization
-of the input included. Several processes compile first, for the compiler takes longer than the measurements. Prints a
+Every candidate is compared with float64 before it is timed; one that is wrong, or does not compile, is printed and
+left out. Times are medians of graph replays over copies of the weight that together exceed the L2 cache, and include
+the quantization of the input. Several processes compile first, since compiling takes longer than measuring. Prints a
 line per shape, and writes ``sweep.json`` to ``$OUT`` (or here): ``table`` in the form of a tuning table, ``times``.
 """
 
@@ -40,7 +40,7 @@ OPS = {"int8": tiles.op_name(False), "float8": tiles.op_name(True), "llm": "llm-
 
 
 class Case:
-    """Random operands of one op and shape: ``calls(M, config)`` are the products over several copies of the weight."""
+    """Random operands of one op and shape, with several copies of the weight."""
 
     def __init__(self, op: str, N: int, K: int, copies: int | None = None) -> None:
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ class Case:
         )
 
     def input(self, M: int) -> Tensor:
-        """A random input; eight columns of outliers for LLM.int8()."""
+        """Return a random input; with eight columns of outliers for LLM.int8()."""
         torch.manual_seed(M)
         x = torch.randn(M, self.K, device="cuda", dtype=torch.bfloat16).clamp(-5.5, 5.5)
         if self.op == "llm":
@@ -64,7 +64,7 @@ class Case:
         return x
 
     def calls(self, x: Tensor, config: dict[str, Any]) -> list[Callable[[], Tensor]]:
-        """One call for each copy of the weight; a single one where the product is bound by arithmetic."""
+        """Return one call per copy of the weight; a single one where the product is bound by arithmetic."""
         weights = self.weights if len(x) <= 512 else self.weights[:1]
         if self.op == "llm":
             packed = [llm_naive.PackedTensors(w, self.scale, None, self.semaphores) for w in weights]
@@ -74,7 +74,7 @@ class Case:
         return [partial(launch.linear, x, each, grid, config) for each in tensors]
 
     def reference(self, x: Tensor) -> Tensor:
-        """The specification's result in float64."""
+        """Return the specification's result in float64."""
         if self.op == "llm":
             codes, scale, columns = llm_naive.quantize_rows(x, 6.0)
             inner = codes.double().masked_fill(columns, 0) * scale[:, None].double()
@@ -85,7 +85,7 @@ class Case:
         return (rows @ self.weight.double().T) * self.scale.double()
 
     def candidates(self, M: int) -> list[dict[str, Any]]:
-        """Those of the op, the default first."""
+        """Return the candidates of the op, the default first."""
         rows = tuning.bucket(M)
         if self.op == "llm":
             found = [llm_tiles.default(rows, self.N, self.K), *llm_tiles.candidates(rows, self.N, self.K)]
@@ -96,7 +96,7 @@ class Case:
 
 
 def work(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
-    """``(op, N, K, M)`` in the order of measuring."""
+    """Yield ``(op, N, K, M)`` in the order of measuring."""
     for op in options.ops:
         for shape in options.shapes:
             N, K = map(int, shape.split("x"))
@@ -105,7 +105,7 @@ def work(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
 
 
 def warm(options: argparse.Namespace, index: int, processes: int) -> None:
-    """Compile a share of the candidates (each is run once): the results stay in Triton's cache on disk."""
+    """Compile a share of the candidates, by running each once: the results stay in Triton's cache on disk."""
     cases: dict[tuple[str, int, int], Case] = {}
     number = 0
     for op, N, K, M in work(options):
@@ -118,12 +118,12 @@ def warm(options: argparse.Namespace, index: int, processes: int) -> None:
             if number % processes == index:
                 try:
                     case.calls(x, config)[0]()
-                except Exception as error:  # named when it is measured
+                except Exception as error:  # reported when it is measured
                     print(f"{op} {N}x{K} M={M} {config}: {type(error).__name__}", file=sys.stderr)
 
 
 def measure(case: Case, M: int, x: Tensor, wanted: Tensor, config: dict[str, Any]) -> float | str:
-    """Microseconds of a configuration, or what is wrong with it."""
+    """Return the microseconds of a configuration, or what is wrong with it."""
     try:
         calls = case.calls(x, config)
         # The caching allocator hands this block to the output next.
@@ -134,12 +134,12 @@ def measure(case: Case, M: int, x: Tensor, wanted: Tensor, config: dict[str, Any
         if not error < BOUND or not again:
             return f"WRONG: relative error {error:.1e}, {'the same' if again else 'another'} result when repeated"
         return graph_time(calls, REPLAYS).us
-    except Exception as error:  # any failure of a candidate is a finding
+    except Exception as error:  # any failure of a candidate is a result
         return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 def dense_time(N: int, K: int, M: int) -> float:
-    """Microseconds of the bfloat16 product."""
+    """Return the microseconds of the bfloat16 product."""
     count = max(2, min(8, -(-L2_BYTES // (2 * N * K)))) if M <= 512 else 1
     weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
@@ -147,14 +147,14 @@ def dense_time(N: int, K: int, M: int) -> float:
 
 
 def sweep(options: argparse.Namespace, until: float) -> dict[str, Any]:
-    """Measure until the time is up; ``{"table": ..., "times": ...}``."""
+    """Measure until the time is up; return ``{"table": ..., "times": ...}``."""
     table: dict[str, dict[str, Any]] = {}
     times: list[dict[str, Any]] = []
     case: Case | None = None
     dense: dict[tuple[int, int, int], float] = {}
     for op, N, K, M in work(options):
         if time.monotonic() > until:
-            print("out of time; what follows is not measured:", op, N, K, M)
+            print("out of time; not measured from here:", op, N, K, M)
             break
         if case is None or (case.op, case.N, case.K) != (op, N, K):
             case = None

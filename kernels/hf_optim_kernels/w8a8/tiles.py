@@ -1,8 +1,8 @@
 """Tile shapes of the 8-bit products: a good guess, those worth timing, and the tuned ones.
 
-Up to ``MOST_DECODE_ROWS`` rows a configuration is of ``decode_kernel``: ``PREQUANT`` quantizes in a launch of its own
+Up to ``MOST_DECODE_ROWS`` rows a configuration is for ``decode_kernel``: with ``PREQUANT``, a separate launch quantizes
 first, which pays where quantizing the same rows in every program costs more than a launch. Above, ``KERNEL`` names the
-product: ``grouped``, ``persistent`` or ``torch`` (``torch._scaled_mm``; float8 alone).
+product: ``grouped``, ``persistent`` or ``torch`` (``torch._scaled_mm``; float8 only).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def decode_block(M: int) -> int:
 
 
 def default(M: int, N: int, K: int, float8: bool) -> dict[str, Any]:
-    """A guess at the fastest configuration; ``M`` is a bucket."""
+    """Return a guess at the fastest configuration; ``M`` is a bucket."""
     if M <= MOST_DECODE_ROWS:
         return dict(zip(_DECODE, _decode_default(M, N, K, float8), strict=True))
     if M <= 512:
-        # Two programs a multiprocessor hide each other's latency, if need be at the price of smaller tiles.
+        # Two programs per multiprocessor hide each other's latency, if necessary with smaller tiles.
         small = -(-M // 64) * -(-N // 128) < 264
         row = ("grouped", 64, 64, 256, 8, 0, 0, 4, 3) if small else ("grouped", 64, 128, 128, 8, 0, 0, 4, 4)
     else:
@@ -41,7 +41,7 @@ def default(M: int, N: int, K: int, float8: bool) -> dict[str, Any]:
 
 
 def _decode_default(M: int, N: int, K: int, float8: bool) -> tuple[int, ...]:
-    """Enough programs to keep every multiprocessor reading; one row is quantized where it is multiplied."""
+    """Return tiles with enough programs to keep every multiprocessor reading; one row is quantized where multiplied."""
     blocks = -(-N // 64)
     wanted = 256 if 1 < M < 64 else 200 if M == 1 else 128
     split = next(s for s in (1, 2, 4, 8) if blocks * s >= wanted or s == 8 or 1024 * s > K)
@@ -51,7 +51,7 @@ def _decode_default(M: int, N: int, K: int, float8: bool) -> tuple[int, ...]:
 
 
 def candidates(M: int, N: int, K: int, float8: bool) -> list[dict[str, Any]]:
-    """Configurations worth timing, the likeliest first; ``M`` is a bucket."""
+    """Return configurations worth timing, the likeliest first; ``M`` is a bucket."""
     if M <= MOST_DECODE_ROWS:
         return _decode_candidates(M, N, K)
     if M <= 512:
@@ -95,7 +95,7 @@ def _decode_candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
         (64, 512, split, 4, 3, 1),
         (128, 256, more, 8, 3, 1),
     ]
-    # A part of a tile is at least two blocks of columns.
+    # A part of a tile has at least two blocks of columns.
     fitting = [row for row in rows if row[2] == 1 or 2 * row[1] * row[2] <= K]
     return [dict(zip(_DECODE, row, strict=True)) for row in dict.fromkeys(fitting or [(64, 128, 1, 4, 3, fused)])]
 
@@ -108,5 +108,5 @@ def tiles_for(M: int, N: int, K: int, float8: bool, dtype: torch.dtype, device: 
 
 
 def op_name(float8: bool) -> str:
-    """How tuned tables name the product."""
+    """Return the name of the product in tuned tables."""
     return "w8a8-float8" if float8 else "w8a8-int8"

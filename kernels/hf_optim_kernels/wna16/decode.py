@@ -1,9 +1,9 @@
-"""Codes to numbers inside a Triton kernel: two words of a register at once, by masks instead of conversions.
+"""Convert codes to numbers inside a Triton kernel: two words of a register at once, by masks instead of conversions.
 
 ``0x4300 | q`` is the bfloat16 number ``128 + q`` and ``0x6400 | q`` the float16 number ``1024 + q`` for a code ``q`` of
-four bits, so one three-input logic instruction makes two numbers. Subtracting is exact. A code of eight bits is put
-together from its two halves, ``16 (128 + high) - 2304 + (128 + low) = code - 128``, each step a whole number that
-bfloat16 holds.
+four bits, so one three-input logic instruction yields two numbers. Subtracting is exact. A code of eight bits is
+combined from its two halves, ``16 (128 + high) - 2304 + (128 + low) = code - 128``; each step is a whole number that
+bfloat16 represents.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ fma.rn.TYPE $1, c, big, d;
 
 
 def _fill(text: str, half: str) -> str:
-    # Pairs of numbers: 1, 16, -(128 + 8) or -(1024 + 8), and the shift of a high half, see the module's text.
+    # Pairs of numbers: 1, 16, -(128 + 8) or -(1024 + 8), and the shift of a high half, see the module docstring.
     numbers = {
         "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0x41804180", "0xC308C308", "0xC510C510"),
         "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0x4C004C00", "0xE408E408", "0xF448F448"),
@@ -79,9 +79,9 @@ BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
 
 @triton.jit
 def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The four slices ``code - 8`` of int16 words, of the words' shape.
+    """The four slices ``code - 8`` of int16 words, in the shape of the words.
 
-    ``ASM`` takes the instructions above; else the same numbers by plain arithmetic (float32, and the interpreter).
+    ``ASM`` uses the instructions above; otherwise plain arithmetic yields the same numbers (float32, interpreter).
     """
     if ASM:
         a, b, c, d = tl.inline_asm_elementwise(
@@ -106,7 +106,7 @@ def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
             dtype=TWO_BF16 if MATH == BF16 else TWO_FP16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        # In 16 bits, Triton 3.6 made wrong code of this on an H200.
+        # In 16 bits, Triton 3.6 generated wrong code for this on an H200.
         wide = words.to(tl.int32)
         a = _number(wide & 255, 128, MATH)
         b = _number((wide >> 8) & 255, 128, MATH)
