@@ -1,14 +1,15 @@
-"""Launches that are recorded once and replayed for other inputs, with a launcher that only notes its arguments."""
+"""Launches that are recorded once and replayed: with a launcher that notes its arguments, and with the interpreter."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_optim_kernels.common import launch_plan
+from hf_optim_kernels.common import benchmark, launch_plan
 from hf_optim_kernels.common.launch import RECORDER, Compiled
 from hf_optim_kernels.common.launch_plan import MOST_PLANS, PlannedLinear
 
@@ -178,3 +179,84 @@ def test_a_plan_is_forgotten_when_buffers_move():
     layer.planned(x)
     layer.renew()
     assert layer.plans == {}
+
+
+# -- every layer, interpreted -----------------------------------------------------------------------------------------
+class Interpreted:
+    """A launch by addresses, as a device makes it, run by Triton's interpreter."""
+
+    def __init__(self, kernel, args, constants, options):
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.function = self.metadata = None
+        self.tail = tuple(constants.values())
+        self.kinds = [(a.dtype, a.untyped_storage().nbytes()) if isinstance(a, torch.Tensor) else None for a in args]
+
+    arguments = Compiled.arguments
+
+    def run(self, *given):
+        addressed = zip(given[9:], self.kinds, strict=False)  # the constants follow
+        args = [value if kind is None else at_address(value, *kind) for value, kind in addressed]
+        self.kernel[given[:3]](*args, **self.constants, **self.options)
+
+
+def at_address(address, dtype, size):
+    if not size:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer((ctypes.c_byte * size).from_address(address), dtype=torch.int8).view(dtype)
+
+
+def interpreted_launch(kernel, grid, args, constants, *, key, **options):
+    kernel[grid](*args, **constants, **options)
+    if RECORDER.log is not None:
+        RECORDER.log.append((Interpreted(kernel, args, constants, options), grid, args))
+
+
+def wna16_layer():
+    from hf_optim_kernels.wna16 import layer
+
+    codes = benchmark.codes_of(torch.randint(0, 16, (40, 256), dtype=torch.uint8), torch.rand(40, 2) + 0.1)
+    return layer.PackedWeight.from_codes(codes, 4, 128, torch.float32, torch.randn(40))
+
+
+def codebook_layer():
+    from hf_optim_kernels.codebook import bench, layer
+
+    return layer.prepack(bench.random_module(40, 256, 3, torch.float32))
+
+
+def w8a8_layer():
+    from hf_optim_kernels.w8a8 import bench
+
+    return bench.random_weight(40, 256, torch.float32, False)
+
+
+def llm_int8_layer():
+    from hf_optim_kernels.llm_int8 import layer
+
+    return layer.LLMInt8Linear.from_linear(torch.nn.Linear(256, 40))
+
+
+def sparse24_layer():
+    from hf_optim_kernels.sparse24 import bench
+
+    return bench.random_weight(40, 256, 16, torch.float16)[0]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("make", [wna16_layer, codebook_layer, w8a8_layer, llm_int8_layer, sparse24_layer])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_replayed_layer_computes_the_same(make, rows, monkeypatch):
+    monkeypatch.setattr(benchmark, "device", lambda: torch.device("cpu"))
+    for name in ("common.splitk", "w8a8.launch", "w8a8.quantize", "llm_int8.launch"):
+        monkeypatch.setattr(f"hf_optim_kernels.{name}.launch", interpreted_launch)
+    torch.manual_seed(0)
+    layer = make()
+    first, x = (torch.randn(rows, 256).to(layer.dtype).as_subclass(OnDevice) for _ in range(2))
+    x[0, 5] *= 20
+    layer.planned(first)
+    assert len(layer.plans[x.shape].steps) == (2 if make in (w8a8_layer, llm_int8_layer) and rows > 1 else 1)
+    computed = layer.compute(x)
+    monkeypatch.setattr(layer, "compute", None)
+    for _ in range(2):
+        assert torch.equal(layer.planned(x), computed)
+    assert not layer.semaphores.any()

@@ -2,5 +2,5 @@
 
 ``naive`` is the specification, ``kernel`` the Triton kernels, ``launch`` their launches, ``op`` the operator
 ``hf_optim::codebook_linear``, ``layer`` the packed weight, ``bench`` the contenders of ``hf-optim bench``. Apart from
-these, ``lookup`` converts codes to numbers, mostly in inline assembly. There is no ``cpu``: a CPU decodes the weight.
+these, ``lookup`` converts codes to numbers, mostly in inline assembly. It has no ``cpu``: a CPU decodes the weight.
 """

@@ -1,5 +1,5 @@
 """The column recursion of Optimal Brain Surgeon quantizers: round a column, pass its error on to the columns after it.
 
 ``naive`` is the specification, ``kernel`` the Triton kernel of one block of columns, ``launch`` the recursion over all.
-There is no ``op``: autograd does not record the call, and it is not compiled.
+It has no ``op``: autograd does not record the call, and it is not compiled.
 """

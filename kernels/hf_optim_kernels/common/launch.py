@@ -88,10 +88,10 @@ def launch(
 
 
 def is_aligned(*tensors: Tensor) -> bool:
-    """Return True if every tensor begins at a multiple of 16 bytes: part of a key where views may not."""
+    """Return True if every tensor begins at a multiple of 16 bytes. Belongs to a key wherever a view may not."""
     return not any(tensor.data_ptr() % 16 for tensor in tensors)
 
 
 def is_interpreted(kernel: Any) -> bool:
-    """Return True if Triton interprets its kernels (``TRITON_INTERPRET=1`` when this one was defined)."""
+    """Return True if Triton interprets ``kernel`` (``TRITON_INTERPRET=1`` when it was defined)."""
     return type(kernel).__module__ == "triton.runtime.interpreter"

@@ -1,7 +1,7 @@
 """Linear layers whose weight keeps two of every four columns (2:4), stored compressed, with 16-bit inputs.
 
 ``naive`` is the specification, ``kernel`` the Triton kernels, ``launch`` the choice among them, ``op`` the operator
-``hf_optim::sparse24``, ``layer`` the packed weight, ``bench`` the contenders of ``hf-optim bench``; there is no
+``hf_optim::sparse24``, ``layer`` the packed weight, ``bench`` the contenders of ``hf-optim bench``; it has no
 ``cpu``. Two other ways to multiply have their own files: ``cusparselt``, the library's product for many rows, and
 sparse tensor cores, with their layout (``mma_layout``), kernels (``tensor_cores``) and launches
 (``tensor_core_launch``).

@@ -95,7 +95,7 @@ class Case:
         return [config for i, config in enumerate(found) if config not in found[:i]]
 
 
-def work(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
     """Yield ``(op, N, K, M)`` in the order of measuring."""
     for op in options.ops:
         for shape in options.shapes:
@@ -106,12 +106,12 @@ def work(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
 
 def warm(options: argparse.Namespace, index: int, processes: int) -> None:
     """Compile a share of the candidates, by running each once: the results stay in Triton's cache on disk."""
-    cases: dict[tuple[str, int, int], Case] = {}
+    made: dict[tuple[str, int, int], Case] = {}
     number = 0
-    for op, N, K, M in work(options):
-        if (op, N, K) not in cases:
-            cases[op, N, K] = Case(op, N, K, 1)
-        case = cases[op, N, K]
+    for op, N, K, M in cases(options):
+        if (op, N, K) not in made:
+            made[op, N, K] = Case(op, N, K, 1)
+        case = made[op, N, K]
         x = case.input(M)
         for config in case.candidates(M):
             number += 1
@@ -152,7 +152,7 @@ def sweep(options: argparse.Namespace, until: float) -> dict[str, Any]:
     times: list[dict[str, Any]] = []
     case: Case | None = None
     dense: dict[tuple[int, int, int], float] = {}
-    for op, N, K, M in work(options):
+    for op, N, K, M in cases(options):
         if time.monotonic() > until:
             print("out of time; not measured from here:", op, N, K, M)
             break
