@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from ..toolkit.pruning.rewinding import LRMultiplier, hold_after, require_lambda
 from ..toolkit.pruning.rounds import RetrainingPhases, round_sparsity
 from .pruning_rounds import Rounds
 from .stage_callback import has_adapters
+
+log = logging.getLogger(__name__)
 
 
 class RoundTraining(TrainerCallback):
@@ -141,7 +143,7 @@ class RoundTraining(TrainerCallback):
     def _warn(self, sentence: str) -> None:
         sentence = f"{self.rounds.label}: {sentence}"
         self.rounds.run.record.note(sentence)
-        warnings.warn(sentence, stacklevel=2)
+        log.warning(sentence)
 
 
 def _multiplier(args: Any, scheduler: Any, steps: int) -> LRMultiplier:
