@@ -20,7 +20,7 @@ from .lookup import four_slices
 
 @triton.jit
 def _words(words, at, stride_bit, BITS: tl.constexpr):
-    """The words of each bit; bits that a code does not have repeat the first word."""
+    """Return the words of each bit; bits that a code does not have repeat the first word."""
     w0 = tl.load(words + at)
     w1 = tl.load(words + stride_bit + at)
     w2 = tl.load(words + 2 * stride_bit + at) if BITS > 2 else w0
@@ -34,7 +34,7 @@ def _words(words, at, stride_bit, BITS: tl.constexpr):
 
 @triton.jit
 def _x_tile(x, rows, k, M, K, stride_x, MATH: tl.constexpr):
-    """``x[rows, k].T``."""
+    """Return ``x[rows, k].T``."""
     at = x + rows.to(tl.int64)[None, :] * stride_x + k[:, None]
     tile = tl.load(at, mask=(rows < M)[None, :] & (k < K)[:, None], other=0.0)
     return tile.to(tl.float32) if MATH == FP32 else tile
@@ -47,7 +47,10 @@ def _linear_kernel(
     SLICE: tl.constexpr, BITS: tl.constexpr, HAS_BIAS: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K], words int16 [BITS, k-tiles, N, SLICE], out [M, N], partial [SPLIT, M, N]; owners: rows of outliers."""
+    """Compute tiles of out [M, N].
+
+    x [M, K], words int16 [BITS, k-tiles, N, SLICE], partial [SPLIT, M, N]; owners: rows of outliers.
+    """
     pid_n, pid_m, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, wanted, cols = output_tile(pid_m, pid_n, N, BLOCK_M, BLOCK_N)
     at = cols[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
@@ -83,7 +86,7 @@ def _dense_kernel(
     words, table, registers, out, first_row, N, K, stride_bit, stride_tile,
     SLICE: tl.constexpr, BITS: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K] = the weight from ``first_row`` on, without outliers; a program decodes a k-tile of BLOCK_N rows."""
+    """Decode out [N, K], the weight from ``first_row`` on without outliers; programs are (k-tiles, BLOCK_N rows)."""
     wanted = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = first_row + tl.minimum(wanted, N - 1)
     k_tile = tl.program_id(0)

@@ -129,7 +129,7 @@ def four_slices(
     words, table, r0, r1, r2, r3, r4, r5, r6, r7,
     FIRST: tl.constexpr, BITS: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of the slices FIRST, + 4, + 8, + 12 of ``words``, a tuple of eight of which the first BITS are read.
+    """Return the numbers of the slices FIRST, + 4, + 8, + 12 of the first BITS of eight ``words``.
 
     ``ASM`` uses ``text`` and the table in ``r0`` to ``r7``; else numbers are loaded from ``table``.
     """

@@ -25,7 +25,7 @@ _INTERPRETED_PROGRAMS = 3
 
 @triton.jit
 def swizzled(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tile number -> (block of rows, block of columns), GROUP blocks of rows together for the L2 cache."""
+    """Return (block of rows, block of columns) of a tile number, GROUP blocks of rows together for the L2 cache."""
     down = tl.cdiv(M, BLOCK_M)
     in_group = GROUP * tl.cdiv(N, BLOCK_N)
     first = tile // in_group * GROUP

@@ -11,12 +11,12 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def magnitude(x):
-    """The bits of ``|x|`` of float32 values, as int32: they order like the values, with Inf and then NaN on top."""
+    """Return the bits of ``|x|`` of float32 values as int32: in the order of the values, with Inf and NaN on top."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def divide(x, y):
-    """``x / y`` of float32, correctly rounded, with broadcasting."""
+    """Return ``x / y`` of float32, correctly rounded, with broadcasting."""
     x, y = tl.broadcast(x, y)
     return tl.div_rn(x, y)

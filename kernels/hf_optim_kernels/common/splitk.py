@@ -53,7 +53,7 @@ def parts_memory(y: Tensor, tiles: int, split: int, size: int, dtype: torch.dtyp
 
 @triton.jit
 def output_tile(pid_m, pid_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of a tile of the output, and its columns within N."""
+    """Return rows and columns of a tile of the output, and its columns within N."""
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     wanted = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Columns past the end repeat the last one and are not stored: loads of the weight then need no mask.
@@ -94,7 +94,7 @@ def store_split(
 
 @triton.jit
 def is_last(semaphores, tile, SPLIT: tl.constexpr):
-    """True if this program is the last of ``SPLIT`` to arrive at a tile, whose semaphore is then zero again."""
+    """Return True if this program is the last of ``SPLIT`` to arrive at a tile, whose semaphore is then zero again."""
     # All threads have stored before one of them counts, which publishes the stores.
     tl.debug_barrier()
     last = tl.atomic_add(semaphores + tile, 1, sem="acq_rel") == SPLIT - 1
@@ -105,7 +105,7 @@ def is_last(semaphores, tile, SPLIT: tl.constexpr):
 
 @triton.jit
 def tile_parts(partial, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
-    """Addresses [BLOCK_N, BLOCK_M] of the first part of a tile; the parts of a tile follow each other."""
+    """Return addresses [BLOCK_N, BLOCK_M] of the first part of a tile; the parts of a tile follow each other."""
     own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     return partial + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + own
 
@@ -120,7 +120,7 @@ def store_part(acc, parts, part, semaphores, tile, SPLIT: tl.constexpr):
 
 @triton.jit
 def sum_parts(acc, parts, semaphores, tile, SPLIT: tl.constexpr):
-    """The sum of all ``parts``, of the shape and type of ``acc``; the semaphore is zero afterwards."""
+    """Return the sum of all ``parts``, of the shape and type of ``acc``; the semaphore is zero afterwards."""
     total = tl.zeros_like(acc)
     for part in range(SPLIT):
         total += tl.load(parts + part * (acc.shape[0] * acc.shape[1]), cache_modifier=".cg")

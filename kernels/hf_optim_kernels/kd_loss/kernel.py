@@ -22,20 +22,20 @@ LOWEST, FAR, INFINITE = tl.constexpr(-1.0e30), tl.constexpr(1.0e4), tl.constexpr
 
 @triton.jit
 def _row(logits, columns, limit, scale):
-    """The logits of some columns over T, in units of log2; LOWEST where they are -inf, and past ``limit``."""
+    """Return the logits of some columns over T, in units of log2; LOWEST where they are -inf, and past ``limit``."""
     z = tl.load(logits + columns, columns < limit, -float("inf")).to(tl.float32) * scale
     return tl.where(z < LOWEST, LOWEST, z)  # NaN stays
 
 
 @triton.jit
 def _weighted(weight, difference):
-    """``weight * difference``; 0 where the weight is 0."""
+    """Return ``weight * difference``; 0 where the weight is 0."""
     return tl.where(weight > 0.0, weight * difference, 0.0)
 
 
 @triton.jit
 def _log2(x):
-    """The logarithm to the base 2; 0 for 0."""
+    """Return the logarithm to the base 2; 0 for 0."""
     return tl.log2(tl.where(x == 0.0, 1.0, x))
 
 
@@ -44,7 +44,7 @@ def _losses_kernel(
     student, teacher, kept, losses, statistics, V, stride_s, stride_t, scale, factor, beta,
     DIRECTION: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """losses [rows] = factor * D; statistics [rows, 3] = both logsumexps, and the third number of the gradient."""
+    """Write losses [rows] = factor * D, and statistics [rows, 3]: both logsumexps, and a number for the gradient."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride_s
     teacher += row * stride_t
@@ -109,7 +109,7 @@ def _gradient_kernel(
     student, teacher, kept, statistics, upstream, out, V, stride_s, stride_t, stride_o, scale, factor, beta,
     DIRECTION: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, V] = factor * upstream * dD/du, 0 in rows that are not kept. ``out`` may be ``teacher``."""
+    """Write out [rows, V] = factor * upstream * dD/du, 0 in rows that are not kept. ``out`` may be ``teacher``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     limit = V

@@ -21,7 +21,7 @@ CHUNK = tl.constexpr(16)
 
 @triton.jit
 def remainder(x, codes, scale, row, column, there, REAL: tl.constexpr):
-    """``x - codes * scale`` [rows, columns], 0 where not ``there``; ``row`` are offsets of rows."""
+    """Return ``x - codes * scale`` [rows, columns], 0 where not ``there``; ``row`` are offsets of rows."""
     value = tl.load(x + row + column, there, 0.0).to(tl.float32)
     return (value - tl.load(codes + row + column, there, 0).to(tl.float32) * scale).to(REAL)
 
@@ -62,7 +62,7 @@ def store_corrected(
 def prepare_kernel(
     x, codes, x_scale, weight, columns, count, rests, chosen, M, N, K, REAL: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """``rests`` [M, CHUNK] and ``chosen`` [N, CHUNK] of the first CHUNK listed columns, 0 beyond the list."""
+    """Gather ``rests`` [M, CHUNK] and ``chosen`` [N, CHUNK] of the first CHUNK listed columns, 0 beyond the list."""
     total = tl.load(count)
     if total > 0:
         chunk = tl.arange(0, CHUNK)[None, :]
@@ -84,7 +84,7 @@ def grouped_kernel(
     HAS_BIAS: tl.constexpr, PREPARED: tl.constexpr, REAL: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program, one tile of the result, as in ``w8a8.gemm.grouped_kernel``."""
+    """Compute one tile of the result per program, as ``w8a8.gemm.grouped_kernel``."""
     i, j = swizzled(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     k_offsets = tl.arange(0, BLOCK_K)
@@ -113,7 +113,7 @@ def persistent_kernel(
     FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``grouped_kernel`` over tiles PROGRAMS apart, as ``w8a8.gemm.persistent_kernel``. K is a multiple of 16."""
+    """Compute tiles PROGRAMS apart, as ``w8a8.gemm.persistent_kernel``. K is a multiple of 16."""
     a_tiles = tl.make_tensor_descriptor(codes, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
     b_tiles = tl.make_tensor_descriptor(weight, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)

@@ -24,7 +24,7 @@ def bitwise_or(a, b):
 
 @triton.jit
 def outside(value, threshold):
-    """True for float32 values that are outliers. Compared as integers: Inf and NaN are above every threshold."""
+    """Return True for float32 values that are outliers. Compared as integers: Inf and NaN are above every threshold."""
     return magnitude(value) > magnitude(tl.zeros(value.shape, tl.float32) + threshold)
 
 
@@ -35,14 +35,14 @@ def reciprocal(top):
 
 @triton.jit
 def encode(inner, inverse):
-    """Codes of float32 values that are not outliers."""
+    """Return codes of float32 values that are not outliers."""
     steps = tl.minimum(tl.maximum(inner * inverse, -127.0), 127.0)
     return ((steps + ROUND) - ROUND).to(tl.int8)
 
 
 @triton.jit
 def spans(outlying, first, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """A bit per SPAN of the columns ``outlying`` [BLOCK] (int32, 0 or 1), beginning with bit ``first``."""
+    """Return a bit per SPAN of the columns ``outlying`` [BLOCK] (int32, 0 or 1), beginning with bit ``first``."""
     marks = tl.max(tl.reshape(outlying, (BLOCK // SPAN, SPAN)), 1).to(tl.int64)
     return tl.sum(marks << (first + tl.arange(0, BLOCK // SPAN)).to(tl.int64), 0)
 
@@ -89,7 +89,7 @@ def list_kernel(columns, count, flags, K, SCAN: tl.constexpr):
 
 @triton.jit
 def row_tops(x, threshold, M, K, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest magnitudes [1, ROWS] of the rows of ``x`` without outliers, and the spans of columns with outliers."""
+    """Return the largest magnitudes [1, ROWS] of rows of ``x`` without outliers, and the spans that have outliers."""
     row = tl.arange(0, ROWS)[None, :]
     column = tl.arange(0, BLOCK)[:, None]
     top = tl.zeros([1, ROWS], tl.float32)

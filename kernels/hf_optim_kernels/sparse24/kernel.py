@@ -54,7 +54,7 @@ def _finish(
 
 @triton.jit
 def _range(groups24, SPLIT: tl.constexpr):
-    """The k-tiles of this program: first and end."""
+    """Return the k-tiles of this program: first and end."""
     tiles = tl.cdiv(groups24, 2 * HALF)
     each = tl.cdiv(tiles, SPLIT)
     first = tl.program_id(2) * each
@@ -67,7 +67,7 @@ def _weights(
     HIGH: tl.constexpr, WIDTH: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
     ZERO_OFFSET: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The weights of columns 0 to 3 of the 2:4 groups ``g``, and where the scale [BLOCK_N, 1] of a "step" is."""
+    """Return the weights of columns 0 to 3 of the 2:4 groups ``g``, and where the scale [BLOCK_N, 1] of a "step" is."""
     # Groups past the end, whose inputs are zeros, take the last scale.
     inside = tl.minimum(g, groups24 - 1)
     one = tl.min(inside, 0) // GROUP * N + cols[:, None]
@@ -188,7 +188,7 @@ def row_kernel(
 
 @triton.jit
 def _word(w0, w1, w2, w3):
-    """Four weights of 16 bits as one word."""
+    """Return four weights of 16 bits as one word."""
     low = (w0.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) | (
         (w1.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 16
     )

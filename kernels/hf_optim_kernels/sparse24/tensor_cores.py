@@ -86,7 +86,7 @@ def step_registers(blocks: int) -> str:
 
 @triton.jit
 def _minus_zero(zero, at, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, MATH: tl.constexpr):
-    """Minus the number of a zero point, in the biased form of codes, twice in a register."""
+    """Return minus the number of a zero point, in the biased form of codes, twice in a register."""
     code = tl.load(zero + at).to(tl.int32) if HAS_ZERO else tl.zeros_like(at) + ZERO_OFFSET
     half = code | (0xC300 if MATH == BF16 else 0xE400)
     return half | (half << 16)
@@ -144,7 +144,7 @@ def _inputs(address, odd, inside, BLOCKS: tl.constexpr, INPUTS: tl.constexpr, GU
 
 @triton.jit
 def _product(sums, word, places, low, high, inputs, STEP: tl.constexpr, REGISTERS: tl.constexpr, BLOCKS: tl.constexpr):
-    """``sums`` plus one instruction for each eight rows."""
+    """Return ``sums`` plus one instruction for each eight rows."""
     operands = sums + (word, places, low, high) + inputs
     if BLOCKS == 1:
         found = tl.inline_asm_elementwise(STEP, REGISTERS, operands, dtype=FOUR, is_pure=True, pack=1)
@@ -175,7 +175,7 @@ def _taken(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _scaled(sums, part, s0, s1, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """``sums`` from ``FIRST`` on plus the sum of a group times its scales."""
+    """Return ``sums`` from ``FIRST`` on plus the sum of a group times its scales."""
     total = ()
     for j in tl.static_range(COUNT):
         total = total + (sums[FIRST + j] + part[j] * (s0 if j % 4 < 2 else s1),)
@@ -188,7 +188,7 @@ def _add(
     SCALES: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
     GUARD: tl.constexpr, EVEN_STEP: tl.constexpr, ODD_STEP: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` plus the products of what ``_read`` loaded; ``address`` is that of the inputs of the column tile."""
+    """Return ``sums`` plus the products of what ``_read`` loaded; ``address`` is that of the column tile's inputs."""
     COUNT: tl.constexpr = 4 * BLOCKS
     EACH: tl.constexpr = 6 + 4 * GROUPS
     parts = sums if SCALES == "row" else _nothing(odd, COUNT * TILES)
@@ -364,6 +364,6 @@ def unpack_kernel(
 
 @triton.jit
 def _word(number, scale, place, HALF: tl.constexpr):
-    """A weight at its place in the word of its 2:4 group."""
+    """Return a weight at its place in the word of its 2:4 group."""
     weight = (number * scale).to(HALF).to(tl.int16, bitcast=True)
     return (weight.to(tl.int64) & 0xFFFF) << (place.to(tl.int64) * 16)

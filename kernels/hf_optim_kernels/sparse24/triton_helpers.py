@@ -44,7 +44,7 @@ SELECT_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r")
 
 @triton.jit
 def _where(v0, v1, bits, HIGH: tl.constexpr):
-    """``place`` without assembly, for numbers of any type."""
+    """Return ``place`` without assembly, for numbers of any type."""
     b = bits.to(tl.int32) >> (4 * HIGH)
     b0, b1, b2, b3 = (b & 1) != 0, (b & 2) != 0, (b & 4) != 0, (b & 8) != 0
     none = tl.zeros_like(v0)
@@ -56,7 +56,7 @@ def _where(v0, v1, bits, HIGH: tl.constexpr):
 
 @triton.jit
 def place(v0, v1, bits, HIGH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The weights of columns 0 to 3 of 2:4 groups. ``bits`` uint8; ``HIGH``: they are in its upper half."""
+    """Return the weights of columns 0 to 3 of 2:4 groups. ``bits`` uint8; ``HIGH``: they are in its upper half."""
     if ASM:
         first, second = v0.to(tl.int16, bitcast=True), v1.to(tl.int16, bitcast=True)
         i0, i1, i2, i3 = tl.inline_asm_elementwise(
@@ -76,7 +76,7 @@ def place(v0, v1, bits, HIGH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexp
 
 @triton.jit
 def as_number(half, MATH: tl.constexpr):
-    """Sixteen bits (int16) as a number of the kernel's type; for ``FP32`` they are those of a bfloat16."""
+    """Return sixteen bits (int16) as a number of the kernel's type; for ``FP32`` they are those of a bfloat16."""
     if MATH == BF16:
         number = half.to(tl.bfloat16, bitcast=True)
     elif MATH == FP16:
@@ -88,7 +88,7 @@ def as_number(half, MATH: tl.constexpr):
 
 @triton.jit
 def _above_zero(codes, zero, WIDTH: tl.constexpr, MATH: tl.constexpr):
-    """Codes (int16) minus ``zero`` (float32, whole numbers), exact in the kernel's type."""
+    """Return codes (int16) minus ``zero`` (float32, whole numbers), exact in the kernel's type."""
     if MATH == FP16:
         # 0x6400 | q is the float16 number 1024 + q: bits instead of a conversion.
         number = (codes | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
@@ -106,7 +106,7 @@ def _above_zero(codes, zero, WIDTH: tl.constexpr, MATH: tl.constexpr):
 
 @triton.jit
 def scaled(number, scale, MATH: tl.constexpr):
-    """``number * scale`` (float32), rounded to the kernel's type."""
+    """Return ``number * scale`` (float32), rounded to the kernel's type."""
     product = number.to(tl.float32) * scale
     if MATH == BF16:
         product = product.to(tl.bfloat16)
@@ -117,7 +117,7 @@ def scaled(number, scale, MATH: tl.constexpr):
 
 @triton.jit
 def stored_pair(values, at, WIDTH: tl.constexpr):
-    """The two numbers of the 2:4 groups ``at``, as int16: bits of a weight, or codes."""
+    """Return the two numbers of the 2:4 groups ``at``, as int16: bits of a weight, or codes."""
     if WIDTH == 16:
         word = tl.load(values.to(tl.pointer_type(tl.int32)) + at)
         v0, v1 = (word & 0xFFFF).to(tl.int16), (word >> 16).to(tl.int16)
@@ -135,7 +135,7 @@ def numbers(
     values, at, scale, zero, group_at,
     WIDTH: tl.constexpr, SCALES: tl.constexpr, HAS_ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """The two stored numbers of the 2:4 groups ``at``, in the kernel's type.
+    """Return the two stored numbers of the 2:4 groups ``at``, in the kernel's type.
 
     With ``SCALES`` "each" they are multiplied by their scales; else codes are whole numbers, exact in 16 bits, and
     the sum of their products is scaled. ``group_at`` [BLOCK_N, 1 or GROUPS24] is where scale and zero point are.

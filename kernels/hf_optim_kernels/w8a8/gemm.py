@@ -15,7 +15,7 @@ from .kernel import scaled
 
 @triton.jit
 def multiply(a, b, acc, FLOAT8: tl.constexpr, PRECISE: tl.constexpr):
-    """``acc + a b``; sums of float8 leave the tensor core's shorter accumulator after PRECISE products."""
+    """Return ``acc + a b``; sums of float8 leave the tensor core's shorter accumulator after PRECISE products."""
     if FLOAT8:
         return tl.dot(a, b, acc, max_num_imprecise_acc=PRECISE)
     else:

@@ -17,7 +17,7 @@ from .quantize import encode, token_grid
 
 @triton.jit
 def scaled(acc, w_scale, x_scale, w_sum, x_zero, bias, HAS_BIAS: tl.constexpr, ASYMMETRIC: tl.constexpr):
-    """A tile of the result in float32, from sums of products of codes; the other operands are broadcast."""
+    """Return a tile of the result in float32, from sums of products of codes; the other operands are broadcast."""
     if ASYMMETRIC:
         acc = acc - w_sum * x_zero
     out = acc.to(tl.float32) * x_scale * w_scale
@@ -28,7 +28,7 @@ def scaled(acc, w_scale, x_scale, w_sum, x_zero, bias, HAS_BIAS: tl.constexpr, A
 
 @triton.jit
 def accumulate(a, b, acc, FLOAT8: tl.constexpr):
-    """``acc + a b``: exact in int32; products of float8 are summed in full float32 after every 32 of them."""
+    """Return ``acc + a b``: exact in int32; products of float8 are summed in full float32 after every 32 of them."""
     if FLOAT8:
         return tl.dot(a, b, acc, max_num_imprecise_acc=32)
     else:
@@ -40,7 +40,7 @@ def row_grids(
     x, M, K, STATIC: tl.constexpr, FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr, EPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zero points [1, ROWS] of the first rows of ``x`` [M, K], and their largest magnitudes in bits."""
+    """Return scales and zero points [1, ROWS] of the first rows of ``x`` [M, K], and their magnitudes in bits."""
     row = tl.arange(0, ROWS)[None, :]
     column = tl.arange(0, BLOCK)[:, None]
     top = tl.zeros([1, ROWS], tl.int32)

@@ -22,7 +22,7 @@ PLAIN, RMS_NORM, LAYER_NORM, GATED = range(4)
 
 @triton.jit
 def token_grid(top, low, high, DTYPE: tl.constexpr, EPS: tl.constexpr, FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr):
-    """Scales (float32) and zero points (int32) of rows, from their magnitudes (bits), minima and maxima."""
+    """Return scales (float32) and zero points (int32) of rows, from their magnitudes (bits), minima and maxima."""
     peak = top.to(tl.float32, bitcast=True)
     levels = tl.full(top.shape, 448.0 if FLOAT8 else 127.5, tl.float32)
     if ASYMMETRIC:
@@ -41,7 +41,7 @@ def token_grid(top, low, high, DTYPE: tl.constexpr, EPS: tl.constexpr, FLOAT8: t
 
 @triton.jit
 def encode(x, scale, zero, DTYPE: tl.constexpr, FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr):
-    """Codes (int8 or float8) of float32 values, ``scale`` and ``zero`` broadcasting against them."""
+    """Return codes (int8 or float8) of float32 values, ``scale`` and ``zero`` broadcasting against them."""
     if DTYPE == tl.bfloat16:  # noqa: SIM108, SIM300
         # A quotient of two bfloat16 is never within 2^-17 of a tie, so the reciprocal rounds the same way.
         steps = x * (1.0 / scale)

@@ -79,7 +79,7 @@ BYTES_FP16 = tl.constexpr(_fill(_BYTES + "}", "fp16"))
 
 @triton.jit
 def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The four slices ``code - 8`` of int16 words, in the shape of the words.
+    """Return the four slices ``code - 8`` of int16 words, in the shape of the words.
 
     ``ASM`` uses the instructions above; otherwise plain arithmetic yields the same numbers (float32, interpreter).
     """
@@ -99,7 +99,7 @@ def nibbles(words, MATH: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def bytes_(words, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The two slices ``code - 128`` of int16 words, as ``nibbles``."""
+    """Return the two slices ``code - 128`` of int16 words, as ``nibbles``."""
     if ASM:
         a, b = tl.inline_asm_elementwise(
             BYTES_BF16 if MATH == BF16 else BYTES_FP16, "=&r,=&r,r", [words],

@@ -19,7 +19,7 @@ from .decode import bytes_, nibbles
 
 @triton.jit
 def _x_tile(x, rows, first, M, K, stride_x, SLICE: tl.constexpr, MATH: tl.constexpr):
-    """``x[rows, first : first + SLICE].T``."""
+    """Return ``x[rows, first : first + SLICE].T``."""
     k = first + tl.arange(0, SLICE)
     at = x + rows.to(tl.int64)[None, :] * stride_x + k[:, None]
     tile = tl.load(at, mask=(rows < M)[None, :] & (k < K)[:, None], other=0.0)
@@ -28,14 +28,14 @@ def _x_tile(x, rows, first, M, K, stride_x, SLICE: tl.constexpr, MATH: tl.conste
 
 @triton.jit
 def _column(values, first, cols, N, K, GROUP: tl.constexpr):
-    """Scales (or zero points) of the group that column ``first`` belongs to: [BLOCK_N, 1]."""
+    """Return scales (or zero points) of the group that column ``first`` belongs to: [BLOCK_N, 1]."""
     return tl.load(values + (tl.minimum(first, K - 1) // GROUP) * N + cols)[:, None]
 
 
 @triton.jit
 def _columns(values, first, cols, N, K, SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr,
              WIDTH: tl.constexpr):  # fmt: skip
-    """Scales (or zero points) of four slices; slices that share one, or that a k-tile does not have, repeat it."""
+    """Return scales (or zero points) of four slices, repeated where slices share one or a k-tile has fewer."""
     v0 = _column(values, first, cols, N, K, GROUP)
     v1 = _column(values, first + SLICE, cols, N, K, GROUP) if PER_SCALE == 1 else v0
     v2 = _column(values, first + 2 * SLICE, cols, N, K, GROUP) if WIDTH == 4 and PER_SCALE < 4 else v0
@@ -45,7 +45,7 @@ def _columns(values, first, cols, N, K, SLICE: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit
 def _slices(words, WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):
-    """The numbers ``code - zero offset`` of a k-tile: [BLOCK_N, SLICE] for each slice."""
+    """Return the numbers ``code - zero offset`` of a k-tile: [BLOCK_N, SLICE] for each slice."""
     if WIDTH == 8:
         return bytes_(words, MATH, ASM)
     else:
@@ -58,7 +58,7 @@ def _add_tile(
     SLICE: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr, MATH: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` [BLOCK_N, BLOCK_M] plus the product of a k-tile. The weight is the left operand, in registers.
+    """Return ``acc`` [BLOCK_N, BLOCK_M] plus the product of a k-tile. The weight is the left operand, in registers.
 
     ``PER_SCALE`` consecutive slices have one scale and zero point. The zero point is the same for all columns of its
     group, so it multiplies the sum of the inputs, after the product.
@@ -91,7 +91,10 @@ def _linear_kernel(
     WIDTH: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], out [M, N], partial [SPLIT, M, N]."""
+    """Compute tiles of out [M, N].
+
+    x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], partial [SPLIT, M, N].
+    """
     pid_n, pid_m, pid_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, wanted, cols = output_tile(pid_m, pid_n, N, BLOCK_M, BLOCK_N)
     tile = packed + cols[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
@@ -125,7 +128,7 @@ def _dense_kernel(
     SLICE: tl.constexpr, GROUP: tl.constexpr, PER_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr,
     MATH: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K] = the weight; a program decodes one k-tile of ``BLOCK_N`` rows."""
+    """Decode out [N, K], the weight; a program decodes one k-tile of ``BLOCK_N`` rows."""
     wanted = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.minimum(wanted, N - 1)
     k_tile = tl.program_id(0)
