@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import HELPERS
 from tiny_models import tiny_llama
 
 from hf_optim.toolkit.distributed import fsdp
 
-WORKER = Path(__file__).with_name("shard_worker.py")
+WORKER = HELPERS / "shard_worker.py"
 
 
 def test_masks_follow_the_shards(tmp_path, python):

@@ -7,11 +7,11 @@ import struct
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import HELPERS
 from naive_kernel import NAIVE
 from reference_packers import Grid, awq, compressed_tensors, gptq, write
 from tiny_models import tiny_llama
@@ -248,7 +248,7 @@ def test_loading_makes_no_dense_copy_and_imports_no_technique(tmp_path):
             layers[name] = gptq(Grid(rng, module.out_features, module.in_features, 3, 128, True))
     write(model, tmp_path, layers, config)
     weights = sum(m.weight.numel() for m in (model.get_submodule(name) for name in layers))
-    command = [sys.executable, "-W", "ignore", "-c", PEAK, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "ignore", "-c", PEAK, str(tmp_path), str(HELPERS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["packed"] == len(layers)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HELPERS
 from ddp_worker import EXACT, OWN, train, whole
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
+WORKER = HELPERS / "ddp_worker.py"
 
 
 @pytest.fixture(scope="module")

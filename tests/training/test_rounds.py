@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import HELPERS
 from round_worker import Rewinder, rounds_of
 from tiny_models import tiny_llama
 from toy_training import arguments, begin, sentences
@@ -18,7 +18,7 @@ from hf_optim import CheckpointError, ModelError, OptimError, RecipeError, Round
 from hf_optim.toolkit.pruning import masks
 from hf_optim.toolkit.pruning.rounds import RetrainingPhases, round_sparsity
 
-WORKER = Path(__file__).with_name("round_worker.py")
+WORKER = HELPERS / "round_worker.py"
 
 
 class Rates(TrainerCallback):

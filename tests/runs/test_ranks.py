@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HELPERS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,7 @@ from hf_optim.recipes.config import OptimConfig
 from hf_optim.runs import distributed
 from hf_optim.toolkit.distributed import collectives
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+WORKER = HELPERS / "rank_worker.py"
 
 
 def torchrun(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
