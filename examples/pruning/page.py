@@ -106,6 +106,8 @@ def render(folder: Path) -> None:
     lines = [HEAD]
     for subject, metric in METRICS.items():
         sparsities = sorted({s for name, _, s in table if name == subject and s > 0})
+        if not sparsities:
+            continue
         lines += [f"## {subject}: {metric}", "", *_method_rows(table, subject, sparsities), ""]
         lines += [*_claim_rows(table, subject, sparsities), ""]
     failed = sorted(f"- {name}: {run['failed']}" for name, run in results["runs"].items() if "failed" in run)
