@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -20,6 +21,41 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 ROOT = Path(__file__).resolve().parent.parent
 HELPERS = ROOT / "tests" / "helpers"
+
+
+def pytest_collection_finish() -> None:
+    """Take what has been imported from the garbage collector: every training ends with a collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+drawn: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
+def plots_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let cards draw a plot of layers once per title and process: drawing takes longer than a tiny model does."""
+    from hf_optim.evaluation.cards import card, plots
+
+    def plot_once(values, metric, path, title):
+        if title not in drawn:
+            drawn.add(title)
+            return plot_layers(values, metric, path, title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    def draw_plots(self, home):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "plot_layers", plot_once)
+            return draw(self, home)
+
+    plot_layers, draw = plots.plot_layers, card.Card._draw_plots
+    monkeypatch.setattr(card.Card, "_draw_plots", draw_plots)
 
 
 def _shared(*parts: str) -> Path:

@@ -265,6 +265,7 @@ def live_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_at_most_three_blocks_are_in_memory(tmp_path):
     """Of twelve: the current one, the prefetched one, and the one before until it is offloaded."""
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 64}

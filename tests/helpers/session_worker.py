@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -113,4 +114,5 @@ if __name__ == "__main__":
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what asks gets no request
     os.dup2(2, 1)  # what is printed is no answer
     exec(sys.argv[1], names)
+    gc.freeze()  # copies share what has been imported
     serve(*pipes)
