@@ -75,10 +75,9 @@ class Scope:
             everything |= topology.expert_linears(self.model)
         names = topology.match(everything, targets, tuple(skip))
         chosen = {name: everything[name] for name in names if self.holds(name)}
-        return {name: layer for name, layer in chosen.items() if name in targets or not self._is_head(name, layer)}
-
-    def _is_head(self, name: str, layer: Any) -> bool:
-        return isinstance(layer, nn.Module) and topology.is_output_head(self.model, name)
+        unnamed = [name for name, layer in chosen.items() if name not in targets and isinstance(layer, nn.Module)]
+        heads = topology.output_heads(self.model, unnamed)
+        return {name: layer for name, layer in chosen.items() if name not in heads}
 
 
 def _within(name: str, module: str) -> bool:

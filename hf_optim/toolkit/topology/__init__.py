@@ -7,7 +7,7 @@ how the operations between two layers act on the channels is determined by re-ex
 Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(model)`` to all of them to trace once.
 """
 
-from .block_lists import Block, blocks, group_by_block, is_output_head
+from .block_lists import Block, blocks, group_by_block, is_output_head, output_heads
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import dummy_inputs
 from .layer_coverage import coverage
@@ -49,6 +49,7 @@ __all__ = [
     "linears",
     "match",
     "not_reached",
+    "output_heads",
     "parameter_names",
     "permute_residual_",
     "require_layers",

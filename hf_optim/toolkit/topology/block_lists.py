@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeVar
@@ -134,8 +134,13 @@ def is_output_head(model: nn.Module, name: str) -> bool:
 
     False for any other module. Raises ``AttributeError`` if the model has no module of that name.
     """
-    module = model.get_submodule(name)
-    if not is_linear(module):
-        return False
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    return module is embeddings or block_of(blocks(model), name) is None
+    return name in output_heads(model, [name])
+
+
+def output_heads(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return those of ``names`` that are output heads (``is_output_head``); the blocks are looked for once."""
+    layers = {name: module for name in names if is_linear(module := model.get_submodule(name))}
+    if not layers:
+        return set()
+    found, embeddings = blocks(model), getattr(model, "get_output_embeddings", lambda: None)()
+    return {name for name, layer in layers.items() if layer is embeddings or block_of(found, name) is None}
