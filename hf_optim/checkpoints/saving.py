@@ -1,8 +1,8 @@
 """Saving: what stock ``save_pretrained`` writes for an optimized model.
 
 The weights and ``config.json`` are written by transformers itself, through its own hooks (``model.hf_quantizer``, the
-class of the model and of its configuration). Around that call, and on the instance alone, stands this module: the save
-is atomic, and the record, the card and what the steps export are written with it.
+class of the model and of its configuration). This module wraps that call, on the instance only: the save is atomic, and
+the record, the card and the files that the steps export are written with it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def require_sound(run: Run) -> None:
     """Raise ``OptimError`` if a stage of the run has failed: the model is partly changed."""
     if run.stage_state is StageState.FAILED:
         raise OptimError(
-            f"{run.failure}. The model is partly changed and can neither go on nor be saved: load it again and start "
-            "over, with the cause mended (hf_optim.release(model) gives up the recipe and keeps the model as it is)"
+            f"{run.failure}. The model is partly changed and can neither go on nor be saved: load it again, fix "
+            "the cause and start over (hf_optim.release(model) drops the recipe and keeps the model as it is)"
         )
 
 
@@ -52,11 +52,11 @@ def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **k
     """Write the checkpoint of a finished run: weights, config, tokenizer, record, card. Atomic.
 
     Args:
-        measure: measures the checkpoint before it takes its name; the metrics go on the record and the card.
+        measure: measures the checkpoint before it is moved to ``directory``; the metrics go on the record and the card.
         kwargs: for the stock ``save_pretrained``.
 
-    Raises ``CheckpointError`` when it cannot be written, or when weights that were pruned have come back (an adapter
-    was merged past the masks); what was in ``directory`` before is then untouched.
+    Raises ``CheckpointError`` if it cannot be written, or if pruned weights are no longer zero (an adapter was merged
+    without the masks); the former content of ``directory`` is then untouched.
     """
     from ..runs.masking import stray_weights
 
@@ -96,7 +96,7 @@ def is_weights(name: str) -> bool:
 
 
 def _make_method() -> Any:
-    # A function of this name: a pickled model finds its class's own method again.
+    # The function has the name of the method, so that a pickled model is unpickled with the method of its class.
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save with transformers' own method; the record, the card and the steps' files are written beside."""
         run = find_run(self)

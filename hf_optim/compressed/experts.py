@@ -4,7 +4,7 @@ In memory, a module with fused experts has its decoded weights in its own parame
 them a parameter ``<parameter>_scale`` ``[E, out, groups]``, and their quantization schemes in ``expert_schemes``. Its
 forward is the stock one.
 
-In a checkpoint, each expert is a separate linear layer. transformers (5.17 to 5.23) decodes such experts while it loads
+In a checkpoint, each expert is a separate linear layer. transformers (5.17 to 5.24) decodes such experts while it loads
 them, under conditions that this module meets: only symmetric integers in the format ``pack-quantized``, one scheme for
 all experts of the model, and only if it has a conversion from one matrix per expert to the fused parameter. The decoded
 weights are bitwise identical.

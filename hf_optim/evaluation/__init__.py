@@ -1,1 +1,1 @@
-"""Metrics, latency, sizes, and how they are reported."""
+"""Metrics, latency and sizes of models, and how they are reported: model cards (``cards``), benchmarks (``bench``)."""

@@ -1,1 +1,1 @@
-"""The state machine: ``from_pretrained``, ``optimize``, and the stages of a run."""
+"""The life of a run: ``from_pretrained`` and ``optimize``, its stages, and the quantizer interface of optimum."""

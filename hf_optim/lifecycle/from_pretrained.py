@@ -1,4 +1,4 @@
-"""The one seam to transformers: ``PreTrainedModel.from_pretrained`` learns the argument ``optim_config``.
+"""The one seam to transformers: ``PreTrainedModel.from_pretrained`` accepts ``optim_config``.
 
 transformers imports its modelling code (and torch with it) lazily, and importing hf_optim must not change that: if
 the module is not loaded yet, the wrapper waits for its import.

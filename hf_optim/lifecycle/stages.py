@@ -2,8 +2,8 @@
 
 A stage is *pending*; entering it transforms and calibrates the model, after which it is *entered*; if it trains it is
 *training* from the first step of a ``Trainer`` on; completing it finalizes the model and makes the next stage current.
-Every state changes after the work it stands for. A stage whose work raised has *failed* and stays failed: the model is
-partly changed, so nothing but ``release`` is possible with it.
+A state changes only after its work. A stage whose work raised has *failed* and stays failed: the model is partly
+changed, so only ``release`` accepts it.
 """
 
 from __future__ import annotations

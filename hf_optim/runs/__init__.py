@@ -1,1 +1,1 @@
-"""What is happening: the run of a recipe on a model, its record, masks, coverage and snapshots."""
+"""The run of a recipe on a model: its state, record, masks, coverage and snapshots."""

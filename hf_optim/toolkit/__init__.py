@@ -1,1 +1,1 @@
-"""Pure maths and model analysis, by family. Knows nothing of recipes and runs."""
+"""Pure maths and model analysis, by family, independent of recipes and runs."""

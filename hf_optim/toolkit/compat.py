@@ -12,11 +12,6 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 
 
-def cache_of(output: Any) -> Any:
-    """Return the key/value cache in a model's output, or None."""
-    return getattr(output, CACHE, None)
-
-
 def weight_conversions(model: Any) -> list[Any]:
     """Return the conversions between checkpoint names and parameters that transformers applied to load a model."""
     return list(getattr(model, "_weight_conversions", None) or [])

@@ -1,4 +1,4 @@
-"""The doors: from_pretrained(optim_config=...), optimize, advance, release."""
+"""The entry points: from_pretrained(optim_config=...), optimize, advance, release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that hold compressed weights alone, and the readers of checkpoints that have them."""
+"""Packed layers, which hold only a compressed weight and run on kernels: making, loading, fusing and undoing them."""
 
 from .kernel import Kernel
 from .packed_linear import KernelWarning, PackedLinear
