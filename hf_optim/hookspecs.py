@@ -49,7 +49,7 @@ def transform_model(run: Run) -> PreTrainedModel | None:
 
     Edit ``run.model`` in place and return None, or return a new model: it replaces ``run.model`` for the steps after.
     A step that looks at the model before its stage changes it (to copy it, say) is marked
-    ``@hookimpl(tryfirst=True)``: it is called before the others of its stage, wherever it stands among them.
+    ``@hookimpl(tryfirst=True)``: it is called before the others of its stage, whatever its position.
     """
 
 

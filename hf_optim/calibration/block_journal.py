@@ -24,6 +24,7 @@ from ..runs.run import Run
 from ..toolkit.distributed import collectives
 
 HEADER = "journal.json"
+FORMAT = 2  # of the state of a run in journals; another one is not resumed
 VOLATILE_CONFIG_KEYS = ("use_cache", "architectures", "dtype", "transformers_version")
 
 
@@ -111,6 +112,7 @@ def run_identity(run: Run, model_hash: str | None = None) -> dict[str, Any]:
     """
     packages = versions()
     return {
+        "format": FORMAT,
         "recipe": run.recipe.to_dict(),
         "model": model_hash or _hash_model(run),
         "data": run.data.description if run.data is not None else None,

@@ -89,8 +89,9 @@ def _shards(source: ModelSource) -> tuple[Path, ...]:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+    single_name = getattr(source.config, "transformers_weights", None) or SAFE_WEIGHTS_NAME
     with contextlib.suppress(OSError):
-        single = cached_file(source.model, SAFE_WEIGHTS_NAME, revision=source.revision)
+        single = cached_file(source.model, single_name, revision=source.revision)
         if single is not None:
             return (Path(single),)
     try:

@@ -57,7 +57,7 @@ def scheme(
 ) -> QuantizationScheme:
     """Build a quantization scheme for linear layers, with the storage format that compressed-tensors infers for it.
 
-    Asymmetric weights are an exception: compressed-tensors would pack their zero points, and transformers (5.17 to 5.23
+    Asymmetric weights are an exception: compressed-tensors would pack their zero points, and transformers (5.17 to 5.24
     with compressed-tensors 0.20) then rejects the checkpoint, so their codes are stored one per byte.
 
     Args:

@@ -29,7 +29,7 @@ def storable(
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the linear layers of a scope that compressed-tensors can store, and the names of the others, by reason.
 
-    If a model stores its experts as stacked matrices (instead of ``nn.Linear`` modules), transformers (5.17 to 5.23)
+    If a model stores its experts as stacked matrices (instead of ``nn.Linear`` modules), transformers (5.17 to 5.24)
     expects codes for them in an integer checkpoint, and cannot read one without. With ``integer`` weights, therefore,
     either all experts are quantized or the model is rejected.
 

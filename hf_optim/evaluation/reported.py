@@ -118,7 +118,7 @@ def fields_with_defaults(step: Mapping[str, Any]) -> dict[str, Any]:
     return {key: getattr(technique, key) for key in technique.__dataclass_fields__}  # type: ignore[attr-defined]
 
 
-def step_label(step: Mapping[str, Any]) -> str:
+def step_title(step: Mapping[str, Any]) -> str:
     """Return the technique of a step with its most important fields: ``"gptq 4-bit g32"``."""
     fields = fields_with_defaults(step)
     words = [str(step["technique"])]
@@ -135,7 +135,7 @@ def step_label(step: Mapping[str, Any]) -> str:
 
 def recipe_label(recipe: Mapping[str, Any]) -> str:
     """Return the steps of a recipe in a few words: ``"nm 2:4 + gptq 4-bit g32"``."""
-    return " + ".join(step_label(step) for step in recipe.get("steps", ())) or "no steps"
+    return " + ".join(step_title(step) for step in recipe.get("steps", ())) or "no steps"
 
 
 def short_id(model: str) -> str:

@@ -78,6 +78,8 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         work: what to do, if not ``transform`` and ``calibrate`` with the driver of the recipe.
     """
     stage = _current(run)
+    if work is None:
+        _load_data(run, stage)  # an error here leaves the stage pending: nothing has changed
     with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
         started = time.perf_counter()
         details = (work or _transform_and_calibrate)(run, stage)
@@ -91,12 +93,7 @@ def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
     for step in _transforming(run, stage):
         for model in run.call_on([step], "transform_model"):
             run.model = model
-    if not stage.calibrates:
-        return {}
-    if stage.needs_data and run.data is None:
-        run.data = _data(run)
-        run.record.calibration = run.data.description
-    return drivers.calibrate(run, stage, run.journal)
+    return drivers.calibrate(run, stage, run.journal) if stage.calibrates else {}
 
 
 def _transforming(run: Run, stage: Stage) -> list[Technique]:
@@ -113,6 +110,10 @@ def _transforming(run: Run, stage: Stage) -> list[Technique]:
 def complete_stage(run: Run) -> None:
     """Finalize the current stage and update the traits of the model; the next stage, if any, becomes current."""
     stage = _current(run)
+    if run.stage_state is StageState.TRAINING:
+        sentence = f"{stage}: training did not reach its end (it was interrupted or raised)"
+        run.record.note(sentence)
+        log.warning("%s; the stage is completed with the model as it is", sentence)
     with _failing(run, "finalizing"):
         run.call("finalize_model")
         record_coverage(run, stage.steps)
@@ -129,7 +130,8 @@ def complete_stage(run: Run) -> None:
 def fail_stage(run: Run, doing: str, error: BaseException) -> None:
     """Mark the current stage as failed. From then on ``advance`` and ``save_pretrained`` of the model refuse."""
     run.stage_state = StageState.FAILED
-    run.failure = f"{run.stage} failed while {doing} ({type(error).__name__}: {error})".rstrip(": ")
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    run.failure = f"{run.stage} failed while {doing} ({reason})"
     saving.attach_save_methods(run)
 
 
@@ -167,10 +169,6 @@ def advance(model: PreTrainedModel, calibration: Any = None) -> PreTrainedModel:
     run = run_of(model)
     saving.require_sound(run)
     if run.stage is not None and run.stage_entered:
-        if run.stage_state is StageState.TRAINING:
-            sentence = f"{run.stage}: training did not reach its end (it was interrupted or raised)"
-            run.record.note(sentence)
-            log.warning("%s; the stage is completed with the model as it is", sentence)
         complete_stage(run)
     run_stages(run, calibration)
     return run.model
@@ -239,14 +237,18 @@ def require_data(run: Run, source: Any) -> None:
             return
 
 
-def _data(run: Run) -> Any:
+def _load_data(run: Run, stage: Stage) -> None:
+    """Load the calibration data of a run, if the stage needs it. Raises ``DataError`` if there is none."""
     from ..data.calibration_set import build_calibration_data
 
+    if not stage.needs_data or run.data is not None:
+        return
     if run.source is None and run.recipe.calibration.dataset is None:
         require_data(run, None)
         raise DataError(f"{run.stage} needs calibration data: call hf_optim.advance(model, calibration=...)")
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
-    return build_calibration_data(
+    run.data = build_calibration_data(
         run.source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration
     )
+    run.record.calibration = run.data.description

@@ -198,10 +198,10 @@ class Run:
             table.update(moved)
         for step in self.recipe.steps:
             names, skipped = self.covered(step) or (set(), {})
-            for told in (names, *skipped.values()):
-                left = {new for name in told for new in renamed(name)}
-                told.clear()
-                told.update(left)
+            for modules in (names, *skipped.values()):
+                moved = {new for name in modules for new in renamed(name)}
+                modules.clear()
+                modules.update(moved)
 
 
 class _Link:

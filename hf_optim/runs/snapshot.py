@@ -52,8 +52,8 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
             elif _is_json(value):
                 plain[key] = value
         meta["states"][str(position)] = plain
-        if (touched := run.covered(step)) is not None:
-            names, skipped = touched
+        if (covered := run.covered(step)) is not None:
+            names, skipped = covered
             meta["touched"][str(position)] = [sorted(names), {k: sorted(v) for k, v in sorted(skipped.items())}]
     return {name: fsdp.full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}, meta
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.saving import require_sound
 from ..compressed.state import quantized_modules
 from ..errors import OptimError
 from ..lifecycle.stages import end_training
@@ -56,6 +57,7 @@ def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
     merging: Any = getattr(model, "merge_and_unload", None)
     if run is None or merging is None:
         raise OptimError(f"merge_adapters takes a PeftModel around an optimized model, not a {type(model).__name__}")
+    require_sound(run)
     _refuse_quantized(run)
     lost = _share_outside(run)
     merging(**kwargs)

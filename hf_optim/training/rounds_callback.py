@@ -14,8 +14,8 @@ from transformers import TrainerCallback, get_scheduler
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..toolkit.pruning.rewinding import LRMultiplier, hold_after, require_lambda_lr
 from ..toolkit.pruning.rounds import RetrainingPhases, round_sparsity
+from .end_of_stage import has_adapters
 from .pruning_rounds import Rounds
-from .stage_callback import has_adapters
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class RoundTraining(TrainerCallback):
         warm_up = args.get_warmup_steps(phases.length)
         if phases.length <= warm_up < phases.max_steps:
             self._warn(
-                f"a warm-up of {warm_up} steps does not end within a phase of {phases.length}; train longer, or warm "
-                "up for a share (warmup_steps below 1)"
+                f"a warm-up of {warm_up} steps does not end within a phase of {phases.length}; train longer, or "
+                "give the warm-up as a fraction (warmup_steps below 1)"
             )
 
     def _warn(self, sentence: str) -> None:

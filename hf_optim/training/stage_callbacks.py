@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import nn
 from transformers import TrainerCallback
 
+from ..checkpoints.saving import require_sound
 from ..errors import OptimError
 from ..recipes.contract import TRAINER_HOOKS
 from ..runs.run import Run, run_of
 from .checkpoint_callback import CheckpointCallback
+from .end_of_stage import StageCallback
 from .mask_callback import MaskCallback
 from .nonfinite_callback import NonFiniteCallback
-from .stage_callback import StageCallback
 
 
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
@@ -38,6 +39,7 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
 
 def stage_callbacks(run: Run) -> list[TrainerCallback]:
     """Return the same callbacks for a trainer that calls the other training hooks itself."""
+    require_sound(run)
     stage = run.stage
     if stage is None:
         return [MaskCallback(run)] if run.masks else []

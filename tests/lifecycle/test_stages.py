@@ -10,10 +10,11 @@ from tiny_models import tiny_llama
 from toy_training import ToyRamp, arguments, begin
 
 import hf_optim
-from hf_optim import OptimError, hookimpl, run_of
+from hf_optim import DataError, OptimError, hookimpl, run_of
 from hf_optim.lifecycle.stages import complete_stage, enter_stage
 from hf_optim.runs.run import StageState
 from hf_optim_plugins.quantization import gptq
+from hf_optim_plugins.quantization.rtn import RTN
 
 DATA = [{"input_ids": torch.arange(24).reshape(2, 12) % 60 + 3} for _ in range(3)]
 RECIPE = [{"technique": "gptq", "bits": 4, "group_size": 16}]
@@ -77,6 +78,24 @@ def test_a_stage_that_failed_in_finalizing_stays_failed():
     with pytest.raises(OptimError, match="failed while finalizing"):
         complete_stage(run)
     assert run.stage_index == 0
+
+
+def test_missing_data_leaves_the_stage_pending(tmp_path):
+    """A trained model is not given up for a mistyped file."""
+    model = hf_optim.optimize(tiny_llama(), [ToyRamp(), RTN(activations="int8", dynamic=False)], calibration=None)
+    run = run_of(model)
+    for calibration, message in ((None, "call hf_optim.advance"), (str(tmp_path / "no.jsonl"), "no.jsonl")):
+        with pytest.raises(DataError, match=message):
+            hf_optim.advance(model, calibration=calibration)
+        assert run.stage_state is StageState.PENDING
+        run.source = None
+    assert hf_optim.advance(model, calibration=DATA) is model
+    assert run.finished
+
+
+def test_a_failed_stage_is_not_trained(half_quantized):
+    with pytest.raises(OptimError, match="load it again"):
+        hf_optim.callbacks(half_quantized)
 
 
 def test_the_states_of_a_stage_in_order():

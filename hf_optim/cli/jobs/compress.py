@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,8 +150,8 @@ class Measuring:
             return {}
         try:
             return evaluate_checkpoint(self.job, str(directory), "result", trust=True)
-        except OptimError as error:
-            self.error = error
+        except (OptimError, OSError) as error:
+            self.error = error if isinstance(error, OptimError) else OptimError(str(error))
             return {}
 
     def report(self) -> None:
@@ -182,10 +183,17 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) ->
             command += [option, str(value)]
     if job.source.trust_remote_code or trust:
         command.append("--trust-remote-code")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=distributed.own_environment())
+    with tempfile.TemporaryDirectory() as cache:
+        # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.
+        modules = {"HF_MODULES_CACHE": cache} if trust else {}
+        environment = {**distributed.own_environment(), **modules}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise OptimError(f"could not measure the {what}: {_last_error_line(done.stderr)}")
-    return json.loads(done.stdout)
+    try:
+        return json.loads(done.stdout)
+    except ValueError as error:
+        raise OptimError(f"could not measure the {what}: {error}") from error
 
 
 def _last_error_line(stderr: str) -> str:
