@@ -199,9 +199,9 @@ class Run:
         for step in self.recipe.steps:
             names, skipped = self.covered(step) or (set(), {})
             for modules in (names, *skipped.values()):
-                moved = {new for name in modules for new in renamed(name)}
+                renamed_modules = {new for name in modules for new in renamed(name)}
                 modules.clear()
-                modules.update(moved)
+                modules.update(renamed_modules)
 
 
 class _Link:
