@@ -241,7 +241,7 @@ def test_no_room_for_checkpoints_is_told(tmp_path, monkeypatch, caplog):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("hf_optim.training.resume.shutil.disk_usage", lambda path: usage._replace(free=1000))
     journaled(tmp_path, texts, RAMP, TRAINING, monkeypatch)
-    assert "no room for checkpoints" in caplog.text
+    assert "no room for training checkpoints" in caplog.text
     assert not list(tmp_path.glob(".out.journal/**/checkpoint-*"))
 
 

@@ -146,7 +146,7 @@ def test_kernels_support_groups_of_rows(monkeypatch):
     assert all(row.kernel.startswith("w8a8") for row in hf_optim.report(model)[:-1])
     expected = logits(quantized(bits=4, groups=4))
     assert float((logits(model) - expected).norm() / expected.norm()) < 0.02
-    with pytest.warns(hf_optim.KernelWarning, match="groups of 16 columns"):
+    with pytest.warns(hf_optim.KernelWarning, match="group size 16"):
         hf_optim.accelerate(quantized(bits=4, group_size=16))
 
 
