@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
+from ..toolkit import compat
+
 
 class MlmCollator(DataCollatorForLanguageModeling):
     """The stock MLM collator, except that the masks of a batch depend only on seed, epoch and tokens.
@@ -26,7 +28,7 @@ class MlmCollator(DataCollatorForLanguageModeling):
             digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode())
             for example in examples:
                 digest.update(torch.as_tensor(example["input_ids"]).numpy().tobytes())
-            self.generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "big"))
+            compat.set_generator(self, torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "big")))
         return super().torch_call(examples)
 
 

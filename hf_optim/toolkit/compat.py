@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import transformers
@@ -37,3 +38,9 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
 def loss_shifts_labels(trainer: Any) -> bool:
     """Return True if the loss of a ``Trainer`` shifts the labels by one: the first of each row is not counted."""
     return getattr(trainer, "_loss_shifts_labels", False)
+
+
+def set_generator(collator: Any, generator: Any) -> None:
+    """Set the random generator of a stock data collator, which 5.24 replaces unless it belongs to this process."""
+    collator.generator = generator
+    collator._generator_pid = os.getpid()
