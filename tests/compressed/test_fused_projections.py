@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from naive_kernel import NAIVE, PARTS, PackedWeight, supports_all
-from test_acceleration import Broken, Traced, quantize, runs_on, state
+from test_accelerate import Broken, Traced, quantize, runs_on, state
 from tiny_models import TINY, tiny_llama
 from torch import nn
 
@@ -22,7 +22,7 @@ from hf_optim import Kernel
 from hf_optim.compressed.packed.packed_linear import KernelWarning, PackedLinear
 from hf_optim.compressed.packed.shared_output import FusedSlice
 
-OPERANDS = "test_acceleration.py"  # in stack traces of what Traced computes
+OPERANDS = "test_accelerate.py"  # in stack traces of what Traced computes
 TOKENS = torch.arange(5, 15)[None]
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 GATE, UP = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up"))

@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 import torch
 from naive_kernel import NAIVE, PackedWeight, supports_all
-from test_acceleration import UP, quantize
-from test_joining import JOINING
+from test_accelerate import UP, quantize
+from test_fused_projections import JOINING
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 

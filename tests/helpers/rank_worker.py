@@ -1,4 +1,4 @@
-"""Run by ``test_ranks`` as one of two ranks: what each observer finds is what one rank finds on all the data."""
+"""Run by ``test_distributed`` as one of two ranks: what each observer finds is what one rank finds on all the data."""
 
 from __future__ import annotations
 
