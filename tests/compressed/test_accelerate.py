@@ -230,6 +230,17 @@ class Broken(PackedWeight):
         raise RuntimeError("out of shared memory")
 
 
+def test_a_kernel_whose_check_raises_disables_itself_alone(model, x):
+    expected = model.get_submodule(UP)(x)
+    broken = Kernel("broken", supports=lambda w: 1 / 0, prepack=PackedWeight)
+    with pytest.warns(KernelWarning, match="broken: ZeroDivisionError"):
+        hf_optim.accelerate(model, [broken])
+    assert torch.equal(model.get_submodule(UP)(x), expected)
+    working = Kernel("working", supports=lambda w: None, prepack=PackedWeight)
+    hf_optim.accelerate(model, [broken, working])
+    assert model.get_submodule(UP).packing.kernel is working
+
+
 def test_a_kernel_that_raises_falls_back_with_one_warning(model, x):
     up = model.get_submodule(UP)
     dense = up(x)

@@ -75,7 +75,7 @@ class PackedCodebookLayer:
         unpack(self)  # type: ignore[arg-type]
         module: Any = self
         module._apply(fn, recurse)
-        if kernel.supports(module) is None:
+        if kernel.check(module) is None:
             pack(module, kernel)
         return self
 
@@ -102,7 +102,7 @@ def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
     for kernel in kernels:
         if not kernel.codebook:
             continue
-        reason = kernel.supports(module)  # type: ignore[arg-type]
+        reason = kernel.check(module)  # type: ignore[arg-type]
         if reason is None:
             try:
                 pack(module, kernel)

@@ -58,6 +58,13 @@ class Kernel:
     codebook: bool = False
     join: Callable[[list[Any]], Any] | None = None
 
+    def check(self, weight: Any) -> str | None:
+        """Return ``supports(weight)``. An error in it becomes the reason: a broken kernel disables only itself."""
+        try:
+            return self.supports(weight)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
 
 class KernelModule(Protocol):
     """A module that registers itself as a kernel, through an entry point of the group ``hf_optim.kernels``.

@@ -239,7 +239,7 @@ class PackedLinear(nn.Linear):
         """Prepack the weight again, for the current dtype and device of the layer."""
         bias = self._parameters["bias"]
         weight = replace(self.packing.description, bias=None if bias is None else bias.detach(), codes=self.codes)
-        reason = self.packing.kernel.supports(weight)
+        reason = self.packing.kernel.check(weight)
         if reason is None:
             try:
                 self._modules[PACKED_WEIGHT] = self.packing.kernel.prepack(weight)

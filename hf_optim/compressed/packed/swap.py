@@ -31,7 +31,7 @@ def prepack(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel,
     for kernel in _in_order(weight, kernels):
         if weight.kind == "dense" and not kernel.sparse24:
             continue
-        reason = kernel.supports(weight)
+        reason = kernel.check(weight)
         if reason is None:
             try:
                 return kernel, _checked(kernel.prepack(weight))
