@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..statistics.sensitivity import output_divergence
+from ..statistics.sensitivity import OutputComparison
 from ..topology.graph import Trace
 
 Rounding = Callable[[Tensor], Tensor]
@@ -42,44 +41,15 @@ def rounded_inputs(roundings: Mapping[nn.Module, Rounding]) -> Iterator[None]:
             handle.remove()
 
 
-class RoundingSensitivity:
-    """Context manager that measures how much the output of a model changes if inputs of its modules are rounded.
+class RoundingSensitivity(OutputComparison[Mapping[nn.Module, Rounding]]):
+    """Measures how much a model's output changes if inputs of its modules are rounded, as the mean over batches.
 
-    While batches pass through ``module``, each forward is repeated once per case with the inputs of that case rounded,
-    and the outputs are compared (``sensitivity.divergence``). ``with`` binds a dictionary from case to the mean over
-    batches.
-
-    Args:
-        module: the model that batches pass through.
-        cases: name -> (module whose input is rounded -> rounding function).
+    ``cases`` maps a name to the modules whose inputs are rounded, each with its rounding function.
     """
 
-    def __init__(self, module: nn.Module, cases: Mapping[str, Mapping[nn.Module, Rounding]]) -> None:
-        self.module = module
-        self.cases = cases
-        self.found = dict.fromkeys(cases, 0.0)
-        self.batches = 0
-        self._repeating = False
-        self._handle: Any = None
+    def _accumulate(self, before: float, divergence: float) -> float:
+        return before + (divergence - before) / self.batches
 
-    def __enter__(self) -> dict[str, float]:
-        self._handle = self.module.register_forward_hook(self._compare, with_kwargs=True)
-        return self.found
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handle.remove()
-
-    def _compare(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._repeating:
-            return
-        self._repeating = True
-        self.batches += 1
-        try:
-            for name, roundings in self.cases.items():
-                with rounded_inputs(roundings):
-                    moved = output_divergence(output, self.module(*args, **kwargs))
-                self.found[name] += (moved - self.found[name]) / self.batches
-        finally:
-            self._repeating = False
+    def _changed_output(self, case: Mapping[nn.Module, Rounding], args: Any, kwargs: Any) -> Any:
+        with rounded_inputs(case):
+            return self.module(*args, **kwargs)

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..topology.linear_layers import weight_out_in
 
+Case = TypeVar("Case")
 
-class OutputShift:
-    """Context manager that measures how far a module's output moves if one of its layers gets another weight.
 
-    While inputs pass through ``module``, each forward is repeated once per layer with that layer's weight replaced, and
-    the outputs are compared: logits by the Kullback-Leibler divergence of their softmax (nats, mean over positions),
-    other outputs by the relative squared error. Weights are restored also if a forward raises.
+class OutputComparison(ABC, Generic[Case]):
+    """Context manager that repeats every forward of a module once per case, changed, and compares the outputs.
 
-    ``with`` binds a dictionary from layer name to the sum over batches.
+    Logits are compared by the Kullback-Leibler divergence of their softmax (nats, mean over positions), other outputs
+    by the relative squared error (``output_divergence``). ``with`` binds a dictionary from case to the value over all
+    batches.
 
     Args:
-        module: the model or block that inputs pass through.
-        changes: layer name -> (the layer, its other weight ``[out, in]``).
+        module: the model or block that batches pass through.
+        cases: name -> what is changed.
     """
 
-    def __init__(self, module: nn.Module, changes: Mapping[str, tuple[nn.Module, Tensor]]) -> None:
+    def __init__(self, module: nn.Module, cases: Mapping[str, Case]) -> None:
         self.module = module
-        self.changes = changes
-        self.found = dict.fromkeys(changes, 0.0)
+        self.cases = cases
+        self.found = dict.fromkeys(cases, 0.0)
+        self.batches = 0
         self._repeating = False
         self._handle: Any = None
+
+    @abstractmethod
+    def _changed_output(self, case: Case, args: Any, kwargs: Any) -> Any:
+        """Return the output of the module with one case applied; the module is afterwards as before."""
+
+    @abstractmethod
+    def _accumulate(self, before: float, divergence: float) -> float:
+        """Return the value of a case after another batch."""
 
     def __enter__(self) -> dict[str, float]:
         self._handle = self.module.register_forward_hook(self._compare, with_kwargs=True)
@@ -46,14 +56,28 @@ class OutputShift:
         if self._repeating:
             return
         self._repeating = True
+        self.batches += 1
         try:
-            for name, (layer, weight) in self.changes.items():
-                self.found[name] += output_divergence(output, self._changed_output(layer, weight, args, kwargs))
+            for name, case in self.cases.items():
+                divergence = output_divergence(output, self._changed_output(case, args, kwargs))
+                self.found[name] = self._accumulate(self.found[name], divergence)
         finally:
             self._repeating = False
 
+
+class OutputShift(OutputComparison[tuple[nn.Module, Tensor]]):
+    """Measures how far a module's output moves if one of its layers gets another weight, summed over batches.
+
+    ``cases`` maps a layer's name to the layer and its other weight ``[out, in]``. Weights are restored also if a
+    forward raises.
+    """
+
+    def _accumulate(self, before: float, divergence: float) -> float:
+        return before + divergence
+
     @torch.no_grad()
-    def _changed_output(self, layer: nn.Module, weight: Tensor, args: Any, kwargs: Any) -> Any:
+    def _changed_output(self, case: tuple[nn.Module, Tensor], args: Any, kwargs: Any) -> Any:
+        layer, weight = case
         view = weight_out_in(layer)
         before = view.clone()
         try:
