@@ -15,6 +15,7 @@ import hf_optim
 # A package imports from those before it. `__init__` is the public face, hf_optim/__init__.py.
 ORDER = (
     "errors",
+    "trust",
     "toolkit",
     "recipes",
     "runs",
