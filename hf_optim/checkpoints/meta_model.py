@@ -48,6 +48,7 @@ def build(source: ModelSource) -> MetaModel:
     whose shape differs from the configuration's.
     """
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+    files = source.weight_files()
     try:
         with readable_errors(source.model), _quiet():
             model, info = model_class(source.config).from_pretrained(
@@ -72,34 +73,13 @@ def build(source: ModelSource) -> MetaModel:
     _compute_buffers(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = tuple(sorted(set(info["missing_keys"]) - tied))
-    return MetaModel(model.eval(), _shards(source), missing, tuple(sorted(info["unexpected_keys"])))
+    return MetaModel(model.eval(), files, missing, tuple(sorted(info["unexpected_keys"])))
 
 
 def is_local(source: ModelSource) -> bool:
     """Return True if the shards of a checkpoint are on this machine, in a directory or in the Hub's cache."""
     home = local_directory(source.model, source.revision)
     return home is not None and any(home.glob("*.safetensors"))
-
-
-def _shards(source: ModelSource) -> tuple[Path, ...]:
-    """Return the safetensors files of a checkpoint, as transformers chooses them: a single file before shards.
-
-    Raises ``CheckpointError`` if the checkpoint has none.
-    """
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    single_name = getattr(source.config, "transformers_weights", None) or SAFE_WEIGHTS_NAME
-    with contextlib.suppress(OSError):
-        single = cached_file(source.model, single_name, revision=source.revision)
-        if single is not None:
-            return (Path(single),)
-    try:
-        index = cached_file(source.model, SAFE_WEIGHTS_INDEX_NAME, revision=source.revision)
-        files, _ = get_checkpoint_shard_files(source.model, index, revision=source.revision)
-    except OSError as error:
-        raise CheckpointError(f"{source.model} has no safetensors weights: {summarize_error(error)}") from error
-    return tuple(Path(path) for path in files)
 
 
 @contextlib.contextmanager

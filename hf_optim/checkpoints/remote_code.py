@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from ..errors import ModelError
 from ..toolkit.modules import remote_code_guard
 from ..toolkit.modules.transplant import auto_classes
+from ..trust.code import WrittenCode
 
 PACKAGE = "hf_optim_generated"
 FUTURE = "from __future__ import annotations"
@@ -126,6 +127,18 @@ def stock_class(cls: type) -> type:
     return next(base for base in cls.__mro__[1:] if getattr(transformers, base.__name__, None) is base)
 
 
+def written_code(model: PreTrainedModel) -> WrittenCode | None:
+    """Return the code that ``save_pretrained`` writes with a model of a generated class; None for any other model."""
+    cls = type(model)
+    if stock_class(cls) is cls:
+        return None
+    name = cls.__module__.rpartition(".")[2]
+    auto_map = dict(sys.modules[cls.__module__].AUTO_MAP)
+    if getattr(cls, "_auto_class", None) is not None:
+        auto_map[cls._auto_class] = f"{name}.{cls.__name__}"
+    return WrittenCode.of(f"{name}.py", _texts[cls.__module__], auto_map)
+
+
 def register(model_type: str) -> type[PretrainedConfig]:
     """Register a ``model_type`` such as ``local_gpt2`` in this process, with the code of the installed technique.
 
@@ -206,12 +219,17 @@ def _import_text(name: str, text: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
+    _texts[qualified] = text
     try:
         spec.loader.exec_module(module)
     except Exception:
         del sys.modules[qualified]
         raise
     return module
+
+
+# Qualified name of each generated module -> its text.
+_texts: dict[str, str] = {}
 
 
 @cache
@@ -231,4 +249,5 @@ __all__ = [
     "revert",
     "stock_class",
     "write_source",
+    "written_code",
 ]

@@ -17,11 +17,19 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, OptimError
 from ..runs.run import Run, StageState, find_run
+from ..trust import code
 from .atomic import replace_directory
 
 # Measures the checkpoint in a directory.
 Measure = Callable[[Path], Mapping[str, Any]]
 
+# Configurations of tokenizers and processors, which may name code.
+PROCESSOR_CONFIGS = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?$")
 
 
@@ -79,6 +87,7 @@ def describe(run: Run, beside: Path, measure: Measure | None = None) -> None:
 
     if run.tokenizer is not None:
         run.tokenizer.save_pretrained(beside)
+    drop_unused_code(run, beside)
     after = run.record.measured.setdefault("after", {})
     after["bytes_on_disk"] = bytes_on_disk(beside)
     card = Card(run.record, beside)
@@ -88,6 +97,30 @@ def describe(run: Run, beside: Path, measure: Measure | None = None) -> None:
         after |= metrics
         run.record.write(beside)
     card.write(beside)
+
+
+def drop_unused_code(run: Run, directory: Path) -> None:
+    """Remove references to code from the configurations that a run wrote, where a stock class wrote them.
+
+    A stock class keeps the ``auto_map`` of the checkpoint that it was loaded from, although it does not run that code;
+    whoever loads the result with ``trust_remote_code=True`` would. Models and tokenizers whose own code was trusted
+    keep their references, and models of generated classes those to the code that is written with them.
+    """
+    from .remote_code import written_code
+
+    written = written_code(run.model)
+    if written is not None or (code.is_stock(run.model) and _has_stock_parts(run.model.config)):
+        for name in ("config.json", "generation_config.json"):
+            code.drop_references(directory / name, written.auto_map if written is not None else None)
+    if run.tokenizer is not None and _has_stock_parts(run.tokenizer):
+        for name in PROCESSOR_CONFIGS:
+            code.drop_references(directory / name)
+
+
+def _has_stock_parts(thing: Any) -> bool:
+    """Return True if a configuration, tokenizer or processor and the ones that it holds have stock classes."""
+    parts = [part for part in vars(thing).values() if hasattr(part, "save_pretrained")]
+    return all(code.is_stock(part) for part in (thing, *parts))
 
 
 def is_weights(name: str) -> bool:
@@ -115,6 +148,7 @@ def _make_method() -> Any:
         else:
             # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
             stock(self, save_directory, **kwargs)
+            drop_unused_code(run, Path(save_directory))
             run.record.write(Path(save_directory))
         if push:
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))

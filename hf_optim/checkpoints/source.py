@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
 from ..toolkit.checkpoint.model_config import load_config, model_class
+from ..trust.code import may_run
+from ..trust.weights import checked_weights
 from .hub import commit_of, local_directory
 from .read_errors import readable_errors
 
@@ -37,12 +40,20 @@ class ModelSource:
     @property
     def load_kwargs(self) -> dict[str, Any]:
         """The keyword arguments for loading the configuration, the tokenizer and the weights."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return {"revision": self.revision, "trust_remote_code": may_run(self.trust_remote_code)}
 
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The configuration, loaded once; copy it before changing it. Raises ``ModelError`` if there is none."""
         return load_config(self.model, self.trust_remote_code, self.revision)
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """Return the safetensors files of the weights, after checking them. Raises ``CheckpointError``.
+
+        Call it before transformers opens any of them. Files on the Hub are downloaded.
+        """
+        named = getattr(self.config, "transformers_weights", None)
+        return checked_weights(self.model, named=named, revision=self.revision)
 
     def pinned(self) -> ModelSource:
         """Return this source with ``revision`` resolved to a commit; a local directory is returned unchanged."""
@@ -58,6 +69,7 @@ class ModelSource:
 def load_model(source: ModelSource) -> Any:
     """Load the model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` if it cannot be loaded."""
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+    source.weight_files()
     try:
         with readable_errors(source.model):
             model = model_class(source.config).from_pretrained(
@@ -108,10 +120,14 @@ def summarize_error(error: BaseException) -> str:
 
 
 def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any) -> Any:
-    """Return the tokenizer (for models that take pixels, the image processor) in a checkpoint, or None."""
+    """Return the tokenizer (for models that take pixels, the image processor) in a checkpoint, or None.
+
+    Code that comes with it runs only with ``trust_remote_code=True``.
+    """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     loader = AutoImageProcessor if main_input == "pixel_values" else AutoTokenizer
+    load_kwargs["trust_remote_code"] = may_run(load_kwargs.get("trust_remote_code"))
     try:
         return loader.from_pretrained(home, **load_kwargs) if home else None
     except (OSError, ValueError, KeyError, ImportError):  # transformers 5.17 needs torchvision for images

@@ -18,6 +18,8 @@ from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ..runs.run import Run, traits_of
 from ..toolkit import topology
+from ..trust.code import may_run, require_no_kernels
+from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def load(
     that ``optimize`` accepts) and ``tokenizer=``.
     """
     calibration, tokenizer = kwargs.pop("calibration", None), kwargs.pop("tokenizer", None)
+    _restrict(kwargs)
     if isinstance(optim_config, str) and optim_config == AUTO:
         return _load_auto(cls, stock, args, kwargs)
     recipe = OptimConfig.parse(optim_config)
@@ -51,8 +54,7 @@ def load(
     recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
     require_data(run, calibration)
     kwargs |= _prepared_load(run, kwargs)
-    if kwargs.setdefault("use_safetensors", True) is False:
-        raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
+    _check_files(source, run.config, kwargs)
     wants_info = kwargs.pop("output_loading_info", False)
     with readable_errors(source):
         model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
@@ -112,6 +114,38 @@ def optimize(
     return run.model
 
 
+def _restrict(kwargs: dict[str, Any]) -> None:
+    """Set the arguments of ``from_pretrained`` so that code needs the caller's word, and weights are safetensors.
+
+    Raises ``CheckpointError`` if the call asks for other weights.
+    """
+    kwargs["trust_remote_code"] = may_run(kwargs.get("trust_remote_code"))
+    if kwargs.setdefault("use_safetensors", True) is False:
+        raise CheckpointError("hf_optim reads safetensors only: pickle files can run code when they are opened")
+    if kwargs.get("gguf_file") is not None:
+        raise CheckpointError("hf_optim reads safetensors only, no GGUF files: convert the checkpoint first")
+    kwargs["use_safetensors"] = True
+
+
+def _check_files(source: Any, config: Any, kwargs: dict[str, Any]) -> None:
+    """Check the files that stock ``from_pretrained`` will load. Raises ``CheckpointError``."""
+    if source is None:
+        return  # weights in memory, given as ``state_dict``
+    lookup = {key: kwargs.get(key) for key in LOOKUP}
+    require_no_kernels(source, kwargs["trust_remote_code"], **lookup)
+    adapter = dict(kwargs.get("adapter_kwargs") or {})
+    checked_weights(
+        source,
+        named=getattr(config, "transformers_weights", None),
+        variant=kwargs.get("variant"),
+        adapter=adapter.get("_adapter_model_path"),
+        adapter_revision=adapter.get("revision"),
+        **lookup,
+    )
+    if "force_download" in kwargs:
+        kwargs["force_download"] = False  # what was checked is what is loaded
+
+
 def _refuse_streamed(recipe: OptimConfig) -> None:
     if recipe.driver == "streamed":
         raise RecipeError(
@@ -151,6 +185,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
 
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     with readable_errors(source):
+        _check_files(source, _resolve_config(cls, source, dict(kwargs))[0] if source is not None else None, kwargs)
         try:
             return _load_packed(cls, stock, args, kwargs)
         except UnsupportedCheckpoint as reason:
@@ -184,8 +219,8 @@ def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreT
     # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
     config, rest = reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)
-    # Both the configuration and the weights are looked up by these.
-    return config, {**{key: kwargs[key] for key in LOOKUP if key in kwargs}, **rest}
+    # Both the configuration and the weights are looked up by these, and their code needs the same word.
+    return config, {**{key: kwargs[key] for key in (*LOOKUP, "trust_remote_code") if key in kwargs}, **rest}
 
 
 def _prepared_load(run: Run, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 
 from ...calibration.block_journal import BlockJournal
 from ...checkpoints import dense, saving
+from ...checkpoints.remote_code import written_code
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.calibration_set import CalibrationData, build_calibration_data
 from ...data.datasets import load_examples
@@ -31,6 +32,7 @@ from ...runs import distributed
 from ...runs.record import public_name
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
+from ...trust.code import is_written_by_run, may_run
 from .preflight import check_recipe, preflight
 from .streamed import StreamedJob
 
@@ -102,7 +104,7 @@ def compress(job: Job) -> Run:
     if job.evaluation:
         job.print_line("comparing with the original, token by token")
         run.record.measured["after"] |= _compare(job, run)
-    measuring = Measuring(job)
+    measuring = Measuring(job, run)
     saving.save(run, job.output, measure=measuring)
     # Kept until here, and if the run fails: calibrated blocks need not be calibrated again.
     journal.remove()
@@ -121,7 +123,7 @@ def _streamed(
     work.calibrate()
     original_bytes = sum(path.stat().st_size for path in found.files)
     _record_original(job, work.run, {"bytes_on_disk": original_bytes, **before})
-    measuring = Measuring(job)
+    measuring = Measuring(job, work.run)
     work.save(job.output, measure=measuring)
     work.output.remove()
     measuring.report()
@@ -140,8 +142,9 @@ class Measuring:
     If that fails, the checkpoint is written without these metrics, and ``report`` raises the error afterwards.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, run: Run) -> None:
         self.job = job
+        self.run = run
         self.error: OptimError | None = None
 
     def __call__(self, directory: Path) -> dict[str, Any]:
@@ -149,7 +152,8 @@ class Measuring:
         if self.job.evaluation is None:
             return {}
         try:
-            return evaluate_checkpoint(self.job, str(directory), "result", trust=True)
+            trusted = is_written_by_run(directory, written_code(self.run.model))
+            return evaluate_checkpoint(self.job, str(directory), "result", trust=trusted)
         except (OptimError, OSError) as error:
             self.error = error if isinstance(error, OptimError) else OptimError(str(error))
             return {}
@@ -164,7 +168,7 @@ class Measuring:
 def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
     """Measure a checkpoint in a child process, which has its own peak memory: ``hf-optim eval --json``.
 
-    ``trust`` runs the model code in the checkpoint; that of the result was written by this very process.
+    ``trust`` allows the model code in the checkpoint, in addition to the word of the caller (``job.source``).
     """
     assert job.evaluation is not None
     job.print_line(f"measuring the {what}")
@@ -181,11 +185,11 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) ->
     ):
         if value is not None:
             command += [option, str(value)]
-    if job.source.trust_remote_code or trust:
+    if may_run(job.source.trust_remote_code) or trust:
         command.append("--trust-remote-code")
     with tempfile.TemporaryDirectory() as cache:
         # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.
-        modules = {"HF_MODULES_CACHE": cache} if trust else {}
+        modules = {"HF_MODULES_CACHE": cache} if what == "result" else {}
         environment = {**distributed.own_environment(), **modules}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

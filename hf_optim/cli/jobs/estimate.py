@@ -22,14 +22,15 @@ def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
     return {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
 
 
-def estimate(recipe: OptimConfig, config: PreTrainedConfig) -> dict[str, Any]:
+def estimate(recipe: OptimConfig, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:
     """Estimate parameters, bytes before and after, and memory and time of calibration.
 
     ``readable`` has the same numbers as text. ``bytes_after`` is None if a step changes the architecture, since the
     configuration then does not determine the result. The time is that of the forward passes only, at the float32 rate
-    of this machine: two passes of the calibration tokens, two operations per parameter and token.
+    of this machine: two passes of the calibration tokens, two operations per parameter and token. Code that comes with
+    the model runs only with ``trust_remote_code``.
     """
-    model = build_meta_model(config)
+    model = build_meta_model(config, trust_remote_code)
     width = (getattr(config, "dtype", None) or torch.float32).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.changes_architecture() for step in recipe.steps)

@@ -90,12 +90,12 @@ def preflight(
     if recipe.spill is not None:
         require_writable(Path(recipe.spill) / "activations")
     meta_model = _meta_model(source, recipe, offline)
-    model: Any = meta_model.model if meta_model is not None else build_meta_model(config)
+    model: Any = meta_model.model if meta_model is not None else build_meta_model(config, source.trust_remote_code)
     notes: list[str] = []
     if meta_model is not None:
         notes += check_shards(meta_model, source.model, recipe.driver == "streamed")
     notes += check_steps(recipe, model)
-    estimates = estimate(recipe, config)
+    estimates = estimate(recipe, config, source.trust_remote_code)
     estimates |= _memory(recipe, config, model, estimates)
     if output is not None:
         _require_space(output, estimates["bytes_after"] or estimates["bytes_before"], "the result")

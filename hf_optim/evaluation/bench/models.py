@@ -61,7 +61,7 @@ def build(model: str, scheme_name: str, dtype: torch.dtype, device: torch.device
         raise OptimError(f"no scheme {scheme_name!r}; the schemes are {', '.join(SCHEMES)}")
     torch.manual_seed(seed)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(resolve_config(model), dtype=dtype)
+        built = AutoModelForCausalLM.from_config(resolve_config(model), dtype=dtype, trust_remote_code=False)
     built.eval().requires_grad_(False)
     for block in [b.module for b in topology.blocks(built)]:
         _materialize(built, block, device)

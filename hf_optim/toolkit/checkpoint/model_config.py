@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
+from ...trust.code import may_run, require_no_kernels
+from ...trust.files import require_regular
 
 
 def load_config(source: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """Load the configuration of a model. Raises ``ModelError`` if there is none."""
+    """Load the configuration of a model; its code runs only if ``trust_remote_code`` is True.
+
+    Raises ``ModelError`` if there is no configuration, or if it needs code that is not trusted, and ``CheckpointError``
+    for files that are no regular files of the checkpoint, and for a configuration that names a kernel on the Hub.
+    """
+    trusted = may_run(trust_remote_code)
+    if Path(source).is_dir():
+        require_regular(Path(source))
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, revision=revision)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{source} needs model code of its own: if you trust it, pass trust_remote_code=True "
+                "(--trust-remote-code)"
+            ) from error
         raise ModelError(f"no model configuration at {source!r}: {str(error).splitlines()[0]}") from error
+    require_no_kernels(source, trusted, revision=revision)
+    return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class whose ``from_pretrained`` loads the model that ``config`` describes."""
-    names = getattr(config, "architectures", None) or []
+    names = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    auto_map = getattr(config, "auto_map", None) or {}
+        # A name in a configuration is input: transformers has functions, trainers and pipelines too.
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    auto_map = getattr(config, "auto_map", None)
+    auto_map = auto_map if isinstance(auto_map, Mapping) else {}
     autos = [name for name in auto_map if name.startswith("AutoModel") and hasattr(transformers, name)]
     # The map has a class for every head, but the checkpoint has the weights of one.
     autos.sort(key=lambda name: str(auto_map[name]).rpartition(".")[2] not in names)
@@ -34,8 +55,18 @@ def model_class(config: PreTrainedConfig) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def build_meta_model(config: PreTrainedConfig) -> Any:
-    """Build the model that ``config`` describes on the meta device."""
+def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """Build the model that ``config`` describes on the meta device; its own code runs only if it is trusted.
+
+    Raises ``ModelError`` if it needs code that is not trusted, or if no class fits ``config``.
+    """
     cls = model_class(config)
     with torch.device("meta"):
-        return cls.from_config(config) if cls.__name__.startswith("AutoModel") else cls(config)
+        if not cls.__name__.startswith("AutoModel"):
+            return cls(config)
+        try:
+            return cls.from_config(config, trust_remote_code=may_run(trust_remote_code))
+        except ValueError as error:
+            raise ModelError(
+                f"no model can be built from {type(config).__name__}: {str(error).splitlines()[0]}"
+            ) from error

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ...errors import CheckpointError
+from ...trust.headers import read_header
 
 # The dtypes that hf_optim reads and writes, by their names in safetensors.
 TORCH_DTYPES = {
@@ -31,7 +29,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # Floating dtypes that compressed layers are stored in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 class UnsupportedCheckpoint(Exception):
@@ -85,24 +82,4 @@ class SafetensorsHeaders:
 def _header(path: Path) -> list[TensorInfo]:
     if path.suffix != ".safetensors":
         raise UnsupportedCheckpoint(f"{path.name} is not a safetensors file")
-    try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-            size = path.stat().st_size - 8 - length
-        found = {key: value for key, value in header.items() if key != "__metadata__"}
-        for key, value in found.items():
-            if value["data_offsets"][1] > size:
-                raise CheckpointError(
-                    f"{path.name} is truncated: {key} ends beyond the end of the file; download or copy it again"
-                )
-        return [
-            TensorInfo(
-                key, value["dtype"], tuple(value["shape"]), path, *(8 + length + at for at in value["data_offsets"])
-            )
-            for key, value in found.items()
-        ]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} is truncated or corrupt ({error}); download or copy it again") from error
+    return [TensorInfo(e.key, e.type, e.shape, path, e.begin, e.end) for e in read_header(path)]

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ModelError, RecipeError
+from ...errors import CheckpointError, ModelError, RecipeError
+from ...trust.weights import checked_weights
+from ..checkpoint.model_config import load_config
 from ..distributed import fsdp
 from ..topology.block_lists import blocks
 
@@ -23,24 +25,30 @@ SAMPLED_BYTES = 2**16  # of each end of a file that is hashed
 def load(source: str, label: str) -> nn.Module:
     """Load a teacher from a path or Hub id, with the class in its configuration and the dtype of its checkpoint.
 
-    ``label`` is the name of the step in messages. Raises ``ModelError``.
+    A recipe names the teacher, so code that comes with it never runs: the caller can set a teacher of such a class.
+    ``label`` is the name of the step in messages. Raises ``ModelError``, and ``CheckpointError`` for weights that are
+    not safetensors files of the teacher in good order.
     """
     import transformers
+    from transformers import PreTrainedModel
 
     source, given = os.path.expanduser(source), source
     if _looks_like_path(given) and not os.path.isdir(source):
         raise ModelError(f"{label}: the teacher {given!r} cannot be loaded: no such folder")
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        name = (config.architectures or ["model without `architectures`"])[0]
+        config = load_config(source)
+        name = str((config.architectures or ["model without `architectures`"])[0])
         cls = getattr(transformers, name, None)
-        if cls is None:
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
             raise ModelError(
-                f"{label}: the teacher {source} is a {name}, which is not a class of transformers; load it yourself "
-                "and set hf_optim.run_of(model).state(step).teacher"
+                f"it is a {name}, which is not a model class of transformers; load it yourself and set "
+                "hf_optim.run_of(model).state(step).teacher"
             )
-        return cls.from_pretrained(source, dtype="auto", use_safetensors=True)
-    except OSError as error:
+        checked_weights(source, named=getattr(config, "transformers_weights", None))
+        return cls.from_pretrained(source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
+    except (OSError, ModelError) as error:
         raise ModelError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
 
 
@@ -182,7 +190,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(os.path.expanduser(source)) if source else None
+        return AutoTokenizer.from_pretrained(os.path.expanduser(source), trust_remote_code=False) if source else None
     except (OSError, ValueError, KeyError):
         return None
 

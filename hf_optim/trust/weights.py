@@ -1,0 +1,174 @@
+"""The weight files of a checkpoint: safetensors only, found as transformers finds them, and checked before it does.
+
+Every place that loads weights calls ``checked_weights`` first: stock ``from_pretrained`` follows an index or a
+configuration to any file, and falls back to pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .files import require_inside, require_regular
+from .headers import MAX_HEADER_BYTES, read_header, require_disjoint
+from .lookup import Where, first_line
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Names of the shards of torch's distributed checkpoints, which stock transformers loads in place of an index.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+_CONVERT = (
+    "hf_optim reads only safetensors, because opening a pickle can run arbitrary code. Convert the checkpoint once "
+    "with stock transformers: AutoModel.from_pretrained(...).save_pretrained(...)"
+)
+
+
+def checked_weights(
+    source: str | os.PathLike[str],
+    *,
+    named: Any = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    **lookup: Any,
+) -> tuple[Path, ...]:
+    """Return the weight files that stock ``from_pretrained`` loads for these arguments, after checking each.
+
+    Each is a safetensors file: regular, inside the folder of the checkpoint, with a header in order, and with tensors
+    that no other file has. Files on the Hub are downloaded first.
+
+    Args:
+        source: a Hub id, a directory, or a safetensors file.
+        named: ``transformers_weights`` of the configuration: the file to load instead of the usual ones.
+        variant, subfolder: as in ``from_pretrained``.
+        adapter, adapter_revision: the Hub id or directory of an adapter that is loaded with the model, and its
+            revision; None for an adapter in ``source``.
+        lookup: how files are found on the Hub: ``revision``, ``token``, ``cache_dir`` and so on.
+
+    Raises ``CheckpointError``, which names the file.
+    """
+    where = Where(os.fspath(source), subfolder or "", lookup)
+    if os.path.isdir(where.source):
+        require_regular(Path(where.source, where.subfolder))
+    base = _check_adapter(Where(adapter, "", {**lookup, "revision": adapter_revision}) if adapter else where)
+    if base is not None and adapter is None:
+        where = Where(base, "", {**lookup, "revision": None})
+    files = _find(where, named, variant)
+    require_disjoint([(path, read_header(path, where.source)) for path in files], where.source)
+    return files
+
+
+def _find(where: Where, named: Any, variant: str | None) -> tuple[Path, ...]:
+    """Return the files in the order of preference of transformers: the named one, a single file, shards."""
+    if os.path.isfile(where.source):
+        path = Path(where.source)
+        return (require_inside(path.parent, _safetensors_name(path.name, where)),)
+    _refuse_distributed(where)
+    names = (_named(named, where),) if named is not None else (_variant(SINGLE, variant), _variant(INDEX, variant))
+    for name in names:
+        home = where.home_of(name)
+        if home is None:
+            continue
+        path = require_inside(home, name)
+        if not name.endswith(".json"):
+            return (path,)
+        return tuple(_shard(where, home, shard) for shard in _shards(path, where))
+    raise CheckpointError(_nothing(where, names))
+
+
+def _shards(index: Path, where: Where) -> list[str]:
+    """Return the names of the shards in an index file, sorted as in transformers."""
+    try:
+        if index.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has {index.stat().st_size} bytes")
+        data = json.loads(index.read_text(encoding="utf-8"))
+        placed = data["weight_map"]
+        if not isinstance(data["metadata"], dict) or not placed:
+            raise ValueError("it has no metadata, or an empty weight_map")
+        names = set(placed.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(
+            f"{index.name} of {where.source} is corrupt ({reason}); download or copy it again"
+        ) from error
+    return sorted(_safetensors_name(name, where) for name in names)
+
+
+def _shard(where: Where, home: Path, name: str) -> Path:
+    if not os.path.isdir(where.source):
+        where.home_of(name)  # downloads it
+    return require_inside(home, name)
+
+
+def _check_adapter(where: Where) -> str | None:
+    """Check the files of an adapter, if ``where`` holds one; return the base model that is loaded in its place.
+
+    None if there is no adapter, or if it lies beside the model that it belongs to.
+    """
+    from transformers.utils import is_peft_available
+
+    if not is_peft_available() or os.path.isfile(where.source):
+        return None
+    home = where.home_of(ADAPTER_CONFIG)
+    if home is None:
+        return None
+    what = f"{ADAPTER_CONFIG} of {where.source}"
+    try:
+        config = json.loads(require_inside(home, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is corrupt ({first_line(error)}); download or copy it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{what} is not a mapping")
+    if config.get("megatron_config"):
+        raise CheckpointError(f"{what} names a module of Megatron to import; adapters of stock layers only")
+    if where.home_of(ADAPTER) is None:
+        raise CheckpointError(f"{where.source} is an adapter without {ADAPTER}: {_CONVERT}")
+    read_header(require_inside(home, ADAPTER), where.source)
+    if os.path.isdir(where.source) and os.path.exists(home / "config.json"):
+        return None
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{what} names no base model")
+    return base
+
+
+def _named(name: Any, where: Where) -> str:
+    if isinstance(name, str) and name.endswith(".safetensors.index.json"):
+        return name
+    return _safetensors_name(name, where)
+
+
+def _safetensors_name(name: Any, where: Where) -> str:
+    if not isinstance(name, str) or not name.endswith(".safetensors"):
+        raise CheckpointError(f"{where.source} names {str(name)[:100]!r} as a weight file: {_CONVERT}")
+    return name
+
+
+def _variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def _refuse_distributed(where: Where) -> None:
+    if not os.path.isdir(where.source):
+        return
+    home = Path(where.source, where.subfolder)
+    if home.is_dir() and any(_DISTRIBUTED.match(name) for name in os.listdir(home)):
+        raise CheckpointError(
+            f"{where.source} is a distributed checkpoint of torch: load it once with stock transformers and save it "
+            "with save_pretrained"
+        )
+
+
+def _nothing(where: Where, names: tuple[str, ...]) -> str:
+    home = Path(where.source, where.subfolder)
+    pickles = sorted(path.name for pattern in PICKLES for path in home.glob(pattern)) if home.is_dir() else []
+    if pickles:
+        return f"{where.source} holds pickle files ({', '.join(pickles[:5])}); {_CONVERT}"
+    return f"{where.source} has no safetensors weights: no file named {' or '.join(names)}"
