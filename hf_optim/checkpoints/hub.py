@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 from ..runs.record import FILE_NAME, Record
 from ..runs.run import find_run
+from ..trust.files import require_publishable
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -165,6 +166,7 @@ def _require_finished(directory: Path) -> None:
     """Raise ``CheckpointError`` unless ``directory`` is the checkpoint of a finished run, with its record and card."""
     if not directory.is_dir():
         raise CheckpointError(f"no directory {str(directory)!r}")
+    require_publishable(directory)
     for name in ("config.json", FILE_NAME, "README.md"):
         if not (directory / name).is_file():
             raise CheckpointError(

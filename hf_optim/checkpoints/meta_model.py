@@ -77,9 +77,13 @@ def build(source: ModelSource) -> MetaModel:
 
 
 def is_local(source: ModelSource) -> bool:
-    """Return True if the shards of a checkpoint are on this machine, in a directory or in the Hub's cache."""
+    """Return True if weights of a checkpoint are on this machine, in a directory or in the Hub's cache.
+
+    Those that ``build`` refuses count, too.
+    """
     home = local_directory(source.model, source.revision)
-    return home is not None and any(home.glob("*.safetensors"))
+    patterns = ("*.safetensors", "*.index.json", "*.bin")
+    return home is not None and any(True for pattern in patterns for _ in home.glob(pattern))
 
 
 @contextlib.contextmanager

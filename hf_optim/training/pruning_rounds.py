@@ -41,6 +41,7 @@ from ..toolkit.pruning import masks
 from ..toolkit.pruning.rewinding import copy_state_, reinitialized_copy, require_lambda_lr, seek_scheduler_
 from ..toolkit.pruning.rounds import ROUNDS, round_sparsity
 from ..toolkit.topology import require_layers
+from ..trust.files import require_regular
 from .checkpoint_callback import write_state
 
 
@@ -196,6 +197,7 @@ class Rounds:
                 f"{self.label}: the rewind checkpoint {folder} is missing: restore the folder that the training wrote "
                 "next to its checkpoints, or train again from the beginning"
             )
+        require_regular(folder)
         if _digest(folder) != self.state.point_sha256:
             raise CheckpointError(
                 f"{self.label}: the rewind checkpoint {folder} is not the one that this training wrote: "
@@ -220,7 +222,8 @@ class Rounds:
         dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
         before = torch.random.get_rng_state()
         try:
-            return type(model).from_pretrained(folder, config=deepcopy(model.config), dtype=dtype)
+            config = deepcopy(model.config)
+            return type(model).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
         finally:
             torch.random.set_rng_state(before)
 
@@ -248,8 +251,9 @@ class Rounds:
 
 
 def _digest(folder: Path) -> str:
+    """Return a hash of the weights, masks and optimizer state in a rewind checkpoint: of all that ``rewind`` reads."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(OPTIMIZER_NAME)]):
         with path.open("rb") as file:
             while piece := file.read(1 << 22):
                 digest.update(piece)

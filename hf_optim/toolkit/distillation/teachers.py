@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ModelError, RecipeError
+from ...trust.files import require_regular
 from ...trust.weights import checked_weights
 from ..checkpoint.model_config import load_config
 from ..distributed import fsdp
@@ -243,11 +244,13 @@ def hash_files(source: str) -> str:
     """Return what identifies the teacher that is currently at a path or Hub id, without reading all of its weights.
 
     For a folder, a hash of its configuration and of name, size, header, and the first and last 64 KiB of data of every
-    safetensors file; for a Hub id, the commit in the local cache, or else the id itself.
+    safetensors file; for a Hub id, the commit in the local cache, or else the id itself. Raises ``CheckpointError`` for
+    files that are not regular files of the folder.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return _commit_of(source) or source
+    require_regular(folder)
     digest = hashlib.sha256()
     config = folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
