@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +14,58 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.reader import byte_view
 from ..compressed import state
 from ..errors import CheckpointError
 from ..recipes.technique import Technique
-from ..runs import snapshot
+from ..runs import folder_lock, snapshot, work_files
+from ..runs.disk_errors import readable_disk_errors
 from ..runs.distributed import barrier, is_main
 from ..runs.record import versions
-from ..runs.resume_header import is_begun, write_json
+from ..runs.resume_header import HEADER, is_begun, remove_work_folder, require_work_folder, write_json
 from ..runs.run import Run
 from ..toolkit.distributed import collectives
 
-HEADER = "journal.json"
-FORMAT = 2  # of the state of a run in journals; another one is not resumed
-VOLATILE_CONFIG_KEYS = ("use_cache", "architectures", "dtype", "transformers_version")
+FORMAT = 3  # of work folders; another one is not resumed
+# A Trainer and saving set some of these keys; whether they did so yet depends on where the run resumes. The name is a
+# path as the caller wrote it.
+VOLATILE_CONFIG_KEYS = ("use_cache", "architectures", "dtype", "transformers_version", "_name_or_path")
+PATH_FIELDS = ("output_dir", "logging_dir")  # of training arguments; they need not exist
 
 
 class BlockJournal:
     """The completed blocks of a blockwise calibration, one file each in a directory. Only the main rank writes.
 
+    The directory is locked until ``remove``, or until the journal is dropped.
+
     Args:
         directory: where the files go; created with the first block.
         resume: True to reuse the blocks in ``directory``, False to remove them and start over.
 
-    ``restore`` and ``save`` raise ``CheckpointError`` if the journal belongs to another recipe, model, data or version.
+    Raises ``CheckpointError`` if another process has the directory, or if it is not a work folder. ``restore`` and
+    ``save`` raise it if the journal belongs to another recipe, model, data or version, or if writing fails.
     """
 
     def __init__(self, directory: Path, resume: bool) -> None:
         self.directory = Path(directory)
         self._identity: dict[str, Any] = {}
-        if not resume and is_main():
-            shutil.rmtree(self.directory, ignore_errors=True)
+        self._release = lambda: None
+        if is_main():
+            require_work_folder(self.directory)
+            real = folder_lock.acquire(self.directory)
+            self._release = weakref.finalize(self, folder_lock.release, real)  # type: ignore[assignment]
+            if not resume:
+                remove_work_folder(self.directory)
         barrier()
 
     def restore(self, run: Run, first: Technique, name: str) -> bool:
         """Restore the block ``name``, and the run as it was after the steps from ``first`` on completed that block.
 
-        Returns False if the block is not in the journal. Raises ``CheckpointError`` if its file cannot be read.
+        Returns False if the block is not in the journal, or if its file is damaged.
         """
         self._check(run)
         path = self._path(run, first, name)
-        if not collectives.is_true_on_all_ranks(path.is_file()):
+        if not collectives.is_true_on_all_ranks(work_files.is_intact(path, self._digest)):
             return False
         try:
             with safe_open(path, framework="pt") as file:
@@ -78,18 +91,30 @@ class BlockJournal:
             f"run.{k}": v for k, v in run_tensors.items()
         }
         path = self._path(run, first, name)
-        partial = path.with_suffix(".writing")
-        save_file(
-            {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
-            partial,
-            metadata={"hf_optim": json.dumps({"module": module_meta, "run": run_meta})},
-        )
-        os.replace(partial, path)
+        partial = path.with_name(path.name + work_files.WRITING)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with readable_disk_errors(self.directory, f"the block {name}", needed, "free some space and add --resume"):
+            try:
+                work_files.unseal(path)
+                save_file(
+                    {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
+                    partial,
+                    metadata={"hf_optim": json.dumps({"module": module_meta, "run": run_meta})},
+                )
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            work_files.seal(path, self._digest)
 
     def remove(self) -> None:
         """Remove the journal, once the run has finished."""
         if is_main():
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove_work_folder(self.directory)
+        self._release()
+
+    @property
+    def _digest(self) -> str:
+        return work_files.digest_json(self._identity)
 
     def _path(self, run: Run, first: Technique, name: str) -> Path:
         return self.directory / f"step-{run.index(first) + 1}-{name}.safetensors"
@@ -100,34 +125,72 @@ class BlockJournal:
         header = self.directory / HEADER
         if is_begun(header, identity, f"the journal in {self.directory.name} was made with") or not is_main():
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with readable_disk_errors(self.directory, "the journal"):
+            self.directory.mkdir(parents=True, exist_ok=True)
         write_json(header, identity)
 
 
 def run_identity(run: Run, model_hash: str | None = None) -> dict[str, Any]:
-    """Return what must be equal for a run to resume: recipe, model, data and versions, in JSON types.
+    """Return what must be equal for a run to resume: format, recipe, model, data and versions, in JSON types.
+
+    Paths are left out or made absolute, so that a folder may be named in another way: the data is identified by the
+    hash of its tensors, and the model by its bytes.
 
     Args:
-        model_hash: identifies the model; None hashes its configuration and a sample of its parameters.
+        model_hash: identifies the model; None hashes its configuration and the bytes of every tensor.
     """
     packages = versions()
+    recipe = run.recipe.to_dict()
+    recipe.pop("spill", None)  # where activations are kept does not change the result
     return {
         "format": FORMAT,
-        "recipe": run.recipe.to_dict(),
-        "model": model_hash or _hash_model(run),
-        "data": run.data.description if run.data is not None else None,
-        "versions": {name: packages.get(name) for name in ("hf-optim", "torch", "transformers")},
+        "recipe": _with_real_paths({**recipe, "calibration": _without_name(recipe.get("calibration"))}),
+        "model": model_hash or hash_model(run),
+        "data": _without_name(run.data.description) if run.data is not None else None,
+        "versions": {name: packages.get(name) for name in ("hf-optim", "torch", "transformers", "compressed-tensors")},
     }
 
 
-def _hash_model(run: Run) -> str:
-    # A Trainer and saving set these keys; whether they did so yet depends on where the run resumes.
-    config = {key: value for key, value in run.model.config.to_dict().items() if key not in VOLATILE_CONFIG_KEYS}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for parameter in run.model.parameters():
-        # About a thousand values of each: enough to distinguish two trainings, and fast for any model size.
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
-        digest.update(sample.float().cpu().numpy().tobytes())
+def _without_name(described: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {key: value for key, value in described.items() if key != "dataset"} if described is not None else None
+
+
+def _with_real_paths(value: Any, key: str = "") -> Any:
+    """Return JSON types with the paths of this machine made absolute, and local teachers identified by their bytes."""
+    if isinstance(value, Mapping):
+        return {name: _with_real_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_real_paths(inner, key) for inner in value]
+    if not isinstance(value, str) or "\0" in value or len(value) > 4096:
+        return value
+    if key == "teacher" and os.path.isdir(value):
+        shards = sorted(Path(value).glob("*.safetensors"))
+        return [os.path.realpath(value), *(work_files.digest_file(path, path.name) for path in shards)]
+    is_path = key in PATH_FIELDS or (os.sep in value and os.path.exists(value))
+    return os.path.realpath(value) if is_path else value
+
+
+def hash_config(config: Any) -> str:
+    """Return the SHA-256 of a configuration without its ``VOLATILE_CONFIG_KEYS``, at any depth."""
+
+    def stable(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: stable(inner) for key, inner in value.items() if key not in VOLATILE_CONFIG_KEYS}
+        return value
+
+    return work_files.digest_json(stable(config.to_dict()))
+
+
+def hash_model(run: Run) -> str:
+    """Return the SHA-256 of the configuration of ``run.model`` and of the bytes of its parameters and buffers."""
+    digest = hashlib.sha256(hash_config(run.model.config).encode())
+    seen: set[int] = set()
+    for name, tensor in run.model.state_dict(keep_vars=True).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if id(tensor) in seen or tensor.is_meta or not tensor.numel():
+            continue
+        seen.add(id(tensor))
+        digest.update(byte_view(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 

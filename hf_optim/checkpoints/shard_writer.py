@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..runs.disk_errors import readable_disk_errors
 from ..toolkit.checkpoint.safetensors import DTYPE_NAMES, TORCH_DTYPES, TensorInfo
 from .reader import byte_view
 
@@ -24,6 +26,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo], metadata
 
     A ``TensorInfo`` is copied bytewise from its own file. Tensors are ordered by item size, widest first, so that every
     tensor is aligned, then by name: equal tensors make equal files.
+
+    Raises ``CheckpointError`` if writing fails; what was written is then removed.
     """
     order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -40,11 +44,17 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor | TensorInfo], metadata
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     partial = path.with_name(path.name + ".writing")
-    with partial.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            _write(file, tensors[name])
-    os.replace(partial, path)
+    with readable_disk_errors(path.parent, path.name, offset, "free some space and add --resume"):
+        try:
+            with partial.open("wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                for name in order:
+                    _write(file, tensors[name])
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def _dtype(value: Tensor | TensorInfo) -> torch.dtype:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import sys
 from pathlib import Path
@@ -38,6 +40,23 @@ def resident() -> dict[str, int]:
             if name in ("RssAnon", "RssFile"):
                 found[{"RssAnon": "anonymous", "RssFile": "file"}[name]] = int(rest.split()[0]) * 1024
     return found
+
+
+def release_freed_pages() -> None:
+    """Return memory that was freed to the operating system. glibc otherwise keeps it, scattered over its arenas."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    except OSError:
+        return None
 
 
 class PeakMemory:

@@ -18,6 +18,8 @@ from ..data.token_sequences import sample_sequences, sequence_length
 from ..errors import DataError, RecipeError
 from ..recipes.config import DataConfig
 from ..recipes.field_checks import did_you_mean
+from ..runs import folder_lock
+from ..runs.disk_errors import readable_disk_errors
 from ..runs.run import run_of
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,10 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
             trainer.add_callback(journal.callback())
         if checkpoint is not None:
             log.info("training resumes from %s", Path(checkpoint).name)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        # Checkpoints are written by the Trainer and by torch, with errors of their own.
+        saved = str(trainer.args.output_dir)
+        with folder_lock.locked(saved), readable_disk_errors(saved, "a training checkpoint"):
+            trainer.train(resume_from_checkpoint=checkpoint)
     # A step may have replaced the model: the run has the current one.
     return trainer.run.model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -16,6 +15,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..calibration.block_journal import BlockJournal, run_identity
+from ..errors import CheckpointError
+from ..runs import work_files
+from ..runs.disk_errors import readable_disk_errors
 from ..runs.resume_header import is_begun, write_json
 from ..runs.run import Run
 
@@ -40,6 +42,7 @@ class TrainJournal:
     def __init__(self, journal: BlockJournal, run: Run) -> None:
         self.home = journal.directory / f"training-{run.stage_index + 1}"
         self.run = run
+        self._identity = ""
 
     @property
     def output_dir(self) -> Path:
@@ -71,35 +74,66 @@ class TrainJournal:
         mine = {**run_identity(self.run), "training data": _digest(rows)}
         header = self.home / HEADER
         what = f"the training of {self.run.stage} in {self.home.parent.name} was begun with"
+        self._identity = work_files.digest_json(mine)
         if is_begun(header, mine, what) and (found := self._last_complete()) is not None:
             return found
         # A kill during the first checkpoint leaves nothing to resume from.
         shutil.rmtree(self.home, ignore_errors=True)
-        self.home.mkdir(parents=True)
+        with readable_disk_errors(self.home, "the journal of the training"):
+            self.home.mkdir(parents=True)
         write_json(header, mine)
         return None
 
     def callback(self) -> TrainerCallback:
         """Return a callback that records each complete checkpoint; add it after the callbacks that write into them."""
-        return _CompletedCheckpointCallback(self.home / PROGRESS)
+        return _CompletedCheckpointCallback(self.home / PROGRESS, self._identity)
 
     def _last_complete(self) -> str | None:
-        """Return the last complete checkpoint; others in the folder may be partial, or of another training."""
-        progress = self.home / PROGRESS
-        if not progress.is_file():
-            return None
-        folder = json.loads(progress.read_text(encoding="utf-8"))["checkpoint"]
-        return folder if Path(folder).is_dir() else None
+        """Return the last complete checkpoint; others in the folder may be partial, damaged, or of another training."""
+        for entry in reversed(_completed(self.home / PROGRESS, self._identity)):
+            folder = Path(entry["checkpoint"])
+            if folder.is_dir() and _digest_folder(folder) == entry["sha256"]:
+                return str(folder)
+            log.warning("%s is missing or damaged: training does not resume from it", folder)
+        return None
 
 
 class _CompletedCheckpointCallback(TrainerCallback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if folder.is_dir():
-            write_json(self.path, {"checkpoint": os.path.abspath(folder)})
+        if not folder.is_dir():
+            return
+        entry = {"checkpoint": os.path.realpath(folder), "sha256": _digest_folder(folder)}
+        before = [other for other in _completed(self.path, self.identity) if other["checkpoint"] != entry["checkpoint"]]
+        checkpoints = [*before[-1:], entry]
+        write_json(self.path, {"checkpoints": checkpoints, "sha256": _digest_progress(checkpoints, self.identity)})
+
+
+def _completed(path: Path, identity: str) -> list[dict[str, str]]:
+    """Return the completed checkpoints, the latest last; none if the file is missing, damaged or of another run."""
+    if not path.is_file():
+        return []
+    try:
+        found = work_files.read_json(path, "training starts from the beginning")
+        if found.get("sha256") == _digest_progress(found.get("checkpoints"), identity):
+            return found["checkpoints"]
+    except CheckpointError as error:
+        log.debug("%s", error)
+    log.warning("%s is damaged or of another run: training starts from the beginning", path)
+    return []
+
+
+def _digest_progress(checkpoints: Any, identity: str) -> str:
+    return work_files.digest_json({"identity": identity, "checkpoints": checkpoints})
+
+
+def _digest_folder(folder: Path) -> str:
+    """Return the SHA-256 of the names and contents of all files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return work_files.digest_json({str(path.relative_to(folder)): work_files.digest_file(path) for path in files})
 
 
 def _digest(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from streamed_and_blockwise import random_batches, streamed
@@ -75,13 +77,13 @@ def killed_after(victims, words, journal, blocks):
     """Run the command in a child process, and kill it with SIGKILL once this many blocks are completed."""
     child = victims.run(f"result = begin({words!r})")
     deadline = time.monotonic() + 240
-    while len(list(journal.glob("state-*.safetensors"))) < blocks:
+    while len(list(journal.glob("state-*.sum"))) < blocks:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     ended = victims.run(f"result = os.WTERMSIG(os.waitpid({child}, 0)[1])")
     assert ended == signal.SIGKILL
-    return len(list(journal.glob("state-*.safetensors")))
+    return len(list(journal.glob("state-*.sum")))
 
 
 def test_killed_twice_it_ends_with_the_same_bytes(shop, victims):
@@ -91,7 +93,7 @@ def test_killed_twice_it_ends_with_the_same_bytes(shop, victims):
     second = killed_after(victims, shop.words("killed", "--resume"), journal, first + 2)
     assert 1 <= first < second < BLOCKS
     assert not (shop.home / "killed").exists()
-    finished = {path: path.stat().st_mtime_ns for path in journal.glob("state-*.safetensors")}
+    finished = list(journal.glob("state-*.sum"))
     assert main(shop.words("killed", "--resume")) == 0
     assert len(finished) == second
     one, other = shop.home / "killed", shop.home / "undisturbed"
@@ -153,17 +155,90 @@ def test_stopped_anywhere_in_a_block(make, steps, when, tmp_path, monkeypatch):
         assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_damaged_journal_is_named(tmp_path, monkeypatch):
-    home, batches = tmp_path / "model", random_batches(tiny_llama())
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+
+
+def swap(path):
+    other = path.with_name(path.name.replace("00001", "00002", 1))
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
+    other.write_bytes(first)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "swapped": swap,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "foreign": lambda path: path.write_bytes(b"not ours"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A checkpoint, its batches, the undisturbed result, and the journal of a run that stopped behind the blocks."""
+    shop = tmp_path_factory.mktemp("stopped")
+    home, batches = shop / "model", random_batches(tiny_llama())
     tiny_llama().save_pretrained(home)
-    with monkeypatch.context() as patch:
+    streamed(home, GPTQ, batches, shop / "undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver.StreamedDriver, "_calibrate_non_blocks", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
-            streamed(home, GPTQ, batches, tmp_path / "out")
-    damaged = tmp_path / ".out.journal" / "state-00001.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match=r"state-00001\.safetensors cannot be read .*without --resume"):
-        streamed(home, GPTQ, batches, tmp_path / "out", resume=True)
+            streamed(home, GPTQ, batches, shop / "out")
+    return shop, batches
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["state-00001.safetensors", "model-00001-of-00003.safetensors"])
+def test_a_damaged_block_is_calibrated_again(stopped, tmp_path, caplog, damage, kind):
+    shop, batches = stopped
+    shutil.copytree(shop / ".out.journal", tmp_path / ".out.journal")
+    damaged = tmp_path / ".out.journal" / kind
+    DAMAGES[damage](damaged)
+    if damage == "a folder":
+        with pytest.raises(CheckpointError, match="was not written"):
+            streamed(shop / "model", GPTQ, batches, tmp_path / "out", resume=True)
+        return
+    run = streamed(shop / "model", GPTQ, batches, tmp_path / "out", resume=True)
+    assert run.record.stages[0]["blocks"] == (2 if damage == "swapped" else 1)
+    assert "computed again" in caplog.text
+    for path in (shop / "undisturbed").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"format": 2}', "null", "\x00"])
+def test_a_damaged_or_old_header_is_refused(stopped, tmp_path, content):
+    shop, batches = stopped
+    shutil.copytree(shop / ".out.journal", tmp_path / ".out.journal")
+    (tmp_path / ".out.journal" / "journal.json").write_text(content)
+    with pytest.raises(CheckpointError, match="start without --resume"):
+        streamed(shop / "model", GPTQ, batches, tmp_path / "out", resume=True)
+    assert (tmp_path / ".out.journal" / "state-00001.safetensors").exists()
+
+
+def test_a_weight_changed_in_place_is_noticed(stopped, tmp_path):
+    shop, batches = stopped
+    shutil.copytree(shop / ".out.journal", tmp_path / ".out.journal")
+    shutil.copytree(shop / "model", tmp_path / "model")
+    shard = tmp_path / "model" / "model.safetensors"
+    before = shard.stat()
+    flip(shard)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time
+    with pytest.raises(CheckpointError, match="another model; start without --resume"):
+        streamed(tmp_path / "model", GPTQ, batches, tmp_path / "out", resume=True)
+
+
+def test_the_model_may_be_named_by_another_path(stopped, tmp_path, monkeypatch):
+    shop, batches = stopped
+    shutil.copytree(shop / ".out.journal", tmp_path / ".out.journal")
+    monkeypatch.chdir(shop)
+    run = streamed(Path("model"), GPTQ, batches, tmp_path / "out", resume=True)
+    assert run.record.stages[0].get("blocks", 0) == 0
 
 
 def test_a_run_without_data_skips_completed_blocks(tmp_path, monkeypatch):

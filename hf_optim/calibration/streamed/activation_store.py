@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ...checkpoints.reader import byte_view
 from ...errors import CheckpointError
+from ...runs.disk_errors import readable_disk_errors
 
 Leaf = Any
 
@@ -83,25 +84,33 @@ class ActivationStore:
     def _write(self, number: int, leaves: list[Leaf]) -> list[Leaf]:
         """Write the tensors of a batch one after another. Returns the leaves with meta tensors in their place."""
         kept: list[Leaf] = []
-        try:
-            with self._path(number).open("wb") as file:
-                for leaf in leaves:
-                    if isinstance(leaf, Tensor):
-                        host = leaf.detach().to("cpu").contiguous()
-                        file.write(byte_view(host))
-                        leaf = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-                    kept.append(leaf)
-        except OSError as error:
-            raise CheckpointError(f"cannot offload activations to {self.directory}: {error.strerror}") from error
+        needed = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        assert self.directory is not None
+        with (
+            readable_disk_errors(self.directory, f"the activations of batch {number}", needed),
+            self._path(number).open("wb") as file,
+        ):
+            for leaf in leaves:
+                if isinstance(leaf, Tensor):
+                    host = leaf.detach().to("cpu").contiguous()
+                    file.write(byte_view(host))
+                    leaf = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+                kept.append(leaf)
         return kept
 
     def _read(self, number: int) -> list[Leaf]:
         leaves: list[Leaf] = []
-        with self._path(number).open("rb") as file:
+        path = self._path(number)
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"cannot read activations from {path}: {error.strerror}") from error
+        with file:
             for leaf in self._leaves[number]:
                 if isinstance(leaf, Tensor):
                     host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=self.device.type == "cuda")
-                    file.readinto(byte_view(host))
+                    if file.readinto(byte_view(host)) != host.numel() * host.element_size():
+                        raise CheckpointError(f"{path} is truncated: another program has written to it")
                     leaf = host
                 leaves.append(leaf)
         return leaves

@@ -19,6 +19,7 @@ from ...compressed.quantizer import PackingFallback
 from ...errors import ModelError
 from ...recipes.technique import Technique
 from ...runs.masking import stray_weights
+from ...runs.memory import release_freed_pages
 from ...runs.run import Run
 from ...runs.scope import Example, Scope
 from ...toolkit import topology
@@ -223,6 +224,7 @@ class StreamedDriver:
             yield
         finally:
             offload_to_meta(module)
+            release_freed_pages()  # or the resident memory grows by most of each block
 
     @contextmanager
     def _refuse_changes_outside(self, block: topology.Block) -> Iterator[None]:

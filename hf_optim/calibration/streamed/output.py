@@ -1,14 +1,13 @@
 """Completed parts of a streamed result: one shard per block, and a state file with the rest of what resuming needs.
 
-A block is complete once its state file exists: the shard is written first, and both are moved into place only once
-they are complete. A run that was killed reads completed blocks back from their shards, bitwise identical to what the
-next block was calibrated on.
+A block is complete once its shard and its state file have their checksums (``runs.work_files``); that of the state file
+is written last. A damaged block is calibrated again. A run that was killed reads completed blocks back from their
+shards, bitwise identical to what the next block was calibrated on.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,13 @@ from ...compressed.quantizer import PackingFallback
 from ...compressed.state import dump_module_state, load_module_state, quantized_modules
 from ...compressed.state_dict import packed_state_dict
 from ...errors import CheckpointError
-from ...runs import snapshot
-from ...runs.resume_header import is_begun, write_json
+from ...runs import snapshot, work_files
+from ...runs.disk_errors import readable_disk_errors
+from ...runs.resume_header import HEADER, is_begun, remove_work_folder, require_work_folder, write_json
 from ...runs.run import Run
 from ...toolkit.checkpoint.safetensors import DTYPE_NAMES, TORCH_DTYPES, SafetensorsHeaders, TensorInfo
 from .decode import decode_weight, describe_experts, is_stored_quantized, require_one_scheme
 
-HEADER = "journal.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -49,13 +48,15 @@ class StreamedOutput:
 
     def __init__(self, directory: Path, names: list[str], identity: Mapping[str, Any], resume: bool) -> None:
         self.directory, self.names = directory, names
-        if not resume:
-            shutil.rmtree(directory, ignore_errors=True)
+        self._digest = work_files.digest_json(identity)
+        self._completed: dict[int, bool] = {}
+        require_work_folder(directory)
         header = directory / HEADER
-        if is_begun(header, identity, f"the journal in {directory.name} was made with"):
+        if resume and is_begun(header, identity, f"the journal in {directory.name} was made with"):
             return
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        remove_work_folder(directory)
+        with readable_disk_errors(directory, "the journal"):
+            directory.mkdir(parents=True)
         write_json(header, identity)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -67,8 +68,11 @@ class StreamedOutput:
         return self.directory / f"state-{number + 1:05d}.safetensors"
 
     def is_completed(self, number: int) -> bool:
-        """Return True if block ``number`` has been written."""
-        return self._state(number).is_file() and self.shard(number).is_file()
+        """Return True if block ``number`` has been written, and both of its files are as they were written."""
+        if number not in self._completed:
+            files = (self._state(number), self.shard(number))
+            self._completed[number] = all(work_files.is_intact(path, self._digest) for path in files)
+        return self._completed[number]
 
     @property
     def shards(self) -> list[Path]:
@@ -89,7 +93,7 @@ class StreamedOutput:
         experts = describe_experts(run.model, name)
         own = {f"{name}.{key}": value for key, value in state.items()}
         saved = to_saved_names(run.model, own)
-        write_shard(self.shard(number), saved)
+        self._write(self._state(number), self.shard(number), saved)
         keys = {id(value): key for key, value in saved.items()}
         where = {key.removeprefix(f"{name}."): keys[id(value)] for key, value in own.items() if id(value) in keys}
         # Tensors that the shard does not determine: a zero point of a symmetric grid, what a conversion took apart.
@@ -118,7 +122,16 @@ class StreamedOutput:
             **{f"run.{key}": value for key, value in run_tensors.items()},
         }
         write_shard(self._state(number), tensors, {"hf_optim": json.dumps(metadata)})
+        work_files.seal(self._state(number), self._digest)
+        self._completed[number] = True
         return [f"{name}.{part}" if part else name for part in off_grid]
+
+    def _write(self, state: Path, shard: Path, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
+        """Write and seal a shard, whose state file is incomplete until it is written, too."""
+        for path in (state, shard):
+            work_files.unseal(path)
+        write_shard(shard, tensors)
+        work_files.seal(shard, self._digest)
 
     def write_non_blocks(
         self, run: Run, names: list[str], checkpoint: Checkpoint, packing_fallback: PackingFallback, off_grid: list[str]
@@ -259,7 +272,7 @@ class StreamedOutput:
 
     def remove(self) -> None:
         """Remove the directory, once the run has finished."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_work_folder(self.directory)
 
 
 def to_saved_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

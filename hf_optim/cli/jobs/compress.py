@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 from ...calibration.block_journal import BlockJournal
+from ...calibration.streamed.spill import spill_folder
 from ...checkpoints import dense, saving
+from ...checkpoints.atomic import require_replaceable
 from ...checkpoints.remote_code import written_code
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.calibration_set import CalibrationData, build_calibration_data
@@ -29,6 +32,7 @@ from ...recipes.config import DataConfig, OptimConfig
 from ...recipes.contract import Reload
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed
+from ...runs.folder_lock import locked, real_path
 from ...runs.record import public_name
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
@@ -69,7 +73,8 @@ class Job:
 def compress(job: Job) -> Run:
     """Run the job. Returns the finished run with its model, and its record as written to ``hf_optim.json``.
 
-    Refuses what it can before any weight is read. Raises ``OptimError`` (see ``hf_optim.errors``).
+    Refuses what it can before any weight is read. The output is locked meanwhile: one process writes to it at a time.
+    Raises ``OptimError`` (see ``hf_optim.errors``).
     """
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
@@ -79,6 +84,14 @@ def compress(job: Job) -> Run:
     _refuse_missing_data(job)
     _refuse_unreadable(job.evaluation)
     _refuse_unreadable(job.training)
+    with locked(job.output) if distributed.is_main() else contextlib.nullcontext():
+        if distributed.is_main():
+            require_replaceable(job.output)
+            _require_spill(job.recipe.spill)
+        return _compress(job, device)
+
+
+def _compress(job: Job, device: torch.device | None) -> Run:
     found = preflight(job.source, job.recipe, job.output)
     for note in found.notes:
         job.print_line(note)
@@ -207,6 +220,7 @@ def _last_error_line(stderr: str) -> str:
 
 
 def _refuse_output(job: Job) -> None:
+    real_path(job.output)
     if job.output.exists() and not job.output.is_dir():
         raise CheckpointError(f"{job.output} is a file, not a directory")
     if job.output.is_dir() and Path(job.source.model).is_dir() and job.output.samefile(job.source.model):
@@ -278,5 +292,13 @@ def _make_dense(run: Run) -> None:
         )
 
 
+def _require_spill(spill: str | os.PathLike[str] | None) -> None:
+    """Raise ``CheckpointError`` if activations cannot be written to the directory ``spill``; it need not exist."""
+    if spill is not None:
+        with spill_folder(spill):
+            pass
+
+
 def _journal_home(output: Path) -> Path:
-    return Path(os.path.abspath(output)).with_name(f".{output.name}.journal")
+    real = real_path(output)
+    return real.with_name(f".{real.name}.journal")

@@ -6,26 +6,27 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...calibration.block_journal import run_identity
+from ...calibration.block_journal import hash_config, run_identity
 from ...calibration.streamed.driver import StreamedDriver
 from ...calibration.streamed.finished_model import finished_weights
 from ...calibration.streamed.output import INDEX, StreamedOutput
+from ...calibration.streamed.spill import spill_folder
 from ...checkpoints import saving
 from ...checkpoints.atomic import replace_directory
 from ...checkpoints.meta_model import MetaModel
-from ...checkpoints.reader import Checkpoint, read_sample
+from ...checkpoints.read_errors import readable_errors
+from ...checkpoints.reader import Checkpoint
 from ...compressed.quantization_config import quantization_config, stored_schemes
-from ...errors import CheckpointError
 from ...lifecycle.loading import apply_prepared
 from ...lifecycle.stages import attach_model, complete_stage, enter_stage, start_run
 from ...recipes.composition import Stage
 from ...recipes.config import OptimConfig
 from ...runs.run import Run
+from ...runs.work_files import digest_file
 from ...toolkit import topology
 
 
@@ -56,6 +57,7 @@ class StreamedJob:
         self.run.tokenizer, self.run.device, self.run.data = tokenizer, device, data
         apply_prepared(self.run, meta_model.model)
         attach_model(self.run, meta_model.model, source.model, source.revision)
+        self.files = meta_model.files
         self.checkpoint = Checkpoint(meta_model.files, meta_model.model)
         self.names = [block.name for block in topology.blocks(meta_model.model)]
         self.output = StreamedOutput(work, self.names, self._identity(), resume)
@@ -66,12 +68,8 @@ class StreamedJob:
         run = self.run
         if run.data is not None:
             run.record.calibration = run.data.description
-        spill = Path(tempfile.mkdtemp(prefix="activations-", dir=run.recipe.spill)) if run.recipe.spill else None
-        try:
+        with spill_folder(run.recipe.spill) as spill:
             enter_stage(run, partial(self._stream, spill))
-        finally:
-            if spill is not None:
-                shutil.rmtree(spill, ignore_errors=True)
         with finished_weights(run, self.output):
             complete_stage(run)
 
@@ -120,20 +118,17 @@ class StreamedJob:
             path.unlink()
 
     def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256(json.dumps(self.run.config.to_dict(), sort_keys=True, default=str).encode())
-        for key, entry in sorted(self.checkpoint.headers.entries.items()):
-            digest.update(f"{key} {entry.type} {entry.shape}".encode())
-            digest.update(read_sample(entry))
-        identity = run_identity(self.run, digest.hexdigest())
-        identity["recipe"].pop("spill", None)  # where activations are kept does not change the result
-        return identity
+        """Identify the run: the model by its configuration, its dtypes and every byte of its shards."""
+        digest = hashlib.sha256(hash_config(self.run.config).encode())
+        digest.update(json.dumps({name: str(dtype) for name, dtype in self.checkpoint.dtypes.items()}).encode())
+        for path in sorted(self.files, key=lambda path: path.name):
+            with readable_errors(path.parent):
+                digest.update(digest_file(path, path.name).encode())
+        return run_identity(self.run, digest.hexdigest())
 
 
 def _link(path: Path, target: Path) -> None:
     try:
         os.link(path, target)
     except OSError:
-        try:
-            shutil.copyfile(path, target)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {target.name}: {error.strerror}") from error
+        shutil.copyfile(path, target)
