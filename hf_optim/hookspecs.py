@@ -75,8 +75,9 @@ def training_loss(
 ) -> dict[str, torch.Tensor | float] | None:
     """Extra loss terms of one training step, by name; the host adds and logs them.
 
-    ``outputs`` are the student's (with ``logits`` and the task ``loss``). Each term is a mean over the micro-batch; the
-    host scales it for gradient accumulation as it does the task loss. The key ``task_scale`` (a float) multiplies the
+    ``outputs`` are the student's (with ``logits`` and the task ``loss``). Each term is a mean over the micro-batch, or
+    a vector of means to be added up; ``Technique.loss_items`` counts what it is a mean over, and the host weights it by
+    the micro-batch's share of that in the optimizer step. The key ``task_scale`` (a float) multiplies the
     task loss instead of being added; those of several steps multiply.
     """
 

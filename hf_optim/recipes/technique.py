@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -63,6 +63,22 @@ class Technique:
     def needs_teacher(self) -> bool:
         """Return True if ``calibrate`` needs the outputs of each block before this stage: see ``Scope.teacher``."""
         return False
+
+    def loss_items(self, run: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return, by the name of a term of ``training_loss``, how many items of a batch the term is a mean over.
+
+        The host weights each term by its items' share of the optimizer step, over accumulated batches and ranks, so
+        that the step is that of one large batch. It is called before the forward, with the batch alone. A count is
+
+        - a number or a scalar tensor; 1 for a term that does not depend on the batch, such as a penalty on the weights,
+          which then counts once for each step;
+        - a list of these, for a term that is a vector of means;
+        - a function that returns one of these, called only if the step has several batches: for counts that cost a
+          forward.
+
+        A term that is not named is taken as a mean over the items that have a label.
+        """
+        return {}
 
     def phases(self) -> frozenset[Phase]:
         """Return the phases of a stage that this step takes part in, derived from the hooks it implements."""

@@ -35,6 +35,18 @@ def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     return counted or trainer.compute_loss_func is not None
 
 
+def task_loss_factor(trainer: Any, num_items_in_batch: Any) -> int:
+    """Return the factor in the loss of ``Trainer.compute_loss`` that makes up for averaging over the processes."""
+    if num_items_in_batch is None or not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
+        return 1
+    if not trainer.args.average_tokens_across_devices:
+        return 1
+    if trainer.args.n_gpu > 1:
+        return int(trainer.args.n_gpu)
+    get_tp_size = getattr(trainer, "get_tp_size", lambda: 1)
+    return int(trainer.accelerator.num_processes // get_tp_size())
+
+
 def loss_shifts_labels(trainer: Any) -> bool:
     """Return True if the loss of a ``Trainer`` shifts the labels by one: the first of each row is not counted."""
     return getattr(trainer, "_loss_shifts_labels", False)

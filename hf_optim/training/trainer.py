@@ -20,6 +20,7 @@ from ..runs.run import run_of
 from ..toolkit import compat
 from ..toolkit.distributed import collectives
 from .checkpoint_callback import CheckpointCallback
+from .loss_weights import OTHER_KEY, TASK_KEY, Key, count_items, count_task_items, is_summed, step_weights, weighted
 from .mask_callback import MaskCallback
 from .stage_callbacks import stage_callbacks
 
@@ -31,8 +32,9 @@ TASK_SCALE = "task_scale"
 class OptimTrainer(Trainer):
     """``transformers.Trainer`` for an optimized model, with the same arguments and behaviour. In addition:
 
-    - Terms that ``training_loss`` hooks return are added to the task loss in training (never in evaluation), scaled
-      like it under gradient accumulation, and logged under their names next to ``task_loss``, as means over steps.
+    - Terms that ``training_loss`` hooks return are added to the task loss in training (never in evaluation), and
+      logged under their names next to ``task_loss``, as means over steps. Each is weighted by the share that the batch
+      has of what it is a mean over, so that an optimizer step does not depend on how its batch is cut.
     - Parameters of the groups that ``parameter_groups`` hooks return leave the Trainer's groups; weight decay is split
       as in those.
     - The callbacks of ``hf_optim.callbacks`` are added automatically.
@@ -50,6 +52,7 @@ class OptimTrainer(Trainer):
         self.run = run_of(model)
         self._stage = self.run.stage
         self._terms: dict[str, torch.Tensor] = {}
+        self._weights: list[dict[Key, torch.Tensor]] = []  # of the batches of the current step, in their order
         self._terms_since = 0
         self._grouped: torch.optim.Optimizer | None = None
         for callback in self._ours:
@@ -84,7 +87,9 @@ class OptimTrainer(Trainer):
         # When resuming from the final step mid-epoch, Trainer would otherwise run one extra step.
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._weights = self._weigh(batches) if batches and self._steps("training_loss") else []
+        return batches, items
 
     # -- the loss -------------------------------------------------------------------------------------------------
     def compute_loss(
@@ -98,59 +103,73 @@ class OptimTrainer(Trainer):
         if not steps:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out
+        weights = self._weights.pop(0) if self._weights else self._weigh([given], alone=True)[0]
         loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
-        share = self._share(given, num_items_in_batch)
         with self.accelerator.autocast():
-            found = self.run.call_on(steps, "training_loss", model=model, inputs=given, outputs=outputs)
-        # The share of this batch in the optimizer step, for the log.
-        part = 1.0 if compat.loss_is_scaled(self, num_items_in_batch) else 1.0 / compat.accumulation_steps(self)
-        self._note("task_loss", loss * part)
-        for terms in found:
-            loss = loss * terms.get(TASK_SCALE, 1.0)
-        for name, term in _named(found):
-            term = torch.as_tensor(term, device=loss.device) * share
-            self._note(name, term * part)
+            found = [
+                (position, self.run.call_on([step], "training_loss", model=model, inputs=given, outputs=outputs))
+                for position, step in enumerate(steps)
+            ]
+        if self.compute_loss_func is None:
+            loss = weighted(loss.mean(), weights[TASK_KEY])  # a DataParallel has a loss for each of its devices
+        self._note("task_loss", loss)
+        for _, terms in found:
+            for each in terms:
+                loss = loss * each.get(TASK_SCALE, 1.0)
+        for name, key, term in _named(found):
+            term = weighted(torch.as_tensor(term, device=loss.device), weights.get(key, weights[OTHER_KEY]))
+            self._note(name, term)
             loss = loss + term
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise OptimError(
                 f"a batch of {', '.join(given)} gives no loss: it has no labels, and no step added a loss term"
             )
+        if not compat.loss_is_scaled(self, num_items_in_batch):
+            loss = loss * compat.accumulation_steps(self)  # training_step divides by it
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[torch.Tensor, Any]:
-        """Compute the task loss; zero for a batch without labels, whose loss is the terms of the steps alone."""
-        if self.compute_loss_func is not None or any(name in inputs for name in self.label_names):
-            found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-            return found
+        """Compute the task loss as a mean over this batch; zero for a batch without labels, which has only terms.
+
+        The loss of ``compute_loss_func`` is returned as it is: it is a share of the whole accumulated batch.
+        """
+        if self.compute_loss_func is not None:
+            given: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return given
+        if any(name in inputs for name in self.label_names):
+            # Some heads divide by this number and others do not: with the batch's own items both return a mean. At
+            # least one, since 0 / 0 would be NaN for a batch without items.
+            own = None if self.args.n_gpu > 1 else self._own_items(inputs)
+            loss, outputs = super().compute_loss(model, inputs, True, own)
+            return loss / compat.task_loss_factor(self, own), outputs
         outputs = model(**inputs)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         return (torch.zeros((), device=self.args.device) if loss is None else loss), outputs
 
+    def _own_items(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        if not isinstance(inputs.get("labels"), torch.Tensor) or is_summed(self.run.model):
+            return None
+        return torch.as_tensor(count_task_items(self, inputs), device=self.args.device).clamp(min=1)
+
+    def _weigh(self, batches: list[Any], alone: bool = False) -> list[dict[Key, torch.Tensor]]:
+        """Return the weights of the loss terms of each batch of a step; a batch ``alone`` is a whole step."""
+        steps = self._steps("training_loss")
+        ranks = self.accelerator.num_processes
+        together = self.args.average_tokens_across_devices and ranks > 1 and not alone
+        whole = len(batches) == 1 and not together
+        counts = [
+            count_items([step.loss_items(self.run, batch) for step in steps], count_task_items(self, batch), whole)
+            for batch in batches
+        ]
+        weights = step_weights(counts, self.args.device, self.accelerator.gather if together else None, ranks)
+        if is_summed(self.run.model):
+            for each in weights:
+                each[TASK_KEY] = torch.full_like(each[TASK_KEY], ranks if together else 1)
+        return weights
+
     def _steps(self, hook: str) -> list[Technique]:
         stage = self.run.stage
         return [step for step in stage.steps if step.implements(hook)] if stage is not None else []
-
-    def _share(self, inputs: Mapping[str, Any], num_items_in_batch: Any) -> Any:
-        """Return the factor that puts a mean over this batch on the scale of the task loss.
-
-        A task loss that is a mean over the batch is divided by the accumulation steps later, and so are terms. One that
-        is normalized by the items of the whole accumulated batch is a share of it, and terms must be the same share.
-        """
-        if not compat.loss_is_scaled(self, num_items_in_batch):
-            return 1.0
-        labels = inputs.get("shift_labels", inputs.get("labels"))
-        if num_items_in_batch is None or not isinstance(labels, torch.Tensor):
-            return 1.0 / compat.accumulation_steps(self)
-        if "shift_labels" not in inputs and compat.loss_shifts_labels(self):
-            labels = labels[..., 1:]
-        # DataParallel repeats the number for each of its devices.
-        share = labels.ne(-100).sum() / torch.as_tensor(num_items_in_batch).reshape(-1)[0]
-        if self.args.n_gpu > 1:
-            return share if self.args.average_tokens_across_devices else share / self.args.n_gpu
-        if self.args.average_tokens_across_devices:
-            # The task loss is scaled up by the processes, since their gradients are averaged afterwards.
-            share = share * (self.accelerator.num_processes // self.get_tp_size())
-        return share
 
     # -- the log --------------------------------------------------------------------------------------------------
     def _note(self, name: str, value: torch.Tensor) -> None:
@@ -247,7 +266,8 @@ def _load_renamed(model: Any, folder: Path) -> None:
         return
     before = torch.random.get_rng_state()
     try:
-        whole = type(model).from_pretrained(folder, config=copy.deepcopy(model.config)).state_dict()
+        config = copy.deepcopy(model.config)
+        whole = type(model).from_pretrained(folder, config=config, use_safetensors=True).state_dict()
     finally:
         torch.random.set_rng_state(before)
     for name in missing:
@@ -267,11 +287,11 @@ def _split(
             yield {**group, "params": part, "weight_decay": weight_decay}
 
 
-def _named(found: list[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield the terms of all steps; a name used twice is numbered, so that the log distinguishes them."""
+def _named(found: list[tuple[int, list[Mapping[str, Any]]]]) -> Iterator[tuple[str, Key, Any]]:
+    """Yield name, key and value of the terms of all steps; a name used twice is numbered, so that the log differs."""
     seen: dict[str, int] = {}
-    for terms in found:
-        for name, term in terms.items():
+    for position, several in found:
+        for name, term in (item for terms in several for item in terms.items()):
             if name != TASK_SCALE:
                 seen[name] = seen.get(name, 0) + 1
-                yield (name if seen[name] == 1 else f"{name}_{seen[name]}"), term
+                yield (name if seen[name] == 1 else f"{name}_{seen[name]}"), (position, name), term

@@ -25,7 +25,7 @@ logits is kept: their gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ DIRECTIONS = ("forward", "reverse", "js")
 RESTS = ("bucket", "renormalize")
 # Heads that transformers trains by the `problem_type` of their configuration.
 SEQUENCE_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
+ONE_ROW_PER_SEQUENCE = (
+    *SEQUENCE_CLASSIFIERS,
+    "ForAudioClassification",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+)
 
 # Elements of one chunk of rows: 32 MB in float32, of which a handful of copies exist at a time.
 CHUNK_ELEMENTS = 2**23
@@ -244,16 +250,51 @@ def scored_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None = Non
         mask: attention mask ``[batch, tokens]``, used if there are no labels.
         shift: True for a causal model, whose logits at ``t`` predict token ``t + 1``.
     """
-    shape = logits.shape[:-1]
+    everything = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    return _scored(everything, labels, mask, shift).reshape(-1).nonzero().squeeze(-1).to(logits.device)
+
+
+def count_scored_rows(
+    model: Any, inputs: Mapping[str, Any], labels: Tensor | None, mask: Tensor | None = None, *, shift: bool = False
+) -> Tensor:
+    """Return how many rows ``scored_rows`` finds for a batch, as a scalar. It is known before the forward.
+
+    Args:
+        model: tells by its class whether there is a row for each token or for each sequence (or image).
+        inputs: the batch.
+        labels, mask, shift: as for ``scored_rows``.
+    """
+    everything = all_tokens(inputs, "decoder_" if model.config.is_encoder_decoder else "")
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if any(name.endswith(ONE_ROW_PER_SEQUENCE) for name in names):
+        everything = everything.new_ones(everything.shape[:1])
+    return _scored(everything, labels, mask, shift).sum()
+
+
+def all_tokens(inputs: Mapping[str, Any], prefix: str = "") -> Tensor:
+    """Return a mask of ones for the tokens of a batch ``[batch, tokens]``, or for its images ``[batch]``.
+
+    ``prefix`` is ``"decoder_"`` for the tokens that a decoder predicts.
+    """
+    labels = [inputs["labels"]] if prefix and isinstance(inputs.get("labels"), Tensor) else []
+    named = [inputs[name] for name in (f"{prefix}input_ids", "input_ids") if isinstance(inputs.get(name), Tensor)]
+    embedded = [inputs[name] for name in (f"{prefix}inputs_embeds", "input_values") if name in inputs]
+    for found in (*labels, *named):
+        return found.new_ones(found.shape, dtype=torch.bool)
+    for found in embedded:
+        return found.new_ones(found.shape[:2], dtype=torch.bool)
+    first = next(value for value in inputs.values() if isinstance(value, Tensor))
+    return first.new_ones(first.shape[:1], dtype=torch.bool)
+
+
+def _scored(everything: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool) -> Tensor:
+    """Return which elements of ``everything``, a mask of ones in the shape of the rows, are scored."""
+    shape, scored = everything.shape, everything
     if labels is not None and labels.shape == shape:
         scored = labels != -100
     elif labels is None and mask is not None and mask.shape == shape:
         scored = mask != 0
-    else:
-        scored = torch.ones(shape, dtype=torch.bool, device=logits.device)
-    if shift:
-        scored = F.pad(scored[..., 1:], (0, 1), value=False)
-    return scored.reshape(-1).nonzero().squeeze(-1).to(logits.device)
+    return F.pad(scored[..., 1:], (0, 1), value=False) if shift else scored
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_optim import ModelError
-from hf_optim.toolkit.distillation import hidden_losses, hidden_states
-from hf_optim.toolkit.topology import find_residual_order
+from hf_optim.toolkit.distillation import hidden_losses, hidden_states, teachers
+from hf_optim.toolkit.topology import blocks, find_residual_order
 
 if TYPE_CHECKING:
     from hf_optim import Run, Technique
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def squarehead_term(
     step: Technique, run: Run, inputs: Mapping[str, Any], teacher: nn.Module, targets: list[Tensor]
 ) -> Tensor:
-    """Return the unweighted loss on the states that the recorder of ``step`` has of the student's last forward.
+    """Return the unweighted loss of each block, on the states that the recorder of ``step`` has of the last forward.
 
     Args:
         step, run: the step with the field ``alpha_states``, and its run.
@@ -44,10 +44,21 @@ def squarehead_term(
         own.order = find_residual_order(run.model, teacher)
     if own.order is not None:
         targets = [h[..., own.order.to(h.device)] for h in targets]
+    return hidden_losses.squarehead_losses(states, targets, _masks(run, inputs))
+
+
+def squarehead_items(run: Run, inputs: Mapping[str, Any], teacher: nn.Module) -> list[Tensor]:
+    """Return the size of the teacher's states of each block, the denominators of the term, from a forward of it."""
+    with hidden_states.Recorder([block.module for block in blocks(teacher)]) as recorder:
+        teachers.forward(teacher, inputs)
+        found, masks = recorder.take(), _masks(run, inputs)
+    return hidden_losses.squared_sizes(found, masks) if len(found) == len(masks) else []  # the term raises
+
+
+def _masks(run: Run, inputs: Mapping[str, Any]) -> list[Tensor | None]:
+    """Return the padding mask of each block's states."""
     masks = hidden_losses.token_masks(inputs, run.model.config.is_encoder_decoder)
-    return hidden_losses.squarehead_loss(
-        states, targets, [masks[i] for i in hidden_states.base_model_of_blocks(run.model)]
-    )
+    return [masks[i] for i in hidden_states.base_model_of_blocks(run.model)]
 
 
 def _widths(states: list[Tensor]) -> str:

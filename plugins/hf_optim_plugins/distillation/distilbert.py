@@ -168,7 +168,7 @@ class DistilBERT(Distillation):
                     raise ModelError(
                         f"{label}: the model's last hidden states were not found; set alpha_cos: 0 and alpha_pool: 0"
                     )
-                terms[name] = weight * hidden_losses.cosine_loss(states, targets, masks, pooled)
+                terms[name] = weight * hidden_losses.cosine_losses(states, targets, masks, pooled)
         logits = getattr(outputs, "logits", None)
         if isinstance(logits, Tensor) and self.alpha_ce:
             terms["kd"] = self.alpha_ce * kd_loss(
@@ -179,6 +179,14 @@ class DistilBERT(Distillation):
                 rows=all_rows(run.model, logits, inputs),
             )
         return terms
+
+    def loss_items(self, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        mask = hidden_losses.token_masks(inputs, run.model.config.is_encoder_decoder)[-1]
+        return {
+            "kd": losses.count_scored_rows(run.model, inputs, None, mask),
+            "cosine": hidden_losses.count_tokens(run.model, inputs),
+            "pooled": hidden_losses.count_tokens(run.model, inputs, pooled=True),
+        }
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:

@@ -46,7 +46,7 @@ from hf_optim.toolkit.topology import blocks
 
 from ._cached_teacher import SELF, CachedTeacherCallback
 from ._fused_kd import kd_loss
-from ._squarehead import squarehead_term
+from ._squarehead import squarehead_items, squarehead_term
 from ._teacher import Distillation
 
 if TYPE_CHECKING:
@@ -147,11 +147,8 @@ class LogitKD(Distillation):
                 f"{run.label(self)}: {type(run.model).__name__} has no `logits` in its outputs; distillation compares "
                 "the logits of language models and classifiers"
             )
-        mask = "decoder_attention_mask" if run.model.config.is_encoder_decoder else "attention_mask"
         head = self.head(run)
-        # The labels of the other heads are not class indices, in which -100 means no label.
-        labels = inputs.get("labels") if head == "classes" else None
-        rows = losses.scored_rows(logits, labels, inputs.get(mask), shift=teachers.predicts_next_token(run.model))
+        rows = losses.scored_rows(logits, **self._scoring(run, inputs))
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "direction": self.direction,
@@ -168,8 +165,22 @@ class LogitKD(Distillation):
                 teacher, targets = self.ready_teacher(run), recorder.take()
                 terms["states"] = self.alpha_states * squarehead_term(self, run, inputs, teacher, targets)
         nothing = 0.0 if head == "regression" else NO_DIVERGENCE
-        self._check_first_batch(run, term, nothing, getattr(outputs, "loss", None))
+        if rows.numel():  # a mean over no rows is zero for any teacher
+            self._check_first_batch(run, term, nothing, getattr(outputs, "loss", None))
         return {"kd": self.alpha * term, **terms}
+
+    def loss_items(self, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        counts: dict[str, Any] = {"kd": losses.count_scored_rows(run.model, inputs, **self._scoring(run, inputs))}
+        if self.alpha_states:
+            counts["states"] = lambda: squarehead_items(run, inputs, self.ready_teacher(run))
+        return counts
+
+    def _scoring(self, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of ``scored_rows`` for a batch."""
+        mask = "decoder_attention_mask" if run.model.config.is_encoder_decoder else "attention_mask"
+        # The labels of the other heads are not class indices, in which -100 means no label.
+        labels = inputs.get("labels") if self.head(run) == "classes" else None
+        return {"labels": labels, "mask": inputs.get(mask), "shift": teachers.predicts_next_token(run.model)}
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:

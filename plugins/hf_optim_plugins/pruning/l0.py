@@ -110,6 +110,9 @@ class L0(LearnedNoise):
         first, second = own.multipliers.to(share.device)
         return {"l0": first * missing + second * missing.square()}
 
+    def loss_items(self, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"l0": 1}  # of the weights, not of the batch
+
     # -- gates --------------------------------------------------------------------------------------------------------
     def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
         units = [] if self.on == "weights" else find_prunable_groups(topology.trace(run.model))

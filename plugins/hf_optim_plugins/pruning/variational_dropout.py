@@ -83,7 +83,7 @@ class VariationalDropout(LearnedNoise):
     skip: tuple[str, ...] = ()
 
     title = "Sparse variational dropout"
-    scratch = ("chosen",)
+    scratch = ("chosen", "first_step")
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl
@@ -96,10 +96,17 @@ class VariationalDropout(LearnedNoise):
         if own.settled:
             return {}
         if self.examples is None and own.examples is None:
-            own.examples = labelled(inputs) * own.batches
+            first = own.first_step or [labelled(inputs)]
+            own.examples = max(1, round(sum(first) / len(first) * own.batches))
         scale = own.ramp * self.weight / (self.examples or own.examples)
         terms = [noise.divergence() for noise in own.noises.values() if noise.sampled]
         return {"kl": scale * torch.stack(terms).sum()} if terms else {}
+
+    def loss_items(self, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        own = run.state(self)
+        if self.examples is None and own.examples is None:
+            own.first_step = [*own.first_step, labelled(inputs)]
+        return {"kl": 1}  # of the weights, not of the batch
 
     # -- noise --------------------------------------------------------------------------------------------------------
     def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -159,6 +166,7 @@ class VariationalTraining(NoiseTraining):
         super().on_train_begin(args, state, control, **kwargs)
         if state.global_step == 0:
             self.own.examples = None
+        self.own.first_step = []
         self.own.batches = batches(args, state, kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,9 +182,7 @@ def labelled(inputs: Mapping[str, Any]) -> int:
     """Return how many items of a batch have a label other than -100, or its rows without labels. Reads the device."""
     labels = inputs.get("labels")
     if isinstance(labels, Tensor):
-        return max(
-            1, int(labels.ne(-100).sum()) if labels.dim() > 1 and not labels.is_floating_point() else len(labels)
-        )
+        return int(labels.ne(-100).sum()) if labels.dim() > 1 and not labels.is_floating_point() else len(labels)
     return len(next(value for value in inputs.values() if isinstance(value, Tensor)))
 
 

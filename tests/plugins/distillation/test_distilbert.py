@@ -231,9 +231,11 @@ def test_each_term_is_its_formula(kind):
     terms, ours, theirs, student = terms_of(teacher, inputs, alpha_ce=5.0, alpha_task=2.0, alpha_cos=1.5)
     keep = mask.bool()
     torch.testing.assert_close(terms["kd"], 5.0 * kl(ours.logits, theirs.logits, keep))
-    torch.testing.assert_close(terms["cosine"], 1.5 * cosine(ours.hidden_states[-1], theirs.hidden_states[-1], keep))
+    torch.testing.assert_close(
+        terms["cosine"].sum(), 1.5 * cosine(ours.hidden_states[-1], theirs.hidden_states[-1], keep)
+    )
     assert terms["task_scale"] == 2.0
-    (terms["kd"] + terms["cosine"]).backward()
+    (terms["kd"] + terms["cosine"].sum()).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert any(p.grad is not None for p in student.parameters())
 
@@ -249,7 +251,7 @@ def test_an_encoder_decoder_compares_both_halves():
     terms, ours, theirs, _ = terms_of(teacher, inputs)
     encoder = cosine(ours.encoder_last_hidden_state, theirs.encoder_last_hidden_state, mask.bool())
     decoder = cosine(ours.decoder_hidden_states[-1], theirs.decoder_hidden_states[-1], labels != -100)
-    torch.testing.assert_close(terms["cosine"], (encoder + decoder) / 2)
+    torch.testing.assert_close(terms["cosine"].sum(), (encoder + decoder) / 2)
     torch.testing.assert_close(terms["kd"], 5.0 * kl(ours.logits, theirs.logits, labels != -100))
 
 
@@ -261,10 +263,10 @@ def test_a_classifier_and_a_bare_encoder():
     terms, ours, theirs, _ = terms_of(bert(BertModel), inputs, alpha_pool=3.0)
     assert set(terms) == {"cosine", "pooled", "task_scale"}
     keep = inputs["attention_mask"].bool()
-    torch.testing.assert_close(terms["cosine"], cosine(ours.last_hidden_state, theirs.last_hidden_state, keep))
+    torch.testing.assert_close(terms["cosine"].sum(), cosine(ours.last_hidden_state, theirs.last_hidden_state, keep))
     states = [o.last_hidden_state for o in (ours, theirs)]
     vectors = [torch.stack([h[k].mean(0) for h, k in zip(each, keep, strict=True)]) for each in states]
-    torch.testing.assert_close(terms["pooled"], 3.0 * cosine(*vectors, torch.ones(2, dtype=torch.bool)))
+    torch.testing.assert_close(terms["pooled"].sum(), 3.0 * cosine(*vectors, torch.ones(2, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
