@@ -52,7 +52,7 @@ def require_regular(home: Path) -> None:
                 kind = path.stat().st_mode
             except OSError:
                 continue  # a dangling link: a reader reports that the file is missing
-            if stat.S_ISDIR(kind):
+            if stat.S_ISDIR(kind) and not name.endswith(".safetensors"):
                 continue
             if not stat.S_ISREG(kind):
                 raise CheckpointError(f"{name!r} of {home} is {_kind_of(kind)}, not a regular file")
