@@ -103,8 +103,8 @@ def drop_unused_code(run: Run, directory: Path) -> None:
     """Remove references to code from the configurations that a run wrote, where a stock class wrote them.
 
     A stock class keeps the ``auto_map`` of the checkpoint that it was loaded from, although it does not run that code;
-    whoever loads the result with ``trust_remote_code=True`` would. Models and tokenizers whose own code was trusted
-    keep their references, and models of generated classes those to the code that is written with them.
+    a caller who loads the result with ``trust_remote_code=True`` would. Models and tokenizers whose own code was
+    trusted keep their references, and models of generated classes those to the code that is written with them.
     """
     from .remote_code import written_code
 

@@ -1,6 +1,6 @@
 """Files of a checkpoint: regular files inside its folder, and nothing that a name in a file leads to elsewhere.
 
-The names in an index or a configuration are input: whoever wrote the checkpoint chose them. A snapshot in the cache of
+The names in an index or a configuration are input: the author of the checkpoint chose them. A snapshot in the cache of
 the Hub consists of symbolic links to the blobs of the same repository; these links are allowed, and no others that
 leave the folder.
 """

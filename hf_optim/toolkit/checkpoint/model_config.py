@@ -19,7 +19,7 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
     """Load the configuration of a model; its code runs only if ``trust_remote_code`` is True.
 
     Raises ``ModelError`` if there is no configuration, or if it needs code that is not trusted, and ``CheckpointError``
-    for files that are no regular files of the checkpoint, and for a configuration that names a kernel on the Hub.
+    for files that are not regular files of the checkpoint, and for a configuration that names a kernel on the Hub.
     """
     trusted = may_run(trust_remote_code)
     if Path(source).is_dir():
