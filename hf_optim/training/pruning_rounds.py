@@ -122,6 +122,7 @@ class Rounds:
         """Restart the count of rounds. Masks stay."""
         self.state.done, self.state.sparsities = 0, []
         self.state.point, self.state.point_sha256 = None, None
+        self.state.optimizer_sha256 = None
 
     @property
     def done(self) -> int:
@@ -175,6 +176,7 @@ class Rounds:
         inside = folder.is_relative_to(self.home)
         self.state.point = str(folder.relative_to(self.home) if inside else folder.absolute())
         self.state.point_sha256 = _digest(folder)
+        self.state.optimizer_sha256 = _digest(folder, OPTIMIZER_NAME)
 
     def require_whole(self) -> None:
         """Raise ``ModelError`` for sharded parameters: masks support them, rewinding does not."""
@@ -212,6 +214,12 @@ class Rounds:
         if optimizer is not None:
             if not (folder / OPTIMIZER_NAME).is_file():
                 raise CheckpointError(f"{self.label}: the rewind checkpoint {folder} has no {OPTIMIZER_NAME}")
+            # It is a pickle: only the file that this training wrote is opened. Earlier versions recorded no hash.
+            if getattr(self.state, "optimizer_sha256", None) not in (None, _digest(folder, OPTIMIZER_NAME)):
+                raise CheckpointError(
+                    f"{self.label}: {OPTIMIZER_NAME} of the rewind checkpoint {folder} is not the one that this "
+                    "training wrote: train again from the beginning"
+                )
             state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
             optimizer.load_state_dict(state)
         apply_masks(self.run)
@@ -250,10 +258,10 @@ class Rounds:
             end_training(self.run)
 
 
-def _digest(folder: Path) -> str:
-    """Return a hash of the weights, masks and optimizer state in a rewind checkpoint: of all that ``rewind`` reads."""
+def _digest(folder: Path, pattern: str = "*.safetensors") -> str:
+    """Return a hash of the files of a rewind checkpoint that match ``pattern``, in hex."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(OPTIMIZER_NAME)]):
+    for path in sorted(folder.glob(pattern)):
         with path.open("rb") as file:
             while piece := file.read(1 << 22):
                 digest.update(piece)

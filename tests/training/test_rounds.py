@@ -241,6 +241,9 @@ def test_resuming_before_a_round_needs_the_point_of_this_training(tmp_path):
         train(tmp_path, 12, **resume)
     shutil.rmtree(point)
     kept.rename(point)
+    torch.save({}, point / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt of .*rewind-0 is not the one that this training wrote"):
+        train(tmp_path, 12, **resume)
     (point / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"rewind-0 has no optimizer\.pt"):
         train(tmp_path, 12, **resume)
