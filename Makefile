@@ -10,7 +10,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 PINS := --constraint constraints.txt $(if $(filter $(CPU),$(TORCH)),--constraint constraints-cpu.txt)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-models compat lint clean
+.PHONY: demo test test-models kills memory compat lint clean
 
 demo: $(STAMP)
 	$(BIN)/hf-optim demo --output demo-w4a16
@@ -23,6 +23,14 @@ test: $(STAMP) lint
 # Every test on a real model: before a release.
 test-models: $(STAMP)
 	$(PYTEST) -m real_model
+
+# Random kills: nothing is lost, and resumed runs are bit-equal. The memory of the streamed driver over two sizes of model.
+KILLS := 100
+kills: $(STAMP)
+	$(BIN)/python tests/helpers/random_kills.py --kills $(KILLS)
+
+memory: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s -m slow tests/calibration/test_streamed_memory.py
 
 # What meets transformers, against its other supported versions (constraints.txt has the newest), each in its own environment.
 COMPAT := 5.17.0 5.23.0

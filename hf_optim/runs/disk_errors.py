@@ -37,8 +37,9 @@ def readable_disk_errors(folder: str | Path, what: str, needed: int | None = Non
             raise
         ending = f"; {remedy}" if remedy else ""
         if number in FULL or isinstance(error, RuntimeError):
+            cause = "the disk is full" if number != errno.EFBIG else "the disk is full, or files may not be that large"
             raise CheckpointError(
-                f"the disk is full: {what} was not written to {folder} ({_room(Path(folder), needed)}){ending}"
+                f"{cause}: {what} was not written to {folder} ({_room(Path(folder), needed)}){ending}"
             ) from error
         reason = os.strerror(number) if number is not None else " ".join(str(error).split())
         raise CheckpointError(f"{what} was not written to {folder}: {reason}{ending}") from error

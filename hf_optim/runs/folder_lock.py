@@ -49,7 +49,7 @@ _guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[Path]:
+def locked(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Hold the lock of a folder in the body; yield the folder's real path. The folder itself need not exist.
 
     Missing parents are created, and removed afterwards if they are still empty. A thread may lock a folder again that
@@ -63,7 +63,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
         release(real)
 
 
-def acquire(folder: str | Path) -> Path:
+def acquire(folder: str | os.PathLike[str]) -> Path:
     """Lock a folder until ``release``, and return its real path. See ``locked``."""
     real = real_path(folder)
     with _guard:
@@ -106,7 +106,14 @@ def release(real: Path) -> None:
         _remove_empty(held.made)
 
 
-def real_path(folder: str | Path) -> Path:
+def is_held(folder: Path) -> bool:
+    """Return True if this process holds the lock of a folder."""
+    with _guard:
+        held = _held.get(real_path(folder))
+        return held is not None and held.process == os.getpid()
+
+
+def real_path(folder: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder without links. Raises ``CheckpointError`` if it cannot name a folder."""
     try:
         real = Path(os.path.realpath(folder))

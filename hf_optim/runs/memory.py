@@ -42,21 +42,32 @@ def resident() -> dict[str, int]:
     return found
 
 
+# glibc's mallopt parameter, and the value that it starts with.
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 128 * 1024
+
+
+def map_large_blocks() -> None:
+    """Let freed tensors return to the operating system, from now on. Without effect where the allocator is not glibc's.
+
+    glibc maps large blocks one by one, but raises the size from which it does so, to 32 MiB, as such blocks are freed;
+    smaller ones then stay resident, scattered over its arenas.
+    """
+    if (mallopt := _of_glibc("mallopt")) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
 def release_freed_pages() -> None:
-    """Return memory that was freed to the operating system. glibc otherwise keeps it, scattered over its arenas."""
-    trim = _malloc_trim()
-    if trim is not None:
+    """Return the pages of freed memory to the operating system, also those inside the arenas of glibc."""
+    if (trim := _of_glibc("malloc_trim")) is not None:
         trim(0)
 
 
 @functools.cache
-def _malloc_trim() -> Any:
+def _of_glibc(name: str) -> Any:
     if not sys.platform.startswith("linux"):
         return None
-    try:
-        return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    except OSError:
-        return None
+    library = ctypes.CDLL(None)
+    return getattr(library, name, None) if hasattr(library, "gnu_get_libc_version") else None
 
 
 class PeakMemory:

@@ -139,3 +139,89 @@ def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(CheckpointError, match="is a file"), replace_directory(tmp_path / "out", never):
         pass
+
+
+def test_a_link_stays_and_its_directory_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with replace_directory(tmp_path / "link", never) as staging:
+        (staging / "a").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert files(tmp_path / "real") == {"a": "1"}
+    (tmp_path / "to come").symlink_to("later")
+    with replace_directory(tmp_path / "to come", never) as staging:
+        (staging / "a").write_text("2")
+    assert files(tmp_path / "later") == {"a": "2"}
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link", "to come", "later"}
+
+
+def test_links_in_the_old_directory_are_carried_over_as_links(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "d").write_text("d")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "folder").symlink_to(tmp_path / "data")
+    (tmp_path / "out" / "dangling").symlink_to("nowhere")
+    with replace_directory(tmp_path / "out", never) as staging:
+        (staging / "a").write_text("1")
+    assert os.readlink(tmp_path / "out" / "folder") == str(tmp_path / "data")
+    assert os.readlink(tmp_path / "out" / "dangling") == "nowhere"
+    assert files(tmp_path / "data") == {"d": "d"}
+
+
+@pytest.mark.parametrize("place", [".", "inside"])
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch, place):
+    (tmp_path / "out" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / place)
+    for spelling in ("." if place == "." else "..", tmp_path / "out"):
+        with pytest.raises(CheckpointError, match="current directory"), replace_directory(spelling, never):
+            raise AssertionError("the work has begun")
+    assert os.listdir(tmp_path / "out") == ["inside"]
+
+
+@pytest.mark.parametrize(("where", "told"), [("out", "is a mount point"), ("out/disk", "holds the mount point")])
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch, where, told):
+    (tmp_path / "out" / "disk").mkdir(parents=True)
+    monkeypatch.setattr(atomic, "_mount_points", lambda: [tmp_path / where])
+    with pytest.raises(CheckpointError, match=f"{told}.*NAME"), replace_directory(tmp_path / "out", never):
+        raise AssertionError("the work has begun")
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EROFS])
+def test_a_directory_that_cannot_be_renamed_is_refused_before_the_work(tmp_path, monkeypatch, number):
+    (tmp_path / "out").mkdir()
+
+    def rename(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(atomic.os, "rename", rename)
+    with pytest.raises(CheckpointError, match=os.strerror(number)), replace_directory(tmp_path / "out", never):
+        raise AssertionError("the work has begun")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_exchange_that_fails_at_the_end_leaves_the_old_directory(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("old")
+    stock = os.rename
+
+    def rename(one, other):
+        if ".saving-" in str(one):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        stock(one, other)
+
+    monkeypatch.setattr(atomic, "_swap", lambda one, other: False)
+    monkeypatch.setattr(atomic.os, "rename", rename)
+    with pytest.raises(CheckpointError, match="untouched"), replace_directory(out, never) as staging:
+        (staging / "a").write_text("new")
+    assert files(out) == {"a": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_names_with_wildcards_meet_only_their_own_leftovers(tmp_path):
+    for name in (".a[1].saving-77", ".ab.saving-77", ".a*.saving-77", ".a*.saving-x"):
+        (tmp_path / name).mkdir()
+    for name in ("a[1]", "a*"):
+        with replace_directory(tmp_path / name, never) as staging:
+            (staging / "f").write_text("1")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1]", "a*", ".ab.saving-77", ".a*.saving-x"}

@@ -204,6 +204,28 @@ def test_a_checkpoint_in_pieces_is_left_alone(tmp_path, monkeypatch):
     assert_same(resumed, unbroken)
 
 
+@pytest.mark.parametrize(
+    ("file", "taken"),
+    [
+        ("checkpoint-6/model.safetensors", [4, 5, 6, 7, 8]),
+        ("checkpoint-6/optimizer.pt", [4, 5, 6, 7, 8]),
+        ("../progress.json", [*range(9)]),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch, caplog, file, taken):
+    unbroken, _ = journaled(tmp_path, texts, RAMP, NINE, monkeypatch)
+    with pytest.raises(Stop):
+        journaled(tmp_path, texts, RAMP, NINE, monkeypatch, stop_before=7)
+    damaged = tmp_path / ".out.journal/training-1/trainer" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    resumed, done = journaled(tmp_path, texts, RAMP, NINE, monkeypatch, resume=True)
+    assert done == taken
+    assert "damaged" in caplog.text
+    assert_same(resumed, unbroken)
+
+
 def test_without_resume_it_begins_anew(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         journaled(tmp_path, texts, RAMP, NINE, monkeypatch, stop_before=7)

@@ -19,7 +19,7 @@ from ...compressed.quantizer import PackingFallback
 from ...errors import ModelError
 from ...recipes.technique import Technique
 from ...runs.masking import stray_weights
-from ...runs.memory import release_freed_pages
+from ...runs.memory import map_large_blocks, release_freed_pages
 from ...runs.run import Run
 from ...runs.scope import Example, Scope
 from ...toolkit import topology
@@ -78,6 +78,7 @@ class StreamedDriver:
 
         Raises ``ModelError`` if a step finds nothing to work on, or modifies a weight outside the current block.
         """
+        map_large_blocks()
         with eval_mode(self.model), without_cache(self.model), ThreadPoolExecutor(1) as reader:
             try:
                 self._calibrate_blocks(reader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -20,7 +21,7 @@ FILES = ".activations"
 
 
 @contextmanager
-def spill_folder(home: str | Path | None) -> Iterator[Path | None]:
+def spill_folder(home: str | os.PathLike[str] | None) -> Iterator[Path | None]:
     """Yield a new folder in ``home``, which is created if it does not exist; both are removed afterwards.
 
     ``home`` stays if it existed or holds anything else. Folders of killed runs in it are removed first: those that no
@@ -45,6 +46,8 @@ def _remove_abandoned(home: Path) -> None:
     for path in sorted(home.iterdir()):
         is_folder = path.is_dir() and not path.is_symlink()
         if not is_folder or not _NAME.fullmatch(path.name) or any(part.suffix != FILES for part in path.iterdir()):
+            continue
+        if folder_lock.is_held(path):
             continue
         with contextlib.suppress(CheckpointError), folder_lock.locked(path):  # refused while its run is alive
             shutil.rmtree(path, ignore_errors=True)
