@@ -113,7 +113,7 @@ def test_the_initial_scale():
 
 def test_a_scale_is_stored_positive_and_exact():
     step = torch.tensor([0.1, -1.0, 1e-30], requires_grad=True)
-    found = round_scale(step, torch.bfloat16)
+    found = round_scale(step, torch.bfloat16, GridSpec(8))
     assert bool((found > 0).all())
     assert torch.equal(found.bfloat16().float(), found)
     found.sum().backward()

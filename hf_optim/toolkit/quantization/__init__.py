@@ -6,6 +6,7 @@ from .hessian import inverse_cholesky
 from .least_squares import output_error, reconstruct_weights
 from .obq_recursion import quantize_greedily
 from .ranges import ASYMMETRIC_INT8, ChannelMinMax, even_groups, group_qparams, optimal_groups, quantize_dequantize
+from .scales import storable_scale
 
 __all__ = [
     "ASYMMETRIC_INT8",
@@ -29,4 +30,5 @@ __all__ = [
     "quantize_greedily",
     "reconstruct_weights",
     "round_codes",
+    "storable_scale",
 ]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..modules.hidden_parameters import hide_parameters
 from ..modules.swap_class import restore_class, swap_class
 from .grids import Grid, GridSpec, group_by_scale, make_grid, round_codes
+from .scales import smallest_scale, storable_scale
 
 # Learned scales: parameters of the layer during training, which are not part of a checkpoint of the model. The names
 # are keys of the run's state in training checkpoints.
@@ -79,12 +80,12 @@ class _Rounded(torch.autograd.Function):
     """Round a learned scale to a positive number that ``dtype`` represents exactly; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return scale.clamp(min=torch.finfo(dtype).eps).to(dtype).to(scale.dtype)
+    def forward(ctx: Any, scale: Tensor, dtype: torch.dtype, largest_code: float) -> Tensor:
+        return storable_scale(scale.clamp(min=smallest_scale(dtype)), dtype, largest_code)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 def fake_quantize(values: Tensor, grid: Grid) -> Tensor:
@@ -107,9 +108,17 @@ def fake_quantize(values: Tensor, grid: Grid) -> Tensor:
     return found.reshape(values.shape).to(values.dtype)
 
 
-def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a learned scale to a positive number that ``dtype`` represents exactly; the gradient passes unchanged."""
-    return _Rounded.apply(scale, dtype)  # type: ignore[no-untyped-call]
+def round_scale(scale: Tensor, dtype: torch.dtype, spec: GridSpec) -> Tensor:
+    """Round a learned scale as ``storable_scale`` does, for a grid of this kind; the gradient passes unchanged.
+
+    A scale that became negative in training is the smallest that ``dtype`` stores.
+    """
+    return _Rounded.apply(scale, dtype, _largest_code(spec))  # type: ignore[no-untyped-call]
+
+
+def _largest_code(spec: GridSpec) -> float:
+    """Return an upper limit on the magnitude of ``code - zero_point``."""
+    return -spec.low if spec.symmetric else spec.high - spec.low
 
 
 @torch.no_grad()
@@ -125,7 +134,7 @@ def initial_scale(values: Tensor, spec: GridSpec, dtype: torch.dtype | None = No
         The shape of ``Grid.scale``; float32, or float64 for float64 values.
     """
     parts = group_by_scale(values.to(torch.float64 if values.dtype == torch.float64 else torch.float32), spec)
-    return round_scale(2 * parts.abs().mean(-1) / spec.high**0.5, dtype or values.dtype)
+    return storable_scale(2 * parts.abs().mean(-1) / spec.high**0.5, dtype or values.dtype, _largest_code(spec))
 
 
 class FakeQuantLinear(nn.Linear):
@@ -172,7 +181,7 @@ class FakeQuantLinear(nn.Linear):
         learned = self._parameters.get("weight_step")
         zero = None if self.fixed_grid is None else self.fixed_grid.zero_point
         if learned is not None:
-            return Grid(self.spec, round_scale(learned, self.weight.dtype), zero)
+            return Grid(self.spec, round_scale(learned, self.weight.dtype, self.spec), zero)
         if self.fixed_grid is not None:
             return self.fixed_grid
         # Not cached: the fused kernels of an optimizer change weights without a new version counter.

@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from .scales import storable_scale
+
 Strategy = Literal["tensor", "channel", "group", "token"]
 FLOAT8 = torch.float8_e4m3fn
 # Shares of the full range that the MSE search tries, in descending order.
@@ -131,20 +133,19 @@ def qparams_from_range(
     Args:
         low, high: ends of the range, of any shape, which is that of the results.
         spec: the kind of grid.
-        dtype: in which the scale will be stored; the scale is rounded to it.
+        dtype: in which the scale will be stored.
 
     Returns:
-        The scale in the dtype of ``low``, exact in ``dtype``; the zero point as int8, None if symmetric.
+        The scale in the dtype of ``low``, as ``storable_scale`` rounds it; the zero point as int8, None if symmetric.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    code_range = spec.high - spec.low
-    scale = torch.maximum(-low, high) / (code_range / 2) if spec.symmetric else (high - low) / code_range
-    scale = scale.to(dtype).to(low.dtype)
-    # An empty range, or one that underflows in the dtype: any positive scale gives the code of zero.
-    scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    half_range = (spec.high - spec.low) / 2
     if spec.symmetric:
-        return scale, None
-    return scale, (spec.low - low / scale).round().clamp(spec.low, spec.high).to(torch.int8)
+        return storable_scale(torch.maximum(-low, high) / half_range, dtype, -spec.low), None
+    # By halves, since the width of the range may exceed the largest number.
+    scale = storable_scale((high / 2 - low / 2) / half_range, dtype, 1.0)
+    zero = (spec.low - low / scale).round().clamp(spec.low, spec.high)
+    return storable_scale(scale, dtype, torch.maximum(zero - spec.low, spec.high - zero)), zero.to(torch.int8)
 
 
 def make_grid(

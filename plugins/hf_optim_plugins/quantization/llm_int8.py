@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from hf_optim import Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique
-from hf_optim.toolkit.quantization import Grid, GridSpec
+from hf_optim.toolkit.quantization import Grid, GridSpec, storable_scale
 
 from ._weights import QUANTIZES, select_layers
 
@@ -117,8 +117,7 @@ def quantize(layer: nn.Linear, scheme: object) -> None:
     """
     weight = layer.weight.detach()
     wide = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    scale = (wide.abs().amax(1, keepdim=True) / LEVELS).to(weight.dtype).to(wide.dtype)
-    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
+    scale = storable_scale(wide.abs().amax(1, keepdim=True) / LEVELS, weight.dtype, LEVELS)
     codes = Grid(GridSpec(8), scale).quantize(wide).clamp_(-127, 127)
     compressed.store(layer, scheme, codes, scale)  # type: ignore[arg-type]
 

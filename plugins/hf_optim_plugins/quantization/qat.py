@@ -242,7 +242,7 @@ class LearnedInputs:
                 return input
             with torch.no_grad():
                 step.copy_(fake_quant.initial_scale(input, self.spec, layer.weight.dtype))
-        scale = fake_quant.round_scale(step, layer.weight.dtype)
+        scale = fake_quant.round_scale(step, layer.weight.dtype, self.spec)
         found = fake_quant.fake_quantize(input, Grid(self.spec, scale))
         # The value is that of the stored format, which rounds in the dtype of the input; the gradient is LSQ's.
         rounded = compressed.input_quantizer(self.scheme, scale.detach().to(layer.weight.dtype))
@@ -252,7 +252,10 @@ class LearnedInputs:
 def store(layer: fake_quant.FakeQuantLinear, scheme: QuantizationScheme) -> None:
     """Quantize and store a layer with the codes and scales that its next forward pass would use."""
     step = layer._parameters.get("input_step")
-    scale = None if step is None else fake_quant.round_scale(step.detach(), layer.weight.dtype)
+    quantizer = layer.quantize_input
+    scale = None
+    if step is not None and isinstance(quantizer, LearnedInputs):
+        scale = fake_quant.round_scale(step.detach(), layer.weight.dtype, quantizer.spec)
     codes, grid = layer.quantize_weight() if layer.spec is not None else (None, None)
     linear = fake_quant.detach_fake_quant(layer)
     if grid is None:
