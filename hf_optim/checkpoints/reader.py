@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..toolkit import compat
+from ..toolkit.checkpoint.key_names import model_names
 from ..toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders, TensorInfo
 
 
@@ -127,20 +128,15 @@ class Checkpoint:
 def _find_sources(
     headers: SafetensorsHeaders, model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, TensorSources]:
-    # As in transformers' own loader: in natural order, and a name that the model has already is not renamed.
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter
 
     conversions = compat.weight_conversions(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    by_pattern = {
+        pattern: each for each in conversions if isinstance(each, WeightConverter) for pattern in each.source_patterns
+    }
     sources: dict[str, list[tuple[TensorInfo, str | None]]] = defaultdict(list)
-    meta = dict(dtypes)
-    for key, info in sorted(headers.entries.items(), key=lambda item: dot_natural_key(item[0])):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-        if name not in meta and key in meta:
-            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
-        sources[name].append((info, pattern))
+    for key, (name, pattern) in model_names(headers.entries, conversions, model.base_model_prefix, dtypes).items():
+        sources[name].append((headers.entries[key], pattern))
     return {
         name: TensorSources(tuple(found), by_pattern[found[0][1]] if found[0][1] is not None else None)
         for name, found in sources.items()

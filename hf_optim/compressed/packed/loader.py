@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ...toolkit.checkpoint.key_names import model_names
 from ...toolkit.checkpoint.safetensors import SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
 from ..codes import is_sparse24, store_arguments
 from ..outlier_columns import outlier_thresholds
@@ -47,8 +48,28 @@ class PlaceholderLinear(nn.Linear):
         return found
 
 
-def with_packed_quantizer(config: Any) -> Any:
-    """Return a copy of a model configuration that selects the packed quantizer. Raises ``UnsupportedCheckpoint``."""
+# The local names of the tensors of a compressed linear.
+LOCAL_NAMES = (
+    "weight",
+    "weight_packed",
+    "weight_shape",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_g_idx",
+    "input_scale",
+    "input_zero_point",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+)
+
+
+def with_packed_quantizer(config: Any, key_mapping: Mapping[str, str] | None = None) -> Any:
+    """Return a copy of a model configuration that selects the packed quantizer. Raises ``UnsupportedCheckpoint``.
+
+    ``key_mapping`` is the argument of ``from_pretrained``: the caller's renamings, which come before transformers'.
+    """
     config = copy.deepcopy(config)
     holder = config
     if getattr(config, "quantization_config", None) is None:
@@ -60,7 +81,7 @@ def with_packed_quantizer(config: Any) -> Any:
     stored["quant_method"] = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
     parse_checkpoint_format(stored)
     _register()
-    holder.quantization_config = {"quant_method": METHOD, "stored": stored}
+    holder.quantization_config = {"quant_method": METHOD, "stored": stored, "key_mapping": key_mapping}
     return config
 
 
@@ -75,9 +96,12 @@ def _register() -> None:
     class PackedConfig(QuantizationConfigMixin):
         """A configuration that holds the original one of the checkpoint while it is loaded."""
 
-        def __init__(self, stored: Mapping[str, Any], **kwargs: Any) -> None:
+        def __init__(
+            self, stored: Mapping[str, Any], key_mapping: Mapping[str, str] | None = None, **kwargs: Any
+        ) -> None:
             self.quant_method: Any = METHOD
             self.stored = dict(stored)
+            self.key_mapping = dict(key_mapping or {})
 
     @register_quantizer(METHOD)
     class PackedQuantizer(HfQuantizer):
@@ -93,7 +117,7 @@ def _register() -> None:
             if not checkpoint_files:
                 raise UnsupportedCheckpoint("its weights are not in files")
             config: Any = self.quantization_config
-            headers = SafetensorsHeaders(checkpoint_files, getattr(model, "base_model_prefix", ""))
+            headers = SafetensorsHeaders(checkpoint_files, functools.partial(linear_names, model, config.key_mapping))
             prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)
             return model
 
@@ -108,6 +132,26 @@ def _register() -> None:
                 attach_quantizer(model)
             pack_layers(model, kernels, decided)
             return model
+
+
+def linear_names(model: Any, key_mapping: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
+    """Return the parameter names of the keys of a compressed checkpoint, as transformers renames them while loading.
+
+    Raises ``UnsupportedCheckpoint`` if transformers converts a compressed tensor, such as a fused projection that it
+    splits.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = {*model.state_dict(), *(f"{name}.{own}" for name in linears for own in LOCAL_NAMES)}
+    conversions = get_model_conversion_mapping(model, dict(key_mapping) or None)
+    found = model_names(keys, conversions, model.base_model_prefix, names)
+    codes = ("weight_packed", "weight_scale", "qweight")
+    for key, (_, pattern) in found.items():
+        if pattern is not None and key.rpartition(".")[2] in codes:
+            raise UnsupportedCheckpoint(f"transformers converts {key} while it loads it")
+    # A conversion makes its parameters of several tensors, so that none of them is the parameter.
+    return {key: name for key, (name, pattern) in found.items() if pattern is None}
 
 
 class _Pending(NamedTuple):

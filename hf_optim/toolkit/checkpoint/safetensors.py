@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
+def _same(keys: Iterable[str]) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
 class UnsupportedCheckpoint(Exception):
     """The packed loader does not support this checkpoint; it may be valid, and the stock loader tries next."""
 
@@ -56,23 +60,26 @@ class TensorInfo:
 
 
 class SafetensorsHeaders:
-    """The tensors of a checkpoint, looked up by the parameter names of a model."""
+    """The tensors of a checkpoint, looked up by the parameter names of a model.
 
-    def __init__(self, files: Iterable[str | Path], prefix: str = "") -> None:
+    Attributes:
+        entries: the tensors by their names in the files.
+    """
+
+    def __init__(
+        self, files: Iterable[str | Path], names: Callable[[Iterable[str]], Mapping[str, str]] = _same
+    ) -> None:
         """Read the headers of ``files``.
 
-        ``prefix`` is the model's ``base_model_prefix``: keys may have it if parameter names do not, and the other way
-        round. Raises ``UnsupportedCheckpoint`` for a file of another format, and ``CheckpointError`` for a corrupt one.
+        ``names`` returns the parameter names of keys (``key_names.model_names``); by default they are the same. Raises
+        ``UnsupportedCheckpoint`` for a file of another format, and ``CheckpointError`` for a corrupt one.
         """
         self.entries = {entry.key: entry for path in files for entry in _header(Path(path))}
-        self.prefix = f"{prefix}." if prefix else ""
+        self._by_name = {name: self.entries[key] for key, name in names(self.entries).items()}
 
     def find(self, name: str) -> TensorInfo | None:
         """Return the tensor that is loaded into the parameter ``name``, or None."""
-        for key in (name, self.prefix + name, name.removeprefix(self.prefix)):
-            if key in self.entries:
-                return self.entries[key]
-        return None
+        return self._by_name.get(name)
 
     def count(self, suffix: str) -> int:
         """Return the number of keys that end with ``suffix``."""
