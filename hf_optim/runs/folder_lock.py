@@ -96,7 +96,7 @@ def release(real: Path) -> None:
         if held.count:
             return
         del _held[real]
-        # Removed while it is still locked: whoever opened it before finds another file, or none, under its name.
+        # Removed while it is still locked: a process that opened it before finds another file, or none, under its name.
         with contextlib.suppress(OSError):
             _lock_file(real).unlink()
         os.close(held.descriptor)
