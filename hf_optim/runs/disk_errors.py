@@ -61,7 +61,11 @@ def _is_of_writing(error: RuntimeError) -> bool:
 def _room(folder: Path, needed: int | None) -> str:
     home = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), Path(os.sep))
     try:
-        free = f"{shutil.disk_usage(home).free / 2**20:,.1f} MB free"
+        free = f"{_size(shutil.disk_usage(home).free)} free"
     except OSError:
         free = "free space unknown"
-    return free if needed is None else f"{needed / 2**20:,.1f} MB needed, {free}"
+    return free if needed is None else f"{_size(needed)} needed, {free}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MB" if count >= 2**20 else f"{count / 2**10:,.1f} KB"
