@@ -18,6 +18,7 @@ from ..toolkit.checkpoint.model_config import load_config, model_class
 from ..trust.code import may_run
 from ..trust.weights import checked_weights
 from .hub import commit_of, local_directory
+from .placed import require_placed
 from .read_errors import readable_errors
 
 
@@ -72,17 +73,23 @@ def load_model(source: ModelSource) -> Any:
     source.weight_files()
     try:
         with readable_errors(source.model):
-            model = model_class(source.config).from_pretrained(
+            model, info = model_class(source.config).from_pretrained(
                 source.model,
                 config=copy.deepcopy(source.config),
                 dtype=dtype,
                 use_safetensors=True,
+                output_loading_info=True,
                 **source.load_kwargs,
             )
     except OptimError:
         raise
+    except AttributeError as error:  # transformers initializes a weight that a packed layer does not have
+        raise CheckpointError(
+            f"cannot load {source.model}: its tensors do not match its quantization_config ({summarize_error(error)})"
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
+    require_placed(model, info, source.model)
     return model.eval()
 
 

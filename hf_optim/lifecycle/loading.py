@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoints.placed import missing_in_blocks, quantized_leftovers, require_placed
 from ..checkpoints.read_errors import readable_errors
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import OptimConfig
 from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ..runs.run import Run, traits_of
-from ..toolkit import topology
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run
@@ -59,7 +59,7 @@ def load(
     with readable_errors(source):
         model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
     run.loading = False
-    _refuse_random_blocks(model, info["missing_keys"], source)
+    require_placed(model, info, source)
     attach_model(run, model, source, kwargs.get("revision"))
     run_stages(run, calibration)
     if run.stage is None:
@@ -167,17 +167,6 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
         log.warning("%s", warning.message)
 
 
-def _refuse_random_blocks(model: PreTrainedModel, missing: Iterable[str], source: Any) -> None:
-    # A missing head is trained later. A block without weights means that this is the checkpoint of another model.
-    inside = sorted(name for name in missing for block in topology.blocks(model) if name.startswith(block.name + "."))
-    if inside:
-        raise CheckpointError(
-            f"{source} has no weights for {len(inside)} tensors of {type(model).__name__} "
-            f"({', '.join(inside[:3])} ...): "
-            "load it with the class that its config.json names"
-        )
-
-
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint unchanged, and run its compressed layers on kernels."""
     from ..compressed.packed.accelerate import accelerate
@@ -190,16 +179,16 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
             return _load_packed(cls, stock, args, kwargs)
         except UnsupportedCheckpoint as reason:
             log.debug("loaded by stock transformers, since %s", reason)
-            loaded = stock(*args, **kwargs)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model, info = stock(*args, **{**kwargs, "output_loading_info": True})
+    require_placed(model, info, source)
     accelerate(model)
-    return loaded
+    return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load with the stock method and our quantizer in place of the checkpoint's.
 
-    Raises ``UnsupportedCheckpoint`` for a format that the quantizer does not read.
+    Raises ``UnsupportedCheckpoint`` for a format that the quantizer does not read, and if tensors found no place.
     """
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
@@ -209,7 +198,12 @@ def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwa
     ours = dict(kwargs)
     source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
     config, ours = _resolve_config(cls, source, ours)
-    return stock(source, *args[1:], config=with_packed_quantizer(config), **ours)
+    wants_info = ours.pop("output_loading_info", False)
+    model, info = stock(source, *args[1:], config=with_packed_quantizer(config), output_loading_info=True, **ours)
+    left = quantized_leftovers(info["unexpected_keys"]) or missing_in_blocks(model, info["missing_keys"])
+    if left:
+        raise UnsupportedCheckpoint(f"{len(left)} tensors found no place ({left[0]})")
+    return (model, info) if wants_info else model
 
 
 def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
