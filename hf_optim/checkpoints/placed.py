@@ -33,13 +33,19 @@ def missing_in_blocks(model: Any, missing: Iterable[str]) -> list[str]:
 
 
 def require_placed(model: Any, info: Mapping[str, Any], source: Any) -> None:
-    """Raise ``CheckpointError`` unless every block has its weights and no tensor of a quantized layer is left over.
+    """Raise ``CheckpointError`` unless every block has its weights and no tensor of a quantized layer is absent or unused.
 
     Args:
         model: the loaded model.
         info: the loading report of transformers (``output_loading_info``).
         source: the checkpoint, for the message.
     """
+    absent = quantized_leftovers(info["missing_keys"])
+    if absent:
+        raise CheckpointError(
+            f"{source} lacks {len(absent)} tensors of layers that its quantization_config describes ({_first(absent)}): "
+            "download or copy it again"
+        )
     left = quantized_leftovers(info["unexpected_keys"])
     if left:
         raise CheckpointError(
