@@ -33,7 +33,7 @@ def missing_in_blocks(model: Any, missing: Iterable[str]) -> list[str]:
 
 
 def require_placed(model: Any, info: Mapping[str, Any], source: Any) -> None:
-    """Raise ``CheckpointError`` unless every block has its weights and no tensor of a quantized layer is absent or unused.
+    """Raise ``CheckpointError`` unless blocks have their weights and no tensor of a quantized layer is absent or unused.
 
     Args:
         model: the loaded model.
@@ -43,7 +43,7 @@ def require_placed(model: Any, info: Mapping[str, Any], source: Any) -> None:
     absent = quantized_leftovers(info["missing_keys"])
     if absent:
         raise CheckpointError(
-            f"{source} lacks {len(absent)} tensors of layers that its quantization_config describes ({_first(absent)}): "
+            f"{source} lacks {len(absent)} tensors of layers in its quantization_config ({_first(absent)}): "
             "download or copy it again"
         )
     left = quantized_leftovers(info["unexpected_keys"])
