@@ -28,11 +28,15 @@ def resumed(home, model=None):
     return optimize(model or tiny_llama(), GPTQ, IDS, journal=BlockJournal(home, resume=True))
 
 
-def test_one_changed_weight_is_noticed(journal, tmp_path):
-    home = shutil.copytree(journal[0], tmp_path / "journal")
-    model = tiny_llama()
+def test_one_changed_weight_is_noticed(tmp_path):
+    def wide():
+        return tiny_llama(hidden_size=64, intermediate_size=256)
+
+    home = tmp_path / "journal"
+    optimize(wide(), GPTQ, IDS, journal=BlockJournal(home, resume=False))
+    model = wide()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-6
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3  # one of 16,384
     with pytest.raises(CheckpointError, match="another model; start without --resume"):
         resumed(home, model)
 
