@@ -33,7 +33,7 @@ def missing_in_blocks(model: Any, missing: Iterable[str]) -> list[str]:
 
 
 def require_placed(model: Any, info: Mapping[str, Any], source: Any) -> None:
-    """Raise ``CheckpointError`` unless blocks have their weights and no tensor of a quantized layer is absent or unused.
+    """Raise ``CheckpointError`` unless blocks have their weights and no tensor of a quantized layer is left over.
 
     Args:
         model: the loaded model.
