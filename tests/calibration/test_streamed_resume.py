@@ -186,10 +186,7 @@ def stopped(tmp_path_factory):
     home, batches = shop / "model", random_batches(tiny_llama())
     tiny_llama().save_pretrained(home)
     streamed(home, GPTQ, batches, shop / "undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver.StreamedDriver, "_calibrate_non_blocks", lambda self: (_ for _ in ()).throw(Stop))
-        with pytest.raises(Stop):
-            streamed(home, GPTQ, batches, shop / "out")
+    stop_behind_the_blocks(home, batches, shop / "out")
     return shop, batches
 
 
@@ -221,10 +218,17 @@ def test_a_damaged_or_old_header_is_refused(stopped, tmp_path, content):
     assert (tmp_path / ".out.journal" / "state-00001.safetensors").exists()
 
 
-def test_a_weight_changed_in_place_is_noticed(stopped, tmp_path):
-    shop, batches = stopped
-    shutil.copytree(shop / ".out.journal", tmp_path / ".out.journal")
-    shutil.copytree(shop / "model", tmp_path / "model")
+def stop_behind_the_blocks(home, batches, output):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver.StreamedDriver, "_calibrate_non_blocks", lambda self: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            streamed(home, GPTQ, batches, output)
+
+
+def test_a_weight_changed_in_place_is_noticed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    batches = random_batches(tiny_llama())
+    stop_behind_the_blocks(tmp_path / "model", batches, tmp_path / "out")
     shard = tmp_path / "model" / "model.safetensors"
     before = shard.stat()
     content = bytearray(shard.read_bytes())
