@@ -28,6 +28,9 @@ def missing_in_blocks(model: Any, missing: Iterable[str]) -> list[str]:
 
     A head that is missing may be trained later; a block is not.
     """
+    missing = list(missing)
+    if not missing:  # finding the blocks runs the model
+        return []
     blocks = tuple(f"{block.name}." for block in topology.blocks(model))
     return sorted(name for name in missing if name.startswith(blocks)) if blocks else []
 
