@@ -44,24 +44,26 @@ BITS = {
 
 
 @dataclass(frozen=True)
-class HeaderEntry:
-    """One tensor in the header of a safetensors file.
+class TensorInfo:
+    """One tensor of a checkpoint.
 
     Attributes:
-        key: its name.
-        type: its dtype, by the name of the format.
+        key: its name in the file.
+        type: its dtype, by the name in safetensors.
         shape: its shape.
+        file: the file.
         begin, end: the range of its bytes in the file.
     """
 
     key: str
     type: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
+    file: Path = Path()
+    begin: int = 0
+    end: int = 0
 
 
-def read_header(path: Path, of: object = "") -> list[HeaderEntry]:
+def read_header(path: Path, of: object = "") -> list[TensorInfo]:
     """Read and check the header of a safetensors file, which must be a regular file.
 
     ``of`` is the checkpoint, for messages. Raises ``CheckpointError``, which names the file, if the file is truncated,
@@ -75,7 +77,7 @@ def read_header(path: Path, of: object = "") -> list[HeaderEntry]:
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"its header would have {length} bytes, the file has {size}")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
-        return _entries(header, 8 + length, size)
+        return _entries(header, path, 8 + length, size)
     except (ValueError, RecursionError) as error:
         reason = "its header is nested too deeply" if isinstance(error, RecursionError) else error
         raise CheckpointError(f"{name} is truncated or corrupt ({reason}); download or copy it again") from error
@@ -83,7 +85,7 @@ def read_header(path: Path, of: object = "") -> list[HeaderEntry]:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def require_disjoint(files: Iterable[tuple[Path, list[HeaderEntry]]], of: object) -> None:
+def require_disjoint(files: Iterable[tuple[Path, list[TensorInfo]]], of: object) -> None:
     """Raise ``CheckpointError`` if two files hold a tensor of the same name: it would be arbitrary which is loaded."""
     found: dict[str, Path] = {}
     for path, entries in files:
@@ -102,13 +104,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entries(header: Any, start: int, size: int) -> list[HeaderEntry]:
+def _entries(header: Any, file: Path, start: int, size: int) -> list[TensorInfo]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a mapping")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ is not a mapping of texts")
-    entries = sorted((_entry(key, value, start) for key, value in header.items()), key=lambda e: (e.begin, e.end))
+    entries = sorted((_entry(key, value, file, start) for key, value in header.items()), key=lambda e: (e.begin, e.end))
     at = start
     for entry in entries:
         if entry.end > size:
@@ -121,7 +123,7 @@ def _entries(header: Any, start: int, size: int) -> list[HeaderEntry]:
     return entries
 
 
-def _entry(key: str, value: Any, start: int) -> HeaderEntry:
+def _entry(key: str, value: Any, file: Path, start: int) -> TensorInfo:
     name = repr(key[:100])
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} has no dtype, shape and data_offsets, or more than these")
@@ -135,7 +137,7 @@ def _entry(key: str, value: Any, start: int) -> HeaderEntry:
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(f"{name} has {offsets[1] - offsets[0]} bytes of data, not those of {dtype} {shape[:8]}")
-    return HeaderEntry(key, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+    return TensorInfo(key, dtype, tuple(shape), file, start + offsets[0], start + offsets[1])
 
 
 def _sizes(value: Any) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ...trust.headers import TensorInfo as TensorInfo
 from ...trust.headers import read_header
 
 # The dtypes that hf_optim reads and writes, by their names in safetensors.
@@ -37,26 +37,6 @@ def _same(keys: Iterable[str]) -> dict[str, str]:
 
 class UnsupportedCheckpoint(Exception):
     """The packed loader does not support this checkpoint; it may be valid, and the stock loader tries next."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        key: its name in the file.
-        type: its dtype, by the name in safetensors.
-        shape: its shape.
-        file: the file.
-        begin, end: the range of its bytes in the file.
-    """
-
-    key: str
-    type: str
-    shape: tuple[int, ...]
-    file: Path = Path()
-    begin: int = 0
-    end: int = 0
 
 
 class SafetensorsHeaders:
@@ -89,4 +69,4 @@ class SafetensorsHeaders:
 def _header(path: Path) -> list[TensorInfo]:
     if path.suffix != ".safetensors":
         raise UnsupportedCheckpoint(f"{path.name} is not a safetensors file")
-    return [TensorInfo(e.key, e.type, e.shape, path, e.begin, e.end) for e in read_header(path)]
+    return read_header(path)
