@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .files import read_json
 from .lookup import Where
 
 AUTO_MAP = "auto_map"
@@ -25,7 +26,6 @@ CONFIG = "config.json"
 REFERENCES = (AUTO_MAP, "custom_pipelines")
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".pth")
-MAX_CONFIG_BYTES = 50_000_000
 
 
 def may_run(word: object) -> bool:
@@ -75,7 +75,7 @@ def is_written_by_run(home: Path, written: WrittenCode | None) -> bool:
     if any(sha256(path.read_bytes()) != written.hashes[name] for name, path in found.items()):
         return False
     try:
-        named = [pair for path in sorted(home.rglob("*.json")) for pair in _named_code(_read(path))]
+        named = [pair for path in sorted(home.rglob("*.json")) for pair in _named_code(read_json(path, home))]
     except CheckpointError:
         return False
     return all(key == AUTO_MAP and written.auto_map.get(auto) == name for key, auto, name in named)
@@ -89,7 +89,7 @@ def drop_references(path: Path, kept: Mapping[str, str] | None = None) -> None:
     """
     if not path.is_file():
         return
-    data = _read(path)
+    data = read_json(path, path.parent)
     cleaned = _without_references(data, dict(kept or {}))
     if cleaned != data:
         path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -115,7 +115,7 @@ def require_no_kernels(source: str | os.PathLike[str], word: object = False, **l
     )
     if config is None:
         return
-    for key, value in _items(_read(config)):
+    for key, value in _items(read_json(config, source)):
         names = value.values() if key in KERNELS and isinstance(value, dict) else [value] if key in KERNELS else []
         for name in names:
             if isinstance(name, str) and "/" in name:
@@ -169,16 +169,3 @@ def _rebuilt(data: Any, allowed: Callable[[str, Any], Any]) -> Any:
         elif rest := allowed(key, value):
             cleaned[key] = rest
     return cleaned
-
-
-def _read(path: Path) -> Any:
-    """Read a JSON file. Raises ``CheckpointError``."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"{path.name} of {path.parent} is corrupt ({reason})") from error
-    except OSError as error:
-        raise CheckpointError(f"{path.name} of {path.parent} cannot be read: {error.strerror}") from error

@@ -7,15 +7,18 @@ leave the folder.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..errors import CheckpointError
 
 # Files that transformers and hf_optim read from a checkpoint, by suffix.
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".tiktoken")
 MAX_ENTRIES = 100_000  # of a folder
+MAX_JSON_BYTES = 50_000_000
 
 
 def require_inside(home: Path, name: str) -> Path:
@@ -75,6 +78,28 @@ def require_publishable(home: Path) -> None:
             if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 raise CheckpointError(f"{relative!r} of {home} is {_kind_of(kind)}, not a regular file")
             _require_link_inside(home, path, relative)
+
+
+def read_json(path: Path, of: object, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of the checkpoint ``of``, of at most ``limit`` bytes. Raises ``CheckpointError``."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise ValueError(f"it has {size} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} of {of} is corrupt ({first_line(error)}); download or copy it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path.name} of {of} cannot be read: {_reason(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def plain_name(home: object, name: object) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import plain_name, require_inside
+from .files import first_line, plain_name, require_inside
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,3 @@ class Where:
         """Return the regular file ``name``; None if there is no such file. Raises ``CheckpointError``."""
         home = self.home_of(name)
         return require_inside(home, name) if home is not None else None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -6,16 +6,15 @@ configuration to any file, and falls back to pickles.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import require_inside, require_regular
+from .files import first_line, read_json, require_inside, require_regular
 from .headers import MAX_HEADER_BYTES, read_header, require_disjoint
-from .lookup import Where, first_line
+from .lookup import Where
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -84,15 +83,13 @@ def _find(where: Where, named: Any, variant: str | None) -> tuple[Path, ...]:
 
 def _shards(index: Path, where: Where) -> list[str]:
     """Return the names of the shards in an index file, sorted as in transformers."""
+    data = read_json(index, where.source, MAX_HEADER_BYTES)
     try:
-        if index.stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError(f"it has {index.stat().st_size} bytes")
-        data = json.loads(index.read_text(encoding="utf-8"))
         placed = data["weight_map"]
         if not isinstance(data["metadata"], dict) or not placed:
             raise ValueError("it has no metadata, or an empty weight_map")
         names = set(placed.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise CheckpointError(
             f"{index.name} of {where.source} is corrupt ({reason}); download or copy it again"
@@ -119,10 +116,7 @@ def _check_adapter(where: Where) -> str | None:
     if home is None:
         return None
     what = f"{ADAPTER_CONFIG} of {where.source}"
-    try:
-        config = json.loads(require_inside(home, ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is corrupt ({first_line(error)}); download or copy it again") from error
+    config = read_json(require_inside(home, ADAPTER_CONFIG), where.source)
     if not isinstance(config, dict):
         raise CheckpointError(f"{what} is not a mapping")
     if config.get("megatron_config"):
