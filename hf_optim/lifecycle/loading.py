@@ -176,34 +176,34 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     with readable_errors(source):
         _check_files(source, _resolve_config(cls, source, dict(kwargs))[0] if source is not None else None, kwargs)
         try:
-            return _load_packed(cls, stock, args, kwargs)
+            model, info = _load_packed(cls, stock, args, kwargs)
         except UnsupportedCheckpoint as reason:
             log.debug("loaded by stock transformers, since %s", reason)
             model, info = stock(*args, **{**kwargs, "output_loading_info": True})
-    require_placed(model, info, source)
-    accelerate(model)
+            require_placed(model, info, source)
+            accelerate(model)
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
 def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Load with the stock method and our quantizer in place of the checkpoint's.
+    """Load with the stock method and our quantizer in place of the checkpoint's; return model and loading info.
 
     Raises ``UnsupportedCheckpoint`` for a format that the quantizer does not read, and if tensors found no place.
     """
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
-    if any(kwargs.get(key) is not None for key in ("quantization_config", "gguf_file", "state_dict")):
+    if any(kwargs.get(key) is not None for key in ("quantization_config", "state_dict")):
         raise UnsupportedCheckpoint("the call specifies how to load it")
     ours = dict(kwargs)
     source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
     config, ours = _resolve_config(cls, source, ours)
-    wants_info = ours.pop("output_loading_info", False)
-    model, info = stock(source, *args[1:], config=with_packed_quantizer(config), output_loading_info=True, **ours)
+    ours["output_loading_info"] = True
+    model, info = stock(source, *args[1:], config=with_packed_quantizer(config), **ours)
     left = quantized_leftovers(info["unexpected_keys"]) or missing_in_blocks(model, info["missing_keys"])
     if left:
         raise UnsupportedCheckpoint(f"{len(left)} tensors found no place ({left[0]})")
-    return (model, info) if wants_info else model
+    return model, info
 
 
 def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
