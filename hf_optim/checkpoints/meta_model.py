@@ -83,7 +83,7 @@ def is_local(source: ModelSource) -> bool:
     """
     home = local_directory(source.model, source.revision)
     patterns = ("*.safetensors", "*.index.json", "*.bin")
-    return home is not None and any(True for pattern in patterns for _ in home.glob(pattern))
+    return home is not None and any(any(home.glob(pattern)) for pattern in patterns)
 
 
 @contextlib.contextmanager

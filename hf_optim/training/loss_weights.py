@@ -17,10 +17,8 @@ from ..toolkit import compat
 TASK = "task"
 Key = tuple[int, str]  # position of the step in its stage, and name of a term
 TASK_KEY: Key = (-1, TASK)
-OTHER_KEY: Key = (
-    -1,
-    "other",
-)  # terms without items of their own: as the task, or 1 for each batch of a step without labels
+# Terms without items of their own: as the task, or 1 for each batch of a step without labels.
+OTHER_KEY: Key = (-1, "other")
 Counts = dict[Key, list[Any]]
 
 
