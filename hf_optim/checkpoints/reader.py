@@ -45,14 +45,6 @@ def read_tensor(info: TensorInfo, pinned: bool = False) -> Tensor:
     return tensor
 
 
-def read_sample(info: TensorInfo) -> bytes:
-    """Read up to 4 KiB from the middle of a tensor: enough to distinguish two trainings of one architecture."""
-    size = info.end - info.begin
-    with info.file.open("rb") as file:
-        file.seek(info.begin + size // 2)
-        return file.read(min(4096, size - size // 2))
-
-
 @dataclass(frozen=True)
 class TensorSources:
     """The stored tensors that parameters of the model are made from, and the conversion that combines them.

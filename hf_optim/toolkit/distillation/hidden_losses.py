@@ -12,13 +12,6 @@ from torch import Tensor
 from . import losses
 
 
-def cosine_loss(
-    states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None], pooled: bool = False
-) -> Tensor:
-    """Return ``1 - cos(h_s, h_t)``, averaged over tokens and over base models: the sum of ``cosine_losses``."""
-    return cosine_losses(states, targets, masks, pooled).sum()
-
-
 def cosine_losses(
     states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None], pooled: bool = False
 ) -> Tensor:
@@ -45,16 +38,10 @@ def cosine_losses(
     return torch.stack(terms) / len(terms)
 
 
-def squarehead_loss(states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-    """Return ``Σ_l MSE(h_t^l, h_s^l) / MSE(h_t^l, 0)``, SquareHead of 2310.06927 (section 2): a sum over layers ``l``.
+def squarehead_losses(states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """Return ``MSE(h_t^l, h_s^l) / MSE(h_t^l, 0)`` of each layer ``l``: their sum is SquareHead, 2310.06927, section 2.
 
     The denominator gives all layers equal weight, although the magnitudes of their states differ widely.
-    """
-    return squarehead_losses(states, targets, masks).sum()
-
-
-def squarehead_losses(states: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-    """Return ``MSE(h_t^l, h_s^l) / MSE(h_t^l, 0)`` of each layer ``l``, the summands of ``squarehead_loss``.
 
     Args:
         states, targets: hidden states of student and teacher, one ``[batch, tokens, width]`` per layer.
