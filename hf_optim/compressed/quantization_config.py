@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..toolkit import topology
 from .codec import scheme_on
 from .experts import checkpoint_modules, expert_schemes, stored_scheme
 from .state import quantized_modules
@@ -85,6 +88,8 @@ def target_patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[lis
     named = dict(model.named_modules())
     chosen = {name for names in groups for name in names}
     others = [name for name, m in named.items() if isinstance(m, nn.Linear) and name not in chosen]
+    # Readers that build such routers as linear layers need them in the list.
+    routers = _bare_routers(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     bare = [[name.removeprefix(prefix) for name in names] for names in groups]
     excluded = [name.removeprefix(prefix) for name in others]
@@ -97,8 +102,21 @@ def target_patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[lis
     wanted = {name: i for i, names in enumerate(groups) for name in names}
     for targets, ignore in forms:
         if _matches(named, targets, ignore) == wanted:
-            return targets, ignore
+            listed = [*ignore, *_exactly(name.removeprefix(prefix) for name in routers)]
+            return targets, sorted(set(listed)) if targets == [["Linear"]] else ignore
     raise CheckpointError("no compressed-tensors pattern separates the quantized modules of this model from the others")
+
+
+def _bare_routers(model: nn.Module) -> list[str]:
+    """Return the names of modules with a bare weight that routes, in the model and in its checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    bare = [name for name in topology.routes(model) if not isinstance(model.get_submodule(name), nn.Linear)]
+    keys = {f"{name}.weight": torch.empty(0, device="meta") for name in bare}
+    stored: list[str] = []
+    with contextlib.suppress(Exception):  # a conversion that needs more than these tensors: the model's names remain
+        stored = [key.removesuffix(".weight") for key in revert_weight_conversion(model, keys)]  # type: ignore[arg-type]
+    return sorted({*bare, *stored})
 
 
 def _exactly(names: Iterable[str]) -> list[str]:

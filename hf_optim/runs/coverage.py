@@ -28,16 +28,29 @@ def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[s
     coverage = topology.coverage(run.model, names)
     total = coverage.total - _scales(run.model)
     share = coverage.covered / total if total else 0.0
+    alone = _left_alone(run, step, names)
     run.record.coverage[run.label(step)] = {
         "weights_touched": coverage.covered,
         "weights_total": total,
         "share": round(share, 6),
-        "skipped": {reason: sorted(left_out) for reason, left_out in sorted(skipped.items())},
+        "skipped": {reason: sorted(left_out) for reason, left_out in sorted({**alone, **skipped}.items())},
     }
     log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.covered, total, 100 * share)
+    for role, layers in sorted(alone.items()):
+        log.info("%s leaves %d modules alone (%s): %s", run.label(step), len(layers), role, ", ".join(layers[:5]))
     for reason, left_out in sorted(skipped.items()):
         first = ", ".join(sorted(left_out)[:5])
         log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, first)
+
+
+def _left_alone(run: Run, step: Technique, names: set[str]) -> dict[str, list[str]]:
+    """Return the layers that a step with targets left alone because of their role, by role."""
+    targets, skip = getattr(step, "targets", ()), getattr(step, "skip", ())
+    if not isinstance(targets, tuple) or not isinstance(skip, tuple):
+        return {}
+    found = topology.left_alone(run.model, targets, skip)
+    kept = {reason: [name for name in left_out if name not in names] for reason, left_out in found.items()}
+    return {reason: left_out for reason, left_out in kept.items() if left_out}
 
 
 def _scales(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..toolkit import topology
@@ -18,12 +18,14 @@ class Example:
     """One batch as a block saw it before the stage changed anything: its arguments, and what it made of them.
 
     Tensors are where the model is; a step moves them to the device of the block. ``output`` is whatever the block
-    returns: the hidden states, or a tuple that begins with them.
+    returns: the hidden states, or a tuple that begins with them. ``rows`` is True for the rows of these hidden states
+    that are not padding, bool in their shape without features; None if all rows count.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class Scope:
     def select(self, targets: Iterable[str], skip: Iterable[str] = (), experts: bool = False) -> dict[str, Any]:
         """Return the linears of this scope that match ``targets`` and not ``skip`` (see ``topology.match``).
 
-        Output heads are left out unless a target names them exactly. Patterns are matched against the whole model, so
-        that a pattern for one block is not an error in another. With ``experts`` the matrices of fused experts are
-        included (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
+        Layers with a role (routers, gates of shared experts, output heads, other layers outside the blocks:
+        ``topology.roles``) are left out unless a target is their exact name. Patterns are matched against the whole
+        model, so that a pattern for one block is not an error in another. With ``experts`` the matrices of experts
+        are included (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
         """
         targets = tuple(targets)
         everything: dict[str, Any] = dict(topology.linears(self.model))
@@ -75,9 +78,10 @@ class Scope:
             everything |= topology.expert_linears(self.model)
         names = topology.match(everything, targets, tuple(skip))
         chosen = {name: everything[name] for name in names if self.holds(name)}
-        unnamed = [name for name, layer in chosen.items() if name not in targets and isinstance(layer, nn.Module)]
-        heads = topology.output_heads(self.model, unnamed)
-        return {name: layer for name, layer in chosen.items() if name not in heads}
+        if all(name in targets or not isinstance(layer, nn.Module) for name, layer in chosen.items()):
+            return chosen
+        roles = topology.roles(self.model)
+        return {name: layer for name, layer in chosen.items() if name in targets or name not in roles}
 
 
 def _within(name: str, module: str) -> bool:

@@ -12,6 +12,7 @@ from ...data.token_sequences import sequence_length
 from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
+from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.quantization.grids import fit_group_size
@@ -62,10 +63,9 @@ def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> in
     bits = getattr(step, "bits", None)
     if step is None or bits is None:
         return total
-    linears = topology.linears(model)
-    for name in topology.match(linears, getattr(step, "targets", ("Linear",)), getattr(step, "skip", ())):
-        module = linears[name]
-        if not isinstance(module, torch.nn.Linear) or topology.is_output_head(model, name):
+    selected = Scope("", model, model).select(getattr(step, "targets", ("Linear",)), getattr(step, "skip", ()))  # type: ignore[arg-type]
+    for module in selected.values():
+        if not isinstance(module, torch.nn.Linear):
             continue
         rows, columns = module.weight.shape
         group_size = getattr(step, "group_size", None)

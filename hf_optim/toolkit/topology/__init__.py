@@ -7,7 +7,7 @@ how the operations between two layers act on the channels is determined by re-ex
 Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(model)`` to all of them to trace once.
 """
 
-from .block_lists import Block, blocks, group_by_block, is_output_head, output_heads
+from .block_lists import Block, blocks, group_by_block
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import dummy_inputs
 from .layer_coverage import coverage
@@ -18,6 +18,7 @@ from .prunable_groups import HEADS, NEURONS, PrunableGroups, coupled_layers, fin
 from .reasons import NOT_REACHED, not_reached, require_layers, summarize
 from .residual_permutation import find_residual_order, permute_residual_
 from .residual_stream import ResidualStream, find_residual_stream
+from .roles import Role, is_output_head, left_alone, output_heads, roles, routes
 from .selection import match
 from .tracing import trace
 
@@ -31,6 +32,7 @@ __all__ = [
     "NormGroup",
     "PrunableGroups",
     "ResidualStream",
+    "Role",
     "blocks",
     "coupled_layers",
     "coverage",
@@ -46,6 +48,7 @@ __all__ = [
     "has_experts",
     "is_linear",
     "is_output_head",
+    "left_alone",
     "linears",
     "match",
     "not_reached",
@@ -53,6 +56,8 @@ __all__ = [
     "parameter_names",
     "permute_residual_",
     "require_layers",
+    "roles",
+    "routes",
     "summarize",
     "trace",
     "weight_out_in",

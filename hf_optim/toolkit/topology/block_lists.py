@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeVar
@@ -48,6 +48,10 @@ _cache: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], list[tuple[str, str,
 """Model -> the identities of its modules, and the blocks found for them."""
 
 
+after_tracing: list[Callable[[Trace], None]] = []
+"""Functions to call with a trace in which blocks were found, to find what else they need in it."""
+
+
 def blocks(source: nn.Module | Trace) -> list[Block]:
     """Return the blocks of a model in execution order; an encoder's blocks come before its decoder's.
 
@@ -60,7 +64,10 @@ def blocks(source: nn.Module | Trace) -> list[Block]:
     modules = dict(model.named_modules())
     state = tuple(map(id, modules.values()))
     if _cache.get(model, ((), []))[0] != state:
-        _cache[model] = (state, _find(source if isinstance(source, Trace) else trace(source)))
+        traced = source if isinstance(source, Trace) else trace(source)
+        _cache[model] = (state, _find(traced))
+        for remember in after_tracing:
+            remember(traced)
     return [Block(name, modules[name], list_name, index) for name, list_name, index in _cache[model][1]]
 
 
@@ -127,20 +134,3 @@ def group_by_block(model: nn.Module, layers: Mapping[str, M]) -> list[dict[str, 
     inside = [{name: layer for name, layer in layers.items() if holds(name)} for holds in holders]
     outside = {name: layer for name, layer in layers.items() if not any(holds(name) for holds in holders)}
     return [part for part in (*inside, outside) if part]
-
-
-def is_output_head(model: nn.Module, name: str) -> bool:
-    """Return True if the linear layer ``name`` is the model's output embedding, or lies outside all blocks.
-
-    False for any other module. Raises ``AttributeError`` if the model has no module of that name.
-    """
-    return name in output_heads(model, [name])
-
-
-def output_heads(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return those of ``names`` that are output heads (``is_output_head``); the blocks are looked for once."""
-    layers = {name: module for name in names if is_linear(module := model.get_submodule(name))}
-    if not layers:
-        return set()
-    found, embeddings = blocks(model), getattr(model, "get_output_embeddings", lambda: None)()
-    return {name for name, layer in layers.items() if layer is embeddings or block_of(found, name) is None}

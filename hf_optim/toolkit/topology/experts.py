@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from . import valid_rows
+
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
 
@@ -176,6 +178,9 @@ class _Dispatch:
     @torch.no_grad()
     def _run(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tokens, chosen = routed_tokens(experts, args, kwargs)
+        counted = valid_rows.mask_of(experts, tokens)
+        if counted is not None:
+            tokens, chosen = tokens[counted], chosen[counted]
         up, down = matrix_names(experts)
         for index, rows in enumerate(split_by_expert(tokens, chosen, len(experts.get_parameter(down)))):
             if not len(rows):
@@ -209,16 +214,23 @@ def split_by_expert(tokens: Tensor, chosen: Tensor, experts: int) -> list[Tensor
 
 def has_experts(model: nn.Module) -> bool:
     """Return True if the model routes tokens to experts: as many modules or stacked matrices as its config states."""
+    counts = expert_counts(model)
+    return bool(counts) and any(_stores_experts(module, counts) for module in model.modules())
+
+
+def expert_counts(model: nn.Module) -> set[int]:
+    """Return the numbers above one that the config of a model states for experts; empty without such settings."""
     config = getattr(model, "config", None)
     if config is None:
-        return False
+        return set()
     settings = config.get_text_config().to_dict() if hasattr(config, "get_text_config") else vars(config)
-    counts = {
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return {
         value
-        for key, value in settings.items()
-        if "expert" in key and "per_tok" not in key and type(value) is int and value > 1
+        for part in (settings, *nested)
+        for key, value in part.items()
+        if type(value) is int and value > 1 and "expert" in str(key) and "per_tok" not in str(key)
     }
-    return any(_stores_experts(module, counts) for module in model.modules())
 
 
 def _stores_experts(module: nn.Module, counts: set[int]) -> bool:

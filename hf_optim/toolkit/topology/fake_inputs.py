@@ -54,9 +54,10 @@ def _tokens(model: PreTrainedModel, length: int) -> Tensor:
     config = model.config.get_text_config()
     vocabulary = _vocabulary(model)
     ids = [(7 * position + 3) % vocabulary for position in range(length)]
-    ids = [token if token != config.pad_token_id else (token + 1) % vocabulary for token in ids]
-    if isinstance(config.eos_token_id, int) and 0 <= config.eos_token_id < vocabulary:
-        ids[-1] = config.eos_token_id
+    padding, end = _setting(config, "pad_token_id"), _setting(config, "eos_token_id")
+    ids = [token if token != padding else (token + 1) % vocabulary for token in ids]
+    if isinstance(end, int) and 0 <= end < vocabulary:
+        ids[-1] = end
     return torch.tensor([ids], dtype=torch.int64, device=_placement(model)[0])
 
 

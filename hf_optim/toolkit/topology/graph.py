@@ -78,6 +78,8 @@ class Trace:
         outputs: the values that the model returns: the first one, and those that nothing in the model reads (a returned
             tensor that is read, such as the state of an encoder, is an intermediate).
         used_real_weights: True if the forward could not run on fake tensors.
+        parameters: the values that are parameters of the model -> the qualified name of the parameter.
+        partial: True if the forward failed, and what it did until then was recorded.
         cache: results about operations, so that the second of two equal blocks costs nothing (``memoize``).
     """
 
@@ -91,6 +93,8 @@ class Trace:
     readers: Mapping[int, tuple[Op, ...]]
     outputs: frozenset[int]
     used_real_weights: bool
+    parameters: Mapping[int, str] = field(default_factory=dict)
+    partial: bool = False
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def calls_of(self, name: str) -> list[Call]:

@@ -14,6 +14,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return True if a linear layer runs the forward of its base class, ``nn.Linear`` or ``Conv1D``."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer of a model by qualified name, in the order of registration."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}

@@ -12,7 +12,7 @@ that belong to a head are those for which the head's columns of the output proje
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from .graph import Op, Trace
 from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import is_linear
 from .reexecution import NotReexecutable, Reexecution, is_close, memoize, ops_signature, random_tensor
+from .routing import find_routing
 
 HEADS, NEURONS = "heads", "neurons"
 
@@ -63,15 +64,20 @@ class PrunableGroups:
 def find_prunable_groups(trace: Trace) -> list[PrunableGroups]:
     """Return the groups of every feed-forward and attention layer in the blocks of a model, in execution order.
 
-    Layers with tied weights have no groups, and neither have experts.
+    Layers with tied weights have no groups, and neither have experts, nor what a router reads or is made of.
     """
     found = blocks(trace)
+    routers = find_routing(trace, [block.name for block in found])
     layers = []
     for pair in find_linear_pairs(trace):
         block = block_of(found, pair.producer)
         if block is not None and block.holds(pair.consumer):
-            layers += list(_groups_of(trace, pair, block.name))
+            layers += [groups for groups in _groups_of(trace, pair, block.name) if not _touches(groups, routers)]
     return layers
+
+
+def _touches(groups: PrunableGroups, modules: Collection[str]) -> bool:
+    return any(parameter.rpartition(".")[0] in modules for parameter in groups.entries)
 
 
 def coupled_layers(layers: Iterable[PrunableGroups]) -> list[list[PrunableGroups]]:

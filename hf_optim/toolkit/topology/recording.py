@@ -12,10 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .graph import Call, Op, Ref, iter_tensors, map_tree
-from .linear_layers import is_linear
+from .linear_layers import features, is_linear, is_plain_linear
 
 VALUE_PRESERVING = ("lift_fresh", "lift_fresh_copy", "clone", "detach", "alias")
 """Operations whose result has the elements of their argument."""
+
+NORMALIZING = {"topk", "sort", "argsort", "argmax", "max", "_softmax", "_log_softmax", "sigmoid"}
+"""Operations on its own product by which a subclass of ``nn.Linear`` shows that it is more than a linear layer."""
 
 LARGEST_CONSTANT = 1 << 16
 """Integer and boolean tensors whose elements are known are kept up to this number of elements."""
@@ -41,9 +44,10 @@ class Recorder(TorchDispatchMode):
     def watch(self, copied: nn.Module) -> None:
         """Hook the calls of every module of a copy that is discarded afterwards."""
         for name, module in copied.named_modules():
-            linear = is_linear(module)
-            module.register_forward_pre_hook(self._enter(name, linear), with_kwargs=True)
-            module.register_forward_hook(self._leave(name, linear))
+            # A subclass with a forward of its own may be more than a linear layer (a router): see ``_leave``.
+            opaque = is_linear(module) and is_plain_linear(module)
+            module.register_forward_pre_hook(self._enter(name, opaque), with_kwargs=True)
+            module.register_forward_hook(self._leave(name, opaque))
 
     def _enter(self, name: str, linear: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -52,16 +56,41 @@ class Recorder(TorchDispatchMode):
 
         return hook
 
-    def _leave(self, name: str, linear: bool) -> Any:
+    def _leave(self, name: str, opaque: bool) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             _, reads, start = self.open_calls.pop()
             writes = tuple(map(self.value, iter_tensors(output)))
-            if linear:
+            if opaque:
                 self.inside_linear = False
+            if opaque or (is_linear(module) and self._computes_linear(module, reads, writes, start)):
+                self._forget(start)
                 self.append(reads=reads, writes=writes, linear=name)
             self.calls.append(Call(name, reads, writes, start, len(self.ops)))
 
         return hook
+
+    def _computes_linear(self, module: nn.Module, reads: tuple[int, ...], writes: tuple[int, ...], start: int) -> bool:
+        """Return True if a call of a subclass of a linear layer returned one tensor, and only a product with it.
+
+        A router that is a linear layer returns its choice too, or normalizes what it returns.
+        """
+        if len(writes) != 1 or self.kept[writes[0]].shape[-1:] != (features(module)[0],):
+            return False
+        derived = set(reads)
+        for op in self.ops[start:]:
+            if derived.intersection(op.reads):
+                if getattr(op.function, "_opname", "") in NORMALIZING:
+                    return False
+                derived.update(op.produces)
+        return True
+
+    def _forget(self, start: int) -> None:
+        """Remove the operations from ``start`` on; calls of modules among them become empty."""
+        del self.ops[start:]
+        self.calls = [
+            Call(c.name, c.reads, c.writes, min(c.start, start), min(c.end, start)) if c.end > start else c
+            for c in self.calls
+        ]
 
     def value(self, tensor: Tensor) -> int:
         """Return the number of a tensor; a tensor that is not known yet gets a new number."""

@@ -56,15 +56,26 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple
             return _trace_real(model, inputs, args)
 
 
+def trace_until_failure(model: PreTrainedModel) -> Trace:
+    """Record a forward on ``dummy_inputs(model)`` as far as fake tensors get; ``partial`` is True if it failed.
+
+    For models without weights whose forward depends on the data. What the forward did before is recorded.
+    """
+    inputs = dummy_inputs(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return _trace_fake(model, inputs, (), tolerant=True)
+
+
 def as_trace(source: nn.Module | Trace) -> Trace:
     """Return ``source`` if it is a trace, otherwise the trace of the model."""
     return source if isinstance(source, Trace) else trace(source)
 
 
-def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
+def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], tolerant: bool = False) -> Trace:
     with _silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
         copied = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
-        return _record(model, copied, _map_tensors(inputs, empty_on_cpu), _map_tensors(args, empty_on_cpu), real=False)
+        inputs, args = _map_tensors(inputs, empty_on_cpu), _map_tensors(args, empty_on_cpu)
+        return _record(model, copied, inputs, args, real=False, tolerant=tolerant)
 
 
 def _trace_real(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
@@ -72,11 +83,29 @@ def _trace_real(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...])
     return _record(model, copied, inputs, args, real=True)
 
 
-def _record(model: nn.Module, copied: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], real: bool) -> Trace:
+def _record(
+    model: nn.Module,
+    copied: nn.Module,
+    inputs: dict[str, Any],
+    args: tuple[Any, ...],
+    real: bool,
+    tolerant: bool = False,
+) -> Trace:
     recorder = Recorder()
     recorder.watch(copied)
+    outputs, failed = None, False
     with recorder:
-        outputs = copied(*args, **inputs)
+        try:
+            outputs = copied(*args, **inputs)
+        except Exception:
+            if not tolerant:
+                raise
+            failed = True
+    parameters = {
+        recorder.numbers[id(parameter)]: name
+        for name, parameter in copied.named_parameters()
+        if id(parameter) in recorder.numbers
+    }
     returned = [recorder.value(tensor) for tensor in iter_tensors(outputs)]
     readers: dict[int, list[Op]] = defaultdict(list)
     for op in recorder.ops:
@@ -93,6 +122,8 @@ def _record(model: nn.Module, copied: nn.Module, inputs: dict[str, Any], args: t
         readers={value: tuple(ops) for value, ops in readers.items()},
         outputs=frozenset(returned[:1]) | {value for value in returned if value not in readers},
         used_real_weights=real,
+        parameters=parameters,
+        partial=failed,
     )
 
 
