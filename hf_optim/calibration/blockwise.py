@@ -16,8 +16,9 @@ from ..runs.run import Run
 from ..runs.scope import Example, Scope
 from ..toolkit import topology
 from ..toolkit.modules.modes import device_of
+from ..toolkit.statistics import BatchRows
 from .forward import Batch, capture_block_inputs, to_device
-from .steps import any_needs_data, batches_for, exact_targets, run_calibration
+from .steps import any_needs_data, batches_for, exact_targets, labels_for, run_calibration
 
 
 class Journal(Protocol):
@@ -50,6 +51,7 @@ class BlockwiseDriver:
         self.home = device_of(run.model)
         self.device = run.device or self.home
         self.batches: Sequence[Batch] = run.data.batches if run.data is not None and any_needs_data(steps) else ()
+        self.rows = BatchRows(run.model)
         self.seconds: list[float] = []
         self.passes = 0
         # Per block list, the outputs of its latest block by batch: of the modified model, and of the unmodified one.
@@ -95,8 +97,9 @@ class BlockwiseDriver:
         steps = [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
 
         def run_batches(step: Technique) -> None:
-            for batch in batches_for(self.run, step):
-                model(**to_device(batch, self.home))
+            for number, batch in enumerate(batches_for(self.run, step)):
+                with self.rows.of(batch, labels_for(self.run, number)):
+                    model(**to_device(batch, self.home))
 
         for step in steps:
             run_calibration(self.run, step, scope, run_batches)
@@ -105,8 +108,9 @@ class BlockwiseDriver:
         if step.needs_data():
             self.passes += 1
             block = self.blocks[index].module
-            for args, kwargs in self._block_inputs(index):
-                block(*args, **kwargs)
+            for number, (args, kwargs) in enumerate(self._block_inputs(index)):
+                with self.rows.of(self.batches[number], labels_for(self.run, number)):
+                    block(*args, **kwargs)
 
     def _block_inputs(self, index: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Yield the ``(args, kwargs)`` of block ``index``, batch by batch, on the accelerator."""
@@ -123,7 +127,8 @@ class BlockwiseDriver:
         for number, batch in enumerate(self.batches):
             args, kwargs = self._capture_inputs(index, number, batch, self.reference_outputs)
             output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
-            references.append(Example(args, kwargs, to_device(output, self.home)))
+            kept = to_device(output, self.home)
+            references.append(Example(args, kwargs, kept, self.rows.output_mask(batch, block.module, kept)))
         self.reference_outputs[block.list_name] = [example.output for example in references]
         return references
 

@@ -20,9 +20,10 @@ from ..runs.run import Run
 from ..runs.scope import Scope
 from ..toolkit import topology
 from ..toolkit.modules.modes import device_of, eval_mode
+from ..toolkit.statistics import BatchRows
 from .blockwise import BlockwiseDriver, Journal
 from .forward import to_device, without_cache
-from .steps import batches_for, require_covered, run_calibration
+from .steps import batches_for, labels_for, require_covered, run_calibration
 from .throughput import summarize_throughput
 
 
@@ -63,8 +64,11 @@ def _calibrate_whole_model(run: Run, steps: Sequence[Technique]) -> None:
 
     def run_batches(step: Technique) -> None:
         batches = batches_for(run, step)
-        for batch in tqdm(batches, desc=f"calibrating: {step.name}", unit="batch", leave=False, disable=not batches):
-            run.model(**to_device(batch, device))
+        rows = BatchRows(run.model)
+        bar = tqdm(batches, desc=f"calibrating: {step.name}", unit="batch", leave=False, disable=not batches)
+        for number, batch in enumerate(bar):
+            with rows.of(batch, labels_for(run, number)):
+                run.model(**to_device(batch, device))
 
     for step in steps:  # a new scope for each: a step may remove layers
         run_calibration(run, step, Scope("", run.model, run.model), run_batches)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ..errors import ModelError, NumericalError
 from ..recipes.technique import Technique
+from ..runs.acceptance import require_finite
 from ..runs.run import Run
 from ..runs.scope import Scope
 from .forward import Batch
@@ -20,7 +23,7 @@ def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callab
         scope: the part of the model that the step may modify.
         run_batches: runs the scope on all calibration batches; called at each ``yield``.
 
-    Raises ``NumericalError`` naming the step if the step raises one.
+    Raises ``NumericalError`` naming the step if the step raises one, or leaves weights that are not finite.
     """
     for generator in run.call_on([step], "calibrate", scope=scope):
         try:
@@ -32,11 +35,18 @@ def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callab
             raise NumericalError(f"{run.label(step)}: {error}") from error
         finally:
             generator.close()
+    require_finite(scope.module, scope.name, run.label(step))
 
 
 def batches_for(run: Run, step: Technique) -> Sequence[Batch]:
     """Return the calibration batches of the run; none for a step that needs no data."""
     return run.data.batches if run.data is not None and step.needs_data() else ()
+
+
+def labels_for(run: Run, number: int) -> torch.Tensor | None:
+    """Return the labels of a calibration batch, which are not among its inputs; None if it has none."""
+    labels = getattr(run.data, "labels", ())
+    return labels[number] if number < len(labels) else None
 
 
 def any_needs_data(steps: Sequence[Technique]) -> bool:

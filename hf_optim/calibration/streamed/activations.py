@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import ModelError
 from ...runs.scope import Example
 from ...toolkit import topology
+from ...toolkit.statistics import BatchRows
 from ..forward import Batch, capture_block_inputs, replace_forwards, to_device
 from .activation_store import ActivationStore
 from .block_arguments import RecordedArguments, infer_signature, record_calls
@@ -175,6 +176,7 @@ class ReferenceOutputs(Sequence[Example]):
 
     def __init__(self, cache: ActivationCache, index: int) -> None:
         self.cache, self.block = cache, index
+        self.rows = BatchRows(cache.model)
 
     def __len__(self) -> int:
         return len(self.cache.batches)
@@ -187,4 +189,6 @@ class ReferenceOutputs(Sequence[Example]):
         number %= len(self)
         with self.cache.non_block_weights.on_demand():
             args, kwargs = self.cache.batch_inputs(self.block, number, CPU)
-        return Example(args, kwargs, self.cache.output(self.block, number))
+        output = self.cache.output(self.block, number)
+        block = self.cache.blocks[self.block].module
+        return Example(args, kwargs, output, self.rows.output_mask(self.cache.batches[number], block, output))

@@ -18,14 +18,17 @@ from ...checkpoints.reader import Checkpoint
 from ...compressed.quantizer import PackingFallback
 from ...errors import ModelError
 from ...recipes.technique import Technique
+from ...runs.acceptance import refuse_nonfinite, require_finite
 from ...runs.masking import stray_weights
 from ...runs.memory import map_large_blocks, release_freed_pages
 from ...runs.run import Run
 from ...runs.scope import Example, Scope
 from ...toolkit import topology
+from ...toolkit.modules.finite import nonfinite
 from ...toolkit.modules.modes import eval_mode
+from ...toolkit.statistics import BatchRows
 from ..forward import without_cache
-from ..steps import any_needs_data, exact_targets, require_covered, run_calibration
+from ..steps import any_needs_data, exact_targets, labels_for, require_covered, run_calibration
 from ..throughput import summarize_throughput
 from .activations import CPU, ActivationCache, ReferenceOutputs
 from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
@@ -58,6 +61,7 @@ class StreamedDriver:
         self.model = run.model
         self.blocks = topology.blocks(self.model)
         self.device = run.device or CPU
+        self.rows = BatchRows(self.model)
         self.non_block_weights = NonBlockWeights(
             self.model, [block.name for block in self.blocks], self.checkpoint.read
         )
@@ -79,6 +83,7 @@ class StreamedDriver:
         Raises ``ModelError`` if a step finds nothing to work on, or modifies a weight outside the current block.
         """
         map_large_blocks()
+        self._require_finite_non_blocks()
         with eval_mode(self.model), without_cache(self.model), ThreadPoolExecutor(1) as reader:
             try:
                 self._calibrate_blocks(reader)
@@ -140,6 +145,7 @@ class StreamedDriver:
     def _calibrate_block(self, index: int, references: Sequence[Example], bar: tqdm) -> None:
         block = self.blocks[index]
         scope = Scope(block.name, block.module, self.model, index, len(self.blocks), teacher=references)
+        require_finite(block.module, block.name, "")
         with self._refuse_changes_outside(block):
             for step in self.steps:
                 bar.set_postfix_str(f"{block.name}: {step.name}")
@@ -149,8 +155,9 @@ class StreamedDriver:
         if step.needs_data() and self.cache is not None:
             self.passes += 1
             block = self.blocks[index].module
-            for args, kwargs in self.cache.block_inputs(index):
-                block(*args, **kwargs)
+            for number, (args, kwargs) in enumerate(self.cache.block_inputs(index)):
+                with self.rows.of(self.cache.batches[number], labels_for(self.run, number)):
+                    block(*args, **kwargs)
 
     def _compute_outputs(self, cache: ActivationCache, index: int) -> None:
         self.passes += 1
@@ -167,6 +174,12 @@ class StreamedDriver:
         self.off_grid += self.output.write_block(self.run, index)
         # They are in the state file of the block and are read back at the end; here they would grow with the model.
         self.run.masks.clear()
+
+    def _require_finite_non_blocks(self) -> None:
+        """Raise ``NumericalError`` if weights outside the blocks are not finite; one tensor is read at a time."""
+        for name in self.non_block_weights.names:
+            with torch.no_grad():
+                refuse_nonfinite([name] if nonfinite(self.checkpoint.read([name])[name]) else [])
 
     # -- outside the blocks ---------------------------------------------------------------------------------------
     def _non_block_steps(self) -> list[Technique]:
@@ -197,8 +210,9 @@ class StreamedDriver:
 
     def _run_model(self, step: Technique) -> None:
         if step.needs_data() and self.cache is not None:
-            for number in range(len(self.cache.batches)):
-                self.cache.forward(number)
+            for number, batch in enumerate(self.cache.batches):
+                with self.rows.of(batch, labels_for(self.run, number)):
+                    self.cache.forward(number)
 
     # -- reading and offloading -----------------------------------------------------------------------------------
     def _block_names(self, index: int) -> list[str]:

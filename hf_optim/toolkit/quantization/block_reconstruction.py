@@ -26,7 +26,8 @@ class BlockExamples:
     """Inputs and reference outputs of a block, moved to a device one example at a time.
 
     Attributes:
-        examples: objects with ``args``, ``kwargs`` and ``output``; outputs are tensors, or tuples that start with one.
+        examples: objects with ``args``, ``kwargs``, ``output`` and ``rows``; outputs are tensors, or tuples that start
+            with one, and ``rows`` is True for the rows of these tensors that count (None: all).
         device: the device of the block.
     """
 
@@ -37,8 +38,11 @@ class BlockExamples:
         return len(self.examples)
 
     def num_sequences(self, number: int) -> int:
-        """Return the number of sequences in one example."""
-        return len(_hidden_states(self.examples[number].output))
+        """Return the number of sequences in one example, without those that are all padding."""
+        example = self.examples[number]
+        if example.rows is None:
+            return len(_hidden_states(example.output))
+        return int(example.rows.flatten(1).any(1).sum()) if example.rows.dim() > 1 else 1
 
     @property
     def total_sequences(self) -> int:
@@ -48,22 +52,31 @@ class BlockExamples:
     def require_finite(self, label: str) -> None:
         """Raise ``NumericalError``, with a message that starts with ``label``, if an output is not finite."""
         for number, example in enumerate(self.examples):
-            if not bool(torch.isfinite(_hidden_states(example.output)).all()):
+            output = _hidden_states(example.output)
+            output = output if example.rows is None else output[example.rows.to(output.device)]
+            if not bool(torch.isfinite(output).all()):
                 raise NumericalError(f"{label} gave NaN or infinite outputs on calibration batch {number}")
 
     def loss(self, block: nn.Module, number: int) -> Tensor:
-        """Return the mean squared error of the block's output on one example, float32."""
+        """Return the mean squared error of the block's output on one example, float32.
+
+        With padding it is the mean over sequences of the mean over the rows of a sequence that count, so that it does
+        not depend on which sequences share a batch.
+        """
         example = self.examples[number]
         args = [_without_cache(value) for value in example.args]
         kwargs = {name: _without_cache(value) for name, value in example.kwargs.items()}
         args, kwargs, target = _to((args, kwargs, _hidden_states(example.output)), self.device)
-        return F.mse_loss(_hidden_states(block(*args, **kwargs)).float(), target.float())
+        output = _hidden_states(block(*args, **kwargs))
+        if example.rows is None:
+            return F.mse_loss(output.float(), target.float())
+        return _masked_mse(output.float(), target.float(), example.rows.to(self.device))
 
     @torch.no_grad()
     def mean_loss(self, block: nn.Module) -> float:
         """Return the mean loss over all sequences of all examples."""
         sums = [float(self.loss(block, n)) * self.num_sequences(n) for n in range(len(self))]
-        return math.fsum(sums) / self.total_sequences
+        return math.fsum(sums) / max(self.total_sequences, 1)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[list[int]]:
         """Yield groups of examples of at least ``batch_size`` sequences in random order, endlessly."""
@@ -75,6 +88,15 @@ class BlockExamples:
                 if sum(map(self.num_sequences, group)) >= min(batch_size, self.total_sequences):
                     yield group
                     group = []
+
+
+def _masked_mse(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """Return the mean over sequences of the mean squared error over the rows that count."""
+    if rows.dim() == 1:  # flattened: sequences are not told apart
+        rows, output, target = rows[None], output[None], target[None]
+    errors = torch.zeros_like(output[..., 0]).masked_scatter(rows, (output[rows] - target[rows]).square().mean(-1))
+    counts = rows.flatten(1).sum(1)
+    return (errors.flatten(1).sum(1) / counts.clamp_min(1)).sum() / (counts > 0).sum().clamp_min(1)
 
 
 def _hidden_states(output: Any) -> Tensor:
@@ -175,7 +197,7 @@ def _set_gradients(
         master.grad = torch.zeros_like(master)
     for number in numbers:
         with torch.enable_grad():
-            loss = examples.loss(block, number) * (examples.num_sequences(number) / sequences)
+            loss = examples.loss(block, number) * (examples.num_sequences(number) / max(sequences, 1))
             found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
         total += float(loss.detach())
         for master, gradient in zip(masters, found, strict=True):

@@ -1,15 +1,18 @@
 """Statistics of activations, gradients and Hessians, collected through hooks."""
 
+from ..topology import valid_rows
 from . import importance
 from .calibration_losses import calibration_loss
 from .curvature import enable_double_backward, gradients, hessian_product, power_iteration, random_direction
 from .expert_tokens import TokenSample, augment_undersampled
 from .observers import ChannelAbsMax, HessianDiagonal, TensorMinMax
 from .recorded_batches import RecordedBatches, sample_microbatches
+from .row_tracking import BatchRows
 from .second_moment import GramMatrix, SecondMoment
 from .sensitivity import OutputShift, select_within_budget
 
 __all__ = [
+    "BatchRows",
     "ChannelAbsMax",
     "GramMatrix",
     "HessianDiagonal",
@@ -28,4 +31,5 @@ __all__ = [
     "random_direction",
     "sample_microbatches",
     "select_within_budget",
+    "valid_rows",
 ]

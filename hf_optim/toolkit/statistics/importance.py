@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ...errors import NumericalError
 from ..distributed import collectives
+from ..topology import valid_rows
 from ..topology.linear_layers import weight_out_in
 from ..topology.prunable_groups import PrunableGroups
-from .calibration_losses import ranking_loss
+from .calibration_losses import count_samples, ranking_loss
 from .curvature import enable_double_backward
 from .observers import InputObserver, first_tensor
 
@@ -78,7 +79,7 @@ def squared_contributions(inputs: Tensor, consumer: nn.Module, groups: PrunableG
 
 
 class BlockInfluence:
-    """Context manager: ``1 - cos(h_in, h_out)`` of each block, mean over tokens (2403.03853).
+    """Context manager: ``1 - cos(h_in, h_out)`` of each block, mean over the tokens that count (2403.03853).
 
     ``with`` binds a dictionary from block name to float64 ``[2]``: the sum over tokens and the number of tokens.
     """
@@ -112,6 +113,10 @@ class BlockInfluence:
         def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, after = _hidden_state(args, kwargs), _first_output(output)
             moved = 1.0 - torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).double()
+            mask = valid_rows.mask_of(module, before)
+            moved = moved if mask is None else moved[mask]
+            if not moved.numel():
+                return
             sums = torch.stack([moved.sum(), torch.tensor(float(moved.numel()), dtype=torch.float64).to(moved.device)])
             self.found[name] = self.found[name] + sums if name in self.found else sums
 
@@ -175,7 +180,8 @@ def gate_gradients(
     for batch in batches:
         for name, gradient in _gate_gradients(model, batch, consumers, blocks, label).items():
             parts = gradient[:, columns[name].to(gradient.device)].sum(-1) if name in columns else gradient
-            score = len(parts) * parts.double().abs().sum(0)  # the loss is a mean over the samples
+            # The loss is a mean over the samples.
+            score = count_samples(model, batch, len(parts)) * parts.double().abs().sum(0)
             found[name] = found[name] + score if name in found else score
     collectives.all_reduce_dict_(found, [*consumers, *blocks], "sum")
     return found
@@ -203,6 +209,8 @@ def _gate_gradients(
             raise NumericalError(
                 f"{label}: the loss is {float(loss.detach())} on the calibration data; check the weights"
             )
+        if not loss.requires_grad:  # nothing in this batch counts
+            return {}
         gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
     return {name: gradient.flatten(1) for name, gradient in zip(gates, gradients, strict=True) if gradient is not None}
 

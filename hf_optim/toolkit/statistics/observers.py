@@ -10,6 +10,9 @@
 removed on exit of the block, also after an exception. A non-finite input raises ``NumericalError`` with the name of the
 module: on a CPU immediately; on an accelerator, where checking every input would synchronize, on exit of the block.
 
+Rows of padding are left out, as given by the masks of the batch (``topology.valid_rows``). A statistic that does not
+come from an ``InputObserver`` calls ``valid_rows.select`` or ``valid_rows.mask_of`` on what it reads.
+
 With several ranks that each calibrate on a part of the data (``distributed.collectives``), statistics are reduced over
 the ranks on exit of the block, and are the same on all ranks.
 """
@@ -24,6 +27,7 @@ from torch import nn
 
 from ...errors import NumericalError
 from ..distributed import collectives
+from ..topology import valid_rows
 
 S = TypeVar("S")
 
@@ -77,7 +81,10 @@ class InputObserver(Generic[S]):
         raise NotImplementedError(f"{type(self).__name__} cannot be used by several ranks")
 
     def update(self, name: str, inputs: torch.Tensor) -> None:
-        """Update the statistic with one input of the module ``name``, ``[..., in_features]`` as the module got it."""
+        """Update the statistic with one input of the module ``name``.
+
+        ``inputs`` is ``[..., in_features]`` as the module got it, or ``[n, in_features]`` without rows of padding.
+        """
         raise NotImplementedError
 
     @property
@@ -88,9 +95,10 @@ class InputObserver(Generic[S]):
     def _hook(self, name: str) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = first_tensor(args, kwargs)
-            if inputs is not None and inputs.numel():
+            rows = None if inputs is None else valid_rows.select(module, inputs)
+            if rows is not None and rows.numel():
                 with torch.no_grad():
-                    self.update(name, inputs)
+                    self.update(name, rows)
 
         return observe
 

@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..topology import valid_rows
+
 
 class RecordedBatches:
-    """Context manager that records the keyword arguments of each call of a model.
+    """Context manager that records the keyword arguments of each call of a model, and the labels of its batch.
 
-    ``with`` binds a list with one dictionary per call.
+    ``with`` binds a list with one dictionary per call. Calibration gives the model no labels; those that belong to the
+    batch are added as ``labels``, for a loss (``calibration_loss``, ``ranking_loss``).
 
     Args:
         model: the model.
@@ -30,7 +33,12 @@ class RecordedBatches:
         self._handle.remove()
 
     def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.found.append(dict(kwargs))
+        rows = valid_rows.current()
+        batch = dict(kwargs)
+        if rows is not None and rows.labels is not None:
+            device = next((value.device for value in batch.values() if isinstance(value, Tensor)), None)
+            batch["labels"] = rows.labels.to(device)
+        self.found.append(batch)
 
 
 def sample_microbatches(batches: Sequence[Mapping[str, Any]], count: int, rows: int) -> list[dict[str, Any]]:

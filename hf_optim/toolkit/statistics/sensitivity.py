@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..topology import valid_rows
 from ..topology.linear_layers import weight_out_in
 
 Case = TypeVar("Case")
@@ -19,8 +20,8 @@ class OutputComparison(ABC, Generic[Case]):
     """Context manager that repeats every forward of a module once per case, changed, and compares the outputs.
 
     Logits are compared by the Kullback-Leibler divergence of their softmax (nats, mean over positions), other outputs
-    by the relative squared error (``output_divergence``). ``with`` binds a dictionary from case to the value over all
-    batches.
+    by the relative squared error (``output_divergence``), over the positions that are not padding. ``with`` binds a
+    dictionary from case to the value over all batches.
 
     Args:
         module: the model or block that batches pass through.
@@ -55,11 +56,14 @@ class OutputComparison(ABC, Generic[Case]):
     def _compare(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._repeating:
             return
+        counted = valid_rows.mask_of(module, _compared(output))
+        if counted is not None and not bool(counted.any()):
+            return
         self._repeating = True
         self.batches += 1
         try:
             for name, case in self.cases.items():
-                divergence = output_divergence(output, self._changed_output(case, args, kwargs))
+                divergence = output_divergence(output, self._changed_output(case, args, kwargs), counted)
                 self.found[name] = self._accumulate(self.found[name], divergence)
         finally:
             self._repeating = False
@@ -87,15 +91,30 @@ class OutputShift(OutputComparison[tuple[nn.Module, Tensor]]):
             view.copy_(before)
 
 
-def output_divergence(output: Any, changed: Any) -> float:
-    """Return the distance of two outputs of a module, >= 0: of their logits in nats, else relative squared error."""
-    logits, others = getattr(output, "logits", None), getattr(changed, "logits", None)
-    if isinstance(logits, Tensor) and isinstance(others, Tensor):
-        log_p, log_q = logits.float().log_softmax(-1), others.float().log_softmax(-1)
+def output_divergence(output: Any, changed: Any, counted: Tensor | None = None) -> float:
+    """Return the distance of two outputs of a module, >= 0: of their logits in nats, else relative squared error.
+
+    Args:
+        output, changed: two outputs of a module.
+        counted: bool, the shape of the compared tensors without features: which positions count; None for all.
+    """
+    dense, moved = _compared(output).float(), _compared(changed).float()
+    if counted is not None:
+        dense, moved = dense[counted], moved[counted]
+    if _has_logits(output) and _has_logits(changed):
+        log_p, log_q = dense.log_softmax(-1), moved.log_softmax(-1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    dense, moved = _first_tensor(output).float(), _first_tensor(changed).float()
     norm = float(dense.square().sum())
     return float((moved - dense).square().sum()) / norm if norm > 0 else 0.0
+
+
+def _has_logits(output: Any) -> bool:
+    return isinstance(getattr(output, "logits", None), Tensor)
+
+
+def _compared(output: Any) -> Tensor:
+    """Return the logits of an output, or else its first tensor."""
+    return output.logits if _has_logits(output) else _first_tensor(output)
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -174,7 +174,8 @@ class _Finder:
         """Return the projections in blocks whose outputs reach the model's outputs through ``routers`` only."""
         if not routers or self.trace.partial:
             return []
-        alive, feeding = set(self.trace.outputs), set()
+        alive = set(self.trace.outputs)
+        feeding: set[int] = set()
         for op in reversed(self.trace.ops):
             if op.position in routers:
                 feeding.update(op.reads)
