@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pluggy
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import hookspecs
@@ -29,6 +30,7 @@ from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
 from ..recipes.contract import Phase
 from ..recipes.technique import Technique
+from ..runs.acceptance import require_finite, require_model
 from ..runs.coverage import record_coverage
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
@@ -78,8 +80,10 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         work: what to do, if not ``transform`` and ``calibrate`` with the driver of the recipe.
     """
     stage = _current(run)
-    if work is None:
-        _load_data(run, stage)  # an error here leaves the stage pending: nothing has changed
+    if work is None:  # an error here leaves the stage pending: nothing has changed
+        require_model(run.model)
+        _load_data(run, stage)
+        require_finite(run.model, "", "")
     with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
         started = time.perf_counter()
         details = (work or _transform_and_calibrate)(run, stage)
@@ -93,6 +97,7 @@ def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
     for step in _transforming(run, stage):
         for model in run.call_on([step], "transform_model"):
             run.model = model
+            require_finite(model, "", run.label(step))
     return drivers.calibrate(run, stage, run.journal) if stage.calibrates else {}
 
 
@@ -116,6 +121,7 @@ def complete_stage(run: Run) -> None:
         log.warning("%s; the stage is completed with the model as it is", sentence)
     with _failing(run, "finalizing"):
         run.call("finalize_model")
+        require_finite(run.model, "", str(stage))
         record_coverage(run, stage.steps)
     for step in stage.steps:
         contract = step.contract()
@@ -185,7 +191,9 @@ def run_stages(run: Run, source: Any = None) -> None:
     if source is not None:
         run.source = source
     while (stage := run.stage) is not None and not run.stage_entered:
-        enter_stage(run)
+        # Tensors made under torch.inference_mode() could not be trained or changed afterwards.
+        with torch.inference_mode(False):
+            enter_stage(run)
         if stage.trains:
             log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
             break

@@ -177,9 +177,11 @@ class StreamedDriver:
 
     def _require_finite_non_blocks(self) -> None:
         """Raise ``NumericalError`` if weights outside the blocks are not finite; one tensor is read at a time."""
-        for name in self.non_block_weights.names:
-            with torch.no_grad():
-                refuse_nonfinite([name] if nonfinite(self.checkpoint.read([name])[name]) else [])
+        names = self.non_block_weights.names
+        absent = set(self.checkpoint.missing(names))  # tied to one that is stored
+        for name in names:
+            if name not in absent and nonfinite(self.checkpoint.read([name])[name]):
+                refuse_nonfinite([name])
 
     # -- outside the blocks ---------------------------------------------------------------------------------------
     def _non_block_steps(self) -> list[Technique]:

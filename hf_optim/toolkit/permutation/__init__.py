@@ -1,6 +1,6 @@
 """Permutations and scales of channels that do not change what a model computes."""
 
-from . import folding
+from . import folding, scale_bounds
 from .column_search import kept_sum, kept_sum_row_wise, search_permutation
 from .permutation_sites import SITE_KINDS, Site, find_sites
 
@@ -11,5 +11,6 @@ __all__ = [
     "folding",
     "kept_sum",
     "kept_sum_row_wise",
+    "scale_bounds",
     "search_permutation",
 ]

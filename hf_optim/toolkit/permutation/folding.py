@@ -1,8 +1,9 @@
 """Folding: scale or permute inner channels in the weights, without changing what the model computes.
 
 A scale of the channels between two layers can move from the first to the second. ``topology`` finds the layers that
-allow it and the channels that belong together; this module changes the weights, in place and in their dtype. Scales are
-positive, one per channel; they are moved to the device and dtype of the weights.
+allow it and the channels that belong together; this module changes the weights, in place. Scales are positive, one per
+channel. Products are computed in float32 or wider and rounded once to the dtype of the weights; ``scale_bounds`` clamps
+a scale to what that dtype can hold.
 """
 
 from __future__ import annotations
@@ -16,32 +17,37 @@ from ..topology.layer_pairs import LinearPair
 from ..topology.linear_layers import weight_out_in
 from ..topology.norm_groups import NormGroup
 
+# Rows that are scaled at a time, since they are copied into a wider dtype.
+STRIP = 4096
+
 
 @torch.no_grad()
 def scale_columns_(module: nn.Module, factor: Tensor) -> None:
     """Multiply column j of the weight ``[out, in]`` of a linear layer by ``factor[j]``, in place."""
     weight = weight_out_in(module)
-    weight.mul_(factor.to(weight))
+    factor = factor.to(weight.device, _wide(weight))
+    for rows in weight.split(STRIP):
+        rows.copy_(rows.to(factor.dtype) * factor)
 
 
 @torch.no_grad()
 def scale_rows_(module: Any, rows: Tensor, factor: Tensor) -> None:
     """Multiply row ``rows[k]`` of the weight ``[out, in]`` and bias of a linear layer by ``factor[k]``, in place."""
     weight = weight_out_in(module)
-    rows, factor = rows.to(weight.device), factor.to(weight)
-    weight[rows] = weight[rows] * factor[:, None]
+    rows, factor = rows.to(weight.device), factor.to(weight.device, _wide(weight))
+    weight[rows] = (weight[rows].to(factor.dtype) * factor[:, None]).to(weight.dtype)
     if module.bias is not None:
-        module.bias[rows] = module.bias[rows] * factor
+        module.bias[rows] = (module.bias[rows].to(factor.dtype) * factor).to(module.bias.dtype)
 
 
 @torch.no_grad()
 def scale_norm_(module: Any, factor: Tensor, offset: float = 0.0) -> None:
     """Multiply the output of a norm, ``(weight + offset) * n(x) + bias``, by ``factor`` ``[channels]``, in place."""
     weight = module.weight
-    factor = factor.to(weight)
-    weight.copy_((weight + offset) * factor - offset)
+    factor = factor.to(weight.device, _wide(weight))
+    weight.copy_((weight.to(factor.dtype) + offset) * factor - offset)
     if getattr(module, "bias", None) is not None:
-        module.bias.mul_(factor)
+        module.bias.copy_(module.bias.to(factor.dtype) * factor)
 
 
 def move_norm_scale_(group: NormGroup, scale: Tensor) -> None:
@@ -99,6 +105,10 @@ def permute_pair_(pair: LinearPair, order: Tensor) -> None:
             module.bias[target] = module.bias[source]
     weight = weight_out_in(pair.consumer_module)
     weight.copy_(weight[:, columns.to(weight.device)])
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _producers(pair: LinearPair) -> list[tuple[Any, Tensor]]:

@@ -6,7 +6,8 @@ A few input channels of a transformer's linear layers are a hundred times larger
 scale that 8-bit activations have per tensor or token. Dividing channel j of X by s_j and multiplying column j of W by
 it leaves Y unchanged. 1/s is folded into the layer that produces X: the gain (and bias) of the norm that the linears
 read, and, where it is exact, the rows of the preceding linear: value -> output projection, up -> down projection,
-fc1 -> fc2 through ReLU.
+fc1 -> fc2 through ReLU. Scales are clamped to what the model's dtype can hold on both sides, which matters in half
+precision only.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", arXiv
 2211.10438. (The reference list of the survey that this collection follows gives it the title of another paper.)
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.permutation import folding
+from hf_optim.toolkit.permutation import folding, scale_bounds
 from hf_optim.toolkit.statistics import ChannelAbsMax
 from hf_optim.toolkit.topology import LinearPair, NormGroup, weight_out_in
 
@@ -137,11 +138,9 @@ class Plan:
             if peak is None:
                 smoothed.skipped.setdefault(topology.NOT_REACHED, set()).add(pair.consumer)
                 continue
-            rows = smoothing_scale(
-                folding.max_over_columns(pair, peak),
-                folding.max_over_columns(pair, column_peak([pair.consumer_module]).to(peak)),
-                alpha,
-            )
+            own = folding.max_over_columns(pair, peak)
+            columns = folding.max_over_columns(pair, column_peak([pair.consumer_module]).to(peak))
+            rows = scale_bounds.bound_pair_scale(pair, smoothing_scale(own, columns, alpha), own)
             folding.move_pair_scale_(pair, rows)
             smoothed.pairs += 1
             smoothed.covered |= {pair.producer, pair.consumer}
@@ -154,6 +153,7 @@ class Plan:
                 smoothed.skipped.setdefault(topology.NOT_REACHED, set()).update(group.linears)
                 continue
             scale = smoothing_scale(peak, column_peak(group.linears.values()).to(peak), alpha)
+            scale = scale_bounds.bound_norm_scale(group, scale, peak)
             folding.move_norm_scale_(group, scale)
             smoothed.norms += 1
             smoothed.covered |= set(group.linears)
