@@ -228,3 +228,10 @@ def test_the_config_names_routers_for_readers_that_build_them_as_linear_layers(t
     ignored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignore"]
     for name in ("model.layers.0.mlp.gate", "model.layers.1.block_sparse_moe.gate"):
         assert any(entry.startswith("re:") and re.match(entry[3:], name) for entry in ignored)
+
+
+def test_roles_do_not_need_the_dense_weights():
+    model = tiny_mixtral()
+    reference = topology.roles(tiny_mixtral())
+    del model.model.layers[0].self_attn.q_proj._parameters["weight"]  # as in a loaded checkpoint, before it is decoded
+    assert topology.roles(model) == reference

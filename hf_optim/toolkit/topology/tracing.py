@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .fake_inputs import dummy_inputs
 from .fake_model import copy_with_tensors, empty_on_cpu
 from .graph import Op, Trace, iter_tensors, map_tree
+from .linear_layers import is_plain_linear
 from .recording import Recorder
 
 CONFIG = {
@@ -74,6 +75,7 @@ def as_trace(source: nn.Module | Trace) -> Trace:
 def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], tolerant: bool = False) -> Trace:
     with _silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
         copied = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
+        _add_missing_weights(copied)
         inputs, args = _map_tensors(inputs, empty_on_cpu), _map_tensors(args, empty_on_cpu)
         return _record(model, copied, inputs, args, real=False, tolerant=tolerant)
 
@@ -125,6 +127,14 @@ def _record(
         parameters=parameters,
         partial=failed,
     )
+
+
+def _add_missing_weights(copied: nn.Module) -> None:
+    """Give the linear layers of a fake copy whose weights are still packed (a loaded checkpoint) a dense weight."""
+    for module in copied.modules():
+        if isinstance(module, nn.Linear) and is_plain_linear(module) and not hasattr(module, "weight"):
+            weight = torch.empty(module.out_features, module.in_features)
+            module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
 
 def _map_tensors(tree: Any, convert: Any) -> Any:
