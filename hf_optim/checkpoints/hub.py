@@ -174,9 +174,5 @@ def _require_finished(directory: Path) -> None:
             )
     if not list(directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory} has no safetensors weights")
-    try:
-        finished = Record.read(directory).finished
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {_one_line(error)}") from error
-    if not finished:
+    if not Record.read(directory).finished:
         raise CheckpointError(f"{directory} is a checkpoint from the middle of a recipe; finish the recipe and save it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, ModelError, OptimError
+from ..errors import ModelError, OptimError
 from ..toolkit.checkpoint.model_config import model_class
+from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from .hub import local_directory
 from .read_errors import readable_errors
 from .source import ModelSource, summarize_error
@@ -44,36 +46,29 @@ class MetaModel:
 def build(source: ModelSource) -> MetaModel:
     """Build the meta model of a checkpoint. A Hub model is downloaded into the cache first if it is not there.
 
-    Raises ``ModelError`` if there is no such model, and ``CheckpointError`` for pickles, truncated shards, and tensors
-    whose shape differs from the configuration's.
+    Raises ``ModelError`` if there is no such model, and ``CheckpointError`` for pickles, truncated shards, and weights
+    that are not those of the model (``toolkit.checkpoint.placement``); a head may be missing.
     """
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     files = source.weight_files()
     try:
         with readable_errors(source.model), _quiet():
-            model, info = model_class(source.config).from_pretrained(
+            stock = functools.partial(
+                model_class(source.config).from_pretrained,
                 source.model,
                 config=copy.deepcopy(source.config),
                 dtype=dtype,
                 use_safetensors=True,
                 device_map={"": "meta"},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
                 **source.load_kwargs,
             )
+            model, info = load_placed(stock, source.config, files, source.model, new_heads=NewHeads.ALL)
     except OptimError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
-    for name, stored, built in sorted(info["mismatched_keys"], key=str):
-        raise CheckpointError(
-            f"{name} is {list(stored)} in {source.model}, and {type(model).__name__} with its config.json has "
-            f"{list(built)}: the weights and the configuration belong to different models"
-        )
     _compute_buffers(model)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = tuple(sorted(set(info["missing_keys"]) - tied))
-    return MetaModel(model.eval(), files, missing, tuple(sorted(info["unexpected_keys"])))
+    return MetaModel(model.eval(), files, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])))
 
 
 def is_local(source: ModelSource) -> bool:

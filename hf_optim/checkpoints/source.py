@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
 from ..toolkit.checkpoint.model_config import load_config, model_class
+from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..trust.code import may_run
 from ..trust.weights import checked_weights
 from .hub import commit_of, local_directory
-from .placed import require_placed
 from .read_errors import readable_errors
 
 
@@ -67,29 +68,28 @@ class ModelSource:
         return pinned
 
 
-def load_model(source: ModelSource) -> Any:
-    """Load the model, in evaluation mode. Raises ``ModelError`` or ``CheckpointError`` if it cannot be loaded."""
+def load_model(source: ModelSource, new_heads: NewHeads = NewHeads.NONE) -> Any:
+    """Load the model, in evaluation mode; ``new_heads`` are the heads that the checkpoint may lack.
+
+    Raises ``ModelError`` if it cannot be loaded, and ``CheckpointError`` if the weights are not those of the model.
+    """
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
-    source.weight_files()
+    files = source.weight_files()
     try:
         with readable_errors(source.model):
-            model, info = model_class(source.config).from_pretrained(
+            stock = functools.partial(
+                model_class(source.config).from_pretrained,
                 source.model,
                 config=copy.deepcopy(source.config),
                 dtype=dtype,
                 use_safetensors=True,
-                output_loading_info=True,
                 **source.load_kwargs,
             )
+            model, _ = load_placed(stock, source.config, files, source.model, new_heads=new_heads)
     except OptimError:
         raise
-    except AttributeError as error:  # transformers initializes a weight that a packed layer does not have
-        raise CheckpointError(
-            f"cannot load {source.model}: its tensors do not match its quantization_config ({summarize_error(error)})"
-        ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
-    require_placed(model, info, source.model)
     return model.eval()
 
 

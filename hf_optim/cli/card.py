@@ -5,6 +5,7 @@ For a folder of checkpoints or cards, render the index that compares them."""
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -24,12 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from ..runs.record import FILE_NAME, Record
 
     home = args.directory
-    if (home / FILE_NAME).is_file():
-        try:
-            record = Record.read(home)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{home / FILE_NAME} cannot be read: {error}") from error
-        print(Card(record, home).write(home))
+    if os.path.lexists(home / FILE_NAME):
+        print(Card(Record.read(home), home).write(home))
     elif any(home.glob(f"*/{FILE_NAME}")):
         render_index(home)
         print(home / "README.md")

@@ -7,7 +7,7 @@ CPU tensors of model inputs and a description for the record.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,13 @@ from transformers import PretrainedConfig
 from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..runs.distributed import share_of
+from ..toolkit.statistics import batch_size, can_split, real_tokens, take_rows
 from . import datasets
-from .batches import add_decoder_inputs, hash_batches, to_cpu_batch
+from .batches import add_decoder_inputs, count_tokens, hash_batches, join_examples, to_cpu_batch, to_tensors
+from .forward_inputs import class_of, forward_inputs, holds_model_inputs, processed, taken
 from .token_sequences import random_tokens, reservoir, sample_sequences, sequence_length
+
+LABELS = "labels"
 
 # Batches of model inputs, and their description for the record.
 Built = tuple[list[dict[str, Tensor]], dict[str, Any]]
@@ -30,7 +34,6 @@ _ACCEPTED = (
     "pass a path or Hub id, a datasets.Dataset, a list of texts, a LongTensor [n, seq_len], "
     "a list of batches, or a DataLoader"
 )
-_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "decoder_input_ids", "labels")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class CalibrationData:
     Attributes:
         batches: keyword arguments of the model's forward, CPU tensors whose first dimension is the batch.
         description: ``{"dataset", "split", "text_column", "samples", "seq_len", "tokens", "seed", "sha256"}`` where
-            they apply; ``sha256`` is over the tensors, so that a run can be repeated and checked.
+            they apply; ``sha256`` is over the tensors, so that a run can be repeated and checked. ``tokens`` leaves out
+            padding.
+        labels: the labels of each batch, or None. They are not given to the model in calibration; a step that measures
+            its loss adds them.
     """
 
     batches: list[dict[str, Tensor]]
     description: dict[str, Any]
+    labels: list[Tensor | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -60,6 +67,7 @@ def build_calibration_data(
     tokenizer: Any = None,
     data: DataConfig | None = None,
     batch_size: int | None = None,
+    model: Any = None,
 ) -> CalibrationData:
     """Build calibration batches from any supported source.
 
@@ -72,6 +80,8 @@ def build_calibration_data(
         tokenizer: the model's tokenizer for texts, or its image processor for images.
         data: how much to take, from which column, and the seed.
         batch_size: examples per batch, where batches are built here; None uses ``data.batch_size``.
+        model: the model or its class, whose forward decides which columns of the data are its inputs; None for the
+            class that the configuration names.
 
     If several ranks calibrate together, each gets its share of the batches (``distributed.share_of``); the description
     covers all of them. Raises ``DataError``.
@@ -86,20 +96,41 @@ def build_calibration_data(
             "this recipe needs calibration data: pass calibration=..., "
             "or name it in the recipe (calibration: {dataset: ...})"
         )
-    builder = CalibrationSetBuilder(model_config, tokenizer, data, batch_size or data.batch_size)
+    model = model if model is not None else class_of(model_config)
+    accepted = None if model is None else forward_inputs(model, tokenizer)
+    builder = CalibrationSetBuilder(model_config, tokenizer, data, batch_size or data.batch_size, accepted)
     batches, described = builder.build(source)
+    require_real_rows(batches, described.get("dataset"))
     description = {"dataset": described.pop("dataset", None), "seed": data.seed, **described}
-    return CalibrationData(share_of(batches), {**description, "sha256": hash_batches(batches)})
+    description["sha256"] = hash_batches(batches)
+    shares = share_of(batches)
+    labels = [batch.pop(LABELS, None) for batch in shares]
+    return CalibrationData(shares, description, labels)
+
+
+def require_real_rows(batches: Sequence[Mapping[str, Tensor]], name: Any) -> None:
+    """Raise ``DataError`` if the masks of the data mark every position of every batch as padding."""
+    masks = [real_tokens(batch.get("attention_mask"), len(next(iter(batch.values())))) for batch in batches]
+    if masks and all(mask is not None and not bool(mask.any()) for mask in masks):
+        raise DataError(
+            f"{name or 'the calibration data'}: attention_mask is 0 everywhere, so that no position counts; it is 1 "
+            "for real tokens and 0 for padding"
+        )
 
 
 @dataclass(frozen=True)
 class CalibrationSetBuilder:
-    """Builds calibration batches and their description, with one method per kind of source."""
+    """Builds calibration batches and their description, with one method per kind of source.
+
+    Attributes:
+        accepted: names of the inputs that the model takes, or None if its class is unknown.
+    """
 
     config: PretrainedConfig
     tokenizer: Any
     data: DataConfig
     batch_size: int
+    accepted: frozenset[str] | None = None
 
     def build(self, source: Any) -> Built:
         """Choose the method for the kind of ``source``. Raises ``DataError`` for an unknown kind."""
@@ -125,6 +156,9 @@ class CalibrationSetBuilder:
         if isinstance(first, str):
             return self.from_texts(_only_texts(everything), "texts in memory")
         if isinstance(first, Mapping):
+            ids = first.get("input_ids")
+            if isinstance(ids, Tensor) and ids.dim() == 1:  # examples of a dataset with format torch, not batches
+                return self.from_model_inputs(everything, "examples in memory")
             return self.from_batches(everything)
         raise DataError(f"cannot calibrate on a {type(source).__name__} of {type(first).__name__}: {_ACCEPTED}")
 
@@ -152,7 +186,7 @@ class CalibrationSetBuilder:
         first = next(stream, None)
         if first is None:
             raise DataError(f"{name} is empty")
-        if isinstance(first.get("input_ids"), (list, Tensor)) or isinstance(first.get("pixel_values"), (list, Tensor)):
+        if holds_model_inputs(first):
             return self.from_model_inputs(chain([first], stream), name)
         image = datasets.find_image_column(first)
         if image is not None and not datasets.string_columns(first):
@@ -199,39 +233,62 @@ class CalibrationSetBuilder:
         batches = []
         for start in range(0, len(chosen), self.batch_size):
             images = [datasets.load_image(example[column]) for example in chosen[start : start + self.batch_size]]
-            batches.append({"pixel_values": processor(images, return_tensors="pt")["pixel_values"]})
+            batches.append(processed(processor(images, return_tensors="pt"), self.accepted))
         return batches, {"dataset": name, "image_column": column, "samples": len(chosen)}
 
     def from_model_inputs(self, examples: Iterable[Any], name: str) -> Built:
-        """Build from examples that hold model inputs already (``input_ids`` or ``pixel_values``), unbatched."""
-        chosen = reservoir(examples, self.data.samples, self.data.seed)
-        main = "input_ids" if "input_ids" in chosen[0] else "pixel_values"
-        keys = [key for key in chosen[0] if key in _MODEL_INPUTS]
-        batches = []
-        # Examples of unequal length cannot share a batch without padding, which calibration should not see.
-        equal = len({len(example[main]) for example in chosen}) == 1
+        """Build from examples that hold model inputs already, unbatched: every column that the model's forward takes.
+
+        Raises ``DataError`` for a column that some rows lack.
+        """
+        chosen = reservoir(enumerate(examples), self.data.samples, self.data.seed)
+        for row, example in chosen:
+            if not isinstance(example, Mapping):
+                raise DataError(f"{name}: row {row} is a {type(example).__name__}, not a mapping of columns")
+        present = dict.fromkeys(key for _, example in chosen for key, value in example.items() if value is not None)
+        accepted = self.accepted if self.accepted is not None else forward_inputs(None, self.tokenizer)
+        columns = taken(present, accepted, name)
+        if not columns:
+            raise DataError(f"{name}: no column is an input of the model; the columns are {', '.join(present)}")
+        tensors = [to_tensors(example, columns, row, name) for row, example in chosen]
+        # Examples of unequal shape cannot share a batch without padding.
+        equal = len({tuple((key, value.shape) for key, value in example.items()) for example in tensors}) == 1
         size = self.batch_size if equal else 1
-        for start in range(0, len(chosen), size):
-            part = chosen[start : start + size]
-            batches.append({key: torch.stack([torch.as_tensor(example[key]) for example in part]) for key in keys})
-        return self.from_batches(batches, name)
+        return self.from_batches(
+            [join_examples(tensors[start : start + size]) for start in range(0, len(tensors), size)], name
+        )
 
     def from_batches(self, source: Iterable[Any], name: str = "batches in memory") -> Built:
         """Take batches in order, up to ``data.samples`` examples; the last one is shortened to fit."""
         batches: list[dict[str, Tensor]] = []
         examples = 0
+        logged: set[str] = set()
         for item in source:
             if self.data.samples is not None and examples >= self.data.samples:
                 break
-            batch = add_decoder_inputs(to_cpu_batch(item, len(batches)), self.config)
-            room = len(next(iter(batch.values()))) if self.data.samples is None else self.data.samples - examples
-            batches.append({key: value[:room] for key, value in batch.items()})
-            examples += len(next(iter(batches[-1].values())))
+            columns = None
+            if self.accepted is not None and isinstance(item, Mapping):
+                fresh = [key for key in map(str, item) if key not in logged]
+                taken(fresh, self.accepted, name)
+                logged.update(fresh)
+                columns = self.accepted
+            batch = self._with_decoder_inputs(to_cpu_batch(item, len(batches), columns))
+            room = batch_size(batch) if self.data.samples is None else self.data.samples - examples
+            batches.append(take_rows(batch, slice(room)) if can_split(batch) else batch)
+            examples += batch_size(batches[-1])
             if "input_ids" in batch:
                 self._check_vocabulary(batch["input_ids"])
-        tokens = sum(b["input_ids"].numel() for b in batches if "input_ids" in b)
-        counted = {"tokens": tokens, "seq_len": max(b["input_ids"].shape[-1] for b in batches)} if tokens else {}
+        tokens = sum(map(count_tokens, batches))
+        counted = (
+            {"tokens": tokens, "seq_len": max(b["input_ids"].shape[-1] for b in batches if "input_ids" in b)}
+            if tokens
+            else {}
+        )
         return batches, {"dataset": name, "samples": examples, **counted}
+
+    def _with_decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        labels = {key: value for key, value in batch.items() if key == LABELS}
+        return {**add_decoder_inputs(batch, self.config, self.accepted), **labels}
 
     def from_random(self) -> Built:
         """Build random token ids, or random pixels for a vision model."""

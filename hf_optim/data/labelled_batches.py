@@ -21,6 +21,7 @@ from .datasets import (
     shuffle_buffer,
     string_columns,
 )
+from .forward_inputs import forward_inputs, processed
 from .token_sequences import TokenSequences, reservoir, sequence_length
 
 IGNORE_INDEX = -100
@@ -130,9 +131,9 @@ def image_classification_batches(examples: list[dict[str, Any]], model: Any, pro
         raise DataError("images need the model's image processor: pass AutoImageProcessor.from_pretrained(...)")
     batches = []
     for part in _split(examples, BATCH_SIZE):
-        pixels = processor([load_image(example[column]) for example in part], return_tensors="pt")["pixel_values"]
+        made = processor([load_image(example[column]) for example in part], return_tensors="pt")
         labels = torch.tensor([label_id(example[label], model.config) for example in part])
-        batches.append(({"pixel_values": pixels}, labels))
+        batches.append((processed(made, forward_inputs(model, processor)), labels))
     return LabelledBatches(batches)
 
 
@@ -151,7 +152,8 @@ def seq2seq_batches(examples: list[dict[str, Any]], model: Any, tokenizer: Any) 
         inputs = tokenize(part, columns[:1], model, tokenizer)
         target = tokenize(part, columns[1:], model, tokenizer)
         labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, IGNORE_INDEX)
-        batches.append((add_decoder_inputs({**inputs, "labels": labels}, model.config), labels))
+        accepted = forward_inputs(model, tokenizer)
+        batches.append((add_decoder_inputs({**inputs, "labels": labels}, model.config, accepted), labels))
     return LabelledBatches(batches)
 
 
@@ -163,11 +165,11 @@ def tokenize(examples: list[dict[str, Any]], columns: list[str], model: Any, tok
         raise DataError(
             "texts of different lengths need padding, and the tokenizer has no pad token: set tokenizer.pad_token"
         )
-    return dict(
-        tokenizer(
-            *texts, padding=len(examples) > 1, truncation=True, max_length=length, return_tensors="pt", verbose=False
-        )
+    made = tokenizer(
+        *texts, padding=len(examples) > 1, truncation=True, max_length=length, return_tensors="pt", verbose=False
     )
+    # The mask is kept for the caller too, who counts tokens by it.
+    return processed(made, forward_inputs(model, tokenizer) | {"attention_mask"})
 
 
 def find_text_columns(example: Mapping[str, Any], data: DataConfig) -> list[str]:

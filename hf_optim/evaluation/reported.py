@@ -77,8 +77,8 @@ def common_quality_metric(*measured: Mapping[str, Any]) -> ReportedMetric | None
 
 
 def is_number(value: Any) -> bool:
-    """Return True for an int or a float, and False for a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Return True for an int or a finite float, and False for a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def relative_change(metric: ReportedMetric, before: Any, after: Any) -> str:
@@ -93,10 +93,16 @@ def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
     rows = []
     for metric in REPORTED_METRICS:
         values = [before.get(metric.key), after.get(metric.key)]
-        if any(map(is_number, values)):
-            texts = [metric.format(value) if is_number(value) else "-" for value in values]
+        if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            texts = [_text(metric, value) for value in values]
             rows.append([metric.label, *texts, relative_change(metric, *values)])
     return rows
+
+
+def _text(metric: ReportedMetric, value: Any) -> str:
+    if is_number(value):
+        return metric.format(value)
+    return "not finite" if isinstance(value, float) else "-"
 
 
 def has_hub_metrics(measured: Mapping[str, Any]) -> bool:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints.placed import missing_in_blocks, quantized_leftovers, require_placed
 from ..checkpoints.read_errors import readable_errors
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import OptimConfig
 from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
+from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
 from ..runs.run import Run, traits_of
+from ..toolkit.checkpoint.model_config import own_configs
+from ..toolkit.checkpoint.placement import NewHeads, load_placed
+from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run
@@ -46,6 +52,7 @@ def load(
         return _load_auto(cls, stock, args, kwargs)
     recipe = OptimConfig.parse(optim_config)
     _refuse_streamed(recipe)
+    require_in_memory_map(kwargs.get("device_map"))
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     config, kwargs = _resolve_config(cls, source, kwargs)
     run = start_run(recipe, config)
@@ -54,12 +61,12 @@ def load(
     recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
     require_data(run, calibration)
     kwargs |= _prepared_load(run, kwargs)
-    _check_files(source, run.config, kwargs)
+    files = _check_files(source, run.config, kwargs)
+    trains = any(stage.trains for stage in recipe.stages)
     wants_info = kwargs.pop("output_loading_info", False)
-    with readable_errors(source):
-        model, info = stock(source, *args[1:], config=run.config, output_loading_info=True, **kwargs)
+    new_heads = NewHeads.ALL if trains else NewHeads.CLASSIFIERS
+    model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
-    require_placed(model, info, source)
     attach_model(run, model, source, kwargs.get("revision"))
     run_stages(run, calibration)
     if run.stage is None:
@@ -101,6 +108,8 @@ def optimize(
     """
     recipe = OptimConfig.parse(config)
     _refuse_streamed(recipe)
+    require_model(model)
+    own_configs(model)
     run = start_run(recipe, model.config)
     run.tokenizer, run.journal = tokenizer, journal
     run.device = torch.device(device) if device is not None else None
@@ -127,14 +136,14 @@ def _restrict(kwargs: dict[str, Any]) -> None:
     kwargs["use_safetensors"] = True
 
 
-def _check_files(source: Any, config: Any, kwargs: dict[str, Any]) -> None:
-    """Check the files that stock ``from_pretrained`` will load. Raises ``CheckpointError``."""
+def _check_files(source: Any, config: Any, kwargs: dict[str, Any]) -> tuple[Path, ...] | None:
+    """Check the files that stock ``from_pretrained`` will load, and return them. Raises ``CheckpointError``."""
     if source is None:
-        return  # weights in memory, given as ``state_dict``
+        return None  # weights in memory, given as ``state_dict``
     lookup = {key: kwargs.get(key) for key in LOOKUP}
     require_no_kernels(source, kwargs["trust_remote_code"], **lookup)
     adapter = dict(kwargs.get("adapter_kwargs") or {})
-    checked_weights(
+    files = checked_weights(
         source,
         named=getattr(config, "transformers_weights", None),
         variant=kwargs.get("variant"),
@@ -144,6 +153,7 @@ def _check_files(source: Any, config: Any, kwargs: dict[str, Any]) -> None:
     )
     if "force_download" in kwargs:
         kwargs["force_download"] = False  # what was checked is what is loaded
+    return files
 
 
 def _refuse_streamed(recipe: OptimConfig) -> None:
@@ -170,46 +180,84 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Load a checkpoint unchanged, and run its compressed layers on kernels."""
     from ..compressed.packed.accelerate import accelerate
-    from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
-
-    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    with readable_errors(source):
-        _check_files(source, _resolve_config(cls, source, dict(kwargs))[0] if source is not None else None, kwargs)
-        try:
-            model, info = _load_packed(cls, stock, args, kwargs)
-        except UnsupportedCheckpoint as reason:
-            log.debug("loaded by stock transformers, since %s", reason)
-            model, info = stock(*args, **{**kwargs, "output_loading_info": True})
-            require_placed(model, info, source)
-            accelerate(model)
-    return (model, info) if kwargs.get("output_loading_info") else model
-
-
-def _load_packed(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Load with the stock method and our quantizer in place of the checkpoint's; return model and loading info.
-
-    Raises ``UnsupportedCheckpoint`` for a format that the quantizer does not read, and if tensors found no place.
-    """
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
 
-    if any(kwargs.get(key) is not None for key in ("quantization_config", "state_dict")):
-        raise UnsupportedCheckpoint("the call specifies how to load it")
-    ours = dict(kwargs)
-    source = args[0] if args else ours.pop("pretrained_model_name_or_path", None)
-    config, ours = _resolve_config(cls, source, ours)
-    ours["output_loading_info"] = True
-    model, info = stock(source, *args[1:], config=with_packed_quantizer(config), **ours)
-    left = quantized_leftovers(info["unexpected_keys"]) or missing_in_blocks(model, info["missing_keys"])
-    if left:
-        raise UnsupportedCheckpoint(f"{len(left)} tensors found no place ({left[0]})")
-    return model, info
+    wants_info = kwargs.pop("output_loading_info", False)
+    source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
+    with readable_errors(source):
+        config, kwargs = _resolve_config(cls, source, kwargs)
+        files = _check_files(source, config, kwargs)
+    quantized = require_known_format(config, str(source)) is not None or kwargs.get("quantization_config") is not None
+    new_heads = NewHeads.NONE if quantized else NewHeads.CLASSIFIERS
+    try:
+        if any(kwargs.get(key) is not None for key in ("quantization_config", "state_dict")):
+            raise UnsupportedCheckpoint("the call specifies how to load it")
+        packed = with_packed_quantizer(config, kwargs.get("key_mapping"))
+        model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads, packed)
+    except UnsupportedCheckpoint as reason:
+        log.debug("loaded by stock transformers, since %s", reason)
+        model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads)
+        require_runnable(model)
+        accelerate(model)
+    return (model, info) if wants_info else model
+
+
+def _load_placed(
+    stock: Callable[..., Any],
+    source: Any,
+    args: tuple[Any, ...],
+    config: PreTrainedConfig,
+    files: Iterable[Path] | None,
+    kwargs: Mapping[str, Any],
+    new_heads: NewHeads,
+    packed: PreTrainedConfig | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Load with the stock method, and refuse a checkpoint that does not give every tensor of the model its values.
+
+    ``packed`` is the configuration to load with if it is not ``config``, that of the checkpoint.
+    """
+    given = dict(kwargs)
+    ignore = bool(given.pop("ignore_mismatched_sizes", False))
+    bound = functools.partial(stock, source, *args[1:], config=config if packed is None else packed, **given)
+    with readable_errors(source):
+        return load_placed(
+            bound,
+            config,
+            files if files is not None else kwargs.get("state_dict") or {},
+            source,
+            new_heads=new_heads,
+            ignore_mismatched_heads=ignore,
+            changed_config=_has_other_layers(source, config, kwargs),
+        )
+
+
+def _has_other_layers(source: Any, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
+    """Return True if the caller chose other numbers of layers than the checkpoint's config.json names."""
+    if source is None:
+        return False
+    lookup = {key: kwargs[key] for key in LOOKUP if key in kwargs}
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(source, **lookup)
+    except (OSError, ValueError):
+        return False
+    return _differ_in_layers(stored, config.to_dict())
+
+
+def _differ_in_layers(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    for key, value in stored.items():
+        if isinstance(value, Mapping) and isinstance(current.get(key), Mapping):
+            if _differ_in_layers(value, current[key]):
+                return True
+        elif key in current and any(word in key for word in ("layer", "depth", "block")) and value != current[key]:
+            return True
+    return False
 
 
 def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     given = kwargs.pop("config", None)
     if isinstance(given, PreTrainedConfig):
-        return given, kwargs
+        return copy.deepcopy(given), kwargs  # the caller may build other models from it
     # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
     config, rest = reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)

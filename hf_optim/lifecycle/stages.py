@@ -257,6 +257,10 @@ def _load_data(run: Run, stage: Stage) -> None:
     if run.tokenizer is None:
         run.tokenizer = find_processor(getattr(run.model.config, "_name_or_path", ""), run.model.main_input_name)
     run.data = build_calibration_data(
-        run.source, model_config=run.model.config, tokenizer=run.tokenizer, data=run.recipe.calibration
+        run.source,
+        model_config=run.model.config,
+        tokenizer=run.tokenizer,
+        data=run.recipe.calibration,
+        model=run.model,
     )
     run.record.calibration = run.data.description

@@ -13,6 +13,7 @@ from functools import cache
 import pluggy
 
 from ..errors import RecipeError
+from ..trust.bounds import shown
 from . import hooks
 from .field_checks import did_you_mean
 from .technique import Technique
@@ -49,7 +50,7 @@ class Catalogue:
             entry = self._entry_points.get(name)
             if entry is None:
                 raise RecipeError(
-                    f"no technique {name!r}{did_you_mean(name, self.names())} "
+                    f"no technique {shown(name)}{did_you_mean(name, self.names())} "
                     f"(the techniques are {', '.join(self.names())})"
                 )
             self._load(entry)

@@ -13,7 +13,7 @@ A recipe in YAML::
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,16 +23,23 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
+from ..trust.bounds import shown
+from ..trust.documents import MAX_RECIPE_BYTES, parse_json, parse_yaml, read_text, shown_path
 from .catalogue import catalogue
 from .composition import Stage, compose, split_stages
 from .contract import Reload
 from .field_checks import did_you_mean
 from .technique import Technique
+from .training_fields import parse_training
 from .traits import FLOAT_WEIGHTS, Trait
 
 DRIVERS = ("auto", "whole_model", "blockwise", "streamed")
 KEYS = ("steps", "calibration", "training", "driver", "spill", "description")
 SUFFIXES = (".yaml", ".yml", ".json")
+MAX_STEPS = 100
+# The largest values of `calibration:`. A larger one is a mistake, and would be found when memory is full.
+MAX_SAMPLES, MAX_SEQ_LEN, MAX_SEED = 10**9, 10**8, 2**63 - 1
+MAX_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,25 @@ class DataConfig:
         for key in data:
             if key not in known:
                 raise RecipeError(
-                    f"calibration has no key {key!r}{did_you_mean(key, known)} (it has {', '.join(known)})"
+                    f"calibration has no key {shown(key)}{did_you_mean(key, known)} (it has {', '.join(known)})"
                 )
         config = cls(**data)
-        for name in ("samples", "seq_len", "batch_size"):
+        for name, most, optional in (
+            ("samples", MAX_SAMPLES, True),
+            ("seq_len", MAX_SEQ_LEN, True),
+            ("batch_size", MAX_SAMPLES, False),
+        ):
             value = getattr(config, name)
-            if (value is not None or name == "batch_size") and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
-            ):
-                raise RecipeError(f"calibration: {name} must be a whole number >= 1, not {value!r}")
+            if not (optional and value is None) and not _is_whole(value, 1, most):
+                raise RecipeError(
+                    f"calibration: {name} must be a whole number >= 1, at most {most}, not {shown(value)}"
+                )
+        if not _is_whole(config.seed, 0, MAX_SEED):
+            raise RecipeError(f"calibration: seed must be a whole number >= 0, below 2^63, not {shown(config.seed)}")
+        for name in ("dataset", "split", "text_column"):
+            value = getattr(config, name)
+            if not (value is None and name != "split"):
+                _require_text(f"calibration: {name}", value)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,8 +125,10 @@ class OptimConfig:
         object.__setattr__(self, "steps", tuple(self.steps))
         if not self.steps:
             raise RecipeError("add at least one step: the recipe is empty")
-        if self.driver not in DRIVERS:
-            raise RecipeError(f"driver must be one of {', '.join(DRIVERS)}, not {self.driver!r}")
+        if not isinstance(self.driver, str) or self.driver not in DRIVERS:
+            raise RecipeError(f"driver must be one of {', '.join(DRIVERS)}, not {shown(self.driver)}")
+        if self.spill is not None:
+            _require_text("spill", self.spill)
         if self.spill is not None and self.driver != "streamed":
             raise RecipeError(
                 f"remove spill, or use driver: streamed: driver {self.driver} keeps activations in host memory"
@@ -175,24 +194,26 @@ class OptimConfig:
         """Read a recipe file, or a shipped recipe or a technique by its name. Raises ``RecipeError``."""
         path = Path(source)
         if path.suffix.lower() in SUFFIXES:
-            if not path.is_file():
-                raise RecipeError(f"no recipe file {str(source)!r}")
-            return cls._from_text(path.read_text(encoding="utf-8"), str(path), path.stem)
+            if not os.path.lexists(path):
+                raise RecipeError(f"no recipe file {shown_path(source)!r}")
+            text = read_text(path, error=RecipeError, max_bytes=MAX_RECIPE_BYTES)
+            return cls._from_text(text, str(path), path.stem)
         shipped = shipped_recipes()
         if str(source) in shipped:
             return cls._from_text(shipped[str(source)].read_text(encoding="utf-8"), str(source), str(source))
         if str(source) in catalogue().names():
             return dataclasses.replace(cls(steps=(catalogue().get(str(source))(),)), name=str(source))
         hint = did_you_mean(str(source), [*shipped, *catalogue().names()])
-        raise RecipeError(f"no recipe {str(source)!r}{hint} (shipped: {', '.join(sorted(shipped))}; or a .yaml file)")
+        raise RecipeError(
+            f"no recipe {shown(str(source))}{hint} (shipped: {', '.join(sorted(shipped))}; or a .yaml file)"
+        )
 
     @classmethod
     def _from_text(cls, text: str, path: str, name: str) -> OptimConfig:
-        try:
-            # safe_load: a recipe may come from an untrusted source, and must not be able to construct objects.
-            data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{path} is not a plain YAML or JSON recipe: {error}") from error
+        if path.lower().endswith(".json"):
+            data = parse_json(text, path, error=RecipeError)
+        else:
+            data = parse_yaml(text, path, error=RecipeError, what="a plain YAML or JSON recipe")
         if isinstance(data, list):
             data = {"steps": data}
         if not isinstance(data, Mapping):
@@ -208,22 +229,29 @@ class OptimConfig:
             return cls(steps=(_parse_step(data, 0),))
         for key in data:
             if key not in KEYS:
-                raise RecipeError(f"a recipe has no key {key!r}{did_you_mean(key, KEYS)} (it has {', '.join(KEYS)})")
+                raise RecipeError(
+                    f"a recipe has no key {shown(key)}{did_you_mean(key, KEYS)} (it has {', '.join(KEYS)})"
+                )
         steps = data.get("steps")
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             raise RecipeError("add `steps:` to the recipe, a list of mappings with `technique:`")
-        calibration = data.get("calibration") or {}
-        training = data.get("training") or {}
+        if len(steps) > MAX_STEPS:
+            raise RecipeError(f"the recipe has {len(steps):,} steps; at most {MAX_STEPS} are read")
+        calibration = {} if data.get("calibration") is None else data["calibration"]
+        training = {} if data.get("training") is None else data["training"]
+        description = "" if data.get("description") is None else data["description"]
+        if not isinstance(description, str):
+            raise RecipeError(f"`description:` must be text, not {shown(description)}")
         for key, value in (("calibration", calibration), ("training", training)):
             if not isinstance(value, Mapping):
-                raise RecipeError(f"`{key}:` must be a mapping, not {value!r}")
+                raise RecipeError(f"`{key}:` must be a mapping, not {shown(value)}")
         return cls(
             steps=tuple(_parse_step(item, i) for i, item in enumerate(steps)),
             calibration=DataConfig.from_dict(calibration),
-            training=dict(training),
-            driver=data.get("driver", "auto"),
+            training=parse_training(training),
+            driver="auto" if data.get("driver") is None else data["driver"],
             spill=data.get("spill"),
-            description=data.get("description", ""),
+            description=description,
         )
 
 
@@ -233,12 +261,24 @@ def _parse_step(item: Any, index: int) -> Technique:
     if isinstance(item, str):
         item = {"technique": item}
     if not isinstance(item, Mapping) or not isinstance(item.get("technique"), str):
-        raise RecipeError(f"step {index + 1} must be a mapping with `technique:`, not {item!r}")
+        raise RecipeError(f"step {index + 1} must be a mapping with `technique:`, not {shown(item)}")
     fields = {key: value for key, value in item.items() if key != "technique"}
+    if any(not isinstance(key, str) or len(key) > MAX_NAME for key in fields):
+        raise RecipeError(f"step {index + 1} has a key that is not the name of a field: {shown(list(fields))}")
     try:
         return catalogue().get(item["technique"]).from_dict(fields)
     except RecipeError as error:
         raise RecipeError(f"step {index + 1}: {error}") from error
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _require_text(what: str, value: Any) -> None:
+    """Raise ``RecipeError`` unless a value is a text that a name or a path can be."""
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_NAME or not value.isprintable():
+        raise RecipeError(f"{what} must be text of 1 to {MAX_NAME} printable characters, not {shown(value)}")
 
 
 def shipped_recipes() -> dict[str, Any]:

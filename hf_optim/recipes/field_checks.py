@@ -12,6 +12,10 @@ from dataclasses import field
 from typing import Any
 
 from ..errors import RecipeError
+from ..trust.bounds import shown
+
+# Larger numbers fit into no tensor, and longer texts are no name or pattern of a module.
+LARGEST, LONGEST = 2**63, 500
 
 
 def option(
@@ -38,7 +42,7 @@ def option(
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
-    word, names = str(word), [str(name) for name in known]
+    word, names = str(word)[:60], [str(name) for name in known]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     # A prefix counts, however long the rest of the name is.
     close = close or [name for name in names if len(word) > 2 and name.startswith(word)]
@@ -57,6 +61,8 @@ def check_fields(step: Any) -> None:
             value = tuple(value)
             object.__setattr__(step, f.name, value)
         if isinstance(value, int) and not isinstance(value, bool) and admits(hints[f.name], 0.5):
+            if abs(value) >= LARGEST:
+                raise RecipeError(f"{step.name}: {f.name} must be below 2^63, not {shown(value)}")
             value = value if admits(hints[f.name], 1) else float(value)
             object.__setattr__(step, f.name, value)
         if not admits(hints[f.name], value):
@@ -68,8 +74,12 @@ def check_fields(step: Any) -> None:
 
 def _check_finite(what: str, value: Any, infinite: bool) -> None:
     for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, int) and abs(part) >= LARGEST:
+            raise RecipeError(f"{what} must be below 2^63, not {shown(value)}")
+        if isinstance(part, str) and len(part) > LONGEST:
+            raise RecipeError(f"{what} has a text of {len(part):,} characters; at most {LONGEST} are read")
         if isinstance(part, float) and not (math.isfinite(part) or (infinite and math.isinf(part))):
-            raise RecipeError(f"{what} must be a finite number, not {value!r}")
+            raise RecipeError(f"{what} must be a finite number, not {shown(value)}")
 
 
 def _check_range(what: str, value: Any, limits: typing.Mapping[str, Any]) -> None:
@@ -82,21 +92,21 @@ def _check_range(what: str, value: Any, limits: typing.Mapping[str, Any]) -> Non
         ("below", "<", lambda v, b: v < b),
     ):
         if key in limits and not holds(value, limits[key]):
-            raise RecipeError(f"{what} must be {sign} {limits[key]}, not {value!r}")
+            raise RecipeError(f"{what} must be {sign} {limits[key]}, not {shown(value)}")
 
 
 def _wrong_type(what: str, value: Any, hint: Any) -> RecipeError:
     choices = literal_choices(hint)
     if choices:
         return _wrong_choice(what, value, choices)
-    remedy = f"; write [{value}]" if isinstance(value, str) and admits(hint, (value,)) else ""
-    return RecipeError(f"{what} must be {describe_type(hint)}, not {value!r}{remedy}")
+    remedy = f"; write [{value}]" if isinstance(value, str) and len(value) < 60 and admits(hint, (value,)) else ""
+    return RecipeError(f"{what} must be {describe_type(hint)}, not {shown(value)}{remedy}")
 
 
 def _wrong_choice(what: str, value: Any, choices: Iterable[Any]) -> RecipeError:
     choices = tuple(choices)
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-    return RecipeError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+    return RecipeError(f"{what} must be one of {', '.join(map(repr, choices))}, not {shown(value)}{hint}")
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
@@ -63,6 +62,15 @@ def require_in_memory(model: nn.Module) -> None:
         f"{len(empty)} tensors of {kind} are on the meta device and have no values ({few}): load the weights with "
         "from_pretrained, or build the model without init_empty_weights"
     )
+
+
+def require_runnable(model: nn.Module) -> None:
+    """Raise ``ModelError`` for a compressed model with offloaded weights, which stock transformers cannot run either.
+
+    An offloaded model that is not compressed runs as it is.
+    """
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        require_in_memory(model)
 
 
 def require_in_memory_map(device_map: Any) -> None:
@@ -120,12 +128,9 @@ def _not_a_model(model: Any) -> str:
         return f"the model is wrapped in {kind}: pass model.module, and wrap the result"
     if isinstance(model, nn.Module):
         return f"{kind} is not a transformers model (PreTrainedModel), so it has no configuration and no checkpoint"
-    return (
-        f"a model is needed, not a {kind}: load it with from_pretrained(...), or pass optim_config to from_pretrained"
-    )
+    return f"expected a transformers model, not a {kind}: load it with from_pretrained(...)"
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(
-        module, torch._dynamo.eval_frame.OptimizedModule
-    )
+    # A module compiled by torch.compile holds the original as _orig_mod; importing its class would import the compiler.
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules

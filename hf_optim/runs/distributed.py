@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, NumericalError, RecipeError
 from ..toolkit.distributed import collectives
+from ..toolkit.statistics import batch_size, can_split, take_rows
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Set by the launchers for their workers, and removed for the processes that a worker starts.
@@ -89,18 +90,21 @@ def refuse_distributed(recipe: Any) -> None:
 def share_of(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return this rank's part of the calibration batches: disjoint parts that together are all of them.
 
-    Every ``n``-th batch if that divides evenly over the ``n`` ranks, else every ``n``-th row.
+    Every ``n``-th batch if that divides evenly over the ``n`` ranks or rows cannot be taken from a batch, else every
+    ``n``-th row.
     """
     count, own = collectives.world_size(), collectives.rank()
-    if len(batches) % count == 0 and len({len(next(iter(batch.values()))) for batch in batches}) == 1:
+    sizes = [batch_size(batch) for batch in batches]
+    if (len(batches) % count == 0 and len(set(sizes)) == 1) or not all(map(can_split, batches)):
+        if len(batches) < count:
+            raise DataError(f"{len(batches)} batches of calibration data are too few for {count} ranks")
         return list(batches[own::count])
     shares, before = [], 0
-    for batch in batches:
-        rows = len(next(iter(batch.values())))
+    for batch, rows in zip(batches, sizes, strict=True):
         first = (own - before) % count
         before += rows
         if first < rows:
-            shares.append({key: value[first::count] for key, value in batch.items()})
+            shares.append(take_rows(batch, slice(first, None, count)))
     if before < count:
         raise DataError(f"{before} rows of calibration data are too few for {count} ranks")
     return shares

@@ -6,10 +6,15 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ..errors import CheckpointError
+from ..trust.bounds import shown
+from ..trust.documents import read_mapping
+from .record_checks import check_record
 
 FILE_NAME = "hf_optim.json"
 SCHEMA = 1
@@ -68,11 +73,19 @@ class Record:
 
     @classmethod
     def read(cls, directory: Path) -> Record:
-        """Read ``hf_optim.json`` of a checkpoint. Raises ``FileNotFoundError`` or ``ValueError``."""
-        data = json.loads((Path(directory) / FILE_NAME).read_text(encoding="utf-8"))
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"{FILE_NAME} has schema {data.get('schema')!r}; this version reads {SCHEMA}")
-        return cls(**data)
+        """Read ``hf_optim.json`` of a checkpoint.
+
+        The file is input: whoever made the checkpoint wrote it. Keys that this version does not have are ignored.
+        Raises ``CheckpointError`` if there is none, or if anything in it has another type than in records.
+        """
+        path = Path(directory) / FILE_NAME
+        data = read_mapping(path, nonfinite=True)
+        try:
+            if data.get("schema") != SCHEMA:
+                raise ValueError(f"it has schema {shown(data.get('schema'))}; this version reads {SCHEMA}")
+            return cls(**check_record({f.name: data[f.name] for f in fields(cls) if f.name in data}))
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def public_name(source: Any) -> str:

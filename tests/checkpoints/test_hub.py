@@ -247,7 +247,7 @@ def test_push_to_an_invalid_name(ours, compressed):
         (lambda home: (home / "hf_optim.json").unlink(), "has no hf_optim.json"),
         (lambda home: (home / "README.md").unlink(), "has no README.md"),
         (lambda home: (home / "model.safetensors").unlink(), "no safetensors weights"),
-        (lambda home: (home / "hf_optim.json").write_text("{"), "cannot be read"),
+        (lambda home: (home / "hf_optim.json").write_text("{"), "is corrupt"),
         (lambda home: unfinish(home), "from the middle of a recipe"),
         (lambda home: shutil.rmtree(home), "no directory"),
     ],

@@ -36,6 +36,7 @@ from ...runs.folder_lock import locked, real_path
 from ...runs.record import public_name
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
+from ...toolkit.checkpoint.placement import NewHeads
 from ...trust.code import is_written_by_run, may_run
 from .preflight import check_recipe, preflight
 from .streamed import StreamedJob
@@ -101,7 +102,8 @@ def _compress(job: Job, device: torch.device | None) -> Run:
     if job.recipe.driver == "streamed":
         return _streamed(job, found.meta_model, calibration, tokenizer, device, before)
     job.print_line(f"loading {job.source.model}")
-    model = load_model(job.source)
+    trains = any(stage.trains for stage in job.recipe.stages)
+    model = load_model(job.source, NewHeads.ALL if trains else NewHeads.CLASSIFIERS)
     original_bytes = checkpoint_bytes(job.source, model)
     journal = BlockJournal(_journal_home(job.output), resume=job.resume)
     model = optimize(model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal)

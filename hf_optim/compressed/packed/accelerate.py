@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ...runs.acceptance import require_runnable
 from ...runs.run import Run, find_run
 from ...toolkit import topology
 from ...toolkit.topology.linear_layers import parameter_names
@@ -84,7 +85,10 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     Args:
         model: a model, or a wrapper around one (peft).
         kernels: try these instead, in this order.
+
+    Raises ``ModelError`` for a compressed model with weights that are offloaded to the CPU or to disk.
     """
+    require_runnable(model)
     pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
     return model
 

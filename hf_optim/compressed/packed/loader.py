@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...toolkit.checkpoint.key_names import model_names
-from ...toolkit.checkpoint.safetensors import SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
+from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
+from ...toolkit.checkpoint.stored_codes import CODE_NAMES
 from ..codes import is_sparse24, store_arguments
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
@@ -134,7 +135,7 @@ def _register() -> None:
             return model
 
 
-def linear_names(model: Any, key_mapping: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
+def linear_names(model: Any, key_mapping: Mapping[str, str], entries: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Return the parameter names of the keys of a compressed checkpoint, as transformers renames them while loading.
 
     Raises ``UnsupportedCheckpoint`` if transformers converts a compressed tensor, such as a fused projection that it
@@ -145,10 +146,9 @@ def linear_names(model: Any, key_mapping: Mapping[str, str], keys: Iterable[str]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {*model.state_dict(), *(f"{name}.{own}" for name in linears for own in LOCAL_NAMES)}
     conversions = get_model_conversion_mapping(model, dict(key_mapping) or None)
-    found = model_names(keys, conversions, model.base_model_prefix, names)
-    codes = ("weight_packed", "weight_scale", "qweight")
+    found = model_names(entries, conversions, model.base_model_prefix, names)
     for key, (_, pattern) in found.items():
-        if pattern is not None and key.rpartition(".")[2] in codes:
+        if pattern is not None and (key.rpartition(".")[2] in CODE_NAMES or entries[key].type not in FLOAT_DTYPES):
             raise UnsupportedCheckpoint(f"transformers converts {key} while it loads it")
     # A conversion makes its parameters of several tensors, so that none of them is the parameter.
     return {key: name for key, (name, pattern) in found.items() if pattern is None}

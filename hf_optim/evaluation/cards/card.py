@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import CheckpointError
 from ...runs.record import Record
+from ...trust.documents import read_json
+from ...trust.text import file_stem, link_target, one_line, paragraphs, plain, sentence
 from ..reported import common_quality_metric, recipe_label, short_id
 from . import sections
 from .front_matter import front_matter
@@ -33,7 +36,7 @@ class Card:
         self.record = record
         self.directory = Path(directory) if directory is not None else None
         base = short_id(str(record.base_model.get("id") or "")) or "model"
-        self.name = name or f"{base}: {recipe_label(record.recipe)}"
+        self.name = one_line(name or f"{base}: {recipe_label(record.recipe)}", 300)
 
     # -- sections of steps ----------------------------------------------------------------------------------------
     def paragraph(self, title: str, markdown: str) -> None:
@@ -77,7 +80,7 @@ class Card:
         quality = [p for p in plots if p[0] == sections.QUALITY_PLOT]
         layers = [p for p in plots if p[0] != sections.QUALITY_PLOT]
         parts = [
-            f"# {self.name}",
+            f"# {plain(self.name)}",
             sections.summary(record),
             "" if record.finished else sections.UNFINISHED,
             "## Results",
@@ -89,7 +92,7 @@ class Card:
             sections.recipe(record),
             sections.coverage(record),
             sections.step_metrics(record),
-            *(f"**{title}**\n\n{_image_link(path, alt)}" for title, path, alt in layers),
+            *(f"**{plain(title)}**\n\n{_image_link(path, alt)}" for title, path, alt in layers),
             *map(_step_section, record.sections),
             "## Calibration data",
             sections.calibration(record),
@@ -107,22 +110,23 @@ class Card:
     def write(self, directory: Path | str | None = None) -> Path:
         """Draw the plots and write ``README.md`` into a directory (default: the card's own); return the file.
 
-        Raises ``ValueError`` if there is no directory.
+        Raises ``ValueError`` if there is no directory, and ``CheckpointError`` if it cannot be written.
         """
         home = Path(directory) if directory is not None else self.directory
         if home is None:
             raise ValueError("this card has no directory: pass one to write()")
         path = home / CARD
-        path.write_text(self.render(self._draw_plots(home)), encoding="utf-8")
+        write_page(path, self.render(self._draw_plots(home)))
         return path
 
     def model_class(self) -> str:
         """Return the class that loads the checkpoint, from its ``config.json`` or else that of the base model."""
-        if self.directory is not None and (self.directory / "config.json").is_file():
-            config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-            if config.get("architectures"):
-                return str(config["architectures"][0])
-        return str(self.record.base_model.get("class") or "")
+        name: Any = self.record.base_model.get("class")
+        if self.directory is not None and (self.directory / "config.json").exists():
+            config = read_json(self.directory / "config.json", nonfinite=True)
+            listed = config.get("architectures") if isinstance(config, dict) else None
+            name = listed[0] if isinstance(listed, list) and listed else name
+        return name if isinstance(name, str) and name.isidentifier() else ""
 
     def _draw_plots(self, home: Path) -> list[tuple[str, str, str]]:
         from . import plots
@@ -130,7 +134,8 @@ class Card:
         drawn = []
         before, after = (self.record.measured.get(side, {}) for side in ("before", "after"))
         quality = common_quality_metric(before, after)
-        if quality is not None and before.get("bytes_on_disk") and after.get("bytes_on_disk"):
+        plots.require_own_folder(home / PLOTS)
+        if quality is not None and all(plots.is_drawable(side.get("bytes_on_disk")) for side in (before, after)):
             path = f"{PLOTS}/quality_against_bytes.png"
             label = recipe_label(self.record.recipe)
             plots.plot_quality_against_bytes(
@@ -143,21 +148,37 @@ class Card:
             alt = f"{quality.label} against the bytes of the weights: the original and {label}"
             drawn.append((sections.QUALITY_PLOT, path, alt))
         for index, technique, values, metric in plots.find_layer_values(self.record.steps):
-            path = f"{PLOTS}/step_{int(index) + 1}_{metric.replace(' ', '_')}.png"
+            path = f"{PLOTS}/step_{int(index) + 1}_{file_stem(metric)}.png"
             title = f"Step {int(index) + 1} ({technique}): {metric} of each layer"
             plots.plot_layers(values, metric, home / path, title)
             drawn.append((title, path, f"{metric} of {len(values)} layers"))
         return drawn
 
 
+def write_page(path: Path, text: str) -> None:
+    """Write a page in place of the file at ``path``; a link there is replaced, not followed.
+
+    Raises ``CheckpointError``.
+    """
+    partial = path.with_name(f".{path.name}.writing")
+    try:
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _image_link(path: str, alt: str) -> str:
-    return f"![{alt.replace('[', '(').replace(']', ')')}]({path})"
+    return f"![{plain(alt)}]({link_target(path)})"
 
 
 def _step_section(section: dict[str, Any]) -> str:
-    kind, title = section["kind"], section["title"]
+    kind, title = section["kind"], plain(section["title"])
     if kind == "paragraph":
-        return f"### {title}\n\n{section['markdown']}"
+        return f"### {title}\n\n{paragraphs(section['markdown'])}"
     if kind == "table":
-        return f"### {title}\n\n{markdown_table(section['header'], section['rows'])}"
+        rows = [[sentence(value) if isinstance(value, str) else value for value in row] for row in section["rows"]]
+        return f"### {title}\n\n{markdown_table([sentence(name) for name in section['header']], rows)}"
     return f"### {title}\n\n{_image_link(section['path'], section['alt'])}"

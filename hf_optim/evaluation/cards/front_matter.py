@@ -12,6 +12,7 @@ from ...recipes.catalogue import catalogue
 from ...recipes.contract import Reload
 from ...recipes.traits import QUANTIZED
 from ...runs.record import Record
+from ...trust.text import one_line, tag
 from ..reported import REPORTED_METRICS, is_number
 
 
@@ -23,7 +24,7 @@ def front_matter(record: Record, name: str, class_name: str) -> str:
     base = record.base_model
     if is_hub_id(base.get("id")):
         metadata |= {"base_model": base["id"], "base_model_relation": _relation(record)}
-    if base.get("license"):
+    if tag(base.get("license") or ""):
         metadata["license"] = base["license"]
     if class_name:
         metadata["pipeline_tag"] = task_of(class_name).tag
@@ -76,7 +77,7 @@ def hub_tags(record: Record) -> list[str]:
     for step in record.recipe.get("steps", ()):
         spec = technique_spec(step)
         tags += [step["technique"], *([spec.family] if spec else [])]
-    return list(dict.fromkeys(tags))
+    return list(dict.fromkeys(name for name in tags if tag(name)))
 
 
 def technique_spec(step: Mapping[str, Any]) -> Any:
@@ -88,10 +89,10 @@ def technique_spec(step: Mapping[str, Any]) -> Any:
 
 
 def _task(record: Record, class_name: str) -> str:
-    return str(record.measured.get("after", {}).get("task") or task_of(class_name).tag)
+    return tag(record.measured.get("after", {}).get("task") or "") or task_of(class_name).tag
 
 
 def evaluation_name(record: Record) -> str:
     """Return the Hub id or the file name of the evaluation data; empty if nothing was evaluated on data."""
     name = str(record.measured.get("evaluation", {}).get("dataset") or "")
-    return name if is_hub_id(name) else Path(name).name
+    return name if is_hub_id(name) else one_line(Path(name).name, 200)

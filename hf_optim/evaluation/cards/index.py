@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ...runs.record import FILE_NAME, Record
+from ...trust.text import Markdown, code, link_target, plain
 from ..reported import QUALITY_METRICS, ReportedMetric, format_bytes, is_number, recipe_label, short_id
+from .card import write_page
 from .sections import evaluation_label, markdown_table
 
 PLOT = "quality_against_bytes"
@@ -19,7 +21,7 @@ INTRODUCTION = (
 def render_index(folder: Path | str) -> str:
     """Write the ``README.md`` of a folder of cards, with its plots; return the text.
 
-    Raises ``CheckpointError`` if no sub-folder has a record.
+    Raises ``CheckpointError`` if no sub-folder has a record, or if one cannot be read.
     """
     folder = Path(folder)
     cards = [(path.parent.name, Record.read(path.parent)) for path in sorted(folder.glob(f"*/{FILE_NAME}"))]
@@ -31,7 +33,7 @@ def render_index(folder: Path | str) -> str:
         if name:
             parts.append(f"![{metric.label} against the bytes of the weights, for each card]({name})")
     text = "\n\n".join(parts) + "\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_page(folder / "README.md", text)
     return text
 
 
@@ -42,7 +44,7 @@ def _table(cards: list[tuple[str, Record]]) -> str:
         quality = next((m for m in QUALITY_METRICS if is_number(after.get(m.key))), None)
         rows.append(
             [
-                f"[{name}]({name}/README.md)",
+                Markdown(f"[{plain(name)}]({link_target(name)}/README.md)"),
                 short_id(str(record.base_model.get("id") or "-")),
                 recipe_label(record.recipe),
                 quality.label if quality else "not measured",
@@ -54,7 +56,7 @@ def _table(cards: list[tuple[str, Record]]) -> str:
                     format_bytes(m["bytes_on_disk"]) if is_number(m.get("bytes_on_disk")) else "-"
                     for m in (before, after)
                 ),
-                f"`{record.reload}`",
+                code(record.reload),
             ]
         )
     header = ("card", "base model", "recipe", "metric", "original", "result", "top-1 agreement", "KL (nats)")
@@ -63,19 +65,21 @@ def _table(cards: list[tuple[str, Record]]) -> str:
 
 def _draw(cards: list[tuple[str, Record]], quality: ReportedMetric, folder: Path) -> str:
     """Draw the plot of one quality metric. Return its file name, or an empty string if no card has the metric."""
-    from .plots import Point, plot_pareto
+    from . import plots
 
-    points: dict[tuple[float, float, str, str], Point] = {}
+    points: dict[tuple[float, float, str, str], plots.Point] = {}
     for _, record in cards:
         series = evaluation_label(record)
         for side, label in (("before", "original"), ("after", recipe_label(record.recipe))):
             measured = record.measured.get(side, {})
-            if is_number(measured.get(quality.key)) and is_number(measured.get("bytes_on_disk")):
-                point = Point(measured["bytes_on_disk"], measured[quality.key], label, series)
+            if plots.is_drawable(measured.get("bytes_on_disk")) and plots.is_drawable(
+                measured.get(quality.key), signed=True
+            ):
+                point = plots.Point(measured["bytes_on_disk"], measured[quality.key], label, series)
                 # The cards of one model share its original: it is one point.
                 points.setdefault((point.bytes, round(point.quality, 4), label, series), point)
     if not points:
         return ""
     name = f"{PLOT}_{quality.key}.png"
-    plot_pareto(list(points.values()), quality, folder / name, "Quality against bytes")
+    plots.plot_pareto(list(points.values()), quality, folder / name, "Quality against bytes")
     return name

@@ -9,7 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reported import ReportedMetric, format_bytes
+from ...errors import CheckpointError
+from ...trust.text import plot_label
+from ..reported import ReportedMetric, format_bytes, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
 MAX_BARS = 18
+# Of numbers, and of what one plot shows.
+LARGEST = 1e15
+MAX_LAYERS, MAX_PANELS, MAX_POINTS, MAX_PLOTS = 20_000, 12, 120, 40
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,17 @@ class Point:
     quality: float
     label: str
     series: str = ""
+
+
+def is_drawable(value: Any, signed: bool = False) -> bool:
+    """Return True for a number that an axis can show; positive, unless it is ``signed``."""
+    return is_number(value) and abs(value) < LARGEST and (signed or value > 0)
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise ``CheckpointError`` if the folder of the plots is a link, or not a folder."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is not a folder of its own: remove it")
 
 
 def _canvas() -> tuple[Canvas, Axes]:
@@ -68,6 +84,7 @@ def save(figure: Canvas, path: Path) -> Path:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a link would be followed
     figure.draw_without_rendering()
     drawn = figure.canvas
     drawn.draw()
@@ -100,9 +117,9 @@ def plot_quality_against_bytes(
     axes.set_ylim(*_axis_limits([y for _, y in points]))
     axes.set_xlabel(f"weights on disk ({unit})", fontsize=9)
     axes.set_ylabel(_axis_label(quality), fontsize=9)
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(plot_label(title, 120), fontsize=10, loc="left")
     _plain_ticks(axes)
-    texts = [f"{p.label}\n{format_bytes(p.bytes)}, {quality.format(p.quality)}" for p in (before, after)]
+    texts = [f"{plot_label(p.label)}\n{format_bytes(p.bytes)}, {quality.format(p.quality)}" for p in (before, after)]
     _place_labels(figure, axes, points, texts, COLOURS[:2], [points])
     return save(figure, path)
 
@@ -112,23 +129,27 @@ def plot_pareto(points: Sequence[Point], quality: ReportedMetric, path: Path, ti
 
     Each series has its own panel because perplexities of models with different tokenizers cannot be compared.
     """
+    names = list(dict.fromkeys(p.series for p in points))[:MAX_PANELS]
+    points = [p for p in points if p.series in names][:MAX_POINTS]
     names = list(dict.fromkeys(p.series for p in points))
     figure, panels = _panels(len(names))
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         _pareto_panel(axes, [p for p in points if p.series == name], quality, i)
-        axes.set_title(name, fontsize=9, loc="left", color=COLOURS[i % len(COLOURS)])
+        axes.set_title(plot_label(name), fontsize=9, loc="left", color=COLOURS[i % len(COLOURS)])
     sizes = [p.bytes for p in points]
     room = max((max(sizes) / min(sizes)) ** 0.16, 1.35)
     panels[0].set_xlim(min(sizes) / room, max(sizes) * room)
     _byte_ticks(panels[-1])
     panels[-1].set_xlabel("weights on disk (logarithmic)", fontsize=9)
     figure.supylabel(_axis_label(quality), fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plot_label(title), fontsize=10)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         own = [p for p in points if p.series == name]
         front = [(p.bytes, p.quality) for p in pareto_front(own, quality.lower_is_better)]
         places = [(p.bytes, p.quality) for p in own]
-        _place_labels(figure, axes, places, [p.label for p in own], [COLOURS[i % len(COLOURS)]] * len(own), [front])
+        _place_labels(
+            figure, axes, places, [plot_label(p.label) for p in own], [COLOURS[i % len(COLOURS)]] * len(own), [front]
+        )
     return save(figure, path)
 
 
@@ -167,12 +188,12 @@ def plot_layers(values: Mapping[str, float], metric: str, path: Path, title: str
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() and len(part) < 19 else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _bars(values: Mapping[str, float], metric: str, path: Path, title: str) -> Path:
     figure, axes = _canvas()
-    names = short_names(list(values))
+    names = [plot_label(name, 60) for name in short_names(list(values))]
     size = 8 if len(names) <= 12 else 6.5
     bars = axes.barh(range(len(names)), list(values.values()), color=COLOURS[0], height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=size)
@@ -180,8 +201,8 @@ def _bars(values: Mapping[str, float], metric: str, path: Path, title: str) -> P
     axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=3, fontsize=size)
     axes.margins(x=0.12)
     axes.grid(False, axis="y")
-    axes.set_xlabel(metric, fontsize=9)
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(plot_label(metric), fontsize=9)
+    axes.set_title(plot_label(title, 120), fontsize=10, loc="left")
     return save(figure, path)
 
 
@@ -191,7 +212,7 @@ def _lines(values: Mapping[str, float], metric: str, path: Path, title: str) -> 
     figure, axes = _canvas()
     series: dict[str, dict[int, float]] = {}
     for position, (name, value) in enumerate(values.items()):
-        number = re.search(r"\.(\d+)\.", name + ".")
+        number = re.search(r"\.([0-9]{1,9})\.", name + ".")
         block = int(number.group(1)) if number else position
         kind = name[number.end() :] if number and name[number.end() :] else re.sub(r"\.?\d+", "", name)
         series.setdefault(kind or "layer", {})[block] = value
@@ -205,12 +226,12 @@ def _lines(values: Mapping[str, float], metric: str, path: Path, title: str) -> 
             marker=MARKERS[i % len(MARKERS)],
             markersize=4.5,
             linewidth=1.1,
-            label=kind,
+            label=plot_label(kind, 40).lstrip("_") or "layer",
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block", fontsize=9)
-    axes.set_ylabel(metric, fontsize=9)
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_ylabel(plot_label(metric), fontsize=9)
+    axes.set_title(plot_label(title, 120), fontsize=10, loc="left")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7.5, frameon=False)
     return save(figure, path)
 
@@ -233,13 +254,13 @@ def find_layer_values(steps: Mapping[str, Mapping[str, Any]]) -> list[tuple[str,
     found = []
     for index, reported in sorted(steps.items()):
         for key, value in reported.items():
-            if not isinstance(value, Mapping) or len(value) < 2 or not all("." in name for name in value):
+            if not isinstance(value, Mapping) or not 2 <= len(value) <= MAX_LAYERS or not all("." in n for n in value):
                 continue
-            if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values()):
+            if all(is_drawable(v, signed=True) for v in value.values()):
                 metric = reported.get("layer_metric") if key == "layers" else key
                 metric = metric or ("sparsity" if "sparsity" in reported else "value")
                 found.append((index, str(reported.get("technique", "")), dict(value), str(metric).replace("_", " ")))
-    return found
+    return found[:MAX_PLOTS]
 
 
 def _byte_unit(largest: float) -> tuple[float, str]:

@@ -12,6 +12,7 @@ from ...recipes.config import KEYS
 from ...recipes.contract import Paper, Reload
 from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM
 from ...runs.record import Record
+from ...trust.text import bibtex, cell, code, code_block, plain, sentence
 from ..reported import comparison_rows, format_bytes, has_hub_metrics, is_number, recipe_label, short_id
 from .front_matter import evaluation_name, is_hub_id, technique_spec
 
@@ -25,16 +26,14 @@ NAMES_SHOWN = 8
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table. Columns are right-aligned if all their cells begin with a digit or a sign."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    """Return a Markdown table; cells are escaped, except ``Markdown``.
+
+    Columns are right-aligned if all their cells begin with a digit or a sign.
+    """
+    cells = [[cell(value) for value in row] for row in rows]
     numeric = [all(_is_numeric(row[i]) for row in cells) and bool(cells) for i in range(len(header))]
     rule = ["---:" if right else "---" for right in numeric]
-    return "\n".join("| " + " | ".join(line) + " |" for line in ([_cell(h) for h in header], rule, *cells))
-
-
-def _cell(value: Any) -> str:
-    written = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return written.replace("|", "\\|").replace("\n", " ")
+    return "\n".join("| " + " | ".join(line) + " |" for line in ([cell(h) for h in header], rule, *cells))
 
 
 def _is_numeric(cell: str) -> bool:
@@ -53,11 +52,11 @@ def evaluation_label(record: Record) -> str:
 def summary(record: Record) -> str:
     """Render one sentence: the base model, the recipe, and the bytes before and after."""
     base = str(record.base_model.get("id") or "a model")
-    link = f"[`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
+    link = f"[{code(base)}](https://huggingface.co/{base})" if is_hub_id(base) else code(base)
     size = ""
     if is_number(record.base_model.get("parameters")):
-        size = f" ({record.base_model['parameters']:,} parameters in {record.base_model.get('dtype', 'float')})"
-    parts = [f"{link}{size}, optimized with hf_optim: {recipe_label(record.recipe)}"]
+        size = f" ({record.base_model['parameters']:,} parameters in {plain(record.base_model.get('dtype', 'float'))})"
+    parts = [f"{link}{size}, optimized with hf_optim: {plain(recipe_label(record.recipe))}"]
     before, after = (record.measured.get(side, {}) for side in ("before", "after"))
     if is_number(before.get("bytes_on_disk")) and is_number(after.get("bytes_on_disk")):
         old, new = format_bytes(before["bytes_on_disk"]), format_bytes(after["bytes_on_disk"])
@@ -79,19 +78,23 @@ def _conditions(record: Record) -> str:
     sentences = []
     evaluation = record.measured.get("evaluation", {})
     if evaluation:
-        amount = f", {evaluation['samples']} samples" if evaluation.get("samples") else ""
-        length = f" of {evaluation['seq_len']} tokens" if evaluation.get("seq_len") else ""
-        split = f", split {evaluation['split']}" if evaluation.get("split") and is_hub_id(evaluation["dataset"]) else ""
-        sentences.append(f"Evaluated on {evaluation_name(record)}{split}{amount}{length}")
+        amount = f", {plain(evaluation['samples'])} samples" if evaluation.get("samples") else ""
+        length = f" of {plain(evaluation['seq_len'])} tokens" if evaluation.get("seq_len") else ""
+        split = (
+            f", split {plain(evaluation['split'])}"
+            if evaluation.get("split") and is_hub_id(evaluation["dataset"])
+            else ""
+        )
+        sentences.append(f"Evaluated on {plain(evaluation_name(record))}{split}{amount}{length}")
         if is_number(after.get("tokens")):
             sentences[-1] += f" ({after['tokens']:,} tokens scored)"
     if after.get("device"):
         other = before.get("device")
-        where = f"on {after['device']}"
-        where += f" (the original on {other})" if other and other != after["device"] else ""
+        where = f"on {plain(after['device'])}"
+        where += f" (the original on {plain(other)})" if other and other != after["device"] else ""
         sentences.append(f"Both models ran {where} with plain transformers")
     if after.get("peak_memory_of"):
-        sentences.append(f"Peak memory is that of the {after['peak_memory_of']} and includes loading")
+        sentences.append(f"Peak memory is that of the {plain(after['peak_memory_of'])} and includes loading")
     return ". ".join(sentences) + "." if sentences else ""
 
 
@@ -130,7 +133,7 @@ def _stock_snippet(task: Task, trust: str) -> str:
 
 
 def _code(source: str, language: str = "python") -> str:
-    return f"```{language}\n{source.rstrip()}\n```"
+    return code_block(source, language)
 
 
 # -- how it was made --------------------------------------------------------------------------------------------------
@@ -159,9 +162,9 @@ def coverage(record: Record) -> str:
         share = f"{100 * counted['share']:.2f} %"
         rows.append([step, f"{counted['weights_touched']:,}", f"{counted['weights_total']:,}", share])
         for reason, names in counted.get("skipped", {}).items():
-            listed = ", ".join(f"`{name}`" for name in names[:NAMES_SHOWN])
+            listed = ", ".join(map(code, names[:NAMES_SHOWN]))
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            skipped.append(f"- {step} skipped {len(names)}: {reason} ({listed}{more})")
+            skipped.append(f"- {plain(step)} skipped {len(names)}: {sentence(reason)} ({listed}{more})")
     table = markdown_table(["step", "weights changed", "of", "share"], rows)
     return "### Coverage\n\n" + table + ("\n\n" + "\n".join(skipped) if skipped else "")
 
@@ -184,7 +187,8 @@ def calibration(record: Record) -> str:
     order = ("dataset", "split", "text_column", "image_column", "samples", "seq_len", "tokens", "seed", "sha256")
     found = [(key, record.calibration[key]) for key in order if record.calibration.get(key) is not None]
     rows = [
-        [key.replace("_", " "), f"{v:,}" if key == "tokens" else f"`{v}`" if key == "sha256" else v] for key, v in found
+        [key.replace("_", " "), f"{v:,}" if key == "tokens" and is_number(v) else code(v) if key == "sha256" else v]
+        for key, v in found
     ]
     return markdown_table(["", "value"], rows) + "\n\nThe hash covers the model inputs (token ids), in order."
 
@@ -196,7 +200,8 @@ def stages(record: Record) -> str:
     rows = []
     for number, stage in enumerate(record.stages, 1):
         peak = stage.get("peak_memory_bytes")
-        memory = ", ".join(filter(None, (format_bytes(peak), stage.get("peak_memory_of")))) if peak else "-"
+        size = format_bytes(float(peak or 0)) if is_number(peak) else ""
+        memory = ", ".join(filter(None, (size, stage.get("peak_memory_of")))) if size else "-"
         rows.append(
             [
                 number,
@@ -212,7 +217,7 @@ def stages(record: Record) -> str:
 
 def limits(record: Record) -> str:
     """Render the notes of the run, and what a reader must not expect of the checkpoint."""
-    sentences = list(record.notes)
+    sentences: list[str] = [sentence(note) for note in record.notes]
     traits = set(record.traits)
     if str(QUANTIZED) in traits and record.reload == Reload.STOCK_FORMAT.name:
         sentences.append(
@@ -228,11 +233,13 @@ def limits(record: Record) -> str:
     if str(MOE) in traits:
         sentences.append("All experts are held in memory; only those that a token is routed to are computed.")
     if record.calibration.get("dataset"):
-        sentences.append(f"Calibrated on {record.calibration['dataset']}; text of other kinds may lose more quality.")
+        sentences.append(
+            f"Calibrated on {plain(record.calibration['dataset'])}; text of other kinds may lose more quality."
+        )
     if has_hub_metrics(record.measured.get("after", {})):
         sentences.append(
-            f"Evaluated on {evaluation_name(record) or 'one dataset'} only. The known biases and risks of the original "
-            "apply to this checkpoint, too."
+            f"Evaluated on {plain(evaluation_name(record)) or 'one dataset'} only. The known biases and risks of the "
+            "original apply to this checkpoint, too."
         )
     else:
         sentences.append("Not evaluated: the loss of quality against the original is not known.")
@@ -248,9 +255,9 @@ def papers(record: Record) -> str:
             found.setdefault(spec.name, spec.paper)
     if not found:
         return ""
-    lines = [f"- {name}: [{paper.title}]({paper.url}) ({paper.year})" for name, paper in found.items()]
+    lines = [f"- {name}: [{plain(paper.title)}]({paper.url}) ({paper.year})" for name, paper in found.items()]
     entries = [
-        f"@misc{{{name},\n  title = {{{paper.title}}},\n  year = {{{paper.year}}},\n  url = {{{paper.url}}}\n}}"
+        f"@misc{{{name},\n  title = {{{bibtex(paper.title)}}},\n  year = {{{paper.year}}},\n  url = {{{paper.url}}}\n}}"
         for name, paper in found.items()
     ]
     return "## Papers\n\n" + "\n".join(lines) + "\n\n" + _code("\n\n".join(entries), "bibtex")
@@ -258,4 +265,7 @@ def papers(record: Record) -> str:
 
 def package_versions(record: Record) -> str:
     """Render the versions of the packages that made the checkpoint."""
-    return ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())) or "Not recorded."
+    return (
+        ", ".join(f"{plain(name)} {plain(version)}" for name, version in sorted(record.versions.items()))
+        or "Not recorded."
+    )

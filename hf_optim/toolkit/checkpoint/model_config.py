@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
 from ...trust.code import may_run, require_no_kernels
@@ -70,3 +72,15 @@ def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) 
             raise ModelError(
                 f"no model can be built from {type(config).__name__}: {str(error).splitlines()[0]}"
             ) from error
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give a model its own copies of its configurations, which the caller may have built other models from.
+
+    Modules that share a configuration object, or hold a part of another's, do so afterwards as well.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (PreTrainedConfig, GenerationConfig)):
+                vars(module)[name] = copy.deepcopy(value, memo)

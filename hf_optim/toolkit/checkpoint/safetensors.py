@@ -31,12 +31,16 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def _same(keys: Iterable[str]) -> dict[str, str]:
-    return {key: key for key in keys}
-
-
 class UnsupportedCheckpoint(Exception):
     """The packed loader does not support this checkpoint; it may be valid, and the stock loader tries next."""
+
+
+# From the tensors of a checkpoint, by key, to the parameter name of each key.
+ParameterNames = Callable[[Mapping[str, TensorInfo]], Mapping[str, str]]
+
+
+def _same(entries: Mapping[str, TensorInfo]) -> dict[str, str]:
+    return {key: key for key in entries}
 
 
 class SafetensorsHeaders:
@@ -47,7 +51,7 @@ class SafetensorsHeaders:
     """
 
     def __init__(
-        self, files: Iterable[str | Path], names: Callable[[Iterable[str]], Mapping[str, str]] = _same
+        self, files: Iterable[str | Path], names: ParameterNames = _same
     ) -> None:
         """Read the headers of ``files``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import os
@@ -16,6 +17,7 @@ from ...errors import CheckpointError, ModelError, RecipeError
 from ...trust.files import require_regular
 from ...trust.weights import checked_weights
 from ..checkpoint.model_config import load_config
+from ..checkpoint.placement import load_placed
 from ..distributed import fsdp
 from ..topology.block_lists import blocks
 
@@ -45,8 +47,11 @@ def load(source: str, label: str) -> nn.Module:
                 f"it is a {name}, which is not a model class of transformers; load it yourself and set "
                 "hf_optim.run_of(model).state(step).teacher"
             )
-        checked_weights(source, named=getattr(config, "transformers_weights", None))
-        return cls.from_pretrained(source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        files = checked_weights(source, named=getattr(config, "transformers_weights", None))
+        stock = functools.partial(
+            cls.from_pretrained, source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+        return load_placed(stock, config, files, source)[0]
     except CheckpointError as error:
         raise CheckpointError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
     except (OSError, ModelError) as error:

@@ -5,8 +5,9 @@ from . import importance
 from .calibration_losses import calibration_loss
 from .curvature import enable_double_backward, gradients, hessian_product, power_iteration, random_direction
 from .expert_tokens import TokenSample, augment_undersampled
+from .input_masks import real_tokens
 from .observers import ChannelAbsMax, HessianDiagonal, TensorMinMax
-from .recorded_batches import RecordedBatches, sample_microbatches
+from .recorded_batches import RecordedBatches, batch_size, can_split, sample_microbatches, take_rows
 from .row_tracking import BatchRows
 from .second_moment import GramMatrix, SecondMoment
 from .sensitivity import OutputShift, select_within_budget
@@ -22,14 +23,18 @@ __all__ = [
     "TensorMinMax",
     "TokenSample",
     "augment_undersampled",
+    "batch_size",
     "calibration_loss",
+    "can_split",
     "enable_double_backward",
     "gradients",
     "hessian_product",
     "importance",
     "power_iteration",
     "random_direction",
+    "real_tokens",
     "sample_microbatches",
     "select_within_budget",
+    "take_rows",
     "valid_rows",
 ]

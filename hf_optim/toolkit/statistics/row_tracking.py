@@ -74,7 +74,7 @@ class BatchRows:
     # -- what a router gathers for an expert ----------------------------------------------------------------------
     def _watch_experts(self, rows: ValidRows) -> list[Any]:
         handles = []
-        for name, module in self.model.named_modules():
+        for module in self.model.modules():
             for child_name, container in module.named_children():
                 if "expert" not in child_name or not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
                     continue

@@ -76,7 +76,7 @@ def _settle_mixed(model: nn.Module, found: dict[int, str]) -> None:
 
 
 @functools.cache
-def _stream_taken(cls: type[nn.Module]) -> str | None:
+def _stream_taken(cls: Any) -> str | None:
     """Return the stream of the inputs that the forward of a class takes; None if they are hidden states."""
     names = parameter_names(cls)
     text, vision, audio = "input_ids" in names, bool(VISION_INPUTS & names), bool(AUDIO_INPUTS & names)
@@ -86,7 +86,7 @@ def _stream_taken(cls: type[nn.Module]) -> str | None:
 
 
 @functools.cache
-def parameter_names(cls: type[nn.Module]) -> frozenset[str]:
+def parameter_names(cls: Any) -> frozenset[str]:
     """Return the names of the parameters of the forward of a class."""
     try:
         return frozenset(inspect.signature(cls.forward).parameters)

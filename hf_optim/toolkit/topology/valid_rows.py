@@ -1,6 +1,6 @@
 """The rows of a module's input that count: those of real tokens, not of padding.
 
-A calibration driver enters ``statistics.BatchRows.of(batch)`` around each forward. Within it, ``select`` and ``mask_of``
+A calibration driver enters ``statistics.BatchRows.of(batch)`` around each forward. In it, ``select`` and ``mask_of``
 return what counts of the rows that a module reads, given the masks of the part of the model that the module belongs to.
 
 Rows are matched to a mask ``[B, T]`` by shape: ``[B, T, ...]``, ``[T, B, ...]``, ``[B, ..., T]``, or flattened to
@@ -47,8 +47,8 @@ class StreamMask:
         for length in dict.fromkeys(shape[:2]) if len(shape) > 1 else ():
             if length not in self._resampled:
                 self._resampled[length] = self.resample(length)
-            mask = self._resampled[length]
-            if mask is not None and (fitted := fit(mask, shape)) is not None:
+            made = self._resampled[length]
+            if made is not None and (fitted := fit(made, shape)) is not None:
                 return fitted
         return None
 
