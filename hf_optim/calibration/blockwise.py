@@ -17,7 +17,7 @@ from ..runs.scope import Example, Scope
 from ..toolkit import topology
 from ..toolkit.modules.modes import device_of
 from ..toolkit.statistics import BatchRows
-from .forward import Batch, capture_block_inputs, to_device
+from .forward import Batch, capture_block_inputs, forward_errors, to_device
 from .steps import any_needs_data, batches_for, exact_targets, labels_for, run_calibration
 
 
@@ -98,7 +98,7 @@ class BlockwiseDriver:
 
         def run_batches(step: Technique) -> None:
             for number, batch in enumerate(batches_for(self.run, step)):
-                with self.rows.of(batch, labels_for(self.run, number)):
+                with self.rows.of(batch, labels_for(self.run, number)), forward_errors(model, batch):
                     model(**to_device(batch, self.home))
 
         for step in steps:

@@ -22,7 +22,7 @@ from ..toolkit import topology
 from ..toolkit.modules.modes import device_of, eval_mode
 from ..toolkit.statistics import BatchRows
 from .blockwise import BlockwiseDriver, Journal
-from .forward import to_device, without_cache
+from .forward import forward_errors, to_device, without_cache
 from .steps import batches_for, labels_for, require_covered, run_calibration
 from .throughput import summarize_throughput
 
@@ -67,7 +67,7 @@ def _calibrate_whole_model(run: Run, steps: Sequence[Technique]) -> None:
         rows = BatchRows(run.model)
         bar = tqdm(batches, desc=f"calibrating: {step.name}", unit="batch", leave=False, disable=not batches)
         for number, batch in enumerate(bar):
-            with rows.of(batch, labels_for(run, number)):
+            with rows.of(batch, labels_for(run, number)), forward_errors(run.model, batch):
                 run.model(**to_device(batch, device))
 
     for step in steps:  # a new scope for each: a step may remove layers

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError, OptimError
 from ..toolkit import topology
 
 Batch = dict[str, torch.Tensor]
@@ -54,10 +54,26 @@ def capture_block_inputs(
     forwards[blocks[index].module] = stop
     with replace_forwards(forwards):
         try:
-            model(**batch)
+            with forward_errors(model, batch):
+                model(**batch)
         except BlockInputsCaptured as captured:
             return captured.args_, captured.kwargs
     raise ModelError(f"{blocks[index].name} did not run; calibrate with driver: whole_model")
+
+
+@contextmanager
+def forward_errors(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Raise ``DataError`` in place of the errors of a model for a batch that it cannot run on."""
+    try:
+        yield
+    except (OptimError, BlockInputsCaptured, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError) as error:
+        shapes = ", ".join(f"{key} {list(getattr(value, 'shape', ()))}" for key, value in batch.items())
+        raise DataError(
+            f"{type(model).__name__} cannot run on a batch of {shapes}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 @contextmanager

@@ -32,6 +32,8 @@ def to_cpu_batch(item: Any, number: int, columns: Collection[str] | None = None)
     if not chosen:
         raise DataError(f"batch {number} has no input of the model; its keys are {', '.join(map(str, item))}")
     for key, value in chosen.items():
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            raise DataError(f"batch {number}: {key!r} has no values in memory, or is sparse: pass an ordinary tensor")
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise DataError(f"batch {number}: {key!r} is a {type(value).__name__}, not a tensor with a batch dimension")
     return {key: value.detach().cpu() for key, value in chosen.items()}

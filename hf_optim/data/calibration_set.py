@@ -309,6 +309,8 @@ class CalibrationSetBuilder:
         return batches, {"dataset": "random", "samples": samples}
 
     def _check_vocabulary(self, ids: Tensor) -> None:
+        if ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+            raise DataError(f"input_ids must be whole numbers (int64), not {ids.dtype} of shape {list(ids.shape)}")
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
             raise DataError(

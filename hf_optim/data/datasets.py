@@ -115,7 +115,10 @@ def _open_local(path: Path) -> Iterable[dict[str, Any]]:
     builder, options = BUILDERS[suffix]
     if builder == "text":
         options = {"sample_by": "paragraph" if path.stat().st_size > STREAMED_ABOVE else "document"}
-    return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+    try:
+        return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+    except Exception as error:
+        raise DataError(f"{path.name}: cannot be read: {_first_line(error)}") from error
 
 
 def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:

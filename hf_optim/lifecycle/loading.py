@@ -24,6 +24,7 @@ from ..runs.run import Run, traits_of
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.stored_codes import require_known_format
+from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run
@@ -260,7 +261,11 @@ def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreT
         return copy.deepcopy(given), kwargs  # the caller may build other models from it
     # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
-    config, rest = reader.from_pretrained(given if given is not None else source, return_unused_kwargs=True, **kwargs)
+    with stock_errors(source, "no model configuration at"):
+        config, rest = reader.from_pretrained(
+            given if given is not None else source, return_unused_kwargs=True, **kwargs
+        )
+    require_bounded(config, source)
     # Both the configuration and the weights are looked up by these, and their code needs the same word.
     return config, {**{key: kwargs[key] for key in (*LOOKUP, "trust_remote_code") if key in kwargs}, **rest}
 

@@ -55,7 +55,7 @@ def record_with(text: str) -> Record:
         stages=[{"steps": [text], "driver": text, "seconds": 1.0, "device": text, "peak_memory_of": text}],
         coverage={text: {"weights_touched": 1, "weights_total": 2, "share": 0.5, "skipped": {text: [text]}}},
         steps={"0": {"technique": text, text: text, "layer_metric": text, "layers": {f"a.{text}": 1.0, "b.c": 2.0}}},
-        measured={"before": side, "after": side, "evaluation": {"dataset": text, "split": text, "samples": text}},
+        measured={"before": side, "after": dict(side), "evaluation": {"dataset": text, "split": text, "samples": text}},
         reload="STOCK_FORMAT",
         traits=["quantized", text],
         notes=[text],

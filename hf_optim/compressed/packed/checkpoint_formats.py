@@ -32,9 +32,13 @@ def parse_checkpoint_format(config: Mapping[str, Any]) -> CheckpointFormat:
         Method.GPTQ.value: _gptq,
         Method.AWQ.value: _awq,
     }
-    if method not in parsers:
+    if not isinstance(method, str) or method not in parsers:
         raise UnsupportedCheckpoint(f"quant_method {method!r}")
-    return parsers[method](config)
+    try:
+        return parsers[method](config)
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        # A value of another type than the format has. Stock transformers refuses it in its own words.
+        raise UnsupportedCheckpoint(f"quantization_config: {error}") from error
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:

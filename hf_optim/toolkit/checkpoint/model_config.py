@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from ...errors import ModelError
 from ...trust.code import may_run, require_no_kernels
 from ...trust.files import require_regular
+from .stock_errors import PASSED, first_words, require_bounded, stock_errors
 
 
 def load_config(source: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
@@ -28,20 +29,24 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
         require_regular(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, revision=revision)
-    except (OSError, ValueError) as error:
+    except PASSED:
+        raise
+    except Exception as error:  # whatever a value of the configuration led to
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{source} needs model code of its own: if you trust it, pass trust_remote_code=True "
                 "(--trust-remote-code)"
             ) from error
-        raise ModelError(f"no model configuration at {source!r}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"no model configuration at {source!r}: {first_words(error)}") from error
+    require_bounded(config, source)
     require_no_kernels(source, trusted, revision=revision)
     return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class whose ``from_pretrained`` loads the model that ``config`` describes."""
-    names = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
+    listed = getattr(config, "architectures", None)
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, (list, tuple)) else []
     for name in names:
         # A name in a configuration is input: transformers has functions, trainers and pipelines too.
         found = getattr(transformers, name, None)
@@ -65,13 +70,10 @@ def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) 
     cls = model_class(config)
     with torch.device("meta"):
         if not cls.__name__.startswith("AutoModel"):
-            return cls(config)
-        try:
+            with stock_errors(type(config).__name__, "no model can be built from"):
+                return cls(config)
+        with stock_errors(type(config).__name__, "no model can be built from"):
             return cls.from_config(config, trust_remote_code=may_run(trust_remote_code))
-        except ValueError as error:
-            raise ModelError(
-                f"no model can be built from {type(config).__name__}: {str(error).splitlines()[0]}"
-            ) from error
 
 
 def own_configs(model: nn.Module) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import CheckpointError, OptimError
+from ...errors import CheckpointError
 from .. import compat
 from .key_names import model_names
 from .safetensors import DTYPE_NAMES, FLOAT_DTYPES, SafetensorsHeaders, TensorInfo
+from .stock_errors import PASSED, stock_error
 from .stored_codes import CHECKED_METHODS, CODE_NAMES, require_known_format, require_whole_codes
 
 log = logging.getLogger(__name__)
@@ -75,11 +76,11 @@ def load_placed(
     require_whole_codes(entries, method, where)
     try:
         model, info = stock(output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OptimError, torch.OutOfMemoryError):
+    except PASSED:
         raise
-    except FOREIGN as error:
-        if method is None and not _is_conversion(error):
-            raise
+    except Exception as error:
+        if not isinstance(error, FOREIGN) or (method is None and not _is_conversion(error)):
+            raise stock_error(error, where) from error
         raise CheckpointError(f"{where}: transformers cannot load its tensors: {_first_line(error)}") from error
     if not getattr(model, "_hf_peft_config_loaded", False):  # the info of a load with an adapter is that of the adapter
         require_placed(

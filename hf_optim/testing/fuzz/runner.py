@@ -1,0 +1,147 @@
+"""Runs inputs through doors, and judges what comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import tempfile
+import threading
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ...errors import OptimError
+from .doors import DOORS, Door, WrongResult
+from .examples import Examples
+
+SECONDS = 20.0
+MAX_MESSAGE = 1500
+
+
+# Outcomes that are not findings. ``stock`` is an error of transformers before hf_optim is reached.
+FINE = ("read", "refused", "stock")
+
+
+class Hang(BaseException):
+    """An input took longer than the limit."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An input that was neither refused nor read right.
+
+    Attributes:
+        seed: of the input; ``run_input(door, seed, examples)`` repeats it.
+        outcome: ``raw`` (another exception), ``hang``, ``wrong`` (a wrong result) or ``long`` (a long message).
+        text: the error, and where it was raised.
+    """
+
+    door: Door
+    seed: str
+    outcome: str
+    text: str
+
+
+@dataclass
+class Report:
+    """What came out: counts by (kind, door, outcome), and the findings."""
+
+    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+
+    def table(self) -> str:
+        """Return the counts as text."""
+        outcomes = ("read", "refused", "stock", "raw", "hang", "wrong", "long")
+        lines = [f"{'input':14}{'door':18}" + "".join(f"{name:>9}" for name in outcomes)]
+        for kind, name in dict.fromkeys((kind, name) for kind, name, _ in sorted(self.counts)):
+            lines.append(f"{kind:14}{name:18}" + "".join(f"{self.counts[kind, name, o]:9}" for o in outcomes))
+        total = {o: sum(n for (_, _, outcome), n in self.counts.items() if outcome == o) for o in outcomes}
+        return "\n".join([*lines, f"{'all':14}{'':18}" + "".join(f"{total[o]:9}" for o in outcomes)])
+
+
+def run(
+    inputs: int, seed: int, doors: Sequence[Door] = DOORS, seconds: float = SECONDS, verbose: bool = False
+) -> Report:
+    """Run ``inputs`` inputs, in turn through each door. ``seconds`` is the limit of one input."""
+    report = Report()
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        examples = Examples(Path(folder))
+        for number in range(inputs):
+            door = doors[number % len(doors)]
+            outcome, text = run_input(door, f"{seed}-{number}", examples, seconds)
+            report.counts[door.kind, door.name, outcome] += 1
+            if outcome not in FINE:
+                report.findings.append(Finding(door, f"{seed}-{number}", outcome, text))
+                if verbose:
+                    print(f"{door.kind} {door.name} {seed}-{number} {outcome}: {text}", flush=True)
+    return report
+
+
+def run_input(door: Door, seed: str, examples: Examples, seconds: float = SECONDS) -> tuple[str, str]:
+    """Run one input. Returns its outcome (one of ``FINE`` or of ``Finding``), and the error."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with _limit(seconds):
+                door.enter(examples, Path(folder), Random(f"{door.kind} {door.name} {seed}"))
+        except OptimError as error:
+            text = str(error)
+            return ("refused", text) if 0 < len(text) <= MAX_MESSAGE + len(folder) else ("long", text[:300])
+        except Hang:
+            return "hang", f"more than {seconds:g} s"
+        except WrongResult as error:
+            return "wrong", str(error)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            ours = [f for f in frames if "hf_optim" in f.filename and "testing/fuzz" not in f.filename]
+            if not ours:  # an auto class reads the configuration itself, before hf_optim is reached
+                return "stock", str(error)
+            where = [f"{Path(f.filename).name}:{f.lineno}" for f in (*ours[-2:], frames[-1])]
+            return "raw", f"{type(error).__name__}: {str(error)[:200]!r} at {' > '.join(where)}"
+    return "read", ""
+
+
+@contextlib.contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Raise ``Hang`` after some seconds, where signals can be used."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Hang
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the libraries print and log about bad input."""
+    import logging
+
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()

@@ -1,0 +1,66 @@
+"""Errors of transformers for configurations and weights that it cannot use, as errors of hf_optim.
+
+A configuration is input: with a wrong value in it, transformers and huggingface_hub raise errors of any type from
+wherever the value is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError, ModelError, OptimError
+from ...trust.bounds import shown
+from .safetensors import UnsupportedCheckpoint
+
+# Errors that are not about the input.
+PASSED = (OptimError, UnsupportedCheckpoint, MemoryError, torch.OutOfMemoryError)
+# Every layer takes memory and time, even on the meta device. The deepest models have hundreds.
+MAX_LAYERS = 10_000
+_COUNTS = re.compile(r"(num|n)_\w*(layer|block|expert)s?$|depths?$|\w*layers$")
+
+
+@contextmanager
+def stock_errors(source: Any, doing: str = "cannot load") -> Iterator[None]:
+    """Raise ``CheckpointError`` (for ``OSError``) or ``ModelError`` in place of what the body raises.
+
+    ``doing`` and ``source`` begin the message.
+    """
+    try:
+        yield
+    except PASSED:
+        raise
+    except Exception as error:
+        raise stock_error(error, source, doing) from error
+
+
+def stock_error(error: BaseException, source: Any, doing: str = "cannot load") -> OptimError:
+    """Return the ``CheckpointError`` or ``ModelError`` for an error of transformers."""
+    kind = CheckpointError if isinstance(error, OSError) else ModelError
+    return kind(f"{doing} {source}: {first_words(error)}")
+
+
+def first_words(error: BaseException) -> str:
+    """Return the message of an error on one line, with its type if the message alone says little."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    words = " ".join(str(error).split())[:300]
+    named = isinstance(error, (KeyError, AttributeError, TypeError, IndexError, ArithmeticError, AssertionError))
+    return f"{type(error).__name__}: {words}" if named or not words else words
+
+
+def require_bounded(config: Any, source: Any) -> None:
+    """Raise ``ModelError`` for a configuration with more than 10,000 layers, blocks or experts."""
+    waiting = [config.to_dict() if hasattr(config, "to_dict") else config]
+    while waiting:
+        part = waiting.pop()
+        for key, value in part.items() if isinstance(part, Mapping) else ():
+            if isinstance(value, Mapping):
+                waiting.append(value)
+            for number in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(number, int) and number > MAX_LAYERS and _COUNTS.match(str(key)):
+                    raise ModelError(f"config.json of {source}: {key} is {shown(value)}, more than {MAX_LAYERS:,}")
