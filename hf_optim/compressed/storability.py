@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ModelError
-from ..toolkit.topology.experts import ExpertLinear, expert_linears
+from ..toolkit.topology.experts import ExpertLinear, expert_linears, has_stacked_weights
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
 from .experts import expert_schemes, experts_unsupported_reason
@@ -106,12 +106,6 @@ def _require_readable_experts(
                 f"{begin} ({name}), and stock transformers reads codes of experts without zero points only. Use "
                 "symmetric: true"
             )
-
-
-def has_stacked_weights(module: nn.Module) -> bool:
-    """Return True if a module has stacked matrices ``[n, ., .]``, the form of fused experts."""
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return not convolution and any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 
 
 def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]]) -> str:

@@ -90,6 +90,8 @@ def add_decoder_inputs(
     batch = {key: value for key, value in batch.items() if key != "labels"}
     if not getattr(config, "is_encoder_decoder", False) or {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
         return batch
+    if accepted is not None and "decoder_input_ids" not in accepted:
+        return batch  # a head on the encoder alone
     target = labels if labels is not None else batch.get("input_ids")
     if target is None or target.dim() != 2 or target.is_floating_point():
         if target is not None:

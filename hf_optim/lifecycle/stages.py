@@ -35,6 +35,7 @@ from ..runs.coverage import record_coverage
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, run_of, traits_of
+from ..toolkit import topology
 
 log = logging.getLogger(__name__)
 
@@ -263,4 +264,23 @@ def _load_data(run: Run, stage: Stage) -> None:
         data=run.recipe.calibration,
         model=run.model,
     )
+    _require_inputs(run)
     run.record.calibration = run.data.description
+
+
+def _require_inputs(run: Run) -> None:
+    """Keep an example of the data for tracing. Raises ``DataError`` if batches lack an input that the model reads."""
+    assert run.data is not None
+    for number, batch in enumerate(run.data.batches):
+        if number == 0:
+            topology.set_example(run.model, batch)
+        given = {name.replace("inputs_embeds", "input_ids") for name in batch} | set(batch)
+        try:
+            missing = sorted(set(topology.dummy_inputs(run.model)) - given)
+        except topology.NoInputsError:
+            return
+        if missing:
+            raise DataError(
+                f"{type(run.model).__name__} also reads {' and '.join(missing)}: calibration batch {number} "
+                f"has {', '.join(sorted(batch))} only; pass batches with all of them, calibration=[{{...}}]"
+            )

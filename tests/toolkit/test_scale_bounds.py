@@ -84,8 +84,10 @@ def test_products_are_rounded_once():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("tiny", [1e-5, 3e-6, 1.0])
+@pytest.mark.parametrize("tiny", [1e-5, 3e-6, 1e-2])
 def test_smoothquant_in_half_precision(tiny, alpha, dtype):
+    # The gain of 300 meets weights that are small enough that attention does not saturate: there, rounding once more
+    # decides between two tokens.
     model = tiny_llama()
     layer = model.model.layers[0]
     with torch.no_grad():

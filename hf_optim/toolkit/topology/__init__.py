@@ -9,7 +9,7 @@ Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(m
 
 from .block_lists import Block, blocks, group_by_block
 from .experts import ExpertLinear, expert_linears, has_experts
-from .fake_inputs import dummy_inputs
+from .fake_inputs import NoInputsError, dummy_inputs, set_example
 from .layer_coverage import coverage
 from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
@@ -29,6 +29,7 @@ __all__ = [
     "Block",
     "ExpertLinear",
     "LinearPair",
+    "NoInputsError",
     "NormGroup",
     "PrunableGroups",
     "ResidualStream",
@@ -58,6 +59,7 @@ __all__ = [
     "require_layers",
     "roles",
     "routes",
+    "set_example",
     "summarize",
     "trace",
     "weight_out_in",

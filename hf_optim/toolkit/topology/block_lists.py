@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,9 +11,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .fake_inputs import NoInputsError, has_example
 from .graph import Call, Trace
 from .linear_layers import is_linear
 from .tracing import trace
+
+log = logging.getLogger(__name__)
 
 
 class ModuleScope(Protocol):
@@ -58,13 +62,19 @@ def blocks(source: nn.Module | Trace) -> list[Block]:
     A block list is an ``nn.ModuleList`` or ``nn.Sequential`` whose members take a hidden state and return one of the
     same shape, each from the previous member; of nested lists the outermost counts. Experts, which all read the same
     tensor, and stages that change the shape are therefore not block lists. Members that the forward does not reach are
-    left out. A model without blocks gives an empty list.
+    left out. A model without blocks gives an empty list, and so does, with a warning, a model that cannot be traced
+    since nobody knows its inputs (``NoInputsError``).
     """
     model = source.model if isinstance(source, Trace) else source
     modules = dict(model.named_modules())
-    state = tuple(map(id, modules.values()))
+    state = (*map(id, modules.values()), int(has_example(model)))
     if _cache.get(model, ((), []))[0] != state:
-        traced = source if isinstance(source, Trace) else trace(source)
+        try:
+            traced = source if isinstance(source, Trace) else trace(source)
+        except NoInputsError as reason:
+            log.warning("treated as a model without blocks: %s", reason)
+            _cache[model] = (state, [])
+            return []
         _cache[model] = (state, _find(traced))
         for remember in after_tracing:
             remember(traced)

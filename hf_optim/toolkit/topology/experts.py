@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from . import valid_rows
 
@@ -231,6 +232,18 @@ def expert_counts(model: nn.Module) -> set[int]:
         for key, value in part.items()
         if type(value) is int and value > 1 and "expert" in str(key) and "per_tok" not in str(key)
     }
+
+
+def has_stacked_weights(module: nn.Module) -> bool:
+    """Return True if a module has stacked matrices ``[n, ., .]``, the form of fused experts.
+
+    Kernels of convolutions have three dimensions, too, also where a parametrization (weight normalization) holds them.
+    """
+    if isinstance(
+        module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, ParametrizationList)
+    ):
+        return False
+    return any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 
 
 def _stores_experts(module: nn.Module, counts: set[int]) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from . import routing
 from .block_lists import after_tracing, block_of, blocks
 from .experts import expert_counts
+from .fake_inputs import NoInputsError
 from .graph import Trace
 from .linear_layers import features, is_linear, linears
 from .selection import match
@@ -110,6 +111,8 @@ def _find(model: nn.Module, traced: Trace | None) -> dict[str, Role]:
     try:
         traced = traced or trace(model)
         found = blocks(traced)
+    except NoInputsError:
+        return _routing_without_blocks(model)
     except Exception:  # whatever the forward raises: without weights, or for inputs that it cannot take
         if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()):
             raise

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .experts import has_stacked_weights
 from .graph import Op, Trace
 
 ROUTER, SHARED_EXPERT_GATE = "router", "gate of a shared expert"
@@ -115,7 +116,7 @@ class _Finder:
 
     def _expert_holders(self) -> list[str]:
         """Return the modules that hold stacked matrices of experts, or a list of them."""
-        stacked = {n for n, m in self.trace.modules.items() if _has_stacks(m) and self._block(n) is not None}
+        stacked = {n for n, m in self.trace.modules.items() if has_stacked_weights(m) and self._block(n) is not None}
         return [*stacked, *_expert_lists(self.trace, self.blocks)]
 
     def _block(self, name: str) -> str | None:
@@ -257,11 +258,6 @@ def _expert_lists(trace: Trace, blocks: Collection[str]) -> dict[str, int]:
         if alike and inside and min(matrices) >= 2:
             found[name] = len(members)
     return found
-
-
-def _has_stacks(module: nn.Module) -> bool:
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return not convolution and any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 
 
 def siblings(found: Mapping[str, str], modules: Mapping[str, nn.Module], reached: Collection[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from .fake_inputs import dummy_inputs
+from .fake_inputs import NoInputsError, dummy_inputs, example_of
 from .fake_model import copy_with_tensors, empty_on_cpu
 from .graph import Op, Trace, iter_tensors, map_tree
 from .linear_layers import is_plain_linear
@@ -38,14 +38,36 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple
     """Record one forward of ``model(*args, **inputs)``, by default on ``dummy_inputs(model)``.
 
     The model itself is not called or changed. A single block can be traced with the inputs that it receives in its
-    model. Raises ``ValueError`` for a module that needs inputs and got none, ``RuntimeError`` for a model without
-    weights that cannot be traced on fake tensors, and the exception of a forward that fails on fake and real tensors.
+    model. Raises ``ValueError`` for a module that needs inputs and got none, ``NoInputsError`` for a model that dummy
+    inputs do not fit, ``RuntimeError`` for a model without weights that cannot be traced on fake tensors, and the
+    exception of a forward that fails on the ``inputs`` that were passed, on fake and real tensors.
     """
     if inputs is None and not args:
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"{type(model).__name__} is not a PreTrainedModel: pass the inputs of its forward")
-        inputs = dummy_inputs(model)
-    inputs = dict(inputs or {})
+        return _trace_dummy(model)
+    return _trace(model, dict(inputs or {}), args)
+
+
+def _trace_dummy(model: PreTrainedModel) -> Trace:
+    """Record a forward on dummy inputs; if it fails, one on the example of the caller's data."""
+    try:
+        return _trace(model, dummy_inputs(model), ())
+    except NoInputsError:
+        raise
+    except Exception as error:  # the forward of any model
+        example = example_of(model)
+        if example is not None:
+            return _trace(model, example, ())
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        raise NoInputsError(
+            f"the forward of {type(model).__name__} fails on dummy inputs ({type(error).__name__}: {error}): pass "
+            "calibration batches, of which the first serves to trace the model"
+        ) from error
+
+
+def _trace(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             return _trace_fake(model, inputs, args)
