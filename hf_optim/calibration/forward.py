@@ -93,17 +93,24 @@ def replace_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Disable the KV cache during calibration: nothing is decoded, and a cache would keep every activation alive."""
-    config: Any = getattr(model, "config", None)
-    former = getattr(config, "use_cache", None)
-    if not former:
-        yield
-        return
-    config.use_cache = False
+    """Disable the KV cache during calibration: nothing is decoded, and a cache would keep every activation alive.
+
+    A part of a model may have a configuration of its own (the decoder of T5); a block that is called again with the
+    cache of its first call would attend to every token twice.
+    """
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for each in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
+            if getattr(each, "use_cache", None) is True:
+                configs[id(each)] = each
+    for config in configs.values():
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = former
+        for config in configs.values():
+            config.use_cache = True
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

@@ -41,6 +41,7 @@ AUTO = {
     "t5": "AutoModelForSeq2SeqLM",
 }
 STEPS = 3
+LOUD = 60  # this token and the next are only in padding
 
 
 # -- the smallest recipe, data and training around a technique -------------------------------------------------------
@@ -310,7 +311,44 @@ def test_an_error_about_non_finite_activations_names_the_module(cls: type[Techni
     assert any(name in str(caught.value) for name, _ in model.named_modules() if name)
 
 
+def test_padding_does_not_count(cls: type[Technique], attempts: Attempts) -> None:
+    """Calibrate with two fillings of the padding: the result must be the same."""
+    recipe = recipe_for(cls)
+    if not recipe.stages[0].needs_data or any(stage.trains for stage in recipe.stages):
+        pytest.skip("it uses no calibration data alone")
+    architecture = next((name for name in ("llama", "bert", "t5") if attempts(cls, name) is not None), None)
+    if architecture is None:
+        pytest.skip("it supports no tiny model that takes a mask")
+    found = [
+        hf_optim.optimize(_loud_padding(TINY[architecture]()), recipe, calibration=_padded(TINY[architecture](), token))
+        for token in (LOUD, LOUD + 1)
+    ]
+    inputs = inputs_for(found[0], seed=99)
+    with torch.no_grad():
+        first, second = (model(**inputs).logits for model in found)
+    assert torch.allclose(first, second, rtol=1e-4, atol=1e-4), "the tokens of padding change the result"
+
+
 # -- checks ------------------------------------------------------------------------------------------------------
+def _loud_padding(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with large embeddings of the tokens that are only in padding."""
+    with torch.no_grad():
+        weight = model.get_input_embeddings().get_parameter("weight")
+        weight[LOUD : LOUD + 2] *= torch.tensor([[30.0], [90.0]])
+    return model
+
+
+def _padded(model: PreTrainedModel, token: int) -> list[dict[str, torch.Tensor]]:
+    """Return batches whose sequences end in padding, filled with ``token``, with their masks."""
+    batches = [inputs_for(model, seed=seed) for seed in range(3)]
+    for batch in batches:
+        for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            if ids in batch:
+                real = torch.arange(batch[ids].shape[1]) < torch.tensor([[5], [9]])
+                batch[ids], batch[mask] = batch[ids].masked_fill(~real, token), real.long()
+    return batches
+
+
 class _Broken(dict):
     """A batch that raises when it is read."""
 

@@ -44,7 +44,7 @@ def calibration_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def labels_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """Return the labels of a batch; for a causal language model without any, its ``input_ids`` without padding.
 
-    A token after padding is no label either: without padding it is the first of its text, which nothing predicts.
+    A token after padding is left out too: without padding it is the first of its text, which nothing predicts.
     """
     labels = batch.get("labels")
     if labels is not None or not is_causal_lm(model) or "input_ids" not in batch:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..topology import valid_rows
 from ..topology.valid_rows import ValidRows
 from .input_masks import stream_masks
-from .streams import encoder_and_decoder, parameter_names, streams
+from .streams import class_of, encoder_and_decoder, parameter_names, streams
 
 ENCODER_STATES = ("encoder_hidden_states", "key_value_states")
 
@@ -67,7 +67,7 @@ class BatchRows:
         encoder, decoder = pair
         handles = [encoder.register_forward_hook(_keep_output(rows))]
         for module in (decoder or self.model).modules():
-            if names := [name for name in ENCODER_STATES if name in parameter_names(type(module))]:
+            if names := [name for name in ENCODER_STATES if name in parameter_names(class_of(module))]:
                 handles.append(module.register_forward_pre_hook(_keep_argument(rows, names[0]), with_kwargs=True))
         return handles
 
@@ -107,7 +107,7 @@ class _Tokens:
         mask = None
         if rows is not None and self.known is not None and self.real is not None and rows.dim() == 2:
             found = hash_rows(rows)
-            # Tokens that were scaled on their way are no copies, and then all rows count.
+            # Tokens that were scaled on their way are not copies, and then all rows count.
             if bool(torch.isin(found, self.known).all()):
                 mask = torch.isin(found, self.real)
         self.rows.gathered.update({id(module): mask for module in expert.modules()})

@@ -58,8 +58,13 @@ def _find(model: nn.Module) -> dict[int, str]:
     return found
 
 
+def class_of(module: nn.Module) -> Any:
+    """Return the class of a module; its forward is the stock one also where an instance has another."""
+    return type(module)
+
+
 def _walk(module: nn.Module, inherited: str, found: dict[int, str]) -> None:
-    found[id(module)] = stream = _stream_taken(type(module)) or inherited
+    found[id(module)] = stream = _stream_taken(class_of(module)) or inherited
     for child in module.children():
         if id(child) not in found:
             _walk(child, stream, found)
