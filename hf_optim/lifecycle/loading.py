@@ -23,8 +23,8 @@ from ..runs.acceptance import require_in_memory_map, require_model, require_runn
 from ..runs.run import Run, traits_of
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
-from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
+from ..toolkit.checkpoint.stored_codes import require_known_format
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run

@@ -31,7 +31,7 @@ from ..recipes.config import OptimConfig
 from ..recipes.contract import Phase
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_finite, require_model
-from ..runs.coverage import record_coverage
+from ..runs.coverage import note_left_alone, record_coverage
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, run_of, traits_of
@@ -87,6 +87,8 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         require_finite(run.model, "", "")
     with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
         started = time.perf_counter()
+        if work is not None:
+            note_left_alone(run, stage.steps)
         details = (work or _transform_and_calibrate)(run, stage)
         seconds = round(time.perf_counter() - started, 3)
     entry = {"steps": [step.name for step in stage.steps], "driver": None, **details, "seconds": seconds}
@@ -95,10 +97,13 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
 
 
 def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
-    for step in _transforming(run, stage):
+    transforming = _transforming(run, stage)
+    for step in transforming:
+        note_left_alone(run, [step])
         for model in run.call_on([step], "transform_model"):
             run.model = model
             require_finite(model, "", run.label(step))
+    note_left_alone(run, [step for step in stage.steps if step not in transforming])
     return drivers.calibrate(run, stage, run.journal) if stage.calibrates else {}
 
 

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def note_left_alone(run: Run, steps: Iterable[Technique]) -> None:
+    """Keep which layers each step leaves alone because of their role, by role: before it changes the model.
+
+    Roles are found on the model as the step receives it; a model whose layers were replaced may not show them.
+    """
+    for step in steps:
+        targets, skip = getattr(step, "targets", ()), getattr(step, "skip", ())
+        if isinstance(targets, tuple) and isinstance(skip, tuple):
+            found = topology.left_alone(run.model, targets, skip)
+            run.left_alone[run.index(step)] = {role: set(names) for role, names in found.items()}
+
+
 def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
     """Put the coverage of each step that reported one (``Run.cover``) on the record, and log it."""
     for step in steps:
@@ -28,7 +40,7 @@ def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[s
     coverage = topology.coverage(run.model, names)
     total = coverage.total - _scales(run.model)
     share = coverage.covered / total if total else 0.0
-    alone = _left_alone(run, step, names)
+    alone = {role: left - names for role, left in run.left_alone.get(run.index(step), {}).items() if left - names}
     run.record.coverage[run.label(step)] = {
         "weights_touched": coverage.covered,
         "weights_total": total,
@@ -37,20 +49,11 @@ def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[s
     }
     log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.covered, total, 100 * share)
     for role, layers in sorted(alone.items()):
-        log.info("%s leaves %d modules alone (%s): %s", run.label(step), len(layers), role, ", ".join(layers[:5]))
+        first = ", ".join(sorted(layers)[:5])
+        log.info("%s leaves %d modules alone (%s): %s", run.label(step), len(layers), role, first)
     for reason, left_out in sorted(skipped.items()):
         first = ", ".join(sorted(left_out)[:5])
         log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, first)
-
-
-def _left_alone(run: Run, step: Technique, names: set[str]) -> dict[str, list[str]]:
-    """Return the layers that a step with targets left alone because of their role, by role."""
-    targets, skip = getattr(step, "targets", ()), getattr(step, "skip", ())
-    if not isinstance(targets, tuple) or not isinstance(skip, tuple):
-        return {}
-    found = topology.left_alone(run.model, targets, skip)
-    kept = {reason: [name for name in left_out if name not in names] for reason, left_out in found.items()}
-    return {reason: left_out for reason, left_out in kept.items() if left_out}
 
 
 def _scales(model: nn.Module) -> int:

@@ -57,6 +57,7 @@ class Run:
         stage_state: how far the current stage is.
         failure: what failed, if the current stage has failed; empty otherwise.
         loading: True while ``from_pretrained`` loads the weights.
+        left_alone: index of a step -> role -> names of the layers that it leaves alone because of that role.
         journal: keeps completed blocks, so that a killed run can resume (``BlockJournal``), or None.
     """
 
@@ -80,6 +81,7 @@ class Run:
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
         self._states: dict[int, SimpleNamespace] = {}
+        self.left_alone: dict[int, dict[str, set[str]]] = {}
         self._covered: dict[int, tuple[set[str], dict[str, set[str]]]] = {}
         self.manager = manager
 
@@ -198,7 +200,8 @@ class Run:
             table.update(moved)
         for step in self.recipe.steps:
             names, skipped = self.covered(step) or (set(), {})
-            for modules in (names, *skipped.values()):
+            alone = self.left_alone.get(self.index(step), {})
+            for modules in (names, *skipped.values(), *alone.values()):
                 renamed_modules = {new for name in modules for new in renamed(name)}
                 modules.clear()
                 modules.update(renamed_modules)

@@ -300,7 +300,9 @@ def test_other_classes_and_tied_embeddings(tmp_path, served):
     with torch.no_grad():
         wanted = dense.double().model(TOKENS).last_hidden_state
         assert torch.allclose(base(TOKENS).last_hidden_state.double(), wanted, rtol=1e-4, atol=1e-5)
-    with pytest.raises(CheckpointError, match=r"score\.weight"):  # a random head on top of codes, which cannot be trained
+    with pytest.raises(
+        CheckpointError, match=r"score\.weight"
+    ):  # a random head on top of codes, which cannot be trained
         AutoModelForSequenceClassification.from_pretrained(tmp_path, optim_config="auto", dtype=torch.float32)
 
 

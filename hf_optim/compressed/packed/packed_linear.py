@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from ...errors import ModelError
@@ -146,6 +147,8 @@ class PackedLinear(nn.Linear):
         except Exception as error:
             if type(error).__module__ == CHECKPOINT:
                 raise
+            if isinstance(input, FakeTensor):  # the model is being traced, which says nothing about the kernel
+                return input.new_empty((*input.shape[:-1], self.out_features))
             # If the input is at fault, the dense product raises here.
             output = self.dense(input)
             self.fail(f"{self.packing.kernel.name} raised {type(error).__name__}: {error}")

@@ -18,7 +18,27 @@ from ...lifecycle.loading import optimize
 from ...recipes.config import OptimConfig, shipped_recipes
 from ..models import tiny_bert, tiny_llama
 
-WORDS = "the a cat dog sat ran on over mat log fast and then slept all day long in sun".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "over",
+    "mat",
+    "log",
+    "fast",
+    "and",
+    "then",
+    "slept",
+    "all",
+    "day",
+    "long",
+    "in",
+    "sun",
+]
 GPTQ = {
     "quant_method": "gptq",
     "bits": 4,

@@ -50,9 +50,7 @@ class SafetensorsHeaders:
         entries: the tensors by their names in the files.
     """
 
-    def __init__(
-        self, files: Iterable[str | Path], names: ParameterNames = _same
-    ) -> None:
+    def __init__(self, files: Iterable[str | Path], names: ParameterNames = _same) -> None:
         """Read the headers of ``files``.
 
         ``names`` returns the parameter names of keys (``key_names.model_names``); by default they are the same. Raises

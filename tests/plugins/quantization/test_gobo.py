@@ -151,7 +151,10 @@ def test_bits_that_a_step_assigned_are_followed(monkeypatch):
     assert layers["model.layers.0.self_attn.q_proj"].bits == 3
     assert "model.layers.0.mlp.down_proj" not in layers
     [coverage] = run_of(model).record.coverage.values()
-    assert coverage["skipped"] == {"16 bits are assigned to it": ["model.layers.0.mlp.down_proj"]}
+    assert coverage["skipped"] == {
+        "16 bits are assigned to it": ["model.layers.0.mlp.down_proj"],
+        "output head": ["lm_head"],
+    }
 
 
 def test_embeddings_are_an_option_and_a_shared_table_is_left_out():

@@ -214,16 +214,16 @@ def test_a_mixture_is_refused_without_its_experts():
 
 def test_non_finite_activations_name_module_and_step():
     model = tiny_llama()
-    model.model.layers[1].input_layernorm.weight.data[0] = float("inf")
+    model.model.layers[1].input_layernorm.weight.data[0] = 3e38  # finite, but its products are not
     with pytest.raises(NumericalError, match=r"step 1 \(gptq\).*model.layers.1.self_attn"):
         quantized(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_non_finite_weights_name_module_and_step():
+def test_non_finite_weights_are_named():
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"step 1 \(gptq\).*model.layers.0.mlp"):
+    with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.up_proj\.weight: the weights of the model hold NaN"):
         quantized(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 import torch
@@ -177,9 +178,8 @@ def test_refusals():
     model = tiny_bert()
     name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear))
     layer.weight.data[0, 0] = float("inf")
-    with pytest.raises(NumericalError, match=r"step 1 \(zeroquant\)"):
+    with pytest.raises(NumericalError, match=re.escape(f"{name}.weight: the weights of the model hold NaN")):
         quantized(model)
-    assert name
 
 
 @pytest.mark.parametrize(
