@@ -28,6 +28,16 @@ STEPS = {
     "qbert": {"technique": "qbert", "budget": 3.0},
 }
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "t5": tiny_t5, "mixtral": tiny_mixtral, "opt": tiny_opt}
+# What cannot store the experts of Mixtral, or remove neurons from them, is refused.
+REFUSED = {("mixtral", s) for s in ("obq", "structured", "structured taylor", "mixed_precision", "llm_int8", "qbert")}
+# Blockwise, the rows of every model are counted in the same place; one model with one block list, and one with two.
+CASES = [
+    (name, step, driver)
+    for driver, names in (("whole_model", MODELS), ("blockwise", ("llama", "t5")))
+    for name in names
+    for step in STEPS
+    if (name, step) not in REFUSED
+]
 BERT_DENSE = "bert.encoder.layer.1.output.dense"
 LOUD = 63  # a token id that only padding has, with a large embedding
 
@@ -65,17 +75,10 @@ def outputs(name, steps, data, driver):
         return model(**probe).logits
 
 
-@pytest.mark.parametrize("driver", ["whole_model", "blockwise"])
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "step", "driver"), CASES)
 def test_padding_does_not_count(name, step, driver):
-    if driver == "blockwise" and name not in ("llama", "t5"):
-        pytest.skip("the others are observed in the same way under this driver")
     plain, padded = rows(name)
-    try:
-        expected = outputs(name, STEPS[step], plain, driver)
-    except (hf_optim.ModelError, hf_optim.RecipeError) as refusal:
-        pytest.skip(str(refusal))
+    expected = outputs(name, STEPS[step], plain, driver)
     found = outputs(name, STEPS[step], padded, driver)
     assert float((found - expected).norm() / expected.norm()) < 1e-3
 
