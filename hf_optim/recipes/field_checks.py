@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..trust.bounds import shown
 
-# Larger numbers fit into no tensor, and longer texts are no name or pattern of a module.
+# Larger numbers fit into no tensor, and a longer text is not the name or pattern of a module.
 LARGEST, LONGEST = 2**63, 500
 
 

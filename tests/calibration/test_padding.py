@@ -30,13 +30,14 @@ STEPS = {
 MODELS = {"llama": tiny_llama, "bert": tiny_bert, "t5": tiny_t5, "mixtral": tiny_mixtral, "opt": tiny_opt}
 # What cannot store the experts of Mixtral, or remove neurons from them, is refused.
 REFUSED = {("mixtral", s) for s in ("obq", "structured", "structured taylor", "mixed_precision", "llm_int8", "qbert")}
-# Blockwise, the rows of every model are counted in the same place; one model with one block list, and one with two.
+# Blockwise, the rows of every model are counted in the same place: one model with one list of blocks, and one with two.
+# qbert, which differentiates twice, is slow.
 CASES = [
     (name, step, driver)
     for driver, names in (("whole_model", MODELS), ("blockwise", ("llama", "t5")))
     for name in names
     for step in STEPS
-    if (name, step) not in REFUSED
+    if (name, step) not in REFUSED and (step != "qbert" or (name, driver) == ("llama", "whole_model"))
 ]
 BERT_DENSE = "bert.encoder.layer.1.output.dense"
 LOUD = 63  # a token id that only padding has, with a large embedding

@@ -48,7 +48,7 @@ def load(source: str, label: str) -> nn.Module:
                 "hf_optim.run_of(model).state(step).teacher"
             )
         files = checked_weights(source, named=getattr(config, "transformers_weights", None))
-        stock = functools.partial(
+        stock: Any = functools.partial(
             cls.from_pretrained, source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
         return load_placed(stock, config, files, source)[0]

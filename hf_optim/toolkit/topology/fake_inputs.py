@@ -154,7 +154,8 @@ def _image(model: PreTrainedModel) -> Tensor:
     config: Any = getattr(model.config, "vision_config", None) or getattr(model.config, "encoder", None) or model.config
     size = getattr(config, "image_size", None) or getattr(config, "crop_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    shape = (getattr(config, "num_channels", None) or getattr(config, "in_chans", 3), height, width)
+    channels = int(getattr(config, "num_channels", None) or getattr(config, "in_chans", 3))
+    shape: tuple[int, int, int] = (channels, height, width)
     frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
     return _ramp(model, (1, frames, *shape) if isinstance(frames, int) else (1, *shape))
 
