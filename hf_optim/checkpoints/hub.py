@@ -12,6 +12,7 @@ from ..errors import CheckpointError
 from ..runs.record import FILE_NAME, Record
 from ..runs.run import find_run
 from ..trust.files import require_publishable
+from .save_methods import call_former
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -60,7 +61,7 @@ def push_to_hub(self: PreTrainedModel, repo_id: str, **kwargs: Any) -> CommitInf
     """
     run = find_run(self)
     if run is None or not run.finished:
-        return type(self).push_to_hub(self, repo_id, **kwargs)
+        return call_former(self, "push_to_hub", repo_id, **kwargs)
     kwargs.setdefault("commit_message", None)
     kwargs["commit_message"] = kwargs["commit_message"] or "Upload model"
     shard, tags = kwargs.pop("max_shard_size", None), kwargs.pop("tags", None)

@@ -1,14 +1,13 @@
 """Saving: what stock ``save_pretrained`` writes for an optimized model.
 
 The weights and ``config.json`` are written by transformers itself, through its own hooks (``model.hf_quantizer``, the
-class of the model and of its configuration). This module wraps that call, on the instance only: the save is atomic, and
-the record, the card and the files that the steps export are written with it.
+class of the model and of its configuration). This module wraps that call for models that have a run (``save_methods``):
+the save is atomic, and the record, the card and the files that the steps export are written with it.
 """
 
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, OptimError
-from ..runs.run import Run, StageState, find_run
+from ..runs.run import Run, StageState, run_of
 from ..trust import code
+from . import save_methods
 from .atomic import replace_directory
 
 # Measures the checkpoint in a directory.
@@ -37,14 +37,17 @@ def attach_save_methods(run: Run) -> None:
     """Make ``run.model.save_pretrained`` and ``push_to_hub`` write the record and the card too."""
     from .hub import push_to_hub
 
-    run.model.save_pretrained = types.MethodType(_make_method(), run.model)  # type: ignore[method-assign]
-    run.model.push_to_hub = types.MethodType(push_to_hub, run.model)  # type: ignore[method-assign,assignment]
+    save_methods.install(run.model, {"save_pretrained": _save_pretrained, "push_to_hub": push_to_hub})
 
 
 def detach_save_methods(model: PreTrainedModel) -> None:
     """Undo ``attach_save_methods``."""
-    for name in ("save_pretrained", "push_to_hub"):
-        model.__dict__.pop(name, None)
+    save_methods.uninstall(model)
+
+
+def save_plain(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
+    """Call transformers' own ``save_pretrained`` of a model, which may be optimized."""
+    save_methods.call_former(model, "save_pretrained", directory, **kwargs)
 
 
 def require_sound(run: Run) -> None:
@@ -75,7 +78,7 @@ def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **k
             "hf_optim.merge_adapters(model), which keeps the masks, or hf_optim.release(model) to give them up"
         )
     with replace_directory(directory, stale=is_weights) as beside:
-        type(run.model).save_pretrained(run.model, beside, **kwargs)
+        save_plain(run.model, beside, **kwargs)
         describe(run, beside, measure)
     return directory
 
@@ -128,29 +131,23 @@ def is_weights(name: str) -> bool:
     return bool(_WEIGHTS.match(name))
 
 
-def _make_method() -> Any:
-    # The function has the name of the method, so that a pickled model is unpickled with the method of its class.
-    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save with transformers' own method; the record, the card and the steps' files are written beside."""
-        run = find_run(self)
-        stock = type(self).save_pretrained
-        main = args[0] if args else kwargs.get("is_main_process", True)
-        if run is not None:
-            require_sound(run)
-        if run is None or not main:
-            stock(self, save_directory, *args, **kwargs)
-            return
-        if args:
-            kwargs["is_main_process"] = main
-        push = kwargs.pop("push_to_hub", False)
-        if run.finished:
-            save(run, save_directory, **kwargs)
-        else:
-            # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
-            stock(self, save_directory, **kwargs)
-            drop_unused_code(run, Path(save_directory))
-            run.record.write(Path(save_directory))
-        if push:
-            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
-
-    return save_pretrained
+def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """Save with transformers' own method; the record, the card and the steps' files are written beside."""
+    run = run_of(model)
+    main = args[0] if args else kwargs.get("is_main_process", True)
+    require_sound(run)
+    if not main:
+        save_methods.call_former(model, "save_pretrained", save_directory, *args, **kwargs)
+        return
+    if args:
+        kwargs["is_main_process"] = main
+    push = kwargs.pop("push_to_hub", False)
+    if run.finished:
+        save(run, save_directory, **kwargs)
+    else:
+        # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
+        save_plain(model, save_directory, **kwargs)
+        drop_unused_code(run, Path(save_directory))
+        run.record.write(Path(save_directory))
+    if push:
+        model.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ModelError
 from ..toolkit.topology.experts import ExpertLinear
 from .codec import check_fit, dequantize, quantize_input, scheme_on
 from .experts import SCALE, attach_expert_schemes, clear_experts, expert_schemes, store_expert
+from .quantized_forward import QuantizedForward
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -86,13 +87,10 @@ def store(
 def _quantize_forward(module: nn.Module, scheme: QuantizationScheme) -> None:
     """Attach a scheme to a module, and the forward that quantizes its inputs if the scheme includes them."""
     from compressed_tensors.quantization import QuantizationStatus
-    from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
 
     module.quantization_scheme = scheme
     module.quantization_status = QuantizationStatus.DECOMPRESSED
-    set_forward_quantized(module)  # type: ignore[arg-type]
-    if scheme.input_activations is not None:
-        _pass_gradients(module)
+    module.__dict__["forward"] = QuantizedForward(module)
 
 
 def attach_scheme(
@@ -106,20 +104,6 @@ def attach_scheme(
     for name, value in (("input_scale", input_scale), ("input_zero_point", input_zero)):
         if value is not None:
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
-
-
-def _pass_gradients(module: nn.Module) -> None:
-    # compressed-tensors quantizes inputs without a gradient, which would cut off adapters in earlier layers. If no
-    # gradient is required, its own forward runs.
-    plain = module.forward.__func__  # type: ignore[attr-defined]
-
-    @functools.wraps(plain)
-    def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and input.requires_grad):
-            return plain(self, input)
-        return type(self).forward(self, quantize_input(self, input))
-
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def input_quantizer(

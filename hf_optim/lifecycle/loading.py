@@ -69,10 +69,10 @@ def load(
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
     attach_model(run, model, source, kwargs.get("revision"))
-    run_stages(run, calibration)
+    model = run_stages(run, calibration)
     if run.stage is None:
-        _put_on_kernels(run.model)
-    return (run.model, info) if wants_info else run.model
+        _put_on_kernels(model)
+    return (model, info) if wants_info else model
 
 
 def optimize(
@@ -118,10 +118,10 @@ def optimize(
     require_data(run, calibration)
     apply_prepared(run, model)
     attach_model(run, model, getattr(model.config, "_name_or_path", None))
-    run_stages(run, calibration)
+    model = run_stages(run, calibration)
     if kernels and run.finished:
-        _put_on_kernels(run.model)
-    return run.model
+        _put_on_kernels(model)
+    return model
 
 
 def _restrict(kwargs: dict[str, Any]) -> None:

@@ -137,6 +137,8 @@ def complete_stage(run: Run) -> None:
     run.stage_state = StageState.PENDING
     run.record.finished = run.finished
     run.record.traits = sorted(str(t) for t in run.traits)
+    if run.finished:
+        run.drop_inputs()
 
 
 def fail_stage(run: Run, doing: str, error: BaseException) -> None:
@@ -144,6 +146,7 @@ def fail_stage(run: Run, doing: str, error: BaseException) -> None:
     run.stage_state = StageState.FAILED
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     run.failure = f"{run.stage} failed while {doing} ({reason})"
+    run.drop_inputs()
     saving.attach_save_methods(run)
 
 
@@ -182,12 +185,11 @@ def advance(model: PreTrainedModel, calibration: Any = None) -> PreTrainedModel:
     saving.require_sound(run)
     if run.stage is not None and run.stage_entered:
         complete_stage(run)
-    run_stages(run, calibration)
-    return run.model
+    return run_stages(run, calibration)
 
 
-def run_stages(run: Run, source: Any = None) -> None:
-    """Run the pending stages up to the next one that needs training.
+def run_stages(run: Run, source: Any = None) -> PreTrainedModel:
+    """Run the pending stages up to the next one that needs training, and return the model, which the caller then owns.
 
     The model then has a ``save_pretrained`` that writes the record and the card with it.
 
@@ -196,27 +198,33 @@ def run_stages(run: Run, source: Any = None) -> None:
     """
     if source is not None:
         run.source = source
-    while (stage := run.stage) is not None and not run.stage_entered:
-        # Tensors made under torch.inference_mode() could not be trained or changed afterwards.
-        with torch.inference_mode(False):
-            enter_stage(run)
-        if stage.trains:
-            log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
-            break
-        complete_stage(run)
-    saving.attach_save_methods(run)
+    try:
+        while (stage := run.stage) is not None and not run.stage_entered:
+            # Tensors made under torch.inference_mode() could not be trained or changed afterwards.
+            with torch.inference_mode(False):
+                enter_stage(run)
+            if stage.trains:
+                log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
+                break
+            complete_stage(run)
+        saving.attach_save_methods(run)
+    finally:
+        model = run.lend_model()
+    return model
 
 
 def end_training(run: Run) -> None:
     """Complete the current training stage, and run the stages that follow as far as the available data allows."""
-    stage = run.stage
+    stage, trained = run.stage, run.model
     complete_stage(run)
     log.info("%s is complete: %d masked parameters, traits %s", stage, len(run.masks), ", ".join(run.record.traits))
     following = run.stage
     if following is not None and not _can_follow(run, following):
         log.warning("%s comes next: call model = hf_optim.advance(model, calibration=...)", following)
         return
-    run_stages(run)
+    model = run_stages(run)
+    if model is not trained:
+        run.model = model  # nobody else has it: the Trainer holds the one that it trained
 
 
 def _can_follow(run: Run, stage: Stage) -> bool:
@@ -230,8 +238,8 @@ def _can_follow(run: Run, stage: Stage) -> bool:
 # -- release ----------------------------------------------------------------------------------------------------------
 def release(model: PreTrainedModel) -> PreTrainedModel:
     """Forget the run of a model, and return it as an ordinary model. Its weights and its stored format stay."""
-    saving.detach_save_methods(model)
     model.__dict__.pop(ATTRIBUTE, None)
+    saving.detach_save_methods(model)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,8 @@ class Run:
     """The state of one optimization.
 
     Attributes:
-        model: the current model; a ``transform_model`` hook may replace it.
+        model: the current model; a ``transform_model`` hook may replace it. A run owns it only while stages run: the
+            model owns its run, so that deleting the model frees both at once (``lend_model``).
         config: the model's configuration, which exists during ``prepare_load``, before the model does.
         recipe: what to do.
         record: what was done, written as ``hf_optim.json``.
@@ -80,6 +82,7 @@ class Run:
         self.loading = False
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
+        self._lent: weakref.ref[PreTrainedModel] | None = None
         self._states: dict[int, SimpleNamespace] = {}
         self.left_alone: dict[int, dict[str, set[str]]] = {}
         self._covered: dict[int, tuple[set[str], dict[str, set[str]]]] = {}
@@ -88,23 +91,56 @@ class Run:
     # -- the model ------------------------------------------------------------------------------------------------
     @property
     def model(self) -> PreTrainedModel:
-        """The current model. Raises ``ModelError`` before it is loaded."""
-        if self._model is None:
+        """The current model. Raises ``ModelError`` before it is loaded, and after its owner has deleted it."""
+        model = self._current_model()
+        if model is None and self._lent is not None:
+            raise ModelError(
+                "the model of this run no longer exists: a run does not keep its model alive, so keep a reference to "
+                "the model that optimize or from_pretrained returned for as long as you use the run"
+            )
+        if model is None:
             raise ModelError("the model is not loaded yet: during prepare_load there is only run.config")
-        return self._model
+        return model
 
     @model.setter
     def model(self, model: PreTrainedModel) -> None:
-        if self._model is not None and self._model is not model:
-            _detach(self._model)
+        former = self._current_model()
+        if former is not None and former is not model:
+            _detach(former)
         self._model = model
         self.config = model.config
         object.__setattr__(model, ATTRIBUTE, _Link(self))
+
+    def lend_model(self) -> PreTrainedModel:
+        """Return the model to its owner: from now on the run refers to it only weakly.
+
+        A strong reference would form a cycle with the one from the model to its run, and the memory of a deleted model
+        would be kept until the garbage collector runs.
+        """
+        model = self.model
+        self._lent, self._model = weakref.ref(model), None
+        return model
+
+    def _current_model(self) -> PreTrainedModel | None:
+        if self._model is not None:
+            return self._model
+        return self._lent() if self._lent is not None else None
 
     # -- steps ----------------------------------------------------------------------------------------------------
     def state(self, step: Technique) -> SimpleNamespace:
         """Return the mutable state of a step in this run; empty at first."""
         return self._states.setdefault(id(step), SimpleNamespace())
+
+    def drop_inputs(self) -> None:
+        """Let go of what only the stages of the run needed: its data, and tensors and modules in the states of steps.
+
+        Called once the run has finished or failed. Of a state, plain values (JSON types) stay for ``export``; ``masks``
+        stay since later training and saving need them.
+        """
+        self.source = self.data = None
+        for state in self._states.values():
+            for key in [key for key, value in vars(state).items() if not is_plain(value)]:
+                delattr(state, key)
 
     def label(self, step: Technique) -> str:
         """Return ``"step 2 (gptq)"``, for messages."""
@@ -242,6 +278,15 @@ def find_run(model: Any) -> Run | None:
         base = getattr(model, "get_base_model", None)
         model = base() if callable(base) else getattr(model, "module", None)
     return None
+
+
+def is_plain(value: Any) -> bool:
+    """Return True for JSON types and containers of them: they hold no memory to speak of, and survive a resume."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _detach(model: PreTrainedModel) -> None:

@@ -16,9 +16,7 @@ from ..errors import CheckpointError
 from ..recipes.technique import Technique
 from ..recipes.traits import BUILT_IN
 from ..toolkit.distributed import fsdp
-from .run import Run, StageState
-
-SCALARS = (str, int, float, bool, type(None))
+from .run import Run, StageState, is_plain
 
 # Fields that decide where something runs or is stored, not what is computed: they may differ when training is resumed.
 # So may all fields of a step whose stage had not begun.
@@ -49,7 +47,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
         for key, value in vars(run.state(step)).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"state.{position}.{key}"] = value
-            elif _is_json(value):
+            elif is_plain(value):
                 plain[key] = value
         meta["states"][str(position)] = plain
         if (covered := run.covered(step)) is not None:
@@ -60,13 +58,7 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
 
 def _fields(step: Technique) -> dict[str, Any]:
     # Values that are not plain JSON cannot be compared.
-    return {key: value for key, value in step.to_dict().items() if key != "technique" and _is_json(value)}
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
-    return isinstance(value, SCALARS) or (isinstance(value, (list, tuple)) and all(map(_is_json, value)))
+    return {key: value for key, value in step.to_dict().items() if key != "technique" and is_plain(value)}
 
 
 @torch.no_grad()

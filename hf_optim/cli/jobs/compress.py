@@ -109,6 +109,7 @@ def _compress(job: Job, device: torch.device | None) -> Run:
     model = optimize(model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal)
     model = _train(job, model, tokenizer)
     run = run_of(model)
+    run.model = model  # the caller gets the run alone
     distributed.require_equal_weights(model)
     if not distributed.is_main():
         return run

@@ -110,7 +110,7 @@ class StreamedJob:
         """Write what ``save_pretrained`` writes beside weights: configurations, and code that came with the model."""
         quantizer = model.__dict__.pop("hf_quantizer", None)
         try:
-            type(model).save_pretrained(model, beside, state_dict={})
+            saving.save_plain(model, beside, state_dict={})
         finally:
             if quantizer is not None:
                 model.hf_quantizer = quantizer

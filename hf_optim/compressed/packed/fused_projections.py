@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,29 +30,45 @@ log = logging.getLogger(__name__)
 class FusedProjections:
     """Layers that run as one product if their kernel can join their packed weights.
 
+    The layers own the group, so it refers to them weakly. A layer may outlive the others (in a copy of that layer alone).
+
     Attributes:
-        layers: in the order in which they run.
+        sizes: the rows of each layer.
         contiguous: see ``FusedOutput``.
         fused: the packed weight of all layers; None while each layer has its own.
     """
 
     def __init__(self, layers: list[PackedLinear], contiguous: bool) -> None:
-        self.layers, self.contiguous = layers, contiguous
+        self.sizes, self.contiguous = [layer.out_features for layer in layers], contiguous
         self.fused: Any = None
+        self._layers = [_reference(layer) for layer in layers]
+
+    @property
+    def layers(self) -> list[PackedLinear | None]:
+        """The layers in the order in which they run; None for one that no longer exists."""
+        return [layer() for layer in self._layers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _layers=[_reference(layer) for layer in state["_layers"]])
 
     @torch.no_grad()
     def fuse(self) -> bool:
         """Replace the packed weights by slices of one fused weight. Return False if the kernel does not allow it."""
-        kinds = {_fusion_key(layer) for layer in self.layers}
-        device = self.layers[0].packing.description.device
-        if self.fused is not None or len(kinds) > 1 or None in kinds or device.type == "meta":
+        layers = [layer for layer in self.layers if layer is not None]
+        kinds = {_fusion_key(layer) for layer in layers}
+        if self.fused is not None or len(kinds) > 1 or None in kinds or len(layers) < len(self.sizes):
             return False
-        fused = _fuse_weights(self.layers)
+        if layers[0].packing.description.device.type == "meta":
+            return False
+        fused = _fuse_weights(layers)
         if fused is None:
             return False
-        output = FusedOutput([layer.out_features for layer in self.layers], self.contiguous)
-        short = _short_names([layer.packing.description.name for layer in self.layers])
-        for i, layer in enumerate(self.layers):
+        output = FusedOutput(self.sizes, self.contiguous)
+        short = _short_names([layer.packing.description.name for layer in layers])
+        for i, layer in enumerate(layers):
             others = ", ".join(name for name in short if name != short[i])
             layer._modules[PACKED_WEIGHT] = FusedSlice(fused, output, i, f"{fused.label}, with {others}")
             layer.packing.group = self
@@ -64,24 +81,35 @@ class FusedProjections:
         """Give every layer its own packed weight again, with the same codes. ``fuse`` may follow."""
         if self.fused is None:
             return
-        codes, start = self.fused.codes(), 0
-        for layer in self.layers:
+        codes, stop = self.fused.codes(), 0
+        for layer, size in zip(self.layers, self.sizes, strict=True):
+            start, stop = stop, stop + size
+            if layer is None:
+                continue
             layer.packing.unfuse_norm()
             bias = layer._parameters["bias"]
             if bias is not None:
                 bias.data = bias.data.clone()
-            own = partial(slice_rows, codes, start, start + layer.out_features)
+            own = partial(slice_rows, codes, start, stop)
             weight = replace(layer.packing.description, bias=None if bias is None else bias.detach(), codes=own)
             layer._modules[PACKED_WEIGHT] = layer.packing.kernel.prepack(weight)
             layer.refresh()
-            start += layer.out_features
         self.fused = None
 
     def disband(self) -> None:
         """Call ``unfuse`` and dissolve the group."""
         self.unfuse()
         for layer in self.layers:
-            layer.packing.group = None
+            if layer is not None:
+                layer.packing.group = None
+
+
+def _reference(layer: PackedLinear | None) -> Callable[[], PackedLinear | None]:
+    return weakref.ref(layer) if layer is not None else _gone
+
+
+def _gone() -> None:
+    """Replace the reference to a layer that no longer exists."""
 
 
 def _fusion_key(layer: PackedLinear) -> Hashable:

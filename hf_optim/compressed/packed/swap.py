@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import scale_tensors, store_arguments
+from ..quantized_forward import is_quantized_forward
 from ..weights import Codes, QuantizedWeight
 from .kernel import Kernel
 from .packed_linear import PACKED_WEIGHT, PackedLinear, Packing
@@ -67,8 +68,8 @@ def unsupported_reason(module: nn.Linear) -> str:
     quantized = getattr(module, "quantization_scheme", None) is not None
     if own is None or "_old_forward" in module.__dict__:
         return ""
-    if quantized and isinstance(own, types.MethodType) and own.__self__ is module:
-        return ""  # the forward of compressed-tensors, which quantizes the inputs
+    if quantized and is_quantized_forward(module, own):
+        return ""
     return "something else has replaced its forward"
 
 

@@ -1,0 +1,98 @@
+"""The methods of an optimized model that replace those of its class, without the model referring to itself.
+
+A method bound to a model in the model's own dict is a cycle: the memory of a deleted model would be kept until the
+garbage collector runs. So the methods are installed in the class of the model, where they apply to models that have a
+run; others of the class get the former method. They are removed with the last model of the class that needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from ..runs.run import find_run
+
+Methods = Mapping[str, Callable[..., Any]]
+
+_installed: dict[type, dict[str, Callable[..., Any]]] = {}
+"""Class -> the dispatchers in it, by name."""
+_users: dict[type, set[weakref.ref[nn.Module]]] = {}
+"""Class -> the models of it that need the dispatchers."""
+_lock = threading.RLock()  # re-entrant: a model may be freed, which calls ``_leave``, while the lock is held
+_former: ContextVar[frozenset[tuple[int, str]]] = ContextVar("former", default=frozenset())
+"""The models, by id, and methods whose former method runs."""
+
+
+def install(model: nn.Module, methods: Methods) -> None:
+    """Install methods ``name -> function(model, ...)`` in the class of a model, for models that have a run."""
+    cls = type(model)
+    with _lock:
+        if cls not in _installed:
+            _installed[cls] = {name: _dispatcher(cls, name, method) for name, method in methods.items()}
+            for name, dispatcher in _installed[cls].items():
+                setattr(cls, name, dispatcher)
+        _users.setdefault(cls, set()).add(weakref.ref(model, functools.partial(_leave, cls)))
+
+
+def uninstall(model: nn.Module) -> None:
+    """Remove the methods from the classes in which they were installed for this model, if no other model needs them."""
+    own = weakref.ref(model)
+    with _lock:
+        for cls in [cls for cls, users in _users.items() if own in users]:
+            _leave(cls, own)
+
+
+def call_former(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call the method that the class of a model has without ``install``."""
+    with _calling_former(model, name):
+        return getattr(model, name)(*args, **kwargs)
+
+
+@contextmanager
+def _calling_former(model: nn.Module, name: str) -> Iterator[None]:
+    token = _former.set(_former.get() | {(id(model), name)})
+    try:
+        yield
+    finally:
+        _former.reset(token)
+
+
+def _dispatcher(cls: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    own = cls.__dict__.get(name)
+
+    @functools.wraps(getattr(cls, name))
+    def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (id(self), name) not in _former.get() and find_run(self) is not None:
+            return method(self, *args, **kwargs)
+        former = getattr(super(cls, self), name) if own is None else own.__get__(self, type(self))
+        return former(*args, **kwargs)
+
+    dispatch.__dict__[_OWN] = own
+    return dispatch
+
+
+_OWN = "_hf_optim_own"  # attribute of a dispatcher: what the class itself had under its name, or None
+
+
+def _leave(cls: Any, user: weakref.ref[nn.Module]) -> None:
+    with _lock:
+        users = _users.get(cls, set())
+        users.discard(user)
+        if users:
+            return
+        _users.pop(cls, None)
+        for name, dispatcher in _installed.pop(cls, {}).items():
+            if cls.__dict__.get(name) is not dispatcher:
+                continue  # wrapped by someone else since: without a run it only passes calls on
+            own = dispatcher.__dict__[_OWN]
+            if own is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, own)
