@@ -20,6 +20,7 @@ from ...runs.run import Run, find_run
 from ...toolkit import topology
 from ...toolkit.topology.linear_layers import parameter_names
 from ..outlier_columns import outlier_thresholds
+from ..quantized_forward import release_forwards
 from . import codebook_layers
 from .describe import describe_module
 from .fused_norm import fuse_norms
@@ -119,6 +120,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     for name, module in codebook_layers.codebook_linears(model).items():
         unsupported[name] = codebook_layers.try_kernels(module, kernels)
     _decompress_rest(model)
+    release_forwards(model)
     inner = _pretrained(model)
     if inner is not None:
         fuse_norms(inner, fuse_projections(inner))

@@ -170,21 +170,22 @@ def ops_signature(trace: Trace, ops: Iterable[Op], named: Iterable[int]) -> Hash
     constants, their elements.
     """
     numbers: dict[int, int] = {}
-
-    def describe(item: Any) -> Hashable:
-        if isinstance(item, Ref):
-            number = numbers.setdefault(item.value, len(numbers))
-            constant = trace.constants.get(item.value)
-            elements = None if constant is None else tuple(constant.flatten().tolist())
-            return number, trace.shapes[item.value], trace.dtypes[item.value], elements
-        if isinstance(item, (list, tuple)):
-            return tuple(map(describe, item))
-        if isinstance(item, Mapping):
-            return tuple((key, describe(value)) for key, value in item.items())
-        return type(item), str(item)
-
-    described = [describe([Ref(value) for value in named])]
+    described = [_describe(trace, numbers, [Ref(value) for value in named])]
     for op in sorted(ops, key=lambda op: op.position):
-        results = describe([Ref(value) for value in op.produces])
-        described.append((op.function, describe(op.args), describe(op.kwargs), results))
+        parts = (op.args, op.kwargs, [Ref(value) for value in op.produces])
+        described.append((op.function, *(_describe(trace, numbers, part) for part in parts)))
     return tuple(described)
+
+
+def _describe(trace: Trace, numbers: dict[int, int], item: Any) -> Hashable:
+    # Not a local function: one that calls itself would keep the trace, and so the model, until the garbage collector.
+    if isinstance(item, Ref):
+        number = numbers.setdefault(item.value, len(numbers))
+        constant = trace.constants.get(item.value)
+        elements = None if constant is None else tuple(constant.flatten().tolist())
+        return number, trace.shapes[item.value], trace.dtypes[item.value], elements
+    if isinstance(item, (list, tuple)):
+        return tuple(_describe(trace, numbers, part) for part in item)
+    if isinstance(item, Mapping):
+        return tuple((key, _describe(trace, numbers, value)) for key, value in item.items())
+    return type(item), str(item)
