@@ -93,7 +93,7 @@ def load_placed(
             changed_config=changed_config,
         )
     if method in CHECKED_METHODS:
-        require_floats(model, entries, where)
+        require_floats(model, entries, where, quantized=method is not None)
     return model, info
 
 
@@ -159,19 +159,25 @@ def require_placed(
         log.warning("%s has no weights for %s of %s: they are new and need training", where, _few(new | allowed), kind)
 
 
-def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: str) -> None:
-    """Raise ``CheckpointError`` if a floating-point tensor outside quantized layers was read from integers or FP8."""
+def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: str, quantized: bool = False) -> None:
+    """Raise ``CheckpointError`` if a floating-point tensor outside quantized layers was read from integers or FP8.
+
+    ``quantized`` says that the checkpoint has a ``quantization_config``.
+    """
     state = model.state_dict()
     conversions = compat.weight_conversions(model)
     found = model_names(entries, conversions, getattr(model, "base_model_prefix", ""), state)
-    quantized = {name for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
+    # A quantized checkpoint keeps its dtypes in memory: integers in a parameter come from the files.
+    floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
+    floats |= {name for name, _ in model.named_parameters(remove_duplicate=False)} if quantized else set()
+    layers = {name for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
     wrong = [
         key
-        for key, (name, _) in found.items()
+        for key, (name, pattern) in found.items()
         if entries[key].type not in FLOAT_DTYPES
-        and name in state
-        and state[name].is_floating_point()
-        and name.rpartition(".")[0] not in quantized
+        and name in floats
+        and name.rpartition(".")[0] not in layers
+        and not (quantized and pattern is not None and _has_scale(key, entries))
     ]
     if wrong:
         raise CheckpointError(
@@ -179,6 +185,11 @@ def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: s
             "floating-point. These are codes of a layer that the quantization_config of config.json does not describe "
             "(or it is missing)"
         )
+
+
+def _has_scale(key: str, entries: Mapping[str, TensorInfo]) -> bool:
+    """Return True if the layer of a tensor has scales: the conversion that reads it, of an expert, decodes it."""
+    return f"{key.rpartition('.')[0]}.weight_scale" in entries
 
 
 def _is_new_head(model: Any, name: str, heads: NewHeads) -> bool:
@@ -207,9 +218,18 @@ def _belongs(model: nn.Module, key: str, quantized: bool) -> bool:
     if _in_additional_layer(model, key):
         return True
     holder = _submodule(model, path)
-    if leaf in CODE_NAMES and (not quantized or holder is not None):
+    if leaf in CODE_NAMES and (not quantized or holder is not None or _inside_layer(model, path)):
         return True
     return holder is not None and leaf == "bias" and "weight" in holder._parameters
+
+
+def _inside_layer(model: nn.Module, path: str) -> bool:
+    """Return True if a module that the model lacks is inside one of its layers, such as a matrix of fused experts."""
+    while path:
+        path = path.rpartition(".")[0]
+        if _submodule(model, path) is not None:
+            return any(part.isdigit() for part in path.split("."))
+    return False
 
 
 def _in_additional_layer(model: nn.Module, key: str) -> bool:
