@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+MAX_MESSAGE = 1500
+
+
+def printable(text: str, limit: int) -> str:
+    """Return text on one line of at most ``limit`` characters; others than printable ones are escaped.
+
+    The middle of a longer text is left out. What comes from a file cannot move the cursor of a terminal, or reverse the
+    order of the text around it.
+    """
+    text = text if len(text) <= 2 * limit else f"{text[:limit]}{text[-limit:]}"
+    line = text if text.isprintable() else " ".join(text.split())
+    line = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in line)
+    if len(line) <= limit:
+        return line
+    end = (limit - 5) // 3
+    return f"{line[: limit - 5 - end]} ... {line[len(line) - end :]}"
+
 
 class OptimError(Exception):
-    """Base of all errors that hf_optim raises deliberately."""
+    """Base of all errors that hf_optim raises deliberately.
+
+    A message is one line of at most 1,500 printable characters, whatever the names and values in it are.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(printable(arg, MAX_MESSAGE) if isinstance(arg, str) else arg for arg in args))
 
 
 class RecipeError(OptimError, ValueError):

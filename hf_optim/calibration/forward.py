@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError, ModelError, OptimError
 from ..toolkit import topology
+from ..trust.bounds import first_line
 
 Batch = dict[str, torch.Tensor]
 
@@ -71,8 +72,7 @@ def forward_errors(model: nn.Module, batch: Batch) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError) as error:
         shapes = ", ".join(f"{key} {list(getattr(value, 'shape', ()))}" for key, value in batch.items())
         raise DataError(
-            f"{type(model).__name__} cannot run on a batch of {shapes}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{type(model).__name__} cannot run on a batch of {shapes}: {first_line(error, typed=True)}"
         ) from error
 
 

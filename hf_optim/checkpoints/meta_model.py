@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, OptimError
 from ..toolkit.checkpoint.model_config import model_class
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
+from ..trust.bounds import first_line
 from .hub import local_directory
 from .read_errors import readable_errors
-from .source import ModelSource, summarize_error
+from .source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def build(source: ModelSource) -> MetaModel:
     except OptimError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
+        raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
     _compute_buffers(model)
     return MetaModel(model.eval(), files, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])))
 

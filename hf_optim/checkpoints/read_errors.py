@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import CheckpointError
+from ..trust.bounds import first_line
 
 
 @contextmanager
@@ -25,5 +26,5 @@ def readable_errors(source: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise CheckpointError(
-            f"a weight file of {source} cannot be read ({error}); download or copy it again"
+            f"a weight file of {source} cannot be read ({first_line(error)}); download or copy it again"
         ) from error

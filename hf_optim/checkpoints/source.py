@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
 from ..toolkit.checkpoint.model_config import load_config, model_class
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
+from ..trust.bounds import first_line
 from ..trust.code import may_run
 from ..trust.weights import checked_weights
 from .hub import commit_of, local_directory
@@ -89,7 +90,7 @@ def load_model(source: ModelSource, new_heads: NewHeads = NewHeads.NONE) -> Any:
     except OptimError:
         raise
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {source.model}: {summarize_error(error)}") from error
+        raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -116,14 +117,8 @@ def resolve_device(name: str | None) -> torch.device | None:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"device {name!r} is not available: {summarize_error(error)}") from error
+            raise ModelError(f"device {name!r} is not available: {first_line(error)}") from error
     return torch.device("cuda") if torch.cuda.is_available() else None
-
-
-def summarize_error(error: BaseException) -> str:
-    """Return the first non-empty line of an error's message, or the name of its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any) -> Any:

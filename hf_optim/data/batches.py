@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import DataError
+from ..trust.bounds import first_line
 
 # Inputs of models that take the patches of all images of a batch one after another, not stacked.
 _GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
@@ -52,7 +53,9 @@ def to_tensors(example: Mapping[str, Any], columns: Iterable[str], row: int, nam
         try:
             found[column] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise DataError(f"{name}: {column!r} of row {row} is not an array of numbers ({error})") from error
+            raise DataError(
+                f"{name}: {column!r} of row {row} is not an array of numbers ({first_line(error)})"
+            ) from error
         if not found[column].numel():
             raise DataError(f"{name}: {column!r} of row {row} is empty")
     return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..recipes.config import DataConfig
+from ..trust.bounds import first_line
 
 # A local file above this size (64 MB) is streamed instead of read completely.
 STREAMED_ABOVE = 64 * 2**20
@@ -118,7 +119,7 @@ def _open_local(path: Path) -> Iterable[dict[str, Any]]:
     try:
         return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
     except Exception as error:
-        raise DataError(f"{path.name}: cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{path.name}: cannot be read: {first_line(error.__cause__ or error, typed=True)}") from error
 
 
 def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
@@ -136,7 +137,7 @@ def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
             " (offline: HF_HUB_OFFLINE is set, so only cached datasets and local files can be read)" if offline else ""
         )
         raise DataError(
-            f"cannot load the dataset {name!r}, split {config.split!r}: {_first_line(error)}{hint}"
+            f"cannot load the dataset {name!r}, split {config.split!r}: {first_line(error.__cause__ or error, typed=True)}{hint}"
         ) from error
 
 
@@ -150,14 +151,11 @@ def _with_data_errors(source: Iterable[dict[str, Any]], name: str) -> Iterator[d
         except StopIteration:
             return
         except Exception as error:
-            raise DataError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from error
+            raise DataError(
+                f"{name}: cannot be read after row {number}: {first_line(error.__cause__ or error, typed=True)}"
+            ) from error
         number += 1
         yield example
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
 
 
 def string_columns(example: Mapping[str, Any]) -> list[str]:
@@ -214,4 +212,4 @@ def load_image(value: Any) -> Any:
         image: Any = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         return image.convert("RGB")
     except (UnidentifiedImageError, OSError, AttributeError) as error:
-        raise DataError(f"cannot decode an image: {error}") from error
+        raise DataError(f"cannot decode an image: {first_line(error)}") from error

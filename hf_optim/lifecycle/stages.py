@@ -25,7 +25,7 @@ from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
 from ..compressed.quantized_forward import release_forwards
-from ..errors import DataError, OptimError
+from ..errors import MAX_MESSAGE, DataError, OptimError
 from ..recipes import hooks
 from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
@@ -37,6 +37,7 @@ from ..runs.memory import PeakMemory
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, run_of, traits_of
 from ..toolkit import topology
+from ..trust.bounds import first_line
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def complete_stage(run: Run) -> None:
 def fail_stage(run: Run, doing: str, error: BaseException) -> None:
     """Mark the current stage as failed. From then on ``advance`` and ``save_pretrained`` of the model refuse."""
     run.stage_state = StageState.FAILED
-    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    reason = first_line(error, MAX_MESSAGE // 2, typed=True)
     run.failure = f"{run.stage} failed while {doing} ({reason})"
     run.drop_inputs()
     saving.attach_save_methods(run)

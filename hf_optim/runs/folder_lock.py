@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..trust.bounds import first_line, shown
 
 try:
     import fcntl
@@ -118,11 +119,11 @@ def real_path(folder: str | os.PathLike[str]) -> Path:
     try:
         real = Path(os.path.realpath(folder))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(folder)!r} cannot be the name of a directory: {error}") from error
+        raise CheckpointError(f"{shown(str(folder))} cannot be the name of a directory: {first_line(error)}") from error
     if not real.name:
         raise CheckpointError(f"{real} is the root of a file system: name a directory in it")
     if not real.name.isprintable():
-        raise CheckpointError(f"{str(folder)!r} has control characters in its name: choose another directory")
+        raise CheckpointError(f"{shown(str(folder))} has control characters in its name: choose another directory")
     return real
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..trust.documents import read_mapping
 from .disk_errors import readable_disk_errors
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,9 @@ def write_atomically(path: Path, text: str) -> None:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises ``CheckpointError`` if it is not one, ending with ``remedy``."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}, not an object")
-        return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {remedy}") from error
+        return read_mapping(path, path.name, nonfinite=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def _sum(path: Path) -> Path:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+from ..errors import printable
+
 MAX_SHOWN = 120
+MAX_LINE = 300
+# Errors whose message alone says little: `'weight'`, `list index out of range`.
+_NAMED = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError, NotImplementedError, EOFError)
 
 
 class _Bounded(reprlib.Repr):
@@ -32,3 +37,21 @@ def shown(value: Any) -> str:
     except Exception:  # the repr of an object of a caller may raise anything
         text = f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def first_line(error: BaseException, limit: int = MAX_LINE, typed: bool = False) -> str:
+    """Return what an error of another library says, for a message: its first line that is not empty.
+
+    It is shortened to ``limit`` characters, and begins with the type of the error if the message alone says little, or
+    if ``typed``.
+    """
+    if isinstance(error, RecursionError) and not typed:
+        return "it is nested too deeply"
+    try:
+        lines = [line for line in str(error)[: 10 * limit].splitlines() if line.strip()]
+    except Exception:  # the text of an error of a caller may raise anything
+        lines = []
+    line = printable(lines[0].strip(), limit) if lines else ""
+    if not line:
+        return type(error).__name__
+    return f"{type(error).__name__}: {line}" if typed or isinstance(error, _NAMED) else line

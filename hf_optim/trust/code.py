@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import read_json
+from .bounds import shown
+from .documents import read_json
+from .headers import MAX_HEADER_BYTES
 from .lookup import Where
 
 AUTO_MAP = "auto_map"
@@ -75,7 +77,7 @@ def is_written_by_run(home: Path, written: WrittenCode | None) -> bool:
     if any(sha256(path.read_bytes()) != written.hashes[name] for name, path in found.items()):
         return False
     try:
-        named = [pair for path in sorted(home.rglob("*.json")) for pair in _named_code(read_json(path, home))]
+        named = [pair for path in sorted(home.rglob("*.json")) for pair in _named_code(_read(path))]
     except CheckpointError:
         return False
     return all(key == AUTO_MAP and written.auto_map.get(auto) == name for key, auto, name in named)
@@ -89,7 +91,7 @@ def drop_references(path: Path, kept: Mapping[str, str] | None = None) -> None:
     """
     if not path.is_file():
         return
-    data = read_json(path, path.parent)
+    data = _read(path)
     cleaned = _without_references(data, dict(kept or {}))
     if cleaned != data:
         path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -115,14 +117,19 @@ def require_no_kernels(source: str | os.PathLike[str], word: object = False, **l
     )
     if config is None:
         return
-    for key, value in _items(read_json(config, source)):
+    for key, value in _items(_read(config, f"{CONFIG} of {source}")):
         names = value.values() if key in KERNELS and isinstance(value, dict) else [value] if key in KERNELS else []
         for name in names:
             if isinstance(name, str) and "/" in name:
                 raise CheckpointError(
-                    f"config.json of {source} names the kernel {name[:100]!r}, which is code: if you trust it, pass "
+                    f"config.json of {source} names the kernel {shown(name)}, which is code: if you trust it, pass "
                     "trust_remote_code=True (--trust-remote-code), or remove the entry"
                 )
+
+
+def _read(path: Path, name: object = None) -> Any:
+    # transformers writes Infinity (Mamba's limits of time steps).
+    return read_json(path, name, max_bytes=MAX_HEADER_BYTES, nonfinite=True)
 
 
 def _named_code(data: Any) -> Iterator[tuple[str, str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OptimError
-from .bounds import shown
+from .bounds import first_line, shown
 
 MAX_BYTES = 50_000_000
 MAX_RECIPE_BYTES = 200_000
@@ -25,11 +25,13 @@ MAX_YAML_NODES = 20_000
 MAX_DIGITS = 40
 # What plain YAML resolves to. The others (timestamps, binary data, sets, objects of a language) stay out.
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A text that does not end is matched to its end, so that the search is linear in any input.
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 
 
 def read_json(
     path: str | Path,
+    name: object = None,
     *,
     error: type[OptimError] = CheckpointError,
     max_bytes: int = MAX_BYTES,
@@ -39,21 +41,29 @@ def read_json(
 
     Args:
         path: a regular file of UTF-8 text, with or without a byte order mark.
+        name: the document in messages; None means ``path``.
         error: the type of the errors.
         max_bytes: the largest size.
         nonfinite: accept NaN and Infinity, which Python writes.
 
-    Raises ``error``, which names the file, for everything else: no such file, a directory, a pipe, other text, a key
-    that occurs twice, numbers of more than 40 digits, nesting of more than 100 levels.
+    Raises ``error``, which names the document, for everything else: no such file, a directory, a pipe, other text, a
+    key that occurs twice, numbers of more than 40 digits, nesting of more than 100 levels.
     """
-    return parse_json(read_text(path, error=error, max_bytes=max_bytes), path, error=error, nonfinite=nonfinite)
+    text = read_text(path, name, error=error, max_bytes=max_bytes)
+    return parse_json(text, shown_path(path) if name is None else name, error=error, nonfinite=nonfinite)
 
 
 def read_mapping(
-    path: str | Path, *, error: type[OptimError] = CheckpointError, nonfinite: bool = False
+    path: str | Path,
+    name: object = None,
+    *,
+    error: type[OptimError] = CheckpointError,
+    max_bytes: int = MAX_BYTES,
+    nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Read a JSON document that is a mapping. Raises ``error`` as ``read_json`` does, and for other documents."""
-    return require_mapping(read_json(path, error=error, nonfinite=nonfinite), path, error=error)
+    data = read_json(path, name, error=error, max_bytes=max_bytes, nonfinite=nonfinite)
+    return require_mapping(data, shown_path(path) if name is None else name, error=error)
 
 
 def require_mapping(data: Any, name: object, *, error: type[OptimError] = CheckpointError) -> dict[str, Any]:
@@ -63,26 +73,29 @@ def require_mapping(data: Any, name: object, *, error: type[OptimError] = Checkp
     return data
 
 
-def read_text(path: str | Path, *, error: type[OptimError] = CheckpointError, max_bytes: int = MAX_BYTES) -> str:
-    """Read a regular file of UTF-8 text. Raises ``error``, which names the file."""
+def read_text(
+    path: str | Path, name: object = None, *, error: type[OptimError] = CheckpointError, max_bytes: int = MAX_BYTES
+) -> str:
+    """Read a regular file of UTF-8 text. Raises ``error``, which names it as ``name`` (None means ``path``)."""
+    name = shown_path(path) if name is None else name
     try:
         # Opening a pipe waits for a writer, unless it is opened without blocking.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as file:
             kind = os.fstat(descriptor)
             if not stat.S_ISREG(kind.st_mode):
-                raise error(f"{path} is not a regular file")
+                raise error(f"{name} is not a regular file")
             if kind.st_size > max_bytes:
-                raise error(f"{path} has {kind.st_size:,} bytes; at most {max_bytes:,} are read")
+                raise error(f"{name} has {kind.st_size:,} bytes; at most {max_bytes:,} are read")
             raw = file.read(max_bytes + 1)
     except OptimError:
         raise
     except (OSError, ValueError) as reason:
-        raise error(f"{shown_path(path)} cannot be read: {getattr(reason, 'strerror', None) or reason}") from reason
+        raise error(f"{name} cannot be read: {getattr(reason, 'strerror', None) or first_line(reason)}") from reason
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
-        raise error(f"{path} is not UTF-8 text (byte {reason.start}): save it as UTF-8") from reason
+        raise error(f"{name} is not UTF-8 text (byte {reason.start}): save it as UTF-8") from reason
 
 
 def shown_path(path: object) -> str:
@@ -94,6 +107,14 @@ def shown_path(path: object) -> str:
 def parse_json(text: str, name: object, *, error: type[OptimError] = CheckpointError, nonfinite: bool = False) -> Any:
     """Parse JSON text under the limits of ``read_json``; ``name`` is the document in messages. Raises ``error``."""
     try:
+        return loads(text, nonfinite=nonfinite)
+    except ValueError as reason:
+        raise error(f"{name} is corrupt ({first_line(reason)}); write or copy it again") from reason
+
+
+def loads(text: str, *, nonfinite: bool = False) -> Any:
+    """Parse JSON text under the limits of ``read_json``. Raises ``ValueError``."""
+    try:
         _require_shallow(text)
         return json.loads(
             text,
@@ -102,8 +123,8 @@ def parse_json(text: str, name: object, *, error: type[OptimError] = CheckpointE
             parse_float=_number if not nonfinite else float,
             parse_constant=float if nonfinite else _refuse_constant,
         )
-    except (ValueError, RecursionError) as reason:
-        raise error(f"{name} is corrupt ({_first_line(reason)}); write or copy it again") from reason
+    except RecursionError as reason:
+        raise ValueError("it is nested too deeply") from reason
 
 
 def parse_yaml(text: str, name: object, *, error: type[OptimError] = CheckpointError, what: str = "plain YAML") -> Any:
@@ -151,8 +172,9 @@ def _require_shallow(text: str) -> None:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} occurs twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} occurs twice")
     return found
 
 
@@ -171,12 +193,6 @@ def _number(text: str) -> float:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a JSON number")
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # -- YAML -------------------------------------------------------------------------------------------------------------
@@ -242,5 +258,5 @@ def _require_tag(node: Any, kind: str) -> None:
 def _yaml_reason(error: BaseException) -> str:
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     if problem is None:
-        return _first_line(error)
+        return first_line(error)
     return f"{str(problem)[:200]}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else "")

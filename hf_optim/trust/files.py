@@ -7,18 +7,16 @@ leave the folder.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..errors import CheckpointError
+from .bounds import shown
 
 # Files that transformers and hf_optim read from a checkpoint, by suffix.
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".tiktoken")
 MAX_ENTRIES = 100_000  # of a folder
-MAX_JSON_BYTES = 50_000_000
 
 
 def require_inside(home: Path, name: str) -> Path:
@@ -80,36 +78,14 @@ def require_publishable(home: Path) -> None:
             _require_link_inside(home, path, relative)
 
 
-def read_json(path: Path, of: object, limit: int = MAX_JSON_BYTES) -> Any:
-    """Read a JSON file of the checkpoint ``of``, of at most ``limit`` bytes. Raises ``CheckpointError``."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise ValueError(f"it has {size} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} of {of} is corrupt ({first_line(error)}); download or copy it again"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path.name} of {of} cannot be read: {_reason(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 def plain_name(home: object, name: object) -> str:
     """Return ``name`` if it is a relative path without ``..``. Raises ``CheckpointError``; ``home`` is for messages."""
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name or len(name) > 1000:
-        raise CheckpointError(f"{_short(name)} is not the name of a file of {home}")
+        raise CheckpointError(f"{shown(name)} is not the name of a file of {home}")
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute():
         raise CheckpointError(
-            f"{_short(name)} is outside {home}: a checkpoint may name only files inside its own folder"
+            f"{shown(name)} is outside {home}: a checkpoint may name only files inside its own folder"
         )
     return name
 
@@ -156,8 +132,3 @@ def _kind_of(mode: int) -> str:
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

@@ -6,7 +6,6 @@ range of the data), the data. The ranges cover the data completely and do not ov
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .bounds import first_line, shown
+from .documents import loads
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 # Bits of one value, by the names of the format.
@@ -76,11 +77,12 @@ def read_header(path: Path, of: object = "") -> list[TensorInfo]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"its header would have {length} bytes, the file has {size}")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_duplicates)
+            header = loads(file.read(length).decode("utf-8"))
         return _entries(header, path, 8 + length, size)
-    except (ValueError, RecursionError) as error:
-        reason = "its header is nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"{name} is truncated or corrupt ({reason}); download or copy it again") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{name} is truncated or corrupt ({first_line(error)}); download or copy it again"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
 
@@ -97,13 +99,6 @@ def require_disjoint(files: Iterable[tuple[Path, list[TensorInfo]]], of: object)
             found[entry.key] = path
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name occurs twice in its header")
-    return found
-
-
 def _entries(header: Any, file: Path, start: int, size: int) -> list[TensorInfo]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a mapping")
@@ -114,9 +109,9 @@ def _entries(header: Any, file: Path, start: int, size: int) -> list[TensorInfo]
     at = start
     for entry in entries:
         if entry.end > size:
-            raise ValueError(f"{entry.key[:100]!r} ends beyond the end of the file")
+            raise ValueError(f"{shown(entry.key)} ends beyond the end of the file")
         if entry.begin != at:
-            raise ValueError(f"{entry.key[:100]!r} begins at byte {entry.begin}, and the data before it ends at {at}")
+            raise ValueError(f"{shown(entry.key)} begins at byte {entry.begin}, and the data before it ends at {at}")
         at = entry.end
     if at != size:
         raise ValueError(f"its tensors end at byte {at}, and the file has {size}")
@@ -124,12 +119,12 @@ def _entries(header: Any, file: Path, start: int, size: int) -> list[TensorInfo]
 
 
 def _entry(key: str, value: Any, file: Path, start: int) -> TensorInfo:
-    name = repr(key[:100])
+    name = shown(key)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} has no dtype, shape and data_offsets, or more than these")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{name} has the unknown dtype {str(dtype)[:40]!r}")
+        raise ValueError(f"{name} has the unknown dtype {shown(dtype)}")
     if not _sizes(shape):
         raise ValueError(f"{name} has a shape that is not a list of whole numbers >= 0")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import first_line, plain_name, require_inside
+from .bounds import first_line
+from .files import plain_name, require_inside
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .files import first_line, read_json, require_inside, require_regular
+from .bounds import shown
+from .documents import read_mapping
+from .files import require_inside, require_regular
 from .headers import MAX_HEADER_BYTES, read_header, require_disjoint
 from .lookup import Where
 
@@ -83,18 +85,12 @@ def _find(where: Where, named: Any, variant: str | None) -> tuple[Path, ...]:
 
 def _shards(index: Path, where: Where) -> list[str]:
     """Return the names of the shards in an index file, sorted as in transformers."""
-    data = read_json(index, where.source, MAX_HEADER_BYTES)
-    try:
-        placed = data["weight_map"]
-        if not isinstance(data["metadata"], dict) or not placed:
-            raise ValueError("it has no metadata, or an empty weight_map")
-        names = set(placed.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise CheckpointError(
-            f"{index.name} of {where.source} is corrupt ({reason}); download or copy it again"
-        ) from error
-    return sorted(_safetensors_name(name, where) for name in names)
+    name = f"{index.name} of {where.source}"
+    data = read_mapping(index, name, max_bytes=MAX_HEADER_BYTES, nonfinite=True)
+    placed = data.get("weight_map")
+    if not isinstance(data.get("metadata"), dict) or not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{name} is corrupt (it has no metadata, or no weight_map); download or copy it again")
+    return sorted({_safetensors_name(shard, where) for shard in placed.values()})
 
 
 def _shard(where: Where, home: Path, name: str) -> Path:
@@ -116,9 +112,7 @@ def _check_adapter(where: Where) -> str | None:
     if home is None:
         return None
     what = f"{ADAPTER_CONFIG} of {where.source}"
-    config = read_json(require_inside(home, ADAPTER_CONFIG), where.source)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{what} is not a mapping")
+    config = read_mapping(require_inside(home, ADAPTER_CONFIG), what, nonfinite=True)
     if config.get("megatron_config"):
         raise CheckpointError(f"{what} names a module of Megatron to import; adapters of stock layers only")
     if where.home_of(ADAPTER) is None:
@@ -140,7 +134,7 @@ def _named(name: Any, where: Where) -> str:
 
 def _safetensors_name(name: Any, where: Where) -> str:
     if not isinstance(name, str) or not name.endswith(".safetensors"):
-        raise CheckpointError(f"{where.source} names {str(name)[:100]!r} as a weight file: {_CONVERT}")
+        raise CheckpointError(f"{where.source} names {shown(name)} as a weight file: {_CONVERT}")
     return name
 
 

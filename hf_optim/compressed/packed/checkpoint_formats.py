@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, UnsupportedCheckpoint
+from ...trust.bounds import first_line
 from .describe import scheme_unsupported_reason
 from .layouts import AWQLayout, CompressedTensorsLayout, GPTQLayout, Layout
 
@@ -38,7 +39,7 @@ def parse_checkpoint_format(config: Mapping[str, Any]) -> CheckpointFormat:
         return parsers[method](config)
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         # A value of another type than the format has. Stock transformers refuses it in its own words.
-        raise UnsupportedCheckpoint(f"quantization_config: {error}") from error
+        raise UnsupportedCheckpoint(f"quantization_config: {first_line(error)}") from error
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -60,7 +61,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
         known["config_groups"] = {name: _without_actorder(group) for name, group in config["config_groups"].items()}
         parsed = QuantizationConfig.model_validate(known)
     except (ValidationError, ValueError) as error:
-        raise UnsupportedCheckpoint(f"quantization_config: {error}") from error
+        raise UnsupportedCheckpoint(f"quantization_config: {first_line(error)}") from error
     layouts = {name: _layout(scheme, config.get("format")) for name, scheme in parsed.config_groups.items()}
     targets = {target: layouts[name] for name, scheme in parsed.config_groups.items() for target in scheme.targets}
     return lambda model, headers: _matched(model, headers, targets, parsed.ignore or [])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...toolkit.topology.linear_layers import is_codebook_matrix, is_linear
+from ...trust.bounds import first_line
 from .kernel import NO_KERNEL, Kernel
 from .packed_linear import CHECKPOINT, PACKED_WEIGHT, KernelWarning
 
@@ -38,7 +39,7 @@ class PackedCodebookLayer:
             # If the input is at fault, the module's own forward raises here.
             output = super().forward(input)  # type: ignore[misc]
             unpack(self)  # type: ignore[arg-type]
-            text = f"a {type(self).__name__} falls back to decoding its weight: {type(error).__name__}: {error}"
+            text = f"a {type(self).__name__} falls back to decoding its weight: {first_line(error, typed=True)}"
             warnings.warn(text, KernelWarning, stacklevel=2)
             return output
         bias = self.bias  # type: ignore[attr-defined]
@@ -108,7 +109,7 @@ def try_kernels(module: nn.Module, kernels: Iterable[Kernel]) -> str:
                 pack(module, kernel)
                 return ""
             except Exception as error:
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, ValueError) else first_line(error, typed=True)
         if reason:
             reasons.append(f"{kernel.name}: {reason}")
     return "; ".join(reasons) or NO_KERNEL

@@ -14,6 +14,7 @@ import functools
 import warnings
 from importlib.metadata import entry_points
 
+from ...trust.bounds import first_line
 from .kernel import Kernel, KernelModule
 from .packed_linear import KernelWarning
 
@@ -32,7 +33,7 @@ def installed_kernels() -> tuple[Kernel, ...]:
         try:
             kernel = kernel_of(entry.load())
         except Exception as error:
-            text = f"the kernel {entry.name} ({entry.value}) is skipped: {type(error).__name__}: {error}"
+            text = f"the kernel {entry.name} ({entry.value}) is skipped: {first_line(error, typed=True)}"
             warnings.warn(text, KernelWarning, stacklevel=2)
             continue
         if kernel not in found:

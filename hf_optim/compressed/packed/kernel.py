@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ...trust.bounds import first_line
 from ..weights import QuantizedWeight
 
 NO_KERNEL = "no kernel handles this kind of weight"
@@ -63,7 +64,7 @@ class Kernel:
         try:
             return self.supports(weight)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return first_line(error, typed=True)
 
 
 class KernelModule(Protocol):

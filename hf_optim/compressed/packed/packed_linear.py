@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from ...errors import ModelError
+from ...trust.bounds import first_line
 from ..codes import decode
 from ..weights import Codes, QuantizedWeight
 from .shared_output import FusedSlice
@@ -151,7 +152,7 @@ class PackedLinear(nn.Linear):
                 return input.new_empty((*input.shape[:-1], self.out_features))
             # If the input is at fault, the dense product raises here.
             output = self.dense(input)
-            self.fail(f"{self.packing.kernel.name} raised {type(error).__name__}: {error}")
+            self.fail(f"{self.packing.kernel.name} raised {first_line(error, typed=True)}")
             return output
         bias = self._parameters["bias"]
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...trust.bounds import first_line
 from ..codes import scale_tensors, store_arguments
 from ..quantized_forward import is_quantized_forward
 from ..weights import Codes, QuantizedWeight
@@ -39,7 +40,7 @@ def prepack(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel,
             except ValueError as error:
                 reason = str(error)
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = first_line(error, typed=True)
         if reason:
             reasons.append(f"{kernel.name}: {reason}")
     return "; ".join(reasons)

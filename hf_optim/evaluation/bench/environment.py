@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import OptimError
+from ...trust.bounds import first_line
 from . import peers
 from .results import Results
 
@@ -92,4 +93,4 @@ def package_versions(more: Sequence[str] = ()) -> dict[str, str]:
 
 def short_error(error: Exception) -> str:
     """Return an error as one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return first_line(error, 200, typed=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ...errors import OptimError
+from ...trust.bounds import first_line
+from ...trust.documents import read_mapping
 
 ModelResult = TypeVar("ModelResult", "DecodeResult", "PrefillResult")
 
@@ -161,7 +163,7 @@ class Results:
             parts["decode"] = [DecodeResult(**row) for row in parts["decode"]]
             parts["prefill"] = [PrefillResult(**row) for row in parts["prefill"]]
         except (KeyError, TypeError) as error:
-            raise OptimError(f"these are not benchmark results: {error}") from error
+            raise OptimError(f"these are not benchmark results: {first_line(error)}") from error
         return cls(**parts)
 
     def merged_after(self, earlier: Results) -> Results:
@@ -192,13 +194,9 @@ class Results:
     @classmethod
     def load(cls, directory: Path) -> Results:
         """Read ``results.json``. Raises ``OptimError`` if it is missing or damaged."""
-        path = directory / FILE
-        try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise OptimError(f"{directory} has no {FILE}") from error
-        except json.JSONDecodeError as error:
-            raise OptimError(f"{path} is damaged: {error}") from error
+        if not os.path.lexists(directory / FILE):
+            raise OptimError(f"{directory} has no {FILE}")
+        return cls.from_json(read_mapping(directory / FILE, error=OptimError))
 
 
 def _merge(earlier: list[ModelResult], now: list[ModelResult]) -> list[ModelResult]:

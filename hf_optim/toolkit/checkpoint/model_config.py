@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
+from ...trust.bounds import first_line
 from ...trust.code import may_run, require_no_kernels
 from ...trust.files import require_regular
-from .stock_errors import PASSED, first_words, require_bounded, stock_errors
+from .stock_errors import PASSED, require_bounded, stock_errors
 
 
 def load_config(source: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
@@ -37,7 +38,7 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
                 f"{source} needs model code of its own: if you trust it, pass trust_remote_code=True "
                 "(--trust-remote-code)"
             ) from error
-        raise ModelError(f"no model configuration at {source!r}: {first_words(error)}") from error
+        raise ModelError(f"no model configuration at {source!r}: {first_line(error)}") from error
     require_bounded(config, source)
     require_no_kernels(source, trusted, revision=revision)
     return config

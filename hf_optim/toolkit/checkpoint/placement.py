@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
+from ...trust.bounds import first_line
 from .. import compat
 from .key_names import model_names
 from .safetensors import DTYPE_NAMES, FLOAT_DTYPES, SafetensorsHeaders, TensorInfo
@@ -81,7 +82,9 @@ def load_placed(
     except Exception as error:
         if not isinstance(error, FOREIGN) or (method is None and not _is_conversion(error)):
             raise stock_error(error, where) from error
-        raise CheckpointError(f"{where}: transformers cannot load its tensors: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{where}: transformers cannot load its tensors: {first_line(error, 200, typed=True)}"
+        ) from error
     if not getattr(model, "_hf_peft_config_loaded", False):  # the info of a load with an adapter is that of the adapter
         require_placed(
             model,
@@ -250,11 +253,6 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 def _is_conversion(error: BaseException) -> bool:
     """Return True for transformers' error about tensors that its conversions cannot take."""
     return isinstance(error, RuntimeError) and ("conversion of the weights" in str(error) or "state_dict" in str(error))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _and_more(count: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError, ModelError, OptimError
-from ...trust.bounds import shown
+from ...trust.bounds import first_line, shown
 from .safetensors import UnsupportedCheckpoint
 
 # Errors that are not about the input.
@@ -41,16 +41,7 @@ def stock_errors(source: Any, doing: str = "cannot load") -> Iterator[None]:
 def stock_error(error: BaseException, source: Any, doing: str = "cannot load") -> OptimError:
     """Return the ``CheckpointError`` or ``ModelError`` for an error of transformers."""
     kind = CheckpointError if isinstance(error, OSError) else ModelError
-    return kind(f"{doing} {source}: {first_words(error)}")
-
-
-def first_words(error: BaseException) -> str:
-    """Return the message of an error on one line, with its type if the message alone says little."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    words = " ".join(str(error).split())[:300]
-    named = isinstance(error, (KeyError, AttributeError, TypeError, IndexError, ArithmeticError, AssertionError))
-    return f"{type(error).__name__}: {words}" if named or not words else words
+    return kind(f"{doing} {source}: {first_line(error)}")
 
 
 def require_bounded(config: Any, source: Any) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...trust.bounds import first_line
 from .losses import TopK
 
 FORMAT = "hf_optim.teacher_logits.1"
@@ -115,7 +116,7 @@ class LogitCache:
                 self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{path} is not a readable shard of a teacher cache ({error}); delete it"
+                    f"{path} is not a readable shard of a teacher cache ({first_line(error)}); delete it"
                 ) from error
         return self._open[path]
 

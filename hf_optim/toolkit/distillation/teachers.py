@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ModelError, RecipeError
+from ...trust.bounds import first_line
 from ...trust.files import require_regular
 from ...trust.weights import checked_weights
 from ..checkpoint.model_config import load_config
@@ -55,7 +56,7 @@ def load(source: str, label: str) -> nn.Module:
     except CheckpointError as error:
         raise CheckpointError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
     except (OSError, ModelError) as error:
-        raise ModelError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
+        raise ModelError(f"{label}: the teacher {source!r} cannot be loaded: {first_line(error)}") from error
 
 
 def freeze(teacher: nn.Module, device: torch.device, where: str = SAME) -> nn.Module:

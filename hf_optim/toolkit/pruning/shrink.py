@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
+from ...trust.bounds import first_line
 from ..topology.block_lists import blocks
 
 Shapes = dict[str, tuple[int, ...]]
@@ -163,7 +164,7 @@ def _find_config(
         try:
             smaller = _meta_model(model, changed)
         except Exception as error:  # a class may raise anything for numbers that do not match
-            reason = reason or f" ({type(error).__name__}: {_first_line(error)})"
+            reason = reason or f" ({first_line(error, 160, typed=True)})"
             continue
         if _shapes(smaller) == target:
             return smaller.config
@@ -363,8 +364,3 @@ def _new_name(name: str, kept_blocks: Mapping[str, Collection[int]]) -> str | No
             index, dot, rest = name[len(stack) + 1 :].partition(".")
             return f"{stack}.{list(kept).index(int(index))}{dot}{rest}" if int(index) in kept else None
     return name
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:160] if lines else ""

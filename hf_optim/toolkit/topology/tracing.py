@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from ...trust.bounds import first_line
 from .fake_inputs import NoInputsError, dummy_inputs, example_of
 from .fake_model import copy_with_tensors, empty_on_cpu
 from .graph import Op, Trace, iter_tensors, map_tree
@@ -62,7 +63,7 @@ def _trace_dummy(model: PreTrainedModel) -> Trace:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
         raise NoInputsError(
-            f"the forward of {type(model).__name__} fails on dummy inputs ({type(error).__name__}: {error}): pass "
+            f"the forward of {type(model).__name__} fails on dummy inputs ({first_line(error, typed=True)}): pass "
             "calibration batches, of which the first serves to trace the model"
         ) from error
 
