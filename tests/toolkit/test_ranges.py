@@ -32,9 +32,10 @@ def noise(low, high, group):
     return total
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(7, 2), (9, 3), (10, 4), (5, 5), (6, 9), (8, 1)])
-def test_optimal_groups_have_the_least_noise_of_all_intervals(channels, groups):
-    low, high = draws(channels, seed=channels)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("channels", "groups"), [(7, 2), (9, 3), (10, 4), (5, 5), (6, 9), (8, 1), (30, 3), (18, 4)])
+def test_optimal_groups_have_the_least_noise_of_all_intervals(channels, groups, seed):
+    low, high = draws(channels, seed=10 * channels + seed)
     every = []
     for cuts in itertools.combinations(range(1, channels), min(groups, channels) - 1):
         group = torch.zeros(channels, dtype=torch.int64)

@@ -24,5 +24,16 @@ def test_metrics_and_table_rows_count_zeros_in_the_weights():
     assert all(len(row) == len(sparsity.TABLE_HEADER) for row in sparsity.table_rows(model, names))
 
 
+def test_the_overall_share_counts_every_weight_once():
+    """The mean of the layers' shares, 0.5, is not the share of the zeros among all weights."""
+    model = tiny_llama()
+    large, small = "lm_head", "model.layers.0.self_attn.k_proj"
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = sparsity.metrics(model, [large, small])
+    assert found["layers"] == {large: 1.0, small: 0.0}
+    assert found["sparsity"] == round(2048 / (2048 + 512), 6) == 0.8
+
+
 def test_no_layers_have_no_zeros():
     assert sparsity.metrics(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}}

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from exported import exported
 from real_stories import Stories
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -135,6 +136,21 @@ def test_a_ramp_longer_than_training_warns_with_what_is_reached(tmp_path, caplog
     assert re.search(f"ends at step 20.*sparsity of {reached:.4f} instead of 0.9", caplog.text)
     assert total_sparsity(seen[10]) == pytest.approx(reached, abs=1e-3)
     assert any("instead of 0.9" in note for note in run_of(model).record.notes)
+
+
+def test_the_card_has_the_share_that_is_zero(tmp_path):
+    """Of the targeted weights, which are not of one sparsity in every layer, and not 0.6 after an unfinished ramp."""
+    step = {"technique": "gmp", "sparsity": 0.6, "initial": 0.1, "end": 8, "every": 1, "scope": "global"}
+    model = hf_optim.optimize(tiny_llama(), step)
+    train(model, tmp_path, 5)
+    weights = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert 0.1 < zeros < 0.59
+    assert abs(zeros - sum(float((w == 0).float().mean()) for w in weights) / len(weights)) > 0.001
+    assert run_of(model).record.steps["0"]["sparsity"] == round(zeros, 6)
+    sections = exported(model)
+    (text,) = sections.paragraphs.values()
+    assert text.startswith(f"Pruned during training, from 10 % towards 60 % along a cubic ramp; {100 * zeros:.1f} % of")
 
 
 def test_an_existing_pattern_survives(tmp_path):

@@ -23,6 +23,7 @@ from hf_optim.toolkit.pruning import hard_concrete, masks
 from hf_optim.toolkit.pruning.noisy_layers import NoisyLayer
 from hf_optim.toolkit.topology.linear_layers import weight_out_in
 from hf_optim.toolkit.topology.prunable_groups import find_prunable_groups
+from hf_optim_plugins.pruning.l0 import open_share
 
 # Gates that move fast: some close within a handful of steps.
 QUICK = {"technique": "l0", "initial": 0.2, "gate_learning_rate": 0.5, "end": 0, "weight": 1.0}
@@ -110,6 +111,35 @@ def test_the_price_is_the_expected_share_of_open_gates(tmp_path):
     start = torch.tensor(hard_concrete.initial_log_alpha(0.9))
     price = 3.0 * hard_concrete.open_probability(start).item()
     assert terms == pytest.approx([0.0, price / 2, price], rel=1e-4)
+
+
+@pytest.mark.parametrize("on", ["weights", "neurons"])
+def test_a_gate_has_the_price_of_the_weights_under_it(on):
+    """Of units and layers of unequal size: what an earlier step removed costs nothing."""
+    model = tiny_llama()
+    pruned = torch.ones(32, 48, dtype=torch.bool)
+    pruned[:24, :40] = False
+    run = run_of(optimize(model, {**QUICK, "on": on}))
+    run.masks["model.layers.0.mlp.down_proj.weight"] = pruned
+    step = run.recipe.steps[0]
+    step.prepare(run)
+    gates = run.state(step).noises
+    expected, every = 0.0, 0
+    for number, (name, each) in enumerate(sorted(gates.items())):
+        drawn = torch.randn(each.log_alpha.shape, generator=torch.Generator().manual_seed(number))
+        each.log_alpha.data.copy_(2 * drawn + 4 * (number % 2) - 2)
+        opened = hard_concrete.open_probability(each.log_alpha.detach())
+        mask = run.masks.get(f"{name}.weight")
+        if on == "weights":
+            sizes = torch.ones_like(opened) if mask is None else mask.float()
+        else:
+            # A row of gate and up of 32 weights each, and a column of down.
+            sizes = torch.full((48,), 96.0) if mask is None else 64.0 + mask.sum(0)
+        expected, every = expected + float((sizes * opened).sum()), every + int(sizes.sum())
+    share = open_share(list(gates.values()), run.masks)
+    assert share.item() == pytest.approx(expected / every, rel=1e-5)
+    layers = [hard_concrete.open_probability(each.log_alpha.detach()).mean() for each in gates.values()]
+    assert abs(share.item() - torch.stack(layers).mean().item()) > 0.005
 
 
 def test_the_multipliers_rise_by_gradient_ascent(tmp_path):

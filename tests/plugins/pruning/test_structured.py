@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from exported import exported
 from real_stories import mean_loss, windows
 from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -106,6 +107,28 @@ def test_the_configuration_agrees_and_a_stock_reload_is_equal(family, tmp_path):
         assert topology.features(layer) == topology.features(fresh.get_submodule(name))
     card = (tmp_path / "README.md").read_text()
     assert f"| parameters | {figures(model)['parameters_before']:,} | {model.num_parameters():,} |" in card
+
+
+def test_the_card_has_what_was_removed_kind_by_kind():
+    source = tiny_llama(num_hidden_layers=3)
+    size = source.num_parameters()
+    model = prune(source, batches(source), heads=1, neurons=0.5, layers=1)
+    sections = exported(model)
+    (text,) = sections.paragraphs.values()
+    now = model.num_parameters()
+    assert f"{size:,} parameters became {now:,} ({100 * (size - now) / size:.1f} % fewer)" in text
+    (removed,) = figures(model)["removed_layers"]
+    assert text.endswith(f" Removed layers: {removed}.")
+    config = model.config
+    ((header, *rows),) = sections.tables.values()
+    assert header == ["", "before", "after"]
+    assert rows == [
+        ["parameters", f"{size:,}", f"{now:,}"],
+        ["heads in a layer", "2", str(config.num_key_value_heads)],
+        ["neurons in a layer", "48", str(config.intermediate_size)],
+        ["layers of `model.layers`", "3", str(config.num_hidden_layers)],
+    ]
+    assert (config.num_key_value_heads, config.intermediate_size, config.num_hidden_layers) == (1, 24, 2)
 
 
 def test_widths_follow_the_fields():

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from exported import exported
 from real_stories import perplexity, windows
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen2
 from torch import nn
@@ -227,27 +228,33 @@ def test_non_finite_weights_are_named():
         quantized(model)
 
 
-def test_card_has_the_error_table():
-    class Card:
-        def __init__(self):
-            self.paragraphs, self.tables = {}, {}
+def test_the_card_has_the_mean_error_and_the_worst_layers():
+    model = quantized(tiny_llama(), bits=3, group_size=16)
+    errors = run_of(model).record.steps["0"]["relative_error"]
+    sections = exported(model)
+    (text,) = sections.paragraphs.values()
+    assert text.startswith("14 linear layers were quantized to 3 bits.")
+    mean = sum(errors.values()) / 14
+    assert f"is {mean:.2e} on average" in text
+    assert f"{mean:.2e}" not in {f"{max(errors.values()):.2e}", f"{min(errors.values()):.2e}"}
+    ((header, *rows),) = sections.tables.values()
+    assert header == ["layer", "relative squared output error"]
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+    assert rows == [[f"`{name}`", f"{error:.2e}"] for name, error in worst]
 
-        def paragraph(self, title, markdown):
-            self.paragraphs[title] = markdown
 
-        def table(self, title, header, rows):
-            self.tables[title] = (header, rows)
-
-    model, card = quantized(tiny_llama()), Card()
-    run = run_of(model)
-    run.recipe.steps[0].export(run, None, card)
-    ((header, rows),) = card.tables.values()
-    assert len(header) == 2
-    assert len(rows) == 5
-    figures = [float(row[1]) for row in rows]
-    assert figures == sorted(figures, reverse=True)
-    (text,) = card.paragraphs.values()
-    assert "14 linear layers" in text
+def test_the_search_for_scales_weights_each_input_by_its_energy():
+    model = tiny_llama()
+    layers = {name: model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("gate_proj", "down_proj")}
+    dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad(), SecondMoment(layers, "test") as grams:
+        model(IDS)
+    model = quantized(model, bits=3, group_size=16, observer="mse")
+    for name, weight in dense.items():
+        spec, energy = GridSpec(3, "int", "group", 16), grams[name].total.diagonal()
+        stored = model.get_submodule(f"model.layers.0.mlp.{name}").weight_scale
+        assert torch.equal(stored, make_grid(weight, spec, "mse", importance=energy).scale)
+        assert not torch.equal(stored, make_grid(weight, spec, "mse").scale)
 
 
 @pytest.mark.real_model

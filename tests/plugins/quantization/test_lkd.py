@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from exported import exported
 from real_stories import windows
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
@@ -156,6 +157,22 @@ def test_masks_are_kept():
     assert all(holds(trait, run) for trait in run.traits)
     assert all(parameter_has_nm_pattern(model, name, 2, 4) for name in run.nm_patterns)
     assert all(last < first for first, last in losses(model).values())
+    # Trained without the masks, the blocks would be better until the end of the stage zeroes their weights again.
+    assert [last for _, last in losses(model).values()] == pytest.approx(block_losses(model), rel=1e-4)
+
+
+def test_the_card_has_the_loss_of_every_block_before_and_after():
+    model = distilled(tiny_llama(), bits=3, group_size=16)
+    sections = exported(model)
+    (text,) = sections.paragraphs.values()
+    assert text.startswith("Each of 2 quantized blocks was trained for 12 steps")
+    (table,) = sections.tables.values()
+    before = block_losses(distilled(tiny_llama(), bits=3, group_size=16, learning_rate=0.0))
+    assert table[0] == ["block", "before", "after"]
+    for row, block, first, last in zip(table[1:], range(2), before, block_losses(model), strict=True):
+        assert row[0] == f"`model.layers.{block}`"
+        assert [float(cell) for cell in row[1:]] == pytest.approx([first, last], rel=1e-3)
+        assert last < 0.9 * first
 
 
 @technique("bits_two", family="toy", contract=Contract(), reload=Reload.STOCK_DENSE)

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from exported import exported
 from real_stories import windows
 from test_gptq import problem
 from tiny_models import tiny_gpt2, tiny_llama
@@ -154,6 +155,34 @@ def test_drivers_agree_and_every_layer_is_reported():
     figures = run_of(models[0]).record.steps["0"]
     assert figures["relative_error"].keys() == blockwise.keys()
     assert 0 < max(figures["relative_error"].values()) < 0.05
+
+
+def test_the_card_has_the_mean_error_and_the_worst_layers():
+    model = quantized(tiny_llama(), bits=3, group_size=16)
+    errors = run_of(model).record.steps["0"]["relative_error"]
+    sections = exported(model)
+    (text,) = sections.paragraphs.values()
+    assert text.startswith("14 linear layers were quantized")
+    mean = sum(errors.values()) / 14
+    assert f"is {mean:.2e} on average" in text
+    assert f"{mean:.2e}" not in {f"{max(errors.values()):.2e}", f"{min(errors.values()):.2e}"}
+    ((_, *rows),) = sections.tables.values()
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+    assert rows == [[f"`{name}`", f"{error:.2e}"] for name, error in worst]
+
+
+def test_the_search_for_scales_weights_each_input_by_its_energy():
+    model = tiny_llama()
+    layers = {name: model.get_submodule(f"model.layers.0.mlp.{name}") for name in ("gate_proj", "down_proj")}
+    dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad(), SecondMoment(layers, "test") as grams:
+        model(IDS)
+    model = quantized(model, bits=3, group_size=16, observer="mse")
+    for name, weight in dense.items():
+        spec, energy = GridSpec(3, "int", "group", 16), grams[name].total.diagonal()
+        stored = model.get_submodule(f"model.layers.0.mlp.{name}").weight_scale
+        assert torch.equal(stored, make_grid(weight, spec, "mse", importance=energy).scale)
+        assert not torch.equal(stored, make_grid(weight, spec, "mse").scale)
 
 
 def test_assigned_bits_are_used():

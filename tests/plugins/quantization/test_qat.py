@@ -8,6 +8,7 @@ import json
 import pytest
 import real_stories
 import torch
+from exported import exported
 from safetensors.torch import load_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
@@ -99,6 +100,16 @@ def test_the_stored_model_equals_the_last_forward(fields, tmp_path):
         assert torch.equal(loaded(IDS).logits, watch.logits)
     assert not any(isinstance(m, FakeQuantLinear) for m in model.modules())
     assert not any(name.endswith("_step") for name, _ in model.named_parameters())
+
+
+def test_the_card_has_the_bits_and_the_number_of_layers(tmp_path):
+    model = optimize(tiny_llama(), QAT(bits=3, learn_scales=True, activations="int8", skip=("*.down_proj",)))
+    train(model, tmp_path)
+    (text,) = exported(model).paragraphs.values()
+    assert len(compressed.quantized_modules(model)) == 12
+    assert {m.quantization_scheme.weights.num_bits for m in compressed.quantized_modules(model).values()} == {3}
+    assert text.startswith("12 linear layers were trained with 3-bit weights and int8 inputs in the forward pass")
+    assert text.endswith("scales were learned (LSQ).")
 
 
 def test_bfloat16_too(tmp_path):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from exported import exported
 from real_stories import perplexity, windows
 from safetensors.torch import load_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_vit
@@ -181,18 +182,25 @@ def test_mixed_bits_beat_uniform_ones_at_equal_bytes_on_a_real_model(shared_mode
     assert perplexity(mixed, held_out) < perplexity(uniform, held_out)
 
 
-def test_card_has_the_table():
-    class Card:
-        def paragraph(self, title, markdown):
-            self.text = markdown
-
-        def table(self, title, header, rows):
-            self.header, self.rows = header, rows
-
-    model, card = quantized(tiny_llama()), Card()
-    run = run_of(model)
-    run.recipe.steps[0].export(run, None, card)
-    assert card.header == ["layer", "mean λ", "std λ", "Ω", "bits"]
-    assert len(card.rows) == 14
-    assert {row[4] for row in card.rows} <= {"2", "4", "8"}
-    assert "14 linear layers" in card.text
+def test_the_card_and_the_record_have_the_mean_bits_and_the_bytes():
+    model = quantized(tiny_llama(), budget=3.3)
+    sections, figures = exported(model), run_of(model).record.steps["0"]
+    layers = compressed.quantized_modules(model)
+    bits = {name: layer.quantization_scheme.weights.num_bits for name, layer in layers.items()}
+    weights = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
+    mean = sum(weights[name] * bits[name] for name in bits) / sum(weights.values())
+    assert abs(mean - sum(bits.values()) / 14) > 0.01  # weighted by the sizes of the layers
+    assert figures["mean_bits"] == pytest.approx(mean, abs=5e-5)
+    assert figures["bytes"] < figures["bytes_allowed"]
+    (text,) = sections.paragraphs.values()
+    assert text.startswith(
+        f"14 linear layers have {figures['mean_bits']:g} bits per weight on average ({figures['bytes']:,} bytes of "
+        f"codes and scales, {figures['bytes_allowed']:,} allowed), assigned by `quadratic`."
+    )
+    ((header, *rows),) = sections.tables.values()
+    assert header == ["layer", "mean λ", "std λ", "Ω", "bits"]
+    expected = figures["layers"].items()
+    assert rows == [
+        [f"`{name}`", *(f"{row[key]:.3g}" for key in ("mean", "std", "omega")), str(bits[name])]
+        for name, row in expected
+    ]
