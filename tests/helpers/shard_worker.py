@@ -24,7 +24,7 @@ import hf_optim
 from hf_optim.errors import CheckpointError, ModelError, NumericalError
 from hf_optim.runs.masking import require_equal_masks, stray_weights
 from hf_optim.toolkit.distributed import collectives, fsdp
-from hf_optim.toolkit.pruning import masks, sparsity
+from hf_optim.toolkit.pruning import masks
 from hf_optim.training.checkpoint_callback import CheckpointCallback, read_state
 from hf_optim.training.mask_callback import MaskCallback
 from hf_optim.training.nonfinite_callback import NonFiniteCallback
@@ -103,7 +103,7 @@ def check_stock_trainer() -> None:
                 assert key not in run.masks or torch.equal(run.masks[key], ours.masks[key].cpu()), key
             if key in run.masks:
                 assert not weight[~run.masks[key]].any(), key
-        share = sparsity.overall(sparsity.layer_sparsity(found, run.covered(run.recipe.steps[0])[0]))
+        share = run.reported(run.recipe.steps[0])["sparsity"]
         assert abs(share - (0.6 if name == "once" else 0.7)) < 0.001
         tensors = HOME / f"fsdp-{name}" / "checkpoint-2" / "hf_optim_masks.safetensors"
         assert tensors.is_file()

@@ -17,11 +17,12 @@ def test_metrics_and_table_rows_count_zeros_in_the_weights():
     found = sparsity.metrics(model, names)
     assert found["layers"] == {names[0]: 0.5, names[1]: 0.0, "lm_head": 0.25}
     assert found["sparsity"] == round((768 + 512) / (2 * 1536 + 2048), 6)
-    assert sparsity.table_rows(model, names) == [
+    assert found["counted"] == {names[0]: [1536, 768], names[1]: [1536, 0], "lm_head": [2048, 512]}
+    assert sparsity.table_rows(found["counted"]) == [
         ["lm_head", "1", "2,048", "25.0 %", "25.0 %", "25.0 %"],
         ["model.layers.*.mlp.up_proj", "2", "3,072", "25.0 %", "0.0 %", "50.0 %"],
     ]
-    assert all(len(row) == len(sparsity.TABLE_HEADER) for row in sparsity.table_rows(model, names))
+    assert all(len(row) == len(sparsity.TABLE_HEADER) for row in sparsity.table_rows(found["counted"]))
 
 
 def test_the_overall_share_counts_every_weight_once():
@@ -36,4 +37,4 @@ def test_the_overall_share_counts_every_weight_once():
 
 
 def test_no_layers_have_no_zeros():
-    assert sparsity.metrics(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}}
+    assert sparsity.metrics(tiny_llama(), []) == {"sparsity": 0.0, "layers": {}, "counted": {}}

@@ -3,67 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ..distributed.fsdp import FullWeights, has_sharded_parameters
+from ..distributed.fsdp import FullWeights
 from ..topology.experts import ExpertLinear, expert_linears
 
 NO_SPEED_UP = (
     "The zeros are stored in an ordinary dense checkpoint. On plain dense kernels zeros alone give no speed-up and "
     "save no memory; what they buy needs a sparse kernel or a compressed format."
 )
-COUNTED = "_hf_optim_counted_zeros"
+# Layer name -> weights and zeros.
+Counted = Mapping[str, Sequence[int]]
 TABLE_HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]
 
 
-def layer_sparsity(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Count weights and zeros: layer name -> (weights, zeros), sorted by name.
+def count_zeros(model: nn.Module, names: Iterable[str]) -> Counted:
+    """Count weights and zeros: layer name -> ``[weights, zeros]``, sorted by name.
 
-    Sharded weights (FSDP2) are counted when all ranks call ``metrics``. Only one rank saves a model, and it cannot
-    gather shards alone: it gets the last count.
+    Sharded weights (FSDP2) are gathered: all ranks must call this.
     """
-    kept = vars(model).get(COUNTED, {})
-    names = sorted(names)
-    return {name: kept[name] for name in names} if kept.keys() >= set(names) else _count(model, names)
-
-
-def _count(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     counted = {}
     views = expert_linears(model)
     names = sorted(names)
     for name, weight in FullWeights(model, [f"{name}.weight" for name in names if name not in views]).items():
-        counted[name.removesuffix(".weight")] = (weight.numel(), weight.numel() - int(weight.count_nonzero()))
+        counted[name.removesuffix(".weight")] = [weight.numel(), weight.numel() - int(weight.count_nonzero())]
     # Each stack of experts is gathered once.
     stacks: dict[str, list[ExpertLinear]] = {}
     for view in (views[name] for name in names if name in views):
         stacks.setdefault(view.parameter_name, []).append(view)
     for parameter, weight in FullWeights(model, stacks).items():
         for view in stacks[parameter]:
-            counted[view.name] = (weight[0].numel(), weight[0].numel() - int(weight[view.index].count_nonzero()))
-    if has_sharded_parameters(model):
-        vars(model).setdefault(COUNTED, {}).update(counted)
+            counted[view.name] = [weight[0].numel(), weight[0].numel() - int(weight[view.index].count_nonzero())]
     return counted
 
 
-def overall(counted: dict[str, tuple[int, int]]) -> float:
+def overall(counted: Counted) -> float:
     """Return the share of zeros over all counted layers; 0 without layers."""
     weights = sum(size for size, _ in counted.values())
     return sum(zeros for _, zeros in counted.values()) / weights if weights else 0.0
 
 
 def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
-    """Return ``{"sparsity": share of zeros, "layers": {name: share}}``, JSON types rounded to six decimals."""
-    counted = _count(model, names)
+    """Return the sparsity of layers for the record, in JSON types; shares are rounded to six decimals.
+
+    Returns ``{"sparsity": share of zeros, "layers": {name: share}, "counted": {name: [weights, zeros]}}``.
+    """
+    counted = count_zeros(model, names)
     layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}
-    return {"sparsity": round(overall(counted), 6), "layers": layers}
+    return {"sparsity": round(overall(counted), 6), "layers": layers, "counted": counted}
 
 
-def table_rows(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+def table_rows(counted: Counted) -> list[list[str]]:
     """Return the rows below ``TABLE_HEADER``. Layers whose names differ only in the block index share a row."""
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for layer, count in layer_sparsity(model, names).items():
+    groups: dict[str, list[Sequence[int]]] = {}
+    for layer, count in counted.items():
         groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), []).append(count)
     rows = []
     for name, counts in groups.items():

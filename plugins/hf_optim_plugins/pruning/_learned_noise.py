@@ -120,14 +120,14 @@ class LearnedNoise(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        metrics = run.reported(self)
         card.paragraph(
             self.title,
-            f"{self.description()} {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+            f"{self.description()} {100 * metrics['sparsity']:.1f} % of the targeted weights are zero. "
+            f"{sparsity.NO_SPEED_UP}",
         )
         card.table(
-            f"{self.title}: sparsity of the layers", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names)
+            f"{self.title}: sparsity of the layers", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"])
         )
 
 

@@ -68,15 +68,16 @@ class InRounds(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
-        rounds = ", ".join(f"{100 * reached:.1f} %" for reached in getattr(run.state(self), "sparsities", []))
+        metrics = run.reported(self)
+        rounds = ", ".join(f"{100 * reached:.1f} %" for reached in metrics["sparsities"])
         card.paragraph(
             self.title,
             f"Pruned by magnitude in rounds (sparsity after each: {rounds or 'none was started'}); {self.between()}. "
-            f"{100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+            f"{100 * metrics['sparsity']:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table(f"Sparsity after {self.title.lower()}", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
+        card.table(
+            f"Sparsity after {self.title.lower()}", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"])
+        )
 
 
 def check_position(name: str, position: int | float) -> None:

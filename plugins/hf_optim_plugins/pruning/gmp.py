@@ -101,14 +101,13 @@ class GMP(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        metrics = run.reported(self)
         card.paragraph(
             "Gradual magnitude pruning",
             f"Pruned during training, from {100 * self.initial:g} % towards {100 * self.sparsity:g} % along a cubic "
-            f"ramp; {100 * share:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+            f"ramp; {100 * metrics['sparsity']:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after gradual pruning", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
+        card.table("Sparsity after gradual pruning", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 
 
 class RampPruning(TrainerCallback):

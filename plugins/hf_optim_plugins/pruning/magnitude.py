@@ -71,13 +71,13 @@ class Magnitude(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
+        metrics = run.reported(self)
         how = "within every layer" if self.scope == "layer" else "over all layers together"
         card.paragraph(
             "Magnitude pruning",
             f"The {100 * self.sparsity:g} % smallest weights, ranked {how}, are zero. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after magnitude pruning", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
+        card.table("Sparsity after magnitude pruning", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 
 
 def _rank(step: Magnitude, run: Run, names: dict[str, str]) -> masks.Masks:

@@ -343,9 +343,9 @@ class Structured(Technique):
         card.paragraph(
             "Structured pruning",
             f"Parts of the model were removed as a whole, those of the smallest score first ({by}), equally many in "
-            f"every layer: {before:,} parameters became {after:,} ({100 * (1 - after / before):.1f} % fewer). It is an "
-            f"ordinary {type(run.model).__name__} with a smaller configuration, and runs faster without special "
-            f"kernels.{removed}",
+            f"every layer: {before:,} parameters became {after:,} ({100 * (1 - after / before):.1f} % fewer). It is "
+            "an ordinary model of its class with a smaller configuration, and runs faster without special kernels."
+            f"{removed}",
         )
         rows = [["parameters", f"{before:,}", f"{after:,}"]]
         rows += [[f"{kind} in a layer", str(a), str(b)] for kind, pairs in metrics["widths"].items() for a, b in pairs]

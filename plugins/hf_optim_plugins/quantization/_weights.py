@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +61,24 @@ def weight_spec(
     size = fit_group_size(in_features, group_size) if group_size else None
     kind: Literal["float", "int"] = "float" if format == "fp8" else "int"
     return GridSpec(bits, kind, strategy or ("group" if group_size else "channel"), size, symmetric)
+
+
+def keep_bits(step: Any, run: Run, bits: Mapping[str, int]) -> None:
+    """Keep the bits of the weights of layers in the state of the step, for ``report_bits``."""
+    run.state(step).__dict__.setdefault("bits", {}).update(bits)
+
+
+def report_bits(step: Any, run: Run) -> None:
+    """Record how many layers have weights of how many bits."""
+    layers = Counter(run.state(step).__dict__.get("bits", {}).values())
+    run.report(step, layers_by_bits={str(bits): count for bits, count in sorted(layers.items())})
+
+
+def bits_phrase(layers_by_bits: Mapping[str, int]) -> str:
+    """Return ``"4 bits"``, or if the layers differ ``"2 bits (3 layers), 4 bits (11 layers)"``."""
+    if len(layers_by_bits) == 1:
+        return f"{next(iter(layers_by_bits))} bits"
+    return ", ".join(f"{bits} bits ({count} layers)" for bits, count in layers_by_bits.items())
 
 
 def report_errors(step: Any, run: Run, errors: Mapping[str, float]) -> None:

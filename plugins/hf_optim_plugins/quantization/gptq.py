@@ -40,7 +40,16 @@ from hf_optim.toolkit.quantization import Grid, inverse_cholesky, make_grid, out
 from hf_optim.toolkit.statistics import GramMatrix, SecondMoment, TokenSample, augment_undersampled
 from hf_optim.toolkit.topology import group_by_block, not_reached
 
-from ._weights import QUANTIZES, add_worst_layers, report_errors, select_layers, weight_spec
+from ._weights import (
+    QUANTIZES,
+    add_worst_layers,
+    bits_phrase,
+    keep_bits,
+    report_bits,
+    report_errors,
+    select_layers,
+    weight_spec,
+)
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -158,6 +167,7 @@ class GPTQ(Technique):
                 )
                 errors[name] = output_error(dense[rows], layers[name].weight, gram.total)
         report_errors(self, run, {name: errors[name] for name in layers})
+        keep_bits(self, run, bits_of)
         run.cover(self, layers)
 
     def _grid(self, weight: Tensor, bits: int, hessian_diagonal: Tensor) -> Grid:
@@ -185,6 +195,7 @@ class GPTQ(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         compressed.attach_quantizer(run.model)
+        report_bits(self, run)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
@@ -192,10 +203,11 @@ class GPTQ(Technique):
         errors = metrics.get("relative_error")
         if not errors:
             return
+        bits = bits_phrase(metrics["layers_by_bits"])
         card.paragraph(
             "GPTQ",
-            f"{len(errors)} linear layers were quantized to {self.bits} bits. The relative squared error of their "
-            f"outputs on the calibration data is {metrics['mean_relative_error']:.2e} on average.",
+            f"{len(errors)} linear layers were quantized to {bits}. The relative squared error of their outputs on the "
+            f"calibration data is {metrics['mean_relative_error']:.2e} on average.",
         )
         if few := metrics.get("experts_with_few_tokens"):
             card.paragraph(

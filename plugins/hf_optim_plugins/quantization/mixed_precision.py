@@ -144,16 +144,15 @@ class MixedPrecision(Technique):
         wide = {member for name in chosen for member in sites[name]}
         self._store(scope, layers, norms, {name: s for name, s in scales.items() if name not in wide})
         run.cover(self, [name for name in layers if name in ranges], skipped)
-        state = run.state(self)
-        state.table = [[", ".join(sites[name]), alone[name], 16 if name in chosen else 8] for name in ranking]
         run.report(
             self,
             sites=len(ranking),
             sites_with_16_bits=len(chosen),
-            divergence=reached[low],
-            divergence_all_8_bits=reached[0],
-            ranking={name: round(alone[name], 8) for name in ranking},
+            divergence=float(f"{reached[low]:.6g}"),
+            divergence_all_8_bits=float(f"{reached[0]:.6g}"),
+            ranking={name: float(f"{alone[name]:.6g}") for name in ranking},
             with_16_bits=chosen,
+            read_by={name: list(sites[name]) for name in ranking},
         )
 
     def _layers(self, run: Run, scope: Scope) -> tuple[dict[str, Any], dict[str, list[str]]]:
@@ -199,17 +198,21 @@ class MixedPrecision(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        state = run.state(self)
-        if not hasattr(state, "table"):
+        metrics = run.reported(self)
+        if not metrics:
             return
-        wide = sum(row[2] == 16 for row in state.table)
+        wide = metrics["with_16_bits"]
         card.paragraph(
             "Activations in 16 bits",
-            f"{wide} of {len(state.table)} activation tensors keep 16 bits (they stay in floating point); the others "
-            "are rounded to 8-bit grids made on calibration data. The table has the divergence of the output when that "
-            "tensor alone is rounded: nats per position if the model has logits, else relative squared error.",
+            f"{len(wide)} of {metrics['sites']} activation tensors keep 16 bits (they stay in floating point); the "
+            "others are rounded to 8-bit grids made on calibration data. The table has the divergence of the output "
+            "when that tensor alone is rounded: nats per position if the model has logits, else relative squared "
+            "error.",
         )
-        rows = [[names, f"{shift:.2e}", bits] for names, shift, bits in state.table]
+        rows = [
+            [", ".join(metrics["read_by"][name]), f"{shift:.2e}", 16 if name in wide else 8]
+            for name, shift in metrics["ranking"].items()
+        ]
         card.table("Sensitivity of each activation tensor to 8 bits", ["read by", "divergence", "bits"], rows)
 
 

@@ -42,7 +42,7 @@ from hf_optim.toolkit.quantization import (
 )
 from hf_optim.toolkit.topology import summarize
 
-from ._weights import QUANTIZES, weight_spec
+from ._weights import QUANTIZES, bits_phrase, keep_bits, report_bits, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -205,27 +205,33 @@ class QAT(Technique):
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
-        not_reached = []
+        not_reached, trained = [], 0
         for name, layer in self.prepare(run).items():
             if not self.dynamic and not bool(layer.input_step > 0):
                 not_reached.append(name)
                 fake_quant.detach_fake_quant(layer)
                 continue
+            if layer.spec is not None:
+                keep_bits(self, run, {name: layer.spec.bits})
+            trained += 1
             store(layer, self.scheme(layer.spec))
         if not_reached:
             run.cover(self, [], {"no training input reached it": not_reached})
         compressed.attach_quantizer(run.model)
+        run.report(self, layers=trained)
+        if self.bits is not None:
+            report_bits(self, run)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        what = [f"{self.bits}-bit weights"] if self.bits is not None else []
+        metrics = run.reported(self)
+        what = [f"weights of {bits_phrase(metrics['layers_by_bits'])}"] if self.bits is not None else []
         what += [f"{self.activations} inputs"] if self.activations else []
         scales = "learned (LSQ)" if self.learn_scales else f"from the weights ({self.observer})"
         card.paragraph(
             "Quantization-aware training",
-            f"{len(names)} linear layers were trained with {' and '.join(what)} in the forward pass and a straight-"
-            f"through gradient; scales were {scales}.",
+            f"{metrics['layers']} linear layers were trained with {' and '.join(what)} in the forward pass and a "
+            f"straight-through gradient; scales were {scales}.",
         )
 
 

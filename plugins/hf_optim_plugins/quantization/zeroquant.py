@@ -24,7 +24,6 @@ a bit allocation made by another step. Its backend quantizes inside the precedin
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -35,7 +34,7 @@ from torch import nn
 from hf_optim import Contract, Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid
 
-from ._weights import QUANTIZES, select_layers, weight_spec
+from ._weights import QUANTIZES, keep_bits, report_bits, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -98,10 +97,9 @@ class ZeroQuant(Technique):
         if done:
             skipped = {**skipped, DONE: done}
             layers = {name: layer for name, layer in layers.items() if name not in done}
-        used = run.state(self).__dict__.setdefault("bits", {})
         for name, layer in layers.items():
-            used[name] = run.bits_of(name, self.bits)
-            self._quantize(layer, used[name])
+            self._quantize(layer, run.bits_of(name, self.bits))
+        keep_bits(self, run, {name: run.bits_of(name, self.bits) for name in layers})
         run.cover(self, layers, skipped)
 
     def _quantize(self, layer: nn.Linear, bits: int) -> None:
@@ -118,8 +116,7 @@ class ZeroQuant(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         compressed.attach_quantizer(run.model)
-        layers = Counter(run.state(self).__dict__.get("bits", {}).values())
-        run.report(self, layers_by_bits={str(bits): count for bits, count in sorted(layers.items())})
+        report_bits(self, run)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

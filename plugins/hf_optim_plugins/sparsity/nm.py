@@ -185,18 +185,19 @@ class NM(Technique):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, skipped = run.covered(self) or (set(), {})
+        metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         fitted = " The remaining weights were refitted to the dense layers' outputs." if self.compensate else ""
+        count = len(metrics["layers"])
         card.paragraph(
             f"{self.keep}:{self.group} sparsity",
-            f"{len(names)} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
+            f"{count} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
             f"input, chosen by {self.score}.{fitted}{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",
             sparsity.TABLE_HEADER,
-            sparsity.table_rows(run.model, names),
+            sparsity.table_rows(metrics["counted"]),
         )
 
 

@@ -139,18 +139,18 @@ class SRSTE(MaskedTraining):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, skipped = run.covered(self) or (set(), {})
+        metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         card.paragraph(
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
-            f"{len(names)} linear layers were trained with at most {self.keep} of every {self.group} consecutive "
-            f"weights along the input; the mask followed the weights, and masked-out weights decayed with λ = "
-            f"{self.decay:g} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
+            f"{len(metrics['layers'])} linear layers were trained with at most {self.keep} of every {self.group} "
+            "consecutive weights along the input; the mask followed the weights, and masked-out weights decayed with "
+            f"λ = {self.decay:g} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",
             sparsity.TABLE_HEADER,
-            sparsity.table_rows(run.model, names),
+            sparsity.table_rows(metrics["counted"]),
         )
 
 

@@ -137,17 +137,16 @@ class TopKAST(MaskedTraining):
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
-        names, _ = run.covered(self) or (set(), {})
-        share = sparsity.overall(sparsity.layer_sparsity(run.model, names))
+        metrics = run.reported(self)
         explored = "throughout" if self.end is None else f"until {self.end} ({_unit(self.end)})"
         card.paragraph(
             "Sparse training (Top-KAST)",
             f"Trained with {100 * (1 - self.sparsity):g} % of each layer's weights in the forward and "
             f"{100 * (1 - self.backward_sparsity):g} % in the backward pass, exploring {explored}, with an "
-            f"{self.penalty} penalty of {self.strength:g}; {100 * share:.1f} % of the targeted weights are zero. The "
-            f"dense layers computed with masks, so training was not cheaper. {sparsity.NO_SPEED_UP}",
+            f"{self.penalty} penalty of {self.strength:g}; {100 * metrics['sparsity']:.1f} % of the targeted weights "
+            f"are zero. The dense layers computed with masks, so training was not cheaper. {sparsity.NO_SPEED_UP}",
         )
-        card.table("Sparsity after Top-KAST", sparsity.TABLE_HEADER, sparsity.table_rows(run.model, names))
+        card.table("Sparsity after Top-KAST", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 
 
 def _unit(position: int | float) -> str:

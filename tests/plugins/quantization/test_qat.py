@@ -108,7 +108,7 @@ def test_the_card_has_the_bits_and_the_number_of_layers(tmp_path):
     (text,) = exported(model).paragraphs.values()
     assert len(compressed.quantized_modules(model)) == 12
     assert {m.quantization_scheme.weights.num_bits for m in compressed.quantized_modules(model).values()} == {3}
-    assert text.startswith("12 linear layers were trained with 3-bit weights and int8 inputs in the forward pass")
+    assert text.startswith("12 linear layers were trained with weights of 3 bits and int8 inputs in the forward pass")
     assert text.endswith("scales were learned (LSQ).")
 
 
