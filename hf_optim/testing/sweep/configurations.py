@@ -102,6 +102,9 @@ def _shrink(fields: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
     multi_head = fields.get("num_attention_heads") == fields.get("num_key_value_heads")
     found: dict[str, Any] = {}
     for key, value in fields.items():
+        if not isinstance(key, str):
+            found[key] = value
+            continue
         if isinstance(value, dict) and key in ("id2label", "label2id"):
             continue
         if isinstance(value, dict):
