@@ -8,10 +8,11 @@ without their scales, codes whose ``quantization_config`` was lost, and layers t
 
 from __future__ import annotations
 
+import copy
 import enum
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ...errors import CheckpointError
 from ...trust.bounds import first_line
 from .. import compat
 from .key_names import model_names
+from .odd_tensors import odd_tensors
 from .safetensors import DTYPE_NAMES, FLOAT_DTYPES, SafetensorsHeaders, TensorInfo
 from .stock_errors import PASSED, stock_error
 from .stored_codes import CHECKED_METHODS, CODE_NAMES, require_known_format, require_whole_codes
@@ -82,9 +84,9 @@ def load_placed(
     except Exception as error:
         if not isinstance(error, FOREIGN) or (method is None and not _is_conversion(error)):
             raise stock_error(error, where) from error
-        raise CheckpointError(
-            f"{where}: transformers cannot load its tensors: {first_line(error, 200, typed=True)}"
-        ) from error
+        odd = odd_tensors(entries)
+        reason = f"{odd[0]}{_and_more(len(odd))}" if odd else first_line(error, 200, typed=True)
+        raise CheckpointError(f"{where}: transformers cannot load its tensors: {reason}") from error
     if not getattr(model, "_hf_peft_config_loaded", False):  # the info of a load with an adapter is that of the adapter
         require_placed(
             model,
@@ -125,7 +127,7 @@ def require_placed(
     """
     kind = type(model).__name__
     wrong = {name: (list(stored), list(built)) for name, stored, built in info["mismatched_keys"]}
-    allowed = {name for name in wrong if ignore_mismatched_heads and _is_new_head(model, name, NewHeads.ALL)}
+    allowed = {name for name in wrong if ignore_mismatched_heads and _is_head(model, name, NewHeads.ALL)}
     refused = sorted(wrong.keys() - allowed)
     if refused:
         stored, built = wrong[refused[0]]
@@ -134,7 +136,7 @@ def require_placed(
             f"{_and_more(len(refused))}: the weights and the configuration belong to different models"
         )
     missing = {name for name in info["missing_keys"] if name.rpartition(".")[2] not in UNUSED}
-    new = {name for name in missing if _is_new_head(model, name, new_heads)}
+    new = _new_heads(model, missing, new_heads)
     absent = sorted(missing - new)
     unplaced = sorted(key for key in info["unexpected_keys"] if _belongs(model, key, quantized))
     if changed_config:
@@ -170,18 +172,20 @@ def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: s
     state = model.state_dict()
     conversions = compat.weight_conversions(model)
     found = model_names(entries, conversions, getattr(model, "base_model_prefix", ""), state)
-    # A quantized checkpoint keeps its dtypes in memory: integers in a parameter come from the files.
-    floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
-    floats |= {name for name, _ in model.named_parameters(remove_duplicate=False)} if quantized else set()
-    layers = {name for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
-    wrong = [
-        key
+    codes = {
+        key: name
         for key, (name, pattern) in found.items()
         if entries[key].type not in FLOAT_DTYPES
-        and name in floats
-        and name.rpartition(".")[0] not in layers
+        and name in state
         and not (quantized and pattern is not None and _has_scale(key, entries))
-    ]
+    }
+    layers = {name for name, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None}
+    codes = {k: n for k, n in codes.items() if n.rpartition(".")[0] not in layers or n.endswith(".bias")}
+    if codes and quantized:
+        # Tensors of a quantized checkpoint keep their dtypes in memory: integers in a parameter come from the files.
+        with torch.device("meta"):
+            state = type(model)(_plain_config(model)).state_dict()
+    wrong = [key for key, name in codes.items() if name in state and state[name].is_floating_point()]
     if wrong:
         raise CheckpointError(
             f"{where}: {wrong[0]} is stored as {entries[wrong[0]].type}{_and_more(len(wrong))}, and its parameter is "
@@ -190,19 +194,51 @@ def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: s
         )
 
 
+def _plain_config(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    return config
+
+
 def _has_scale(key: str, entries: Mapping[str, TensorInfo]) -> bool:
     """Return True if the layer of a tensor has scales: the conversion that reads it, of an expert, decodes it."""
     return f"{key.rpartition('.')[0]}.weight_scale" in entries
 
 
-def _is_new_head(model: Any, name: str, heads: NewHeads) -> bool:
-    """Return True if a tensor belongs to a head (or a pooler) that ``heads`` allows to be new."""
+def _new_heads(model: Any, missing: Collection[str], heads: NewHeads) -> set[str]:
+    """Return the missing tensors that belong to heads (or poolers) that ``heads`` allows to be new.
+
+    A head is new if the checkpoint has none of its tensors, and if the model has another class than its configuration
+    names: that class has saved its own head.
+    """
     if heads is NewHeads.NONE:
-        return False
-    if "pooler" in name.split("."):
-        return True
+        return set()
+    own_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    parts: dict[str, set[str]] = {}
+    for name in (name for name, _ in model.named_parameters(remove_duplicate=False)):
+        parts.setdefault(_head_of(model, name), set()).add(name)
+    new: set[str] = set()
+    for name in missing:
+        head = _head_of(model, name)
+        allowed = head and (head.endswith("pooler") or (not own_class and _is_head(model, name, heads)))
+        if allowed and parts.get(head, set()) <= set(missing):
+            new.add(name)
+    return new
+
+
+def _head_of(model: Any, name: str) -> str:
+    """Return the name of the pooler, or of the child of the model outside its base model, that holds a tensor."""
+    parts = name.split(".")
+    if "pooler" in parts:
+        return ".".join(parts[: parts.index("pooler") + 1])
     base = getattr(model, "base_model_prefix", "")
-    if not base or not hasattr(model, base) or name.startswith(f"{base}."):
+    outside = base and hasattr(model, base) and parts[0] != base
+    return parts[0] if outside else ""
+
+
+def _is_head(model: Any, name: str, heads: NewHeads) -> bool:
+    """Return True if a tensor belongs to a head of the kind of ``heads``."""
+    if not _head_of(model, name):
         return False
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     own = {id(parameter) for parameter in outputs.parameters()} if isinstance(outputs, nn.Module) else set()

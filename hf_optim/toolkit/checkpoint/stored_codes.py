@@ -88,11 +88,14 @@ def _compressed_tensors(own: Mapping[str, TensorInfo]) -> str:
     if (packed or "weight_shape" in own or "weight_zero_point" in own) and scale is None:
         return f"the checkpoint has no {{layer}}.weight_scale, but {', '.join(sorted(own))} of this layer"
     if (scale or "weight_shape" in own) and packed is None and weight is None:
-        return f"the checkpoint has no codes of {{layer}}, but {', '.join(sorted(own))} of this layer"
+        return f"the checkpoint has no {{layer}}.weight_packed, but {', '.join(sorted(own))} of this layer"
     if packed is not None and packed.type not in INTEGERS:
         return f"{{layer}}.weight_packed is stored as {packed.type}, not as integer words"
-    if scale is not None and scale.type in ("I8", "I16", "I32", "I64"):
-        return f"{{layer}}.weight_scale is stored as {scale.type}, not in floating point"
+    for key in ("weight_scale", "weight_global_scale", "input_scale"):
+        if key in own and own[key].type in INTEGERS and not (key == "weight_scale" and own[key].type == "U8"):
+            return f"{{layer}}.{key} is stored as {own[key].type}, not in floating point"
+    if "weight_shape" in own and own["weight_shape"].type not in ("I32", "I64"):
+        return f"{{layer}}.weight_shape is stored as {own['weight_shape'].type}, not as integers"
     if scale is not None and weight is not None and packed is None and weight.type in (*FLOAT_DTYPES, "I32", "I64"):
         return f"{{layer}}.weight is stored as {weight.type}, but it has a weight_scale: its codes are I8 or F8_E4M3"
     return _first_type(own, ("weight_zero_point", "weight_g_idx", "input_zero_point"), INTEGERS)
