@@ -37,9 +37,12 @@ def stored_schemes(model: nn.Module, off_grid: Iterable[str] = ()) -> dict[str, 
     return schemes
 
 
-def quantization_config(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> CompressedTensorsConfig:
+def quantization_config(
+    model: nn.Module, schemes: Mapping[str, QuantizationScheme], original: nn.Module | None = None
+) -> CompressedTensorsConfig:
     """Build the ``quantization_config`` of config.json from the scheme of every quantized module, by name.
 
+    ``original`` is the model that ``model`` is a copy of, if it is one; its graph has been traced already.
     Raises ``CheckpointError`` if no patterns match exactly the modules of each scheme.
     """
     from transformers import CompressedTensorsConfig
@@ -49,7 +52,7 @@ def quantization_config(model: nn.Module, schemes: Mapping[str, QuantizationSche
     for name, scheme in schemes.items():
         if name not in experts:
             by_scheme.setdefault(_key(scheme), (scheme, []))[1].append(name)
-    targets, ignore = target_patterns(model, [names for _, names in by_scheme.values()])
+    targets, ignore = target_patterns(model, [names for _, names in by_scheme.values()], original)
     common = next(iter(experts.values()), None)
     if common is not None and (targets != [["Linear"]] or [*by_scheme] != [_key(common)]):
         # transformers takes the scheme of experts from the first group with a pattern that contains "experts".
@@ -78,7 +81,9 @@ def expert_patterns(names: Iterable[str]) -> list[str]:
     return [r"re:.*\b" + re.escape(end).replace(r"\.0\.", r"\.\d+\.", 1) + "$" for end in ends]
 
 
-def target_patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+def target_patterns(
+    model: nn.Module, groups: list[list[str]], original: nn.Module | None = None
+) -> tuple[list[list[str]], list[str]]:
     """Return compressed-tensors target patterns for each group of module names, and patterns to ignore.
 
     The first of these forms that matches exactly the groups is returned: the class ``Linear`` with an ignore list (for
@@ -89,7 +94,7 @@ def target_patterns(model: nn.Module, groups: list[list[str]]) -> tuple[list[lis
     chosen = {name for names in groups for name in names}
     others = [name for name, m in named.items() if isinstance(m, nn.Linear) and name not in chosen]
     # Readers that build such routers as linear layers need them in the list.
-    routers = _bare_routers(model)
+    routers = _bare_routers(original if original is not None else model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     bare = [[name.removeprefix(prefix) for name in names] for names in groups]
     excluded = [name.removeprefix(prefix) for name in others]

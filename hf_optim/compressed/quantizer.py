@@ -84,7 +84,7 @@ def apply_packing_fallback(model: Any) -> None:
     which a packed linear layer does not have. This function tries it on a meta model.
     """
     packed = packed_modules(model)
-    if packed and not _initializes_without_weights(model, packed):
+    if packed and not packing_fits(model, packed):
         store_unpacked(model, packed)
 
 
@@ -126,13 +126,13 @@ class PackingFallback:
         if not packed:
             return
         if self._packable is None:
-            self._packable = _initializes_without_weights(run.model, packed)
+            self._packable = packing_fits(run.model, packed)
         if not self._packable:
             store_unpacked(run.model, packed)
 
 
-def _initializes_without_weights(model: Any, names: Iterable[str]) -> bool:
-    """Return True if a model can be initialized while these linear layers have no ``weight``."""
+def packing_fits(model: Any, names: Iterable[str]) -> bool:
+    """Return True if transformers can initialize a model whose linear layers of these names have no ``weight``."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"), torch.no_grad():

@@ -16,6 +16,8 @@ from .experts import expert_schemes, experts_unsupported_reason
 if TYPE_CHECKING:
     from ..runs.scope import Scope
 
+FP8_REMEDY = "Use fp8, which leaves experts unquantized"
+
 
 def storable(
     scope: Scope,
@@ -98,8 +100,7 @@ def _require_readable_experts(
     for name, stack in checked.items():
         if why := experts_unsupported_reason(model, name, stack):
             raise ModelError(
-                f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
-                "leaves experts unquantized"
+                f"{begin} ({name}), and stock transformers could not read their codes: {why}. {FP8_REMEDY}"
             )
         if not symmetric:
             raise ModelError(

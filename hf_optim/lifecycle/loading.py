@@ -84,6 +84,7 @@ def optimize(
     device: torch.device | str | None = None,
     journal: Any = None,
     kernels: bool = False,
+    dense: bool = False,
 ) -> PreTrainedModel:
     """Optimize a model that is in memory.
 
@@ -99,6 +100,8 @@ def optimize(
         device: where blocks are calibrated; None for where the model is.
         journal: a ``BlockJournal`` that keeps completed blocks, so that a killed calibration can resume.
         kernels: run the finished model on kernels, as ``from_pretrained`` does (see ``hf_optim.accelerate``).
+        dense: the caller will save the weights uncompressed (``hf-optim compress --dense``), so that stock transformers
+            need not be able to load the compressed format for this class of model.
 
     Returns:
         The optimized model. After a recipe with a training stage it is ready to be trained: give it to
@@ -112,7 +115,7 @@ def optimize(
     require_model(model)
     own_configs(model)
     run = start_run(recipe, model.config)
-    run.tokenizer, run.journal = tokenizer, journal
+    run.tokenizer, run.journal, run.dense = tokenizer, journal, dense
     run.device = torch.device(device) if device is not None else None
     recipe.check(traits_of(model))
     require_data(run, calibration)

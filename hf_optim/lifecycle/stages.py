@@ -26,6 +26,7 @@ from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
 from ..compressed.quantized_forward import release_forwards
 from ..errors import MAX_MESSAGE, DataError, OptimError
+from ..compressed.reload_check import require_reloadable_steps
 from ..recipes import hooks
 from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
@@ -88,6 +89,7 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         require_model(run.model)
         _load_data(run, stage)
         require_finite(run.model, "", "")
+        _require_reloadable(run)
     with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
         started = time.perf_counter()
         if work is not None:
@@ -99,6 +101,14 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
     run.stage_state = StageState.ENTERED
 
 
+def _require_reloadable(run: Run) -> None:
+    """Raise ``ModelError`` if stock transformers could not load what the steps write, as far as it is known by now."""
+    if not run.dense:
+        completed = sum(len(stage.steps) for stage in run.stages[: run.stage_index])
+        first = max(run.reload_checked, completed)
+        run.reload_checked = require_reloadable_steps(run.recipe, run.model, first)
+
+
 def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
     transforming = _transforming(run, stage)
     for step in transforming:
@@ -107,6 +117,10 @@ def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
             run.model = model
             require_finite(model, "", run.label(step))
     note_left_alone(run, [step for step in stage.steps if step not in transforming])
+    for number, step in enumerate(run.recipe.steps):
+        if step in stage.steps and step.implements("transform_model"):
+            run.reload_checked = max(run.reload_checked, number + 1)
+    _require_reloadable(run)
     return drivers.calibrate(run, stage, run.journal) if stage.calibrates else {}
 
 

@@ -60,6 +60,8 @@ class Run:
         failure: what failed, if the current stage has failed; empty otherwise.
         loading: True while ``from_pretrained`` loads the weights.
         left_alone: index of a step -> role -> names of the layers that it leaves alone because of that role.
+        dense: the caller will save the dense equivalent of a compressed model, so its format need not be loadable.
+        reload_checked: how many steps are known to write what stock transformers can load.
         journal: keeps completed blocks, so that a killed run can resume (``BlockJournal``), or None.
     """
 
@@ -80,6 +82,8 @@ class Run:
         self.stage_state = StageState.PENDING
         self.failure = ""
         self.loading = False
+        self.dense = False
+        self.reload_checked = 0
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
         self._lent: weakref.ref[PreTrainedModel] | None = None

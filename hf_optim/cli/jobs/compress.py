@@ -93,7 +93,7 @@ def compress(job: Job) -> Run:
 
 
 def _compress(job: Job, device: torch.device | None) -> Run:
-    found = preflight(job.source, job.recipe, job.output)
+    found = preflight(job.source, job.recipe, job.output, dense=job.dense)
     for note in found.notes:
         job.print_line(note)
     tokenizer = load_processor(job.source, model_class(job.source.config))
@@ -106,7 +106,9 @@ def _compress(job: Job, device: torch.device | None) -> Run:
     model = load_model(job.source, NewHeads.ALL if trains else NewHeads.CLASSIFIERS)
     original_bytes = checkpoint_bytes(job.source, model)
     journal = BlockJournal(_journal_home(job.output), resume=job.resume)
-    model = optimize(model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal)
+    model = optimize(
+        model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal, dense=job.dense
+    )
     model = _train(job, model, tokenizer)
     run = run_of(model)
     run.model = model  # the caller gets the run alone

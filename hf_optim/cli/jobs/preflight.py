@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ...compressed.reload_check import require_reloadable_steps
 from ...compressed.storability import storable
 from ...errors import CheckpointError, ModelError
 from ...evaluation.reported import format_bytes
@@ -73,7 +74,7 @@ def check_recipe(source: ModelSource, recipe: OptimConfig, dense: bool = False) 
 
 
 def preflight(
-    source: ModelSource, recipe: OptimConfig, output: Path | None = None, *, offline: bool = False
+    source: ModelSource, recipe: OptimConfig, output: Path | None = None, *, offline: bool = False, dense: bool = False
 ) -> Findings:
     """Check everything else that can be refused without reading a weight. ``check_recipe`` comes before it.
 
@@ -81,6 +82,7 @@ def preflight(
         source: the model. With ``offline`` its shards are checked only if they are on this machine.
         recipe: what is to be done with it.
         output: the directory that is to be written.
+        dense: the dense equivalent is to be written.
 
     Raises ``OptimError`` for the first problem, naming the module, tensor or file.
     """
@@ -95,6 +97,8 @@ def preflight(
     if meta_model is not None:
         notes += check_shards(meta_model, source.model, recipe.driver == "streamed")
     notes += check_steps(recipe, model)
+    if not dense:
+        require_reloadable_steps(recipe, model)
     estimates = estimate(recipe, config, source.trust_remote_code)
     estimates |= _memory(recipe, config, model, estimates)
     if output is not None:

@@ -1,0 +1,199 @@
+"""Checking before any work that stock transformers could load the compressed checkpoint that a step would write.
+
+A step claims with its reload level that stock transformers reads its result. Whether it does depends on the class of
+the model and on the version of transformers: some conversions of names cannot be combined with a quantizer, and some
+modules are replaced by others in a compressed model. So the claim is tried: ``reload_problem`` puts a copy of the
+model on the meta device into the quantized state, without values, and lets transformers load what would be saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..errors import ModelError, OptimError
+from ..recipes.config import OptimConfig
+from ..recipes.contract import Reload
+from ..recipes.technique import Technique
+from ..recipes.traits import QUANTIZED
+from ..runs.scope import Scope
+from ..toolkit.checkpoint.placement import load_placed
+from ..toolkit.topology.experts import ExpertLinear
+from ..toolkit.topology.fake_model import copy_with_tensors
+from ..trust.code import is_stock
+from .experts import SCALE, attach_expert_schemes, expert_schemes, per_channel
+from .quantization_config import quantization_config, stored_schemes
+from .quantizer import packed_modules, packing_fits
+from .schemes import scheme as make_scheme
+from .state_dict import packed_state_dict
+from .storability import FP8_REMEDY, storable
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+UNPACKED = "naive-quantized"
+
+
+def require_reloadable_steps(recipe: OptimConfig, model: Any, first: int = 0) -> int:
+    """Check the steps of a recipe from number ``first`` on, up to one that changes the architecture of the model.
+
+    Returns the number of the first step that was not checked: call this again once that step has run. Raises
+    ``ModelError`` (``require_reloadable``).
+    """
+    for number, step in enumerate(recipe.steps[first:], first):
+        if recipe.reload is Reload.REMOTE_CODE:
+            break
+        if step.changes_architecture():
+            return number
+        require_reloadable(step, model, f"step {number + 1} ({step.name})")
+    return len(recipe.steps)
+
+
+def require_reloadable(step: Technique, model: Any, label: str) -> None:
+    """Raise ``ModelError`` if stock transformers could not load the compressed checkpoint of ``model`` after ``step``.
+
+    A step that does not write a compressed format passes, and so does one that finds no layers: it reports that itself.
+
+    Args:
+        step: a step of a recipe.
+        model: the model as the step finds it; it may be on the meta device.
+        label: the beginning of the message.
+    """
+    if QUANTIZED not in step.contract().adds or step.reload() is not Reload.STOCK_FORMAT or not is_stock(model):
+        return
+    bits, integer = getattr(step, "bits", 8), getattr(step, "format", "int") == "int"
+    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
+    symmetric = getattr(step, "symmetric", True)
+    scope = Scope("", model, model)
+    integer = integer and bits is not None
+    try:
+        layers, _ = storable(scope, targets, skip, integer, label, experts=True, symmetric=symmetric)
+    except ModelError as error:
+        raise ModelError(_without_fp8(str(error), scope, targets, skip)) from error
+    except ValueError as error:
+        raise ModelError(f"{label}: {error} in {type(model).__name__}") from error
+    scheme = make_scheme(
+        bits,
+        "int" if integer else "float",
+        symmetric=symmetric,
+        activations=getattr(step, "activations", None),
+        static=not getattr(step, "dynamic", True),
+        symmetric_activations=getattr(step, "symmetric_activations", True),
+    )
+    if layers and (problem := reload_problem(model, layers, scheme)):
+        raise ModelError(
+            f"{label}: stock transformers {transformers.__version__} could not load a compressed checkpoint of "
+            f"{type(model).__name__}, so it is not made: {problem}. Use `hf-optim compress --dense`, which writes the "
+            "same values as an ordinary checkpoint, or a technique that keeps floating-point weights"
+        )
+
+
+def _without_fp8(message: str, scope: Scope, targets: tuple[str, ...], skip: tuple[str, ...]) -> str:
+    """Return an error of ``storable`` without the advice to use fp8 if stock transformers could not load that either."""
+    if message.endswith(FP8_REMEDY):
+        layers, _ = storable(scope, targets, skip, integer=False)
+        if reload_problem(scope.model, layers, make_scheme(8, "float")):
+            return message.removesuffix(FP8_REMEDY) + "Use a technique that keeps floating-point weights"
+    return message
+
+
+@torch.no_grad()
+def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationScheme) -> str:
+    """Return why stock transformers could not load ``model`` with these layers stored by a scheme, or ``""``.
+
+    Args:
+        model: the model; it is not changed.
+        layers: linear layers and matrices of experts by name, as ``storable`` returns them.
+        scheme: how they are stored, with one scale for each channel.
+    """
+    skeleton: Any = copy_with_tensors(model, _on_meta)
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertLinear):
+            _claim_expert(skeleton.get_submodule(layer.experts_name), layer.parameter, scheme)
+        else:
+            _claim(skeleton.get_submodule(name), scheme)
+    packed = packed_modules(skeleton)
+    if packed and not packing_fits(skeleton, packed):
+        for module in packed.values():
+            module.quantization_scheme = module.quantization_scheme.model_copy(update={"format": UNPACKED})  # type: ignore[operator, union-attr]
+    try:
+        config = copy.deepcopy(skeleton.config)
+        config.quantization_config = quantization_config(skeleton, stored_schemes(skeleton), model).to_dict()
+        state = _saved_names(skeleton, packed_state_dict(skeleton)[0])
+        load = functools.partial(type(model).from_pretrained, None, config=config, state_dict=state, dtype=model.dtype)
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            load_placed(functools.partial(load, device_map={"": "meta"}), config, state, "its checkpoint")
+    except OptimError as error:
+        return str(error)
+    return ""
+
+
+def _saved_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the names that ``save_pretrained`` writes, without the names of tied weights."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return revert_weight_conversion(model, {name: value for name, value in state.items() if name not in tied})  # type: ignore[arg-type, return-value]
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _claim(module: nn.Module, scheme: QuantizationScheme) -> None:
+    """Put a linear layer on the meta device into the quantized state."""
+    weight: Any = module.weight
+    module.quantization_scheme = scheme.model_copy(deep=True)
+    if scheme.weights is not None:
+        scale = weight.new_empty(len(weight), 1)
+        _register(module, "weight_scale", scale)
+        if not scheme.weights.symmetric:
+            _register(module, "weight_zero_point", torch.empty_like(scale, dtype=torch.int8))
+    inputs = scheme.input_activations
+    if inputs is not None and not inputs.dynamic:
+        _register(module, "input_scale", weight.new_empty(1))
+        if not inputs.symmetric:
+            _register(module, "input_zero_point", weight.new_empty(1, dtype=torch.int8))
+
+
+def _claim_expert(module: nn.Module, parameter: str, scheme: QuantizationScheme) -> None:
+    known = expert_schemes(module)
+    if parameter in known:
+        return
+    fused = module.get_parameter(parameter)
+    rows = fused.shape[2] if getattr(module, "is_transposed", False) else fused.shape[1]
+    _register(module, parameter + SCALE, fused.new_empty(len(fused), rows, 1))
+    attach_expert_schemes(module, {**known, parameter: per_channel(scheme)})
+
+
+def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the load report and the progress bars of transformers and compressed-tensors."""
+    from loguru import logger as log
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    log.disable("compressed_tensors")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.enable("compressed_tensors")
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
