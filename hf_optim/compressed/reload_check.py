@@ -13,7 +13,7 @@ import copy
 import functools
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +27,10 @@ from ..recipes.technique import Technique
 from ..recipes.traits import QUANTIZED
 from ..runs.scope import Scope
 from ..toolkit.checkpoint.placement import load_placed
-from ..toolkit.topology.experts import ExpertLinear
+from ..toolkit.topology.experts import ExpertLinear, fused_experts
 from ..toolkit.topology.fake_model import copy_with_tensors
 from ..trust.code import is_stock
+from .codec import scheme_on
 from .experts import SCALE, attach_expert_schemes, expert_schemes, per_channel
 from .quantization_config import quantization_config, stored_schemes
 from .quantizer import packed_modules, packing_fits
@@ -39,6 +40,8 @@ from .storability import FP8_REMEDY, storable
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
+
+log = logging.getLogger(__name__)
 
 UNPACKED = "naive-quantized"
 
@@ -89,16 +92,22 @@ def require_reloadable(step: Technique, model: Any, label: str) -> None:
         static=not getattr(step, "dynamic", True),
         symmetric_activations=getattr(step, "symmetric_activations", True),
     )
-    if layers and (problem := reload_problem(model, layers, scheme)):
-        raise ModelError(
-            f"{label}: stock transformers {transformers.__version__} could not load a compressed checkpoint of "
-            f"{type(model).__name__}, so it is not made: {problem}. Use `hf-optim compress --dense`, which writes the "
-            "same values as an ordinary checkpoint, or a technique that keeps floating-point weights"
+    if not layers or not (problem := reload_problem(model, layers, scheme)):
+        return
+    if reload_problem(model, {}, scheme):
+        log.warning(
+            "%s could not be loaded by stock transformers, whatever is saved of it: %s", type(model).__name__, problem
         )
+        return
+    raise ModelError(
+        f"{label}: stock transformers {transformers.__version__} could not load a compressed checkpoint of "
+        f"{type(model).__name__}, so it is not made: {problem}. Use `hf-optim compress --dense`, which writes the "
+        "same values as an ordinary checkpoint, or a technique that keeps floating-point weights"
+    )
 
 
 def _without_fp8(message: str, scope: Scope, targets: tuple[str, ...], skip: tuple[str, ...]) -> str:
-    """Return an error of ``storable`` without the advice to use fp8 if stock transformers could not load that either."""
+    """Return an error of ``storable``, without the advice to use fp8 if stock transformers could not load that."""
     if message.endswith(FP8_REMEDY):
         layers, _ = storable(scope, targets, skip, integer=False)
         if reload_problem(scope.model, layers, make_scheme(8, "float")):
@@ -112,9 +121,27 @@ def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationSc
 
     Args:
         model: the model; it is not changed.
-        layers: linear layers and matrices of experts by name, as ``storable`` returns them.
+        layers: linear layers and matrices of experts by name, as ``storable`` returns them; none for an ordinary
+            checkpoint.
         scheme: how they are stored, with one scale for each channel.
     """
+    try:
+        config, state = _claimed(model, layers, scheme)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        log.debug("%s cannot be copied without its weights: %s", type(model).__name__, error)
+        return ""
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            load_placed(
+                functools.partial(_load, type(model), config, state, model.dtype), config, state, "its checkpoint"
+            )
+    except OptimError as error:
+        return str(error)
+    return ""
+
+
+def _claimed(model: Any, layers: Mapping[str, Any], scheme: QuantizationScheme) -> tuple[Any, dict[str, Tensor]]:
+    """Return the configuration and the state dict, without values, that would be saved."""
     skeleton: Any = copy_with_tensors(model, _on_meta)
     for name, layer in layers.items():
         if isinstance(layer, ExpertLinear):
@@ -124,17 +151,34 @@ def reload_problem(model: Any, layers: Mapping[str, Any], scheme: QuantizationSc
     packed = packed_modules(skeleton)
     if packed and not packing_fits(skeleton, packed):
         for module in packed.values():
-            module.quantization_scheme = module.quantization_scheme.model_copy(update={"format": UNPACKED})  # type: ignore[operator, union-attr]
-    try:
-        config = copy.deepcopy(skeleton.config)
-        config.quantization_config = quantization_config(skeleton, stored_schemes(skeleton), model).to_dict()
-        state = _saved_names(skeleton, packed_state_dict(skeleton)[0])
-        load = functools.partial(type(model).from_pretrained, None, config=config, state_dict=state, dtype=model.dtype)
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            load_placed(functools.partial(load, device_map={"": "meta"}), config, state, "its checkpoint")
-    except OptimError as error:
-        return str(error)
-    return ""
+            scheme_on(module).format = UNPACKED
+    config = copy.deepcopy(skeleton.config)
+    if schemes := stored_schemes(skeleton):
+        config.quantization_config = quantization_config(skeleton, schemes, model).to_dict()
+    return config, _saved_names(skeleton, packed_state_dict(skeleton)[0])
+
+
+def _load(
+    cls: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load a state dict on the meta device with stock transformers; return the model and transformers' loading info."""
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, device_map={"": "meta"}, **kwargs
+    )
+    # Without the values of weight_shape, the width of a packed weight is only known up to the codes of one word.
+    stacks = {f"{name}.{key}" for name, m in fused_experts(model).items() for key in m._parameters}
+    info["mismatched_keys"] = {
+        (name, stored, built)
+        for name, stored, built in info["mismatched_keys"]
+        if not (name in stacks and _padded(stored, built))
+    }
+    return model, info
+
+
+def _padded(stored: Sequence[int], built: Sequence[int]) -> bool:
+    """Return True if one size differs, by fewer values than a word of codes holds."""
+    more = [a - b for a, b in zip(stored, built, strict=False) if a != b]
+    return len(stored) == len(built) and len(more) == 1 and 0 < more[0] < 32
 
 
 def _saved_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from ...trust.bounds import first_line
 from .. import compat
 from .key_names import model_names
 from .odd_tensors import odd_tensors
-from .safetensors import DTYPE_NAMES, FLOAT_DTYPES, SafetensorsHeaders, TensorInfo
+from .safetensors import DTYPE_NAMES, FLOAT_DTYPES, TORCH_DTYPES, SafetensorsHeaders, TensorInfo
 from .stock_errors import PASSED, stock_error
 from .stored_codes import CHECKED_METHODS, CODE_NAMES, require_known_format, require_whole_codes
 
@@ -186,6 +186,9 @@ def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: s
         with torch.device("meta"):
             state = type(model)(_plain_config(model)).state_dict()
     wrong = [key for key, name in codes.items() if name in state and state[name].is_floating_point()]
+    if unknown := [key for key in wrong if entries[key].type not in TORCH_DTYPES]:
+        file = f"{entries[unknown[0]].file.name}: " if entries[unknown[0]].file else ""
+        raise CheckpointError(f"{file}{unknown[0]} has the type {entries[unknown[0]].type}, which hf_optim cannot read")
     if wrong:
         raise CheckpointError(
             f"{where}: {wrong[0]} is stored as {entries[wrong[0]].type}{_and_more(len(wrong))}, and its parameter is "
@@ -208,12 +211,14 @@ def _has_scale(key: str, entries: Mapping[str, TensorInfo]) -> bool:
 def _new_heads(model: Any, missing: Collection[str], heads: NewHeads) -> set[str]:
     """Return the missing tensors that belong to heads (or poolers) that ``heads`` allows to be new.
 
-    A head is new if the checkpoint has none of its tensors, and if the model has another class than its configuration
-    names: that class has saved its own head.
+    A head is new if the checkpoint has none of its tensors. Without a training, the model must also have another class
+    than its configuration names, since that class has saved its own head.
     """
     if heads is NewHeads.NONE:
         return set()
-    own_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    own_class = heads is NewHeads.CLASSIFIERS and type(model).__name__ in (
+        getattr(model.config, "architectures", None) or ()
+    )
     parts: dict[str, set[str]] = {}
     for name in (name for name, _ in model.named_parameters(remove_duplicate=False)):
         parts.setdefault(_head_of(model, name), set()).add(name)
