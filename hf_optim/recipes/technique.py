@@ -106,6 +106,17 @@ class Technique:
         """Return a step for the conformance suite. Override it if the defaults do nothing or are slow."""
         return cls()
 
+    def recompute(self, case: Any) -> dict[str, Any]:
+        """Return every number that this step reports (``Run.report``), computed anew for the conformance suite.
+
+        From the checkpoint, the model before it and forwards with hooks, never from what was reported. A number on the
+        record that this does not return fails the suite.
+
+        Args:
+            case: a finished run on a small model (``hf_optim.testing.recompute.Case``).
+        """
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"technique": name, field: value, ...}`` with the fields that differ from their defaults."""
         changed, hints = {}, typing.get_type_hints(type(self))

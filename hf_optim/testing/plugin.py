@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SUITE = Path(__file__).with_name("conformance.py")
+SUITE = tuple(Path(__file__).with_name(name) for name in ("conformance.py", "conformance_records.py"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,11 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
     named = [
         str(a) for a in config.invocation_params.args if (config.invocation_params.dir / str(a).split("::")[0]).exists()
     ]
-    config.args[:] = [*(config.args if named else []), str(SUITE)]
+    config.args[:] = [*(config.args if named else []), *map(str, SUITE)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if Path(metafunc.definition.path) == SUITE and "cls" in metafunc.fixturenames:
+    if Path(metafunc.definition.path) in SUITE and "cls" in metafunc.fixturenames:
         from ..recipes.catalogue import catalogue
 
         requested = metafunc.config.getoption("--hf-optim")

@@ -6,6 +6,7 @@ import pytest
 
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.testing.conformance import *  # noqa: F403
+from hf_optim.testing.conformance_records import *  # noqa: F403
 
 del stock  # noqa: F821 - conftest has one for all test files
 

@@ -164,6 +164,20 @@ class Local(Technique):
         model.set_attn_implementation(chosen)
         return model
 
+    def recompute(self, case: Any) -> dict[str, Any]:
+        window = case.config.get("sliding_window") or case.config["attention_window"]
+        length, causal = case.config["max_position_embeddings"], "CausalLM" in case.config["architectures"][0]
+        place = torch.arange(length)
+        allowed = place[:, None] >= place if causal else torch.ones(length, length, dtype=torch.bool)
+        near = allowed & ((place[:, None] - place).abs() < window)
+        return {
+            "window": window,
+            "layers": case.config["num_hidden_layers"],
+            "context": length,
+            "share_of_attention": int(near.sum()) / int(allowed.sum()),
+            "model_class": case.config["architectures"][0],
+        }
+
     def _kernel(self, config: PretrainedConfig) -> str:
         return self.implementation if self.implementation != "auto" else kernel_of(config)
 

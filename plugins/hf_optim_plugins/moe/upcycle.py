@@ -163,6 +163,20 @@ class Upcycle(Technique):
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [BalanceExperts()] if self.aux_loss else []
 
+    def recompute(self, case: Any) -> dict[str, Any]:
+        config = case.after.config
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        stacks = [p.numel() for name, p in case.after.named_parameters() if ".experts." in name]
+        old, new = (sum(p.numel() for p in model.parameters()) for model in (case.before, case.after))
+        return {
+            "experts": experts,
+            "top_k": config.num_experts_per_tok,
+            "layers": sum(name.endswith(f".{ROUTER}") for name, _ in case.after.named_parameters()),
+            "parameters_before": old,
+            "parameters_after": new,
+            "active_parameters": new - sum(stacks) + sum(stacks) * config.num_experts_per_tok // experts,
+        }
+
     def _fill_experts(self, model: PreTrainedModel, spare: dict[str, nn.Parameter], label: str) -> list[str]:
         """Fill the experts and the router of every mixture; return the names of the layers that became one."""
         generator = torch.Generator().manual_seed(self.seed)

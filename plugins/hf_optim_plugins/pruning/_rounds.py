@@ -7,12 +7,14 @@ share of the remaining weights, and the last one ends exactly at ``s``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from hf_optim import RecipeError, Rounds, RoundTraining, Technique, hookimpl
 from hf_optim.toolkit.pruning import masks, sparsity
+
+from . import _recompute
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -65,6 +67,9 @@ class InRounds(Technique):
                 f"{reached[-1] if reached else 0.0:.4f} instead of {self.sparsity:g}: training was too short or "
                 "stopped early",
             )
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.rounds(case, self)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -33,6 +33,7 @@ from hf_optim.toolkit.pruning import (
 )
 from hf_optim.toolkit.topology import find_prunable_groups
 
+from . import _recompute
 from ._learned_noise import CONTRACT, LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
@@ -161,6 +162,9 @@ class L0(LearnedNoise):
 
     def outcome(self, run: Run) -> dict[str, Any]:
         return {"closed": run.state(self).closed}
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return {"closed": _recompute.closed_gates(case, self.on), **case.zeros()}
 
     def description(self) -> str:
         price = f"λ = {self.weight:g}" if self.sparsity is None else f"a target sparsity of {100 * self.sparsity:g} %"

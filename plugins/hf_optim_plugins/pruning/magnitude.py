@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_optim import Contract, Paper, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit.distributed import FullWeights
@@ -68,6 +68,9 @@ class Magnitude(Technique):
         names, _ = run.covered(self) or (set(), {})
         masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names])
         run.report(self, **sparsity.metrics(run.model, names))
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return case.zeros()
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -50,6 +50,7 @@ from hf_optim.toolkit.topology import (
     find_prunable_groups,
 )
 
+from . import _recompute
 from ._unit_removal import largest, outputs_without, require_equal, slicing
 
 if TYPE_CHECKING:
@@ -331,6 +332,9 @@ class Structured(Technique):
             removed_layers=sorted(removed_blocks),
             ranked_by=ranked_by,
         )
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.structured(case)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

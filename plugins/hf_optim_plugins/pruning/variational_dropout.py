@@ -151,6 +151,10 @@ class VariationalDropout(LearnedNoise):
     def outcome(self, run: Run) -> dict[str, Any]:
         return {"above_threshold": run.state(self).above_threshold}
 
+    def recompute(self, case: Any) -> dict[str, Any]:
+        # With the threshold as the rule, the weights above it are those that were removed.
+        return {"above_threshold": case.zeros()["sparsity"], **case.zeros()}
+
     def description(self) -> str:
         rule = f"log α > {self.threshold:g}" if self.sparsity is None else "the largest α"
         return (

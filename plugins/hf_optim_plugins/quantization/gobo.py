@@ -32,7 +32,7 @@ from hf_optim.toolkit.pruning import masks, require_finite
 from hf_optim.toolkit.quantization import codebooks
 from hf_optim.toolkit.topology import parameter_names, weight_out_in
 
-from . import _gobo_modules
+from . import _gobo_modules, _recompute
 from ._weights import QUANTIZES
 
 if TYPE_CHECKING:
@@ -219,6 +219,9 @@ class GOBO(Technique):
         coded = classes.coded_like(module, len(centroids).bit_length() - 1, int(count.sum()), int(count.max()))
         coded.fill(weight, codes, centroids, outlying)
         return coded.train(module.training)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.gobo(case)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

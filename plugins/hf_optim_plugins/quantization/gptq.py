@@ -30,7 +30,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from hf_optim.toolkit.quantization import Grid, inverse_cholesky, make_grid, out
 from hf_optim.toolkit.statistics import GramMatrix, SecondMoment, TokenSample, augment_undersampled
 from hf_optim.toolkit.topology import group_by_block, not_reached
 
+from . import _recompute
 from ._weights import (
     QUANTIZES,
     add_worst_layers,
@@ -196,6 +197,9 @@ class GPTQ(Technique):
     def finalize_model(self, run: Run) -> None:
         compressed.attach_quantizer(run.model)
         report_bits(self, run)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return {"layers_by_bits": _recompute.layers_by_bits(case), **_recompute.output_errors(case)}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -50,6 +50,7 @@ from hf_optim.toolkit.quantization import (
     make_grid,
 )
 
+from . import _recompute
 from ._weights import select_layers, weight_spec
 
 if TYPE_CHECKING:
@@ -230,6 +231,11 @@ class LKD(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         compressed.attach_quantizer(run.model)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        before = _recompute.block_losses(case, _recompute.rounded(case, self.bits, self.group_size))
+        after = _recompute.block_losses(case, case.after)
+        return {"losses": {name: [before[name], after[name]] for name in after}}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

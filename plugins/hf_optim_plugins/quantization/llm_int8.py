@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -82,6 +82,10 @@ class LLMInt8(Technique):
         compressed.set_outlier_threshold(run.model, sorted(names), self.threshold)
         compressed.attach_quantizer(run.model)
         run.report(self, threshold=self.threshold, layers=len(names))
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        (entry,) = case.config["hf_optim"]["outliers"]
+        return {"threshold": entry["threshold"], "layers": len(case.bits())}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -56,6 +56,7 @@ from hf_optim.toolkit.quantization import (
 from hf_optim.toolkit.statistics import TensorMinMax
 from hf_optim.toolkit.topology import find_residual_stream, not_reached
 
+from . import _recompute
 from ._activation_code import Grids, code_of, install, select_unshared
 from ._weights import QUANTIZES
 
@@ -196,6 +197,9 @@ class MixedPrecision(Technique):
         if self.sites == "linears":
             compressed.attach_quantizer(run.model)
 
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.mixed_precision(case, self.sites)
+
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
         metrics = run.reported(self)
@@ -211,7 +215,7 @@ class MixedPrecision(Technique):
         )
         rows = [
             [", ".join(metrics["read_by"][name]), f"{shift:.2e}", 16 if name in wide else 8]
-            for name, shift in metrics["ranking"].items()
+            for name, shift in sorted(metrics["ranking"].items(), key=lambda item: -item[1])
         ]
         card.table("Sensitivity of each activation tensor to 8 bits", ["read by", "divergence", "bits"], rows)
 

@@ -32,7 +32,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ from hf_optim.toolkit.quantization import Grid, make_grid, output_error, quantiz
 from hf_optim.toolkit.statistics import GramMatrix, SecondMoment
 from hf_optim.toolkit.topology import group_by_block, not_reached
 
+from . import _recompute
 from ._weights import QUANTIZES, add_worst_layers, report_errors, select_layers, weight_spec
 
 if TYPE_CHECKING:
@@ -156,6 +157,9 @@ class OBQ(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         compressed.attach_quantizer(run.model)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.output_errors(case)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import ChannelMinMax, even_groups, group_qparams, optimal_groups
 from hf_optim.toolkit.topology import LinearPair, ResidualStream, find_residual_stream, not_reached, permute_residual_
 
+from . import _recompute
 from ._activation_code import Grids, code_of, install, select_unshared
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
@@ -151,6 +152,9 @@ class PEG(Technique):
         group[order] = along
         module = wiring.model.get_submodule(name)
         return Grids(*group_qparams(low, high, group, module.get_parameter("weight").dtype), group)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.peg(case)
 
 
 class Arrangement(NamedTuple):

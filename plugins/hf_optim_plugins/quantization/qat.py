@@ -42,6 +42,7 @@ from hf_optim.toolkit.quantization import (
 )
 from hf_optim.toolkit.topology import summarize
 
+from . import _recompute
 from ._weights import QUANTIZES, bits_phrase, keep_bits, report_bits, weight_spec
 
 if TYPE_CHECKING:
@@ -221,6 +222,10 @@ class QAT(Technique):
         run.report(self, layers=trained)
         if self.bits is not None:
             report_bits(self, run)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        bits = {"layers_by_bits": _recompute.layers_by_bits(case)} if self.bits is not None else {}
+        return {"layers": len(compressed.quantized_modules(case.stored)), **bits}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

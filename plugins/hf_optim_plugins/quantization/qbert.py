@@ -78,6 +78,7 @@ from hf_optim.toolkit.statistics import (
 )
 from hf_optim.toolkit.topology import group_by_block
 
+from . import _recompute
 from ._weights import QUANTIZES, select_layers, weight_spec
 
 if TYPE_CHECKING:
@@ -279,6 +280,9 @@ class QBERT(Technique):
     def finalize_model(self, run: Run) -> None:
         if not self.assign_only:
             compressed.attach_quantizer(run.model)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.qbert(case, self)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

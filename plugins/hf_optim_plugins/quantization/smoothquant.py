@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.permutation import folding, scale_bounds
 from hf_optim.toolkit.statistics import ChannelAbsMax
 from hf_optim.toolkit.topology import LinearPair, NormGroup, weight_out_in
+
+from . import _recompute
 
 SHARED = "the norm that feeds it also feeds something that is not a linear layer (a residual sum, a router, experts)"
 APART = "it shares its norm with layers that are not selected or lie in another block"
@@ -95,6 +98,9 @@ class SmoothQuant(Technique):
             peak_over_median_before=max(before, reported.get("peak_over_median_before", before)),
             peak_over_median_after=max(after, reported.get("peak_over_median_after", after)),
         )
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.smoothquant(case, self)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from torch import nn
 from hf_optim import Contract, Paper, RecipeError, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid
 
+from . import _recompute
 from ._weights import QUANTIZES, keep_bits, report_bits, select_layers, weight_spec
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ class ZeroQuant(Technique):
     def finalize_model(self, run: Run) -> None:
         compressed.attach_quantizer(run.model)
         report_bits(self, run)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return {"layers_by_bits": _recompute.layers_by_bits(case)}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

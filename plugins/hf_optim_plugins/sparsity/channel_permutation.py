@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ from hf_optim.toolkit.permutation import SITE_KINDS, Site, find_sites, kept_sum,
 from hf_optim.toolkit.pruning import masks
 from hf_optim.toolkit.statistics import HessianDiagonal
 from hf_optim.toolkit.topology import weight_out_in
+
+from . import _recompute
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -137,6 +139,9 @@ class ChannelPermutation(Technique):
             return find_sites(run.model, self.where)
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"{run.label(self)}: the wiring of the model cannot be traced: {error}") from error
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return _recompute.channel_permutation(case, self)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,9 @@ class NM(Technique):
         names, _ = run.covered(self) or (set(), {})
         masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names])
         run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, names))
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return {"pattern": case.pattern(self.keep, self.group), **case.zeros()}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -137,6 +137,9 @@ class SRSTE(MaskedTraining):
             nm_groups.record_pattern(run.nm_patterns, f"{name}.weight", self.keep, self.group)
         run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, layers))
 
+    def recompute(self, case: Any) -> dict[str, Any]:
+        return {"pattern": case.pattern(self.keep, self.group), **case.zeros()}
+
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
         metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
