@@ -342,7 +342,8 @@ class Structured(Technique):
         if not metrics:
             return
         before, after = metrics["parameters_before"], metrics["parameters_after"]
-        by = ", ".join(f"{kind} by {score}" for kind, score in metrics["ranked_by"].items())
+        ranked, widths = metrics["ranked_by"], metrics["widths"]
+        by = ", ".join(f"{kind} by {ranked[kind]}" for kind in (HEADS, NEURONS, LAYERS) if kind in ranked)
         removed = f" Removed layers: {', '.join(metrics['removed_layers'])}." if metrics["removed_layers"] else ""
         card.paragraph(
             "Structured pruning",
@@ -352,7 +353,7 @@ class Structured(Technique):
             f"{removed}",
         )
         rows = [["parameters", f"{before:,}", f"{after:,}"]]
-        rows += [[f"{kind} in a layer", str(a), str(b)] for kind, pairs in metrics["widths"].items() for a, b in pairs]
+        rows += [[f"{kind} in a layer", str(a), str(b)] for kind in (HEADS, NEURONS) for a, b in widths.get(kind, ())]
         rows += [[f"layers of `{name}`", str(a), str(b)] for name, (a, b) in metrics["layers"].items()]
         card.table("What structured pruning removed", ["", "before", "after"], rows)
 

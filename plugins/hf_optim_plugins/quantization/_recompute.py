@@ -280,11 +280,11 @@ def qbert(case: Any, step: Any) -> dict[str, Any]:
             layers[name] = {"mean": mean, "std": std, "omega": abs(mean) + std, "bits": bits[name]}
     shapes = {name: case.weight(case.before, name).shape for name in case.names}
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    allowed = {name: rows * (_words(columns, step.budget) + 4) for name, (rows, columns) in shapes.items()}
+    allowed = {name: int(rows * (_words(columns, step.budget) + 4)) for name, (rows, columns) in shapes.items()}
     return {
         "layers": layers,
         "bytes": sum(map(case.bytes_of, case.names)),
-        "bytes_allowed": int(sum(allowed.values())),
+        "bytes_allowed": sum(allowed.values()),
         "mean_bits": sum(sizes[name] * bits[name] for name in case.names) / sum(sizes.values()),
     }
 
