@@ -172,13 +172,13 @@ def _with_real_paths(value: Any, key: str = "") -> Any:
 
 def hash_config(config: Any) -> str:
     """Return the SHA-256 of a configuration without its ``VOLATILE_CONFIG_KEYS``, at any depth."""
+    return work_files.digest_json(_without_volatile(config.to_dict()))
 
-    def stable(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: stable(inner) for key, inner in value.items() if key not in VOLATILE_CONFIG_KEYS}
-        return value
 
-    return work_files.digest_json(stable(config.to_dict()))
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_volatile(inner) for key, inner in value.items() if key not in VOLATILE_CONFIG_KEYS}
+    return value
 
 
 def hash_model(run: Run) -> str:

@@ -98,7 +98,7 @@ def _probe(real: Path) -> None:
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None)
         remedy = f"; write to a directory inside it ({real}/NAME)" if number in (errno.EXDEV, errno.EBUSY) else ""
-        reason = os.strerror(number) if number is not None else error
+        reason = os.strerror(number) if number is not None else str(error)
         raise CheckpointError(f"cannot write to {real}: {reason} ({real.parent}){remedy}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

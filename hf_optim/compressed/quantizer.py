@@ -49,6 +49,9 @@ def quantizer_class() -> type:
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
 
+        def __reduce__(self) -> Any:
+            return _empty_quantizer, (), self.__dict__  # a pickle cannot name this class
+
         def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, torch.Tensor] | None, dict]:
             if getattr(model, "_hf_peft_config_loaded", False):
                 return None, {}  # save_pretrained then saves the adapter only
@@ -75,6 +78,10 @@ def quantizer_class() -> type:
                 model.config.__dict__.pop("quantization_config", None)
 
     return StoredQuantizer
+
+
+def _empty_quantizer() -> Any:
+    return object.__new__(quantizer_class())
 
 
 def apply_packing_fallback(model: Any) -> None:

@@ -163,7 +163,7 @@ class Measuring:
     def __init__(self, job: Job, run: Run) -> None:
         self.job = job
         self.run = run
-        self.error: OptimError | None = None
+        self.failed: tuple[type[OptimError], str] | None = None
 
     def __call__(self, directory: Path) -> dict[str, Any]:
         """Return the metrics of the checkpoint in ``directory``; empty if there is nothing to measure on."""
@@ -173,14 +173,15 @@ class Measuring:
             trusted = is_written_by_run(directory, written_code(self.run.model))
             return evaluate_checkpoint(self.job, str(directory), "result", trust=trusted)
         except (OptimError, OSError) as error:
-            self.error = error if isinstance(error, OptimError) else OptimError(str(error))
+            self.failed = (type(error) if isinstance(error, OptimError) else OptimError), str(error)
             return {}
 
     def report(self) -> None:
         """Report the written checkpoint. Raises ``OptimError`` if it could not be measured."""
         self.job.print_line(f"wrote {self.job.output}")
-        if self.error is not None:
-            raise self.error
+        if self.failed is not None:
+            kind, text = self.failed
+            raise kind(text)
 
 
 def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:

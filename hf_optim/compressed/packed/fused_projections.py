@@ -184,13 +184,13 @@ def trace_packed(model: nn.Module) -> Trace | None:
 
 def _trace_with_layout(model: nn.Module) -> tuple[Trace, bool] | None:
     """Trace a model. Also return True if the outputs of its layers must be contiguous. None if it cannot be traced."""
-    error: Exception | None = None
+    error = ""
     for contiguous in (False, True):
         try:
             with _traceable(model, contiguous):
                 return trace(model), contiguous
         except Exception as reason:
-            error = reason
+            error = f"{type(reason).__name__}: {reason}"  # not the exception: it refers to this frame
     log.debug("no layers are fused, since %s cannot be traced: %s", type(model).__name__, error)
     return None
 

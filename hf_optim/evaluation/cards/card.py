@@ -13,6 +13,7 @@ from ...trust.documents import read_json
 from ...trust.text import file_stem, link_target, one_line, paragraphs, plain, sentence
 from ..reported import common_quality_metric, recipe_label, short_id
 from . import sections
+from .detached import run_detached
 from .front_matter import front_matter
 from .sections import markdown_table
 
@@ -116,7 +117,7 @@ class Card:
         if home is None:
             raise ValueError("this card has no directory: pass one to write()")
         path = home / CARD
-        write_page(path, self.render(self._draw_plots(home)))
+        write_page(path, self.render(run_detached(self._draw_plots, home)))
         return path
 
     def model_class(self) -> str:

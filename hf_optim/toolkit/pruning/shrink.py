@@ -193,16 +193,15 @@ def _find_shallow_config(
     changes = list(_list_changes(deep.config, lists))
     named = [change for change in changes if "layer" in change[0][-1]]
     others = [change for change in changes if change not in named][:MAX_FIELDS]
-    first: ModelError | None = None
+    first = ""
     for more in (subset for count in range(len(others) + 1) for subset in combinations(others, count)):
         try:
             config = _find_config(model, deep.config, target, sizes, always=[*named, *more])
             _require_same_behaviour(deep, _meta_model(model, config), kept_blocks)
             return config
         except ModelError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            first = first or str(error)  # not the exception: it refers to this frame
+    raise ModelError(first)
 
 
 def _candidates(

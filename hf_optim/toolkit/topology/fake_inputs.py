@@ -37,7 +37,8 @@ class NoInputsError(ModelError):
 
 def set_example(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Keep the first row of a batch as the inputs that a model is traced on if dummy inputs do not fit it."""
-    _examples[model] = {key: value[:1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    # Copies: a view would keep the whole batch for as long as the model lives.
+    _examples[model] = {key: value[:1].clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def has_example(model: nn.Module) -> bool:
