@@ -119,7 +119,7 @@ def _open_local(path: Path) -> Iterable[dict[str, Any]]:
     try:
         return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
     except Exception as error:
-        raise DataError(f"{path.name}: cannot be read: {first_line(error.__cause__ or error, typed=True)}") from error
+        raise DataError(f"{path.name}: cannot be read: {_reason(error)}") from error
 
 
 def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
@@ -136,9 +136,7 @@ def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
         hint = (
             " (offline: HF_HUB_OFFLINE is set, so only cached datasets and local files can be read)" if offline else ""
         )
-        raise DataError(
-            f"cannot load the dataset {name!r}, split {config.split!r}: {first_line(error.__cause__ or error, typed=True)}{hint}"
-        ) from error
+        raise DataError(f"cannot load the dataset {name!r}, split {config.split!r}: {_reason(error)}{hint}") from error
 
 
 def _with_data_errors(source: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
@@ -151,11 +149,14 @@ def _with_data_errors(source: Iterable[dict[str, Any]], name: str) -> Iterator[d
         except StopIteration:
             return
         except Exception as error:
-            raise DataError(
-                f"{name}: cannot be read after row {number}: {first_line(error.__cause__ or error, typed=True)}"
-            ) from error
+            raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from error
         number += 1
         yield example
+
+
+def _reason(error: BaseException) -> str:
+    # The readers of datasets wrap the error that says what is wrong.
+    return first_line(error.__cause__ or error, typed=True)
 
 
 def string_columns(example: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ...errors import OptimError
-from ...trust.bounds import first_line
+from ...recipes.field_checks import LARGEST, admits
+from ...trust.bounds import shown
 from ...trust.documents import read_mapping
 
 ModelResult = TypeVar("ModelResult", "DecodeResult", "PrefillResult")
@@ -154,17 +155,14 @@ class Results:
     def from_json(cls, data: Mapping[str, Any]) -> Results:
         """Read the result of ``to_json``. Raises ``OptimError`` for another schema or missing parts."""
         if data.get("schema") != SCHEMA:
-            raise OptimError(f"benchmark results of schema {data.get('schema')!r}; this version reads {SCHEMA}")
-        try:
-            # Results written before prefill was timed have none.
-            data = {"prefill": [], **data}
-            parts = {f.name: data[f.name] for f in fields(cls)}
-            parts["rows"] = [OpResult(**row) for row in parts["rows"]]
-            parts["decode"] = [DecodeResult(**row) for row in parts["decode"]]
-            parts["prefill"] = [PrefillResult(**row) for row in parts["prefill"]]
-        except (KeyError, TypeError) as error:
-            raise OptimError(f"these are not benchmark results: {first_line(error)}") from error
-        return cls(**parts)
+            raise OptimError(f"benchmark results of schema {shown(data.get('schema'))}; this version reads {SCHEMA}")
+        parts = {key: value for key, value in data.items() if key != "schema"}
+        for key, kind in (("rows", OpResult), ("decode", DecodeResult), ("prefill", PrefillResult)):
+            listed = parts.get(key, [])
+            if not isinstance(listed, list):
+                raise OptimError(f"these are not benchmark results: {key} is {shown(listed)}, not a list")
+            parts[key] = [_parsed(kind, row, f"{key}[{number}]") for number, row in enumerate(listed)]
+        return _parsed(cls, parts, "the file")
 
     def merged_after(self, earlier: Results) -> Results:
         """Return the rows of ``earlier`` that were not measured again, followed by these; the rest is from these.
@@ -197,6 +195,32 @@ class Results:
         if not os.path.lexists(directory / FILE):
             raise OptimError(f"{directory} has no {FILE}")
         return cls.from_json(read_mapping(directory / FILE, error=OptimError))
+
+
+def _parsed(cls: Any, data: Any, what: str) -> Any:
+    """Build a dataclass from a mapping of a file. Raises ``OptimError`` for a value that its annotation does not admit."""
+    if not isinstance(data, dict):
+        raise OptimError(f"these are not benchmark results: {what} is {shown(data)}, not a mapping")
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if f.name not in data and f.default is MISSING and f.default_factory is MISSING:
+            raise OptimError(f"these are not benchmark results: {what} has no {f.name}")
+    for key, value in data.items():
+        if key not in hints or not _fits(hints[key], value):
+            raise OptimError(f"these are not benchmark results: {shown(key)} of {what} is {shown(value)}")
+    return cls(**data)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Return True if a JSON value has the annotated type, the keys and values of mappings and lists included."""
+    kinds = get_args(hint)
+    if isinstance(value, dict) and get_origin(hint) is dict:
+        return all(_fits(kinds[0], key) and _fits(kinds[1], inner) for key, inner in value.items())
+    if isinstance(value, list) and get_origin(hint) is list:
+        return all(_fits(kinds[0], inner) for inner in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) < LARGEST:
+        return False
+    return admits(hint, value) or (type(value) is int and admits(hint, float(value)))
 
 
 def _merge(earlier: list[ModelResult], now: list[ModelResult]) -> list[ModelResult]:

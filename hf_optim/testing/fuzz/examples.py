@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ...calibration.block_journal import BlockJournal
 from ...data.calibration_set import CalibrationData
 from ...lifecycle.loading import optimize
 from ...recipes.config import OptimConfig, shipped_recipes
 from ..models import tiny_bert, tiny_llama
+from ..stock import StockTransformers
+from .example_files import bench_results, data_files
 
+IDS = torch.arange(20).reshape(2, 10) % 60
 WORDS = [
     "the",
     "a",
@@ -35,9 +39,6 @@ WORDS = [
     "slept",
     "all",
     "day",
-    "long",
-    "in",
-    "sun",
 ]
 GPTQ = {
     "quant_method": "gptq",
@@ -56,6 +57,12 @@ STEPS: tuple[Any, ...] = (
     [{"technique": "gptq", "bits": 4, "group_size": 16}],
     [{"technique": "structured"}],
 )
+TRAINING: Mapping[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no"}
+TRAINING_STEPS: tuple[Any, ...] = (
+    [{"technique": "gmp", "sparsity": 0.5}],
+    [{"technique": "sr_ste"}],
+    [{"technique": "top_kast", "density": 0.5}],
+)
 
 
 class Examples:
@@ -67,7 +74,24 @@ class Examples:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self._child = contextlib.ExitStack()
         self.batches = [{"input_ids": torch.arange(24).reshape(2, 12) % 60} for _ in range(2)]
+
+    def close(self) -> None:
+        """End the child process of ``stock_error``."""
+        self._child.close()
+
+    @cached_property
+    def _stock(self) -> StockTransformers:
+        return self._child.enter_context(StockTransformers())
+
+    def stock_error(self, home: Path, class_name: str) -> str:
+        """Return the error of a process that cannot import hf_optim for a checkpoint; empty if it loads and runs."""
+        try:
+            self._stock.logits(home, class_name, {"input_ids": IDS})
+            return ""
+        except OSError as error:
+            return str(error)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -161,17 +185,24 @@ class Examples:
         return json.dumps(data).encode()
 
     @cached_property
-    def journal(self) -> Path:
-        """The journal of a finished calibration."""
-        home = self.home / "journal"
-        self.resume(home, False)
-        return home
+    def bench_results(self) -> bytes:
+        """The results of a benchmark, with a row of each kind."""
+        return json.dumps(bench_results()).encode()
 
-    def resume(self, journal: Path, resume: bool) -> Any:
-        """Calibrate the decoder with a journal, and return it."""
-        data = CalibrationData(self.batches, {"dataset": "x"})
-        kept = BlockJournal(journal, resume=resume)
-        return optimize(tiny_llama(), {"steps": STEPS[4], "driver": "blockwise"}, data, journal=kept)
+    @cached_property
+    def texts(self) -> Path:
+        """A data file of texts."""
+        path = self.home / "texts.jsonl"
+        path.write_text("\n".join(json.dumps({"text": " ".join(WORDS)}) for _ in range(8)))
+        return path
+
+    @cached_property
+    def with_tokenizer(self) -> Path:
+        """A dense checkpoint of a decoder, with its tokenizer."""
+        home = self.home / "with_tokenizer"
+        shutil.copytree(self.dense, home)
+        self.tokenizer.save_pretrained(home)
+        return home
 
     @cached_property
     def classifier(self) -> Any:
@@ -180,29 +211,5 @@ class Examples:
 
     @cached_property
     def data(self) -> dict[str, bytes]:
-        """Data files, by suffix: texts with labels."""
-        import pyarrow
-        import pyarrow.parquet
-
-        rows = [{"text": " ".join(WORDS[i % 9 :] * 2), "label": i % 2, "score": i / 8} for i in range(8)]
-        texts = [row["text"] for row in rows]
-        sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-        ids = [
-            {"input_ids": [5 + i, 6, 7, 8], "attention_mask": [1, 1, 1, 1], "labels": [1, 2, 3, 4]} for i in range(4)
-        ]
-
-        def table(mark: str) -> bytes:
-            lines = [mark.join(rows[0]), *(mark.join(map(str, row.values())) for row in rows)]
-            return "\n".join(lines).encode()
-
-        return {
-            ".jsonl": "\n".join(map(json.dumps, rows)).encode(),
-            ".ids.jsonl": "\n".join(map(json.dumps, ids)).encode(),
-            ".json": json.dumps(rows).encode(),
-            ".csv": table(","),
-            ".tsv": table("\t"),
-            ".txt": "\n\n".join(texts).encode(),
-            ".parquet": sink.getvalue().to_pybytes(),
-            ".npy": b"\x93NUMPY",
-        }
+        """Data files, by suffix: texts with labels, token ids, nested columns, images and answers."""
+        return data_files(WORDS)

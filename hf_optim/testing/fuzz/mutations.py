@@ -8,29 +8,16 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+# fmt: off
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e30, 1e-30, "", " ", "0", "x", "auto", "x" * 5000,
-    "../../../x", "/etc/passwd", "a/b", "\x00", "\u202e", "<script>", "$x^{", "`", "org/name", "[]", [], {}, [[]], [{}], {"": None},
-    [None], [0] * 50, {"a": {"b": {"c": {}}}}, ["a", 1, None], "re:(", "re:(.*)*x", "*", "Linear", "float32", "int8", "nan",
-)  # fmt: skip
-NUMBERS = (lambda n: -n, lambda n: n + 1, lambda n: n - 1, lambda n: n * 2, lambda n: n * 1000003, lambda n: n / 2)
-WORDS = (
-    b"\xff",
-    b"\x00",
-    b"\xef\xbb\xbf",
-    b"{",
-    b"}",
-    b"[",
-    b'"',
-    b":",
-    b"\n",
-    b",",
-    b"NaN",
-    b"*a",
-    b"&a ",
-    b"<<: ",
-    b"- ",
+    None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e30, 1e-30, "", " ", "0", "x", "auto",
+    "x" * 5000, "../../../x", "/etc/passwd", "a/b", "\x00", "\u202e", "\x1b[31m", "<script>", "$x^{", "`", "org/name",
+    "[]", [], {}, [[]], [{}], {"": None}, [None], [0] * 50, {"a": {"b": {"c": {}}}}, ["a", 1, None], "re:(",
+    "re:(.*)*x", "*", "Linear", "float32", "int8", "nan", float("nan"), float("inf"),
 )
+# fmt: on
+NUMBERS = (lambda n: -n, lambda n: n + 1, lambda n: n - 1, lambda n: n * 2, lambda n: n * 1000003, lambda n: n / 2)
+WORDS = (b"\xff", b"\x00", b"\xef\xbb\xbf", b"\n", *b'{ } [ " : , NaN *a &a <<: - !!python/object:x \\ 1e999'.split())
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -17,14 +17,16 @@ from random import Random
 from typing import Any
 
 from ...errors import OptimError
-from .doors import DOORS, Door, WrongResult
+from .door import Door, StockError, WrongResult, frames_of_ours
+from .doors import DOORS
 from .examples import Examples
 
 SECONDS = 20.0
 MAX_MESSAGE = 1500
 
 
-# Outcomes that are not findings. ``stock`` is an error of transformers before hf_optim is reached.
+# Outcomes that are not findings. ``stock`` is an error of transformers before hf_optim is reached, which a process
+# without hf_optim raises for the same files, too; only doors of stock's own classes can have it.
 FINE = ("read", "refused", "stock")
 
 
@@ -38,7 +40,8 @@ class Finding:
 
     Attributes:
         seed: of the input; ``run_input(door, seed, examples)`` repeats it.
-        outcome: ``raw`` (another exception), ``hang``, ``wrong`` (a wrong result) or ``long`` (a long message).
+        outcome: ``raw`` (another exception), ``hang``, ``wrong`` (a wrong result), or ``message`` (a
+            message that is empty, long or not printable).
         text: the error, and where it was raised.
     """
 
@@ -57,7 +60,7 @@ class Report:
 
     def table(self) -> str:
         """Return the counts as text."""
-        outcomes = ("read", "refused", "stock", "raw", "hang", "wrong", "long")
+        outcomes = ("read", "refused", "stock", "raw", "hang", "wrong", "message")
         lines = [f"{'input':14}{'door':18}" + "".join(f"{name:>9}" for name in outcomes)]
         for kind, name in dict.fromkeys((kind, name) for kind, name, _ in sorted(self.counts)):
             lines.append(f"{kind:14}{name:18}" + "".join(f"{self.counts[kind, name, o]:9}" for o in outcomes))
@@ -70,8 +73,8 @@ def run(
 ) -> Report:
     """Run ``inputs`` inputs, in turn through each door. ``seconds`` is the limit of one input."""
     report = Report()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        examples = Examples(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.ExitStack() as stack:
+        examples = stack.enter_context(contextlib.closing(Examples(Path(folder))))
         for number in range(inputs):
             door = doors[number % len(doors)]
             outcome, text = run_input(door, f"{seed}-{number}", examples, seconds)
@@ -87,21 +90,21 @@ def run_input(door: Door, seed: str, examples: Examples, seconds: float = SECOND
     """Run one input. Returns its outcome (one of ``FINE`` or of ``Finding``), and the error."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with _limit(seconds):
+            with _limit(seconds), contextlib.redirect_stdout(io.StringIO()):
                 door.enter(examples, Path(folder), Random(f"{door.kind} {door.name} {seed}"))
         except OptimError as error:
             text = str(error)
-            return ("refused", text) if 0 < len(text) <= MAX_MESSAGE + len(folder) else ("long", text[:300])
+            good = 0 < len(text) <= MAX_MESSAGE and text.isprintable()
+            return ("refused", text) if good else ("message", ascii(text[:300]))
         except Hang:
             return "hang", f"more than {seconds:g} s"
         except WrongResult as error:
             return "wrong", str(error)
+        except StockError as error:
+            return "stock", str(error)
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            ours = [f for f in frames if "hf_optim" in f.filename and "testing/fuzz" not in f.filename]
-            if not ours:  # an auto class reads the configuration itself, before hf_optim is reached
-                return "stock", str(error)
-            where = [f"{Path(f.filename).name}:{f.lineno}" for f in (*ours[-2:], frames[-1])]
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = [f"{Path(f.filename).name}:{f.lineno}" for f in (*frames_of_ours(error)[-2:], last)]
             return "raw", f"{type(error).__name__}: {str(error)[:200]!r} at {' > '.join(where)}"
     return "read", ""
 
