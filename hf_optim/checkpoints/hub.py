@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError
 from ..runs.record import FILE_NAME, Record
 from ..runs.run import find_run
+from ..trust.bounds import first_line, shown
 from ..trust.files import require_publishable
 from .save_methods import call_former
 
@@ -114,7 +116,7 @@ def commit_of(source: str, revision: str | None = None) -> str | None:
     """Return the commit of a Hub model whose configuration is in the cache; None for a local directory."""
     from transformers.utils.hub import extract_commit_hash
 
-    home = None if Path(source).is_dir() else local_directory(source, revision)
+    home = None if os.path.isdir(source) else local_directory(source, revision)
     return extract_commit_hash(str(home / "config.json"), None) if home is not None else None
 
 
@@ -128,30 +130,26 @@ def _readable_errors(repo_id: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise CheckpointError(
-            f"{repo_id!r} is not a valid repository id ({_one_line(error)}); use owner/name"
+            f"{repo_id!r} is not a valid repository id ({first_line(error)}); use owner/name"
         ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"the Hub refused {repo_id}: {_reason(error)}") from error
     except OfflineModeIsEnabled as error:
         raise CheckpointError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set") from error
     except httpx.HTTPError as error:
-        raise CheckpointError(f"cannot reach the Hub to push {repo_id}: {_one_line(error)}") from error
+        raise CheckpointError(f"cannot reach the Hub to push {repo_id}: {first_line(error)}") from error
     except ValueError as error:
-        raise CheckpointError(f"the Hub client refused {repo_id}: {_one_line(error)}") from error
+        raise CheckpointError(f"the Hub client refused {repo_id}: {first_line(error)}") from error
 
 
 def _reason(error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    message = error.server_message or _one_line(error)
+    message = error.server_message or first_line(error)
     remedy = {
         401: "; check the token with `hf auth whoami`",
         403: "; the token needs write access to this repository",
     }.get(status, "")
     return f"{status}: {' '.join(message.split())}{remedy}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _add_tags(card: Path, tags: list[str]) -> None:
@@ -165,8 +163,8 @@ def _add_tags(card: Path, tags: list[str]) -> None:
 
 def _require_finished(directory: Path) -> None:
     """Raise ``CheckpointError`` unless ``directory`` is the checkpoint of a finished run, with its record and card."""
-    if not directory.is_dir():
-        raise CheckpointError(f"no directory {str(directory)!r}")
+    if not os.path.isdir(directory):
+        raise CheckpointError(f"no directory {shown(str(directory))}")
     require_publishable(directory)
     for name in ("config.json", FILE_NAME, "README.md"):
         if not (directory / name).is_file():

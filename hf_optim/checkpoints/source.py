@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,11 @@ from ..trust.code import may_run
 from ..trust.weights import checked_weights
 from .hub import commit_of, local_directory
 from .read_errors import readable_errors
+
+log = logging.getLogger(__name__)
+
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
+                   "spiece.model", "preprocessor_config.json", "processor_config.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,10 @@ def resolve_device(name: str | None) -> torch.device | None:
 
 
 def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any) -> Any:
-    """Return the tokenizer (for models that take pixels, the image processor) in a checkpoint, or None.
+    """Return the tokenizer (for models that take pixels, the image processor) in a checkpoint.
 
-    Code that comes with it runs only with ``trust_remote_code=True``.
+    None if there is none; one that cannot be read is named in a warning. Code that comes with it runs only with
+    ``trust_remote_code=True``.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -132,5 +140,9 @@ def find_processor(home: str, main_input: str = "input_ids", **load_kwargs: Any)
     load_kwargs["trust_remote_code"] = may_run(load_kwargs.get("trust_remote_code"))
     try:
         return loader.from_pretrained(home, **load_kwargs) if home else None
-    except (OSError, ValueError, KeyError, ImportError):  # transformers 5.17 needs torchvision for images
+    except (MemoryError, OptimError):
+        raise
+    except Exception as error:  # the tokenizers library raises Exception itself; images may need torchvision
+        if any(os.path.isfile(os.path.join(home, name)) for name in PROCESSOR_FILES):
+            log.warning("the tokenizer or processor in %s is not used: %s", home, first_line(error, typed=True))
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..recipes.config import DataConfig
-from ..trust.bounds import first_line
+from ..trust.bounds import first_line, shown
 
 # A local file above this size (64 MB) is streamed instead of read completely.
 STREAMED_ABOVE = 64 * 2**20
@@ -36,14 +37,14 @@ def is_local(name: str) -> bool:
     """Return True if ``name`` is a local file: it exists, or looks like a path or a data file and not like a Hub id."""
     path = Path(name)
     known = path.suffix.lower() in (*BUILDERS, *PICKLES)
-    return path.exists() or known or name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1
+    return os.path.exists(path) or known or name.startswith((".", "~")) or path.is_absolute() or name.count("/") > 1
 
 
 def is_streamed(config: DataConfig) -> bool:
     """Return True if the data is not read to its end: a file above 64 MB, or a sample of a Hub dataset."""
     if is_local(str(config.dataset)):
-        path = Path(str(config.dataset)).expanduser()
-        return path.is_file() and path.stat().st_size > STREAMED_ABOVE
+        path = _expanded(str(config.dataset))
+        return os.path.isfile(path) and path.stat().st_size > STREAMED_ABOVE
     return config.samples is not None
 
 
@@ -71,9 +72,7 @@ def load_examples(config: DataConfig, *, limit: int | None = None) -> Iterable[d
     if not config.dataset:
         raise DataError("no dataset given: pass a Hub id or a local text, json, jsonl, csv, tsv or parquet file")
     name = str(config.dataset)
-    examples = _with_data_errors(
-        _open_local(Path(name).expanduser()) if is_local(name) else _open_hub(name, config), name
-    )
+    examples = _with_data_errors(_open_local(_expanded(name)) if is_local(name) else _open_hub(name, config), name)
     if is_local(name) and not is_streamed(config):
         # Read to the end now: only there do the readers of datasets close their file.
         return list(examples)[:limit]
@@ -99,14 +98,20 @@ def texts_of(examples: Iterable[Mapping[str, Any]], column: str, name: str) -> I
             yield value
 
 
+def _expanded(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # an unknown user stays as it is
+
+
 def _open_local(path: Path) -> Iterable[dict[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise DataError(f"{path.name}: {suffix} files can run code when they are read; use .parquet or .jsonl instead")
-    if not path.exists():
-        raise DataError(f"no data file {str(path)!r}")
+    if not os.path.exists(path):
+        raise DataError(f"no data file {shown(str(path))}")
     if path.is_dir():
         raise DataError(f"{str(path)!r} is a folder: name one file in it")
+    if not path.is_file():
+        raise DataError(f"{str(path)!r} is not a regular file")
     if suffix not in BUILDERS:
         raise DataError(f"{path.name}: unknown file format {suffix!r} (known: {', '.join(BUILDERS)})")
     if path.stat().st_size == 0:
@@ -136,7 +141,9 @@ def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
         hint = (
             " (offline: HF_HUB_OFFLINE is set, so only cached datasets and local files can be read)" if offline else ""
         )
-        raise DataError(f"cannot load the dataset {name!r}, split {config.split!r}: {_reason(error)}{hint}") from error
+        raise DataError(
+            f"cannot load the dataset {shown(name)}, split {config.split!r}: {_reason(error)}{hint}"
+        ) from error
 
 
 def _with_data_errors(source: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..trust.bounds import shown
+from ..trust.patterns import compile_pattern
 
 # Larger numbers fit into no tensor, and a longer text is not the name or pattern of a module.
 LARGEST, LONGEST = 2**63, 500
@@ -68,16 +69,21 @@ def check_fields(step: Any) -> None:
         if not admits(hints[f.name], value):
             raise _wrong_type(f"{step.name}: {f.name}", value, hints[f.name])
         if value is not None:
-            _check_finite(f"{step.name}: {f.name}", value, f.metadata.get("infinite", False))
+            _check_value(f"{step.name}: {f.name}", value, f.metadata.get("infinite", False))
             _check_range(f"{step.name}: {f.name}", value, f.metadata)
 
 
-def _check_finite(what: str, value: Any, infinite: bool) -> None:
+def _check_value(what: str, value: Any, infinite: bool) -> None:
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, int) and abs(part) >= LARGEST:
             raise RecipeError(f"{what} must be below 2^63, not {shown(value)}")
         if isinstance(part, str) and len(part) > LONGEST:
             raise RecipeError(f"{what} has a text of {len(part):,} characters; at most {LONGEST} are read")
+        if isinstance(part, str) and part.startswith("re:"):
+            try:
+                compile_pattern(part[3:])
+            except ValueError as error:
+                raise RecipeError(f"{what}: {error}") from error
         if isinstance(part, float) and not (math.isfinite(part) or (infinite and math.isinf(part))):
             raise RecipeError(f"{what} must be a finite number, not {shown(value)}")
 
@@ -143,6 +149,21 @@ def admits(hint: Any, value: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, hint)
+
+
+def admits_json(hint: Any, value: Any) -> bool:
+    """Return True if a JSON value has the annotated type, keys and values of mappings and lists included.
+
+    Whole numbers pass for floats; a number must be finite and below 2^63.
+    """
+    kinds = typing.get_args(hint)
+    if isinstance(value, dict) and typing.get_origin(hint) is dict:
+        return all(admits_json(kinds[0], key) and admits_json(kinds[1], inner) for key, inner in value.items())
+    if isinstance(value, list) and typing.get_origin(hint) is list:
+        return all(admits_json(kinds[0], inner) for inner in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) < LARGEST:
+        return False
+    return admits(hint, value) or (type(value) is int and admits(hint, float(value)))
 
 
 _PLURALS = {str: "names", int: "whole numbers", float: "numbers", bool: "booleans"}

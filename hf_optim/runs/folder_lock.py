@@ -29,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+MAX_NAME, MAX_PATH = 200, 4000  # bytes; files beside the folder have its name and a suffix
 SETTLE = 0.1  # seconds between writing a claim and reading it back, where there are no locks
 
 
@@ -120,8 +121,14 @@ def real_path(folder: str | os.PathLike[str]) -> Path:
         real = Path(os.path.realpath(folder))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{shown(str(folder))} cannot be the name of a directory: {first_line(error)}") from error
+    if os.path.islink(real):
+        raise CheckpointError(
+            f"{folder} is a symbolic link that leads to itself: remove it, or choose another directory"
+        )
     if not real.name:
         raise CheckpointError(f"{real} is the root of a file system: name a directory in it")
+    if len(os.fsencode(str(real))) > MAX_PATH or len(os.fsencode(real.name)) > MAX_NAME:
+        raise CheckpointError(f"{shown(str(folder))} is too long for a directory: choose a shorter name")
     if not real.name.isprintable():
         raise CheckpointError(f"{shown(str(folder))} has control characters in its name: choose another directory")
     return real

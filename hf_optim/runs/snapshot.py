@@ -13,13 +13,30 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..recipes.field_checks import admits_json
 from ..recipes.technique import Technique
 from ..recipes.traits import BUILT_IN
 from ..toolkit.distributed import fsdp
 from .run import Run, StageState, is_plain
+from ..trust.bounds import shown
+
 
 # Fields that decide where something runs or is stored, not what is computed: they may differ when training is resumed.
 # So may all fields of a step whose stage had not begun.
+META: Mapping[str, Any] = {
+    "stage_index": int,
+    "stage_entered": bool,
+    "traits": list[str],
+    "nm_patterns": dict[str, list[int]],
+    "bit_plan": dict[str, Any],
+    "steps": dict[str, Any],
+    "notes": list[str],
+    "states": dict[str, dict[str, Any]],
+    "touched": dict[str, list[Any]],
+    "recipe": list[str],
+    "fields": list[dict[str, Any]],
+}
+OPTIONAL = ("bit_plan", "recipe", "fields")  # of snapshots of earlier versions
 FREE_FIELDS = ("device", "cache")
 
 
@@ -69,6 +86,22 @@ def _put(state: SimpleNamespace, key: str, tensor: torch.Tensor) -> None:
         there.copy_(tensor)
     else:
         setattr(state, key, tensor)
+
+
+def require_well_formed(run: Run, tensors: Mapping[str, Any], meta: Any, home: Path) -> None:
+    """Raise ``CheckpointError`` unless tensors and metadata have the names and types that ``take`` gives them."""
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"the state of the run in {home} is corrupt: it is {shown(meta)}, not a mapping")
+    for key, hint in META.items():
+        if (key not in OPTIONAL and key not in meta) or (key in meta and not admits_json(hint, meta[key])):
+            raise CheckpointError(f"the state of the run in {home} is corrupt: {key} is {shown(meta.get(key))}")
+    if not 0 <= meta["stage_index"] <= len(run.stages):
+        raise CheckpointError(f"the state of the run in {home} is corrupt: it has no stage {meta['stage_index']}")
+    numbers = {str(position) for position in range(len(run.recipe.steps))}
+    for name in tensors:
+        kind, _, rest = name.partition(".")
+        if kind != "mask" and not (kind == "state" and rest.partition(".")[0] in numbers):
+            raise CheckpointError(f"the state of the run in {home} is corrupt: it has a tensor {shown(name)}")
 
 
 def require_same(run: Run, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], home: Path) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,8 +50,12 @@ def seal(path: Path, identity: str) -> None:
 
 
 def unseal(path: Path) -> None:
-    """Mark a file as incomplete, before it is written again."""
-    _sum(path).unlink(missing_ok=True)
+    """Mark a file as incomplete, before it is written again; a folder in its place is removed."""
+    with readable_disk_errors(path.parent, path.name):
+        for each in (path, _sum(path)):
+            if each.is_dir() and not each.is_symlink():
+                shutil.rmtree(each)
+        _sum(path).unlink(missing_ok=True)
 
 
 def is_intact(path: Path, identity: str) -> bool:

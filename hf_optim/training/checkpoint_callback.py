@@ -10,16 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints.read_errors import readable_errors
 from ..errors import CheckpointError
-from ..runs import snapshot
+from ..recipes.field_checks import admits_json
+from ..runs import snapshot, work_files
 from ..runs.masking import stray_weights
 from ..runs.run import Run
 from ..toolkit.distributed import fsdp
+from ..trust.bounds import shown
+from ..trust.documents import read_mapping
+from ..trust.files import require_inside
+from ..trust.headers import read_header
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +84,7 @@ class CheckpointCallback(TrainerCallback):
 
     def _resumed_from(self, args: Any, state: Any) -> Path:
         given = self.checkpoint or args.resume_from_checkpoint
-        if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
+        if isinstance(given, (str, os.PathLike)) and os.path.isdir(given):
             return Path(given)
         return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
@@ -91,23 +96,38 @@ def write_state(run: Run, folder: Path, training: Mapping[str, Any]) -> None:
     save_file(tensors, beside)
     os.replace(beside, folder / MASKS_NAME)
     beside = folder / f".{STATE_NAME}"
-    beside.write_text(json.dumps({"run": meta, "training": dict(training)}, indent=1), encoding="utf-8")
+    content = {"run": meta, "training": dict(training), "masks": work_files.digest_file(folder / MASKS_NAME)}
+    content["sha256"] = work_files.digest_json(content)
+    beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(beside, folder / STATE_NAME)
 
 
 def read_state(run: Run, folder: Path) -> dict[str, Any]:
     """Restore what ``write_state`` wrote, and return ``training``. Raises ``CheckpointError`` if it does not fit."""
-    try:
-        meta = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        tensors = load_file(folder / MASKS_NAME)
-        taken, training = meta["run"], meta["training"]
-    except FileNotFoundError as error:
+    for name in (STATE_NAME, MASKS_NAME):
+        if not os.path.lexists(folder / name):
+            raise CheckpointError(
+                f"{folder} has no {name}: training cannot be resumed with its masks and schedules. Resume from a "
+                "checkpoint written with hf_optim's callbacks, or start again from its weights"
+            )
+    found = read_mapping(folder / STATE_NAME, nonfinite=True)
+    taken, training = found.get("run"), found.get("training")
+    # Checkpoints of earlier versions have no checksum.
+    stated = found.pop("sha256", None)
+    read_header(require_inside(folder, MASKS_NAME), folder)
+    if stated is not None and stated != work_files.digest_json(found):
         raise CheckpointError(
-            f"{folder} has no {Path(error.filename or MASKS_NAME).name}: training cannot be resumed with its masks and "
-            "schedules. Resume from a checkpoint written with hf_optim's callbacks, or start again from its weights"
-        ) from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{STATE_NAME} or {MASKS_NAME} in {folder} is corrupt ({error})") from error
+            f"{folder / STATE_NAME} is corrupt: its checksum is another; resume from another checkpoint"
+        )
+    if stated is not None and found.get("masks") != work_files.digest_file(folder / MASKS_NAME):
+        raise CheckpointError(
+            f"{folder / MASKS_NAME} is corrupt: its checksum is another; resume from another checkpoint"
+        )
+    with readable_errors(folder):
+        tensors = load_file(folder / MASKS_NAME)
+    snapshot.require_well_formed(run, tensors, taken, folder)
+    if not isinstance(training, dict) or not admits_json(float, training.get("seconds", 0.0)):
+        raise CheckpointError(f"{folder / STATE_NAME} is corrupt: training is {shown(training)}")
     snapshot.require_same(run, tensors, taken, folder)
     run.masks.clear()
     run.nm_patterns.clear()

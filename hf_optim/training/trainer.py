@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -18,14 +16,17 @@ from ..errors import OptimError, RecipeError
 from ..recipes.technique import Technique
 from ..runs.run import run_of
 from ..toolkit import compat
+from ..toolkit.checkpoint.stock_errors import stock_errors
 from ..toolkit.distributed import collectives
 from .checkpoint_callback import CheckpointCallback
 from .loss_weights import OTHER_KEY, TASK_KEY, Key, count_items, count_task_items, is_summed, step_weights, weighted
 from .mask_callback import MaskCallback
+from .resumed_weights import load_renamed, require_readable
 from .stage_callbacks import stage_callbacks
 
 log = logging.getLogger(__name__)
 
+RESUMING = "cannot resume from"
 TASK_SCALE = "task_scale"
 
 
@@ -79,9 +80,29 @@ class OptimTrainer(Trainer):
         self._terms.clear()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    # -- resuming: a checkpoint is input, and what is wrong with it is a CheckpointError or ModelError ----------------
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        _load_renamed(self.run.model, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        require_readable(folder)
+        with stock_errors(folder, RESUMING):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_renamed(self.run.model, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with stock_errors(checkpoint, RESUMING):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with stock_errors(checkpoint, RESUMING):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with stock_errors(checkpoint, RESUMING):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        with stock_errors(self.args.resume_from_checkpoint or self.args.output_dir, RESUMING):
+            super()._load_callback_state()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         # When resuming from the final step mid-epoch, Trainer would otherwise run one extra step.
@@ -252,27 +273,6 @@ class _AuxiliaryParametersCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-
-
-@torch.no_grad()
-def _load_renamed(model: Any, folder: Path) -> None:
-    """Load parameters that a checkpoint stores under other names (experts one by one), which a stock Trainer skips."""
-    stored: set[str] = set()
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            stored.update(file.keys())
-    missing = [name for name, _ in model.named_parameters() if name not in stored]
-    if not missing or stored <= set(model.state_dict()):
-        return
-    before = torch.random.get_rng_state()
-    try:
-        config = copy.deepcopy(model.config)
-        whole = type(model).from_pretrained(folder, config=config, use_safetensors=True).state_dict()
-    finally:
-        torch.random.set_rng_state(before)
-    for name in missing:
-        if name in whole:
-            model.get_parameter(name).copy_(whole[name])
 
 
 def _split(

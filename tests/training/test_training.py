@@ -294,7 +294,7 @@ def test_resuming_without_or_with_broken_state_is_refused(tmp_path):
 
     good = (checkpoint / MASKS_NAME).read_bytes()
     (checkpoint / MASKS_NAME).write_bytes(good[: len(good) // 2])
-    with pytest.raises(CheckpointError, match="checkpoint-2 is corrupt"):
+    with pytest.raises(CheckpointError, match="checkpoint-2 is truncated or corrupt"):
         resume()
     other = (tmp_path / "checkpoint-4" / MASKS_NAME).read_bytes()
     (checkpoint / MASKS_NAME).write_bytes(other)

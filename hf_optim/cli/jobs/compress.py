@@ -227,9 +227,9 @@ def _last_error_line(stderr: str) -> str:
 
 def _refuse_output(job: Job) -> None:
     real_path(job.output)
-    if job.output.exists() and not job.output.is_dir():
+    if os.path.exists(job.output) and not os.path.isdir(job.output):
         raise CheckpointError(f"{job.output} is a file, not a directory")
-    if job.output.is_dir() and Path(job.source.model).is_dir() and job.output.samefile(job.source.model):
+    if os.path.isdir(job.output) and os.path.isdir(job.source.model) and job.output.samefile(job.source.model):
         raise CheckpointError(f"{job.output} is the model itself: choose another directory to write to")
 
 

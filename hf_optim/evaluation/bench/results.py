@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from ...errors import OptimError
-from ...recipes.field_checks import LARGEST, admits
+from ...recipes.field_checks import admits_json
 from ...trust.bounds import shown
 from ...trust.documents import read_mapping
 
@@ -198,7 +198,7 @@ class Results:
 
 
 def _parsed(cls: Any, data: Any, what: str) -> Any:
-    """Build a dataclass from a mapping of a file. Raises ``OptimError`` for a value that its annotation does not admit."""
+    """Build a dataclass from a mapping of a file. Raises ``OptimError`` for a value of another type."""
     if not isinstance(data, dict):
         raise OptimError(f"these are not benchmark results: {what} is {shown(data)}, not a mapping")
     hints = get_type_hints(cls)
@@ -206,21 +206,9 @@ def _parsed(cls: Any, data: Any, what: str) -> Any:
         if f.name not in data and f.default is MISSING and f.default_factory is MISSING:
             raise OptimError(f"these are not benchmark results: {what} has no {f.name}")
     for key, value in data.items():
-        if key not in hints or not _fits(hints[key], value):
+        if key not in hints or not admits_json(hints[key], value):
             raise OptimError(f"these are not benchmark results: {shown(key)} of {what} is {shown(value)}")
     return cls(**data)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    """Return True if a JSON value has the annotated type, the keys and values of mappings and lists included."""
-    kinds = get_args(hint)
-    if isinstance(value, dict) and get_origin(hint) is dict:
-        return all(_fits(kinds[0], key) and _fits(kinds[1], inner) for key, inner in value.items())
-    if isinstance(value, list) and get_origin(hint) is list:
-        return all(_fits(kinds[0], inner) for inner in value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) < LARGEST:
-        return False
-    return admits(hint, value) or (type(value) is int and admits(hint, float(value)))
 
 
 def _merge(earlier: list[ModelResult], now: list[ModelResult]) -> list[ModelResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
     for files that are not regular files of the checkpoint, and for a configuration that names a kernel on the Hub.
     """
     trusted = may_run(trust_remote_code)
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         require_regular(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, revision=revision)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import CheckpointError
+from ...trust.bounds import shown
+from ...trust.patterns import compile_pattern
 from .safetensors import FLOAT_DTYPES, TensorInfo
 
 FLOATS_8 = ("F8_E4M3", "F8_E5M2")
@@ -36,6 +38,7 @@ def require_known_format(config: Any, where: str) -> str | None:
         return None
     if not isinstance(stored, Mapping):
         stored = stored.to_dict() if hasattr(stored, "to_dict") else {}
+    _require_fast_patterns(stored, where)
     method = stored.get("quant_method")
     method = str(getattr(method, "value", method))
     if stored.get("load_in_8bit") or stored.get("load_in_4bit"):
@@ -43,8 +46,8 @@ def require_known_format(config: Any, where: str) -> str | None:
     known = _known_methods()
     if method not in known:
         raise CheckpointError(
-            f"{where}: the quantization_config of config.json has quant_method {method!r}, which transformers cannot "
-            f"load (it knows {', '.join(sorted(known))})"
+            f"{where}: the quantization_config of config.json has quant_method {shown(method)}, which transformers "
+            f"cannot load (it knows {', '.join(sorted(known))})"
         )
     if method == "compressed-tensors":
         groups = stored.get("config_groups")
@@ -54,6 +57,22 @@ def require_known_format(config: Any, where: str) -> str | None:
                 "decoded; restore the file that belongs to these weights"
             )
     return method
+
+
+def _require_fast_patterns(stored: Mapping[str, Any], where: str) -> None:
+    """Raise ``CheckpointError`` for a regular expression among targets or exceptions that could take for ever."""
+    waiting: list[Any] = [stored]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, (list, tuple)):
+            waiting += part
+        elif isinstance(part, str) and part.startswith("re:"):
+            try:
+                compile_pattern(part[3:])
+            except ValueError as error:
+                raise CheckpointError(f"{where}: the quantization_config of config.json: {error}") from error
 
 
 def _known_methods() -> set[str]:

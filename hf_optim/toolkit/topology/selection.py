@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ...trust.patterns import compile_pattern
 from .experts import ExpertLinear
 from .linear_layers import is_linear
 
@@ -26,8 +26,8 @@ def match(
     ``Linear`` selects every linear layer, including ``Conv1D`` and ``ExpertLinear``; any other name selects the class
     and its subclasses.
 
-    Raises ``ValueError`` if a pattern of ``targets`` or ``skip`` selects nothing, unless it is also in ``optional``.
-    The message lists those patterns with the nearest names.
+    Raises ``ValueError`` if a pattern of ``targets`` or ``skip`` selects nothing, unless it is also in ``optional``, or
+    if ``trust.patterns`` refuses its regular expression. The message lists those patterns with the nearest names.
     """
     modules = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
     targets, skip, optional = list(targets), list(skip), set(optional)
@@ -43,7 +43,7 @@ def match(
 def _select(modules: Mapping[str, nn.Module | None], pattern: str) -> set[str]:
     """Return the names that one pattern selects."""
     if pattern.startswith("re:"):
-        expression = re.compile(pattern[3:])
+        expression = compile_pattern(pattern[3:])
         return {name for name in modules if expression.match(name)}
     return {
         name
