@@ -7,6 +7,7 @@ modified. A driver decides only how batches run through the model; the steps are
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -23,8 +24,10 @@ from ..toolkit.modules.modes import device_of, eval_mode
 from ..toolkit.statistics import BatchRows
 from .blockwise import BlockwiseDriver, Journal
 from .forward import forward_errors, to_device, without_cache
-from .steps import batches_for, labels_for, require_covered, run_calibration
+from .steps import any_needs_data, batches_for, labels_for, require_covered, run_calibration
 from .throughput import summarize_throughput
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[str, Any]:
@@ -39,6 +42,11 @@ def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[st
     metrics: dict[str, Any] = {}
     if run.recipe.driver == "blockwise" and not blocks:
         raise ModelError(f"driver blockwise: no sequence of blocks was found in {type(run.model).__name__}")
+    if blocks and any_needs_data(steps) and (reason := topology.exchanged_state(run.model)):
+        if run.recipe.driver == "blockwise":
+            raise ModelError(f"driver blockwise: {reason}, so blocks cannot run alone; use driver: whole_model")
+        log.info("the driver is whole_model, since %s", reason)
+        blocks = []
     with eval_mode(run.model), without_cache(run.model):
         for whole, group in groupby(steps, key=lambda step: not blocks or step.needs_whole_model()):
             if whole:

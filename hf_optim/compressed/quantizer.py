@@ -147,8 +147,9 @@ def packing_fits(model: Any, names: Iterable[str]) -> bool:
         for name in names:
             del meta_model.get_submodule(name).weight
         try:
-            for module in meta_model.modules():
-                meta_model._init_weights(module)
+            for module in meta_model.modules():  # built on the meta device, all count as initialized
+                module._is_hf_initialized = False
+            meta_model.initialize_weights()  # each part of a composite model by its own class, as from_pretrained does
         except AttributeError as error:
             if "weight" not in str(error):
                 raise

@@ -25,8 +25,8 @@ from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
 from ..compressed.quantized_forward import release_forwards
-from ..errors import MAX_MESSAGE, DataError, OptimError
 from ..compressed.reload_check import require_reloadable_steps
+from ..errors import MAX_MESSAGE, DataError, OptimError
 from ..recipes import hooks
 from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig

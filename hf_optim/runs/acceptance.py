@@ -33,6 +33,7 @@ def require_model(model: Any) -> None:
             "compile it"
         )
     require_in_memory(model)
+    _require_constant_weights(model)
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ModelError(
@@ -47,6 +48,19 @@ def require_model(model: Any) -> None:
                 f"{name}.weight of {kind} holds {str(weight.dtype).removeprefix('torch.')} codes of another quantizer: "  # type: ignore[union-attr]
                 "load the original model in a floating-point dtype"
             )
+
+
+def _require_constant_weights(model: Any) -> None:
+    """Raise ``ModelError`` for RWKV models that divide the weights of deep layers, in place, at their first forward.
+
+    The divided weights would be quantized and saved, and divided again when they are loaded.
+    """
+    every, layers = (getattr(model.config, key, 0) for key in ("rescale_every", "num_hidden_layers"))
+    if every and layers > every and any(hasattr(module, "_rescale_layers") for module in model.modules()):
+        raise ModelError(
+            f"the forward of {type(model).__name__} divides weights in place every {every} layers: load it with "
+            "from_pretrained(..., rescale_every=0), which gives the same outputs in bfloat16 and float32"
+        )
 
 
 def require_in_memory(model: nn.Module) -> None:

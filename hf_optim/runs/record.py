@@ -75,7 +75,8 @@ class Record:
     def read(cls, directory: Path) -> Record:
         """Read ``hf_optim.json`` of a checkpoint.
 
-        Nothing in the file is trusted, since it came with the checkpoint. Keys that this version does not have are ignored.
+        Nothing in the file is trusted, since it came with the checkpoint. Keys that this version does not have are
+        ignored.
         Raises ``CheckpointError`` if there is none, or if anything in it has another type than in records.
         """
         path = Path(directory) / FILE_NAME

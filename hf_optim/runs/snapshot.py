@@ -17,9 +17,8 @@ from ..recipes.field_checks import admits_json
 from ..recipes.technique import Technique
 from ..recipes.traits import BUILT_IN
 from ..toolkit.distributed import fsdp
-from .run import Run, StageState, is_plain
 from ..trust.bounds import shown
-
+from .run import Run, StageState, is_plain
 
 # Fields that decide where something runs or is stored, not what is computed: they may differ when training is resumed.
 # So may all fields of a step whose stage had not begun.

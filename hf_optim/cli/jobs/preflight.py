@@ -164,6 +164,9 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
             notes += _check_layers(step, model, label)
     if recipe.driver in ("streamed", "blockwise") and not topology.blocks(model):
         raise ModelError(f"driver {recipe.driver}: no sequence of blocks was found in {type(model).__name__}")
+    needs_data = any(step.implements("calibrate") and step.needs_data() for step in recipe.steps)
+    if recipe.driver in ("streamed", "blockwise") and needs_data and (reason := topology.exchanged_state(model)):
+        raise ModelError(f"driver {recipe.driver}: {reason}, so blocks cannot run alone; use driver: whole_model")
     return notes
 
 

@@ -28,7 +28,7 @@ from .fused_projections import fuse_projections
 from .installed import installed_kernels
 from .kernel import NO_KERNEL, Kernel
 from .packed_linear import KernelWarning, PackedLinear
-from .swap import pack, prepack, unpack, unsupported_reason
+from .swap import pack, prepack, unpack, unsupported_reason, writes_weights
 
 if TYPE_CHECKING:
     from transformers import CompileConfig
@@ -47,6 +47,7 @@ __all__ = [
 UNSUPPORTED = "_hf_optim_unsupported"
 ATTACHED = "_hf_optim_attached"
 NOT_COMPRESSED = "not compressed"
+WRITES_WEIGHTS = "the forward of the model writes to its weight"
 NOT_ACCELERATED = "accelerate() was not called"
 
 
@@ -107,8 +108,10 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     linears = topology.linears(model)
     thresholds = outlier_thresholds(model, linears)
     unsupported = dict(decided)
+    if writes_weights(model):
+        unsupported = dict.fromkeys(linears, WRITES_WEIGHTS)
     for name, module in linears.items():
-        if name in decided:
+        if name in unsupported:
             continue
         if isinstance(module, PackedLinear):
             if not module.packing.failure:

@@ -29,7 +29,7 @@ from .checkpoint_formats import parse_checkpoint_format
 from .describe import describe_weight
 from .kernel import NO_KERNEL, Kernel
 from .layouts import Layout, empty_meta_tensor
-from .swap import g_idx_of, pack, prepack
+from .swap import g_idx_of, pack, prepack, writes_weights
 
 METHOD = "hf_optim_packed"
 PENDING = "_hf_optim_pending"
@@ -169,6 +169,8 @@ def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: Safetensor
     Raises ``CheckpointError`` if one is missing from the checkpoint, or has another shape or dtype.
     """
     _require_no_fused_experts(model)
+    if writes_weights(model):
+        raise UnsupportedCheckpoint("its forward writes to its weights")
     for name, layout in layouts.items():
         module: Any = model.get_submodule(name)
         found = _stored_tensors(name, (module.out_features, module.in_features), layout, headers)

@@ -74,6 +74,11 @@ def unsupported_reason(module: nn.Linear) -> str:
     return "something else has replaced its forward"
 
 
+def writes_weights(model: nn.Module) -> bool:
+    """Return True if the forward of a model changes weights in place (RWKV with ``rescale_every``)."""
+    return any(hasattr(m, "_rescale_layers") and getattr(m.config, "rescale_every", 0) for m in model.modules())
+
+
 @torch.no_grad()
 def pack(module: nn.Linear, weight: QuantizedWeight, kernel: Kernel, packed_weight: nn.Module) -> None:
     """Make a module a ``PackedLinear``: ``packed_weight`` replaces its dense weight.

@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers

@@ -8,6 +8,7 @@ Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(m
 """
 
 from .block_lists import Block, blocks, group_by_block
+from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example
 from .layer_coverage import coverage
@@ -38,6 +39,7 @@ __all__ = [
     "coupled_layers",
     "coverage",
     "dummy_inputs",
+    "exchanged_state",
     "expert_linears",
     "features",
     "find_linear_pairs",
