@@ -107,7 +107,7 @@ class Technique:
         return cls()
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        """Return every number that this step reports (``Run.report``), computed anew for the conformance suite.
+        """Return every number that this step reports (``Run.report``), recomputed for the conformance suite.
 
         From the checkpoint, the model before it and forwards with hooks, never from what was reported. A number on the
         record that this does not return fails the suite.

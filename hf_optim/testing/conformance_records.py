@@ -1,4 +1,4 @@
-"""The part of the conformance suite about figures: the record is computed anew, and the card says what the record says.
+"""Figures in the conformance suite: the record is recomputed, and the numbers of the card are those of the record.
 
 ``testing.plugin`` runs it with the rest of the suite (``testing.conformance``).
 """
@@ -27,7 +27,7 @@ __all__ = [
     "quiet",
     "saved",
     "test_every_number_of_the_card_is_derived_from_the_record",
-    "test_every_number_of_the_record_is_computed_anew",
+    "test_every_number_of_the_record_is_recomputed",
 ]
 
 
@@ -85,7 +85,7 @@ def _assert_coverage(case: Case, coverage: dict[str, Any]) -> None:
         assert touched == sum(parameters[f"{name}.weight"].numel() for name in linears)
 
 
-def test_every_number_of_the_record_is_computed_anew(cls: type[Technique], saved: Any) -> None:
+def test_every_number_of_the_record_is_recomputed(cls: type[Technique], saved: Any) -> None:
     """From the checkpoint, the model before it and forwards with hooks; a number that nothing computes is an error."""
     assert_recomputed(saved(cls))
 

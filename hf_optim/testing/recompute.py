@@ -1,4 +1,4 @@
-"""What a finished step left behind, from which the numbers of its record are computed anew.
+"""Recompute the numbers on the record of a finished step, from what it left behind.
 
 ``Technique.recompute(case)`` returns every number that the step reports, computed from a ``Case``: the model before the
 recipe, the checkpoint as it lies on disk, and forwards with hooks. It must not read what the step reported.
@@ -155,7 +155,7 @@ def hooks(observers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 def differences(reported: Any, found: Any, where: str = "") -> list[str]:
-    """Compare an entry of a record with the numbers computed anew; return what differs, is missing or is left over.
+    """Compare an entry of a record with the recomputed numbers; return what differs, is missing or is left over.
 
     Texts need no counterpart, unless they were computed too; every number does.
     """
@@ -170,14 +170,14 @@ def differences(reported: Any, found: Any, where: str = "") -> list[str]:
         if found is None and not any(map(_has_numbers, reported)):
             return []
         if not isinstance(found, (list, tuple)) or len(found) != len(reported):
-            return [f"{where}: {reported!r} in the record, {found!r} computed anew"]
+            return [f"{where}: {reported!r} in the record, {found!r} recomputed"]
         pairs = enumerate(zip(reported, found, strict=True))
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{where}[{i}]")]
     if found is None and (reported is None or isinstance(reported, str)):
         return []
     if found is None:
-        return [f"{where}: {reported!r} in the record, which nothing computes anew"]
-    return [] if _same(reported, found) else [f"{where}: {reported!r} in the record, {found!r} computed anew"]
+        return [f"{where}: {reported!r} in the record, which nothing recomputes"]
+    return [] if _same(reported, found) else [f"{where}: {reported!r} in the record, {found!r} recomputed"]
 
 
 def _has_numbers(value: Any) -> bool:

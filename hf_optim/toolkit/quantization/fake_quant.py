@@ -14,8 +14,9 @@ LSQ (Esser et al., 1902.08153, equations 3 and 5), which also learns the scale `
             -Q_N                      if v / s <= -Q_N            ∂v̂/∂v = 0
              Q_P                      if v / s >=  Q_P            ∂v̂/∂v = 0
 
-The gradient of a scale is multiplied by ``1 / sqrt(N Q_P)``, with ``N`` the number of values that share it (section
-2.2), and a scale starts at ``2 mean|v| / sqrt(Q_P)`` (section 2.1).
+The gradient of a scale is multiplied by ``1 / sqrt(N Q_P)`` (section 2.2), with ``N`` the number of weights that share
+it (of a layer in the paper), and for the scale of a layer's inputs the number of its input features, however many
+tokens a batch has. A scale starts at ``2 mean|v| / sqrt(Q_P)`` (section 2.1).
 """
 
 from __future__ import annotations
@@ -61,19 +62,19 @@ class _LearnedScale(torch.autograd.Function):
     """Fake-quantize with the gradients of LSQ; that of the scale is multiplied by ``1 / sqrt(N Q_P)``."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, count: int) -> Tensor:
         scaled = parts / scale
         codes = round_codes(parts, scale, zero, spec) - zero
         inside = (scaled > spec.low - zero).logical_and_(scaled < spec.high - zero)
         ctx.save_for_backward(inside, torch.where(inside, codes - scaled, codes))
-        ctx.gradient_scale = (parts.shape[-1] * spec.high) ** -0.5
+        ctx.gradient_scale = (count * spec.high) ** -0.5
         return codes * scale
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         inside, slope = ctx.saved_tensors
         of_scale = (gradients[0] * slope).sum(-1, keepdim=True) * ctx.gradient_scale
-        return gradients[0] * inside, of_scale, None, None
+        return gradients[0] * inside, of_scale, None, None, None
 
 
 class _Rounded(torch.autograd.Function):
@@ -88,13 +89,14 @@ class _Rounded(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def fake_quantize(values: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(values: Tensor, grid: Grid, count: int | None = None) -> Tensor:
     """Round ``values`` to the nearest points of ``grid``, with the straight-through gradient.
 
     Args:
         values: ``[out, in]`` (any shape per tensor or token), a float dtype.
         grid: its scales and zero points are constants, unless ``grid.scale`` requires a gradient (see ``round_scale``):
             then the gradients are those of LSQ, for the scale as well.
+        count: LSQ's ``N``: features of a layer's input; None for the values that share a scale, as for weights.
 
     Returns:
         The shape and dtype of ``values``; bitwise identical to what a checkpoint with the grid's codes decodes to.
@@ -103,8 +105,12 @@ def fake_quantize(values: Tensor, grid: Grid) -> Tensor:
     shape = (*parts.shape[:-1], 1)
     scale = grid.scale.reshape(shape)
     zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.to(scale.dtype).reshape(shape)
-    function = _LearnedScale if grid.scale.requires_grad else _StraightThrough
-    found: Tensor = function.apply(parts, scale, zero.detach(), grid.spec)  # type: ignore[no-untyped-call]
+    found: Tensor
+    if grid.scale.requires_grad:
+        count = parts.shape[-1] if count is None else count
+        found = _LearnedScale.apply(parts, scale, zero.detach(), grid.spec, count)  # type: ignore[no-untyped-call]
+    else:
+        found = _StraightThrough.apply(parts, scale, zero.detach(), grid.spec)  # type: ignore[no-untyped-call]
     return found.reshape(values.shape).to(values.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The numbers that pruning reports, computed anew for the conformance suite (``Technique.recompute``)."""
+"""The numbers that pruning reports, recomputed for the conformance suite (``Technique.recompute``)."""
 
 from __future__ import annotations
 

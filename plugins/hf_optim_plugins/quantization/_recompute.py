@@ -1,4 +1,4 @@
-"""The numbers that quantizers report, computed anew for the conformance suite (``Technique.recompute``)."""
+"""The numbers that quantizers report, recomputed for the conformance suite (``Technique.recompute``)."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ class LearnedInputs:
             with torch.no_grad():
                 step.copy_(fake_quant.initial_scale(input, self.spec, layer.weight.dtype))
         scale = fake_quant.round_scale(step, layer.weight.dtype, self.spec)
-        found = fake_quant.fake_quantize(input, Grid(self.spec, scale))
+        found = fake_quant.fake_quantize(input, Grid(self.spec, scale), input.shape[-1])
         # The value is that of the stored format, which rounds in the dtype of the input; the gradient is LSQ's.
         rounded = compressed.input_quantizer(self.scheme, scale.detach().to(layer.weight.dtype))
         return rounded(input.detach()) + (found - found.detach())

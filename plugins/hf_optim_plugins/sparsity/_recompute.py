@@ -1,4 +1,4 @@
-"""The numbers of channel permutations, computed anew for the conformance suite (``Technique.recompute``)."""
+"""The numbers of channel permutations, recomputed for the conformance suite (``Technique.recompute``)."""
 
 from __future__ import annotations
 

@@ -167,6 +167,23 @@ def test_learned_scales_train_in_a_stock_trainer_and_their_own_rate_needs_ours(t
     assert (scales[2] - begun).abs().mean() > (scales[0] - begun).abs().mean() > 0
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 32), (4, 6, 32)])
+def test_the_gradient_of_a_learned_input_scale_is_that_of_lsq(shape):
+    """``1 / sqrt(N Q_P)`` times the sum over all values, with N the features of the layer whatever the batch."""
+    model = optimize(tiny_llama(), QAT(bits=None, activations="int8", dynamic=False, learn_scales=True))
+    run = run_of(model)
+    layer = run.recipe.steps[0].prepare(run)["model.layers.0.mlp.gate_proj"].train()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    layer(x)  # the scale starts on the first batch
+    weights = torch.randn(*shape[:-1], 48, generator=torch.Generator().manual_seed(2))
+    (layer(x) * weights).sum().backward()
+    step = layer.input_step.detach().double()
+    scaled, incoming = x.double() / step, weights.double() @ layer.weight.detach().double()
+    slope = torch.where(scaled <= -128, -128.0, torch.where(scaled >= 127, 127.0, scaled.round() - scaled))
+    expected = (incoming * slope).sum() / (32 * 127) ** 0.5
+    assert layer.input_step.grad.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_gradients_pass_the_rounding_and_stop_at_the_clamp():
     model = optimize(tiny_llama(), {"technique": "qat", "bits": 4, "activations": "int8"})
     hf_optim.callbacks(model)
