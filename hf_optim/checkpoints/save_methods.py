@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from ..runs.run import find_run
 
+_OWN = "_hf_optim_own"  # attribute of a dispatcher: what the class itself had under its name, or None
 Methods = Mapping[str, Callable[..., Any]]
 
 _installed: dict[type, dict[str, Callable[..., Any]]] = {}
@@ -45,23 +45,26 @@ def uninstall(model: nn.Module) -> None:
     """Remove the methods from the classes in which they were installed for this model, if no other model needs them."""
     own = weakref.ref(model)
     with _lock:
-        for cls in [cls for cls, users in _users.items() if own in users]:
+        for cls in [cls for cls, users in list(_users.items()) if own in users]:
             _leave(cls, own)
 
 
 def call_former(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the method that the class of a model has without ``install``."""
-    with _calling_former(model, name):
-        return getattr(model, name)(*args, **kwargs)
-
-
-@contextmanager
-def _calling_former(model: nn.Module, name: str) -> Iterator[None]:
+    cls = type(model)
+    method = getattr(model, name)
+    if cls in _installed:
+        method = _inherited(cls, _installed[cls][name].__dict__[_OWN], model, name)
     token = _former.set(_former.get() | {(id(model), name)})
     try:
-        yield
+        return method(*args, **kwargs)
     finally:
         _former.reset(token)
+
+
+def _inherited(cls: Any, own: Any, model: Any, name: str) -> Any:
+    """Return the method of a model without the dispatcher in ``cls``, which had ``own`` (or nothing) in its place."""
+    return getattr(super(cls, model), name) if own is None else own.__get__(model, type(model))
 
 
 def _dispatcher(cls: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,14 +74,10 @@ def _dispatcher(cls: Any, name: str, method: Callable[..., Any]) -> Callable[...
     def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (id(self), name) not in _former.get() and find_run(self) is not None:
             return method(self, *args, **kwargs)
-        former = getattr(super(cls, self), name) if own is None else own.__get__(self, type(self))
-        return former(*args, **kwargs)
+        return _inherited(cls, own, self, name)(*args, **kwargs)
 
     dispatch.__dict__[_OWN] = own
     return dispatch
-
-
-_OWN = "_hf_optim_own"  # attribute of a dispatcher: what the class itself had under its name, or None
 
 
 def _leave(cls: Any, user: weakref.ref[nn.Module]) -> None:

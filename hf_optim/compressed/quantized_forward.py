@@ -1,8 +1,8 @@
 """The forward of a linear layer in the quantized state: compressed-tensors', without the layer owning itself.
 
-compressed-tensors binds its forward to the layer and keeps it in the layer's own dict, which is a cycle: the weight of a
-deleted model would be kept until the garbage collector runs. ``QuantizedForward`` runs the same function on a layer that
-it refers to weakly. A copied or unpickled layer gets one of its own.
+compressed-tensors binds its forward to the layer and keeps it in the layer's own dict, which is a cycle: the weight of
+a deleted model would be kept until the garbage collector runs. ``QuantizedForward`` runs the same function on a layer
+that it refers to weakly. A copied or unpickled layer gets one of its own.
 """
 
 from __future__ import annotations
@@ -87,6 +87,5 @@ def release_forwards(model: nn.Module) -> None:
     """Replace the forwards that compressed-tensors bound to the layers of a model, which transformers loaded."""
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if scheme_on(module) is not None and isinstance(forward, types.MethodType):
-            if is_quantized_forward(module, forward):
-                module.__dict__["forward"] = QuantizedForward(module)
+        if scheme_on(module) is not None and is_quantized_forward(module, forward):
+            module.__dict__["forward"] = QuantizedForward(module)

@@ -24,7 +24,6 @@ from ..calibration import drivers
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
-from ..compressed.quantized_forward import release_forwards
 from ..compressed.reload_check import require_reloadable_steps
 from ..errors import MAX_MESSAGE, DataError, OptimError
 from ..recipes import hooks
@@ -65,7 +64,6 @@ def attach_model(run: Run, model: PreTrainedModel, source: Any, revision: str | 
     """Give a run its model, and record where the model comes from. A run that the model had before is released."""
     if find_run(model) is not None:
         release(model)
-    release_forwards(model)
     run.model = model
     run.traits = traits_of(model)
     run.record.base_model = {

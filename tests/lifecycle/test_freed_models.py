@@ -158,12 +158,6 @@ def loaded_by_stock_and_accelerated(dense, folder):
 
 
 @way
-def loaded_by_stock_and_optimized(dense, folder):
-    output = saved(optimize(tiny_llama(), [W8A8]), folder / "saved")
-    return used(optimize(AutoModelForCausalLM.from_pretrained(output), [Nothing()]))
-
-
-@way
 def loaded_from_a_checkpoint_with_code(dense, folder):
     output = saved(optimize(tiny_llama(), [{"technique": "gobo"}]), folder / "saved")
     return used(AutoModelForCausalLM.from_pretrained(output, optim_config="auto", trust_remote_code=True))
@@ -244,11 +238,6 @@ def copied_on_kernels(dense, folder):
 @way
 def unpickled(dense, folder):
     return used(pickle.loads(pickle.dumps(optimize(tiny_llama(), [W8A8]))))
-
-
-@technique("nothing", family="test", contract=Contract(), reload=Reload.STOCK_FORMAT)
-class Nothing(Technique):
-    """Does nothing."""
 
 
 @technique("failing", family="test", contract=Contract(), reload=Reload.STOCK_DENSE)

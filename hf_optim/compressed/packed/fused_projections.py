@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class FusedProjections:
     """Layers that run as one product if their kernel can join their packed weights.
 
-    The layers own the group, so it refers to them weakly. A layer may outlive the others (in a copy of that layer alone).
+    The layers own the group, so it refers to them weakly; in a copy of one layer alone the others do not exist.
 
     Attributes:
         sizes: the rows of each layer.
