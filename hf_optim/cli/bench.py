@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptimError
+from ..trust.bounds import shown
 from .options import positive_int
 from .table import print_table
 
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.list:
         return _list()
+    _refuse(args)
     deadline = environment.Deadline.after(args.time_limit)
     results = environment.start_results(_command())
     if args.end_to_end is not None:
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _run_ops(args, results, deadline)
     if args.append and args.output is not None:
-        results = _joined(results, args.output)
+        results = _joined(results, args.output) or results
     if args.output is not None:
         _print_written(table.publish(results, args.output))
     if args.json:
@@ -94,16 +97,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(args: argparse.Namespace) -> None:
+    """Raise ``OptimError`` for what is not there, before the first measurement, which takes seconds."""
+    from ..evaluation.bench import environment, models
+    from .jobs.preflight import require_writable
+
+    known = environment.timing_tools().operations()
+    for what, given, listed in (("operator", args.op, known), ("scheme", args.scheme, models.SCHEMES)):
+        unknown = sorted(set(given or ()) - set(listed))
+        if unknown:
+            raise OptimError(f"no {what} {', '.join(map(shown, unknown))}; available: {', '.join(listed)}")
+    if args.time_limit is not None and not args.time_limit >= 0:
+        raise OptimError(f"--time-limit must be a number of seconds, not {args.time_limit}")
+    if args.end_to_end is not None:
+        models.resolve_config(args.end_to_end)
+    if args.output is not None:
+        if os.path.exists(args.output) and not os.path.isdir(args.output):
+            raise OptimError(f"{args.output} is a file, not a directory")
+        require_writable(args.output)
+        if args.append:
+            _joined(None, args.output)
+
+
 def _run_ops(args: argparse.Namespace, results: Results, deadline: Deadline) -> None:
     import torch
 
     from ..evaluation.bench import environment, op_runner
 
-    known = environment.timing_tools().operations()
-    ops = args.op or known
-    unknown = sorted(set(ops) - set(known))
-    if unknown:
-        raise OptimError(f"no operator {', '.join(unknown)}; available: {', '.join(known)}")
+    ops = args.op or environment.timing_tools().operations()
     cuda = torch.cuda.is_available()
     shapes = args.shape or (op_runner.QUICK_SHAPES if args.quick or not cuda else op_runner.SHAPES)
     rows = args.rows or (op_runner.QUICK_ROWS if args.quick else op_runner.ROWS if cuda else op_runner.CPU_ROWS)
@@ -119,9 +140,6 @@ def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline) -
     from ..evaluation.bench import decode, models
     from ..evaluation.bench.model_runner import ModelBenchSettings, run_models
 
-    unknown = sorted(set(args.scheme or ()) - set(models.SCHEMES))
-    if unknown:
-        raise OptimError(f"no scheme {', '.join(unknown)}; available: {', '.join(models.SCHEMES)}")
     settings = ModelBenchSettings(args.cache or decode.MODES, args.batch, args.new_tokens, args.prefill, args.profile)
     schemes = args.scheme or models.SCHEMES
     run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline)
@@ -137,13 +155,14 @@ def _list() -> int:
     return 0
 
 
-def _joined(results: Results, directory: Path) -> Results:
-    """Add the rows of earlier results that these do not replace."""
+def _joined(results: Results | None, directory: Path) -> Results | None:
+    """Add the rows of earlier results that these do not replace; without ``results`` only read the earlier ones."""
     from ..evaluation.bench.results import FILE, Results
 
-    if not (directory / FILE).exists():
+    if not os.path.lexists(directory / FILE):
         return results
-    return results.merged_after(Results.load(directory))
+    earlier = Results.load(directory)
+    return results.merged_after(earlier) if results is not None else None
 
 
 def _print_written(paths: list[Path]) -> None:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     home = args.directory
     if os.path.lexists(home / FILE_NAME):
         print(Card(Record.read(home), home).write(home))
-    elif any(home.glob(f"*/{FILE_NAME}")):
+    elif os.path.isdir(home) and any(home.glob(f"*/{FILE_NAME}")):
         render_index(home)
         print(home / "README.md")
     else:

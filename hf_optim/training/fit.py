@@ -15,12 +15,13 @@ from ..data.calibration_set import build_calibration_data
 from ..data.datasets import load_texts, shuffle_buffer
 from ..data.tasks import task_of_model
 from ..data.token_sequences import sample_sequences, sequence_length
-from ..errors import DataError, RecipeError
+from ..errors import DataError
+from ..recipes.composition import Stage
 from ..recipes.config import DataConfig
-from ..recipes.field_checks import did_you_mean
 from ..runs import folder_lock
 from ..runs.disk_errors import readable_disk_errors
 from ..runs.run import run_of
+from .arguments import recipe_errors, require_trainable, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
     from .resume import TrainJournal
     from .trainer import OptimTrainer
 
-    rows, collator = training_rows(model, tokenizer, data)
     run, training = run_of(model), training or {}
+    require_trainable(training)
+    rows, collator = training_rows(model, tokenizer, data)
     journal = TrainJournal(run.journal, run) if run.journal is not None else None
     checkpoint = journal.begin(rows) if journal is not None else None
     with tempfile.TemporaryDirectory() as home:
@@ -57,12 +59,14 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
                 str(journal.output_dir),
                 {**journal.checkpoint_arguments("output_dir" in training), **training},
             )
-        trainer = OptimTrainer(
-            model=model,
-            args=training_arguments(home, training),
-            train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=collator,
-        )
+        arguments = training_arguments(home, training)
+        with recipe_errors():
+            trainer = OptimTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=rows,  # type: ignore[arg-type]
+                data_collator=collator,
+            )
         if isinstance(collator, MlmCollator):
             trainer.add_callback(MaskingEpochCallback(collator))
         if journal is not None:
@@ -77,21 +81,10 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
     return trainer.run.model
 
 
-def training_arguments(home: str, training: Mapping[str, Any]) -> Any:
-    """Return the ``TrainingArguments`` of a recipe's ``training:`` section."""
-    import dataclasses
-
-    from transformers import TrainingArguments
-
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    for key in training:
-        if key not in known:
-            raise RecipeError(f"training has no argument {key!r}{did_you_mean(key, known)} (see TrainingArguments)")
-    quiet = {"output_dir": home, "report_to": [], "save_strategy": "no", "seed": 0}
-    try:
-        return TrainingArguments(**{**quiet, **training})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+def require_own_loss(stage: Stage) -> None:
+    """Raise ``DataError`` if random inputs, which have no labels, cannot train a stage: no step adds a loss."""
+    if not any(step.implements("training_loss") for step in stage.steps):
+        raise DataError(f"{stage} trains on labels, which random data has none of: name a dataset (--train DATA)")
 
 
 def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Row], Any]:
@@ -99,6 +92,7 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
     if data.dataset == "random":
+        require_own_loss(run_of(model).stage)
         made = build_calibration_data("random", model_config=model.config, data=data)
         return [dict(zip(batch, row, strict=True)) for batch in made for row in zip(*batch.values(), strict=True)], (
             default_data_collator

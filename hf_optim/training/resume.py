@@ -90,12 +90,25 @@ class TrainJournal:
 
     def _last_complete(self) -> str | None:
         """Return the last complete checkpoint; others in the folder may be partial, damaged, or of another training."""
-        for entry in reversed(_completed(self.home / PROGRESS, self._identity)):
-            folder = Path(entry["checkpoint"])
-            if folder.is_dir() and _digest_folder(folder) == entry["sha256"]:
+        entries = _completed(self.home / PROGRESS, self._identity)
+        while entries:
+            folder = Path(entries[-1]["checkpoint"])
+            if folder.is_dir() and _digest_folder(folder) == entries[-1]["sha256"]:
+                self._remove_others([entry["checkpoint"] for entry in entries])
                 return str(folder)
             log.warning("%s is missing or damaged: training does not resume from it", folder)
+            entries.pop()
         return None
+
+    def _remove_others(self, kept: list[str]) -> None:
+        """Remove partial and damaged checkpoints of this journal, which the training would write into."""
+        names = {os.path.realpath(folder) for folder in kept}
+        for path in self.output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if os.path.realpath(path) not in names:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 class _CompletedCheckpointCallback(TrainerCallback):

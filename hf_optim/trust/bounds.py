@@ -51,7 +51,9 @@ def first_line(error: BaseException, limit: int = MAX_LINE, typed: bool = False)
         lines = [line for line in str(error)[: 10 * limit].splitlines() if line.strip()]
     except Exception:  # the text of an error of a caller may raise anything
         lines = []
-    line = printable(lines[0].strip(), limit) if lines else ""
+    # "Validation error for 'x':" says what went wrong only on its next line.
+    joined = " ".join(line.strip() for line in (lines[:2] if lines and lines[0].rstrip().endswith(":") else lines[:1]))
+    line = printable(joined, limit)
     if not line:
         return type(error).__name__
     return f"{type(error).__name__}: {line}" if typed or isinstance(error, _NAMED) else line

@@ -163,7 +163,7 @@ def test_check_refuses_what_compress_refuses(key, value, message, tmp_path, caps
 def test_every_allowed_argument_is_one_of_training_arguments(tmp_path):
     from transformers import TrainingArguments
 
-    from hf_optim.training.fit import training_arguments
+    from hf_optim.training.arguments import training_arguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     assert set(FIELDS) <= known

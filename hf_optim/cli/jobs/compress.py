@@ -37,6 +37,8 @@ from ...runs.record import public_name
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
 from ...toolkit.checkpoint.placement import NewHeads
+from ...training.arguments import require_trainable
+from ...training.fit import require_own_loss, train_stage
 from ...trust.code import is_written_by_run, may_run
 from .preflight import check_recipe, preflight
 from .streamed import StreamedJob
@@ -80,6 +82,8 @@ def compress(job: Job) -> Run:
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
     check_recipe(job.source, job.recipe, job.dense)
+    if any(stage.trains for stage in job.recipe.stages):
+        require_trainable(_training(job))
     distributed.refuse_distributed(job.recipe)
     _refuse_output(job)
     _refuse_missing_data(job)
@@ -242,6 +246,8 @@ def _refuse_missing_data(job: Job) -> None:
             )
         if stage.trains and (job.training or job.recipe.calibration).dataset is None:
             raise DataError(f"{stage} trains: pass --train DATA, or name a dataset in the recipe under `calibration:`")
+        if stage.trains and (job.training or job.recipe.calibration).dataset == "random":
+            require_own_loss(stage)
         if stage.trains and not (job.recipe.training or {}).keys() & {"max_steps", "num_train_epochs"}:
             log.info("%s trains for 3 epochs: the recipe names no max_steps and no num_train_epochs", stage)
 
@@ -270,16 +276,17 @@ def _compare(job: Job, run: Run) -> dict[str, Any]:
 
 def _train(job: Job, model: Any, tokenizer: Any) -> Any:
     """Run the training stages of the recipe, if any, and the stages that follow them."""
-    from ...training.fit import train_stage
-
     while (stage := run_of(model).stage) is not None:
         if not run_of(model).stage_entered:
             model = advance(model)
             continue
         job.print_line(f"training {stage}")
-        on_cpu = {"use_cpu": True} if job.device == "cpu" else {}
-        model = train_stage(model, tokenizer, job.training or job.recipe.calibration, {**on_cpu, **job.recipe.training})
+        model = train_stage(model, tokenizer, job.training or job.recipe.calibration, _training(job))
     return model
+
+
+def _training(job: Job) -> dict[str, Any]:
+    return {**({"use_cpu": True} if job.device == "cpu" else {}), **job.recipe.training}
 
 
 def _make_dense(run: Run) -> None:

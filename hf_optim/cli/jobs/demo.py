@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ...checkpoints.atomic import require_replaceable
 from ...checkpoints.source import ModelSource
 from ...errors import OptimError
 from ...recipes.config import DataConfig, OptimConfig
@@ -49,6 +50,7 @@ def demo(output: Path, print_line: Callable[[str], None] = print) -> Record:
 
     Raises ``OptimError`` if stock transformers reloads the checkpoint with different logits.
     """
+    require_replaceable(output)
     with tempfile.TemporaryDirectory() as folder:
         calibration = _corpus(Path(folder) / "stdlib-train.jsonl", "train")
         held_out = _corpus(Path(folder) / "stdlib-held-out.jsonl", "held_out")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from ...runs.disk_errors import readable_disk_errors
 from .goals import Goal, find_decode_goal, find_goal, load_goals
 from .results import OpResult, Results
 from .roofline import roofline
@@ -18,12 +19,13 @@ HEADER = (
 
 def publish(results: Results, directory: Path) -> list[Path]:
     """Write ``results.json``, the page and (if any row has a time) the plot; return the files."""
-    written = [results.save(directory)]
-    if any(row.graph_us for row in results.rows):
-        written.append(roofline(results, directory / PLOT))
-    page = directory / FILE
-    page.write_text(render(results, plot=len(written) > 1), encoding="utf-8")
-    return [*written, page]
+    with readable_disk_errors(directory, "the results"):
+        written = [results.save(directory)]
+        if any(row.graph_us for row in results.rows):
+            written.append(roofline(results, directory / PLOT))
+        page = directory / FILE
+        page.write_text(render(results, plot=len(written) > 1), encoding="utf-8")
+        return [*written, page]
 
 
 def render(results: Results, plot: bool = False) -> str:

@@ -56,7 +56,10 @@ def _in_memory(examples: Examples, home: Path, random: Random) -> None:
     """Recipes of a caller: mappings with values that no file holds."""
     tree = mutate_tree(random.choice(examples.recipes[: len(STEPS)]), random)
     if random.random() < 0.5:
-        tree[random.choice(sorted(tree))] = random.choice((object(), {1, 2}, b"x", range(3), len, float("nan"), 1j))
+        tree = tree if isinstance(tree, dict) else {"steps": tree}
+        tree[random.choice(sorted(tree) or ["steps"])] = random.choice(
+            (object(), {1, 2}, b"x", range(3), len, float("nan"), 1j)
+        )
     optimize(tiny_llama(), tree, examples.batches, tokenizer=examples.tokenizer)
 
 
@@ -73,7 +76,7 @@ def _train(examples: Examples, home: Path, random: Random) -> None:
     # Long trainings and many worker processes are what a recipe may say, and not what a fuzzer waits for.
     bounded: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
     arguments = {**recipe.training, **bounded}
-    for name in ("dataloader_num_workers", "gradient_accumulation_steps"):
+    for name in ("dataloader_num_workers", "gradient_accumulation_steps", "dataloader_prefetch_factor"):
         if arguments.get(name):
             arguments[name] = min(arguments[name], 1)
     model = optimize(tiny_llama(), recipe, examples.batches)
