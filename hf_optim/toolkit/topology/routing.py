@@ -97,7 +97,11 @@ class _Finder:
         return found
 
     def _expert_values(self) -> dict[int, set[int]]:
-        """Return value -> the numbers of experts in the layers whose experts computed it, up to the next product."""
+        """Return value -> the numbers of experts in the layers whose experts computed it, up to the next product.
+
+        What one activation has weighted already is no longer an output of experts alone.
+        """
+        fixed = {*self.trace.parameters, *self.trace.constants}
         counts: dict[int, set[int]] = defaultdict(set)
         lists = _expert_lists(self.trace, self.blocks)
         for op in self.trace.ops:
@@ -108,7 +112,9 @@ class _Finder:
                 own = {self.weights[v][2] for v in op.reads if v in self.weights and self.weights[v][1] == 3}
                 own = {count for count in own if count > 1}
             else:
-                own = set().union(*(counts[v] for v in op.reads if v in counts))
+                experts = [counts[v] for v in op.reads if v in counts]
+                factors = [v for v in op.reads if v not in counts and v not in fixed]
+                own = set() if _name(op) in FACTORS and factors else set().union(*experts)
             if own:
                 for value in op.produces:
                     counts[value] |= own
@@ -137,8 +143,7 @@ class _Finder:
             return False
         integers = [v for v in op.writes if self.trace.dtypes[v] == torch.int64]
         used = any(self.trace.readers.get(v) for v in integers) or (self.trace.partial and bool(integers))
-        size = self.trace.shapes[value][_dim(op)]
-        return used and size > 1 and width % size == 0
+        return used and 1 < self.trace.shapes[value][_dim(op)] <= width
 
     def _weighs_experts(self, op: Op, value: int, width: int) -> bool:
         """Return True if an operation multiplies outputs of as many experts by ``value``."""
@@ -149,9 +154,11 @@ class _Finder:
     def _readers_up_to_products(self, p: _Projection, stops: Collection[str] = ()) -> Iterable[tuple[Op, int]]:
         """Yield the operations that read the output of a projection or what is computed from it, with what they read.
 
-        Integers, products, and the operations ``stops`` end the way.
+        Integers, products, and the operations ``stops`` end the way, and so does a result with more elements: it is
+        the other operand (the scores of keys) that the output is a factor of.
         """
         pending, seen = [p.value], {p.value}
+        largest = self.trace.shapes[p.value].numel()
         while pending:
             value = pending.pop()
             for op in self.trace.readers.get(value, ()):
@@ -164,7 +171,7 @@ class _Finder:
                 ):
                     continue
                 for result in op.produces:
-                    if result not in seen and self._is_derived(result):
+                    if result not in seen and self._is_derived(result) and self.trace.shapes[result].numel() <= largest:
                         seen.add(result)
                         pending.append(result)
 
