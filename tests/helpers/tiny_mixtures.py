@@ -6,6 +6,7 @@ tested without being listed here. ``SETTINGS`` holds what a configuration needs 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -19,6 +20,9 @@ from transformers.models.auto import modeling_auto
 
 MIXTURE = re.compile(r"^class \w*(?:Experts|Router|TopKGating|NaiveMoe|CDMoE|MoE|Moe)\w*\(", re.MULTILINE)
 HEADS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "TOKEN_CLASSIFICATION", "BACKBONE")
+
+LARGEST = 10_000_000
+"""Most weights of a model that is built in memory."""
 
 # fmt: off
 SIZES: dict[str, Any] = {
@@ -61,7 +65,7 @@ def _rope(*sections: int, **other: Any) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "aria": {"vision_config": {"model_type": "idefics3_vision", "hidden_size": 32, "num_hidden_layers": 2}},
+    "aria": {"vision_config": {"model_type": "idefics3_vision"}, "text_config": {"model_type": "aria_text"}},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4, "clip_qkv": 8},
@@ -79,7 +83,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {"text_config": {"rope_parameters": _rope(2, 1, 1)}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mimo_v2_flash": {"num_key_value_heads": 2},
-    "minimax_m3_vl": {"text_config": {"head_dim": 8}},
+    "minimax_m3_vl": {
+        "vision_config": {"model_type": "minimax_m3_vl_vision"},
+        "text_config": {"model_type": "minimax_m3_vl_text"},
+    },
     "muse_spark": {
         "audio_config": {"patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1], "out_hidden_size": 32}
     },
@@ -124,9 +131,13 @@ def build(kind: str, device: str = "cpu", **changes: Any) -> Any:
     """
     base = CONFIG_MAPPING[kind]
     config = base(**_small(base, {**SETTINGS.get(kind, {}), **changes}))
+    cls = getattr(transformers, classes()[kind][1])
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
+    assert weights < LARGEST, f"{kind} is not tiny: {weights:,} weights; its configuration has settings of other names"
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, classes()[kind][1])(config).eval()
+        model = cls(config).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters() if device != "meta" else ():
