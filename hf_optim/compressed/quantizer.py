@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..runs.run import Run, find_run
 from .codec import scheme_on
+from .dense_conversions import keep_model_names
 from .experts import (
     discard_decoding,
     expert_schemes,
@@ -56,6 +58,7 @@ def quantizer_class() -> type:
             if getattr(model, "_hf_peft_config_loaded", False):
                 return None, {}  # save_pretrained then saves the adapter only
             discard_decoding(model)
+            keep_model_names(model)
             state, off_grid = packed_state_dict(model)
             if off_grid:
                 logger.warning(
@@ -133,6 +136,7 @@ class PackingFallback:
         if not packed:
             return
         if self._packable is None:
+            keep_model_names(run.model)
             self._packable = packing_fits(run.model, packed)
         if not self._packable:
             store_unpacked(run.model, packed)
@@ -150,9 +154,7 @@ def packing_fits(model: Any, names: Iterable[str]) -> bool:
             for module in meta_model.modules():  # built on the meta device, all count as initialized
                 module._is_hf_initialized = False
             meta_model.initialize_weights()  # each part of a composite model by its own class, as from_pretrained does
-        except AttributeError as error:
-            if "weight" not in str(error):
-                raise
+        except Exception:  # of any kind: the code of the class, on a model that lacks weights
             return False
     return True
 

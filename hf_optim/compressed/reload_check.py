@@ -31,6 +31,7 @@ from ..toolkit.topology.experts import ExpertLinear, fused_experts
 from ..toolkit.topology.fake_model import copy_with_tensors
 from ..trust.code import is_stock
 from .codec import scheme_on
+from .dense_conversions import keep_model_names
 from .experts import SCALE, attach_expert_schemes, expert_schemes, per_channel
 from .quantization_config import quantization_config, stored_schemes
 from .quantizer import packed_modules, packing_fits
@@ -148,6 +149,7 @@ def _claimed(model: Any, layers: Mapping[str, Any], scheme: QuantizationScheme) 
             _claim_expert(skeleton.get_submodule(layer.experts_name), layer.parameter, scheme)
         else:
             _claim(skeleton.get_submodule(name), scheme)
+    keep_model_names(skeleton)
     packed = packed_modules(skeleton)
     if packed and not packing_fits(skeleton, packed):
         for module in packed.values():

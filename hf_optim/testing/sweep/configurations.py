@@ -31,22 +31,25 @@ _LAYERS = (
 )
 # (whole name of a field, its value if it is larger).
 _RULES: tuple[tuple[str, int], ...] = (
+    (r"mamba_num_heads|mamba_n_heads|n_mamba_heads", 2 * WIDTH // HEAD_DIM),
+    (r"mamba_d_ssm", 2 * WIDTH),
     (r"(\w+_)?(num_key_value_heads|num_kv_heads|n_head_kv|n_kv_heads|num_query_groups)", KV_HEADS),
     (r"(\w+_)?(num_attention_heads|attention_heads|num_heads|n_heads?|\w*_n_heads|num_attention_heads_\w+)", HEADS),
     (r"(\w+_)?(linear_num_(key|value)_heads|linear_num_heads)", HEADS),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank|\w+_lora_rank|\w+_lora_dim", 32),
     (r"qk_head_dim", 2 * HEAD_DIM),
-    (r"(\w+_)?(head_dim|d_kv|head_size|dim_head|d_head|d_rel|headdim|attention_head_size)|\w+_head_dim|rotary_dim", HEAD_DIM),
+    (r"(\w+_)?(head_dim|d_head|d_kv|head_size|dim_head|d_head|d_rel|headdim|attention_head_size)|\w+_head_dim|rotary_dim", HEAD_DIM),
     (r"\w*(moe|expert|experts|share_expert)\w*_(intermediate_size|hidden_size|dim|ffn_dim|ffn_hidden_size)", EXPERT_INNER),
     (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|inner_size|d_ff|d_inner|mlp_dim|intermediate_dim|n_inner|feed_forward_size)", INNER),
     (r"\w*moe_layer_freq|decoder_sparse_step", 1),
-    (r"\w*vocab_size\w*|codebook_size|num_embeddings|codebook_vocab_size|unpadded_vocab_size|\w+_vocab_size|vocab_offset", VOCABULARY),
+    (r"codebook_size", 128),
+    (r"\w*vocab_size\w*|num_embeddings|codebook_vocab_size|unpadded_vocab_size|\w+_vocab_size|vocab_offset", VOCABULARY),
     (_WIDTHS, WIDTH),
     (_LAYERS, LAYERS),
     (r"\w*max_position_embeddings|n_positions|max_seq_len|max_sequence_length|n_ctx|seq_length|max_target_positions|context_length|model_max_length|max_2d_position_embeddings|\w*num_position_embeddings|max_\w+_positions", POSITIONS),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|\w+_num_experts|num_\w*experts|zero_expert_num", EXPERTS),
     (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|n_activated_experts|expert_top_k|topk|ffn_top_k|router_topk|num_selected_experts", 2),
-    (r"n_group|topk_group|n_groups|num_expert_groups|num_limited_groups|n_shared_experts|first_k_dense_replace", 1),
+    (r"n_group|topk_group|n_groups|num_expert_groups?|mamba_n_groups|num_limited_groups|n_shared_experts|first_k_dense_replace", 1),
     (r"num_dense_layers|first_num_dense_layers|num_hash_layers|n_hash_layers", 1),
     (r"image_size|img_size|input_size|crop_size|resolution|max_img_size|max_image_size", IMAGE),
     (r"(sliding|attention|local)?_?window(_size)?|sliding_window_size|local_attention|attention_window_size|local_radius", WINDOW),
@@ -55,23 +58,44 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?(num_mel_bins|n_mels|n_mel_bins|mel_bins|input_feat_per_channel)", 16),
     (r"state_size|ssm_state_size|mamba_d_state|d_state|\w*_state_dim", 16),
     (r"time_step_rank|mamba_dt_rank", 16),
-    (r"num_filters|base_channels|conv_channels|\w*conv_channels|\w*_conv_channel|nemo_conv_channels|ext_pw_out_channel|depthwise_separable_out_channel|latent_channels|num_codevectors_per_group|stem_out_channels|embedding_size|\w+_units|\w+_channels|post_conv_\w+_channels", 16),
+    (r"base_channels|latent_channels|num_groups", 32),
+    (r"num_filters|conv_channels|\w*conv_channels|\w*_conv_channel|nemo_conv_channels|ext_pw_out_channel|depthwise_separable_out_channel|num_codevectors_per_group|stem_out_channels|embedding_size|\w+_units|\w+_channels|post_conv_\w+_channels", 16),
     (r"num_codebooks|num_quantizers", 4),
     (r"num_query_tokens|\w*num_latents|num_queries", 8),
     (r"laurel_rank|adapter_rank|\w+_rank", 16),
-    (r"index_topk", 8),
+    (r"index_topk|index_kpool", 8),
     (r"prompt_length|num_landmarks|segment_means_seq_len|num_global_tokens|num_conv_pos_embeddings|codebook_dim", 16),
     (r"num_conv_pos_embedding_groups", 4),
 )  # fmt: skip
 _COMPILED = [(re.compile(pattern), value) for pattern, value in _RULES]
-_COUNTS = re.compile(r"depths|\w*num_blocks|stage_numb_of_layers|n_attn_blocks|num_block_repeats|block_repeats|block_sizes|layers")
-_CHANNELS = re.compile(r"\w*(hidden_sizes|embed_dims?|channels|conv_dim|tdnn_dim|attn_unit_dims|hidden_dims|dims|num_feats|projection_dim)")
+_COUNTS = re.compile(
+    r"depths|\w*num_blocks|stage_numb_of_layers|n_attn_blocks|num_block_repeats|block_repeats|block_sizes|layers"
+)
+_CHANNELS = re.compile(
+    r"\w*(hidden_sizes|embed_dims?|channels|conv_dim|tdnn_dim|attn_unit_dims|hidden_dims|dims|num_feats|projection_dim)"
+)
 _LAYER_INDICES = re.compile(
     r"\w*(layer_ids|indexes|indices|layers_indices|target_layers|source_layers|cross_attention_layers|summary_idxs|moe_layers)"
 )
 _TOKEN = re.compile(r"\w*(token_id|token_index|token_ids|_pad_id|_id|image_patch_id|mask_index)")
 _DERIVED = ("stage_names", "out_features", "out_indices", "architectures", "transformers_version", "dtype")
-_COUNT_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "num_decoder_layers", "depth")
+_MISSING = {
+    "head_dim": HEAD_DIM,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": HEADS,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+}
+"""Sizes for fields without a default that the forward needs."""
+_COUNT_NAMES = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "depth",
+)
 
 
 def tiny_config(config_class: Any, name: str = "") -> Any:
@@ -107,7 +131,10 @@ def _shrink(fields: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             continue
         if isinstance(value, dict) and key in ("id2label", "label2id"):
             continue
-        if isinstance(value, dict):
+        if key == "per_layer_config" and isinstance(value, dict) and kept:
+            chosen = {int(layer): _shrink(own, ids) for layer, own in value.items()}
+            found[key] = {f"{new:02}": chosen[old] for new, old in enumerate(kept[1]) if old in chosen}
+        elif isinstance(value, dict):
             found[key] = _shrink(value, ids)
         elif isinstance(value, (list, tuple)) and value:
             found[key] = _list(key, list(value), kept, ids)
@@ -129,9 +156,10 @@ def _kept_layers(fields: Mapping[str, Any]) -> tuple[int, list[int]] | None:
         return None
     lists = [v for v in fields.values() if isinstance(v, (list, tuple)) and len(v) == count and count > 4]
     lists = [v for v in lists if isinstance(v[0], (str, bool)) or len(set(map(str, v))) <= 3]
+    own = {int(index) for index in fields.get("per_layer_config") or ()}
     kinds: dict[Any, int] = {}
     for index in range(count):
-        kinds.setdefault(tuple(str(v[index]) for v in lists), index)
+        kinds.setdefault((index in own, *(str(v[index]) for v in lists)), index)
     kept = sorted(kinds.values())
     kept += [i for i in range(count) if i not in kept][: max(0, LAYERS - len(kept))]
     return count, sorted(kept)[: max(LAYERS, len(kinds))]
@@ -152,8 +180,12 @@ def _list(key: str, value: list[Any], kept: tuple[int, list[int]] | None, ids: d
         return [max(1, HEAD_DIM // 2 - 2 * (HEAD_DIM // 6)), *[HEAD_DIM // 6] * 2][: len(value)]
     if _COUNTS.fullmatch(key):
         return [min(item, 1) for item in value]
+    if key in ("num_heads", "num_attention_heads"):  # one entry for each stage
+        return [min(item, 2) for item in value]
     if _CHANNELS.fullmatch(key):
         return [max(16, item // 8 // 16 * 16) if item > 16 else item for item in value]
+    if kept and len(value) == kept[0] and value == list(range(kept[0])):
+        return list(range(len(kept[1])))
     if _LAYER_INDICES.fullmatch(key):
         return sorted({min(item, LAYERS - 1) for item in value})
     if _TOKEN.fullmatch(key):
@@ -162,6 +194,8 @@ def _list(key: str, value: list[Any], kept: tuple[int, list[int]] | None, ids: d
 
 
 def _scalar(key: str, value: Any, ids: dict[int, int]) -> Any:
+    if value is None:
+        return _MISSING.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     if _TOKEN.fullmatch(key):

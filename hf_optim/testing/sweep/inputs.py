@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...toolkit import topology
-from .exceptions import INPUTS
+from .exceptional_inputs import INPUTS
 
 _SPECIAL = re.compile(r"\w*(token_id|token_index|token_ids|_pad_id|image_patch_id)")
 
@@ -52,4 +52,6 @@ def _special(fields: dict[str, Any]) -> Iterator[int]:
         if isinstance(value, dict):
             yield from _special(value)
         elif isinstance(key, str) and _SPECIAL.fullmatch(key):
-            yield from (item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, int))
+            yield from (
+                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, int)
+            )
