@@ -142,6 +142,8 @@ class Run:
         stay since later training and saving need them.
         """
         self.source = self.data = None
+        if (model := self._current_model()) is not None:
+            topology.shorten_example(model)
         for state in self._states.values():
             for key in [key for key, value in vars(state).items() if not is_plain(value)]:
                 delattr(state, key)

@@ -10,7 +10,7 @@ Functions that need a trace take a model or a ``Trace``. Pass the same ``trace(m
 from .block_lists import Block, blocks, group_by_block
 from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, has_experts
-from .fake_inputs import NoInputsError, dummy_inputs, set_example
+from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
 from .layer_coverage import coverage
 from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
@@ -62,6 +62,7 @@ __all__ = [
     "roles",
     "routes",
     "set_example",
+    "shorten_example",
     "summarize",
     "trace",
     "weight_out_in",

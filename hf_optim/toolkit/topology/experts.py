@@ -243,7 +243,7 @@ def has_stacked_weights(module: nn.Module) -> bool:
         module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, ParametrizationList)
     ):
         return False
-    return any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
+    return is_fused_experts(module) or any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 
 
 def _stores_experts(module: nn.Module, counts: set[int]) -> bool:

@@ -36,9 +36,16 @@ class NoInputsError(ModelError):
 
 
 def set_example(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Keep the first row of a batch as the inputs that a model is traced on if dummy inputs do not fit it."""
-    # Copies: a view would keep the whole batch for as long as the model lives.
-    _examples[model] = {key: value[:1].clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    """Keep a batch, whose first row is what a model is traced on if dummy inputs do not fit it."""
+    _examples[model] = dict(batch)
+
+
+def shorten_example(model: nn.Module) -> None:
+    """Keep a copy of the first row of an example alone, once the calibration has ended."""
+    if model in _examples:
+        rows = _examples[model].items()
+        # Copies: a view would keep the whole batch for as long as the model lives.
+        _examples[model] = {key: value[:1].clone() if isinstance(value, Tensor) else value for key, value in rows}
 
 
 def has_example(model: nn.Module) -> bool:
@@ -46,23 +53,28 @@ def has_example(model: nn.Module) -> bool:
     return model in _examples
 
 
-def example_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return the example that ``set_example`` kept, on the device of the model; None if there is none."""
+def example_of(model: nn.Module, whole: bool = False) -> dict[str, Any] | None:
+    """Return the example that ``set_example`` kept, on the device of the model; None if there is none.
+
+    ``whole`` returns the batch instead of its first row: the patches of all its images, or the codebooks of all its
+    recordings, may follow one another along the first dimension.
+    """
     if model not in _examples:
         return None
     device, dtype = _placement(model)
-    return {
-        key: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
-        for key, value in _examples[model].items()
-    }
+
+    def placed(value: Tensor) -> Tensor:
+        return (value if whole else value[:1]).to(device, dtype if value.is_floating_point() else None)
+
+    return {key: placed(value) if isinstance(value, Tensor) else value for key, value in _examples[model].items()}
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return minimal inputs for a model, on its device: one sequence of eight tokens, one image or a little sound.
 
-    Text models get ``input_ids [1, T]`` int64, models with a text decoder also ``decoder_input_ids [1, T / 2]``. Vision
-    models, and models that compare texts with images, get ``pixel_values [1, channels, height, width]`` (videos:
-    ``[1, frames, channels, height, width]``), speech models ``input_values [1, samples]`` or ``input_features`` in the
+    Text models get ``input_ids [1, T]`` int64, models with a text decoder also ``decoder_input_ids``, of half the length
+    if they generate text. Vision models, and models that compare texts with images, get
+    ``pixel_values [1, channels, height, width]`` (videos: ``[1, frames, channels, height, width]``), speech models ``input_values [1, samples]`` or ``input_features`` in the
     shape of their feature extractor, all in the floating dtype of the model. Token ids are valid for the vocabulary and
     never the padding token; the last one is the end-of-sequence token if the model has one, since some heads look for
     it. The values are the same at each call.
@@ -87,7 +99,10 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         )
     parameters = inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder and ("decoder_input_ids" in parameters or main in TEXT_INPUTS):
-        inputs["decoder_input_ids"] = _tokens(model, max(1, _text_length(model) // 2))
+        length = _text_length(model)
+        # A head that is not a language model's may read the decoder where the input has its end of sequence.
+        same = main in TEXT_INPUTS and not model.can_generate()
+        inputs["decoder_input_ids"] = _tokens(model, length if same else max(1, length // 2))
     if main in TEXT_INPUTS and "pixel_values" in parameters and _pairs_text_and_images(model.config):
         inputs["pixel_values"] = _image(model)
     if main in TEXT_INPUTS and "input_features" in parameters and _pairs_text_and_sound(model.config):
@@ -134,12 +149,15 @@ def _tokens(model: PreTrainedModel, length: int) -> Tensor:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of rows of the input embedding, or the vocabulary size in the config."""
+    """Return the number of rows of the input embedding, or the vocabulary size in the config.
+
+    Models without either read characters: any number is valid, and 128 is returned.
+    """
     try:
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:
         rows = None
-    return int(rows or model.config.get_text_config().vocab_size)
+    return int(rows or _setting(model.config.get_text_config(), "vocab_size") or 128)
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -57,9 +57,12 @@ def _trace_dummy(model: PreTrainedModel) -> Trace:
     except NoInputsError:
         raise
     except Exception as error:  # the forward of any model
-        example = example_of(model)
-        if example is not None:
-            return _trace(model, example, ())
+        example, batch = example_of(model), example_of(model, whole=True)
+        if example is not None and batch is not None:
+            try:
+                return _trace(model, example, ())
+            except Exception:  # its rows may not be examples
+                return _trace(model, batch, ())
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
         raise NoInputsError(
