@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ModelError
-from ..toolkit.topology.experts import ExpertLinear, expert_linears, has_stacked_weights
+from ..toolkit.topology.experts import ExpertLinear, expert_linears, has_stacked_weights, stacked_experts
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
 from .experts import expert_schemes, experts_unsupported_reason
@@ -59,11 +59,12 @@ def storable(
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
-    stacks = {name: m for name, m in scope.model.named_modules() if has_stacked_weights(m)}
-    inside = [name for name in stacks if scope.holds(name)]
+    stacks = stacked_experts(scope.model)
     if stacks and integer and layers:
         _require_readable_experts(scope, stacks, targets, skip, label, experts, symmetric)
-    elif inside and "Linear" in targets:
+    elif "Linear" in targets and (
+        inside := [n for n, m in scope.model.named_modules() if has_stacked_weights(m) and scope.holds(n)]
+    ):
         skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
     return layers, skipped
 

@@ -117,7 +117,9 @@ def _same_choice(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Ten
     """
     if not one[1]:
         return torch.allclose(one[0].norm(dim=-1), other[0].norm(dim=-1), rtol=1e-3)
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(one[1], other[1], strict=True))
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(one[1], other[1], strict=True)
+    )
 
 
 def _directions(tokens: Tensor) -> Tensor:
@@ -141,7 +143,9 @@ class _Spy:
                 self.handles.append(module.register_forward_pre_hook(self._receive(name), with_kwargs=True))
                 self.handles.append(module.down_embed.register_forward_pre_hook(self._choose(name)))
         self.holders = {
-            ".".join(parts[:end]) for parts in (name.split(".") for name in self.mixtures) for end in range(1, len(parts))
+            ".".join(parts[:end])
+            for parts in (name.split(".") for name in self.mixtures)
+            for end in range(1, len(parts))
         }
         for name in self.holders:
             self.handles.append(model.get_submodule(name).register_forward_hook(self._return(name)))

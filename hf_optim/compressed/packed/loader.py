@@ -41,10 +41,10 @@ class PlaceholderLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """An empty tensor marked as initialized, for classes that initialize weights before loading them (T5)."""
+        """A tensor without data, marked as initialized, for classes that initialize weights before loading them."""
         found = self._parameters.get("weight")
         if found is None:
-            found = nn.Parameter(torch.empty(0), requires_grad=False)
+            found = nn.Parameter(torch.empty(self.out_features, self.in_features, device="meta"), requires_grad=False)
             found._is_hf_initialized = True  # type: ignore[attr-defined]
         return found
 
@@ -206,9 +206,9 @@ def _stored_tensors(
 
 
 def _require_no_fused_experts(model: nn.Module) -> None:
-    from ..storability import has_stacked_weights
+    from ...toolkit.topology.experts import stacked_experts
 
-    if any(has_stacked_weights(module) for module in model.modules()):
+    if stacked_experts(model):
         raise UnsupportedCheckpoint("its experts are stacked matrices")
 
 

@@ -246,6 +246,20 @@ def has_stacked_weights(module: nn.Module) -> bool:
     return is_fused_experts(module) or any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False))
 
 
+def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that store the experts of a mixture as stacked matrices, by qualified name.
+
+    Other modules have parameters of three dimensions, too: the heads of XLNet, scales of layers, gates of recurrences.
+    """
+    counts = expert_counts(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_fused_experts(module)
+        or (has_stacked_weights(module) and any(p.dim() == 3 and len(p) in counts for p in module.parameters(False)))
+    }
+
+
 def _stores_experts(module: nn.Module, counts: set[int]) -> bool:
     """Return True if a module is a list of experts or has their stacked matrices; ``counts`` are possible numbers."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
