@@ -21,7 +21,7 @@ _WIDTHS = (
     r"(\w+_)?(hidden_size|d_model|n_embd|model_dim|dim_model|embed_dim|embedding_size|emb_dim|hidden_dim)|"
     r"word_embed_proj_dim|\w*projection_dim|\w*projector_dim|lm_d_model|n_embed|pooler_output_size|lru_width|"
     r"pooler_hidden_size|cross_attention_hidden_size|codevector_dim|proj_codevector_dim|image_token_embed_dim|"
-    r"xvector_output_dim|adapter_out_dim|dim|dim_model_base|hidden_size_\w+|\w+_hidden_size|width|embedding_dim|d_latents|"
+    r"xvector_output_dim|adapter_(in|out)_dim|dim|dim_model_base|hidden_size_\w+|\w+_hidden_size|width|embedding_dim|d_latents|"
     r"project_dim|\w*_output_dim|\w+_embed_dim|d_embed|modal_hidden_size|n_hidden"
 )
 _LAYERS = (
@@ -112,6 +112,9 @@ def tiny_config(config_class: Any, name: str = "") -> Any:
     for path, value in given.items():
         _set(fields, path.split("."), value)
     config = config_class.from_dict(fields)
+    text = config.get_text_config()
+    if "SequenceClassification" in name and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = config.pad_token_id = 0  # the head looks for the last token that is not padding
     return config
 
 
@@ -169,8 +172,8 @@ def _list(key: str, value: list[Any], kept: tuple[int, list[int]] | None, ids: d
     first = value[0]
     if isinstance(first, dict):
         return [_shrink(item, ids) for item in value]
-    if isinstance(first, list):
-        return [_list(key, item, kept, ids) if item else item for item in value]
+    if any(isinstance(item, list) for item in value):
+        return [_list(key, item, kept, ids) if isinstance(item, list) and item else item for item in value]
     if kept and len(value) == kept[0] and kept[0] > 4 and not _LAYER_INDICES.fullmatch(key):
         value = [value[index] for index in kept[1]]
         return [_scalar(key, item, ids) for item in value]

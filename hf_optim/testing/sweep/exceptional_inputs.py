@@ -58,7 +58,7 @@ def _patches(model: Any, random: Generator, rows: int) -> Batch:
 
 def _flattened_patches(model: Any, random: Generator, rows: int) -> Batch:
     vision = model.config.vision_config
-    patches = torch.randn(rows, 16, 2 + 3 * vision.patch_size**2, generator=random)
+    patches = torch.randn(rows, 16, 2 + vision.patch_embed_hidden_size, generator=random)
     patches[:, :, 0] = torch.arange(16) // 4 + 1
     patches[:, :, 1] = torch.arange(16) % 4 + 1
     mask = torch.ones(rows, 16, dtype=torch.int64)

@@ -39,7 +39,8 @@ def random_inputs(model: PreTrainedModel, seed: int, rows: int = 2) -> dict[str,
 
 def _tokens(model: PreTrainedModel, example: Tensor, generator: torch.Generator, rows: int) -> Tensor:
     special = set(_special(model.config.to_dict()))
-    allowed = torch.tensor([i for i in range(3, int(example.max()) + 100) if i not in special and i < 100])
+    rows_of_embedding = getattr(model.get_input_embeddings(), "num_embeddings", 100)
+    allowed = torch.tensor([i for i in range(3, min(rows_of_embedding, 100)) if i not in special])
     chosen = torch.randint(len(allowed), (rows, *example.shape[1:]), generator=generator)
     ids = allowed[chosen]
     ids[:, -1] = example[:, -1]
