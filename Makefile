@@ -10,7 +10,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 PINS := --constraint constraints.txt $(if $(filter $(CPU),$(TORCH)),--constraint constraints-cpu.txt)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-models kills memory compat lint clean
+.PHONY: demo test test-models kills memory sweep compat lint clean
 
 demo: $(STAMP)
 	$(BIN)/hf-optim demo --output demo-w4a16
@@ -31,6 +31,11 @@ kills: $(STAMP)
 
 memory: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s -m slow tests/calibration/test_streamed_memory.py
+
+# Every architecture of the installed transformers through five recipes; resumes from sweep-results.json.
+SWEEP := --jobs 2
+sweep: $(STAMP)
+	$(BIN)/python -m hf_optim.testing.sweep $(SWEEP) --out docs/architectures.md
 
 # What meets transformers, against its other supported versions (constraints.txt has the newest), each in its own environment.
 COMPAT := 5.17.0 5.23.0

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ModelError
-from ..toolkit.topology.experts import ExpertLinear, expert_linears, has_stacked_weights, stacked_experts
+from ..toolkit.topology.experts import ExpertLinear, expert_linears, expert_stacks, has_stacked_weights
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
 from .experts import expert_schemes, experts_unsupported_reason
 
 if TYPE_CHECKING:
     from ..runs.scope import Scope
-
-FP8_REMEDY = "Use fp8, which leaves experts unquantized"
 
 
 def storable(
@@ -59,12 +57,12 @@ def storable(
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
-    stacks = stacked_experts(scope.model)
+    stacks = expert_stacks(scope.model)
+    inside = [name for name, module in scope.model.named_modules() if scope.holds(name) and has_stacked_weights(module)]
     if stacks and integer and layers:
         _require_readable_experts(scope, stacks, targets, skip, label, experts, symmetric)
-    elif "Linear" in targets and (
-        inside := [n for n, m in scope.model.named_modules() if has_stacked_weights(m) and scope.holds(n)]
-    ):
+        inside = [name for name in inside if name not in stacks]
+    if inside and "Linear" in targets:
         skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
     return layers, skipped
 
@@ -101,7 +99,8 @@ def _require_readable_experts(
     for name, stack in checked.items():
         if why := experts_unsupported_reason(model, name, stack):
             raise ModelError(
-                f"{begin} ({name}), and stock transformers could not read their codes: {why}. {FP8_REMEDY}"
+                f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
+                "leaves experts unquantized"
             )
         if not symmetric:
             raise ModelError(

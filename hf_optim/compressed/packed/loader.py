@@ -206,9 +206,9 @@ def _stored_tensors(
 
 
 def _require_no_fused_experts(model: nn.Module) -> None:
-    from ...toolkit.topology.experts import stacked_experts
+    from ...toolkit.topology.experts import expert_stacks
 
-    if stacked_experts(model):
+    if expert_stacks(model):
         raise UnsupportedCheckpoint("its experts are stacked matrices")
 
 
