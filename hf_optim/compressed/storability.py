@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ModelError
-from ..toolkit.topology.experts import ExpertLinear, expert_linears, expert_stacks, has_stacked_weights
+from ..toolkit.topology.experts import ExpertLinear, expert_linears, has_stacked_weights, expert_stacks
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
 from .experts import expert_schemes, experts_unsupported_reason
 
 if TYPE_CHECKING:
     from ..runs.scope import Scope
+
+FP8_REMEDY = "Use fp8, which leaves experts unquantized"
 
 
 def storable(
@@ -99,8 +101,7 @@ def _require_readable_experts(
     for name, stack in checked.items():
         if why := experts_unsupported_reason(model, name, stack):
             raise ModelError(
-                f"{begin} ({name}), and stock transformers could not read their codes: {why}. Use fp8, which "
-                "leaves experts unquantized"
+                f"{begin} ({name}), and stock transformers could not read their codes: {why}. {FP8_REMEDY}"
             )
         if not symmetric:
             raise ModelError(

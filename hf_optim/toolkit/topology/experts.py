@@ -247,16 +247,16 @@ def has_stacked_weights(module: nn.Module) -> bool:
 
 
 def expert_stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that hold experts as stacked matrices, by qualified name.
+    """Return the modules that store the experts of a mixture as stacked matrices, by qualified name.
 
-    Other weights have three dimensions as well (one matrix for each head, factors of position embeddings): a stack is
-    one of experts if it has the layout of fused experts, or as many matrices as the configuration states experts.
+    Other modules have parameters of three dimensions, too: the heads of XLNet, scales of layers, gates of recurrences.
     """
     counts = expert_counts(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if is_fused_experts(module) or (has_stacked_weights(module) and _stores_experts(module, counts))
+        if is_fused_experts(module)
+        or (has_stacked_weights(module) and any(p.dim() == 3 and len(p) in counts for p in module.parameters(False)))
     }
 
 
