@@ -23,11 +23,11 @@ from .codec import quantize_input, scheme_on
 class QuantizedForward:
     """The ``forward`` in the dict of a quantized layer. It has the attributes of a bound method that others read."""
 
-    __slots__ = ("__weakref__", "_module", "_run")
+    __slots__ = ("__weakref__", "_class", "_module", "_run")
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self._run = _stock_forward(type(module).forward)
+        self._module, self._class = weakref.ref(module), type(module)
+        self._run = _stock_forward(self._class.forward)
 
     def __call__(self, input: Tensor) -> Tensor:
         """``input`` [..., in] -> [..., out], quantized as the layer's scheme says."""
@@ -51,7 +51,7 @@ class QuantizedForward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        return type(self._module()).forward
+        return self._class.forward
 
     @property
     def __signature__(self) -> inspect.Signature:

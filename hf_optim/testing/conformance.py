@@ -32,6 +32,7 @@ from hf_optim.testing.models import TINY
 from hf_optim.testing.stock import StockTransformers
 from hf_optim.toolkit import topology
 
+from .memory_checks import held_tensors, kept_after_deletion
 from .trait_checks import holds
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "vit", "t5", "mixtral")
@@ -270,19 +271,23 @@ def test_from_pretrained_gives_what_optimize_gives(cls: type[Technique], tmp_pat
         assert torch.equal(loaded(**inputs).logits, direct(**inputs).logits)
 
 
-def test_a_second_run_is_bit_exact_and_leaves_global_and_random_state_alone(
+def test_a_second_run_is_bit_exact_leaves_global_and_random_state_alone_and_is_freed_when_deleted(
     cls: type[Technique], tmp_path: Path, attempts: Attempts
 ) -> None:
     architecture, first = attempts.first(cls)  # the first run may import and register
     torch.manual_seed(7)
     random_before, globals_before = torch.random.get_rng_state(), _globals()
-    second = optimize_tiny(cls, TINY[architecture](), tmp_path)
+    made = [optimize_tiny(cls, TINY[architecture](), tmp_path)]
     assert _globals() == globals_before
     if not any(stage.trains for stage in recipe_for(cls).stages):
         assert torch.equal(random_before, torch.random.get_rng_state())
-    for (name, a), (other, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+    for (name, a), (other, b) in zip(first.state_dict().items(), made[0].state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(a, b), f"{name} differs between two runs"
+    run = run_of(made[0])
+    held, masks = ({id(tensor) for tensor in tensors} for tensors in (held_tensors(run), run.masks.values()))
+    assert held == masks, "a finished run holds tensors besides its masks"
+    assert kept_after_deletion(made.pop) == [], "reference cycles keep a deleted model until the garbage collector runs"
 
 
 def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], attempts: Attempts) -> None:

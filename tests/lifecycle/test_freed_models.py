@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import pickle
@@ -9,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 from naive_kernel import NAIVE
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
@@ -312,3 +314,48 @@ def test_a_run_says_that_its_model_was_deleted():
     assert run.record.finished
     with pytest.raises(ModelError, match="keep a reference to the model that optimize or from_pretrained returned"):
         _ = run.model
+
+
+def sources():
+    for package in ("hf_optim", "plugins", "kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def names(node):
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def test_no_caught_exception_is_kept_in_a_variable():
+    """It would keep its traceback, the frames of all callers and their models, in a cycle with its own frame."""
+    found = [
+        f"{path}:{part.lineno}"
+        for path, tree in sources()
+        for handler in ast.walk(tree)
+        if isinstance(handler, ast.ExceptHandler) and handler.name
+        for part in ast.walk(handler)
+        if isinstance(part, (ast.Assign, ast.NamedExpr)) and keeps(part.value, handler.name)
+    ]
+    assert found == []
+
+
+def keeps(value, name):
+    """Return True if the value of an expression may be the variable itself, and not something made of it."""
+    if isinstance(value, ast.Name):
+        return value.id == name
+    parts = {ast.IfExp: ("body", "orelse"), ast.BoolOp: ("values",), ast.Tuple: ("elts",), ast.List: ("elts",)}
+    held = [getattr(value, part) for part in parts.get(type(value), ())]
+    return any(keeps(each, name) for part in held for each in (part if isinstance(part, list) else [part]))
+
+
+def test_no_local_function_calls_itself():
+    """It would keep what it closes over in a cycle with itself."""
+    found = [
+        f"{path}:{inner.lineno}"
+        for path, tree in sources()
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef)
+        for inner in ast.walk(outer)
+        if isinstance(inner, ast.FunctionDef) and inner is not outer and inner.name in names(inner)
+    ]
+    assert found == []
