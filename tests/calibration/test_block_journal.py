@@ -76,8 +76,8 @@ def test_paths_may_be_written_in_another_way(tmp_path, monkeypatch):
     def identity(dataset, teacher):
         steps = [{"technique": "logit_kd", "teacher": str(teacher)}]
         recipe = {"steps": steps, "calibration": {"dataset": str(dataset)}}
-        run = run_of(optimize(tiny_llama(), recipe))
-        return json.dumps(run_identity(run), sort_keys=True)
+        model = optimize(tiny_llama(), recipe)
+        return json.dumps(run_identity(run_of(model)), sort_keys=True)
 
     tiny_llama().save_pretrained(tmp_path / "teacher")
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')

@@ -46,7 +46,7 @@ class Watcher(Technique):
 
         def watch(name):
             def hook(module, args):
-                state.sums[name] = state.sums.get(name, 0.0) + args[0].double().sum()
+                state.sums[name] = state.sums.get(name, 0.0) + args[0].double().sum().item()
                 state.calls[name] = state.calls.get(name, 0) + 1
 
             return hook

@@ -27,7 +27,7 @@ GMP = {"technique": "gmp", "sparsity": 0.6, "every": 1}
 
 
 def train(model, folder: Path, resume=None, more=(), trainer_class=Trainer, data=None, **changes):
-    """Train a model that waits for it; returns its run."""
+    """Train a model that waits for it; returns its run, which then owns the model."""
     run = hf_optim.run_of(model)
     callbacks = [*more, *hf_optim.callbacks(model)] if trainer_class is Trainer else [*more]
     rows = data or sentences()
@@ -35,6 +35,7 @@ def train(model, folder: Path, resume=None, more=(), trainer_class=Trainer, data
         model=model, args=arguments(folder, **changes), train_dataset=rows, eval_dataset=rows, callbacks=callbacks
     )
     trainer.train(resume_from_checkpoint=resume)
+    run.model = model
     return run
 
 
