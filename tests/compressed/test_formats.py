@@ -263,7 +263,7 @@ def test_storing_twice_leaves_one_state():
     compressed.store(layer, compressed.scheme_of(None, "int8", static=True), input_scale=torch.tensor([0.5]))
     compressed.store(layer, compressed.scheme_of(None, "int8"))
     assert "input_scale" not in layer._parameters
-    assert not hasattr(layer.forward.__wrapped__.__wrapped__, "__wrapped__")
+    assert layer.forward.__wrapped__ is nn.Linear.forward
 
 
 def test_storable_names_the_layers_it_skips():
