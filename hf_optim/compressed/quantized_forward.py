@@ -55,7 +55,8 @@ class QuantizedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(types.MethodType(self.__wrapped__, None))
+        unbound = inspect.signature(self.__wrapped__)
+        return unbound.replace(parameters=list(unbound.parameters.values())[1:])
 
     @property
     def __name__(self) -> str:
