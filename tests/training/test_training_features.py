@@ -35,7 +35,7 @@ def train(model, folder: Path, resume=None, more=(), trainer_class=Trainer, data
         model=model, args=arguments(folder, **changes), train_dataset=rows, eval_dataset=rows, callbacks=callbacks
     )
     trainer.train(resume_from_checkpoint=resume)
-    run.model = model
+    run.model = run.model  # not only lent to the caller
     return run
 
 
