@@ -12,6 +12,7 @@ The input of ``down_proj`` is not a tensor of the forward; it is recomputed from
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +25,8 @@ from . import valid_rows
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
+NOT_A_NUMBER = re.compile(r"per_tok|top_?k|size|dim|capacity|token_id|period|offset|interval|layer_(start|end)")
+"""Settings of experts that are not their number."""
 
 
 class ExpertLinear:
@@ -230,7 +233,7 @@ def expert_counts(model: nn.Module) -> set[int]:
         value
         for part in (settings, *nested)
         for key, value in part.items()
-        if type(value) is int and value > 1 and "expert" in str(key) and "per_tok" not in str(key)
+        if type(value) is int and value > 1 and "expert" in str(key) and not NOT_A_NUMBER.search(str(key))
     }
 
 

@@ -74,10 +74,11 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Text models get ``input_ids [1, T]`` int64, models with a text decoder also ``decoder_input_ids``, of half the length
     if they generate text. Vision models, and models that compare texts with images, get
-    ``pixel_values [1, channels, height, width]`` (videos: ``[1, frames, channels, height, width]``), speech models ``input_values [1, samples]`` or ``input_features`` in the
-    shape of their feature extractor, all in the floating dtype of the model. Token ids are valid for the vocabulary and
-    never the padding token; the last one is the end-of-sequence token if the model has one, since some heads look for
-    it. The values are the same at each call.
+    ``pixel_values [1, channels, height, width]`` (videos: ``[1, frames, channels, height, width]``), speech models
+    ``input_values [1, samples]`` or ``input_features`` in the shape of their feature extractor, all in the floating
+    dtype of the model. Token ids are valid for the vocabulary and never the padding token; the last one is the
+    end-of-sequence token if the model has one, since some heads look for it. Models that choose between texts get one text to choose, ``input_ids [1, 1, T]``. The values are the same at
+    each call.
 
     Without dummy inputs for the main input of a model, the example of ``set_example`` is returned. Raises
     ``NoInputsError`` if there is none either.
@@ -103,6 +104,8 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         # A head that is not a language model's may read the decoder where the input has its end of sequence.
         same = main in TEXT_INPUTS and not model.can_generate()
         inputs["decoder_input_ids"] = _tokens(model, length if same else max(1, length // 2))
+    if _is_multiple_choice(model):
+        inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
     if main in TEXT_INPUTS and "pixel_values" in parameters and _pairs_text_and_images(model.config):
         inputs["pixel_values"] = _image(model)
     if main in TEXT_INPUTS and "input_features" in parameters and _pairs_text_and_sound(model.config):
@@ -116,6 +119,11 @@ def _main_input(model: PreTrainedModel) -> str:
     if model.main_input_name == "inputs" and isinstance(encoder, PreTrainedModel):
         return str(encoder.main_input_name)
     return str(model.main_input_name)
+
+
+def _is_multiple_choice(model: PreTrainedModel) -> bool:
+    """Return True if a model takes several texts for each example, ``[B, choices, T]``, as its class states."""
+    return any(cls.__name__.endswith("ForMultipleChoice") for cls in type(model).__mro__)
 
 
 def _text_length(model: PreTrainedModel) -> int:

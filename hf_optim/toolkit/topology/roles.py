@@ -5,12 +5,14 @@ and projections of embeddings: they lie before or after the blocks. Roles are fo
 modules stay the same; a step that quantizes a layer does not change its role.
 
 Where a part of a model is not reached by the traced forward, the role of its counterpart in another block counts, and
-without one that of its class, name and size: these err toward leaving a layer alone.
+without one that of its class, name and size: these err toward leaving a layer alone. A model that cannot be traced at
+all is judged that way too, with a warning; finding roles never fails.
 """
 
 from __future__ import annotations
 
 import enum
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,11 +23,12 @@ from torch import nn
 from . import routing
 from .block_lists import after_tracing, block_of, blocks
 from .experts import expert_counts
-from .fake_inputs import NoInputsError
 from .graph import Trace
 from .linear_layers import features, is_linear, linears
 from .selection import match
 from .tracing import trace, trace_until_failure
+
+log = logging.getLogger(__name__)
 
 
 class Role(enum.StrEnum):
@@ -111,14 +114,10 @@ def _find(model: nn.Module, traced: Trace | None) -> dict[str, Role]:
     try:
         traced = traced or trace(model)
         found = blocks(traced)
-    except NoInputsError:
-        return _routing_without_blocks(model)
-    except Exception:  # whatever the forward raises: without weights, or for inputs that it cannot take
-        if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()):
-            raise
-        return _routing_without_blocks(model)
-    result = _outside(model, traced, [name for name in linears(model) if block_of(found, name) is None])
-    return result | _routing(model, traced, [block.name for block in found])
+        result = _outside(model, traced, [name for name in linears(model) if block_of(found, name) is None])
+        return result | _routing(model, traced, [block.name for block in found])
+    except Exception as error:  # whatever a forward raises: without weights, or for inputs that it cannot take
+        return _without_blocks(model, error)
 
 
 def _routing(model: nn.Module, traced: Trace | None, names: list[str]) -> dict[str, Role]:
@@ -128,28 +127,50 @@ def _routing(model: nn.Module, traced: Trace | None, names: list[str]) -> dict[s
     reached = {call.name for call in traced.calls} if traced is not None else set()
     found |= routing.siblings(found, modules, reached)
     known = {name for name in modules if name in reached}
-    found |= {name: role for name, role in _hints(model).items() if name not in known and name not in found}
+    hints = _hints(model, untraced=traced is None or traced.partial)
+    found |= {name: role for name, role in hints.items() if name not in known and name not in found}
     return {name: Role(role) for name, role in found.items() if name in modules}
 
 
-def _routing_without_blocks(model: nn.Module) -> dict[str, Role]:
-    """Return what routes in a model without weights whose forward fails on fake tensors."""
+def _without_blocks(model: nn.Module, error: Exception) -> dict[str, Role]:
+    """Return the roles in a model that cannot be traced, and warn if nothing of its forward is known.
+
+    What lies in no numbered module counts as outside the blocks.
+    """
+    traced = None
     try:
         traced = trace_until_failure(model)  # type: ignore[arg-type]
-    except Exception:
-        traced = None
-    embedding = getattr(model, "get_output_embeddings", lambda: None)()
+        routes = _routing(model, traced, [])
+    except Exception:  # there are no inputs to begin with
+        traced, routes = None, _routing(model, None, [])
+    embedding = _output_embedding(model)
     result = {
         name: Role.OUTPUT_HEAD if layer is embedding else Role.OUTSIDE_BLOCKS
         for name, layer in linears(model).items()
         if layer is embedding or not any(part.isdigit() for part in name.split("."))
     }
-    return result | _routing(model, traced, [])
+    if traced is None or not any(parameter.is_meta for parameter in model.parameters()):
+        log.warning(
+            "%s could not be traced (%s: %s): its routers and heads are recognized by class, name and size alone, and "
+            "%d layers are left alone; if a layer that routes has another name, list it under skip",
+            type(model).__name__,
+            type(error).__name__,
+            error,
+            len(result | routes),
+        )
+    return result | routes
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        return getattr(model, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):  # a composed model without a language model
+        return None
 
 
 def _outside(model: nn.Module, traced: Trace, names: list[str]) -> dict[str, Role]:
     """Return the roles of linear layers outside the blocks, and of the output embedding."""
-    embedding = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding = _output_embedding(model)
     towers = [name for name, module in model.named_modules() if name and _takes_media(module)]
     reached = {call.name for call in traced.calls}
     heads = _heads(traced)
@@ -182,11 +203,15 @@ def _takes_media(module: nn.Module) -> bool:
     return getattr(module, "main_input_name", None) in MEDIA_INPUTS
 
 
-def _hints(model: nn.Module) -> Mapping[str, str]:
-    """Return what seems to route by class, name and size; the caller uses it where no trace tells."""
+def _hints(model: nn.Module, untraced: bool) -> Mapping[str, str]:
+    """Return what seems to route by class, name and size; the caller uses it where no trace tells.
+
+    In a model that was not traced, a layer with one output for each expert counts under any name, and a name that says
+    so counts without a number of experts in the config.
+    """
     counts = expert_counts(model)
     found: dict[str, str] = {}
-    if not counts:
+    if not counts and not untraced:
         return found
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -195,7 +220,8 @@ def _hints(model: nn.Module) -> Mapping[str, str]:
         weight = module._parameters.get("weight")
         if is_linear(module):
             rows = features(module)[0]
-            if routing_name or (rows in counts and re.search(r"gate|^wg$|classifier", parts[-1])):
+            named = re.search(r"gate$|^wg$|classifier", parts[-1])
+            if routing_name or (rows in counts and (named or untraced)):
                 found[name] = Role.ROUTER
             elif rows == 1 and "gate" in parts[-1]:
                 found[name] = Role.SHARED_EXPERT_GATE

@@ -8,6 +8,7 @@ receive tokens), it runs again on the real weights. A linear layer is recorded a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from ...errors import ModelError
 from ...trust.bounds import first_line
 from .fake_inputs import NoInputsError, dummy_inputs, example_of
 from .fake_model import copy_with_tensors, empty_on_cpu
@@ -35,13 +37,17 @@ CONFIG = {
 """Settings of the copy's configs: plain attention, no cache, only the main outputs."""
 
 
+class WithoutWeightsError(ModelError):
+    """A model without weights cannot be traced, because its forward depends on their values."""
+
+
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple[Any, ...] = ()) -> Trace:
     """Record one forward of ``model(*args, **inputs)``, by default on ``dummy_inputs(model)``.
 
     The model itself is not called or changed. A single block can be traced with the inputs that it receives in its
-    model. Raises ``ValueError`` for a module that needs inputs and got none, ``NoInputsError`` for a model that dummy
-    inputs do not fit, ``RuntimeError`` for a model without weights that cannot be traced on fake tensors, and the
-    exception of a forward that fails on the ``inputs`` that were passed, on fake and real tensors.
+    model. Raises ``ValueError`` for a module that needs inputs and got none, ``NoInputsError`` for a model that neither
+    dummy inputs nor its example fit, ``ModelError`` for a model without weights that cannot be traced on fake tensors,
+    and the exception of a forward that fails on the ``inputs`` that were passed, on fake and real tensors.
     """
     if inputs is None and not args:
         if not isinstance(model, PreTrainedModel):
@@ -52,23 +58,23 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, args: tuple
 
 def _trace_dummy(model: PreTrainedModel) -> Trace:
     """Record a forward on dummy inputs; if it fails, one on the example of the caller's data."""
-    try:
-        return _trace(model, dummy_inputs(model), ())
-    except NoInputsError:
-        raise
-    except Exception as error:  # the forward of any model
-        example, batch = example_of(model), example_of(model, whole=True)
-        if example is not None and batch is not None:
-            try:
-                return _trace(model, example, ())
-            except Exception:  # its rows may not be examples
-                return _trace(model, batch, ())
-        if any(parameter.is_meta for parameter in model.parameters()):
+    failed: list[Exception] = []
+    # The rows of a batch may not be examples; then the whole batch is one.
+    for inputs in (dummy_inputs, example_of, functools.partial(example_of, whole=True)):
+        try:
+            given = inputs(model)
+            if given is not None:
+                return _trace(model, given, ())
+        except (NoInputsError, WithoutWeightsError):
             raise
-        raise NoInputsError(
-            f"the forward of {type(model).__name__} fails on dummy inputs ({first_line(error, typed=True)}): pass "
-            "calibration batches, of which the first serves to trace the model"
-        ) from error
+        except Exception as error:  # the forward of any model
+            failed.append(error)
+    tried = " and on the first calibration batch" if len(failed) > 1 else ""
+    advice = "" if len(failed) > 1 else ": pass calibration batches, of which the first serves to trace the model"
+    why = "; ".join(first_line(error, typed=True) for error in failed)
+    raise NoInputsError(
+        f"the forward of {type(model).__name__} fails on dummy inputs{tried} ({why}){advice}"
+    ) from failed[-1]
 
 
 def _trace(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> Trace:
@@ -77,8 +83,9 @@ def _trace(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...]) -> T
             return _trace_fake(model, inputs, args)
         except Exception as error:
             if any(parameter.is_meta for parameter in model.parameters()):
-                raise RuntimeError(
-                    f"{type(model).__name__} has no weights and cannot be traced on fake tensors"
+                raise WithoutWeightsError(
+                    f"{type(model).__name__} has no weights, and its forward fails on fake tensors "
+                    f"({type(error).__name__}: {error}): load its weights"
                 ) from error
             return _trace_real(model, inputs, args)
 
