@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def find(model: Any) -> tuple[dict[str, str], set[str]]:
     spy = _Spy(model, lambda: run(model))
     before, base = spy.run()
     found = {}
-    for owner, weight in _matrices(model):
+    for owner, weight in _matrices(model, spy.mixtures):
         if role := _role(spy, owner, weight, before, base):
             found[owner] = role
     spy.remove()
@@ -190,12 +190,16 @@ class _Spy:
         return hook
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the linear layers and bare 2-D weights inside lists of modules, each with the name of its owner."""
+def _matrices(model: nn.Module, mixtures: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the linear layers and bare 2-D weights of the lists of blocks with mixtures, with the names of the owners.
+
+    What is outside of these lists cannot route: no experts are beside it.
+    """
+    lists = tuple({re.split(r"(?<=\.)\d+\.", name)[0] for name in mixtures})
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
         embedding = isinstance(model.get_submodule(owner), nn.Embedding)
-        if parameter.dim() == 2 and last == "weight" and not embedding and re.search(r"\.\d+\.", name):
+        if parameter.dim() == 2 and last == "weight" and not embedding and name.startswith(lists):
             yield owner, parameter
 
 

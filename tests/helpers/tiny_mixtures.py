@@ -130,7 +130,7 @@ def build(kind: str, device: str = "cpu", **changes: Any) -> Any:
     ``changes`` are settings of the configuration. On the meta device it needs no memory.
     """
     base = CONFIG_MAPPING[kind]
-    config = base(**_small(base, {**SETTINGS.get(kind, {}), **changes}))
+    config = base(**sizes(base, {**SETTINGS.get(kind, {}), **changes}))
     cls = getattr(transformers, classes()[kind][1])
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
@@ -149,8 +149,8 @@ def build(kind: str, device: str = "cpu", **changes: Any) -> Any:
     return model
 
 
-def _small(base: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a configuration, those of its parts included."""
+def sizes(base: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a tiny configuration, those of its parts included."""
     known = {name for name, p in inspect.signature(base.__init__).parameters.items() if p.kind is not p.VAR_KEYWORD}
     known = known.union(*(getattr(cls, "__annotations__", {}) for cls in base.__mro__))
     result = {name: value for name, value in SIZES.items() if name in known}
@@ -159,9 +159,7 @@ def _small(base: Any, settings: dict[str, Any]) -> dict[str, Any]:
         given = settings.get(name, {})
         kind = given.get("model_type") or getattr(specs.get(name), "model_type", None)
         if part.__name__ != "AutoConfig":
-            result[name] = _small(part, given)
+            result[name] = sizes(part, given)
         elif kind is not None:
-            result[name] = {"model_type": kind, **_small(CONFIG_MAPPING[kind], given)}
-    return result | {
-        name: value for name, value in settings.items() if name not in result or not isinstance(value, dict)
-    }
+            result[name] = {"model_type": kind, **sizes(CONFIG_MAPPING[kind], given)}
+    return result | {name: value for name, value in settings.items() if name not in result or not isinstance(value, dict)}
