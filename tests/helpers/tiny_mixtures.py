@@ -162,4 +162,6 @@ def sizes(base: Any, settings: dict[str, Any]) -> dict[str, Any]:
             result[name] = sizes(part, given)
         elif kind is not None:
             result[name] = {"model_type": kind, **sizes(CONFIG_MAPPING[kind], given)}
-    return result | {name: value for name, value in settings.items() if name not in result or not isinstance(value, dict)}
+    return result | {
+        name: value for name, value in settings.items() if name not in result or not isinstance(value, dict)
+    }

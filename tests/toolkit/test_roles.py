@@ -5,6 +5,7 @@ What is found is compared with what happens when each layer is replaced (``routi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -16,7 +17,7 @@ import tiny_mixtures
 import torch
 from tiny_models import TINY, tiny_llama, tiny_mixtral
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertForMultipleChoice
 
 import hf_optim
 from hf_optim.toolkit import topology
@@ -69,10 +70,14 @@ def test_what_routes_is_what_changes_the_choice_of_experts(kind):
     except Exception as error:
         pytest.skip(f"the forward of this version of transformers fails: {error}")
     truth, ran = routing_by_effect.find(model)
-    assert routing(model) == truth
     assert ran or kind == "granite_docling"  # it routes images, not tokens
-    without_weights = tiny_mixtures.build(kind, "meta")
-    assert routing(without_weights) == truth
+    with contextlib.suppress(topology.NoInputsError):
+        traced = topology.trace(model)
+        assert routing(traced) == truth
+        if not traced.used_real_weights:  # the trace without weights is the same
+            return
+    assert routing(model) == truth
+    assert routing(tiny_mixtures.build(kind, "meta")) == truth
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "qwen4_exp_text", "nemotron_h", "laguna", "doge", "glm4v_moe"])
@@ -189,3 +194,70 @@ def test_roles_do_not_need_the_dense_weights():
     reference = topology.roles(tiny_mixtral())
     del model.model.layers[0].self_attn.q_proj._parameters["weight"]  # as in a loaded checkpoint, before it is decoded
     assert topology.roles(model) == reference
+
+
+class Unfinished(nn.Module):
+    """A router whose forward needs the values of its scores before it chooses."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, 48), nn.Linear(48, width)) for _ in range(4))
+
+    def forward(self, hidden):
+        scores = self.gate(hidden)
+        if bool(scores.max() > 1e6):
+            raise ValueError("too large")
+        best = scores.argmax(-1, keepdim=True)
+        return sum((best == index) * expert(hidden) for index, expert in enumerate(self.experts))
+
+
+def with_mixtures(kind: type[nn.Module], **settings: Any) -> Any:
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp = kind(32)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def test_a_router_whose_choice_was_not_traced_is_judged_by_name_and_size():
+    gates = {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    assert topology.routes(with_mixtures(Unfinished)) == gates
+    assert topology.routes(with_mixtures(Unfinished, num_experts=4).to("meta")) == gates
+
+
+class Broken(Unfinished):
+    def forward(self, hidden):
+        raise KeyError("needs a library that is not installed")
+
+
+@pytest.mark.parametrize("step", [{"technique": "rtn", "bits": 8, "format": "fp8"}, {"technique": "magnitude"}])
+def test_a_model_that_cannot_be_traced_is_not_an_error_and_its_routers_are_left_alone(step, caplog, monkeypatch):
+    model = with_mixtures(Unfinished, num_experts=4)
+    before = [layer.mlp.gate.weight.clone() for layer in model.model.layers]
+    expert = model.model.layers[0].mlp.experts[0][0].weight.clone()
+    monkeypatch.setattr(Unfinished, "forward", Broken.forward)
+    assert topology.routes(model) == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    assert "could not be traced (NoInputsError" in caplog.text
+    assert "list it under skip" in caplog.text
+    assert topology.is_output_head(model, "lm_head")
+    model = hf_optim.optimize(model, step)
+    assert all(torch.equal(layer.mlp.gate.weight, old) for layer, old in zip(model.model.layers, before, strict=True))
+    assert not torch.equal(model.model.layers[0].mlp.experts[0][0].weight, expert)
+
+
+def test_an_error_in_the_analysis_does_not_fail_the_run(monkeypatch, caplog):
+    model = with_mixtures(Unfinished, num_experts=4)
+    monkeypatch.setattr("hf_optim.toolkit.topology.routing._Finder.find", lambda self: 1 / 0)
+    assert topology.routes(model) == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    assert "could not be traced (ZeroDivisionError" in caplog.text
+
+
+def test_a_model_that_chooses_between_texts_is_traced():
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = BertForMultipleChoice(config).eval()
+        assert [block.name for block in topology.blocks(model)] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+        assert topology.is_output_head(model, "classifier")

@@ -124,9 +124,12 @@ def _routing(model: nn.Module, traced: Trace | None, names: list[str]) -> dict[s
     """Return what routes: on the trace, else as counterparts in other blocks, else by class, name and size."""
     modules = dict(model.named_modules())
     found: dict[str, str] = routing.find_routing(traced, names) if traced is not None else {}
-    reached = {call.name for call in traced.calls} if traced is not None else set()
-    found |= routing.siblings(found, modules, reached)
-    known = {name for name in modules if name in reached}
+    reached: set[str] = set()
+    if traced is not None:
+        reached = {call.name for call in traced.calls} - routing.unfinished(traced)
+    counterparts = routing.siblings(found, modules, reached)
+    found |= {name: role for name, role in counterparts.items() if role is not None}
+    known = {*reached, *counterparts}
     hints = _hints(model, untraced=traced is None or traced.partial)
     found |= {name: role for name, role in hints.items() if name not in known and name not in found}
     return {name: Role(role) for name, role in found.items() if name in modules}

@@ -267,10 +267,27 @@ def _expert_lists(trace: Trace, blocks: Collection[str]) -> dict[str, int]:
     return found
 
 
-def siblings(found: Mapping[str, str], modules: Mapping[str, nn.Module], reached: Collection[str]) -> dict[str, str]:
-    """Return what routes among modules that the traced forward did not reach, by their counterparts in other blocks.
+def unfinished(trace: Trace) -> set[str]:
+    """Return the linear layers of a partial trace whose outputs no product reads: the forward failed before."""
+    needed: set[int] = set()
+    used, seen = set(), set()
+    for op in reversed(trace.ops):
+        if op.linear is not None:
+            seen.add(op.linear)
+            if needed.intersection(op.produces):
+                used.add(op.linear)
+        if op.linear is not None or _name(op) in PRODUCTS or needed.intersection(op.produces):
+            needed.update(op.reads)
+    return seen - used if trace.partial else set()
 
-    Counterparts have the same class, and the same name up to numbers. All that were reached must have one role.
+
+def siblings(
+    found: Mapping[str, str], modules: Mapping[str, nn.Module], reached: Collection[str]
+) -> dict[str, str | None]:
+    """Return the role of modules that the traced forward did not reach, by their counterparts in other blocks.
+
+    Counterparts have the same class, and the same name up to numbers. All that were reached must have one role, or
+    none of them one: the value is then None.
     """
     roles: dict[tuple[str, type], set[str | None]] = defaultdict(set)
     for name in [*reached, *found]:
@@ -279,8 +296,8 @@ def siblings(found: Mapping[str, str], modules: Mapping[str, nn.Module], reached
     result = {}
     for name, module in modules.items():
         known = roles.get(_kind(name, module), set())
-        if name not in found and name not in reached and len(known) == 1 and None not in known:
-            result[name] = next(iter(known)) or ROUTER
+        if name not in found and name not in reached and len(known) == 1:
+            result[name] = next(iter(known))
     return result
 
 
