@@ -92,9 +92,7 @@ DENSE_DOORS = {
 LAYERS = {
     "llava": "language_model.model.layers.1.self_attn.q_proj",
     "vit": "encoder.layer.1.attention.attention.query",
-    "swin": "layers.0.blocks.0.attention.self.query",
     "whisper": "decoder.layers.0.fc1",
-    "mixtral": "layers.1.block_sparse_moe.experts.2.w1",
     "qwen3-moe": "layers.1.mlp.experts.2.up_proj",
 }
 

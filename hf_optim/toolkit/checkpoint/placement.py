@@ -189,6 +189,11 @@ def require_floats(model: nn.Module, entries: Mapping[str, TensorInfo], where: s
     if unknown := [key for key in wrong if entries[key].type not in TORCH_DTYPES]:
         file = f"{entries[unknown[0]].file.name}: " if entries[unknown[0]].file else ""
         raise CheckpointError(f"{file}{unknown[0]} has the type {entries[unknown[0]].type}, which hf_optim cannot read")
+    if quantized and wrong and found[wrong[0]][1] is not None:
+        raise CheckpointError(
+            f"{where}: {wrong[0]} is stored as {entries[wrong[0]].type}{_and_more(len(wrong))}, but the checkpoint has "
+            f"no {wrong[0].rpartition('.')[0]}.weight_scale to decode it with"
+        )
     if wrong:
         raise CheckpointError(
             f"{where}: {wrong[0]} is stored as {entries[wrong[0]].type}{_and_more(len(wrong))}, and its parameter is "

@@ -104,10 +104,6 @@ def _compressed_tensors(own: Mapping[str, TensorInfo]) -> str:
     if any(key.startswith("weight_") and key not in CODE_NAMES for key in own) or "compressed" in own:
         return ""  # sparse formats have tensors of their own
     weight, packed, scale = own.get("weight"), own.get("weight_packed"), own.get("weight_scale")
-    if (packed or "weight_shape" in own or "weight_zero_point" in own) and scale is None:
-        return f"the checkpoint has no {{layer}}.weight_scale, but {', '.join(sorted(own))} of this layer"
-    if (scale or "weight_shape" in own) and packed is None and weight is None:
-        return f"the checkpoint has no {{layer}}.weight_packed, but {', '.join(sorted(own))} of this layer"
     if packed is not None and packed.type not in INTEGERS:
         return f"{{layer}}.weight_packed is stored as {packed.type}, not as integer words"
     for key in ("weight_scale", "weight_global_scale", "input_scale"):
