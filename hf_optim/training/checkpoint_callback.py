@@ -25,6 +25,7 @@ from ..trust.bounds import shown
 from ..trust.documents import read_mapping
 from ..trust.files import require_inside
 from ..trust.headers import read_header
+from .saved_weights import complete_weights
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class CheckpointCallback(TrainerCallback):
     """Writes masks, step states and the position in the recipe into every ``checkpoint-N``, and restores them from it.
 
     Tensors and plain JSON types in ``run.state(step)`` are saved. This callback comes first: when training is resumed,
-    the callbacks of the steps find masks and state as they were.
+    the callbacks of the steps find weights, masks and state as they were.
 
     Attributes:
         checkpoint: the folder that training resumes from, if the caller knows it.
@@ -58,6 +59,7 @@ class CheckpointCallback(TrainerCallback):
         self._started = time.perf_counter()
         if state.global_step > 0:
             folder = self._resumed_from(args, state)
+            complete_weights(self.run.model, folder)
             self.seconds = float(read_state(self.run, folder).get("seconds", 0.0))
             stray = stray_weights(self.run)
             if stray:
@@ -80,6 +82,7 @@ class CheckpointCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer has just loaded the weights of its best checkpoint: masks and states must match them.
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            complete_weights(self.run.model, Path(state.best_model_checkpoint))
             read_state(self.run, Path(state.best_model_checkpoint))
 
     def _resumed_from(self, args: Any, state: Any) -> Path:

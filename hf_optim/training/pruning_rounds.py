@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable
-from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +42,7 @@ from ..toolkit.pruning.rounds import ROUNDS, round_sparsity
 from ..toolkit.topology import require_layers
 from ..trust.files import require_regular
 from .checkpoint_callback import write_state
+from .saved_weights import load_saved
 
 
 class Rounds:
@@ -228,12 +228,7 @@ class Rounds:
         model = self.run.model
         # The dtype that holds the values of all parameters exactly.
         dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
-        before = torch.random.get_rng_state()
-        try:
-            config = deepcopy(model.config)
-            return type(model).from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
-        finally:
-            torch.random.set_rng_state(before)
+        return load_saved(model, folder, dtype=dtype)
 
     def reinitialize(self, seed: int = 0, optimizer: Any = None) -> None:
         """Reinitialize all weights as the model's class does, under the current masks; clear the optimizer's state."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..toolkit.distributed import collectives
 from .checkpoint_callback import CheckpointCallback
 from .loss_weights import OTHER_KEY, TASK_KEY, Key, count_items, count_task_items, is_summed, step_weights, weighted
 from .mask_callback import MaskCallback
-from .resumed_weights import load_renamed, require_readable
+from .resumed_weights import require_readable
 from .stage_callbacks import stage_callbacks
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,6 @@ class OptimTrainer(Trainer):
         require_readable(folder)
         with stock_errors(folder, RESUMING):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_renamed(self.run.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with stock_errors(checkpoint, RESUMING):
