@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..runs.record import FILE_NAME, Record
-from ..runs.run import find_run
+from ..runs.run import find_run, require_sound
 from ..trust.bounds import first_line, shown
 from ..trust.files import require_publishable
 from .save_methods import call_former
@@ -62,6 +62,8 @@ def push_to_hub(self: PreTrainedModel, repo_id: str, **kwargs: Any) -> CommitInf
     the ``CommitInfo``, like the stock method. The stock method is not used, since it would overwrite the card.
     """
     run = find_run(self)
+    if run is not None:
+        require_sound(run)
     if run is None or not run.finished:
         return call_former(self, "push_to_hub", repo_id, **kwargs)
     kwargs.setdefault("commit_message", None)

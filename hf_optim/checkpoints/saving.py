@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, OptimError
-from ..runs.run import Run, StageState, run_of
+from ..errors import CheckpointError
+from ..runs.run import Run, require_sound, run_of
 from ..trust import code
 from . import save_methods
 from .atomic import replace_directory
@@ -48,15 +48,6 @@ def detach_save_methods(model: PreTrainedModel) -> None:
 def save_plain(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
     """Call transformers' own ``save_pretrained`` of a model, which may be optimized."""
     save_methods.call_former(model, "save_pretrained", directory, **kwargs)
-
-
-def require_sound(run: Run) -> None:
-    """Raise ``OptimError`` if a stage of the run has failed: the model is partly changed."""
-    if run.stage_state is StageState.FAILED:
-        raise OptimError(
-            f"{run.failure}. The model is partly changed and can neither go on nor be saved: load it again, fix "
-            "the cause and start over (hf_optim.release(model) drops the recipe and keeps the model as it is)"
-        )
 
 
 def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **kwargs: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ModelError
-from ..toolkit.topology.experts import ExpertLinear, expert_linears, has_stacked_weights, expert_stacks
+from ..toolkit.topology.experts import ExpertLinear, expert_linears, expert_stacks, has_stacked_weights
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
 from .experts import expert_schemes, experts_unsupported_reason

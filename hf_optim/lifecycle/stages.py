@@ -35,7 +35,7 @@ from ..runs.acceptance import require_finite, require_model
 from ..runs.coverage import note_left_alone, record_coverage
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
-from ..runs.run import ATTRIBUTE, Run, StageState, find_run, run_of, traits_of
+from ..runs.run import ATTRIBUTE, Run, StageState, find_run, require_sound, run_of, traits_of
 from ..toolkit import topology
 from ..trust.bounds import first_line
 
@@ -176,7 +176,7 @@ def _failing(run: Run, doing: str) -> Iterator[None]:
 
 def _current(run: Run) -> Stage:
     """Return the current stage. Raises ``OptimError`` if it has failed or all stages are complete."""
-    saving.require_sound(run)
+    require_sound(run)
     if run.stage is None:
         raise OptimError("all stages of this recipe are complete")
     return run.stage
@@ -197,7 +197,7 @@ def advance(model: PreTrainedModel, calibration: Any = None) -> PreTrainedModel:
     and the error.
     """
     run = run_of(model)
-    saving.require_sound(run)
+    require_sound(run)
     if run.stage is not None and run.stage_entered:
         complete_stage(run)
     return run_stages(run, calibration)

@@ -295,6 +295,15 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def require_sound(run: Run) -> None:
+    """Raise ``OptimError`` if a stage of the run has failed: the model is partly changed."""
+    if run.stage_state is StageState.FAILED:
+        raise OptimError(
+            f"{run.failure}. The model is partly changed and can neither go on nor be saved: load it again, fix "
+            "the cause and start over (hf_optim.release(model) drops the recipe and keeps the model as it is)"
+        )
+
+
 def _detach(model: PreTrainedModel) -> None:
     model.__dict__.pop(ATTRIBUTE, None)
 

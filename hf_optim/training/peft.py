@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoints.saving import require_sound
 from ..compressed.state import quantized_modules
 from ..errors import OptimError
 from ..lifecycle.stages import end_training

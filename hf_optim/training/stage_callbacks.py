@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 from transformers import TrainerCallback
 
-from ..checkpoints.saving import require_sound
 from ..errors import OptimError
 from ..recipes.contract import TRAINER_HOOKS
-from ..runs.run import Run, run_of
+from ..runs.run import Run, require_sound, run_of
 from .checkpoint_callback import CheckpointCallback
 from .end_of_stage import StageCallback
 from .mask_callback import MaskCallback

@@ -18,9 +18,9 @@ from ..toolkit import compat
 from ..toolkit.checkpoint.stock_errors import stock_errors
 from ..toolkit.distributed import collectives
 from .checkpoint_callback import CheckpointCallback
+from .checkpoint_files import require_readable
 from .loss_weights import OTHER_KEY, TASK_KEY, Key, count_items, count_task_items, is_summed, step_weights, weighted
 from .mask_callback import MaskCallback
-from .resumed_weights import require_readable
 from .stage_callbacks import stage_callbacks
 
 log = logging.getLogger(__name__)

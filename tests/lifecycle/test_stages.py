@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 from tiny_models import tiny_llama
-from toy_training import ToyRamp, arguments, begin
+from toy_training import ToyRamp, arguments, begin, toy
+from transformers import Trainer, TrainerCallback
 
 import hf_optim
-from hf_optim import DataError, OptimError, hookimpl, run_of
+from hf_optim import Contract, DataError, OptimError, Reload, Technique, hookimpl, run_of, technique
 from hf_optim.lifecycle.stages import complete_stage, enter_stage
+from hf_optim.recipes.config import OptimConfig
+from hf_optim.recipes.traits import SPARSE
 from hf_optim.runs.run import StageState
 from hf_optim_plugins.quantization import gptq
 from hf_optim_plugins.quantization.rtn import RTN
@@ -124,8 +127,6 @@ def test_training_that_raised_is_noted_when_its_stage_is_completed(tmp_path, cap
     class Exploding(ToyRamp):
         @hookimpl
         def training_callbacks(self, run):
-            from transformers import TrainerCallback
-
             class Explode(TrainerCallback):
                 def on_step_end(self, args, state, control, **kwargs):
                     raise KeyboardInterrupt
@@ -141,6 +142,125 @@ def test_training_that_raised_is_noted_when_its_stage_is_completed(tmp_path, cap
     assert any("training did not reach its end" in note for note in run_of(model).record.notes)
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "hf_optim.json").read_text())["finished"] is True
+
+
+@toy("raising")
+class Raising(Technique):
+    """Raises in one hook: ``transform_model`` or ``finalize_model``."""
+
+    hook: str = "transform"
+
+    @hookimpl
+    def transform_model(self, run):
+        self._raise("transform")
+
+    @hookimpl
+    def finalize_model(self, run):
+        self._raise("finalize")
+
+    def _raise(self, hook):
+        if hook == self.hook:
+            raise ZeroDivisionError(f"simulated in {hook}")
+
+
+@technique("calibration_fails", family="toy", contract=Contract(keeps={SPARSE}), reload=Reload.STOCK_DENSE)
+class CalibrationFails(Technique):
+    """Changes the weights of the first block, and raises in the second."""
+
+    @hookimpl
+    def calibrate(self, run, scope):
+        yield
+        if "layers.1" in scope.name or not scope.name:
+            raise ZeroDivisionError("simulated in calibrate")
+        for parameter in scope.module.parameters():
+            parameter.data.mul_(2)
+
+
+def fails(model, index, tmp_path, message):
+    """Assert that a run is where it was when a stage failed, and that no door takes the stage for done."""
+    run = run_of(model)
+    assert run.stage_state is StageState.FAILED
+    assert run.stage_index == index
+    assert len(run.record.stages) == len([entry for entry in run.record.stages if entry["steps"] != ["rtn"]])
+    assert not run.finished
+    assert not run.record.finished
+    assert "quantized" not in {str(trait) for trait in run.traits}
+    doors = {
+        "advance": lambda: hf_optim.advance(model, calibration=DATA),
+        "save": lambda: model.save_pretrained(tmp_path / "out"),
+        "push": lambda: model.push_to_hub("name/of-a-repository"),
+        "callbacks": lambda: hf_optim.callbacks(model),
+        "trainer": lambda: hf_optim.OptimTrainer(
+            model=model, args=arguments(tmp_path / "t"), train_dataset=rows()
+        ).train(),
+        "enter": lambda: enter_stage(run),
+        "complete": lambda: complete_stage(run),
+    }
+    for call in doors.values():
+        with pytest.raises(OptimError, match=message):
+            call()
+    assert not (tmp_path / "out").exists()
+    assert run.stage_index == index
+
+
+@pytest.mark.parametrize("driver", ["blockwise", "whole_model"])
+@pytest.mark.parametrize("position", ["first", "second step", "after a quantizing step"])
+def test_calibration_that_raises_leaves_the_run_where_it_was(driver, position, tmp_path):
+    others = {"first": [], "second step": [{"technique": "magnitude", "sparsity": 0.5}]}
+    steps = [*others.get(position, [RTN(bits=8)]), CalibrationFails()]
+    model = tiny_llama()
+    with pytest.raises(ZeroDivisionError):
+        hf_optim.optimize(model, OptimConfig(tuple(OptimConfig.parse(steps).steps), driver=driver), calibration=DATA)
+    fails(model, 0, tmp_path, "failed while transforming and calibrating .*simulated in calibrate")
+
+
+def test_a_transform_that_raises_leaves_the_run_where_it_was(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(ZeroDivisionError):
+        hf_optim.optimize(model, [Raising()])
+    fails(model, 0, tmp_path, "failed while transforming and calibrating .*simulated in transform")
+
+
+@pytest.mark.parametrize("how", ["trainer", "advance"])
+def test_a_later_stage_that_raises_leaves_the_run_there(how, tmp_path):
+    """The stage after a training begins inside of the Trainer, or with ``advance``."""
+    model = hf_optim.optimize(tiny_llama(), [ToyRamp(), CalibrationFails(), RTN(bits=8)], calibration=DATA)
+    trainer = hf_optim.OptimTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows())
+    go_on = {"trainer": trainer.train, "advance": lambda: hf_optim.advance(model)}[how]
+    with pytest.raises(ZeroDivisionError):
+        go_on()
+    fails(model, 1, tmp_path, "failed while transforming and calibrating .*simulated in calibrate")
+
+
+@pytest.mark.parametrize("trainer", ["ours", "stock"])
+def test_finalizing_that_raises_at_the_end_of_a_training(trainer, tmp_path):
+    model = hf_optim.optimize(tiny_llama(), [Raising(hook="finalize")])
+    kinds = {"ours": (hf_optim.OptimTrainer, None), "stock": (Trainer, hf_optim.callbacks(model))}
+    kind, callbacks = kinds[trainer]
+    with pytest.raises(ZeroDivisionError):
+        kind(model=model, args=arguments(tmp_path / "t"), train_dataset=rows(), callbacks=callbacks).train()
+    fails(model, 0, tmp_path, "failed while finalizing .*simulated in finalize")
+
+
+def test_a_training_that_raised_is_not_a_finished_checkpoint(tmp_path):
+    class Exploding(ToyRamp):
+        @hookimpl
+        def training_callbacks(self, run):
+            class Explode(TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    raise torch.OutOfMemoryError("simulated")
+
+            return [Explode()]
+
+    model = hf_optim.optimize(tiny_llama(), [Exploding(), RTN(bits=8)])
+    trainer = hf_optim.OptimTrainer(model=model, args=arguments(tmp_path / "t"), train_dataset=rows())
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    run = run_of(model)
+    assert (run.stage_index, run.stage_state) == (0, StageState.TRAINING)
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "hf_optim.json").read_text())["finished"] is False
+    assert not any(entry["driver"] == "training" for entry in run.record.stages)
 
 
 def rows():
