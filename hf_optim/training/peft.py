@@ -30,7 +30,7 @@ from ..compressed.state import quantized_modules
 from ..errors import OptimError
 from ..lifecycle.stages import end_training
 from ..runs.masking import apply_masks
-from ..runs.run import Run, find_run
+from ..runs.run import Run, find_run, require_sound
 
 log = logging.getLogger(__name__)
 

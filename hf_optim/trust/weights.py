@@ -117,7 +117,12 @@ def _check_adapter(where: Where) -> str | None:
         raise CheckpointError(f"{what} names a module of Megatron to import; adapters of stock layers only")
     if where.home_of(ADAPTER) is None:
         raise CheckpointError(f"{where.source} is an adapter without {ADAPTER}: {_CONVERT}")
-    read_header(require_inside(home, ADAPTER), where.source)
+    for entry in read_header(require_inside(home, ADAPTER), where.source):
+        if entry.type.startswith(("I", "U", "BOOL")):
+            raise CheckpointError(
+                f"{ADAPTER} of {where.source}: {entry.key} is stored as {entry.type}, and weights of an adapter are "
+                "floating-point"
+            )
     if os.path.isdir(where.source) and os.path.exists(home / "config.json"):
         return None
     base = config.get("base_model_name_or_path")

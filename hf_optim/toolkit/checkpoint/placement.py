@@ -87,19 +87,53 @@ def load_placed(
         odd = odd_tensors(entries)
         reason = f"{odd[0]}{_and_more(len(odd))}" if odd else first_line(error, 200, typed=True)
         raise CheckpointError(f"{where}: transformers cannot load its tensors: {reason}") from error
-    if not getattr(model, "_hf_peft_config_loaded", False):  # the info of a load with an adapter is that of the adapter
-        require_placed(
-            model,
-            info,
-            where,
-            quantized=method is not None,
-            new_heads=new_heads,
-            ignore_mismatched_heads=ignore_mismatched_heads,
-            changed_config=changed_config,
-        )
+    whole = model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        _require_adapter(info, where)  # the info of a load with an adapter is that of the adapter
+        whole, info = _load_base(type(model), config, entries, getattr(stock, "keywords", {}).get("key_mapping"))
+    require_placed(
+        whole,
+        info,
+        where,
+        quantized=method is not None,
+        new_heads=new_heads,
+        ignore_mismatched_heads=ignore_mismatched_heads,
+        changed_config=changed_config,
+    )
     if method in CHECKED_METHODS:
-        require_floats(model, entries, where, quantized=method is not None)
+        require_floats(whole, entries, where, quantized=method is not None)
     return model, info
+
+
+def _require_adapter(info: Mapping[str, Any], where: str) -> None:
+    """Raise ``CheckpointError`` if an adapter does not give each of its weights its values, by the info of its load."""
+    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise CheckpointError(
+            f"the adapter of {where} has no weights of the right shape for {len(wrong)} of its tensors ({_few(wrong)})"
+        )
+    if info["unexpected_keys"]:
+        raise CheckpointError(f"the adapter of {where} has tensors without a place ({_few(info['unexpected_keys'])})")
+
+
+def _load_base(
+    cls: Any, config: Any, entries: Mapping[str, TensorInfo], key_mapping: Mapping[str, str] | None
+) -> tuple[Any, dict[str, Any]]:
+    """Load the base model of an adapter on the meta device; return it with transformers' loading info."""
+    state = {
+        key: torch.empty(entry.shape, dtype=TORCH_DTYPES.get(entry.type, torch.float32), device="meta")
+        for key, entry in entries.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        return cls.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=state,
+            key_mapping=key_mapping,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
 
 
 def _entries(weights: Iterable[Path] | Mapping[str, torch.Tensor]) -> Mapping[str, TensorInfo]:

@@ -88,13 +88,15 @@ def require_whole_codes(entries: Mapping[str, TensorInfo], method: str | None, w
     """
     layers: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for key, entry in entries.items():
-        layer, _, own = key.rpartition(".")
-        layers[layer][own] = entry
+        layer, _, leaf = key.rpartition(".")
+        layers[layer][leaf] = entry
     from transformers.utils.quantization_config import QuantizationMethod as Method
 
     checks = {Method.COMPRESSED_TENSORS.value: _compressed_tensors, Method.GPTQ.value: _words, Method.AWQ.value: _words}
     check = checks.get(method or "")
-    for name, own in layers.items() if check else ():
+    if check is None:
+        return
+    for name, own in layers.items():
         if problem := check(own):
             raise CheckpointError(f"{where}: {problem.format(layer=name)}")
 
