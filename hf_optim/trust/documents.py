@@ -136,9 +136,10 @@ def parse_yaml(text: str, name: object, *, error: type[OptimError] = CheckpointE
     """
     import yaml
 
+    kind: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where it is: ten times as fast
     try:
         depth = 0
-        for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        for count, event in enumerate(yaml.parse(text, Loader=kind)):
             if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 depth += 1
             elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
@@ -147,7 +148,7 @@ def parse_yaml(text: str, name: object, *, error: type[OptimError] = CheckpointE
                 raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
             if count > 2 * MAX_YAML_NODES:
                 raise ValueError(f"it has more than {MAX_YAML_NODES:,} values")
-        loader = yaml.SafeLoader(text)
+        loader = kind(text)
         try:
             node = loader.get_single_node()
             if node is None:

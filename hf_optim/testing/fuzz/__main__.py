@@ -17,7 +17,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the mutations (default: 0)")
     parser.add_argument("--kind", metavar="NAME", help="only inputs of this kind: recipe, config, record ...")
     parser.add_argument("--door", metavar="NAME", help="only doors of this name: check, auto, card ...")
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="limit of one input (default: 20)")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S", help="processor time of one input (default: 20)"
+    )
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries are imported: a name in an input is not looked up
     with contextlib.suppress(ImportError, ValueError, OSError):
