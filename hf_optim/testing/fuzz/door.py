@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -42,9 +45,15 @@ def frames_of_ours(error: BaseException) -> list[traceback.FrameSummary]:
     return [
         frame
         for frame in frames
-        if any(name in Path(frame.filename).parts for name in ("hf_optim", "hf_optim_plugins", "hf_optim_kernels"))
-        and "fuzz" not in Path(frame.filename).parts
+        if frame.filename.startswith(_roots()) and not frame.filename.startswith(os.path.dirname(__file__))
     ]
+
+
+@cache
+def _roots() -> tuple[str, ...]:
+    """Return the folders of hf_optim's packages."""
+    found = [importlib.util.find_spec(name) for name in ("hf_optim", "hf_optim_plugins", "hf_optim_kernels")]
+    return tuple(f"{home}{os.sep}" for spec in found if spec for home in spec.submodule_search_locations or ())
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -69,7 +69,12 @@ class Report:
 
 
 def run(
-    inputs: int, seed: int, doors: Sequence[Door] = DOORS, seconds: float = SECONDS, verbose: bool = False
+    inputs: int,
+    seed: int,
+    doors: Sequence[Door] = DOORS,
+    seconds: float = SECONDS,
+    verbose: bool = False,
+    examples: Examples | None = None,
 ) -> Report:
     """Run ``inputs`` inputs, in turn through each door.
 
@@ -79,10 +84,11 @@ def run(
         doors: which doors.
         seconds: of processor time that one input may take; six times as long in all.
         verbose: print findings at once.
+        examples: None makes new ones.
     """
     report = Report()
     with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.ExitStack() as stack:
-        examples = stack.enter_context(contextlib.closing(Examples(Path(folder))))
+        examples = examples or stack.enter_context(contextlib.closing(Examples(Path(folder))))
         for number in range(inputs):
             door = doors[number % len(doors)]
             outcome, text = run_input(door, f"{seed}-{number}", examples, seconds)
