@@ -17,7 +17,7 @@ from ..runs.scope import Example, Scope
 from ..toolkit import topology
 from ..toolkit.modules.modes import device_of
 from ..toolkit.statistics import BatchRows
-from .forward import Batch, capture_block_inputs, forward_errors, to_device
+from .forward import Batch, capture_block_inputs, forward_errors, run_block, to_device
 from .steps import any_needs_data, batches_for, exact_targets, labels_for, run_calibration
 
 
@@ -68,7 +68,8 @@ class BlockwiseDriver:
                 bar.set_postfix_str(f"{block.name}: outputs", refresh=False)
                 self.passes += bool(self.batches) and not restored
                 self.outputs[block.list_name] = [
-                    to_device(block.module(*args, **kwargs), self.home) for args, kwargs in self._block_inputs(index)
+                    to_device(run_block(self.run.model, block.module, *inputs, batch), self.home)
+                    for batch, inputs in zip(self.batches, self._block_inputs(index), strict=True)
                 ]
             if not restored:
                 self.seconds.append(time.perf_counter() - started)
@@ -110,7 +111,7 @@ class BlockwiseDriver:
             block = self.blocks[index].module
             for number, (args, kwargs) in enumerate(self._block_inputs(index)):
                 with self.rows.of(self.batches[number], labels_for(self.run, number)):
-                    block(*args, **kwargs)
+                    run_block(self.run.model, block, args, kwargs, self.batches[number])
 
     def _block_inputs(self, index: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Yield the ``(args, kwargs)`` of block ``index``, batch by batch, on the accelerator."""
@@ -126,7 +127,8 @@ class BlockwiseDriver:
         block, references = self.blocks[index], []
         for number, batch in enumerate(self.batches):
             args, kwargs = self._capture_inputs(index, number, batch, self.reference_outputs)
-            output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
+            inputs = to_device(args, self.device), to_device(kwargs, self.device)
+            output = run_block(self.run.model, block.module, *inputs, batch)
             kept = to_device(output, self.home)
             references.append(Example(args, kwargs, kept, self.rows.output_mask(batch, block.module, kept)))
         self.reference_outputs[block.list_name] = [example.output for example in references]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,12 @@ def forward_errors(model: nn.Module, batch: Batch) -> Iterator[None]:
         raise DataError(
             f"{type(model).__name__} cannot run on a batch of {shapes}: {first_line(error, typed=True)}"
         ) from error
+
+
+def run_block(model: nn.Module, block: nn.Module, args: Any, kwargs: Mapping[str, Any], batch: Batch) -> Any:
+    """Return the output of one block of a model for ``batch``. Raises ``DataError`` as ``forward_errors`` does."""
+    with forward_errors(model, batch):
+        return block(*args, **kwargs)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..toolkit.statistics import batch_size, can_split, real_tokens, take_rows
 from . import datasets
 from .batches import add_decoder_inputs, count_tokens, hash_batches, join_examples, to_cpu_batch, to_tensors
 from .forward_inputs import class_of, forward_inputs, holds_model_inputs, processed, taken
+from .processor_errors import processor_errors
 from .token_sequences import random_tokens, reservoir, sample_sequences, sequence_length
 
 LABELS = "labels"
@@ -233,7 +234,9 @@ class CalibrationSetBuilder:
         batches = []
         for start in range(0, len(chosen), self.batch_size):
             images = [datasets.load_image(example[column]) for example in chosen[start : start + self.batch_size]]
-            batches.append(processed(processor(images, return_tensors="pt"), self.accepted))
+            with processor_errors(processor):
+                made = processor(images, return_tensors="pt")
+            batches.append(processed(made, self.accepted))
         return batches, {"dataset": name, "image_column": column, "samples": len(chosen)}
 
     def from_model_inputs(self, examples: Iterable[Any], name: str) -> Built:

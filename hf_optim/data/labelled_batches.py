@@ -22,6 +22,7 @@ from .datasets import (
     string_columns,
 )
 from .forward_inputs import forward_inputs, processed
+from .processor_errors import processor_errors
 from .token_sequences import TokenSequences, reservoir, sequence_length
 
 IGNORE_INDEX = -100
@@ -131,7 +132,9 @@ def image_classification_batches(examples: list[dict[str, Any]], model: Any, pro
         raise DataError("images need the model's image processor: pass AutoImageProcessor.from_pretrained(...)")
     batches = []
     for part in _split(examples, BATCH_SIZE):
-        made = processor([load_image(example[column]) for example in part], return_tensors="pt")
+        images = [load_image(example[column]) for example in part]
+        with processor_errors(processor):
+            made = processor(images, return_tensors="pt")
         labels = torch.tensor([label_id(example[label], model.config) for example in part])
         batches.append((processed(made, forward_inputs(model, processor)), labels))
     return LabelledBatches(batches)
@@ -165,9 +168,10 @@ def tokenize(examples: list[dict[str, Any]], columns: list[str], model: Any, tok
         raise DataError(
             "texts of different lengths need padding, and the tokenizer has no pad token: set tokenizer.pad_token"
         )
-    made = tokenizer(
-        *texts, padding=len(examples) > 1, truncation=True, max_length=length, return_tensors="pt", verbose=False
-    )
+    with processor_errors(tokenizer):
+        made = tokenizer(
+            *texts, padding=len(examples) > 1, truncation=True, max_length=length, return_tensors="pt", verbose=False
+        )
     # The mask is kept for the caller too, who counts tokens by it.
     return processed(made, forward_inputs(model, tokenizer) | {"attention_mask"})
 

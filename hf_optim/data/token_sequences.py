@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import DataError
+from .processor_errors import processor_errors, token_limit
 
 MAX_SEQUENCE_LENGTH = 2048
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -24,9 +25,9 @@ def sequence_length(config: PretrainedConfig, tokenizer: Any = None, requested: 
     The default is limited to 2048 tokens, and is 512 where neither context length is known. Raises ``DataError`` if
     ``requested`` exceeds the context length of the model.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = token_limit(config.get_text_config(), "max_position_embeddings")
     if requested is None:
-        known = [int(n) for n in (limit, getattr(tokenizer, "model_max_length", None)) if n]
+        known = [n for n in (limit, token_limit(tokenizer, "model_max_length")) if n]
         return min([*known, MAX_SEQUENCE_LENGTH]) if known else DEFAULT_SEQUENCE_LENGTH
     if limit and requested > limit:
         raise DataError(
@@ -49,7 +50,9 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[
     stream = iter(texts)
     while group := list(islice(stream, TEXTS_PER_CALL)):
         # verbose=False: texts longer than the context are split into sequences, so their length needs no warning.
-        encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        with processor_errors(tokenizer):
+            encoded = tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            encoded = encoded["input_ids"]
         yield [i for ids in encoded for i in (*before, *ids, *after)], sum(len(text.encode()) for text in group)
 
 

@@ -13,7 +13,7 @@ from ...errors import ModelError
 from ...runs.scope import Example
 from ...toolkit import topology
 from ...toolkit.statistics import BatchRows
-from ..forward import Batch, capture_block_inputs, replace_forwards, to_device
+from ..forward import Batch, capture_block_inputs, replace_forwards, run_block, to_device
 from .activation_store import ActivationStore
 from .block_arguments import RecordedArguments, infer_signature, record_calls
 from .materialize import NonBlockWeights
@@ -156,7 +156,8 @@ class ActivationCache:
         if block_list != list(self.blocks[index : index + len(block_list)]) or not self.batches:
             return None
         args, kwargs = self._capture_inputs(index, 0)
-        output = block.module(*to_device(args, self.device), **to_device(kwargs, self.device))
+        inputs = to_device(args, self.device), to_device(kwargs, self.device)
+        output = run_block(self.model, block.module, *inputs, self.batches[0])
         signature = infer_signature((args, kwargs), output)
         if signature is None:
             return None

@@ -27,7 +27,7 @@ from ...toolkit import topology
 from ...toolkit.modules.finite import nonfinite
 from ...toolkit.modules.modes import eval_mode
 from ...toolkit.statistics import BatchRows
-from ..forward import without_cache
+from ..forward import run_block, without_cache
 from ..steps import any_needs_data, exact_targets, labels_for, require_covered, run_calibration
 from ..throughput import summarize_throughput
 from .activations import CPU, ActivationCache, ReferenceOutputs
@@ -157,13 +157,13 @@ class StreamedDriver:
             block = self.blocks[index].module
             for number, (args, kwargs) in enumerate(self.cache.block_inputs(index)):
                 with self.rows.of(self.cache.batches[number], labels_for(self.run, number)):
-                    block(*args, **kwargs)
+                    run_block(self.model, block, args, kwargs, self.cache.batches[number])
 
     def _compute_outputs(self, cache: ActivationCache, index: int) -> None:
         self.passes += 1
         block = self.blocks[index].module
         for number, (args, kwargs) in enumerate(cache.block_inputs(index)):
-            cache.put_output(index, number, block(*args, **kwargs))
+            cache.put_output(index, number, run_block(self.model, block, args, kwargs, cache.batches[number]))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,0 +1,37 @@
+"""Errors of tokenizers and image processors as ``DataError``: their files are input, with values of any type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import DataError, OptimError
+from ..trust.bounds import first_line, shown
+
+
+@contextmanager
+def processor_errors(processor: Any) -> Iterator[None]:
+    """Raise ``DataError`` in place of the errors of a tokenizer or image processor that the body calls."""
+    try:
+        yield
+    except (OptimError, MemoryError):
+        raise
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise DataError(
+            f"{type(processor).__name__} cannot read the data: {first_line(error, typed=True)}. Try it alone, and see "
+            "whether its files belong to the model"
+        ) from error
+
+
+def token_limit(holder: Any, name: str) -> int | None:
+    """Return a number of tokens that a configuration or tokenizer gives; None if it gives none.
+
+    Raises ``DataError`` if it is not a number of tokens.
+    """
+    value = getattr(holder, name, None)
+    if value is None or value is False or value == 0:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 1e40:
+        raise DataError(f"{name} of {type(holder).__name__} is {shown(value)}, not a number of tokens")
+    return int(value)
