@@ -10,7 +10,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 PINS := --constraint constraints.txt $(if $(filter $(CPU),$(TORCH)),--constraint constraints-cpu.txt)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-models kills memory sweep compat lint clean
+.PHONY: demo test test-models kills memory fuzz sweep compat lint clean
 
 demo: $(STAMP)
 	$(BIN)/hf-optim demo --output demo-w4a16
@@ -36,6 +36,12 @@ memory: $(STAMP)
 SWEEP := --jobs 2
 sweep: $(STAMP)
 	$(BIN)/python -m hf_optim.testing.sweep $(SWEEP) --out docs/architectures.md
+
+# Mutated inputs through every door: make fuzz N=100000 SEED=7 for a night. A part of them is in `make test`.
+N := 3000
+SEED := 0
+fuzz: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m hf_optim.testing.fuzz --inputs $(N) --seed $(SEED)
 
 # What meets transformers, against its other supported versions (constraints.txt has the newest), each in its own environment.
 COMPAT := 5.17.0 5.23.0
