@@ -8,6 +8,7 @@ the result, and roughly how much memory it will take. Both take seconds, whateve
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
 from ...toolkit.quantization.grids import fit_group_size
+from ...trust.bounds import first_line
 from .estimate import estimate, traits_of_config
 
 if TYPE_CHECKING:
@@ -231,17 +233,21 @@ def _few(names: list[str]) -> str:
 def require_writable(path: Path) -> None:
     """Raise ``CheckpointError`` unless a directory can be created at ``path``."""
     home = _existing(path)
+    found = next((each for each in (path, *path.absolute().parents) if os.path.exists(each)), home)
+    if not os.path.isdir(found):
+        raise CheckpointError(f"cannot write to {path}: {found} is not a directory")
     try:
         with tempfile.TemporaryDirectory(dir=home, prefix=".hf-optim-"):
             pass
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {path}: {error.strerror} ({home})") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(f"cannot write to {path}: {reason} ({home})") from error
 
 
 def _existing(path: Path) -> Path:
     """Return the directory, or its nearest parent that exists."""
     path = path.absolute()
-    return next((each for each in (path, *path.parents) if each.is_dir()), Path("/"))
+    return next((each for each in (path, *path.parents) if os.path.isdir(each)), Path("/"))
 
 
 def _require_space(path: Path, needed: int, what: str) -> None:
