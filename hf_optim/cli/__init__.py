@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..errors import OptimError
+from ..errors import MAX_MESSAGE, OptimError, printable
 
 # Name -> help. Each command is a module of this package with ``EXAMPLE``, ``arguments(parser)`` and
 # ``run(args) -> int``. Heavy imports are inside ``run``, so that `hf-optim list` does not wait for those of `compress`.
@@ -90,8 +90,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def _print_error(error: Exception, message: str, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(error)
-    print(f"hf-optim: {' '.join(message.split())}", file=sys.stderr)
+    print(f"hf-optim: {printable(' '.join(message.split()), MAX_MESSAGE)}", file=sys.stderr)
     return 2
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes what is not printable: names in messages may come from a stranger's checkpoint."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line, 10 * MAX_MESSAGE) for line in super().format(record).splitlines())
 
 
 @contextmanager
@@ -99,6 +106,7 @@ def _logging(verbose: bool) -> Iterator[None]:
     """Log hf_optim's messages to standard error while a command runs; loggers of other libraries are not changed."""
     logger = logging.getLogger("hf_optim")
     handler, level = logging.StreamHandler(), logger.level
+    handler.setFormatter(_PrintableFormatter())
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:

@@ -12,7 +12,7 @@ from ..errors import RecipeError
 from ..recipes.config import OptimConfig
 from ..recipes.traits import FLOAT_WEIGHTS
 from .options import add_remote_code_option
-from .table import print_table
+from .table import print_line, print_table
 
 EXAMPLE = "hf-optim check my-recipe.yaml --model meta-llama/Llama-3.2-1B"
 
@@ -100,4 +100,4 @@ def _print(report: dict[str, Any]) -> None:
         print(f"\n{report['model']['class']}:")
         print_table(("estimate", "value"), list(report["model"]["readable"].items()))
         for note in report["notes"]:
-            print(note)
+            print_line(note)

@@ -20,7 +20,7 @@ from .options import (
     driver_fields,
     source_from_args,
 )
-from .table import print_table
+from .table import print_line, print_table
 
 EXAMPLE = """hf-optim compress meta-llama/Llama-3.2-1B --recipe w4a16 --output llama-w4a16 \\
     --calibration Salesforce/wikitext:wikitext-2-raw-v1 --eval eval.jsonl"""
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 dense=args.dense,
                 resume=args.resume,
                 device=args.device,
-                print_line=print,
+                print_line=print_line,
             )
         )
         if not distributed.is_main():
@@ -97,6 +97,6 @@ def print_result(record: Record) -> None:
     print()
     for step, coverage in record.coverage.items():
         total, modified = coverage["weights_total"], coverage["weights_touched"]
-        print(f"{step} changed {modified:,} of {total:,} weights ({coverage['share']:.1%})")
+        print_line(f"{step} changed {modified:,} of {total:,} weights ({coverage['share']:.1%})")
         for reason, names in coverage["skipped"].items():
-            print(f"  skipped {len(names)}: {reason} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})")
+            print_line(f"  skipped {len(names)}: {reason} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})")

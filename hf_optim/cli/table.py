@@ -7,6 +7,15 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..errors import printable
+
+MAX_CELL = 20_000
+
+
+def print_line(text: str) -> None:
+    """Print one line; what is not printable in it (names of a checkpoint may hold anything) is escaped."""
+    print(printable(text, MAX_CELL))
+
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print rows under a header, with the last column wrapped to the width of the terminal."""
@@ -15,7 +24,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None) -> str:
     """Return a table as text, with two spaces between columns and the last column wrapped to ``width``."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell), MAX_CELL) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
     last = max(24, (width or shutil.get_terminal_size((120, 24)).columns) - indent)

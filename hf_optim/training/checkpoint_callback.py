@@ -114,7 +114,8 @@ def read_state(run: Run, folder: Path) -> dict[str, Any]:
                 "checkpoint written with hf_optim's callbacks, or start again from its weights"
             )
     found = read_mapping(folder / STATE_NAME, nonfinite=True)
-    taken, training = found.get("run"), found.get("training")
+    taken: Any = found.get("run")
+    training = found.get("training")
     # Checkpoints of earlier versions have no checksum.
     stated = found.pop("sha256", None)
     read_header(require_inside(folder, MASKS_NAME), folder)

@@ -92,7 +92,9 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
     if data.dataset == "random":
-        require_own_loss(run_of(model).stage)
+        stage = run_of(model).stage
+        if stage is not None:
+            require_own_loss(stage)
         made = build_calibration_data("random", model_config=model.config, data=data)
         return [dict(zip(batch, row, strict=True)) for batch in made for row in zip(*batch.values(), strict=True)], (
             default_data_collator

@@ -6,6 +6,7 @@ their number doubles with every character.
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import warnings
@@ -14,10 +15,8 @@ from typing import Any
 
 from .bounds import first_line, shown
 
-if sys.version_info >= (3, 11):
-    from re import _parser as parser
-else:
-    import sre_parse as parser
+# The parser of `re`, which is private: Python 3.10 has it under another name.
+parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 MAX_LENGTH = 500
 MAX_REPEATS = 8

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def data_files(words: Sequence[str]) -> dict[str, bytes]:
+def data_files(words: list[str]) -> dict[str, bytes]:
     """Return data files by their suffix, made of ``words``."""
     import pyarrow
     import pyarrow.parquet
     from PIL import Image
 
-    rows = [{"text": " ".join(words[i % 9 :] * 2), "label": i % 2, "score": i / 8} for i in range(8)]
+    rows: list[dict[str, Any]] = [
+        {"text": " ".join(words[i % 9 :] * 2), "label": i % 2, "score": i / 8} for i in range(8)
+    ]
     ids = [{"input_ids": [5 + i, 6, 7, 8], "attention_mask": [1, 1, 1, 1], "labels": [1, 2, 3, 4]} for i in range(4)]
     nested = [{"messages": [{"role": "user", "content": row["text"]}], "extra": {"a": [1, [2]]}} for row in rows]
     image = io.BytesIO()

@@ -61,7 +61,7 @@ TRAINING: Mapping[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "save_stra
 TRAINING_STEPS: tuple[Any, ...] = (
     [{"technique": "gmp", "sparsity": 0.5}],
     [{"technique": "sr_ste"}],
-    [{"technique": "top_kast", "density": 0.5}],
+    [{"technique": "top_kast", "sparsity": 0.5}],
 )
 
 

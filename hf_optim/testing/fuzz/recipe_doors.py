@@ -21,13 +21,13 @@ from .examples import STEPS, TRAINING, TRAINING_STEPS, Examples
 from .mutations import VALUES, dumps, mutate_bytes, mutate_tree
 
 
-def _write(tree: Any, home: Path, random: Random) -> Path:
+def _write(tree: Any, home: Path, random: Random, damaged: float = 0.3) -> Path:
     path = home / random.choice(("r.yaml", "r.json"))
     if path.suffix == ".json":
         raw = dumps(tree)
     else:
         raw = yaml.safe_dump(tree, sort_keys=False).encode("utf-8", "surrogatepass")
-    path.write_bytes(mutate_bytes(raw, random) if random.random() < 0.3 else raw)
+    path.write_bytes(mutate_bytes(raw, random) if random.random() < damaged else raw)
     return path
 
 
@@ -63,15 +63,25 @@ def _in_memory(examples: Examples, home: Path, random: Random) -> None:
     optimize(tiny_llama(), tree, examples.batches, tokenizer=examples.tokenizer)
 
 
+def _value(kind: Any, random: Random) -> Any:
+    """Return a value that an argument of this kind may have."""
+    if hasattr(kind, "names"):
+        return random.choice(kind.names)
+    if hasattr(kind, "kinds"):
+        return {name: _value(kind.kinds[name], random) for name in random.sample(sorted(kind.kinds), 1)}
+    if not hasattr(kind, "low"):
+        return random.random() < 0.5
+    numbers = (kind.low, kind.high, kind.low + 1, (kind.low + kind.high) / 2)
+    return random.choice([round(number) if isinstance(kind.low, int) else number for number in numbers])
+
+
 def _train(examples: Examples, home: Path, random: Random) -> None:
     """A training of at most two steps whose arguments are mutated, or of values that each field may have."""
-    training = copy.deepcopy(TRAINING)
-    for name in random.sample(sorted(FIELDS), random.choice((1, 2, 3))):
-        kind: Any = FIELDS[name]
-        given = getattr(kind, "names", None) or (True, False, getattr(kind, "low", 0), getattr(kind, "high", 1), 1, 0.5)
-        training[name] = random.choice((*given, random.choice(VALUES)))
+    training: dict[str, Any] = copy.deepcopy(dict(TRAINING))
+    for name in random.sample(sorted(FIELDS), random.choice((1, 1, 2, 3))):
+        training[name] = _value(FIELDS[name], random) if random.random() < 0.8 else random.choice(VALUES)
     steps = random.choice(TRAINING_STEPS)
-    recipe = OptimConfig.parse(_write({"steps": steps, "training": training}, home, random))
+    recipe = OptimConfig.parse(_write({"steps": steps, "training": training}, home, random, damaged=0.05))
     recipe.check()
     # Long trainings and many worker processes are what a recipe may say, and not what a fuzzer waits for.
     bounded: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
