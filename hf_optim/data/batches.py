@@ -33,11 +33,19 @@ def to_cpu_batch(item: Any, number: int, columns: Collection[str] | None = None)
     if not chosen:
         raise DataError(f"batch {number} has no input of the model; its keys are {', '.join(map(str, item))}")
     for key, value in chosen.items():
-        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
-            raise DataError(f"batch {number}: {key!r} has no values in memory, or is sparse: pass an ordinary tensor")
+        if isinstance(value, Tensor):
+            require_ordinary(value, f"batch {number}: {key!r}")
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise DataError(f"batch {number}: {key!r} is a {type(value).__name__}, not a tensor with a batch dimension")
     return {key: value.detach().cpu() for key, value in chosen.items()}
+
+
+def require_ordinary(tensor: Tensor, what: str) -> None:
+    """Raise ``DataError`` for a tensor without values, a sparse or nested one, and one of complex numbers or codes."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
+        raise DataError(f"{what} has no values in memory, or is sparse: pass an ordinary tensor")
+    if tensor.is_complex() or tensor.is_quantized:
+        raise DataError(f"{what} is of {tensor.dtype}: pass whole numbers, floating-point numbers or masks")
 
 
 def to_tensors(example: Mapping[str, Any], columns: Iterable[str], row: int, name: str) -> dict[str, Tensor]:
@@ -56,6 +64,7 @@ def to_tensors(example: Mapping[str, Any], columns: Iterable[str], row: int, nam
             raise DataError(
                 f"{name}: {column!r} of row {row} is not an array of numbers ({first_line(error)})"
             ) from error
+        require_ordinary(found[column], f"{name}: {column!r} of row {row}")
         if not found[column].numel():
             raise DataError(f"{name}: {column!r} of row {row} is empty")
     return found

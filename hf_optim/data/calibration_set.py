@@ -21,9 +21,17 @@ from ..recipes.config import DataConfig
 from ..runs.distributed import share_of
 from ..toolkit.statistics import batch_size, can_split, real_tokens, take_rows
 from . import datasets
-from .batches import add_decoder_inputs, count_tokens, hash_batches, join_examples, to_cpu_batch, to_tensors
+from .batches import (
+    add_decoder_inputs,
+    count_tokens,
+    hash_batches,
+    join_examples,
+    require_ordinary,
+    to_cpu_batch,
+    to_tensors,
+)
 from .forward_inputs import class_of, forward_inputs, holds_model_inputs, processed, taken
-from .processor_errors import processor_errors
+from .processor_errors import data_errors, processor_errors
 from .token_sequences import random_tokens, reservoir, sample_sequences, sequence_length
 
 LABELS = "labels"
@@ -100,10 +108,11 @@ def build_calibration_data(
     model = model if model is not None else class_of(model_config)
     accepted = None if model is None else forward_inputs(model, tokenizer)
     builder = CalibrationSetBuilder(model_config, tokenizer, data, batch_size or data.batch_size, accepted)
-    batches, described = builder.build(source)
-    require_real_rows(batches, described.get("dataset"))
-    description = {"dataset": described.pop("dataset", None), "seed": data.seed, **described}
-    description["sha256"] = hash_batches(batches)
+    with data_errors(data.dataset or "the calibration data"):
+        batches, described = builder.build(source)
+        require_real_rows(batches, described.get("dataset"))
+        description = {"dataset": described.pop("dataset", None), "seed": data.seed, **described}
+        description["sha256"] = hash_batches(batches)
     shares = share_of(batches)
     labels = [batch.pop(LABELS, None) for batch in shares]
     return CalibrationData(shares, description, labels)
@@ -214,6 +223,7 @@ class CalibrationSetBuilder:
 
     def from_token_ids(self, ids: Tensor, name: str, sampled: bool = False) -> Built:
         """Build from token ids ``[n, seq_len]``; ``sampled``: take all of them instead of ``data.samples``."""
+        require_ordinary(ids, name)
         if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
             raise DataError(f"token ids must be a LongTensor [n, seq_len], not {ids.dtype} {list(ids.shape)}")
         if not sampled:

@@ -1,4 +1,4 @@
-"""Errors of tokenizers and image processors as ``DataError``: their files are input, with values of any type."""
+"""Errors of data, tokenizers and image processors as ``DataError``: they are input, with values of any type."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ def processor_errors(processor: Any) -> Iterator[None]:
             f"{type(processor).__name__} cannot read the data: {first_line(error, typed=True)}. Try it alone, and see "
             "whether its files belong to the model"
         ) from error
+
+
+@contextmanager
+def data_errors(name: Any) -> Iterator[None]:
+    """Raise ``DataError`` in place of the errors of others while data is read and made into batches.
+
+    A caller's dataset, its values and its generators may raise anything.
+    """
+    try:
+        yield
+    except (OptimError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{shown(name)} cannot be made into batches: {first_line(error, typed=True)}") from error
 
 
 def token_limit(holder: Any, name: str) -> int | None:

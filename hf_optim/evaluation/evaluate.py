@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data import labelled_batches
 from ..data.datasets import load_examples, load_texts, string_columns
 from ..data.labelled_batches import IGNORE_INDEX, LabelledBatch, LabelledBatches
+from ..data.processor_errors import data_errors
 from ..data.tasks import task_of_model
 from ..errors import DataError, OptimError
 from ..recipes.config import DataConfig
@@ -39,7 +40,8 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
     Raises ``DataError`` if the data does not fit the model.
     """
     task = task_of_model(model).tag
-    scored_pairs = _load_scored_pairs(model, data)
+    with data_errors(data.dataset):
+        scored_pairs = _load_scored_pairs(model, data)
     if scored_pairs is not None:
         return {"task": "sentence-similarity", **_compute_similarity(model, tokenizer, scored_pairs)}
     if not metrics_for(task):
@@ -47,7 +49,9 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
             f"no metric for {type(model).__name__} on {data.dataset}: load the model with the head of its task "
             "(language model, classifier), or use sentence pairs with a column `score`"
         )
-    measured = _compute_metrics(model, _build_batches(task, model, tokenizer, data), metrics_for(task))
+    with data_errors(data.dataset):
+        batches = _build_batches(task, model, tokenizer, data)
+    measured = _compute_metrics(model, batches, metrics_for(task))
     if speed and task == "text-generation":
         measured["ms_per_token"] = measure_ms_per_token(model)
     return {"task": task, **measured}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data import labelled_batches
 from ..data.calibration_set import build_calibration_data
 from ..data.datasets import load_texts, shuffle_buffer
+from ..data.processor_errors import data_errors
 from ..data.tasks import task_of_model
 from ..data.token_sequences import sample_sequences, sequence_length
 from ..errors import DataError
@@ -50,7 +51,8 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
 
     run, training = run_of(model), training or {}
     require_trainable(training)
-    rows, collator = training_rows(model, tokenizer, data)
+    with data_errors(data.dataset):
+        rows, collator = training_rows(model, tokenizer, data)
     journal = TrainJournal(run.journal, run) if run.journal is not None else None
     checkpoint = journal.begin(rows) if journal is not None else None
     with tempfile.TemporaryDirectory() as home:

@@ -41,6 +41,32 @@ def test_a_length_that_is_not_a_number_of_tokens(value, tmp_path):
             )
 
 
+IDS = torch.arange(20).reshape(2, 10)
+UNUSUAL = {
+    "sparse": IDS.to_sparse(),
+    "without values": IDS.to("meta"),
+    "complex": IDS.to(torch.complex64),
+    "nested": torch.nested.nested_tensor([IDS[0], IDS[1, :5]]),
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_tensors_that_are_not_ordinary_are_refused(what):
+    recipe = [{"technique": "gptq", "bits": 4, "group_size": 16}]
+    for data in (UNUSUAL[what], [{"input_ids": UNUSUAL[what]}]):
+        with pytest.raises(DataError, match="pass an ordinary tensor|pass whole numbers"):
+            optimize(tiny_llama(), recipe, data)
+
+
+def test_what_a_callers_data_raises_is_an_error_of_the_data():
+    def batches():
+        yield {"input_ids": IDS}
+        raise KeyError("row 1")
+
+    with pytest.raises(DataError, match="cannot be made into batches: KeyError: 'row 1'"):
+        optimize(tiny_llama(), [{"technique": "gptq", "bits": 4, "group_size": 16}], batches())
+
+
 def test_inputs_of_different_lengths_are_named_by_every_driver():
     batch = {"input_ids": torch.arange(20).reshape(2, 10), "position_ids": torch.arange(10).reshape(2, 5)}
     for driver in ("whole_model", "blockwise"):
