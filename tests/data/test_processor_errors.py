@@ -46,7 +46,6 @@ UNUSUAL = {
     "sparse": IDS.to_sparse(),
     "without values": IDS.to("meta"),
     "complex": IDS.to(torch.complex64),
-    "nested": torch.nested.nested_tensor([IDS[0], IDS[1, :5]]),
 }
 
 
@@ -54,7 +53,7 @@ UNUSUAL = {
 def test_tensors_that_are_not_ordinary_are_refused(what):
     recipe = [{"technique": "gptq", "bits": 4, "group_size": 16}]
     for data in (UNUSUAL[what], [{"input_ids": UNUSUAL[what]}]):
-        with pytest.raises(DataError, match="pass an ordinary tensor|pass whole numbers"):
+        with pytest.raises(DataError, match=r"pass an ordinary tensor|pass whole numbers"):
             optimize(tiny_llama(), recipe, data)
 
 
