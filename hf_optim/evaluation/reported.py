@@ -23,6 +23,7 @@ class ReportedMetric:
         quality: True for a metric that plots and the index use as the quality of a model.
         lower_is_better: True if a smaller number is better.
         relative: True if a change in percent is meaningful.
+        in_memory: True if it is measured on the model in memory, False if on the checkpoint, loaded again.
     """
 
     key: str
@@ -32,6 +33,7 @@ class ReportedMetric:
     quality: bool = False
     lower_is_better: bool = True
     relative: bool = True
+    in_memory: bool = False
 
 
 def format_bytes(number: float) -> str:
@@ -61,8 +63,11 @@ REPORTED_METRICS = (
         "top1_agreement",
         lower_is_better=False,
         relative=False,
+        in_memory=True,
     ),
-    ReportedMetric("kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False),
+    ReportedMetric(
+        "kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False, in_memory=True
+    ),
     ReportedMetric("bytes_on_disk", "weights on disk (bytes)", _exact_bytes),
     ReportedMetric("parameter_bytes", "weights in memory (bytes)", _exact_bytes),
     ReportedMetric("peak_memory_bytes", "peak memory (bytes)", _exact_bytes),

@@ -13,7 +13,15 @@ from ...recipes.contract import Paper, Reload
 from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM
 from ...runs.record import Record
 from ...trust.text import bibtex, cell, code, code_block, plain, sentence
-from ..reported import comparison_rows, format_bytes, has_hub_metrics, is_number, recipe_label, short_id
+from ..reported import (
+    REPORTED_METRICS,
+    comparison_rows,
+    format_bytes,
+    has_hub_metrics,
+    is_number,
+    recipe_label,
+    short_id,
+)
 from .front_matter import evaluation_name, is_hub_id, technique_spec
 
 QUALITY_PLOT = "Quality against bytes"
@@ -93,6 +101,12 @@ def _conditions(record: Record) -> str:
         where = f"on {plain(after['device'])}"
         where += f" (the original on {plain(other)})" if other and other != after["device"] else ""
         sentences.append(f"Both models ran {where} with plain transformers")
+    compared = [m.label for m in REPORTED_METRICS if m.in_memory and is_number(after.get(m.key))]
+    if compared:
+        sentences.append(
+            f"Measured on the model in memory, before it was saved: {', '.join(compared)}; all other figures of this "
+            "checkpoint were measured on its files, loaded again"
+        )
     if after.get("peak_memory_of"):
         sentences.append(f"Peak memory is that of the {plain(after['peak_memory_of'])} and includes loading")
     return ". ".join(sentences) + "." if sentences else ""
@@ -177,7 +191,9 @@ def step_metrics(record: Record) -> str:
         for key, value in sorted(reported.items()):
             if key not in ("technique", "layer_metric") and isinstance(value, (int, float, str)):
                 rows.append([label, key.replace("_", " "), value])
-    return "### Metrics of the steps\n\n" + markdown_table(["step", "metric", "value"], rows) if rows else ""
+    where = "Computed on the model in memory, while the recipe ran."
+    table = markdown_table(["step", "metric", "value"], rows)
+    return f"### Metrics of the steps\n\n{where}\n\n{table}" if rows else ""
 
 
 def calibration(record: Record) -> str:

@@ -7,7 +7,8 @@ when ``T`` changes.
 
 The divergence may be reversed (``reverse``: ``KL(student ‖ teacher)``, 2306.08543, which does not make a small student
 cover what it cannot represent) or lie between the two (``js``: the generalized Jensen-Shannon divergence of
-2306.13649).
+2306.13649). Both papers train on text that the student samples (on-policy); here the divergences are those on the given
+data, and nothing is sampled.
 
 A sparse model of the teacher's own shape learns more from every token if its blocks must agree as well: SquareHead
 (Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2310.06927), enabled by

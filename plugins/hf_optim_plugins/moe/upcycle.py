@@ -7,7 +7,10 @@ unchanged, for any router W_r, and training starts from the dense loss. The rout
 noise on the experts makes them differ from the start, at the price of that exactness.
 
 Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", arXiv 2212.05055.
-The paper drops the renormalization for language models; here it is kept, as in the native classes.
+The paper drops the renormalization for language models; here it is kept, as in the native classes. Its encoders route
+by Expert Choice, its experts have a capacity, and every second layer becomes a mixture. Here, as in the native classes,
+tokens choose their experts, and no expert has a capacity; every layer is a mixture unless ``every`` is set; and the
+load-balancing loss is the native one, with its own coefficient.
 
 The result is a class that ships in transformers, so its checkpoints need no other code. Attention and norms must be
 those of the dense class: the target is Mixtral for Llama and Mistral, and Qwen3-MoE for Qwen3.

@@ -3,7 +3,8 @@
 ``s_r = 1 - (1 - s)^(r / n)`` is the sparsity after round ``r`` of ``n``. In a round the weights of smallest magnitude
 are removed, and the rest is trained at one small learning rate, ``η = rate · η_max``: the retraining called fine-tuning
 by Renda et al. (2003.02389), who keep the last rate of the original schedule. The schedules of transformers end at 0,
-where nothing would be learned; ``rate`` describes the rate that is used instead.
+where nothing would be learned; ``rate`` describes the rate that is used instead. Han et al. prune below ``q`` times the
+standard deviation of a layer's weights in each round; here the share to remove is given and the threshold follows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One-shot magnitude pruning: remove the weights of the smallest absolute value.
 
 ``M_ij = 1`` where ``|W_ij|`` is among the ``(1 - s) n`` largest, else 0; ``W <- M ∘ W``. Han et al. (1506.02626,
-section 3.1) rank within a layer; ranking over all layers together is the global variant in Gale et al. (1902.09574),
-who found plain magnitude pruning a strong baseline for far costlier methods.
+section 3.1) prune within a layer, below a threshold of ``q`` times the standard deviation of its weights; here the
+share of the weights is given, and the threshold follows. Ranking over all layers together is the global variant in Gale
+et al. (1902.09574), who found plain magnitude pruning a strong baseline for far costlier methods.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ by ``magnitude`` 4.01, at random 4.10 to 4.68. Of its five layers ``taylor`` fin
 ``activation`` and ``magnitude`` remove the first (32.2). So unless ``score`` is set, units are ranked by
 ``activation``, which needs no backward pass, and layers by ``taylor``.
 
+The model card names the papers of the scores that were used beside LLM-Pruner, the paper of the technique.
+
 Every layer loses the same number, so that the result is an ordinary model of the same class with another configuration.
 LLM-Pruner and Michel et al. rank units across layers, whose widths then differ; no class that ships in transformers can
 express that, so it is not done here.
@@ -60,6 +62,15 @@ log = logging.getLogger(__name__)
 
 LAYERS = "layers"
 Scores = dict[str, Tensor]
+_MICHEL = "Michel et al. ([1905.10650](https://arxiv.org/abs/1905.10650))"
+_MOLCHANOV = "Molchanov et al. ([1906.10771](https://arxiv.org/abs/1906.10771))"
+# Kind and score -> where the score comes from, for the card.
+SOURCES = {
+    (HEADS, "taylor"): _MICHEL,
+    (NEURONS, "taylor"): _MOLCHANOV,
+    (LAYERS, "taylor"): _MOLCHANOV,
+    (LAYERS, "activation"): "Men et al., ShortGPT ([2403.03853](https://arxiv.org/abs/2403.03853))",
+}
 
 
 @technique(
@@ -344,13 +355,15 @@ class Structured(Technique):
         before, after = metrics["parameters_before"], metrics["parameters_after"]
         ranked, widths = metrics["ranked_by"], metrics["widths"]
         by = ", ".join(f"{kind} by {ranked[kind]}" for kind in (HEADS, NEURONS, LAYERS) if kind in ranked)
+        cited = "; ".join(dict.fromkeys(SOURCES[key] for key in ranked.items() if key in SOURCES))
+        sources = f" Scores after {cited}." if cited else ""
         removed = f" Removed layers: {', '.join(metrics['removed_layers'])}." if metrics["removed_layers"] else ""
         card.paragraph(
             "Structured pruning",
             f"Parts of the model were removed as a whole, those of the smallest score first ({by}), equally many in "
             f"every layer: {before:,} parameters became {after:,} ({100 * (1 - after / before):.1f} % fewer). It is "
             "an ordinary model of its class with a smaller configuration, and runs faster without special kernels."
-            f"{removed}",
+            f"{sources}{removed}",
         )
         rows = [["parameters", f"{before:,}", f"{after:,}"]]
         rows += [[f"{kind} in a layer", str(a), str(b)] for kind in (HEADS, NEURONS) for a, b in widths.get(kind, ())]

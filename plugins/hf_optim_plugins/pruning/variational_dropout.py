@@ -3,7 +3,8 @@ r"""Sparse variational dropout: learn how much noise each weight tolerates, and 
 ``L = -(1/N) Σ log p(y | x, w̃) + (λ/N) Σ_ij KL(α_ij)``, ``w̃ = w + σ ε``, ``α = σ² / w²`` (Molchanov et al., equations
 2, 3 and 14). The first term is the task loss with noise in the weights, the second the divergence of their posterior
 from a log-uniform prior, which rewards large ``α``. A weight with ``log α > 3`` is 95 % noise: it is removed. Noise is
-drawn for the outputs of a layer rather than for its weights; see ``hf_optim.toolkit.pruning.sparse_variational``.
+drawn for the outputs of a layer rather than for its weights, for every token by itself, where the paper draws it for an
+image; see ``hf_optim.toolkit.pruning.sparse_variational``.
 
 Gale et al. (1902.09574) raise λ gradually and choose it, and the threshold, for a sparsity: ``weight``, ``begin``,
 ``end`` and ``sparsity`` do that here.

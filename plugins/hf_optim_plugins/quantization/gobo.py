@@ -11,7 +11,8 @@ kept.
 
 Nothing is trained and no data is used. The paper keeps outliers in fp32; here they have the model's dtype. A layer
 holds, in memory and on disk: ``bits`` bits per weight without gaps, the centroids, and for every outlier its value and
-its column (with a count per row), for which the paper uses 32 bits and a position in its group of weights.
+its column (with a count per row), for which the paper uses 32 bits and a position in its group of weights. The paper
+also codes the table of the word embedding, which stays as it is here unless ``embedding_bits`` is set.
 """
 
 from __future__ import annotations

@@ -19,6 +19,10 @@ On a pruned model the mask stays. Updates may move a pruned weight away from zer
 3.5). One factor ``U`` serves all rows, whatever their masks. That is exact for none of them, and the price of a single
 factorization.
 
+Differences from the paper's settings: its grids are asymmetric, here they are symmetric by default (a choice, for the
+packed format); its columns come in their own order, ``act_order`` is a later addition; and it computes the scales of a
+group from the compensated weights when the recursion reaches the group, where static groups use the original ones.
+
 In a mixture of experts each matrix of each expert is a separate layer, with the Hessian of the tokens that the router
 sends to that expert. An expert that sees fewer tokens than it has inputs is reported, and is also calibrated on other
 tokens of its layer (``hf_optim.toolkit.statistics.augment_undersampled``). The codes of experts have no zero points.

@@ -2,10 +2,14 @@ r"""Mixed precision for activations: 8 bits where that does no harm, 16 where it
 
 With one grid per tensor, a few activation tensors, those with outliers, cause nearly the whole loss of 8-bit
 quantization. With ``D(S)`` the divergence of the model's output when the inputs in the set ``S`` are rounded to 8 bits
-(static, asymmetric, ranges from calibration), each input ``i`` is measured alone, as in table 2 of the paper, and then
-16 bits are given in that order::
+(static, asymmetric, ranges from calibration), each input ``i`` is rounded alone, and then 16 bits are given in the
+order of the divergences::
 
     D({i_1}) >= D({i_2}) >= ... >= D({i_n}),        k* = min { k : D(all but i_1 .. i_k) <= tolerance }
+
+Table 2 of the paper measures the inputs the other way round: all are rounded but one. ``k*`` is found by bisection, so
+it is the minimum only if ``D`` does not rise when another input gets 16 bits; otherwise it is a ``k`` within the
+tolerance, but not always the smallest.
 
 ``D`` is the Kullback-Leibler divergence of the softmax of the logits, in nats per position; for a model without logits
 it is the relative squared error of its first output.

@@ -22,8 +22,10 @@ weight remains to compensate them. Where a few inputs hold nearly all of the Hes
 block of babyllama-1m), one order for all rows that begins with those inputs has the smaller error; averaged over the
 layers, a separate order for every row does better.
 
-Differences from the paper: a block is calibrated on the outputs of the quantized blocks before it, which the paper
-calls sequential OBQ, and a transformer has no batch-norm statistics to correct.
+Differences from the paper: its grids are asymmetric and per channel, with ranges from a search; the defaults here are
+symmetric grids for groups of 128 inputs, from minimum and maximum (``symmetric``, ``group_size``, ``observer``). A
+block is calibrated on the outputs of the quantized blocks before it, which the paper calls sequential OBQ, and a transformer
+has no batch-norm statistics to correct.
 """
 
 from __future__ import annotations

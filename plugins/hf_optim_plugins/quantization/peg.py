@@ -24,7 +24,8 @@ Bondarenko, Nagel, Blankevoort, "Understanding and Overcoming the Challenges of 
 arXiv 2109.12948, which has groups of even size on the input, the output and the sum of BERT's feed-forward layers. Here
 all inputs of linears and of norms (the residual sums) have groups, and by default their sizes are fitted: of all ways
 to cut the sorted channels into K intervals the one with the least noise, ``sum_g n_g (range of g)^2``. With even sizes
-one in K channels shares the outliers' grid, however few outliers there are.
+one in K channels shares the outliers' grid, however few outliers there are. The paper's weights have one scale per
+tensor, those here one for each row and group of inputs (``strategy``).
 
 If a model returns its residual stream (an encoder without a head), the order of the stream's channels would be visible,
 so it is kept; the groups then list their channels, with the same results. The modules store int8 weights and the grids;

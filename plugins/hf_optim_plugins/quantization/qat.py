@@ -3,7 +3,8 @@ r"""Quantization-aware training: the forward pass sees weights (and inputs) on t
 ``y = Q(x) Q(W)ᵀ + b`` with ``Q(v) = (clamp(round(v / s) + z) - z) s`` in the forward pass (1712.05877, section 3). In
 the backward pass the rounding counts as the identity where nothing was clamped, and stops the gradient elsewhere: the
 straight-through estimator (1308.3432). Scales follow from the current weights at each step, or are learned with the
-gradient of LSQ (1902.08153, equation 3); see ``hf_optim.toolkit.quantization.fake_quant``.
+gradient of LSQ (1902.08153, equation 3); see ``hf_optim.toolkit.quantization.fake_quant``. For the learned scale of
+inputs (``dynamic: false``) LSQ's ``N`` is the number of a layer's input features.
 
 During training the targeted layers are ``nn.Linear`` with another class and their own parameters. A ``checkpoint-N`` is
 therefore an ordinary checkpoint; learned scales are saved in the files that hf_optim's callbacks write beside it. The

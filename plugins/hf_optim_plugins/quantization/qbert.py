@@ -33,7 +33,9 @@ inputs.
 Differences from the paper: it fine-tunes the quantized model, while this technique rounds after training, where 2 bits
 hurt more; let a later step train or compensate with the bits assigned here (``assign_only``). The paper quantizes
 embeddings to 8 bits; compressed-tensors as transformers reads it stores linear layers only, so embeddings are left
-unquantized. Its grids are asymmetric, whose codes would take a byte each on disk: the default here is symmetric.
+unquantized. It rounds activations to 8 bits in all its experiments, here only with ``activations``. Its ranges are the
+minimum and maximum of a group, here a search for the least squared error by default (``observer``). Its grids are
+asymmetric, whose codes would take a byte each on disk: the default here is symmetric.
 """
 
 from __future__ import annotations

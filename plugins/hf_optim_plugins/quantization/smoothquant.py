@@ -10,7 +10,8 @@ fc1 -> fc2 through ReLU. Scales are clamped to what the model's dtype can hold o
 precision only.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", arXiv
-2211.10438. (The reference list of the survey that this collection follows gives it the title of another paper.)
+2211.10438. (The reference list of the survey that this collection follows gives it the title of another paper.) The
+paper smooths the inputs that come from norms, as ``pairs: false`` does; those that come from a linear are an addition.
 
 On its own it makes nothing smaller, so a recipe must quantize after it.
 """
