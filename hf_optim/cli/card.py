@@ -17,6 +17,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", type=Path, metavar="D", help="a checkpoint with hf_optim.json, or a folder of checkpoints or cards"
     )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint with hf_optim.json that was evaluated on the same data, to show beside this one: for "
+        "recipes that train, a dense model that was trained alike",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,10 +33,38 @@ def run(args: argparse.Namespace) -> int:
 
     home = args.directory
     if os.path.lexists(home / FILE_NAME):
+        if args.control is not None:
+            add_control(home, args.control)
         print(Card(Record.read(home), home).write(home))
+    elif args.control is not None:
+        raise CheckpointError(f"{home} has no {FILE_NAME}: --control is for the card of one checkpoint")
     elif os.path.isdir(home) and any(home.glob(f"*/{FILE_NAME}")):
         render_index(home)
         print(home / "README.md")
     else:
         raise CheckpointError(f"{home} has no {FILE_NAME}, and neither has any folder in it")
     return 0
+
+
+def add_control(home: Path, control: Path) -> None:
+    """Write the figures of another checkpoint into the record of the one in ``home``, as its control.
+
+    Raises ``CheckpointError`` if the two were not evaluated on the same data.
+    """
+    from ..evaluation.cards.card import write_page
+    from ..evaluation.reported import has_hub_metrics
+    from ..runs.record import FILE_NAME, Record, public_name
+
+    record, other = Record.read(home), Record.read(control)
+    data, same = other.measured.get("evaluation"), record.measured.get("evaluation")
+    if not data or not has_hub_metrics(other.measured.get("after", {})):
+        raise CheckpointError(f"{control} was not evaluated: make it with `hf-optim compress --eval`, on the same data")
+    if data != same:
+        differing = sorted(key for key in {**data, **(same or {})} if data.get(key) != (same or {}).get(key))
+        raise CheckpointError(
+            f"{control} and {home} were evaluated on different data (they differ in {', '.join(differing)}): evaluate the "
+            "control as the checkpoint was evaluated"
+        )
+    figures = {key: value for key, value in other.measured["after"].items() if key not in ("top1_agreement", "kl")}
+    record.measured["control"] = {**figures, "name": public_name(control)}
+    write_page(home / FILE_NAME, record.to_json())

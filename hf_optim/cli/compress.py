@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..evaluation.reported import comparison_rows
+from ..errors import RecipeError
+from ..evaluation.reported import comparison_rows, recipe_trains
 from ..runs.record import Record
 from .options import (
     add_data_options,
@@ -41,6 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", metavar="DATA", help="calibration data (default: the dataset in the recipe)")
     parser.add_argument("--train", metavar="DATA", help="training data (default: the calibration data)")
     parser.add_argument("--eval", metavar="DATA", help="evaluation data; the model is evaluated before and after")
+    parser.add_argument(
+        "--control",
+        metavar="MODEL",
+        help="with --eval, also evaluate this model and show it beside the result: for recipes that train, a dense "
+        "model that was trained alike",
+    )
     parser.add_argument("--dense", action="store_true", help="write dequantized weights, not a compressed format")
     parser.add_argument(
         "--resume",
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from ..runs import distributed
     from .jobs.compress import Job, compress
 
+    if args.control and not args.eval:
+        raise RecipeError("--control is evaluated on the data of --eval: give that too, or leave out --control")
     recipe = OptimConfig.parse(args.recipe)
     calibration = data_config_from_args(args, args.calibration, base=recipe.calibration)
     recipe = dataclasses.replace(recipe, calibration=calibration, **driver_fields(args, recipe))
@@ -77,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 output=args.output,
                 evaluation=evaluation if args.eval else None,
                 training=training,
+                control=args.control,
                 dense=args.dense,
                 resume=args.resume,
                 device=args.device,
@@ -92,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_result(record: Record) -> None:
     """Print the metrics before and after, and the share of the weights that each step modified."""
-    before, after = record.measured.get("before", {}), record.measured.get("after", {})
-    print_table(("metric", "before", "after", "change"), comparison_rows(before, after))
+    columns = ("metric", "before", *(("control",) if record.measured.get("control") else ()), "after", "change")
+    print_table(columns, comparison_rows(record.measured, recipe_trains(record.recipe)))
     print()
     for step, coverage in record.coverage.items():
         total, modified = coverage["weights_total"], coverage["weights_touched"]

@@ -73,6 +73,7 @@ REPORTED_METRICS = (
     ReportedMetric("peak_memory_bytes", "peak memory (bytes)", _exact_bytes),
     ReportedMetric("ms_per_token", "milliseconds per token (greedy, batch 1)", "{:.2f}".format),
 )
+NO_CONTROL = "no control: a dense model trained alike was not measured"
 QUALITY_METRICS = tuple(m for m in REPORTED_METRICS if m.quality)
 
 
@@ -93,15 +94,38 @@ def relative_change(metric: ReportedMetric, before: Any, after: Any) -> str:
     return f"{100 * (after / before - 1):+.1f} %"
 
 
-def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[str]]:
-    """Return rows ``[label, before, after, change]`` of the metrics that either side has."""
+def comparison_rows(measured: Mapping[str, Any], trained: bool = False) -> list[list[str]]:
+    """Return rows ``[label, before, after, change]`` of the metrics that one of the measurements has.
+
+    With ``measured["control"]`` there is a column for it before ``after``. Without it, the last row of a result that
+    was ``trained`` says so: training on the data may improve a dense model as well.
+    """
+    sides = [
+        measured.get(side) or {} for side in ("before", *(("control",) if measured.get("control") else ()), "after")
+    ]
     rows = []
     for metric in REPORTED_METRICS:
-        values = [before.get(metric.key), after.get(metric.key)]
+        values = [side.get(metric.key) for side in sides]
         if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             texts = [_text(metric, value) for value in values]
-            rows.append([metric.label, *texts, relative_change(metric, *values)])
+            rows.append([metric.label, *texts, relative_change(metric, values[0], values[-1])])
+    if trained and len(sides) == 2 and any(is_number(sides[1].get(m.key)) for m in REPORTED_METRICS if m.hub_name):
+        rows.append([NO_CONTROL, "-", "-", ""])
     return rows
+
+
+def recipe_trains(recipe: Mapping[str, Any]) -> bool:
+    """Return True if a step of a recipe trains; a technique that is not installed here counts as one that does not."""
+    from ..errors import RecipeError
+    from ..recipes.catalogue import catalogue
+
+    for step in recipe.get("steps", ()):
+        try:
+            if catalogue().get(str(step["technique"])).spec.trains:
+                return True
+        except (RecipeError, ImportError):
+            continue
+    return False
 
 
 def _text(metric: ReportedMetric, value: Any) -> str:

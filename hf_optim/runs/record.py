@@ -32,7 +32,8 @@ class Record:
         stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``.
         coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names}}``.
         steps: per index of a step (as a string): the metrics it reports (``Run.report``).
-        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``.
+        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``; with ``"control"``, the
+            metrics of a dense model that was trained alike, and its ``name``.
         reload: the name of the reload level.
         traits: names of the traits of the result.
         notes: warnings for the card: what could not be done, and why.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -345,6 +346,68 @@ def test_compress_runs_training_stages_and_those_after_them(shop):
     assert record.finished
     assert [stage["steps"] for stage in record.stages if stage["driver"] == "training"] == [["nm", "logit_kd"]]
     assert {"quantized", "sparse-nm"} <= set(record.traits)
+
+
+def test_a_control_is_evaluated_beside_original_and_result(capsys, shop, monkeypatch):
+    figures = {"model": 3.0, "dense-alike": 2.5}
+    seen = []
+
+    def measure(command, **kwargs):
+        name = Path(command[command.index("eval") + 1]).name
+        seen.append(command[command.index("--data") + 1 :])
+        out = json.dumps({"perplexity": figures.get(name, 2.75)})
+        return subprocess.CompletedProcess([], 0, out, "")
+
+    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
+    control = shop.home / "dense-alike"
+    control.mkdir(exist_ok=True)
+    (control / "model.safetensors").write_bytes((shop.model / "model.safetensors").read_bytes())
+    recipe = shop.recipe(
+        "prune",
+        [{"technique": "gmp", "end": 1, "every": 1}],
+        {"dataset": str(shop.data), "samples": 4, "seq_len": 32},
+        {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True},
+    )
+    options = ["--device", "cpu", "--eval", shop.held_out]
+    assert call(shop.compress(recipe, "alone", *options)) == 0
+    assert "no control: a dense model trained alike was not measured" in capsys.readouterr().out
+    assert call(shop.compress(recipe, "controlled", *options, "--control", control)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"metric +before +control +after +change", printed)
+    assert re.search(r"perplexity +3\.0000 +2\.5000 +2\.7500 +-8\.3 %", printed)
+    assert all(words == seen[0] for words in seen)  # on the same data
+    record = Record.read(shop.home / "controlled")
+    size = (control / "model.safetensors").stat().st_size
+    assert record.measured["control"] == {"perplexity": 2.5, "bytes_on_disk": size, "name": "dense-alike"}
+    assert "| perplexity | 3.0000 | 2.5000 | 2.7500 |" in (shop.home / "controlled" / "README.md").read_text()
+    line = error_line(capsys, shop.compress(recipe, "none", "--control", control))
+    assert "--control is evaluated on the data of --eval" in line
+
+
+def test_card_takes_a_control_that_was_evaluated_on_the_same_data(capsys, tmp_path):
+    data = {"dataset": "eval.jsonl", "split": "train", "seq_len": 64}
+    homes = {}
+    for name, dataset, perplexity in (
+        ("result", "eval.jsonl", 2.5),
+        ("dense", "eval.jsonl", 2.25),
+        ("other", "x", 2.0),
+    ):
+        homes[name] = tmp_path / name
+        homes[name].mkdir()
+        made = Record(recipe={"steps": [{"technique": "gmp"}]}, finished=True)
+        made.measured = {"before": {"perplexity": 3.0}, "after": {"perplexity": perplexity, "kl": 0.1}}
+        made.measured["evaluation"] = {**data, "dataset": dataset}
+        made.write(homes[name])
+    assert call(["card", homes["result"], "--control", homes["dense"]]) == 0
+    assert Record.read(homes["result"]).measured["control"] == {"perplexity": 2.25, "name": "dense"}
+    assert "| perplexity | 3.0000 | 2.2500 | 2.5000 |" in (homes["result"] / "README.md").read_text()
+    before = (homes["result"] / "hf_optim.json").read_text()
+    line = error_line(capsys, ["card", homes["result"], "--control", homes["other"]])
+    assert "were evaluated on different data (they differ in dataset)" in line
+    assert (homes["result"] / "hf_optim.json").read_text() == before
+    Record(finished=True).write(homes["other"])
+    assert "was not evaluated" in error_line(capsys, ["card", homes["result"], "--control", homes["other"]])
+    assert "is for the card of one checkpoint" in error_line(capsys, ["card", tmp_path, "--control", homes["dense"]])
 
 
 def test_compress_replaces_an_earlier_checkpoint_and_keeps_other_files(shop):

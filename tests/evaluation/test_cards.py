@@ -212,6 +212,49 @@ def test_every_number_of_the_table_is_in_the_record():
     assert rows["KL from the original (nats per position)"][2] == ""
 
 
+def test_figures_of_the_model_in_memory_are_told_from_those_of_the_files():
+    results = section(Card(record()).render(), "Results")
+    assert (
+        "Measured on the model in memory, before it was saved: top-1 agreement with the original, KL from the original "
+        "(nats per position); all other figures of this checkpoint were measured on its files, loaded again."
+    ) in results
+    made = record()
+    for key in ("top1_agreement", "kl"):
+        del made.measured["after"][key]
+    assert "in memory, before" not in section(Card(made).render(), "Results")
+    assert "Computed on the model in memory, while the recipe ran." in section(
+        Card(made).render(), "Metrics of the steps"
+    )
+
+
+NO_CONTROL = "no control: a dense model trained alike was not measured"
+
+
+@pytest.mark.parametrize("steps", [["qat"], ["magnitude", "logit_kd"], ["technique_of_another_package", "gmp"]])
+def test_a_trained_result_without_a_control_says_so_in_the_table(steps):
+    made = record(recipe={"steps": [{"technique": name} for name in steps]})
+    assert [NO_CONTROL, "-", "-", ""] in table(section(Card(made).render(), "Results"))
+    made.measured["control"] = {"perplexity": 2.19, "name": "dense-alike"}
+    assert NO_CONTROL not in Card(made).render()
+
+
+def test_results_that_were_not_trained_or_not_evaluated_need_no_control():
+    assert NO_CONTROL not in Card(record()).render()
+    measured = {"before": {"bytes_on_disk": 10}, "after": {"bytes_on_disk": 5}}
+    assert NO_CONTROL not in Card(record(recipe={"steps": [{"technique": "qat"}]}, measured=measured)).render()
+
+
+def test_a_control_has_its_own_column():
+    made = record(recipe={"steps": [{"technique": "qat"}]})
+    made.measured["control"] = {"perplexity": 2.19001, "bytes_on_disk": 3881848, "name": "dense-alike"}
+    results = section(Card(made).render(), "Results")
+    assert "|  | original | control | this checkpoint | change |" in results
+    rows = {row[0]: row[1:] for row in table(results)}
+    assert rows["perplexity"] == ["2.2251", "2.1900", "2.2731", "+2.2 %"]
+    assert rows["bits per byte"][1] == "-"
+    assert "The control is `dense-alike`, a model that this recipe did not make." in results
+
+
 def test_the_card_has_recipe_coverage_data_stages_limits_papers_and_versions():
     text = Card(record()).render()
     assert "968,576 parameters in float32" in text

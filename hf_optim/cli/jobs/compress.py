@@ -26,6 +26,7 @@ from ...data.calibration_set import CalibrationData, build_calibration_data
 from ...data.datasets import load_examples
 from ...errors import CheckpointError, DataError, OptimError
 from ...evaluation.evaluate import compare
+from ...evaluation.sizes import bytes_on_disk
 from ...lifecycle.loading import optimize
 from ...lifecycle.stages import advance
 from ...recipes.config import DataConfig, OptimConfig
@@ -55,6 +56,8 @@ class Job:
         recipe: the recipe, with its calibration data.
         output: the directory to write.
         evaluation: data to measure the model on, before and after; None measures nothing.
+        control: a model to measure on the same data and to show beside the result: for recipes that train, a dense one
+            that was trained alike; None for none.
         training: data for stages that train; None takes the calibration data's source.
         dense: write the dense equivalent instead of a compressed format.
         resume: continue a calibration or training that was killed.
@@ -67,6 +70,7 @@ class Job:
     output: Path
     evaluation: DataConfig | None = None
     training: DataConfig | None = None
+    control: str | None = None
     dense: bool = False
     resume: bool = False
     device: str | None = None
@@ -102,9 +106,17 @@ def _compress(job: Job, device: torch.device | None) -> Run:
         job.print_line(note)
     tokenizer = load_processor(job.source, model_class(job.source.config))
     calibration = _calibration(job, tokenizer)
-    before = evaluate_checkpoint(job, job.source.model, "original") if job.evaluation and distributed.is_main() else {}
+    measured: dict[str, Any] = {"before": {}, "after": {}}
+    if job.evaluation and distributed.is_main():
+        measured["before"] = evaluate_checkpoint(job, job.source.model, "original")
+        if job.control:
+            measured["control"] = {
+                **evaluate_checkpoint(job, job.control, "control"),
+                **_control_bytes(job.control),
+                "name": public_name(job.control),
+            }
     if job.recipe.driver == "streamed":
-        return _streamed(job, found.meta_model, calibration, tokenizer, device, before)
+        return _streamed(job, found.meta_model, calibration, tokenizer, device, measured)
     job.print_line(f"loading {job.source.model}")
     trains = any(stage.trains for stage in job.recipe.stages)
     model = load_model(job.source, NewHeads.ALL if trains else NewHeads.CLASSIFIERS)
@@ -122,7 +134,7 @@ def _compress(job: Job, device: torch.device | None) -> Run:
     run.record.base_model["revision"] = job.source.revision
     if job.dense:
         _make_dense(run)
-    _record_original(job, run, {"bytes_on_disk": original_bytes, **before})
+    _record_measured(job, run, measured, original_bytes)
     if job.evaluation:
         job.print_line("comparing with the original, token by token")
         run.record.measured["after"] |= _compare(job, run)
@@ -134,8 +146,13 @@ def _compress(job: Job, device: torch.device | None) -> Run:
     return run
 
 
+def _control_bytes(control: str) -> dict[str, int]:
+    """Return the bytes of a control's weights, if it is a folder."""
+    return {"bytes_on_disk": bytes_on_disk(control)} if Path(control).is_dir() else {}
+
+
 def _streamed(
-    job: Job, found: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, before: dict[str, Any]
+    job: Job, found: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, measured: dict[str, Any]
 ) -> Run:
     """Run the job under the streamed driver, with one block at a time in memory."""
     work = StreamedJob(
@@ -144,7 +161,7 @@ def _streamed(
     job.print_line(f"streaming {job.source.model}")
     work.calibrate()
     original_bytes = sum(path.stat().st_size for path in found.files)
-    _record_original(job, work.run, {"bytes_on_disk": original_bytes, **before})
+    _record_measured(job, work.run, measured, original_bytes)
     measuring = Measuring(job, work.run)
     work.save(job.output, measure=measuring)
     work.output.remove()
@@ -152,8 +169,8 @@ def _streamed(
     return work.run
 
 
-def _record_original(job: Job, run: Run, metrics: dict[str, Any]) -> None:
-    run.record.measured = {"before": metrics, "after": {}}
+def _record_measured(job: Job, run: Run, measured: dict[str, Any], original_bytes: int) -> None:
+    run.record.measured = {**measured, "before": {"bytes_on_disk": original_bytes, **measured["before"]}}
     if job.evaluation:
         run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
 

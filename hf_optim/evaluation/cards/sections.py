@@ -20,6 +20,7 @@ from ..reported import (
     has_hub_metrics,
     is_number,
     recipe_label,
+    recipe_trains,
     short_id,
 )
 from .front_matter import evaluation_name, is_hub_id, technique_spec
@@ -73,10 +74,11 @@ def summary(record: Record) -> str:
 
 
 def results(record: Record) -> str:
-    """Render the table of original and result, with the conditions; states if quality was not measured."""
-    before, after = (record.measured.get(side, {}) for side in ("before", "after"))
-    rows = comparison_rows(before, after)
-    table = markdown_table(["", "original", "this checkpoint", "change"], rows) if rows else ""
+    """Render the table of original, control and result, with the conditions; states if quality was not measured."""
+    control, after = (record.measured.get(side, {}) for side in ("control", "after"))
+    rows = comparison_rows(record.measured, recipe_trains(record.recipe))
+    columns = ["", "original", *(["control"] if control else []), "this checkpoint", "change"]
+    table = markdown_table(columns, rows) if rows else ""
     conditions = _conditions(record) if has_hub_metrics(after) else NOT_MEASURED
     return "\n\n".join(part for part in (table, conditions) if part)
 
@@ -107,6 +109,9 @@ def _conditions(record: Record) -> str:
             f"Measured on the model in memory, before it was saved: {', '.join(compared)}; all other figures of this "
             "checkpoint were measured on its files, loaded again"
         )
+    if control := record.measured.get("control"):
+        name = code(control.get("name") or "a model")
+        sentences.append(f"The control is {name}, a model that this recipe did not make")
     if after.get("peak_memory_of"):
         sentences.append(f"Peak memory is that of the {plain(after['peak_memory_of'])} and includes loading")
     return ". ".join(sentences) + "." if sentences else ""

@@ -24,8 +24,8 @@ layers, a separate order for every row does better.
 
 Differences from the paper: its grids are asymmetric and per channel, with ranges from a search; the defaults here are
 symmetric grids for groups of 128 inputs, from minimum and maximum (``symmetric``, ``group_size``, ``observer``). A
-block is calibrated on the outputs of the quantized blocks before it, which the paper calls sequential OBQ, and a transformer
-has no batch-norm statistics to correct.
+block is calibrated on the outputs of the quantized blocks before it, which the paper calls sequential OBQ, and a
+transformer has no batch-norm statistics to correct.
 """
 
 from __future__ import annotations
