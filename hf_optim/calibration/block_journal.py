@@ -30,7 +30,7 @@ FORMAT = 3  # of work folders; another one is not resumed
 # A Trainer and saving set some of these keys; whether they did so yet depends on where the run resumes. The name is a
 # path as the caller wrote it.
 VOLATILE_CONFIG_KEYS = ("use_cache", "architectures", "dtype", "transformers_version", "_name_or_path")
-PATH_FIELDS = ("output_dir", "logging_dir")  # of training arguments; they need not exist
+PATH_FIELDS = ("output_dir", "logging_dir", "cache")  # of training arguments and steps; they need not exist
 
 
 class BlockJournal:

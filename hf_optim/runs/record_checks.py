@@ -80,7 +80,12 @@ SHAPES: dict[str, Any] = {
     ],
     "coverage": {...: _COVERAGE},
     "steps": {...: {"technique": str, "layer_metric": TEXT}},
-    "measured": {"before": {...: SCALAR}, "after": {...: SCALAR}, "control": {...: SCALAR}, "evaluation": {...: SCALAR}},
+    "measured": {
+        "before": {...: SCALAR},
+        "after": {...: SCALAR},
+        "control": {...: SCALAR},
+        "evaluation": {...: SCALAR},
+    },
     "reload": str,
     "traits": [str],
     "notes": [str],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ META: Mapping[str, Any] = {
 }
 OPTIONAL = ("bit_plan", "recipe", "fields")  # of snapshots of earlier versions
 FREE_FIELDS = ("device", "cache")
+FOLDER_FIELDS = ("teacher",)  # that may name a folder
 
 
 def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -74,7 +76,14 @@ def take(run: Run, inside: str = "") -> tuple[dict[str, torch.Tensor], dict[str,
 
 def _fields(step: Technique) -> dict[str, Any]:
     # Values that are not plain JSON cannot be compared.
-    return {key: value for key, value in step.to_dict().items() if key != "technique" and is_plain(value)}
+    fields = {key: value for key, value in step.to_dict().items() if key != "technique" and is_plain(value)}
+    return {key: _real_path(key, value) for key, value in fields.items()}
+
+
+def _real_path(key: str, value: Any) -> Any:
+    """Return the value of a field; of a folder its real path, so that it may be named in another way."""
+    is_folder = key in FOLDER_FIELDS and isinstance(value, str) and os.path.isdir(value)
+    return os.path.realpath(value) if is_folder else value
 
 
 @torch.no_grad()
@@ -137,7 +146,7 @@ def _changes(run: Run, meta: Mapping[str, Any]) -> Iterator[tuple[Technique, str
     for step, there in zip(run.recipe.steps, meta.get("fields", ()), strict=False):
         here, defaults = _fields(step), {f.name: f.default for f in dataclasses.fields(cast(Any, step))}
         for name in sorted({*here, *there}):
-            saved, given = (_plain(fields.get(name, defaults.get(name))) for fields in (there, here))
+            saved, given = (_real_path(name, _plain(fields.get(name, defaults.get(name)))) for fields in (there, here))
             # Compared as text: where a field is a position in training, 1 is a step and 1.0 a fraction.
             if json.dumps(saved) != json.dumps(given):
                 yield step, name, saved, given, name in FREE_FIELDS or id(step) not in begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from hf_optim.toolkit.distillation import logit_cache, teachers
@@ -73,4 +74,6 @@ def _teacher_identity(step: Any, run: Run) -> dict[str, Any]:
     if not logit_cache.LogitCache.has_shards(step.cache or ""):
         # An empty cache needs the teacher anyway, and the commit of a Hub id is known once it is downloaded.
         step.ready_teacher(run)
-    return {"teacher": step.teacher, "teacher_files": teachers.hash_files(step.teacher or "")}
+    local = os.path.isdir(step.teacher)
+    named = os.path.realpath(step.teacher) if local else step.teacher
+    return {"teacher": named, "teacher_files": teachers.hash_files(step.teacher or "")}

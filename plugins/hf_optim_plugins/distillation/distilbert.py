@@ -201,8 +201,8 @@ class DistilBERT(Distillation):
         return teacher
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        blocks, kept = topology.blocks(case.after), {}
-        for block in blocks:
+        kept: dict[str, list[int]] = {}
+        for block in topology.blocks(case.after):
             # A few steps of training leave a layer nearer to its original than to any other.
             found = [b for b in topology.blocks(case.before) if b.list_name == block.list_name]
             origin = min(found, key=lambda other: _distance(other.module, block.module))
