@@ -22,6 +22,11 @@ VARIANTS = {
         {"technique": "gptq", "group_size": 16},
         {"technique": "qbert", "assign_only": True, "budget": 3.3, "iterations": 3},
     ],
+    "gptq of experts": [{"technique": "gptq", "group_size": 16}],
+    "zeroquant, 6 bits": [{"technique": "zeroquant", "bits": 6}],
+    "logit_kd with a cache": [{"technique": "logit_kd", "top_k": 3, "cache": "CACHE"}, {"technique": "gmp"}],
+    "nm within a budget, by the output": [{"technique": "nm", "budget": 0.5, "scope": "model"}],
+    "nm within a budget, by the layers": [{"technique": "nm", "budget": 0.6, "scope": "model", "sensitivity": "layer"}],
     "obq, scales by mse": [{"technique": "obq", "bits": 3, "group_size": 16, "observer": "mse"}],
     "qbert, few bits": [{"technique": "qbert", "budget": 3.3, "iterations": 3, "assign": "rank"}],
     "lkd at 2 bits": [{"technique": "lkd", "bits": 2, "group_size": 8, "steps": 10, "learning_rate": 2e-3}],
@@ -63,8 +68,10 @@ def test_figures_follow_from_the_checkpoint(variant, tmp_path):
     first, *others = VARIANTS[variant]
     # What assigns bits goes first.
     steps = sorted([first, *others], key=lambda step: "assign_only" not in step)
-    model = finished(TINY["llama"](), steps, tmp_path / "training")
-    case = case_of(model, "llama", tmp_path / "out", catalogue().get(first["technique"]))
+    steps = [{**step, "cache": str(tmp_path / "cache")} if "cache" in step else step for step in steps]
+    architecture = "mixtral" if "experts" in variant else "llama"
+    model = finished(TINY[architecture](), steps, tmp_path / "training")
+    case = case_of(model, architecture, tmp_path / "out", catalogue().get(first["technique"]))
     assert_recomputed(case)
     assert_card_follows(case)
     assert case.run.reported(case.step)

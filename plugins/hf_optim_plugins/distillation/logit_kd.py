@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -196,6 +197,13 @@ class LogitKD(Distillation):
                 f"The teacher ran once on each sample: its {self.top_k} most probable classes of "
                 f"{metrics['cache_samples']:,} samples were kept on disk, in {metrics['cache_bytes']:,} bytes.",
             )
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        shards = list(Path(self.cache).glob("teacher-*.safetensors"))
+        samples = {key.rpartition(".")[0] for shard in shards for key in load_file(shard)}
+        return {"cache_samples": len(samples), "cache_bytes": sum(shard.stat().st_size for shard in shards)}
 
     # -- the teacher's outputs ----------------------------------------------------------------------------------------
     def _recorded_teacher(self, run: Run) -> hidden_states.Recorder:

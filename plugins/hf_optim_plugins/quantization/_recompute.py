@@ -18,21 +18,62 @@ from hf_optim.toolkit.statistics import enable_double_backward, random_direction
 
 
 def layers_by_bits(case: Any) -> dict[str, int]:
-    """Return how many layers have weights of how many bits, from the schemes in ``config.json``."""
-    return {str(bits): count for bits, count in sorted(Counter(case.bits().values()).items())}
+    """Return how many layers have weights of how many bits, from the schemes in ``config.json``.
+
+    Those of experts, which are no modules, have one number of bits in the recipes of the suite.
+    """
+    bits = dict(case.bits())
+    if experts := [name for name in case.names if name not in bits]:
+        groups = case.config["quantization_config"]["config_groups"].values()
+        (width,) = {group["weights"]["num_bits"] for group in groups}
+        bits |= dict.fromkeys(experts, width)
+    return {str(width): count for width, count in sorted(Counter(bits.values()).items())}
 
 
 def output_errors(case: Any) -> dict[str, Any]:
     """Return ``‖(Q - W) X‖² / ‖W X‖²`` of every layer, on the inputs of a blockwise run, and the mean over layers."""
     errors: dict[str, float] = {}
+    few: dict[str, int] = {}
     for block, mixed in case.sequential():
         names = [name for name in case.names if block.holds(name)]
         views = topology.expert_linears(mixed)
-        plain = [name for name in names if name not in views]
-        for name, inputs in case.inputs(mixed, plain).items():
+        grams = {name: rows.T @ rows for name, rows in case.inputs(mixed, [n for n in names if n not in views]).items()}
+        for name, (tokens, routed) in _tokens(case, mixed, {n: views[n] for n in names if n in views}).items():
+            own, every = (views[name].inputs_for(rows).double() for rows in (routed, tokens))
+            grams[name] = own.T @ own
+            if missing := max(0, own.shape[1] - len(own)):
+                few[name] = len(own)
+                grams[name] += every.T @ every * (missing / len(every))
+        for name, gram in grams.items():
             dense, coded = (case.weight(model, name) for model in (case.before, case.after))
-            errors[name] = float(((coded - dense) @ inputs.T).square().sum() / (dense @ inputs.T).square().sum())
-    return {"relative_error": errors, "mean_relative_error": sum(errors.values()) / len(errors)}
+            change = coded - dense
+            errors[name] = float(((change @ gram) * change).sum() / ((dense @ gram) * dense).sum())
+    found = {"relative_error": errors, "mean_relative_error": sum(errors.values()) / len(errors)}
+    return {**found, "experts_with_few_tokens": few} if few else found
+
+
+def _tokens(case: Any, model: nn.Module, views: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return for every matrix of an expert the tokens that its layer reads, and those that the router sends to it."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {view.experts_name: [] for view in views.values()}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tokens, chosen = [*args, *kwargs.values()][:2]
+            calls[name].append((tokens.detach().reshape(-1, tokens.shape[-1]), chosen))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in calls:
+            handle = model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        case.outputs(model)
+    joined = {name: [torch.cat(parts) for parts in zip(*pairs, strict=True)] for name, pairs in calls.items()}
+    return {
+        name: (tokens, tokens[(chosen == view.index).any(-1)])
+        for name, view in views.items()
+        for tokens, chosen in [joined[view.experts_name]]
+    }
 
 
 def block_losses(case: Any, model: nn.Module) -> dict[str, float]:

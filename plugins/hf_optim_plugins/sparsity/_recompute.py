@@ -69,3 +69,32 @@ def _difference(case: Any) -> float:
 def _main(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     out = model(**inputs)
     return out.logits if "logits" in out else out[0]
+
+
+def nm_errors(case: Any, step: Any) -> dict[str, float]:
+    """Return the error of pruning each layer alone, without ``compensate``: of its own output, or of the model's."""
+    names = case.run.select(step.targets, step.skip)
+    inputs = case.inputs(case.before, names)
+    expected, errors = case.outputs(case.before), {}
+    for name in names:
+        weight = case.before.get_parameter(f"{name}.weight")
+        dense, x = weight.detach().clone(), inputs[name]
+        score = dense.abs() * (x.square().mean(0).sqrt().float() if step.score == "activation" else 1.0)
+        groups = score.reshape(len(dense), -1, step.group)
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(step.keep).indices, True)
+        pruned = dense * kept.reshape(dense.shape)
+        if step.sensitivity == "layer":
+            change, old = ((value @ x.T).square().sum() for value in (pruned.double() - dense, dense.double()))
+            errors[name] = float(change / old)
+            continue
+        with torch.no_grad():
+            weight.copy_(pruned)
+            found = case.outputs(case.before)
+            weight.copy_(dense)
+        errors[name] = sum(_divergence(a, b) for a, b in zip(expected, found, strict=True))
+    return errors
+
+
+def _divergence(old: Tensor, new: Tensor) -> float:
+    p, q = old.double().log_softmax(-1), new.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -37,6 +37,8 @@ from hf_optim.toolkit.quantization import output_error, reconstruct_weights
 from hf_optim.toolkit.statistics import GramMatrix, HessianDiagonal, OutputShift, SecondMoment, select_within_budget
 from hf_optim.toolkit.topology import not_reached, weight_out_in
 
+from . import _recompute
+
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
@@ -184,7 +186,8 @@ class NM(Technique):
         run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, names))
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return {"pattern": case.pattern(self.keep, self.group), **case.zeros()}
+        errors = {"errors": _recompute.nm_errors(case, self)} if self.budget is not None else {}
+        return {"pattern": case.pattern(self.keep, self.group), **errors, **case.zeros()}
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
