@@ -32,7 +32,7 @@ from ..recipes.config import OptimConfig
 from ..recipes.contract import Phase
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_finite, require_model
-from ..runs.coverage import note_left_alone, record_coverage
+from ..runs.coverage import note_left_alone, record_coverage, recount_zeros
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, require_sound, run_of, traits_of
@@ -144,6 +144,7 @@ def complete_stage(run: Run) -> None:
         run.call("finalize_model")
         require_finite(run.model, "", str(stage))
         record_coverage(run, stage.steps)
+        recount_zeros(run)
     for step in stage.steps:
         contract = step.contract()
         run.traits -= contract.drops

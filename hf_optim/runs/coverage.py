@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..toolkit import topology
+from ..toolkit.pruning import sparsity
+from ..toolkit.topology.experts import expert_linears
 
 if TYPE_CHECKING:
     from ..recipes.technique import Technique
@@ -34,6 +36,26 @@ def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
     for step in steps:
         if (covered := run.covered(step)) is not None:
             _record(run, step, *covered)
+
+
+def recount_zeros(run: Run) -> None:
+    """Count the zeros that steps have reported (``counted``) again, if a later step renamed, copied or removed layers.
+
+    Record and card then describe the layers of the model that is saved. All ranks must call this.
+    """
+    for step in run.recipe.steps:
+        entry, names = run.reported(step), (run.covered(step) or (set(), {}))[0]
+        if "counted" not in entry or set(entry["counted"]) == names:
+            continue
+        # Layers that hold codes have no weight to count; their record stays that of their stage.
+        views = expert_linears(run.model)
+        if all(name in views or _has_weight(run.model, name) for name in names):
+            entry.update(sparsity.metrics(run.model, names))
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
+    return isinstance(module._parameters.get("weight"), nn.Parameter) and not getattr(module, "holds_codes", False)
 
 
 def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[str]]) -> None:
