@@ -157,7 +157,10 @@ def checkpoint_rows(model: Any, name: str, module: nn.Module) -> dict[str, tuple
     experts, rows = shape[0], shape[2] if transposed else shape[1]
     # Two columns: transformers 5.17 squeezes matrices of one.
     numbers = torch.arange(experts * rows).view(experts, rows, 1).repeat(1, 1, 2)
-    parts = _converted(model, converter, name, numbers.transpose(1, 2) if transposed else numbers)
+    try:
+        parts = _converted(model, converter, name, numbers.transpose(1, 2) if transposed else numbers)
+    except (ValueError, RuntimeError, IndexError) as error:  # it makes one tensor of several parameters
+        raise ModelError(no_conversion) from error
     found = {}
     for key, part in parts.items():
         begin, count = int(part.flatten()[0]), part.numel() // 2

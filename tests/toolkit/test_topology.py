@@ -99,7 +99,7 @@ def test_dummy_inputs_of_each_kind():
 def test_dummy_inputs_refuses_unsupported_main_inputs():
     model = tiny_llama()
     model.main_input_name = "waves"
-    with pytest.raises(topology.NoInputsError, match="'waves'.*pass calibration batches"):
+    with pytest.raises(topology.NoInputsError, match=r"'waves'.*pass calibration batches"):
         topology.dummy_inputs(model)
 
 
@@ -609,7 +609,7 @@ def test_analysis_leaves_the_model_unchanged_if_the_forward_raises(monkeypatch):
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
-    with pytest.raises(ModelError, match="has no weights.*load its weights"):
+    with pytest.raises(ModelError, match=r"has no weights.*load its weights"):
         topology.trace(model.to("meta"))
 
 
