@@ -62,8 +62,8 @@ def add_control(home: Path, control: Path) -> None:
     if data != same:
         differing = sorted(key for key in {**data, **(same or {})} if data.get(key) != (same or {}).get(key))
         raise CheckpointError(
-            f"{control} and {home} were evaluated on different data (they differ in {', '.join(differing)}): evaluate the "
-            "control as the checkpoint was evaluated"
+            f"{control} and {home} were evaluated on different data (they differ in {', '.join(differing)}): evaluate "
+            "the control as the checkpoint was evaluated"
         )
     figures = {key: value for key, value in other.measured["after"].items() if key not in ("top1_agreement", "kl")}
     record.measured["control"] = {**figures, "name": public_name(control)}

@@ -10,9 +10,7 @@ from torch import nn
 from ..errors import ModelError
 from ..toolkit.topology.experts import ExpertLinear, expert_linears, expert_stacks, has_stacked_weights
 from ..toolkit.topology.linear_layers import linears, parameter_names
-from ..toolkit.topology.roles import left_alone
 from ..toolkit.topology.selection import match
-from .dense_conversions import unreadable_reason
 from .experts import expert_schemes, experts_unsupported_reason
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def storable(
         experts: True if the caller also quantizes ``ExpertLinear`` layers, which are then among the returned ones.
         symmetric: True if the codes have no zero points, as experts require.
 
-    Raises ``ModelError`` for a class of which stock transformers reads no quantized checkpoint, and for integer weights of a model whose experts would not be stored, or could not be read back.
+    Raises ``ModelError`` for integer weights of a model whose experts would not be stored, or could not be read back.
     """
     targets, skip = tuple(targets), tuple(skip)
     selected = scope.select(targets, skip, experts=experts)
@@ -61,8 +59,6 @@ def storable(
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
-    if layers:
-        _require_readable_class(scope.model, targets, skip, label)
     stacks = expert_stacks(scope.model)
     inside = [name for name, module in scope.model.named_modules() if scope.holds(name) and has_stacked_weights(module)]
     if stacks and integer and layers:
@@ -71,15 +67,6 @@ def storable(
     if inside and "Linear" in targets:
         skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
     return layers, skipped
-
-
-def _require_readable_class(model: Any, targets: tuple[str, ...], skip: tuple[str, ...], label: str) -> None:
-    alone = {name for names in left_alone(model, targets, skip).values() for name in names}
-    if why := unreadable_reason(model, [name for name in match(linears(model), targets, skip) if name not in alone]):
-        raise ModelError(
-            f"{label} cannot store quantized weights of {type(model).__name__}: stock transformers reads no quantized "
-            f"checkpoint of it, since {why}. Prune it instead, or use another version of transformers"
-        )
 
 
 def _require_readable_experts(

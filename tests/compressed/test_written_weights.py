@@ -1,4 +1,4 @@
-"""RWKV models whose forward divides weights in place: refused, or run dense, since a kernel has no weight to write to."""
+"""RWKV models whose forward divides weights in place: refused, or run dense, since kernels have no such weights."""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ def test_the_command_resumes(tmp_path, monkeypatch, capsys):
         return __main__.main()
 
     rest = [row.name for row in architectures() if row.name not in CLASSES]
-    results.write_text(json.dumps({name: {"stock": "", "recipes": {r: ["pass", ""] for r in RECIPES}} for name in rest}))
+    results.write_text(
+        json.dumps({name: {"stock": "", "recipes": {r: ["pass", ""] for r in RECIPES}} for name in rest})
+    )
     assert command("--recipes", "w4a16") == 0
     assert sorted(asked[-1]) == sorted((name, ["w4a16"]) for name in CLASSES)
     assert command("--recipes", "w4a16", "gptq") == 1

@@ -1,4 +1,4 @@
-"""Whether the blocks of a model exchange more than what they return.
+"""Find blocks of a model that exchange more than what they return.
 
 Calibrating block by block replaces the blocks before the current one by their outputs. Where a block reads a tensor
 that another one left in a container that both were given (the shared keys and values of Gemma 3n), that tensor is then

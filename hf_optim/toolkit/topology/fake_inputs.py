@@ -72,13 +72,13 @@ def example_of(model: nn.Module, whole: bool = False) -> dict[str, Any] | None:
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return minimal inputs for a model, on its device: one sequence of eight tokens, one image or a little sound.
 
-    Text models get ``input_ids [1, T]`` int64, models with a text decoder also ``decoder_input_ids``, of half the length
-    if they generate text. Vision models, and models that compare texts with images, get
+    Text models get ``input_ids [1, T]`` int64, models with a text decoder also ``decoder_input_ids``, of half the
+    length if they generate text. Vision models, and models that compare texts with images, get
     ``pixel_values [1, channels, height, width]`` (videos: ``[1, frames, channels, height, width]``), speech models
     ``input_values [1, samples]`` or ``input_features`` in the shape of their feature extractor, all in the floating
     dtype of the model. Token ids are valid for the vocabulary and never the padding token; the last one is the
-    end-of-sequence token if the model has one, since some heads look for it. Models that choose between texts get one text to choose, ``input_ids [1, 1, T]``. The values are the same at
-    each call.
+    end-of-sequence token if the model has one, since some heads look for it. Models that choose between texts get one
+    text to choose, ``input_ids [1, 1, T]``. The values are the same at each call.
 
     Without dummy inputs for the main input of a model, the example of ``set_example`` is returned. Raises
     ``NoInputsError`` if there is none either.
@@ -181,7 +181,7 @@ def _image(model: PreTrainedModel) -> Tensor:
     config: Any = getattr(model.config, "vision_config", None) or getattr(model.config, "encoder", None) or model.config
     size = getattr(config, "image_size", None) or getattr(config, "crop_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = int(getattr(config, "num_channels", None) or getattr(config, "in_chans", 3))
+    channels = int(getattr(config, "num_channels", None) or getattr(config, "in_chans", None) or 3)
     shape: tuple[int, int, int] = (channels, height, width)
     frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
     return _ramp(model, (1, frames, *shape) if isinstance(frames, int) else (1, *shape))
