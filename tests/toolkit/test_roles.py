@@ -118,6 +118,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 REFUSED = {(kind, step) for kind in ("jetmoe", "llama4_text", "gemma4_text") for step in ("rtn", "gptq")}
+REFUSED.add(("llama4_text", "fp8"))  # stock transformers replaces its experts before it reads a checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_no_technique_changes_what_routes(originals, kind, step):
     assert before
     calibration = [{"input_ids": torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))}]
     if (kind, step) in REFUSED:
-        with pytest.raises(hf_optim.OptimError, match="experts"):  # integer codes of them could not be read back
+        with pytest.raises(hf_optim.OptimError, match="experts"):  # the checkpoint could not be read back
             hf_optim.optimize(model, [STEPS[step]], calibration=calibration)
         return
     model = hf_optim.optimize(model, [STEPS[step]], calibration=calibration)
