@@ -15,7 +15,7 @@ from ..errors import RecipeError
 from ..trust.bounds import shown
 from ..trust.patterns import compile_pattern
 
-# Larger numbers fit into no tensor, and a longer text is not the name or pattern of a module.
+# Larger numbers fit into no tensor, and longer texts name no module.
 LARGEST, LONGEST = 2**63, 500
 
 

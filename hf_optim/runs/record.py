@@ -32,8 +32,7 @@ class Record:
         stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``.
         coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names}}``.
         steps: per index of a step (as a string): the metrics it reports (``Run.report``).
-        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``; with ``"control"``, the
-            metrics of a dense model that was trained alike, and its ``name``.
+        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``.
         reload: the name of the reload level.
         traits: names of the traits of the result.
         notes: warnings for the card: what could not be done, and why.
@@ -76,8 +75,7 @@ class Record:
     def read(cls, directory: Path) -> Record:
         """Read ``hf_optim.json`` of a checkpoint.
 
-        Nothing in the file is trusted, since it came with the checkpoint. Keys that this version does not have are
-        ignored.
+        The file is input: the author of the checkpoint wrote it. Keys that this version does not have are ignored.
         Raises ``CheckpointError`` if there is none, or if anything in it has another type than in records.
         """
         path = Path(directory) / FILE_NAME
