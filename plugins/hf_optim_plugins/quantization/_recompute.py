@@ -20,8 +20,7 @@ from hf_optim.toolkit.statistics import enable_double_backward, random_direction
 def layers_by_bits(case: Any) -> dict[str, int]:
     """Return how many layers have weights of how many bits, from the schemes in ``config.json``.
 
-    Experts are not modules with a scheme: theirs is the one in the configuration, of which the suite's recipes have
-    one.
+    Experts are not modules with a scheme: theirs is that of the configuration, which has one in the suite's recipes.
     """
     bits = dict(case.bits())
     if experts := [name for name in case.names if name not in bits]:
