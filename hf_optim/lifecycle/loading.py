@@ -88,9 +88,9 @@ def optimize(
 ) -> PreTrainedModel:
     """Optimize a model that is in memory.
 
-    Unlike ``from_pretrained``, it leaves ordinary layers (dequantized weights) unless ``kernels`` is set. It cannot tell
-    weights of a checkpoint from random ones: what stock transformers did not find in the files of a model that was
-    loaded without ``optim_config``, it has named in a warning only.
+    Unlike ``from_pretrained``, it leaves ordinary layers (dequantized weights) unless ``kernels`` is set. It cannot
+    tell weights of a checkpoint from random ones: what stock transformers did not find in the files of a model that
+    was loaded without ``optim_config``, it has named in a warning only.
 
     Args:
         model: the model; it is changed in place, unless a step replaces it by a model of another class.

@@ -29,10 +29,10 @@ SIZES: dict[str, Any] = {
     # the residual stream and the layers
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_layers": 2,
     "d_model": 32, "n_embd": 32, "n_layer": 2, "n_layers": 2, "depth": 2, "embed_dim": 32,
-    "max_position_embeddings": 64, "encoder_layers": 2, "decoder_layers": 2, "num_decoder_layers": 2,
-    "d_ff": 64, "d_kv": 8, "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64, "intermediate_size_mlp": 64, "ffn_hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "unpadded_vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
+    "max_position_embeddings": 64, "encoder_layers": 2, "decoder_layers": 2, "num_decoder_layers": 2, "d_ff": 64,
+    "d_kv": 8, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "intermediate_size_mlp": 64, "ffn_hidden_size": 32,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "unpadded_vocab_size": 128,
+    "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8,
     # attention
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_heads": 4, "n_head": 4, "n_heads": 4, "head_dim": 8,
     "kv_channels": 8, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+import custom_mixtures
 import pytest
 import routing_by_effect
 import tiny_mixtures
@@ -220,6 +221,16 @@ def with_mixtures(kind: type[nn.Module], **settings: Any) -> Any:
     for name, value in settings.items():
         setattr(model.config, name, value)
     return model
+
+
+@pytest.mark.parametrize("kind", custom_mixtures.ROUTING)
+def test_what_routes_in_mixtures_that_are_not_of_transformers(kind):
+    expected = {f"model.layers.{index}.mlp{name}" for index in (0, 1) for name in custom_mixtures.ROUTING[kind]}
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp = kind()
+    assert topology.routes(model) == expected
+    assert topology.routes(model.to("meta")) == expected
 
 
 def test_a_router_whose_choice_was_not_traced_is_judged_by_name_and_size():

@@ -70,7 +70,7 @@ class _Finder:
         self.cut = {projection.op.position for projection in self.projections}
 
     def find(self) -> dict[str, str]:
-        inside = [p for p in self.projections if self._block(p.owner) is not None and p.width > 1]
+        inside = [p for p in self.projections if self._block(p.owner) is not None]
         routers = [p for p in inside if self._chooses_experts(p)]
         found = {p.owner: ROUTER for p in routers}
         found |= {p.owner: ROUTER for p in self._only_through({p.op.position for p in routers})}
@@ -134,22 +134,23 @@ class _Finder:
     def _chooses_experts(self, p: _Projection) -> bool:
         """Return True if the outputs of a projection are chosen from, or are factors of experts."""
         return any(
-            self._chooses(op, value, p.width) or self._weighs_experts(op, value, p.width)
+            self._chooses(op, value) or (p.width > 1 and self._weighs_experts(op, value, p.width))
             for op, value in self._readers_up_to_products(p)
         )
 
-    def _chooses(self, op: Op, value: int, width: int) -> bool:
+    def _chooses(self, op: Op, value: int) -> bool:
         if _name(op) not in CHOOSING or not self.trace.shapes[value]:
             return False
         integers = [v for v in op.writes if self.trace.dtypes[v] == torch.int64]
         used = any(self.trace.readers.get(v) for v in integers) or (self.trace.partial and bool(integers))
-        return used and 1 < self.trace.shapes[value][_dim(op)] <= width
+        return used and self.trace.shapes[value][_dim(op)] > 1
 
     def _weighs_experts(self, op: Op, value: int, width: int) -> bool:
         """Return True if an operation multiplies outputs of as many experts by ``value``."""
         if _name(op) not in FACTORS | PRODUCTS or value in self.expert_counts:
             return False
-        return any(width in self.expert_counts.get(other, ()) for other in op.reads if other != value)
+        counts = {count for other in op.reads if other != value for count in self.expert_counts.get(other, ())}
+        return width in counts or (_name(op) in PRODUCTS and any(width % count == 0 for count in counts))  # slots
 
     def _readers_up_to_products(self, p: _Projection, stops: Collection[str] = ()) -> Iterable[tuple[Op, int]]:
         """Yield the operations that read the output of a projection or what is computed from it, with what they read.
@@ -240,7 +241,11 @@ def _common(left: str, right: str) -> str:
 
 
 def _weights(trace: Trace) -> dict[int, tuple[str, int, int]]:
-    """Return value -> (name of the floating parameter that it is a view of, its dimensions, its first size)."""
+    """Return value -> (name of the floating parameter that it is computed from, its dimensions, its first size).
+
+    From it alone: a view, or the parameter scaled or normalized.
+    """
+    fixed = {*trace.parameters, *trace.constants}
     found = {}
     for value, name in trace.parameters.items():
         shape = trace.shapes[value]
@@ -251,6 +256,12 @@ def _weights(trace: Trace) -> dict[int, tuple[str, int, int]]:
             for read in op.reads[:1]:
                 if read in found:
                     found |= dict.fromkeys(op.writes, found[read])
+        elif op.linear is None and fixed.issuperset(op.reads):
+            source = next((found[read] for read in op.reads if read in found), None)
+            if source is not None:
+                found |= {value: source for value in op.produces if len(trace.shapes[value]) >= 2}
+        if op.linear is None and op.reads and fixed.issuperset(op.reads):
+            fixed.update(op.produces)
     return found
 
 
