@@ -104,9 +104,8 @@ def test_the_command_resumes(tmp_path, monkeypatch, capsys):
         return __main__.main()
 
     rest = [row.name for row in architectures() if row.name not in CLASSES]
-    results.write_text(
-        json.dumps({name: {"stock": "", "recipes": {r: ["pass", ""] for r in RECIPES}} for name in rest})
-    )
+    passed = {"stock": "", "recipes": dict.fromkeys(RECIPES, ("pass", ""))}
+    results.write_text(json.dumps({name: passed for name in rest}))
     assert command("--recipes", "w4a16") == 0
     assert sorted(asked[-1]) == sorted((name, ["w4a16"]) for name in CLASSES)
     assert command("--recipes", "w4a16", "gptq") == 1
@@ -138,7 +137,7 @@ def test_a_class_that_hangs_or_crashes_costs_one_process(monkeypatch, check, sou
 
 def test_the_table_gives_the_shares_honestly(tmp_path):
     rows = [Architecture("CausalLM", name) for name in "ABCD"]
-    passed = {recipe: ("pass", "") for recipe in RECIPES}
+    passed = dict.fromkeys(RECIPES, ("pass", ""))
     results = {
         "A": {"stock": "", "recipes": passed},
         "B": {"stock": "", "recipes": {**passed, "gptq": ("refused", "ModelError: a | b /tmp/x/y/out is <odd>")}},

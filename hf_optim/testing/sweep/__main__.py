@@ -20,10 +20,18 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m hf_optim.testing.sweep", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
-    parser.add_argument("--only", default="", metavar="REGEX", help="classes to check again; without it, those that have no result")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="classes to check again; without it, those that have no result"
+    )
     parser.add_argument("--again", action="store_true", help="also check again what failed, and what stock cannot")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes to check")
-    parser.add_argument("--results", type=Path, default=Path("sweep-results.json"), metavar="FILE", help="results so far: the sweep resumes from them")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("sweep-results.json"),
+        metavar="FILE",
+        help="results so far, to resume from",
+    )
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="where to write the table")
     parser.add_argument("--seconds", type=float, default=180.0, metavar="S", help="limit of one class")
     args = parser.parse_args()
@@ -46,7 +54,8 @@ def main() -> int:
         answer["recipes"] = {**before, **answer["recipes"]}
         results[name] = answer
         bad = {r: o for r, o in answer["recipes"].items() if o[0] == "FAIL"}
-        print(name, f"stock cannot: {answer['stock']}" if answer["stock"] else bad or "ok", f"{answer['seconds']} s", flush=True)
+        said = f"stock cannot: {answer['stock']}" if answer["stock"] else bad or "ok"
+        print(name, said, f"{answer['seconds']} s", flush=True)
         scratch = args.results.with_suffix(".part")
         scratch.write_text(json.dumps(results, indent=0, sort_keys=True))
         scratch.replace(args.results)

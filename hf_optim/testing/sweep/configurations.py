@@ -38,28 +38,67 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?(linear_num_(key|value)_heads|linear_num_heads)", HEADS),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank|\w+_lora_rank|\w+_lora_dim", 32),
     (r"qk_head_dim", 2 * HEAD_DIM),
-    (r"(\w+_)?(head_dim|d_head|d_kv|head_size|dim_head|d_head|d_rel|headdim|attention_head_size)|\w+_head_dim|rotary_dim", HEAD_DIM),
-    (r"\w*(moe|expert|experts|share_expert)\w*_(intermediate_size|hidden_size|dim|ffn_dim|ffn_hidden_size)", EXPERT_INNER),
-    (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|inner_size|d_ff|d_inner|mlp_dim|intermediate_dim|n_inner|feed_forward_size)", INNER),
+    (
+        r"(\w+_)?(head_dim|d_head|d_kv|head_size|dim_head|d_head|d_rel|headdim|attention_head_size)|"
+        r"\w+_head_dim|rotary_dim",
+        HEAD_DIM,
+    ),
+    (
+        r"\w*(moe|expert|experts|share_expert)\w*_(intermediate_size|hidden_size|dim|ffn_dim|ffn_hidden_size)",
+        EXPERT_INNER,
+    ),
+    (
+        r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|inner_size|d_ff|d_inner|mlp_dim|intermediate_dim|n_inner|feed_forward_size|dff|dim_ff)",
+        INNER,
+    ),
     (r"\w*moe_layer_freq|decoder_sparse_step", 1),
     (r"codebook_size", 128),
-    (r"\w*vocab_size\w*|num_embeddings|codebook_vocab_size|unpadded_vocab_size|\w+_vocab_size|vocab_offset", VOCABULARY),
+    (
+        r"\w*vocab_size\w*|num_embeddings|codebook_vocab_size|unpadded_vocab_size|\w+_vocab_size|vocab_offset",
+        VOCABULARY,
+    ),
     (_WIDTHS, WIDTH),
     (_LAYERS, LAYERS),
-    (r"\w*max_position_embeddings|n_positions|max_seq_len|max_sequence_length|n_ctx|seq_length|max_target_positions|context_length|model_max_length|max_2d_position_embeddings|\w*num_position_embeddings|max_\w+_positions", POSITIONS),
-    (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|\w+_num_experts|num_\w*experts|zero_expert_num", EXPERTS),
-    (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|n_activated_experts|expert_top_k|topk|ffn_top_k|router_topk|num_selected_experts", 2),
-    (r"n_group|topk_group|n_groups|num_expert_groups?|mamba_n_groups|num_limited_groups|n_shared_experts|first_k_dense_replace", 1),
+    (
+        r"\w*max_position_embeddings|n_positions|max_seq_len|max_sequence_length|n_ctx|seq_length|"
+        r"max_target_positions|context_length|model_max_length|max_2d_position_embeddings|"
+        r"\w*num_position_embeddings|max_\w+_positions",
+        POSITIONS,
+    ),
+    (
+        r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|\w+_num_experts|"
+        r"num_\w*experts|zero_expert_num",
+        EXPERTS,
+    ),
+    (
+        r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|n_activated_experts|expert_top_k|"
+        r"topk|ffn_top_k|router_topk|num_selected_experts",
+        2,
+    ),
+    (
+        r"n_group|topk_group|n_groups|num_expert_groups?|mamba_n_groups|num_limited_groups|n_shared_experts|"
+        r"first_k_dense_replace",
+        1,
+    ),
     (r"num_dense_layers|first_num_dense_layers|num_hash_layers|n_hash_layers", 1),
     (r"image_size|img_size|input_size|crop_size|resolution|max_img_size|max_image_size", IMAGE),
-    (r"(sliding|attention|local)?_?window(_size)?|sliding_window_size|local_attention|attention_window_size|local_radius", WINDOW),
+    (
+        r"(sliding|attention|local)?_?window(_size)?|sliding_window_size|local_attention|"
+        r"attention_window_size|local_radius",
+        WINDOW,
+    ),
     (r"chunk_size|\w+_chunk_size|max_inference_chunksize", 16),
     (r"patch_size", PATCH),
     (r"(\w+_)?(num_mel_bins|n_mels|n_mel_bins|mel_bins|input_feat_per_channel)", 16),
     (r"state_size|ssm_state_size|mamba_d_state|d_state|\w*_state_dim", 16),
     (r"time_step_rank|mamba_dt_rank", 16),
     (r"base_channels|latent_channels|num_groups", 32),
-    (r"num_filters|conv_channels|\w*conv_channels|\w*_conv_channel|nemo_conv_channels|ext_pw_out_channel|depthwise_separable_out_channel|num_codevectors_per_group|stem_out_channels|embedding_size|\w+_units|\w+_channels|post_conv_\w+_channels", 16),
+    (
+        r"num_filters|conv_channels|\w*conv_channels|\w*_conv_channel|nemo_conv_channels|ext_pw_out_channel|"
+        r"depthwise_separable_out_channel|num_codevectors_per_group|stem_out_channels|embedding_size|"
+        r"\w+_units|\w+_channels|post_conv_\w+_channels",
+        16,
+    ),
     (r"num_codebooks|num_quantizers", 4),
     (r"num_query_tokens|\w*num_latents|num_queries", 8),
     (r"laurel_rank|adapter_rank|\w+_rank", 16),
@@ -88,13 +127,7 @@ _MISSING = {
 }
 """Sizes for fields without a default that the forward needs."""
 _COUNT_NAMES = (
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "encoder_layers",
-    "num_decoder_layers",
-    "depth",
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "num_decoder_layers", "depth"),
 )
 
 

@@ -7,7 +7,14 @@ from typing import Any
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
 _DOWN = ["Subsample", 8, 4, 2, 2, 2]
-_CODEC = {"hidden_size": 32, "num_filters": 8, "codebook_size": 128, "codebook_dim": 16, "upsample_groups": 32, "vector_quantization_hidden_dimension": 16}  # fmt: skip
+_CODEC = {
+    "hidden_size": 32,
+    "num_filters": 8,
+    "codebook_size": 128,
+    "codebook_dim": 16,
+    "upsample_groups": 32,
+    "vector_quantization_hidden_dimension": 16,
+}
 _QWEN4 = {
     **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
     **{"indexer_compress_ratio": 4, "ngram_vocab_size_base": 64, "hc_lowrank": 16, "split_ngram_parts": 4},
@@ -31,11 +38,22 @@ FIELDS: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "HunYuanMoEV1Config": {"num_experts": 4, "moe_topk": 2},
-    "CvtConfig": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 2], "depth": [1, 2, 3], "cls_token": [False, False, True]},
+    "CvtConfig": {
+        "embed_dim": [16, 32, 48],
+        "num_heads": [1, 2, 2],
+        "depth": [1, 2, 3],
+        "cls_token": [False, False, True],
+    },
     "DbrxConfig": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "DeepseekOcr2Config": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "DonutSwinConfig": {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
-    "DoryConfig": {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] + ["sliding_attention", "mlp"], "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+    "DoryConfig": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
     "Dots3NoteConfig": {"text_config.per_layer_config.02.head_dim": 32},
     "Dots3NoteTextConfig": {"per_layer_config.02.head_dim": 32},
     "EfficientNetConfig": {
@@ -46,7 +64,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "EsmConfig": {"vocab_size": 192, "mask_token_id": 5, "pad_token_id": 1},
     "FalconH1Config": {"mamba_d_head": 16, "mamba_n_heads": 8},
     "FunAsrNanoConfig": {"adaptor_config.intermediate_size": 16},
-    "Gemma4AssistantConfig": {"__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}},
+    "Gemma4AssistantConfig": {
+        "__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+    },
     "Glm46VConfig": _MROPE,
     "Glm4vConfig": _MROPE,
     "Glm4vMoeConfig": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
@@ -62,7 +82,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "KyutaiSpeechToTextConfig": {f"codec_config.{key}": value for key, value in _CODEC.items()},
     "LayoutLMv3Config": {"coordinate_size": 10, "shape_size": 12},
     "LevitConfig": {
-        **{"image_size": 64, "patch_size": 16, "hidden_sizes": [32, 32, 48], "num_attention_heads": [2, 2, 2], "key_dim": [8, 8, 8]},
+        **{
+            "image_size": 64,
+            "patch_size": 16,
+            "hidden_sizes": [32, 32, 48],
+            "num_attention_heads": [2, 2, 2],
+            "key_dim": [8, 8, 8],
+        },
         "down_ops": [_DOWN, _DOWN],
     },
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

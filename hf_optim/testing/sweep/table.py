@@ -15,13 +15,16 @@ REASON = 200
 
 HEAD = """# Architectures
 
-Every class that transformers {version} lists under the auto classes of text, vision, speech and multimodal models, built tiny from its configuration, through five
-recipes: {recipes}. `make sweep` writes this page ({classes} classes, about an hour on two cores).
+Every class that transformers {version} lists under the auto classes of text, vision, speech and multimodal models,
+built tiny from its configuration, through five recipes: {recipes}.
+`make sweep` writes this page ({classes} classes, about an hour on two cores).
 
-A recipe *passes* (+) if the model is optimized from a checkpoint on two batches, saved, reloaded by transformers without hf_optim to bit-equal logits with every tensor found in the
-files, and reloaded with `optim_config="auto"`: on kernels within {tolerance:.0%} of the norm of the logits, and off the kernels bit-equal. It is *refused* if hf_optim raises a `ModelError` or
-`RecipeError` with the reason before anything is written. Everything else fails: other exceptions, unequal logits, missing tensors. Models of text and images are calibrated on text,
-if they run on text alone. The weights are random: the table says nothing about quality.
+A recipe *passes* (+) if the model is optimized from a checkpoint on two batches, saved, reloaded by transformers
+without hf_optim to bit-equal logits with every tensor found in the files, and reloaded with `optim_config="auto"`: on kernels
+within {tolerance:.0%} of the norm of the logits, and off the kernels bit-equal. It is *refused* if hf_optim raises a
+`ModelError` or `RecipeError` with the reason before anything is written. Everything else fails: other exceptions,
+unequal logits, missing tensors. Models of text and images are calibrated on text if they run on text alone. The weights
+are random: the table says nothing about quality. An empty cell was not run.
 
 {shares}
 
@@ -34,7 +37,8 @@ def shares(rows: Sequence[Architecture], results: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(row.name for row in rows if row.name in results))
     able = [name for name in names if not results[name]["stock"]]
     lines = [
-        f"{len(names)} classes, of which transformers alone builds, runs, saves and reloads {len(able)} to equal logits with the packages and inputs at hand. Of these:",
+        f"{len(names)} classes, of which transformers alone builds, runs, saves and reloads {len(able)} to equal "
+        "logits with the packages and inputs at hand. Of these:",
         "",
         "| recipe | pass | refused with a reason | fail | pass or refused |",
         "|---|---:|---:|---:|---:|",
@@ -69,7 +73,7 @@ def write_table(path: Path, rows: Sequence[Architecture], results: Mapping[str, 
     from .checks import KERNEL_ERROR
 
     failed = {
-        name: [f"{recipe}: {_cell(reason)}" for recipe, (outcome, reason) in result["recipes"].items() if outcome == "FAIL"]
+        name: [f"{recipe}: {_cell(why)}" for recipe, (outcome, why) in result["recipes"].items() if outcome == "FAIL"]
         for name, result in results.items()
         if not result["stock"] and _worst(result) == "FAIL"
     }

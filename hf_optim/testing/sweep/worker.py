@@ -47,9 +47,8 @@ def serve(seconds: float) -> None:
             while line:
                 job = json.loads(line)
                 answer, sound = _in_child(job, process, seconds)
-                result = answer or dataclasses.asdict(
-                    Result(recipes={r: ("FAIL", "crashed or took too long") for r in job["recipes"]})
-                )
+                lost = dict.fromkeys(job["recipes"], ("FAIL", "the process crashed or took too long"))
+                result = answer or dataclasses.asdict(Result(recipes=lost))
                 print(json.dumps({"name": job["name"], **result}), flush=True)
                 if not sound:
                     break  # the stock process may be in the middle of an answer: start another
