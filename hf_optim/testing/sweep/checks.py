@@ -156,7 +156,7 @@ def require_equal(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def _require_close(dense: PreTrainedModel, found: Tensor, inputs: dict[str, Tensor], expected: Tensor) -> None:
-    """Raise ``Unequal`` if a forward on kernels differs by more than rounding does in the same model without kernels."""
+    """Raise ``Unequal`` if a forward on kernels differs by more than rounding changes in the model without kernels."""
     distance = _distance(found, expected)
     if distance > KERNEL_ERROR and distance > 4 * _rounding_error(dense, inputs, expected):
         raise Unequal(f"on kernels the output differs by {distance:.2g} of the norm")
@@ -173,7 +173,7 @@ def _rounding_error(model: PreTrainedModel, inputs: dict[str, Tensor], expected:
         for _ in range(3):
             kept = [parameter.clone() for parameter in norms]
             for parameter in norms:
-                parameter *= 1 + 1e-6 * torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
             errors.append(_distance(outputs(model, inputs), expected))
             for parameter, value in zip(norms, kept, strict=True):
                 parameter.copy_(value)

@@ -115,6 +115,11 @@ def _compressed_tensors(own: Mapping[str, TensorInfo]) -> str:
         return f"{{layer}}.weight_shape is stored as {own['weight_shape'].type}, not as integers"
     if scale is not None and weight is not None and packed is None and weight.type in (*FLOAT_DTYPES, "I32", "I64"):
         return f"{{layer}}.weight is stored as {weight.type}, but it has a weight_scale: its codes are I8 or F8_E4M3"
+    codes = packed if packed is not None else weight
+    rows = codes.shape[0] if codes is not None and codes.type in INTEGERS and codes.shape else None
+    if rows is not None and scale is not None and scale.shape and scale.shape[0] not in (1, rows):
+        # Some versions of transformers take any shape.
+        return f"{{layer}}.weight_scale has {scale.shape[0]} rows, and the codes of this layer have {rows}"
     return _first_type(own, ("weight_zero_point", "weight_g_idx", "input_zero_point"), INTEGERS)
 
 
