@@ -111,10 +111,10 @@ def _command(name: str) -> Enter:
 def _arguments(name: str, examples: Examples, home: Path, random: Random) -> list[str]:
     """Return arguments that a user could give, with one to three hostile values."""
     given = _valid(name, examples, home, random)
-    extra = [option for option in OPTIONS.get(name, ()) if random.random() < 0.2]
+    extra = [option for option in OPTIONS.get(name, ()) if random.random() < 0.05]
     parts = [[value] for value in given[0]] + [[option, value] for option, value in given[1].items()]
     parts += [[option, _hostile(name, option, examples, home, random)] for option in extra]
-    for part in random.sample(parts, min(len(parts), random.choice((0, 1, 1, 2)))):
+    for part in random.sample(parts, min(len(parts), random.choice((0, 0, 1, 1, 2)))):
         part[-1] = _hostile(name, part[0], examples, home, random)
     return [word for part in parts for word in part]
 
@@ -149,7 +149,7 @@ def _valid(name: str, examples: Examples, home: Path, random: Random) -> tuple[l
     if name == "check":
         return [str(mutated_recipe(examples, home, random, few=True))], {"--model": model}
     if name == "compress":
-        recipe = random.choice(("rtn", "nm", "w4a16", str(mutated_recipe(examples, home, random, few=True))))
+        recipe = random.choice(("rtn", "nm", "magnitude50", str(mutated_recipe(examples, home, random, few=True))))
         sizes = {"--samples": "2", "--seq-len": "8", "--device": "cpu"}
         output = random.choice(("out", "link", "folder", "target", "a/b"))
         return [model], {"--recipe": recipe, "--output": output, "--calibration": texts, **sizes}
