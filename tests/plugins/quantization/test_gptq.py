@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -241,6 +242,17 @@ def test_the_card_has_the_mean_error_and_the_worst_layers():
     assert header == ["layer", "relative squared output error"]
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
     assert rows == [[f"`{name}`", f"{error:.2e}"] for name, error in worst]
+
+
+def test_the_card_has_the_bits_that_an_earlier_step_assigned():
+    assign = {"technique": "qbert", "assign_only": True, "budget": 3.3, "shards": 1, "iterations": 3}
+    model = optimize(tiny_llama(), [assign, {"technique": "gptq", "bits": 5, "group_size": 16}], calibration=IDS)
+    layers = compressed.quantized_modules(model).values()
+    counts = Counter(layer.quantization_scheme.weights.num_bits for layer in layers)
+    assert len(counts) > 1
+    text = exported(model, 1).paragraphs["GPTQ"]
+    bits = ", ".join(f"{bits} bits ({count} layers)" for bits, count in sorted(counts.items()))
+    assert text.startswith(f"14 linear layers were quantized to {bits}. The relative")
 
 
 def test_the_search_for_scales_weights_each_input_by_its_energy():
