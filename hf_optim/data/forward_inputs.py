@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 # Parameters of forwards that hold no data, or state that a batch does not bring.
 _OPTIONS = frozenset(
     {
-        "self", "args", "kwargs", "cache", "cache_params", "cache_position", "encoder_outputs", "logits_to_keep",
+        "args", "kwargs", "cache", "cache_params", "cache_position", "encoder_outputs", "logits_to_keep",
         "num_logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
         "past_key_value", "return_dict", "return_loss", "use_cache", "state", "mems", "use_mems", "skip_logits",
     }
@@ -58,7 +58,7 @@ def forward_inputs(model: Any, processor: Any = None) -> frozenset[str]:
     if keywords == "any":
         names |= made & KNOWN if names & set(MAIN_INPUTS) else made | KNOWN
         names |= {main} if isinstance(main, str) else set()
-    return frozenset(names - _OPTIONS) | {"labels"}
+    return frozenset(names) | {"labels"}
 
 
 def class_of(config: Any) -> type | None:
@@ -107,7 +107,9 @@ def _parameters(model: Any) -> tuple[set[str], str]:
     fixed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     annotations = [str(p.annotation) for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     keywords = "" if not annotations else "typed" if "Kwargs" in annotations[0] else "any"
-    return {p.name for p in parameters if p.kind in fixed}, keywords
+    # What has no default is data, whatever its name (the state of a robot).
+    data = {p.name for p in parameters if p.kind in fixed and (p.default is p.empty or p.name not in _OPTIONS)}
+    return data - {"self"}, keywords
 
 
 def _wrapped(model: Any) -> list[Any]:

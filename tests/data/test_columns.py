@@ -11,6 +11,7 @@ from tiny_models import tiny_llama, tiny_t5
 
 from hf_optim import DataConfig, DataError
 from hf_optim.data.calibration_set import build_calibration_data
+from hf_optim.data.forward_inputs import forward_inputs
 
 IDS = torch.arange(3, 51).view(6, 8)
 COLUMNS = {"input_ids": IDS, "position_ids": (torch.arange(8) % 4).expand(6, 8), "unknown": IDS}
@@ -80,3 +81,13 @@ def test_labels_give_a_decoder_mask_and_are_kept_for_losses():
     assert made.batches[0]["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 0]]
     assert torch.equal(made.labels[0], labels)
     assert "labels" not in made.batches[0]
+
+
+def test_an_argument_without_default_is_data_whatever_its_name():
+    class Robot:
+        main_input_name = "input_ids"
+
+        def forward(self, input_ids, state, cache=None, mems=None):
+            """Take the state of a robot, and two caches that a batch does not bring."""
+
+    assert forward_inputs(Robot) == {"input_ids", "state", "labels"}

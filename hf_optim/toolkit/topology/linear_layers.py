@@ -51,7 +51,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
+        return int(module.out_features), int(module.in_features)  # some classes compute them as tensors (Inkling)
     raise TypeError(f"{type(module).__name__} is not a linear layer")
 
 
