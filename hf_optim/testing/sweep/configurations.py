@@ -48,7 +48,8 @@ _RULES: tuple[tuple[str, int], ...] = (
         EXPERT_INNER,
     ),
     (
-        r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|inner_size|d_ff|d_inner|mlp_dim|intermediate_dim|n_inner|feed_forward_size|dff|dim_ff)",
+        r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|inner_size|d_ff|d_inner|mlp_dim|intermediate_dim)|"
+        r"n_inner|feed_forward_size|dff|dim_ff",
         INNER,
     ),
     (r"\w*moe_layer_freq|decoder_sparse_step", 1),
