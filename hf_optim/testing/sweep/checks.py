@@ -86,7 +86,7 @@ def build(name: str) -> PreTrainedModel:
     model = cls(tiny_config(cls.config_class, name)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.requires_grad and parameter.is_floating_point():  # others (sinusoids) are not always saved
                 parameter += 0.02 * torch.randn_like(parameter)
     return model
 

@@ -74,8 +74,11 @@ def _image_between_tokens(tokens: Callable[[Any], int]) -> Callable[..., Batch]:
 
     def inputs(model: Any, random: Generator, rows: int) -> Batch:
         config = model.config
-        image = getattr(config, "image_token_id", None)
-        image = getattr(config, "image_token_index", None) if image is None else image
+        image = next(
+            value
+            for value in (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+            if value is not None
+        )
         text = _ids(random, rows, LENGTH)
         ids = torch.cat([torch.full((rows, tokens(config)), image), text], dim=1)
         return {"pixel_values": _pixels(model, random, rows), "input_ids": ids}
