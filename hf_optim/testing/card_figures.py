@@ -13,18 +13,17 @@ _NUMBER = re.compile(r"(?<![\w.,])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 
 def scrambled(reported: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry of a step with every number replaced by another one, no two of them alike."""
-    count = iter(range(1, 100_000))
+    return dict(_changed(copy.deepcopy(dict(reported)), iter(range(1, 100_000))))
 
-    def change(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: change(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [change(part) for part in value]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return value
-        return value + 7 * next(count) if isinstance(value, int) else (value or 0.01) * (1.1 + 0.013 * next(count))
 
-    return change(copy.deepcopy(dict(reported)))
+def _changed(value: Any, count: Iterator[int]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _changed(part, count) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_changed(part, count) for part in value]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return value + 7 * next(count) if isinstance(value, int) else (value or 0.01) * (1.1 + 0.013 * next(count))
 
 
 def unexplained(
