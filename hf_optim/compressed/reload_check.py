@@ -72,6 +72,8 @@ def require_reloadable(step: Technique, model: Any, label: str) -> None:
         model: the model as the step finds it; it may be on the meta device.
         label: the beginning of the message.
     """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return  # it has quantized layers, which the step itself accepts or refuses
     if QUANTIZED not in step.contract().adds or step.reload() is not Reload.STOCK_FORMAT or not is_stock(model):
         return
     bits, integer = getattr(step, "bits", 8), getattr(step, "format", "int") == "int"

@@ -113,5 +113,6 @@ def _require_readable_experts(
 def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]]) -> str:
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__}: compressed-tensors stores nn.Linear only"
-    others = [other for other in holders.get(id(module.weight), ()) if other != f"{name}.weight"]
+    weight = module._parameters.get("weight")  # None for a layer whose weight is packed
+    others = [other for other in holders.get(id(weight), ()) if other != f"{name}.weight"]
     return f"its weight is shared with {others[0]}" if others else ""

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import hf_optim
-from hf_optim import ModelError, NumericalError, OptimConfig, RecipeError, Reload, Technique
+from hf_optim import DataError, ModelError, NumericalError, OptimConfig, RecipeError, Reload, Technique
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.recipes.traits import FLOAT_WEIGHTS
 from hf_optim.runs.run import run_of
@@ -297,7 +297,7 @@ def test_nothing_is_left_behind_when_it_raises(cls: type[Technique], attempts: A
         pytest.skip("it uses no data that could fail")
     model = TINY[architecture]()
     globals_before = _globals()
-    with pytest.raises(RuntimeError, match="the data broke"):
+    with pytest.raises(DataError, match="the data broke"):
         hf_optim.optimize(model, recipe, calibration=[inputs_for(model), _Broken(inputs_for(model, 1))])
     _assert_clean(model, allow_quantized=False)
     assert _globals() == globals_before

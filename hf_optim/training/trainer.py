@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..errors import OptimError, RecipeError
+from ..errors import CheckpointError, ModelError, OptimError, RecipeError
 from ..recipes.technique import Technique
 from ..runs.run import run_of
 from ..toolkit import compat
@@ -84,8 +84,11 @@ class OptimTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         require_readable(folder)
-        with stock_errors(folder, RESUMING):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            with stock_errors(folder, RESUMING):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except ModelError as error:  # its tensors do not fit the model
+            raise CheckpointError(str(error)) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with stock_errors(checkpoint, RESUMING):

@@ -23,7 +23,8 @@ def small_disk():
 
 
 def test_a_block_of_the_journal_on_a_full_disk(tmp_path, small_disk):
-    run = run_of(optimize(tiny_llama(), "magnitude"))
+    model = optimize(tiny_llama(), "magnitude")
+    run = run_of(model)
     journal = BlockJournal(tmp_path / "journal", resume=False)
     with pytest.raises(CheckpointError, match=r"disk is full.*the block model\.layers\.0 was not written") as caught:
         journal.save(run, run.recipe.steps[0], "model.layers.0")
@@ -34,7 +35,8 @@ def test_a_block_of_the_journal_on_a_full_disk(tmp_path, small_disk):
 
 
 def test_the_header_of_a_journal_on_a_full_disk(tmp_path, small_disk):
-    run = run_of(optimize(tiny_llama(), {"steps": ["magnitude"], "description": "x" * 5000}))
+    model = optimize(tiny_llama(), {"steps": ["magnitude"], "description": "x" * 5000})
+    run = run_of(model)
     journal = BlockJournal(tmp_path / "journal", resume=False)
     with pytest.raises(CheckpointError, match=r"disk is full.*journal\.json was not written to .*MB free"):
         journal.save(run, run.recipe.steps[0], "model.layers.0")

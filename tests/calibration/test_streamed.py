@@ -119,7 +119,7 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, tmp_path):
     name, steps = CASES[case]
     home, batches = homes(name), random_batches(TINY[name]())
     ours = streamed(home, steps, batches, tmp_path / "ours")
-    theirs = blockwise(home, steps, batches, tmp_path / "theirs")
+    theirs = hf_optim.run_of(blockwise(home, steps, batches, tmp_path / "theirs"))
     assert_same_checkpoint(tmp_path / "ours", tmp_path / "theirs")
     assert ours.record.steps == theirs.record.steps
     assert ours.record.coverage == theirs.record.coverage
@@ -163,7 +163,7 @@ def test_references_are_the_outputs_of_the_unmodified_blocks(name, homes, tmp_pa
     ours, theirs = Onlooker(teacher=True), Onlooker(teacher=True)
     batches = random_batches(TINY[name]())
     found = streamed(homes(name), [ours], batches, tmp_path / "ours").state(ours).references
-    expected = blockwise(homes(name), [theirs], batches, tmp_path / "theirs").state(theirs).references
+    expected = hf_optim.run_of(blockwise(homes(name), [theirs], batches, tmp_path / "theirs")).state(theirs).references
     assert found == expected
     assert len(found) == len(topology.blocks(TINY[name]()))
     assert all(len(references) == len(batches) for references in found)

@@ -197,10 +197,6 @@ def test_a_damaged_block_is_calibrated_again(stopped, tmp_path, caplog, damage, 
     shutil.copytree(shop / ".out.journal", tmp_path / ".out.journal")
     damaged = tmp_path / ".out.journal" / kind
     DAMAGES[damage](damaged)
-    if damage == "a folder":
-        with pytest.raises(CheckpointError, match="was not written"):
-            streamed(shop / "model", GPTQ, batches, tmp_path / "out", resume=True)
-        return
     run = streamed(shop / "model", GPTQ, batches, tmp_path / "out", resume=True)
     assert run.record.stages[0]["blocks"] == (2 if damage == "swapped" else 1)
     assert "computed again" in caplog.text

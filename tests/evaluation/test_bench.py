@@ -212,6 +212,6 @@ def test_the_command(tmp_path, capsys):
     assert main(["bench", "--render", str(tmp_path)]) == 0
     assert "w4a16" in (tmp_path / "README.md").read_text()
     assert main(["bench", "--op", "nothing"]) == 2
-    assert "no operator nothing" in capsys.readouterr().err
+    assert "no operator 'nothing'" in capsys.readouterr().err
     assert main(["bench", "--list"]) == 0
     assert "bitsandbytes" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny_models import tiny_llama
 from toy_training import arguments, sentences
+from transformers import PreTrainedModel
 
 import hf_optim
 from hf_optim.toolkit.distributed import collectives
@@ -47,21 +48,21 @@ OWN: dict[str, list[dict[str, Any]]] = {
 TRAINED = {"max_steps": 8, "learning_rate": 1e-3, "optim": "adamw_torch", "weight_decay": 0.1}
 
 
-def train(recipe: list[dict[str, Any]], folder: Path, **changes: Any) -> hf_optim.Run:
-    """Eight steps on four sentences each."""
+def train(recipe: list[dict[str, Any]], folder: Path, **changes: Any) -> PreTrainedModel:
+    """Eight steps on four sentences each. Returns the trained model."""
     model = hf_optim.optimize(tiny_llama(), recipe)
     trainer = hf_optim.OptimTrainer(
         model=model, args=arguments(folder, **{**TRAINED, **changes}), train_dataset=sentences(64)
     )
     trainer.train()
     assert trainer.run.finished
-    return trainer.run
+    return trainer.run.model
 
 
-def whole(run: hf_optim.Run) -> dict[str, torch.Tensor]:
+def whole(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Weights and masks."""
-    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    return weights | {f"mask of {name}": mask.clone() for name, mask in run.masks.items()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return weights | {f"mask of {name}": mask.clone() for name, mask in hf_optim.run_of(model).masks.items()}
 
 
 def main() -> int:

@@ -36,11 +36,11 @@ def recipe_of(steps, driver, spill=None):
 
 
 def blockwise(home: Path, steps, batches, output: Path):
-    """Run the blockwise driver, and save the result to ``output``."""
+    """Run the blockwise driver, and save the result to ``output``. Returns the model."""
     model = load_model(ModelSource(str(home)))
     made = hf_optim.optimize(model, recipe_of(steps, "blockwise"), batches)
     saving.save(hf_optim.run_of(made), output)
-    return hf_optim.run_of(made)
+    return made
 
 
 def streamed(home: Path, steps, batches, output: Path, spill=None, resume=False):

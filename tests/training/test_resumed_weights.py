@@ -86,9 +86,9 @@ def directory(name):
 
 
 DAMAGE = {
-    "weights without a tensor": (without_a_tensor, r"has no weights for model\.layers\.0\.mlp\.up_proj\.weight"),
-    "a tensor of another name": (with_another_name, r"has no weights for model\.layers\.0\.mlp\.up_proj\.weight"),
-    "codes in place of weights": (with_codes, "which is not floating-point"),
+    "weights without a tensor": (without_a_tensor, r"has no weights for .*\(model\.layers\.0\.mlp\.up_proj\.weight\)"),
+    "a tensor of another name": (with_another_name, r"has no weights for .*\(model\.layers\.0\.mlp\.up_proj\.weight\)"),
+    "codes in place of weights": (with_codes, r"up_proj\.weight is stored as I8, and its parameter is floating-point"),
     "truncated weights": (truncated("model.safetensors"), r"model\.safetensors .*truncated or corrupt"),
     "a truncated optimizer": (truncated("optimizer.pt"), "cannot resume from .*checkpoint-2"),
     "a pipe": (pipe("optimizer.pt"), "a pipe, not a regular file"),
