@@ -18,11 +18,11 @@ demo: $(STAMP)
 # Both runs, whatever the first gives: Triton interprets its kernels in the first, which needs processes of its own.
 test: $(STAMP) lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m interpreted; first=$$?; \
-	$(PYTEST) -m "smoke or not real_model"; second=$$?; exit $$((first + second))
+	$(PYTEST) -m "(smoke or not real_model) and not slow"; second=$$?; exit $$((first + second))
 
 # Every test on a real model: before a release.
 test-models: $(STAMP)
-	$(PYTEST) -m real_model
+	$(PYTEST) -m "real_model or slow"
 
 # Random kills: nothing is lost, and resumed runs are bit-equal. The memory of the streamed driver over two sizes of model.
 KILLS := 100
