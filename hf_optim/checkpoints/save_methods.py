@@ -38,6 +38,9 @@ def install(model: nn.Module, methods: Methods) -> None:
             _installed[cls] = {name: _dispatcher(cls, name, method) for name, method in methods.items()}
             for name, dispatcher in _installed[cls].items():
                 setattr(cls, name, dispatcher)
+        for name, dispatcher in _installed[cls].items():
+            if name not in vars(cls):  # someone who had replaced the method of the class has undone that since
+                setattr(cls, name, dispatcher)
         _users.setdefault(cls, set()).add(weakref.ref(model, functools.partial(_leave, cls)))
 
 
@@ -69,6 +72,8 @@ def _inherited(cls: Any, own: Any, model: Any, name: str) -> Any:
 
 def _dispatcher(cls: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     own = cls.__dict__.get(name)
+    while own is not None and _OWN in getattr(own, "__dict__", ()):
+        own = own.__dict__[_OWN]  # a dispatcher that was put back into the class after it had been removed
 
     @functools.wraps(getattr(cls, name))
     def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
