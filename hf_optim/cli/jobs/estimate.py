@@ -32,7 +32,8 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig, trust_remote_code: b
     the model runs only with ``trust_remote_code``.
     """
     model = build_meta_model(config, trust_remote_code)
-    width = (getattr(config, "dtype", None) or torch.float32).itemsize
+    dtype = getattr(config, "dtype", None)  # a value of config.json, which may be anything
+    width = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.changes_architecture() for step in recipe.steps)
     stored = None if changed else _stored_bytes(recipe, model, width)

@@ -261,7 +261,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
 
 def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, estimates: dict[str, Any]) -> dict[str, Any]:
     """Estimate the bytes of the activations between blocks, and the peak of host memory, from shapes."""
-    width = (getattr(config, "dtype", None) or torch.float32).itemsize
+    dtype = getattr(config, "dtype", None)  # a value of config.json, which may be anything
+    width = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
     hidden = getattr(config.get_text_config(), "hidden_size", None) or 0
     streams = 3 if any(step.implements("calibrate") and step.needs_teacher() for step in recipe.steps) else 1
     activations = estimates["calibration_tokens"] * hidden * width * streams
