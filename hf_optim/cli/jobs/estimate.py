@@ -23,6 +23,12 @@ def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
     return {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
 
 
+def bytes_per_weight(config: PreTrainedConfig) -> int:
+    """Return the bytes of a weight in the dtype of a configuration; of float32 if that names none."""
+    dtype = getattr(config, "dtype", None)  # a value of config.json, which may be anything
+    return (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
+
+
 def estimate(recipe: OptimConfig, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:
     """Estimate parameters, bytes before and after, and memory and time of calibration.
 
@@ -32,8 +38,7 @@ def estimate(recipe: OptimConfig, config: PreTrainedConfig, trust_remote_code: b
     the model runs only with ``trust_remote_code``.
     """
     model = build_meta_model(config, trust_remote_code)
-    dtype = getattr(config, "dtype", None)  # a value of config.json, which may be anything
-    width = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
+    width = bytes_per_weight(config)
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.changes_architecture() for step in recipe.steps)
     stored = None if changed else _stored_bytes(recipe, model, width)

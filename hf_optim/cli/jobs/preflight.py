@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -36,7 +35,7 @@ from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
 from ...toolkit.quantization.grids import fit_group_size
 from ...trust.bounds import first_line
-from .estimate import estimate, traits_of_config
+from .estimate import bytes_per_weight, estimate, traits_of_config
 
 if TYPE_CHECKING:
     from ...checkpoints.meta_model import MetaModel
@@ -261,8 +260,7 @@ def _require_space(path: Path, needed: int, what: str) -> None:
 
 def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, estimates: dict[str, Any]) -> dict[str, Any]:
     """Estimate the bytes of the activations between blocks, and the peak of host memory, from shapes."""
-    dtype = getattr(config, "dtype", None)  # a value of config.json, which may be anything
-    width = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
+    width = bytes_per_weight(config)
     hidden = getattr(config.get_text_config(), "hidden_size", None) or 0
     streams = 3 if any(step.implements("calibrate") and step.needs_teacher() for step in recipe.steps) else 1
     activations = estimates["calibration_tokens"] * hidden * width * streams

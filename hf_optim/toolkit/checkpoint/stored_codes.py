@@ -11,7 +11,6 @@ from ...trust.bounds import shown
 from ...trust.patterns import compile_pattern
 from .safetensors import FLOAT_DTYPES, TensorInfo
 
-FLOATS_8 = ("F8_E4M3", "F8_E5M2")
 INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 # The values of ``quant_method`` whose tensors are checked; None is a checkpoint that is not quantized.
 CHECKED_METHODS = (None, "compressed-tensors")
