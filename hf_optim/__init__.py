@@ -50,6 +50,8 @@ _HOMES = {
     "report": "compressed.packed.accelerate",
     "release": "lifecycle.stages",
     "merge_adapters": "training.peft",
+    "generate": "generation.door",
+    "GenerationWarning": "generation.door",
 }
 # Public modules.
 _MODULES = {"traits": "recipes.traits", "compressed": "compressed", "remote_code": "checkpoints.remote_code"}
@@ -89,6 +91,8 @@ if TYPE_CHECKING:
     from .errors import OptimError as OptimError
     from .errors import RecipeError as RecipeError
     from .evaluation.cards.card import Card as Card
+    from .generation.door import GenerationWarning as GenerationWarning
+    from .generation.door import generate as generate
     from .lifecycle.loading import optimize as optimize
     from .lifecycle.stages import advance as advance
     from .lifecycle.stages import release as release

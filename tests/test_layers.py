@@ -21,6 +21,7 @@ ORDER = (
     "runs",
     "data",
     "compressed",
+    "generation",
     "evaluation",
     "checkpoints",
     "hookspecs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import transformers
@@ -56,3 +57,28 @@ def set_generator(collator: Any, generator: Any) -> None:
     """Set the random generator of a stock data collator, which 5.24 replaces unless it belongs to this process."""
     collator.generator = generator
     collator._generator_pid = os.getpid()
+
+
+def is_prepared(generation_config: Any) -> bool:
+    """Return True for the configuration that ``generate`` passes to a decoding method, not one that a user made."""
+    return hasattr(generation_config, "_pad_token_tensor")
+
+
+def arguments_of_generate() -> dict[str, Any]:
+    """Return the arguments of the ``generate`` that calls the caller of this function as its ``custom_generate``.
+
+    transformers does not pass ``streamer`` and ``assistant_model`` on to a function, so they are read from its frame.
+    """
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_name == "generate" and "generation_mode_kwargs" in frame.f_locals:
+            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+    return {}
+
+
+def decoding_method(model: Any, generation_config: Any, assistant_model: Any) -> Any:
+    """Return the loop of transformers for a generation configuration, as a function of the model."""
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    mode = generation_config.get_generation_mode(assistant_model)
+    return getattr(type(model), GENERATION_MODES_MAPPING[mode])

@@ -1,0 +1,86 @@
+"""Attention of a decoding step on hf_optim's kernel, for models that use transformers' attention interface."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
+from typing import Any
+
+from torch import Tensor
+
+# Free of the names of other backends, which transformers looks for in it.
+NAME = "hf_optim_decode"
+KERNEL = "hf_optim_kernels.decode_attention.op"
+# Only these are replaced: a user who chose another implementation keeps it.
+REPLACED = ("sdpa", "eager")
+_KERNEL: list[Any] = []  # the module, imported once; torch.compile cannot trace an import
+
+
+def decode_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attend to a key/value cache; an attention function of transformers, for a few new tokens.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, H, Q, D]``.
+        key, value: ``[B, G, N, D]`` and ``[B, G, N, Dv]``, with the new tokens.
+        attention_mask: bool ``[B, 1, Q, N]``; None lets a single query attend everywhere.
+        kwargs: ``scaling``, ``softcap`` and ``s_aux`` (sinks ``[H]``) are used.
+
+    Returns the output ``[B, Q, H, Dv]``, and None. What the kernel does not take runs in ``sdpa``.
+    """
+    op = _KERNEL[0]
+    causal = attention_mask is None and query.shape[2] > 1
+    positions = kwargs.get("position_bias") is not None
+    if causal or positions or op.unsupported(query, key, value, attention_mask) is not None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    softcap = float(kwargs.get("softcap") or 0.0)
+    return op.decode_attention(query, key, value, attention_mask, kwargs.get("s_aux"), scale, softcap), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if not _KERNEL:
+        _KERNEL.append(importlib.import_module(KERNEL))
+    AttentionInterface.register(NAME, decode_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _available(model: Any) -> bool:
+    if model.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return util.find_spec("triton") is not None and type(model)._can_set_attn_implementation()
+
+
+@contextmanager
+def on_kernel(model: Any) -> Iterator[None]:
+    """Let the attention of a model run on the kernel inside the context, where its implementation is ``REPLACED``.
+
+    The kernel reads grouped keys and values once; the stock path repeats them for each query head. Models whose
+    attention is not in transformers' table are not changed by it.
+    """
+    if not _available(model):
+        yield
+        return
+    _register()
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    try:
+        for config, name in before:
+            if name in REPLACED:
+                config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in before:
+            if name in REPLACED:
+                config._attn_implementation = name

@@ -1,0 +1,99 @@
+"""The sessions of each model: kept from call to call, and dropped when the model has changed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .session import DecodeSession
+
+# Sessions of one model: each holds a cache on the device.
+KEPT = 4
+# Sizes of batches; larger ones are multiples of the last.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# The smallest cache. Larger ones have a power of two of positions, or one and a half of it.
+SHORTEST = 256
+
+# What torch keeps in each module besides its tensors and hooks.
+_BOOKKEEPING = frozenset({*vars(nn.Module()), "training"})
+
+# Of each model: the sessions, or the reason why there is none, each with the fingerprint of the model it is for.
+_MODELS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple[Any, ...], tuple[int, DecodeSession | str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def rows_bucket(rows: int) -> int:
+    """Return the rows of the session that serves a batch of ``rows``."""
+    return next((size for size in ROWS if size >= rows), math.ceil(rows / ROWS[-1]) * ROWS[-1])
+
+
+def length_bucket(tokens: int) -> int:
+    """Return the positions of the session that serves sequences of ``tokens``."""
+    power = max(SHORTEST, 1 << (tokens - 1).bit_length())
+    return 3 * power // 4 if power > SHORTEST and tokens <= 3 * power // 4 else power
+
+
+def find(model: nn.Module, key: tuple[Any, ...]) -> DecodeSession | str | None:
+    """Return the session of a model for ``key``, or why there is none; None if the model is new or has changed."""
+    sessions = _MODELS.get(model)
+    if not sessions or key not in sessions:
+        return None
+    made_for, session = sessions[key]
+    if made_for != fingerprint(model):
+        sessions.clear()  # a captured graph reads the weights that the model had
+        return None
+    sessions.move_to_end(key)
+    return session
+
+
+def keep(model: nn.Module, key: tuple[Any, ...], session: DecodeSession | str) -> None:
+    """Keep a session, or the reason why there is none, for the next call; the one used longest ago is dropped."""
+    sessions = _MODELS.setdefault(model, OrderedDict())
+    sessions[key] = (fingerprint(model), session)
+    while len(sessions) > KEPT:
+        sessions.popitem(last=False)
+
+
+def drop(model: nn.Module, key: tuple[Any, ...] | None = None) -> None:
+    """Drop a session of a model, or all of them, with the memory of their caches and graphs."""
+    if key is None:
+        _MODELS.pop(model, None)
+    elif model in _MODELS:
+        _MODELS[model].pop(key, None)
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Return a number that changes when a captured step of the model would no longer compute what the model does.
+
+    It covers the addresses of the tensors, the modules' classes and hooks, and their settings that are plain Python
+    values (an adapter that is switched off, say). Values of weights may change: a graph reads them from their address.
+    """
+    return hash(tuple(_state(model)))
+
+
+def _state(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        yield type(module)
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                yield from ((key, t.data_ptr()) for key, t in value.items() if t is not None)
+            elif name in ("_forward_hooks", "_forward_pre_hooks"):
+                yield len(value)
+            elif name not in _BOOKKEEPING:
+                yield _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(_plain(each) for each in value)
+    if isinstance(value, dict):
+        return tuple((str(key), _plain(each)) for key, each in value.items())
+    return id(type(value))
