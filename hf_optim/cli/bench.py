@@ -51,8 +51,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     whole.add_argument(
         "--cache",
         nargs="+",
-        choices=("dynamic", "static", "unguarded"),
-        help="kinds of KV cache (default: all); static and unguarded are compiled, unguarded with compile_config()",
+        choices=("dynamic", "static", "unguarded", "graph"),
+        help="kinds of KV cache (default: all); static and unguarded are compiled, unguarded with compile_config(), "
+        "graph is hf_optim.generate",
     )
     whole.add_argument(
         "--batch", nargs="+", type=positive_int, default=[1], metavar="N", help="batch size (default: 1)"

@@ -75,6 +75,7 @@ class DecodeResult:
         ms: median milliseconds from one token to the next, in steady decoding.
         overall_ms: milliseconds of the whole call over its new tokens.
         warmup_s: seconds of the warm-up calls, including compilation.
+        first_ms: milliseconds of a call for one token, the prefill included; None where steps are timed alone.
         weights_gb, peak_gb: bytes of the model's tensors, and the peak of the device memory, in 10^9.
         floor_ms: roofline bound: bytes read per token over the copy bandwidth.
         gpu_ms: the part of ``ms`` in which the device computes; None if not profiled.
@@ -89,6 +90,7 @@ class DecodeResult:
     ms: float | None = None
     overall_ms: float | None = None
     warmup_s: float | None = None
+    first_ms: float | None = None
     weights_gb: float | None = None
     peak_gb: float | None = None
     floor_ms: float | None = None

@@ -103,14 +103,19 @@ def _cells(row: OpResult, results: Results) -> list[str]:
 
 
 def _decode_table(results: Results) -> str:
-    header = (
+    header: tuple[str, ...] = (
         "model", "scheme", "cache", "batch", "ms per token", "overall", "device busy", "floor", "of floor",
         "weights GB", "peak GB", "warm-up s", "goal", "layers on",
     )  # fmt: skip
+    first = header.index("warm-up s") if any(row.first_ms is not None for row in results.decode) else None
+    if first is not None:
+        header = (*header[:first], "first", *header[first:])
     rows = []
     for row in results.decode:
         if row.failure:
-            rows.append([row.model, row.scheme, row.mode, str(row.batch), f"failed: {row.failure}", *[""] * 9])
+            rows.append(
+                [row.model, row.scheme, row.mode, str(row.batch), f"failed: {row.failure}", *[""] * (len(header) - 5)]
+            )
             continue
         share = row.floor_ms / row.ms if row.floor_ms and row.ms else None
         kernels = ", ".join(f"{label} ({count})" for label, count in row.kernels.items())
@@ -119,6 +124,8 @@ def _decode_table(results: Results) -> str:
             _number(row.floor_ms, ".2f"), _number(share, ".0%"), _number(row.weights_gb, ".2f"),
             _number(row.peak_gb, ".2f"), _number(row.warmup_s, ".1f"),
         ]  # fmt: skip
+        if first is not None:
+            numbers.insert(-1, _number(row.first_ms, ".1f"))
         goal = _goal_text(find_decode_goal(row, results))
         rows.append([row.model, row.scheme, row.mode, str(row.batch), *numbers, goal, kernels])
     return _table(header, rows)
