@@ -25,15 +25,34 @@ def printable(text: str, limit: int) -> str:
 class OptimError(Exception):
     """Base of all errors that hf_optim raises deliberately.
 
-    A message is one line of at most 1,500 printable characters, whatever the names and values in it are.
+    A message is one line of at most 1,500 printable characters, whatever the names and values in it are. It names
+    arguments of Python; where those of the commands have other names, ``cli`` is the message of ``hf-optim``.
     """
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, cli: str = "") -> None:
         super().__init__(*(printable(arg, MAX_MESSAGE) if isinstance(arg, str) else arg for arg in args))
+        self.cli = printable(cli, MAX_MESSAGE)
+
+
+def cli_message(error: BaseException) -> str:
+    """Return the message of an error as a command prints it, with the names of options.
+
+    An error that repeats the message of its cause repeats what a command would print of the cause.
+    """
+    if own := getattr(error, "cli", ""):
+        return str(own)
+    message, cause = str(error), error.__cause__
+    if isinstance(cause, OptimError) and str(cause) and str(cause) in message:
+        return message.replace(str(cause), cli_message(cause))
+    return message
 
 
 class RecipeError(OptimError, ValueError):
     """A recipe cannot be read, has a wrong field, or has steps that do not compose."""
+
+
+class MissingRecipe(RecipeError):
+    """There is no such recipe, or its file cannot be opened."""
 
 
 class DataError(OptimError, ValueError):

@@ -7,7 +7,6 @@ results. Under `torchrun -m hf_optim.cli compress` (or accelerate launch), the r
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from ..errors import RecipeError
@@ -17,9 +16,9 @@ from .options import (
     add_data_options,
     add_driver_options,
     add_model_options,
-    data_config_from_args,
-    driver_fields,
+    recipe_from_args,
     source_from_args,
+    training_from_args,
 )
 from .table import print_line, print_table
 
@@ -67,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.control and not args.eval:
         raise RecipeError("--control is evaluated on the data of --eval: give that too, or leave out --control")
-    recipe = OptimConfig.parse(args.recipe)
-    calibration = data_config_from_args(args, args.calibration, base=recipe.calibration)
-    recipe = dataclasses.replace(recipe, calibration=calibration, **driver_fields(args, recipe))
+    recipe = recipe_from_args(args, OptimConfig.parse(args.recipe))
     evaluation = DataConfig(
         dataset=args.eval,
         split=args.eval_split or args.split or "train",
@@ -77,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
         samples=None,
         seq_len=args.seq_len,
     )
-    training = dataclasses.replace(calibration, dataset=args.train, samples=args.samples) if args.train else None
     with distributed.joined():
         done = compress(
             Job(
@@ -85,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 recipe=recipe,
                 output=args.output,
                 evaluation=evaluation if args.eval else None,
-                training=training,
+                training=training_from_args(args, recipe.calibration),
                 control=args.control,
                 dense=args.dense,
                 resume=args.resume,

@@ -66,6 +66,21 @@ def driver_fields(args: argparse.Namespace, recipe: OptimConfig) -> dict[str, An
     return {"driver": driver, "spill": spill if args.spill or driver == "streamed" else None}
 
 
+def recipe_from_args(args: argparse.Namespace, recipe: OptimConfig) -> OptimConfig:
+    """Return the recipe with the calibration data and the driver of the options."""
+    import dataclasses
+
+    calibration = data_config_from_args(args, args.calibration, base=recipe.calibration)
+    return dataclasses.replace(recipe, calibration=calibration, **driver_fields(args, recipe))
+
+
+def training_from_args(args: argparse.Namespace, calibration: DataConfig) -> DataConfig | None:
+    """Return the training data of the options: ``--train``, else as the calibration data; None without ``--train``."""
+    import dataclasses
+
+    return dataclasses.replace(calibration, dataset=args.train, samples=args.samples) if args.train else None
+
+
 def add_remote_code_option(parser: argparse._ActionsContainer) -> None:
     """Add ``--trust-remote-code``."""
     parser.add_argument(

@@ -21,7 +21,6 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import ModelError, OptimError
-from ..recipes.config import OptimConfig
 from ..recipes.contract import Reload
 from ..recipes.technique import Technique
 from ..recipes.traits import QUANTIZED
@@ -29,6 +28,7 @@ from ..runs.scope import Scope
 from ..toolkit.checkpoint.placement import load_placed
 from ..toolkit.topology.experts import ExpertLinear, fused_experts
 from ..toolkit.topology.fake_model import copy_with_tensors
+from ..toolkit.topology.selection import PatternError
 from ..trust.code import is_stock
 from .codec import scheme_on
 from .dense_conversions import keep_model_names
@@ -45,21 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNPACKED = "naive-quantized"
-
-
-def require_reloadable_steps(recipe: OptimConfig, model: Any, first: int = 0) -> int:
-    """Check the steps of a recipe from number ``first`` on, up to one that changes the architecture of the model.
-
-    Returns the number of the first step that was not checked: call this again once that step has run. Raises
-    ``ModelError`` (``require_reloadable``).
-    """
-    for number, step in enumerate(recipe.steps[first:], first):
-        if recipe.reload is Reload.REMOTE_CODE:
-            break
-        if step.changes_architecture():
-            return number
-        require_reloadable(step, model, f"step {number + 1} ({step.name})")
-    return len(recipe.steps)
 
 
 def require_reloadable(step: Technique, model: Any, label: str) -> None:
@@ -83,10 +68,10 @@ def require_reloadable(step: Technique, model: Any, label: str) -> None:
     integer = integer and bits is not None
     try:
         layers, _ = storable(scope, targets, skip, integer, label, experts=True, symmetric=symmetric)
+    except PatternError as error:
+        raise PatternError(f"{label}: {error} in {type(model).__name__}") from error
     except ModelError as error:
         raise ModelError(_without_fp8(str(error), scope, targets, skip)) from error
-    except ValueError as error:
-        raise ModelError(f"{label}: {error} in {type(model).__name__}") from error
     scheme = make_scheme(
         bits,
         "int" if integer else "float",

@@ -31,7 +31,7 @@ from .batches import (
     to_tensors,
 )
 from .forward_inputs import class_of, forward_inputs, holds_model_inputs, processed, taken
-from .processor_errors import data_errors, processor_errors
+from .processor_errors import data_errors, no_image_processor, no_tokenizer, processor_errors
 from .token_sequences import random_tokens, reservoir, sample_sequences, sequence_length
 
 LABELS = "labels"
@@ -103,7 +103,9 @@ def build_calibration_data(
     if source is None and data.dataset is None:
         raise DataError(
             "this recipe needs calibration data: pass calibration=..., "
-            "or name it in the recipe (calibration: {dataset: ...})"
+            "or name it in the recipe (calibration: {dataset: ...})",
+            cli="this recipe needs calibration data: pass --calibration DATA, or name it in the recipe "
+            "(calibration: {dataset: ...})",
         )
     model = model if model is not None else class_of(model_config)
     accepted = None if model is None else forward_inputs(model, tokenizer)
@@ -209,10 +211,7 @@ class CalibrationSetBuilder:
     def from_texts(self, texts: Iterable[str], name: str, shuffle_buffer: int | None = None) -> Built:
         """Tokenize and join the texts, and sample sequences from them."""
         if self.tokenizer is None:
-            raise DataError(
-                f"{name}: texts need a tokenizer, and the model's folder has none: "
-                "pass tokenizer=AutoTokenizer.from_pretrained(...)"
-            )
+            raise no_tokenizer(f"{name}: texts need")
         if not hasattr(self.tokenizer, "bos_token_id"):
             raise DataError(f"{name}: texts need a tokenizer, not a {type(self.tokenizer).__name__}")
         length = sequence_length(self.config, self.tokenizer, self.data.seq_len)
@@ -236,10 +235,7 @@ class CalibrationSetBuilder:
         """Sample images and run them through the model's image processor."""
         processor = getattr(self.tokenizer, "image_processor", self.tokenizer)
         if "pixel_values" not in getattr(processor, "model_input_names", ()):
-            raise DataError(
-                f"{name}: images (column {column!r}) need the model's image processor: "
-                "pass tokenizer=AutoImageProcessor.from_pretrained(...)"
-            )
+            raise no_image_processor(f"{name}: images (column {column!r}) need")
         chosen = reservoir(islice(examples, shuffle_buffer), self.data.samples, self.data.seed)
         batches = []
         for start in range(0, len(chosen), self.batch_size):

@@ -188,9 +188,8 @@ def find_text_column(example: Mapping[str, Any], config: DataConfig) -> str:
     if len(strings) == 1:
         return strings[0]
     reason = "several columns hold text" if strings else "no column holds text"
-    raise DataError(
-        f"{config.dataset or 'the data'}: {reason} (columns: {', '.join(example)}); name one with text_column"
-    )
+    found = f"{config.dataset or 'the data'}: {reason} (columns: {', '.join(example)}); name one with"
+    raise DataError(f"{found} text_column", cli=f"{found} --text-column")
 
 
 def find_image_column(example: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,7 @@ from .datasets import (
     string_columns,
 )
 from .forward_inputs import forward_inputs, processed
-from .processor_errors import processor_errors
+from .processor_errors import no_image_processor, no_tokenizer, processor_errors
 from .token_sequences import TokenSequences, reservoir, sequence_length
 
 IGNORE_INDEX = -100
@@ -59,9 +59,7 @@ def evaluation_sequences(
     Text shorter than one sequence gives one shorter sequence. Raises ``DataError`` for fewer than two tokens.
     """
     if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
-        raise DataError(
-            "evaluating on texts needs the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)"
-        )
+        raise no_tokenizer("evaluating on texts needs")
     source = TokenSequences(texts, tokenizer, sequence_length(model.config, tokenizer, data.seq_len))
     chosen = reservoir(islice(source, shuffle_buffer(data)), data.samples, data.seed)
     if not chosen:
@@ -112,9 +110,7 @@ def text_classification_batches(
     """Build batches of texts (or of text pairs: two string columns) with a class label."""
     label = find_label_column(examples[0])
     if tokenizer is None:
-        raise DataError(
-            "classifying texts needs the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)"
-        )
+        raise no_tokenizer("classifying texts needs")
     batches = []
     for part in _split(examples, BATCH_SIZE):
         inputs = tokenize(part, find_text_columns(part[0], data), model, tokenizer)
@@ -129,7 +125,7 @@ def image_classification_batches(examples: list[dict[str, Any]], model: Any, pro
     if column is None:
         raise DataError(f"no column holds an image (columns: {', '.join(examples[0])})")
     if "pixel_values" not in getattr(processor, "model_input_names", ()):
-        raise DataError("images need the model's image processor: pass AutoImageProcessor.from_pretrained(...)")
+        raise no_image_processor("images need")
     batches = []
     for part in _split(examples, BATCH_SIZE):
         images = [load_image(example[column]) for example in part]

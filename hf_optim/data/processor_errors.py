@@ -10,6 +10,24 @@ from ..errors import DataError, OptimError
 from ..trust.bounds import first_line, shown
 
 
+def no_tokenizer(need: str) -> DataError:
+    """Return the error for texts without a tokenizer; ``need`` begins the message, such as ``"classifying needs"``."""
+    return DataError(
+        f"{need} the model's tokenizer, and its folder has none: pass tokenizer=AutoTokenizer.from_pretrained(...)",
+        cli=f"{need} the model's tokenizer, and its folder has none: copy the files of the tokenizer into it "
+        "(tokenizer.json, tokenizer_config.json)",
+    )
+
+
+def no_image_processor(need: str) -> DataError:
+    """Return the error for images without an image processor; ``need`` begins the message."""
+    return DataError(
+        f"{need} the model's image processor, and its folder has none: pass "
+        "tokenizer=AutoImageProcessor.from_pretrained(...)",
+        cli=f"{need} the model's image processor, and its folder has none: copy preprocessor_config.json into it",
+    )
+
+
 @contextmanager
 def processor_errors(processor: Any) -> Iterator[None]:
     """Raise ``DataError`` in place of the errors of a tokenizer or image processor that the body calls."""

@@ -30,9 +30,8 @@ def sequence_length(config: PretrainedConfig, tokenizer: Any = None, requested: 
         known = [n for n in (limit, token_limit(tokenizer, "model_max_length")) if n]
         return min([*known, MAX_SEQUENCE_LENGTH]) if known else DEFAULT_SEQUENCE_LENGTH
     if limit and requested > limit:
-        raise DataError(
-            f"seq_len {requested} is longer than the model's context of {limit} tokens: use {limit} or less"
-        )
+        why = f"{requested} is longer than the model's context of {limit} tokens: use {limit} or less"
+        raise DataError(f"seq_len {why}", cli=f"--seq-len {why}")
     return requested
 
 
@@ -120,18 +119,22 @@ def sample_sequences(
     sequences = TokenSequences(texts, tokenizer, seq_len)
     chosen = reservoir(islice(sequences, shuffle_buffer), samples, seed)
     if not chosen or (samples is not None and len(chosen) < samples):
-        raise DataError(_too_short(sequences.tokens, seq_len, samples))
+        tokens = sequences.tokens
+        raise DataError(
+            _too_short(tokens, seq_len, samples, "samples={}", "a seq_len"),
+            cli=_too_short(tokens, seq_len, samples, "--samples {}", "a --seq-len"),
+        )
     return torch.stack(chosen)
 
 
-def _too_short(tokens: int, seq_len: int, samples: int | None) -> str:
+def _too_short(tokens: int, seq_len: int, samples: int | None, take: str, length: str) -> str:
     wanted = samples or 1
     available = tokens // seq_len
-    fewer = f", samples={available} or less" if available else ""
+    fewer = f", {take.format(available)} or less" if available else ""
     plural = "s" if wanted > 1 else ""
     return (
         f"the data has {tokens} tokens, but {wanted} sequence{plural} of {seq_len} tokens need {wanted * seq_len}: "
-        f"use more text{fewer}, or a seq_len below {seq_len}"
+        f"use more text{fewer}, or {length} below {seq_len}"
     )
 
 

@@ -180,7 +180,7 @@ def _is_encoder(model: Any) -> bool:
 
 def _compute_similarity(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
     if tokenizer is None:
-        raise DataError("sentence pairs need the model's tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise labelled_batches.no_tokenizer("sentence pairs need")
     named = ["sentence1", "sentence2"]
     columns = named if set(named) <= set(examples[0]) else string_columns(examples[0])[:2]
     metric = Spearman()

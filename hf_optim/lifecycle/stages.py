@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,6 @@ from ..calibration import drivers
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
-from ..compressed.reload_check import require_reloadable_steps
 from ..errors import MAX_MESSAGE, DataError, OptimError
 from ..recipes import hooks
 from ..recipes.composition import Stage
@@ -38,6 +37,7 @@ from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, require_sound, run_of, traits_of
 from ..toolkit import topology
 from ..trust.bounds import first_line
+from .step_checks import require_supported_steps
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         require_model(run.model)
         _load_data(run, stage)
         require_finite(run.model, "", "")
-        _require_reloadable(run)
+        _require_supported(run)
     with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
         started = time.perf_counter()
         if work is not None:
@@ -99,12 +99,11 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
     run.stage_state = StageState.ENTERED
 
 
-def _require_reloadable(run: Run) -> None:
-    """Raise ``ModelError`` if stock transformers could not load what the steps write, as far as it is known by now."""
-    if not run.dense:
-        completed = sum(len(stage.steps) for stage in run.stages[: run.stage_index])
-        first = max(run.reload_checked, completed)
-        run.reload_checked = require_reloadable_steps(run.recipe, run.model, first)
+def _require_supported(run: Run) -> None:
+    """Raise ``ModelError`` if a step cannot work on the model, as far as it is known by now."""
+    completed = sum(len(stage.steps) for stage in run.stages[: run.stage_index])
+    first = max(run.steps_checked, completed)
+    run.steps_checked = require_supported_steps(run.recipe, run.model, first, dense=run.dense)
 
 
 def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
@@ -117,8 +116,8 @@ def _transform_and_calibrate(run: Run, stage: Stage) -> Mapping[str, Any]:
     note_left_alone(run, [step for step in stage.steps if step not in transforming])
     for number, step in enumerate(run.recipe.steps):
         if step in stage.steps and step.implements("transform_model"):
-            run.reload_checked = max(run.reload_checked, number + 1)
-    _require_reloadable(run)
+            run.steps_checked = max(run.steps_checked, number + 1)
+    _require_supported(run)
     return drivers.calibrate(run, stage, run.journal) if stage.calibrates else {}
 
 
@@ -267,9 +266,11 @@ def require_data(run: Run, source: Any) -> None:
     for stage in run.stages:
         for step in stage.steps:
             if step.implements("calibrate") and step.needs_data():
+                named = "or name it in the recipe under `calibration: {dataset: ...}`"
                 raise DataError(
                     f"{run.label(step)} needs calibration data: pass calibration=... (texts, token ids, a dataset or a "
-                    "file), or name it in the recipe under `calibration: {dataset: ...}`"
+                    f"file), {named}",
+                    cli=f"{run.label(step)} needs calibration data: pass --calibration DATA, {named}",
                 )
         if stage.trains:
             return
@@ -293,23 +294,29 @@ def _load_data(run: Run, stage: Stage) -> None:
         data=run.recipe.calibration,
         model=run.model,
     )
-    _require_inputs(run)
+    require_inputs(run.model, run.data)
     run.record.calibration = run.data.description
 
 
-def _require_inputs(run: Run) -> None:
-    """Keep an example of the data for tracing. Raises ``DataError`` if batches lack an input that the model reads."""
-    assert run.data is not None
-    for number, batch in enumerate(run.data.batches):
+def require_inputs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Keep an example of the batches for tracing. Raises ``DataError`` if one lacks an input that the model reads.
+
+    The model may be on the meta device.
+    """
+    for number, batch in enumerate(batches):
         if number == 0:
-            topology.set_example(run.model, batch)
+            topology.set_example(model, batch)
         given = {name.replace("inputs_embeds", "input_ids") for name in batch} | set(batch)
         try:
-            missing = sorted(set(topology.dummy_inputs(run.model)) - given)
+            missing = sorted(set(topology.dummy_inputs(model)) - given)
         except topology.NoInputsError:
             return
         if missing:
+            found = (
+                f"{type(model).__name__} also reads {' and '.join(missing)}: calibration batch {number} "
+                f"has {', '.join(sorted(batch))} only; "
+            )
             raise DataError(
-                f"{type(run.model).__name__} also reads {' and '.join(missing)}: calibration batch {number} "
-                f"has {', '.join(sorted(batch))} only; pass batches with all of them, calibration=[{{...}}]"
+                f"{found}pass batches with all of them, calibration=[{{...}}]",
+                cli=f"{found}pass --calibration DATA with a column for each of them, or random",
             )

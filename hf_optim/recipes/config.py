@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import RecipeError
+from ..errors import MissingRecipe, RecipeError
 from ..trust.bounds import shown
 from ..trust.documents import MAX_RECIPE_BYTES, parse_json, parse_yaml, read_text, shown_path
 from .catalogue import catalogue
@@ -186,7 +186,8 @@ class OptimConfig:
         if isinstance(source, Sequence):
             return cls(steps=tuple(_parse_step(item, i) for i, item in enumerate(source)))
         raise RecipeError(
-            f"pass the recipe as a name, a path, a mapping or a list of steps, not as a {type(source).__name__}"
+            "pass the recipe as a name, a path, a mapping or a list of steps, not as a value of type "
+            f"{type(source).__name__}"
         )
 
     @classmethod
@@ -195,8 +196,8 @@ class OptimConfig:
         path = Path(source)
         if path.suffix.lower() in SUFFIXES:
             if not os.path.lexists(path):
-                raise RecipeError(f"no recipe file {shown_path(source)!r}")
-            text = read_text(path, error=RecipeError, max_bytes=MAX_RECIPE_BYTES)
+                raise MissingRecipe(f"no recipe file {shown_path(source)!r}")
+            text = read_text(path, error=MissingRecipe, max_bytes=MAX_RECIPE_BYTES)
             return cls._from_text(text, str(path), path.stem)
         shipped = shipped_recipes()
         if str(source) in shipped:
@@ -204,7 +205,7 @@ class OptimConfig:
         if str(source) in catalogue().names():
             return dataclasses.replace(cls(steps=(catalogue().get(str(source))(),)), name=str(source))
         hint = did_you_mean(str(source), [*shipped, *catalogue().names()])
-        raise RecipeError(
+        raise MissingRecipe(
             f"no recipe {shown(str(source))}{hint} (shipped: {', '.join(sorted(shipped))}; or a .yaml file)"
         )
 

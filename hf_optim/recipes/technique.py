@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -64,6 +64,20 @@ class Technique:
         """Return True if ``calibrate`` needs the outputs of each block before this stage: see ``Scope.teacher``."""
         return False
 
+    def training_teacher(self) -> str | None:
+        """Return the teacher that training holds in memory: ``"self"``, a path or Hub id; None for none.
+
+        For estimates of memory, as ``training_bytes`` is.
+        """
+        return None
+
+    def training_bytes(self, width: int) -> float:
+        """Return the bytes that training holds for each weight of the targeted layers, beside those of plain training.
+
+        ``width`` is the bytes of a weight. For masks, copies of weights that the backward pass reads, learned noise.
+        """
+        return 0.0
+
     def loss_items(self, run: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return, by the name of a term of ``training_loss``, how many items of a batch the term is a mean over.
 
@@ -79,6 +93,31 @@ class Technique:
         A term that is not named is taken as a mean over the items that have a label.
         """
         return {}
+
+    def check_model(self, model: Any, label: str) -> None:
+        """Raise ``ModelError`` or ``RecipeError`` if the step cannot work on ``model``.
+
+        Called before any work, by ``hf-optim check`` as well, for what the step would otherwise refuse in the middle of
+        it: a kind of layer that the model does not have, a size that does not fit. Linear layers that it cannot store
+        in a stock format are refused without this.
+
+        Args:
+            model: a ``PreTrainedModel`` as the step finds it, unless an earlier step changes its architecture. Its
+                weights may be on the meta device: shapes, names and the configuration are known, values are not.
+            label: the beginning of the message, such as ``"step 2 (gptq)"``.
+        """
+
+    def check_training(self, model: Any, stage: Sequence[Technique], labels: bool, label: str) -> None:
+        """Raise ``ModelError`` or ``RecipeError`` if a stage cannot be trained as its recipe stands.
+
+        For callers who neither change the model nor set anything before training, as ``hf-optim compress``.
+
+        Args:
+            model: as in ``check_model``.
+            stage: the steps of the stage, this one among them.
+            labels: the training data has labels, so that there is a task loss.
+            label: the beginning of the message.
+        """
 
     def phases(self) -> frozenset[Phase]:
         """Return the phases of a stage that this step takes part in, derived from the hooks it implements."""

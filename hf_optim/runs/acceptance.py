@@ -59,7 +59,9 @@ def _require_constant_weights(model: Any) -> None:
     if every and layers > every and any(hasattr(module, "_rescale_layers") for module in model.modules()):
         raise ModelError(
             f"the forward of {type(model).__name__} divides weights in place every {every} layers: load it with "
-            "from_pretrained(..., rescale_every=0), which gives the same outputs in bfloat16 and float32"
+            "from_pretrained(..., rescale_every=0), which gives the same outputs in bfloat16 and float32",
+            cli=f"the forward of {type(model).__name__} divides weights in place every {every} layers: set "
+            "rescale_every to 0 in its config.json, which gives the same outputs in bfloat16 and float32",
         )
 
 

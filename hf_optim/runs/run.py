@@ -61,7 +61,7 @@ class Run:
         loading: True while ``from_pretrained`` loads the weights.
         left_alone: index of a step -> role -> names of the layers that it leaves alone because of that role.
         dense: the caller will save the dense equivalent of a compressed model, so its format need not be loadable.
-        reload_checked: how many steps are known to write what stock transformers can load.
+        steps_checked: how many steps are known to work on the model, with a result that can be loaded.
         journal: keeps completed blocks, so that a killed run can resume (``BlockJournal``), or None.
     """
 
@@ -83,7 +83,7 @@ class Run:
         self.failure = ""
         self.loading = False
         self.dense = False
-        self.reload_checked = 0
+        self.steps_checked = 0
         self.journal: Any = None
         self._model: PreTrainedModel | None = None
         self._lent: weakref.ref[PreTrainedModel] | None = None

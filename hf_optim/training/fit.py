@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..data import labelled_batches
 from ..data.calibration_set import build_calibration_data
 from ..data.datasets import load_texts, shuffle_buffer
-from ..data.processor_errors import data_errors
+from ..data.processor_errors import data_errors, no_tokenizer
 from ..data.tasks import task_of_model
 from ..data.token_sequences import sample_sequences, sequence_length
 from ..errors import DataError
-from ..recipes.composition import Stage
-from ..recipes.config import DataConfig
+from ..lifecycle.stages import require_inputs
+from ..recipes.composition import Stage, step_label
+from ..recipes.config import DataConfig, OptimConfig
 from ..runs import folder_lock
 from ..runs.disk_errors import readable_disk_errors
-from ..runs.run import run_of
+from ..runs.run import find_run, run_of
 from .arguments import recipe_errors, require_trainable, training_arguments
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 log = logging.getLogger(__name__)
+
+RANDOM = "random"
+TEXT_TASKS = ("text-generation", "image-text-to-text", "fill-mask", "text-classification", "text2text-generation")
+TASKS = (*TEXT_TASKS, "image-classification")
+"""The tasks, by their tags, that ``training_rows`` has rows for; the first of them read texts."""
 
 Row = dict[str, Any]
 
 
-def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[str, Any] | None = None) -> Any:
+def train_stage(
+    model: Any,
+    tokenizer: Any,
+    data: DataConfig,
+    training: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Any:
     """Train the current stage with ``OptimTrainer`` on data of the model's task, and continue with the recipe.
 
     Args:
@@ -40,6 +55,7 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
         training: arguments of ``transformers.TrainingArguments``. Checkpoints are kept if these say so, or if the run
             has a journal (next to it, or in their ``output_dir``); a killed training then resumes from the last
             complete checkpoint, bit-exactly.
+        callbacks: more callbacks of the ``Trainer``.
 
     Returns the model, which may be another object than before. Raises ``RecipeError`` for arguments that
     ``TrainingArguments`` does not accept, ``DataError`` for unsuitable data, and ``CheckpointError`` for the journal of
@@ -69,6 +85,8 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
                 train_dataset=rows,  # type: ignore[arg-type]
                 data_collator=collator,
             )
+        for callback in callbacks:
+            trainer.add_callback(callback)
         if isinstance(collator, MlmCollator):
             trainer.add_callback(MaskingEpochCallback(collator))
         if journal is not None:
@@ -83,6 +101,31 @@ def train_stage(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
     return trainer.run.model
 
 
+def require_trainable_stage(stage: Stage, model: Any, recipe: OptimConfig, dataset: str | None) -> None:
+    """Raise an ``OptimError`` if ``train_stage`` cannot train a stage, as far as it is known before the weights are.
+
+    Args:
+        stage: a stage that trains.
+        model: the model, which may be on the meta device; that of the recipe, unless an earlier step changes it.
+        recipe: the recipe of the stage.
+        dataset: the name of the training data; None if it is not known.
+    """
+    labels = dataset != RANDOM
+    if not labels:
+        require_own_loss(stage)
+    elif task_of_model(model).tag not in TASKS:
+        raise _no_training(model)
+    for number, step in enumerate(recipe.steps):
+        if any(step is member for member in stage.steps):
+            step.check_training(model, stage.steps, labels, step_label(number, step))
+
+
+def _no_training(model: Any) -> DataError:
+    return DataError(
+        f"there is no built-in training for {type(model).__name__}: train it with OptimTrainer and your own data"
+    )
+
+
 def require_own_loss(stage: Stage) -> None:
     """Raise ``DataError`` if random inputs, which have no labels, cannot train a stage: no step adds a loss."""
     if not any(step.implements("training_loss") for step in stage.steps):
@@ -93,11 +136,12 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
     """Return rows with labels, and the collator that batches them, for the task of the model."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 
-    if data.dataset == "random":
-        stage = run_of(model).stage
-        if stage is not None:
-            require_own_loss(stage)
-        made = build_calibration_data("random", model_config=model.config, data=data)
+    if data.dataset == RANDOM:
+        run = find_run(model)
+        if run is not None and run.stage is not None:
+            require_own_loss(run.stage)
+        made = build_calibration_data(RANDOM, model_config=model.config, data=data)
+        require_inputs(model, made)
         return [dict(zip(batch, row, strict=True)) for batch in made for row in zip(*batch.values(), strict=True)], (
             default_data_collator
         )
@@ -124,14 +168,17 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
         return _apart(
             labelled_batches.seq2seq_batches(labelled_batches.sample_examples(data), model, tokenizer)
         ), DataCollatorForSeq2Seq(tokenizer)
-    raise DataError(
-        f"there is no built-in training for {type(model).__name__}: train it with OptimTrainer and your own data"
-    )
+    raise _no_training(model)
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise ``DataError`` if a processor cannot tokenize texts, or is None."""
+    if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
+        raise no_tokenizer("training on texts needs")
 
 
 def _windows(model: Any, tokenizer: Any, data: DataConfig) -> Tensor:
-    if tokenizer is None or not hasattr(tokenizer, "bos_token_id"):
-        raise DataError("training on texts needs the model's tokenizer, and its folder has none")
+    require_tokenizer(tokenizer)
     length = sequence_length(model.config, tokenizer, data.seq_len)
     buffer = shuffle_buffer(data)
     return sample_sequences(load_texts(data), tokenizer, length, data.samples, data.seed, shuffle_buffer=buffer)

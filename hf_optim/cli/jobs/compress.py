@@ -22,7 +22,7 @@ from ...checkpoints import dense, saving
 from ...checkpoints.atomic import require_replaceable
 from ...checkpoints.remote_code import written_code
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
-from ...data.calibration_set import CalibrationData, build_calibration_data
+from ...data.calibration_set import CalibrationData
 from ...data.datasets import load_examples
 from ...errors import CheckpointError, DataError, OptimError
 from ...evaluation.evaluate import compare
@@ -38,10 +38,9 @@ from ...runs.record import public_name
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
 from ...toolkit.checkpoint.placement import NewHeads
-from ...training.arguments import require_trainable
-from ...training.fit import require_own_loss, train_stage
+from ...training.fit import train_stage
 from ...trust.code import is_written_by_run, may_run
-from .preflight import check_recipe, preflight
+from .preflight import Findings, Plan, preflight, read_calibration
 from .streamed import StreamedJob
 
 log = logging.getLogger(__name__)
@@ -76,6 +75,11 @@ class Job:
     device: str | None = None
     print_line: Callable[[str], None] = field(default=log.info)
 
+    @property
+    def plan(self) -> Plan:
+        """What ``preflight`` checks of the job."""
+        return Plan(self.source, self.recipe, self.training, self.dense, self.device)
+
 
 def compress(job: Job) -> Run:
     """Run the job. Returns the finished run with its model, and its record as written to ``hf_optim.json``.
@@ -85,27 +89,23 @@ def compress(job: Job) -> Run:
     """
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
-    check_recipe(job.source, job.recipe, job.dense)
-    if any(stage.trains for stage in job.recipe.stages):
-        require_trainable(_training(job))
-    distributed.refuse_distributed(job.recipe)
     _refuse_output(job)
-    _refuse_missing_data(job)
     _refuse_unreadable(job.evaluation)
     _refuse_unreadable(job.training)
+    found = preflight(job.plan, job.output)
+    _note_default_epochs(job)
     with locked(job.output) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
             require_replaceable(job.output)
             _require_spill(job.recipe.spill)
-        return _compress(job, device)
+        return _compress(job, device, found)
 
 
-def _compress(job: Job, device: torch.device | None) -> Run:
-    found = preflight(job.source, job.recipe, job.output, dense=job.dense)
+def _compress(job: Job, device: torch.device | None, found: Findings) -> Run:
     for note in found.notes:
         job.print_line(note)
     tokenizer = load_processor(job.source, model_class(job.source.config))
-    calibration = _calibration(job, tokenizer)
+    calibration = _calibration(job, tokenizer, found)
     measured: dict[str, Any] = {"before": {}, "after": {}}
     if job.evaluation and distributed.is_main():
         measured["before"] = evaluate_checkpoint(job, job.source.model, "original")
@@ -254,17 +254,8 @@ def _refuse_output(job: Job) -> None:
         raise CheckpointError(f"{job.output} is the model itself: choose another directory to write to")
 
 
-def _refuse_missing_data(job: Job) -> None:
+def _note_default_epochs(job: Job) -> None:
     for stage in job.recipe.stages:
-        if stage.needs_data and job.recipe.calibration.dataset is None:
-            raise DataError(
-                f"{stage} needs calibration data: pass --calibration DATA, or name a dataset in the recipe under "
-                "`calibration:`"
-            )
-        if stage.trains and (job.training or job.recipe.calibration).dataset is None:
-            raise DataError(f"{stage} trains: pass --train DATA, or name a dataset in the recipe under `calibration:`")
-        if stage.trains and (job.training or job.recipe.calibration).dataset == "random":
-            require_own_loss(stage)
         if stage.trains and not (job.recipe.training or {}).keys() & {"max_steps", "num_train_epochs"}:
             log.info("%s trains for 3 epochs: the recipe names no max_steps and no num_train_epochs", stage)
 
@@ -274,13 +265,9 @@ def _refuse_unreadable(data: DataConfig | None) -> None:
         raise DataError(f"{data.dataset}: no rows")
 
 
-def _calibration(job: Job, tokenizer: Any) -> CalibrationData | None:
+def _calibration(job: Job, tokenizer: Any, found: Findings) -> CalibrationData | None:
     """Read and check the batches now: bad data should not show after an hour."""
-    if not any(stage.needs_data for stage in job.recipe.stages):
-        return None
-    return build_calibration_data(
-        None, model_config=job.source.config, tokenizer=tokenizer, data=job.recipe.calibration
-    )
+    return read_calibration(job.plan, tokenizer, found.model)
 
 
 def _compare(job: Job, run: Run) -> dict[str, Any]:
@@ -298,12 +285,8 @@ def _train(job: Job, model: Any, tokenizer: Any) -> Any:
             model = advance(model)
             continue
         job.print_line(f"training {stage}")
-        model = train_stage(model, tokenizer, job.training or job.recipe.calibration, _training(job))
+        model = train_stage(model, tokenizer, job.plan.training_data, job.plan.training_arguments)
     return model
-
-
-def _training(job: Job) -> dict[str, Any]:
-    return {**({"use_cpu": True} if job.device == "cpu" else {}), **job.recipe.training}
 
 
 def _make_dense(run: Run) -> None:

@@ -1,21 +1,26 @@
-"""Estimate the cost and the result of a recipe from the configuration of a model; no weights are downloaded."""
+"""Estimate the cost and the result of a recipe from the configuration of a model; no weights are read."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from ...calibration.throughput import measure_flops_per_second
-from ...data.token_sequences import sequence_length
 from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
 from ...runs.scope import Scope
 from ...toolkit import topology
-from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.quantization.grids import fit_group_size
+from .calibration_cost import calibration_cost, calibration_tokens
+from .training_cost import training_cost
+
+if TYPE_CHECKING:
+    from .preflight import Plan
+
+# Python, torch and transformers themselves, as measured; the estimates of host memory include it.
+INTERPRETER = 600 * 2**20
 
 
 def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
@@ -29,38 +34,61 @@ def bytes_per_weight(config: PreTrainedConfig) -> int:
     return (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
 
 
-def estimate(recipe: OptimConfig, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Estimate parameters, bytes before and after, and memory and time of calibration.
+def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """Estimate size, memory and work of a plan.
 
-    ``readable`` has the same numbers as text. ``bytes_after`` is None if a step changes the architecture, since the
-    configuration then does not determine the result. The time is that of the forward passes only, at the float32 rate
-    of this machine: two passes of the calibration tokens, two operations per parameter and token. Code that comes with
-    the model runs only with ``trust_remote_code``.
+    Args:
+        plan: what is to be done.
+        model: its model, which may be on the meta device.
+        training_rows: the rows of the training data; None if they are not known.
+        tokens: the tokens of the calibration data; None for those that the recipe asks for.
+
+    Returns a mapping of JSON types, documented in docs/costs.md. ``bytes_after`` is None if a step changes the
+    architecture, since the configuration then does not determine the result. ``stages`` has what each stage takes, and
+    ``readable`` rows of text for a table.
     """
-    model = build_meta_model(config, trust_remote_code)
-    width = bytes_per_weight(config)
+    recipe, width = plan.recipe, plan.width
     parameters = sum(p.numel() for p in model.parameters())
     changed = any(step.changes_architecture() for step in recipe.steps)
     stored = None if changed else _stored_bytes(recipe, model, width)
     block = max((sum(p.numel() for p in b.module.parameters()) for b in topology.blocks(model)), default=parameters)
-    tokens = _calibration_tokens(recipe, config)
-    seconds = 2 * 2.0 * parameters * tokens / measure_flops_per_second(_device(), torch.float32) if tokens else 0.0
-    return {
+    found: dict[str, Any] = {
         "class": type(model).__name__,
         "parameters": parameters,
         "bytes_before": parameters * width,
         "bytes_after": stored,
         "block_bytes": block * width,
-        "calibration_tokens": tokens,
-        "calibration_seconds": round(seconds, 3),
-        "readable": {
-            "parameters": f"{parameters:,}",
-            "weights on disk": f"{format_bytes(parameters * width)} -> "
-            + ("depends on the new architecture" if stored is None else format_bytes(stored)),
-            "on the accelerator at once": f"{format_bytes(block * width)} of weights (the largest block)",
-            "calibration": f"{tokens:,} tokens, {_duration(seconds)} of forward passes here" if tokens else "no data",
-        },
+        "calibration_tokens": calibration_tokens(plan) if tokens is None else tokens,
     }
+    found["stages"] = [
+        training_cost(plan, stage, model, training_rows)
+        if stage.trains
+        else calibration_cost(plan, stage, model, found)
+        for stage in recipe.stages
+    ]
+    found["calibration_seconds"] = round(sum(stage.get("forward_seconds", 0.0) for stage in found["stages"]), 3)
+    found["activation_bytes"] = max((stage.get("activation_bytes", 0) for stage in found["stages"]), default=0)
+    found["host_bytes"] = INTERPRETER + max(stage["host_bytes"] for stage in found["stages"])
+    found["device_bytes"] = max(stage["device_bytes"] for stage in found["stages"])
+    found["device"] = plan.resolved_device.type
+    found["readable"] = _readable(found)
+    return found
+
+
+def _readable(found: dict[str, Any]) -> dict[str, str]:
+    stored = found["bytes_after"]
+    after = "depends on the new architecture" if stored is None else format_bytes(stored)
+    rows = {
+        "parameters": f"{found['parameters']:,}",
+        "weights on disk": f"{format_bytes(found['bytes_before'])} -> {after}",
+    }
+    if found["device"] != "cpu":
+        rows["device memory"] = f"about {format_bytes(found['device_bytes'])} at most"
+    rows["host memory"] = f"about {format_bytes(found['host_bytes'])} at most"
+    for number, stage in enumerate(found["stages"], 1):
+        of = f" (stage {number})" if len(found["stages"]) > 1 else ""
+        rows |= {f"{key}{of}": value for key, value in stage.pop("readable").items()}
+    return rows
 
 
 def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> int:
@@ -83,20 +111,3 @@ def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> in
 def _packed_bytes(columns: int, bits: int) -> int:
     """Return the bytes of a row: one per value at 8 bits, below that packed into 32-bit words."""
     return columns if bits == 8 else 4 * -(-columns * bits // 32)
-
-
-def _calibration_tokens(recipe: OptimConfig, config: PreTrainedConfig) -> int:
-    if not any(stage.needs_data for stage in recipe.stages) or getattr(config, "vocab_size", None) is None:
-        return 0
-    return (recipe.calibration.samples or 128) * sequence_length(config, None, recipe.calibration.seq_len)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= size:
-            return f"about {seconds / size:,.0f} {unit}"
-    return "under a second"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

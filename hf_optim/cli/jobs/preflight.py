@@ -1,50 +1,95 @@
-"""Refuse what cannot work before anything is calibrated, from configurations, headers and free space.
+"""Refuse what cannot work before anything is calibrated or trained, from configurations, headers and free space.
 
-``check_recipe`` checks that the recipe composes for the model; ``preflight`` everything else that does not need a
-weight: that the shards hold what the model needs, that the steps find layers they can work on, that there is room for
-the result, and roughly how much memory it will take. Both take seconds, whatever the size of the model.
+``preflight`` is what ``hf-optim check --model`` and ``hf-optim compress`` have in common: whatever one refuses, the
+other refuses with the same message. It takes seconds, whatever the size of the model. What only data can tell comes
+after it: ``read_calibration``.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedConfig
+import torch
 
-from ...compressed.reload_check import require_reloadable_steps
-from ...compressed.storability import storable
-from ...errors import CheckpointError, ModelError
-from ...evaluation.reported import format_bytes
-from ...recipes.config import OptimConfig
-from ...recipes.contract import Reload
+from ...checkpoints.source import ModelSource, load_processor, resolve_device
+from ...data.calibration_set import CalibrationData, build_calibration_data
+from ...data.datasets import is_local
+from ...data.tasks import task_of_model
+from ...errors import CheckpointError, DataError, ModelError
+from ...lifecycle.stages import require_inputs
+from ...lifecycle.step_checks import require_supported_steps
+from ...recipes.config import DataConfig, OptimConfig
 from ...recipes.streamable import require_streamable
-from ...recipes.technique import Technique
-from ...recipes.traits import BITS_ASSIGNED, QUANTIZED, Trait
-from ...runs.memory import host_memory
-from ...runs.scope import Scope
+from ...recipes.traits import Trait
+from ...runs import distributed
+from ...runs.run import traits_of
 from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
-from ...toolkit.quantization.grids import fit_group_size
-from ...trust.bounds import first_line
+from ...training.arguments import require_trainable
+from ...training.fit import RANDOM, TEXT_TASKS, require_tokenizer, require_trainable_stage, training_rows
 from .estimate import bytes_per_weight, estimate, traits_of_config
+from .room import require_memory, require_space, require_writable
+from .step_checks import check_steps
 
 if TYPE_CHECKING:
     from ...checkpoints.meta_model import MetaModel
-    from ...checkpoints.source import ModelSource
 
 log = logging.getLogger(__name__)
 
-# Python, torch and transformers themselves, as measured; the estimates of memory are upwards of it.
-INTERPRETER = 600 * 2**20
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with a model.
+
+    Attributes:
+        source: the model.
+        recipe: the recipe, with its calibration data.
+        training: data for stages that train; None takes the calibration data's source.
+        dense: write the dense equivalent instead of a compressed format.
+        device: where it runs; None means CUDA if available.
+    """
+
+    source: ModelSource
+    recipe: OptimConfig
+    training: DataConfig | None = None
+    dense: bool = False
+    device: str | None = None
+
+    @property
+    def training_data(self) -> DataConfig:
+        """The data of stages that train."""
+        return self.training or self.recipe.calibration
+
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """The ``TrainingArguments`` of stages that train."""
+        return {**({"use_cpu": True} if self.device == "cpu" else {}), **self.recipe.training}
+
+    @property
+    def resolved_device(self) -> torch.device:
+        """Where it runs."""
+        return resolve_device(self.device) or torch.device("cpu")
+
+    @property
+    def width(self) -> int:
+        """The bytes of a weight."""
+        if self.source.dtype != "auto":
+            return int(getattr(torch, self.source.dtype).itemsize)
+        return bytes_per_weight(self.source.config)
+
+    @property
+    def trains(self) -> bool:
+        """True if a stage of the recipe trains."""
+        return any(stage.trains for stage in self.recipe.stages)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if a stage of the recipe needs calibration data."""
+        return any(stage.needs_data for stage in self.recipe.stages)
 
 
 @dataclass(frozen=True)
@@ -52,74 +97,126 @@ class Findings:
     """The result of ``preflight``.
 
     Attributes:
-        meta_model: the model on the meta device; None if its weights are not on this machine, or it cannot be built.
-        estimates: ``estimate(recipe, config)``, with ``host_bytes`` and ``activation_bytes``.
+        model: the model on the meta device.
+        meta_model: the same with its files; None if its weights are not on this machine, or it cannot be loaded so.
+        traits: of the result.
+        estimates: ``estimate(plan, model)``.
         notes: warnings about settings that will be adjusted.
     """
 
+    model: Any
     meta_model: MetaModel | None
+    traits: frozenset[Trait]
     estimates: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
 
-def check_recipe(source: ModelSource, recipe: OptimConfig, dense: bool = False) -> frozenset[Trait]:
-    """Check a recipe against the configuration of a model, and return the traits of the result.
-
-    Raises ``RecipeError`` if the recipe does not compose, or if the streamed driver cannot run it; ``dense`` says that
-    the dense equivalent is to be written.
-    """
-    traits = recipe.check(traits_of_config(source.config))
-    if recipe.driver == "streamed":
-        require_streamable(recipe, dense)
-    return traits
-
-
-def preflight(
-    source: ModelSource, recipe: OptimConfig, output: Path | None = None, *, offline: bool = False, dense: bool = False
-) -> Findings:
-    """Check everything else that can be refused without reading a weight. ``check_recipe`` comes before it.
+def preflight(plan: Plan, output: Path | None = None, *, offline: bool = False, data: bool = False) -> Findings:
+    """Check everything that can be refused without reading a weight or data.
 
     Args:
-        source: the model. With ``offline`` its shards are checked only if they are on this machine.
-        recipe: what is to be done with it.
-        output: the directory that is to be written.
-        dense: the dense equivalent is to be written.
+        plan: what is to be done.
+        output: the directory that is to be written, if any. With one, data that the plan needs must be named.
+        offline: check the shards only if they are on this machine.
+        data: read and check the data, too, if it is on this machine, for numbers of rows and tokens.
 
-    Raises ``OptimError`` for the first problem, naming the module, tensor or file.
+    Raises ``OptimError`` for the first problem, naming the step, module, tensor or file.
     """
-    config = source.config
+    source, recipe = plan.source, plan.recipe
+    traits = recipe.check(traits_of_config(source.config))
+    if recipe.driver == "streamed":
+        require_streamable(recipe, plan.dense)
+    if plan.trains:
+        require_trainable(plan.training_arguments)
+    distributed.refuse_distributed(recipe)
     if output is not None:
+        require_named_data(plan)
         require_writable(output)
     if recipe.spill is not None:
         require_writable(Path(recipe.spill) / "activations")
-    meta_model = _meta_model(source, recipe, offline)
-    model: Any = meta_model.model if meta_model is not None else build_meta_model(config, source.trust_remote_code)
+    meta_model = _meta_model(plan, offline)
+    model: Any = (
+        meta_model.model if meta_model is not None else build_meta_model(source.config, source.trust_remote_code)
+    )
+    traits = recipe.check(traits_of(model)) if meta_model is not None else traits
     notes: list[str] = []
     if meta_model is not None:
         notes += check_shards(meta_model, source.model, recipe.driver == "streamed")
     notes += check_steps(recipe, model)
-    if not dense:
-        require_reloadable_steps(recipe, model)
-    estimates = estimate(recipe, config, source.trust_remote_code)
-    estimates |= _memory(recipe, config, model, estimates)
+    require_supported_steps(recipe, model, dense=plan.dense)
+    for stage in recipe.stages:
+        if stage.trains:
+            require_trainable_stage(stage, model, recipe, plan.training_data.dataset)
+    rows, calibration_tokens = read_data(plan, model) if data else (None, None)
+    estimates = estimate(plan, model, rows, calibration_tokens)
     if output is not None:
-        _require_space(output, estimates["bytes_after"] or estimates["bytes_before"], "the result")
+        require_space(output, estimates["bytes_after"] or estimates["bytes_before"], "the result")
     if recipe.spill is not None:
-        _require_space(Path(recipe.spill), estimates["activation_bytes"], "the activations that are spilled")
-    _require_memory(recipe, estimates)
-    return Findings(meta_model, estimates, notes)
+        require_space(Path(recipe.spill), estimates["activation_bytes"], "the activations that are spilled")
+    require_memory(recipe, estimates)
+    return Findings(model, meta_model, traits, estimates, notes)
 
 
-def _meta_model(source: ModelSource, recipe: OptimConfig, offline: bool) -> MetaModel | None:
+def require_named_data(plan: Plan) -> None:
+    """Raise ``DataError`` if a stage needs data and none is named."""
+    for stage in plan.recipe.stages:
+        if stage.needs_data and plan.recipe.calibration.dataset is None:
+            raise DataError(
+                f"{stage} needs calibration data: pass --calibration DATA, or name a dataset in the recipe under "
+                "`calibration:`"
+            )
+        if stage.trains and plan.training_data.dataset is None:
+            raise DataError(f"{stage} trains: pass --train DATA, or name a dataset in the recipe under `calibration:`")
+
+
+def read_calibration(plan: Plan, tokenizer: Any, model: Any = None) -> CalibrationData | None:
+    """Read and check the calibration batches; None if no stage needs any.
+
+    ``model`` may be on the meta device; None leaves out whether the batches have all that it reads. Raises
+    ``DataError``.
+    """
+    if not plan.needs_calibration:
+        return None
+    data = build_calibration_data(
+        None, model_config=plan.source.config, tokenizer=tokenizer, data=plan.recipe.calibration
+    )
+    if model is not None:
+        require_inputs(model, data)
+    return data
+
+
+def read_data(plan: Plan, model: Any) -> tuple[int | None, int | None]:
+    """Read the data of a plan that is on this machine, as the run would. Raises ``DataError`` for unsuitable data.
+
+    Returns the rows of the training data and the tokens of the calibration data; None where these are not needed, not
+    named or not on this machine.
+    """
+    tokenizer = load_processor(plan.source, type(model))
+    rows = tokens = None
+    if plan.needs_calibration and _is_here(plan.recipe.calibration):
+        found = read_calibration(plan, tokenizer, model)
+        tokens = found.description.get("tokens") if found is not None else None
+    if plan.trains and _is_here(plan.training_data):
+        rows = len(training_rows(model, tokenizer, plan.training_data)[0])
+    elif plan.trains and plan.training_data.dataset != RANDOM and task_of_model(model).tag in TEXT_TASKS:
+        require_tokenizer(tokenizer)
+    return rows, tokens
+
+
+def _is_here(data: DataConfig) -> bool:
+    return data.dataset is not None and (data.dataset == RANDOM or is_local(data.dataset))
+
+
+def _meta_model(plan: Plan, offline: bool) -> MetaModel | None:
     from ...checkpoints import meta_model
 
-    if offline and not meta_model.is_local(source):
+    if offline and not meta_model.is_local(plan.source):
         return None
     try:
-        return meta_model.build(source)
+        return meta_model.build(plan.source)
     except ModelError as error:
         # The other drivers can load code that cannot be loaded without weights.
-        if recipe.driver == "streamed":
+        if plan.recipe.driver == "streamed":
             raise
         log.debug("not checked without weights: %s", error)
         return None
@@ -148,144 +245,3 @@ def check_shards(found: MetaModel, source: str, strict: bool) -> list[str]:
             )
     extra = found.unexpected
     return [f"{len(extra)} tensors of the checkpoint do not belong to {kind}: {', '.join(extra[:3])}"] if extra else []
-
-
-# -- the steps --------------------------------------------------------------------------------------------------------
-def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
-    """Check that the steps find layers to work on; return warnings about settings that will be adjusted."""
-    notes: list[str] = []
-    for position, step in enumerate(recipe.steps):
-        if step.changes_architecture():
-            break  # later steps work on another model
-        label = f"step {position + 1} ({step.name})"
-        _require_targets(step, model, label)
-        if QUANTIZED in step.contract().adds and step.reload() == Reload.STOCK_FORMAT:
-            if recipe.driver == "streamed" and topology.has_experts(model):
-                _check_streamed_experts(recipe, step, model, label)
-            notes += _check_layers(step, model, label)
-    if recipe.driver in ("streamed", "blockwise") and not topology.blocks(model):
-        raise ModelError(f"driver {recipe.driver}: no sequence of blocks was found in {type(model).__name__}")
-    needs_data = any(step.implements("calibrate") and step.needs_data() for step in recipe.steps)
-    if recipe.driver in ("streamed", "blockwise") and needs_data and (reason := topology.exchanged_state(model)):
-        raise ModelError(f"driver {recipe.driver}: {reason}, so blocks cannot run alone; use driver: whole_model")
-    return notes
-
-
-def _require_targets(step: Technique, model: nn.Module, label: str) -> None:
-    targets = getattr(step, "targets", None)
-    if not isinstance(targets, tuple) or not all(isinstance(target, str) for target in targets):
-        return
-    try:
-        # Any module counts: targets of a step need not be linears (embeddings, norms).
-        everything = {**dict(model.named_modules()), **topology.linears(model)}
-        topology.match(everything, targets, tuple(getattr(step, "skip", ())))
-    except ValueError as error:
-        raise ModelError(f"{label}: {error} in {type(model).__name__}") from error
-
-
-def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
-    """Check which layers a quantizing step can store, and in what groups. Models with experts have other rules."""
-    if topology.has_experts(model):
-        return []
-    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
-    scope = Scope("", model, model)
-    try:
-        layers, skipped = storable(scope, targets, skip, label=label)
-    except ValueError as error:
-        raise ModelError(f"{label}: {error}") from error
-    if not layers:
-        why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(skipped.items()))
-        raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or 'No module matched'}")
-    notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
-    group_size = getattr(step, "group_size", None)
-    return notes + (list(_adjusted_groups(layers, group_size, label)) if group_size else [])
-
-
-def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, label: str) -> None:
-    """Refuse experts that stock transformers cannot read, and experts of several schemes, before a block is read."""
-    if any(BITS_ASSIGNED in other.contract().adds for other in recipe.steps):
-        raise ModelError(
-            f"{label}: other bits are assigned to other layers. Stock transformers decodes the experts of all blocks "
-            "by one scheme, which the streamed driver cannot know when it writes the first block; use driver: blockwise"
-        )
-    integer = getattr(step, "format", "int") == "int" and getattr(step, "bits", 8) is not None
-    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
-    symmetric = getattr(step, "symmetric", True)
-    storable(Scope("", model, model), targets, skip, integer, label, experts=True, symmetric=symmetric)
-
-
-def _adjusted_groups(layers: dict[str, nn.Linear], group_size: int, label: str) -> Iterator[str]:
-    adjusted: dict[tuple[int, int], list[str]] = {}
-    for name, layer in layers.items():
-        size = fit_group_size(layer.in_features, group_size)
-        if size != min(group_size, layer.in_features):
-            adjusted.setdefault((layer.in_features, size), []).append(name)
-    for (width, size), names in sorted(adjusted.items()):
-        yield f"{label}: group_size {group_size} does not divide the {width} inputs of {_few(names)}: groups of {size}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# -- room -------------------------------------------------------------------------------------------------------------
-def require_writable(path: Path) -> None:
-    """Raise ``CheckpointError`` unless a directory can be created at ``path``."""
-    home = _existing(path)
-    found = next((each for each in (path, *path.absolute().parents) if os.path.exists(each)), home)
-    if not os.path.isdir(found):
-        raise CheckpointError(f"cannot write to {path}: {found} is not a directory")
-    try:
-        with tempfile.TemporaryDirectory(dir=home, prefix=".hf-optim-"):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise CheckpointError(f"cannot write to {path}: {reason} ({home})") from error
-
-
-def _existing(path: Path) -> Path:
-    """Return the directory, or its nearest parent that exists."""
-    path = path.absolute()
-    return next((each for each in (path, *path.parents) if os.path.isdir(each)), Path("/"))
-
-
-def _require_space(path: Path, needed: int, what: str) -> None:
-    free = shutil.disk_usage(_existing(path)).free
-    if needed > free:
-        raise CheckpointError(
-            f"not enough space for {what} at {path}: about {format_bytes(needed)} are needed, "
-            f"{format_bytes(free)} are free"
-        )
-
-
-def _memory(recipe: OptimConfig, config: PreTrainedConfig, model: Any, estimates: dict[str, Any]) -> dict[str, Any]:
-    """Estimate the bytes of the activations between blocks, and the peak of host memory, from shapes."""
-    width = bytes_per_weight(config)
-    hidden = getattr(config.get_text_config(), "hidden_size", None) or 0
-    streams = 3 if any(step.implements("calibrate") and step.needs_teacher() for step in recipe.steps) else 1
-    activations = estimates["calibration_tokens"] * hidden * width * streams
-    host = INTERPRETER + (0 if recipe.spill is not None else activations)
-    if recipe.driver == "streamed":
-        inside = [block.name for block in topology.blocks(model)]
-        outside = [
-            p.numel() for n, p in model.named_parameters() if not any(n.startswith(f"{name}.") for name in inside)
-        ]
-        # The current block and the next one being read; or the modules outside the blocks, one at a time.
-        host += max(2 * estimates["block_bytes"], max(outside, default=0) * width + estimates["block_bytes"])
-    else:
-        host += estimates["bytes_before"]
-    return {"activation_bytes": activations, "host_bytes": host}
-
-
-def _require_memory(recipe: OptimConfig, estimates: dict[str, Any]) -> None:
-    total = host_memory()
-    needed = estimates["host_bytes"]
-    if total is None or needed <= total:
-        return
-    remedy = "--driver streamed holds one block at a time"
-    if recipe.driver == "streamed":
-        remedy = "give fewer or shorter samples" if recipe.spill else "--spill DIR keeps the activations on disk"
-    raise ModelError(
-        f"driver {recipe.driver} needs about {format_bytes(needed)} of memory for this, and this machine has "
-        f"{format_bytes(total)}: {remedy}"
-    )

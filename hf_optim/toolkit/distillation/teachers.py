@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,48 @@ def load(source: str, label: str) -> nn.Module:
     ``label`` is the name of the step in messages. Raises ``ModelError``, and ``CheckpointError`` for weights that are
     not safetensors files of the teacher in good order.
     """
-    import transformers
-    from transformers import PreTrainedModel
-
-    source, given = os.path.expanduser(source), source
-    if _looks_like_path(given) and not os.path.isdir(source):
-        raise ModelError(f"{label}: the teacher {given!r} cannot be loaded: no such folder")
-    try:
-        config = load_config(source)
-        name = str((config.architectures or ["model without `architectures`"])[0])
-        cls = getattr(transformers, name, None)
-        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-            raise ModelError(
-                f"it is a {name}, which is not a model class of transformers; load it yourself and set "
-                "hf_optim.run_of(model).state(step).teacher"
-            )
+    with _teacher_errors(source, label):
+        source, config, cls = _resolve(source)
         files = checked_weights(source, named=getattr(config, "transformers_weights", None))
         stock: Any = functools.partial(
             cls.from_pretrained, source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
         return load_placed(stock, config, files, source)[0]
+
+
+def load_skeleton(source: str, label: str) -> nn.Module:
+    """Return the teacher of ``load`` on the meta device; no weights are read. Raises the same errors for what it is."""
+    with _teacher_errors(source, label), torch.device("meta"):
+        source, config, cls = _resolve(source)
+        skeleton: Any = cls(config)
+        return skeleton
+
+
+def _resolve(source: str) -> tuple[str, Any, Any]:
+    """Return the expanded path or Hub id of a teacher, its configuration and its class."""
+    import transformers
+    from transformers import PreTrainedModel
+
+    source, given = os.path.expanduser(source), source
+    if _looks_like_path(given) and not os.path.isdir(source):
+        raise ModelError("no such folder")
+    config = load_config(source)
+    name = str((config.architectures or ["model without `architectures`"])[0])
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        why = f"it is a {name}, which is not a model class of transformers; "
+        raise ModelError(
+            f"{why}load it yourself and set hf_optim.run_of(model).state(step).teacher",
+            cli=f"{why}from Python, hf_optim.run_of(model).state(step).teacher takes any module",
+        )
+    return source, config, cls
+
+
+@contextlib.contextmanager
+def _teacher_errors(source: str, label: str) -> Iterator[None]:
+    """Name the step and the teacher in errors of loading it."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{label}: the teacher {source!r} cannot be loaded: {error}") from error
     except (OSError, ModelError) as error:

@@ -96,7 +96,9 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
             return example
         raise NoInputsError(
             f"{type(model).__name__} reads {main!r}, for which there are no dummy inputs: pass calibration batches, "
-            "calibration=[{name: tensor, ...}], of which the first serves to trace the model"
+            "calibration=[{name: tensor, ...}], of which the first serves to trace the model",
+            cli=f"{type(model).__name__} reads {main!r}, for which there are no dummy inputs: pass --calibration DATA "
+            f"with a column {main!r}, of which the first row serves to trace the model",
         )
     parameters = inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder and ("decoder_input_ids" in parameters or main in TEXT_INPUTS):

@@ -8,9 +8,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ...errors import ModelError
 from ...trust.patterns import compile_pattern
 from .experts import ExpertLinear
 from .linear_layers import is_linear
+
+
+class PatternError(ModelError):
+    """A pattern of ``targets`` or ``skip`` selects nothing, or its regular expression is refused."""
 
 
 def match(
@@ -26,15 +31,15 @@ def match(
     ``Linear`` selects every linear layer, including ``Conv1D`` and ``ExpertLinear``; any other name selects the class
     and its subclasses.
 
-    Raises ``ValueError`` if a pattern of ``targets`` or ``skip`` selects nothing, unless it is also in ``optional``, or
-    if ``trust.patterns`` refuses its regular expression. The message lists those patterns with the nearest names.
+    Raises ``PatternError`` if a pattern of ``targets`` or ``skip`` selects nothing, unless it is also in ``optional``,
+    or if ``trust.patterns`` refuses its regular expression. The message lists those patterns with the nearest names.
     """
     modules = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
     targets, skip, optional = list(targets), list(skip), set(optional)
     selected = {pattern: _select(modules, pattern) for pattern in (*targets, *skip)}
     missing = [pattern for pattern, found in selected.items() if not found and pattern not in optional]
     if missing:
-        raise ValueError("nothing matches " + "; ".join(_nearest(modules, pattern) for pattern in missing))
+        raise PatternError("nothing matches " + "; ".join(_nearest(modules, pattern) for pattern in missing))
     wanted = set().union(*(selected[pattern] for pattern in targets))
     unwanted = set().union(*(selected[pattern] for pattern in skip))
     return [name for name in modules if name in wanted and name not in unwanted]
@@ -43,7 +48,10 @@ def match(
 def _select(modules: Mapping[str, nn.Module | None], pattern: str) -> set[str]:
     """Return the names that one pattern selects."""
     if pattern.startswith("re:"):
-        expression = compile_pattern(pattern[3:])
+        try:
+            expression = compile_pattern(pattern[3:])
+        except ValueError as error:
+            raise PatternError(str(error)) from error
         return {name for name in modules if expression.match(name)}
     return {
         name

@@ -106,7 +106,7 @@ def as_trace(source: nn.Module | Trace) -> Trace:
 
 
 def _trace_fake(model: nn.Module, inputs: dict[str, Any], args: tuple[Any, ...], tolerant: bool = False) -> Trace:
-    with _silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
+    with silent_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
         copied = copy_with_tensors(model, empty_on_cpu, {**CONFIG, "_experts_implementation": "batched_mm"})
         _add_missing_weights(copied)
         inputs, args = _map_tensors(inputs, empty_on_cpu), _map_tensors(args, empty_on_cpu)
@@ -175,7 +175,7 @@ def _map_tensors(tree: Any, convert: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _silent_fakes() -> Iterator[None]:
+def silent_fakes() -> Iterator[None]:
     """Silence PyTorch's log of operations that fake tensors cannot run: a real forward follows."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True

@@ -33,7 +33,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert
 from hf_optim.toolkit.modules import eval_mode, rounding_tolerance, transplant
-from hf_optim.toolkit.topology import dummy_inputs
+from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
 from . import _windowed_attention
 
@@ -75,6 +75,18 @@ class Local(Technique):
         default=4096,
     )
 
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        refuse_cross_attention(model.config, label)
+        try:
+            inputs = dummy_inputs(model)
+        except NoInputsError:
+            return  # calibration data may have them
+        if len(inputs) > 1:
+            raise ModelError(
+                f"{label}: {type(model).__name__} reads {' and '.join(inputs)} in parts with attention of their own; "
+                "local attention is for decoder-only and encoder-only models"
+            )
+
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         refuse_cross_attention(run.config, run.label(self))
@@ -88,7 +100,6 @@ class Local(Technique):
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
         model, label = run.model, run.label(self)
-        refuse_cross_attention(model.config, label)
         inputs = dummy_inputs(model)
         full = hidden_states(model, inputs)
         causal = is_causal(model, inputs, full)

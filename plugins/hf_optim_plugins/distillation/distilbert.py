@@ -104,6 +104,12 @@ class DistilBERT(Distillation):
     def reload(self) -> Reload:
         return self.spec.reload if self.token_types else Reload.STOCK_ARCH
 
+    def training_teacher(self) -> str:
+        return "self"
+
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        self._kept_layers(model, label)
+
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
         teacher, label = run.model, run.label(self)

@@ -18,7 +18,7 @@ A sparse model of the teacher's own shape learns more from every token if its bl
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,9 @@ from ._squarehead import squarehead_items, squarehead_term
 from ._teacher import Distillation
 
 if TYPE_CHECKING:
-    from hf_optim import Card, Run
+    from transformers import PreTrainedModel
+
+    from hf_optim import Card, Run, Technique
 
 # In nats. Rounding alone makes two equal models differ by less.
 NO_DIVERGENCE = 1e-7
@@ -124,6 +126,27 @@ class LogitKD(Distillation):
     def phases(self) -> frozenset[Phase]:
         # The copy that transform_model takes changes nothing, so the step may come after steps that calibrate.
         return frozenset({Phase.TRAIN})
+
+    def training_teacher(self) -> str | None:
+        return self.teacher
+
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        if losses.head_kind(model) != "classes" and self.top_k is not None:
+            predicts = "a number" if losses.head_kind(model) == "regression" else "labels that hold each by itself"
+            raise ModelError(
+                f"{label}: {type(model).__name__} predicts {predicts}, so it has no most probable classes: leave out "
+                "top_k and cache"
+            )
+
+    def check_training(self, model: PreTrainedModel, stage: Sequence[Technique], labels: bool, label: str) -> None:
+        if self.teacher is None:
+            raise _no_teacher(label)
+        if self.teacher != SELF:
+            teachers.require_same_classes(model, teachers.load_skeleton(self.teacher, label), label)
+            if model.main_input_name == "input_ids":
+                teachers.require_same_tokenizer(model.config._name_or_path, self.teacher, label)
+        elif len(stage) == 1 and (self.alpha == 1.0 or not labels):
+            raise _no_difference(label)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     @hookimpl(tryfirst=True)
@@ -234,14 +257,8 @@ class LogitKD(Distillation):
     # -- checks -------------------------------------------------------------------------------------------------------
     def head(self, run: Run) -> losses.Head:
         """Return what the model predicts. Raises ``ModelError`` if ``top_k`` is set and it does not predict classes."""
-        head = losses.head_kind(run.model)
-        if head != "classes" and self.top_k is not None:
-            predicts = "a number" if head == "regression" else "labels that hold each by itself"
-            raise ModelError(
-                f"{run.label(self)}: {type(run.model).__name__} predicts {predicts}, so it has no most probable "
-                "classes: leave out top_k and cache"
-            )
-        return head
+        self.check_model(run.model, run.label(self))
+        return losses.head_kind(run.model)
 
     def check_student(self, run: Run) -> None:
         """Raise ``ModelError`` or ``RecipeError`` for a student that cannot learn from this teacher."""
@@ -258,11 +275,7 @@ class LogitKD(Distillation):
         teacher = getattr(run.state(self), "teacher", None)
         alone = run.stage is not None and len(run.stage.steps) == 1
         if self.teacher == SELF and alone and teacher is not None and teachers.is_copy(run.model, teacher):
-            raise RecipeError(
-                f"{run.label(self)}: with teacher: self, another step of the same stage must change the model; "
-                "otherwise student and teacher are identical and the loss is zero: put the step that changes it into "
-                "the same stage, or name a teacher"
-            )
+            raise _no_difference(run.label(self))
 
     def _check_first_batch(self, run: Run, term: Tensor, nothing: float, task_loss: Tensor | None) -> None:
         """Warn once if teacher and student gave the same outputs, a term of at most ``nothing``."""
@@ -283,10 +296,7 @@ class LogitKD(Distillation):
         own, label = run.state(self), run.label(self)
         if getattr(own, "teacher", None) is None:
             if self.teacher in (None, SELF):
-                raise ModelError(
-                    f"{label} has no teacher: give `teacher:` a path or Hub id, or set "
-                    "hf_optim.run_of(model).state(step).teacher to a module before training"
-                )
+                raise _no_teacher(label)
             own.teacher = own.loaded = teachers.load(self.teacher, label)
         teachers.require_same_classes(run.model, own.teacher, label)
         if self.teacher != SELF:
@@ -304,6 +314,21 @@ class LogitKD(Distillation):
                 "the tokenizers of teacher and student could not be compared, since one of them was not found; their "
                 "vocabularies have the same size",
             )
+
+
+def _no_teacher(label: str) -> ModelError:
+    remedy = f"{label} has no teacher: give `teacher:` a path or Hub id"
+    return ModelError(
+        f"{remedy}, or set hf_optim.run_of(model).state(step).teacher to a module before training", cli=remedy
+    )
+
+
+def _no_difference(label: str) -> RecipeError:
+    return RecipeError(
+        f"{label}: with teacher: self, another step of the same stage must change the model; otherwise student and "
+        "teacher are identical and the loss is zero: put the step that changes it into the same stage, or name a "
+        "teacher"
+    )
 
 
 @hookimpl

@@ -124,15 +124,23 @@ class Upcycle(Technique):
         if self.top_k > self.experts:
             raise RecipeError(f"upcycle: top_k ({self.top_k}) cannot exceed experts ({self.experts})")
 
-    @hookimpl
-    def transform_model(self, run: Run) -> PreTrainedModel:
-        dense, label = run.model, run.label(self)
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        self._target(model, label)
+
+    def _target(self, dense: PreTrainedModel, label: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+        """Return the class and the configuration of the mixture. Raises ``ModelError`` if there is none."""
         native = find_native(dense, self.every, label)
         config_class = transplant.config_class_of(native.model_type)
         config = transplant.translate_config(dense.config, config_class, **native.fields(dense.config, self))
         target = transplant.find_counterpart(type(dense), type(dense.config), config_class)
         if target is None:
             raise ModelError(f"{label}: transformers has no {native.model_type} class for {type(dense).__name__}")
+        return target, config
+
+    @hookimpl
+    def transform_model(self, run: Run) -> PreTrainedModel:
+        dense, label = run.model, run.label(self)
+        target, config = self._target(dense, label)
         if dense.dtype == torch.float64:
             config._experts_implementation = "eager"  # PyTorch's fused kernels do not support float64
         model, spare = transplant.transplant(dense, target, config)

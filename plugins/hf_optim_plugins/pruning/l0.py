@@ -24,19 +24,22 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_optim import ModelError, Paper, Reload, hookimpl, option, technique
+from hf_optim import ModelError, Paper, Reload, Scope, hookimpl, option, technique
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     gated_layers,
     hard_concrete,
+    masked_layers,
     masks,
 )
-from hf_optim.toolkit.topology import find_prunable_groups
+from hf_optim.toolkit.topology import PrunableGroups, find_prunable_groups
 
 from . import _recompute
 from ._learned_noise import CONTRACT, LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_optim import Run
 
 
@@ -115,15 +118,30 @@ class L0(LearnedNoise):
         return {"l0": 1}  # of the weights, not of the batch
 
     # -- gates --------------------------------------------------------------------------------------------------------
-    def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
-        units = [] if self.on == "weights" else find_prunable_groups(topology.trace(run.model))
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        selected = Scope("", model, model).select(self.targets, self.skip)
+        self._units(model, *masked_layers.select_supported(model, selected), label)
+
+    def _units(
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, nn.Module],
+        skipped: Mapping[str, list[str]],
+        label: str,
+    ) -> list[PrunableGroups]:
+        """Return the groups that get gates, if not the weights get them. Raises ``ModelError`` if nothing would."""
+        units = [] if self.on == "weights" else find_prunable_groups(topology.trace(model))
         units = [group for group in units if group.kind == self.on and group.consumer in layers]
         if not (layers if self.on == "weights" else units):
             why = topology.summarize(skipped)
             raise ModelError(
-                f"{run.label(self)}: {type(run.model).__name__} has no {self.on} that could have gates; check targets "
-                f"and skip{f' ({why})' if why else ''}"
+                f"{label}: {type(model).__name__} has no {self.on} that could have gates; check targets and skip"
+                f"{f' ({why})' if why else ''}"
             )
+        return units
+
+    def attach(self, run: Run, layers: Mapping[str, nn.Module], skipped: Mapping[str, list[str]]) -> dict[str, Any]:
+        units = self._units(run.model, layers, skipped, run.label(self))
         start = hard_concrete.initial_log_alpha(self.initial)
         if self.on == "weights":
             run.cover(self, layers, skipped)

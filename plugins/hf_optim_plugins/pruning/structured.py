@@ -139,6 +139,14 @@ class Structured(Technique):
     def changes_architecture(self) -> bool:
         return True
 
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        prunable = self._prunable(model, label)
+        blocks = self._removable_blocks(model, label)
+        removed = self._select_blocks(model, dict.fromkeys(blocks, 0.0), label)
+        # Which layers go is not known yet; those that stay have the widths of all.
+        for units in prunable if not removed else ():
+            self._n_keep(units, label)
+
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         model, label = scope.model, run.label(self)

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_optim import Contract, compressed, traits
+from hf_optim import Contract, Scope, compressed, traits
 from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import GridSpec, fit_group_size
 
 if TYPE_CHECKING:
-    from hf_optim import Card, Run, Scope
+    from hf_optim import Card, Run
 
 # Floating-point weights become quantized ones; zeros stay zero.
 QUANTIZES = Contract(
@@ -37,6 +37,14 @@ def select_layers(step: Any, run: Run, scope: Scope, **options: Any) -> tuple[di
     layers, skipped = compressed.storable(scope, step.targets, step.skip, label=run.label(step), **options)
     require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(step))
     return layers, skipped
+
+
+def require_storable(step: Any, model: Any, label: str, integer: bool = True) -> None:
+    """Raise ``ModelError`` for experts that a technique for linear layers alone could not leave as they are.
+
+    For ``check_model`` of techniques whose ``select_layers`` has no ``experts``.
+    """
+    compressed.storable(Scope("", model, model), step.targets, step.skip, integer, label)
 
 
 def weight_spec(

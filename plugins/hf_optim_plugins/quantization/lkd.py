@@ -52,7 +52,7 @@ from hf_optim.toolkit.quantization import (
 )
 
 from . import _recompute
-from ._weights import select_layers, weight_spec
+from ._weights import require_storable, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -145,6 +145,9 @@ class LKD(Technique):
     def phases(self) -> frozenset[Phase]:
         # The check in transform_model changes nothing, so the step may come after steps that calibrate.
         return frozenset({Phase.CALIBRATE})
+
+    def check_model(self, model: Any, label: str) -> None:
+        require_storable(self, model, label)
 
     @hookimpl
     def transform_model(self, run: Run) -> None:

@@ -35,7 +35,7 @@ from torch import nn
 from hf_optim import Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, GridSpec, storable_scale
 
-from ._weights import QUANTIZES, select_layers
+from ._weights import QUANTIZES, require_storable, select_layers
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -66,6 +66,9 @@ class LLMInt8(Technique):
 
     def needs_data(self) -> bool:
         return False
+
+    def check_model(self, model: Any, label: str) -> None:
+        require_storable(self, model, label)
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

@@ -62,7 +62,7 @@ from hf_optim.toolkit.topology import find_residual_stream, not_reached
 
 from . import _recompute
 from ._activation_code import Grids, code_of, install, select_unshared
-from ._weights import QUANTIZES
+from ._weights import QUANTIZES, require_storable
 
 if TYPE_CHECKING:
     from hf_optim import Card
@@ -117,6 +117,10 @@ class MixedPrecision(Technique):
 
     def needs_whole_model(self) -> bool:
         return True
+
+    def check_model(self, model: Any, label: str) -> None:
+        if self.sites != "all":
+            require_storable(self, model, label, integer=self.bits is not None)
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

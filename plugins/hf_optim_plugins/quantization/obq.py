@@ -39,16 +39,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from hf_optim import ModelError, Paper, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim import ModelError, Paper, Reload, Scope, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, make_grid, output_error, quantize_greedily
 from hf_optim.toolkit.statistics import GramMatrix, SecondMoment
 from hf_optim.toolkit.topology import group_by_block, not_reached
 
 from . import _recompute
-from ._weights import QUANTIZES, add_worst_layers, report_errors, select_layers, weight_spec
+from ._weights import QUANTIZES, add_worst_layers, report_errors, require_storable, select_layers, weight_spec
 
 if TYPE_CHECKING:
-    from hf_optim import Card, Run, Scope
+    from hf_optim import Card, Run
 
 log = logging.getLogger(__name__)
 # In seconds. A layer expected to take longer is announced.
@@ -97,10 +97,16 @@ class OBQ(Technique):
     memory: float = option(1.0, above=0.0)
     widest: int = option(4096, low=1)
 
+    def check_model(self, model: Any, label: str) -> None:
+        require_storable(self, model, label)
+        for name, layer in Scope("", model, model).select(self.targets, self.skip).items():
+            self._require_narrow(name, layer, label)
+
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         layers, skipped = select_layers(self, run, scope)
-        self._refuse_wide(run, scope)
+        for name, layer in scope.select(self.targets, self.skip).items():
+            self._require_narrow(name, layer, run.label(self))
         run.cover(self, [], skipped)
         for part in group_by_block(scope.model, layers) if scope.whole else [layers]:
             with SecondMoment(part, run.label(self), getattr(torch, self.precision)) as grams:
@@ -110,15 +116,14 @@ class OBQ(Technique):
                     self._quantize(run, name, layer, grams[name])
             run.cover(self, [], not_reached(part, grams))
 
-    def _refuse_wide(self, run: Run, scope: Scope) -> None:
-        for name, layer in scope.select(self.targets, self.skip).items():
-            if isinstance(layer, nn.Linear) and layer.in_features > self.widest:
-                rows, columns = layer.weight.shape
-                raise ModelError(
-                    f"{run.label(self)}: {name} has {columns} inputs, more than widest: {self.widest}. Its {rows} rows "
-                    f"would take {rows * columns**3 / 3:.1e} multiplications. Raise widest, skip the layer, or use a "
-                    "technique with one order of columns for all rows"
-                )
+    def _require_narrow(self, name: str, layer: nn.Module, label: str) -> None:
+        if isinstance(layer, nn.Linear) and layer.in_features > self.widest:
+            rows, columns = layer.weight.shape
+            raise ModelError(
+                f"{label}: {name} has {columns} inputs, more than widest: {self.widest}. Its {rows} rows would take "
+                f"{rows * columns**3 / 3:.1e} multiplications. Raise widest, skip the layer, or use a technique with "
+                "one order of columns for all rows"
+            )
 
     def _quantize(self, run: Run, name: str, layer: nn.Linear, gram: GramMatrix) -> None:
         # A copy, because storing writes into the weight.

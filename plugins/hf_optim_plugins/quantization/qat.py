@@ -44,7 +44,7 @@ from hf_optim.toolkit.quantization import (
 from hf_optim.toolkit.topology import summarize
 
 from . import _recompute
-from ._weights import QUANTIZES, bits_phrase, keep_bits, report_bits, weight_spec
+from ._weights import QUANTIZES, bits_phrase, keep_bits, report_bits, require_storable, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -138,6 +138,13 @@ class QAT(Technique):
     def implements(self, hook: str) -> bool:
         # Without its own learning rate, a learned scale is an ordinary parameter of the Trainer.
         return super().implements(hook) and (hook != "parameter_groups" or self.scale_learning_rate is not None)
+
+    def training_bytes(self, width: int) -> float:
+        # The rounded weight, where it was not clamped, and for learned scales their slope.
+        return 1.0 + (2.0 if self.learn_scales else 1.0) * width
+
+    def check_model(self, model: Any, label: str) -> None:
+        require_storable(self, model, label, integer=self.format == "int" and self.bits is not None)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:

@@ -81,7 +81,7 @@ from hf_optim.toolkit.statistics import (
 from hf_optim.toolkit.topology import group_by_block
 
 from . import _recompute
-from ._weights import QUANTIZES, select_layers, weight_spec
+from ._weights import QUANTIZES, require_storable, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -159,6 +159,9 @@ class QBERT(Technique):
 
     def needs_whole_model(self) -> bool:
         return True
+
+    def check_model(self, model: Any, label: str) -> None:
+        require_storable(self, model, label)
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

@@ -35,7 +35,7 @@ from hf_optim import Contract, Paper, RecipeError, Reload, Technique, compressed
 from hf_optim.toolkit.quantization import Grid, GridSpec, fit_group_size, make_grid
 
 from . import _recompute
-from ._weights import QUANTIZES, keep_bits, report_bits, select_layers, weight_spec
+from ._weights import QUANTIZES, keep_bits, report_bits, require_storable, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -89,6 +89,9 @@ class ZeroQuant(Technique):
 
     def needs_data(self) -> bool:
         return False
+
+    def check_model(self, model: Any, label: str) -> None:
+        require_storable(self, model, label)
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hf_optim import ModelError, Technique
+from hf_optim import ModelError, Scope, Technique
 from hf_optim.toolkit.pruning import masked_layers, masks
 from hf_optim.toolkit.topology import require_layers, weight_out_in
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_optim import Run
 
 
@@ -25,6 +27,25 @@ class MaskedTraining(Technique):
         """Return the selected layers that the masks fit, and the names of the others, by reason."""
         return dict(layers), {}
 
+    def training_bytes(self, width: int) -> float:
+        return 1.0 + width  # a mask, and the masked weight that the backward pass reads
+
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        self._supported(model, Scope("", model, model).select(self.targets, self.skip), label)
+
+    def _supported(
+        self, model: PreTrainedModel, selected: Mapping[str, nn.Module], label: str
+    ) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+        """Return the selected layers that can be trained with masks, and the names of the others, by reason."""
+        found, skipped = self.eligible(selected)
+        try:
+            found, others = masked_layers.select_supported(model, found)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
+        skipped |= others
+        require_layers(found, model, label, skipped)
+        return found, skipped
+
     def prepare(self, run: Run) -> dict[str, masked_layers.MaskedLayer]:
         """Return the layers in training by name; the first call attaches them.
 
@@ -35,13 +56,7 @@ class MaskedTraining(Technique):
         if layers := masked_layers.masked_layers(run.model):
             return layers
         label = run.label(self)
-        found, skipped = self.eligible(run.select(self.targets, self.skip))
-        try:
-            found, others = masked_layers.select_supported(run.model, found)
-        except ModelError as error:
-            raise ModelError(f"{label}: {error}") from error
-        skipped |= others
+        found, skipped = self._supported(run.model, run.select(self.targets, self.skip), label)
         run.cover(self, found, skipped)
-        require_layers(found, run.model, label, skipped)
         masks.require_finite({f"{name}.weight": weight_out_in(layer) for name, layer in found.items()}, label)
         return {name: masked_layers.attach_masks(layer) for name, layer in found.items()}

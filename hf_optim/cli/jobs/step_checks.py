@@ -1,0 +1,95 @@
+"""Check which layers the steps of a recipe find to work on in a model without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ...compressed.storability import storable
+from ...errors import ModelError
+from ...recipes.config import OptimConfig
+from ...recipes.contract import Reload
+from ...recipes.technique import Technique
+from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
+from ...runs.scope import Scope
+from ...toolkit import topology
+from ...toolkit.quantization.grids import fit_group_size
+
+
+def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
+    """Check that the steps find layers to work on; return warnings about settings that will be adjusted."""
+    notes: list[str] = []
+    for position, step in enumerate(recipe.steps):
+        if step.changes_architecture():
+            break  # later steps work on another model
+        label = f"step {position + 1} ({step.name})"
+        _require_targets(step, model, label)
+        if QUANTIZED in step.contract().adds and step.reload() == Reload.STOCK_FORMAT:
+            if recipe.driver == "streamed" and topology.has_experts(model):
+                _check_streamed_experts(recipe, step, model, label)
+            notes += _check_layers(step, model, label)
+    if recipe.driver in ("streamed", "blockwise") and not topology.blocks(model):
+        raise ModelError(f"driver {recipe.driver}: no sequence of blocks was found in {type(model).__name__}")
+    needs_data = any(step.implements("calibrate") and step.needs_data() for step in recipe.steps)
+    if recipe.driver in ("streamed", "blockwise") and needs_data and (reason := topology.exchanged_state(model)):
+        raise ModelError(f"driver {recipe.driver}: {reason}, so blocks cannot run alone; use driver: whole_model")
+    return notes
+
+
+def _require_targets(step: Technique, model: nn.Module, label: str) -> None:
+    targets = getattr(step, "targets", None)
+    if not isinstance(targets, tuple) or not all(isinstance(target, str) for target in targets):
+        return
+    try:
+        # Any module counts: targets of a step need not be linears (embeddings, norms).
+        everything = {**dict(model.named_modules()), **topology.linears(model)}
+        topology.match(everything, targets, tuple(getattr(step, "skip", ())))
+    except ValueError as error:
+        raise ModelError(f"{label}: {error} in {type(model).__name__}") from error
+
+
+def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
+    """Check which layers a quantizing step can store, and in what groups. Models with experts have other rules."""
+    if topology.has_experts(model):
+        return []
+    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
+    scope = Scope("", model, model)
+    try:
+        layers, skipped = storable(scope, targets, skip, label=label)
+    except ValueError as error:
+        raise ModelError(f"{label}: {error}") from error
+    if not layers:
+        why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(skipped.items()))
+        raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or 'No module matched'}")
+    notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
+    group_size = getattr(step, "group_size", None)
+    return notes + (list(_adjusted_groups(layers, group_size, label)) if group_size else [])
+
+
+def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, label: str) -> None:
+    """Refuse experts that stock transformers cannot read, and experts of several schemes, before a block is read."""
+    if any(BITS_ASSIGNED in other.contract().adds for other in recipe.steps):
+        raise ModelError(
+            f"{label}: other bits are assigned to other layers. Stock transformers decodes the experts of all blocks "
+            "by one scheme, which the streamed driver cannot know when it writes the first block; use driver: blockwise"
+        )
+    integer = getattr(step, "format", "int") == "int" and getattr(step, "bits", 8) is not None
+    targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
+    symmetric = getattr(step, "symmetric", True)
+    storable(Scope("", model, model), targets, skip, integer, label, experts=True, symmetric=symmetric)
+
+
+def _adjusted_groups(layers: dict[str, nn.Linear], group_size: int, label: str) -> Iterator[str]:
+    adjusted: dict[tuple[int, int], list[str]] = {}
+    for name, layer in layers.items():
+        size = fit_group_size(layer.in_features, group_size)
+        if size != min(group_size, layer.in_features):
+            adjusted.setdefault((layer.in_features, size), []).append(name)
+    for (width, size), names in sorted(adjusted.items()):
+        yield f"{label}: group_size {group_size} does not divide the {width} inputs of {_few(names)}: groups of {size}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
