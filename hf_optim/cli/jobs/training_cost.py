@@ -33,9 +33,8 @@ def _adam(parameters: list[nn.Parameter]) -> int:
 
 def _adafactor(parameters: list[nn.Parameter]) -> int:
     """Return the bytes of the row and column means; vectors have one number for each weight. All float32."""
-    return 4 * sum(
-        p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel() for p in parameters
-    )
+    means = (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel() for p in parameters)
+    return 4 * sum(means)
 
 
 def _one_moment(parameters: list[nn.Parameter]) -> int:
@@ -196,10 +195,10 @@ def _checkpoints(training: Mapping[str, Any], steps: int | None) -> tuple[int | 
         return 0, 0, 0
     if strategy == "epoch":
         written = math.ceil(float(settings.get("num_train_epochs", 3.0)))
+    elif steps is not None:
+        written = math.ceil(steps / math.ceil(every * steps if every < 1 else every))
     elif every < 1:
-        written = int(1 / every)
-    elif steps is None:
-        return None, limit, limit + 1
+        written = math.ceil(1 / every)
     else:
-        written = -(-steps // int(every))
+        return None, limit, limit + 1
     return written, min(written, limit), min(written, limit + 1)
