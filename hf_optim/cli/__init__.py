@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..errors import MAX_MESSAGE, OptimError, printable
+from ..errors import MAX_MESSAGE, OptimError, cli_message, printable
 
 # Name -> help. Each command is a module of this package with ``EXAMPLE``, ``arguments(parser)`` and
 # ``run(args) -> int``. Heavy imports are inside ``run``, so that `hf-optim list` does not wait for those of `compress`.
@@ -25,7 +25,10 @@ COMMANDS = {
     "bench": "benchmark the kernels against other libraries, or the decoding of a whole model",
     "demo": "run the whole workflow on a bundled model, on a CPU, in about a minute",
 }
-STATUS = "exit status: 0 success, 1 `check --json` refuses the recipe, 2 error (one line on standard error)"
+STATUS = (
+    "exit status: 0 success; 1 `check` refuses the recipe; 2 an error, the command did not do its work (one line on "
+    "standard error); 130 interrupted"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def execute(args: argparse.Namespace) -> int:
             sys.stdout = None  # type: ignore[assignment]
             return 0
         except OptimError as error:
-            return _print_error(error, str(error), args.verbose)
+            return _print_error(error, cli_message(error), args.verbose)
         except Exception as error:
             hint = "" if args.verbose else " (-v shows the traceback)"
             return _print_error(error, f"{type(error).__name__}: {error}{hint}", args.verbose)

@@ -26,7 +26,7 @@ from .options import (
 from .table import print_line, print_table
 
 if TYPE_CHECKING:
-    from .jobs.preflight import Plan
+    from .jobs.plan import Plan
 
 EXAMPLE = "hf-optim check my-recipe.yaml --model meta-llama/Llama-3.2-1B"
 REFUSED = 1
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, recipe: OptimConfig) -> Plan:
-    from .jobs.preflight import Plan
+    from .jobs.plan import Plan
 
     return Plan(source_from_args(args), recipe, training_from_args(args, recipe.calibration), args.dense, args.device)
 
@@ -105,7 +105,7 @@ def check(source: Any, model: str | None = None, trust_remote_code: bool = False
     if model is None:
         return examine(recipe, None)
     from ..checkpoints.source import ModelSource
-    from .jobs.preflight import Plan
+    from .jobs.plan import Plan
 
     return examine(recipe, Plan(ModelSource(str(model), trust_remote_code=trust_remote_code), recipe))
 

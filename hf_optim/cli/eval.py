@@ -48,10 +48,12 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
 
     from ..checkpoints.source import load_model, load_processor, resolve_device
     from ..compressed.packed.accelerate import accelerate
+    from ..data.datasets import require_readable
     from ..evaluation.evaluate import evaluate
     from ..runs.memory import PeakMemory
 
     source = source_from_args(args)
+    require_readable(data)
     device = resolve_device(args.device) or torch.device("cpu")
     with PeakMemory(device) as memory:
         model = load_model(source).to(device)

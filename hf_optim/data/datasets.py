@@ -79,6 +79,12 @@ def load_examples(config: DataConfig, *, limit: int | None = None) -> Iterable[d
     return islice(examples, limit)
 
 
+def require_readable(config: DataConfig) -> None:
+    """Raise ``DataError`` unless the dataset has a first example that can be read: before hours of other work."""
+    if next(iter(load_examples(config, limit=1)), None) is None:
+        raise DataError(f"{config.dataset}: no rows")
+
+
 def load_texts(config: DataConfig) -> Iterator[str]:
     """Yield the non-empty texts of a dataset, in order. Raises ``DataError``."""
     examples = iter(load_examples(config))

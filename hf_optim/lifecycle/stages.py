@@ -318,5 +318,5 @@ def require_inputs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]])
             )
             raise DataError(
                 f"{found}pass batches with all of them, calibration=[{{...}}]",
-                cli=f"{found}pass --calibration DATA with a column for each of them, or random",
+                cli=f"{found}pass --calibration DATA with a column for each of them",
             )

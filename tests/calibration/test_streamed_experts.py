@@ -14,6 +14,7 @@ from hf_optim import Contract, ModelError, Reload, Technique, hookimpl, techniqu
 from hf_optim.calibration.streamed import driver
 from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli.jobs import preflight
+from hf_optim.cli.jobs.plan import Plan
 from hf_optim.compressed.experts import expert_schemes
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
@@ -142,8 +143,7 @@ def test_the_state_file_of_a_block_has_no_decoded_weights(homes, tmp_path, monke
 # -- refusals ----------------------------------------------------------------------------------------------------------
 def look(home, *steps):
     source, recipe = ModelSource(str(home)), recipe_of(steps, "streamed")
-    preflight.check_recipe(source, recipe)
-    return preflight.preflight(source, recipe)
+    return preflight.preflight(Plan(source, recipe))
 
 
 def test_experts_that_stock_cannot_read_are_refused_before_a_block_is_read(homes, tmp_path):

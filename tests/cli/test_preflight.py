@@ -16,7 +16,8 @@ from hf_optim import CheckpointError, ModelError, OptimConfig
 from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli import main
 from hf_optim.cli.check import check
-from hf_optim.cli.jobs import preflight
+from hf_optim.cli.jobs import preflight, room
+from hf_optim.cli.jobs.plan import Plan
 from hf_optim.errors import OptimError
 from hf_optim.runs.memory import host_memory
 
@@ -39,9 +40,7 @@ def model(sound, tmp_path):
 
 def look(home, recipe=None, output=None):
     recipe = OptimConfig.parse(STREAMED if recipe is None else recipe)
-    source = ModelSource(str(home))
-    preflight.check_recipe(source, recipe)
-    return preflight.preflight(source, recipe, output)
+    return preflight.preflight(Plan(ModelSource(str(home)), recipe), output)
 
 
 def shard_with(home, name):
@@ -184,13 +183,13 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_not_enough_space_for_the_result(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
     with pytest.raises(CheckpointError, match=r"not enough space for the result at .*out: about .* are needed, 5"):
         look(model, output=tmp_path / "out")
 
 
 def test_not_enough_space_to_spill(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 5000, 5000))
     recipe = {"steps": [{"technique": "gptq"}], "calibration": {"seq_len": 64}}
     with pytest.raises(CheckpointError, match="not enough space for the activations that are spilled"):
         look(model, {**STREAMED, **recipe, "spill": str(tmp_path)})
@@ -201,7 +200,7 @@ def test_not_enough_space_to_spill(model, tmp_path, monkeypatch):
     [("blockwise", None, "--driver streamed"), ("streamed", None, "--spill"), ("streamed", ".", "fewer")],
 )
 def test_not_enough_memory_says_what_would_do(model, monkeypatch, driver, spill, remedy):
-    monkeypatch.setattr(preflight, "host_memory", lambda: 10**6)
+    monkeypatch.setattr(room, "host_memory", lambda: 10**6)
     recipe = {"steps": [RTN], "driver": driver, **({"spill": spill} if spill else {})}
     with pytest.raises(ModelError, match=rf"driver {driver} needs about .* of memory.*{remedy}"):
         look(model, recipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,7 @@ from ...evaluation.reported import format_bytes
 from ...recipes.composition import Stage
 from ...toolkit import topology
 from ...toolkit.topology.linear_layers import features
-
-if TYPE_CHECKING:
-    from .preflight import Plan
+from .plan import Plan
 
 
 def calibration_tokens(plan: Plan) -> int:

@@ -23,8 +23,8 @@ from ...checkpoints.atomic import require_replaceable
 from ...checkpoints.remote_code import written_code
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.calibration_set import CalibrationData
-from ...data.datasets import load_examples
-from ...errors import CheckpointError, DataError, OptimError
+from ...data.datasets import require_readable
+from ...errors import CheckpointError, OptimError
 from ...evaluation.evaluate import compare
 from ...evaluation.sizes import bytes_on_disk
 from ...lifecycle.loading import optimize
@@ -40,7 +40,8 @@ from ...toolkit.checkpoint.model_config import model_class
 from ...toolkit.checkpoint.placement import NewHeads
 from ...training.fit import train_stage
 from ...trust.code import is_written_by_run, may_run
-from .preflight import Findings, Plan, preflight, read_calibration
+from .plan import Plan
+from .preflight import Findings, preflight, read_calibration
 from .streamed import StreamedJob
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,9 @@ def compress(job: Job) -> Run:
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
     _refuse_output(job)
-    _refuse_unreadable(job.evaluation)
-    _refuse_unreadable(job.training)
+    for data in (job.evaluation, job.training):
+        if data is not None and data.dataset != "random":
+            require_readable(data)
     found = preflight(job.plan, job.output)
     _note_default_epochs(job)
     with locked(job.output) if distributed.is_main() else contextlib.nullcontext():
@@ -258,11 +260,6 @@ def _note_default_epochs(job: Job) -> None:
     for stage in job.recipe.stages:
         if stage.trains and not (job.recipe.training or {}).keys() & {"max_steps", "num_train_epochs"}:
             log.info("%s trains for 3 epochs: the recipe names no max_steps and no num_train_epochs", stage)
-
-
-def _refuse_unreadable(data: DataConfig | None) -> None:
-    if data is not None and next(iter(load_examples(data, limit=1)), None) is None:
-        raise DataError(f"{data.dataset}: no rows")
 
 
 def _calibration(job: Job, tokenizer: Any, found: Findings) -> CalibrationData | None:

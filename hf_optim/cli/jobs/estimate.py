@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,10 +14,8 @@ from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.quantization.grids import fit_group_size
 from .calibration_cost import calibration_cost, calibration_tokens
+from .plan import Plan
 from .training_cost import training_cost
-
-if TYPE_CHECKING:
-    from .preflight import Plan
 
 # Python, torch and transformers themselves, as measured; the estimates of host memory include it.
 INTERPRETER = 600 * 2**20
@@ -26,12 +24,6 @@ INTERPRETER = 600 * 2**20
 def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
     """Return the traits of a model before optimization, as far as its configuration determines them."""
     return {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
-
-
-def bytes_per_weight(config: PreTrainedConfig) -> int:
-    """Return the bytes of a weight in the dtype of a configuration; of float32 if that names none."""
-    dtype = getattr(config, "dtype", None)  # a value of config.json, which may be anything
-    return (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
 
 
 def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: int | None = None) -> dict[str, Any]:

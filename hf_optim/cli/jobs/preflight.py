@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ...checkpoints.source import ModelSource, load_processor, resolve_device
+from ...checkpoints.source import load_processor
 from ...data.calibration_set import CalibrationData, build_calibration_data
 from ...data.datasets import is_local
 from ...data.tasks import task_of_model
 from ...errors import CheckpointError, DataError, ModelError
 from ...lifecycle.stages import require_inputs
 from ...lifecycle.step_checks import require_supported_steps
-from ...recipes.config import DataConfig, OptimConfig
+from ...recipes.config import DataConfig
 from ...recipes.streamable import require_streamable
 from ...recipes.traits import Trait
 from ...runs import distributed
@@ -31,7 +29,8 @@ from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
 from ...training.arguments import require_trainable
 from ...training.fit import RANDOM, TEXT_TASKS, require_tokenizer, require_trainable_stage, training_rows
-from .estimate import bytes_per_weight, estimate, traits_of_config
+from .estimate import estimate, traits_of_config
+from .plan import Plan
 from .room import require_memory, require_space, require_writable
 from .step_checks import check_steps
 
@@ -39,57 +38,6 @@ if TYPE_CHECKING:
     from ...checkpoints.meta_model import MetaModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done with a model.
-
-    Attributes:
-        source: the model.
-        recipe: the recipe, with its calibration data.
-        training: data for stages that train; None takes the calibration data's source.
-        dense: write the dense equivalent instead of a compressed format.
-        device: where it runs; None means CUDA if available.
-    """
-
-    source: ModelSource
-    recipe: OptimConfig
-    training: DataConfig | None = None
-    dense: bool = False
-    device: str | None = None
-
-    @property
-    def training_data(self) -> DataConfig:
-        """The data of stages that train."""
-        return self.training or self.recipe.calibration
-
-    @property
-    def training_arguments(self) -> dict[str, Any]:
-        """The ``TrainingArguments`` of stages that train."""
-        return {**({"use_cpu": True} if self.device == "cpu" else {}), **self.recipe.training}
-
-    @property
-    def resolved_device(self) -> torch.device:
-        """Where it runs."""
-        return resolve_device(self.device) or torch.device("cpu")
-
-    @property
-    def width(self) -> int:
-        """The bytes of a weight."""
-        if self.source.dtype != "auto":
-            return int(getattr(torch, self.source.dtype).itemsize)
-        return bytes_per_weight(self.source.config)
-
-    @property
-    def trains(self) -> bool:
-        """True if a stage of the recipe trains."""
-        return any(stage.trains for stage in self.recipe.stages)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """True if a stage of the recipe needs calibration data."""
-        return any(stage.needs_data for stage in self.recipe.stages)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.placement import NewHeads
 from ...training.fit import train_stage
 from .calibration_cost import duration
-from .preflight import Plan, read_calibration, require_named_data
+from .plan import Plan
+from .preflight import read_calibration, require_named_data
 
 # Training steps after the first one, which allocates: as many as fit into the seconds, within these bounds.
 FEWEST, MOST, SECONDS = 3, 20, 20.0

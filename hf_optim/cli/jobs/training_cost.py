@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,7 @@ from ...toolkit.distillation import teachers
 from ...training.arguments import training_arguments
 from ...training.resume import FEW, OFTEN
 from ...training.step_memory import StepMemory, measure_step
-
-if TYPE_CHECKING:
-    from .preflight import Plan
+from .plan import Plan
 
 # A new allocation rarely fits a freed one exactly. Measured on training of Llamas of 1 to 60 million parameters.
 ALLOCATOR = 1.08

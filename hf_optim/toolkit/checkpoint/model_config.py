@@ -17,7 +17,8 @@ from ...errors import ModelError
 from ...trust.bounds import first_line
 from ...trust.code import may_run, require_no_kernels
 from ...trust.files import require_regular
-from .stock_errors import PASSED, require_bounded, stock_errors
+from ...trust.hub_access import require_findable
+from .stock_errors import PASSED, code_error, needs_code, require_bounded, stock_errors
 
 
 def load_config(source: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
@@ -27,6 +28,7 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
     for files that are not regular files of the checkpoint, and for a configuration that names a kernel on the Hub.
     """
     trusted = may_run(trust_remote_code)
+    require_findable(source, revision)
     if os.path.isdir(source):
         require_regular(Path(source))
     try:
@@ -34,11 +36,8 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
     except PASSED:
         raise
     except Exception as error:  # whatever a value of the configuration led to
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{source} needs model code of its own: if you trust it, pass trust_remote_code=True "
-                "(--trust-remote-code)"
-            ) from error
+        if needs_code(error):
+            raise code_error(source) from error
         raise ModelError(f"no model configuration at {source!r}: {first_line(error)}") from error
     require_bounded(config, source)
     require_no_kernels(source, trusted, revision=revision)

@@ -40,8 +40,21 @@ def stock_errors(source: Any, doing: str = "cannot load") -> Iterator[None]:
 
 def stock_error(error: BaseException, source: Any, doing: str = "cannot load") -> OptimError:
     """Return the ``CheckpointError`` or ``ModelError`` for an error of transformers."""
+    if needs_code(error):
+        return code_error(source)
     kind = CheckpointError if isinstance(error, OSError) else ModelError
     return kind(f"{doing} {source}: {first_line(error)}")
+
+
+def needs_code(error: BaseException) -> bool:
+    """Return True if transformers refused to run code that comes with a checkpoint without the caller's word."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def code_error(source: Any) -> ModelError:
+    """Return the error for a checkpoint whose code may not run."""
+    needed = f"{source} needs model code of its own: if you trust it, pass"
+    return ModelError(f"{needed} trust_remote_code=True", cli=f"{needed} --trust-remote-code")
 
 
 def require_bounded(config: Any, source: Any) -> None:

@@ -77,6 +77,11 @@ class Local(Technique):
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         refuse_cross_attention(model.config, label)
+        if stock_config_class(model.config) is None and model.config.get_text_config() is not model.config:
+            raise ModelError(
+                f"{label}: a window does not reach the attention of {type(model).__name__}, whose parts have "
+                "configurations of their own; this architecture is not supported"
+            )
         try:
             inputs = dummy_inputs(model)
         except NoInputsError:
