@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import warnings
@@ -16,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.read_errors import readable_errors
 from ..errors import CheckpointError, ModelError, RecipeError
-from ..recipes.config import OptimConfig
+from ..recipes.config import DataConfig, OptimConfig
 from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
@@ -25,6 +26,7 @@ from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
 from ..toolkit.checkpoint.stored_codes import require_known_format
+from ..trust.bounds import shown
 from ..trust.code import may_run, require_no_kernels
 from ..trust.weights import checked_weights
 from .stages import attach_model, require_data, run_stages, start_run
@@ -56,6 +58,7 @@ def load(
     require_in_memory_map(kwargs.get("device_map"))
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     config, kwargs = _resolve_config(cls, source, kwargs)
+    _refuse_data_fields(kwargs, config)
     run = start_run(recipe, config)
     run.tokenizer, run.loading = tokenizer, True
     # Everything that can be refused is refused here, before a weight is read.
@@ -169,6 +172,17 @@ def _refuse_streamed(recipe: OptimConfig) -> None:
             "`hf-optim compress MODEL --recipe R --output D --driver streamed` and load what it writes, or leave the "
             "driver out"
         )
+
+
+def _refuse_data_fields(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Raise ``RecipeError`` for an argument that is a field of a recipe's calibration data."""
+    for field in dataclasses.fields(DataConfig):
+        if field.name in kwargs and not hasattr(config, field.name):
+            value = shown(kwargs[field.name])
+            raise RecipeError(
+                f"from_pretrained has no argument {field.name}: it is a field of the recipe's calibration data. Pass "
+                f"optim_config=hf_optim.OptimConfig.parse(recipe).with_calibration({field.name}={value})"
+            )
 
 
 def _put_on_kernels(model: PreTrainedModel) -> None:

@@ -149,6 +149,13 @@ class OptimConfig:
         levels = list(Reload)
         return levels[max(levels.index(step.reload()) for step in self.steps)]
 
+    def with_calibration(self, **fields: Any) -> OptimConfig:
+        """Return this recipe with other fields of its calibration data: ``with_calibration(samples=32, seq_len=512)``.
+
+        Raises ``RecipeError`` for a field that ``DataConfig`` does not have, and for a wrong value.
+        """
+        return dataclasses.replace(self, calibration=DataConfig.from_dict({**vars(self.calibration), **fields}))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON types; ``OptimConfig.parse`` reads it back."""
         data: dict[str, Any] = {"steps": [step.to_dict() for step in self.steps]}

@@ -74,6 +74,9 @@ class GMP(Technique):
         if self.initial > self.sparsity:
             raise RecipeError(f"gmp: initial must be <= sparsity, not {self.initial} > {self.sparsity}")
 
+    def training_bytes(self, width: int) -> float:
+        return 1.0  # the mask
+
     def ramp(self, max_steps: int) -> schedules.SparsitySchedule:
         """Return the schedule for ``max_steps`` optimizer steps. Raises ``RecipeError`` if it ends before it begins."""
         begin, end = schedules.as_step(self.begin, max_steps), schedules.as_step(self.end, max_steps)
