@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import transformers
@@ -17,6 +18,16 @@ CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 def weight_conversions(model: Any) -> list[Any]:
     """Return the conversions between checkpoint names and parameters that transformers applied to load a model."""
     return list(getattr(model, "_weight_conversions", None) or [])
+
+
+def renamed_arguments(training: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return arguments of ``TrainingArguments`` under the names that this version does not warn about.
+
+    ``known`` are the names of its fields.
+    """
+    new = {"gradient_checkpointing": "activation_checkpointing"}
+    new |= {f"{old}_kwargs": f"{name}_kwargs" for old, name in new.items()}
+    return {new[key] if new.get(key) in known else key: value for key, value in training.items()}
 
 
 def accumulation_steps(trainer: Any) -> int:

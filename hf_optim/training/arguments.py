@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import OptimError, RecipeError
 from ..recipes.field_checks import did_you_mean
+from ..toolkit import compat
 from ..trust.bounds import first_line, shown
 
 TRIED_STEPS = 10
@@ -35,7 +36,7 @@ def training_arguments(home: str, training: Mapping[str, Any]) -> Any:
             )
     quiet = {"output_dir": home, "report_to": [], "save_strategy": "no", "seed": 0}
     with recipe_errors():
-        return TrainingArguments(**{**quiet, **training})
+        return TrainingArguments(**{**quiet, **compat.renamed_arguments(training, known)})
 
 
 def require_trainable(training: Mapping[str, Any]) -> None:

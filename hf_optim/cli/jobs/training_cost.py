@@ -71,7 +71,7 @@ def training_cost(plan: Plan, stage: Stage, model: Any, rows: int | None) -> dic
         batch,
         tokens,
         batches=accumulated,
-        checkpointing=bool(arguments.gradient_checkpointing),
+        checkpointing=bool(plan.training_arguments.get("gradient_checkpointing")),
         autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
         teacher=guide,
     )
