@@ -1,4 +1,4 @@
-"""Whether a model can be found at all, before libraries look for it in their own time and words."""
+"""Whether a model can be found at all, before other libraries look for it: they retry, and name other causes."""
 
 from __future__ import annotations
 
