@@ -17,8 +17,9 @@ from ..runs.scope import Example, Scope
 from ..toolkit import topology
 from ..toolkit.modules.modes import device_of
 from ..toolkit.statistics import BatchRows
+from ..toolkit.topology.towers import media_parts
 from .forward import Batch, capture_block_inputs, forward_errors, run_block, to_device
-from .steps import any_needs_data, batches_for, exact_targets, labels_for, run_calibration
+from .steps import any_needs_data, batches_for, selects_in, labels_for, run_calibration
 
 
 class Journal(Protocol):
@@ -59,7 +60,8 @@ class BlockwiseDriver:
         self.reference_outputs: dict[str, list[Any]] = {}
 
     def calibrate(self) -> None:
-        """Run the steps over every block, then over what lies outside the blocks."""
+        """Run the steps over the towers, over every block, and then over what else lies outside the blocks."""
+        self._calibrate_before_blocks()
         bar = tqdm(self.blocks, desc="calibrating", unit="block", disable=len(self.blocks) < 2)
         for index, block in enumerate(bar):
             started = time.perf_counter()
@@ -90,20 +92,45 @@ class BlockwiseDriver:
             self.journal.save(self.run, self.steps[0], block.name)
         return False
 
+    def _calibrate_before_blocks(self) -> None:
+        """Run the steps over the parts of vision and audio towers, and over projectors, that their targets select.
+
+        The blocks are calibrated on what these parts make of the images and the sound, so they come first, in the order
+        of their registration. A forward ends at the first block.
+        """
+        for scope in self._parts_before_blocks():
+            for step in self._steps_outside(scope):
+                run_calibration(self.run, step, scope, self._run_to_first_block)
+
+    def _parts_before_blocks(self) -> list[Scope]:
+        """Return what lies before the blocks as scopes: the members of the lists in each tower, then its rest."""
+        model, found = self.run.model, media_parts(self.run.model, [block.name for block in self.blocks])
+        return [
+            Scope(name, model.get_submodule(name), model, index, len(found), outside=tuple(outside))
+            for index, (name, outside) in enumerate(found.items())
+        ]
+
+    def _run_to_first_block(self, step: Technique) -> None:
+        for number, batch in enumerate(batches_for(self.run, step)):
+            with self.rows.of(batch, labels_for(self.run, number)):
+                capture_block_inputs(self.run.model, self.blocks, 0, to_device(batch, self.home), lambda name: None)
+
     def _calibrate_non_blocks(self) -> None:
-        # Modules outside the blocks (a pooler, the output head) are modified only where a target names them exactly.
+        # A pooler, the output head, embeddings: modified only where a target names them.
         model, count = self.run.model, len(self.blocks)
-        inside = tuple(block.name for block in self.blocks)
-        scope = Scope("", model, model, count, count + 1, outside=inside)
-        steps = [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
+        done = media_parts(model, [block.name for block in self.blocks])
+        scope = Scope("", model, model, count, count + 1, outside=(*(block.name for block in self.blocks), *done))
 
         def run_batches(step: Technique) -> None:
             for number, batch in enumerate(batches_for(self.run, step)):
                 with self.rows.of(batch, labels_for(self.run, number)), forward_errors(model, batch):
                     model(**to_device(batch, self.home))
 
-        for step in steps:
+        for step in self._steps_outside(scope):
             run_calibration(self.run, step, scope, run_batches)
+
+    def _steps_outside(self, scope: Scope) -> list[Technique]:
+        return [step for step in self.steps if not step.needs_teacher() and selects_in(step, scope)]
 
     def _run_batches(self, index: int, step: Technique) -> None:
         if step.needs_data():

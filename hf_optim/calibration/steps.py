@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from ..errors import ModelError, NumericalError
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_finite
+from ..runs.coverage import patterns_of
 from ..runs.run import Run
 from ..runs.scope import Scope
 from .forward import Batch
+
+NONE_SELECTED = "Its targets select no layer that skip does not leave out"
 
 
 def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callable[[Technique], None]) -> None:
@@ -54,9 +58,13 @@ def any_needs_data(steps: Sequence[Technique]) -> bool:
     return any(step.needs_data() for step in steps)
 
 
-def exact_targets(step: Technique, scope: Scope) -> tuple[str, ...]:
-    """Return the targets of a step that are exact names of linears in the scope."""
-    return tuple(target for target in getattr(step, "targets", ()) if target in scope.linears)
+def selects_in(step: Technique, scope: Scope) -> bool:
+    """Return True if the targets of a step select a layer of a scope that lies outside the blocks."""
+    patterns = patterns_of(step)
+    if patterns is None:
+        return False
+    tables = step.takes(nn.Embedding(1, 1, device="meta"))
+    return bool(scope.select(*patterns, embeddings=tables))
 
 
 def require_covered(run: Run, step: Technique) -> None:
@@ -66,7 +74,7 @@ def require_covered(run: Run, step: Technique) -> None:
         return
     reasons = "; ".join(f"{reason}: {_join_names(names)}" for reason, names in sorted(coverage[1].items()))
     raise ModelError(
-        f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {reasons or 'No module matched'}"
+        f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {reasons or NONE_SELECTED}"
     )
 
 

@@ -35,9 +35,10 @@ from .dense_conversions import keep_model_names
 from .experts import SCALE, attach_expert_schemes, expert_schemes, per_channel
 from .quantization_config import quantization_config, stored_schemes
 from .quantizer import packed_modules, packing_fits
+from .schemes import embedding_scheme
 from .schemes import scheme as make_scheme
 from .state_dict import packed_state_dict
-from .storability import FP8_REMEDY, storable
+from .storability import FP8_REMEDY, storable, takes_embeddings, unstorable_pattern
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -67,7 +68,11 @@ def require_reloadable(step: Technique, model: Any, label: str) -> None:
     scope = Scope("", model, model)
     integer = integer and bits is not None
     try:
-        layers, _ = storable(scope, targets, skip, integer, label, experts=True, symmetric=symmetric)
+        layers, _ = storable(
+            scope, targets, skip, integer, label, experts=True, symmetric=symmetric, embeddings=takes_embeddings(step)
+        )
+        if why := unstorable_pattern(scope, targets, integer, takes_embeddings(step)):
+            raise ModelError(f"{label}: in {type(model).__name__}, {why}")
     except PatternError as error:
         raise PatternError(f"{label}: {error} in {type(model).__name__}") from error
     except ModelError as error:
@@ -185,7 +190,8 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def _claim(module: nn.Module, scheme: QuantizationScheme) -> None:
     """Put a linear layer on the meta device into the quantized state."""
     weight: Any = module.weight
-    module.quantization_scheme = scheme.model_copy(deep=True)
+    scheme = embedding_scheme(scheme) if isinstance(module, nn.Embedding) else scheme.model_copy(deep=True)
+    module.quantization_scheme = scheme
     if scheme.weights is not None:
         scale = weight.new_empty(len(weight), 1)
         _register(module, "weight_scale", scale)

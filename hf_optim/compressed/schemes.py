@@ -92,3 +92,11 @@ def scheme_of(
     if spec is None:
         return scheme(None, "int", "channel", None, True, *inputs)
     return scheme(spec.bits, spec.type, spec.strategy, spec.group_size, spec.symmetric, *inputs)  # type: ignore[arg-type]
+
+
+def embedding_scheme(scheme: QuantizationScheme) -> QuantizationScheme:
+    """Return the scheme of linear layers for an embedding: its inputs are indices, its codes are not packed."""
+    from compressed_tensors.config import CompressionFormat
+
+    changes: dict[str, object] = {"input_activations": None, "format": CompressionFormat.naive_quantized}
+    return scheme.model_copy(update=changes, deep=True)

@@ -18,6 +18,7 @@ from ..toolkit.topology.experts import ExpertLinear
 from .codec import check_fit, dequantize, quantize_input, scheme_on
 from .experts import SCALE, attach_expert_schemes, clear_experts, expert_schemes, store_expert
 from .quantized_forward import QuantizedForward
+from .schemes import embedding_scheme
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -36,11 +37,13 @@ def store(
     input_zero_point: torch.Tensor | None = None,
     g_idx: torch.Tensor | None = None,
 ) -> None:
-    """Put a linear layer into the quantized state, in place.
+    """Put a linear layer or an embedding into the quantized state, in place.
 
     Args:
-        module: an ``nn.Linear``, or one matrix of an expert as ``storable`` gives it; its weight's dtype is the dtype
-            in which the codes are decoded.
+        module: an ``nn.Linear``, an ``nn.Embedding`` (its rows are those of a weight ``[out, in]``), or one matrix of
+            an expert as ``storable`` gives it; its weight's dtype is the dtype in which the codes are decoded. Codes
+            of an embedding are stored one per byte: transformers initializes embeddings through their ``weight``,
+            which a packed one does not have.
         scheme: a result of ``scheme``.
         codes: int8 ``[out, in]`` on the grid of ``scheme.weights``, or float8 for FP8; None for unquantized weights.
         scale: ``[out, groups]``, ``[out, 1]`` or ``[1]``; must be exact in the weight's dtype, since the checkpoint
@@ -55,8 +58,10 @@ def store(
     if isinstance(module, ExpertLinear):
         store_expert(module, scheme, codes, scale, zero_point)
         return
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
         raise ModelError(f"compressed-tensors stores nn.Linear weights only, not those of a {type(module).__name__}")
+    if isinstance(module, nn.Embedding):
+        scheme = embedding_scheme(scheme)
     clear(module)
     weight = module.weight
     if scheme.weights is not None:
@@ -90,7 +95,8 @@ def _quantize_forward(module: nn.Module, scheme: QuantizationScheme) -> None:
 
     module.quantization_scheme = scheme
     module.quantization_status = QuantizationStatus.DECOMPRESSED
-    module.__dict__["forward"] = QuantizedForward(module)
+    if not isinstance(module, nn.Embedding):
+        module.__dict__["forward"] = QuantizedForward(module)
 
 
 def attach_scheme(

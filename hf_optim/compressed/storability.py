@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from ..toolkit.topology.experts import ExpertLinear, expert_linears, expert_stacks, has_stacked_weights
@@ -16,6 +18,7 @@ from .experts import expert_schemes, experts_unsupported_reason
 if TYPE_CHECKING:
     from ..runs.scope import Scope
 
+LINEAR_ONLY = "compressed-tensors stores nn.Linear only"
 FP8_REMEDY = "Use fp8, which leaves experts unquantized"
 
 
@@ -28,6 +31,7 @@ def storable(
     *,
     experts: bool = False,
     symmetric: bool = True,
+    embeddings: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the linear layers of a scope that compressed-tensors can store, and the names of the others, by reason.
 
@@ -41,11 +45,12 @@ def storable(
         label: the beginning of error messages.
         experts: True if the caller also quantizes ``ExpertLinear`` layers, which are then among the returned ones.
         symmetric: True if the codes have no zero points, as experts require.
+        embeddings: True if the caller also quantizes ``nn.Embedding`` modules that a pattern names, to integers.
 
     Raises ``ModelError`` for integer weights of a model whose experts would not be stored, or could not be read back.
     """
     targets, skip = tuple(targets), tuple(skip)
-    selected = scope.select(targets, skip, experts=experts)
+    selected = scope.select(targets, skip, experts=experts, embeddings=embeddings)
     holders = parameter_names(scope.model)
     layers: dict[str, Any] = {}
     skipped: dict[str, list[str]] = {}
@@ -54,8 +59,8 @@ def storable(
             if integer:
                 layers[name] = module
             continue
-        reason = _unstorable(name, module, holders)
-        if reason or not isinstance(module, nn.Linear):
+        reason = _unstorable(name, module, holders, integer)
+        if reason:
             skipped.setdefault(reason, []).append(name)
         else:
             layers[name] = module
@@ -65,7 +70,7 @@ def storable(
         _require_readable_experts(scope, stacks, targets, skip, label, experts, symmetric)
         inside = [name for name in inside if name not in stacks]
     if inside and "Linear" in targets:
-        skipped["stacked matrices: compressed-tensors stores nn.Linear only"] = inside
+        skipped[f"stacked matrices: {LINEAR_ONLY}"] = inside
     return layers, skipped
 
 
@@ -110,9 +115,41 @@ def _require_readable_experts(
             )
 
 
-def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]]) -> str:
-    if not isinstance(module, nn.Linear):
-        return f"{type(module).__name__}: compressed-tensors stores nn.Linear only"
+def takes_embeddings(step: Any) -> bool:
+    """Return True if the targets of a step may be embeddings."""
+    return bool(step.takes(nn.Embedding(1, 1, device="meta")))
+
+
+def unstorable_pattern(scope: Scope, targets: Iterable[str], integer: bool, embeddings: bool) -> str:
+    """Return why one of several patterns has no effect, since none of its layers can be stored; ``""`` if all have.
+
+    A single pattern without effect is a step without layers, which the step reports itself.
+    """
+    holders = parameter_names(scope.model)
+    targets = tuple(targets)
+    for pattern in targets if len(targets) > 1 else ():
+        chosen = scope.select([pattern], experts=True, embeddings=embeddings)
+        reasons = {n: "" if isinstance(m, ExpertLinear) else _unstorable(n, m, holders, integer) for n, m in chosen.items()}
+        if chosen and all(reasons.values()):
+            name, reason = next(iter(reasons.items()))
+            more = f" and {len(chosen) - 1} more" if len(chosen) > 1 else ""
+            return f"{pattern!r} in targets has no effect: {name}{more} cannot be stored ({reason})"
+    return ""
+
+
+def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]], integer: bool) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        if not integer:
+            return "an embedding is stored as integer codes only"
+        if module.max_norm is not None:
+            return "its forward writes to its weight (max_norm)"
+    elif isinstance(module, Conv1D):
+        return f"{kind}: {LINEAR_ONLY}; pruning, distillation and gobo work on it"
+    elif not isinstance(module, nn.Linear):
+        return f"{kind}: {LINEAR_ONLY}"
+    elif isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
     weight = module._parameters.get("weight")  # None for a layer whose weight is packed
     others = [other for other in holders.get(id(weight), ()) if other != f"{name}.weight"]
     return f"its weight is shared with {others[0]}" if others else ""

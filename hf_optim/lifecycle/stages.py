@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import hookspecs
 from ..calibration import drivers
+from ..calibration.media_inputs import require_media
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_processor
@@ -31,7 +32,7 @@ from ..recipes.config import OptimConfig
 from ..recipes.contract import Phase
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_finite, require_model
-from ..runs.coverage import note_left_alone, record_coverage, recount_zeros
+from ..runs.coverage import note_left_alone, record_coverage, recount_zeros, require_effective
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, require_sound, run_of, traits_of
@@ -87,6 +88,7 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
         require_model(run.model)
         _load_data(run, stage)
         require_finite(run.model, "", "")
+        _require_effective_patterns(run, stage)
         _require_supported(run)
     with _failing(run, "transforming and calibrating"), PeakMemory(run.device) as memory:
         started = time.perf_counter()
@@ -97,6 +99,15 @@ def enter_stage(run: Run, work: Work | None = None) -> None:
     entry = {"steps": [step.name for step in stage.steps], "driver": None, **details, "seconds": seconds}
     run.record.stages.append({**entry, **memory.metrics()})
     run.stage_state = StageState.ENTERED
+
+
+def _require_effective_patterns(run: Run, stage: Stage) -> None:
+    """Refuse patterns without effect, and layers that the data does not reach, in steps on the model as it is now."""
+    for step in stage.steps:
+        if step.changes_architecture():
+            break
+        require_effective(step, run.model, run.label(step))
+        require_media(run, step)
 
 
 def _require_supported(run: Run) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from ..errors import RecipeError
+from ..toolkit.topology import default_takes
 from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSpec
 from .field_checks import admits, check_fields, did_you_mean, option
 
@@ -59,6 +60,14 @@ class Technique:
     def needs_whole_model(self) -> bool:
         """Return True if ``calibrate`` needs all blocks at once (for a global ranking), with any driver."""
         return False
+
+    def takes(self, module: Any) -> bool:
+        """Return True if ``targets`` may name this module: a linear layer, or a matrix of an expert.
+
+        Override it in a technique whose targets are modules of other kinds. A pattern of ``targets`` or ``skip`` that
+        matches none of them is an error.
+        """
+        return default_takes(module)
 
     def needs_teacher(self) -> bool:
         """Return True if ``calibrate`` needs the outputs of each block before this stage: see ``Scope.teacher``."""

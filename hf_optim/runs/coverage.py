@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import ModelError
 from ..toolkit import topology
 from ..toolkit.pruning import sparsity
 from ..toolkit.topology.experts import expert_linears
+from ..trust.text import one_line
 
 if TYPE_CHECKING:
     from ..recipes.technique import Technique
@@ -18,17 +21,51 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NO_TARGETS = "this step does not change it"
+TOWERS = (topology.Role.VISION_TOWER, topology.Role.AUDIO_TOWER)
+
 
 def note_left_alone(run: Run, steps: Iterable[Technique]) -> None:
-    """Keep which layers each step leaves alone because of their role, by role: before it changes the model.
+    """Keep the roles of the layers as each step finds them, before it changes the model; check its patterns first.
 
-    Roles are found on the model as the step receives it; a model whose layers were replaced may not show them.
+    A model whose layers were replaced may not show their roles. Raises ``ModelError`` for a pattern of ``targets`` or
+    ``skip`` that matches nothing, or has no effect.
     """
     for step in steps:
-        targets, skip = getattr(step, "targets", ()), getattr(step, "skip", ())
-        if isinstance(targets, tuple) and isinstance(skip, tuple):
-            found = topology.left_alone(run.model, targets, skip)
-            run.left_alone[run.index(step)] = {role: set(names) for role, names in found.items()}
+        require_effective(step, run.model, run.label(step))
+        number = run.index(step)
+        run.roles[number] = {name: str(role) for name, role in topology.roles(run.model).items()}
+        if (patterns := patterns_of(step)) is not None:
+            found = topology.left_alone(run.model, *patterns)
+            run.left_alone[number] = {role: set(names) for role, names in found.items()}
+
+
+def patterns_of(step: Technique) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Return the ``targets`` and ``skip`` of a step; None if it has no targets."""
+    targets, skip = getattr(step, "targets", None), getattr(step, "skip", ())
+    if not isinstance(targets, tuple) or not isinstance(skip, tuple):
+        return None
+    return targets, skip
+
+
+def require_effective(step: Technique, model: nn.Module, label: str) -> None:
+    """Raise ``ModelError`` for a pattern of a step that matches nothing in a model, or has no effect on it.
+
+    Args:
+        step: the step.
+        model: the model as the step finds it; its weights are not read.
+        label: the beginning of the message.
+    """
+    patterns = patterns_of(step)
+    if patterns is None:
+        return
+    kind = type(model).__name__
+    try:
+        why = topology.ineffective_pattern(model, *patterns, step.takes)
+    except ValueError as error:
+        raise ModelError(f"{label}: {error} in {kind}") from error
+    if why:
+        raise ModelError(f"{label}: in {kind}, {why}")
 
 
 def record_coverage(run: Run, steps: Iterable[Technique]) -> None:
@@ -59,31 +96,45 @@ def _has_weight(model: nn.Module, name: str) -> bool:
 
 
 def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[str]]) -> None:
+    label, number = run.label(step), run.index(step)
     coverage = topology.coverage(run.model, names)
-    total = coverage.total - _scales(run.model)
-    share = coverage.covered / total if total else 0.0
-    alone = {role: left - names for role, left in run.left_alone.get(run.index(step), {}).items() if left - names}
-    run.record.coverage[run.label(step)] = {
+    share = coverage.covered / coverage.total if coverage.total else 0.0
+    alone = {role: left - names for role, left in run.left_alone.get(number, {}).items() if left - names}
+    rest = topology.weights_left_alone(run.model, names, run.roles.get(number), skipped)
+    has_targets = patterns_of(step) is not None
+    run.record.coverage[label] = {
         "weights_touched": coverage.covered,
-        "weights_total": total,
+        "weights_total": coverage.total,
         "share": round(share, 6),
         "skipped": {reason: sorted(left_out) for reason, left_out in sorted({**alone, **skipped}.items())},
+        "left_alone": {
+            role: {
+                "reason": part.reason if has_targets or part.is_own_reason else NO_TARGETS,
+                "names": sorted(part.names),
+                "weights": part.weights,
+            }
+            for role, part in rest.items()
+        },
     }
-    log.info("%s: %d of %d weights (%.1f %%)", run.label(step), coverage.covered, total, 100 * share)
-    for role, layers in sorted(alone.items()):
-        first = ", ".join(sorted(layers)[:5])
-        log.info("%s leaves %d modules alone (%s): %s", run.label(step), len(layers), role, first)
+    log.info("%s: %s of %s weights (%.1f %%)", label, f"{coverage.covered:,}", f"{coverage.total:,}", 100 * share)
+    for role, line in left_alone_lines(run.record.coverage[label]).items():
+        # The class name Linear does not say that half of a model stays as it is; who named the rest knows.
+        log.log(logging.WARNING if role in alone and role in TOWERS else logging.INFO, "%s: %s", label, line)
     for reason, left_out in sorted(skipped.items()):
-        first = ", ".join(sorted(left_out)[:5])
-        log.warning("%s skipped %d modules (%s): %s", run.label(step), len(left_out), reason, first)
+        log.warning("%s skipped %s (%s): %s", label, _modules(left_out), reason, ", ".join(sorted(left_out)[:5]))
 
 
-def _scales(model: nn.Module) -> int:
-    """Count scales and zero points, which quantization adds as parameters but which are not weights."""
-    quantized = (module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None)
-    return sum(
-        parameter.numel()
-        for module in quantized
-        for name, parameter in module.named_parameters(recurse=False)
-        if name.endswith(("_scale", "_zero_point"))
-    )
+def left_alone_lines(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return a line for each role of an entry of ``Record.coverage``: weights, share, names, and why; printable."""
+    total = entry["weights_total"] or 1
+    lines = {}
+    for role, part in entry.get("left_alone", {}).items():
+        names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", one_line(name)) for name in part["names"]))
+        few = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        size = f"{part['weights']:,} weights ({100 * part['weights'] / total:.1f} %)"
+        lines[role] = f"left alone: {one_line(role)}, {size}: {few} ({one_line(part['reason'])})"
+    return lines
+
+
+def _modules(names: Collection[str]) -> str:
+    return f"{len(names)} {'module' if len(names) == 1 else 'modules'}"

@@ -30,7 +30,8 @@ class Record:
         base_model: ``{"id", "revision", "class", "parameters", "dtype"}``.
         calibration: ``{"dataset", "split", "text_column", "samples", "seq_len", "tokens", "seed", "sha256"}``.
         stages: one mapping per stage: ``{"steps", "driver", "seconds", "peak_memory_bytes", "device"}``.
-        coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names}}``.
+        coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names},
+            "left_alone": {role: {"reason", "names", "weights"}}}``; what was touched and what was left alone add up.
         steps: per index of a step (as a string): the metrics it reports (``Run.report``).
         measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``.
         reload: the name of the reload level.

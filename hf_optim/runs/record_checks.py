@@ -49,6 +49,7 @@ _COVERAGE = {
     "weights_total": (int, float),
     "share": (int, float),
     "skipped": {...: [str]},
+    "left_alone": {...: {"reason": str, "names": [str], "weights": (int, float)}},
 }
 _SECTION = {
     "kind": str,
@@ -106,6 +107,8 @@ def check_record(data: dict[str, Any]) -> dict[str, Any]:
         _index(key)
     for entry in data.get("coverage", {}).values():
         _require(entry, ("weights_touched", "weights_total", "share", "skipped"), "coverage")
+        for part in entry.get("left_alone", {}).values():
+            _require(part, ("reason", "names", "weights"), "coverage.left_alone")
     for section in data.get("sections", ()):
         kind = section.get("kind")
         if kind not in _REQUIRED:

@@ -59,6 +59,7 @@ class Run:
         stage_state: how far the current stage is.
         failure: what failed, if the current stage has failed; empty otherwise.
         loading: True while ``from_pretrained`` loads the weights.
+        roles: index of a step -> layer -> its role in the model as the step finds it.
         left_alone: index of a step -> role -> names of the layers that it leaves alone because of that role.
         dense: the caller will save the dense equivalent of a compressed model, so its format need not be loadable.
         steps_checked: how many steps are known to work on the model, with a result that can be loaded.
@@ -88,6 +89,7 @@ class Run:
         self._model: PreTrainedModel | None = None
         self._lent: weakref.ref[PreTrainedModel] | None = None
         self._states: dict[int, SimpleNamespace] = {}
+        self.roles: dict[int, dict[str, str]] = {}
         self.left_alone: dict[int, dict[str, set[str]]] = {}
         self._covered: dict[int, tuple[set[str], dict[str, set[str]]]] = {}
         self.manager = manager
@@ -221,9 +223,12 @@ class Run:
         """Return the modules recorded by ``cover`` and the skipped ones by reason, or None if there are none."""
         return self._covered.get(self.index(step))
 
-    def select(self, targets: Iterable[str], skip: Iterable[str] = ()) -> dict[str, Any]:
-        """Return the linears of the whole model that match ``targets`` and not ``skip`` (see ``Scope.select``)."""
-        return Scope("", self.model, self.model).select(targets, skip)
+    def select(self, targets: Iterable[str], skip: Iterable[str] = (), embeddings: bool = False) -> dict[str, Any]:
+        """Return the linears of the whole model that match ``targets`` and not ``skip`` (see ``Scope.select``).
+
+        With ``embeddings`` also the embeddings that a pattern names.
+        """
+        return Scope("", self.model, self.model).select(targets, skip, embeddings=embeddings)
 
     def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
         """Rename everything that the run keeps by name of a module or parameter.
@@ -242,7 +247,10 @@ class Run:
             table.update(moved)
         for step in self.recipe.steps:
             names, skipped = self.covered(step) or (set(), {})
-            alone = self.left_alone.get(self.index(step), {})
+            alone, roles = self.left_alone.get(self.index(step), {}), self.roles.get(self.index(step), {})
+            moved_roles = {new: role for name, role in roles.items() for new in renamed(name)}
+            roles.clear()
+            roles.update(moved_roles)
             for modules in (names, *skipped.values(), *alone.values()):
                 renamed_modules = {new for name in modules for new in renamed(name)}
                 modules.clear()

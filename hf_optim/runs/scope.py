@@ -64,24 +64,20 @@ class Scope:
         """Every ``nn.Linear`` and ``Conv1D`` of the scope by full name, in execution order where known."""
         return {name: m for name, m in topology.linears(self.model).items() if self.holds(name)}
 
-    def select(self, targets: Iterable[str], skip: Iterable[str] = (), experts: bool = False) -> dict[str, Any]:
-        """Return the linears of this scope that match ``targets`` and not ``skip`` (see ``topology.match``).
+    def select(
+        self, targets: Iterable[str], skip: Iterable[str] = (), experts: bool = False, embeddings: bool = False
+    ) -> dict[str, Any]:
+        """Return the linears of this scope that match ``targets`` and not ``skip`` (see ``topology.select_layers``).
 
-        Layers with a role (routers, gates of shared experts, output heads, other layers outside the blocks:
-        ``topology.roles``) are left out unless a target is their exact name. Patterns are matched against the whole
-        model, so that a pattern for one block is not an error in another. With ``experts`` the matrices of experts
-        are included (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``.
+        Layers with a role (``topology.roles``) are left out unless a target names them: routers, gates of shared
+        experts and output heads by an exact name; towers, projectors, poolers and other layers outside the blocks also
+        by a name pattern that matches nothing else. Patterns are matched against the whole model, so that a pattern for
+        one block is not an error in another. With ``experts`` the matrices of experts are included
+        (``topology.ExpertLinear``), as ``model.layers.0.mlp.experts.3.down_proj``; with ``embeddings`` the
+        ``nn.Embedding`` modules that a pattern names.
         """
-        targets = tuple(targets)
-        everything: dict[str, Any] = dict(topology.linears(self.model))
-        if experts:
-            everything |= topology.expert_linears(self.model)
-        names = topology.match(everything, targets, tuple(skip))
-        chosen = {name: everything[name] for name in names if self.holds(name)}
-        if all(name in targets or not isinstance(layer, nn.Module) for name, layer in chosen.items()):
-            return chosen
-        roles = topology.roles(self.model)
-        return {name: layer for name, layer in chosen.items() if name in targets or name not in roles}
+        selected = topology.select_layers(self.model, targets, skip, experts=experts, embeddings=embeddings)
+        return {name: layer for name, layer in selected.items() if self.holds(name)}
 
 
 def _within(name: str, module: str) -> bool:

@@ -93,7 +93,7 @@ class Rounds:
         self.scope: str = self._resolve("scope", scope, "layer")
         targets = self._resolve("targets", targets if targets is None else tuple(targets), ("Linear",))
         skip = self._resolve("skip", skip if skip is None else tuple(skip), ())
-        layers = run.select(targets, skip)
+        layers = run.select(targets, skip, embeddings=True)
         require_layers(layers, run.model, self.label)
         names = masks.weight_names(layers)
         self.parameters = list(names.values())

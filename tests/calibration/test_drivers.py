@@ -35,14 +35,14 @@ class Watcher(Technique):
     passes: int = 1
     scale: float = 1.0
     fail: bool = False
-    targets: tuple[str, ...] = ("Linear", "Conv1D")
+    targets: tuple[str, ...] = ("Linear",)
 
     @hookimpl
     def calibrate(self, run, scope):
         state = run.state(self)
         state.sums = getattr(state, "sums", {})
         state.calls = getattr(state, "calls", {})
-        modules = scope.select([t for t in self.targets if t != "Conv1D" or "gpt" in str(type(run.model)).lower()])
+        modules = scope.select(self.targets)
 
         def watch(name):
             def hook(module, args):

@@ -28,7 +28,7 @@ from ...toolkit.modules.finite import nonfinite
 from ...toolkit.modules.modes import eval_mode
 from ...toolkit.statistics import BatchRows
 from ..forward import run_block, without_cache
-from ..steps import any_needs_data, exact_targets, labels_for, require_covered, run_calibration
+from ..steps import any_needs_data, selects_in, labels_for, require_covered, run_calibration
 from ..throughput import summarize_throughput
 from .activations import CPU, ActivationCache, ReferenceOutputs
 from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
@@ -186,7 +186,7 @@ class StreamedDriver:
     # -- outside the blocks ---------------------------------------------------------------------------------------
     def _non_block_steps(self) -> list[Technique]:
         scope = self._non_block_scope()
-        return [step for step in self.steps if scope.select(exact_targets(step, scope)) and not step.needs_teacher()]
+        return [step for step in self.steps if not step.needs_teacher() and selects_in(step, scope)]
 
     def _non_block_scope(self) -> Scope:
         count = len(self.blocks)
@@ -194,7 +194,7 @@ class StreamedDriver:
         return Scope("", self.model, self.model, count, count + 1, outside=inside)
 
     def _calibrate_non_blocks(self) -> None:
-        """Run the steps that name a layer outside the blocks exactly; then write the shard of all non-block weights."""
+        """Run the steps whose targets select layers outside the blocks; then write the shard of all non-block weights."""
         steps = self._non_block_steps()
         try:
             if steps:

@@ -7,15 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from ...compressed.storability import storable
+from ...calibration.steps import NONE_SELECTED
+from ...compressed.storability import storable, takes_embeddings
 from ...errors import ModelError
 from ...recipes.config import OptimConfig
 from ...recipes.contract import Reload
 from ...recipes.technique import Technique
 from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
+from ...runs.coverage import require_effective
 from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.quantization.grids import fit_group_size
+from ...toolkit.topology.selection import PatternError
 
 
 def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
@@ -25,7 +28,7 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
         if step.changes_architecture():
             break  # later steps work on another model
         label = f"step {position + 1} ({step.name})"
-        _require_targets(step, model, label)
+        require_effective(step, model, label)
         if QUANTIZED in step.contract().adds and step.reload() == Reload.STOCK_FORMAT:
             if recipe.driver == "streamed" and topology.has_experts(model):
                 _check_streamed_experts(recipe, step, model, label)
@@ -38,18 +41,6 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
     return notes
 
 
-def _require_targets(step: Technique, model: nn.Module, label: str) -> None:
-    targets = getattr(step, "targets", None)
-    if not isinstance(targets, tuple) or not all(isinstance(target, str) for target in targets):
-        return
-    try:
-        # Any module counts: targets of a step need not be linears (embeddings, norms).
-        everything = {**dict(model.named_modules()), **topology.linears(model)}
-        topology.match(everything, targets, tuple(getattr(step, "skip", ())))
-    except ValueError as error:
-        raise ModelError(f"{label}: {error} in {type(model).__name__}") from error
-
-
 def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
     """Check which layers a quantizing step can store, and in what groups. Models with experts have other rules."""
     if topology.has_experts(model):
@@ -57,12 +48,12 @@ def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
     targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
     scope = Scope("", model, model)
     try:
-        layers, skipped = storable(scope, targets, skip, label=label)
-    except ValueError as error:
+        layers, skipped = storable(scope, targets, skip, label=label, embeddings=takes_embeddings(step))
+    except PatternError as error:
         raise ModelError(f"{label}: {error}") from error
     if not layers:
         why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(skipped.items()))
-        raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or 'No module matched'}")
+        raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or NONE_SELECTED}")
     notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
     group_size = getattr(step, "group_size", None)
     return notes + (list(_adjusted_groups(layers, group_size, label)) if group_size else [])

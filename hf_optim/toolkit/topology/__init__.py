@@ -19,9 +19,11 @@ from .prunable_groups import HEADS, NEURONS, PrunableGroups, coupled_layers, fin
 from .reasons import NOT_REACHED, not_reached, require_layers, summarize
 from .residual_permutation import find_residual_order, permute_residual_
 from .residual_stream import ResidualStream, find_residual_stream
-from .roles import Role, is_output_head, left_alone, output_heads, roles, routes
+from .roles import Role, is_output_head, output_heads, roles, routes
 from .selection import match
+from .targets import default_takes, ineffective_pattern, left_alone, select_layers
 from .tracing import trace
+from .weight_roles import weights_left_alone
 
 __all__ = [
     "HEADS",
@@ -38,6 +40,7 @@ __all__ = [
     "blocks",
     "coupled_layers",
     "coverage",
+    "default_takes",
     "dummy_inputs",
     "exchanged_state",
     "expert_linears",
@@ -49,6 +52,7 @@ __all__ = [
     "find_residual_stream",
     "group_by_block",
     "has_experts",
+    "ineffective_pattern",
     "is_linear",
     "is_output_head",
     "left_alone",
@@ -61,9 +65,11 @@ __all__ = [
     "require_layers",
     "roles",
     "routes",
+    "select_layers",
     "set_example",
     "shorten_example",
     "summarize",
     "trace",
     "weight_out_in",
+    "weights_left_alone",
 ]

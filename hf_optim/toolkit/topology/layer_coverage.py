@@ -14,6 +14,9 @@ from .experts import expert_linears
 from .linear_layers import features, is_codebook_matrix, linears, parameter_names
 from .selection import match
 
+# Parameters that quantization puts beside the weights of a layer: they are not weights of the model.
+QUANTIZATION = ("_scale", "_zero_point", "_g_idx")
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -67,7 +70,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A weight: every name under which it is registered, its size and kind, and the reason if it is left out."""
 
     names: tuple[str, ...]
@@ -76,6 +79,7 @@ class _Item:
     linear: bool
     in_block: bool
     reason: str
+    is_vector: bool = False  # one row, or one column, whatever its number of dimensions
 
 
 def coverage(model: nn.Module, covered: Iterable[str]) -> Coverage:
@@ -84,19 +88,17 @@ def coverage(model: nn.Module, covered: Iterable[str]) -> Coverage:
     For a module the matrices inside it count; a linear layer has ``out_features * in_features`` weights, regardless of
     how it stores them. Raises ``ValueError`` for an unknown name.
     """
-    items = _items(model)
-    known = dict(model.named_modules(remove_duplicate=False))
-    chosen = set(match([*known, *(name for item in items for name in item.names)], covered))
-    hit = [_is_chosen(item, chosen) for item in items]
-    left: dict[str, list[_Item]] = defaultdict(list)
-    for item, is_hit in zip(items, hit, strict=True):
+    found = covered_items(model, covered)
+    items = [item for item, _ in found]
+    hit = [item for item, is_hit in found if is_hit]
+    left: dict[str, list[Item]] = defaultdict(list)
+    for item, is_hit in found:
         if not is_hit:
             left[item.reason].append(item)
-    covered_items = [item for item, is_hit in zip(items, hit, strict=True) if is_hit]
     matrices = [item for item in items if item.in_block and item.matrix]
     return Coverage(
-        covered=_sum(covered_items),
-        covered_in_blocks=_sum(item for item in covered_items if item.in_block and item.matrix),
+        covered=_sum(hit),
+        covered_in_blocks=_sum(item for item in hit if item.in_block and item.matrix),
         block_linears=_sum(item for item in matrices if item.linear),
         block_weights=_sum(matrices),
         total=_sum(items),
@@ -107,17 +109,25 @@ def coverage(model: nn.Module, covered: Iterable[str]) -> Coverage:
     )
 
 
-def _sum(items: Iterable[_Item]) -> int:
+def covered_items(model: nn.Module, covered: Iterable[str]) -> list[tuple[Item, bool]]:
+    """Return every weight of a model, and whether it is in a module or parameter named in ``covered``."""
+    items = _items(model)
+    known = dict(model.named_modules(remove_duplicate=False))
+    chosen = set(match([*known, *(name for item in items for name in item.names)], covered))
+    return [(item, _is_chosen(item, chosen)) for item in items]
+
+
+def _sum(items: Iterable[Item]) -> int:
     return sum(item.weights for item in items)
 
 
-def _is_chosen(item: _Item, chosen: set[str]) -> bool:
+def _is_chosen(item: Item, chosen: set[str]) -> bool:
     """Return True if one of the item's names was chosen, or, for a matrix, a module that contains it."""
     prefixes = [name[:end] for name in item.names for end, letter in enumerate(name) if letter == "."]
     return not chosen.isdisjoint(item.names) or (item.matrix and not chosen.isdisjoint(prefixes))
 
 
-def _items(model: nn.Module) -> list[_Item]:
+def _items(model: nn.Module) -> list[Item]:
     """Return every weight of the model once: linear layers by their features, everything else by its parameters."""
     found = blocks(model)
     layers = linears(model) | {name: module for name, module in model.named_modules() if is_codebook_matrix(module)}
@@ -134,24 +144,29 @@ def _items(model: nn.Module) -> list[_Item]:
             inside = block_of(found, name) is not None
             reason = f"{type(layer).__name__} {'in' if inside else 'outside'} the blocks"
             first = dict.fromkeys([f"{name}.weight", *aliases])
-            items.append(_Item(tuple(first), math.prod(features(layer)), True, True, inside, reason))
+            items.append(Item(tuple(first), math.prod(features(layer)), True, True, inside, reason))
     for name, parameter, parts in _parameters_in_parts(model):
-        if id(parameter) not in seen:
-            owner = name.rpartition(".")[0]
+        owner, _, key = name.rpartition(".")
+        if id(parameter) not in seen and not (key.endswith(QUANTIZATION) and _is_quantized(model, owner)):
             matrix = parameter.dim() >= 2 and owner not in layers
             kind = f"{parameter.dim()}-D parameter of {type(model.get_submodule(owner)).__name__}"
             items += [
-                _Item(
+                Item(
                     names=(*names[id(parameter)], *own_names),
                     weights=parameter.numel() // len(parts),
                     matrix=matrix,
                     linear=False,
                     in_block=block_of(found, name) is not None,
                     reason=kind if matrix else "norms, biases and other vectors",
+                    is_vector=parameter.numel() == max(parameter.shape, default=1),
                 )
                 for own_names in parts
             ]
     return items
+
+
+def _is_quantized(model: nn.Module, name: str) -> bool:
+    return getattr(model.get_submodule(name), "quantization_scheme", None) is not None
 
 
 def _parameters_in_parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, ...]]]]:

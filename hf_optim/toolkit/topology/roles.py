@@ -4,6 +4,9 @@ Routers and the gates of shared experts are found on the traced graph (``routing
 and projections of embeddings: they lie before or after the blocks. Roles are found once for a model, and kept while its
 modules stay the same; a step that quantizes a layer does not change its role.
 
+Poolers, projectors and the layers of vision and audio towers are told from other layers outside the blocks by class
+and name (``towers``).
+
 Where a part of a model is not reached by the traced forward, the role of its counterpart in another block counts, and
 without one that of its class, name and size: these err toward leaving a layer alone. A model that cannot be traced at
 all is judged that way too, with a warning; finding roles never fails.
@@ -15,7 +18,6 @@ import enum
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -25,26 +27,34 @@ from .block_lists import after_tracing, block_of, blocks
 from .experts import expert_counts
 from .graph import Trace
 from .linear_layers import features, is_linear, linears
-from .selection import match
+from .towers import VISION, is_pooler, is_projector, tower_of, towers
 from .tracing import trace, trace_until_failure
 
 log = logging.getLogger(__name__)
 
 
 class Role(enum.StrEnum):
-    """What a layer does; the value is the reason that a record gives for leaving it alone."""
+    """What a layer does; the value is the name of the role on the record."""
 
     ROUTER = routing.ROUTER
     SHARED_EXPERT_GATE = routing.SHARED_EXPERT_GATE
     OUTPUT_HEAD = "output head"
-    TOWER = "part of a vision or audio tower that the text does not pass"
-    OUTSIDE_BLOCKS = "outside the blocks (a pooler, a projector, a projection of embeddings)"
+    VISION_TOWER = "vision tower"
+    AUDIO_TOWER = "audio tower"
+    PROJECTOR = "projector"
+    POOLER = "pooler"
+    OUTSIDE_BLOCKS = "other linear layer outside the blocks"
+
+
+ROUTING = frozenset({Role.ROUTER, Role.SHARED_EXPERT_GATE})
+"""Roles of layers that choose experts, or weigh them."""
+BY_EXACT_NAME = ROUTING | {Role.OUTPUT_HEAD}
+"""Roles of layers that a step changes only if a target is their exact name; other roles need a pattern that names them,
+that is one which matches layers with roles only."""
 
 
 _cache: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], dict[str, Role]]] = WeakKeyDictionary()
 """Model -> the identities of its modules, and the roles found for them."""
-
-MEDIA_INPUTS = ("pixel_values", "input_features", "input_values", "audio_values")
 
 
 def _remember(traced: Trace) -> None:
@@ -70,28 +80,7 @@ def roles(source: nn.Module | Trace) -> dict[str, Role]:
 
 def routes(source: nn.Module | Trace) -> set[str]:
     """Return the names of the routers and of the gates of shared experts."""
-    return {name for name, role in roles(source).items() if role in (Role.ROUTER, Role.SHARED_EXPERT_GATE)}
-
-
-def left_alone(model: nn.Module, targets: Iterable[str], skip: Iterable[str] = ()) -> dict[str, list[str]]:
-    """Return what a selection leaves alone because of its role, though a pattern of ``targets`` selects it, by role.
-
-    A layer that a target names exactly is not left alone. Modules with a bare weight count if ``Linear`` is a target.
-    """
-    targets, skip = tuple(targets), tuple(skip)
-    found = roles(model)
-    modules = dict(model.named_modules())
-    named: dict[str, Any] = {name: modules[name] for name in found}
-    patterns = {*targets, *skip}
-    chosen = set(match(named, targets, skip, optional=patterns))
-    if "Linear" in targets:
-        bare = [name for name, module in named.items() if not is_linear(module)]
-        chosen |= set(bare) - set(match({name: named[name] for name in bare}, skip, optional=patterns))
-    left: dict[str, list[str]] = {}
-    for name in named:
-        if name in chosen and name not in targets:
-            left.setdefault(str(found[name]), []).append(name)
-    return left
+    return {name for name, role in roles(source).items() if role in ROUTING}
 
 
 def output_heads(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -99,7 +88,7 @@ def output_heads(model: nn.Module, names: Iterable[str]) -> set[str]:
     found = roles(model)
     for name in (names := list(names)):
         model.get_submodule(name)
-    return {name for name in names if found.get(name) not in (None, Role.ROUTER, Role.SHARED_EXPERT_GATE)}
+    return {name for name in names if found.get(name) not in {None, *ROUTING}}
 
 
 def is_output_head(model: nn.Module, name: str) -> bool:
@@ -114,8 +103,9 @@ def _find(model: nn.Module, traced: Trace | None) -> dict[str, Role]:
     try:
         traced = traced or trace(model)
         found = blocks(traced)
-        result = _outside(model, traced, [name for name in linears(model) if block_of(found, name) is None])
-        return result | _routing(model, traced, [block.name for block in found])
+        inside = [block.name for block in found]
+        result = _outside(model, traced, [name for name in linears(model) if block_of(found, name) is None], inside)
+        return result | _routing(model, traced, inside)
     except Exception as error:  # whatever a forward raises: without weights, or for inputs that it cannot take
         return _without_blocks(model, error)
 
@@ -148,7 +138,7 @@ def _without_blocks(model: nn.Module, error: Exception) -> dict[str, Role]:
         traced, routes = None, _routing(model, None, [])
     embedding = _output_embedding(model)
     result = {
-        name: Role.OUTPUT_HEAD if layer is embedding else Role.OUTSIDE_BLOCKS
+        name: Role.OUTPUT_HEAD if layer is embedding else _named_role(model, name) or Role.OUTSIDE_BLOCKS
         for name, layer in linears(model).items()
         if layer is embedding or not any(part.isdigit() for part in name.split("."))
     }
@@ -171,23 +161,33 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _outside(model: nn.Module, traced: Trace, names: list[str]) -> dict[str, Role]:
+def _outside(model: nn.Module, traced: Trace, names: list[str], main_blocks: list[str]) -> dict[str, Role]:
     """Return the roles of linear layers outside the blocks, and of the output embedding."""
     embedding = _output_embedding(model)
-    towers = [name for name, module in model.named_modules() if name and _takes_media(module)]
-    reached = {call.name for call in traced.calls}
+    found = towers(model, main_blocks)
     heads = _heads(traced)
-    result = {}
+    result: dict[str, Role] = {}
     for name in names:
-        if name in heads or model.get_submodule(name) is embedding:
+        if model.get_submodule(name) is embedding:
             result[name] = Role.OUTPUT_HEAD
-        elif name not in reached and any(name.startswith(tower + ".") for tower in towers):
-            result[name] = Role.TOWER
+        elif role := _named_role(model, name):
+            result[name] = role
+        elif name in heads:
+            result[name] = Role.OUTPUT_HEAD
+        elif media := tower_of(found, name):
+            result[name] = Role.VISION_TOWER if media == VISION else Role.AUDIO_TOWER
         else:
             result[name] = Role.OUTSIDE_BLOCKS
     if embedding is not None:
         result |= {name: Role.OUTPUT_HEAD for name, layer in linears(model).items() if layer is embedding}
     return result
+
+
+def _named_role(model: nn.Module, name: str) -> Role | None:
+    """Return the role that the names and classes around a layer outside the blocks say, if any."""
+    if is_pooler(model, name):
+        return Role.POOLER
+    return Role.PROJECTOR if is_projector(model, name) else None
 
 
 def _heads(traced: Trace) -> set[str]:
@@ -200,10 +200,6 @@ def _heads(traced: Trace) -> set[str]:
             else:
                 alive.update(op.reads)
     return found
-
-
-def _takes_media(module: nn.Module) -> bool:
-    return getattr(module, "main_input_name", None) in MEDIA_INPUTS
 
 
 def _hints(model: nn.Module, untraced: bool) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -43,6 +44,11 @@ def match(
     wanted = set().union(*(selected[pattern] for pattern in targets))
     unwanted = set().union(*(selected[pattern] for pattern in skip))
     return [name for name in modules if name in wanted and name not in unwanted]
+
+
+def matches_class(modules: Iterable[Any], pattern: str) -> bool:
+    """Return True if a pattern is the name of a class that one of the modules has, ``Linear`` included."""
+    return any(module is not None and _is_a(module, pattern) for module in modules)
 
 
 def _select(modules: Mapping[str, nn.Module | None], pattern: str) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from hf_optim import RecipeError, Rounds, RoundTraining, Technique, hookimpl
@@ -39,6 +40,9 @@ class InRounds(Technique):
     def between(self) -> str:
         """Return what happens between the rounds, as the end of a sentence on the card."""
         raise NotImplementedError
+
+    def takes(self, module: Any) -> bool:
+        return isinstance(module, nn.Embedding) or super().takes(module)
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:

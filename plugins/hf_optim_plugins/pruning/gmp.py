@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from hf_optim import (
@@ -56,7 +57,8 @@ class GMP(Technique):
         end: the last update; training after it only recovers the loss.
         every: steps between updates (Δt); there is one more update at ``end`` if Δt does not divide the ramp.
         scope: ``"layer"`` prunes every layer to the ramp, ``"global"`` all targets together, ranked across layers.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
+            pattern names them.
         skip: patterns of layers to leave dense.
     """
 
@@ -87,9 +89,12 @@ class GMP(Technique):
             )
         return schedules.SparsitySchedule(begin, end, self.every, self.initial, self.sparsity)
 
+    def takes(self, module: Any) -> bool:
+        return isinstance(module, nn.Embedding) or super().takes(module)
+
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        layers = run.select(self.targets, self.skip)
+        layers = run.select(self.targets, self.skip, embeddings=True)
         require_layers(layers, run.model, run.label(self))
         names = masks.weight_names(layers)
         run.cover(self, names)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from hf_optim import Contract, Paper, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit.distributed import FullWeights
 from hf_optim.toolkit.pruning import masks, sparsity
@@ -37,7 +39,8 @@ class Magnitude(Technique):
         sparsity: share of the weights to remove, in [0, 1).
         scope: ``"layer"`` removes this share from every layer, ``"global"`` from all targets together, ranked across
             layers by absolute value.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly.
+        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
+            pattern names them.
         skip: patterns of layers to leave dense.
     """
 
@@ -46,19 +49,22 @@ class Magnitude(Technique):
     targets: tuple[str, ...] = ("Linear",)
     skip: tuple[str, ...] = ()
 
+    def takes(self, module: Any) -> bool:
+        return isinstance(module, nn.Embedding) or super().takes(module)
+
     def needs_data(self) -> bool:
         return False
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        names = masks.weight_names(scope.select(self.targets, self.skip))
+        names = masks.weight_names(scope.select(self.targets, self.skip, embeddings=True))
         if self.scope == "layer":
             new = _rank(self, run, names)
         else:
             # Ranked once, before the first block changes: one threshold over all layers needs all of them.
             state = run.state(self)
             if not hasattr(state, "masks"):
-                state.masks = _rank(self, run, masks.weight_names(run.select(self.targets, self.skip)))
+                state.masks = _rank(self, run, masks.weight_names(run.select(self.targets, self.skip, embeddings=True)))
             new = {name: state.masks.pop(name) for name in names.values() if name in state.masks}
         masks.prune_(run.model, run.masks, new)
         run.cover(self, names)

@@ -21,7 +21,7 @@ points, or are left unquantized (fp8); their inputs are never quantized.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -57,7 +57,8 @@ class RTN(Technique):
     """Round weights, and optionally activations, to the nearest point of a uniform grid.
 
     Attributes:
-        targets: linear layers to quantize, by class, name or pattern.
+        targets: linear layers to quantize, by class, name or pattern, and embeddings whose names a pattern gives; of
+            these the weights alone are quantized, to integers of a byte each.
         skip: patterns of layers to leave out.
         bits: of a weight, 2 to 8; None leaves the weights unquantized (W32A8). Bits that an earlier step has assigned
             to a layer take precedence.
@@ -102,16 +103,21 @@ class RTN(Technique):
         if self.activations == "fp8" and not self.symmetric_activations:
             raise RecipeError("rtn: fp8 activations have no zero point; leave symmetric_activations at true")
 
+    def takes(self, module: Any) -> bool:
+        return isinstance(module, nn.Embedding) or super().takes(module)
+
     def needs_data(self) -> bool:
         return self.activations is not None and not self.dynamic
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         integer = self.format == "int" and self.bits is not None
-        layers, skipped = select_layers(self, run, scope, integer=integer, experts=True, symmetric=self.symmetric)
+        layers, skipped = select_layers(
+            self, run, scope, integer=integer, experts=True, symmetric=self.symmetric, embeddings=True
+        )
         ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.needs_data():
-            observed = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertLinear)}
+            observed = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
             with TensorMinMax(observed, run.label(self)) as ranges:
                 yield
             skipped |= not_reached(observed, ranges)
@@ -138,7 +144,7 @@ class RTN(Technique):
         return make_grid(weight, self._spec(weight.shape[1], bits), self.observer) if bits else None
 
     def _scheme(self, layer: nn.Linear | ExpertLinear, grid: Grid | None) -> QuantizationScheme:
-        if isinstance(layer, ExpertLinear):
+        if not isinstance(layer, nn.Linear):
             return compressed.scheme_of(grid.spec if grid else None)
         static, symmetric = not self.dynamic, self.symmetric_activations
         return compressed.scheme_of(grid.spec if grid else None, self.activations, static, symmetric)
