@@ -64,14 +64,24 @@ def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **k
 
     directory = Path(directory)
     if stray := stray_weights(run):
-        raise CheckpointError(
-            f"{stray[0]} (and {len(stray) - 1} more) has weights where it was pruned: merge adapters with "
-            "hf_optim.merge_adapters(model), which keeps the masks, or hf_optim.release(model) to give them up"
-        )
+        raise CheckpointError(_stray_message(run, stray))
     with replace_directory(directory, stale=is_weights) as beside:
         save_plain(run.model, beside, **kwargs)
         describe(run, beside, measure)
     return directory
+
+
+def _stray_message(run: Run, stray: list[str]) -> str:
+    more = f" and {len(stray) - 1} more parameters have" if len(stray) > 1 else " has"
+    if run.trained_alone:
+        cause = "the model was trained without hf_optim's callbacks, which keep pruned weights at zero"
+    else:
+        cause = "the model was trained without hf_optim's callbacks, or adapters were merged without the masks"
+    return (
+        f"{stray[0]}{more} weights where they were pruned: {cause}. Train with hf_optim.OptimTrainer or "
+        "Trainer(callbacks=hf_optim.callbacks(model)), merge adapters with hf_optim.merge_adapters(model), or give the "
+        "zeros up with hf_optim.release(model)"
+    )
 
 
 def describe(run: Run, beside: Path, measure: Measure | None = None) -> None:

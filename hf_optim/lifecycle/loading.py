@@ -88,6 +88,7 @@ def optimize(
     journal: Any = None,
     kernels: bool = False,
     dense: bool = False,
+    announce: bool = True,
 ) -> PreTrainedModel:
     """Optimize a model that is in memory.
 
@@ -107,6 +108,8 @@ def optimize(
         kernels: run the finished model on kernels, as ``from_pretrained`` does (see ``hf_optim.accelerate``).
         dense: the caller will save the weights uncompressed (``hf-optim compress --dense``), so that stock transformers
             need not be able to load the compressed format for this class of model.
+        announce: log how a model whose recipe waits for training is trained, and warn if it is trained otherwise; False
+            for a caller that trains it itself.
 
     Returns:
         The optimized model. After a recipe with a training stage it is ready to be trained: give it to
@@ -120,7 +123,7 @@ def optimize(
     require_model(model)
     own_configs(model)
     run = start_run(recipe, model.config)
-    run.tokenizer, run.journal, run.dense = tokenizer, journal, dense
+    run.tokenizer, run.journal, run.dense, run.announce = tokenizer, journal, dense, announce
     run.device = torch.device(device) if device is not None else None
     recipe.check(traits_of(model))
     require_data(run, calibration)
@@ -186,15 +189,21 @@ def _refuse_data_fields(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> 
 
 
 def _put_on_kernels(model: PreTrainedModel) -> None:
-    """Run a finished model on kernels. Kernels were not asked for explicitly: log unsupported layers."""
+    """Run a finished model on kernels. Kernels were not asked for explicitly: log unsupported layers.
+
+    Of a model with floating-point weights that is news for few: an N:M pattern has kernels on some devices only, and
+    such a model may be trained next.
+    """
     from ..compressed.packed.accelerate import accelerate
+    from ..compressed.packed.codebook_layers import codebook_linears
     from ..compressed.packed.packed_linear import KernelWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", KernelWarning)
         accelerate(model)
+    compressed = any(hasattr(module, "quantization_scheme") for module in model.modules()) or codebook_linears(model)
     for warning in caught:
-        log.warning("%s", warning.message)
+        log.log(logging.WARNING if compressed else logging.INFO, "%s", warning.message)
 
 
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

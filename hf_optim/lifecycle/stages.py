@@ -31,6 +31,7 @@ from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
 from ..recipes.contract import Phase
 from ..recipes.technique import Technique
+from ..runs import training_watch
 from ..runs.acceptance import require_finite, require_model
 from ..runs.coverage import note_left_alone, record_coverage, recount_zeros, require_effective
 from ..runs.memory import PeakMemory
@@ -224,16 +225,20 @@ def run_stages(run: Run, source: Any = None) -> PreTrainedModel:
     """
     if source is not None:
         run.source = source
+    training_watch.unwatch(run.model)  # steps of the recipe may train
     try:
         while (stage := run.stage) is not None and not run.stage_entered:
             # Tensors made under torch.inference_mode() could not be trained or changed afterwards.
             with torch.inference_mode(False):
                 enter_stage(run)
             if stage.trains:
-                log.info("%s waits for training: use hf_optim.OptimTrainer, or callbacks(model) in a Trainer", stage)
+                level = logging.WARNING if run.announce else logging.DEBUG
+                log.log(level, "%s starts when training starts: %s", stage, training_watch.remedy(run))
                 break
             complete_stage(run)
         saving.attach_save_methods(run)
+        if run.announce:
+            training_watch.watch(run, run.model)
     finally:
         model = run.lend_model()
     return model
@@ -264,6 +269,7 @@ def _can_follow(run: Run, stage: Stage) -> bool:
 # -- release ----------------------------------------------------------------------------------------------------------
 def release(model: PreTrainedModel) -> PreTrainedModel:
     """Forget the run of a model, and return it as an ordinary model. Its weights and its stored format stay."""
+    training_watch.unwatch(model)
     model.__dict__.pop(ATTRIBUTE, None)
     saving.detach_save_methods(model)
     return model

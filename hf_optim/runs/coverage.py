@@ -12,7 +12,10 @@ from torch import nn
 from ..errors import ModelError
 from ..toolkit import topology
 from ..toolkit.pruning import sparsity
+from ..toolkit.quantization import adjusted_message, stored_bits
+from ..toolkit.quantization.group_fit import LARGE
 from ..toolkit.topology.experts import expert_linears
+from ..toolkit.topology.selection import PatternError
 from ..trust.text import one_line
 
 if TYPE_CHECKING:
@@ -116,12 +119,48 @@ def _record(run: Run, step: Technique, names: set[str], skipped: dict[str, set[s
             for role, part in rest.items()
         },
     }
+    _note_groups(run, step, names, run.record.coverage[label])
     log.info("%s: %s of %s weights (%.1f %%)", label, f"{coverage.covered:,}", f"{coverage.total:,}", 100 * share)
     for role, line in left_alone_lines(run.record.coverage[label]).items():
         # The class name Linear does not say that half of a model stays as it is; who named the rest knows.
         log.log(logging.WARNING if role in alone and role in TOWERS else logging.INFO, "%s: %s", label, line)
     for reason, left_out in sorted(skipped.items()):
         log.warning("%s skipped %s (%s): %s", label, _modules(left_out), reason, ", ".join(sorted(left_out)[:5]))
+
+
+def _note_groups(run: Run, step: Technique, names: set[str], entry: dict[str, Any]) -> None:
+    """Put the layers whose groups are not of the size that was asked for on the record, with the bits of a weight."""
+    asked = getattr(step, "group_size", None)
+    if not isinstance(asked, int):
+        return
+    found: dict[tuple[int, int, int, float], list[str]] = {}
+    modules = dict(run.model.named_modules())
+    for name in sorted(names):
+        module: Any = modules.get(name)
+        weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        size, width = getattr(weights, "group_size", None), getattr(module, "in_features", None)
+        scale = getattr(module, "weight_scale", None)
+        if size and width and scale is not None and size != min(asked, width):
+            packed = str(getattr(module.quantization_scheme.format, "value", module.quantization_scheme.format))
+            stored = stored_bits(
+                weights.num_bits,
+                width,
+                size,
+                8 * scale.element_size(),
+                packed=packed == "pack-quantized",
+                zero_point=not weights.symmetric,
+            )
+            found.setdefault((width, size, weights.num_bits, round(stored, 3)), []).append(name)
+    if not found:
+        return
+    entry["groups"] = [
+        {"layers": layers, "inputs": width, "group_size": size, "bits_per_weight": stored}
+        for (width, size, _, stored), layers in sorted(found.items())
+    ]
+    for (width, size, bits, stored), layers in sorted(found.items()):
+        sentence = f"{run.label(step)}: {adjusted_message(layers, width, size, asked, bits, stored)}"
+        run.record.note(sentence)
+        log.log(logging.WARNING if stored > LARGE >= 2 * bits else logging.INFO, "%s", sentence)
 
 
 def left_alone_lines(entry: Mapping[str, Any]) -> dict[str, str]:

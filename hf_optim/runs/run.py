@@ -62,6 +62,8 @@ class Run:
         roles: index of a step -> layer -> its role in the model as the step finds it.
         left_alone: index of a step -> role -> names of the layers that it leaves alone because of that role.
         dense: the caller will save the dense equivalent of a compressed model, so its format need not be loadable.
+        announce: log how a model that waits for training is trained; False for a caller that trains it itself.
+        trained_alone: an optimizer has changed its weights without the callbacks of the run.
         steps_checked: how many steps are known to work on the model, with a result that can be loaded.
         journal: keeps completed blocks, so that a killed run can resume (``BlockJournal``), or None.
     """
@@ -84,6 +86,8 @@ class Run:
         self.failure = ""
         self.loading = False
         self.dense = False
+        self.announce = True
+        self.trained_alone = False
         self.steps_checked = 0
         self.journal: Any = None
         self._model: PreTrainedModel | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..runs import training_watch
 from ..runs.masking import apply_masks, masked_parameter, require_equal_masks
 from ..runs.run import Run
 from ..toolkit.distributed import fsdp
@@ -42,6 +43,7 @@ class MaskCallback(TrainerCallback):
         self._zeroing = FusedMasking([], [])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        training_watch.unwatch(self.run.model)
         self._known.clear()  # the model may have moved since
         self._state = ([], [])
         self._renew(kwargs.get("optimizer"))
@@ -75,6 +77,8 @@ class MaskCallback(TrainerCallback):
         # load_best_model_at_end may have put other weights and other masks in place.
         self._renew(kwargs.get("optimizer"))
         self.apply()
+        if self.run.announce:
+            training_watch.watch(self.run, self.run.model)  # another training may come without callbacks
 
     def apply(self) -> None:
         """Zero the masked weights."""

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..compressed.state import quantized_modules
 from ..errors import OptimError
 from ..lifecycle.stages import end_training
+from ..runs import training_watch
 from ..runs.masking import apply_masks
 from ..runs.run import Run, find_run, require_sound
 
@@ -83,6 +84,7 @@ def keep_masks(model: nn.Module) -> nn.Module:
     run = find_run(model)
     if run is None or not run.masks:
         raise OptimError("keep_masks takes a PeftModel around a model that hf_optim pruned; this one has no masks")
+    training_watch.unwatch(run.model)
     for name, layer in _masked_adapters(run).items():
         dropout = any(getattr(module, "p", 0.0) for module in getattr(layer, "lora_dropout", {}).values())
         if not hasattr(layer, "lora_A") or getattr(layer, "lora_variant", None) or dropout:

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from ..errors import OptimError
 from ..recipes.contract import TRAINER_HOOKS
+from ..runs import training_watch
 from ..runs.run import Run, require_sound, run_of
 from .checkpoint_callback import CheckpointCallback
 from .end_of_stage import StageCallback
@@ -39,6 +40,7 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
 def stage_callbacks(run: Run) -> list[TrainerCallback]:
     """Return the same callbacks for a trainer that calls the other training hooks itself."""
     require_sound(run)
+    training_watch.unwatch(run.model)
     stage = run.stage
     if stage is None:
         return [MaskCallback(run)] if run.masks else []

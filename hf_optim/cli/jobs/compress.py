@@ -125,7 +125,14 @@ def _compress(job: Job, device: torch.device | None, found: Findings) -> Run:
     original_bytes = checkpoint_bytes(job.source, model)
     journal = BlockJournal(_journal_home(job.output), resume=job.resume)
     model = optimize(
-        model, job.recipe, calibration, tokenizer=tokenizer, device=device, journal=journal, dense=job.dense
+        model,
+        job.recipe,
+        calibration,
+        tokenizer=tokenizer,
+        device=device,
+        journal=journal,
+        dense=job.dense,
+        announce=False,
     )
     model = _train(job, model, tokenizer)
     run = run_of(model)

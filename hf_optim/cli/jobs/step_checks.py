@@ -17,7 +17,7 @@ from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
 from ...runs.coverage import require_effective
 from ...runs.scope import Scope
 from ...toolkit import topology
-from ...toolkit.quantization.grids import fit_group_size
+from ...toolkit.quantization import adjusted_groups, adjusted_message, stored_bits
 from ...toolkit.topology.selection import PatternError
 
 
@@ -56,7 +56,7 @@ def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
         raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or NONE_SELECTED}")
     notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
     group_size = getattr(step, "group_size", None)
-    return notes + (list(_adjusted_groups(layers, group_size, label)) if group_size else [])
+    return notes + (list(_adjusted_groups(layers, step, model, label)) if group_size else [])
 
 
 def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, label: str) -> None:
@@ -72,14 +72,15 @@ def _check_streamed_experts(recipe: OptimConfig, step: Technique, model: Any, la
     storable(Scope("", model, model), targets, skip, integer, label, experts=True, symmetric=symmetric)
 
 
-def _adjusted_groups(layers: dict[str, nn.Linear], group_size: int, label: str) -> Iterator[str]:
-    adjusted: dict[tuple[int, int], list[str]] = {}
-    for name, layer in layers.items():
-        size = fit_group_size(layer.in_features, group_size)
-        if size != min(group_size, layer.in_features):
-            adjusted.setdefault((layer.in_features, size), []).append(name)
-    for (width, size), names in sorted(adjusted.items()):
-        yield f"{label}: group_size {group_size} does not divide the {width} inputs of {_few(names)}: groups of {size}"
+def _adjusted_groups(layers: dict[str, nn.Module], step: Technique, model: Any, label: str) -> Iterator[str]:
+    """Yield a warning for each width that the group size of a step does not divide, with the bits of a weight."""
+    group_size, bits = getattr(step, "group_size", 1), getattr(step, "bits", 8)
+    symmetric = getattr(step, "symmetric", True)
+    widths = {name: layer.in_features for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    scale_bits = 8 * model.dtype.itemsize
+    for (width, size), names in adjusted_groups(widths, group_size).items():
+        stored = stored_bits(bits, width, size, scale_bits, packed=symmetric, zero_point=not symmetric)
+        yield f"{label}: {adjusted_message(names, width, size, group_size, bits, stored)}"
 
 
 def _few(names: list[str]) -> str:

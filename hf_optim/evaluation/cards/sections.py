@@ -173,7 +173,7 @@ def _technique_first(item: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def coverage(record: Record) -> str:
-    """Render how many weights each step changed, and the layers it skipped with the reasons."""
+    """Render how many weights each step changed, what it left alone and why, and the layers it skipped."""
     if not record.coverage:
         return ""
     rows, skipped = [], []
@@ -181,11 +181,29 @@ def coverage(record: Record) -> str:
         share = f"{100 * counted['share']:.2f} %"
         rows.append([step, f"{counted['weights_touched']:,}", f"{counted['weights_total']:,}", share])
         for reason, names in counted.get("skipped", {}).items():
+            if reason in counted.get("left_alone", {}):
+                continue  # a role, which is in the table
             listed = ", ".join(map(code, names[:NAMES_SHOWN]))
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             skipped.append(f"- {plain(step)} skipped {len(names)}: {sentence(reason)} ({listed}{more})")
-    table = markdown_table(["step", "weights changed", "of", "share"], rows)
-    return "### Coverage\n\n" + table + ("\n\n" + "\n".join(skipped) if skipped else "")
+    parts = ["### Coverage", markdown_table(["step", "weights changed", "of", "share"], rows)]
+    return "\n\n".join([*parts, *left_alone(record), *(["\n".join(skipped)] if skipped else [])])
+
+
+def left_alone(record: Record) -> list[str]:
+    """Render a table of the weights that steps left alone, by role; steps that left the same share a table."""
+    tables: dict[str, list[str]] = {}
+    for step, counted in record.coverage.items():
+        total = counted["weights_total"] or 1
+        rows = [
+            [role, f"{part['weights']:,}", f"{100 * part['weights'] / total:.2f} %", part["reason"]]
+            for role, part in counted.get("left_alone", {}).items()
+        ]
+        if rows:
+            tables.setdefault(markdown_table(["left alone", "weights", "share", "why"], rows), []).append(plain(step))
+    if len(tables) == 1 and len(record.coverage) == len(next(iter(tables.values()))):
+        return list(tables)
+    return [part for table, steps in tables.items() for part in (f"{', '.join(steps)}:", table)]
 
 
 def step_metrics(record: Record) -> str:

@@ -1,6 +1,7 @@
 """Grids, codebooks, Hessian-based rounding and fake quantization."""
 
 from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant
+from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .grids import Grid, GridSpec, fit_group_size, make_grid, qparams_from_range, round_codes
 from .hessian import inverse_cholesky
 from .least_squares import output_error, reconstruct_weights
@@ -14,6 +15,8 @@ __all__ = [
     "Grid",
     "GridSpec",
     "activation_rounding",
+    "adjusted_groups",
+    "adjusted_message",
     "bit_budget",
     "block_reconstruction",
     "codebooks",
@@ -31,4 +34,5 @@ __all__ = [
     "reconstruct_weights",
     "round_codes",
     "storable_scale",
+    "stored_bits",
 ]
