@@ -145,7 +145,7 @@ def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]], 
         if module.max_norm is not None:
             return "its forward writes to its weight (max_norm)"
     elif isinstance(module, Conv1D):
-        return f"{kind}: {LINEAR_ONLY}; pruning, distillation and gobo work on it"
+        return f"{kind}: {LINEAR_ONLY}; pruning, distillation, gobo and peg work on it"
     elif not isinstance(module, nn.Linear):
         return f"{kind}: {LINEAR_ONLY}"
     elif isinstance(module, NonDynamicallyQuantizableLinear):

@@ -271,7 +271,7 @@ def test_storable_names_the_layers_it_skips():
     layers, skipped = compressed.storable(Scope("", model, model), ("Linear",))
     assert layers == {}
     (reason,) = skipped
-    assert reason.startswith("Conv1D: compressed-tensors stores nn.Linear only; pruning, distillation and gobo")
+    assert reason.startswith("Conv1D: compressed-tensors stores nn.Linear only; pruning, distillation, gobo and peg")
     assert len(skipped[reason]) == 8
 
     model = tiny_mixtral()
