@@ -19,7 +19,7 @@ from ..toolkit.modules.modes import device_of
 from ..toolkit.statistics import BatchRows
 from ..toolkit.topology.towers import media_parts
 from .forward import Batch, capture_block_inputs, forward_errors, run_block, to_device
-from .steps import any_needs_data, batches_for, selects_in, labels_for, run_calibration
+from .steps import any_needs_data, batches_for, labels_for, run_calibration, selects_in
 
 
 class Journal(Protocol):

@@ -26,8 +26,8 @@ def require_media(run: Run, step: Technique) -> None:
     inside = [name for name in chosen if any(name.startswith(f"{part}.") for part in parts)]
     if inside:
         raise DataError(
-            f"{run.label(step)} calibrates {len(inside)} layers that read images or sound, such as {inside[0]}, and the "
-            f"calibration batches have {', '.join(sorted(given))} only: pass batches with images or sound, "
+            f"{run.label(step)} calibrates {len(inside)} layers that read images or sound, such as {inside[0]}, and "
+            f"the calibration batches have {', '.join(sorted(given))} only: pass batches with images or sound, "
             "calibration=[dict(input_ids=..., pixel_values=...)], leave these layers out, or quantize them with rtn, "
             "which needs no data"
         )

@@ -15,7 +15,7 @@ from ..runs.run import Run
 from ..runs.scope import Scope
 from .forward import Batch
 
-NONE_SELECTED = "Its targets select no layer that skip does not leave out"
+NONE_SELECTED = "Its skip leaves out every layer that its targets select"
 
 
 def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callable[[Technique], None]) -> None:
@@ -72,7 +72,8 @@ def require_covered(run: Run, step: Technique) -> None:
     coverage = run.covered(step)
     if coverage is None or coverage[0]:
         return
-    reasons = "; ".join(f"{reason}: {_join_names(names)}" for reason, names in sorted(coverage[1].items()))
+    left = {**run.left_alone.get(run.index(step), {}), **coverage[1]}
+    reasons = "; ".join(f"{reason}: {_join_names(names)}" for reason, names in sorted(left.items()))
     raise ModelError(
         f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {reasons or NONE_SELECTED}"
     )

@@ -129,7 +129,10 @@ def unstorable_pattern(scope: Scope, targets: Iterable[str], integer: bool, embe
     targets = tuple(targets)
     for pattern in targets if len(targets) > 1 else ():
         chosen = scope.select([pattern], experts=True, embeddings=embeddings)
-        reasons = {n: "" if isinstance(m, ExpertLinear) else _unstorable(n, m, holders, integer) for n, m in chosen.items()}
+        reasons = {
+            name: "" if isinstance(layer, ExpertLinear) else _unstorable(name, layer, holders, integer)
+            for name, layer in chosen.items()
+        }
         if chosen and all(reasons.values()):
             name, reason = next(iter(reasons.items()))
             more = f" and {len(chosen) - 1} more" if len(chosen) > 1 else ""

@@ -65,7 +65,7 @@ def require_effective(step: Technique, model: nn.Module, label: str) -> None:
     kind = type(model).__name__
     try:
         why = topology.ineffective_pattern(model, *patterns, step.takes)
-    except ValueError as error:
+    except PatternError as error:
         raise ModelError(f"{label}: {error} in {kind}") from error
     if why:
         raise ModelError(f"{label}: in {kind}, {why}")
@@ -137,7 +137,7 @@ def _note_groups(run: Run, step: Technique, names: set[str], entry: dict[str, An
     modules = dict(run.model.named_modules())
     for name in sorted(names):
         module: Any = modules.get(name)
-        weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        weights: Any = getattr(getattr(module, "quantization_scheme", None), "weights", None)
         size, width = getattr(weights, "group_size", None), getattr(module, "in_features", None)
         scale = getattr(module, "weight_scale", None)
         if size and width and scale is not None and size != min(asked, width):

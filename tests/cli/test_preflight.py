@@ -155,8 +155,31 @@ def test_groups_that_do_not_divide_are_told(model):
     notes = look(model, {**STREAMED, "steps": [{**RTN, "group_size": 20}]}).notes
     assert len(notes) == 2
     assert "group_size 20 does not divide the 32 inputs of model.layers.0.self_attn.q_proj" in notes[0]
-    assert notes[0].endswith("groups of 16")
+    assert notes[0].endswith("groups of 16: 6.0 bits a weight with scales")
     assert "the 48 inputs of model.layers.0.mlp.down_proj" in notes[1]
+
+
+def test_groups_that_take_more_than_a_byte_come_with_a_remedy(tmp_path):
+    tiny_llama(intermediate_size=172).save_pretrained(tmp_path / "model")
+    (note,) = look(tmp_path / "model", {**STREAMED, "steps": [{**RTN, "group_size": 32}]}).notes
+    assert "172 inputs of model.layers.0.mlp.down_proj" in note
+    assert "groups of 4: 12.1 bits a weight with scales, more than int8 takes: use group_size 43 or 86" in note
+    assert "(group_size: null), or skip these layers" in note
+
+
+def test_a_pattern_without_effect(model):
+    with pytest.raises(ModelError, match=r"step 1 \(rtn\): in LlamaForCausalLM, '\*norm\*' in skip matches 5 Llama"):
+        look(model, {**STREAMED, "steps": [{**RTN, "skip": ["*norm*"]}]})
+    with pytest.raises(ModelError, match=r"'\*lm_h\*' in targets matches 1 layer with the role output head"):
+        look(model, [{**RTN, "targets": ["Linear", "*lm_h*"]}])
+
+
+def test_tables_count_in_the_bytes_after(model):
+    without = look(model, [{"technique": "rtn", "bits": 8}]).estimates["bytes_after"]
+    tables = look(model, [{"technique": "rtn", "bits": 8, "targets": ["Linear", "*embed_tokens*"]}]).estimates
+    config = tiny_llama().config
+    rows, width = config.vocab_size, config.hidden_size
+    assert without - tables["bytes_after"] == rows * width * 4 - rows * (width + 4)
 
 
 @pytest.mark.parametrize("driver", ["streamed", "blockwise"])

@@ -211,3 +211,11 @@ def test_a_checkpoint_of_another_class_is_refused(checkpoint):
 def test_a_new_head_may_be_missing(checkpoint):
     model = LlamaForSequenceClassification.from_pretrained(checkpoint, optim_config=HALF)
     assert zeros(model) == 0.5
+
+
+def test_a_pruned_float_model_is_not_told_that_its_kernels_are_missing(tmp_path, caplog):
+    tiny_llama().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, optim_config="nm")
+    assert not caplog.records
+    with pytest.warns(UserWarning, match="^these layers run on dense kernels, not on compressed ones: model.layers.0"):
+        hf_optim.accelerate(model)

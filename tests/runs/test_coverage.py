@@ -178,5 +178,3 @@ def test_groups_that_fit_say_nothing(caplog):
     (entry,) = run.record.coverage.values()
     assert "groups" not in entry
     assert run.record.notes == []
-
-

@@ -118,7 +118,7 @@ def test_adapters_on_a_model_that_waits_are_not(caplog):
 def test_the_error_at_saving_names_the_cause_first(tmp_path):
     model = pruned()
     loop(model)
-    with pytest.raises(CheckpointError, match=r"13 more parameters have weights where they were pruned: the model was") as e:
+    with pytest.raises(CheckpointError, match=r"and 13 more parameters have weights where they were pruned") as e:
         model.save_pretrained(tmp_path)
     text = str(e.value)
     assert "was trained without hf_optim's callbacks, which keep pruned weights at zero. Train with" in text
@@ -127,7 +127,7 @@ def test_the_error_at_saving_names_the_cause_first(tmp_path):
     model = pruned()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(1.0)
-    with pytest.raises(CheckpointError, match=r"up_proj.weight has weights .*without hf_optim's callbacks, or adapters"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight has weights .*hf_optim's callbacks, or adapters"):
         model.save_pretrained(tmp_path)
 
 
@@ -152,15 +152,23 @@ def test_a_watched_model_is_freed_at_once_and_the_hook_goes_with_it():
         gc.enable()
 
 
-def test_an_optimizer_is_looked_at_once(monkeypatch):
-    kept = pruned()
-    other, looked = tiny_llama(1), []
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    monkeypatch.setattr(torch.optim.SGD, "param_groups", property(lambda self: looked.append(1) or self._groups), raising=False)
-    optimizer.__dict__["_groups"] = optimizer.__dict__.pop("param_groups")
-    training_watch._look(optimizer)
-    first = len(looked)
-    training_watch._look(optimizer)
-    assert first == 1
-    assert len(looked) == first
+def test_an_optimizer_is_looked_at_once():
+    class Counting(torch.optim.SGD):
+        looked = 0
+
+        @property
+        def param_groups(self):
+            type(self).looked += 1
+            return self.groups
+
+        @param_groups.setter
+        def param_groups(self, groups):
+            self.groups = groups
+
+    kept, other = pruned(), tiny_llama(1)
+    optimizer = Counting(other.parameters(), lr=0.1)
+    Counting.looked = 0
+    for _ in range(3):
+        training_watch._look(optimizer)
+    assert Counting.looked == 1
     del kept

@@ -28,7 +28,7 @@ from ...toolkit.modules.finite import nonfinite
 from ...toolkit.modules.modes import eval_mode
 from ...toolkit.statistics import BatchRows
 from ..forward import run_block, without_cache
-from ..steps import any_needs_data, selects_in, labels_for, require_covered, run_calibration
+from ..steps import any_needs_data, labels_for, require_covered, run_calibration, selects_in
 from ..throughput import summarize_throughput
 from .activations import CPU, ActivationCache, ReferenceOutputs
 from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
@@ -194,7 +194,7 @@ class StreamedDriver:
         return Scope("", self.model, self.model, count, count + 1, outside=inside)
 
     def _calibrate_non_blocks(self) -> None:
-        """Run the steps whose targets select layers outside the blocks; then write the shard of all non-block weights."""
+        """Run the steps that select layers outside the blocks; then write the shard of all non-block weights."""
         steps = self._non_block_steps()
         try:
             if steps:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from ...compressed.storability import takes_embeddings
 from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
@@ -89,14 +90,16 @@ def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> in
     bits = getattr(step, "bits", None)
     if step is None or bits is None:
         return total
-    selected = Scope("", model, model).select(getattr(step, "targets", ("Linear",)), getattr(step, "skip", ()))  # type: ignore[arg-type]
+    targets, skip = getattr(step, "targets", ("Linear",)), getattr(step, "skip", ())
+    selected = Scope("", model, model).select(targets, skip, embeddings=takes_embeddings(step))  # type: ignore[arg-type]
     for module in selected.values():
-        if not isinstance(module, torch.nn.Linear):
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             continue
+        own = 8 if isinstance(module, torch.nn.Embedding) else bits  # a byte for each code of a table
         rows, columns = module.weight.shape
         group_size = getattr(step, "group_size", None)
         groups = columns // fit_group_size(columns, group_size) if group_size else 1
-        total += rows * (_packed_bytes(columns, bits) + groups * width - columns * width)
+        total += rows * (_packed_bytes(columns, own) + groups * width - columns * width)
     return total
 
 

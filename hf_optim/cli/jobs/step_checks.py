@@ -52,7 +52,8 @@ def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
     except PatternError as error:
         raise ModelError(f"{label}: {error}") from error
     if not layers:
-        why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(skipped.items()))
+        left = {**topology.left_alone(model, targets, skip), **skipped}
+        why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(left.items()))
         raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or NONE_SELECTED}")
     notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
     group_size = getattr(step, "group_size", None)

@@ -1,8 +1,8 @@
 """Grids, codebooks, Hessian-based rounding and fake quantization."""
 
 from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant
-from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .grids import Grid, GridSpec, fit_group_size, make_grid, qparams_from_range, round_codes
+from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .hessian import inverse_cholesky
 from .least_squares import output_error, reconstruct_weights
 from .obq_recursion import quantize_greedily

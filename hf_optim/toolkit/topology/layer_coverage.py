@@ -146,8 +146,8 @@ def _items(model: nn.Module) -> list[Item]:
             first = dict.fromkeys([f"{name}.weight", *aliases])
             items.append(Item(tuple(first), math.prod(features(layer)), True, True, inside, reason))
     for name, parameter, parts in _parameters_in_parts(model):
-        owner, _, key = name.rpartition(".")
-        if id(parameter) not in seen and not (key.endswith(QUANTIZATION) and _is_quantized(model, owner)):
+        owner, _, own = name.rpartition(".")
+        if id(parameter) not in seen and not (own.endswith(QUANTIZATION) and _is_quantized(model, owner)):
             matrix = parameter.dim() >= 2 and owner not in layers
             kind = f"{parameter.dim()}-D parameter of {type(model.get_submodule(owner)).__name__}"
             items += [

@@ -115,7 +115,8 @@ def ineffective_pattern(model: nn.Module, targets: Iterable[str], skip: Iterable
             return f"{pattern!r} in targets matches {tied}"
     for pattern in skip:
         matched = {name: everything[name] for name in match(everything, [pattern])}
-        if not any(map(takes, matched.values())):
+        # What is left alone because of its role anyway is what was asked.
+        if not any(takes(module) or name in found for name, module in matched.items()):
             return (
                 f"{pattern!r} in skip matches {_counted(matched)}, which this technique leaves alone anyway"
                 + _inside(pattern, matched, takes)
@@ -171,9 +172,9 @@ def _left_alone_message(pattern: str, found: Mapping[str, Role]) -> str:
     if len(exact) == len(found):
         return f"{text}, which only an exact name selects: write {exact[0]} to include it, or leave the pattern out"
     first = next(name for name in found if name not in exact)
-    part = first.rpartition(".")[0].split(".")
-    # The longest part of the name without layer numbers names the tower, pooler or projector.
-    named = next((piece for piece in part if piece not in ("model", "encoder", "layers") and not piece.isdigit()), first)
+    # The first part of the name that says something names the tower, the pooler or the projector.
+    parts = (part for part in first.split(".") if part not in ("model", "encoder", "layers") and not part.isdigit())
+    named = next(parts, first)
     return (
         f"{text}, which a class name leaves alone: write a pattern of their names, such as '*{named}*', to include them"
     )

@@ -1,4 +1,4 @@
-"""What every weight of a model is: a partition by role, so that what a step leaves alone adds up with what it changes."""
+"""The role of every weight of a model: a partition, so that what a step leaves alone and what it changes add up."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _owners(item: Item) -> list[str]:
 
 
 def _shown(item: Item) -> list[str]:
-    """Return the names of a weight for the record: of a matrix of an expert its own name, of a tied weight all names."""
+    """Return the names of a weight for the record: its own for a matrix of an expert, all of a tied weight."""
     owners = _owners(item)
     return owners[-1:] if not item.linear and item.matrix and ".experts." in owners[-1] else owners
 
