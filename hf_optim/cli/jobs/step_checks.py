@@ -14,7 +14,7 @@ from ...recipes.config import OptimConfig
 from ...recipes.contract import Reload
 from ...recipes.technique import Technique
 from ...recipes.traits import BITS_ASSIGNED, QUANTIZED
-from ...runs.coverage import require_effective
+from ...runs.coverage import TOWERS, patterns_of, require_effective
 from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.quantization import adjusted_groups, adjusted_message, stored_bits
@@ -29,6 +29,7 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
             break  # later steps work on another model
         label = f"step {position + 1} ({step.name})"
         require_effective(step, model, label)
+        notes += _towers_left_alone(step, model, label)
         if QUANTIZED in step.contract().adds and step.reload() == Reload.STOCK_FORMAT:
             if recipe.driver == "streamed" and topology.has_experts(model):
                 _check_streamed_experts(recipe, step, model, label)
@@ -39,6 +40,15 @@ def check_steps(recipe: OptimConfig, model: Any) -> list[str]:
     if recipe.driver in ("streamed", "blockwise") and needs_data and (reason := topology.exchanged_state(model)):
         raise ModelError(f"driver {recipe.driver}: {reason}, so blocks cannot run alone; use driver: whole_model")
     return notes
+
+
+def _towers_left_alone(step: Technique, model: Any, label: str) -> Iterator[str]:
+    """Yield a note for each tower that the targets of a step leave alone because they name the language model."""
+    patterns = patterns_of(step)
+    left = topology.left_alone(model, *patterns) if patterns is not None else {}
+    for role in TOWERS:
+        if names := left.get(str(role)):
+            yield f"{label} leaves the {role} alone ({_few(names)}): a pattern of its names in targets includes it"
 
 
 def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
