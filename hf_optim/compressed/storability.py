@@ -123,7 +123,8 @@ def takes_embeddings(step: Any) -> bool:
 def unstorable_pattern(scope: Scope, targets: Iterable[str], integer: bool, embeddings: bool) -> str:
     """Return why one of several patterns has no effect, since none of its layers can be stored; ``""`` if all have.
 
-    A single pattern without effect is a step without layers, which the step reports itself.
+    A single pattern without effect is a step without layers, which the step reports itself. The exact name of a layer
+    that cannot be stored is skipped with a warning: one recipe names the head of tied and of untied models.
     """
     holders = parameter_names(scope.model)
     targets = tuple(targets)
@@ -133,7 +134,7 @@ def unstorable_pattern(scope: Scope, targets: Iterable[str], integer: bool, embe
             name: "" if isinstance(layer, ExpertLinear) else _unstorable(name, layer, holders, integer)
             for name, layer in chosen.items()
         }
-        if chosen and all(reasons.values()):
+        if chosen and pattern not in chosen and all(reasons.values()):
             name, reason = next(iter(reasons.items()))
             more = f" and {len(chosen) - 1} more" if len(chosen) > 1 else ""
             return f"{pattern!r} in targets has no effect: {name}{more} cannot be stored ({reason})"

@@ -104,7 +104,6 @@ def test_pruning_takes_tables_and_keeps_them_in_training(tmp_path):
 REFUSED = {
     "a tied table": ("rtn", {"tie_word_embeddings": True}, "*embed_tokens*", "shared with lm_head.weight"),
     "a tied table, pruned": ("magnitude", {"tie_word_embeddings": True}, "*embed_tokens*", "with lm_head.weight"),
-    "a tied head": ("rtn", {"tie_word_embeddings": True}, "lm_head", "shared with model.embed_tokens.weight"),
     "a table, calibrated": ("gptq", {}, "*embed_tokens*", "1 Embedding module .* does not work on"),
     "a table in N:M": ("nm", {}, "*embed_tokens*", "1 Embedding module .* does not work on"),
     "norms": ("rtn", {}, "*norm*", "5 LlamaRMSNorm modules"),
@@ -129,6 +128,21 @@ def test_a_pattern_without_effect_is_refused_before_the_work_and_by_check(case):
 
     with pytest.raises(ModelError, match=message):
         check()
+
+
+def test_the_exact_name_of_a_tied_head_is_skipped_with_a_warning(caplog):
+    step = {"technique": "rtn", "bits": 8, "targets": ["Linear", "lm_head"]}
+    model = hf_optim.optimize(tiny_llama(tie_word_embeddings=True), step)
+    (entry,) = hf_optim.run_of(model).record.coverage.values()
+    reason = "its weight is shared with model.embed_tokens.weight"
+    assert entry["skipped"] == {reason: ["lm_head"]}
+    assert f"step 1 (rtn) skipped 1 module ({reason}): lm_head" in caplog.text
+
+
+def test_layers_that_nobody_calls_are_refused_by_a_pattern():
+    step = {**W4, "targets": ["Linear", "*.attention.out_proj"]}
+    with pytest.raises(ModelError, match=r"has no effect: model.vision_tower.head.attention.out_proj cannot be stored"):
+        hf_optim.optimize(build_family("gemma3")[0], step)
 
 
 def test_fp8_leaves_tables_in_full():
