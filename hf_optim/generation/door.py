@@ -44,9 +44,9 @@ def generate(
 
     The prefill is transformers' own. Then each step (the model, its cache, the processors of the logits, the choice
     of the token) is a graph that is replayed without waiting for the host: tokens are read some steps late, and those
-    after the end of a sequence are discarded. Graphs are kept with the model by buckets of batch size and length, so that a
-    later call with other lengths compiles nothing; they are dropped when the model's tensors, classes or settings
-    change. A session that is new is compared with transformers' step before it is used.
+    after the end of a sequence are discarded. Graphs are kept with the model by buckets of batch size and length, so
+    that a later call with other lengths compiles nothing; they are dropped when the model's tensors, classes or
+    settings change. A session that is new is compared with transformers' step before it is used.
 
     What cannot be captured (beams, assistants, processors and criteria with Python state, caches that are not plain
     keys and values, models on several devices) runs in transformers' loop, with one warning that names the reason. So

@@ -232,7 +232,8 @@ def _compiling() -> Iterator[None]:
     """Let ``torch.compile`` keep many versions of the step, and give its advice (TF32, say) to nobody."""
     from torch._dynamo import config
 
-    with warnings.catch_warnings(), config.patch(recompile_limit=COMPILED_STEPS, accumulated_recompile_limit=COMPILED_STEPS):
+    limits = {"recompile_limit": COMPILED_STEPS, "accumulated_recompile_limit": COMPILED_STEPS}
+    with warnings.catch_warnings(), config.patch(**limits):
         warnings.simplefilter("ignore")
         yield
 

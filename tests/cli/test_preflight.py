@@ -133,7 +133,7 @@ LOST = {"technique": "gptq", "targets": ["nope"]}
 def test_a_step_that_only_looks_at_the_model_does_not_end_the_check(model, copying):
     """Both have ``transform_model``, to copy or to look at the model; neither changes it."""
     with pytest.raises(ModelError, match=r"step 3 \(gptq\): nothing matches 'nope'"):
-        check_steps(OptimConfig.parse([{"technique": "nm"}, copying, LOST]), tiny_llama())
+        preflight.check_steps(OptimConfig.parse([{"technique": "nm"}, copying, LOST]), tiny_llama())
     figures = look(model, [{"technique": "nm"}, copying]).estimates
     assert figures["bytes_after"] is not None
 
@@ -143,7 +143,7 @@ def test_nothing_is_claimed_of_what_follows_a_step_that_changes_shapes(model, st
     figures = look(model, [step]).estimates
     assert figures["bytes_after"] is None
     assert "depends on the new architecture" in figures["readable"]["weights on disk"]
-    assert check_steps(OptimConfig.parse([step, LOST]), tiny_llama()) == []
+    assert preflight.check_steps(OptimConfig.parse([step, LOST]), tiny_llama()) == []
 
 
 def test_layers_that_cannot_be_stored(tmp_path):
@@ -177,10 +177,10 @@ def test_a_pattern_without_effect(model):
 
 def test_a_tower_that_stays_as_it_is_is_told():
     llava, recipe = build_family("llava")[0], {"technique": "rtn", "bits": 8}
-    (note,) = check_steps(OptimConfig.parse(recipe), llava)
+    (note,) = preflight.check_steps(OptimConfig.parse(recipe), llava)
     assert note.startswith("step 1 (rtn) leaves the vision tower alone (model.vision_tower.encoder.layers.0")
     for fields in ({"targets": ["Linear", "*vision_tower*"]}, {"skip": ["*vision_tower*"]}):
-        assert check_steps(OptimConfig.parse({**recipe, **fields}), llava) == []
+        assert preflight.check_steps(OptimConfig.parse({**recipe, **fields}), llava) == []
 
 
 def test_tables_count_in_the_bytes_after(model):
@@ -197,7 +197,7 @@ def test_a_model_without_blocks(driver):
     model.model.layers = model.model.layers[:0]
     recipe = OptimConfig.parse({"steps": [{"technique": "nm"}], "driver": driver})
     with pytest.raises(ModelError, match=f"driver {driver}: no sequence of blocks was found in LlamaForCausalLM"):
-        check_steps(recipe, model)
+        preflight.check_steps(recipe, model)
 
 
 @pytest.mark.parametrize("driver", ["streamed", "auto"])
