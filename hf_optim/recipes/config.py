@@ -13,6 +13,7 @@ A recipe in YAML::
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,12 @@ from .catalogue import catalogue
 from .composition import Stage, compose, split_stages
 from .contract import Reload
 from .field_checks import did_you_mean
+from .schemes import SCHEMES, find_scheme, is_scheme
 from .technique import Technique
 from .training_fields import parse_training
 from .traits import FLOAT_WEIGHTS, Trait
+
+log = logging.getLogger(__name__)
 
 DRIVERS = ("auto", "whole_model", "blockwise", "streamed")
 KEYS = ("steps", "calibration", "training", "driver", "spill", "description")
@@ -180,7 +184,8 @@ class OptimConfig:
         """Build a recipe from anything that ``optim_config`` accepts.
 
         Accepted are an ``OptimConfig``; a technique; a list of techniques and mappings; a mapping with ``steps``; the
-        path of a YAML or JSON file; the name of a shipped recipe or of a technique. Raises ``RecipeError``.
+        path of a YAML or JSON file; the name of a shipped recipe, of a technique or of a scheme (``W4A16``). Raises
+        ``RecipeError``.
         """
         if isinstance(source, OptimConfig):
             return source
@@ -199,7 +204,7 @@ class OptimConfig:
 
     @classmethod
     def load(cls, source: str | Path) -> OptimConfig:
-        """Read a recipe file, or a shipped recipe or a technique by its name. Raises ``RecipeError``."""
+        """Read a recipe file, or a shipped recipe, a technique or a scheme by its name. Raises ``RecipeError``."""
         path = Path(source)
         if path.suffix.lower() in SUFFIXES:
             if not os.path.lexists(path):
@@ -211,9 +216,12 @@ class OptimConfig:
             return cls._from_text(shipped[str(source)].read_text(encoding="utf-8"), str(source), str(source))
         if str(source) in catalogue().names():
             return dataclasses.replace(cls(steps=(catalogue().get(str(source))(),)), name=str(source))
-        hint = did_you_mean(str(source), [*shipped, *catalogue().names()])
+        if is_scheme(str(source)):
+            return dataclasses.replace(cls(steps=(_step_of_scheme(str(source)),)), name=str(source).upper())
+        hint = did_you_mean(str(source), [*shipped, *catalogue().names(), *SCHEMES])
         raise MissingRecipe(
-            f"no recipe {shown(str(source))}{hint} (shipped: {', '.join(sorted(shipped))}; or a .yaml file)"
+            f"no recipe {shown(str(source))}{hint} (shipped: {', '.join(sorted(shipped))}; schemes: "
+            f"{', '.join(sorted(SCHEMES))}; or a .yaml file)"
         )
 
     @classmethod
@@ -263,9 +271,24 @@ class OptimConfig:
         )
 
 
+def _step_of_scheme(name: str) -> Technique:
+    """Return the step of a scheme that stands alone. Raises ``RecipeError`` if it might mean a shipped recipe."""
+    key, scheme = find_scheme(name)
+    if key.lower() in shipped_recipes():
+        if name != key:
+            raise RecipeError(
+                f"{shown(name)} could be the shipped recipe {key.lower()} or the scheme {key}: write one of them"
+            )
+        size = f", groups of {scheme.group_size} inputs" if scheme.group_size else ""
+        log.info("%s is the scheme (%s%s); the shipped recipe is %s", key, scheme.technique, size, key.lower())
+    return catalogue().get(scheme.technique).from_dict({"scheme": key})
+
+
 def _parse_step(item: Any, index: int) -> Technique:
     if isinstance(item, Technique):
         return item
+    if isinstance(item, str) and is_scheme(item) and item not in catalogue().names():
+        return _step_of_scheme(item)
     if isinstance(item, str):
         item = {"technique": item}
     if not isinstance(item, Mapping) or not isinstance(item.get("technique"), str):

@@ -27,6 +27,7 @@ from ..errors import RecipeError
 from ..toolkit.topology import default_takes
 from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSpec
 from .field_checks import admits, check_fields, did_you_mean, option
+from .schemes import with_scheme
 
 
 class Technique:
@@ -179,8 +180,14 @@ class Technique:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Technique:
-        """Build a step from its fields. Raises ``RecipeError``, for an unknown field with the nearest known name."""
+        """Build a step from its fields. Raises ``RecipeError``, for an unknown field with the nearest known name.
+
+        A technique that quantizes uniformly takes ``scheme`` in place of its fields (``recipes.schemes``).
+        """
         known = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+        hints = typing.get_type_hints(cls)
+        if "scheme" in fields and "scheme" not in known:
+            fields = with_scheme(cls.spec.name, {name: hints[name] for name in known}, fields)
         for key in fields:
             if key not in known:
                 hint = did_you_mean(key, known)

@@ -1,0 +1,163 @@
+"""Quantization schemes by the names of the field: ``W4A16``, ``W8A8``, ``FP8_DYNAMIC`` and so on.
+
+The names and their meaning are those of compressed-tensors (``compressed_tensors.quantization.PRESET_SCHEMES``), which
+vLLM and llm-compressor use. A scheme says what is stored, not how the codes are found: it can be given to any step that
+quantizes (``scheme: W4A16``), which takes its fields from it, or stand alone as a recipe with the step that
+``SCHEMES`` names for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import RecipeError
+from ..trust.bounds import shown
+from .field_checks import admits, did_you_mean
+
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is stored of a linear layer, and how its inputs are rounded.
+
+    Attributes:
+        technique: the step that a recipe of the scheme's name alone runs.
+        bits: of a weight.
+        type: ``"int"``, or ``"float"``: float8 (e4m3).
+        strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"``.
+        group_size: inputs that share a scale, with the strategy ``"group"``.
+        symmetric: no zero points.
+        activations: the type to which inputs are rounded; None leaves them as they are.
+        dynamic: scales of the inputs are computed per token at run time, not calibrated per tensor.
+    """
+
+    technique: str
+    bits: int
+    type: Literal["int", "float"] = "int"
+    strategy: Literal["tensor", "channel", "group"] = "group"
+    group_size: int | None = GROUP
+    symmetric: bool = True
+    activations: Literal["int8", "fp8"] | None = None
+    dynamic: bool = True
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The scheme in the field names that quantizing techniques share."""
+        return {
+            "bits": self.bits,
+            "format": "fp8" if self.type == "float" else "int",
+            "strategy": "tensor" if self.strategy == "tensor" else None,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "activations": self.activations,
+            "dynamic": self.dynamic,
+            "symmetric_activations": True,
+        }
+
+
+_CHANNEL: dict[str, Any] = {"strategy": "channel", "group_size": None}
+_INT8 = Scheme("rtn", 8, activations="int8", **_CHANNEL)
+SCHEMES: dict[str, Scheme] = {
+    **{f"W{bits}A16": Scheme("gptq" if bits < 8 else "rtn", bits) for bits in range(2, 9)},
+    "W4A16_ASYM": Scheme("gptq", 4, symmetric=False),
+    **{f"W{bits}A8": Scheme("gptq", bits, activations="int8") for bits in range(2, 8)},
+    "W8A8": _INT8,
+    "INT8": _INT8,
+    "W4AFP8": Scheme("rtn", 4, activations="fp8"),
+    "FP8": Scheme("rtn", 8, "float", "tensor", None, activations="fp8", dynamic=False),
+    "FP8_DYNAMIC": Scheme("rtn", 8, "float", activations="fp8", **_CHANNEL),
+}
+# What a field means if a technique does not have it; any other value of the scheme is refused.
+_ABSENT = {
+    "format": ("int", "float8 weights"),
+    "strategy": (None, "one scale per tensor"),
+    "symmetric": (True, "zero points"),
+    "activations": (None, "quantized inputs"),
+    "dynamic": (True, "static scales of the inputs"),
+    "symmetric_activations": (True, "zero points of the inputs"),
+}
+_FLOAT4 = "4-bit floats with a scale per block are not among hf_optim's formats"
+_MICROSCALED = "power-of-two scales of 32 values (MX formats) are not among hf_optim's formats"
+_INPUTS4 = "inputs of 4 bits are not among hf_optim's formats"
+REFUSED = {
+    "UNQUANTIZED": "it quantizes nothing: leave the layers out with skip",
+    "NVFP4": _FLOAT4,
+    "NVFP4A16": _FLOAT4,
+    "FP8_BLOCK": "float8 weights with a scale per block of 128 x 128 are not among hf_optim's formats; FP8_DYNAMIC "
+    "has one scale per output channel",
+    **dict.fromkeys(("MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP6A8", "MXFP6A16", "MXFP8", "MXFP8A16"), _MICROSCALED),
+    **dict.fromkeys(("W2A4", "W3A4", "W4A4"), _INPUTS4),
+}
+
+
+def is_scheme(name: str) -> bool:
+    """Return True if a name is that of a scheme, in upper or lower case, whether hf_optim can express it or not."""
+    return len(name) < 40 and name.upper() in {*SCHEMES, *REFUSED}
+
+
+def find_scheme(name: Any) -> tuple[str, Scheme]:
+    """Return the name of a scheme as compressed-tensors writes it, and the scheme.
+
+    Raises ``RecipeError`` for an unknown name, and for a scheme that no format of hf_optim can express.
+    """
+    key = name.upper() if isinstance(name, str) and len(name) < 40 else None
+    if key in REFUSED:
+        raise RecipeError(f"scheme {key} cannot be written: {REFUSED[key]} (schemes: {', '.join(sorted(SCHEMES))})")
+    if key not in SCHEMES:
+        hint = did_you_mean(str(key), SCHEMES) if key else ""
+        raise RecipeError(f"no scheme {shown(name)}{hint} (the schemes are {', '.join(sorted(SCHEMES))})")
+    return key, SCHEMES[key]
+
+
+def takes_scheme(hints: Mapping[str, Any]) -> bool:
+    """Return True if a technique with fields of these types quantizes uniformly, so that a scheme says its fields."""
+    return {"bits", "group_size"} <= set(hints) and "scheme" not in hints
+
+
+def fields_of_scheme(technique: str, hints: Mapping[str, Any], name: Any) -> dict[str, Any]:
+    """Return the fields of a technique that make it quantize by a scheme.
+
+    Args:
+        technique: its name, for messages.
+        hints: the types of its fields, by name.
+        name: the scheme.
+
+    Raises ``RecipeError`` if the technique cannot produce the scheme.
+    """
+    key, scheme = find_scheme(name)
+    if not takes_scheme(hints):
+        raise RecipeError(f"{technique} has a format of its own, which no scheme describes: leave scheme out")
+    fields = {}
+    for field, value in scheme.fields.items():
+        if field in hints:
+            if not admits(hints[field], value):
+                raise RecipeError(f"{technique} cannot quantize to {key}: its {field} cannot be {value!r}; use rtn")
+            fields[field] = value
+        elif field in _ABSENT and value != _ABSENT[field][0]:
+            raise RecipeError(f"{technique} cannot quantize to {key}: it has no {_ABSENT[field][1]}; use rtn")
+    return fields
+
+
+def with_scheme(technique: str, hints: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a step with its ``scheme`` written out.
+
+    Raises ``RecipeError`` if the technique cannot produce the scheme, and if another field contradicts it.
+    """
+    given = {key: value for key, value in fields.items() if key != "scheme"}
+    implied = fields_of_scheme(technique, hints, fields["scheme"])
+    for key, value in implied.items():
+        if key in given and given[key] != value:
+            raise RecipeError(
+                f"{technique}: scheme {str(fields['scheme']).upper()} means {key}: {_written(value)}, not "
+                f"{shown(given[key])}; leave out {key}, or leave out scheme and give its fields"
+            )
+    return {**implied, **given}
+
+
+def _written(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or value in (True, False) else str(value)
+    )
