@@ -16,6 +16,7 @@ from ..recipes.catalogue import catalogue
 from ..recipes.config import OptimConfig, shipped_recipes
 from ..recipes.contract import PHASE_OF_HOOK, TRAINER_HOOKS, Phase
 from ..recipes.field_checks import did_you_mean
+from ..recipes.schemes import SCHEMES, describe_scheme, find_scheme, is_scheme
 from ..recipes.technique import Technique
 from .fields import fields_of, introduction
 from .table import format_table, print_table
@@ -38,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
         return _describe_one(args.name, args.json)
     techniques = [describe(cls) for cls in catalogue().all()]
     recipes = [describe_recipe(name) for name in sorted(shipped_recipes())]
+    schemes = [describe_scheme(name) for name in SCHEMES]
     if args.json:
-        print(json.dumps({"techniques": techniques, "recipes": recipes}, indent=2))
+        print(json.dumps({"techniques": techniques, "recipes": recipes, "schemes": schemes}, indent=2))
         return 0
     print_table(
         ("technique", "family", "reload", "what it does"),
@@ -49,21 +51,36 @@ def run(args: argparse.Namespace) -> int:
     print_table(
         ("recipe", "steps", "what for"), [(r["name"], " | ".join(r["stages"]), r["description"]) for r in recipes]
     )
+    print()
+    print_table(("scheme", "step", "what is stored"), [(s["name"], s["technique"], s["stored"]) for s in schemes])
     return 0
 
 
 def _describe_one(name: str, as_json: bool) -> int:
     """Print everything about a name, which may belong to both a technique and a recipe."""
     known, shipped = catalogue().names(), shipped_recipes()
+    if name not in known and name not in shipped and is_scheme(name):
+        return _describe_scheme(name, as_json)
     if name not in known and name not in shipped:
-        hint = did_you_mean(name, [*known, *shipped])
-        raise RecipeError(f"no technique or shipped recipe {name!r}{hint} (`hf-optim list` shows them)")
+        hint = did_you_mean(name, [*known, *shipped, *SCHEMES])
+        raise RecipeError(f"no technique, shipped recipe or scheme {name!r}{hint} (`hf-optim list` shows them)")
     techniques = [describe_fully(catalogue().get(name))] if name in known else []
     recipes = [describe_recipe(name)] if name in shipped else []
     if as_json:
         print(json.dumps({"techniques": techniques, "recipes": recipes}, indent=2))
         return 0
     print("\n\n".join([*map(_technique_page, techniques), *map(_recipe_page, recipes)]))
+    return 0
+
+
+def _describe_scheme(name: str, as_json: bool) -> int:
+    """Print what a scheme stores, and the step that it stands for as a recipe."""
+    found = describe_scheme(find_scheme(name)[0])
+    if as_json:
+        print(json.dumps({"techniques": [], "recipes": [], "schemes": [found]}, indent=2))
+    else:
+        print(f"{found['name']} (scheme): {found['stored']}")
+        print(f"\nas a recipe or as a step of one\n\n- technique: {found['technique']}\n  scheme: {found['name']}")
     return 0
 
 

@@ -93,6 +93,20 @@ REFUSED = {
 }
 
 
+def describe_scheme(name: str) -> dict[str, str]:
+    """Return the name of a scheme, the step that it runs alone, and what it stores, in words."""
+    scheme = SCHEMES[name]
+    kind = "float8" if scheme.type == "float" else f"int{scheme.bits}"
+    shared = {"group": f"a group of {scheme.group_size} inputs", "channel": "an output channel", "tensor": "a tensor"}
+    zero = "" if scheme.symmetric else " and one zero point"
+    inputs = "inputs as they are"
+    if scheme.activations is not None:
+        inputs_kind = "float8" if scheme.activations == "fp8" else scheme.activations
+        inputs = f"inputs {inputs_kind}, one scale for {'a token' if scheme.dynamic else 'a tensor, calibrated'}"
+    stored = f"weights {kind}, one scale{zero} for {shared[scheme.strategy]}; {inputs}"
+    return {"name": name, "technique": scheme.technique, "stored": stored}
+
+
 def is_scheme(name: str) -> bool:
     """Return True if a name is that of a scheme, in upper or lower case, whether hf_optim can express it or not."""
     return len(name) < 40 and name.upper() in {*SCHEMES, *REFUSED}
