@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from .. import __version__
 from ..errors import MAX_MESSAGE, OptimError, cli_message, printable
@@ -20,6 +21,7 @@ COMMANDS = {
     "check": "check a recipe: is it valid, what does it need, what does it produce",
     "compress": "run a recipe on a model; write the checkpoint, its record and its model card",
     "eval": "evaluate a checkpoint on data",
+    "convert-recipe": "translate a recipe file of llm-compressor",
     "card": "render the model card of a checkpoint again from its record",
     "push": "upload a checkpoint and its model card to the Hub",
     "bench": "benchmark the kernels against other libraries, or the decoding of a whole model",
@@ -45,7 +47,7 @@ def execute(args: argparse.Namespace) -> int:
     """Run a parsed command. Errors are printed as one line on standard error; ``--verbose`` adds their traceback."""
     with _logging(args.verbose):
         try:
-            return importlib.import_module(f"{__name__}.{args.command}").run(args)
+            return _module(args.command).run(args)
         except KeyboardInterrupt:
             print("hf-optim: interrupted", file=sys.stderr)
             return 130
@@ -76,7 +78,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add every command as a subparser. The chosen one is stored in ``args.command``, for ``execute``."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, help_line in COMMANDS.items():
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = _module(name)
         command = commands.add_parser(
             name,
             help=help_line,
@@ -88,6 +90,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             "-v", "--verbose", action="store_true", help="print debug messages, and tracebacks of errors"
         )
         module.arguments(command)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"{__name__}.{command.replace('-', '_')}")
 
 
 def _print_error(error: Exception, message: str, verbose: bool) -> int:

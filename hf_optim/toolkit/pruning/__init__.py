@@ -16,6 +16,7 @@ from .masked_layers import TRAINING_FORWARD
 from .masks import require_finite
 from .rounds import ROUNDS
 from .sparse_variational import WeightNoise
+from .sparsegpt import obs_mask
 
 __all__ = [
     "ROUNDS",
@@ -28,6 +29,7 @@ __all__ = [
     "masks",
     "nm_groups",
     "noisy_layers",
+    "obs_mask",
     "require_finite",
     "schedules",
     "shrink",

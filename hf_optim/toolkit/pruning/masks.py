@@ -22,6 +22,8 @@ Masks = dict[str, Tensor]
 
 # On a CPU, a single tensor of up to this many weights is ranked with ``kthvalue``: several times faster, with a copy.
 KTHVALUE_LIMIT = 1 << 24
+# Rows that are sorted at a time.
+STRIP = 2048
 
 
 def removed_count(size: int, sparsity: float) -> int:
@@ -44,6 +46,28 @@ def layer_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str
     masks: Masks = {}
     for name, score in scores.items():
         masks |= keep_largest({name: score}, removed_count(score.numel(), sparsity), kept)
+    return masks
+
+
+def row_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str, Tensor] | None = None) -> Masks:
+    """Keep the largest scores within each row ``[in]`` of each tensor ``[out, in]``.
+
+    Arguments and result as ``layer_masks``, with ``removed_count`` weights removed from every row.
+    """
+    kept = kept or {}
+    masks: Masks = {}
+    for name, score in scores.items():
+        _require_whole(score)
+        size = score.detach().abs()
+        if name in kept:
+            size = size.masked_fill(~kept[name].to(size.device), -1.0)
+        count = size.shape[1] - removed_count(size.shape[1], sparsity)
+        mask = torch.zeros_like(size, dtype=torch.bool)
+        for begin in range(0, len(size), STRIP):
+            rows = slice(begin, begin + STRIP)
+            first = size[rows].sort(dim=1, descending=True, stable=True).indices[:, :count]
+            mask[rows] = mask[rows].scatter(1, first, True)
+        masks[name] = mask & (size >= 0)
     return masks
 
 

@@ -1,12 +1,23 @@
 """N:M sparsity: keep ``keep`` of every ``group`` consecutive weights along the input, once, and retrain as before.
 
 ``M`` maximizes ``Σ M ∘ S`` with at most ``keep`` ones in each group. Mishra et al. (2104.08378, section 4) take
-``S = |W|``, prune a trained network once and repeat its training with the mask fixed. The score can also be that of
-Wanda (2306.11695, equation 1), ``S_ij = |W_ij| · ‖X_j‖₂``, and the remaining weights can be refitted to the layer's
-outputs (SparseGPT, 2301.00774, equation 2), ``min ‖(M ∘ Ŵ - W) X‖²``. Both need data, and no training.
+``S = |W|``, prune a trained network once and repeat its training with the mask fixed. Two methods of the literature
+need data, and no training; the fields ``score`` and ``compensate`` make this technique one of them:
+
+- Wanda (Sun et al., 2306.11695, equation 1): ``score: activation``, that is ``S_ij = |W_ij| · ‖X_j‖₂``. The remaining
+  weights keep their values. The recipe ``wanda-2of4``.
+- SparseGPT (Frantar and Alistarh, 2301.00774): ``score: obs``, ``compensate: true``. The mask is SparseGPT's: group by
+  group, the weights of the least ``w_j² / [H_j⁻¹]_jj`` (the saliency of OBS; ``H_j`` is of the columns from ``j`` on),
+  after the columns before have been made up for. The recipe ``sparsegpt-2of4``. Different from the paper: once the mask
+  is known, the remaining weights are fitted to the layer's dense outputs by least squares (its equation 2),
+  ``min ‖(M ∘ Ŵ - W) X‖²``, of which its recursion is an approximation, since it updates only the columns behind a
+  removed weight. With the same mask, the error that is minimized (with the damping) is never larger.
+
+In both, the statistics of a layer's inputs are those after the blocks before it were pruned, as in the papers' code.
 
 A small model does not tolerate 2:4 in every layer. With a budget, the layers whose pruning disturbs outputs least per
-weight saved become N:M, and the others stay dense.
+weight saved become N:M, and the others stay dense. Without one (the default, and in ``wanda-2of4`` and
+``sparsegpt-2of4``) every layer is pruned, as in the papers; the recipe ``2of4`` has a budget of half of the weights.
 """
 
 from __future__ import annotations
@@ -32,8 +43,8 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.toolkit.pruning import masks, nm_groups, sparsity
-from hf_optim.toolkit.quantization import output_error, reconstruct_weights
+from hf_optim.toolkit.pruning import masks, nm_groups, obs_mask, sparsity
+from hf_optim.toolkit.quantization import inverse_cholesky, output_error, reconstruct_weights
 from hf_optim.toolkit.statistics import GramMatrix, HessianDiagonal, OutputShift, SecondMoment, select_within_budget
 from hf_optim.toolkit.topology import not_reached, weight_out_in
 
@@ -43,6 +54,13 @@ if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
 
+CHOSEN_BY = {
+    "magnitude": "magnitude",
+    "activation": "magnitude times the norm of the input (Wanda)",
+    "obs": "the error that their removal leaves (SparseGPT)",
+}
+# Rows whose masks are found at a time.
+STRIP = 4096
 # Name -> mean square of each input channel (None: not observed), and name -> Gram matrix.
 Observed = tuple[dict[str, Tensor] | None, dict[str, GramMatrix]]
 
@@ -57,7 +75,11 @@ Observed = tuple[dict[str, Tensor] | None, dict[str, GramMatrix]]
     reload=Reload.STOCK_DENSE,
 )
 class NM(Technique):
-    """Keep N of every M weights along the input, and keep the pattern in any training that follows.
+    """Keep N of every M weights along the input (2:4): by magnitude, as Wanda does, or as SparseGPT does.
+
+    Wanda is ``score: activation`` (recipe ``wanda-2of4``); SparseGPT is ``score: obs, compensate: true`` (recipe
+    ``sparsegpt-2of4``). All layers are pruned unless a ``budget`` is given; the recipe ``2of4`` prunes half of the
+    weights. The pattern is kept in any training that follows.
 
     The mask is the best of all patterns; ties are broken by index. Layers whose input width is not a multiple of
     ``group`` stay dense and are listed in the coverage. Zeros of an earlier step stay zero.
@@ -65,8 +87,11 @@ class NM(Technique):
     Attributes:
         keep: weights kept in a group (the N of N:M).
         group: consecutive input weights in a group (the M); sparse tensor cores support 2 of 4.
-        score: ``"magnitude"``, or ``"activation"``: magnitude times the norm of the input channel (needs data).
+        score: ``"magnitude"``; ``"activation"``: magnitude times the norm of the input channel, as in Wanda (needs
+            data); ``"obs"``: the error that removing a weight leaves in the layer's outputs after the others made up
+            for it, as in SparseGPT (needs data).
         compensate: refit the remaining weights to the layer's dense outputs by least squares (needs data).
+        damp: share of the mean diagonal of the Hessian added to its diagonal, for ``score: obs`` and ``compensate``.
         budget: share of the target weights that may become N:M, in (0, 1] (needs data); the layers with the least error
             per weight go first, and a layer that would exceed the share stays dense. None: all layers.
         scope: where the budget's share holds. ``"block"``: within each block of a blockwise run; ``"model"``: across
@@ -82,8 +107,9 @@ class NM(Technique):
 
     keep: int = option(2, low=1)
     group: int = option(4, low=2)
-    score: str = option("magnitude", choices=("magnitude", "activation"))
+    score: str = option("magnitude", choices=("magnitude", "activation", "obs"))
     compensate: bool = False
+    damp: float = option(0.01, above=0.0, high=1.0)
     budget: float | None = option(None, above=0.0, high=1.0)
     scope: str = option("block", choices=("block", "model"))
     sensitivity: str = option("model", choices=("model", "layer"))
@@ -97,7 +123,7 @@ class NM(Technique):
             raise RecipeError("nm: scope applies to a budget; set budget, a share in (0, 1], or leave scope out")
 
     def needs_data(self) -> bool:
-        return self.score == "activation" or self.compensate or self.budget is not None
+        return self.score != "magnitude" or self.compensate or self.budget is not None
 
     def needs_whole_model(self) -> bool:
         return self.budget is not None and self.scope == "model"
@@ -126,7 +152,7 @@ class NM(Technique):
 
     def _observe(self, run: Run, layers: Mapping[str, nn.Module]) -> Generator[None, None, Observed]:
         """Collect the statistics of the layers' inputs that the fields need, in at most one pass of the data."""
-        if self.compensate or (self.budget is not None and self.sensitivity == "layer"):
+        if self.compensate or self.score == "obs" or (self.budget is not None and self.sensitivity == "layer"):
             with SecondMoment(layers, run.label(self)) as grams:
                 yield
             return {name: gram.total.diagonal() for name, gram in grams.items()}, grams
@@ -155,15 +181,18 @@ class NM(Technique):
         grams: Mapping[str, GramMatrix],
     ) -> Plan:
         weight = weight_out_in(layer).detach()
-        score = weight.float().abs()
-        if self.score == "activation" and mean_squares is not None:
-            score = score * mean_squares[name].sqrt()
         kept = masks.mask_out_in(layer, run.masks, f"{name}.weight")
-        mask = masks.nm_mask(score, self.keep, self.group, kept)
+        if self.score == "obs":
+            mask = self._obs_mask(run, name, weight, grams[name].total, kept)
+        else:
+            score = weight.float().abs()
+            if self.score == "activation" and mean_squares is not None:
+                score = score * mean_squares[name].sqrt()
+            mask = masks.nm_mask(score, self.keep, self.group, kept)
         if name not in grams:
             return Plan(weight * mask, mask, 0.0)
         gram = grams[name].total
-        fitted = reconstruct_weights(weight, mask, gram) if self.compensate else weight * mask
+        fitted = reconstruct_weights(weight, mask, gram, damp=self.damp) if self.compensate else weight * mask
         error = output_error(weight, fitted, gram)
         if not math.isfinite(error):
             raise NumericalError(
@@ -171,6 +200,18 @@ class NM(Technique):
                 "leave the layer out with skip"
             )
         return Plan(fitted.to(weight.dtype), mask, error)
+
+    def _obs_mask(self, run: Run, name: str, weight: Tensor, gram: Tensor, kept: Tensor | None) -> Tensor:
+        """Return SparseGPT's mask ``[out, in]``, in strips of rows, since each holds a copy of its weights."""
+        upper = inverse_cholesky(gram, self.damp, f"{run.label(self)}: the Hessian of the inputs of {name}").upper
+        alive = gram.diagonal() > 0
+        parts = [None] * len(weight) if kept is None else kept.split(STRIP)
+        return torch.cat(
+            [
+                obs_mask(rows, upper, self.keep, self.group, part, alive)
+                for rows, part in zip(weight.split(STRIP), parts, strict=False)
+            ]
+        )
 
     def _apply(self, run: Run, name: str, layer: nn.Module, plan: Plan) -> None:
         parameter = f"{name}.weight"
@@ -198,7 +239,7 @@ class NM(Technique):
         card.paragraph(
             f"{self.keep}:{self.group} sparsity",
             f"{count} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
-            f"input, chosen by {self.score}.{fitted}{left} {sparsity.NO_SPEED_UP}",
+            f"input, chosen by {CHOSEN_BY[self.score]}.{fitted}{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",

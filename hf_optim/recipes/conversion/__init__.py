@@ -1,0 +1,1 @@
+"""Translating recipe files of other tools."""
