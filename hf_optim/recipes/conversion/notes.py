@@ -18,11 +18,13 @@ class Notes:
         harmless: fields without an effect on the result: memory, speed, or what hf_optim does anyway.
         changed: fields whose loss changes the result.
         missing: whole modifiers, or parts of one, that no step replaces.
+        hints: what to look at before the recipe is used.
     """
 
     harmless: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -35,6 +37,7 @@ class Notes:
             *(f"no counterpart: {line}" for line in self.missing),
             *(f"differs: {line}" for line in self.changed),
             *(f"left out, without effect on the result: {line}" for line in self.harmless),
+            *self.hints,
         ]
 
 

@@ -39,7 +39,10 @@ class Group:
 
 
 def read_groups(modifier: Fields, notes: Notes) -> list[Group]:
-    """Take ``scheme``, ``config_groups``, ``targets`` and the observers of a modifier; return its groups."""
+    """Take ``scheme``, ``config_groups``, ``targets`` and the observers of a modifier; return its groups.
+
+    Empty if the modifier names no format. Raises ``RecipeError`` for fields of the wrong type.
+    """
     targets = modifier.names("targets", ("Linear",))
     observers = _observers(modifier)
     scheme, groups = modifier.take("scheme"), modifier.take("config_groups")
@@ -52,7 +55,7 @@ def read_groups(modifier: Fields, notes: Notes) -> list[Group]:
     elif scheme is not None or groups:
         found = list(_named_groups(modifier, scheme if scheme is not None else groups, observers, notes))
     else:
-        raise RecipeError(f"{modifier.label} has neither scheme nor config_groups, so it says no format")
+        return []
     return [_with_observer(group, observers.get("weights")) for group in found]
 
 
@@ -90,6 +93,10 @@ def _explicit(group: Fields, observers: dict[str, Any]) -> Group:
         if all(fields.get(key, _DEFAULTS[key]) == value for key, value in scheme.fields.items()):
             fields = {"scheme": name}
             break
+    else:
+        # What is as everywhere is left out, since not every technique has a field for it.
+        needed = ("bits", "group_size")
+        fields = {key: value for key, value in fields.items() if key in needed or value != _DEFAULTS[key]}
     return Group(targets, {**fields, **({"observer": observer} if observer == "mse" else {})}, act_order)
 
 

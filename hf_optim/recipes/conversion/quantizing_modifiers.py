@@ -1,0 +1,141 @@
+"""Modifiers of llm-compressor that quantize, or prepare for it, as steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import RecipeError
+from ...trust.bounds import shown
+from ...trust.text import one_line
+from ..config import OptimConfig
+from .notes import Fields, Notes
+from .quantization_args import Group, read_groups
+
+HEADS = ("lm_head", "re:lm_head", "re:.*lm_head", "re:.*lm_head.*", "re:^lm_head$", "re:.*lm_head$")
+
+Steps = list[dict[str, Any]]
+
+
+def quantization(modifier: Fields, notes: Notes, before: Steps) -> Steps:
+    return _quantizers("rtn", modifier, notes)
+
+
+def gptq(modifier: Fields, notes: Notes, before: Steps) -> Steps:
+    fields: dict[str, Any] = {}
+    damp, block = modifier.number("dampening_frac", 0.01), modifier.number("block_size", 128)
+    fields |= {"damp": damp} if damp != 0.01 else {}
+    fields |= {"block_size": block} if block != 128 else {}
+    order = modifier.take("actorder", "static") if "actorder" in modifier else ...
+    return _quantizers("gptq", modifier, notes, fields, order)
+
+
+def _quantizers(
+    technique: str, modifier: Fields, notes: Notes, fields: Mapping[str, Any] | None = None, order: Any = ...
+) -> Steps:
+    """Return a step for each group of layers that one can quantize."""
+    ignore = modifier.names("ignore")
+    if modifier.take("kv_cache_scheme"):
+        modifier.change("kv_cache_scheme has no counterpart: the cache keeps the dtype of the model")
+    steps = []
+    groups = read_groups(modifier, notes)
+    for group in groups:
+        layers = layers_of(modifier, group.targets, ignore)
+        step: dict[str, Any] = {"technique": technique, **layers, **group.fields}
+        reason, instead = group.refusal or _refused(step), ""
+        if reason and technique == "gptq" and group.refusal is None:
+            step = {"technique": "rtn", **layers, **group.fields}
+            reason = f"{technique} cannot write this format"
+            instead = "; rounding to nearest (rtn) to the same format is in its place"
+        elif technique == "gptq":
+            step |= {**(fields or {}), **_act_order(modifier, group, order)}
+        if not reason or instead:
+            steps.append(step)
+        if reason:
+            where = ", ".join(map(one_line, group.targets))
+            notes.missing.append(f"{modifier.label} for {where}: {reason}{instead}")
+    if any("skip" in step for step in steps):
+        notes.hints.append(
+            f"{modifier.label}: remove the patterns of skip that match nothing in your model; hf_optim refuses those"
+        )
+    if not groups:
+        notes.missing.append(f"{modifier.label}: it names no format (scheme or config_groups)")
+    return steps
+
+
+def _refused(step: dict[str, Any]) -> str:
+    """Return why a step does not take its fields; empty if it does."""
+    try:
+        OptimConfig.parse([step])
+    except RecipeError as error:
+        return str(error).removeprefix("step 1: ")
+    return ""
+
+
+def _act_order(modifier: Fields, group: Group, order: Any) -> dict[str, Any]:
+    given = group.act_order if group.act_order is not None or order is ... else order
+    given = "static" if given is None and order is ... else given
+    if given in ("group", "dynamic", True):
+        modifier.change("actorder: group also regroups the columns; here groups are of neighbouring columns (static)")
+    elif given not in ("static", "weight", None, False):
+        raise RecipeError(f"{modifier.label}: actorder must be static, weight or null, not {shown(given)}")
+    return {} if given not in (None, False) else {"act_order": False}
+
+
+def awq(modifier: Fields, notes: Notes, before: Steps) -> Steps:
+    return _without_search("scaling channels by the search of AWQ", modifier, notes)
+
+
+def auto_round(modifier: Fields, notes: Notes, before: Steps) -> Steps:
+    modifier.drop("it belongs to the search", "iters", "lr", "batch_size", "enable_torch_compile", "device_ids",
+                  "disable_opt_rtn")  # fmt: skip
+    return _without_search("learning to round by signed gradient descent (AutoRound)", modifier, notes)
+
+
+def _without_search(what: str, modifier: Fields, notes: Notes) -> Steps:
+    """Return the rounding alone (rtn), if the modifier quantizes, and report that what precedes it is missing."""
+    modifier.drop("it belongs to the search", "mappings", "duo_scaling", "n_grid", "num_calibration_steps")
+    quantizes = "scheme" in modifier or "config_groups" in modifier
+    instead = "; the same format by rounding to nearest (rtn) is in its place" if quantizes else ""
+    notes.missing.append(f"{modifier.label}: {what} is not among hf_optim's techniques{instead}")
+    return _quantizers("rtn", modifier, notes) if quantizes else []
+
+
+def smoothquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
+    alpha = modifier.number("smoothing_strength", 0.5)
+    if modifier.take("algorithm", "smoothquant") != "smoothquant":
+        notes.missing.append(f"{modifier.label}: log_equalization is not among hf_optim's techniques")
+        modifier.drop("it belongs to the modifier", "mappings", "ignore", "num_calibration_steps")
+        return []
+    mappings = modifier.take("mappings")
+    if mappings and all(_smooths_a_norm(mapping) for mapping in mappings):
+        notes.harmless.append(
+            f"{modifier.label}: mappings (the norms and the layers that read them are found by tracing)"
+        )
+    elif mappings:
+        modifier.change("mappings has no counterpart: the norms and the layers that read them are found by tracing")
+    if ignore := modifier.names("ignore"):
+        modifier.change(f"ignore names norms ({', '.join(map(one_line, ignore))}); skip of smoothquant names layers")
+    modifier.drop("the calibration data says how much is read", "num_calibration_steps", "calibration_function")
+    # llm-compressor smooths behind norms only.
+    return [{"technique": "smoothquant", "alpha": alpha, "pairs": False}]
+
+
+def _smooths_a_norm(mapping: Any) -> bool:
+    """Return True if a mapping (layers, and what they read) smooths the output of a norm."""
+    smooth = (
+        mapping.get("smooth_layer") if isinstance(mapping, dict) else mapping[-1] if isinstance(mapping, list) else ""
+    )
+    return isinstance(smooth, str) and re.search(r"norm|ln_|ln$", smooth.lower()) is not None
+
+
+def layers_of(modifier: Fields, targets: list[str], ignore: list[str]) -> dict[str, Any]:
+    """Return ``targets`` and ``skip`` of a step. The output head is left alone in hf_optim unless it is named."""
+    skip = [name for name in ignore if name not in HEADS]
+    if "Linear" in targets and len(skip) == len(ignore):
+        modifier.change("it also takes the output head, which is left alone here unless targets names it")
+    found: dict[str, Any] = {}
+    if targets != ["Linear"]:
+        found["targets"] = targets
+    return {**found, **({"skip": skip} if skip else {})}
