@@ -30,7 +30,7 @@ from .catalogue import catalogue
 from .composition import Stage, compose, split_stages
 from .contract import Reload
 from .field_checks import did_you_mean
-from .schemes import SCHEMES, find_scheme, is_scheme
+from .schemes import SCHEMES, find_scheme, is_scheme, technique_of
 from .technique import Technique
 from .training_fields import parse_training
 from .traits import FLOAT_WEIGHTS, Trait
@@ -280,8 +280,8 @@ def _step_of_scheme(name: str) -> Technique:
                 f"{shown(name)} could be the shipped recipe {key.lower()} or the scheme {key}: write one of them"
             )
         size = f", groups of {scheme.group_size} inputs" if scheme.group_size else ""
-        log.info("%s is the scheme (%s%s); the shipped recipe is %s", key, scheme.technique, size, key.lower())
-    return catalogue().get(scheme.technique).from_dict({"scheme": key})
+        log.info("%s is the scheme (%s%s); the shipped recipe is %s", key, technique_of(key), size, key.lower())
+    return catalogue().get(technique_of(key)).from_dict({"scheme": key})
 
 
 def _parse_step(item: Any, index: int) -> Technique:

@@ -3,14 +3,18 @@
 The names and their meaning are those of compressed-tensors (``compressed_tensors.quantization.PRESET_SCHEMES``), which
 vLLM and llm-compressor use. A scheme says what is stored, not how the codes are found: it can be given to any step that
 quantizes (``scheme: W4A16``), which takes its fields from it, or stand alone as a recipe with the step that
-``SCHEMES`` names for it.
+``scheme_steps.yaml`` names for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Any, Literal
+
+import yaml
 
 from ..errors import RecipeError
 from ..trust.bounds import shown
@@ -24,7 +28,6 @@ class Scheme:
     """What is stored of a linear layer, and how its inputs are rounded.
 
     Attributes:
-        technique: the step that a recipe of the scheme's name alone runs.
         bits: of a weight.
         type: ``"int"``, or ``"float"``: float8 (e4m3).
         strategy: which weights share a scale: ``"tensor"``, ``"channel"`` (an output channel) or ``"group"``.
@@ -34,7 +37,6 @@ class Scheme:
         dynamic: scales of the inputs are computed per token at run time, not calibrated per tensor.
     """
 
-    technique: str
     bits: int
     type: Literal["int", "float"] = "int"
     strategy: Literal["tensor", "channel", "group"] = "group"
@@ -59,16 +61,16 @@ class Scheme:
 
 
 _CHANNEL: dict[str, Any] = {"strategy": "channel", "group_size": None}
-_INT8 = Scheme("rtn", 8, activations="int8", **_CHANNEL)
+_INT8 = Scheme(8, activations="int8", **_CHANNEL)
 SCHEMES: dict[str, Scheme] = {
-    **{f"W{bits}A16": Scheme("gptq" if bits < 8 else "rtn", bits) for bits in range(2, 9)},
-    "W4A16_ASYM": Scheme("gptq", 4, symmetric=False),
-    **{f"W{bits}A8": Scheme("gptq", bits, activations="int8") for bits in range(2, 8)},
+    **{f"W{bits}A16": Scheme(bits) for bits in range(2, 9)},
+    "W4A16_ASYM": Scheme(4, symmetric=False),
+    **{f"W{bits}A8": Scheme(bits, activations="int8") for bits in range(2, 8)},
     "W8A8": _INT8,
     "INT8": _INT8,
-    "W4AFP8": Scheme("rtn", 4, activations="fp8"),
-    "FP8": Scheme("rtn", 8, "float", "tensor", None, activations="fp8", dynamic=False),
-    "FP8_DYNAMIC": Scheme("rtn", 8, "float", activations="fp8", **_CHANNEL),
+    "W4AFP8": Scheme(4, activations="fp8"),
+    "FP8": Scheme(8, "float", "tensor", None, activations="fp8", dynamic=False),
+    "FP8_DYNAMIC": Scheme(8, "float", activations="fp8", **_CHANNEL),
 }
 # What a field means if a technique does not have it; any other value of the scheme is refused.
 _ABSENT = {
@@ -93,6 +95,17 @@ REFUSED = {
 }
 
 
+@cache
+def _steps() -> dict[str, str]:
+    text = (resources.files("hf_optim.recipes") / "scheme_steps.yaml").read_text(encoding="utf-8")
+    return {scheme: technique for technique, schemes in yaml.safe_load(text).items() for scheme in schemes}
+
+
+def technique_of(name: str) -> str:
+    """Return the technique that a recipe of a scheme's name alone runs."""
+    return _steps()[name]
+
+
 def describe_scheme(name: str) -> dict[str, str]:
     """Return the name of a scheme, the step that it runs alone, and what it stores, in words."""
     scheme = SCHEMES[name]
@@ -104,7 +117,7 @@ def describe_scheme(name: str) -> dict[str, str]:
         inputs_kind = "float8" if scheme.activations == "fp8" else scheme.activations
         inputs = f"inputs {inputs_kind}, one scale for {'a token' if scheme.dynamic else 'a tensor, calibrated'}"
     stored = f"weights {kind}, one scale{zero} for {shared[scheme.strategy]}; {inputs}"
-    return {"name": name, "technique": scheme.technique, "stored": stored}
+    return {"name": name, "technique": technique_of(name), "stored": stored}
 
 
 def is_scheme(name: str) -> bool:

@@ -51,7 +51,7 @@ COMPLETE = {
         gptq(
             scheme="W4A16", dampening_frac=0.1, block_size=64, actorder="weight", ignore=["lm_head", "re:.*down_proj"]
         ),
-        [{"technique": "gptq", "skip": ["re:.*down.*"], "scheme": "W4A16", "damp": 0.1, "block_size": 64}],
+        [{"technique": "gptq", "skip": ["re:.*down_proj"], "scheme": "W4A16", "damp": 0.1, "block_size": 64}],
     ),
     "gptq with the format of the modifier before": (
         stage(

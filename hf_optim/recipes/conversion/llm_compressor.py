@@ -19,10 +19,11 @@ from ...trust.bounds import shown
 from ...trust.documents import MAX_RECIPE_BYTES, parse_json, parse_yaml, read_text
 from ...trust.text import one_line
 from ..config import OptimConfig
+from ..traits import QUANTIZED
 from . import pruning_modifiers as pruning
 from . import quantizing_modifiers as quantizing
+from .counterparts import Steps, adds
 from .notes import Fields, Notes
-from .quantizing_modifiers import Steps
 
 # Fields of every modifier, and those that only decide how much memory or time a run takes.
 BOOKKEEPING = ("index", "group", "initialized_", "finalized_", "started_", "ended_")
@@ -143,7 +144,7 @@ def _one_quantizer(steps: Steps, notes: Notes) -> Steps:
     """Keep the first step that quantizes: the layers of a recipe are quantized by one step."""
     kept: Steps = []
     for step in steps:
-        if step["technique"] in ("rtn", "gptq") and any(one["technique"] in ("rtn", "gptq") for one in kept):
+        if adds(step, QUANTIZED) and any(adds(one, QUANTIZED) for one in kept):
             layers = ", ".join(map(one_line, step.get("targets", ["Linear"])))
             notes.missing.append(
                 f"a second group of quantized layers ({layers}: "

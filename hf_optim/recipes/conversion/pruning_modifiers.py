@@ -7,11 +7,11 @@ from typing import Any
 
 from ...errors import RecipeError
 from ...trust.bounds import shown
+from ..traits import SPARSE
+from .counterparts import Steps, adds, counterpart
 from .notes import Fields, Notes
-from .quantizing_modifiers import HEADS, Steps, layers_of
+from .quantizing_modifiers import HEADS, layers_of
 
-# Techniques whose zeros stay.
-PRUNES = ("nm", "magnitude", "gmp")
 # A name or pattern that ends in the number of a block: the linear layers inside are meant.
 _BLOCK = re.compile(r"(\.\d+|\\d\+)\$?$")
 
@@ -20,15 +20,14 @@ def sparsegpt(modifier: Fields, notes: Notes, before: Steps) -> Steps:
     damp = modifier.number("dampening_frac", 0.01)
     modifier.drop("weights are refitted all at once", "block_size")
     preserve = modifier.flag("preserve_sparsity_mask", False)
-    if not preserve and any(step["technique"] in PRUNES for step in before):
+    if not preserve and any(adds(step, SPARSE) for step in before):
         modifier.change("preserve_sparsity_mask: false; here the zeros of an earlier step stay")
-    step = {"technique": "nm", "score": "obs", "compensate": True, **({"damp": damp} if damp != 0.01 else {})}
+    step = {**counterpart("sparsegpt"), **({"damp": damp} if damp != 0.01 else {})}
     return _one_shot(step, None, modifier, notes)
 
 
 def wanda(modifier: Fields, notes: Notes, before: Steps) -> Steps:
-    unstructured = {"technique": "magnitude", "score": "activation", "scope": "row"}
-    return _one_shot({"technique": "nm", "score": "activation"}, unstructured, modifier, notes)
+    return _one_shot(counterpart("wanda"), counterpart("wanda_unstructured"), modifier, notes)
 
 
 def _one_shot(step: dict[str, Any], unstructured: dict[str, Any] | None, modifier: Fields, notes: Notes) -> Steps:
@@ -80,17 +79,17 @@ def magnitude(modifier: Fields, notes: Notes, before: Steps) -> Steps:
         modifier, ["Linear" if name in ("__ALL_PRUNABLE__", "__ALL__") else name for name in targets], HEADS
     )
     if begin is None or end is None or end <= begin:
-        return [{"technique": "magnitude", "sparsity": final, **scope, **layers}]
+        return [{**counterpart("at_once"), "sparsity": final, **scope, **layers}]
     modifier.change(
         f"start: {begin}, end: {end} and update: {every} are epochs, and were left out: gmp's begin, end and every are "
         "optimizer steps, or shares of the training"
     )
-    return [{"technique": "gmp", "sparsity": final, "initial": initial, **scope, **layers}]
+    return [{**counterpart("ramp"), "sparsity": final, "initial": initial, **scope, **layers}]
 
 
 def constant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
     modifier.drop("masks hold from their step on", "start", "end", "update", "targets")
-    if any(step["technique"] in PRUNES for step in before):
+    if any(adds(step, SPARSE) for step in before):
         notes.harmless.append(f"{modifier.label} (hf_optim keeps the zeros of every pruning step in later training)")
     else:
         notes.missing.append(f"{modifier.label}: zeros that the checkpoint already has are not made into masks")

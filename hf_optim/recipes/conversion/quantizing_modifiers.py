@@ -10,16 +10,15 @@ from ...errors import RecipeError
 from ...trust.bounds import shown
 from ...trust.text import one_line
 from ..config import OptimConfig
+from .counterparts import Steps, counterpart
 from .notes import Fields, Notes
 from .quantization_args import Group, read_groups
 
 HEADS = ("lm_head", "re:lm_head", "re:.*lm_head", "re:.*lm_head.*", "re:^lm_head$", "re:.*lm_head$")
 
-Steps = list[dict[str, Any]]
-
 
 def quantization(modifier: Fields, notes: Notes, before: Steps) -> Steps:
-    return _quantizers("rtn", modifier, notes)
+    return _quantizers("rounding", modifier, notes)
 
 
 def gptq(modifier: Fields, notes: Notes, before: Steps) -> Steps:
@@ -28,11 +27,11 @@ def gptq(modifier: Fields, notes: Notes, before: Steps) -> Steps:
     fields |= {"damp": damp} if damp != 0.01 else {}
     fields |= {"block_size": block} if block != 128 else {}
     order = modifier.take("actorder", "static") if "actorder" in modifier else ...
-    return _quantizers("gptq", modifier, notes, fields, order)
+    return _quantizers("compensated", modifier, notes, fields, order)
 
 
 def _quantizers(
-    technique: str, modifier: Fields, notes: Notes, fields: Mapping[str, Any] | None = None, order: Any = ...
+    kind: str, modifier: Fields, notes: Notes, fields: Mapping[str, Any] | None = None, order: Any = ...
 ) -> Steps:
     """Return a step for each group of layers that one can quantize."""
     ignore = modifier.names("ignore")
@@ -42,13 +41,13 @@ def _quantizers(
     groups = read_groups(modifier, notes)
     for group in groups:
         layers = layers_of(modifier, group.targets, ignore)
-        step: dict[str, Any] = {"technique": technique, **layers, **group.fields}
+        step: dict[str, Any] = {**counterpart(kind), **layers, **group.fields}
         reason, instead = group.refusal or _refused(step), ""
-        if reason and technique == "gptq" and group.refusal is None:
-            step = {"technique": "rtn", **layers, **group.fields}
-            reason = f"{technique} cannot write this format"
+        if reason and kind == "compensated" and group.refusal is None:
+            reason = f"{step['technique']} cannot write this format"
+            step = {**counterpart("rounding"), **layers, **group.fields}
             instead = "; rounding to nearest (rtn) to the same format is in its place"
-        elif technique == "gptq":
+        elif kind == "compensated":
             step |= {**(fields or {}), **_act_order(modifier, group, order)}
         if not reason or instead:
             steps.append(step)
@@ -99,12 +98,12 @@ def _without_search(what: str, modifier: Fields, notes: Notes) -> Steps:
     quantizes = "scheme" in modifier or "config_groups" in modifier
     instead = "; the same format by rounding to nearest (rtn) is in its place" if quantizes else ""
     notes.missing.append(f"{modifier.label}: {what} is not among hf_optim's techniques{instead}")
-    return _quantizers("rtn", modifier, notes) if quantizes else []
+    return _quantizers("rounding", modifier, notes) if quantizes else []
 
 
 def smoothquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
     alpha = modifier.number("smoothing_strength", 0.5)
-    if modifier.take("algorithm", "smoothquant") != "smoothquant":
+    if modifier.take("algorithm") == "log_equalization":
         notes.missing.append(f"{modifier.label}: log_equalization is not among hf_optim's techniques")
         modifier.drop("it belongs to the modifier", "mappings", "ignore", "num_calibration_steps")
         return []
@@ -118,8 +117,7 @@ def smoothquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
     if ignore := modifier.names("ignore"):
         modifier.change(f"ignore names norms ({', '.join(map(one_line, ignore))}); skip of smoothquant names layers")
     modifier.drop("the calibration data says how much is read", "num_calibration_steps", "calibration_function")
-    # llm-compressor smooths behind norms only.
-    return [{"technique": "smoothquant", "alpha": alpha, "pairs": False}]
+    return [{**counterpart("smoothing"), "alpha": alpha}]
 
 
 def _smooths_a_norm(mapping: Any) -> bool:
