@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "OptimConfig": "recipes.config",
     "DataConfig": "recipes.config",
+    "OptimQuantizationConfig": "lifecycle.quantization_argument",
     "Technique": "recipes.technique",
     "technique": "recipes.technique",
     "option": "recipes.field_checks",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from .generation.door import GenerationWarning as GenerationWarning
     from .generation.door import generate as generate
     from .lifecycle.loading import optimize as optimize
+    from .lifecycle.quantization_argument import OptimQuantizationConfig as OptimQuantizationConfig
     from .lifecycle.stages import advance as advance
     from .lifecycle.stages import release as release
     from .recipes import traits as traits

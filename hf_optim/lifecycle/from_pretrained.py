@@ -44,6 +44,10 @@ def _wrap(module: ModuleType) -> None:
 
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, optim_config: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get("quantization_config") is not None:
+            from .quantization_argument import take_recipe
+
+            optim_config = take_recipe(kwargs, optim_config)
         if optim_config is None:
             return original.__get__(None, cls)(*args, **kwargs)
         from .loading import load
