@@ -106,6 +106,20 @@ def load_processor(source: ModelSource, cls: type[PreTrainedModel]) -> Any:
     return find_processor(source.model, getattr(cls, "main_input_name", "input_ids"), **source.load_kwargs)
 
 
+def find_multimodal_processor(home: str, **load_kwargs: Any) -> Any:
+    """Return the processor for texts and images in a checkpoint, under the rules of ``find_processor``, or None."""
+    from transformers import AutoProcessor
+
+    load_kwargs["trust_remote_code"] = may_run(load_kwargs.get("trust_remote_code"))
+    try:
+        return AutoProcessor.from_pretrained(home, **load_kwargs) if home else None
+    except (MemoryError, OptimError):
+        raise
+    except Exception as error:
+        log.warning("the processor in %s is not used: %s", home, first_line(error, typed=True))
+        return None
+
+
 def checkpoint_bytes(source: ModelSource, model: nn.Module) -> int:
     """Return the bytes of the weights on disk, or of ``model`` in memory if the files are not on this machine."""
     home = local_directory(source.model, source.revision)

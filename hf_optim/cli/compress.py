@@ -39,6 +39,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="the directory to write; replaced atomically at the end, other files in it are kept",
     )
     parser.add_argument("--calibration", metavar="DATA", help="calibration data (default: the dataset in the recipe)")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="the calibration data holds conversations (a column messages or conversations, or --text-column): render "
+        "them by the model's chat template",
+    )
     parser.add_argument("--train", metavar="DATA", help="training data (default: the calibration data)")
     parser.add_argument("--eval", metavar="DATA", help="evaluation data; the model is evaluated before and after")
     parser.add_argument(

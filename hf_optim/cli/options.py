@@ -104,6 +104,7 @@ def data_config_from_args(args: argparse.Namespace, dataset: str | None, base: A
     given = {
         "dataset": dataset,
         "text_column": args.text_column,
+        "chat": getattr(args, "chat", None),
         "samples": args.samples,
         "seq_len": args.seq_len,
         "split": args.split,

@@ -6,8 +6,10 @@ CPU tensors of model inputs and a description for the record.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..runs.distributed import share_of
 from ..toolkit.statistics import batch_size, can_split, real_tokens, take_rows
+from ..toolkit.topology.fake_inputs import pairs_text_and_images
 from . import datasets
 from .batches import (
     add_decoder_inputs,
@@ -30,9 +33,15 @@ from .batches import (
     to_cpu_batch,
     to_tensors,
 )
-from .forward_inputs import class_of, forward_inputs, holds_model_inputs, processed, taken
-from .processor_errors import data_errors, no_image_processor, no_tokenizer, processor_errors
+from .conversations import find_chat_column
+from .forward_inputs import class_of, forward_inputs, holds_model_inputs, taken
+from .image_texts import is_multimodal
+from .images import find_image_column
+from .processor_errors import data_errors, no_tokenizer
+from .row_batches import RowBatches
 from .token_sequences import random_tokens, reservoir, sample_sequences, sequence_length
+
+log = logging.getLogger(__name__)
 
 LABELS = "labels"
 
@@ -77,6 +86,7 @@ def build_calibration_data(
     data: DataConfig | None = None,
     batch_size: int | None = None,
     model: Any = None,
+    load_processor: Callable[[], Any] | None = None,
 ) -> CalibrationData:
     """Build calibration batches from any supported source.
 
@@ -86,11 +96,13 @@ def build_calibration_data(
             batches (mappings of tensors, any modality); a ``torch.utils.data.DataLoader``; or ``CalibrationData``,
             which is returned unchanged.
         model_config: configuration of the model to be calibrated.
-        tokenizer: the model's tokenizer for texts, or its image processor for images.
+        tokenizer: the model's tokenizer for texts, its image processor for images, or its processor for both.
         data: how much to take, from which column, and the seed.
         batch_size: examples per batch, where batches are built here; None uses ``data.batch_size``.
         model: the model or its class, whose forward decides which columns of the data are its inputs; None for the
             class that the configuration names.
+        load_processor: returns the model's processor for texts and images, or None; called if the data has both, and
+            ``tokenizer`` is a tokenizer alone.
 
     If several ranks calibrate together, each gets its share of the batches (``distributed.share_of``); the description
     covers all of them. Raises ``DataError``.
@@ -109,7 +121,9 @@ def build_calibration_data(
         )
     model = model if model is not None else class_of(model_config)
     accepted = None if model is None else forward_inputs(model, tokenizer)
-    builder = CalibrationSetBuilder(model_config, tokenizer, data, batch_size or data.batch_size, accepted)
+    builder = CalibrationSetBuilder(
+        model_config, tokenizer, data, batch_size or data.batch_size, accepted, load_processor
+    )
     with data_errors(data.dataset or "the calibration data"):
         batches, described = builder.build(source)
         require_real_rows(batches, described.get("dataset"))
@@ -136,6 +150,7 @@ class CalibrationSetBuilder:
 
     Attributes:
         accepted: names of the inputs that the model takes, or None if its class is unknown.
+        load_processor: returns the model's processor for texts and images; or None.
     """
 
     config: PretrainedConfig
@@ -143,6 +158,7 @@ class CalibrationSetBuilder:
     data: DataConfig
     batch_size: int
     accepted: frozenset[str] | None = None
+    load_processor: Callable[[], Any] | None = None
 
     def build(self, source: Any) -> Built:
         """Choose the method for the kind of ``source``. Raises ``DataError`` for an unknown kind."""
@@ -200,23 +216,41 @@ class CalibrationSetBuilder:
             raise DataError(f"{name} is empty")
         if holds_model_inputs(first):
             return self.from_model_inputs(chain([first], stream), name)
-        image = datasets.find_image_column(first)
-        if image is not None and not datasets.string_columns(first):
-            return self.from_images(chain([first], stream), image, name, shuffle_buffer)
+        rows = chain([first], stream)
+        image, chat = find_image_column(first), find_chat_column(first, self.data)
+        made = self.rows
+        shown = image is not None or (chat is not None and made.mentions_images(first, chat))
+        if image is not None and (not made.takes("input_ids") or not (chat or datasets.string_columns(first))):
+            return made.images(rows, image, name, shuffle_buffer)
+        if shown and made.takes("input_ids", "pixel_values") and (self.accepted is not None or made.processor):
+            text = None if chat else datasets.find_text_column(first, self.data)
+            return self._checked(
+                made.image_texts(rows, {"image": image, "text": text, "chat": chat}, name, shuffle_buffer)
+            )
+        if image is not None:
+            log.warning("%s: the model reads no images: column %r is left out", name, image)
+        if chat is not None:
+            if self.data.chat is None:
+                log.info("%s: column %r holds conversations, which the chat template renders", name, chat)
+            return self._checked(made.conversations(rows, chat, name, shuffle_buffer))
         column = datasets.find_text_column(first, self.data)
-        texts = datasets.texts_of(chain([first], stream), column, name)
+        texts = datasets.texts_of(rows, column, name)
         batches, description = self.from_texts(texts, name, shuffle_buffer)
         return batches, {**description, "text_column": column}
 
     def from_texts(self, texts: Iterable[str], name: str, shuffle_buffer: int | None = None) -> Built:
         """Tokenize and join the texts, and sample sequences from them."""
-        if self.tokenizer is None:
+        self._require_no_images(name)
+        tokenizer = self.tokenizer
+        if is_multimodal(tokenizer):
+            tokenizer = tokenizer.tokenizer
+        if tokenizer is None:
             raise no_tokenizer(f"{name}: texts need")
-        if not hasattr(self.tokenizer, "bos_token_id"):
-            raise DataError(f"{name}: texts need a tokenizer, not a {type(self.tokenizer).__name__}")
-        length = sequence_length(self.config, self.tokenizer, self.data.seq_len)
+        if not hasattr(tokenizer, "bos_token_id"):
+            raise DataError(f"{name}: texts need a tokenizer, not a {type(tokenizer).__name__}")
+        length = sequence_length(self.config, tokenizer, self.data.seq_len)
         ids = sample_sequences(
-            texts, self.tokenizer, length, self.data.samples, self.data.seed, shuffle_buffer=shuffle_buffer
+            texts, tokenizer, length, self.data.samples, self.data.seed, shuffle_buffer=shuffle_buffer
         )
         return self.from_token_ids(ids, name, sampled=True)
 
@@ -231,19 +265,27 @@ class CalibrationSetBuilder:
         batches = [add_decoder_inputs({"input_ids": part}, self.config) for part in ids.split(self.batch_size)]
         return batches, {"dataset": name, "samples": len(ids), "seq_len": ids.shape[1], "tokens": ids.numel()}
 
-    def from_images(self, examples: Iterable[Any], column: str, name: str, shuffle_buffer: int | None) -> Built:
-        """Sample images and run them through the model's image processor."""
-        processor = getattr(self.tokenizer, "image_processor", self.tokenizer)
-        if "pixel_values" not in getattr(processor, "model_input_names", ()):
-            raise no_image_processor(f"{name}: images (column {column!r}) need")
-        chosen = reservoir(islice(examples, shuffle_buffer), self.data.samples, self.data.seed)
-        batches = []
-        for start in range(0, len(chosen), self.batch_size):
-            images = [datasets.load_image(example[column]) for example in chosen[start : start + self.batch_size]]
-            with processor_errors(processor):
-                made = processor(images, return_tensors="pt")
-            batches.append(processed(made, self.accepted))
-        return batches, {"dataset": name, "image_column": column, "samples": len(chosen)}
+    @cached_property
+    def rows(self) -> RowBatches:
+        """Builds batches of conversations and images."""
+        return RowBatches(self.config, self.tokenizer, self.load_processor, self.data, self.batch_size, self.accepted)
+
+    def _checked(self, built: Built) -> Built:
+        """Return batches that a processor made, with decoder inputs. Raises ``DataError`` for unknown token ids."""
+        batches, description = built
+        for batch in batches:
+            if "input_ids" in batch:
+                self._check_vocabulary(batch["input_ids"])
+        return [self._with_decoder_inputs(batch) for batch in batches], description
+
+    def _require_no_images(self, name: str) -> None:
+        """Raise ``DataError`` if the model compares texts with images, since the data has texts alone."""
+        if self.accepted is not None and self.rows.takes("pixel_values") and pairs_text_and_images(self.config):
+            raise DataError(
+                f"{name} holds texts alone, and the model also reads pixel_values: give rows with an image and a text "
+                "(columns `image` and `text`; the names of image files beside the data will do), or batches with both, "
+                "calibration=[{...}]"
+            )
 
     def from_model_inputs(self, examples: Iterable[Any], name: str) -> Built:
         """Build from examples that hold model inputs already, unbatched: every column that the model's forward takes.

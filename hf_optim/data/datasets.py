@@ -1,8 +1,7 @@
-"""Examples of a Hub dataset or of a local file, and which of their columns holds the text or the image."""
+"""Examples of a Hub dataset or of a local file, and which of their columns holds the text."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -12,13 +11,13 @@ from typing import Any
 from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..trust.bounds import first_line, shown
+from .images import find_image_column
 
 # A local file above this size (64 MB) is streamed instead of read completely.
 STREAMED_ABOVE = 64 * 2**20
 # From a stream, this many examples are read per sample drawn: more than the head of the data, but bounded.
 SHUFFLE_FACTOR = 32
 TEXT_COLUMNS = ("text", "sentence", "content")
-IMAGE_COLUMNS = ("image", "img", "pixel_values")
 # quoting=3 (csv.QUOTE_NONE): tab-separated files have no quoting, and a lone quotation mark is text.
 # keep_default_na=False: "NA" and "null" are words.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -172,9 +171,16 @@ def _reason(error: BaseException) -> str:
     return first_line(error.__cause__ or error, typed=True)
 
 
+def folder_of(config: DataConfig) -> Path | None:
+    """Return the folder of a local data file, or None."""
+    name = str(config.dataset)
+    return _expanded(name).absolute().parent if config.dataset and is_local(name) else None
+
+
 def string_columns(example: Mapping[str, Any]) -> list[str]:
-    """Return the columns of an example that hold text."""
-    return [key for key, value in example.items() if isinstance(value, str)]
+    """Return the columns of an example that hold text, without those that name image files."""
+    image = find_image_column(example)
+    return [key for key, value in example.items() if isinstance(value, str) and key != image]
 
 
 def find_text_column(example: Mapping[str, Any], config: DataConfig) -> str:
@@ -196,33 +202,3 @@ def find_text_column(example: Mapping[str, Any], config: DataConfig) -> str:
     reason = "several columns hold text" if strings else "no column holds text"
     found = f"{config.dataset or 'the data'}: {reason} (columns: {', '.join(example)}); name one with"
     raise DataError(f"{found} text_column", cli=f"{found} --text-column")
-
-
-def find_image_column(example: Mapping[str, Any]) -> str | None:
-    """Return the column with an image: ``image`` or ``img``, else the only one with image bytes or a PIL image."""
-    for name in IMAGE_COLUMNS:
-        if name in example and _is_image(example[name]):
-            return name
-    found = [key for key, value in example.items() if _is_image(value)]
-    return found[0] if len(found) == 1 else None
-
-
-def _is_image(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return isinstance(value.get("bytes"), bytes)
-    return isinstance(value, bytes) or (hasattr(value, "convert") and hasattr(value, "size"))
-
-
-def load_image(value: Any) -> Any:
-    """Return an RGB ``PIL.Image`` from image bytes, the mapping that datasets stores, or a PIL image.
-
-    Raises ``DataError`` if it cannot be decoded.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    data = value.get("bytes") if isinstance(value, Mapping) else value
-    try:
-        image: Any = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, AttributeError) as error:
-        raise DataError(f"cannot decode an image: {first_line(error)}") from error

@@ -14,14 +14,14 @@ from ..errors import DataError
 from ..recipes.config import DataConfig
 from .batches import add_decoder_inputs
 from .datasets import (
-    find_image_column,
     find_text_column,
+    folder_of,
     load_examples,
-    load_image,
     shuffle_buffer,
     string_columns,
 )
 from .forward_inputs import forward_inputs, processed
+from .images import find_image_column, load_image
 from .processor_errors import no_image_processor, no_tokenizer, processor_errors
 from .token_sequences import TokenSequences, reservoir, sequence_length
 
@@ -118,17 +118,20 @@ def text_classification_batches(
     return LabelledBatches(batches)
 
 
-def image_classification_batches(examples: list[dict[str, Any]], model: Any, processor: Any) -> LabelledBatches:
+def image_classification_batches(
+    examples: list[dict[str, Any]], model: Any, processor: Any, data: DataConfig | None = None
+) -> LabelledBatches:
     """Build batches of images with a class label."""
     label, column = find_label_column(examples[0]), find_image_column(examples[0])
     processor = getattr(processor, "image_processor", processor)
+    folder = folder_of(data) if data is not None else None
     if column is None:
         raise DataError(f"no column holds an image (columns: {', '.join(examples[0])})")
     if "pixel_values" not in getattr(processor, "model_input_names", ()):
         raise no_image_processor("images need")
     batches = []
     for part in _split(examples, BATCH_SIZE):
-        images = [load_image(example[column]) for example in part]
+        images = [load_image(example[column], folder) for example in part]
         with processor_errors(processor):
             made = processor(images, return_tensors="pt")
         labels = torch.tensor([label_id(example[label], model.config) for example in part])

@@ -109,7 +109,7 @@ def _build_batches(task: str, model: Any, tokenizer: Any, data: DataConfig) -> L
     if task == "text2text-generation":
         return labelled_batches.seq2seq_batches(examples, model, tokenizer)
     if task == "image-classification":
-        return labelled_batches.image_classification_batches(examples, model, tokenizer)
+        return labelled_batches.image_classification_batches(examples, model, tokenizer, data)
     return labelled_batches.text_classification_batches(examples, model, tokenizer, data)
 
 

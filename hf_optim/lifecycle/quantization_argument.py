@@ -81,9 +81,7 @@ def take_recipe(kwargs: dict[str, Any], optim_config: Any) -> Any:
     """
     given = kwargs["quantization_config"]
     if isinstance(given, Mapping) and given.get("quant_method") == METHOD:
-        raise RecipeError(
-            f"pass hf_optim.OptimQuantizationConfig(...), not a mapping for {METHOD!r}"
-        )
+        raise RecipeError(f"pass hf_optim.OptimQuantizationConfig(...), not a mapping for {METHOD!r}")
     if not isinstance(given, OptimQuantizationConfig):
         return optim_config
     if optim_config is not None:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -24,7 +25,7 @@ from ..calibration import drivers
 from ..calibration.media_inputs import require_media
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
-from ..checkpoints.source import find_processor
+from ..checkpoints.source import find_multimodal_processor, find_processor
 from ..errors import MAX_MESSAGE, DataError, OptimError
 from ..recipes import hooks
 from ..recipes.composition import Stage
@@ -310,6 +311,7 @@ def _load_data(run: Run, stage: Stage) -> None:
         tokenizer=run.tokenizer,
         data=run.recipe.calibration,
         model=run.model,
+        load_processor=partial(find_multimodal_processor, getattr(run.model.config, "_name_or_path", "")),
     )
     require_inputs(run.model, run.data)
     run.record.calibration = run.data.description

@@ -54,6 +54,8 @@ class DataConfig:
         dataset: a Hub id or a local text / json / jsonl / csv / tsv / parquet file.
         split: the split of a Hub dataset; local files have one, ``train``.
         text_column: the column with the text; None finds ``text``, ``sentence``, ``content`` or the only string column.
+        chat: render conversations (a column ``messages`` or ``conversations``, or the one that ``text_column`` names) by
+            the model's chat template, one sequence each; None does so if the data has no column of texts.
         samples: number of sequences of ``seq_len`` tokens; None takes everything.
         seq_len: tokens per sequence; None takes the model's context length, 2048 at most.
         seed: seed of the random sample.
@@ -63,6 +65,7 @@ class DataConfig:
     dataset: str | None = None
     split: str = "train"
     text_column: str | None = None
+    chat: bool | None = None
     samples: int | None = 128
     seq_len: int | None = None
     seed: int = 0
@@ -90,6 +93,8 @@ class DataConfig:
                 )
         if not _is_whole(config.seed, 0, MAX_SEED):
             raise RecipeError(f"calibration: seed must be a whole number >= 0, below 2^63, not {shown(config.seed)}")
+        if config.chat is not None and not isinstance(config.chat, bool):
+            raise RecipeError(f"calibration: chat must be true or false, not {shown(config.chat)}")
         for name in ("dataset", "split", "text_column"):
             value = getattr(config, name)
             if not (value is None and name != "split"):

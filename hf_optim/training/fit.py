@@ -162,7 +162,9 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
         return _apart(found), DataCollatorWithPadding(tokenizer)
     if task == "image-classification":
         return _apart(
-            labelled_batches.image_classification_batches(labelled_batches.sample_examples(data), model, tokenizer)
+            labelled_batches.image_classification_batches(
+                labelled_batches.sample_examples(data), model, tokenizer, data
+            )
         ), default_data_collator
     if task == "text2text-generation":
         return _apart(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoints.source import load_processor
+from ...checkpoints.source import find_multimodal_processor, load_processor
 from ...data.calibration_set import CalibrationData, build_calibration_data
 from ...data.datasets import is_local
 from ...data.tasks import task_of_model
@@ -126,7 +127,11 @@ def read_calibration(plan: Plan, tokenizer: Any, model: Any = None) -> Calibrati
     if not plan.needs_calibration:
         return None
     data = build_calibration_data(
-        None, model_config=plan.source.config, tokenizer=tokenizer, data=plan.recipe.calibration
+        None,
+        model_config=plan.source.config,
+        tokenizer=tokenizer,
+        data=plan.recipe.calibration,
+        load_processor=partial(find_multimodal_processor, plan.source.model, **plan.source.load_kwargs),
     )
     if model is not None:
         require_inputs(model, data)

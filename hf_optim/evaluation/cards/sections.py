@@ -223,7 +223,18 @@ def calibration(record: Record) -> str:
     """Render which data the steps used, with its hash."""
     if not record.calibration:
         return "None: no step of this recipe uses data."
-    order = ("dataset", "split", "text_column", "image_column", "samples", "seq_len", "tokens", "seed", "sha256")
+    order = (
+        "dataset",
+        "split",
+        "text_column",
+        "chat_column",
+        "image_column",
+        "samples",
+        "seq_len",
+        "tokens",
+        "seed",
+        "sha256",
+    )
     found = [(key, record.calibration[key]) for key in order if record.calibration.get(key) is not None]
     rows = [
         [key.replace("_", " "), f"{v:,}" if key == "tokens" and is_number(v) else code(v) if key == "sha256" else v]

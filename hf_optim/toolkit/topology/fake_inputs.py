@@ -108,7 +108,7 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["decoder_input_ids"] = _tokens(model, length if same else max(1, length // 2))
     if _is_multiple_choice(model):
         inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
-    if main in TEXT_INPUTS and "pixel_values" in parameters and _pairs_text_and_images(model.config):
+    if main in TEXT_INPUTS and "pixel_values" in parameters and pairs_text_and_images(model.config):
         inputs["pixel_values"] = _image(model)
     if main in TEXT_INPUTS and "input_features" in parameters and _pairs_text_and_sound(model.config):
         inputs["input_features"] = _sound(model, "input_features")
@@ -134,7 +134,7 @@ def _text_length(model: PreTrainedModel) -> int:
     return min([TOKENS, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
 
 
-def _pairs_text_and_images(config: Any) -> bool:
+def pairs_text_and_images(config: Any) -> bool:
     """Return True if a text and a vision model run in parallel, and images do not replace text tokens."""
     placeholder = any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
     return hasattr(config, "vision_config") and hasattr(config, "text_config") and not placeholder
