@@ -22,7 +22,6 @@ from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..runs.distributed import share_of
 from ..toolkit.statistics import batch_size, can_split, real_tokens, take_rows
-from ..toolkit.topology.fake_inputs import pairs_text_and_images
 from . import datasets
 from .batches import (
     add_decoder_inputs,
@@ -38,8 +37,9 @@ from .forward_inputs import class_of, forward_inputs, holds_model_inputs, taken
 from .image_texts import is_multimodal
 from .images import find_image_column
 from .processor_errors import data_errors, no_tokenizer
+from .random_inputs import random_inputs
 from .row_batches import RowBatches
-from .token_sequences import random_tokens, reservoir, sample_sequences, sequence_length
+from .token_sequences import reservoir, sample_sequences, sequence_length
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class CalibrationSetBuilder:
 
     def from_texts(self, texts: Iterable[str], name: str, shuffle_buffer: int | None = None) -> Built:
         """Tokenize and join the texts, and sample sequences from them."""
-        self._require_no_images(name)
+        self.rows.require_no_images(name)
         tokenizer = self.tokenizer
         if is_multimodal(tokenizer):
             tokenizer = tokenizer.tokenizer
@@ -277,15 +277,6 @@ class CalibrationSetBuilder:
             if "input_ids" in batch:
                 self._check_vocabulary(batch["input_ids"])
         return [self._with_decoder_inputs(batch) for batch in batches], description
-
-    def _require_no_images(self, name: str) -> None:
-        """Raise ``DataError`` if the model compares texts with images, since the data has texts alone."""
-        if self.accepted is not None and self.rows.takes("pixel_values") and pairs_text_and_images(self.config):
-            raise DataError(
-                f"{name} holds texts alone, and the model also reads pixel_values: give rows with an image and a text "
-                "(columns `image` and `text`; the names of image files beside the data will do), or batches with both, "
-                "calibration=[{...}]"
-            )
 
     def from_model_inputs(self, examples: Iterable[Any], name: str) -> Built:
         """Build from examples that hold model inputs already, unbatched: every column that the model's forward takes.
@@ -343,21 +334,11 @@ class CalibrationSetBuilder:
 
     def from_random(self) -> Built:
         """Build random token ids, or random pixels for a vision model."""
-        samples = self.data.samples or 128
-        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None)
-        if vocabulary is not None:
-            length = sequence_length(self.config, None, self.data.seq_len)
-            return self.from_token_ids(
-                random_tokens(vocabulary, samples, length, self.data.seed), "random", sampled=True
-            )
-        size = getattr(self.config, "image_size", None)
-        if size is None:
-            raise DataError(f"cannot make random inputs for {type(self.config).__name__}: pass a list of batches")
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (samples, getattr(self.config, "num_channels", 3), height, width)
-        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(self.data.seed))
-        batches = [{"pixel_values": part} for part in pixels.split(self.batch_size)]
-        return batches, {"dataset": "random", "samples": samples}
+        name, inputs = random_inputs(self.config, self.data)
+        if name == "input_ids":
+            return self.from_token_ids(inputs, "random", sampled=True)
+        batches = [{name: part} for part in inputs.split(self.batch_size)]
+        return batches, {"dataset": "random", "samples": len(inputs)}
 
     def _check_vocabulary(self, ids: Tensor) -> None:
         if ids.dtype not in (torch.int64, torch.int32) or not ids.numel():

@@ -117,9 +117,9 @@ def require_template(processor: Any, name: str) -> None:
     """Raise ``DataError`` unless a tokenizer or processor has a chat template."""
     if not hasattr(processor, "apply_chat_template") or not getattr(processor, "chat_template", None):
         raise DataError(
-            f"{name} holds conversations, and the model's tokenizer has no chat template: take the tokenizer of a model "
-            "that was trained on conversations (set tokenizer.chat_template, or copy its chat_template.jinja into the "
-            "model's folder), or use data with a column of plain texts"
+            f"{name} holds conversations, and the model's tokenizer has no chat template: take that of a model trained "
+            "on conversations (set tokenizer.chat_template, or copy its chat_template.jinja into the model's folder), "
+            "or use data with a column of plain texts"
         )
 
 

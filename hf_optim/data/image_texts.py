@@ -123,6 +123,9 @@ class ImageTexts:
             options["max_length"] = self.length
         elif any(images for _, images in part):
             options["images"] = [images for _, images in part]
+        start = self.processor.tokenizer.bos_token
+        if start and all(text.startswith(start) for text in texts):
+            options["add_special_tokens"] = False  # the chat template has written it
         with processor_errors(self.processor):
             made = self.processor(text=texts, **options)
         batch = processed(made, accepted)

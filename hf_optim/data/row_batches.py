@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from ..errors import DataError
 from ..recipes.config import DataConfig
+from ..toolkit.topology.fake_inputs import pairs_text_and_images
 from . import datasets
 from .batches import count_tokens
 from .conversations import conversation_batches, messages_of, plain_messages, rendered, require_template
@@ -127,6 +128,15 @@ class RowBatches:
         """Return True if a conversation has parts that are images."""
         parts = [message["content"] for message in messages_of(row[column], "the first row")]
         return any(part["type"] != "text" for content in parts if isinstance(content, list) for part in content)
+
+    def require_no_images(self, name: str) -> None:
+        """Raise ``DataError`` if the model compares texts with images, for data of texts alone."""
+        if self.accepted is not None and self.takes("pixel_values") and pairs_text_and_images(self.config):
+            raise DataError(
+                f"{name} holds texts alone, and the model also reads pixel_values: give rows with an image and a text "
+                "(columns `image` and `text`; the names of image files beside the data will do), or batches with both, "
+                "calibration=[{...}]"
+            )
 
     def _sample(
         self, examples: Iterable[Any], column: str, shuffle_buffer: int | None

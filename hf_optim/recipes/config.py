@@ -54,8 +54,8 @@ class DataConfig:
         dataset: a Hub id or a local text / json / jsonl / csv / tsv / parquet file.
         split: the split of a Hub dataset; local files have one, ``train``.
         text_column: the column with the text; None finds ``text``, ``sentence``, ``content`` or the only string column.
-        chat: render conversations (a column ``messages`` or ``conversations``, or the one that ``text_column`` names) by
-            the model's chat template, one sequence each; None does so if the data has no column of texts.
+        chat: render conversations (a column ``messages`` or ``conversations``, or the one that ``text_column`` names)
+            by the model's chat template, one sequence each; None does so if the data has no column of texts.
         samples: number of sequences of ``seq_len`` tokens; None takes everything.
         seq_len: tokens per sequence; None takes the model's context length, 2048 at most.
         seed: seed of the random sample.
