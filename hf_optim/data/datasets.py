@@ -183,6 +183,10 @@ def string_columns(example: Mapping[str, Any]) -> list[str]:
     return [key for key, value in example.items() if isinstance(value, str) and key != image]
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+
+
 def find_text_column(example: Mapping[str, Any], config: DataConfig) -> str:
     """Return the column with the text.
 
@@ -200,5 +204,11 @@ def find_text_column(example: Mapping[str, Any], config: DataConfig) -> str:
     if len(strings) == 1:
         return strings[0]
     reason = "several columns hold text" if strings else "no column holds text"
+    chats = [name for name, value in example.items() if value and isinstance(value, list) and _is_message(value[0])]
+    if chats and not strings:
+        raise DataError(
+            f"{config.dataset or 'the data'}: column {chats[0]!r} holds conversations, which calibration reads (chat: "
+            "true); training and evaluation read texts, so add a column of texts"
+        )
     found = f"{config.dataset or 'the data'}: {reason} (columns: {', '.join(example)}); name one with"
     raise DataError(f"{found} text_column", cli=f"{found} --text-column")

@@ -107,7 +107,7 @@ def test_a_column_of_texts_comes_first_unless_chat_is_asked_for():
     assert build(rows, chat=True).description["chat_column"] == "messages"
     named = dataset(turns=CHATS, text=["plain"] * 3)
     assert build(named, chat=True, text_column="turns").description["chat_column"] == "turns"
-    with pytest.raises(DataError, match="no column holds text"):
+    with pytest.raises(DataError, match="'messages' holds conversations, which calibration reads"):
         build(dataset(messages=CHATS), chat=False)
 
 
