@@ -7,13 +7,20 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from hf_optim import RecipeError
-from hf_optim.toolkit.pruning.decay_checks import check_decay_stability, negligible_decay, peak_rate
+from hf_optim.toolkit.pruning.decay_checks import check_decay_stability, following_decay, negligible_decay, peak_rate
 
 
 def test_a_decay_below_one_percent_of_training_is_negligible():
     assert "lose at most 0.2 % in 100 steps" in negligible_decay(1e-2, 2e-3, 100)
     assert negligible_decay(1e-2, 1e-2, 100) == ""  # 1 %
     assert negligible_decay(1e-2, 0.0, 100) == ""
+
+
+def test_a_decay_that_follows_the_rate_has_the_total_of_the_papers_training():
+    assert following_decay(0.1, 500_000) == pytest.approx(2e-4)  # SGD on ImageNet
+    assert following_decay(5e-4, 1000) == pytest.approx(20.0)
+    assert following_decay(5e-4, 10) == pytest.approx(200.0)  # a tenth of a weight in a step, not all of it
+    assert following_decay(0.0, 10) == 0.0
 
 
 def test_a_decay_that_turns_signs_is_refused():

@@ -16,6 +16,22 @@ from ...errors import RecipeError
 
 # The share of a weight that must decay over the whole training for the term to have an effect.
 LEAST_DECAY = 0.01
+# What all steps together take off in the training of SR-STE's paper at its highest rate, in weights: 0.1 * 2e-4 * 5e5.
+TOTAL_DECAY = 10.0
+# The largest share of a weight that a step takes off by default.
+MOST_PER_STEP = 0.1
+
+
+def following_decay(rate: float, max_steps: int) -> float:
+    """Return the decay ``λ`` whose total over a training is that of SR-STE's paper, whatever the learning rate.
+
+    ``γ λ = 10 / steps``, at most 0.1, at the highest rate; 0 for a rate of 0.
+
+    Args:
+        rate: the highest learning rate ``γ``.
+        max_steps: optimizer steps of the training.
+    """
+    return min(MOST_PER_STEP, TOTAL_DECAY / max(1, max_steps)) / rate if rate > 0.0 else 0.0
 
 
 def negligible_decay(rate: float, decay: float, max_steps: int) -> str:
@@ -34,7 +50,7 @@ def negligible_decay(rate: float, decay: float, max_steps: int) -> str:
     return (
         f"at a learning rate of {rate:g} and a decay of {decay:g}, weights that are masked out lose at most "
         f"{100 * share:.2g} % in {max_steps} steps, which is the plain straight-through estimator; a decay of about "
-        f"{0.1 / rate:.2g} has an effect"
+        f"{following_decay(rate, max_steps):.2g} has an effect, which is the default (decay: null)"
     )
 
 

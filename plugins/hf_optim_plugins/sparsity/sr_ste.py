@@ -7,13 +7,19 @@ weights that are masked out decay::
 
     W_{t+1} = W_t - γ_t (g_t + λ ((1 - M(W_t)) ∘ W_t))
 
-``γ`` is the learning rate; ``λ = 2e-4``, and ``λ = 0`` is STE. (One survey prints the term with the other sign and
-without ``γ``.) The formula is that of plain gradient descent. Under an optimizer with running means, such as Adam, it
-can be read in two ways: see ``term``.
+``γ`` is the learning rate, and ``λ = 0`` is STE. (One survey prints the term with the other sign and without ``γ``.)
+The formula is that of plain gradient descent. Under an optimizer with running means, such as Adam, it can be read in
+two ways: see ``term``.
+
+The paper's ``λ = 2e-4`` belongs to SGD at a rate of 0.1 over the half million steps of its ImageNet training: a step
+takes off the share ``γ λ = 2e-5``, and all steps together, at the highest rate, ten times the weight. With the rates of
+Adam and a few thousand steps the same ``λ`` takes off nothing. So the default keeps the total instead of ``λ``: ``γ λ =
+10 / steps`` at the highest rate, which is the paper's value in the paper's training, and at most 0.1.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +55,11 @@ if TYPE_CHECKING:
     from hf_optim import Card, Run
 
 
+log = logging.getLogger(__name__)
+# λ of the paper, for its optimizer.
+PAPER_DECAY = 2e-4
+
+
 @technique(
     "sr_ste",
     family="sparsity",
@@ -75,11 +86,12 @@ class SRSTE(MaskedTraining):
     Attributes:
         keep: weights kept in a group (the N of N:M).
         group: consecutive input weights in a group (the M); sparse tensor cores support 2 of 4.
-        decay: ``λ``; 0 is the straight-through estimator. The paper's value is for SGD. With ``term: update`` a step
-            takes off a share ``γ λ``, which is negligible at the small learning rates of Adam (a warning at the start
-            of training reports this): with AdamW at a rate of 3e-3, 10 to 100 did best on a small language model. A
-            share above 1 turns the sign of a weight at every step, and above 2 lets it grow without bound: it is
-            refused at the start of training, under SGD for both places of the term.
+        decay: ``λ``; 0 is the straight-through estimator. None follows the learning rate, so that the term has an
+            effect under any optimizer: a step at the highest rate takes off the share ``γ λ = min(0.1, 10 / steps)`` of
+            a weight (with ``term: gradient`` and an optimizer other than SGD, the paper's ``λ = 2e-4``). A value that
+            takes off less than 1 % in the whole training is reported in a warning. A share above 1 turns the sign of a
+            weight at every step, and above 2 lets it grow without bound: it is refused at the start of training, under
+            SGD for both places of the term.
         term: where the decay is applied. ``"update"`` subtracts ``γ λ W`` from the weights that are masked out, apart
             from the optimizer's step, as decoupled weight decay does; ``"gradient"`` adds ``λ W`` to their gradient, so
             that it passes through the running means. With SGD without momentum both are the formula.
@@ -92,7 +104,7 @@ class SRSTE(MaskedTraining):
 
     keep: int = option(2, low=1)
     group: int = option(4, low=2)
-    decay: float = option(2e-4, low=0.0)
+    decay: float | None = option(None, low=0.0)
     term: Literal["update", "gradient"] = "update"
     begin: int | float = option(0, low=0)
     end: int | float | None = option(None, low=0)
@@ -148,7 +160,7 @@ class SRSTE(MaskedTraining):
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
             f"{len(metrics['layers'])} linear layers were trained with at most {self.keep} of every {self.group} "
             "consecutive weights along the input; the mask followed the weights, and masked-out weights decayed with "
-            f"λ = {self.decay:g} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
+            f"{self._decay_phrase(run)} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",
@@ -156,12 +168,18 @@ class SRSTE(MaskedTraining):
             sparsity.table_rows(metrics["counted"]),
         )
 
+    def _decay_phrase(self, run: Run) -> str:
+        used = getattr(run.state(self), "decay", self.decay)
+        how = ", which followed the learning rate" if self.decay is None else ""
+        return "a λ that follows the learning rate" if used is None else f"λ = {used:.3g}{how}"
+
 
 class SparseRefinement(TrainerCallback):
     """Renews the masks after optimizer steps, and lets the weights that are masked out decay."""
 
     def __init__(self, step: SRSTE, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> None:
         self.step, self.run, self.layers = step, run, layers
+        self.decay = step.decay or 0.0
         if step.begin == 0:
             for name, layer in layers.items():
                 layer.set_masks(step.mask(run, name, layer))
@@ -175,8 +193,7 @@ class SparseRefinement(TrainerCallback):
                 f"sparsity begins at step {begin}, but training ends at step {state.max_steps}: the model will be "
                 "pruned once, at the end, and not trained sparse; train longer, or lower begin",
             )
-        self._warn_if_decay_negligible(args.learning_rate, state.max_steps)
-        self._check_decay_stability(kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state.max_steps)
+        self._set_decay(kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state.max_steps)
         if state.global_step < begin:
             self._set({})
         elif state.global_step == 0 or self.step.masks_follow_weights:
@@ -190,8 +207,8 @@ class SparseRefinement(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs.get("optimizer")
-        if self.step.decay and not (self.step.term == "update" and masked_layers.will_skip_step(optimizer)):
-            apply_decay_(self.layers.values(), self.step.decay, self.step.term, masked_layers.learning_rates(optimizer))
+        if self.decay and not (self.step.term == "update" and masked_layers.will_skip_step(optimizer)):
+            apply_decay_(self.layers.values(), self.decay, self.step.term, masked_layers.learning_rates(optimizer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin, end = self._span(state)
@@ -212,20 +229,24 @@ class SparseRefinement(TrainerCallback):
             if layer.forward_mask is not None and not self.step.masks_follow_weights:
                 saved[name] = layer.forward_mask
 
-    def _warn_if_decay_negligible(self, rate: float, max_steps: int) -> None:
-        warning = decay_checks.negligible_decay(rate, self.step.decay, max_steps)
-        if warning and self.step.term == "update":
-            self.run.warn(self.step, warning)
-
-    def _check_decay_stability(self, optimizer: Any, scheduler: Any, max_steps: int) -> None:
+    def _set_decay(self, optimizer: Any, scheduler: Any, max_steps: int) -> None:
+        """Choose the decay by the highest learning rate, or check the one that is given."""
         # W -= γ λ W, whatever the gradient: under SGD in both places of the term (momentum only adds to it), and under
         # any optimizer where the term is part of the update.
         sgd = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
-        if sgd or self.step.term == "update":
-            peak = decay_checks.peak_rate(
-                optimizer, scheduler, [layer.weight for layer in self.layers.values()], max_steps
-            )
-            decay_checks.check_decay_stability(peak, self.step.decay, self.run.label(self.step))
+        decays = sgd or self.step.term == "update"
+        weights = [layer.weight for layer in self.layers.values()]
+        peak = decay_checks.peak_rate(optimizer, scheduler, weights, max_steps) if decays else 0.0
+        given = self.step.decay
+        if given is None:
+            self.decay = decay_checks.following_decay(peak, max_steps) if decays else PAPER_DECAY
+            log.info("%s: decay is %.3g", self.run.label(self.step), self.decay)
+        elif decays:
+            decay_checks.check_decay_stability(peak, given, self.run.label(self.step))
+            warning = decay_checks.negligible_decay(peak, given, max_steps)
+            if warning and self.step.term == "update":
+                self.run.warn(self.step, warning)
+        self.run.state(self.step).decay = self.decay
 
 
 @torch.no_grad()

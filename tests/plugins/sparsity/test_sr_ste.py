@@ -59,6 +59,17 @@ def train(model, folder, steps=4, resume=None, data=None, after=(), ours=False, 
     return trainer
 
 
+class StopAfter(TrainerCallback):
+    """Ends a training after some steps, without changing its schedule, and keeps the dense weights behind the masks."""
+
+    def __init__(self, steps):
+        self.steps, self.dense = steps, {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
+        self.dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def same(first, second) -> bool:
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -208,7 +219,7 @@ def test_the_rate_of_the_masked_layers_is_the_one_checked(tmp_path):
         optimizer = torch.optim.SGD([{"params": fast, "lr": 0.5}, {"params": slow, "lr": 0.01}])
         driver = SparseRefinement(step, run, step.prepare(run))
         with pytest.raises(RecipeError, match=r"at a learning rate of 0\.5") if refused else contextlib.nullcontext():
-            driver._check_decay_stability(optimizer, None, 4)
+            driver._set_decay(optimizer, None, 4)
 
 
 def test_a_step_skipped_by_the_loss_scaler_decays_nothing():
@@ -421,11 +432,50 @@ def test_training_that_ends_before_sparsity_begins_warns(tmp_path, caplog):
 
 
 def test_a_decay_made_negligible_by_the_learning_rate_is_noted(tmp_path):
-    for fields, noted in (({}, True), ({"decay": 10.0}, False), ({"decay": 0.0}, False), ({"term": "gradient"}, False)):
+    lost, felt, off = {"decay": 2e-4}, {"decay": 10.0}, {"decay": 0.0}
+    for fields, noted in (
+        (lost, True),
+        ({}, False),
+        (felt, False),
+        (off, False),
+        ({**lost, "term": "gradient"}, False),
+    ):
         model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", **fields})
         train(model, tmp_path, 1)
         notes = [note for note in run_of(model).record.notes if "a decay of about 10 has an effect" in note]
         assert bool(notes) is noted
+
+
+@pytest.mark.parametrize(("optim", "term"), [("adamw_torch", "update"), ("sgd", "update"), ("sgd", "gradient")])
+@pytest.mark.parametrize(("rate", "steps", "decay"), [(1e-2, 4, 10.0), (1e-4, 4, 1000.0), (1e-3, 200, 50.0)])
+def test_the_default_decay_follows_the_learning_rate(optim, term, rate, steps, decay, tmp_path):
+    """Bit for bit the training with ``γ λ = min(0.1, 10 / steps)``, and not plain STE."""
+    done = []
+    for fields in ({}, {"decay": decay}, {"decay": 0.0}):
+        model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "term": term, **fields})
+        stop = StopAfter(4)
+        train(model, tmp_path, steps, optim=optim, learning_rate=rate, after=[stop])
+        assert not any("takes off" in note or "lose at most" in note for note in run_of(model).record.notes)
+        done.append(stop.dense)
+    default, given, ste = done
+    assert all(torch.equal(weight, given[name]) for name, weight in default.items())
+    assert any(not torch.equal(weight, ste[name]) for name, weight in default.items())
+
+
+def test_the_default_under_adam_in_the_gradient_is_the_papers(tmp_path):
+    done = []
+    for fields in ({}, {"decay": 2e-4}):
+        done.append(hf_optim.optimize(tiny_llama(), {"technique": "sr_ste", "term": "gradient", **fields}))
+        train(done[-1], tmp_path, 3)
+    assert same(*done)
+
+
+def test_the_card_names_the_decay_that_was_used(tmp_path):
+    model = hf_optim.optimize(tiny_llama(), {"technique": "sr_ste"})
+    train(model, tmp_path / "t", 4)
+    model.save_pretrained(tmp_path / "s")
+    text = (tmp_path / "s" / "README.md").read_text()
+    assert "masked-out weights decayed with λ = 10, which followed the learning rate (update)" in text
 
 
 @pytest.mark.parametrize(
