@@ -38,6 +38,8 @@ def workplace(tmp_path, monkeypatch):
     for name in ("calibration.jsonl", "held-out.jsonl"):
         rows = (json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 40}) for _ in range(160))
         (tmp_path / name).write_text("\n".join(rows))
+    theirs = {"GPTQModifier": {"scheme": "W4A16", "targets": ["Linear"], "ignore": ["lm_head"]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"quant_stage": {"quant_modifiers": theirs}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path
