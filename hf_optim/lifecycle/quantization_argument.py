@@ -38,7 +38,8 @@ class OptimQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, recipe: Any, calibration: Any = None, tokenizer: Any = None) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.recipe = recipe if isinstance(recipe, str) and recipe == AUTO else OptimConfig.parse(recipe)
+        automatic = isinstance(recipe, str) and recipe == AUTO
+        self.recipe: str | OptimConfig = AUTO if automatic else OptimConfig.parse(recipe)
         self.calibration, self.tokenizer = calibration, tokenizer
 
     @classmethod
@@ -51,7 +52,10 @@ class OptimQuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in JSON types, without data and tokenizer."""
-        return {"quant_method": METHOD, "recipe": self.recipe if self.recipe == AUTO else self.recipe.to_dict()}
+        return {
+            "quant_method": METHOD,
+            "recipe": self.recipe if isinstance(self.recipe, str) else self.recipe.to_dict(),
+        }
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

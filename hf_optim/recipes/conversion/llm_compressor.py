@@ -77,7 +77,8 @@ def translate(data: Any) -> Translation:
 
     Raises ``RecipeError`` if it is not one, if a field has a value of the wrong type, or if the steps do not compose.
     """
-    notes, steps = Notes(), []
+    notes = Notes()
+    steps: Steps = []
     modifiers = _with_formats(list(_modifiers(data, notes)))
     if not modifiers:
         raise RecipeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import RecipeError
@@ -128,7 +128,7 @@ def _smooths_a_norm(mapping: Any) -> bool:
     return isinstance(smooth, str) and re.search(r"norm|ln_|ln$", smooth.lower()) is not None
 
 
-def layers_of(modifier: Fields, targets: list[str], ignore: list[str]) -> dict[str, Any]:
+def layers_of(modifier: Fields, targets: list[str], ignore: Sequence[str]) -> dict[str, Any]:
     """Return ``targets`` and ``skip`` of a step. The output head is left alone in hf_optim unless it is named."""
     skip = [name for name in ignore if name not in HEADS]
     if "Linear" in targets and len(skip) == len(ignore):

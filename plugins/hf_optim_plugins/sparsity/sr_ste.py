@@ -155,23 +155,19 @@ class SRSTE(MaskedTraining):
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
         metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
+        decay = "a λ that follows the learning rate" if self.decay is None else f"λ = {self.decay:g}"
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         card.paragraph(
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
             f"{len(metrics['layers'])} linear layers were trained with at most {self.keep} of every {self.group} "
             "consecutive weights along the input; the mask followed the weights, and masked-out weights decayed with "
-            f"{self._decay_phrase(run)} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
+            f"{decay} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",
             sparsity.TABLE_HEADER,
             sparsity.table_rows(metrics["counted"]),
         )
-
-    def _decay_phrase(self, run: Run) -> str:
-        used = getattr(run.state(self), "decay", self.decay)
-        how = ", which followed the learning rate" if self.decay is None else ""
-        return "a λ that follows the learning rate" if used is None else f"λ = {used:.3g}{how}"
 
 
 class SparseRefinement(TrainerCallback):
@@ -246,7 +242,6 @@ class SparseRefinement(TrainerCallback):
             warning = decay_checks.negligible_decay(peak, given, max_steps)
             if warning and self.step.term == "update":
                 self.run.warn(self.step, warning)
-        self.run.state(self.step).decay = self.decay
 
 
 @torch.no_grad()
