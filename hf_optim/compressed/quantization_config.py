@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError
 from ..toolkit import topology
+from ..toolkit.topology.experts import fused_experts, matrix_names
 from .codec import scheme_on
-from .experts import checkpoint_modules, expert_schemes, stored_scheme
+from .experts import checkpoint_modules, checkpoint_rows, expert_schemes, stored_scheme
 from .state import quantized_modules
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ def target_patterns(
     named = dict(model.named_modules())
     chosen = {name for names in groups for name in names}
     others = [name for name, m in named.items() if isinstance(m, nn.Linear) and name not in chosen]
-    # Readers that build such routers as linear layers need them in the list.
+    # Readers that build such routers, and the experts of stacked matrices, as linear layers need them in the list.
     routers = _bare_routers(original if original is not None else model)
+    dense_experts = _dense_expert_patterns(original if original is not None else model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     bare = [[name.removeprefix(prefix) for name in names] for names in groups]
     excluded = [name.removeprefix(prefix) for name in others]
@@ -107,7 +109,7 @@ def target_patterns(
     wanted = {name: i for i, names in enumerate(groups) for name in names}
     for targets, ignore in forms:
         if _matches(named, targets, ignore) == wanted:
-            listed = [*ignore, *_exactly(name.removeprefix(prefix) for name in routers)]
+            listed = [*ignore, *_exactly(name.removeprefix(prefix) for name in routers), *dense_experts]
             return targets, sorted(set(listed)) if targets == [["Linear"]] else ignore
     raise CheckpointError("no compressed-tensors pattern separates the quantized modules of this model from the others")
 
@@ -122,6 +124,18 @@ def _bare_routers(model: nn.Module) -> list[str]:
     with contextlib.suppress(Exception):  # a conversion that needs more than these tensors: the model's names remain
         stored = [key.removesuffix(".weight") for key in revert_weight_conversion(model, keys)]  # type: ignore[arg-type]
     return sorted({*bare, *stored})
+
+
+def _dense_expert_patterns(model: nn.Module) -> list[str]:
+    """Return patterns for the experts that a checkpoint stores dense, one linear layer each."""
+    names: list[str] = []
+    for name, module in fused_experts(model).items():
+        if not expert_schemes(module):
+            with contextlib.suppress(ModelError):  # a checkpoint that stores them stacked
+                for parameter in matrix_names(module):
+                    rows = checkpoint_rows(model, f"{name}.{parameter}", module)
+                    names += [key.removesuffix(".weight") for key in rows]
+    return expert_patterns(names)
 
 
 def _exactly(names: Iterable[str]) -> list[str]:
