@@ -53,6 +53,7 @@ def add_control(home: Path, control: Path) -> None:
     """
     from ..evaluation.cards.card import write_page
     from ..evaluation.reported import has_hub_metrics
+    from ..evaluation.timings import SPREAD
     from ..runs.record import FILE_NAME, Record, public_name
 
     record, other = Record.read(home), Record.read(control)
@@ -65,6 +66,8 @@ def add_control(home: Path, control: Path) -> None:
             f"{control} and {home} were evaluated on different data (they differ in {', '.join(differing)}): evaluate "
             "the control as the checkpoint was evaluated"
         )
-    figures = {key: value for key, value in other.measured["after"].items() if key not in ("top1_agreement", "kl")}
+    # Times of two runs cannot be compared: those of one table are measured in turn.
+    left = {"top1_agreement", "kl", "time_rounds", *SPREAD, *SPREAD.values()}
+    figures = {key: value for key, value in other.measured["after"].items() if key not in left}
     record.measured["control"] = {**figures, "name": public_name(control)}
     write_page(home / FILE_NAME, record.to_json())

@@ -1,21 +1,28 @@
 """``hf-optim compress``: Run a recipe on a model, and write the checkpoint, its record (hf_optim.json) and model card.
 
-With --eval, the model is evaluated before and after, and the card shows both. Problems that can be detected without
-reading weights are reported before any weights are read. --resume continues a run that was killed, with bit-exact
-results. Under `torchrun -m hf_optim.cli compress` (or accelerate launch), the ranks share the calibration data."""
+With --eval, the model is evaluated before and after, and the card shows both: quality, agreement, bytes, peak memory,
+and times that are measured on original and result in turn, also on hf_optim's kernels if they run it. Problems that
+can be detected without reading weights are reported before any weights are read. --resume continues a run that was
+killed, with bit-exact results. Under `torchrun -m hf_optim.cli compress` (or accelerate launch), the ranks share the
+calibration data."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..evaluation.reported import comparison_rows, recipe_trains
+from ..evaluation.comparison import TERMINAL_TITLES, column_titles, comparison_notes, comparison_rows
+from ..evaluation.reported import format_coverage, recipe_trains
 from ..runs.record import Record
 from .options import (
     add_data_options,
     add_driver_options,
     add_model_options,
+    positive_int,
     recipe_from_args,
     source_from_args,
     training_from_args,
@@ -52,7 +59,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--control",
         metavar="MODEL",
         help="with --eval, also evaluate this model and show it beside the result: for recipes that train, a dense "
-        "model that was trained alike",
+        "model that was trained alike. `train` trains it here, from the original on the same data with the recipe's "
+        "`training` section and no technique, which costs as much again as the training of the recipe",
     )
     parser.add_argument("--dense", action="store_true", help="write dequantized weights, not a compressed format")
     parser.add_argument(
@@ -61,7 +69,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="continue a run that was killed, from its last completed block or training checkpoint",
     )
     add_driver_options(parser)
-    add_data_options(parser, "default: 128 for calibration, all with --train; --eval always uses all")
+    add_data_options(parser, "default: 128 for calibration, all with --train; for --eval see --eval-samples")
+    parser.add_argument(
+        "--eval-samples",
+        type=positive_int,
+        metavar="N",
+        help="number of sequences or examples for evaluation (default: all of the data)",
+    )
     parser.add_argument("--eval-split", metavar="NAME", help="split of a Hub dataset for evaluation (default: --split)")
     add_model_options(parser)
 
@@ -71,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from ..runs import distributed
     from .jobs.compress import Job, compress
 
+    if args.eval_samples and not args.eval:
+        raise RecipeError("--eval-samples is for the data of --eval: give that too, or leave out --eval-samples")
     if args.control and not args.eval:
         raise RecipeError("--control is evaluated on the data of --eval: give that too, or leave out --control")
     recipe = recipe_from_args(args, OptimConfig.parse(args.recipe))
@@ -78,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
         dataset=args.eval,
         split=args.eval_split or args.split or "train",
         text_column=args.text_column,
-        samples=None,
+        samples=args.eval_samples,
         seq_len=args.seq_len,
     )
-    with distributed.joined():
+    with distributed.joined(), without_coverage_log():
         done = compress(
             Job(
                 source=source_from_args(args),
@@ -104,12 +120,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_result(record: Record) -> None:
-    """Print the metrics before and after, and the share of the weights that each step modified."""
-    columns = ("metric", "before", *(("control",) if record.measured.get("control") else ()), "after", "change")
-    print_table(columns, comparison_rows(record.measured, recipe_trains(record.recipe)))
+    """Print the metrics before and after, how they were measured, and the share of the weights that each step changed.
+
+    These shares are in the log, too: a command that prints them here runs in ``without_coverage_log``.
+    """
+    measured, trained = record.measured, recipe_trains(record.recipe)
+    print_table(column_titles(measured, TERMINAL_TITLES), comparison_rows(measured, trained))
+    for note in comparison_notes(measured, trained):
+        print_line(f"{note}.")
     print()
     for step, coverage in record.coverage.items():
-        total, modified = coverage["weights_total"], coverage["weights_touched"]
-        print_line(f"{step} changed {modified:,} of {total:,} weights ({coverage['share']:.1%})")
+        changed = format_coverage(coverage["weights_touched"], coverage["weights_total"], coverage["share"])
+        print_line(f"{step} changed {changed}")
         for reason, names in coverage["skipped"].items():
             print_line(f"  skipped {len(names)}: {reason} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})")
+
+
+@contextlib.contextmanager
+def without_coverage_log() -> Iterator[None]:
+    """Keep the coverage of steps out of the log, for a command that prints it with its result."""
+    logger = logging.getLogger("hf_optim.runs.coverage")
+    logger.addFilter(_refuse)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_refuse)
+
+
+def _refuse(message: logging.LogRecord) -> bool:
+    return False

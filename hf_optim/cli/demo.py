@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .compress import print_result
+from .compress import print_result, without_coverage_log
 
 EXAMPLE = "hf-optim demo --output demo-w4a16"
 
@@ -26,7 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .jobs.demo import demo
 
-    record = demo(args.output)
+    with without_coverage_log():
+        record = demo(args.output)
     print()
     print_result(record)
     print(f"\nThe checkpoint, its record (hf_optim.json) and its model card are in {args.output}")

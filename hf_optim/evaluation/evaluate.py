@@ -1,4 +1,4 @@
-"""Evaluate a model: quality on data, agreement with another model, and milliseconds per token."""
+"""Evaluate a model: quality on data, agreement with another model, and time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..data.tasks import task_of_model
 from ..errors import DataError, OptimError
 from ..recipes.config import DataConfig
 from ..toolkit.modules.modes import device_of, eval_mode
-from .latency import measure_ms_per_token
+from .latency import measure_time
 from .metrics import KLDivergence, Perplexity, Spearman, StreamingMetric, TopOneAgreement, metrics_for
 
 
 def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True) -> dict[str, Any]:
     """Evaluate a model on data, with the metrics of its task.
 
-    Language models give ``perplexity``, ``nll`` (nats per token), ``tokens``, ``bits_per_byte`` and ``ms_per_token``;
+    Language models give ``perplexity``, ``nll`` (nats per token), ``tokens`` and ``bits_per_byte``;
     masked ones also ``accuracy`` over the masked tokens; text and image classifiers ``accuracy``; any encoder on pairs
     with a ``score`` column gives ``spearman`` (of cosines of mean-pooled vectors, or of a one-label head).
 
@@ -35,7 +35,8 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
         model: on the device where it is to be evaluated.
         tokenizer: its tokenizer, or image processor.
         data: which data, and how much of it; ``samples=None`` takes all.
-        speed: also time greedy generation, if the model generates.
+        speed: also time it: greedy generation if it generates text (``ms_per_token``), else a forward pass
+            (``ms_per_example``), each with its spread (``..._iqr``).
 
     Raises ``DataError`` if the data does not fit the model.
     """
@@ -43,7 +44,8 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
     with data_errors(data.dataset):
         scored_pairs = _load_scored_pairs(model, data)
     if scored_pairs is not None:
-        return {"task": "sentence-similarity", **_compute_similarity(model, tokenizer, scored_pairs)}
+        similarity = _compute_similarity(model, tokenizer, scored_pairs)
+        return {"task": "sentence-similarity", **similarity, **(measure_time(model) if speed else {})}
     if not metrics_for(task):
         raise DataError(
             f"no metric for {type(model).__name__} on {data.dataset}: load the model with the head of its task "
@@ -52,9 +54,7 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
     with data_errors(data.dataset):
         batches = _build_batches(task, model, tokenizer, data)
     measured = _compute_metrics(model, batches, metrics_for(task))
-    if speed and task == "text-generation":
-        measured["ms_per_token"] = measure_ms_per_token(model)
-    return {"task": task, **measured}
+    return {"task": task, **measured, **(measure_time(model) if speed else {})}
 
 
 def compare(model: Any, reference: Any, tokenizer: Any, data: DataConfig) -> dict[str, Any]:

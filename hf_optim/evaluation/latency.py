@@ -1,54 +1,138 @@
-"""Measure the latency of greedy generation."""
+"""Time models: greedy generation for those that generate text, a forward pass for the others."""
 
 from __future__ import annotations
 
-import statistics
-import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.tasks import task_of_model
 from ..errors import ModelError
+from ..toolkit import topology
 from ..toolkit.modules.modes import device_of, eval_mode
+from .timings import MAX_ROUNDS, MIN_ROUNDS, Timing, time_in_turn
 
-# Generation is repeated for a median, but no new run starts after this many seconds.
-TIME_BUDGET_SECONDS = 60.0
+PROMPT, NEW_TOKENS = 32, 64
+BATCH, BATCH_TOKENS = 8, 128
 
 
-def measure_ms_per_token(
-    model: Any, vocabulary: Any = None, prompt: int = 32, new_tokens: int = 64, repeats: int = 3, seed: int = 0
-) -> float:
-    """Return the milliseconds per token of greedy ``generate``, batch 1: the median of ``repeats`` after a warm-up.
+@dataclass(frozen=True)
+class Workload:
+    """What one call of a timed model computes.
 
-    The time to process the prompt is included; it is short compared with the generation.
+    Attributes:
+        key: the metric: ``ms_per_token`` or ``ms_per_example``.
+        units: tokens or examples of a call.
+        inputs: the model's inputs, on the CPU.
+        new_tokens: to generate; None for a forward pass.
+        description: of the call, for readers.
+    """
+
+    key: str
+    units: int
+    inputs: Mapping[str, Tensor]
+    new_tokens: int | None
+    description: str
+
+    def action(self, model: Any, new_tokens: int | None = None) -> Callable[[], object]:
+        """Return a function that runs the workload on a model once, and waits for its device.
+
+        ``new_tokens`` generates fewer tokens than the workload, for a warm-up.
+        """
+        device = device_of(model)
+        floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        inputs = {k: v.to(device, floats if v.is_floating_point() else None) for k, v in self.inputs.items()}
+
+        def run() -> None:
+            if self.new_tokens is None:
+                model(**inputs)
+            else:
+                _generate(model, inputs["input_ids"], new_tokens or self.new_tokens)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
+
+def workload_of(
+    model: Any, *, prompt: int = PROMPT, new_tokens: int = NEW_TOKENS, batch: int = BATCH, seed: int = 0
+) -> Workload | None:
+    """Return what to time a model on, or None if there are no inputs for it.
+
+    Models for text generation generate ``new_tokens`` greedily after a prompt of random tokens, batch 1; both lengths
+    are halved together until they fit the context. The time for the prompt is included; it is short compared with the
+    generation. Other models run a forward pass over ``batch`` random examples: texts of 128 tokens (fewer if the model
+    has fewer positions), images of the model's size, or sound.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config.get_text_config()
+    if task_of_model(model).tag == "text-generation" and model.can_generate():
+        context = getattr(config, "max_position_embeddings", None) or prompt + new_tokens
+        while prompt + new_tokens > context and new_tokens > 1:
+            prompt, new_tokens = max(1, prompt // 2), new_tokens // 2
+        ids = torch.randint(config.vocab_size, (1, prompt), generator=generator)
+        description = f"{new_tokens} tokens generated greedily after a prompt of {prompt}, batch 1"
+        return Workload("ms_per_token", new_tokens, {"input_ids": ids}, new_tokens, description)
+    try:
+        dummy = topology.dummy_inputs(model)
+    except ModelError:
+        return None
+    inputs = {key: value.cpu().expand(batch, *value.shape[1:]).clone() for key, value in dummy.items()}
+    length = ""
+    if set(inputs) == {"input_ids"} and inputs["input_ids"].dim() == 2:
+        tokens = min(BATCH_TOKENS, _positions(config))
+        # The last token of the dummy is one that some heads look for.
+        ids = torch.randint(config.vocab_size, (batch, tokens), generator=generator)
+        inputs["input_ids"] = torch.cat([ids[:, :-1], inputs["input_ids"][:, -1:]], 1)
+        length = f" of {tokens} tokens"
+    return Workload("ms_per_example", batch, inputs, None, f"forward pass over a batch of {batch}{length}")
+
+
+def time_models(
+    models: Mapping[str, Any],
+    workload: Workload,
+    *,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+) -> dict[str, Timing]:
+    """Return the milliseconds per token or example of each model, measured in turn (``timings.time_in_turn``).
 
     Args:
-        model: a model that generates, on the device to be timed.
-        vocabulary: its size, or a tokenizer; None uses the model's. The prompt is random tokens.
-        prompt, new_tokens: lengths in tokens; halved together until they fit the model's context.
-        repeats: number of timed runs; fewer for slow models, so that they take about a minute in all.
-        seed: seed of the prompt.
-
-    Raises ``ModelError`` for a model that cannot generate.
+        models: by name, each on the device to be timed; their modes are restored afterwards.
+        workload: what they run, of the first model.
+        min_rounds, max_rounds: see ``time_in_turn``.
     """
-    if not model.can_generate():
-        raise ModelError(f"{type(model).__name__} does not generate, so it has no time per token")
-    size = vocabulary if isinstance(vocabulary, int) else len(vocabulary) if vocabulary is not None else None
-    size = size or model.config.get_text_config().vocab_size
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + new_tokens
-    while prompt + new_tokens > context and new_tokens > 1:
-        prompt, new_tokens = max(1, prompt // 2), new_tokens // 2
-    ids = torch.randint(size, (1, prompt), generator=torch.Generator().manual_seed(seed)).to(device_of(model))
-    times: list[float] = []
-    with eval_mode(model):
-        _generate(model, ids, min(new_tokens, 8))
-        begin = time.perf_counter()
-        while len(times) < repeats and (not times or time.perf_counter() - begin < TIME_BUDGET_SECONDS):
-            start = time.perf_counter()
-            _generate(model, ids, new_tokens)
-            times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times) / new_tokens
+    warm_up = [workload.action(model, min(workload.new_tokens or 0, 8) or None) for model in models.values()]
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(eval_mode(model))
+        seconds = time_in_turn(
+            [workload.action(model) for model in models.values()],
+            warm_up=warm_up,
+            min_rounds=min_rounds,
+            max_rounds=max_rounds,
+        )
+    scale = 1000 / workload.units
+    return {name: Timing.of([scale * value for value in own]) for name, own in zip(models, seconds, strict=True)}
+
+
+def measure_time(model: Any) -> dict[str, Any]:
+    """Return the time of a model, as metrics: ``ms_per_token`` or ``ms_per_example``, its spread, ``time_rounds``.
+
+    The spread (``ms_per_token_iqr``) is the interquartile range of the rounds. Empty if the model has no workload.
+    """
+    workload = workload_of(model)
+    return {} if workload is None else time_models({"model": model}, workload)["model"].metrics(workload.key)
+
+
+def _positions(config: Any) -> int:
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    # RoBERTa's positions begin behind its padding index.
+    return max(8, min((int(n) for n in found if isinstance(n, int) and n > 0), default=BATCH_TOKENS) - 4)
 
 
 def _generate(model: Any, ids: Tensor, new_tokens: int) -> None:
@@ -61,5 +145,3 @@ def _generate(model: Any, ids: Tensor, new_tokens: int) -> None:
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=eos
     )
     model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize(ids.device)

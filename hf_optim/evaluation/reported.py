@@ -1,6 +1,8 @@
 """How results are reported: the label, the text form and the better direction of each metric, and names of recipes.
 
-``REPORTED_METRICS`` is the only list of what cards, plots and commands show. Importing this module loads no torch.
+``REPORTED_METRICS`` is the only list of what cards, plots and commands show. Numbers for people are formatted here
+(``format_count``, ``format_share``, ``format_bytes``), so that a number looks the same on the terminal, on the card and
+in the log. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -36,6 +38,21 @@ class ReportedMetric:
     in_memory: bool = False
 
 
+def format_count(number: float) -> str:
+    """Return a count as text: ``921,600``."""
+    return f"{number:,.0f}"
+
+
+def format_share(share: float, digits: int = 1) -> str:
+    """Return a share of 1 as text in percent: ``95.1 %``."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def format_coverage(touched: float, total: float, share: float) -> str:
+    """Return how much of a model a step changed: ``921,600 of 969,216 weights (95.1 %)``."""
+    return f"{format_count(touched)} of {format_count(total)} weights ({format_share(share)})"
+
+
 def format_bytes(number: float) -> str:
     """Return bytes as text in decimal units, as the Hub shows them: ``3.88 MB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -44,8 +61,13 @@ def format_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _exact_bytes(number: float) -> str:
-    return f"{format_bytes(number)} ({number:,.0f})"
+def format_exact_bytes(number: float) -> str:
+    """Return bytes as text, rounded and exact: ``3.88 MB (3,881,848)``."""
+    return f"{format_bytes(number)} ({format_count(number)})"
+
+
+def _agreement(share: float) -> str:
+    return format_share(share, 2)
 
 
 REPORTED_METRICS = (
@@ -59,7 +81,7 @@ REPORTED_METRICS = (
     ReportedMetric(
         "top1_agreement",
         "top-1 agreement with the original",
-        "{:.2%}".format,
+        _agreement,
         "top1_agreement",
         lower_is_better=False,
         relative=False,
@@ -68,12 +90,12 @@ REPORTED_METRICS = (
     ReportedMetric(
         "kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False, in_memory=True
     ),
-    ReportedMetric("bytes_on_disk", "weights on disk (bytes)", _exact_bytes),
-    ReportedMetric("parameter_bytes", "weights in memory (bytes)", _exact_bytes),
-    ReportedMetric("peak_memory_bytes", "peak memory (bytes)", _exact_bytes),
-    ReportedMetric("ms_per_token", "milliseconds per token (greedy, batch 1)", "{:.2f}".format),
+    ReportedMetric("bytes_on_disk", "weights on disk (bytes)", format_exact_bytes),
+    ReportedMetric("parameter_bytes", "weights in memory (bytes)", format_exact_bytes),
+    ReportedMetric("peak_memory_bytes", "peak memory (bytes)", format_exact_bytes),
+    ReportedMetric("ms_per_token", "ms per token (greedy, batch 1)", "{:.2f}".format),
+    ReportedMetric("ms_per_example", "ms per example (batch 8)", "{:.2f}".format),
 )
-NO_CONTROL = "no control: a dense model trained alike was not measured"
 QUALITY_METRICS = tuple(m for m in REPORTED_METRICS if m.quality)
 
 
@@ -94,26 +116,6 @@ def relative_change(metric: ReportedMetric, before: Any, after: Any) -> str:
     return f"{100 * (after / before - 1):+.1f} %"
 
 
-def comparison_rows(measured: Mapping[str, Any], trained: bool = False) -> list[list[str]]:
-    """Return rows ``[label, before, after, change]`` of the metrics that one of the measurements has.
-
-    With ``measured["control"]`` there is a column for it before ``after``. Without it, the last row of a result that
-    was ``trained`` says so: training on the data may improve a dense model as well.
-    """
-    sides = [
-        measured.get(side) or {} for side in ("before", *(("control",) if measured.get("control") else ()), "after")
-    ]
-    rows = []
-    for metric in REPORTED_METRICS:
-        values = [side.get(metric.key) for side in sides]
-        if any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            texts = [_text(metric, value) for value in values]
-            rows.append([metric.label, *texts, relative_change(metric, values[0], values[-1])])
-    if trained and len(sides) == 2 and any(is_number(sides[1].get(m.key)) for m in REPORTED_METRICS if m.hub_name):
-        rows.append([NO_CONTROL, "-", "-", ""])
-    return rows
-
-
 def recipe_trains(recipe: Mapping[str, Any]) -> bool:
     """Return True if a step of a recipe trains; a technique that is not installed here counts as one that does not."""
     from ..errors import RecipeError
@@ -126,12 +128,6 @@ def recipe_trains(recipe: Mapping[str, Any]) -> bool:
         except (RecipeError, ImportError):
             continue
     return False
-
-
-def _text(metric: ReportedMetric, value: Any) -> str:
-    if is_number(value):
-        return metric.format(value)
-    return "not finite" if isinstance(value, float) else "-"
 
 
 def has_hub_metrics(measured: Mapping[str, Any]) -> bool:

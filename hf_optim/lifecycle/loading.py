@@ -72,6 +72,8 @@ def load(
     model, info = _load_placed(stock, source, args, run.config, files, kwargs, new_heads)
     run.loading = False
     attach_model(run, model, source, kwargs.get("revision"))
+    if files:
+        run.record.measured["before"] = {"bytes_on_disk": sum(path.stat().st_size for path in files)}
     model = run_stages(run, calibration)
     if run.stage is None:
         _put_on_kernels(model)
@@ -289,10 +291,13 @@ def _resolve_config(cls: Any, source: Any, kwargs: dict[str, Any]) -> tuple[PreT
         return copy.deepcopy(given), kwargs  # the caller may build other models from it
     # The stock method resolves the configuration the same way, and keeps what the configuration did not consume.
     reader = cls.config_class if getattr(cls, "config_class", None) is not None else AutoConfig
+    # A configuration has a dtype, too, and would keep that of the call, which may be "auto".
+    dtypes = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
     with stock_errors(source, "no model configuration at"):
         config, rest = reader.from_pretrained(
             given if given is not None else source, return_unused_kwargs=True, **kwargs
         )
+    rest |= dtypes
     require_bounded(config, source)
     # Both the configuration and the weights are looked up by these, and their code needs the same word.
     return config, {**{key: kwargs[key] for key in (*LOOKUP, "trust_remote_code") if key in kwargs}, **rest}

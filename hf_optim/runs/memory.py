@@ -31,6 +31,24 @@ def host_memory() -> int | None:
     return min(limits) if limits else None
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that a device has left (of a CPU: the machine, or the control group); None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        # Pages of files are given up when memory is needed.
+        cached = [line for line in (group / "memory.stat").read_text().splitlines() if line.startswith("file ")]
+        used -= sum(int(line.split()[1]) for line in cached)
+        free.append(int((group / "memory.max").read_text()) - used)
+    return max(0, min(free)) if free else None
+
+
 def resident() -> dict[str, int]:
     """Return the resident bytes of this process: ``anonymous``, and ``file`` (pages of mapped files). Linux only."""
     found = {}

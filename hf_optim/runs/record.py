@@ -33,7 +33,9 @@ class Record:
         coverage: per step name: ``{"weights_touched", "weights_total", "share", "skipped": {reason: names},
             "left_alone": {role: {"reason", "names", "weights"}}}``; what was touched and what was left alone add up.
         steps: per index of a step (as a string): the metrics it reports (``Run.report``).
-        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``.
+        measured: ``{"before": {...}, "after": {...}}``, the metrics of ``evaluation.evaluate``; if measured also
+            ``control``, ``accelerated`` (the result on kernels, with ``kernels`` and ``kernel_layers``), ``evaluation``
+            (the data), and ``timing`` (``{"what", "in_turn", "load_average", "cores"}``).
         reload: the name of the reload level.
         traits: names of the traits of the result.
         notes: warnings for the card: what could not be done, and why.

@@ -85,6 +85,8 @@ SHAPES: dict[str, Any] = {
         "before": {...: SCALAR},
         "after": {...: SCALAR},
         "control": {...: SCALAR},
+        "accelerated": {...: SCALAR},
+        "timing": {...: SCALAR},
         "evaluation": {...: SCALAR},
     },
     "reload": str,

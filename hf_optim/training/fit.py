@@ -126,6 +126,28 @@ def _no_training(model: Any) -> DataError:
     )
 
 
+def train_dense(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[str, Any] | None = None) -> Any:
+    """Train a model that has no recipe with a stock ``Trainer``, on the rows that ``train_stage`` trains on.
+
+    The arguments are those of ``train_stage``; the loss is that of the labels. Nothing is saved. Returns the model.
+    """
+    from transformers import Trainer
+
+    from ..data.mlm_collator import MaskingEpochCallback, MlmCollator
+
+    training = training or {}
+    with data_errors(data.dataset):
+        rows, collator = training_rows(model, tokenizer, data)
+    with tempfile.TemporaryDirectory() as home:
+        arguments = training_arguments(home, {**training, "output_dir": home, "save_strategy": "no"})
+        with recipe_errors():
+            trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)  # type: ignore[arg-type]
+        if isinstance(collator, MlmCollator):
+            trainer.add_callback(MaskingEpochCallback(collator))
+        trainer.train()
+    return model
+
+
 def require_own_loss(stage: Stage) -> None:
     """Raise ``DataError`` if random inputs, which have no labels, cannot train a stage: no step adds a loss."""
     if not any(step.implements("training_loss") for step in stage.steps):

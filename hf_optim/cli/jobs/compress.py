@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +15,13 @@ from ...calibration.block_journal import BlockJournal
 from ...calibration.streamed.spill import spill_folder
 from ...checkpoints import dense, saving
 from ...checkpoints.atomic import require_replaceable
-from ...checkpoints.remote_code import written_code
-from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
+from ...checkpoints.source import checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.calibration_set import CalibrationData
 from ...data.datasets import require_readable
-from ...errors import CheckpointError, OptimError
+from ...errors import CheckpointError
 from ...evaluation.evaluate import compare
-from ...evaluation.sizes import bytes_on_disk
 from ...lifecycle.loading import optimize
 from ...lifecycle.stages import advance
-from ...recipes.config import DataConfig, OptimConfig
 from ...recipes.contract import Reload
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ...runs import distributed
@@ -39,47 +31,13 @@ from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
 from ...toolkit.checkpoint.placement import NewHeads
 from ...training.fit import train_stage
-from ...trust.code import is_written_by_run, may_run
-from .plan import Plan
+from .control import TRAIN, require_trainable_control, trained_control
+from .job import Job
+from .measuring import Measuring, control_figures, evaluate_checkpoint
 from .preflight import Findings, preflight, read_calibration
 from .streamed import StreamedJob
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model to compress, and how.
-
-    Attributes:
-        source: the model.
-        recipe: the recipe, with its calibration data.
-        output: the directory to write.
-        evaluation: data to measure the model on, before and after; None measures nothing.
-        control: a model to measure on the same data and to show beside the result: for recipes that train, a dense one
-            that was trained alike; None for none.
-        training: data for stages that train; None takes the calibration data's source.
-        dense: write the dense equivalent instead of a compressed format.
-        resume: continue a calibration or training that was killed.
-        device: where blocks are calibrated and models are measured; None means CUDA if available.
-        print_line: called with each line of progress.
-    """
-
-    source: ModelSource
-    recipe: OptimConfig
-    output: Path
-    evaluation: DataConfig | None = None
-    training: DataConfig | None = None
-    control: str | None = None
-    dense: bool = False
-    resume: bool = False
-    device: str | None = None
-    print_line: Callable[[str], None] = field(default=log.info)
-
-    @property
-    def plan(self) -> Plan:
-        """What ``preflight`` checks of the job."""
-        return Plan(self.source, self.recipe, self.training, self.dense, self.device)
 
 
 def compress(job: Job) -> Run:
@@ -90,6 +48,8 @@ def compress(job: Job) -> Run:
     """
     device = resolve_device(job.device)
     job = replace(job, source=job.source.pinned())
+    if job.control == TRAIN:
+        require_trainable_control(job)
     _refuse_output(job)
     for data in (job.evaluation, job.training):
         if data is not None and data.dataset != "random":
@@ -111,12 +71,10 @@ def _compress(job: Job, device: torch.device | None, found: Findings) -> Run:
     measured: dict[str, Any] = {"before": {}, "after": {}}
     if job.evaluation and distributed.is_main():
         measured["before"] = evaluate_checkpoint(job, job.source.model, "original")
-        if job.control:
-            measured["control"] = {
-                **evaluate_checkpoint(job, job.control, "control"),
-                **_control_bytes(job.control),
-                "name": public_name(job.control),
-            }
+        if job.control == TRAIN:
+            measured["control"] = trained_control(job, tokenizer)
+        elif job.control:
+            measured["control"] = control_figures(job, job.control)
     if job.recipe.driver == "streamed":
         return _streamed(job, found.meta_model, calibration, tokenizer, device, measured)
     job.print_line(f"loading {job.source.model}")
@@ -155,11 +113,6 @@ def _compress(job: Job, device: torch.device | None, found: Findings) -> Run:
     return run
 
 
-def _control_bytes(control: str) -> dict[str, int]:
-    """Return the bytes of a control's weights, if it is a folder."""
-    return {"bytes_on_disk": bytes_on_disk(control)} if Path(control).is_dir() else {}
-
-
 def _streamed(
     job: Job, found: Any, calibration: CalibrationData | None, tokenizer: Any, device: Any, measured: dict[str, Any]
 ) -> Run:
@@ -182,77 +135,6 @@ def _record_measured(job: Job, run: Run, measured: dict[str, Any], original_byte
     run.record.measured = {**measured, "before": {"bytes_on_disk": original_bytes, **measured["before"]}}
     if job.evaluation:
         run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
-
-
-class Measuring:
-    """Measures a result before it takes its final name, so that record and card are written once.
-
-    If that fails, the checkpoint is written without these metrics, and ``report`` raises the error afterwards.
-    """
-
-    def __init__(self, job: Job, run: Run) -> None:
-        self.job = job
-        self.run = run
-        self.failed: tuple[type[OptimError], str] | None = None
-
-    def __call__(self, directory: Path) -> dict[str, Any]:
-        """Return the metrics of the checkpoint in ``directory``; empty if there is nothing to measure on."""
-        if self.job.evaluation is None:
-            return {}
-        try:
-            trusted = is_written_by_run(directory, written_code(self.run.model))
-            return evaluate_checkpoint(self.job, str(directory), "result", trust=trusted)
-        except (OptimError, OSError) as error:
-            self.failed = (type(error) if isinstance(error, OptimError) else OptimError), str(error)
-            return {}
-
-    def report(self) -> None:
-        """Report the written checkpoint. Raises ``OptimError`` if it could not be measured."""
-        self.job.print_line(f"wrote {self.job.output}")
-        if self.failed is not None:
-            kind, text = self.failed
-            raise kind(text)
-
-
-def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False) -> dict[str, Any]:
-    """Measure a checkpoint in a child process, which has its own peak memory: ``hf-optim eval --json``.
-
-    ``trust`` allows the model code in the checkpoint, in addition to the word of the caller (``job.source``).
-    """
-    assert job.evaluation is not None
-    job.print_line(f"measuring the {what}")
-    command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--data", str(job.evaluation.dataset)]
-    for option, value in (
-        ("--text-column", job.evaluation.text_column),
-        ("--split", job.evaluation.split),
-        ("--samples", job.evaluation.samples),
-        ("--seq-len", job.evaluation.seq_len),
-        ("--seed", job.evaluation.seed),
-        ("--device", job.device),
-        ("--dtype", job.source.dtype),
-        ("--revision", job.source.revision if what == "original" else None),
-    ):
-        if value is not None:
-            command += [option, str(value)]
-    if may_run(job.source.trust_remote_code) or trust:
-        command.append("--trust-remote-code")
-    with tempfile.TemporaryDirectory() as cache:
-        # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.
-        modules = {"HF_MODULES_CACHE": cache} if what == "result" else {}
-        environment = {**distributed.own_environment(), **modules}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise OptimError(f"could not measure the {what}: {_last_error_line(done.stderr)}")
-    try:
-        return json.loads(done.stdout)
-    except ValueError as error:
-        raise OptimError(f"could not measure the {what}: {error}") from error
-
-
-def _last_error_line(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    ours = [line.removeprefix("hf-optim: ") for line in lines if line.startswith("hf-optim: ")]
-    return (ours or lines or ["no message"])[-1]
 
 
 def _refuse_output(job: Job) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...recipes.contract import Reload
+from ...recipes.traits import Trait
 from ...runs.record import Record
-from ...trust.documents import read_json
 from ...trust.text import file_stem, link_target, one_line, paragraphs, plain, sentence
 from ..reported import common_quality_metric, recipe_label, short_id
 from . import sections
 from .detached import run_detached
 from .front_matter import front_matter
+from .result import Claim, Result
 from .sections import markdown_table
 
 CARD = "README.md"
@@ -39,10 +41,36 @@ class Card:
         base = short_id(str(record.base_model.get("id") or "")) or "model"
         self.name = one_line(name or f"{base}: {recipe_label(record.recipe)}", 300)
 
+    @property
+    def result(self) -> Result:
+        """The facts of the checkpoint that the card describes."""
+        return Result(self.record, self.directory)
+
     # -- sections of steps ----------------------------------------------------------------------------------------
     def paragraph(self, title: str, markdown: str) -> None:
         """Add a paragraph, or replace the one with this title (a model may be saved more than once)."""
         self._add({"kind": "paragraph", "title": title, "markdown": markdown})
+
+    def when(
+        self,
+        sentence: str,
+        *,
+        has: Iterable[Trait] = (),
+        lacks: Iterable[Trait] = (),
+        reload: Iterable[Reload] = (),
+    ) -> str:
+        """Return a sentence about the checkpoint, with a space before it, if it is true of the result; else "".
+
+        A step knows what it did; how the weights are stored, loaded and computed depends on the steps after it, too.
+
+        Args:
+            sentence: Markdown for ``paragraph``.
+            has: traits of the result under which the sentence is true.
+            lacks: traits under which it is not.
+            reload: the reload levels for which it is true; any if empty.
+        """
+        claim = Claim(sentence, frozenset(has), frozenset(lacks), frozenset(reload))
+        return f" {sentence}" if claim.holds(self.result) else ""
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Add a table, or replace the one with this title. Cells are numbers or strings.
@@ -77,7 +105,7 @@ class Card:
     # -- rendering ------------------------------------------------------------------------------------------------
     def render(self, plots: Sequence[tuple[str, str, str]] = ()) -> str:
         """Return the card as text; ``plots`` are ``(title, path in the checkpoint, alt text)``, drawn by ``write``."""
-        record = self.record
+        record, result = self.record, self.result
         quality = [p for p in plots if p[0] == sections.QUALITY_PLOT]
         layers = [p for p in plots if p[0] != sections.QUALITY_PLOT]
         parts = [
@@ -88,25 +116,26 @@ class Card:
             sections.results(record),
             *(_image_link(path, alt) for _, path, alt in quality),
             "## How to load",
-            sections.loading(record, self.model_class()),
+            sections.loading(result),
             "## Recipe",
             sections.recipe(record),
             sections.coverage(record),
             sections.step_metrics(record),
             *(f"**{plain(title)}**\n\n{_image_link(path, alt)}" for title, path, alt in layers),
+            sections.STEPS_IN_MEMORY if record.sections else "",
             *map(_step_section, record.sections),
             "## Calibration data",
             sections.calibration(record),
             "## How it was made",
             sections.stages(record),
             "## Limits",
-            sections.limits(record),
+            sections.limits(result),
             sections.papers(record),
             "## Versions",
             sections.package_versions(record),
         ]
         body = "\n\n".join(part.strip("\n") for part in parts if part)
-        return f"---\n{front_matter(record, self.name, self.model_class())}---\n\n{body}\n"
+        return f"---\n{front_matter(result, self.name)}---\n\n{body}\n"
 
     def write(self, directory: Path | str | None = None) -> Path:
         """Draw the plots and write ``README.md`` into a directory (default: the card's own); return the file.
@@ -119,15 +148,6 @@ class Card:
         path = home / CARD
         write_page(path, self.render(run_detached(self._draw_plots, home)))
         return path
-
-    def model_class(self) -> str:
-        """Return the class that loads the checkpoint, from its ``config.json`` or else that of the base model."""
-        name: Any = self.record.base_model.get("class")
-        if self.directory is not None and (self.directory / "config.json").exists():
-            config = read_json(self.directory / "config.json", nonfinite=True)
-            listed = config.get("architectures") if isinstance(config, dict) else None
-            name = listed[0] if isinstance(listed, list) and listed else name
-        return name if isinstance(name, str) and name.isidentifier() else ""
 
     def _draw_plots(self, home: Path) -> list[tuple[str, str, str]]:
         from . import plots

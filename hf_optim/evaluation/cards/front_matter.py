@@ -14,13 +14,15 @@ from ...recipes.traits import QUANTIZED
 from ...runs.record import Record
 from ...trust.text import one_line, tag
 from ..reported import REPORTED_METRICS, is_number
+from .result import Result
 
 
-def front_matter(record: Record, name: str, class_name: str) -> str:
-    """Return the YAML metadata of a card titled ``name``, for a checkpoint that ``class_name`` loads."""
+def front_matter(result: Result, name: str) -> str:
+    """Return the YAML metadata of a card titled ``name``."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    metadata: dict[str, Any] = {"library_name": "transformers", "tags": hub_tags(record)}
+    record, class_name = result.record, result.model_class()
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": hub_tags(result)}
     base = record.base_model
     if is_hub_id(base.get("id")):
         metadata |= {"base_model": base["id"], "base_model_relation": _relation(record)}
@@ -67,14 +69,14 @@ def _relation(record: Record) -> str:
     return "quantized" if str(QUANTIZED) in record.traits else "finetune"
 
 
-def hub_tags(record: Record) -> list[str]:
+def hub_tags(result: Result) -> list[str]:
     """Return the tags for the Hub: ``hf_optim``, the format, the techniques and their families."""
     tags = ["hf_optim"]
-    if record.reload == Reload.STOCK_FORMAT.name:
+    if result.is_compressed_tensors:
         tags.append("compressed-tensors")
-    if record.reload == Reload.REMOTE_CODE.name:
+    if result.reload is Reload.REMOTE_CODE:
         tags.append("custom_code")
-    for step in record.recipe.get("steps", ()):
+    for step in result.record.recipe.get("steps", ()):
         spec = technique_spec(step)
         tags += [step["technique"], *([spec.family] if spec else [])]
     return list(dict.fromkeys(name for name in tags if tag(name)))

@@ -10,13 +10,14 @@ import yaml
 from ...data.tasks import Task, task_of
 from ...recipes.config import KEYS
 from ...recipes.contract import Paper, Reload
-from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM
 from ...runs.record import Record
 from ...trust.text import bibtex, cell, code, code_block, plain, sentence
+from ..comparison import CARD_TITLES, column_titles, comparison_notes, comparison_rows
 from ..reported import (
     REPORTED_METRICS,
-    comparison_rows,
     format_bytes,
+    format_count,
+    format_share,
     has_hub_metrics,
     is_number,
     recipe_label,
@@ -24,12 +25,17 @@ from ..reported import (
     short_id,
 )
 from .front_matter import evaluation_name, is_hub_id, technique_spec
+from .result import LIMITS, Result, claims_of
 
 QUALITY_PLOT = "Quality against bytes"
 UNFINISHED = "> This checkpoint was saved before its recipe was finished: training is not complete."
 NOT_MEASURED = (
     "Not measured: no evaluation data was given. `hf-optim eval` evaluates a checkpoint; `hf-optim compress --eval` "
     "adds the results to this card."
+)
+STEPS_IN_MEMORY = (
+    "The following sections were written by the steps: their figures are those of the model in memory, when the stage "
+    "of the step ended."
 )
 NAMES_SHOWN = 8
 
@@ -64,7 +70,8 @@ def summary(record: Record) -> str:
     link = f"[{code(base)}](https://huggingface.co/{base})" if is_hub_id(base) else code(base)
     size = ""
     if is_number(record.base_model.get("parameters")):
-        size = f" ({record.base_model['parameters']:,} parameters in {plain(record.base_model.get('dtype', 'float'))})"
+        dtype = plain(record.base_model.get("dtype", "float"))
+        size = f" ({format_count(record.base_model['parameters'])} parameters in {dtype})"
     parts = [f"{link}{size}, optimized with hf_optim: {plain(recipe_label(record.recipe))}"]
     before, after = (record.measured.get(side, {}) for side in ("before", "after"))
     if is_number(before.get("bytes_on_disk")) and is_number(after.get("bytes_on_disk")):
@@ -75,10 +82,9 @@ def summary(record: Record) -> str:
 
 def results(record: Record) -> str:
     """Render the table of original, control and result, with the conditions; states if quality was not measured."""
-    control, after = (record.measured.get(side, {}) for side in ("control", "after"))
+    after = record.measured.get("after", {})
     rows = comparison_rows(record.measured, recipe_trains(record.recipe))
-    columns = ["", "original", *(["control"] if control else []), "this checkpoint", "change"]
-    table = markdown_table(columns, rows) if rows else ""
+    table = markdown_table(column_titles(record.measured, CARD_TITLES), rows) if rows else ""
     conditions = _conditions(record) if has_hub_metrics(after) else NOT_MEASURED
     return "\n\n".join(part for part in (table, conditions) if part)
 
@@ -97,57 +103,62 @@ def _conditions(record: Record) -> str:
         )
         sentences.append(f"Evaluated on {plain(evaluation_name(record))}{split}{amount}{length}")
         if is_number(after.get("tokens")):
-            sentences[-1] += f" ({after['tokens']:,} tokens scored)"
+            sentences[-1] += f" ({format_count(after['tokens'])} tokens scored)"
     if after.get("device"):
         other = before.get("device")
         where = f"on {plain(after['device'])}"
         where += f" (the original on {plain(other)})" if other and other != after["device"] else ""
-        sentences.append(f"Both models ran {where} with plain transformers")
+        sentences.append(f"Original and checkpoint ran {where} with stock transformers, unless a column says otherwise")
     compared = [m.label for m in REPORTED_METRICS if m.in_memory and is_number(after.get(m.key))]
     if compared:
         sentences.append(
             f"Measured on the model in memory, before it was saved: {', '.join(compared)}; all other figures of this "
             "checkpoint were measured on its files, loaded again"
         )
-    if control := record.measured.get("control"):
-        name = code(control.get("name") or "a model")
-        sentences.append(f"The control is {name}, a model that this recipe did not make")
+    sentences += map(plain, comparison_notes(record.measured, recipe_trains(record.recipe)))
     if after.get("peak_memory_of"):
-        sentences.append(f"Peak memory is that of the {plain(after['peak_memory_of'])} and includes loading")
+        sentences.append(
+            f"Peak memory is that of the {plain(after['peak_memory_of'])}, each model in a process of its own, and "
+            "includes loading"
+        )
     return ". ".join(sentences) + "." if sentences else ""
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def loading(record: Record, class_name: str) -> str:
-    """Render the code that loads the checkpoint, according to its reload level."""
-    task = task_of(class_name)
-    level = Reload[record.reload]
-    parts = [f"{level.value[0].upper()}{level.value[1:]}."]
+def loading(result: Result) -> str:
+    """Render the code that loads the checkpoint, according to its reload level, format and files."""
+    task = task_of(result.model_class())
+    level = result.reload
+    text = f"{level.value[0].upper()}{level.value[1:]}"
+    if result.is_compressed_tensors and level is not Reload.STOCK_FORMAT:
+        text += f", with weights in {Reload.STOCK_FORMAT.value}"
+    parts = [f"{text}."]
     trust = ", trust_remote_code=True" if level is Reload.REMOTE_CODE else ""
-    parts.append(_code(_stock_snippet(task, trust)))
+    parts.append(_code(_stock_snippet(task, result.processor(task), trust)))
     if level is Reload.REMOTE_CODE:
         parts.append("With hf_optim installed, `import hf_optim` replaces `trust_remote_code`.")
-    if str(QUANTIZED) in record.traits and level is Reload.STOCK_FORMAT:
+    if result.is_compressed_tensors:
         parts.append("To keep the weights compressed and run them on the kernels of hf_optim:")
         parts.append(
             _code(
                 "import hf_optim\n"
                 f"from transformers import {task.auto_class}\n\n"
-                f'model = {task.auto_class}.from_pretrained(checkpoint, optim_config="auto")'
+                f'model = {task.auto_class}.from_pretrained(checkpoint, optim_config="auto"{trust})'
             )
         )
     return "\n\n".join(parts)
 
 
-def _stock_snippet(task: Task, trust: str) -> str:
-    processor = "AutoImageProcessor" if task.tag.startswith("image-class") else "AutoTokenizer"
+def _stock_snippet(task: Task, processor: str, trust: str) -> str:
+    names = sorted({task.auto_class, processor} - {""})
+    variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
+    second = f"\n{variable} = {processor}.from_pretrained(checkpoint)" if processor else ""
     return (
-        f"from transformers import {', '.join(sorted((task.auto_class, processor)))}\n\n"
+        f"from transformers import {', '.join(names)}\n\n"
         'checkpoint = "..."  # this repository, or the folder it was downloaded to\n'
-        f"model = {task.auto_class}.from_pretrained(checkpoint{trust})\n"
-        f"{'processor' if processor == 'AutoImageProcessor' else 'tokenizer'} = {processor}.from_pretrained(checkpoint)"
+        f"model = {task.auto_class}.from_pretrained(checkpoint{trust}){second}"
     )
 
 
@@ -178,8 +189,8 @@ def coverage(record: Record) -> str:
         return ""
     rows, skipped = [], []
     for step, counted in record.coverage.items():
-        share = f"{100 * counted['share']:.2f} %"
-        rows.append([step, f"{counted['weights_touched']:,}", f"{counted['weights_total']:,}", share])
+        numbers = (format_count(counted[key]) for key in ("weights_touched", "weights_total"))
+        rows.append([step, *numbers, format_share(counted["share"])])
         for reason, names in counted.get("skipped", {}).items():
             if reason in counted.get("left_alone", {}):
                 continue  # a role, which is in the table
@@ -237,7 +248,10 @@ def calibration(record: Record) -> str:
     )
     found = [(key, record.calibration[key]) for key in order if record.calibration.get(key) is not None]
     rows = [
-        [key.replace("_", " "), f"{v:,}" if key == "tokens" and is_number(v) else code(v) if key == "sha256" else v]
+        [
+            key.replace("_", " "),
+            format_count(v) if key == "tokens" and is_number(v) else code(v) if key == "sha256" else v,
+        ]
         for key, v in found
     ]
     return markdown_table(["", "value"], rows) + "\n\nThe hash covers the model inputs (token ids), in order."
@@ -265,23 +279,10 @@ def stages(record: Record) -> str:
     return markdown_table(["stage", "steps", "driver", "seconds", "peak memory", "device"], rows)
 
 
-def limits(record: Record) -> str:
+def limits(result: Result) -> str:
     """Render the notes of the run, and what a reader must not expect of the checkpoint."""
-    sentences: list[str] = [sentence(note) for note in record.notes]
-    traits = set(record.traits)
-    if str(QUANTIZED) in traits and record.reload == Reload.STOCK_FORMAT.name:
-        sentences.append(
-            "Plain transformers decompresses the weights in the first forward: the checkpoint is smaller on disk, but "
-            'inference is neither faster nor smaller in memory. `optim_config="auto"` keeps the weights compressed.'
-        )
-    if str(SPARSE) in traits and str(SPARSE_NM) not in traits and str(QUANTIZED) not in traits:
-        sentences.append(
-            "Zeros are stored and multiplied like other numbers: this sparsity alone saves neither bytes nor time."
-        )
-    if str(SPARSE_NM) in traits and str(QUANTIZED) not in traits:
-        sentences.append("The N:M zeros are stored; they save time only on kernels that skip them.")
-    if str(MOE) in traits:
-        sentences.append("All experts are held in memory; only those that a token is routed to are computed.")
+    record = result.record
+    sentences: list[str] = [*map(sentence, record.notes), *claims_of(result, LIMITS)]
     if record.calibration.get("dataset"):
         sentences.append(
             f"Calibrated on {plain(record.calibration['dataset'])}; text of other kinds may lose more quality."

@@ -10,10 +10,6 @@ from torch import nn
 from ..distributed.fsdp import FullWeights
 from ..topology.experts import ExpertLinear, expert_linears
 
-NO_SPEED_UP = (
-    "The zeros are stored in an ordinary dense checkpoint. On plain dense kernels zeros alone give no speed-up and "
-    "save no memory; what they buy needs a sparse kernel or a compressed format."
-)
 # Layer name -> weights and zeros.
 Counted = Mapping[str, Sequence[int]]
 TABLE_HEADER = ["layers", "count", "weights", "zeros", "smallest", "largest"]

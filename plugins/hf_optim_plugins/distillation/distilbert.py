@@ -230,10 +230,11 @@ class DistilBERT(Distillation):
         metrics = run.reported(self)
         before, after = metrics["layer_parameters_before"], metrics["layer_parameters_after"]
         chosen = "; ".join(f"{name}: {', '.join(map(str, layers))}" for name, layers in metrics["layers"].items())
+        fewer = f"{100 * (1 - after / before):.0f} % fewer"
         types = "kept if the teacher has them" if self.token_types else "dropped as well"
         card.paragraph(
             "The student",
-            f"It has {after:,} of the {before:,} parameters of the teacher's layers ({1 - after / before:.0%} fewer) "
+            f"It has {after:,} of the {before:,} parameters of the teacher's layers ({fewer}) "
             f"and was initialized from these (counted from 0): {chosen}. Embeddings and head were copied whole; "
             f"token-type embeddings and pooler, which the paper drops, are {types}.",
         )

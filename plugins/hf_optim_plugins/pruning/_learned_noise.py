@@ -123,8 +123,7 @@ class LearnedNoise(Technique):
         metrics = run.reported(self)
         card.paragraph(
             self.title,
-            f"{self.description()} {100 * metrics['sparsity']:.1f} % of the targeted weights are zero. "
-            f"{sparsity.NO_SPEED_UP}",
+            f"{self.description()} {100 * metrics['sparsity']:.1f} % of the targeted weights are zero.",
         )
         card.table(
             f"{self.title}: sparsity of the layers", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"])

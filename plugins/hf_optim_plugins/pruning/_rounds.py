@@ -82,7 +82,7 @@ class InRounds(Technique):
         card.paragraph(
             self.title,
             f"Pruned by magnitude in rounds (sparsity after each: {rounds or 'none was started'}); {self.between()}. "
-            f"{100 * metrics['sparsity']:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+            f"{100 * metrics['sparsity']:.1f} % of the targeted weights are zero.",
         )
         card.table(
             f"Sparsity after {self.title.lower()}", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"])

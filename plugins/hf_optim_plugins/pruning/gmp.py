@@ -116,7 +116,7 @@ class GMP(Technique):
         card.paragraph(
             "Gradual magnitude pruning",
             f"Pruned during training, from {100 * self.initial:g} % towards {100 * self.sparsity:g} % along a cubic "
-            f"ramp; {100 * metrics['sparsity']:.1f} % of the targeted weights are zero. {sparsity.NO_SPEED_UP}",
+            f"ramp; {100 * metrics['sparsity']:.1f} % of the targeted weights are zero.",
         )
         card.table("Sparsity after gradual pruning", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 

@@ -130,8 +130,7 @@ class Magnitude(Technique):
         by = " by magnitude times the norm of the input (Wanda)" if self.score == "activation" else ""
         card.paragraph(
             "Magnitude pruning" if self.score == "magnitude" else "Pruning by magnitude and activations",
-            f"The {100 * self.sparsity:g} % smallest weights, ranked{by} {where[self.scope]}, are zero. "
-            f"{sparsity.NO_SPEED_UP}",
+            f"The {100 * self.sparsity:g} % smallest weights, ranked{by} {where[self.scope]}, are zero.",
         )
         card.table("Sparsity after magnitude pruning", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 

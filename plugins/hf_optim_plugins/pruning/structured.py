@@ -366,12 +366,16 @@ class Structured(Technique):
         cited = "; ".join(dict.fromkeys(SOURCES[key] for key in ranked.items() if key in SOURCES))
         sources = f" Scores after {cited}." if cited else ""
         removed = f" Removed layers: {', '.join(metrics['removed_layers'])}." if metrics["removed_layers"] else ""
+        own = card.when(
+            "The result is an ordinary model of its class with a smaller configuration.",
+            lacks=[traits.QUANTIZED],
+            reload=[Reload.STOCK_DENSE],
+        )
         card.paragraph(
             "Structured pruning",
             f"Parts of the model were removed as a whole, those of the smallest score first ({by}), equally many in "
-            f"every layer: {before:,} parameters became {after:,} ({100 * (1 - after / before):.1f} % fewer). It is "
-            "an ordinary model of its class with a smaller configuration, and runs faster without special kernels."
-            f"{sources}{removed}",
+            f"every layer: {before:,} parameters became {after:,} ({100 * (1 - after / before):.1f} % fewer). What was "
+            f"removed is not computed, on any kernel.{own}{sources}{removed}",
         )
         rows = [["parameters", f"{before:,}", f"{after:,}"]]
         rows += [[f"{kind} in a layer", str(a), str(b)] for kind in (HEADS, NEURONS) for a, b in widths.get(kind, ())]

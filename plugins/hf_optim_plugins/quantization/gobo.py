@@ -230,13 +230,17 @@ class GOBO(Technique):
         layers = metrics.get("layers")
         if not layers:
             return
+        decoding = card.when(
+            "The codes are decoded when a layer runs; reading them needs the code that comes with the checkpoint "
+            "(`trust_remote_code=True`).",
+            reload=[Reload.REMOTE_CODE],
+        )
         card.paragraph(
             "GOBO",
-            f"{len(layers)} layers hold codes of one codebook each, {metrics['bits_per_weight']:.2f} bits per weight "
+            f"{len(layers)} layers were coded with a codebook each, {metrics['bits_per_weight']:.2f} bits per weight "
             f"with centroids, outliers and their positions: {metrics['bytes']:,} bytes instead of "
             f"{metrics['bytes_before']:,}, in memory and on disk. {100 * metrics['outlier_share']:.2f} % of the "
-            "weights are outliers, kept in the model's dtype. The codes are decoded when a layer runs; reading them "
-            "needs the code that comes with the checkpoint (`trust_remote_code=True`).",
+            f"weights are outliers, kept in the model's dtype.{decoding}",
         )
         widest = sorted(layers, key=lambda name: layers[name]["outlier_share"], reverse=True)[:MOST_ROWS]
         card.table(

@@ -215,7 +215,7 @@ class GPTQ(Technique):
         card.paragraph(
             "GPTQ",
             f"{len(errors)} linear layers were quantized to {bits}. The relative squared error of their outputs on the "
-            f"calibration data is {metrics['mean_relative_error']:.2e} on average.",
+            f"calibration data was {metrics['mean_relative_error']:.2e} on average.",
         )
         if few := metrics.get("experts_with_few_tokens"):
             card.paragraph(

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_optim import Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim import Kernel, Paper, Reload, Technique, compressed, hookimpl, option, technique, traits
 from hf_optim.toolkit.quantization import Grid, GridSpec, storable_scale
 
 from ._weights import QUANTIZES, require_storable, select_layers
@@ -94,11 +94,15 @@ class LLMInt8(Technique):
     def export(self, run: Run, directory: Path, card: Card) -> None:
         count = run.reported(self).get("layers", 0)
         columns = "no column" if self.threshold is None else f"the columns with a magnitude above {self.threshold:g}"
+        inference = card.when(
+            "Stock transformers decodes them and does not round their inputs. On the kernels of hf_optim "
+            '(`optim_config="auto"`) inputs are int8 too, one scale per token, with '
+            f"{columns} multiplied in the model's own dtype.",
+            has=[traits.QUANTIZED],
+        )
         card.paragraph(
             "LLM.int8()",
-            f"{count} linear layers have int8 weights with one scale per row. Stock transformers decodes them and does "
-            "not round their inputs. On the kernels of hf_optim (`hf_optim.accelerate`) inputs are int8 too, one scale "
-            f"per token, with {columns} multiplied in the model's own dtype.",
+            f"{count} linear layers were quantized to int8 with one scale per row.{inference}",
         )
 
 

@@ -177,7 +177,7 @@ class OBQ(Technique):
         card.paragraph(
             "OBQ",
             f"{len(errors)} linear layers were quantized, every row in its own order. The relative squared error of "
-            f"their outputs on the calibration data is {metrics['mean_relative_error']:.2e} on average.",
+            f"their outputs on the calibration data was {metrics['mean_relative_error']:.2e} on average.",
         )
         add_worst_layers(card, "OBQ", errors)
 

@@ -148,13 +148,15 @@ class ChannelPermutation(Technique):
         metrics = run.reported(self)
         if not metrics:
             return
+        unused = card.when("No step of this recipe made such a mask.", lacks=[traits.SPARSE_NM])
         card.paragraph(
             "Channel permutations",
-            f"Before {self.keep}:{self.group} pruning the input channels of {metrics['layers_permuted']} linear layers "
-            f"were reordered ({', '.join(self.where)}; Pool and Yu, NeurIPS 2021), which does not change the function "
-            f"of the model. A {self.keep}:{self.group} mask by {self.score} keeps {metrics['kept_after']:.2%} of the "
-            f"layers' scores instead of {metrics['kept_before']:.2%}, which recovers {metrics['efficacy']:.1%} of what "
-            "the groups lose against pruning each row freely.",
+            f"The input channels of {metrics['layers_permuted']} linear layers were reordered for "
+            f"{self.keep}:{self.group} pruning ({', '.join(self.where)}; Pool and Yu, NeurIPS 2021), which does not "
+            f"change the function of the model. A {self.keep}:{self.group} mask by {self.score} of the reordered "
+            f"layers keeps {100 * metrics['kept_after']:.2f} % of their scores instead of "
+            f"{100 * metrics['kept_before']:.2f} %, which recovers {100 * metrics['efficacy']:.1f} % of what the "
+            f"groups lose against pruning each row freely.{unused}",
         )
 
 

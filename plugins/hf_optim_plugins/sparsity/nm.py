@@ -239,7 +239,7 @@ class NM(Technique):
         card.paragraph(
             f"{self.keep}:{self.group} sparsity",
             f"{count} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
-            f"input, chosen by {CHOSEN_BY[self.score]}.{fitted}{left} {sparsity.NO_SPEED_UP}",
+            f"input, chosen by {CHOSEN_BY[self.score]}.{fitted}{left}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",

@@ -161,7 +161,7 @@ class SRSTE(MaskedTraining):
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
             f"{len(metrics['layers'])} linear layers were trained with at most {self.keep} of every {self.group} "
             "consecutive weights along the input; the mask followed the weights, and masked-out weights decayed with "
-            f"{decay} ({self.term}).{left} {sparsity.NO_SPEED_UP}",
+            f"{decay} ({self.term}).{left}",
         )
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",

@@ -147,7 +147,7 @@ class TopKAST(MaskedTraining):
             f"Trained with {100 * (1 - self.sparsity):g} % of each layer's weights in the forward and "
             f"{100 * (1 - self.backward_sparsity):g} % in the backward pass, exploring {explored}, with an "
             f"{self.penalty} penalty of {self.strength:g}; {100 * metrics['sparsity']:.1f} % of the targeted weights "
-            f"are zero. The dense layers computed with masks, so training was not cheaper. {sparsity.NO_SPEED_UP}",
+            f"are zero. The dense layers computed with masks, so training was not cheaper.",
         )
         card.table("Sparsity after Top-KAST", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 

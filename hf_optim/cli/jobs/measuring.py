@@ -1,0 +1,157 @@
+"""Measure the models of a ``compress`` job in child processes: each loads the way a user loads it.
+
+Quality and peak memory are measured on one model per process (``hf-optim eval``), so that each has its own peak. Times
+are measured on original and result in turn, in one process (``timed_models``), and after all of these.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.remote_code import written_code
+from ...errors import OptimError
+from ...evaluation.sizes import bytes_on_disk
+from ...recipes.contract import Reload
+from ...recipes.traits import QUANTIZED, SPARSE_NM
+from ...runs import distributed
+from ...runs.record import public_name
+from ...runs.run import Run
+from ...trust.code import is_written_by_run, may_run
+from .job import Job
+from .timed_models import Candidate, request
+
+
+class Measuring:
+    """Measures a result before it takes its final name, so that record and card are written once.
+
+    If that fails, the checkpoint is written without the metrics that failed, and ``report`` raises the error afterwards.
+    """
+
+    def __init__(self, job: Job, run: Run) -> None:
+        self.job = job
+        self.run = run
+        self.failed: tuple[type[OptimError], str] | None = None
+
+    def __call__(self, directory: Path) -> dict[str, Any]:
+        """Return the metrics of the checkpoint in ``directory``; empty if there is nothing to measure on.
+
+        Times of the original and figures on kernels go into the record of the run.
+        """
+        if self.job.evaluation is None:
+            return {}
+        after: dict[str, Any] = {}
+        try:
+            trusted = is_written_by_run(directory, written_code(self.run.model))
+            after |= evaluate_checkpoint(self.job, str(directory), "result", trust=trusted)
+            self._measure_times(directory, after, trusted)
+        except (OptimError, OSError) as error:
+            self.failed = (type(error) if isinstance(error, OptimError) else OptimError), str(error)
+        return after
+
+    def _measure_times(self, directory: Path, after: dict[str, Any], trusted: bool) -> None:
+        measured = self.run.record.measured
+        found = time_in_child(self.job, directory, trusted, may_have_kernels(self.run))
+        if found["timing"]:
+            measured["timing"] = found["timing"]
+        measured["before"] |= found["times"].get("before", {})
+        after |= found["times"].get("after", {})
+        accelerated = found["times"].get("accelerated", {})
+        if accelerated.get("kernels") and runs_on_kernels(accelerated):
+            figures = evaluate_checkpoint(self.job, str(directory), "result on kernels", trust=trusted, kernels=True)
+            measured["accelerated"] = {**figures, **accelerated}
+
+    def report(self) -> None:
+        """Report the written checkpoint. Raises ``OptimError`` if it could not be measured."""
+        self.job.print_line(f"wrote {self.job.output}")
+        if self.failed is not None:
+            kind, text = self.failed
+            raise kind(text)
+
+
+def may_have_kernels(run: Run) -> bool:
+    """Return True if some layers of a result may run on kernels: they are quantized, N:M sparse, or have own code."""
+    return bool(run.traits & {QUANTIZED, SPARSE_NM}) or run.record.reload == Reload.REMOTE_CODE.name
+
+
+def runs_on_kernels(accelerated: dict[str, Any]) -> bool:
+    """Return True if loading a result with ``optim_config="auto"`` gave layers that stock transformers has not."""
+    return bool(accelerated.get("kernel_layers")) or "dense" in str(accelerated.get("kernels"))
+
+
+def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False, kernels: bool = False) -> dict[str, Any]:
+    """Return quality and peak memory of a checkpoint, measured in a child process: ``hf-optim eval --json``.
+
+    ``trust`` allows the model code in the checkpoint, in addition to the word of the caller (``job.source``);
+    ``kernels`` runs it on hf_optim's kernels.
+    """
+    assert job.evaluation is not None
+    job.print_line(f"measuring the {what}")
+    command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--no-time"]
+    for option, value in (
+        ("--data", job.evaluation.dataset),
+        ("--text-column", job.evaluation.text_column),
+        ("--split", job.evaluation.split),
+        ("--samples", job.evaluation.samples),
+        ("--seq-len", job.evaluation.seq_len),
+        ("--seed", job.evaluation.seed),
+        ("--device", job.device),
+        ("--dtype", job.source.dtype),
+        ("--revision", job.source.revision if what == "original" else None),
+    ):
+        if value is not None:
+            command += [option, str(value)]
+    if kernels:
+        command.append("--auto")
+    if may_run(job.source.trust_remote_code) or trust:
+        command.append("--trust-remote-code")
+    return _json_of(command, what, own_code=what.startswith("result"))
+
+
+def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[str, Any]:
+    """Return the times of original and result, measured in turn in a child process (``timed_models.time_candidates``).
+
+    ``kernels`` also times the result on hf_optim's kernels; ``trust`` is as in ``evaluate_checkpoint``.
+    """
+    job.print_line("timing original and result in turn")
+    source, word = job.source, may_run(job.source.trust_remote_code)
+    candidates = [
+        Candidate("before", source.model, source.revision, source.dtype, word),
+        Candidate("after", str(result), None, source.dtype, word or trust),
+    ]
+    if kernels:
+        candidates.append(Candidate("accelerated", str(result), None, source.dtype, word or trust, kernels=True))
+    command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models"]
+    found = _json_of(command, "times", own_code=True, given=request(candidates, job.device))
+    return {"times": found.get("times", {}), "timing": found.get("timing", {})}
+
+
+def _json_of(command: list[str], what: str, *, own_code: bool, given: str | None = None) -> dict[str, Any]:
+    """Return what a command prints as JSON. Raises ``OptimError`` with its error line."""
+    with tempfile.TemporaryDirectory() as cache:
+        # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.
+        modules = {"HF_MODULES_CACHE": cache} if own_code else {}
+        environment = {**distributed.own_environment(), **modules}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=given)
+    if done.returncode:
+        raise OptimError(f"could not measure the {what}: {_last_error_line(done.stderr)}")
+    try:
+        return json.loads(done.stdout)
+    except ValueError as error:
+        raise OptimError(f"could not measure the {what}: {error}") from error
+
+
+def control_figures(job: Job, control: str) -> dict[str, Any]:
+    """Return the figures of a control, a model that is shown beside the result: its quality, memory and bytes."""
+    size = {"bytes_on_disk": bytes_on_disk(control)} if Path(control).is_dir() else {}
+    return {**evaluate_checkpoint(job, control, "control"), **size, "name": public_name(control)}
+
+
+def _last_error_line(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    ours = [line.removeprefix("hf-optim: ") for line in lines if line.startswith("hf-optim: ")]
+    return (ours or lines or ["no message"])[-1]

@@ -1,0 +1,176 @@
+"""What a card may say of a checkpoint: facts of the result, and sentences that hold under conditions on them.
+
+A step of a recipe knows what it did, not what the checkpoint is: a later step may store the weights in another format
+or give the model another class. So every sentence about the checkpoint (how it is stored and loaded, whether it is
+smaller or faster) carries a condition on the *result*: ``Claim`` for those of the host, ``Card.when`` for those of
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...data.tasks import Task
+from ...recipes.contract import Reload
+from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
+from ...runs.record import Record
+from ...trust.documents import read_json
+from ..reported import is_number
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
+STOCK_LEVELS = frozenset({Reload.STOCK_FORMAT, Reload.STOCK_ARCH})
+
+
+class Result:
+    """Facts of a checkpoint: from its record, and from its files if they are at hand.
+
+    Attributes:
+        record: its record.
+        directory: the checkpoint, or a folder with the record alone; None if there is none.
+    """
+
+    def __init__(self, record: Record, directory: Path | None = None) -> None:
+        self.record = record
+        self.directory = directory
+
+    @property
+    def reload(self) -> Reload:
+        """How stock transformers loads it."""
+        return Reload[self.record.reload]
+
+    def has(self, *traits: Trait) -> bool:
+        """Return True if the result has all of these traits."""
+        return {str(trait) for trait in traits} <= set(self.record.traits)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The ``config.json`` of the checkpoint, or None if it is not at hand."""
+        if self.directory is None or not (self.directory / "config.json").exists():
+            return None
+        found = read_json(self.directory / "config.json", nonfinite=True)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def is_compressed_tensors(self) -> bool:
+        """True if the weights are stored in the format of compressed-tensors.
+
+        From the checkpoint's configuration; without it, from the traits: a class of transformers reads quantized
+        weights in no other format.
+        """
+        if self.config is not None:
+            stored = self.config.get("quantization_config")
+            return isinstance(stored, dict) and stored.get("quant_method") == "compressed-tensors"
+        return self.has(QUANTIZED) and self.reload in STOCK_LEVELS
+
+    @property
+    def is_smaller(self) -> bool:
+        """True if its weights take fewer bytes on disk than the original's, as measured."""
+        before, after = (self.record.measured.get(side, {}).get("bytes_on_disk") for side in ("before", "after"))
+        return is_number(before) and is_number(after) and after < before
+
+    def model_class(self) -> str:
+        """Return the class that loads it, from its ``config.json`` or else that of the base model."""
+        name: Any = self.record.base_model.get("class")
+        listed = (self.config or {}).get("architectures")
+        name = listed[0] if isinstance(listed, list) and listed else name
+        return name if isinstance(name, str) and name.isidentifier() else ""
+
+    def processor(self, task: Task) -> str:
+        """Return the auto class of its tokenizer or processor, and an empty string if it has none.
+
+        From its files; if these are not at hand, the one that models of the task have.
+        """
+        if self.directory is None or self.config is None:
+            return "AutoImageProcessor" if task.tag == "image-classification" else "AutoTokenizer"
+        tokenizer = any((self.directory / name).exists() for name in TOKENIZER_FILES)
+        if (self.directory / "processor_config.json").exists():
+            return "AutoProcessor"
+        kind = ""
+        if (self.directory / "preprocessor_config.json").exists():
+            found = read_json(self.directory / "preprocessor_config.json", nonfinite=True)
+            audio = isinstance(found, dict) and "feature_extractor_type" in found
+            kind = "AutoFeatureExtractor" if audio else "AutoImageProcessor"
+        if tokenizer:
+            return "AutoProcessor" if kind else "AutoTokenizer"
+        return kind
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of Markdown that holds for a result with these properties.
+
+    Attributes:
+        text: the sentence.
+        has, lacks: traits that the result has, and that it has not.
+        reload: the reload levels for which it holds; any if empty.
+        compressed: holds if the weights are stored in the format of compressed-tensors (True), or are not (False).
+    """
+
+    text: str
+    has: frozenset[Trait] = frozenset()
+    lacks: frozenset[Trait] = frozenset()
+    reload: frozenset[Reload] = frozenset()
+    compressed: bool | None = None
+
+    def holds(self, result: Result) -> bool:
+        """Return True if the sentence is true of a result."""
+        return (
+            result.has(*self.has)
+            and not any(result.has(trait) for trait in self.lacks)
+            and (not self.reload or result.reload in self.reload)
+            and (self.compressed is None or self.compressed == result.is_compressed_tensors)
+        )
+
+
+def claims_of(result: Result, claims: Iterable[Claim]) -> list[str]:
+    """Return the sentences that hold for a result."""
+    return [claim.text for claim in claims if claim.holds(result)]
+
+
+# What a reader must not expect of a checkpoint.
+LIMITS = (
+    Claim(
+        "Stock transformers decodes the weights in the first forward pass: there the format saves bytes on disk, but "
+        "neither time nor memory of inference, and may cost both. "
+        '`optim_config="auto"` runs the layers on compressed weights where a kernel of hf_optim supports them.',
+        compressed=True,
+    ),
+    Claim(
+        "Zeros are stored and multiplied like other numbers: this sparsity alone saves neither bytes nor time.",
+        has=frozenset({SPARSE}),
+        lacks=frozenset({SPARSE_NM, QUANTIZED}),
+    ),
+    Claim(
+        "Zeros are stored as codes like other weights: the sparsity saves no bytes and no time on top of the "
+        "quantization.",
+        has=frozenset({SPARSE, QUANTIZED}),
+        lacks=frozenset({SPARSE_NM}),
+    ),
+    Claim(
+        "The N:M zeros are stored; they save time only on kernels that skip them, such as hf_optim's for 2:4 on CUDA "
+        '(`optim_config="auto"`).',
+        has=frozenset({SPARSE_NM}),
+        lacks=frozenset({QUANTIZED}),
+    ),
+    Claim(
+        "The N:M zeros are stored as codes like other weights: they save no bytes on disk on top of the quantization, "
+        "and time only on kernels that skip them.",
+        has=frozenset({SPARSE_NM, QUANTIZED}),
+    ),
+    Claim("All experts are held in memory; only those that a token is routed to are computed.", has=frozenset({MOE})),
+    Claim(
+        "The model's code comes with the checkpoint and runs with `trust_remote_code=True`: read it before.",
+        reload=frozenset({Reload.REMOTE_CODE}),
+    ),
+)
