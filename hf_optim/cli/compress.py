@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,8 +128,10 @@ def print_result(record: Record) -> None:
     """
     measured, trained = record.measured, recipe_trains(record.recipe)
     print_table(column_titles(measured, TERMINAL_TITLES), comparison_rows(measured, trained))
+    width = min(120, shutil.get_terminal_size((120, 24)).columns)
     for note in comparison_notes(measured, trained):
-        print_line(f"{note}.")
+        for line in textwrap.wrap(f"- {note}.", width, subsequent_indent="  "):
+            print_line(line)
     print()
     for step, coverage in record.coverage.items():
         changed = format_coverage(coverage["weights_touched"], coverage["weights_total"], coverage["share"])

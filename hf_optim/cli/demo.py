@@ -6,10 +6,16 @@ with stock transformers."""
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from .compress import print_result, without_coverage_log
 
+NOTE = (
+    "The demo runs in float32 on a CPU, where hf_optim keeps decoded weights: what 4 bits save here are bytes on disk. "
+    "Less memory and time per token need bfloat16 or float16 on a device with kernels; docs/kernels.md has measured "
+    "times."
+)
 EXAMPLE = "hf-optim demo --output demo-w4a16"
 
 
@@ -30,5 +36,8 @@ def run(args: argparse.Namespace) -> int:
         record = demo(args.output)
     print()
     print_result(record)
+    print()
+    for line in textwrap.wrap(NOTE, 120):
+        print(line)
     print(f"\nThe checkpoint, its record (hf_optim.json) and its model card are in {args.output}")
     return 0

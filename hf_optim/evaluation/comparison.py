@@ -5,22 +5,22 @@ Cards and commands show the same rows with titles of their own. Importing this m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..trust.figures import format_count
 from .reported import (
     REPORTED_METRICS,
     ReportedMetric,
-    format_count,
     format_exact_bytes,
     has_hub_metrics,
     is_number,
     relative_change,
 )
-from .timings import SPREAD, is_hidden_by_noise, is_within_spread, noise_reason
+from .timings import SPREAD, is_hidden_by_noise, is_within_spread, noise_reason, spread_of
 
 # What an evaluation returns besides, and what only `hf-optim eval` shows.
-DETAILS = {
+DETAILS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "task": ("task", str),
     "nll": ("negative log-likelihood (nats per token)", "{:.4f}".format),
     "tokens": ("tokens scored", format_count),
@@ -187,8 +187,8 @@ def _plain_number(value: Any) -> str:
 
 def _text(metric: ReportedMetric, measured: Mapping[str, Any], side: str) -> str:
     values = measured.get(side) or {}
-    value, iqr = values.get(metric.key), values.get(SPREAD.get(metric.key, ""))
+    value, iqr = values.get(metric.key), spread_of(values, metric.key)
     if not is_number(value):
         return "not finite" if isinstance(value, float) else "-"
-    spread = f" ± {metric.format(iqr / 2)}" if is_number(iqr) else ""
+    spread = f" ± {metric.format(iqr / 2)}" if iqr is not None else ""
     return metric.format(value) + spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .timings import MAX_ROUNDS, MIN_ROUNDS, Timing, time_in_turn
 
 PROMPT, NEW_TOKENS = 32, 64
 BATCH, BATCH_TOKENS = 8, 128
+# A round repeats short calls until it takes about this long.
+ROUND_SECONDS, MAX_CALLS = 0.05, 100
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,15 @@ def time_models(
         workload: what they run, of the first model.
         min_rounds, max_rounds: see ``time_in_turn``.
     """
-    warm_up = [workload.action(model, min(workload.new_tokens or 0, 8) or None) for model in models.values()]
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(eval_mode(model))
-        seconds = time_in_turn(
-            [workload.action(model) for model in models.values()],
-            warm_up=warm_up,
-            min_rounds=min_rounds,
-            max_rounds=max_rounds,
-        )
-    scale = 1000 / workload.units
+            workload.action(model, min(workload.new_tokens or 0, 8) or None)()
+        actions = [workload.action(model) for model in models.values()]
+        calls = _calls_per_round(actions[0])
+        rounds = [lambda action=action: [action() for _ in range(calls)] for action in actions]
+        seconds = time_in_turn(rounds, warm_up=(), min_rounds=min_rounds, max_rounds=max_rounds)
+    scale = 1000 / workload.units / calls
     return {name: Timing.of([scale * value for value in own]) for name, own in zip(models, seconds, strict=True)}
 
 
@@ -127,6 +128,13 @@ def measure_time(model: Any) -> dict[str, Any]:
     """
     workload = workload_of(model)
     return {} if workload is None else time_models({"model": model}, workload)["model"].metrics(workload.key)
+
+
+def _calls_per_round(action: Callable[[], object]) -> int:
+    """Return how many calls take ``ROUND_SECONDS``: a round of one short call would show the host's interruptions."""
+    start = time.perf_counter()
+    action()
+    return max(1, min(MAX_CALLS, round(ROUND_SECONDS / max(time.perf_counter() - start, 1e-6))))
 
 
 def _positions(config: Any) -> int:

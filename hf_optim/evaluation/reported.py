@@ -1,16 +1,18 @@
 """How results are reported: the label, the text form and the better direction of each metric, and names of recipes.
 
-``REPORTED_METRICS`` is the only list of what cards, plots and commands show. Numbers for people are formatted here
-(``format_count``, ``format_share``, ``format_bytes``), so that a number looks the same on the terminal, on the card and
-in the log. Importing this module loads no torch.
+``REPORTED_METRICS`` is the only list of what cards, plots and commands show, in the formats of ``trust.figures``.
+Importing this module loads no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ..trust.figures import format_bytes, format_count, format_share
 
 
 @dataclass(frozen=True)
@@ -38,36 +40,14 @@ class ReportedMetric:
     in_memory: bool = False
 
 
-def format_count(number: float) -> str:
-    """Return a count as text: ``921,600``."""
-    return f"{number:,.0f}"
-
-
-def format_share(share: float, digits: int = 1) -> str:
-    """Return a share of 1 as text in percent: ``95.1 %``."""
-    return f"{100 * share:.{digits}f} %"
-
-
 def format_coverage(touched: float, total: float, share: float) -> str:
     """Return how much of a model a step changed: ``921,600 of 969,216 weights (95.1 %)``."""
     return f"{format_count(touched)} of {format_count(total)} weights ({format_share(share)})"
 
 
-def format_bytes(number: float) -> str:
-    """Return bytes as text in decimal units, as the Hub shows them: ``3.88 MB``."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:.0f} B"
-
-
 def format_exact_bytes(number: float) -> str:
     """Return bytes as text, rounded and exact: ``3.88 MB (3,881,848)``."""
     return f"{format_bytes(number)} ({format_count(number)})"
-
-
-def _agreement(share: float) -> str:
-    return format_share(share, 2)
 
 
 REPORTED_METRICS = (
@@ -81,7 +61,7 @@ REPORTED_METRICS = (
     ReportedMetric(
         "top1_agreement",
         "top-1 agreement with the original",
-        _agreement,
+        partial(format_share, digits=2),
         "top1_agreement",
         lower_is_better=False,
         relative=False,

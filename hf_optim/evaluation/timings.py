@@ -103,8 +103,8 @@ def noise_reason(measured: Mapping[str, Any]) -> str:
     for side in ("before", "after"):
         values = measured.get(side) or {}
         for key, spread in SPREAD.items():
-            median, iqr = values.get(key), values.get(spread)
-            if _is_number(median) and median > 0 and _is_number(iqr):
+            median, iqr = _number(values, key), _number(values, spread)
+            if median and iqr is not None:
                 if iqr > NOISY_SPREAD * median:
                     return f"repeated runs of one model differed by {100 * iqr / median:.0f} % (interquartile range)"
                 return _load_reason(measured.get("timing") or {})
@@ -118,21 +118,27 @@ def is_hidden_by_noise(measured: Mapping[str, Any], side: str, key: str) -> bool
 
 def is_within_spread(measured: Mapping[str, Any], side: str, key: str) -> bool:
     """Return True if a side's time differs from the original's by no more than the larger of their two spreads."""
-    original, other = (measured.get(name) or {} for name in ("before", side))
-    times = original.get(key), other.get(key)
-    spreads = [values.get(SPREAD.get(key, "")) for values in (original, other)]
-    known = [spread for spread in spreads if _is_number(spread)]
-    if side == "before" or not known or not all(_is_number(value) for value in times):
+    if side == "before" or key not in SPREAD:
         return False
-    return abs(times[0] - times[1]) <= max(known)
+    original, other = (measured.get(name) or {} for name in ("before", side))
+    first, second = _number(original, key), _number(other, key)
+    spreads = [iqr for values in (original, other) if (iqr := spread_of(values, key)) is not None]
+    return first is not None and second is not None and bool(spreads) and abs(first - second) <= max(spreads)
+
+
+def spread_of(values: Mapping[str, Any], key: str) -> float | None:
+    """Return the interquartile range of the time ``key`` of a measurement; None if it has none."""
+    return _number(values, SPREAD[key]) if key in SPREAD else None
 
 
 def _load_reason(timing: Mapping[str, Any]) -> str:
-    load, cores = timing.get("load_average"), timing.get("cores")
-    if _is_number(load) and _is_number(cores) and load > cores:
+    load, cores = _number(timing, "load_average"), _number(timing, "cores")
+    if load is not None and cores is not None and load > cores:
         return f"other processes kept it busy (load average {load:.1f} on {cores:.0f} cores)"
     return ""
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a finite number of a record, which may come from a stranger; None for anything else."""
+    value = values.get(key)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300 else None

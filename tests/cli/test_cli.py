@@ -28,6 +28,8 @@ from hf_optim.runs.record import Record
 # Name -> family: a plugin lies in the folder of its family.
 TECHNIQUES = {entry.name: entry.value.split(".")[1] for entry in entry_points(group=GROUP)}
 BLOCKS = 5
+# Of the process that times models, where a test is about other figures.
+NO_TIMES = subprocess.CompletedProcess([], 0, json.dumps({"times": {}, "timing": {}}), "")
 
 
 class Workshop:
@@ -303,6 +305,11 @@ def test_compress_evaluates_before_and_after_in_child_processes(capsys, shop):
     for key in ("perplexity", "peak_memory_bytes", "ms_per_token"):
         assert before[key] > 0
         assert after[key] > 0
+        assert record.measured["accelerated"][key] > 0
+    assert before["time_rounds"] == after["time_rounds"] == record.measured["accelerated"]["time_rounds"] >= 5
+    assert record.measured["timing"]["in_turn"] is True
+    assert record.measured["accelerated"]["kernels"].startswith("dense float32")
+    assert "on kernels" in printed.splitlines()[[line[:6] for line in printed.splitlines()].index("metric")]
     table = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert f"{before['perplexity']:.4f}" in table["perplexity"]
     assert f"{after['perplexity']:.4f}" in table["perplexity"]
@@ -354,12 +361,14 @@ def test_a_control_is_evaluated_beside_original_and_result(capsys, shop, monkeyp
     seen = []
 
     def measure(command, **kwargs):
+        if "eval" not in command:
+            return NO_TIMES
         name = Path(command[command.index("eval") + 1]).name
         seen.append(command[command.index("--data") + 1 :])
         out = json.dumps({"perplexity": figures.get(name, 2.75)})
         return subprocess.CompletedProcess([], 0, out, "")
 
-    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
+    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", measure)
     control = shop.home / "dense-alike"
     control.mkdir(exist_ok=True)
     (control / "model.safetensors").write_bytes((shop.model / "model.safetensors").read_bytes())
@@ -374,8 +383,9 @@ def test_a_control_is_evaluated_beside_original_and_result(capsys, shop, monkeyp
     assert "no control: a dense model trained alike was not measured" in capsys.readouterr().out
     assert call(shop.compress(recipe, "controlled", *options, "--control", control)) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"metric +before +control +after +change", printed)
+    assert re.search(r"metric +before +trained alike +after +change", printed)
     assert re.search(r"perplexity +3\.0000 +2\.5000 +2\.7500 +-8\.3 %", printed)
+    assert all(words[:2] == ["--data", str(shop.held_out)] for words in seen)
     assert all(words == seen[0] for words in seen)  # on the same data
     record = Record.read(shop.home / "controlled")
     size = (control / "model.safetensors").stat().st_size
@@ -490,19 +500,21 @@ def test_missing_evaluation_data(capsys, shop):
 
 def test_the_error_of_the_evaluating_process_is_passed_on(capsys, shop, monkeypatch):
     done = subprocess.CompletedProcess([], 2, "", "noise\nhf-optim: the data is odd\nlate noise\n")
-    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", lambda *args, **kwargs: done)
+    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", lambda *args, **kwargs: done)
     line = error_line(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the original: the data is odd"
 
 
 def test_a_result_that_cannot_be_measured_is_written_before_the_error(capsys, shop, monkeypatch):
     def measure(command, **kwargs):
+        if "eval" not in command:
+            return NO_TIMES
         original = command[command.index("eval") + 1] == str(shop.model)
         out = json.dumps({"perplexity": 2.0})
         return subprocess.CompletedProcess([], 0, out, "") if original else failed
 
     failed = subprocess.CompletedProcess([], 2, "", "hf-optim: the data is odd\n")
-    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
+    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", measure)
     line = error_line(capsys, shop.compress(shop.rtn, "unmeasured", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the result: the data is odd"
     record = json.loads((shop.home / "unmeasured" / "hf_optim.json").read_text())
@@ -516,11 +528,13 @@ def test_record_and_card_of_a_measured_result_are_written_once(shop, monkeypatch
     seen = []
 
     def measure(command, **kwargs):
+        if "eval" not in command:
+            return NO_TIMES
         home = Path(command[command.index("eval") + 1])
         seen.append((home.name, (shop.home / "once").exists(), (home / "README.md").exists()))
         return subprocess.CompletedProcess([], 0, json.dumps({"perplexity": 2.5}), "")
 
-    monkeypatch.setattr("hf_optim.cli.jobs.compress.subprocess.run", measure)
+    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", measure)
     cards = []
     write = Card.write
     monkeypatch.setattr(Card, "write", lambda self, directory: cards.append(directory) or write(self, directory))

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5,
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
-from hf_optim import CheckpointError, DataConfig, DataError, ModelError, OptimError
+from hf_optim import CheckpointError, DataConfig, DataError, OptimError
 from hf_optim.data.datasets import load_texts
 from hf_optim.data.tasks import task_of, task_of_model
 from hf_optim.evaluation import evaluate, latency, sizes
@@ -117,6 +118,11 @@ def test_evaluate_times_models_that_generate(tmp_path):
     found = evaluate.evaluate(tiny_llama(vocab_size=259), tiny_tokenizer(), DataConfig(str(file), samples=2))
     assert found["task"] == "text-generation"
     assert 0 < found["ms_per_token"] < 1000
+    assert found["ms_per_token_iqr"] >= 0
+    assert 2 <= found["time_rounds"] <= 15
+    assert "ms_per_token" not in evaluate.evaluate(
+        tiny_llama(vocab_size=259), tiny_tokenizer(), DataConfig(str(file), samples=2), speed=False
+    )
     with pytest.raises(DataError, match="pass tokenizer"):
         evaluate.evaluate(tiny_llama(), None, DataConfig(str(file)))
 
@@ -140,14 +146,14 @@ def test_classification_accuracy_is_over_the_right_labels(tmp_path, wordpieces):
     file = tmp_path / "dev.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{s}\t{n}\n" for s, n in zip(sentences, labels, strict=True)))
     data = DataConfig(str(file), samples=None)
-    assert evaluate.evaluate(model, wordpieces, data) == {"task": "text-classification", "accuracy": 0.75}
+    assert evaluate.evaluate(model, wordpieces, data, speed=False) == {"task": "text-classification", "accuracy": 0.75}
     assert evaluate.compare(model, model, wordpieces, data)["top1_agreement"] == 1.0
     file.write_text("sentence\tlabel\na\t9\n")
     with pytest.raises(DataError, match="label 9 is not one of the model's 3 classes"):
-        evaluate.evaluate(model, wordpieces, data)
+        evaluate.evaluate(model, wordpieces, data, speed=False)
     file.write_text("sentence\tgrade\na\t1\n")
     with pytest.raises(DataError, match="needs a column label"):
-        evaluate.evaluate(model, wordpieces, data)
+        evaluate.evaluate(model, wordpieces, data, speed=False)
 
 
 def test_similarity_is_spearman_of_mean_pooled_cosines(tmp_path, wordpieces):
@@ -163,7 +169,7 @@ def test_similarity_is_spearman_of_mean_pooled_cosines(tmp_path, wordpieces):
     file = tmp_path / "sts.tsv"
     lines = [f"{a}\t{b}\t{c**3 if c > 0 else c}\n" for (a, b), c in zip(pairs, cosines, strict=True)]
     file.write_text("sentence1\tsentence2\tscore\n" + "".join(lines))
-    found = evaluate.evaluate(model, wordpieces, DataConfig(str(file), samples=None))
+    found = evaluate.evaluate(model, wordpieces, DataConfig(str(file), samples=None), speed=False)
     assert found["spearman"] == pytest.approx(1.0, abs=1e-12)
     assert found["pairs"] == 4
     file.write_text("text\na\n")
@@ -178,15 +184,15 @@ def test_masked_language_models_predict_the_masked_tokens(tmp_path, wordpieces):
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps({"text": "a b c d e f g h i j " * 20}) + "\n" for _ in range(4)))
     data = DataConfig(str(file), samples=None, seq_len=32)
-    found = evaluate.evaluate(model, wordpieces, data)
+    found = evaluate.evaluate(model, wordpieces, data, speed=False)
     # 26 sequences of 30 tokens that are not special; 15 % of them are hidden.
     assert 80 < found["tokens"] < 160
     assert 0 <= found["accuracy"] <= 1
-    assert found == evaluate.evaluate(model, wordpieces, data)
+    assert found == evaluate.evaluate(model, wordpieces, data, speed=False)
     with torch.no_grad():
         model.cls.predictions.decoder.bias.fill_(-1e4)
         model.cls.predictions.decoder.bias[5] = 1e4
-    assert evaluate.evaluate(model, wordpieces, data)["accuracy"] == pytest.approx(0.1, abs=0.1)
+    assert evaluate.evaluate(model, wordpieces, data, speed=False)["accuracy"] == pytest.approx(0.1, abs=0.1)
 
 
 def test_image_classification(tmp_path):
@@ -207,7 +213,7 @@ def test_image_classification(tmp_path):
     labels = [(right[0] + 1) % 3, *right[1:]]
     file = tmp_path / "images.parquet"
     Dataset.from_dict({"image": [{"bytes": i, "path": None} for i in images], "label": labels}).to_parquet(file)
-    found = evaluate.evaluate(model, processor, DataConfig(str(file), samples=None))
+    found = evaluate.evaluate(model, processor, DataConfig(str(file), samples=None), speed=False)
     assert found == {"task": "image-classification", "accuracy": 0.9}
 
 
@@ -215,7 +221,7 @@ def test_encoder_decoders_score_the_target(tmp_path):
     model, tokenizer = tiny_t5(vocab_size=259), tiny_tokenizer()
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps({"source": f"input {i}", "target": "out" * (i + 1)}) + "\n" for i in range(3)))
-    found = evaluate.evaluate(model, tokenizer, DataConfig(str(file), samples=None))
+    found = evaluate.evaluate(model, tokenizer, DataConfig(str(file), samples=None), speed=False)
     assert found["tokens"] == sum(len(tokenizer("out" * (i + 1))["input_ids"]) for i in range(3))
     # Padding of a batch must not reach the score.
     single = 0.0
@@ -278,7 +284,7 @@ def test_peak_memory_names_its_device():
     assert peak.metrics()["device"] == "cpu"
 
 
-def test_ms_per_token_generates_that_many_and_restores_the_model():
+def test_time_per_token_generates_that_many_and_restores_the_model(monkeypatch):
     model = tiny_llama(eos_token_id=2)
     made, stock = [], model.generate
 
@@ -290,13 +296,57 @@ def test_ms_per_token_generates_that_many_and_restores_the_model():
     model.generate = generate
     model.train()
     config = model.generation_config.to_dict()
-    assert latency.measure_ms_per_token(model, prompt=32, new_tokens=64, repeats=2) > 0
-    # The context of 64 tokens holds 16 + 32.
-    assert made == [8, 32, 32]
+    workload = latency.workload_of(model)
+    monkeypatch.setattr(latency, "ROUND_SECONDS", 0)
+    assert latency.time_models({"model": model}, workload, max_rounds=2)["model"].median > 0
+    # The context of 64 tokens holds 16 + 32. A short warm-up, a call that is counted, and two rounds.
+    assert made == [8, 32, 32, 32]
+    assert (workload.key, workload.units) == ("ms_per_token", 32)
     assert model.training
     assert model.generation_config.to_dict() == config
-    with pytest.raises(ModelError, match="does not generate"):
-        latency.measure_ms_per_token(tiny_bert())
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.0001, 100), (0.01, 5), (0.04, 1), (3.0, 1)])
+def test_a_round_repeats_short_calls(seconds, calls, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    class Work(latency.Workload):
+        def action(self, model, new_tokens=None):
+            def run():
+                model.append(now[0])
+                now[0] += seconds
+
+            return run
+
+    monkeypatch.setattr(latency, "eval_mode", lambda model: nullcontext())
+    made = []
+    work = Work("ms_per_example", 8, {}, None, "w")
+    timing = latency.time_models({"model": made}, work, min_rounds=2, max_rounds=2)["model"]
+    assert len(made) == 1 + 1 + 2 * calls
+    assert timing.median == pytest.approx(1000 * seconds / 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "description"),
+    [
+        (tiny_bert, (8, 60), "forward pass over a batch of 8 of 60 tokens"),
+        (tiny_vit, (8, 3, 16, 16), "forward pass over a batch of 8"),
+        (tiny_t5, (8, 8), "forward pass over a batch of 8"),
+    ],
+)
+def test_models_that_generate_no_text_are_timed_per_example(build, shape, description, monkeypatch):
+    model = build()
+    monkeypatch.setattr(latency, "ROUND_SECONDS", 0)
+    workload = latency.workload_of(model)
+    assert (workload.key, workload.units, workload.description) == ("ms_per_example", 8, description)
+    assert workload.inputs[model.main_input_name].shape == shape
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(module.training), with_kwargs=True)
+    timing = latency.time_models({"model": model.train()}, workload, max_rounds=2)["model"]
+    assert timing.median > 0
+    assert seen == [False] * 4
+    assert model.training
 
 
 def test_lm_eval_is_optional_and_gets_the_model_in_memory(monkeypatch):

@@ -29,7 +29,7 @@ from .timed_models import Candidate, request
 class Measuring:
     """Measures a result before it takes its final name, so that record and card are written once.
 
-    If that fails, the checkpoint is written without the metrics that failed, and ``report`` raises the error afterwards.
+    If that fails, the checkpoint is written without these metrics, and ``report`` raises the error afterwards.
     """
 
     def __init__(self, job: Job, run: Run) -> None:
@@ -125,18 +125,18 @@ def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[st
     ]
     if kernels:
         candidates.append(Candidate("accelerated", str(result), None, source.dtype, word or trust, kernels=True))
-    command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models"]
-    found = _json_of(command, "times", own_code=True, given=request(candidates, job.device))
+    command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models", request(candidates, job.device)]
+    found = _json_of(command, "times", own_code=True)
     return {"times": found.get("times", {}), "timing": found.get("timing", {})}
 
 
-def _json_of(command: list[str], what: str, *, own_code: bool, given: str | None = None) -> dict[str, Any]:
+def _json_of(command: list[str], what: str, *, own_code: bool) -> dict[str, Any]:
     """Return what a command prints as JSON. Raises ``OptimError`` with its error line."""
     with tempfile.TemporaryDirectory() as cache:
         # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.
         modules = {"HF_MODULES_CACHE": cache} if own_code else {}
         environment = {**distributed.own_environment(), **modules}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=given)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise OptimError(f"could not measure the {what}: {_last_error_line(done.stderr)}")
     try:

@@ -1,8 +1,8 @@
-"""Time several models in turn, in one process: ``python -m hf_optim.cli.jobs.timed_models``, JSON in and out.
+"""Time several models in turn, in one process: ``python -m hf_optim.cli.jobs.timed_models JSON``.
 
 ``hf-optim compress --eval`` starts it, so that the models load the way a user loads them, and nothing of the
-compression is in the way. Its input is a list of ``Candidate``; its output ``{"times": {name: metrics}, "timing":
-{conditions}}``, and for candidates on kernels ``kernels`` and ``kernel_layers`` among their metrics.
+compression is in the way. Its argument is a list of ``Candidate`` (``request``); it prints ``{"times": {name: metrics},
+"timing": {conditions}}``, and for candidates on kernels ``kernels`` and ``kernel_layers`` among their metrics.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _release(device: torch.device) -> None:
 
 
 def main() -> int:
-    """Read candidates from standard input, and write their times to standard output."""
-    given = json.load(sys.stdin)
+    """Print the times of the candidates that the first argument describes (``request``)."""
+    given = json.loads(sys.argv[1])
     candidates = [Candidate(**one) for one in given["candidates"]]
     try:
         with redirect_stdout(sys.stderr):
@@ -140,7 +140,7 @@ def main() -> int:
 
 
 def request(candidates: Sequence[Candidate], device: str | None) -> str:
-    """Return the input of ``main``. ``trust_remote_code`` of a candidate is the caller's word for its code."""
+    """Return the argument of ``main``. ``trust_remote_code`` of a candidate is the caller's word for its code."""
     return json.dumps({"candidates": [asdict(one) for one in candidates], "device": device})
 
 

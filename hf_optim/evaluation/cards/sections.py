@@ -11,13 +11,11 @@ from ...data.tasks import Task, task_of
 from ...recipes.config import KEYS
 from ...recipes.contract import Paper, Reload
 from ...runs.record import Record
+from ...trust.figures import format_bytes, format_count, format_share
 from ...trust.text import bibtex, cell, code, code_block, plain, sentence
 from ..comparison import CARD_TITLES, column_titles, comparison_notes, comparison_rows
 from ..reported import (
     REPORTED_METRICS,
-    format_bytes,
-    format_count,
-    format_share,
     has_hub_metrics,
     is_number,
     recipe_label,
@@ -121,7 +119,7 @@ def _conditions(record: Record) -> str:
             f"Peak memory is that of the {plain(after['peak_memory_of'])}, each model in a process of its own, and "
             "includes loading"
         )
-    return ". ".join(sentences) + "." if sentences else ""
+    return "\n".join(f"- {one}." for one in sentences)
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -197,7 +195,8 @@ def coverage(record: Record) -> str:
             listed = ", ".join(map(code, names[:NAMES_SHOWN]))
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             skipped.append(f"- {plain(step)} skipped {len(names)}: {sentence(reason)} ({listed}{more})")
-    parts = ["### Coverage", markdown_table(["step", "weights changed", "of", "share"], rows)]
+    counted = "Counted on the model in memory, when the stage of the step ended."
+    parts = ["### Coverage", markdown_table(["step", "weights changed", "of", "share"], rows), counted]
     return "\n\n".join([*parts, *left_alone(record), *(["\n".join(skipped)] if skipped else [])])
 
 
