@@ -87,7 +87,7 @@ def test_original_result_and_result_on_kernels_are_timed_in_turn(home, called, m
 
 
 def test_models_that_do_not_fit_together_are_timed_one_after_the_other(home, called, monkeypatch):
-    monkeypatch.setattr(timing, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(timed_models, "free_memory", lambda device: 1000)
     found = time_candidates(candidates(home), CPU)
     assert called == [name for name in ("before", "after", "accelerated") for _ in range(17)]
     assert found["timing"]["in_turn"] is False
