@@ -16,7 +16,7 @@ from typing import Any
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 15
 # No round after MIN_ROUNDS starts after the first of these seconds, and none at all after the second.
-ENOUGH_SECONDS, TIME_BUDGET_SECONDS = 20.0, 120.0
+ENOUGH_SECONDS, TIME_BUDGET_SECONDS = 10.0, 60.0
 # The original's interquartile range over its median, above which a host counts as noisy.
 NOISY_SPREAD = 0.10
 # Metric -> key of its spread: the interquartile range, in the metric's unit.

@@ -43,6 +43,15 @@ PNG_SAFE = re.compile(r"[\w\-./%]+")
 def record_with(text: str) -> Record:
     """A record with ``text`` wherever text can stand."""
     side = {"perplexity": 2.0, "bytes_on_disk": 1000, "device": text, "peak_memory_of": text, "task": text}
+    side |= {"ms_per_token": 4.0, "ms_per_token_iqr": 0.5, "time_rounds": text}
+    measured = {
+        "before": side,
+        "after": dict(side),
+        "accelerated": {**side, "kernels": text},
+        "control": {**side, "name": text},
+        "evaluation": {"dataset": text, "split": text, "samples": text},
+        "timing": {"what": text, "in_turn": text, "load_average": text, "cores": 2},
+    }
     return Record(
         recipe={
             "steps": [{"technique": text, "bits": 4, "other": text}],
@@ -55,7 +64,7 @@ def record_with(text: str) -> Record:
         stages=[{"steps": [text], "driver": text, "seconds": 1.0, "device": text, "peak_memory_of": text}],
         coverage={text: {"weights_touched": 1, "weights_total": 2, "share": 0.5, "skipped": {text: [text]}}},
         steps={"0": {"technique": text, text: text, "layer_metric": text, "layers": {f"a.{text}": 1.0, "b.c": 2.0}}},
-        measured={"before": side, "after": dict(side), "evaluation": {"dataset": text, "split": text, "samples": text}},
+        measured=measured,
         reload="STOCK_FORMAT",
         traits=["quantized", text],
         notes=[text],
@@ -219,4 +228,4 @@ def test_figures_that_are_not_finite_and_unknown_entries_are_read(tmp_path):
     data["measured"]["after"]["perplexity"] = float("inf")
     (tmp_path / "hf_optim.json").write_text(json.dumps(data | {"of_a_later_version": 1}))
     text = Card(Record.read(tmp_path), tmp_path).render()
-    assert "| perplexity | 2.0000 | not finite |" in text
+    assert "| perplexity | 2.0000 | 2.0000 | not finite |" in text
