@@ -141,16 +141,15 @@ def _time_notes(measured: Mapping[str, Any], after: Mapping[str, Any]) -> list[s
     if not timing:
         return ["Times were measured on one model after the other, minutes apart: a rough figure on a busy machine"]
     rounds = after.get("time_rounds")
-    what = f" of {timing['what']}" if timing.get("what") else ""
+    what = f" ({timing['what']})" if timing.get("what") else ""
     order = "the models in turn in one process"
     if not timing.get("in_turn"):
         order = "one model after the other, since they did not fit on the device together"
     notes = [f"Times{what}: median ± half the interquartile range of {rounds} rounds, {order}"]
     if reason := noise_reason(measured):
-        notes.append(
-            f"The host was noisy while times were measured: {reason}. A time whose difference from the original's is "
-            f'not larger than the spread is left out ("{NOISE}")'
-        )
+        hidden = any(is_hidden_by_noise(measured, side, key) for side in (AFTER, ACCELERATED) for key in SPREAD)
+        left_out = f'. "{NOISE}" stands for a time that differs from the original\'s by no more than the spread'
+        notes.append(f"The host was noisy while times were measured: {reason}{left_out if hidden else ''}")
     return notes
 
 

@@ -132,6 +132,11 @@ class PeakMemory:
 
 def _high_water() -> int | None:
     """Return the peak resident size of the process so far, in bytes."""
+    # On Linux ru_maxrss of a child process begins with the size of the process that started it, even after exec.
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
 import sys
 import types
 from contextlib import nullcontext
@@ -282,6 +283,14 @@ def test_peak_memory_names_its_device():
         block = torch.ones(40_000_000)
     assert peak.bytes > block.numel() * 4
     assert peak.metrics()["device"] == "cpu"
+
+
+def test_peak_memory_of_a_child_process_is_its_own():
+    """Not that of the process that started it, which ``ru_maxrss`` of the child begins with."""
+    code = "from hf_optim.runs.memory import PeakMemory\nwith PeakMemory() as peak: pass\nprint(peak.bytes)"
+    block = torch.ones(200_000_000)  # 800 MB
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < block.numel() * 4
 
 
 def test_time_per_token_generates_that_many_and_restores_the_model(monkeypatch):
