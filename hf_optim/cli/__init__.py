@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": "run a recipe on a model; write the checkpoint, its record and its model card",
     "eval": "evaluate a checkpoint on data",
     "convert-recipe": "translate a recipe file of llm-compressor",
+    "compare": "compare the quality, size, memory and time of several checkpoints",
     "serving": "say which of vLLM, SGLang and TGI read a checkpoint, and why the others do not",
     "card": "render the model card of a checkpoint again from its record",
     "push": "upload a checkpoint and its model card to the Hub",

@@ -47,6 +47,11 @@ def task_of(class_name: str) -> Task:
     return BASE
 
 
+def task_of_auto_class(name: str) -> Task:
+    """Return the task of the models that an auto class of transformers loads, given its name; ``BASE`` for others."""
+    return next((task for _, task in _MAPPINGS if task.auto_class == name), BASE)
+
+
 def task_of_model(model: object) -> Task:
     """Return the task of a model. A subclass of a transformers class has the task of its parent."""
     found = (task_of(cls.__name__) for cls in type(model).__mro__)

@@ -109,7 +109,7 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False, ke
         command.append("--auto")
     if may_run(job.source.trust_remote_code) or trust:
         command.append("--trust-remote-code")
-    return _json_of(command, what, own_code=what.startswith("result"))
+    return json_of(command, what, own_code=what.startswith("result"))
 
 
 def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[str, Any]:
@@ -126,11 +126,11 @@ def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[st
     if kernels:
         candidates.append(Candidate("accelerated", str(result), None, source.dtype, word or trust, kernels=True))
     command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models", request(candidates, job.device)]
-    found = _json_of(command, "times", own_code=True)
+    found = json_of(command, "times", own_code=True)
     return {"times": found.get("times", {}), "timing": found.get("timing", {})}
 
 
-def _json_of(command: list[str], what: str, *, own_code: bool) -> dict[str, Any]:
+def json_of(command: list[str], what: str, *, own_code: bool) -> dict[str, Any]:
     """Return what a command prints as JSON. Raises ``OptimError`` with its error line."""
     with tempfile.TemporaryDirectory() as cache:
         # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.

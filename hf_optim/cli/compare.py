@@ -1,0 +1,104 @@
+"""``hf-optim compare``: Compare checkpoints on the same data: quality, agreement with the first, size, memory and time.
+
+Each is evaluated in a process of its own, which gives its peak memory; then each is loaded beside the reference to
+compare their predictions, and all are timed in turn. Models of another task or vocabulary are refused before that."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.reported import REPORTED_METRICS, ReportedMetric, format_bytes, format_share, is_number
+from ..evaluation.timings import SPREAD
+from .options import add_data_options, add_model_options, data_config_from_args
+from .table import print_line, print_table
+
+EXAMPLE = "hf-optim compare org/model llama-w8a8 llama-w4a16 --data eval.jsonl --plot sizes.png"
+HEADINGS = {
+    "perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "spearman": "Spearman",
+    "top1_agreement": "agreement",
+    "kl": "KL",
+    "bytes_on_disk": "on disk",
+    "peak_memory_bytes": "peak memory",
+    "ms_per_token": "ms/token",
+    "ms_per_example": "ms/example",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="Hub ids or directories of checkpoints")
+    parser.add_argument("--data", required=True, metavar="DATA", help="evaluation data")
+    parser.add_argument("--reference", metavar="MODEL", help="compare the others with this one (default: the first)")
+    parser.add_argument("--auto", action="store_true", help="run compressed checkpoints on hf_optim's kernels")
+    parser.add_argument("--no-time", action="store_true", help="measure no time")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against bytes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_data_options(parser, "default: all")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import sys
+
+    from ..checkpoints.source import ModelSource
+    from ..errors import OptimError
+    from .jobs import comparing
+
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        raise OptimError(f"--plot writes PNG files: name one with .png, not {args.plot.name}")
+    models = comparing.require_models(args.models, args.reference)
+    job = comparing.Comparison(
+        models,
+        ModelSource("", args.revision, args.dtype, args.trust_remote_code),
+        data_config_from_args(args, args.data),
+        kernels=args.auto,
+        speed=not args.no_time,
+        device=args.device,
+        print_line=lambda line: print(line, file=sys.stderr),
+    )
+    found = comparing.compare_checkpoints(job)
+    labels = comparing.short_labels(models)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found, labels)
+    if args.plot is not None:
+        comparing.plot(found, labels, args.plot)
+        print_line(f"wrote {args.plot}") if not args.json else None
+    return 0
+
+
+def _print(found: dict[str, Any], labels: dict[str, str]) -> None:
+    measured = found["models"]
+    known = {key for values in measured.values() for key, value in values.items() if is_number(value)}
+    metrics = [metric for metric in REPORTED_METRICS if metric.key in HEADINGS and metric.key in known]
+    header = ["model", *(HEADINGS[m.key] for m in metrics)]
+    rows = [[labels[model], *(_cell(metric, values) for metric in metrics)] for model, values in measured.items()]
+    rows[0][0] += " (reference)"
+    base = measured[found["reference"]]
+    key = next((key for key in SPREAD if is_number(base.get(key))), None)
+    if key is not None:
+        header.append("time")
+        for row, values in zip(rows, measured.values(), strict=True):
+            row.append(_relative(values.get(key), base[key]))
+    print_table(header, rows)
+    if found["timing"]:
+        order = "in turn in one process" if found["timing"]["in_turn"] else "one model after the other"
+        print_line(f"time: {found['timing']['what']}; median ± half the interquartile range, {order}")
+
+
+def _cell(metric: ReportedMetric, values: dict[str, Any]) -> str:
+    value, spread = values.get(metric.key), values.get(SPREAD.get(metric.key, ""))
+    if not is_number(value):
+        return "not finite" if isinstance(value, float) else "-"
+    if metric.key.endswith(("bytes", "_on_disk")):
+        return format_bytes(value)
+    return metric.format(value) + (f" ± {metric.format(spread / 2)}" if is_number(spread) else "")
+
+
+def _relative(value: Any, base: float) -> str:
+    return format_share(value / base, 0) if is_number(value) and base else "-"

@@ -1,0 +1,189 @@
+"""Compare checkpoints: each is evaluated in a process of its own, timed in turn with the others, and held against one.
+
+Nothing is measured before it is known that all of them can be compared.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
+from ...data.tasks import Task, task_of, task_of_auto_class
+from ...errors import ModelError, OptimError
+from ...evaluation.cards.plots import Point, is_drawable, plot_pareto
+from ...evaluation.evaluate import compare
+from ...evaluation.reported import ReportedMetric, common_quality_metric
+from ...evaluation.side_by_side import require_comparable, require_same_tokens
+from ...recipes.config import DataConfig
+from ...toolkit.checkpoint.model_config import model_class
+from ...trust.code import may_run
+from .measuring import json_of
+from .timing import Candidate, load_on_kernels, request
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Checkpoints to compare.
+
+    Attributes:
+        models: Hub ids or directories; the first is the reference.
+        source: how they are loaded; its ``model`` is not used.
+        data: what they are evaluated on.
+        kernels: run compressed ones on hf_optim's kernels.
+        speed: also time them.
+        device: where they run; None means CUDA if available.
+        print_line: called with each line of progress.
+    """
+
+    models: tuple[str, ...]
+    source: ModelSource
+    data: DataConfig
+    kernels: bool = False
+    speed: bool = True
+    device: str | None = None
+    print_line: Callable[[str], None] = print
+
+    def source_of(self, model: str) -> ModelSource:
+        return replace(self.source, model=model)
+
+
+def compare_checkpoints(job: Comparison) -> dict[str, Any]:
+    """Return ``{"reference": name, "models": {name: metrics}, "timing": conditions}``; names are those of ``models``.
+
+    Raises ``OptimError`` if models cannot be compared or measured.
+    """
+    device = resolve_device(job.device) or torch.device("cpu")
+    _require_comparable(job)
+    found = {}
+    for model in job.models:
+        job.print_line(f"evaluating {model}")
+        found[model] = _figures(job, model)
+    reference = job.models[0]
+    job.print_line(f"comparing with {reference}, token by token")
+    for model, metrics in _agreements(job, device).items():
+        found[model] |= metrics
+    timing: dict[str, Any] = {}
+    if job.speed:
+        job.print_line("timing them in turn")
+        times = _times(job)
+        timing = times["timing"]
+        for model, metrics in times["times"].items():
+            found[model] |= metrics
+    return {"reference": reference, "models": found, "timing": timing}
+
+
+def plot(found: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> ReportedMetric:
+    """Draw quality against bytes of a comparison; return the metric of quality.
+
+    Raises ``OptimError`` if there is nothing to draw.
+    """
+    metric = common_quality_metric(*found["models"].values())
+    points = [
+        Point(metrics["bytes_on_disk"], metrics[metric.key], labels[model])
+        for model, metrics in found["models"].items()
+        if metric is not None and is_drawable(metrics[metric.key], signed=True)
+    ]
+    if metric is None or len(points) < 2:
+        raise OptimError("there are no two models with a quality that can be drawn")
+    plot_pareto(points, metric, path, "quality against size")
+    return metric
+
+
+def _require_comparable(job: Comparison) -> None:
+    first = job.models[0]
+    base = job.source_of(first)
+    cls = model_class(base.config)
+    processor = load_processor(base, cls)
+    for model in job.models[1:]:
+        source = job.source_of(model)
+        other = model_class(source.config)
+        require_comparable(model, _task(other), source.config, first, _task(cls), base.config)
+        require_same_tokens(model, load_processor(source, other), first, processor)
+
+
+def _task(cls: type) -> Task:
+    """Return the task of a model's class; of a model that comes with its code, that of the auto class that loads it."""
+    return task_of_auto_class(cls.__name__) if cls.__name__.startswith("AutoModel") else task_of(cls.__name__)
+
+
+def _figures(job: Comparison, model: str) -> dict[str, Any]:
+    """Return quality and peak memory of a checkpoint, measured in a child process."""
+    command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--no-time"]
+    for option, value in (
+        ("--data", job.data.dataset),
+        ("--text-column", job.data.text_column),
+        ("--split", job.data.split),
+        ("--samples", job.data.samples),
+        ("--seq-len", job.data.seq_len),
+        ("--seed", job.data.seed),
+        ("--device", job.device),
+        ("--dtype", job.source.dtype),
+    ):
+        if value is not None:
+            command += [option, str(value)]
+    command += ["--auto"] if job.kernels else []
+    command += ["--trust-remote-code"] if may_run(job.source.trust_remote_code) else []
+    return json_of(command, f"quality of {model}", own_code=False)
+
+
+def _agreements(job: Comparison, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return bytes of each model and its agreement with the reference, with these two in memory."""
+    first, *others = job.models
+    base = _load(job, first, device)
+    processor = load_processor(job.source_of(first), type(base))
+    found = {first: {"bytes_on_disk": checkpoint_bytes(job.source_of(first), base)}}
+    for model in others:
+        loaded = _load(job, model, device)
+        size = {"bytes_on_disk": checkpoint_bytes(job.source_of(model), loaded)}
+        found[model] = {**compare(loaded, base, processor, job.data), **size}
+        del loaded
+        gc.collect()
+    return found
+
+
+def _load(job: Comparison, model: str, device: torch.device) -> Any:
+    source = job.source_of(model)
+    return load_on_kernels(source, device) if job.kernels else load_model(source).to(device)
+
+
+def _times(job: Comparison) -> dict[str, Any]:
+    """Return the times of all models, measured in turn in one child process."""
+    trust = may_run(job.source.trust_remote_code)
+    candidates = [Candidate(model, model, None, job.source.dtype, trust, job.kernels) for model in job.models]
+    command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models", request(candidates, job.device)]
+    return json_of(command, "times", own_code=False)
+
+
+def short_labels(models: Sequence[str]) -> dict[str, str]:
+    """Return the shortest end of each path that no other model has, by model."""
+    parts = {model: Path(model).parts for model in models}
+    labels = {}
+    for model, own in parts.items():
+        count = next(
+            (
+                n
+                for n in range(1, len(own) + 1)
+                if not any(other[-n:] == own[-n:] for name, other in parts.items() if name != model)
+            ),
+            len(own),
+        )
+        labels[model] = "/".join(own[-count:])
+    return labels
+
+
+def require_models(models: Sequence[str], reference: str | None) -> tuple[str, ...]:
+    """Return the models with the reference first. Raises ``ModelError`` for fewer than two, or one given twice."""
+    ordered = list(models) if reference is None else [reference, *(m for m in models if m != reference)]
+    if len(ordered) < 2:
+        raise ModelError("a comparison takes at least two models")
+    if len(set(ordered)) < len(ordered):
+        twice = next(model for model in ordered if ordered.count(model) > 1)
+        raise ModelError(f"{twice} is given twice")
+    return tuple(ordered)
