@@ -17,7 +17,7 @@ from ..data.datasets import load_examples, load_texts, string_columns
 from ..data.labelled_batches import IGNORE_INDEX, LabelledBatch, LabelledBatches
 from ..data.processor_errors import data_errors
 from ..data.tasks import task_of_model
-from ..errors import DataError, OptimError
+from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..toolkit.modules.modes import device_of, eval_mode
 from .latency import measure_time
@@ -216,21 +216,3 @@ def _to_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise DataError(f"score {value!r} is not a number") from error
-
-
-def lm_eval_tasks(
-    model: Any, tokenizer: Any, tasks: Iterable[str], *, limit: int | None = None, batch_size: int = 8
-) -> dict[str, dict[str, Any]]:
-    """Run tasks of EleutherAI's lm-eval on a model in memory; return ``{task: {metric: value}}``.
-
-    Raises ``OptimError`` if the optional package is not installed.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise OptimError("lm-eval is not installed: pip install 'hf-optim[lm-eval]'") from error
-    with eval_mode(model):
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        results = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
-    return {task: dict(metrics) for task, metrics in results["results"].items()}

@@ -13,7 +13,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from hf_optim import OptimError
 from hf_optim.cli import main
-from hf_optim.cli.jobs import comparing, timing
+from hf_optim.cli.jobs import comparing, timed_models
 from hf_optim.errors import ModelError
 
 WORDS = len(tiny_tokenizer())
@@ -67,13 +67,13 @@ def in_this_process(monkeypatch):
     """Children of the command run in this process: importing takes longer than what they do."""
     started = []
 
-    def run(command, what, *, own_code, given=None):
+    def run(command, what, *, own_code):
         out = io.StringIO()
         started.append(command)
-        if given is not None:
-            listed = json.loads(given)
-            found = timing.time_candidates(
-                [timing.Candidate(**one) for one in listed["candidates"]], torch.device("cpu")
+        if what == "times":
+            listed = json.loads(command[3])
+            found = timed_models.time_candidates(
+                [timed_models.Candidate(**one) for one in listed["candidates"]], torch.device("cpu")
             )
             return json.loads(json.dumps(found))
         with redirect_stdout(out):

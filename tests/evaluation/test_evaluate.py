@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-import sys
-import types
 from contextlib import nullcontext
 
 import pytest
@@ -16,7 +13,7 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5,
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
-from hf_optim import CheckpointError, DataConfig, DataError, OptimError
+from hf_optim import CheckpointError, DataConfig, DataError
 from hf_optim.data.datasets import load_texts
 from hf_optim.data.tasks import task_of, task_of_model
 from hf_optim.evaluation import evaluate, latency, sizes
@@ -356,26 +353,3 @@ def test_models_that_generate_no_text_are_timed_per_example(build, shape, descri
     assert timing.median > 0
     assert seen == [False] * 4
     assert model.training
-
-
-def test_lm_eval_is_optional_and_gets_the_model_in_memory(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(OptimError, match=r"hf-optim\[lm-eval\]"):
-        evaluate.lm_eval_tasks(tiny_llama(), None, ["arc_easy"])
-    seen = {}
-
-    class HFLM:
-        def __init__(self, **kwargs):
-            seen.update(kwargs)
-
-    def simple_evaluate(model, tasks, limit):
-        return {"results": {task: {"acc,none": 0.5, "limit": limit} for task in tasks}}
-
-    package, models, hf = (types.ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
-    package.simple_evaluate, hf.HFLM = simple_evaluate, HFLM
-    for module in (package, models, hf):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    model = tiny_llama()
-    found = evaluate.lm_eval_tasks(model, "tokenizer", ["arc_easy"], limit=3)
-    assert found == {"arc_easy": {"acc,none": 0.5, "limit": 3}}
-    assert seen["pretrained"] is model
