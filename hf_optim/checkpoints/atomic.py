@@ -8,8 +8,9 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,11 +46,37 @@ def replace_directory(directory: Path, stale: Callable[[str], bool]) -> Iterator
             try:
                 staging.mkdir()
                 yield staging
+                use_default_mode(path for path in staging.rglob("*") if path.is_file())
                 _carry_over(real, staging, stale)
                 _sync(staging)
                 _exchange(real, staging)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+def use_default_mode(files: Iterable[Path]) -> None:
+    """Give files the mode of newly created ones, as the umask of the process defines it.
+
+    The safetensors library creates its files for the owner alone, and nobody else could read a shared folder. Links, and
+    files that have another name as well, keep their mode.
+    """
+    for path in files:
+        state = path.lstat()
+        if stat.S_ISREG(state.st_mode) and state.st_nlink == 1:
+            path.chmod(_default_mode(path.parent))
+
+
+def _default_mode(directory: Path) -> int:
+    """Return the mode that a new file in a directory gets. (Reading the umask itself would change it for a moment.)"""
+    probe = directory / f".mode-{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        probe.unlink()
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 def require_replaceable(directory: Path) -> None:

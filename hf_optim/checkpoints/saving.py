@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..runs.run import Run, require_sound, run_of
 from ..trust import code
 from . import save_methods
-from .atomic import replace_directory
+from .atomic import replace_directory, use_default_mode
 
 # Measures the checkpoint in a directory.
 Measure = Callable[[Path], Mapping[str, Any]]
@@ -148,6 +148,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **
     else:
         # A checkpoint in mid-training: plain and quick, and marked as unfinished by its record.
         save_plain(model, save_directory, **kwargs)
+        use_default_mode(path for path in Path(save_directory).iterdir() if is_weights(path.name))
         drop_unused_code(run, Path(save_directory))
         run.record.write(Path(save_directory))
     if push:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -31,6 +32,37 @@ def test_a_new_directory_appears_whole(tmp_path):
         assert not target.exists()
     assert files(target) == {"a": "1"}
     assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_of_the_umask(umask, expected, tmp_path):
+    """The safetensors library writes for the owner alone. What the body did not write keeps its mode."""
+    (tmp_path / "out").mkdir()
+    for name, own in (("notes.txt", 0o604), ("elsewhere", 0o600)):
+        (tmp_path / "out" / name).write_text(name)
+        (tmp_path / "out" / name).chmod(own)
+    before = os.umask(umask)
+    try:
+        with replace_directory(tmp_path / "out", never) as staging:
+            for name in ("model.safetensors", "plots/layers.png"):
+                (staging / name).parent.mkdir(exist_ok=True)
+                (staging / name).write_text(name)
+                (staging / name).chmod(0o600)
+            (staging / "link").symlink_to("model.safetensors")
+            os.link(tmp_path / "out" / "elsewhere", staging / "linked")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "out" / "model.safetensors") == mode(tmp_path / "out" / "plots" / "layers.png") == expected
+    assert mode(tmp_path / "out" / "notes.txt") == 0o604
+    assert mode(tmp_path / "out" / "linked") == 0o600
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["model.safetensors", "plots", "link", "linked", "notes.txt", "elsewhere"]
+    )
 
 
 def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -184,3 +186,16 @@ def test_the_model_that_was_copied_keeps_its_run(tmp_path):
     assert run_of(model).model is model
     model.save_pretrained(tmp_path)
     assert is_optimized(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+@pytest.mark.parametrize("step", [W8A8, {"technique": "gmp", "sparsity": 0.5}], ids=["finished", "waits for training"])
+def test_others_can_read_what_is_saved(step, tmp_path):
+    before = os.umask(0o022)
+    try:
+        optimize(tiny_llama(), [step]).save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) > 1
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
