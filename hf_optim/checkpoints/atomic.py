@@ -57,7 +57,7 @@ def replace_directory(directory: Path, stale: Callable[[str], bool]) -> Iterator
 def use_default_mode(files: Iterable[Path]) -> None:
     """Give files the mode of newly created ones, as the umask of the process defines it.
 
-    The safetensors library creates its files for the owner alone, and nobody else could read a shared folder. Links, and
+    The safetensors library creates its files for the owner alone: nobody else could read a shared folder. Links, and
     files that have another name as well, keep their mode.
     """
     for path in files:

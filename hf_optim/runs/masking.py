@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,12 +56,27 @@ def stray_weights(run: Run) -> list[str]:
     """Return the parameters with nonzero weights where their mask is False; of sharded ones, in this rank's part."""
     fsdp.reshard(run.model)
     found = []
-    for name in run.masks:
-        parameter = masked_parameter(run, name)
-        weight = fsdp.local_shard(parameter.detach())
-        if bool((weight != 0).logical_and_(~fsdp.shard_like(run.masks[name], parameter)).any()):
+    for name, mask in run.masks.items():
+        packed = _packed_layer(run.model, name)
+        if packed is not None:
+            weight = packed.decoded()
+            kept = mask.to(weight.device)
+        else:
+            parameter = masked_parameter(run, name)
+            weight, kept = fsdp.local_shard(parameter.detach()), fsdp.shard_like(mask, parameter)
+        if bool((weight != 0).logical_and_(~kept).any()):
             found.append(name)
     return found
+
+
+def _packed_layer(model: nn.Module, name: str) -> Any:
+    """Return the layer that has a weight if it runs on a kernel: it holds codes instead, and decodes them."""
+    owner, _, own = name.rpartition(".")
+    try:
+        module: Any = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    return module if own == "weight" and own not in module._parameters and hasattr(module, "decoded") else None
 
 
 def require_equal_masks(run: Run) -> None:

@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, tiny_mixtral
 from transformers import AutoModelForCausalLM
 
 from hf_optim import OptimError
 from hf_optim.checkpoints.serving import check_serving, serving_support
+from hf_optim.checkpoints.serving_rules import SERVERS
 from hf_optim.cli import main
 from hf_optim.errors import CheckpointError
 
@@ -292,6 +294,38 @@ def test_what_is_not_a_checkpoint(tmp_path):
     for source in (tmp_path / "nothing", tmp_path, __file__, "./here"):
         with pytest.raises(OptimError):
             check_serving(source)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ("4-bit weights per channel or in groups of 32, 64, 128 (W4A16)", "w4"),
+        ("4-bit weights per channel or in groups of 32, 64, 128 (W4A16)", "w4 per channel"),
+        ("4-bit weights in other groups", "w4 groups of 16"),
+        ("weights of 2, 3, 5, 6 or 7 bits", "w3"),
+        ("8-bit weights, 16-bit inputs (W8A16)", "w8"),
+        ("weights with zero points", "zero points"),
+        ("8-bit weights and inputs, dynamic (W8A8)", "w8a8"),
+        ("4-bit weights, 8-bit inputs (W4A8)", "w4a8"),
+        ("8-bit floats (FP8)", "fp8"),
+        ("q, k and v, or gate and up, with different bits", "one of three left out"),
+        ("pruned, also 2:4, 16-bit", "pruned"),
+        ("a model with its own code", "own code"),
+    ],
+)
+def test_the_table_of_the_documentation(row, name):
+    """The cases above are tried on checkpoints; the page says the same of them."""
+    lines = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").splitlines()
+    (found,) = [line for line in lines if line.startswith(f"| {row} |")]
+    assert [cell.strip() for cell in found.strip("|").split("|")][2:] == ["yes" if e else "no" for e in CASES[name][1]]
+
+
+def test_the_page_names_the_versions_that_were_read():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for server in SERVERS:
+        assert server.name in page
+        assert server.version in page
+        assert server.command.format(path="my-w4a16") in page
 
 
 def test_the_command(w4, dense, tmp_path, capsys):

@@ -289,3 +289,23 @@ def test_nothing_is_looked_up_while_masks_stay_the_same(monkeypatch):
     run.masks[other] = run.masks.pop(NAME)  # the same tensor under another name is another mask
     keeper.on_step_begin(None, None, None)
     assert stray_weights(run) == []
+
+
+def test_masks_are_held_against_the_codes_of_layers_on_kernels(tmp_path):
+    """Such a layer has no parameter ``weight``; what its codes decode to is zero where the mask is."""
+    model = tiny_llama(hidden_size=128, intermediate_size=256, num_hidden_layers=1).to(torch.bfloat16)
+    hf_optim.optimize(model, [{"technique": "nm"}, {"technique": "rtn", "bits": 4, "group_size": 32}])
+    hf_optim.accelerate(model)
+    run = hf_optim.run_of(model)
+    assert "weight" not in model.get_submodule(NAME.rpartition(".")[0])._parameters
+    assert stray_weights(run) == []
+    model.save_pretrained(tmp_path / "out")
+    back = type(model).from_pretrained(tmp_path / "out")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        back(ids)  # decompresses
+    assert ((back.get_parameter(NAME) != 0) <= run.masks[NAME]).all()
+    run.masks[NAME] = torch.zeros_like(run.masks[NAME])
+    assert stray_weights(run) == [NAME]
+    with pytest.raises(hf_optim.CheckpointError, match="where it was pruned"):
+        model.save_pretrained(tmp_path / "other")
