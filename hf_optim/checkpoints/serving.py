@@ -228,7 +228,7 @@ def _shape_problems(server: Server, layer: Layer, scheme: Scheme, fused: int) ->
                 "that do not divide the inputs)"
             )
         points = local.get("weight_zero_point")
-        if not scheme.symmetric and (points is None or points.shape[0] != math.ceil(outputs * scheme.bits / 32)):
+        if not scheme.symmetric and (points is None or points.shape[:1] != (math.ceil(outputs * scheme.bits / 32),)):
             yield "has zero points that are not packed along its outputs"
     elif "weight_packed" in local and scheme.format != "nvfp4-pack-quantized":
         yield f"has packed codes, and its format is {scheme.format}"
@@ -251,7 +251,7 @@ def _size(layer: Layer, scheme: Scheme) -> tuple[int, int]:
     scale, packed = local["weight_scale"], local["weight_packed"]
     if scheme.group_size != PER_CHANNEL and len(scale.shape) == 2:
         return scale.shape[1] * scheme.group_size, layer.outputs
-    return packed.shape[1] * 32 // scheme.bits, layer.outputs
+    return packed.shape[1] * 32 // max(1, scheme.bits), layer.outputs
 
 
 def _fused_outputs(checkpoint: QuantizedCheckpoint) -> dict[str, int]:

@@ -86,7 +86,7 @@ def _parse(stored: Mapping[str, Any]) -> Any:
     try:
         return QuantizationConfig.model_validate(dict(stored))
     except Exception as error:  # pydantic's errors, and those of the validators
-        reasons = getattr(error, "errors", list)()
+        reasons: list[Any] = getattr(error, "errors", list)()
         where = " > ".join(str(part) for part in reasons[0]["loc"][:4]) if reasons else ""
         what = reasons[0]["msg"] if reasons else first_line(error, typed=True)
         raise CheckpointError(
@@ -132,8 +132,8 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str, str], bool]:
 def _layers(tensors: Sequence[TensorInfo]) -> list[Layer]:
     by_module: dict[str, dict[str, TensorInfo]] = {}
     for tensor in tensors:
-        module, _, local = tensor.key.rpartition(".")
-        by_module.setdefault(module, {})[local] = tensor
+        module, _, own = tensor.key.rpartition(".")
+        by_module.setdefault(module, {})[own] = tensor
     layers = []
     for name, local in by_module.items():
         weight = local.get("weight_packed", local.get("weight"))

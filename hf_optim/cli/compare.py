@@ -92,10 +92,11 @@ def _print(found: dict[str, Any], labels: dict[str, str]) -> None:
 
 
 def _cell(metric: ReportedMetric, values: dict[str, Any]) -> str:
-    value, spread = values.get(metric.key), values.get(SPREAD.get(metric.key, ""))
+    value: Any = values.get(metric.key)
+    spread: Any = values.get(SPREAD.get(metric.key, ""))
     if not is_number(value):
         return "not finite" if isinstance(value, float) else "-"
-    if metric.key.endswith(("bytes", "_on_disk")):
+    if metric.key in ("bytes_on_disk", "peak_memory_bytes"):
         return format_bytes(value)
     return metric.format(value) + (f" ± {metric.format(spread / 2)}" if is_number(spread) else "")
 

@@ -74,8 +74,8 @@ def measure(args: argparse.Namespace, data: DataConfig) -> dict[str, Any]:
 
     if args.tasks is not None:
         require_lm_eval()
-    source = source_from_args(args)
     require_readable(data)
+    source = source_from_args(args)
     device = resolve_device(args.device) or torch.device("cpu")
     measured: dict[str, Any] = {}
     with PeakMemory(device) as memory:

@@ -12,6 +12,7 @@ from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..trust.bounds import first_line, shown
 from .images import find_image_column
+from .processor_errors import data_errors
 
 # A local file above this size (64 MB) is streamed instead of read completely.
 STREAMED_ABOVE = 64 * 2**20
@@ -79,9 +80,12 @@ def load_examples(config: DataConfig, *, limit: int | None = None) -> Iterable[d
 
 
 def require_readable(config: DataConfig) -> None:
-    """Raise ``DataError`` unless the dataset has a first example that can be read: before hours of other work."""
-    if next(iter(load_examples(config, limit=1)), None) is None:
-        raise DataError(f"{config.dataset}: no rows")
+    """Raise ``DataError`` unless a dataset that is named has a first example that can be read: before other work."""
+    if config.dataset is None:
+        return
+    with data_errors(config.dataset):
+        if next(iter(load_examples(config, limit=1)), None) is None:
+            raise DataError(f"{config.dataset}: no rows")
 
 
 def load_texts(config: DataConfig) -> Iterator[str]:

@@ -44,7 +44,7 @@ def compare_models(
     Raises ``ModelError`` if there are fewer than two models or no such reference, and if a model cannot be compared
     with the reference (``require_comparable``); ``DataError`` if the data does not fit.
     """
-    first = next(iter(models), None) if reference is None else reference
+    first = next(iter(models), "") if reference is None else reference
     if first not in models or len(models) < 2:
         raise ModelError(
             f"compare_models takes at least two models, and {first!r} among them as the reference, not {list(models)}"
@@ -84,7 +84,7 @@ def require_same_tokens(name: str, tokenizer: Any, reference: str, other: Any) -
 
     Logits of equal shape are compared position by position, which would be meaningless.
     """
-    tables = [getattr(one, "get_vocab", dict)() for one in (tokenizer, other)]
+    tables: list[Any] = [getattr(one, "get_vocab", dict)() for one in (tokenizer, other)]
     if all(tables) and tables[0] != tables[1]:
         differing = next(iter(sorted(set(tables[0].items()) ^ set(tables[1].items()))))[0]
         raise DataError(

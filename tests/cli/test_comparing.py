@@ -119,12 +119,13 @@ def test_the_command_prints_json(saved, data, in_this_process, capsys):
         (["dense"], "at least two"),
         (["dense", "dense"], "given twice"),
         (["dense", "pruned", "--plot", "sizes.svg"], "PNG"),
+        (["dense", "pruned", "--data", "nothing.jsonl"], "no data file"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_it_is_measured(words, reason, saved, data, monkeypatch, capsys):
     monkeypatch.setattr(comparing, "json_of", None)
     monkeypatch.chdir(saved)
-    assert main(["compare", *words, "--data", str(data), "--device", "cpu"]) == 2
+    assert main(["compare", "--data", str(data), "--device", "cpu", *words]) == 2
     printed = capsys.readouterr()
     assert reason in printed.err
     assert "evaluating" not in printed.err

@@ -167,3 +167,8 @@ def test_a_task_made_from_local_data(tmp_path):
     assert found["acc,none"] == pytest.approx(right / len(rows))
     assert 0 < right < len(rows)
     assert found["acc_stderr,none"] > 0
+
+
+def test_data_is_looked_for_before_the_model_is_loaded(tmp_path, capsys):
+    assert main(["eval", str(tmp_path / "no model"), "--data", str(tmp_path / "nothing.jsonl")]) == 2
+    assert "no data file" in capsys.readouterr().err

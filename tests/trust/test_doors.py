@@ -19,8 +19,10 @@ from hf_optim import OptimError
 from hf_optim.checkpoints import meta_model
 from hf_optim.checkpoints.source import ModelSource, load_model, load_processor
 from hf_optim.cli import main
+from hf_optim.cli.jobs import comparing
 from hf_optim.cli.jobs import compress as compress_job
 from hf_optim.evaluation.bench.models import build as build_for_bench
+from hf_optim.recipes.config import DataConfig
 from hf_optim.toolkit.distillation import teachers
 
 RTN = {"steps": [{"technique": "rtn", "bits": 4, "group_size": 16}]}
@@ -75,6 +77,12 @@ def evaluated(home):
     command("eval", home, "--data", data_file(home), "--seq-len", 16, "--device", "cpu")
 
 
+def compared(home):
+    """What ``hf-optim compare`` opens itself; it measures by ``hf-optim eval``."""
+    job = comparing.Comparison((str(home), str(home)), ModelSource(""), DataConfig(), print_line=lambda line: None)
+    comparing._require_comparable(job)
+
+
 def bench(home):
     import torch
 
@@ -94,6 +102,8 @@ DOORS = {
     "compress --driver streamed": (lambda home: compress(home, "--driver", "streamed"), True),
     "eval": (evaluated, True),
     "check": (lambda home: command("check", recipe_file(home), "--model", home), True),
+    "serving": (lambda home: command("serving", home), True),
+    "compare": (compared, False),
     "bench": (bench, False),
 }
 READ_WEIGHTS = [name for name, (_, reads) in DOORS.items() if reads]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, load_processor, resolve_device
+from ...data.datasets import require_readable
 from ...data.tasks import Task, task_of, task_of_auto_class
 from ...errors import ModelError, OptimError
 from ...evaluation.cards.plots import Point, is_drawable, plot_pareto
@@ -61,6 +62,7 @@ def compare_checkpoints(job: Comparison) -> dict[str, Any]:
     """
     device = resolve_device(job.device) or torch.device("cpu")
     _require_comparable(job)
+    require_readable(job.data)
     found = {}
     for model in job.models:
         job.print_line(f"evaluating {model}")
