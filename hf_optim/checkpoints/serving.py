@@ -107,8 +107,8 @@ def serving_support(
             reasons = [f"its model type {shown(config.get('model_type'))} needs the code in the checkpoint"]
         elif checkpoint is not None:
             reasons = list(dict.fromkeys(_problems(server, checkpoint, notes)))
-        elif method in ("gptq", "awq"):
-            reasons = _layout_problems(server, require_mapping(stored, "quantization_config"))
+        elif isinstance(method, str) and method in _layouts(server):
+            reasons = _layout_problems(server, method, require_mapping(stored, "quantization_config"))
         else:
             known, reasons = stored is None, []
             if not known:
@@ -124,7 +124,7 @@ def needs_own_code(config: Mapping[str, Any]) -> bool:
     """Return True if no class of transformers loads the model: its code is in the checkpoint."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING_NAMES
+    return "auto_map" in config and str(config.get("model_type")) not in CONFIG_MAPPING_NAMES
 
 
 def _problems(server: Server, checkpoint: QuantizedCheckpoint, notes: dict[str, None]) -> Iterator[str]:
@@ -295,17 +295,25 @@ def _fused_problems(server: Server, checkpoint: QuantizedCheckpoint) -> Iterator
             return
 
 
-def _layout_problems(server: Server, stored: Mapping[str, Any]) -> list[str]:
+def _layouts(server: Server) -> dict[str, Mapping[int, tuple[int, ...]]]:
+    """Return the group sizes that a server reads, by bits, for checkpoints in the layouts of GPTQ and AWQ."""
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    return {QuantizationMethod.GPTQ.value: server.gptq, QuantizationMethod.AWQ.value: server.awq}
+
+
+def _layout_problems(server: Server, method: str, stored: Mapping[str, Any]) -> list[str]:
     """Judge a checkpoint in the layout of GPTQ or AWQ, by its bits and group size."""
-    method = str(stored["quant_method"])
+    from transformers.utils.quantization_config import QuantizationMethod
+
     bits, size = stored.get("bits"), stored.get("group_size")
     if type(bits) is not int or type(size) is not int:
         raise CheckpointError(f"quantization_config of quant_method {method} has no whole numbers bits and group_size")
-    sizes = (server.gptq if method == "gptq" else server.awq).get(bits)
+    sizes = _layouts(server)[method].get(bits)
     problems = []
     if sizes is None or size not in sizes:
         problems.append(f"it has no kernel for {method.upper()} with {bits} bits in groups of {size}")
-    if method == "gptq" and stored.get("sym") is False and server.name != "TGI":
+    if method == QuantizationMethod.GPTQ and stored.get("sym") is False and not server.gptq_zero_points:
         problems.append("it reads no zero points in the layout of GPTQ (sym: false)")
     return problems
 

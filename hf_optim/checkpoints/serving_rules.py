@@ -126,7 +126,8 @@ class Server:
         one_format: the format of the whole configuration counts, not that of the group.
         class_before_parts: for projections that it fuses, the target ``Linear`` comes before targets by name.
         sparsity_refused: why a ``sparsity_config`` with targets is not read; empty if it is ignored.
-        gptq, awq: ``{bits: group sizes}`` of GPTQ checkpoints without zero points, and of AWQ checkpoints.
+        gptq, awq: ``{bits: group sizes}`` of checkpoints in the layouts of GPTQ and AWQ.
+        gptq_zero_points: it reads the zero points of GPTQ checkpoints.
         flat_rope: it reads ``rope_theta`` and ``rope_scaling``, not ``rope_parameters``.
     """
 
@@ -145,6 +146,7 @@ class Server:
     sparsity_refused: str = ""
     gptq: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     awq: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gptq_zero_points: bool = False
     flat_rope: bool = False
 
 
@@ -239,6 +241,7 @@ TGI = Server(
     one_format=True,
     gptq={2: MARLIN_GROUPS, 3: MARLIN_GROUPS, 4: MARLIN_GROUPS, 8: MARLIN_GROUPS},
     awq={4: MARLIN_GROUPS},
+    gptq_zero_points=True,
     flat_rope=True,
 )
 SERVERS = (VLLM, SGLANG, TGI)

@@ -284,10 +284,17 @@ def test_a_layout_without_its_numbers(stored):
         ({"quant_method": "awq", "bits": 8, "group_size": 128}, [False, False, False]),
         ({"quant_method": "bitsandbytes"}, [None, None, None]),
         ({"quant_method": {"a": 1}}, [None, None, None]),
+        ({}, [None, None, None]),
     ],
 )
 def test_other_layouts(stored, expected):
     assert [verdict.reads for verdict in serving_support({"quantization_config": stored})] == expected
+
+
+def test_model_types_and_names_of_any_kind():
+    for kind in ({"a": 1}, [1], None, 7):
+        (verdict, *_) = serving_support({"model_type": kind, "auto_map": {}, "architectures": kind})
+        assert verdict.reads is False
 
 
 def test_what_is_not_a_checkpoint(tmp_path):
