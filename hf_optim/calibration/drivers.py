@@ -34,7 +34,7 @@ def calibrate(run: Run, stage: Stage, journal: Journal | None = None) -> dict[st
     """Run the calibrating steps of a stage.
 
     Returns the ``driver`` that was used, and the metrics of ``summarize_throughput``. Raises ``ModelError`` if a step
-    finds nothing to work on and ``NumericalError`` for non-finite activations; both name the step. On any error, every
+    has no layer to change and ``NumericalError`` for non-finite activations; both name the step. On any error, every
     observer is detached and every module restored.
     """
     steps = [step for step in stage.steps if step.implements("calibrate")]

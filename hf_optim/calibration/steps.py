@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from ..errors import ModelError, NumericalError
+from ..errors import ModelError, NumericalError, RecipeError
 from ..recipes.technique import Technique
 from ..runs.acceptance import require_finite
 from ..runs.coverage import patterns_of
@@ -15,7 +15,7 @@ from ..runs.run import Run
 from ..runs.scope import Scope
 from .forward import Batch
 
-NONE_SELECTED = "Its skip leaves out every layer that its targets select"
+NONE_SELECTED = "its skip leaves out every layer that its targets select"
 
 
 def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callable[[Technique], None]) -> None:
@@ -27,9 +27,22 @@ def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callab
         scope: the part of the model that the step may modify.
         run_batches: runs the scope on all calibration batches; called at each ``yield``.
 
-    Raises ``NumericalError`` naming the step if the step raises one, or leaves weights that are not finite.
+    Raises ``NumericalError`` naming the step if the step raises one, or leaves weights that are not finite, and
+    ``RecipeError`` for a step that needs data but never asks for a pass over it.
     """
-    for generator in run.call_on([step], "calibrate", scope=scope):
+    generators = run.call_on([step], "calibrate", scope=scope)
+    # Without a ``yield`` the hook is an ordinary function, which has run before any batch.
+    if not generators and step.needs_data():
+        raise RecipeError(
+            f"{run.label(step)}: its hook calibrate is not a generator, so it sees no calibration batch: `yield` once for "
+            "each pass over the data, or let needs_data() return False"
+        )
+    for generator in generators:
+        if not isinstance(generator, Generator):
+            raise RecipeError(
+                f"{run.label(step)}: its hook calibrate returned a {type(generator).__name__}; it must be a generator "
+                "(`yield` once for each pass over the data) or return nothing"
+            )
         try:
             for _ in generator:
                 run_batches(step)
@@ -73,12 +86,21 @@ def require_covered(run: Run, step: Technique) -> None:
     if coverage is None or coverage[0]:
         return
     left = {**run.left_alone.get(run.index(step), {}), **coverage[1]}
-    reasons = "; ".join(f"{reason}: {_join_names(names)}" for reason, names in sorted(left.items()))
-    raise ModelError(
-        f"{run.label(step)} found nothing to work on in {type(run.model).__name__}. {reasons or NONE_SELECTED}"
-    )
+    raise ModelError(no_layer(run.label(step), type(run.model).__name__, left))
 
 
-def _join_names(names: set[str]) -> str:
+def no_layer(label: str, kind: str, skipped: Mapping[str, Iterable[str]]) -> str:
+    """Return the message for a step that can change no layer.
+
+    Args:
+        label: of the step.
+        kind: the class of the model.
+        skipped: reason -> names of layers that the step had to leave out for it.
+    """
+    parts = [f"{_join_names(names)} ({reason})" for reason, names in sorted(skipped.items())]
+    return f"{label} has no layer to change in {kind}: {'; '.join(parts) or NONE_SELECTED}"
+
+
+def _join_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")

@@ -17,7 +17,7 @@ from ..recipes.config import OptimConfig, shipped_recipes
 from ..recipes.contract import PHASE_OF_HOOK, TRAINER_HOOKS, Phase
 from ..recipes.field_checks import did_you_mean
 from ..recipes.schemes import SCHEMES, describe_scheme, find_scheme, is_scheme
-from ..recipes.technique import Technique
+from ..recipes.technique import HOOKS, Technique
 from .fields import fields_of, introduction
 from .table import format_table, print_table
 
@@ -26,7 +26,6 @@ hf-optim list gptq
 hf-optim list --json | jq -r '.techniques[].name'"""
 WIDTH = 120
 TRAITS = ("needs", "forbids", "adds", "drops", "keeps", "owes", "owns")
-HOOKS = (*PHASE_OF_HOOK, "register_kernels", "finalize_model", "export")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

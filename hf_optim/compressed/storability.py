@@ -156,4 +156,4 @@ def _unstorable(name: str, module: nn.Module, holders: Mapping[int, list[str]], 
         return "nn.MultiheadAttention reads its weight without calling it"
     weight = module._parameters.get("weight")  # None for a layer whose weight is packed
     others = [other for other in holders.get(id(weight), ()) if other != f"{name}.weight"]
-    return f"its weight is shared with {others[0]}" if others else ""
+    return f"its weight is tied to {others[0]}" if others else ""

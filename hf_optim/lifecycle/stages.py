@@ -8,6 +8,7 @@ changed, so only ``release`` accepts it.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
@@ -26,14 +27,16 @@ from ..calibration.media_inputs import require_media
 from ..checkpoints import saving
 from ..checkpoints.hub import commit_of
 from ..checkpoints.source import find_multimodal_processor, find_processor
-from ..errors import MAX_MESSAGE, DataError, OptimError
+from ..errors import MAX_MESSAGE, DataError, OptimError, RecipeError
 from ..recipes import hooks
-from ..recipes.composition import Stage
+from ..recipes.composition import Stage, step_label
 from ..recipes.config import OptimConfig
 from ..recipes.contract import Phase
-from ..recipes.technique import Technique
+from ..recipes.field_checks import did_you_mean
+from ..recipes.technique import MARK, Technique
 from ..runs import training_watch
 from ..runs.acceptance import require_finite, require_model
+from ..runs.claims import warn_unfulfilled
 from ..runs.coverage import note_left_alone, record_coverage, recount_zeros, require_effective
 from ..runs.memory import PeakMemory
 from ..runs.record import public_name
@@ -52,15 +55,37 @@ Work = Callable[[Run, Stage], Mapping[str, Any]]
 def start_run(recipe: OptimConfig, config: PreTrainedConfig) -> Run:
     """Return the run of a recipe on a model with this configuration, its steps registered as plugins.
 
-    Raises pluggy's ``PluginValidationError`` for a step that implements a hook that does not exist.
+    Raises ``RecipeError`` for a step that implements a hook that does not exist, or one with an argument that the hook
+    does not have.
     """
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hookspecs)
     # pluggy calls the last registered first.
-    for step in reversed(recipe.steps):
-        manager.register(step)
-    manager.check_pending()
+    for number, step in reversed(list(enumerate(recipe.steps))):
+        try:
+            manager.register(step, name=step_label(number, step))
+            manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise RecipeError(f"{step_label(number, step)}: {_wrong_hook(step, error)}") from error
     return Run(recipe, config, manager)
+
+
+def _wrong_hook(step: Technique, error: Exception) -> str:
+    """Return which hook of a step does not fit its specification, and how it could."""
+    known = {name: hook for name, hook in vars(hookspecs).items() if hasattr(hook, f"{hooks.PROJECT}_spec")}
+    for name in dir(type(step)):
+        method = inspect.getattr_static(type(step), name)
+        if not hasattr(method, MARK):
+            continue
+        if name not in known:
+            return f"no hook {name!r}{did_you_mean(name, known)} (the hooks are {', '.join(known)})"
+        allowed = list(inspect.signature(known[name]).parameters)
+        given = list(inspect.signature(method).parameters)[1:]
+        for argument in given:
+            if argument not in allowed:
+                hint = did_you_mean(argument, allowed)
+                return f"the hook {name} has no argument {argument!r}{hint} (it has {', '.join(allowed)})"
+    return first_line(error)
 
 
 def attach_model(run: Run, model: PreTrainedModel, source: Any, revision: str | None = None) -> None:
@@ -157,6 +182,7 @@ def complete_stage(run: Run) -> None:
         require_finite(run.model, "", str(stage))
         record_coverage(run, stage.steps)
         recount_zeros(run)
+        warn_unfulfilled(run, stage.steps)
     for step in stage.steps:
         contract = step.contract()
         run.traits -= contract.drops

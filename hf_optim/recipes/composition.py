@@ -84,8 +84,7 @@ def compose(steps: Sequence[Technique], traits: frozenset[Trait]) -> frozenset[T
         traits = (traits - contract.drops) | contract.adds
     for who, trait in owed:
         raise RecipeError(
-            f"{_how_to_get(trait, 'after')}: {who} must be followed by a step that adds {trait} "
-            f"(a model that {trait.meaning})"
+            f"{who} must be followed by {trait.step or f'a step that adds {trait}'}: {_how_to_get(trait, 'after')}"
         )
     _check_load_steps(steps)
     return traits
@@ -105,10 +104,10 @@ def _check_preconditions(
         dropped = next((other.name for other in reversed(before) if trait in other.contract().drops), None)
         if dropped is not None:
             raise RecipeError(
-                f"move {step.name} before {dropped}: {label} needs a model that {trait.meaning}; "
-                f"after {dropped} it no longer does"
+                f"move {step.name} before {dropped}: {label} needs a model that {trait.meaning}; that no longer "
+                f"holds after {dropped}"
             )
-        raise RecipeError(f"{_how_to_get(trait, 'before')}: {label} needs a model that {trait.meaning}")
+        raise RecipeError(f"{label} needs a model that {trait.meaning}: {_how_to_get(trait, 'before')}")
     for trait in sorted(contract.forbids & traits, key=str):
         reason = f"{label} does not support a model that {trait.meaning}"
         if trait in origins and trait in contract.adds:
@@ -146,7 +145,8 @@ def _rewrites_weights(step: Technique) -> bool:
 
 
 def _how_to_get(trait: Trait, where: str) -> str:
+    """Return what to do about a missing trait: the techniques that add it, or the trait's own remedy."""
     names = [cls.spec.name for cls in catalogue().all() if trait in cls.spec.contract.adds]
     if names:
-        return f"add {' or '.join(names)} {where} it"
+        return f"add {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {where} it"
     return trait.remedy or f"use another recipe (no technique in the catalogue adds {trait})"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 from collections.abc import Set
 from dataclasses import dataclass
 
+from ..errors import RecipeError
+from ..trust.bounds import shown
+from . import traits
 from .traits import Trait
 
 
@@ -64,10 +68,13 @@ class Contract:
         needs: preconditions: traits that the model must have before the step.
         forbids: traits that the model must not have before the step.
         adds: postconditions: traits that the model has after the step.
-        drops: traits that the step removes on purpose.
-        keeps: fragile traits that survive the step.
-        owes: traits that a *later* step must add: the step must be followed by one that adds them.
+        drops: traits that the step removes.
+        keeps: fragile traits that the step preserves. A step that rewrites weights destroys all others.
+        owes: required later steps, as the traits that they must add: with ``owes={QUANTIZED}`` the step must be
+            followed by a quantization step.
         owns: names of exclusive slots (``"attention"``, ``"experts"``), each of which one step of a recipe may fill.
+
+    Raises ``RecipeError`` for a value that is not a ``Trait`` (for ``owns``: not a name).
     """
 
     needs: Set[Trait] = frozenset()
@@ -80,7 +87,21 @@ class Contract:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, frozenset(getattr(self, f.name)))
+            given = getattr(self, f.name)
+            values = frozenset((given,) if isinstance(given, (str, Trait)) else given)
+            wrong = next((v for v in values if not isinstance(v, str if f.name == "owns" else Trait)), None)
+            if wrong is not None:
+                what = f"{shown(wrong)} is not the name of a slot" if f.name == "owns" else _not_a_trait(wrong)
+                raise RecipeError(f"Contract({f.name}=...): {what}")
+            object.__setattr__(self, f.name, values)
+
+
+def _not_a_trait(value: object) -> str:
+    """Return what is wrong with a value that should be a trait, with the trait of that name if there is one."""
+    names = {str(trait): key for key, trait in vars(traits).items() if isinstance(trait, Trait)}
+    close = difflib.get_close_matches(str(value)[:60].lower().replace("_", "-"), names, n=1)
+    hint = f"; did you mean traits.{names[close[0]]}?" if close else ""
+    return f"{shown(value)} is not a Trait{hint} (the traits are objects of hf_optim.traits)"
 
 
 @dataclass(frozen=True)

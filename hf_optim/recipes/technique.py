@@ -18,6 +18,8 @@ An object of the class is configuration, pluggy plugin and step of a recipe at o
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +27,18 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from ..errors import RecipeError
 from ..toolkit.topology import default_takes
+from ..trust.bounds import shown
 from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSpec
 from .field_checks import admits, check_fields, did_you_mean, option
 from .schemes import with_scheme
+
+
+# The families of the catalogue.
+FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention")
+# The hooks that a technique may implement (``hookspecs``); modules implement ``register_techniques``.
+HOOKS = (*PHASE_OF_HOOK, "register_kernels", "finalize_model", "export")
+# The attribute by which ``recipes.hooks.hookimpl`` marks a method.
+MARK = "hf_optim_impl"
 
 
 class Technique:
@@ -47,7 +58,7 @@ class Technique:
         """Raise ``RecipeError`` for a wrong combination of field values. Each value has been checked before."""
 
     def contract(self) -> Contract:
-        """Return the traits that this step needs, forbids, adds, drops, keeps and owes, and the slots that it owns."""
+        """Return the preconditions and effects of this step: see ``Contract``."""
         return self.spec.contract
 
     def reload(self) -> Reload:
@@ -213,16 +224,21 @@ def technique(
 
     Args:
         name: the name in recipes; by convention that of the paper, in snake case.
-        family: the folder of the catalogue it belongs to.
+        family: the group in which ``hf-optim list`` shows it, one of ``FAMILIES``, or a lower-case word of your own.
         contract: preconditions and effects; override the method ``contract`` if it depends on the fields.
         reload: reload level of its checkpoints; override the method ``reload`` if it depends on the fields.
         paper: the source.
         trains: True if the technique has no effect without training steps (a schedule, a distillation loss). Such a
             step makes its stage a training stage. A technique with training hooks and ``trains=False`` takes part in
             training if the stage trains anyway.
+
+    Raises ``RecipeError`` for a family that is a misspelling of a known one, and for a method that has the name of a
+    hook but is not marked ``@hookimpl``: the host would never call it.
     """
+    _check_family(name, family)
 
     def decorate(cls: type[T]) -> type[T]:
+        _check_hooks_marked(name, cls)
         # eq=False: pluggy rejects two equal plugins, but a recipe may have one technique twice.
         frozen = dataclass(frozen=True, eq=False, kw_only=True)(cls)
         summary = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
@@ -230,3 +246,25 @@ def technique(
         return frozen
 
     return decorate
+
+
+def _check_family(name: str, family: str) -> None:
+    """Raise ``RecipeError`` for a family that is not a lower-case word, or that is nearly one of ``FAMILIES``."""
+    if not isinstance(family, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", family):
+        raise RecipeError(f"technique {shown(name)}: the family must be a lower-case word, not {shown(family)}")
+    hint = did_you_mean(family, FAMILIES) if family not in FAMILIES else ""
+    if hint:
+        raise RecipeError(
+            f"technique {shown(name)}: no family {family!r}{hint} (the families are {', '.join(FAMILIES)}; the name of "
+            "a new one must differ more)"
+        )
+
+
+def _check_hooks_marked(name: str, cls: type) -> None:
+    """Raise ``RecipeError`` if a method has the name of a hook without its mark: it would count, but not be called."""
+    for hook in HOOKS:
+        method = inspect.getattr_static(cls, hook, None)
+        if method is not None and not hasattr(method, MARK):
+            raise RecipeError(
+                f"technique {shown(name)}: mark its method {hook} with @hookimpl, or the host never calls it"
+            )

@@ -23,6 +23,7 @@ class Trait:
         remedy: what a user can do if the trait is missing and no technique adds it, as a command: "start from ...".
         check: for traits of third parties: tests the property in the tensors of ``run.model``. The built-in ones are
             checked by ``hf_optim.testing.trait_checks``.
+        step: what a step that adds the trait is called in messages, with its article: "a quantization step".
     """
 
     name: str
@@ -30,6 +31,7 @@ class Trait:
     fragile: bool = False
     remedy: str = ""
     check: Callable[[Any], bool] | None = None
+    step: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -37,14 +39,16 @@ class Trait:
 
 FLOAT_WEIGHTS = Trait(
     "float-weights",
-    "computes with floating-point weights",
+    "has floating-point weights",
     remedy="start from the floating-point checkpoint instead of a quantized one",
 )
-QUANTIZED = Trait("quantized", "stores weights as codes on a grid")
-BITS_ASSIGNED = Trait("bits-assigned", "has a bit width assigned to each of its layers")
-SPARSE = Trait("sparse", "has weights that were pruned to zero", fragile=True)
-SPARSE_NM = Trait("sparse-nm", "keeps N of every M weights in a row", fragile=True)
-MOE = Trait("moe", "routes tokens to experts")
-LOCAL_ATTENTION = Trait("local-attention", "attends to a bounded part of the sequence")
+QUANTIZED = Trait("quantized", "has quantized weights", step="a quantization step")
+BITS_ASSIGNED = Trait(
+    "bits-assigned", "has a bit width assigned to each of its layers", step="a step that assigns bits"
+)
+SPARSE = Trait("sparse", "has weights that were pruned to zero", fragile=True, step="a pruning step")
+SPARSE_NM = Trait("sparse-nm", "keeps N of every M weights in a row", fragile=True, step="an N:M pruning step")
+MOE = Trait("moe", "routes tokens to experts", step="a step that makes a mixture of experts")
+LOCAL_ATTENTION = Trait("local-attention", "attends to a bounded part of the sequence", step="a local-attention step")
 
 BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, BITS_ASSIGNED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..recipes.traits import BITS_ASSIGNED, FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
+from ..runs.claims import has_codes
 from ..runs.masking import stray_weights
 from ..toolkit.pruning.masks import parameter_has_nm_pattern
 from ..toolkit.topology.experts import expert_linears, has_experts
@@ -21,15 +22,7 @@ def holds(trait: Trait, run: Run) -> bool:
 
 
 def _has_float_weights(run: Run) -> bool:
-    return not _has_stored_quantization(run)
-
-
-def _has_stored_quantization(run: Run) -> bool:
-    # Modules of remote code that hold codes have the attribute holds_codes.
-    return any(
-        getattr(m, "quantization_scheme", None) is not None or getattr(m, "holds_codes", False)
-        for m in run.model.modules()
-    )
+    return not has_codes(run)
 
 
 def _has_bit_plan(run: Run) -> bool:
@@ -53,7 +46,7 @@ def _is_sparse_nm(run: Run) -> bool:
 
 CHECKS: dict[Trait, Callable[[Run], bool]] = {
     FLOAT_WEIGHTS: _has_float_weights,
-    QUANTIZED: _has_stored_quantization,
+    QUANTIZED: has_codes,
     BITS_ASSIGNED: _has_bit_plan,
     SPARSE: _is_sparse,
     SPARSE_NM: _is_sparse_nm,

@@ -286,7 +286,7 @@ def test_storable_names_the_layers_it_skips():
     model = tiny_qwen2()
     layers, skipped = compressed.storable(Scope("", model, model), ("lm_head",))
     assert layers == {}
-    assert skipped == {"its weight is shared with model.embed_tokens.weight": ["lm_head"]}
+    assert skipped == {"its weight is tied to model.embed_tokens.weight": ["lm_head"]}
 
 
 def test_dense_leaves_no_trace():

@@ -125,7 +125,7 @@ def test_what_can_only_be_set_at_load_says_so():
 
 def test_a_bad_recipe_is_refused_before_a_weight_is_read(tmp_path):
     (tmp_path / "config.json").write_text(tiny_llama().config.to_json_string())
-    with pytest.raises(RecipeError, match="must be followed by a step"):
+    with pytest.raises(RecipeError, match="must be followed by a quantization step"):
         AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=[{"technique": "smoothquant"}])
 
 

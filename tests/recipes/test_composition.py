@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hf_optim import OptimConfig, RecipeError
+from hf_optim import Contract, OptimConfig, RecipeError, Reload, Technique, Trait, technique
 from hf_optim.recipes.catalogue import catalogue
-from hf_optim.recipes.traits import FLOAT_WEIGHTS, QUANTIZED, SPARSE_NM
+from hf_optim.recipes.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, SPARSE_NM
 
 
 def recipe(*names: str | dict) -> OptimConfig:
@@ -17,18 +17,45 @@ def test_a_step_that_must_be_followed_by_another_is_refused_without_it():
     with pytest.raises(RecipeError) as caught:
         recipe("smoothquant").check()
     text = str(caught.value)
-    assert "step 1 (smoothquant) must be followed by a step that adds quantized" in text
     quantizers = [cls.spec.name for cls in catalogue().all() if QUANTIZED in cls.spec.contract.adds]
     assert {"gptq", "rtn"} < set(quantizers)
-    assert text.startswith(f"add {' or '.join(quantizers)} after it: ")
+    listed = f"{', '.join(quantizers[:-1])} or {quantizers[-1]}"
+    assert text == f"step 1 (smoothquant) must be followed by a quantization step: add {listed} after it"
     assert recipe("smoothquant", "rtn").check() >= {QUANTIZED}
 
 
 def test_the_order_matters_and_the_error_says_what_to_move():
     with pytest.raises(RecipeError) as caught:
         recipe("rtn", "smoothquant").check()
-    assert "step 2 (smoothquant) needs a model that computes with floating-point weights" in str(caught.value)
-    assert str(caught.value).startswith("move smoothquant before rtn: ")
+    assert str(caught.value) == (
+        "move smoothquant before rtn: step 2 (smoothquant) needs a model that has floating-point weights; that no longer "
+        "holds after rtn"
+    )
+
+
+def test_a_missing_trait_is_named_with_the_step_that_adds_it():
+    @technique("follower", family="testing", contract=Contract(needs={MOE}), reload=Reload.STOCK_DENSE)
+    class Follower(Technique):
+        """Needs experts."""
+
+    with pytest.raises(RecipeError) as caught:
+        OptimConfig.parse(Follower()).check()
+    assert str(caught.value) == ("step 1 (follower) needs a model that routes tokens to experts: add upcycle before it")
+
+
+def test_a_trait_of_a_third_party_is_named_in_its_own_words():
+    rotated = Trait("rotated", "has rotated activations")
+
+    @technique("rotator", family="testing", contract=Contract(owes={rotated}), reload=Reload.STOCK_DENSE)
+    class Rotator(Technique):
+        """Needs a later step."""
+
+    with pytest.raises(RecipeError) as caught:
+        OptimConfig.parse(Rotator()).check()
+    assert str(caught.value) == (
+        "step 1 (rotator) must be followed by a step that adds rotated: use another recipe (no technique in the "
+        "catalogue adds rotated)"
+    )
 
 
 def test_two_steps_of_one_kind_or_one_slot_are_refused():

@@ -11,6 +11,7 @@ import pytest
 from hf_optim import Contract, OptimConfig, RecipeError, Reload, Technique, hookimpl, option, technique
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.recipes.contract import Phase
+from hf_optim.recipes.traits import SPARSE
 
 
 @technique("example", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
@@ -135,7 +136,7 @@ def test_a_hook_with_an_unknown_name_is_an_error():
         def calibrat(self, run, scope):
             yield
 
-    with pytest.raises(Exception, match="unknown hook 'calibrat'"):
+    with pytest.raises(RecipeError, match=r"step 1 \(misspelt\): no hook 'calibrat'; did you mean 'calibrate'\?"):
         start_run(OptimConfig.parse(Misspelt()), config=None)
 
 
@@ -148,5 +149,59 @@ def test_an_argument_that_a_hook_does_not_have_is_an_error():
         def finalize_model(self, run, scope):
             return None
 
-    with pytest.raises(Exception, match="scope"):
-        start_run(OptimConfig.parse(Greedy()), config=None)
+    with pytest.raises(RecipeError) as caught:
+        start_run(OptimConfig.parse([Example(), Greedy()]), config=None)
+    assert str(caught.value) == "step 2 (greedy): the hook finalize_model has no argument 'scope' (it has run)"
+
+
+def test_a_misspelt_argument_of_a_hook_is_suggested():
+    @technique("hasty", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
+    class Hasty(Technique):
+        """Misspells an argument."""
+
+        @hookimpl
+        def calibrate(self, run, scop):
+            yield
+
+    with pytest.raises(
+        RecipeError, match=r"hook calibrate has no argument 'scop'; did you mean 'scope'\? .*run, scope"
+    ):
+        start_run(OptimConfig.parse(Hasty()), config=None)
+
+
+def test_a_hook_without_its_mark_is_an_error():
+    class Unmarked(Technique):
+        """Its method would never be called."""
+
+        def calibrate(self, run, scope):
+            yield
+
+    declare = technique("unmarked", family="testing", contract=Contract(), reload=Reload.STOCK_DENSE)
+    with pytest.raises(RecipeError, match="technique 'unmarked': mark its method calibrate with @hookimpl"):
+        declare(Unmarked)
+
+
+@pytest.mark.parametrize(("family", "nearest"), [("prunning", "pruning"), ("quantisation", "quantization")])
+def test_a_misspelt_family_is_an_error(family, nearest):
+    with pytest.raises(RecipeError, match=f"no family '{family}'; did you mean '{nearest}'\\?"):
+        technique("lost", family=family, contract=Contract(), reload=Reload.STOCK_DENSE)
+
+
+def test_a_family_of_ones_own_is_a_lower_case_word():
+    technique("rotation", family="rotations", contract=Contract(), reload=Reload.STOCK_DENSE)
+    for family in ("", "Big Words", 3):
+        with pytest.raises(RecipeError, match="the family must be a lower-case word, not"):
+            technique("lost", family=family, contract=Contract(), reload=Reload.STOCK_DENSE)
+
+
+def test_a_contract_holds_traits_and_names_of_slots():
+    with pytest.raises(RecipeError) as caught:
+        Contract(needs={"float-weight"})
+    assert str(caught.value) == (
+        "Contract(needs=...): 'float-weight' is not a Trait; did you mean traits.FLOAT_WEIGHTS? "
+        "(the traits are objects of hf_optim.traits)"
+    )
+    assert Contract(adds=SPARSE).adds == {SPARSE}
+    assert Contract(owns="experts").owns == {"experts"}
+    with pytest.raises(RecipeError, match="is not the name of a slot"):
+        Contract(owns={SPARSE})

@@ -81,11 +81,11 @@ def test_input_quantization_alone_and_float8_ignore_the_plan():
 
 
 def test_unused_bits_are_refused():
-    with pytest.raises(RecipeError, match=r"step 1 \(qbert\) must be followed by a step that adds quantized"):
+    with pytest.raises(RecipeError, match=r"step 1 \(qbert\) must be followed by a quantization step"):
         OptimConfig.parse([ASSIGN]).check()
     with pytest.raises(RecipeError, match="must be followed by"):
         optimize(tiny_llama(), [ASSIGN], calibration=IDS)
-    with pytest.raises(RecipeError, match=r"step 2 \(qbert\) needs a model that computes with floating-point"):
+    with pytest.raises(RecipeError, match=r"step 2 \(qbert\) needs a model that has floating-point"):
         optimize(tiny_llama(), [{"technique": "rtn"}, ASSIGN], calibration=IDS)
 
 

@@ -80,7 +80,7 @@ class StreamedDriver:
     def calibrate(self) -> None:
         """Calibrate and write all blocks, then what lies outside them.
 
-        Raises ``ModelError`` if a step finds nothing to work on, or modifies a weight outside the current block.
+        Raises ``ModelError`` if a step has no layer to change, or modifies a weight outside the current block.
         """
         map_large_blocks()
         self._require_finite_non_blocks()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...calibration.steps import NONE_SELECTED
+from ...calibration.steps import no_layer
 from ...compressed.storability import storable, takes_embeddings
 from ...errors import ModelError
 from ...recipes.config import OptimConfig
@@ -63,8 +63,7 @@ def _check_layers(step: Technique, model: Any, label: str) -> list[str]:
         raise ModelError(f"{label}: {error}") from error
     if not layers:
         left = {**topology.left_alone(model, targets, skip), **skipped}
-        why = "; ".join(f"{reason}: {_few(names)}" for reason, names in sorted(left.items()))
-        raise ModelError(f"{label} found nothing to work on in {type(model).__name__}. {why or NONE_SELECTED}")
+        raise ModelError(no_layer(label, type(model).__name__, left))
     notes = [f"{label} leaves out {_few(names)} ({reason})" for reason, names in sorted(skipped.items())]
     group_size = getattr(step, "group_size", None)
     return notes + (list(_adjusted_groups(layers, step, model, label)) if group_size else [])

@@ -227,7 +227,7 @@ def _pack(
     if isinstance(weight, str):
         return weight or NOT_COMPRESSED
     if shared:
-        return f"its weight is shared with {shared}" if compressed else NOT_COMPRESSED
+        return f"its weight is tied to {shared}" if compressed else NOT_COMPRESSED
     found = prepack(weight, kernels)
     if isinstance(found, str):
         return found or (NO_KERNEL if compressed else NOT_COMPRESSED)
@@ -274,7 +274,9 @@ def _warn_unsupported(unsupported: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     if by_reason:
         parts = [f"{_few(names)} ({reason})" for reason, names in by_reason.items()]
-        text = "these layers run on dense kernels, not on compressed ones: " + "; ".join(parts)
+        text = "no compressed kernel for these layers, which run on dense ones as in stock transformers: " + "; ".join(
+            parts
+        )
         warnings.warn(text, KernelWarning, stacklevel=4)
 
 

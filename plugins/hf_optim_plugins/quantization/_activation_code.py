@@ -49,7 +49,7 @@ def select_unshared(
     for name, layer in layers.items():
         others = [other for other in holders.get(id(layer.weight), ()) if other != f"{name}.weight"]
         if others:
-            skipped.setdefault(f"its weight is shared with {others[0]}", []).append(name)
+            skipped.setdefault(f"its weight is tied to {others[0]}", []).append(name)
         else:
             kept[name] = layer
     return kept, skipped

@@ -83,10 +83,10 @@ def report_bits(step: Any, run: Run) -> None:
 
 
 def bits_phrase(layers_by_bits: Mapping[str, int]) -> str:
-    """Return ``"4 bits"``, or if the layers differ ``"2 bits (3 layers), 4 bits (11 layers)"``."""
+    """Return ``"4 bits"``, or if the layers differ ``"2 bits (1 layer), 4 bits (11 layers)"``."""
     if len(layers_by_bits) == 1:
         return f"{next(iter(layers_by_bits))} bits"
-    return ", ".join(f"{bits} bits ({count} layers)" for bits, count in layers_by_bits.items())
+    return ", ".join(f"{bits} bits ({count} layer{'s' * (count != 1)})" for bits, count in layers_by_bits.items())
 
 
 def report_errors(step: Any, run: Run, errors: Mapping[str, float]) -> None:

@@ -127,7 +127,7 @@ class GOBO(Technique):
             if type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
                 skipped.setdefault(f"a {type(layer).__name__} is not a plain linear layer", []).append(name)
             elif shared:
-                skipped.setdefault(f"its weight is shared with {shared[0]}", []).append(name)
+                skipped.setdefault(f"its weight is tied to {shared[0]}", []).append(name)
             elif not 2 <= bits <= 8:
                 skipped.setdefault(f"{bits} bits are assigned to it", []).append(name)
             else:
@@ -203,7 +203,7 @@ class GOBO(Technique):
             return
         holders = parameter_names(run.model)[id(table.weight)]
         if len(holders) > 1:
-            run.cover(self, [], {f"its table is shared with {holders[-1]}": [name]})
+            run.cover(self, [], {f"its table is tied to {holders[-1]}": [name]})
             return
         require_finite({f"{name}.weight": table.weight}, run.label(self))
         quantized = self._quantize(run, name, table.weight, self.embedding_bits, None)
