@@ -27,7 +27,7 @@ class Sections:
     def __init__(self, file: str) -> None:
         self.path = Path(os.environ.get("OUT", ".")) / file
         self.result: dict[str, Any] = {
-            "device": torch.cuda.get_device_name(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
             "triton": triton.__version__,
         }

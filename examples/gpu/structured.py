@@ -23,7 +23,8 @@ from hf_optim.toolkit.topology import find_prunable_groups, trace
 
 OUT = Path(os.environ.get("OUT", "."))
 BLOCKS, TOKENS = 4, 4096
-RESULT: dict[str, object] = {"device": torch.cuda.get_device_name(), "blocks": BLOCKS, "tokens": TOKENS, "cases": []}
+DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+RESULT: dict[str, object] = {"device": DEVICE, "blocks": BLOCKS, "tokens": TOKENS, "cases": []}
 CASES = (
     {"neurons": 0.25},
     {"neurons": 0.5},

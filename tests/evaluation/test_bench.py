@@ -143,7 +143,7 @@ def test_int4_codes_and_pruning():
 
 
 # Which schemes have a CPU kernel is tested elsewhere.
-@pytest.mark.filterwarnings("ignore:no compressed kernel for these layers")
+@pytest.mark.filterwarnings("ignore:these layers run on dense kernels")
 @pytest.mark.parametrize("scheme", models.SCHEMES)
 def test_a_model_is_built_under_every_scheme(scheme):
     made = models.build("tiny", scheme, torch.float32, torch.device("cpu"))
@@ -176,7 +176,7 @@ def test_a_scheme_that_cannot_be_built_is_a_row():
     assert "no scheme 'w5a5'" in found.prefill[0].failure
 
 
-@pytest.mark.filterwarnings("ignore:no compressed kernel for these layers")
+@pytest.mark.filterwarnings("ignore:these layers run on dense kernels")
 def test_prefill_is_timed_and_compared_with_the_dense_model(tmp_path):
     found = results()
     model_runner.run_models(

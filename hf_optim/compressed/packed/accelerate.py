@@ -274,9 +274,7 @@ def _warn_unsupported(unsupported: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     if by_reason:
         parts = [f"{_few(names)} ({reason})" for reason, names in by_reason.items()]
-        text = "no compressed kernel for these layers, which run on dense ones as in stock transformers: " + "; ".join(
-            parts
-        )
+        text = "these layers run on dense kernels, not on compressed ones: " + "; ".join(parts)
         warnings.warn(text, KernelWarning, stacklevel=4)
 
 

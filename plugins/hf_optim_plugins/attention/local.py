@@ -54,7 +54,7 @@ WITH_WINDOW = {"llama": "mistral"}
     reload=Reload.STOCK_ARCH,
 )
 class Local(Technique):
-    """Restrict the attention of every token to the positions less than a window away.
+    """Restrict the attention of every token to a sliding window.
 
     Attributes:
         window: positions per side that a token sees, its own included. At least 2, since a stock sliding cache cannot

@@ -69,7 +69,7 @@ NO_DIVERGENCE = 1e-7
     trains=True,
 )
 class LogitKD(Distillation):
-    """Train the model to give the distribution of a teacher.
+    """Train the model to match the output distribution of a teacher (knowledge distillation).
 
     For causal and sequence-to-sequence language models, masked language models, token and sequence classifiers. Only
     positions that have a label are compared. Data needs no labels, and may be random tokens: then all positions that

@@ -94,7 +94,7 @@ NATIVE = {"llama": Native("mixtral"), "mistral": Native("mixtral"), "qwen3": Nat
     reload=Reload.STOCK_ARCH,
 )
 class Upcycle(Technique):
-    """Turn each feed-forward layer into a mixture of copies of it, which starts as the same function.
+    """Turn each feed-forward layer into a mixture of experts that starts as copies of it.
 
     Attributes:
         experts: experts per layer.

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     trains=True,
 )
 class L0(LearnedNoise):
-    """Learn which weights, neurons or heads to keep, with random gates and a price on the expected number of open ones.
+    """Learn which weights, neurons or heads to keep, by L0 regularization with hard concrete gates.
 
     Runs in ``hf_optim.OptimTrainer``: the price is the loss term ``l0``. In evaluation mode the gates are those of test
     time. Neurons and heads are found by tracing the model (``hf_optim.toolkit.topology.prunable_groups``); with

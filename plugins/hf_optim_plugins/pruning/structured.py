@@ -81,7 +81,7 @@ SOURCES = {
     reload=Reload.STOCK_DENSE,
 )
 class Structured(Technique):
-    """Remove heads, neurons and layers: the model gets smaller, and faster in proportion.
+    """Remove attention heads, neurons and layers, which makes the model smaller and faster.
 
     ``heads``, ``neurons`` and ``layers`` are shares in [0, 1) if floats, and numbers if whole: ``layers: 1`` removes
     one layer, ``layers: 0.5`` half of them. The removed weights are gone at once; training afterwards, best towards the

@@ -82,7 +82,7 @@ Scales = dict[str, tuple[Tensor, Tensor]]
     reload=Reload.STOCK_FORMAT,
 )
 class MixedPrecision(Technique):
-    """Quantize activations to 8 bits, except for the tensors whose rounding hurts, and weights to 8 bits.
+    """Quantize weights and activations to 8 bits, but leave the most sensitive activations in 16 bits.
 
     Attributes:
         targets: linear layers to quantize, by class, name or pattern.

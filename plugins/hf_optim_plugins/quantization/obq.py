@@ -67,7 +67,7 @@ LONG = 60.0
     reload=Reload.STOCK_FORMAT,
 )
 class OBQ(Technique):
-    """Quantize the cheapest weight of every row, let the free weights compensate it, and repeat.
+    """Quantize each row's weights one by one, those of least error first, and compensate each in the rest of its row.
 
     Attributes:
         targets: linear layers to quantize, by class, name or pattern.

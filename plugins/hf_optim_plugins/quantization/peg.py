@@ -66,7 +66,7 @@ Ranges = dict[str, tuple[Tensor, Tensor]]
     reload=Reload.REMOTE_CODE,
 )
 class PEG(Technique):
-    """Quantize activations to 8 bits with a grid for each group of channels of similar range, and weights to 8 bits.
+    """Quantize activations to 8 bits with one scale per group of channels of similar range, and weights to 8 bits.
 
     Attributes:
         targets: linear layers to quantize, by class, name or pattern.

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     trains=True,
 )
 class QAT(Technique):
-    """Train with weights, and optionally inputs, on the grid on which they will be stored.
+    """Train with fake-quantized weights, and optionally inputs (quantization-aware training).
 
     Runs in a stock ``Trainer`` with ``hf_optim.callbacks(model)``, also with learned scales; ``scale_learning_rate``
     needs ``hf_optim.OptimTrainer``. Layers compute on their grid from the creation of those callbacks to the end of

@@ -95,7 +95,7 @@ if TYPE_CHECKING:
     reload=Reload.STOCK_FORMAT,
 )
 class QBERT(Technique):
-    """Give each layer 2, 4 or 8 bits by the curvature of the loss, within a budget, and round to groups.
+    """Choose 2, 4 or 8 bits for each layer by the curvature of the loss, within a budget, and quantize the weights.
 
     Attributes:
         targets: linear layers to quantize, by class, name or pattern.
