@@ -16,6 +16,7 @@ from ..reported import common_quality_metric, recipe_label, short_id
 from . import sections
 from .detached import run_detached
 from .front_matter import front_matter
+from .points import ORIGINAL, Point, is_drawable, layers_differ, models_differ
 from .result import Claim, Result
 from .sections import markdown_table
 
@@ -150,29 +151,36 @@ class Card:
         return path
 
     def _draw_plots(self, home: Path) -> list[tuple[str, str, str]]:
+        """Draw the plots that tell something, and remove those of an earlier card that do not."""
         from . import plots
 
         drawn = []
         before, after = (self.record.measured.get(side, {}) for side in ("before", "after"))
         quality = common_quality_metric(before, after)
         plots.require_own_folder(home / PLOTS)
-        if quality is not None and all(plots.is_drawable(side.get("bytes_on_disk")) for side in (before, after)):
+        if quality is not None and all(is_drawable(side.get("bytes_on_disk")) for side in (before, after)):
             path = f"{PLOTS}/quality_against_bytes.png"
             label = recipe_label(self.record.recipe)
-            plots.plot_quality_against_bytes(
-                plots.Point(before["bytes_on_disk"], before[quality.key], "original"),
-                plots.Point(after["bytes_on_disk"], after[quality.key], label),
-                quality,
-                home / path,
-                sections.evaluation_label(self.record),
+            points = (
+                Point(before["bytes_on_disk"], before[quality.key], ORIGINAL),
+                Point(after["bytes_on_disk"], after[quality.key], label),
             )
-            alt = f"{quality.label} against the bytes of the weights: the original and {label}"
-            drawn.append((sections.QUALITY_PLOT, path, alt))
+            if models_differ(points, quality):
+                plots.plot_quality_against_bytes(
+                    *points, quality, home / path, sections.evaluation_label(self.record)
+                )
+                alt = f"{quality.label} against the bytes of the weights: the original and {label}"
+                drawn.append((sections.QUALITY_PLOT, path, alt))
+            else:
+                (home / path).unlink(missing_ok=True)
         for index, technique, values, metric in plots.find_layer_values(self.record.steps):
             path = f"{PLOTS}/step_{int(index) + 1}_{file_stem(metric)}.png"
             title = f"Step {int(index) + 1} ({technique}): {metric} of each layer"
-            plots.plot_layers(values, metric, home / path, title)
-            drawn.append((title, path, f"{metric} of {len(values)} layers"))
+            if layers_differ(values.values()):
+                plots.plot_layers(values, metric, home / path, title)
+                drawn.append((title, path, f"{metric} of {len(values)} layers"))
+            else:
+                (home / path).unlink(missing_ok=True)
         return drawn
 
 

@@ -1,85 +1,77 @@
-"""The index of a folder of model cards: one table and one plot of all of them, rendered from their records."""
+"""The index of a folder of model cards, rendered from their records: a page of HTML, and a README with plots."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import CheckpointError
-from ...runs.record import FILE_NAME, Record
 from ...trust.text import Markdown, code, link_target, plain
-from ..reported import QUALITY_METRICS, ReportedMetric, format_bytes, is_number, recipe_label, short_id
+from ..reported import QUALITY_METRICS, ReportedMetric, format_bytes
 from .card import write_page
-from .sections import evaluation_label, markdown_table
+from .page import render_page
+from .sections import markdown_table
+from .summary import CardSummary, comparable_points, read_cards
 
-PLOT = "quality_against_bytes"
+PLOT, PAGE, README = "quality_against_bytes", "index.html", "README.md"
 INTRODUCTION = (
     "Checkpoints made with hf_optim. Every number is measured and comes from the `hf_optim.json` beside its card. "
-    "`hf-optim card` renders this page from those files."
+    f"`hf-optim card` renders this page from those files, and [{PAGE}]({PAGE}): the same figures in a browser, to filter "
+    "and to sort."
 )
+PLOT_NOTE = "The numbers in the plot are those of the first column."
 
 
 def render_index(folder: Path | str) -> str:
-    """Write the ``README.md`` of a folder of cards, with its plots; return the text.
+    """Write ``README.md``, its plots and ``index.html`` into a folder of cards; return the text of the README.
 
     Raises ``CheckpointError`` if no sub-folder has a record, or if one cannot be read.
     """
     folder = Path(folder)
-    cards = [(path.parent.name, Record.read(path.parent)) for path in sorted(folder.glob(f"*/{FILE_NAME}"))]
-    if not cards:
-        raise CheckpointError(f"no folder in {folder} has a {FILE_NAME}")
+    cards = read_cards(folder)
     parts = ["# Model cards", INTRODUCTION, _table(cards)]
-    for metric in QUALITY_METRICS:
-        name = _draw(cards, metric, folder)
-        if name:
-            parts.append(f"![{metric.label} against the bytes of the weights, for each card]({name})")
+    names = [(metric, _draw(cards, metric, folder)) for metric in QUALITY_METRICS]
+    drawn = [(metric, name) for metric, name in names if name]
+    if drawn:
+        parts.append(PLOT_NOTE)
+    parts += [f"![{metric.label} against the bytes of the weights, for each card]({name})" for metric, name in drawn]
     text = "\n\n".join(parts) + "\n"
-    write_page(folder / "README.md", text)
+    write_page(folder / README, text)
+    write_page(folder / PAGE, render_page(cards))
     return text
 
 
-def _table(cards: list[tuple[str, Record]]) -> str:
+def _table(cards: Sequence[CardSummary]) -> str:
     rows = []
-    for name, record in cards:
-        before, after = (record.measured.get(side, {}) for side in ("before", "after"))
-        quality = next((m for m in QUALITY_METRICS if is_number(after.get(m.key))), None)
+    for card in cards:
+        quality = card.metric
+        values = [quality.format(v) if quality and v is not None else "-" for v in card.quality]
+        agreement, kl = card.figure("after", "top1_agreement"), card.figure("after", "kl")
         rows.append(
             [
-                Markdown(f"[{plain(name)}]({link_target(name)}/README.md)"),
-                short_id(str(record.base_model.get("id") or "-")),
-                recipe_label(record.recipe),
+                card.number,
+                Markdown(f"[{plain(card.folder)}]({link_target(card.folder)}/README.md)"),
+                card.base,
+                card.recipe,
                 quality.label if quality else "not measured",
-                quality.format(before[quality.key]) if quality and is_number(before.get(quality.key)) else "-",
-                quality.format(after[quality.key]) if quality else "-",
-                f"{after['top1_agreement']:.2%}" if is_number(after.get("top1_agreement")) else "-",
-                f"{after['kl']:.5f}" if is_number(after.get("kl")) else "-",
-                *(
-                    format_bytes(m["bytes_on_disk"]) if is_number(m.get("bytes_on_disk")) else "-"
-                    for m in (before, after)
-                ),
-                code(record.reload),
+                *values,
+                f"{agreement:.2%}" if agreement is not None else "-",
+                f"{kl:.5f}" if kl is not None else "-",
+                *(format_bytes(size) if size is not None else "-" for size in card.size),
+                code(card.record.reload),
             ]
         )
-    header = ("card", "base model", "recipe", "metric", "original", "result", "top-1 agreement", "KL (nats)")
+    header = ("", "card", "base model", "recipe", "metric", "original", "result", "top-1 agreement", "KL (nats)")
     return markdown_table([*header, "original weights", "weights", "reload"], rows)
 
 
-def _draw(cards: list[tuple[str, Record]], quality: ReportedMetric, folder: Path) -> str:
-    """Draw the plot of one quality metric. Return its file name, or an empty string if no card has the metric."""
+def _draw(cards: Sequence[CardSummary], quality: ReportedMetric, folder: Path) -> str:
+    """Draw the plot of one quality metric. Return its file name, or an empty string if there is nothing to compare."""
     from . import plots
 
-    points: dict[tuple[float, float, str, str], plots.Point] = {}
-    for _, record in cards:
-        series = evaluation_label(record)
-        for side, label in (("before", "original"), ("after", recipe_label(record.recipe))):
-            measured = record.measured.get(side, {})
-            if plots.is_drawable(measured.get("bytes_on_disk")) and plots.is_drawable(
-                measured.get(quality.key), signed=True
-            ):
-                point = plots.Point(measured["bytes_on_disk"], measured[quality.key], label, series)
-                # The cards of one model share its original: it is one point.
-                points.setdefault((point.bytes, round(point.quality, 4), label, series), point)
-    if not points:
+    path = folder / f"{PLOT}_{quality.key}.png"
+    series = comparable_points(cards, quality)
+    if not series:
+        path.unlink(missing_ok=True)  # of an earlier index
         return ""
-    name = f"{PLOT}_{quality.key}.png"
-    plots.plot_pareto(list(points.values()), quality, folder / name, "Quality against bytes")
-    return name
+    plots.plot_pareto(series, quality, path, "Quality against bytes")
+    return path.name

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
 from ...trust.text import plot_label
-from ..reported import ReportedMetric, format_bytes, is_number
+from ..reported import ReportedMetric, format_bytes
+from .label_places import edge_towards, needs_line, place_labels
+from .points import ORIGINAL, Point, is_drawable, pareto_front, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,31 +24,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
 MAX_BARS = 18
-# Of numbers, and of what one plot shows.
-LARGEST = 1e15
+# By family, in the order of ``points.FAMILIES``.
+FAMILY_COLOURS = ("#0072B2", "#D55E00", "#007A5A", "#A6518A", "#8A6D00", "#5B4BB5", "#000000", "#555555")
+FAMILY_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LEGEND = {"fontsize": 8, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.2}
+# Of what one plot shows.
 MAX_LAYERS, MAX_PANELS, MAX_POINTS, MAX_PLOTS = 20_000, 12, 120, 40
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model in a plot.
-
-    Attributes:
-        bytes: of its weights on disk.
-        quality: value of the quality metric.
-        label: text next to the point.
-        series: the group it is drawn with; models of one group can be compared.
-    """
-
-    bytes: float
-    quality: float
-    label: str
-    series: str = ""
-
-
-def is_drawable(value: Any, signed: bool = False) -> bool:
-    """Return True for a number that an axis can show; positive, unless it is ``signed``."""
-    return is_number(value) and abs(value) < LARGEST and (signed or value > 0)
 
 
 def require_own_folder(folder: Path) -> None:
@@ -62,15 +43,15 @@ def _canvas() -> tuple[Canvas, Axes]:
     return figure, panels[0]
 
 
-def _panels(count: int) -> tuple[Canvas, list[Axes]]:
-    """Create a canvas with panels one below the other that share the x axis; taller for more than two."""
+def _panels(count: int, height: float = 1.0) -> tuple[Canvas, list[Axes]]:
+    """Create a canvas with panels one below the other; ``height`` is that of two, in the usual height of a plot."""
     # Not pyplot: it keeps figures in a global list and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=(SIZE[0], SIZE[1] * max(1, count / 2)), dpi=DPI, layout="constrained")
+    figure = Canvas(figsize=(SIZE[0], SIZE[1] * max(1, height * count / 2)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    panels = list(figure.subplots(count, 1, squeeze=False)[:, 0])
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#dddddd", linewidth=0.6)
@@ -120,46 +101,73 @@ def plot_quality_against_bytes(
     axes.set_title(plot_label(title, 120), fontsize=10, loc="left")
     _plain_ticks(axes)
     texts = [f"{plot_label(p.label)}\n{format_bytes(p.bytes)}, {quality.format(p.quality)}" for p in (before, after)]
-    _place_labels(figure, axes, points, texts, COLOURS[:2], [points])
+    figure.draw_without_rendering()
+    _write_labels(figure, axes, points, texts, COLOURS[:2], [points])
     return save(figure, path)
 
 
-def plot_pareto(points: Sequence[Point], quality: ReportedMetric, path: Path, title: str = "") -> Path:
+def plot_pareto(
+    series: Mapping[str, Sequence[Point]], quality: ReportedMetric, path: Path, title: str = ""
+) -> Path:
     """Draw bytes (log) against quality for many models, with one panel per series and its Pareto front as a line.
 
-    Each series has its own panel because perplexities of models with different tokenizers cannot be compared.
+    Each series has its own panel because perplexities of models with different tokenizers cannot be compared. Points
+    have the numbers of their cards; mark and colour are those of the family.
     """
-    names = list(dict.fromkeys(p.series for p in points))[:MAX_PANELS]
-    points = [p for p in points if p.series in names][:MAX_POINTS]
-    names = list(dict.fromkeys(p.series for p in points))
-    figure, panels = _panels(len(names))
-    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        _pareto_panel(axes, [p for p in points if p.series == name], quality, i)
-        axes.set_title(plot_label(name), fontsize=9, loc="left", color=COLOURS[i % len(COLOURS)])
-    sizes = [p.bytes for p in points]
-    room = max((max(sizes) / min(sizes)) ** 0.16, 1.35)
-    panels[0].set_xlim(min(sizes) / room, max(sizes) * room)
-    _byte_ticks(panels[-1])
+    shown = dict(list(series.items())[:MAX_PANELS])
+    figure, panels = _panels(len(shown), 1.5)
+    families: dict[str, None] = {}
+    for axes, (name, listed) in zip(panels, shown.items(), strict=True):
+        points = listed[:MAX_POINTS]
+        families.update(dict.fromkeys(p.family for p in points if p.family))
+        _pareto_panel(axes, points, quality)
+        axes.set_title(plot_label(name), fontsize=9, loc="left")
     panels[-1].set_xlabel("weights on disk (logarithmic)", fontsize=9)
     figure.supylabel(_axis_label(quality), fontsize=9)
     figure.suptitle(plot_label(title), fontsize=10)
-    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        own = [p for p in points if p.series == name]
-        front = [(p.bytes, p.quality) for p in pareto_front(own, quality.lower_is_better)]
-        places = [(p.bytes, p.quality) for p in own]
-        _place_labels(
-            figure, axes, places, [plot_label(p.label) for p in own], [COLOURS[i % len(COLOURS)]] * len(own), [front]
-        )
+    marks = [_mark(name) for name in ("", *sorted(families, key=style_of))]
+    figure.legend(handles=marks, loc="outside lower center", ncols=6, **LEGEND)
+    # The legend takes room: labels are placed in the panels as they are in the end.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, listed in zip(panels, shown.values(), strict=True):
+        points = listed[:MAX_POINTS]
+        front = [(p.bytes, p.quality) for p in pareto_front(points, quality.lower_is_better)]
+        texts = [str(p.number) if p.number else plot_label(p.label) for p in points]
+        colours = [_colour(p.family) for p in points]
+        _write_labels(figure, axes, [(p.bytes, p.quality) for p in points], texts, colours, [front])
     return save(figure, path)
 
 
-def _pareto_panel(axes: Axes, points: Sequence[Point], quality: ReportedMetric, number: int) -> None:
-    colour = COLOURS[number % len(COLOURS)]
+def _colour(family: str) -> str:
+    return FAMILY_COLOURS[style_of(family)] if family else GREY
+
+
+def _mark(family: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    marker = FAMILY_MARKERS[style_of(family)] if family else "o"
+    fill = _colour(family) if family else "white"
+    return Line2D(
+        [], [], linestyle="", marker=marker, color=_colour(family), markerfacecolor=fill, label=family or ORIGINAL
+    )
+
+
+def _pareto_panel(axes: Axes, points: Sequence[Point], quality: ReportedMetric) -> None:
     values = [p.quality for p in points]
     axes.set_xscale("log")
-    axes.scatter([p.bytes for p in points], values, s=36, color=colour, marker=MARKERS[number % len(MARKERS)], zorder=3)
     front = pareto_front(points, quality.lower_is_better)
-    axes.plot([p.bytes for p in front], [p.quality for p in front], color=colour, linewidth=1, alpha=0.6)
+    axes.plot([p.bytes for p in front], [p.quality for p in front], color=GREY, linewidth=1, alpha=0.6, zorder=2)
+    for family in dict.fromkeys(p.family for p in points):
+        own = [p for p in points if p.family == family]
+        mark = _mark(family)
+        mark.set_data([p.bytes for p in own], [p.quality for p in own])
+        mark.set(markersize=5.5, zorder=3)
+        axes.add_line(mark)
+    sizes = [p.bytes for p in points]
+    room = max((max(sizes) / min(sizes)) ** 0.1, 1.2)
+    axes.set_xlim(min(sizes) / room, max(sizes) * room)
+    _byte_ticks(axes)
     if min(values) > 0 and max(values) / min(values) > 3:
         axes.set_yscale("log")
         room = (max(values) / min(values)) ** 0.2
@@ -168,16 +176,6 @@ def _pareto_panel(axes: Axes, points: Sequence[Point], quality: ReportedMetric, 
     else:
         axes.set_ylim(*_axis_limits(values))
         _plain_ticks(axes, "y")
-
-
-def pareto_front(points: Sequence[Point], lower_is_better: bool = True) -> list[Point]:
-    """Return the points that no other point beats in both bytes and quality, sorted by bytes."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.bytes, p.quality if lower_is_better else -p.quality)):
-        better = not best or (point.quality < best[-1].quality if lower_is_better else point.quality > best[-1].quality)
-        if better:
-            best.append(point)
-    return best
 
 
 def plot_layers(values: Mapping[str, float], metric: str, path: Path, title: str = "") -> Path:
@@ -300,7 +298,7 @@ def _value_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _place_labels(
+def _write_labels(
     figure: Canvas,
     axes: Axes,
     places: Sequence[tuple[float, float]],
@@ -308,63 +306,31 @@ def _place_labels(
     colours: Sequence[str],
     lines: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Write each text near its point, where it covers no other text, point or line; thin lines join distant ones."""
-    from matplotlib.transforms import Bbox
+    """Write each text near its point, where it covers no other text, point or line; thin lines join distant ones.
 
-    figure.draw_without_rendering()
+    The figure has its final layout: it was drawn before.
+    """
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    inside = axes.get_window_extent(renderer)
-    dots = axes.transData.transform(places)
-    radius = DPI / 72 * 6
-    taken = [Bbox([[x - radius, y - radius], [x + radius, y + radius]]) for x, y in dots]
-    tracks = [axes.transData.transform(line) for line in lines if len(line) > 1]
-    directions = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
-    for number, (place, text, colour) in enumerate(zip(places, texts, colours, strict=True)):
-        best: tuple[float, Any, Any] | None = None
-        for distance, (dx, dy) in product((9, 18, 30, 44, 60), directions):
-            note = axes.annotate(
-                text,
-                place,
-                xytext=(dx * distance, dy * distance),
-                textcoords="offset points",
-                ha={1: "left", 0: "center", -1: "right"}[dx],
-                va={1: "bottom", 0: "center", -1: "top"}[dy],
-                fontsize=8,
-                color=colour,
-                annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if distance > 18 else None,
-                zorder=4,
-            )
-            words = _text_box(note, renderer)
-            others = [other for i, other in enumerate(taken) if i != number]
-            hidden = sum(words.overlaps(other) for other in others) + sum(_crosses(track, words) for track in tracks)
-            cost = 10 * hidden + 20 * _outside(words, inside) + distance / 100
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, note, words)
-            else:
-                note.remove()
-            if cost < 1:
-                break
-        assert best is not None
-        taken.append(best[2])
-
-
-def _text_box(note: Any, renderer: Any) -> Any:
-    """Return the box of the words, without the line that leads to them."""
-    from matplotlib.text import Text
-
-    note.update_positions(renderer)
-    return Text.get_window_extent(note, renderer)
-
-
-def _crosses(track: Any, box: Any) -> bool:
-    """Return True if a line of pixels ``[n, 2]`` runs through a box."""
-    from matplotlib.path import Path as Line
-
-    return bool(Line(track).intersects_bbox(box, filled=False))
-
-
-def _outside(box: Any, frame: Any) -> bool:
-    return bool(box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1)
+    frame = axes.get_window_extent(renderer)
+    dots = [(float(x), float(y)) for x, y in axes.transData.transform(places)]
+    tracks = [[(float(x), float(y)) for x, y in axes.transData.transform(line)] for line in lines if len(line) > 1]
+    notes = [
+        axes.annotate(
+            text, place, xytext=(0, 0), textcoords="offset pixels", ha="center", va="center", fontsize=8, color=colour,
+            annotation_clip=False, zorder=4,
+        )
+        for place, text, colour in zip(places, texts, colours, strict=True)
+    ]  # fmt: skip
+    boxes = [note.get_window_extent(renderer) for note in notes]
+    radius = DPI / 72 * 5
+    sizes = [(float(box.width) + 4, float(box.height) + 2) for box in boxes]
+    centres = place_labels(dots, sizes, (frame.x0, frame.y0, frame.x1, frame.y1), radius, tracks)
+    for note, dot, size, centre, colour in zip(notes, dots, sizes, centres, colours, strict=True):
+        if centre is None:
+            note.remove()
+            continue
+        note.set_position((centre[0] - dot[0], centre[1] - dot[1]))
+        if needs_line(dot, centre, size, radius, dots):
+            end = edge_towards(dot, centre, size)
+            ends = axes.transData.inverted().transform([dot, end])
+            axes.plot(ends[:, 0], ends[:, 1], color=colour, linewidth=0.5, zorder=2, scalex=False, scaley=False)

@@ -168,13 +168,18 @@ def _code(source: str, language: str = "python") -> str:
 
 
 def recipe(record: Record) -> str:
-    """Render the recipe as YAML, in the order of recipe files (the JSON of the record is sorted)."""
+    """Render the recipe as a block of YAML."""
+    return _code(recipe_text(record), "yaml")
+
+
+def recipe_text(record: Record) -> str:
+    """Return the recipe as YAML, in the order of recipe files (the JSON of the record is sorted)."""
     shown = {key: record.recipe[key] for key in KEYS if key in record.recipe}
     shown["steps"] = [dict(sorted(s.items(), key=_technique_first)) for s in shown.get("steps", ())]
     if shown.get("calibration", {}).get("dataset") and record.calibration.get("dataset"):
         # The recipe may name a path of the machine it ran on; the record of the data has the public name.
         shown["calibration"] = {**shown["calibration"], "dataset": record.calibration["dataset"]}
-    return _code(yaml.safe_dump(shown, sort_keys=False), "yaml")
+    return yaml.safe_dump(shown, sort_keys=False)
 
 
 def _technique_first(item: tuple[str, Any]) -> tuple[bool, str]:

@@ -1,0 +1,132 @@
+"""The figures of one card within the page of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ...recipes.contract import Reload
+from ...trust.html import Html, element, preformatted, with_code
+from ...trust.text import link_target, one_line
+from ..reported import comparison_rows, format_bytes, is_number, recipe_trains
+from .sections import recipe_text
+from .summary import CardSummary
+
+NAMES_SHOWN = 8
+# Of rows in one table and of notes: a card that is longer is read in its own file.
+MOST_ROWS = 60
+
+
+def details(card: CardSummary, place_id: str) -> Html:
+    """Return the element that unfolds to what a card says, with links to its files."""
+    record = card.record
+    summary = element(
+        "summary",
+        element("span", str(card.number), class_="count"),
+        element("span", card.folder, class_="title"),
+        element("span", card.recipe, class_="made"),
+    )
+    home = link_target(card.folder)
+    links = element(
+        "p",
+        element("a", "Model card", href=f"{home}/README.md"),
+        " (README.md) · ",
+        element("a", "record", href=f"{home}/hf_optim.json"),
+        " (hf_optim.json) · ",
+        element("a", "back to the table", href="#table"),
+        class_="links",
+    )
+    parts = [
+        links,
+        None if record.finished else element("p", "Saved before its recipe was finished: training is not complete."),
+        *_section("Results", _results(card)),
+        *_section("Recipe", element("pre", preformatted(recipe_text(record)), tabindex="0", aria_label="Recipe")),
+        *_section("Coverage", _coverage(card)),
+        *_section("Reported by the steps", _steps(card)),
+        *_section("Data", _data(card)),
+        *_section("Stages", _stages(card)),
+        *_section("Notes", _notes(card)),
+    ]
+    return element("details", summary, element("div", *parts, class_="body"), id=place_id, data_card=card.number)
+
+
+def _section(title: str, content: Html | None) -> list[Html]:
+    return [element("section", element("h4", title), content)] if content else []
+
+
+def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html | None:
+    """Return a table whose first column names its rows; None without rows."""
+    listed = list(rows)[:MOST_ROWS]
+    if not listed:
+        return None
+    head = element("tr", *(element("th", name, scope="col") if name else element("td") for name in header))
+    body = [
+        element("tr", element("th", row[0], scope="row"), *(element("td", value) for value in row[1:]))
+        for row in listed
+    ]
+    table = element("table", element("thead", head), element("tbody", *body))
+    return element("div", table, class_="scroll", tabindex="0", role="group", aria_label="Table")
+
+
+def _results(card: CardSummary) -> Html | None:
+    measured = card.record.measured
+    columns = ["original", *(["control"] if measured.get("control") else []), "result", "change"]
+    rows = comparison_rows(measured, recipe_trains(card.record.recipe))
+    return _table(("", *columns), rows) or element("p", "Not measured.")
+
+
+def _coverage(card: CardSummary) -> Html | None:
+    rows = []
+    for step, counted in card.record.coverage.items():
+        skipped = [
+            f"{reason}: {', '.join(names[:NAMES_SHOWN])}"
+            + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+            for reason, names in counted.get("skipped", {}).items()
+        ]
+        touched, total, share = (counted[key] for key in ("weights_touched", "weights_total", "share"))
+        rows.append((step, f"{touched:,}", f"{total:,}", f"{100 * share:.2f} %", "; ".join(skipped) or "-"))
+    return _table(("step", "weights changed", "of", "share", "left alone"), rows)
+
+
+def _steps(card: CardSummary) -> Html | None:
+    rows = []
+    for index, reported in sorted(card.record.steps.items(), key=lambda item: int(item[0])):
+        label = f"step {int(index) + 1} ({one_line(reported.get('technique', ''), 60)})"
+        for key, value in sorted(reported.items()):
+            if key not in ("technique", "layer_metric") and isinstance(value, (int, float, str)):
+                rows.append((label, key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else value))
+    return _table(("step", "metric", "value"), rows)
+
+
+def _data(card: CardSummary) -> Html | None:
+    record = card.record
+    keys = ("dataset", "split", "samples", "seq_len", "tokens", "seed", "sha256")
+    rows = []
+    for use, data in (("calibration", record.calibration), ("evaluation", record.measured.get("evaluation") or {})):
+        shown = [f"{key.replace('_', ' ')} {data[key]}" for key in keys[1:] if data.get(key) is not None]
+        if data.get("dataset"):
+            rows.append((use, data["dataset"], ", ".join(shown)))
+    return _table(("use", "dataset", "settings"), rows)
+
+
+def _stages(card: CardSummary) -> Html | None:
+    rows = []
+    for number, stage in enumerate(card.record.stages, 1):
+        peak, seconds = stage.get("peak_memory_bytes"), stage.get("seconds")
+        rows.append(
+            (
+                number,
+                ", ".join(stage.get("steps", ())),
+                stage.get("driver") or "-",
+                f"{seconds:.1f}" if is_number(seconds) else "-",
+                format_bytes(float(peak)) if is_number(peak) else "-",
+                stage.get("device") or "-",
+            )
+        )
+    return _table(("stage", "steps", "driver", "seconds", "peak memory", "device"), rows)
+
+
+def _notes(card: CardSummary) -> Html | None:
+    level = Reload[card.record.reload]
+    notes = [f"Loads as {level.value}.", *card.record.notes[:MOST_ROWS]]
+    return element("ul", *(element("li", with_code(note)) for note in notes))
