@@ -9,12 +9,14 @@ import re
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.text import Text
 from PIL import Image
 
 from hf_optim import CheckpointError, Contract, Paper, Reload, Technique, option, technique
 from hf_optim.evaluation.cards import plots
 from hf_optim.evaluation.cards.card import Card
 from hf_optim.evaluation.cards.index import render_index
+from hf_optim.evaluation.cards.points import ORIGINAL, Point, layers_differ, models_differ, pareto_front
 from hf_optim.evaluation.reported import REPORTED_METRICS, format_bytes, recipe_label
 from hf_optim.recipes.catalogue import catalogue
 from hf_optim.runs.record import Record
@@ -418,7 +420,8 @@ def labels_of(monkeypatch, call):
             frame = axes.get_window_extent()
             for note in axes.texts:
                 if note.get_text():
-                    boxes.append((note.get_text(), plots._text_box(note, figure.canvas.get_renderer()), frame))
+                    note.update_positions(figure.canvas.get_renderer())
+                    boxes.append((note.get_text(), Text.get_window_extent(note, figure.canvas.get_renderer()), frame))
         return path
 
     monkeypatch.setattr(plots, "save", keep)
@@ -429,11 +432,13 @@ def labels_of(monkeypatch, call):
 @pytest.mark.parametrize("spread", [0.0, 0.02, 0.3])
 def test_labels_cover_neither_each_other_nor_the_frame(monkeypatch, tmp_path, spread):
     points = [
-        plots.Point(1e6 * (1 + spread * i), 2.2 + 0.1 * spread * i, f"recipe {i} 4-bit", "model") for i in range(6)
+        Point(1e6 * (1 + spread * i), 2.2 + 0.1 * spread * i, "recipe", "quantization", number=i + 1) for i in range(6)
     ]
-    points.append(plots.Point(4e6, 2.2, "original", "model"))
-    boxes = labels_of(monkeypatch, lambda: plots.plot_pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"))
-    assert len(boxes) == 7
+    points.append(Point(4e6, 2.2, ORIGINAL))
+    boxes = labels_of(
+        monkeypatch, lambda: plots.plot_pareto({"m": points}, REPORTED_METRICS[0], tmp_path / "p.png")
+    )
+    assert sorted(text for text, _, _ in boxes) == ["1", "2", "3", "4", "5", "6", "original"]
     for i, (name, box, frame) in enumerate(boxes):
         assert frame.x0 <= box.x0, name
         assert box.x1 <= frame.x1, name
@@ -442,9 +447,35 @@ def test_labels_cover_neither_each_other_nor_the_frame(monkeypatch, tmp_path, sp
 
 
 def test_the_pareto_front_is_what_nothing_else_beats():
-    points = [plots.Point(b, q, "") for b, q in ((3, 1.0), (1, 5.0), (2, 2.0), (2.5, 2.5), (2, 3.0))]
-    assert [(p.bytes, p.quality) for p in plots.pareto_front(points)] == [(1, 5.0), (2, 2.0), (3, 1.0)]
-    assert [(p.bytes, p.quality) for p in plots.pareto_front(points, lower_is_better=False)] == [(1, 5.0)]
+    points = [Point(b, q, "") for b, q in ((3, 1.0), (1, 5.0), (2, 2.0), (2.5, 2.5), (2, 3.0))]
+    assert [(p.bytes, p.quality) for p in pareto_front(points)] == [(1, 5.0), (2, 2.0), (3, 1.0)]
+    assert [(p.bytes, p.quality) for p in pareto_front(points, lower_is_better=False)] == [(1, 5.0)]
+
+
+# -- plots with nothing to tell -----------------------------------------------------------------------------------------
+
+
+def test_a_plot_is_worth_drawing_if_it_shows_more_than_one_number():
+    assert not layers_differ([0.5, 0.5001, 0.49999])
+    assert not layers_differ([0.799988, 0.800049])
+    assert layers_differ([0.999, 0.9999])
+    assert layers_differ([1e-5, 2e-5])
+    quality = REPORTED_METRICS[0]
+    original = Point(3881848, 2.22506, ORIGINAL)
+    assert not models_differ([original], quality)
+    assert not models_differ([original, Point(3881900, 2.22507, "same")], quality)
+    assert models_differ([original, Point(3881848, 2.2252, "other quality")], quality)
+    assert models_differ([original, Point(3871848, 2.22506, "other bytes")], quality)
+
+
+def test_a_card_neither_draws_nor_links_plots_with_nothing_to_tell(tmp_path):
+    made = record()
+    Card(made, tmp_path).write()
+    flat = record(steps={"0": {"technique": "x", "layer_metric": "squared_error", "layers": dict.fromkeys(layers(2), 0.5)}})
+    flat.measured["after"] |= {key: flat.measured["before"][key] for key in ("perplexity", "bytes_on_disk")}
+    text = Card(flat, tmp_path).write().read_text()
+    assert "![" not in text
+    assert list((tmp_path / "plots").iterdir()) == []  # those of the card before are gone
 
 
 # -- the index --------------------------------------------------------------------------------------------------------
@@ -461,11 +492,22 @@ def test_the_index_is_a_table_and_a_plot_over_all_cards(tmp_path):
     unmeasured.write(tmp_path / "x")
     text = render_index(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
-    rows = {row[0]: row for row in table(text)}
-    assert rows["[w4](w4/README.md)"][2:6] == ["card_test_grid 4-bit g32", "perplexity", "2.2251", "2.2731"]
-    assert rows["[w3](w3/README.md)"][9] == "900 kB"
-    assert rows["[x](x/README.md)"][3] == "not measured"
-    check_picture(tmp_path / re.search(r"\]\((quality[^)]+)\)", text).group(1))
+    rows = {row[1]: row for row in table(text)}
+    assert [row[0] for row in table(text)] == ["1", "2", "3"]
+    assert rows["[w4](w4/README.md)"][3:7] == ["card_test_grid 4-bit g32", "perplexity", "2.2251", "2.2731"]
+    assert rows["[w3](w3/README.md)"][10] == "900 kB"
+    assert rows["[x](x/README.md)"][4] == "not measured"
+    assert "[index.html](index.html)" in text
+    picture = tmp_path / re.search(r"\]\((quality[^)]+)\)", text).group(1)
+    check_picture(picture)
+    # One model has nothing to be compared with: its plot is gone.
+    for name in ("w4", "w3"):
+        made = record()
+        made.measured["before"].pop("perplexity")
+        made.measured["after"] |= {"perplexity": 2.3, "bytes_on_disk": 1103000}
+        made.write(tmp_path / name)
+    assert "![" not in render_index(tmp_path)
+    assert not picture.exists()
 
 
 def test_an_index_of_nothing_is_an_error(tmp_path):
@@ -474,7 +516,9 @@ def test_an_index_of_nothing_is_an_error(tmp_path):
 
 
 def test_several_base_models_get_a_panel_each(tmp_path):
-    points = [
-        plots.Point(s, q, "r", m) for m, s, q in (("a", 1e6, 2.0), ("b", 2e6, 20.0), ("c", 3e6, 9.0), ("a", 2e6, 90.0))
-    ]
-    check_picture(plots.plot_pareto(points, REPORTED_METRICS[0], tmp_path / "p.png"), height=900)
+    series = {
+        "a": [Point(1e6, 2.0, "r"), Point(2e6, 90.0, "r", "pruning", 1)],
+        "b": [Point(2e6, 20.0, "r"), Point(2e6, 21.0, "r", "no such family", 2)],
+        "c": [Point(3e6, 9.0, "r"), Point(4e6, 8.0, "$r$", "several families", 3)],
+    }
+    check_picture(plots.plot_pareto(series, REPORTED_METRICS[0], tmp_path / "p.png"), height=1350)

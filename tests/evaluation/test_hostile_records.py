@@ -131,7 +131,8 @@ def test_an_index_of_hostile_cards(tmp_path):
         made.write(home)
     tokens = tokens_of(render_index(tmp_path))
     assert not [t for t in tokens if t.type in ("html_block", "html_inline")]
-    links = [t.attrs["href"] for t in tokens if t.type == "link_open"]
+    page, *links = [t.attrs["href"] for t in tokens if t.type == "link_open"]
+    assert page == "index.html"
     assert len(links) == len(HOSTILE)
     assert all(re.fullmatch(r"\d+%20[\w\-./%()]+/README\.md", link) for link in links)
 
