@@ -1,6 +1,7 @@
 """``hf-optim card``: Render the model card (README.md, with its plots) of a checkpoint again from hf_optim.json.
 
-For a folder of checkpoints or cards, render the index that compares them."""
+For a folder of checkpoints or cards, render the index that compares them: index.html, a page to filter and sort in a
+browser, without a server or outside requests, and README.md, the same table with its plots."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-EXAMPLE = "hf-optim card llama-w4a16"
+EXAMPLE = """\
+hf-optim card llama-w4a16
+hf-optim card checkpoints    # index.html and README.md of all in this folder"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..evaluation.cards.card import Card
-    from ..evaluation.cards.index import render_index
+    from ..evaluation.cards.index import PAGE, README, render_index
     from ..runs.record import FILE_NAME, Record
 
     home = args.directory
@@ -40,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{home} has no {FILE_NAME}: --control is for the card of one checkpoint")
     elif os.path.isdir(home) and any(home.glob(f"*/{FILE_NAME}")):
         render_index(home)
-        print(home / "README.md")
+        print(home / README)
+        print(home / PAGE)
     else:
         raise CheckpointError(f"{home} has no {FILE_NAME}, and neither has any folder in it")
     return 0

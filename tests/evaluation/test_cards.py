@@ -435,9 +435,7 @@ def test_labels_cover_neither_each_other_nor_the_frame(monkeypatch, tmp_path, sp
         Point(1e6 * (1 + spread * i), 2.2 + 0.1 * spread * i, "recipe", "quantization", number=i + 1) for i in range(6)
     ]
     points.append(Point(4e6, 2.2, ORIGINAL))
-    boxes = labels_of(
-        monkeypatch, lambda: plots.plot_pareto({"m": points}, REPORTED_METRICS[0], tmp_path / "p.png")
-    )
+    boxes = labels_of(monkeypatch, lambda: plots.plot_pareto({"m": points}, REPORTED_METRICS[0], tmp_path / "p.png"))
     assert sorted(text for text, _, _ in boxes) == ["1", "2", "3", "4", "5", "6", "original"]
     for i, (name, box, frame) in enumerate(boxes):
         assert frame.x0 <= box.x0, name
@@ -452,7 +450,7 @@ def test_the_pareto_front_is_what_nothing_else_beats():
     assert [(p.bytes, p.quality) for p in pareto_front(points, lower_is_better=False)] == [(1, 5.0)]
 
 
-# -- plots with nothing to tell -----------------------------------------------------------------------------------------
+# -- plots with nothing to tell ---------------------------------------------------------------------------------------
 
 
 def test_a_plot_is_worth_drawing_if_it_shows_more_than_one_number():
@@ -471,7 +469,9 @@ def test_a_plot_is_worth_drawing_if_it_shows_more_than_one_number():
 def test_a_card_neither_draws_nor_links_plots_with_nothing_to_tell(tmp_path):
     made = record()
     Card(made, tmp_path).write()
-    flat = record(steps={"0": {"technique": "x", "layer_metric": "squared_error", "layers": dict.fromkeys(layers(2), 0.5)}})
+    flat = record(
+        steps={"0": {"technique": "x", "layer_metric": "squared_error", "layers": dict.fromkeys(layers(2), 0.5)}}
+    )
     flat.measured["after"] |= {key: flat.measured["before"][key] for key in ("perplexity", "bytes_on_disk")}
     text = Card(flat, tmp_path).write().read_text()
     assert "![" not in text

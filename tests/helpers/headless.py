@@ -29,27 +29,20 @@ class Browser:
     def __init__(self, program: str, patience: float = 60.0) -> None:
         self.patience = patience
         self.home = tempfile.mkdtemp(prefix="headless-")
-        (to_read, self.to_write), (self.to_hear, to_speak) = os.pipe(), os.pipe()
-
-        def pipes() -> None:
-            # The protocol is at 3 (commands) and 4 (answers); both pipes are moved away first, since they may lie there.
-            high = [os.dup(fd) for fd in (to_read, to_speak)]
-            high = [fd if fd > 4 else os.dup(os.dup(fd)) for fd in high]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
-        command = [program, "--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        command += ["--disable-dev-shm-usage", "--disable-background-networking", "--hide-scrollbars"]
+        options = ["--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        options += ["--disable-dev-shm-usage", "--disable-background-networking", "--hide-scrollbars"]
+        # The protocol is at 3 (commands) and 4 (answers).
+        shell = ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null', program]
         self.process = subprocess.Popen(
-            [*command, f"--user-data-dir={self.home}", "about:blank"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            [*shell, *options, f"--user-data-dir={self.home}", "about:blank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            close_fds=False,
-            preexec_fn=pipes,
+            bufsize=0,
         )
-        os.close(to_read)
-        os.close(to_speak)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.to_write, self.to_hear = self.process.stdin.fileno(), self.process.stdout.fileno()
         self.numbers, self.buffer = itertools.count(1), b""
         self.session: str | None = None
         self.events: list[dict[str, Any]] = []
@@ -63,9 +56,7 @@ class Browser:
     def close(self) -> None:
         """End the browser and remove its profile."""
         self.process.kill()
-        self.process.wait()
-        os.close(self.to_write)
-        os.close(self.to_hear)
+        self.process.communicate()
         shutil.rmtree(self.home, ignore_errors=True)
 
     # -- the protocol ----------------------------------------------------------------------------------------------
@@ -109,9 +100,10 @@ class Browser:
             self.events.append(self._hear(end))
 
     def media(self, dark: bool = False, medium: str = "") -> None:
-        """Set the colour scheme, and the medium: ``print``, or empty for the screen."""
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media=medium, features=[scheme])
+        """Set the colour scheme, and the medium: ``print``, or empty for the screen. Nothing moves smoothly."""
+        wanted = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in wanted.items()]
+        self.call("Emulation.setEmulatedMedia", media=medium, features=features)
 
     def eval(self, expression: str) -> Any:
         """Return the value of an expression in the page. Raises ``RuntimeError`` if it throws."""

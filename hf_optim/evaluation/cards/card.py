@@ -166,9 +166,7 @@ class Card:
                 Point(after["bytes_on_disk"], after[quality.key], label),
             )
             if models_differ(points, quality):
-                plots.plot_quality_against_bytes(
-                    *points, quality, home / path, sections.evaluation_label(self.record)
-                )
+                plots.plot_quality_against_bytes(*points, quality, home / path, sections.evaluation_label(self.record))
                 alt = f"{quality.label} against the bytes of the weights: the original and {label}"
                 drawn.append((sections.QUALITY_PLOT, path, alt))
             else:

@@ -15,8 +15,8 @@ from .summary import CardSummary, comparable_points, read_cards
 PLOT, PAGE, README = "quality_against_bytes", "index.html", "README.md"
 INTRODUCTION = (
     "Checkpoints made with hf_optim. Every number is measured and comes from the `hf_optim.json` beside its card. "
-    f"`hf-optim card` renders this page from those files, and [{PAGE}]({PAGE}): the same figures in a browser, to filter "
-    "and to sort."
+    f"`hf-optim card` renders this page from those files, and [{PAGE}]({PAGE}): the same figures in a browser, to "
+    "filter and to sort."
 )
 PLOT_NOTE = "The numbers in the plot are those of the first column."
 

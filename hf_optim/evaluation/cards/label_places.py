@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -108,7 +109,7 @@ def _cells(x: float, y: float, width: float, height: float, cell: float) -> Iter
 
 
 def _line_cells(line: Sequence[Place], cell: float) -> Iterator[Cell]:
-    for (x, y), (to_x, to_y) in zip(line, line[1:], strict=False):
+    for (x, y), (to_x, to_y) in itertools.pairwise(line):
         steps = max(1, math.ceil(2 * math.hypot(to_x - x, to_y - y) / cell))
         for i in range(steps + 1):
             yield math.floor((x + (to_x - x) * i / steps) / cell), math.floor((y + (to_y - y) * i / steps) / cell)

@@ -51,7 +51,7 @@ def details(card: CardSummary, place_id: str) -> Html:
 
 
 def _section(title: str, content: Html | None) -> list[Html]:
-    return [element("section", element("h4", title), content)] if content else []
+    return [element("section", element("h3", title), content)] if content else []
 
 
 def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html | None:

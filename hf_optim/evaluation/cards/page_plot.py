@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...trust.html import Html, element, join
+from ...trust.html import Html, element
 from ..reported import ReportedMetric, format_bytes
 from .label_places import edge_towards, needs_line, place_labels
 from .points import FAMILIES, ORIGINAL, Point, pareto_front, style_of
@@ -118,9 +118,7 @@ def _point(
     if agreement is not None and kl is not None:
         lines.append(f"top-1 agreement {agreement:.2%}, KL {kl:.5f}")
     title = element("title", " | ".join(lines))
-    return element(
-        "a", title, _shape(point.family), class_="point", href=f"#{place_id}", data_card=card.number, **at
-    )
+    return element("a", title, _shape(point.family), class_="point", href=f"#{place_id}", data_card=card.number, **at)
 
 
 def _labels(
@@ -135,7 +133,11 @@ def _labels(
         if centre is None:
             continue
         if needs_line(place, centre, size, RADIUS, places):
-            made.append(element("path", d=_path([place, edge_towards(place, centre, size)]), class_="lead", data_label=point.number))
+            made.append(
+                element(
+                    "path", d=_path([place, edge_towards(place, centre, size)]), class_="lead", data_label=point.number
+                )
+            )
         where = {"x": f"{centre[0]:.1f}", "y": f"{centre[1]:.1f}"}
         made.append(element("text", text, class_="number", data_label=point.number, **where))
     return [element("g", *made, class_="labels", aria_hidden="true")]

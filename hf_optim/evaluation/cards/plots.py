@@ -106,9 +106,7 @@ def plot_quality_against_bytes(
     return save(figure, path)
 
 
-def plot_pareto(
-    series: Mapping[str, Sequence[Point]], quality: ReportedMetric, path: Path, title: str = ""
-) -> Path:
+def plot_pareto(series: Mapping[str, Sequence[Point]], quality: ReportedMetric, path: Path, title: str = "") -> Path:
     """Draw bytes (log) against quality for many models, with one panel per series and its Pareto front as a line.
 
     Each series has its own panel because perplexities of models with different tokenizers cannot be compared. Points

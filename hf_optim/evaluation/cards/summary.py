@@ -13,9 +13,8 @@ from ...runs.record import FILE_NAME, Record
 from ...trust.text import one_line
 from ..reported import QUALITY_METRICS, ReportedMetric, is_number, recipe_label, relative_change, short_id
 from .front_matter import technique_spec
-from .points import OTHER, ORIGINAL, SEVERAL, Point, is_drawable, models_differ
+from .points import ORIGINAL, OTHER, SEVERAL, Point, is_drawable, models_differ
 from .sections import evaluation_label
-
 
 
 @dataclass(frozen=True)
