@@ -4,7 +4,7 @@
         --calibration calibration.jsonl --eval eval.jsonl --recipes w4a16 w3a16 w8a8
 
 Without ``--model``, the script uses the bundled demo model, with the standard library's source as data. Weights are not
-kept.
+kept. With ``--render`` it measures nothing: it renders all cards, their plots and the index again from the records.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from hf_optim.cli import main as hf_optim_command
 from hf_optim.cli.jobs import demo_corpus
 from hf_optim.cli.jobs.demo import bundled_model
+from hf_optim.runs.record import FILE_NAME
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 # Only the start of each held-out file is used, so that all modules count and a laptop takes minutes.
@@ -39,7 +40,13 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--eval")
     parser.add_argument("--recipes", nargs="+", default=["w4a16", "w8a8", "2of4-w4a16"])
+    parser.add_argument("--render", action="store_true", help="only render cards and index again from the records")
     args = parser.parse_args()
+    if args.render:
+        for record in sorted(CARDS.glob(f"*/{FILE_NAME}")):
+            render(record.parent)
+        render(CARDS)
+        return
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         model = args.model or str(bundled_model())
@@ -57,7 +64,13 @@ def main() -> None:
             shutil.copytree(
                 output, card, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "*token*", "gen*", "*.py")
             )
-    hf_optim_command(["card", str(CARDS)])
+    render(CARDS)
+
+
+def render(folder: Path) -> None:
+    """Render the card of a checkpoint, or the index of a folder of cards, from the records."""
+    if hf_optim_command(["card", str(folder)]):
+        raise SystemExit(f"{folder} was not rendered")
 
 
 if __name__ == "__main__":
