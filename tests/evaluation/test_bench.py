@@ -10,7 +10,7 @@ import torch
 
 from hf_optim.cli import main
 from hf_optim.errors import OptimError
-from hf_optim.evaluation.bench import decode, environment, model_runner, models, op_runner, peers, table
+from hf_optim.evaluation.bench import decode, environment, model_runner, models, op_runner, peers, roofline, table
 from hf_optim.evaluation.bench.goals import find_decode_goal, find_goal
 from hf_optim.evaluation.bench.results import DecodeResult, OpResult, Results
 
@@ -72,6 +72,39 @@ def test_slower_rows_are_marked_and_failures_are_published():
     assert "w8a8 1x1 with 4 rows" in page
     assert "**missed**" in page
     assert table.speedup_over_dense(slow, results(slow, dense)) == pytest.approx(55 / 60)
+
+
+def test_a_time_below_its_floor_is_marked_and_explained():
+    floor = BYTES / 3e6
+    within = results(row(), decode=[DecodeResult("tiny", "dense", "static", 1, ms=2.0, floor_ms=1.0)])
+    assert "†" not in table.render(within)
+    page = table.render(results(row(graph_us=floor / 2.43), row("dense", "dense", graph_us=floor * 2)))
+    assert "| 243% † |" in page
+    assert "| 50% |" in page
+    assert page.count("†: faster than the floor") == 1
+    fast = results(decode=[DecodeResult("tiny", "dense", "static", 1, ms=2.0, floor_ms=2.5)])
+    assert "| 125% † |" in table.render(fast)
+    assert "†: faster than the floor" in table.render(fast)
+    # Noise of the measured ceilings is not an event.
+    assert "†" not in table.render(results(row(graph_us=floor / 1.01)))
+
+
+def texts_of_roofline(monkeypatch, tmp_path, found):
+    kept = []
+    monkeypatch.setattr(roofline, "save", lambda figure, path: kept.append(figure) or path)
+    roofline.roofline(found, tmp_path / "roofline.png")
+    (figure,) = kept
+    return figure.get_suptitle(), [note.get_text() for axes in figure.axes for note in axes.texts]
+
+
+def test_the_roofline_explains_points_above_it_and_labels_equal_ceilings_once(monkeypatch, tmp_path):
+    title, labels = texts_of_roofline(monkeypatch, tmp_path, results(row()))
+    assert title == "NVIDIA H100 80GB HBM3"
+    assert labels == ["bfloat16", "int8"]
+    equal = {"copy": 3e6, "bfloat16": 793e6, "int8": 793e6}
+    title, labels = texts_of_roofline(monkeypatch, tmp_path, results(row(graph_us=1.0), ceilings=equal))
+    assert "above the lines: the weight was read from caches" in title
+    assert labels == ["bfloat16, int8"]
 
 
 def test_results_come_back_from_their_file(tmp_path):

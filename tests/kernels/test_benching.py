@@ -37,6 +37,19 @@ def test_a_median_is_not_moved_by_one_slow_call():
     assert benchmark.graph_time([lambda: time.sleep(next(calls))]).us < 3000
 
 
+def test_a_ceiling_of_a_cpu_is_its_fastest_time():
+    times = iter([0.0] + [0.02] * 20 + [0.001] + [0.02] * 20)
+    assert benchmark._time_of_ceiling(lambda: time.sleep(next(times))) < 5000
+
+
+def test_the_copy_bandwidth_is_not_lowered_by_slow_copies(monkeypatch):
+    monkeypatch.setattr(benchmark, "graph_time", lambda calls: benchmark.Timing(100.0, 3.0, 10.0))
+    assert benchmark.copy_bandwidth(1000) == 2 * 1000 / 10.0
+    assert benchmark.matmul_rate("bfloat16", 10) == 2 * 10**3 / 10.0
+    monkeypatch.setattr(benchmark, "device", lambda: torch.device("cuda"))
+    assert benchmark._time_of_ceiling(lambda: None) == 100.0
+
+
 def test_relative_error():
     wanted = torch.randn(5, 7, dtype=torch.float64)
     assert benchmark.relative_error(wanted, wanted) == 0

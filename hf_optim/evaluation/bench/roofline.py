@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+from ...trust.text import plot_label
 from ..cards.plots import COLOURS, DPI, GREY, MARKERS, SIZE, save
 from .results import OpResult, Results
+
+# Above 1 by less is noise of the measured ceilings.
+TOLERANCE = 1.02
+
+
+def is_above_floor(share: float | None) -> bool:
+    """Return True if a time is shorter than its floor; ``share`` is the floor over the time."""
+    return share is not None and share > TOLERANCE
+
+
+def rows_above_floor(results: Results) -> bool:
+    """Return True if any time is shorter than its floor: the page then explains how that can be."""
+    shares = [row.fraction_of_floor for row in results.rows]
+    shares += [row.floor_ms / row.ms for row in results.decode if row.floor_ms and row.ms]
+    return any(map(is_above_floor, shares))
 
 
 def roofline(results: Results, path: Path) -> Path:
@@ -32,7 +49,10 @@ def roofline(results: Results, path: Path) -> Path:
         axes.remove()
     figure.supxlabel("operations per byte of the weight", fontsize=9)
     figure.supylabel("TFLOP/s", fontsize=9)
-    figure.suptitle(results.device, fontsize=10)
+    title = plot_label(results.device, 120)
+    if rows_above_floor(results):
+        title += "\nabove the lines: the weight was read from caches, or the product is faster than the measured one"
+    figure.suptitle(title, fontsize=10)
     return save(figure, path)
 
 
@@ -69,4 +89,9 @@ def _ceilings(axes: Any, rows: list[OpResult], ceilings: dict[str, float]) -> No
         ends = [low, knee, high]
         heights = [min(x * copy, rate) / 1e6 for x in ends]
         axes.plot(ends, heights, color="#000000", linewidth=0.9, linestyle=style, zorder=1)
+        if math.isclose(*(ceilings[kind] for kind in ("bfloat16", "int8")), rel_tol=0.1):
+            # Two labels at one height would cover each other.
+            if name == "int8":
+                axes.annotate("bfloat16, int8", (high, heights[-1]), fontsize=7, ha="right", va="bottom")
+            continue
         axes.annotate(name, (high, heights[-1]), fontsize=7, ha="right", va="bottom" if name == "bfloat16" else "top")

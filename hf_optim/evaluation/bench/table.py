@@ -9,12 +9,21 @@ from pathlib import Path
 from ...runs.disk_errors import readable_disk_errors
 from .goals import Goal, find_decode_goal, find_goal, load_goals
 from .results import OpResult, Results
-from .roofline import roofline
+from .roofline import is_above_floor, roofline, rows_above_floor
 
 FILE, PLOT = "README.md", "roofline.png"
 HEADER = (
     "M", "contender", "graph us", "spread", "eager us", "host us", "% of floor", "x dense", "error", "goal", "lost to",
 )  # fmt: skip
+
+
+ABOVE = " †"
+ABOVE_NOTE = (
+    "†: faster than the floor, and above the lines of the roofline plot. The floor takes it that every call reads the "
+    "weight from memory, and computes no faster than the large product did. A weight that stays in the caches of a "
+    "processor between calls is read faster (a model has more weights than fit there), and a smaller or more regular "
+    "product may be computed faster."
+)
 
 
 def publish(results: Results, directory: Path) -> list[Path]:
@@ -94,7 +103,7 @@ def _cells(row: OpResult, results: Results) -> list[str]:
         _number(row.spread, ".0%"),
         _number(row.eager_us, ".1f"),
         _number(row.host_us, ".1f"),
-        _number(row.fraction_of_floor, ".0%"),
+        _share_of_floor(row.fraction_of_floor),
         _number(speedup_over_dense(row, results), ".2f"),
         _number(row.error, ".1e"),
         _goal_text(goal),
@@ -121,7 +130,7 @@ def _decode_table(results: Results) -> str:
         kernels = ", ".join(f"{label} ({count})" for label, count in row.kernels.items())
         numbers = [
             _number(row.ms, ".2f"), _number(row.overall_ms, ".2f"), _number(row.gpu_ms, ".2f"),
-            _number(row.floor_ms, ".2f"), _number(share, ".0%"), _number(row.weights_gb, ".2f"),
+            _number(row.floor_ms, ".2f"), _share_of_floor(share), _number(row.weights_gb, ".2f"),
             _number(row.peak_gb, ".2f"), _number(row.warmup_s, ".1f"),
         ]  # fmt: skip
         if first is not None:
@@ -183,6 +192,11 @@ def _number(value: float | None, form: str, none: str = "") -> str:
     return none if value is None else format(value, form)
 
 
+def _share_of_floor(share: float | None) -> str:
+    """Return the floor over a time in percent, with a mark (explained below the tables) if the time is shorter."""
+    return _number(share, ".0%") + (ABOVE if is_above_floor(share) else "")
+
+
 def _method(results: Results) -> str:
     graph = "CUDA graph that reads several copies of the weight, together three times the L2 cache, on random data"
     return (
@@ -195,4 +209,5 @@ def _method(results: Results) -> str:
         "than the dense product. `error` is the norm of the difference to float64 over its norm; that of a peer "
         "includes its quantization error. A goal is in microseconds on the GPU it was set on, and on others the same "
         "fraction of the floor. `lost to`: the contenders that were faster in a graph by more than 2 %."
+        + (f"\n\n{ABOVE_NOTE}" if rows_above_floor(results) else "")
     )
