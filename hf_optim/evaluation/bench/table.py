@@ -19,10 +19,10 @@ HEADER = (
 
 ABOVE = " †"
 ABOVE_NOTE = (
-    "†: faster than the floor, and above the lines of the roofline plot. The floor takes it that every call reads the "
-    "weight from memory, and computes no faster than the large product did. A weight that stays in the caches of a "
-    "processor between calls is read faster (a model has more weights than fit there), and a smaller or more regular "
-    "product may be computed faster."
+    "†: faster than the floor, and above the lines of the roofline plot. The floor assumes that each call reads the "
+    "weight from memory and computes at the rate of the large dense product. A weight that stays in a processor's "
+    "caches between calls is read faster (those of a whole model do not fit there), and another shape, or a 2:4 sparse "
+    "product, may be computed faster."
 )
 
 
