@@ -15,8 +15,10 @@ from test_hostile_records import HOSTILE, record_with
 
 from hf_optim.cli import main
 from hf_optim.evaluation.cards.page import render_page, static
+from hf_optim.evaluation.cards.page_plot import METRICS
 from hf_optim.evaluation.cards.summary import read_cards
 
+AGREEMENT = METRICS["top1_agreement"].format
 VOID = {"br", "col", "input", "link", "meta"}
 
 
@@ -98,8 +100,8 @@ def test_the_table_has_the_figures_of_every_card(page):
     rows = {row[1]: row for row in rows_of(page)}
     assert list(rows) == sorted(RECIPES)
     assert rows["alpha-w4"] == [
-        "3", "alpha-w4", "alpha", "gptq 4-bit g32", "quantization", "2.2251", "2.2661", "+1.8 %", "94.11%", "0.01713",
-        "3.88 MB", "779 kB", "4.98", "6.43", "stock format",
+        "3", "alpha-w4", "alpha", "gptq 4-bit g32", "quantization", "2.2251", "2.2661", "+1.8 %",
+        AGREEMENT(0.9411), "0.01713", "3.88 MB", "779 kB", "4.98", "6.43", "stock format",
     ]  # fmt: skip
     assert rows["alpha-2of4-kd"][4] == "sparsitydistillation"
     assert rows["gamma-unmeasured"][3:6] == ["not_installed_here", "other", "–not measured"]
@@ -117,7 +119,9 @@ def test_columns_without_a_figure_are_left_out_and_times_are_shown_where_measure
 
     assert groups(page) == ["perplexity", "against the original", "weights on disk"]
     made = result_record("alpha-w4")
-    made.measured["before"]["ms_per_token"], made.measured["after"]["ms_per_token"] = 2.5, 1.25
+    made.measured["before"]["ms_per_token"] = 2.5
+    made.measured["after"] |= {"ms_per_token": 3.25, "ms_per_token_iqr": 0.5}
+    made.measured["accelerated"] = {"ms_per_token": 1.25}
     other = result_record("beta-w8")
     other.measured["after"] = {"accuracy": 0.75, "bytes_on_disk": 10}
     for name, record in (("a", made), ("b", other)):
@@ -129,7 +133,7 @@ def test_columns_without_a_figure_are_left_out_and_times_are_shown_where_measure
     rows = rows_of(tree)
     assert rows[0][5] == "perplexity"
     assert rows[1][5:8] == ["accuracy", "–not measured", "0.7500"]
-    assert rows[0][-3:-1] == ["2.50", "1.25"]
+    assert rows[0][-4:-1] == ["2.50", "3.25 ± 0.25", "1.25"]
 
 
 def test_the_head_spans_the_columns_below_it(page):
@@ -167,7 +171,7 @@ def test_the_plots_show_the_models_that_can_be_compared(page):
     assert titles[0] == "original | perplexity 2.2251, 3.88 MB"
     assert titles[3] == (
         "3. alpha-w4 | gptq 4-bit g32 | perplexity 2.2661, 779 kB | +1.8 % perplexity, 4.98 times smaller"
-        " | top-1 agreement 94.11%, KL 0.01713"
+        f" | top-1 agreement {AGREEMENT(0.9411)}, KL 0.01713"
     )
     numbers = [node.text for node in figures[0].all("text", class_="number")]
     assert sorted(numbers) == ["1", "2", "3", "4", "original"]

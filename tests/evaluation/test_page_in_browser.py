@@ -12,6 +12,7 @@ from result_cards import RECIPES, write_results
 from test_hostile_records import HOSTILE, record_with
 
 from hf_optim.evaluation.cards.page import render_page
+from hf_optim.evaluation.cards.page_plot import METRICS
 from hf_optim.evaluation.cards.summary import read_cards
 
 NAMES = "Array.from(document.querySelectorAll('#table tbody tr:not([hidden]) th'), cell => cell.textContent)"
@@ -206,7 +207,7 @@ def test_names_and_roles_for_a_screen_reader(browser, page):
     points = [name for role, name in told if role == "link" and "perplexity 2.2661" in name]
     assert points == [
         "3. alpha-w4, gptq 4-bit g32, perplexity 2.2661, 779 kB, +1.8 % perplexity, 4.98 times smaller, "
-        "top-1 agreement 94.11%, KL 0.01713"
+        f"top-1 agreement {METRICS['top1_agreement'].format(0.9411)}, KL 0.01713"
     ]
 
 

@@ -9,6 +9,7 @@ from ...trust.text import Markdown, code, link_target, plain
 from ..reported import QUALITY_METRICS, ReportedMetric, format_bytes
 from .card import write_page
 from .page import render_page
+from .page_plot import METRICS
 from .sections import markdown_table
 from .summary import CardSummary, comparable_points, read_cards
 
@@ -45,7 +46,7 @@ def _table(cards: Sequence[CardSummary]) -> str:
     for card in cards:
         quality = card.metric
         values = [quality.format(v) if quality and v is not None else "-" for v in card.quality]
-        agreement, kl = card.figure("after", "top1_agreement"), card.figure("after", "kl")
+        compared = [(METRICS[key], card.figure("after", key)) for key in ("top1_agreement", "kl")]
         rows.append(
             [
                 card.number,
@@ -54,8 +55,7 @@ def _table(cards: Sequence[CardSummary]) -> str:
                 card.recipe,
                 quality.label if quality else "not measured",
                 *values,
-                f"{agreement:.2%}" if agreement is not None else "-",
-                f"{kl:.5f}" if kl is not None else "-",
+                *(metric.format(value) if value is not None else "-" for metric, value in compared),
                 *(format_bytes(size) if size is not None else "-" for size in card.size),
                 code(card.record.reload),
             ]

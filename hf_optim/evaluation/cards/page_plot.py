@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...trust.html import Html, element
-from ..reported import ReportedMetric, format_bytes
+from ..reported import REPORTED_METRICS, ReportedMetric, format_bytes
 from .label_places import edge_towards, needs_line, place_labels
 from .points import FAMILIES, ORIGINAL, Point, pareto_front, style_of
 from .summary import CardSummary
 
+METRICS = {metric.key: metric for metric in REPORTED_METRICS}
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 14, 52
 RADIUS = 6.5
@@ -116,7 +117,7 @@ def _point(
         lines.append(f"{card.change:+.1f} % {quality.label}, {card.ratio:.2f} times smaller")
     agreement, kl = card.figure("after", "top1_agreement"), card.figure("after", "kl")
     if agreement is not None and kl is not None:
-        lines.append(f"top-1 agreement {agreement:.2%}, KL {kl:.5f}")
+        lines.append(f"top-1 agreement {METRICS['top1_agreement'].format(agreement)}, KL {METRICS['kl'].format(kl)}")
     title = element("title", " | ".join(lines))
     return element("a", title, _shape(point.family), class_="point", href=f"#{place_id}", data_card=card.number, **at)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from ...recipes.contract import Reload
 from ...trust.html import Html, element
-from ..reported import format_bytes
+from ..reported import REPORTED_METRICS, format_bytes
 from .page_plot import mark
 from .summary import CardSummary
 
@@ -44,6 +45,22 @@ def _fixed(form: str) -> Callable[[CardSummary, float], str]:
     return lambda card, value: form.format(value)
 
 
+def _metric(key: str, side: str = "after") -> dict[str, Any]:
+    """Return the figures of a reported metric and their form, for a ``Column``."""
+    form = next(metric.format for metric in REPORTED_METRICS if metric.key == key)
+    return {"number": lambda card: card.figure(side, key), "shown": lambda card, value: form(value)}
+
+
+def _time(side: str) -> dict[str, Any]:
+    """Return the milliseconds per token on a side, with half the interquartile range of its rounds if it has one."""
+
+    def shown(card: CardSummary, value: float) -> str:
+        spread = card.figure(side, "ms_per_token_iqr")
+        return f"{value:.2f}" + (f" ± {spread / 2:.2f}" if spread is not None else "")
+
+    return {"number": lambda card: card.figure(side, "ms_per_token"), "shown": shown}
+
+
 QUALITY, COMPARED, WEIGHTS, TIME = "quality", "against the original", "weights on disk", "ms per token"
 COLUMNS = (
     Column(QUALITY, "original", lambda c: c.quality[0], _quality),
@@ -58,16 +75,14 @@ COLUMNS = (
     Column(
         COMPARED,
         "agreement",
-        lambda c: c.figure("after", "top1_agreement"),
-        _fixed("{:.2%}"),
-        "Share of the positions at which original and result rate the same token or class highest.",
+        note="Share of the positions at which original and result rate the same token or class highest.",
+        **_metric("top1_agreement"),
     ),
     Column(
         COMPARED,
         "KL",
-        lambda c: c.figure("after", "kl"),
-        _fixed("{:.5f}"),
-        "Divergence of the result's distribution from the original's: nats per position. 0 is equal.",
+        note="Divergence of the result's distribution from the original's: nats per position. 0 is equal.",
+        **_metric("kl"),
     ),
     Column(WEIGHTS, "original", lambda c: c.size[0], _bytes),
     Column(WEIGHTS, "result", lambda c: c.size[1], _bytes),
@@ -79,14 +94,15 @@ COLUMNS = (
         _fixed("{:.2f}"),
         "On disk for each parameter of the original, with scales and with all that was left alone, such as embeddings.",
     ),
-    Column(TIME, "original", lambda c: c.figure("before", "ms_per_token"), _fixed("{:.2f}")),
+    Column(TIME, "original", **_time("before")),
     Column(
         TIME,
         "result",
-        lambda c: c.figure("after", "ms_per_token"),
-        _fixed("{:.2f}"),
-        "Milliseconds per token of greedy decoding at batch 1, in plain transformers.",
+        note="Milliseconds per token of greedy decoding at batch 1, in stock transformers: the median, with half the "
+        "interquartile range where several rounds were timed.",
+        **_time("after"),
     ),
+    Column(TIME, "on kernels", note="The result on the kernels of hf_optim.", **_time("accelerated")),
 )
 
 

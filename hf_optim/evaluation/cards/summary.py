@@ -63,8 +63,9 @@ class CardSummary:
         return next((m for m in QUALITY_METRICS if self.figure("after", m.key) is not None), None)
 
     def figure(self, side: str, key: str) -> float | None:
-        """Return a number of ``measured["before"]`` or ``["after"]``, or None if it was not measured or not finite."""
-        value = _side(self.record, side).get(key)
+        """Return a number that was measured on a side, such as ``before`` or ``after``; None if there is none."""
+        values = self.record.measured.get(side)
+        value = values.get(key) if isinstance(values, Mapping) else None
         return value if is_number(value) else None
 
     @property
@@ -126,7 +127,3 @@ def comparable_points(cards: Sequence[CardSummary], quality: ReportedMetric) -> 
             series.setdefault(card.series, {}).setdefault(key, point)
     listed = {name: list(points.values()) for name, points in series.items()}
     return {name: points for name, points in listed.items() if models_differ(points, quality)}
-
-
-def _side(record: Record, side: str) -> Mapping[str, Any]:
-    return record.measured.get(side) or {}
