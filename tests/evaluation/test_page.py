@@ -14,8 +14,10 @@ from result_cards import FIGURES, RECIPES, result_record, write_results
 from test_hostile_records import HOSTILE, record_with
 
 from hf_optim.cli import main
+from hf_optim.evaluation.cards import page_plot, plots
 from hf_optim.evaluation.cards.page import render_page, static
 from hf_optim.evaluation.cards.page_plot import METRICS
+from hf_optim.evaluation.cards.points import FAMILIES
 from hf_optim.evaluation.cards.summary import read_cards
 
 AGREEMENT = METRICS["top1_agreement"].format
@@ -185,6 +187,13 @@ def test_the_plots_show_the_models_that_can_be_compared(page):
     by_number = dict(zip(numbers, places, strict=True))
     assert by_number["3"][0] < by_number["4"][0] < by_number["2"][0]
     assert by_number["2"][1] < by_number["1"][1] < by_number["4"][1]
+
+
+def test_every_family_has_a_shape_and_a_colour_of_its_own_in_all_plots():
+    for listed in (page_plot.SHAPES, plots.FAMILY_MARKERS, plots.FAMILY_COLOURS):
+        assert len(set(listed)) == len(FAMILIES)
+    for place in range(len(FAMILIES)):
+        assert f".family-{place} {{ fill: var(--family-{place}); }}" in static("page.css")
 
 
 def test_a_series_with_one_model_has_no_plot(tmp_path):

@@ -119,7 +119,7 @@ def _stages(card: CardSummary) -> Html | None:
                 ", ".join(stage.get("steps", ())),
                 stage.get("driver") or "-",
                 f"{seconds:.1f}" if is_number(seconds) else "-",
-                format_bytes(float(peak)) if is_number(peak) else "-",
+                format_bytes(float(peak or 0)) if is_number(peak) else "-",
                 stage.get("device") or "-",
             )
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...trust.html import Html, element
 from ..reported import REPORTED_METRICS, ReportedMetric, format_bytes
 from .label_places import edge_towards, needs_line, place_labels
-from .points import FAMILIES, ORIGINAL, Point, pareto_front, style_of
+from .points import ORIGINAL, Point, pareto_front, style_of
 from .summary import CardSummary
 
 METRICS = {metric.key: metric for metric in REPORTED_METRICS}
@@ -203,6 +203,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
             break
     every = -(-len(found) // 8)
     return found[::every]
-
-
-assert len(SHAPES) == len(FAMILIES)

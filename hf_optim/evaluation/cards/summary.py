@@ -96,10 +96,9 @@ class CardSummary:
     @property
     def bits(self) -> float | None:
         """The bits on disk for each parameter of the original, scales and what was left alone included, or None."""
-        parameters, after = self.record.base_model.get("parameters"), self.size[1]
-        if not is_number(parameters) or parameters <= 0 or after is None:
-            return None
-        return 8 * after / parameters
+        parameters: Any = self.record.base_model.get("parameters")
+        after = self.size[1]
+        return 8 * after / parameters if is_number(parameters) and parameters > 0 and after is not None else None
 
 
 def read_cards(folder: Path) -> list[CardSummary]:
