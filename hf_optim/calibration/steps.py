@@ -34,8 +34,8 @@ def run_calibration(run: Run, step: Technique, scope: Scope, run_batches: Callab
     # Without a ``yield`` the hook is an ordinary function, which has run before any batch.
     if not generators and step.needs_data():
         raise RecipeError(
-            f"{run.label(step)}: its hook calibrate is not a generator, so it sees no calibration batch: `yield` once for "
-            "each pass over the data, or let needs_data() return False"
+            f"{run.label(step)}: its hook calibrate is not a generator, so it sees no calibration batch: `yield` once "
+            "for each pass over the data, or let needs_data() return False"
         )
     for generator in generators:
         if not isinstance(generator, Generator):

@@ -32,7 +32,6 @@ from .contract import PHASE_OF_HOOK, Contract, Paper, Phase, Reload, TechniqueSp
 from .field_checks import admits, check_fields, did_you_mean, option
 from .schemes import with_scheme
 
-
 # The families of the catalogue.
 FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention")
 # The hooks that a technique may implement (``hookspecs``); modules implement ``register_techniques``.

@@ -40,7 +40,7 @@ EVIDENCE: dict[Trait, tuple[Callable[[Run], bool], str]] = {
 
 
 def warn_unfulfilled(run: Run, steps: Iterable[Technique]) -> None:
-    """Warn, on the log and the card, about each trait that a completed step adds by its contract but did not produce."""
+    """Warn, on the log and the card, about each trait that a completed step should have added by its contract."""
     for step in steps:
         for trait in sorted(step.contract().adds & EVIDENCE.keys(), key=str):
             shows, missing = EVIDENCE[trait]

@@ -1,4 +1,4 @@
-"""Whether a model can be found at all, before other libraries look for it: they retry, and name other causes."""
+"""Look for a model before other libraries do: they retry for long, and name other causes."""
 
 from __future__ import annotations
 

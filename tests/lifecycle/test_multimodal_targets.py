@@ -102,7 +102,7 @@ def test_pruning_takes_tables_and_keeps_them_in_training(tmp_path):
 
 
 REFUSED = {
-    "a tied table": ("rtn", {"tie_word_embeddings": True}, "*embed_tokens*", "shared with lm_head.weight"),
+    "a tied table": ("rtn", {"tie_word_embeddings": True}, "*embed_tokens*", "tied to lm_head.weight"),
     "a tied table, pruned": ("magnitude", {"tie_word_embeddings": True}, "*embed_tokens*", "with lm_head.weight"),
     "a table, calibrated": ("gptq", {}, "*embed_tokens*", "1 Embedding module .* does not work on"),
     "a table in N:M": ("nm", {}, "*embed_tokens*", "1 Embedding module .* does not work on"),

@@ -114,7 +114,7 @@ def test_routers_may_be_skipped_by_a_pattern_and_are_not_taken_by_one():
 
 def test_a_tied_table_is_refused():
     text = why(tiny_llama(tie_word_embeddings=True), ["*embed_tokens*"], takes=takes_tables)
-    assert "model.embed_tokens, whose weight is shared with lm_head.weight" in text
+    assert "model.embed_tokens, which is tied to lm_head.weight" in text
     assert "tie_word_embeddings=False" in text
     assert why(tiny_llama(), ["*embed_tokens*"], takes=takes_tables) == ""
 

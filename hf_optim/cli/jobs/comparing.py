@@ -18,7 +18,8 @@ from ...checkpoints.source import ModelSource, checkpoint_bytes, load_model, loa
 from ...data.datasets import require_readable
 from ...data.tasks import Task, task_of, task_of_auto_class
 from ...errors import ModelError, OptimError
-from ...evaluation.cards.plots import Point, is_drawable, plot_pareto
+from ...evaluation.cards.plots import plot_pareto
+from ...evaluation.cards.points import OTHER, Point, is_drawable
 from ...evaluation.evaluate import compare
 from ...evaluation.reported import ReportedMetric, common_quality_metric
 from ...evaluation.side_by_side import require_comparable, require_same_tokens
@@ -26,7 +27,7 @@ from ...recipes.config import DataConfig
 from ...toolkit.checkpoint.model_config import model_class
 from ...trust.code import may_run
 from .measuring import json_of
-from .timing import Candidate, load_on_kernels, request
+from .timed_models import Candidate, load_on_kernels, request
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,15 @@ def plot(found: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> Rep
     """
     metric = common_quality_metric(*found["models"].values())
     points = [
-        Point(metrics["bytes_on_disk"], metrics[metric.key], labels[model])
+        Point(
+            metrics["bytes_on_disk"], metrics[metric.key], labels[model], "" if model == found["reference"] else OTHER
+        )
         for model, metrics in found["models"].items()
         if metric is not None and is_drawable(metrics[metric.key], signed=True)
     ]
     if metric is None or len(points) < 2:
         raise OptimError("there are no two models with a quality that can be drawn")
-    plot_pareto(points, metric, path, "quality against size")
+    plot_pareto({"": points}, metric, path, "quality against size")
     return metric
 
 

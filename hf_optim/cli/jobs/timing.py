@@ -97,8 +97,8 @@ def measure_time(plan: Plan, estimates: Mapping[str, Any]) -> dict[str, Any]:
             stages.append({"steps": [step.name for step in stage.steps], "seconds": None} | (found or {}))
     total: dict[str, float | None] = {}
     for key in ("seconds", "low", "high"):
-        known = [stage.get(key) for stage in stages]
-        total[key] = None if None in known else round(loaded + sum(known), 3)
+        known = [seconds for stage in stages if (seconds := stage.get(key)) is not None]
+        total[key] = round(loaded + sum(known), 3) if len(known) == len(stages) else None
     return {
         "load_seconds": round(loaded, 3),
         "stages": stages,

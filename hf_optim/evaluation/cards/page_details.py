@@ -8,7 +8,8 @@ from typing import Any
 from ...recipes.contract import Reload
 from ...trust.html import Html, element, preformatted, with_code
 from ...trust.text import link_target, one_line
-from ..reported import comparison_rows, format_bytes, is_number, recipe_trains
+from ..comparison import CARD_TITLES, column_titles, comparison_rows
+from ..reported import format_bytes, is_number, recipe_trains
 from .sections import recipe_text
 from .summary import CardSummary
 
@@ -70,9 +71,8 @@ def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html | None:
 
 def _results(card: CardSummary) -> Html | None:
     measured = card.record.measured
-    columns = ["original", *(["control"] if measured.get("control") else []), "result", "change"]
     rows = comparison_rows(measured, recipe_trains(card.record.recipe))
-    return _table(("", *columns), rows) or element("p", "Not measured.")
+    return _table(column_titles(measured, CARD_TITLES), rows) or element("p", "Not measured.")
 
 
 def _coverage(card: CardSummary) -> Html | None:

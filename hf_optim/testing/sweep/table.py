@@ -15,24 +15,24 @@ REASON = 420
 
 HEAD = """# Architectures
 
-Does hf_optim support your model? Look up its class (`architectures` in its `config.json`) in the tables below: `+` means that
-the recipe works, `refused` that it is not possible, with the reason beside it. For a class that is not listed, or has its own
-code, ask `hf-optim check RECIPE --model MODEL`, which reads the configuration only. In general the decoders, encoders,
-encoder-decoders, mixtures of experts, and vision, speech and multimodal models of transformers work; integer weights are
-refused for GPT-2 and other models of `Conv1D`, and for experts that transformers does not store one by one. Pruning works
-for nearly all.
+Does hf_optim support your model? Look up its class (`architectures` in its `config.json`) in the tables below: `+`
+means that the recipe works, `refused` that it is not possible, with the reason beside it. For a class that is not
+listed, or has its own code, ask `hf-optim check RECIPE --model MODEL`, which reads the configuration only. In general
+the decoders, encoders, encoder-decoders, mixtures of experts, and vision, speech and multimodal models of
+transformers work; integer weights are refused for GPT-2 and other models of `Conv1D`, and for experts that
+transformers does not store one by one. Pruning works for nearly all.
 
 Every class that transformers {version} lists under the auto classes of text, vision, speech and multimodal models,
-built tiny from its configuration, through five recipes: {recipes}.
-`make sweep` writes this page ({classes} classes, about an hour on two cores).
+built tiny from its configuration, through five recipes: {recipes}. `make sweep` writes this page ({classes} classes,
+about an hour on two cores).
 
 A recipe *passes* (+) if the model is optimized from a checkpoint on two batches, saved, reloaded by transformers
-without hf_optim to bit-equal logits with every tensor found in the files, and reloaded with `optim_config="auto"`: off
-the kernels bit-equal, and on them within {tolerance:.0%} of the norm of the logits (or four times what a change of the
-norms by a millionth does: 8-bit inputs turn a last bit into a step, which random weights amplify). It is *refused* if
-hf_optim raises a `ModelError` or `RecipeError` with the reason before anything is written. Everything else fails: other
-exceptions, unequal logits, missing tensors. Models of text and images are calibrated on text if they run on text alone.
-The weights are random: the table says nothing about quality. An empty cell was not run.
+without hf_optim to bit-equal logits with every tensor found in the files, and reloaded with `optim_config="auto"`:
+off the kernels bit-equal, and on them within {tolerance:.0%} of the norm of the logits (or four times what a change
+of the norms by a millionth does: 8-bit inputs turn a last bit into a step, which random weights amplify). It is
+*refused* if hf_optim raises a `ModelError` or `RecipeError` with the reason before anything is written. Everything
+else fails: other exceptions, unequal logits, missing tensors. Models of text and images are calibrated on text if
+they run on text alone. The weights are random: the table says nothing about quality. An empty cell was not run.
 
 {shares}
 

@@ -157,7 +157,7 @@ def _tied_table(model: nn.Module, tables: Mapping[str, Any]) -> str:
         others = [other for other in holders.get(id(table._parameters.get("weight")), ()) if other != f"{name}.weight"]
         if others:
             return (
-                f"{name}, whose weight is shared with {others[0]}: a change of the table would change that as well. "
+                f"{name}, which is tied to {others[0]}: a change of the table would change that as well. "
                 "Leave it out, or untie the weights first (tie_word_embeddings=False)"
             )
     return ""
@@ -173,8 +173,8 @@ def _left_alone_message(pattern: str, found: Mapping[str, Role]) -> str:
         return f"{text}, which only an exact name selects: write {exact[0]} to include it, or leave the pattern out"
     first = next(name for name in found if name not in exact)
     # The first part of the name that says something names the tower, the pooler or the projector.
-    parts = (part for part in first.split(".") if part not in ("model", "encoder", "layers") and not part.isdigit())
-    named = next(parts, first)
+    telling = (part for part in first.split(".") if part not in ("model", "encoder", "layers") and not part.isdigit())
+    named = next(telling, first)
     return (
         f"{text}, which a class name leaves alone: write a pattern of their names, such as '*{named}*', to include them"
     )
