@@ -232,7 +232,7 @@ def _compiling() -> Iterator[None]:
     """Let ``torch.compile`` keep many versions of the step, and give its advice (TF32, say) to nobody."""
     from torch._dynamo import config
 
-    limits = {"recompile_limit": COMPILED_STEPS, "accumulated_recompile_limit": COMPILED_STEPS}
+    limits: dict[str, Any] = {"recompile_limit": COMPILED_STEPS, "accumulated_recompile_limit": COMPILED_STEPS}
     with warnings.catch_warnings(), config.patch(**limits):
         warnings.simplefilter("ignore")
         yield

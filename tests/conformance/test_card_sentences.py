@@ -22,8 +22,8 @@ CASES = {
     "obq": (
         {},
         ERRORS,
-        "3 linear layers were quantized, every row in its own order. The relative squared error of their outputs on the "
-        "calibration data is 3.00e-02 on average.",
+        "3 linear layers were quantized, every row in its own order. The relative squared error of their outputs on "
+        "the calibration data is 3.00e-02 on average.",
     ),
     "gmp": (
         {"sparsity": 0.5, "initial": 0.1},

@@ -28,8 +28,8 @@ def test_the_order_matters_and_the_error_says_what_to_move():
     with pytest.raises(RecipeError) as caught:
         recipe("rtn", "smoothquant").check()
     assert str(caught.value) == (
-        "move smoothquant before rtn: step 2 (smoothquant) needs a model that has floating-point weights; that no longer "
-        "holds after rtn"
+        "move smoothquant before rtn: step 2 (smoothquant) needs a model that has floating-point weights; that no "
+        "longer holds after rtn"
     )
 
 

@@ -70,10 +70,10 @@ def decode_attention(
     log2e = math.log2(math.e)
     given = (query, key, value, query if masks is None else masks, query if sinks is None else sinks, out, part, sums)
     numbers = (H, G, N, D, DV, width, *strides)
-    key = (*(t.dtype for t in given), *is_aligned_each(given), numbers, *constants.values(), WARPS, STAGES)
+    cache_key = (*(t.dtype for t in given), *is_aligned_each(given), numbers, *constants.values(), WARPS, STAGES)
     launch(
         _attend_kernel, (split, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=WARPS, num_stages=STAGES, key=key,
+        num_warps=WARPS, num_stages=STAGES, key=cache_key,
     )  # fmt: skip
     if split > 1:
         combine = {"SPLIT": split, "SPLITS": triton.next_power_of_2(split), "STEP": 16, "BLOCK_DV": block_dv}
