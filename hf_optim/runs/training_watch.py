@@ -3,8 +3,8 @@
 A stock ``Trainer`` or a loop of one's own does not know that masks exist: its first optimizer step ends the sparsity.
 While there are such models, a hook of ``torch.optim`` looks once at each optimizer: whether it has weights of one of
 them. It is not in the forward, so evaluation, calibration and ``torch.compile`` do not meet it. Adapters on a frozen
-model are other parameters and give no warning. ``hf_optim.callbacks``, ``OptimTrainer`` and ``keep_masks`` end the
-watch: they keep the masks.
+model are other parameters and give no warning. ``hf_optim.callbacks``, ``OptimTrainer``, ``Rounds`` and ``keep_masks``
+end the watch: they keep the masks.
 """
 
 from __future__ import annotations

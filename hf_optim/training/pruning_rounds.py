@@ -32,7 +32,7 @@ from ..checkpoints.atomic import replace_directory
 from ..errors import CheckpointError, ModelError, OptimError, RecipeError
 from ..lifecycle.stages import end_training
 from ..recipes.technique import Technique
-from ..runs import distributed
+from ..runs import distributed, training_watch
 from ..runs.masking import apply_masks
 from ..runs.run import Run
 from ..toolkit.distributed.fsdp import FullWeights, has_sharded_parameters
@@ -87,6 +87,7 @@ class Rounds:
             found = [one for one in run.recipe.steps if ROUNDS in one.contract().owns]
             step = found[0] if len(found) == 1 else None
         self.run, self.step = run, step
+        training_watch.unwatch(run.model)  # a loop with rounds keeps the masks
         self.label = run.label(step) if step is not None else "rounds"
         self.sparsity: float = self._resolve("sparsity", sparsity)
         self.rounds: int = self._resolve("rounds", rounds)

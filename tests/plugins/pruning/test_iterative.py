@@ -99,6 +99,7 @@ def test_a_custom_loop_is_on_the_record_and_the_card(tmp_path, caplog, given):
     """As documented: the rounds are those of the recipe's step, whether or not the arguments repeat them."""
     model = hf_optim.optimize(tiny_llama(), {"technique": "iterative", "sparsity": 0.75, "rounds": 2})
     run = run_of(model)
+    caplog.clear()  # it says that it waits for training
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = {key: value[None] for key, value in sentences(1)[0].items()}
     rounds = hf_optim.Rounds(run, **given)
