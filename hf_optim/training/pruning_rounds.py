@@ -87,13 +87,13 @@ class Rounds:
             found = [one for one in run.recipe.steps if ROUNDS in one.contract().owns]
             step = found[0] if len(found) == 1 else None
         self.run, self.step = run, step
-        training_watch.unwatch(run.model)  # a loop with rounds keeps the masks
         self.label = run.label(step) if step is not None else "rounds"
         self.sparsity: float = self._resolve("sparsity", sparsity)
         self.rounds: int = self._resolve("rounds", rounds)
         self.scope: str = self._resolve("scope", scope, "layer")
         targets = self._resolve("targets", targets if targets is None else tuple(targets), ("Linear",))
         skip = self._resolve("skip", skip if skip is None else tuple(skip), ())
+        training_watch.unwatch(run.model)  # a loop with rounds keeps the masks
         layers = run.select(targets, skip, embeddings=True)
         require_layers(layers, run.model, self.label)
         names = masks.weight_names(layers)
