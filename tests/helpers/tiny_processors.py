@@ -34,6 +34,11 @@ def picture(seed: int = 0, size: tuple[int, int] = (20, 16)) -> Image.Image:
     return Image.fromarray(values)
 
 
+def _of_pillow(name: str) -> Any:
+    """Return the image processor that needs no torchvision; versions of transformers name it differently."""
+    return getattr(t, f"{name}Pil", None) or getattr(t, name)
+
+
 def _tokenizer(*special: str) -> Any:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(list(special), special_tokens=True)
@@ -41,7 +46,7 @@ def _tokenizer(*special: str) -> Any:
 
 
 def _clip_images() -> Any:
-    return t.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return _of_pillow("CLIPImageProcessor")(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
 def _clip() -> tuple[Any, Any]:
@@ -66,7 +71,7 @@ def _llava(template: str | None = CHAT.replace("IMAGE", "<image>")) -> tuple[Any
 def _qwen2_vl() -> tuple[Any, Any]:
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     tokenizer = _tokenizer(*names)
-    images = t.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=32 * 32)
+    images = _of_pillow("Qwen2VLImageProcessor")(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=32 * 32)
     template = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     ids = tokenizer.convert_tokens_to_ids(list(names))
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
