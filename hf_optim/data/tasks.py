@@ -48,7 +48,7 @@ def task_of(class_name: str) -> Task:
 
 
 def task_of_auto_class(name: str) -> Task:
-    """Return the task of the models that an auto class of transformers loads, given its name; ``BASE`` for others."""
+    """Return the task whose auto class has this name; ``BASE`` for another name."""
     return next((task for _, task in _MAPPINGS if task.auto_class == name), BASE)
 
 

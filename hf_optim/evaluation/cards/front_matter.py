@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...data.tasks import task_of
 from ...errors import RecipeError
 from ...recipes.catalogue import catalogue
 from ...recipes.contract import Reload
@@ -21,22 +20,22 @@ def front_matter(result: Result, name: str) -> str:
     """Return the YAML metadata of a card titled ``name``."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    record, class_name = result.record, result.model_class()
+    record = result.record
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": hub_tags(result)}
     base = record.base_model
     if is_hub_id(base.get("id")):
         metadata |= {"base_model": base["id"], "base_model_relation": _relation(record)}
     if tag(base.get("license") or ""):
         metadata["license"] = base["license"]
-    if class_name:
-        metadata["pipeline_tag"] = task_of(class_name).tag
+    if result.model_class():
+        metadata["pipeline_tag"] = result.task().tag
     dataset = str(record.calibration.get("dataset") or "").partition(":")[0]
     if is_hub_id(dataset):
         metadata["datasets"] = [dataset]
     after, data = record.measured.get("after", {}), evaluation_name(record)
     results = [
         EvalResult(
-            task_type=_task(record, class_name),
+            task_type=_task(result),
             dataset_type=data if is_hub_id(data) else "local",
             dataset_name=data,
             metric_type=metric.hub_name,
@@ -90,8 +89,8 @@ def technique_spec(step: Mapping[str, Any]) -> Any:
         return None
 
 
-def _task(record: Record, class_name: str) -> str:
-    return tag(record.measured.get("after", {}).get("task") or "") or task_of(class_name).tag
+def _task(result: Result) -> str:
+    return tag(result.record.measured.get("after", {}).get("task") or "") or result.task().tag
 
 
 def evaluation_name(record: Record) -> str:

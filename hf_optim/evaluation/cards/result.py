@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...data.tasks import Task
+from ...data.tasks import BASE, Task, task_of, task_of_auto_class
 from ...recipes.contract import Reload
 from ...recipes.traits import MOE, QUANTIZED, SPARSE, SPARSE_NM, Trait
 from ...runs.record import Record
@@ -86,13 +86,23 @@ class Result:
         name = listed[0] if isinstance(listed, list) and listed else name
         return name if isinstance(name, str) and name.isidentifier() else ""
 
-    def processor(self, task: Task) -> str:
+    def task(self) -> Task:
+        """Return its task. A class whose code comes with the checkpoint has that of its auto class."""
+        name = self.model_class()
+        found = task_of(name)
+        listed = (self.config or {}).get("auto_map")
+        if found is BASE and isinstance(listed, dict):
+            autos = [auto for auto, place in listed.items() if str(place).rpartition(".")[2] == name]
+            found = next((task for auto in autos if (task := task_of_auto_class(auto)) is not BASE), BASE)
+        return found
+
+    def processor(self) -> str:
         """Return the auto class of its tokenizer or processor, and an empty string if it has none.
 
-        From its files; if these are not at hand, the one that models of the task have.
+        From its files; if these are not at hand, the one that models of its task have.
         """
         if self.directory is None or self.config is None:
-            return "AutoImageProcessor" if task.tag == "image-classification" else "AutoTokenizer"
+            return "AutoImageProcessor" if self.task().tag == "image-classification" else "AutoTokenizer"
         tokenizer = any((self.directory / name).exists() for name in TOKENIZER_FILES)
         if (self.directory / "processor_config.json").exists():
             return "AutoProcessor"

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ...data.tasks import Task, task_of
+from ...data.tasks import Task
 from ...recipes.config import KEYS
 from ...recipes.contract import Paper, Reload
 from ...runs.record import Record
@@ -127,14 +127,14 @@ def _conditions(record: Record) -> str:
 
 def loading(result: Result) -> str:
     """Render the code that loads the checkpoint, according to its reload level, format and files."""
-    task = task_of(result.model_class())
+    task = result.task()
     level = result.reload
     text = f"{level.value[0].upper()}{level.value[1:]}"
     if result.is_compressed_tensors and level is not Reload.STOCK_FORMAT:
         text += f", with weights in {Reload.STOCK_FORMAT.value}"
     parts = [f"{text}."]
     trust = ", trust_remote_code=True" if level is Reload.REMOTE_CODE else ""
-    parts.append(_code(_stock_snippet(task, result.processor(task), trust)))
+    parts.append(_code(_stock_snippet(task, result.processor(), trust)))
     if level is Reload.REMOTE_CODE:
         parts.append("With hf_optim installed, `import hf_optim` replaces `trust_remote_code`.")
     if result.is_compressed_tensors:
