@@ -48,11 +48,13 @@ _HOMES = {
     "compile_config": "compressed.packed.accelerate",
     "KernelWarning": "compressed.packed.packed_linear",
     "restore": "compressed.packed.accelerate",
-    "report": "compressed.packed.accelerate",
+    "report": "compressed.packed.layer_report",
     "release": "lifecycle.stages",
     "merge_adapters": "training.peft",
     "generate": "generation.door",
     "GenerationWarning": "generation.door",
+    "disable_progress_bars": "runs.progress",
+    "enable_progress_bars": "runs.progress",
 }
 # Public modules.
 _MODULES = {"traits": "recipes.traits", "compressed": "compressed", "remote_code": "checkpoints.remote_code"}
@@ -81,9 +83,9 @@ if TYPE_CHECKING:
     from .checkpoints import remote_code as remote_code
     from .compressed.packed.accelerate import accelerate as accelerate
     from .compressed.packed.accelerate import compile_config as compile_config
-    from .compressed.packed.accelerate import report as report
     from .compressed.packed.accelerate import restore as restore
     from .compressed.packed.kernel import Kernel as Kernel
+    from .compressed.packed.layer_report import report as report
     from .compressed.packed.packed_linear import KernelWarning as KernelWarning
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
@@ -110,6 +112,8 @@ if TYPE_CHECKING:
     from .recipes.technique import Technique as Technique
     from .recipes.technique import technique as technique
     from .recipes.traits import Trait as Trait
+    from .runs.progress import disable_progress_bars as disable_progress_bars
+    from .runs.progress import enable_progress_bars as enable_progress_bars
     from .runs.run import Run as Run
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..recipes.technique import Technique
+from ..runs.progress import Items, progress
 from ..runs.run import Run
 from ..runs.scope import Example, Scope
 from ..toolkit import topology
@@ -19,7 +19,7 @@ from ..toolkit.modules.modes import device_of
 from ..toolkit.statistics import BatchRows
 from ..toolkit.topology.towers import media_parts
 from .forward import Batch, capture_block_inputs, forward_errors, run_block, to_device
-from .steps import any_needs_data, batches_for, labels_for, run_calibration, selects_in
+from .steps import any_needs_data, batches_for, labels_for, name_of_work, run_calibration, selects_in
 
 
 class Journal(Protocol):
@@ -62,22 +62,24 @@ class BlockwiseDriver:
     def calibrate(self) -> None:
         """Run the steps over the towers, over every block, and then over what else lies outside the blocks."""
         self._calibrate_before_blocks()
-        bar = tqdm(self.blocks, desc="calibrating", unit="block", disable=len(self.blocks) < 2)
-        for index, block in enumerate(bar):
-            started = time.perf_counter()
-            with self._on_device(block.module):
-                restored = self._calibrate_block(index, bar)
-                bar.set_postfix_str(f"{block.name}: outputs", refresh=False)
-                self.passes += bool(self.batches) and not restored
-                self.outputs[block.list_name] = [
-                    to_device(run_block(self.run.model, block.module, *inputs, batch), self.home)
-                    for batch, inputs in zip(self.batches, self._block_inputs(index), strict=True)
-                ]
-            if not restored:
-                self.seconds.append(time.perf_counter() - started)
-        self._calibrate_non_blocks()
+        with progress(self.blocks, name_of_work(self.steps), unit="blocks") as shown:
+            for index, block in enumerate(shown):
+                started = time.perf_counter()
+                with self._on_device(block.module):
+                    restored = self._calibrate_block(index, shown)
+                    if self.batches:
+                        shown.note(f"{block.name}: outputs")
+                    self.passes += bool(self.batches) and not restored
+                    self.outputs[block.list_name] = [
+                        to_device(run_block(self.run.model, block.module, *inputs, batch), self.home)
+                        for batch, inputs in zip(self.batches, self._block_inputs(index), strict=True)
+                    ]
+                if not restored:
+                    self.seconds.append(time.perf_counter() - started)
+            shown.note("layers outside the blocks")
+            self._calibrate_non_blocks()
 
-    def _calibrate_block(self, index: int, bar: tqdm) -> bool:
+    def _calibrate_block(self, index: int, shown: Items[topology.Block]) -> bool:
         """Run the steps over one block, or restore it from the journal. Returns True if it was restored."""
         block = self.blocks[index]
         needs_references = any(step.needs_teacher() for step in self.steps)
@@ -86,7 +88,7 @@ class BlockwiseDriver:
         if self.journal and self.journal.restore(self.run, self.steps[0], block.name):
             return True
         for step in self.steps:
-            bar.set_postfix_str(f"{block.name}: {step.name}")
+            shown.note(f"{block.name}: {step.name}")
             run_calibration(self.run, step, scope, functools.partial(self._run_batches, index))
         if self.journal:
             self.journal.save(self.run, self.steps[0], block.name)

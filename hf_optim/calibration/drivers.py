@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..errors import ModelError
 from ..recipes.composition import Stage
 from ..recipes.technique import Technique
+from ..runs.progress import stage as showing
 from ..runs.run import Run
 from ..runs.scope import Scope
 from ..toolkit import topology
@@ -24,7 +23,7 @@ from ..toolkit.modules.modes import device_of, eval_mode
 from ..toolkit.statistics import BatchRows
 from .blockwise import BlockwiseDriver, Journal
 from .forward import forward_errors, to_device, without_cache
-from .steps import any_needs_data, batches_for, labels_for, require_covered, run_calibration
+from .steps import any_needs_data, batches_for, labels_for, name_of_work, require_covered, run_calibration
 from .throughput import summarize_throughput
 
 log = logging.getLogger(__name__)
@@ -72,11 +71,14 @@ def _calibrate_whole_model(run: Run, steps: Sequence[Technique]) -> None:
 
     def run_batches(step: Technique) -> None:
         batches = batches_for(run, step)
+        if not batches:
+            return
         rows = BatchRows(run.model)
-        bar = tqdm(batches, desc=f"calibrating: {step.name}", unit="batch", leave=False, disable=not batches)
-        for number, batch in enumerate(bar):
-            with rows.of(batch, labels_for(run, number)), forward_errors(run.model, batch):
-                run.model(**to_device(batch, device))
+        with showing("running calibration data", len(batches), "batches") as shown:
+            for number, batch in enumerate(shown.over(batches)):
+                with rows.of(batch, labels_for(run, number)), forward_errors(run.model, batch):
+                    run.model(**to_device(batch, device))
 
     for step in steps:  # a new scope for each: a step may remove layers
-        run_calibration(run, step, Scope("", run.model, run.model), run_batches)
+        with showing(f"{name_of_work([step])} ({step.name})"):
+            run_calibration(run, step, Scope("", run.model, run.model), run_batches)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ModelError, NumericalError, RecipeError
 from ..recipes.technique import Technique
+from ..recipes.traits import QUANTIZED, SPARSE
 from ..runs.acceptance import require_finite
 from ..runs.coverage import patterns_of
 from ..runs.run import Run
@@ -78,6 +79,16 @@ def selects_in(step: Technique, scope: Scope) -> bool:
         return False
     tables = step.takes(nn.Embedding(1, 1, device="meta"))
     return bool(scope.select(*patterns, embeddings=tables))
+
+
+def name_of_work(steps: Sequence[Technique]) -> str:
+    """Return what calibrating these steps does, in one word; one that reads no data calibrates nothing."""
+    if any_needs_data(steps):
+        return "calibrating"
+    added = {trait for step in steps for trait in step.contract().adds}
+    if QUANTIZED in added:
+        return "quantizing"
+    return "pruning" if SPARSE in added else "transforming"
 
 
 def require_covered(run: Run, step: Technique) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..runs.progress import stage
 from ..runs.record import FILE_NAME, Record
 from ..runs.run import find_run, require_sound
 from ..trust.bounds import first_line, shown
@@ -92,15 +93,17 @@ def _upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=directory,
-        revision=revision,
-        create_pr=create_pr,
-        ignore_patterns=list(IGNORED_PATTERNS),
-        delete_patterns=list(WEIGHT_PATTERNS),
-        **kwargs,
-    )
+    # The client counts in threads of its own, too.
+    with stage(f"uploading to {repo_id}", everywhere=True):
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=list(IGNORED_PATTERNS),
+            delete_patterns=list(WEIGHT_PATTERNS),
+            **kwargs,
+        )
 
 
 def local_directory(source: str, revision: str | None = None) -> Path | None:

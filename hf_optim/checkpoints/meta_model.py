@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, OptimError
+from ..runs.progress import silenced
 from ..toolkit.checkpoint.model_config import model_class
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..trust.bounds import first_line
@@ -87,15 +88,13 @@ def _quiet() -> Iterator[None]:
     """Silence transformers' progress bar and load report: nothing is loaded here, and problems are raised."""
     from transformers.utils import logging as theirs
 
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
     theirs.set_verbosity(logging.ERROR)
-    theirs.disable_progress_bar()
     try:
-        yield
+        with silenced():
+            yield
     finally:
         theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

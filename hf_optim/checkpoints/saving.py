@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..runs.progress import stage
 from ..runs.run import Run, require_sound, run_of
 from ..trust import code
 from . import save_methods
@@ -47,7 +48,8 @@ def detach_save_methods(model: PreTrainedModel) -> None:
 
 def save_plain(model: PreTrainedModel, directory: str | Path, **kwargs: Any) -> None:
     """Call transformers' own ``save_pretrained`` of a model, which may be optimized."""
-    save_methods.call_former(model, "save_pretrained", directory, **kwargs)
+    with stage("saving"):
+        save_methods.call_former(model, "save_pretrained", directory, **kwargs)
 
 
 def save(run: Run, directory: str | Path, *, measure: Measure | None = None, **kwargs: Any) -> Path:

@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ModelError, OptimError
 from ..evaluation.sizes import bytes_on_disk, parameter_bytes
+from ..runs.progress import stage
+from ..runs.record import public_name
 from ..toolkit.checkpoint.model_config import load_config, model_class
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..trust.bounds import first_line
@@ -84,7 +86,7 @@ def load_model(source: ModelSource, new_heads: NewHeads = NewHeads.NONE) -> Any:
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     files = source.weight_files()
     try:
-        with readable_errors(source.model):
+        with readable_errors(source.model), stage(name_of_load(source.model)):
             stock = functools.partial(
                 model_class(source.config).from_pretrained,
                 source.model,
@@ -99,6 +101,12 @@ def load_model(source: ModelSource, new_heads: NewHeads = NewHeads.NONE) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {source.model}: {first_line(error)}") from error
     return model.eval()
+
+
+def name_of_load(source: Any) -> str:
+    """Return what is shown while a checkpoint is loaded; one that is being written has no name of its own yet."""
+    name = public_name(source)
+    return f"loading {name}" if name and not name.startswith(".") else "loading"
 
 
 def load_processor(source: ModelSource, cls: type[PreTrainedModel]) -> Any:

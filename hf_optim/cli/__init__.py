@@ -7,12 +7,14 @@ import importlib
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from .. import __version__
 from ..errors import MAX_MESSAGE, OptimError, cli_message, printable
+from ..runs import progress
 
 # Name -> help. Each command is a module of this package with ``EXAMPLE``, ``arguments(parser)`` and
 # ``run(args) -> int``. Heavy imports are inside ``run``, so that `hf-optim list` does not wait for those of `compress`.
@@ -30,8 +32,8 @@ COMMANDS = {
     "demo": "run the whole workflow on a bundled model, on a CPU, in about a minute",
 }
 STATUS = (
-    "exit status: 0 success; 1 `check` refuses the recipe; 2 an error, the command did not do its work (one line on "
-    "standard error); 130 interrupted"
+    "exit status: 0 success; 1 the answer is no (`check` refuses the recipe, `serving --server` the checkpoint); 2 an "
+    "error, the command did not do its work (one line on standard error); 130 interrupted"
 )
 
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def execute(args: argparse.Namespace) -> int:
     """Run a parsed command. Errors are printed as one line on standard error; ``--verbose`` adds their traceback."""
-    with _logging(args.verbose):
+    with progress.command(args.quiet), _logging(args.verbose, args.quiet):
         try:
             return _module(args.command).run(args)
         except KeyboardInterrupt:
@@ -88,8 +90,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             epilog="example:\n  " + module.EXAMPLE.replace("\n", "\n  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument(
-            "-v", "--verbose", action="store_true", help="print debug messages, and tracebacks of errors"
+        said = command.add_mutually_exclusive_group()
+        said.add_argument("-v", "--verbose", action="store_true", help="print debug messages, and tracebacks of errors")
+        said.add_argument(
+            "-q", "--quiet", action="store_true", help="show no progress and no notes, only the result and errors"
         )
         module.arguments(command)
 
@@ -113,15 +117,31 @@ class _PrintableFormatter(logging.Formatter):
 
 
 @contextmanager
-def _logging(verbose: bool) -> Iterator[None]:
-    """Log hf_optim's messages to standard error while a command runs; loggers of other libraries are not changed."""
+def _logging(verbose: bool, quiet: bool = False) -> Iterator[None]:
+    """Log hf_optim's messages to standard error while a command runs; ``quiet``: no messages and warnings of anybody.
+
+    Otherwise loggers of other libraries are not changed.
+    """
     logger = logging.getLogger("hf_optim")
     handler, level = logging.StreamHandler(), logger.level
     handler.setFormatter(_PrintableFormatter())
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        yield
+        with _without_warnings() if quiet else ExitStack():
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

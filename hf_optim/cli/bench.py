@@ -5,7 +5,7 @@ Writes a table, JSON and a roofline plot. Without a GPU, the operators with a CP
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..errors import OptimError
 from ..trust.bounds import shown
 from .options import positive_int
-from .table import print_table
+from .table import print_json, print_table
 
 if TYPE_CHECKING:
     from ..evaluation.bench.environment import Deadline
@@ -24,6 +24,8 @@ EXAMPLE = """\
 hf-optim bench --op wna16 --peers --output bench
 hf-optim bench --end-to-end llama-3-8b --scheme dense w4a16"""
 DEFAULT_MODEL = "llama-3-8b"
+
+log = logging.getLogger(__name__)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +70,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--output", type=Path, metavar="DIR", help="write results.json, README.md and roofline.png")
     out.add_argument("--append", action="store_true", help="keep the rows of an earlier run on this device in DIR")
     out.add_argument("--render", type=Path, metavar="DIR", help="render the page of an existing results.json again")
-    out.add_argument("--json", action="store_true", help="print JSON")
+    out.add_argument(
+        "--json", action="store_true", help="print the results (with --list, the operators and peers) as JSON"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,10 +80,13 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.bench.results import Results
 
     if args.render is not None:
-        _print_written(table.publish(Results.load(args.render), args.render))
+        loaded = Results.load(args.render)
+        _print_written(table.publish(loaded, args.render))
+        if args.json:
+            print_json(loaded.to_json())
         return 0
     if args.list:
-        return _list()
+        return _list(args.json)
     _refuse(args)
     deadline = environment.Deadline.after(args.time_limit)
     results = environment.start_results(_command())
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         _print_written(table.publish(results, args.output))
     if args.json:
-        print(json.dumps(results.to_json(), indent=1))
+        print_json(results.to_json())
     elif args.output is None:
         print(table.render(results))
     return 0
@@ -146,11 +153,16 @@ def _run_model(args: argparse.Namespace, results: Results, deadline: Deadline) -
     run_models(results, args.end_to_end, schemes, settings, getattr(torch, args.dtype), deadline)
 
 
-def _list() -> int:
+def _list(as_json: bool) -> int:
     from ..evaluation.bench import environment, peers
 
+    operators = environment.timing_tools().operations()
+    if as_json:
+        found = [{"name": p.name, "missing": p.missing() or None, "operators": list(p.ops)} for p in peers.PEERS]
+        print_json({"operators": list(operators), "peers": found})
+        return 0
     installed = [(p.name, p.missing() or "installed", ", ".join(p.ops) or "all") for p in peers.PEERS]
-    print_table(("operator",), [(op,) for op in environment.timing_tools().operations()])
+    print_table(("operator",), [(op,) for op in operators])
     print()
     print_table(("peer", "", "compared with"), installed)
     return 0
@@ -167,7 +179,7 @@ def _joined(results: Results | None, directory: Path) -> Results | None:
 
 
 def _print_written(paths: list[Path]) -> None:
-    print("wrote " + ", ".join(map(str, paths)), file=sys.stderr)
+    log.info("wrote %s", ", ".join(map(str, paths)))
 
 
 def _command() -> str:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .table import print_json
 
 EXAMPLE = """\
 hf-optim card llama-w4a16
@@ -27,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint with hf_optim.json that was evaluated on the same data, to show beside this one: for "
         "recipes that train, a dense model that was trained alike",
     )
+    parser.add_argument("--json", action="store_true", help="print the written files as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,15 +40,18 @@ def run(args: argparse.Namespace) -> int:
     if os.path.lexists(home / FILE_NAME):
         if args.control is not None:
             add_control(home, args.control)
-        print(Card(Record.read(home), home).write(home))
+        written = [Card(Record.read(home), home).write(home)]
     elif args.control is not None:
         raise CheckpointError(f"{home} has no {FILE_NAME}: --control is for the card of one checkpoint")
     elif os.path.isdir(home) and any(home.glob(f"*/{FILE_NAME}")):
         render_index(home)
-        print(home / README)
-        print(home / PAGE)
+        written = [home / README, home / PAGE]
     else:
         raise CheckpointError(f"{home} has no {FILE_NAME}, and neither has any folder in it")
+    if args.json:
+        print_json({"written": [str(path) for path in written]})
+    else:
+        print(*written, sep="\n")
     return 0
 
 

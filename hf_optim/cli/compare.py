@@ -6,14 +6,13 @@ compare their predictions, and all are timed in turn. Models of another task or 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.reported import REPORTED_METRICS, ReportedMetric, format_bytes, format_share, is_number
 from ..evaluation.timings import SPREAD
 from .options import add_data_options, add_model_options, data_config_from_args
-from .table import print_line, print_table
+from .table import print_json, print_line, print_table
 
 EXAMPLE = "hf-optim compare org/model llama-w8a8 llama-w4a16 --data eval.jsonl --plot sizes.png"
 HEADINGS = {
@@ -42,8 +41,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
-
     from ..checkpoints.source import ModelSource
     from ..errors import OptimError
     from .jobs import comparing
@@ -58,12 +55,11 @@ def run(args: argparse.Namespace) -> int:
         kernels=args.auto,
         speed=not args.no_time,
         device=args.device,
-        print_line=lambda line: print(line, file=sys.stderr),
     )
     found = comparing.compare_checkpoints(job)
     labels = comparing.short_labels(models)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
     else:
         _print(found, labels)
     if args.plot is not None:

@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import logging
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import RecipeError
 from ..evaluation.comparison import TERMINAL_TITLES, column_titles, comparison_notes, comparison_rows
@@ -29,7 +31,7 @@ from .options import (
     source_from_args,
     training_from_args,
 )
-from .table import print_line, print_table
+from .table import print_json, print_line, print_table, result_alone
 
 EXAMPLE = """hf-optim compress meta-llama/Llama-3.2-1B --recipe w4a16 --output llama-w4a16 \\
     --calibration Salesforce/wikitext:wikitext-2-raw-v1 --eval eval.jsonl"""
@@ -70,6 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue a run that was killed, from its last completed block or training checkpoint",
     )
+    parser.add_argument("--json", action="store_true", help="print the measured metrics and the coverage as JSON")
     add_driver_options(parser)
     add_data_options(parser, "default: 128 for calibration, all with --train; for --eval see --eval-samples")
     parser.add_argument(
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.eval_samples,
         seq_len=args.seq_len,
     )
-    with distributed.joined(), without_coverage_log():
+    with result_alone(args.quiet), distributed.joined(), without_coverage_log():
         done = compress(
             Job(
                 source=source_from_args(args),
@@ -111,14 +114,20 @@ def run(args: argparse.Namespace) -> int:
                 dense=args.dense,
                 resume=args.resume,
                 device=args.device,
-                print_line=print_line,
             )
         )
         if not distributed.is_main():
             return 0
-    print()
-    print_result(done.record)
+    if args.json:
+        print_json(result_of(done.record, args.output))
+    else:
+        print_result(done.record)
     return 0
+
+
+def result_of(record: Record, output: Path) -> dict[str, Any]:
+    """Return what ``--json`` prints: ``output``, and ``measured`` and ``coverage`` as in hf_optim.json."""
+    return {"output": str(output), "measured": record.measured, "coverage": record.coverage}
 
 
 def print_result(record: Record) -> None:
@@ -126,6 +135,8 @@ def print_result(record: Record) -> None:
 
     These shares are in the log, too: a command that prints them here runs in ``without_coverage_log``.
     """
+    if sys.stdout.isatty():
+        print()  # between the notes and the result
     measured, trained = record.measured, recipe_trains(record.recipe)
     print_table(column_titles(measured, TERMINAL_TITLES), comparison_rows(measured, trained))
     width = min(120, shutil.get_terminal_size((120, 24)).columns)

@@ -9,7 +9,8 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from .compress import print_result, without_coverage_log
+from .compress import print_result, result_of, without_coverage_log
+from .table import print_json, result_alone
 
 NOTE = (
     "The demo runs in float32 on a CPU, where hf_optim keeps decoded weights: what 4 bits save here are bytes on disk. "
@@ -27,14 +28,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="directory to write (default: %(default)s)",
     )
+    parser.add_argument("--json", action="store_true", help="print the measured metrics and the coverage as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     from .jobs.demo import demo
 
-    with without_coverage_log():
+    with result_alone(args.quiet), without_coverage_log():
         record = demo(args.output)
-    print()
+    if args.json:
+        print_json(result_of(record, args.output))
+        return 0
     print_result(record)
     print()
     for line in textwrap.wrap(NOTE, 120):

@@ -7,6 +7,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .table import print_json
+
 EXAMPLE = "hf-optim push llama-w4a16 me/llama-w4a16"
 
 
@@ -17,6 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revision", metavar="BRANCH", help="branch to push to, created if it does not exist (default: main)"
     )
+    parser.add_argument("--json", action="store_true", help="print the address of the commit as JSON")
     parser.add_argument(
         "--message", metavar="TEXT", default="Upload with hf-optim", help="commit message (default: %(default)s)"
     )
@@ -25,5 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..checkpoints.hub import push
 
-    print(push(args.directory, args.repo, private=args.private, revision=args.revision, message=args.message))
+    url = push(args.directory, args.repo, private=args.private, revision=args.revision, message=args.message)
+    if args.json:
+        print_json({"url": url})
+    else:
+        print(url)
     return 0

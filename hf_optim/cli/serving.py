@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
-from .table import print_line, print_table
+from .table import print_json, print_line, print_table
 
 EXAMPLE = "hf-optim serving llama-w4a16"
 SERVERS = ("vllm", "sglang", "tgi")
@@ -31,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
     report = check_serving(args.model, args.revision)
     verdicts = [each for each in report.verdicts if args.server in (None, each.server.lower())]
     if args.json:
-        print(
-            json.dumps({**dataclasses.asdict(report), "verdicts": [dataclasses.asdict(v) for v in verdicts]}, indent=2)
-        )
+        print_json({**dataclasses.asdict(report), "verdicts": [dataclasses.asdict(v) for v in verdicts]})
     else:
         for scheme in report.schemes or ("dense weights",):
             print_line(scheme)

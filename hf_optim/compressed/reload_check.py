@@ -24,6 +24,7 @@ from ..errors import ModelError, OptimError
 from ..recipes.contract import Reload
 from ..recipes.technique import Technique
 from ..recipes.traits import QUANTIZED
+from ..runs.progress import silenced
 from ..runs.scope import Scope
 from ..toolkit.checkpoint.placement import load_placed
 from ..toolkit.topology.experts import ExpertLinear, fused_experts
@@ -224,15 +225,12 @@ def _quiet() -> Iterator[None]:
     from loguru import logger as log
     from transformers.utils import logging as theirs
 
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
     theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
     log.disable("compressed_tensors")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with silenced(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         log.enable("compressed_tensors")
         theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..recipes.config import DataConfig
+from ..runs.progress import silenced, stage
 from ..trust.bounds import first_line, shown
 from .images import find_image_column
 from .processor_errors import data_errors
@@ -131,7 +132,8 @@ def _open_local(path: Path) -> Iterable[dict[str, Any]]:
     if builder == "text":
         options = {"sample_by": "paragraph" if path.stat().st_size > STREAMED_ABOVE else "document"}
     try:
-        return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+        with silenced():
+            return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
     except Exception as error:
         raise DataError(f"{path.name}: cannot be read: {_reason(error)}") from error
 
@@ -143,9 +145,13 @@ def _open_hub(name: str, config: DataConfig) -> Iterable[dict[str, Any]]:
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     try:
         # Offline, only datasets prepared in the cache can be loaded, and those are not streamed.
-        return datasets.load_dataset(
-            repository, configuration or None, split=config.split, streaming=config.samples is not None and not offline
-        )
+        with stage(f"loading {repository}"):
+            return datasets.load_dataset(
+                repository,
+                configuration or None,
+                split=config.split,
+                streaming=config.samples is not None and not offline,
+            )
     except Exception as error:
         hint = (
             " (offline: HF_HUB_OFFLINE is set, so only cached datasets and local files can be read)" if offline else ""

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data import labelled_batches
 from ..data.datasets import load_examples, load_texts, string_columns
-from ..data.labelled_batches import IGNORE_INDEX, LabelledBatch, LabelledBatches
+from ..data.labelled_batches import IGNORE_INDEX, LabelledBatches
 from ..data.processor_errors import data_errors
 from ..data.tasks import task_of_model
 from ..errors import DataError
 from ..recipes.config import DataConfig
+from ..runs.progress import progress, stage
 from ..toolkit.modules.modes import device_of, eval_mode
 from .latency import measure_time
 from .metrics import KLDivergence, Perplexity, Spearman, StreamingMetric, TopOneAgreement, metrics_for
@@ -51,7 +51,7 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
             f"no metric for {type(model).__name__} on {data.dataset}: load the model with the head of its task "
             "(language model, classifier), or use sentence pairs with a column `score`"
         )
-    with data_errors(data.dataset):
+    with data_errors(data.dataset), stage("reading data"):
         batches = _build_batches(task, model, tokenizer, data)
     measured = _compute_metrics(model, batches, metrics_for(task))
     return {"task": task, **measured, **(measure_time(model) if speed else {})}
@@ -115,8 +115,8 @@ def _build_batches(task: str, model: Any, tokenizer: Any, data: DataConfig) -> L
 
 def _compute_metrics(model: Any, batches: LabelledBatches, classes: Sequence[type[StreamingMetric]]) -> dict[str, Any]:
     metrics = [cls() for cls in classes]
-    with eval_mode(model):
-        for inputs, labels in _progress(batches, "evaluating"):
+    with eval_mode(model), progress(batches.batches, "evaluating", unit="batches") as shown:
+        for inputs, labels in shown:
             logits, target = _scored_positions(model, inputs, labels)
             for metric in metrics:
                 metric.add_batch(predictions=logits, references=target)
@@ -133,7 +133,7 @@ def _compute_agreement(model: Any, reference: Any, batches: LabelledBatches) -> 
     with ExitStack() as stack:
         for each in (model, reference):
             stack.enter_context(eval_mode(each))
-        for inputs, labels in _progress(batches, "comparing"):
+        for inputs, labels in stack.enter_context(progress(batches.batches, "comparing", unit="batches")):
             logits, _ = _scored_positions(model, inputs, labels)
             expected, _ = _scored_positions(reference, inputs, labels)
             if logits.shape != expected.shape:
@@ -154,11 +154,6 @@ def _scored_positions(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> 
     logits = model(**inputs).logits
     keep = (labels != IGNORE_INDEX).to(logits.device)
     return logits[keep], labels.to(logits.device)[keep]
-
-
-def _progress(batches: LabelledBatches, what: str) -> Iterator[LabelledBatch]:
-    # disable=None: hide the bar if stderr is not a terminal.
-    yield from tqdm(batches.batches, desc=what, unit="batch", disable=None, leave=False)
 
 
 # -- sentence pairs with a score --------------------------------------------------------------------------------------
@@ -184,8 +179,8 @@ def _compute_similarity(model: Any, tokenizer: Any, examples: list[dict[str, Any
     named = ["sentence1", "sentence2"]
     columns = named if set(named) <= set(examples[0]) else string_columns(examples[0])[:2]
     metric = Spearman()
-    with eval_mode(model):
-        for start in tqdm(range(0, len(examples), 32), desc="evaluating", unit="batch", disable=None, leave=False):
+    with eval_mode(model), progress(range(0, len(examples), 32), "evaluating", unit="batches") as shown:
+        for start in shown:
             part = examples[start : start + 32]
             scores = torch.tensor([_to_float(example["score"]) for example in part], dtype=torch.float64)
             metric.add_batch(predictions=_predict_scores(model, tokenizer, part, columns), references=scores)

@@ -16,11 +16,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.read_errors import readable_errors
+from ..checkpoints.source import name_of_load
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import DataConfig, OptimConfig
 from ..recipes.technique import Technique
 from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
+from ..runs.progress import stage
 from ..runs.run import Run, traits_of
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
@@ -251,7 +253,7 @@ def _load_placed(
     given = dict(kwargs)
     ignore = bool(given.pop("ignore_mismatched_sizes", False))
     bound = functools.partial(stock, source, *args[1:], config=config if packed is None else packed, **given)
-    with readable_errors(source):
+    with readable_errors(source), stage(name_of_load(source)):
         return load_placed(
             bound,
             config,

@@ -39,6 +39,7 @@ from ..runs.acceptance import require_finite, require_model
 from ..runs.claims import warn_unfulfilled
 from ..runs.coverage import note_left_alone, record_coverage, recount_zeros, require_effective
 from ..runs.memory import PeakMemory
+from ..runs.progress import silenced
 from ..runs.record import public_name
 from ..runs.run import ATTRIBUTE, Run, StageState, find_run, require_sound, run_of, traits_of
 from ..toolkit import topology
@@ -207,7 +208,8 @@ def fail_stage(run: Run, doing: str, error: BaseException) -> None:
 @contextmanager
 def _failing(run: Run, doing: str) -> Iterator[None]:
     try:
-        yield
+        with silenced():  # the bars of what the steps call; their stages are shown
+            yield
     except BaseException as error:
         fail_stage(run, doing, error)
         raise

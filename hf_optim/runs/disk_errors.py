@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, OptimError
+from ..trust.figures import format_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -61,11 +62,7 @@ def _is_of_writing(error: RuntimeError) -> bool:
 def _room(folder: Path, needed: int | None) -> str:
     home = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), Path(os.sep))
     try:
-        free = f"{_size(shutil.disk_usage(home).free)} free"
+        free = f"{format_bytes(shutil.disk_usage(home).free)} free"
     except OSError:
         free = "free space unknown"
-    return free if needed is None else f"{_size(needed)} needed, {free}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MB" if count >= 2**20 else f"{count / 2**10:,.1f} KB"
+    return free if needed is None else f"{format_bytes(needed)} needed, {free}"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import DataError, NumericalError, RecipeError
 from ..toolkit.distributed import collectives
 from ..toolkit.statistics import batch_size, can_split, take_rows
+from .progress import silenced
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Set by the launchers for their workers, and removed for the processes that a worker starts.
@@ -136,23 +137,15 @@ def require_equal_weights(model: nn.Module) -> None:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Suppress all output but errors, and progress bars."""
-    from tqdm.std import tqdm
-    from transformers.utils import logging as transformers_logging
-
-    plain: Any = tqdm.__init__
-
-    def without_bar(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **{**kwargs, "disable": True})
-
     logger = logging.getLogger("hf_optim")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    tqdm.__init__ = without_bar  # type: ignore[method-assign]
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        with (
+            silenced(everywhere=True),
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
             yield
     finally:
-        tqdm.__init__ = plain  # type: ignore[method-assign]
-        transformers_logging.enable_progress_bar()
         logger.setLevel(level)

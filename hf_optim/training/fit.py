@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..lifecycle.stages import require_inputs
 from ..recipes.composition import Stage, step_label
 from ..recipes.config import DataConfig, OptimConfig
-from ..runs import folder_lock
+from ..runs import folder_lock, progress
 from ..runs.disk_errors import readable_disk_errors
 from ..runs.run import find_run, run_of
 from .arguments import recipe_errors, require_trainable, training_arguments
@@ -67,7 +67,7 @@ def train_stage(
 
     run, training = run_of(model), training or {}
     require_trainable(training)
-    with data_errors(data.dataset):
+    with data_errors(data.dataset), progress.stage("reading training data"):
         rows, collator = training_rows(model, tokenizer, data)
     journal = TrainJournal(run.journal, run) if run.journal is not None else None
     checkpoint = journal.begin(rows) if journal is not None else None
@@ -95,7 +95,12 @@ def train_stage(
             log.info("training resumes from %s", Path(checkpoint).name)
         # Checkpoints are written by the Trainer and by torch, with errors of their own.
         saved = str(trainer.args.output_dir)
-        with folder_lock.locked(saved), readable_disk_errors(saved, "a training checkpoint"):
+        # Without its own counts, the stage shows those of the Trainer's bar.
+        with (
+            folder_lock.locked(saved),
+            readable_disk_errors(saved, "a training checkpoint"),
+            progress.stage(f"training {run.stage}"),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
     # A step may have replaced the model: the run has the current one.
     return trainer.run.model
@@ -144,7 +149,8 @@ def train_dense(model: Any, tokenizer: Any, data: DataConfig, training: Mapping[
             trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)  # type: ignore[arg-type]
         if isinstance(collator, MlmCollator):
             trainer.add_callback(MaskingEpochCallback(collator))
-        trainer.train()
+        with progress.stage("training the control"):
+            trainer.train()
     return model
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 
 import pytest
 import torch
 from streamed_and_blockwise import assert_same_checkpoint, blockwise, random_batches, recipe_of, streamed, tensors_of
+from terminal import bars_allowed, terminal
 from tiny_models import TINY, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM
@@ -245,12 +244,13 @@ def test_the_record_has_the_metrics_and_no_directory_of_this_machine(homes, tmp_
     assert "spill" not in record.recipe
 
 
-def test_the_bar_shows_block_and_step(homes, tmp_path):
-    printed = io.StringIO()
-    with contextlib.redirect_stderr(printed):
-        streamed(homes("llama"), GPTQ, random_batches(tiny_llama()), tmp_path / "out")
-    assert "model.layers.1: gptq" in printed.getvalue()
-    assert "2/2" in printed.getvalue()
+def test_the_line_shows_block_and_step(homes, tmp_path, monkeypatch):
+    model = homes("llama")
+    with bars_allowed(monkeypatch), terminal() as seen:
+        streamed(model, GPTQ, random_batches(tiny_llama()), tmp_path / "out")
+    assert "calibrating: 1/2 blocks" in seen.written
+    assert "model.layers.1: gptq" in seen.written
+    assert "model shards" not in seen.written
 
 
 def live_bytes():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 
 import pytest
 from conftest import IMPORTS
 from hub_double import TOKEN, hub_double
 from huggingface_hub import ModelCard
 from python_session import PythonSession
+from terminal import run_on_terminal
 from tiny_models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
@@ -117,6 +120,21 @@ def test_push_uploads_the_checkpoint_in_one_commit(hub, compressed, pushed):
     assert weights.lfs
     assert weights.sha256 == hashlib.sha256((compressed / "model.safetensors").read_bytes()).hexdigest()
     assert not any(path.startswith(".") for path in repo.files.keys() - {".gitattributes"})
+
+
+@pytest.mark.slow
+def test_push_on_a_terminal_draws_one_line(hub, compressed, tmp_path):
+    environment = {**os.environ, **hub.environment(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
+    command = [sys.executable, "-m", "hf_optim.cli", "push", str(compressed), "me/watched"]
+    status, seen = run_on_terminal(command, environment)
+    assert status == 0, seen.written
+    assert "uploading to me/watched" in seen.written
+    assert {frame.split(":")[0].split(",")[0] for frame in seen.frames} == {"uploading to me/watched"}
+    assert not [
+        word for word in ("\x1b[A", "Processing Files", "model.safetensors", "it/s", "B/s") if word in seen.written
+    ]
+    assert seen.screen[-2].startswith(f"{hub.url}/me/watched/commit/")
 
 
 def test_the_card_on_the_hub_is_the_rendered_one(hub, base, pushed):

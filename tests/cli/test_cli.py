@@ -155,6 +155,18 @@ def test_list_prints_a_table(capsys):
     assert words >= {*TECHNIQUES, *shipped_recipes()}
 
 
+def test_list_groups_families_and_explains_reload_levels(capsys):
+    assert call(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [lines.index(line) for line in lines if line.endswith("reload        what it does")]
+    assert [lines[head].split()[0] for head in heads] == sorted(set(TECHNIQUES.values()))
+    for head in heads:
+        members = [line.split()[0] for line in lines[head + 2 : lines.index("", head)] if line[0] != " "]
+        assert sorted(members) == sorted(n for n, family in TECHNIQUES.items() if family == lines[head].split()[0])
+    legend = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert [level.value in legend[level.name] for level in Reload] == [True] * len(Reload)
+
+
 def test_list_of_a_technique_has_its_fields(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")  # lines are broken to the width of the terminal
     assert call(["list", "gmp"]) == 0
@@ -162,7 +174,9 @@ def test_list_of_a_technique_has_its_fields(capsys, monkeypatch):
     assert printed.startswith("gmp\n\nPrune gradually during training, along a cubic ramp.\n\nSteps are optimizer")
     rows = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert "https://arxiv.org/abs/1710.01878" in printed
-    assert "sparse-nm" in rows["keeps"]
+    kept = "has weights that were pruned to zero (sparse) and keeps N of every M weights in a row (sparse-nm)"
+    assert f"keeps it stays a model that {kept}" in " ".join(printed.split())
+    assert rows["needs"].endswith("a model that computes with floating-point weights (float-weights)")
     assert "yes, in a Trainer with hf_optim.callbacks(model)" in rows["trains"]
     assert "STOCK_DENSE" in rows["reloads as"]
     header = next(line for line in printed.splitlines() if line.startswith("field"))
@@ -192,7 +206,10 @@ def test_every_field_of_every_technique_is_described(capsys, name):
     assert [field["name"] for field in one["fields"] if not field["description"]] == []
     assert [field["name"] for field in one["fields"] if "Literal" in field["type"]] == []
     assert call(["list", name]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+    assert not re.search(r"`|::|\*\w+\*|:\w+:`|\b(None|True|False)\b", printed.split("field  ")[-1])
+    assert not re.search(r"``|\*\w+\*|:\w+:`", printed)
 
 
 def test_list_of_a_recipe_has_its_steps(capsys):
@@ -200,6 +217,7 @@ def test_list_of_a_recipe_has_its_steps(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("w4a16 (recipe)\n\nGPTQ to 4 bits.")
     assert "- technique: gptq\n  group_size: 32" in printed
+    assert f"STOCK_FORMAT: {Reload.STOCK_FORMAT.value}" in printed
     assert call(["list", "distilbert", "--json"]) == 0
     both = json.loads(capsys.readouterr().out)
     assert [one["name"] for kind in ("techniques", "recipes") for one in both[kind]] == ["distilbert", "distilbert"]
@@ -368,7 +386,7 @@ def test_a_control_is_evaluated_beside_original_and_result(capsys, shop, monkeyp
         out = json.dumps({"perplexity": figures.get(name, 2.75)})
         return subprocess.CompletedProcess([], 0, out, "")
 
-    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", measure)
+    monkeypatch.setattr("subprocess.run", measure)
     control = shop.home / "dense-alike"
     control.mkdir(exist_ok=True)
     (control / "model.safetensors").write_bytes((shop.model / "model.safetensors").read_bytes())
@@ -500,7 +518,7 @@ def test_missing_evaluation_data(capsys, shop):
 
 def test_the_error_of_the_evaluating_process_is_passed_on(capsys, shop, monkeypatch):
     done = subprocess.CompletedProcess([], 2, "", "noise\nhf-optim: the data is odd\nlate noise\n")
-    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", lambda *args, **kwargs: done)
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: done)
     line = error_line(capsys, shop.compress(shop.rtn, "none", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the original: the data is odd"
 
@@ -514,7 +532,7 @@ def test_a_result_that_cannot_be_measured_is_written_before_the_error(capsys, sh
         return subprocess.CompletedProcess([], 0, out, "") if original else failed
 
     failed = subprocess.CompletedProcess([], 2, "", "hf-optim: the data is odd\n")
-    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", measure)
+    monkeypatch.setattr("subprocess.run", measure)
     line = error_line(capsys, shop.compress(shop.rtn, "unmeasured", "--eval", shop.held_out))
     assert line == "hf-optim: could not measure the result: the data is odd"
     record = json.loads((shop.home / "unmeasured" / "hf_optim.json").read_text())
@@ -534,7 +552,7 @@ def test_record_and_card_of_a_measured_result_are_written_once(shop, monkeypatch
         seen.append((home.name, (shop.home / "once").exists(), (home / "README.md").exists()))
         return subprocess.CompletedProcess([], 0, json.dumps({"perplexity": 2.5}), "")
 
-    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", measure)
+    monkeypatch.setattr("subprocess.run", measure)
     cards = []
     write = Card.write
     monkeypatch.setattr(Card, "write", lambda self, directory: cards.append(directory) or write(self, directory))

@@ -248,3 +248,46 @@ def test_the_command(tmp_path, capsys):
     assert "no operator 'nothing'" in capsys.readouterr().err
     assert main(["bench", "--list"]) == 0
     assert "bitsandbytes" in capsys.readouterr().out
+
+
+def cpu_results(*rows, **more):
+    return Results(
+        "a CPU, 2 threads", "", {"torch": "2.11"}, {"copy": 2.9e3, "int8": 1e5}, "2026-11-22", "c", list(rows), **more
+    )
+
+
+def test_a_page_of_a_cpu_has_only_columns_that_mean_something_there():
+    timed = {"eager_us": 17.0, "host_us": 16.0, "spread": 0.25, "error": 1e-3}
+    fast = row(graph_us=1234.5, **timed)
+    decode = [DecodeResult("tiny", "w4a16", "dynamic", 1, ms=2.0, floor_ms=1.0, weights_gb=0.5, warmup_s=1.0)]
+    page = table.render(cpu_results(fast, row("dense", "dense", graph_us=2000.0, **timed), decode=decode))
+    heads = [line for line in page.splitlines() if line.startswith(("| M |", "| model |"))]
+    assert heads == [
+        "| model | scheme | cache | batch | ms per token | overall | weights GB | warm-up s |",
+        "| M | contender | us | spread | x dense | error |",
+    ]
+    assert "| 1 | **w4a16** | 1,234.5 | 25 % | 1.62 | 1.0e-03 |" in page
+    assert "None of hf_optim's 1 measurements was slower than the dense product or another library." in page
+    assert "copy 2.9 GB/s" in page
+    assert "graph" not in page
+    assert "floor" not in page
+
+
+def test_the_page_says_in_words_how_many_measurements_lost():
+    slow, dense = row(graph_us=60.0), row("dense", "dense", graph_us=55.0, bytes=4 * BYTES)
+    broken = row("w8a16", graph_us=None, failure="no kernel")
+    page = table.render(results(slow, dense, broken))
+    assert (
+        "1 of hf_optim's 2 measurements was slower than the dense product or another library (last column); 1 failed."
+        in page
+    )
+    assert (
+        "| M | contender | graph us | spread | eager us | host us | % of floor | x dense | error | goal | lost to |"
+        in page
+    )
+
+
+def test_the_layers_of_a_model_are_counted_by_kernel():
+    kernels = {"int4 (CPU), 4-bit codes": 10, "int4 (CPU), 4-bit codes, with k_proj, v_proj": 5, "dense": 1}
+    page = table.render(cpu_results(decode=[DecodeResult("tiny", "w4a16", "static", 1, ms=2.0, kernels=kernels)]))
+    assert "| 15 int4 (CPU), 1 dense |" in page

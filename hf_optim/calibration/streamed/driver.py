@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...checkpoints.reader import Checkpoint
 from ...compressed.quantizer import PackingFallback
@@ -21,6 +20,7 @@ from ...recipes.technique import Technique
 from ...runs.acceptance import refuse_nonfinite, require_finite
 from ...runs.masking import stray_weights
 from ...runs.memory import map_large_blocks, release_freed_pages
+from ...runs.progress import Items, progress
 from ...runs.run import Run
 from ...runs.scope import Example, Scope
 from ...toolkit import topology
@@ -28,7 +28,7 @@ from ...toolkit.modules.finite import nonfinite
 from ...toolkit.modules.modes import eval_mode
 from ...toolkit.statistics import BatchRows
 from ..forward import run_block, without_cache
-from ..steps import any_needs_data, labels_for, require_covered, run_calibration, selects_in
+from ..steps import any_needs_data, labels_for, name_of_work, require_covered, run_calibration, selects_in
 from ..throughput import summarize_throughput
 from .activations import CPU, ActivationCache, ReferenceOutputs
 from .materialize import NonBlockWeights, materialize, offload_to_meta, state_names
@@ -101,9 +101,12 @@ class StreamedDriver:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
     def _calibrate_blocks(self, reader: ThreadPoolExecutor) -> None:
-        bar = tqdm(self.blocks, desc="compressing", unit="block", disable=len(self.blocks) < 2)
+        with progress(self.blocks, name_of_work(self.steps), unit="blocks") as shown:
+            self._calibrate_each(reader, shown)
+
+    def _calibrate_each(self, reader: ThreadPoolExecutor, shown: Items[topology.Block]) -> None:
         prefetched = self._prefetch(reader, 0)
-        for index, block in enumerate(bar):
+        for index, block in enumerate(shown):
             started = time.perf_counter()
             completed = self.output.is_completed(index)
             if completed:
@@ -115,16 +118,16 @@ class StreamedDriver:
             tensors, prefetched = self._read_block(index, prefetched), self._prefetch(reader, index + 1)
             with self._materialized(index, tensors):
                 del tensors
-                self._process_block(index, completed, bar)
+                self._process_block(index, completed, shown)
             if not completed:
                 self.seconds.append(time.perf_counter() - started)
 
-    def _process_block(self, index: int, completed: bool, bar: tqdm) -> None:
+    def _process_block(self, index: int, completed: bool, shown: Items[topology.Block]) -> None:
         """Calibrate and write a materialized block, or load its completed state; then compute its outputs."""
         block = self.blocks[index]
         references: Sequence[Example] = ()
         if self.reference_cache is not None:
-            bar.set_postfix_str(f"{block.name}: reference outputs")
+            shown.note(f"{block.name}: reference outputs")
             self.reference_cache.start_block(index)
             self._compute_outputs(self.reference_cache, index)
             references = ReferenceOutputs(self.reference_cache, index)
@@ -133,22 +136,22 @@ class StreamedDriver:
         if completed:
             self.output.load_block(block.module, index)
         else:
-            self._calibrate_block(index, references, bar)
-            bar.set_postfix_str(f"{block.name}: writing")
+            self._calibrate_block(index, references, shown)
+            shown.note(f"{block.name}: writing")
             self._write_block(index)
         if self.cache is not None and index + 1 < len(self.blocks):
-            bar.set_postfix_str(f"{block.name}: outputs")
+            shown.note(f"{block.name}: outputs")
             self._compute_outputs(self.cache, index)
         elif self.cache is not None and self._non_block_steps():
             self._compute_outputs(self.cache, index)
 
-    def _calibrate_block(self, index: int, references: Sequence[Example], bar: tqdm) -> None:
+    def _calibrate_block(self, index: int, references: Sequence[Example], shown: Items[topology.Block]) -> None:
         block = self.blocks[index]
         scope = Scope(block.name, block.module, self.model, index, len(self.blocks), teacher=references)
         require_finite(block.module, block.name, "")
         with self._refuse_changes_outside(block):
             for step in self.steps:
-                bar.set_postfix_str(f"{block.name}: {step.name}")
+                shown.note(f"{block.name}: {step.name}")
                 run_calibration(self.run, step, scope, functools.partial(self._run_batches, index))
 
     def _run_batches(self, index: int, step: Technique) -> None:

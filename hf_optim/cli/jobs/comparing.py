@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ...evaluation.evaluate import compare
 from ...evaluation.reported import ReportedMetric, common_quality_metric
 from ...evaluation.side_by_side import require_comparable, require_same_tokens
 from ...recipes.config import DataConfig
+from ...runs import progress
 from ...toolkit.checkpoint.model_config import model_class
 from ...trust.code import may_run
 from .measuring import json_of
@@ -41,7 +42,6 @@ class Comparison:
         kernels: run compressed ones on hf_optim's kernels.
         speed: also time them.
         device: where they run; None means CUDA if available.
-        print_line: called with each line of progress.
     """
 
     models: tuple[str, ...]
@@ -50,7 +50,6 @@ class Comparison:
     kernels: bool = False
     speed: bool = True
     device: str | None = None
-    print_line: Callable[[str], None] = print
 
     def source_of(self, model: str) -> ModelSource:
         return replace(self.source, model=model)
@@ -66,16 +65,17 @@ def compare_checkpoints(job: Comparison) -> dict[str, Any]:
     require_readable(job.data)
     found = {}
     for model in job.models:
-        job.print_line(f"evaluating {model}")
-        found[model] = _figures(job, model)
+        with progress.stage(f"evaluating {model}"):
+            found[model] = _figures(job, model)
     reference = job.models[0]
-    job.print_line(f"comparing with {reference}, token by token")
-    for model, metrics in _agreements(job, device).items():
+    with progress.stage(f"comparing with {reference}"):
+        agreements = _agreements(job, device)
+    for model, metrics in agreements.items():
         found[model] |= metrics
     timing: dict[str, Any] = {}
     if job.speed:
-        job.print_line("timing them in turn")
-        times = _times(job)
+        with progress.stage("timing the models in turn"):
+            times = _times(job)
         timing = times["timing"]
         for model, metrics in times["times"].items():
             found[model] |= metrics

@@ -24,7 +24,7 @@ from ...lifecycle.loading import optimize
 from ...lifecycle.stages import advance
 from ...recipes.contract import Reload
 from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED
-from ...runs import distributed
+from ...runs import distributed, progress
 from ...runs.folder_lock import locked, real_path
 from ...runs.record import public_name
 from ...runs.run import Run, run_of
@@ -77,7 +77,6 @@ def _compress(job: Job, device: torch.device | None, found: Findings) -> Run:
             measured["control"] = control_figures(job, job.control)
     if job.recipe.driver == "streamed":
         return _streamed(job, found.meta_model, calibration, tokenizer, device, measured)
-    job.print_line(f"loading {job.source.model}")
     trains = any(stage.trains for stage in job.recipe.stages)
     model = load_model(job.source, NewHeads.ALL if trains else NewHeads.CLASSIFIERS)
     original_bytes = checkpoint_bytes(job.source, model)
@@ -103,8 +102,8 @@ def _compress(job: Job, device: torch.device | None, found: Findings) -> Run:
         _make_dense(run)
     _record_measured(job, run, measured, original_bytes)
     if job.evaluation:
-        job.print_line("comparing with the original, token by token")
-        run.record.measured["after"] |= _compare(job, run)
+        with progress.stage("comparing with the original"):
+            run.record.measured["after"] |= _compare(job, run)
     measuring = Measuring(job, run)
     saving.save(run, job.output, measure=measuring)
     # Kept until here, and if the run fails: calibrated blocks need not be calibrated again.
@@ -120,7 +119,6 @@ def _streamed(
     work = StreamedJob(
         job.recipe, found, job.source, _journal_home(job.output), job.resume, calibration, tokenizer, device
     )
-    job.print_line(f"streaming {job.source.model}")
     work.calibrate()
     original_bytes = sum(path.stat().st_size for path in found.files)
     _record_measured(job, work.run, measured, original_bytes)
@@ -166,11 +164,10 @@ def _compare(job: Job, run: Run) -> dict[str, Any]:
 
 def _train(job: Job, model: Any, tokenizer: Any) -> Any:
     """Run the training stages of the recipe, if any, and the stages that follow them."""
-    while (stage := run_of(model).stage) is not None:
+    while run_of(model).stage is not None:
         if not run_of(model).stage_entered:
             model = advance(model)
             continue
-        job.print_line(f"training {stage}")
         model = train_stage(model, tokenizer, job.plan.training_data, job.plan.training_arguments)
     return model
 

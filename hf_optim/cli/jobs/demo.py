@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,13 @@ from ...checkpoints.atomic import require_replaceable
 from ...checkpoints.source import ModelSource
 from ...errors import OptimError
 from ...recipes.config import DataConfig, OptimConfig
+from ...runs import progress
 from ...runs.record import Record
 from ...runs.run import Run
 from . import demo_corpus
 from .compress import Job, compress
+
+log = logging.getLogger(__name__)
 
 RECIPE = "w4a16"
 CALIBRATION_SEQUENCES = 64
@@ -45,7 +49,7 @@ def bundled_model() -> Path:
     return Path(str(resources.files("hf_optim.cli.jobs") / "demo_model"))
 
 
-def demo(output: Path, print_line: Callable[[str], None] = print) -> Record:
+def demo(output: Path, print_line: Callable[[str], None] = log.info) -> Record:
     """Compress and evaluate the bundled model, write checkpoint and card, and check the reload. Returns the record.
 
     Raises ``OptimError`` if stock transformers reloads the checkpoint with different logits.
@@ -61,7 +65,8 @@ def demo(output: Path, print_line: Callable[[str], None] = print) -> Record:
         source = ModelSource(str(bundled_model()), dtype="float32")
         evaluation = DataConfig(dataset=str(held_out), samples=EVALUATION_SEQUENCES)
         run = compress(Job(source, recipe, output, evaluation, device="cpu", print_line=print_line))
-        check_stock_reload(run, output, Path(folder))
+        with progress.stage("reloading with stock transformers"):
+            check_stock_reload(run, output, Path(folder))
         print_line("reloaded by stock transformers in a process without hf_optim: identical logits")
     return run.record
 

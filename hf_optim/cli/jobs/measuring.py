@@ -7,7 +7,6 @@ are measured on original and result in turn, in one process (``timed_models``), 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...errors import OptimError
 from ...evaluation.sizes import bytes_on_disk
 from ...recipes.contract import Reload
 from ...recipes.traits import QUANTIZED, SPARSE_NM
-from ...runs import distributed
+from ...runs import distributed, progress
 from ...runs.record import public_name
 from ...runs.run import Run
 from ...trust.code import is_written_by_run, may_run
@@ -90,7 +89,6 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False, ke
     ``kernels`` runs it on hf_optim's kernels.
     """
     assert job.evaluation is not None
-    job.print_line(f"measuring the {what}")
     command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--no-time"]
     for option, value in (
         ("--data", job.evaluation.dataset),
@@ -109,7 +107,8 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False, ke
         command.append("--auto")
     if may_run(job.source.trust_remote_code) or trust:
         command.append("--trust-remote-code")
-    return json_of(command, what, own_code=what.startswith("result"))
+    with progress.stage(f"measuring the {what}"):
+        return json_of(command, what, own_code=what.startswith("result"))
 
 
 def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[str, Any]:
@@ -117,7 +116,6 @@ def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[st
 
     ``kernels`` also times the result on hf_optim's kernels; ``trust`` is as in ``evaluate_checkpoint``.
     """
-    job.print_line("timing original and result in turn")
     source, word = job.source, may_run(job.source.trust_remote_code)
     candidates = [
         Candidate("before", source.model, source.revision, source.dtype, word),
@@ -126,7 +124,8 @@ def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[st
     if kernels:
         candidates.append(Candidate("accelerated", str(result), None, source.dtype, word or trust, kernels=True))
     command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models", request(candidates, job.device)]
-    found = json_of(command, "times", own_code=True)
+    with progress.stage("timing original and result in turn"):
+        found = json_of(command, "times", own_code=True)
     return {"times": found.get("times", {}), "timing": found.get("timing", {})}
 
 
@@ -136,7 +135,7 @@ def json_of(command: list[str], what: str, *, own_code: bool) -> dict[str, Any]:
         # transformers copies model code to a cache, under the name of the folder; that of a result is temporary.
         modules = {"HF_MODULES_CACHE": cache} if own_code else {}
         environment = {**distributed.own_environment(), **modules}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = progress.run_child(command, environment)
     if done.returncode:
         raise OptimError(f"could not measure the {what}: {_last_error_line(done.stderr)}")
     try:

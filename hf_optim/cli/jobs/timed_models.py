@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...checkpoints.source import ModelSource, load_model, resolve_device
-from ...compressed.packed.accelerate import report
+from ...compressed.packed.layer_report import report
 from ...errors import MAX_MESSAGE, OptimError, printable
 from ...evaluation.latency import Workload, time_models, workload_of
 from ...evaluation.sizes import parameter_bytes

@@ -1,4 +1,4 @@
-"""Fast kernels for a model in memory: ``accelerate`` packs its layers, ``restore`` unpacks them, ``report`` lists them.
+"""Fast kernels for a model in memory: ``accelerate`` packs its layers, ``restore`` unpacks them.
 
 A layer on a kernel is the same module with another class, ``PackedLinear``: it keeps its compressed weight in the
 kernel's layout and no dense one. No class is modified and no global state changes. ``save_pretrained`` writes the same
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ...runs.acceptance import require_runnable
+from ...runs.progress import progress
 from ...runs.run import Run, find_run
 from ...toolkit import topology
 from ...toolkit.topology.linear_layers import parameter_names
@@ -34,13 +34,10 @@ if TYPE_CHECKING:
     from transformers import CompileConfig
 
 __all__ = [
-    "LayerReport",
-    "Report",
     "accelerate",
     "compile_config",
     "kernels_for",
     "pack_layers",
-    "report",
     "restore",
 ]
 
@@ -48,28 +45,6 @@ UNSUPPORTED = "_hf_optim_unsupported"
 ATTACHED = "_hf_optim_attached"
 NOT_COMPRESSED = "not compressed"
 WRITES_WEIGHTS = "the forward of the model writes to its weight"
-NOT_ACCELERATED = "accelerate() was not called"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """A linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why it runs dense."""
-
-    name: str
-    shape: tuple[int, int]
-    kernel: str | None
-    reason: str = ""
-
-
-class Report(list[LayerReport]):
-    """The linear layers of a model; ``str()`` formats them as a table."""
-
-    def __str__(self) -> str:
-        cells = [("layer", "out x in", "runs on")]
-        cells += [(r.name, f"{r.shape[0]} x {r.shape[1]}", r.kernel or f"dense: {r.reason}") for r in self]
-        width = [max(len(row[i]) for row in cells) for i in range(2)]
-        lines = [f"{name:<{width[0]}}  {shape:>{width[1]}}  {what}".rstrip() for name, shape, what in cells]
-        return "\n".join(lines)
 
 
 def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.Module:
@@ -110,16 +85,17 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     unsupported = dict(decided)
     if writes_weights(model):
         unsupported = dict.fromkeys(linears, WRITES_WEIGHTS)
-    for name, module in linears.items():
-        if name in unsupported:
-            continue
-        if isinstance(module, PackedLinear):
-            if not module.packing.failure:
+    with progress(linears.items(), "packing layers for kernels", unit="layers") as shown:
+        for name, module in shown:
+            if name in unsupported:
                 continue
-            unpack(module)
-        _decompress(module)
-        other = shared.get(f"{name}.weight", "")
-        unsupported[name] = _pack(name, module, kernels, look_for_24, other, thresholds.get(name))
+            if isinstance(module, PackedLinear):
+                if not module.packing.failure:
+                    continue
+                unpack(module)
+            _decompress(module)
+            other = shared.get(f"{name}.weight", "")
+            unsupported[name] = _pack(name, module, kernels, look_for_24, other, thresholds.get(name))
     for name, module in codebook_layers.codebook_linears(model).items():
         unsupported[name] = codebook_layers.try_kernels(module, kernels)
     _decompress_rest(model)
@@ -162,23 +138,6 @@ def restore(model: nn.Module) -> nn.Module:
     if inner is not None and inner.__dict__.pop(ATTACHED, False):
         detach_quantizer(inner)
     return model
-
-
-def report(model: nn.Module) -> Report:
-    """Return, for each linear layer, the kernel it runs on or the reason why it runs dense."""
-    unsupported = model.__dict__.get(UNSUPPORTED)
-    rows = Report()
-    for name, module in (topology.linears(model) | codebook_layers.codebook_linears(model)).items():
-        shape = topology.features(module)
-        if isinstance(module, codebook_layers.PackedCodebookLayer):
-            rows.append(LayerReport(name, shape, str(module.packed_weight.label)))  # type: ignore[union-attr]
-        elif isinstance(module, PackedLinear):
-            failure = module.packing.failure
-            rows.append(LayerReport(name, shape, None if failure else str(module.packed_weight.label), failure))
-        else:
-            reason = NOT_ACCELERATED if unsupported is None else unsupported.get(name, NOT_COMPRESSED)
-            rows.append(LayerReport(name, shape, None, reason))
-    return rows
 
 
 _REGISTERED: WeakKeyDictionary[Run, tuple[Kernel, ...]] = WeakKeyDictionary()

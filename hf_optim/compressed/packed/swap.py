@@ -47,6 +47,20 @@ def prepack(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> tuple[Kernel,
     return "; ".join(reasons)
 
 
+def first_kernel(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> Kernel | str:
+    """Return the first kernel that supports a weight, by its description alone, or the reasons why none does."""
+    reasons = []
+    for kernel in _in_order(weight, kernels):
+        if weight.kind == "dense" and not kernel.sparse24:
+            continue
+        reason = kernel.check(weight)
+        if reason is None:
+            return kernel
+        if reason:
+            reasons.append(f"{kernel.name}: {reason}")
+    return "; ".join(reasons)
+
+
 def _in_order(weight: QuantizedWeight, kernels: Iterable[Kernel]) -> list[Kernel]:
     """Put the kernels specialized for a property of this weight (outliers, 2:4) before the others."""
     kernels = list(kernels)

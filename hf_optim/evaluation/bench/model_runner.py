@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...compressed.packed.accelerate import report
+from ...compressed.packed.layer_report import report
 from . import decode, models, prefill
 from .environment import Deadline, short_error, timing_tools
 from .results import DecodeResult, PrefillResult, Results

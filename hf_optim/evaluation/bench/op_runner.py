@@ -133,5 +133,7 @@ def _log_line(row: OpResult) -> str:
     head = f"{row.op} {row.N}x{row.K} M={row.M} {row.contender}"
     if row.failure:
         return f"{head}: {row.failure}"
-    shown = [f"{n} {v:.1f}" for n, v in (("graph", row.graph_us), ("eager", row.eager_us), ("host", row.host_us)) if v]
-    return f"{head}: {', '.join(shown)} us"
+    if not torch.cuda.is_available():
+        return f"{head}: {row.graph_us or 0:,.1f} us"
+    times = (("graph", row.graph_us), ("eager", row.eager_us), ("host", row.host_us))
+    return f"{head}: {', '.join(f'{name} {time:,.1f}' for name, time in times if time)} us"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from ...runs.disk_errors import readable_disk_errors
+from ...trust.figures import format_count, format_share
 from .goals import Goal, find_decode_goal, find_goal, load_goals
 from .results import OpResult, Results
 from .roofline import is_above_floor, roofline, rows_above_floor
 
 FILE, PLOT = "README.md", "roofline.png"
-HEADER = (
-    "M", "contender", "graph us", "spread", "eager us", "host us", "% of floor", "x dense", "error", "goal", "lost to",
-)  # fmt: skip
+# A CPU has neither graphs nor launches, and a layer lies in its caches, which are faster than the floor.
+ON_GPU_ONLY = ("eager us", "host us", "% of floor", "goal")
 
 
 ABOVE = " †"
@@ -42,13 +43,8 @@ def render(results: Results, plot: bool = False) -> str:
     parts = ["# Kernel benchmarks", _environment(results)]
     if plot:
         parts.append(f"![Time against the roofline]({PLOT})")
-    lost = [row for row in results.rows if row.role == "ours" and (faster_contenders(row, results) or row.failure)]
     if results.rows:
-        ours = [row for row in results.rows if row.role == "ours"]
-        parts.append(
-            f"{len(ours)} rows of hf_optim; **{len(lost)}** of them failed or were slower than another (last column). "
-            f"{_goal_count(results)}"
-        )
+        parts.append(f"{_verdict(results)} {_goal_count(results)}".strip())
     if results.decode:
         parts += ["## End to end", _decode_table(results)]
     if results.prefill:
@@ -87,57 +83,80 @@ def speedup_over_dense(row: OpResult, results: Results) -> float | None:
     return dense.eager_us / row.eager_us if dense.eager_us and row.eager_us else None
 
 
+def on_cpu(results: Results) -> bool:
+    """Return True if a CPU was timed."""
+    return not results.driver and results.device.endswith(" threads")
+
+
+def _verdict(results: Results) -> str:
+    """Return in a sentence how many of our measurements lost to another contender, and how many failed."""
+    ours = [row for row in results.rows if row.role == "ours"]
+    lost = sum(bool(faster_contenders(row, results)) for row in ours)
+    failed = sum(bool(row.failure) for row in ours)
+    text = (
+        f"{format_count(lost) if lost else 'None'} of hf_optim's {format_count(len(ours))} measurements "
+        f"{'were' if lost > 1 else 'was'} slower than the dense product or another library"
+        f"{' (last column)' if lost else ''}"
+    )
+    return f"{text}; {format_count(failed)} failed." if failed else f"{text}."
+
+
 def _op_table(rows: Sequence[OpResult], results: Results) -> str:
-    return _table(HEADER, [_cells(row, results) for row in rows])
+    return _columns([_cells(row, results) for row in rows], optional=("goal", "lost to"))
 
 
-def _cells(row: OpResult, results: Results) -> list[str]:
+def _cells(row: OpResult, results: Results) -> dict[str, str]:
     name = f"**{row.contender}**" if row.role == "ours" else row.contender
+    time = "us" if on_cpu(results) else "graph us"
     if row.failure:
-        return [str(row.M), name, f"failed: {row.failure}", *[""] * (len(HEADER) - 3)]
+        return {"M": str(row.M), "contender": name, time: f"failed: {row.failure}"}
     lost, goal = faster_contenders(row, results), find_goal(row, results)
-    return [
-        str(row.M),
-        name,
-        _number(row.graph_us, ".1f", "not capturable"),
-        _number(row.spread, ".0%"),
-        _number(row.eager_us, ".1f"),
-        _number(row.host_us, ".1f"),
-        _share_of_floor(row.fraction_of_floor),
-        _number(speedup_over_dense(row, results), ".2f"),
-        _number(row.error, ".1e"),
-        _goal_text(goal),
-        f"**{', '.join(lost)}**" if lost else "",
-    ]
+    cells = {
+        "M": str(row.M),
+        "contender": name,
+        time: _number(row.graph_us, ",.1f", "not capturable"),
+        "spread": _share(row.spread),
+        "eager us": _number(row.eager_us, ",.1f"),
+        "host us": _number(row.host_us, ",.1f"),
+        "% of floor": _share_of_floor(row.fraction_of_floor),
+        "x dense": _number(speedup_over_dense(row, results), ".2f"),
+        "error": _number(row.error, ".1e"),
+        "goal": _goal_text(goal),
+        "lost to": f"**{', '.join(lost)}**" if lost else "",
+    }
+    return {key: text for key, text in cells.items() if not (on_cpu(results) and key in ON_GPU_ONLY)}
 
 
 def _decode_table(results: Results) -> str:
-    header: tuple[str, ...] = (
-        "model", "scheme", "cache", "batch", "ms per token", "overall", "device busy", "floor", "of floor",
-        "weights GB", "peak GB", "warm-up s", "goal", "layers on",
-    )  # fmt: skip
-    first = header.index("warm-up s") if any(row.first_ms is not None for row in results.decode) else None
-    if first is not None:
-        header = (*header[:first], "first", *header[first:])
     rows = []
     for row in results.decode:
+        of = {"model": row.model, "scheme": row.scheme, "cache": row.mode, "batch": str(row.batch)}
         if row.failure:
-            rows.append(
-                [row.model, row.scheme, row.mode, str(row.batch), f"failed: {row.failure}", *[""] * (len(header) - 5)]
-            )
+            rows.append({**of, "ms per token": f"failed: {row.failure}"})
             continue
-        share = row.floor_ms / row.ms if row.floor_ms and row.ms else None
-        kernels = ", ".join(f"{label} ({count})" for label, count in row.kernels.items())
-        numbers = [
-            _number(row.ms, ".2f"), _number(row.overall_ms, ".2f"), _number(row.gpu_ms, ".2f"),
-            _number(row.floor_ms, ".2f"), _share_of_floor(share), _number(row.weights_gb, ".2f"),
-            _number(row.peak_gb, ".2f"), _number(row.warmup_s, ".1f"),
-        ]  # fmt: skip
-        if first is not None:
-            numbers.insert(-1, _number(row.first_ms, ".1f"))
-        goal = _goal_text(find_decode_goal(row, results))
-        rows.append([row.model, row.scheme, row.mode, str(row.batch), *numbers, goal, kernels])
-    return _table(header, rows)
+        share = row.floor_ms / row.ms if row.floor_ms and row.ms and not on_cpu(results) else None
+        numbers = {
+            "ms per token": _number(row.ms, ",.2f"),
+            "overall": _number(row.overall_ms, ",.2f"),
+            "device busy": _number(row.gpu_ms, ",.2f"),
+            "floor": "" if share is None else _number(row.floor_ms, ",.2f"),
+            "of floor": _share_of_floor(share),
+            "weights GB": _number(row.weights_gb, ".2f"),
+            "peak GB": _number(row.peak_gb, ".2f"),
+            "first ms": _number(row.first_ms, ",.1f"),
+            "warm-up s": _number(row.warmup_s, ".1f"),
+        }
+        goal = "" if on_cpu(results) else _goal_text(find_decode_goal(row, results))
+        rows.append({**of, **numbers, "goal": goal, "layers on": _kernels(row.kernels)})
+    return _columns(rows, optional=("device busy", "floor", "of floor", "peak GB", "first ms", "goal", "layers on"))
+
+
+def _kernels(labels: Mapping[str, int]) -> str:
+    """Return on which kernels how many layers run: ``35 PyTorch int4 (CPU), 1 dense``."""
+    counts: Counter[str] = Counter()
+    for label, count in labels.items():
+        counts[label.split(", ", 1)[0]] += count
+    return ", ".join(f"{format_count(count)} {name}" for name, count in counts.most_common())
 
 
 def _prefill_table(results: Results) -> str:
@@ -159,6 +178,13 @@ def _prefill_table(results: Results) -> str:
     return _table(header, rows)
 
 
+def _columns(rows: Sequence[Mapping[str, str]], optional: Sequence[str] = ()) -> str:
+    """Return a table of cells by column; an ``optional`` column that is empty in all rows is left out."""
+    keys = max((list(row) for row in rows), key=len)
+    shown = [key for key in keys if key not in optional or any(row.get(key) for row in rows)]
+    return _table(shown, [[row.get(key, "") for key in shown] for row in rows])
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
@@ -167,15 +193,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _environment(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     driver = f", driver {results.driver}" if results.driver else ""
-    copy = results.ceilings["copy"] / 1e6
+    copy = results.ceilings["copy"] / 1e3
+    rate = f"{copy / 1e3:.3g} TB/s" if copy >= 1e3 else f"{copy:.3g} GB/s"
     rates = ", ".join(f"{k} product {v / 1e6:.3g} TFLOP/s" for k, v in results.ceilings.items() if k != "copy")
     return (
         f"{results.device}{driver}; {results.date}; {versions}.\n\n"
-        f"Ceilings measured in the same run: copy {copy:.3g} TB/s, {rates}.\n\n`{results.command}`"
+        f"Ceilings measured in the same run: copy {rate}, {rates}.\n\n`{results.command}`"
     )
 
 
 def _goal_count(results: Results) -> str:
+    if on_cpu(results):
+        return ""
     found = [goal for row in results.rows if (goal := find_goal(row, results))]
     met = sum(goal.met is True for goal in found)
     return f"Goals met: {met} of {len(found)} ({load_goals()['source']})." if found else ""
@@ -192,17 +221,30 @@ def _number(value: float | None, form: str, none: str = "") -> str:
     return none if value is None else format(value, form)
 
 
+def _share(value: float | None) -> str:
+    return "" if value is None else format_share(value, 0)
+
+
 def _share_of_floor(share: float | None) -> str:
     """Return the floor over a time in percent, with a mark (explained below the tables) if the time is shorter."""
-    return _number(share, ".0%") + (ABOVE if is_above_floor(share) else "")
+    return _share(share) + (ABOVE if is_above_floor(share) else "")
 
 
 def _method(results: Results) -> str:
+    if on_cpu(results):
+        return (
+            "## How this was measured\n\n"
+            "`us` is the median wall-clock time of a call, on random data; `spread` is the distance from its 10th to "
+            "its 90th percentile, over the median. `x dense` above 1 is faster than the dense product. `error` is the "
+            "norm of the difference to float64 over its norm; that of a peer includes its quantization error. `lost "
+            "to`: the contenders that were faster by more than 2 %. No roofline bound is given: a layer that "
+            "lies in the caches of a CPU is read faster than a copy in memory."
+        )
     graph = "CUDA graph that reads several copies of the weight, together three times the L2 cache, on random data"
     return (
         "## How this was measured\n\n"
         f"`graph us` is the median of 31 replays of a {graph}, over the number of copies; `spread` is the distance "
-        "from its 10th to its 90th percentile, over the median. (On a CPU: wall-clock medians, without a graph.) "
+        "from its 10th to its 90th percentile, over the median. "
         "`eager us`: the host launches one call after the other. `host us`: the time until a call returns to the host. "
         "The floor is the roofline bound: the longer of the bytes that the format must read over the copy bandwidth "
         "(reads and writes counted) and the operations over the rate of a large product. `x dense` above 1 is faster "

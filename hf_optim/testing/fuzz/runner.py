@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 from ...errors import OptimError
+from ...runs.progress import silenced
 from .door import Door, StockError, WrongResult, frames_of_ours
 from .doors import DOORS
 from .examples import Examples
@@ -154,16 +155,13 @@ def _quiet() -> Iterator[None]:
 
     from transformers.utils import logging as theirs
 
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
     theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), silenced(everywhere=True):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(logging.NOTSET)
         theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
