@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_optim import OptimError
 from hf_optim.checkpoints import meta_model
-from hf_optim.checkpoints.source import ModelSource, load_model, load_processor
+from hf_optim.checkpoints.source import ModelSource, find_multimodal_processor, load_model, load_processor
 from hf_optim.cli import main
 from hf_optim.cli.jobs import comparing
 from hf_optim.cli.jobs import compress as compress_job
@@ -60,6 +60,7 @@ def compress(home, *options):
 def load_all(home):
     source = ModelSource(str(home))
     load_processor(source, type(load_model(source)))
+    find_multimodal_processor(str(home), **source.load_kwargs)
 
 
 def quantizer(home):

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 class Magnitude(Technique):
     """Remove the smallest weights at once, by magnitude or by the score of Wanda.
 
-    They stay removed in any training that follows. Wanda is ``score: activation, scope: row`` (recipe ``wanda50``).
+    They stay removed in any training that follows. Wanda (arXiv 2306.11695) is ``score: activation`` with ``scope:
+    row``, the recipe ``wanda50``.
 
     The count is exact, and ties are broken by index (``hf_optim.toolkit.pruning.masks``). Weights that an earlier step
     removed stay removed and count, so an N:M pattern survives.

@@ -77,9 +77,9 @@ Observed = tuple[dict[str, Tensor] | None, dict[str, GramMatrix]]
 class NM(Technique):
     """Keep N of every M weights along the input (2:4): by magnitude, as Wanda does, or as SparseGPT does.
 
-    Wanda is ``score: activation`` (recipe ``wanda-2of4``); SparseGPT is ``score: obs, compensate: true`` (recipe
-    ``sparsegpt-2of4``). All layers are pruned unless a ``budget`` is given; the recipe ``2of4`` prunes half of the
-    weights. The pattern is kept in any training that follows.
+    Wanda (arXiv 2306.11695) is ``score: activation``, the recipe ``wanda-2of4``; SparseGPT (2301.00774) is ``score:
+    obs`` with ``compensate: true``, the recipe ``sparsegpt-2of4``. All layers are pruned unless a ``budget`` is given;
+    the recipe ``2of4`` prunes half of the weights. The pattern is kept in any training that follows.
 
     The mask is the best of all patterns; ties are broken by index. Layers whose input width is not a multiple of
     ``group`` stay dense and are listed in the coverage. Zeros of an earlier step stay zero.
