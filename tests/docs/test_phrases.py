@@ -27,7 +27,6 @@ PHRASES = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 WRITTEN = ROOT / "docs" / "architectures.md"  # by `make sweep`, with the messages of its day
-HERE = ("tests/docs/test_phrases.py", "CONTRIBUTING.md")  # which quote them
 
 
 def sources():
