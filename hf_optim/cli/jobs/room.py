@@ -49,7 +49,7 @@ def require_space(path: Path, needed: int, what: str) -> None:
 def require_memory(recipe: OptimConfig, estimates: Mapping[str, Any]) -> None:
     """Raise ``ModelError`` with a remedy if a run takes more memory than this process may use."""
     total = host_memory()
-    needed = estimates["host_bytes"]
+    needed = estimates["required_bytes"]
     if total is None or needed <= total:
         return
     remedy = "--driver streamed holds one block at a time"
