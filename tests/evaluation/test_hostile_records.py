@@ -62,7 +62,15 @@ def record_with(text: str) -> Record:
         base_model={"id": text, "class": text, "parameters": 7, "dtype": text, "license": text},
         calibration={"dataset": text, "split": text, "text_column": text, "sha256": text, "tokens": text},
         stages=[{"steps": [text], "driver": text, "seconds": 1.0, "device": text, "peak_memory_of": text}],
-        coverage={text: {"weights_touched": 1, "weights_total": 2, "share": 0.5, "skipped": {text: [text]}}},
+        coverage={
+            text: {
+                "weights_touched": 1,
+                "weights_total": 2,
+                "share": 0.5,
+                "skipped": {text: [text]},
+                "left_alone": {f"role {text}": {"reason": text, "names": [text], "weights": 1}},
+            }
+        },
         steps={"0": {"technique": text, text: text, "layer_metric": text, "layers": {f"a.{text}": 1.0, "b.c": 2.0}}},
         measured=measured,
         reload="STOCK_FORMAT",
