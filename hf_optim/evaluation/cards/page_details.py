@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...recipes.contract import Reload
+from ...trust.figures import format_bytes, format_count, format_seconds, format_share
 from ...trust.html import Html, element, preformatted, with_code
 from ...trust.text import link_target, one_line
-from ..comparison import CARD_TITLES, column_titles, comparison_rows
-from ..reported import format_bytes, is_number, recipe_trains
+from ..comparison import CARD_TITLES, column_titles, comparison_notes, comparison_rows
+from ..reported import is_number, recipe_trains
 from .sections import recipe_text
 from .summary import CardSummary
 
@@ -70,9 +71,12 @@ def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html | None:
 
 
 def _results(card: CardSummary) -> Html | None:
-    measured = card.record.measured
-    rows = comparison_rows(measured, recipe_trains(card.record.recipe))
-    return _table(column_titles(measured, CARD_TITLES), rows) or element("p", "Not measured.")
+    measured, trained = card.record.measured, recipe_trains(card.record.recipe)
+    table = _table(column_titles(measured, CARD_TITLES), comparison_rows(measured, trained))
+    if table is None:
+        return element("p", "Not measured.")
+    notes = [element("p", f"{note}.") for note in comparison_notes(measured, trained)]
+    return element("div", table, *notes)
 
 
 def _coverage(card: CardSummary) -> Html | None:
@@ -84,7 +88,7 @@ def _coverage(card: CardSummary) -> Html | None:
             for reason, names in counted.get("skipped", {}).items()
         ]
         touched, total, share = (counted[key] for key in ("weights_touched", "weights_total", "share"))
-        rows.append((step, f"{touched:,}", f"{total:,}", f"{100 * share:.2f} %", "; ".join(skipped) or "-"))
+        rows.append((step, format_count(touched), format_count(total), format_share(share), "; ".join(skipped) or "-"))
     return _table(("step", "weights changed", "of", "share", "left alone"), rows)
 
 
@@ -118,12 +122,12 @@ def _stages(card: CardSummary) -> Html | None:
                 number,
                 ", ".join(stage.get("steps", ())),
                 stage.get("driver") or "-",
-                f"{seconds:.1f}" if is_number(seconds) else "-",
+                format_seconds(float(seconds or 0)) if is_number(seconds) else "-",
                 format_bytes(float(peak or 0)) if is_number(peak) else "-",
                 stage.get("device") or "-",
             )
         )
-    return _table(("stage", "steps", "driver", "seconds", "peak memory", "device"), rows)
+    return _table(("stage", "steps", "driver", "time", "peak memory", "device"), rows)
 
 
 def _notes(card: CardSummary) -> Html | None:

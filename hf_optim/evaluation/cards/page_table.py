@@ -10,6 +10,7 @@ from typing import Any
 from ...recipes.contract import Reload
 from ...trust.html import Html, element
 from ..reported import REPORTED_METRICS, format_bytes
+from ..timings import SPREAD, is_hidden_by_noise
 from .page_plot import mark
 from .summary import CardSummary
 
@@ -52,13 +53,17 @@ def _metric(key: str, side: str = "after") -> dict[str, Any]:
 
 
 def _time(side: str) -> dict[str, Any]:
-    """Return the milliseconds per token on a side, with half the interquartile range of its rounds if it has one."""
+    """Return the milliseconds per token on a side, unless noise hides them, and half their interquartile range."""
+    key = "ms_per_token"
+
+    def number(card: CardSummary) -> float | None:
+        return None if is_hidden_by_noise(card.record.measured, side, key) else card.figure(side, key)
 
     def shown(card: CardSummary, value: float) -> str:
-        spread = card.figure(side, "ms_per_token_iqr")
+        spread = card.figure(side, SPREAD[key])
         return f"{value:.2f}" + (f" ± {spread / 2:.2f}" if spread is not None else "")
 
-    return {"number": lambda card: card.figure(side, "ms_per_token"), "shown": shown}
+    return {"number": number, "shown": shown}
 
 
 QUALITY, COMPARED, WEIGHTS, TIME = "quality", "against the original", "weights on disk", "ms per token"
