@@ -62,7 +62,7 @@ def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: i
     found["calibration_seconds"] = round(sum(stage.get("forward_seconds", 0.0) for stage in found["stages"]), 3)
     found["activation_bytes"] = max((stage.get("activation_bytes", 0) for stage in found["stages"]), default=0)
     found["required_bytes"] = INTERPRETER + max(stage["host_bytes"] for stage in found["stages"])
-    # While a model is loaded its file is mapped: those pages count as resident, but are given back when memory is short.
+    # While a model is loaded its file is mapped: those pages are resident, but given back when memory is short.
     loading = 0 if recipe.driver == "streamed" else INTERPRETER + 2 * found["bytes_before"]
     found["host_bytes"] = max(found["required_bytes"], loading)
     found["device_bytes"] = max(stage["device_bytes"] for stage in found["stages"])
