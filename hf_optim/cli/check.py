@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     except OptimError as error:
         return _refuse(error, args.json)
     if plan is not None and args.time:
-        from .jobs.timing import measure_time
+        from .jobs.stage_times import measure_time
 
         report["time"] = measure_time(plan, report["model"])
     if args.json:

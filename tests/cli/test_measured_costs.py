@@ -100,7 +100,9 @@ def test_figures_are_within_a_quarter_of_a_real_run(shop, name, capsys):
     write(128)
     _, printed = run("check", recipe, "--model", shop / "model", "--time", "--json", *given)
     report = json.loads(printed)
-    real, _ = run("compress", shop / "model", "--recipe", recipe, "--output", shop / "out", *given)
+    # The system may take back pages of a mapped file: the largest of several peaks is the one without that.
+    words = ("compress", shop / "model", "--recipe", recipe, "--output", shop / "out", *given)
+    real = max((run(*words)[0] for _ in range(1 if trains else 2)), key=lambda each: each["peak"])
     record = json.loads((shop / "out" / "hf_optim.json").read_text())
     measured = real["peak"] - baseline["peak"]
     estimated = report["model"]["host_bytes"] - INTERPRETER
