@@ -181,6 +181,18 @@ def test_a_calibration_has_its_driver_and_its_memory(home, driver, kind):
     assert stage["host_bytes"] > stage["activation_bytes"]
 
 
+def test_one_batch_is_in_a_block_at_a_time_however_much_data_there_is(home):
+    recipe = OptimConfig.parse(
+        {"steps": [{"technique": "gptq", "group_size": 16}], "calibration": {"samples": None, "seq_len": 16}}
+    )
+    plan = Plan(ModelSource(str(home)), recipe, device="cpu")
+    few, many = (estimate(plan, tiny_llama(vocab_size=259).to("meta"), None, tokens) for tokens in (256, 256_000))
+    kept = [found["stages"][0]["activation_bytes"] for found in (few, many)]
+    assert kept == [256 * 32 * 4, 256_000 * 32 * 4]
+    # Both lists of outputs, of a block and of the one before it, are in memory.
+    assert many["required_bytes"] - few["required_bytes"] < 2.2 * (kept[1] - kept[0])
+
+
 def test_images_and_steps_without_data(tmp_path):
     tiny_vit().save_pretrained(tmp_path)
     plan = Plan(ModelSource(str(tmp_path)), OptimConfig.parse("w4a16"), device="cpu")

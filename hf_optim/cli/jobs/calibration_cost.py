@@ -42,7 +42,8 @@ def calibration_cost(plan: Plan, stage: Stage, model: Any, found: Mapping[str, A
     hidden = getattr(plan.source.config.get_text_config(), "hidden_size", None) or 0
     teacher = any(step.implements("calibrate") and step.needs_teacher() for step in stage.steps)
     kept = tokens * hidden * width * (3 if teacher else 1)
-    inside = _inside_block(model, tokens, data.batch_size, data.samples, width) if stage.needs_data else 0
+    rows = min(tokens, data.batch_size * sequence_length(plan.source.config, None, data.seq_len)) if tokens else 0
+    inside = _inside_block(model, rows, width) if stage.needs_data else 0
     current = found["block_bytes"] if driver != "whole_model" else found["bytes_before"]
     on_device = current + inside
     if driver == "streamed":
@@ -82,15 +83,16 @@ def _readable(stage: Stage, driver: str, tokens: int, seconds: float, on_device:
     return {**rows, "calibration": f"{tokens:,} tokens{time} ({driver})"}
 
 
-def _inside_block(model: Any, tokens: int, batch_size: int, samples: int | None, width: int) -> int:
+def _inside_block(model: Any, rows: int, width: int) -> int:
     """Return the bytes that one block takes beside its weights while a batch passes and its layers are solved for.
+
+    ``rows`` are the tokens of a batch.
 
     Every linear keeps its output, and second-order techniques one Gram matrix in float32 for each input, a copy of the
     weight of the layer being solved, and its inverse.
     """
     layers = [features(layer) for name, layer in topology.linears(model).items() if _in_blocks(model, name)]
     per_block = max(1, len(topology.blocks(model)))
-    rows = tokens * min(batch_size, samples or batch_size) // max(1, samples or 1)
     outputs = sum(out for out, _ in layers) // per_block * rows * width
     grams = 4 * sum(columns**2 for _, columns in layers) // per_block
     solving = max((4 * (2 * out * columns + 2 * columns**2) for out, columns in layers), default=0)
