@@ -64,7 +64,7 @@ def calibration_cost(plan: Plan, stage: Stage, model: Any, found: Mapping[str, A
         "driver": driver,
         "calibration_tokens": tokens,
         "activation_bytes": kept,
-        "forward_seconds": round(seconds, 3),
+        "forward_seconds": round(seconds, 6),
         "device_bytes": on_device if plan.resolved_device.type != "cpu" else host,
         "host_bytes": host,
         "readable": _readable(stage, driver, tokens, seconds, on_device, plan),
