@@ -15,11 +15,6 @@ from ..toolkit.topology import has_experts
 from .run import Run
 
 
-def _has_masks(run: Run) -> bool:
-    # In most runs the first mask has a zero, so the others are not read.
-    return any(not bool(mask.all()) for mask in run.masks.values())
-
-
 def has_codes(run: Run) -> bool:
     """Return True if a module of the model holds quantized weights."""
     # Modules of remote code that hold codes have the attribute holds_codes.
@@ -31,7 +26,7 @@ def has_codes(run: Run) -> bool:
 
 # Trait -> what shows it, and what is missing if it does not.
 EVIDENCE: dict[Trait, tuple[Callable[[Run], bool], str]] = {
-    SPARSE: (_has_masks, "no mask in run.masks has a zero, so nothing would keep weights at zero"),
+    SPARSE: (lambda run: bool(run.masks), "run.masks is empty, so nothing would keep weights at zero"),
     SPARSE_NM: (lambda run: bool(run.nm_patterns), "run.nm_patterns is empty, so nothing would keep the pattern"),
     BITS_ASSIGNED: (lambda run: bool(run.bit_plan), "run.bit_plan is empty"),
     QUANTIZED: (has_codes, "no layer has a quantization scheme"),
@@ -40,7 +35,7 @@ EVIDENCE: dict[Trait, tuple[Callable[[Run], bool], str]] = {
 
 
 def warn_unfulfilled(run: Run, steps: Iterable[Technique]) -> None:
-    """Warn, on the log and the card, about each trait that a completed step should have added by its contract."""
+    """Warn, on the log and the card, about each trait that a step declares to add but did not produce."""
     for step in steps:
         for trait in sorted(step.contract().adds & EVIDENCE.keys(), key=str):
             shows, missing = EVIDENCE[trait]

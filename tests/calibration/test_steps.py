@@ -79,8 +79,8 @@ class Boasting(Technique):
 def test_a_trait_that_a_step_declares_but_does_not_make_is_named(caplog):
     run = hf_optim.run_of(hf_optim.optimize(tiny_llama(), Boasting()))
     assert run.record.notes == [
-        "step 1 (tested): it declares that it adds sparse, but no mask in run.masks has a zero, so nothing would keep "
-        "weights at zero",
+        "step 1 (tested): it declares that it adds sparse, but run.masks is empty, so nothing would keep weights at "
+        "zero",
         "step 1 (tested): it declares that it adds sparse-nm, but run.nm_patterns is empty, so nothing would keep the "
         "pattern",
     ]

@@ -19,7 +19,7 @@ Does hf_optim support your model? Look up its class (`architectures` in its `con
 means that the recipe works, `refused` that it is not possible, with the reason beside it. For a class that is not
 listed, or has its own code, ask `hf-optim check RECIPE --model MODEL`, which reads the configuration only. In general
 the decoders, encoders, encoder-decoders, mixtures of experts, and vision, speech and multimodal models of
-transformers work; integer weights are refused for GPT-2 and other models of `Conv1D`, and for experts that
+transformers work. Integer weights are refused for GPT-2 and other models of `Conv1D`, and for experts that
 transformers does not store one by one. Pruning works for nearly all.
 
 Every class that transformers {version} lists under the auto classes of text, vision, speech and multimodal models,
