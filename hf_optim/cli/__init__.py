@@ -32,7 +32,7 @@ COMMANDS = {
     "demo": "run the whole workflow on a bundled model, on a CPU, in about a minute",
 }
 STATUS = (
-    "exit status: 0 success; 1 the answer is no (`check` refuses the recipe, `serving --server` the checkpoint); 2 an "
+    "exit status: 0 success; 1 a negative answer (`check` refuses the recipe, `serving --server` the checkpoint); 2 an "
     "error, the command did not do its work (one line on standard error); 130 interrupted"
 )
 

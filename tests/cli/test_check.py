@@ -207,7 +207,7 @@ def test_exit_statuses_have_one_meaning_each(shop, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "0 success; 1 the answer is no (`check` refuses the recipe" in printed
+    assert "0 success; 1 a negative answer (`check` refuses the recipe" in printed
     assert "130 interrupted" in printed
 
 
