@@ -78,7 +78,7 @@ def selects_in(step: Technique, scope: Scope) -> bool:
     if patterns is None:
         return False
     tables = step.takes(nn.Embedding(1, 1, device="meta"))
-    return bool(scope.select(*patterns, embeddings=tables))
+    return bool(scope.select(*patterns, experts=True, embeddings=tables))
 
 
 def name_of_work(steps: Sequence[Technique]) -> str:

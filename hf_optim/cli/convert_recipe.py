@@ -10,7 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import yaml
+
 from ..errors import RecipeError, printable
+from .table import print_json
 
 EXAMPLE = """\
 hf-optim convert-recipe recipe.yaml --output my-recipe.yaml
@@ -25,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what can be translated, although modifiers or fields that change the result have no counterpart",
     )
+    parser.add_argument("--json", action="store_true", help="print the recipe and the notes as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,12 +46,15 @@ def run(args: argparse.Namespace) -> int:
             f"{'have' if count > 1 else 'has'} no counterpart (above); --partial prints the rest"
         )
     text = found.to_yaml(args.file.name)
-    if args.output is None:
+    if args.output is not None:
+        try:
+            args.output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"cannot write {args.output}: {error.strerror}") from error
+    if args.json:
+        print_json({"recipe": yaml.safe_load(text), "notes": list(found.notes.lines())})
+    elif args.output is None:
         print(text, end="")
-        return 0
-    try:
-        args.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot write {args.output}: {error.strerror}") from error
-    print(f"wrote {args.output}")
+    else:
+        print(f"wrote {args.output}")
     return 0

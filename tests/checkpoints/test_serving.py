@@ -339,7 +339,7 @@ def test_the_command(w4, dense, tmp_path, capsys):
     assert main(["serving", str(w4)]) == 0
     printed = capsys.readouterr().out
     assert "4-bit int weights in groups of 32 (pack-quantized)" in printed
-    assert f"vllm serve {w4}" in printed
+    assert f"vllm serve {w4}" in " ".join(printed.split())  # wrapped to the width of the terminal
     assert "no server was run" in printed
     assert main(["serving", str(w4), "--json", "--server", "vllm"]) == 0
     (verdict,) = json.loads(capsys.readouterr().out)["verdicts"]

@@ -163,8 +163,8 @@ def test_list_groups_families_and_explains_reload_levels(capsys):
     for head in heads:
         members = [line.split()[0] for line in lines[head + 2 : lines.index("", head)] if line[0] != " "]
         assert sorted(members) == sorted(n for n, family in TECHNIQUES.items() if family == lines[head].split()[0])
-    legend = {line.split()[0]: line for line in lines if line.startswith("  ")}
-    assert [level.value in legend[level.name] for level in Reload] == [True] * len(Reload)
+    words = " ".join(" ".join(lines).split())
+    assert [f"{level.name} {level.value}" in words for level in Reload] == [True] * len(Reload)
 
 
 def test_list_of_a_technique_has_its_fields(capsys, monkeypatch):
@@ -176,7 +176,7 @@ def test_list_of_a_technique_has_its_fields(capsys, monkeypatch):
     assert "https://arxiv.org/abs/1710.01878" in printed
     kept = "has weights that were pruned to zero (sparse) and keeps N of every M weights in a row (sparse-nm)"
     assert f"keeps it stays a model that {kept}" in " ".join(printed.split())
-    assert rows["needs"].endswith("a model that computes with floating-point weights (float-weights)")
+    assert rows["needs"].endswith("a model that has floating-point weights (float-weights)")
     assert "yes, in a Trainer with hf_optim.callbacks(model)" in rows["trains"]
     assert "STOCK_DENSE" in rows["reloads as"]
     header = next(line for line in printed.splitlines() if line.startswith("field"))
@@ -217,7 +217,7 @@ def test_list_of_a_recipe_has_its_steps(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("w4a16 (recipe)\n\nGPTQ to 4 bits.")
     assert "- technique: gptq\n  group_size: 32" in printed
-    assert f"STOCK_FORMAT: {Reload.STOCK_FORMAT.value}" in printed
+    assert f"STOCK_FORMAT: {Reload.STOCK_FORMAT.value}" in " ".join(printed.split())
     assert call(["list", "distilbert", "--json"]) == 0
     both = json.loads(capsys.readouterr().out)
     assert [one["name"] for kind in ("techniques", "recipes") for one in both[kind]] == ["distilbert", "distilbert"]
@@ -247,7 +247,7 @@ def test_check_prints_stages_needs_and_result(capsys, shop):
 
 
 REFUSED = {
-    "smoothquant alone": ([{"technique": "smoothquant"}], ("smoothquant", "quantized", "add ", "rtn")),
+    "smoothquant alone": ([{"technique": "smoothquant"}], ("smoothquant", "quantization step", "add ", "rtn")),
     "rtn before smoothquant": ([{"technique": "rtn"}, {"technique": "smoothquant"}], ("step 2 (smoothquant)", "rtn")),
 }
 

@@ -115,7 +115,7 @@ def test_the_command_prints_json(saved, data, in_this_process, capsys):
     ("words", "reason"),
     [
         (["dense", "wider"], "vocabularies"),
-        (["dense", "nothing"], "no model configuration"),
+        (["dense", "nothing"], "there is no such directory"),
         (["dense"], "at least two"),
         (["dense", "dense"], "given twice"),
         (["dense", "pruned", "--plot", "sizes.svg"], "PNG"),

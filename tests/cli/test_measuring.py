@@ -147,7 +147,7 @@ class Children:
 @pytest.fixture
 def children(monkeypatch):
     made = Children()
-    monkeypatch.setattr("hf_optim.cli.jobs.measuring.subprocess.run", made)
+    monkeypatch.setattr("subprocess.run", made)
     return made
 
 

@@ -17,13 +17,13 @@ CASES = {
         {"bits": 4},
         {**ERRORS, "layers_by_bits": {"3": 1, "8": 2}},
         "3 linear layers were quantized to 3 bits (1 layer), 8 bits (2 layers). The relative squared error of their "
-        "outputs on the calibration data is 3.00e-02 on average.",
+        "outputs on the calibration data was 3.00e-02 on average.",
     ),
     "obq": (
         {},
         ERRORS,
         "3 linear layers were quantized, every row in its own order. The relative squared error of their outputs on "
-        "the calibration data is 3.00e-02 on average.",
+        "the calibration data was 3.00e-02 on average.",
     ),
     "gmp": (
         {"sparsity": 0.5, "initial": 0.1},

@@ -79,11 +79,11 @@ def test_a_time_below_its_floor_is_marked_and_explained():
     within = results(row(), decode=[DecodeResult("tiny", "dense", "static", 1, ms=2.0, floor_ms=1.0)])
     assert "†" not in table.render(within)
     page = table.render(results(row(graph_us=floor / 2.43), row("dense", "dense", graph_us=floor * 2)))
-    assert "| 243% † |" in page
-    assert "| 50% |" in page
+    assert "| 243 % † |" in page
+    assert "| 50 % |" in page
     assert page.count("†: faster than the floor") == 1
     fast = results(decode=[DecodeResult("tiny", "dense", "static", 1, ms=2.0, floor_ms=2.5)])
-    assert "| 125% † |" in table.render(fast)
+    assert "| 125 % † |" in table.render(fast)
     assert "†: faster than the floor" in table.render(fast)
     # Noise of the measured ceilings is not an event.
     assert "†" not in table.render(results(row(graph_us=floor / 1.01)))

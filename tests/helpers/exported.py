@@ -16,6 +16,9 @@ class Sections:
     def paragraph(self, title, markdown):
         self.paragraphs[title] = markdown
 
+    def when(self, sentence, **conditions):
+        return f" {sentence}"
+
     def table(self, title, header, rows):
         self.tables[title] = [list(header), *(list(row) for row in rows)]
 

@@ -66,7 +66,7 @@ def test_the_promised_recipes_are_shipped():
         ({"steps": [RTN], "calibration": 3}, "must be a mapping"),
         ("w4a61", "no recipe 'w4a61'; did you mean 'w4a16'"),
         ("missing.yaml", "no recipe file 'missing.yaml'"),
-        (3, "a mapping or a list of steps, not as a int"),
+        (3, "a mapping or a list of steps, not as a value of type int"),
     ],
 )
 def test_bad_recipes_are_refused_with_the_reason(source, message):

@@ -307,5 +307,5 @@ def test_masks_are_held_against_the_codes_of_layers_on_kernels(tmp_path):
     assert ((back.get_parameter(NAME) != 0) <= run.masks[NAME]).all()
     run.masks[NAME] = torch.zeros_like(run.masks[NAME])
     assert stray_weights(run) == [NAME]
-    with pytest.raises(hf_optim.CheckpointError, match="where it was pruned"):
+    with pytest.raises(hf_optim.CheckpointError, match="where they were pruned"):
         model.save_pretrained(tmp_path / "other")

@@ -20,7 +20,6 @@ from hf_optim.checkpoints import meta_model
 from hf_optim.checkpoints.source import ModelSource, find_multimodal_processor, load_model, load_processor
 from hf_optim.cli import main
 from hf_optim.cli.jobs import comparing
-from hf_optim.cli.jobs import compress as compress_job
 from hf_optim.evaluation.bench.models import build as build_for_bench
 from hf_optim.recipes.config import DataConfig
 from hf_optim.toolkit.distillation import teachers
@@ -80,7 +79,7 @@ def evaluated(home):
 
 def compared(home):
     """What ``hf-optim compare`` opens itself; it measures by ``hf-optim eval``."""
-    job = comparing.Comparison((str(home), str(home)), ModelSource(""), DataConfig(), print_line=lambda line: None)
+    job = comparing.Comparison((str(home), str(home)), ModelSource(""), DataConfig())
     comparing._require_comparable(job)
 
 
@@ -202,7 +201,7 @@ def measured_here(monkeypatch):
             status = main(argv[3:])
         return type("Done", (), {"returncode": status, "stdout": out.getvalue(), "stderr": err.getvalue()})
 
-    monkeypatch.setattr(compress_job.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     return commands
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -205,6 +205,12 @@ def coverage(record: Record) -> str:
     return "\n\n".join([*parts, *left_alone(record), *(["\n".join(skipped)] if skipped else [])])
 
 
+def _largest_first(entry: tuple[str, Mapping[str, Any]]) -> tuple[int, str]:
+    """Sort key of an entry of ``left_alone``: a record does not keep the order of a dictionary."""
+    role, part = entry
+    return -part["weights"], role
+
+
 def left_alone(record: Record) -> list[str]:
     """Render a table of the weights that steps left alone, by role; steps that left the same share a table."""
     tables: dict[str, list[str]] = {}
@@ -212,7 +218,7 @@ def left_alone(record: Record) -> list[str]:
         total = counted["weights_total"] or 1
         rows = [
             [role, f"{part['weights']:,}", f"{100 * part['weights'] / total:.2f} %", part["reason"]]
-            for role, part in counted.get("left_alone", {}).items()
+            for role, part in sorted(counted.get("left_alone", {}).items(), key=_largest_first)
         ]
         if rows:
             tables.setdefault(markdown_table(["left alone", "weights", "share", "why"], rows), []).append(plain(step))

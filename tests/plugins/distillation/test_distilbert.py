@@ -307,7 +307,7 @@ def test_a_bare_encoder_learns_without_labels_and_keeps_no_hooks(tmp_path):
     assert not any(module._forward_hooks for module in trainer.model.modules())
     trainer.model.save_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "50% fewer" in card
+    assert "50 % fewer" in card
     assert "encoder.layer: 0, 3" in card
 
 

@@ -236,7 +236,7 @@ def test_the_card_has_the_mean_error_and_the_worst_layers():
     (text,) = sections.paragraphs.values()
     assert text.startswith("14 linear layers were quantized to 3 bits.")
     mean = sum(errors.values()) / 14
-    assert f"is {mean:.2e} on average" in text
+    assert f"was {mean:.2e} on average" in text
     assert f"{mean:.2e}" not in {f"{max(errors.values()):.2e}", f"{min(errors.values()):.2e}"}
     ((header, *rows),) = sections.tables.values()
     assert header == ["layer", "relative squared output error"]
@@ -251,7 +251,7 @@ def test_the_card_has_the_bits_that_an_earlier_step_assigned():
     counts = Counter(layer.quantization_scheme.weights.num_bits for layer in layers)
     assert len(counts) > 1
     text = exported(model, 1).paragraphs["GPTQ"]
-    bits = ", ".join(f"{bits} bits ({count} layers)" for bits, count in sorted(counts.items()))
+    bits = ", ".join(f"{bits} bits ({n} layer{'s' if n > 1 else ''})" for bits, n in sorted(counts.items()))
     assert text.startswith(f"14 linear layers were quantized to {bits}. The relative")
 
 

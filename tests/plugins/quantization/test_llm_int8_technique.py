@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exported import exported
 from real_stories import perplexity, windows
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
@@ -240,16 +241,11 @@ def test_the_weight_only_kernel_is_tried_after_it(monkeypatch):
 
 
 def test_the_record_and_the_card():
-    class Card:
-        def paragraph(self, title, markdown):
-            self.text = markdown
-
-    model, card = quantized(threshold=4.5), Card()
-    run = run_of(model)
-    run.recipe.steps[0].export(run, None, card)
-    assert run.record.steps["0"]["layers"] == 14
-    assert "14 linear layers" in card.text
-    assert "above 4.5" in card.text
+    model = quantized(threshold=4.5)
+    assert run_of(model).record.steps["0"]["layers"] == 14
+    (text,) = exported(model).paragraphs.values()
+    assert "14 linear layers" in text
+    assert "above 4.5" in text
 
 
 def test_synthetic_outliers_do_not_hurt_it_while_they_break_naive_int8(shared_models, shared_data):

@@ -164,7 +164,7 @@ def test_the_card_has_the_mean_error_and_the_worst_layers():
     (text,) = sections.paragraphs.values()
     assert text.startswith("14 linear layers were quantized")
     mean = sum(errors.values()) / 14
-    assert f"is {mean:.2e} on average" in text
+    assert f"was {mean:.2e} on average" in text
     assert f"{mean:.2e}" not in {f"{max(errors.values()):.2e}", f"{min(errors.values()):.2e}"}
     ((_, *rows),) = sections.tables.values()
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]

@@ -292,8 +292,9 @@ def test_the_card_has_the_result(tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     figures = run_of(model).record.steps["0"]
-    assert "Before 2:4 pruning the input channels of 14 linear layers were reordered" in text
-    assert f"keeps {figures['kept_after']:.2%} of the layers' scores instead of {figures['kept_before']:.2%}" in text
+    assert "The input channels of 14 linear layers were reordered for 2:4 pruning" in text
+    assert f"keeps {100 * figures['kept_after']:.2f} % of their scores instead of " in text
+    assert f"{100 * figures['kept_before']:.2f} %, which recovers" in text
 
 
 @pytest.mark.real_model

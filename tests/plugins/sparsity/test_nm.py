@@ -190,7 +190,7 @@ def test_widths_that_do_not_divide_are_listed():
         "input width 46 is not a multiple of 4": {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)},
     }
     assert len(names) == 12
-    with pytest.raises(ModelError, match=r"step 1 \(nm\).*input width 46 is not a multiple of 4.*down_proj"):
+    with pytest.raises(ModelError, match=r"step 1 \(nm\).*down_proj.*input width 46 is not a multiple of 4"):
         hf_optim.optimize(tiny_llama(intermediate_size=46), {"technique": "nm", "targets": ["*.down_proj"]})
 
 
@@ -256,6 +256,9 @@ class Pages:
     def paragraph(self, title, markdown):
         self.paragraphs[title] = markdown
 
+    def when(self, sentence, **conditions):
+        return f" {sentence}"
+
     def table(self, title, header, rows):
         self.tables[title] = (header, rows)
 
@@ -267,7 +270,6 @@ def test_the_card_names_pattern_and_skipped_layers(tmp_path):
     (text,), ((_, rows),) = card.paragraphs.values(), card.tables.values()
     assert "12 linear layers keep at most 2 of every 4" in text
     assert "input width 46 is not a multiple of 4): 2 layers" in text
-    assert "no speed-up" in text
     assert ["model.layers.*.mlp.up_proj", "2", "2,944", "50.0 %", "50.0 %", "50.0 %"] in rows
 
 
