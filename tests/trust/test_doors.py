@@ -19,7 +19,7 @@ from hf_optim import OptimError
 from hf_optim.checkpoints import meta_model
 from hf_optim.checkpoints.source import ModelSource, find_multimodal_processor, load_model, load_processor
 from hf_optim.cli import main
-from hf_optim.cli.jobs import comparing
+from hf_optim.cli.jobs import comparing, timed_models
 from hf_optim.evaluation.bench.models import build as build_for_bench
 from hf_optim.recipes.config import DataConfig
 from hf_optim.toolkit.distillation import teachers
@@ -198,7 +198,11 @@ def measured_here(monkeypatch):
         commands.append(argv)
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main(argv[3:])
+            if argv[2] == timed_models.__name__:
+                monkeypatch.setattr("sys.argv", argv[2:])
+                status = timed_models.main()
+            else:
+                status = main(argv[3:])
         return type("Done", (), {"returncode": status, "stdout": out.getvalue(), "stderr": err.getvalue()})
 
     monkeypatch.setattr("subprocess.run", run)
@@ -210,8 +214,14 @@ def measured_here(monkeypatch):
 def test_a_result_is_measured_without_the_code_that_its_source_names(driver, what, home, canary, measured_here):
     hostile.CODE[what](home, canary)
     compress(home, "--driver", driver, "--eval", data_file(home), "--seq-len", 16, "--device", "cpu")
-    assert len(measured_here) == 2
-    assert not any("--trust-remote-code" in argv for argv in measured_here)
+    evaluated, timed = (
+        [argv for argv in measured_here if (argv[2] == timed_models.__name__) is timing] for timing in (False, True)
+    )
+    assert len(evaluated) >= 2
+    assert not any("--trust-remote-code" in argv for argv in evaluated)
+    (candidates,) = [json.loads(argv[3])["candidates"] for argv in timed]
+    assert len(candidates) >= 2
+    assert not any(candidate["trust_remote_code"] for candidate in candidates)
     assert not canary.ran
     for path in (home.parent / "out").glob("*.json"):
         assert "auto_map" not in path.read_text(), path.name
