@@ -133,7 +133,8 @@ class DecodeSession:
         if pad is not None:
             tokens = tokens.masked_fill(self.done, pad)
         if ends is not None:
-            self.done.logical_or_(torch.isin(tokens, ends))
+            # Not torch.isin: for more than a few tokens it sorts them, which cannot be captured.
+            self.done.logical_or_((tokens[:, None] == ends).any(dim=1))
         self.tokens.copy_(tokens[:, None])
         self.sequences.index_copy_(1, self.count, self.tokens)
         self.count.add_(1)
@@ -208,7 +209,7 @@ class DecodeSession:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            torch.cuda.synchronize(self.tokens.device)
+            _end_capture(self.tokens.device)
             raise CaptureError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
         self._pool = self._pool or graph.pool()
         return graph.replay
@@ -236,6 +237,18 @@ def _compiling() -> Iterator[None]:
     with warnings.catch_warnings(), config.patch(**limits):
         warnings.simplefilter("ignore")
         yield
+
+
+def _end_capture(device: torch.device) -> None:
+    """Leave the device as before a capture that failed: torch's random generator would stay in its state for captures.
+
+    A capture that succeeds takes it out of that state.
+    """
+    torch.cuda.synchronize(device)
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
 
 
 def _padded(rows: Tensor, count: int, dim: int = 0) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_optim
 from hf_optim.generation import sessions
+from hf_optim.generation.session import CaptureError
 from hf_optim.toolkit.compat import CACHE
 
 SMALL = {
@@ -405,6 +406,28 @@ def test_captured_steps_give_the_tokens_of_transformers(name, mode):
                 warnings.simplefilter("error", hf_optim.GenerationWarning)
                 found = hf_optim.generate(model, **inputs, max_new_tokens=20, mode=mode, **SETTINGS[settings])
             assert torch.equal(expected, found)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_random_generator_usable():
+    model = make("llama").cuda()
+    inputs = {key: value.cuda() for key, value in prompt(model).items()}
+    hf_optim.generate(model, **inputs, max_new_tokens=5, mode="captured")
+    session = next(iter(sessions._MODELS[model].values()))[1]
+
+    def run():
+        torch.rand(3, device="cuda")
+        torch.zeros(1, device="cuda").item()
+
+    with pytest.raises(CaptureError):
+        session._capture(run)
+    assert torch.rand(3, device="cuda").shape == (3,)
+    torch.manual_seed(5)
+    expected = model.generate(**inputs, max_new_tokens=20, **SETTINGS["sampled"])
+    torch.manual_seed(5)
+    assert torch.equal(
+        hf_optim.generate(model, **inputs, max_new_tokens=20, mode="captured", **SETTINGS["sampled"]), expected
+    )
 
 
 @pytest.mark.gpu
