@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -89,7 +90,8 @@ def test_training_shows_the_steps_of_the_trainer(home):
     with terminal() as seen:
         assert compress(home, "gmp", "trained") == 0
     require_one_line(seen)
-    assert "training [gmp]: 2/3" in seen.written
+    # The clock may be drawing when a step ends: not every count is seen.
+    assert re.search(r"training \[gmp\]: [1-3]/3", seen.written)
     assert [line for line in seen.screen if line.startswith("{'loss'")]
 
 

@@ -244,6 +244,7 @@ print(json.dumps({"bytes": after - before, "packed": packed, "techniques": techn
 """
 
 
+@pytest.mark.slow
 def test_loading_makes_no_dense_copy_and_imports_no_technique(tmp_path):
     """Measure the peak memory of a process that loads 24 million 3-bit weights: 9 MB stored, 96 MB dense."""
     config = gptq_config(3, 128)

@@ -105,6 +105,7 @@ def mean_efficacy(**options):
     return 100 * sum(search_permutation(published(seed), **options).efficacy for seed in range(1, 11)) / 10
 
 
+@pytest.mark.slow
 def test_efficacy_over_ten_matrices():
     plain = mean_efficacy(tries=0)
     assert plain >= 35.5

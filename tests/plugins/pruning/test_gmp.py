@@ -190,7 +190,6 @@ def test_nothing_to_prune_is_an_error():
 
 
 @pytest.mark.real_model
-@pytest.mark.smoke
 def test_gradual_is_better_than_one_shot_at_equal_steps(tmp_path, shared_models, shared_data):
     stories = Stories(shared_models, shared_data)
 
