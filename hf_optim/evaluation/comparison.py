@@ -145,7 +145,8 @@ def _time_notes(measured: Mapping[str, Any], after: Mapping[str, Any]) -> list[s
     order = "the models in turn in one process"
     if not timing.get("in_turn"):
         order = "one model after the other, since they did not fit on the device together"
-    notes = [f"Times{what}: median ± half the interquartile range of {rounds} rounds, {order}"]
+    measured_in = "one round" if rounds == 1 else f"median ± half the interquartile range of {rounds} rounds"
+    notes = [f"Times{what}: {measured_in}, {order}"]
     if reason := noise_reason(measured):
         hidden = any(is_hidden_by_noise(measured, side, key) for side in (AFTER, ACCELERATED) for key in SPREAD)
         left_out = f'. "{NOISE}" stands for a time that differs from the original\'s by no more than the spread'
