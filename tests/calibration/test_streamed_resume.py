@@ -57,10 +57,11 @@ def no_plots(monkeypatch):
 # Commands run in forks of the session, which can be killed.
 BEGIN = """
 import os
+from forks import fork
 from hf_optim.cli import main
 
 def begin(words):
-    child = os.fork()
+    child = fork()
     if child == 0:
         os._exit(main(words))
     return child

@@ -21,6 +21,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from forks import fork
+
 LAYERS = 6
 DATA = '{"text": "the cat sat on a mat and saw what the dog had done to it"}\n' * 24
 CALIBRATION = {"samples": 8, "seq_len": 32}
@@ -73,7 +75,7 @@ class Kills:
         return (self.home / "log").read_text()[-3000:]
 
     def start(self, call: Callable[[], int]) -> int:
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 70
             try:

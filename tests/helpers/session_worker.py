@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from forks import fork
+
 names: dict[str, Any] = {"__name__": "session"}
 
 
@@ -55,7 +57,7 @@ def as_two_ranks(call: Callable[[], Any]) -> int:
     os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks = set()
     for rank in range(2):
-        if (copy := os.fork()) == 0:
+        if (copy := fork()) == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             os._exit(status_of(call))
         ranks.add(copy)
@@ -85,7 +87,7 @@ def captured(request: dict[str, Any], out: TextIO, err: TextIO, result: TextIO) 
     try:
         if not request["copy"]:
             return answer(request, result)
-        if (copy := os.fork()) == 0:
+        if (copy := fork()) == 0:
             os._exit(answer(request, result))
         return os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
     finally:
