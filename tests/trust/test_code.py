@@ -122,7 +122,6 @@ def test_hashes_are_of_the_text():
 ALLOWED = {
     "hf_optim/training/pruning_rounds.py": {"torch.load"},  # weights_only, and a file whose hash the run knows
     "hf_optim/cli/jobs/measuring.py": {"--trust-remote-code"},  # guarded by the word, or by is_written_by_run
-    "hf_optim/cli/jobs/comparing.py": {"--trust-remote-code"},  # guarded by the word
     "hf_optim/testing/recompute.py": {"trust_remote_code=True"},  # of the checkpoint that the conformance suite wrote
     "hf_optim/cli/options.py": {"--trust-remote-code"},  # the option itself
 }

@@ -27,7 +27,7 @@ from ...recipes.config import DataConfig
 from ...runs import progress
 from ...toolkit.checkpoint.model_config import model_class
 from ...trust.code import may_run
-from .measuring import json_of
+from .measuring import eval_command, json_of
 from .timed_models import Candidate, load_on_kernels, request
 
 
@@ -120,21 +120,8 @@ def _task(cls: type) -> Task:
 
 def _figures(job: Comparison, model: str) -> dict[str, Any]:
     """Return quality and peak memory of a checkpoint, measured in a child process."""
-    command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--no-time"]
-    for option, value in (
-        ("--data", job.data.dataset),
-        ("--text-column", job.data.text_column),
-        ("--split", job.data.split),
-        ("--samples", job.data.samples),
-        ("--seq-len", job.data.seq_len),
-        ("--seed", job.data.seed),
-        ("--device", job.device),
-        ("--dtype", job.source.dtype),
-    ):
-        if value is not None:
-            command += [option, str(value)]
-    command += ["--auto"] if job.kernels else []
-    command += ["--trust-remote-code"] if may_run(job.source.trust_remote_code) else []
+    word = may_run(job.source.trust_remote_code)
+    command = eval_command(model, job.data, job.source.dtype, job.device, job.kernels, word)
     return json_of(command, f"quality of {model}", own_code=False)
 
 

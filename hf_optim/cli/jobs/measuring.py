@@ -15,6 +15,7 @@ from typing import Any
 from ...checkpoints.remote_code import written_code
 from ...errors import OptimError
 from ...evaluation.sizes import bytes_on_disk
+from ...recipes.config import DataConfig
 from ...recipes.contract import Reload
 from ...recipes.traits import QUANTIZED, SPARSE_NM
 from ...runs import distributed, progress
@@ -89,26 +90,39 @@ def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False, ke
     ``kernels`` runs it on hf_optim's kernels.
     """
     assert job.evaluation is not None
+    word = may_run(job.source.trust_remote_code) or trust
+    revision = job.source.revision if what == "original" else None
+    command = eval_command(model, job.evaluation, job.source.dtype, job.device, kernels, word, revision)
+    with progress.stage(f"measuring the {what}"):
+        return json_of(command, what, own_code=what.startswith("result"))
+
+
+def eval_command(
+    model: str, data: DataConfig, dtype: str, device: str | None, kernels: bool, word: bool, revision: str | None = None
+) -> list[str]:
+    """Return the command that measures quality and peak memory of a checkpoint in a process of its own, without times.
+
+    ``kernels`` runs it on hf_optim's kernels; ``word`` is the caller's word for the code of the checkpoint.
+    """
     command = [sys.executable, "-m", "hf_optim.cli", "eval", model, "--json", "--no-time"]
     for option, value in (
-        ("--data", job.evaluation.dataset),
-        ("--text-column", job.evaluation.text_column),
-        ("--split", job.evaluation.split),
-        ("--samples", job.evaluation.samples),
-        ("--seq-len", job.evaluation.seq_len),
-        ("--seed", job.evaluation.seed),
-        ("--device", job.device),
-        ("--dtype", job.source.dtype),
-        ("--revision", job.source.revision if what == "original" else None),
+        ("--data", data.dataset),
+        ("--text-column", data.text_column),
+        ("--split", data.split),
+        ("--samples", data.samples),
+        ("--seq-len", data.seq_len),
+        ("--seed", data.seed),
+        ("--device", device),
+        ("--dtype", dtype),
+        ("--revision", revision),
     ):
         if value is not None:
             command += [option, str(value)]
     if kernels:
         command.append("--auto")
-    if may_run(job.source.trust_remote_code) or trust:
+    if word:
         command.append("--trust-remote-code")
-    with progress.stage(f"measuring the {what}"):
-        return json_of(command, what, own_code=what.startswith("result"))
+    return command
 
 
 def time_in_child(job: Job, result: Path, trust: bool, kernels: bool) -> dict[str, Any]:
