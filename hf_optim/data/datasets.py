@@ -82,11 +82,21 @@ def load_examples(config: DataConfig, *, limit: int | None = None) -> Iterable[d
 
 def require_readable(config: DataConfig) -> None:
     """Raise ``DataError`` unless a dataset that is named has a first example that can be read: before other work."""
-    if config.dataset is None:
-        return
-    with data_errors(config.dataset):
-        if next(iter(load_examples(config, limit=1)), None) is None:
+    if config.dataset is not None:
+        _first_example(config)
+
+
+def require_texts(config: DataConfig) -> None:
+    """Raise ``DataError`` unless a dataset has a column of plain texts, by its first example: before other work."""
+    find_text_column(_first_example(config), config)
+
+
+def _first_example(config: DataConfig) -> dict[str, Any]:
+    with data_errors(str(config.dataset)):
+        first = next(iter(load_examples(config, limit=1)), None)
+        if first is None:
             raise DataError(f"{config.dataset}: no rows")
+        return first
 
 
 def load_texts(config: DataConfig) -> Iterator[str]:

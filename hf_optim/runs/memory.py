@@ -111,7 +111,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.bytes = int(torch.cuda.max_memory_allocated(self.device))
         else:
-            self.bytes = _high_water()
+            self.bytes = high_water()
 
     def __enter__(self) -> PeakMemory:
         return self.start()
@@ -125,12 +125,12 @@ class PeakMemory:
         return {
             "peak_memory_bytes": self.bytes,
             "peak_memory_of": "CUDA allocator" if cuda else "process (resident)",
-            "peak_host_bytes": _high_water(),
+            "peak_host_bytes": high_water(),
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
         }
 
 
-def _high_water() -> int | None:
+def high_water() -> int | None:
     """Return the peak resident size of the process so far, in bytes."""
     # On Linux ru_maxrss of a child process begins with the size of the process that started it, even after exec.
     with contextlib.suppress(OSError, ValueError, IndexError):

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
-TEXT_TASKS = ("text-generation", "image-text-to-text", "fill-mask", "text-classification", "text2text-generation")
+CAUSAL_TASKS = ("text-generation", "image-text-to-text")
+TEXT_TASKS = (*CAUSAL_TASKS, "fill-mask", "text-classification", "text2text-generation")
 TASKS = (*TEXT_TASKS, "image-classification")
 """The tasks, by their tags, that ``training_rows`` has rows for; the first of them read texts."""
 
@@ -174,7 +175,7 @@ def training_rows(model: Any, tokenizer: Any, data: DataConfig) -> tuple[list[Ro
             default_data_collator
         )
     task = task_of_model(model).tag
-    if task in ("text-generation", "image-text-to-text"):
+    if task in CAUSAL_TASKS:
         return [
             {"input_ids": ids, "labels": ids.clone()} for ids in _windows(model, tokenizer, data)
         ], default_data_collator

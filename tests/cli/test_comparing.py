@@ -12,9 +12,11 @@ from tiny_models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
 from hf_optim import OptimError
+from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli import main
 from hf_optim.cli.jobs import comparing, timed_models
 from hf_optim.errors import ModelError
+from hf_optim.recipes.config import DataConfig
 
 WORDS = len(tiny_tokenizer())
 
@@ -135,3 +137,20 @@ def test_a_plot_of_models_without_quality(tmp_path):
     found = {"models": {"a": {"bytes_on_disk": 1.0}, "b": {"bytes_on_disk": 2.0}}}
     with pytest.raises(OptimError, match="quality"):
         comparing.plot(found, {"a": "a", "b": "b"}, tmp_path / "x.png")
+
+
+def test_the_measuring_processes_load_the_revision(monkeypatch):
+    started = []
+
+    def run(command, what, *, own_code):
+        started.append(command)
+        return {}
+
+    monkeypatch.setattr(comparing, "json_of", run)
+    source = ModelSource("", revision="v2")
+    job = comparing.Comparison(("a/one", "a/two"), source, DataConfig(dataset="eval.jsonl"))
+    comparing._figures(job, "a/one")
+    comparing._times(job)
+    evaluated, timed = started
+    assert evaluated[evaluated.index("--revision") + 1] == "v2"
+    assert {one["revision"] for one in json.loads(timed[3])["candidates"]} == {"v2"}

@@ -274,3 +274,20 @@ def test_check_prints_what_it_finds(model, capsys):
 def test_check_needs_no_weights(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
     assert check(RTN, str(tmp_path))["model"]["bytes_after"] is not None
+
+
+@pytest.mark.parametrize("option", ["--train", "--eval"])
+def test_compress_refuses_conversations_for_training_and_evaluation_before_it_calibrates(
+    sound, tmp_path, monkeypatch, capsys, option
+):
+    """Only calibration renders conversations: a run does not end, after hours, at what its first row shows."""
+    rows = [{"text": "the cat sat on a mat"}, {"messages": [{"role": "user", "content": "the cat"}]}]
+    texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    for path, row in zip((texts, chats), rows, strict=True):
+        path.write_text(json.dumps(row) + "\n")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"steps": [{"technique": "gmp"}], "training": {"max_steps": 1}}))
+    monkeypatch.setattr("hf_optim.cli.jobs.compress._compress", lambda *args: pytest.fail("the run began"))
+    words = ["compress", sound, "--recipe", recipe, "--output", tmp_path / "out", "--calibration", texts, option, chats]
+    assert main([str(word) for word in words]) == 2
+    assert "column 'messages' holds conversations" in capsys.readouterr().err

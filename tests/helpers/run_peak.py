@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 
 started = time.perf_counter()
 
 from hf_optim.cli import main  # noqa: E402
+from hf_optim.runs.memory import high_water  # noqa: E402
 
 status = main(sys.argv[1:])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print("\n" + json.dumps({"status": status, "peak": peak, "seconds": time.perf_counter() - started}))
+print("\n" + json.dumps({"status": status, "peak": high_water(), "seconds": time.perf_counter() - started}))

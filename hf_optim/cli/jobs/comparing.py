@@ -121,7 +121,7 @@ def _task(cls: type) -> Task:
 def _figures(job: Comparison, model: str) -> dict[str, Any]:
     """Return quality and peak memory of a checkpoint, measured in a child process."""
     word = may_run(job.source.trust_remote_code)
-    command = eval_command(model, job.data, job.source.dtype, job.device, job.kernels, word)
+    command = eval_command(model, job.data, job.source.dtype, job.device, job.kernels, word, job.source.revision)
     return json_of(command, f"quality of {model}", own_code=False)
 
 
@@ -148,7 +148,8 @@ def _load(job: Comparison, model: str, device: torch.device) -> Any:
 def _times(job: Comparison) -> dict[str, Any]:
     """Return the times of all models, measured in turn in one child process."""
     trust = may_run(job.source.trust_remote_code)
-    candidates = [Candidate(model, model, None, job.source.dtype, trust, job.kernels) for model in job.models]
+    source = job.source
+    candidates = [Candidate(model, model, source.revision, source.dtype, trust, job.kernels) for model in job.models]
     command = [sys.executable, "-m", "hf_optim.cli.jobs.timed_models", request(candidates, job.device)]
     return json_of(command, "times", own_code=False)
 

@@ -17,7 +17,8 @@ from ...checkpoints import dense, saving
 from ...checkpoints.atomic import require_replaceable
 from ...checkpoints.source import checkpoint_bytes, load_model, load_processor, resolve_device
 from ...data.calibration_set import CalibrationData
-from ...data.datasets import require_readable
+from ...data.datasets import require_readable, require_texts
+from ...data.tasks import task_of_model
 from ...errors import CheckpointError
 from ...evaluation.evaluate import compare
 from ...lifecycle.loading import optimize
@@ -30,7 +31,7 @@ from ...runs.record import public_name
 from ...runs.run import Run, run_of
 from ...toolkit.checkpoint.model_config import model_class
 from ...toolkit.checkpoint.placement import NewHeads
-from ...training.fit import train_stage
+from ...training.fit import CAUSAL_TASKS, RANDOM, train_stage
 from .control import TRAIN, require_trainable_control, trained_control
 from .job import Job
 from .measuring import Measuring, control_figures, evaluate_checkpoint
@@ -52,9 +53,10 @@ def compress(job: Job) -> Run:
         require_trainable_control(job)
     _refuse_output(job)
     for data in (job.evaluation, job.training):
-        if data is not None and data.dataset != "random":
+        if data is not None and data.dataset != RANDOM:
             require_readable(data)
     found = preflight(job.plan, job.output)
+    _require_texts(job, found.model)
     _note_default_epochs(job)
     with locked(job.output) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
@@ -133,6 +135,17 @@ def _record_measured(job: Job, run: Run, measured: dict[str, Any], original_byte
     run.record.measured = {**measured, "before": {"bytes_on_disk": original_bytes, **measured["before"]}}
     if job.evaluation:
         run.record.measured["evaluation"] = job.evaluation.to_dict() | {"dataset": public_name(job.evaluation.dataset)}
+
+
+def _require_texts(job: Job, model: Any) -> None:
+    """Raise ``DataError`` for data of evaluation or training that has no texts, which language models read."""
+    task, plan = task_of_model(model).tag, job.plan
+    # Models with a masked head can also be evaluated on scored pairs of sentences.
+    needed = [job.evaluation] if task in CAUSAL_TASKS else []
+    needed += [plan.training_data] if plan.trains and task in (*CAUSAL_TASKS, "fill-mask") else []
+    for data in needed:
+        if data is not None and data.dataset != RANDOM:
+            require_texts(data)
 
 
 def _refuse_output(job: Job) -> None:
