@@ -32,6 +32,11 @@ def text(value: Any, limit: int = 2000) -> Html:
     return Html(html.escape(one_line(value, limit), quote=True).join(ends))
 
 
+def breakable(value: Any) -> Html:
+    """Return text that a narrow cell may break after an underscore, before it breaks inside a word."""
+    return Html(text(value).replace("_", "_<wbr>"))
+
+
 def preformatted(value: Any) -> Html:
     """Return text with its line breaks, for the element ``pre``."""
     marks = (mark if mark.isprintable() or mark in "\n\t" else "\ufffd" for mark in str(value).replace("\r\n", "\n"))

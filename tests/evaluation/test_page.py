@@ -21,7 +21,7 @@ from hf_optim.evaluation.cards.points import FAMILIES
 from hf_optim.evaluation.cards.summary import read_cards
 
 AGREEMENT = METRICS["top1_agreement"].format
-VOID = {"br", "col", "input", "link", "meta"}
+VOID = {"br", "col", "input", "link", "meta", "wbr"}
 
 
 class Node:
@@ -268,7 +268,7 @@ def test_a_hostile_record_makes_an_intact_page(text, tmp_path):
     known = {node.tag for node in plain.all()} | {
         "a", "button", "code", "dd", "details", "dl", "dt", "fieldset", "figcaption", "figure", "form", "g", "h3",
         "input", "label", "legend", "li", "option", "path", "pre", "select", "span", "summary", "svg", "tbody", "td",
-        "text", "th", "thead", "tr", "ul",
+        "text", "th", "thead", "tr", "ul", "wbr",
     }  # fmt: skip
     assert {node.tag for node in tree.all()} <= known
     assert not [node for node in tree.all() if any(k.startswith("on") or k == "style" for k in node.attributes)]

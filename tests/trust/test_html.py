@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hf_optim.trust.html import Html, element, join, preformatted, text, with_code
+from hf_optim.trust.html import Html, breakable, element, join, preformatted, text, with_code
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -108,3 +108,7 @@ def test_attributes_that_a_policy_forbids_are_refused(name):
 def test_values_of_attributes_and_empty_elements():
     assert element("input", hidden=True, checked=False, title=None, data_v=0) == '<input hidden data-v="0">'
     assert join([Html("<b>x</b>"), "<i>"], "<") == "<b>x</b>&lt;&lt;i&gt;"
+
+
+def test_a_name_may_break_after_an_underscore():
+    assert breakable("<b>demo_model") == "&lt;b&gt;demo_<wbr>model"

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ...recipes.contract import Reload
-from ...trust.html import Html, element
+from ...trust.html import Html, breakable, element
 from ..reported import REPORTED_METRICS, format_bytes
 from ..timings import SPREAD, is_hidden_by_noise
 from .page_plot import mark
@@ -177,9 +177,9 @@ def _row(
 ) -> Html:
     cells = [
         element("td", str(card.number), class_="n count", data_v=card.number),
-        element("th", element("a", card.folder, href=f"#{place}"), scope="row", class_="name"),
-        element("td", card.base, class_="base"),
-        element("td", card.recipe, class_="recipe"),
+        element("th", element("a", breakable(card.folder), href=f"#{place}"), scope="row", class_="name"),
+        element("td", breakable(card.base), class_="base"),
+        element("td", breakable(card.recipe), class_="recipe"),
         element("td", *(element("span", mark(family), family) for family in card.families), class_="families"),
     ]
     if not one:
