@@ -515,6 +515,14 @@ def test_an_index_of_nothing_is_an_error(tmp_path):
         render_index(tmp_path)
 
 
+def test_the_legend_of_a_plot_may_have_other_words_than_original(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: seen.extend(figure.legends[0].get_texts()))
+    points = {"": [Point(1e6, 2.0, "r"), Point(2e6, 3.0, "q", "pruning")]}
+    plots.plot_pareto(points, REPORTED_METRICS[0], tmp_path / "p.png", legend={"original": "reference"})
+    assert [each.get_text() for each in seen] == ["reference", "pruning"]
+
+
 def test_several_base_models_get_a_panel_each(tmp_path):
     series = {
         "a": [Point(1e6, 2.0, "r"), Point(2e6, 90.0, "r", "pruning", 1)],

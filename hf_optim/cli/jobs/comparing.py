@@ -19,7 +19,7 @@ from ...data.datasets import require_readable
 from ...data.tasks import Task, task_of, task_of_auto_class
 from ...errors import ModelError, OptimError
 from ...evaluation.cards.plots import plot_pareto
-from ...evaluation.cards.points import OTHER, Point, is_drawable
+from ...evaluation.cards.points import ORIGINAL, OTHER, Point, is_drawable
 from ...evaluation.evaluate import compare
 from ...evaluation.reported import ReportedMetric, common_quality_metric
 from ...evaluation.side_by_side import require_comparable, require_same_tokens
@@ -97,7 +97,7 @@ def plot(found: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> Rep
     ]
     if metric is None or len(points) < 2:
         raise OptimError("there are no two models with a quality that can be drawn")
-    plot_pareto({"": points}, metric, path, "quality against size")
+    plot_pareto({"": points}, metric, path, "quality against size", {ORIGINAL: "reference", OTHER: "compared with it"})
     return metric
 
 

@@ -106,11 +106,17 @@ def plot_quality_against_bytes(
     return save(figure, path)
 
 
-def plot_pareto(series: Mapping[str, Sequence[Point]], quality: ReportedMetric, path: Path, title: str = "") -> Path:
+def plot_pareto(
+    series: Mapping[str, Sequence[Point]],
+    quality: ReportedMetric,
+    path: Path,
+    title: str = "",
+    legend: Mapping[str, str] | None = None,
+) -> Path:
     """Draw bytes (log) against quality for many models, with one panel per series and its Pareto front as a line.
 
     Each series has its own panel because perplexities of models with different tokenizers cannot be compared. Points
-    have the numbers of their cards; mark and colour are those of the family.
+    have the numbers of their cards; mark and colour are those of the family. ``legend`` renames families in the legend.
     """
     shown = dict(list(series.items())[:MAX_PANELS])
     figure, panels = _panels(len(shown), 1.5)
@@ -124,6 +130,8 @@ def plot_pareto(series: Mapping[str, Sequence[Point]], quality: ReportedMetric, 
     figure.supylabel(_axis_label(quality), fontsize=9)
     figure.suptitle(plot_label(title), fontsize=10)
     marks = [_mark(name) for name in ("", *sorted(families, key=style_of))]
+    for mark in marks:
+        mark.set_label((legend or {}).get(mark.get_label(), mark.get_label()))
     figure.legend(handles=marks, loc="outside lower center", ncols=6, **LEGEND)
     # The legend takes room: labels are placed in the panels as they are in the end.
     figure.draw_without_rendering()
