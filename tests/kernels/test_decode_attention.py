@@ -15,6 +15,7 @@ SHAPES = {  # rows, heads, key heads, new tokens, positions, head size, value he
     "one-key-head": (1, 8, 1, 1, 300, 64, 64),
     "a-few-tokens": (3, 4, 4, 3, 130, 40, 24),
     "many-pieces": (1, 6, 2, 2, 2500, 16, 16),
+    "more-rows-than-a-program": (1, 10, 2, 16, 150, 16, 16),
 }
 
 
@@ -65,7 +66,7 @@ def test_the_specification(shape, with_sinks, softcap):
     query, key, value = tensors(shape, torch.float64, "cpu")
     sinks = torch.linspace(-1, 2, query.shape[1]) if with_sinks else None
     mask = padded(shape, "cpu")
-    found = naive.decode_attention(query, key, value, mask, sinks, 0.3, softcap)
+    found = naive.decode_attention(query, key, value, mask, None, sinks, 0.3, softcap)
     assert relative(found, oracle(query, key, value, mask, sinks, 0.3, softcap)) < 1e-6
 
 
@@ -75,7 +76,7 @@ def test_the_specification(shape, with_sinks, softcap):
 def test_the_kernel(shape, dtype, device):
     query, key, value = tensors(shape, dtype, device)
     mask = padded(shape, device)
-    found = op.decode_attention(query, key, value, mask, None, 0.2, 0.0)
+    found = op.decode_attention(query, key, value, mask, None, None, 0.2, 0.0)
     assert found.dtype == dtype
     # The weights are rounded to the type of the values before their product, as in other flash kernels.
     bound = 4e-6 if dtype == torch.float32 else 2 * BOUND[dtype]
@@ -88,7 +89,7 @@ def test_softcap_and_sinks(shape, device):
     query, key, value = tensors(shape, torch.float32, device)
     sinks = torch.linspace(-1, 3, query.shape[1]).to(device)
     for mask in (None, padded(shape, device)):
-        found = op.decode_attention(query, key, value, mask, sinks, 0.4, 2.5)
+        found = op.decode_attention(query, key, value, mask, None, sinks, 0.4, 2.5)
         assert relative(found.cpu(), oracle(query, key, value, mask, sinks, 0.4, 2.5)) < 4e-6
 
 
@@ -98,10 +99,10 @@ def test_masked_positions_are_not_read(device):
     query, key, value = tensors("many-pieces", torch.float32, device)
     mask = torch.zeros(1, 1, 2, 2500, dtype=torch.bool, device=device)
     mask[..., 700:1900] = True  # padding before, a window behind: whole pieces are left out
-    expected = op.decode_attention(query, key, value, mask, None, 0.2, 0.0)
+    expected = op.decode_attention(query, key, value, mask, None, None, 0.2, 0.0)
     key[:, :, :700], value[:, :, 1900:] = float("nan"), float("nan")
     key[:, :, 1900:], value[:, :, :700] = float("inf"), float("inf")
-    assert torch.equal(op.decode_attention(query, key, value, mask, None, 0.2, 0.0), expected)
+    assert torch.equal(op.decode_attention(query, key, value, mask, None, None, 0.2, 0.0), expected)
 
 
 @on_triton
@@ -109,9 +110,9 @@ def test_a_query_that_sees_nothing_gives_zero(device):
     query, key, value = tensors("grouped", torch.float32, device)
     mask = torch.ones(2, 1, 1, 37, dtype=torch.bool, device=device)
     mask[1] = False
-    found = op.decode_attention(query, key, value, mask, None, 0.2, 0.0)
+    found = op.decode_attention(query, key, value, mask, None, None, 0.2, 0.0)
     assert not found[1].any()
-    assert relative(found[0], op.decode_attention(query, key, value, None, None, 0.2, 0.0)[0]) < 1e-6
+    assert relative(found[0], op.decode_attention(query, key, value, None, None, None, 0.2, 0.0)[0]) < 1e-6
 
 
 @on_triton
@@ -120,17 +121,80 @@ def test_strides_of_a_larger_cache(device):
     room = torch.zeros(2, 2, 64, 32, device=device)
     room[:, :, :37] = key
     transposed = query.transpose(1, 2).contiguous().transpose(1, 2)
-    found = op.decode_attention(transposed, room[:, :, :37], value, None, None, 0.2, 0.0)
-    assert torch.equal(found, op.decode_attention(query, key, value, None, None, 0.2, 0.0))
+    found = op.decode_attention(transposed, room[:, :, :37], value, None, None, None, 0.2, 0.0)
+    assert torch.equal(found, op.decode_attention(query, key, value, None, None, None, 0.2, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("pairs", "positions", "count"), [(8, 256, 4), (8, 32768, 66), (128, 32768, 16), (4096, 256, 1)]
-)
-def test_pieces_fill_the_device(pairs, positions, count):
-    found = launch.pieces(pairs, positions, 64, 132)
-    assert found == count
-    assert -(-positions // found) <= launch.LONGEST
+def windows(shape, device, window=20):
+    """A mask with padding on the left, causal among the new tokens, that shows the last ``window`` positions."""
+    B, _, _, Q, N, _, _ = SHAPES[shape]
+    at = torch.arange(N)
+    query = N - 9 - Q + torch.arange(Q)[:, None]
+    mask = ((at <= query) & (at > query - window)).repeat(B, 1, 1, 1)
+    mask[0, ..., : N - Q - 14] = False
+    return mask.to(device)
+
+
+@on_triton
+@pytest.mark.parametrize("shape", ["grouped", "many-pieces", "more-rows-than-a-program"])
+def test_ranges_take_the_place_of_a_mask(shape, device):
+    """Left padding, a sliding window and causal tokens are ranges, with which no mask is read."""
+    query, key, value = tensors(shape, torch.float32, device)
+    mask = windows(shape, device)
+    ranges = op.mask_ranges(mask)
+    expected = oracle(query, key, value, mask, None, 0.2, 0.0)
+    for given in (mask, None):
+        found = op.decode_attention(query, key, value, given, ranges, None, 0.2, 0.0)
+        assert relative(found.cpu(), expected) < 4e-6
+    assert relative(naive.decode_attention(query, key, value, None, ranges, None, 0.2, 0.0).cpu(), expected) < 4e-6
+    if shape == "many-pieces":  # nothing outside of the window is read
+        key[:, :, : 2500 - 9 - 2 - 14], value[:, :, 2500 - 9 :] = float("nan"), float("nan")
+        assert torch.equal(op.decode_attention(query, key, value, None, ranges, None, 0.2, 0.0), found)
+
+
+@on_triton
+@pytest.mark.parametrize("shape", ["one-key-head", "a-few-tokens"])
+def test_masks_with_holes(shape, device):
+    query, key, value = tensors(shape, torch.float32, device)
+    mask = padded(shape, device)
+    mask[0, ..., 9:30:3] = False
+    found = op.decode_attention(query, key, value, mask, None, None, 0.2, 0.0)
+    assert relative(found.cpu(), oracle(query, key, value, mask, None, 0.2, 0.0)) < 4e-6
+
+
+def test_ranges_of_a_mask():
+    mask = torch.zeros(2, 1, 2, 6, dtype=torch.bool)
+    mask[0, 0, 0, 2:5] = True
+    mask[0, 0, 1, [1, 4]] = True
+    mask[1, 0, 1] = True
+    assert op.mask_ranges(mask).tolist() == [[[2, 5, 3], [1, 5, 2]], [[6, 0, 0], [0, 6, 6]]]
+
+
+def test_pieces_fill_the_device():
+    def busy(pairs, positions):
+        """The share of the time of the slots in which programs read, and the pieces."""
+        split = launch.pieces(pairs, positions, 64, 512, 264, 2)
+        blocks = -(-positions // 64)
+        longest = -(-blocks // split)
+        return pairs * blocks / (-(-pairs * split // 264) * 264 * longest), split
+
+    assert busy(8, 32768)[0] > 0.9
+    assert busy(16, 16384)[0] > 0.9
+    assert busy(128, 8192)[0] > 0.9
+    assert busy(140, 32768)[0] > 0.85  # a piece for each would leave half of the device idle
+    assert busy(8, 256)[1] == 4
+    assert busy(4096, 256)[1] == 1
+
+
+@on_triton
+def test_a_cache_that_grows_adds_no_launches(device, monkeypatch):
+    """A dynamic cache has another length at each token: what was compiled for one serves the next."""
+    keys = set()
+    monkeypatch.setattr(launch, "launch", lambda *args, key, **options: keys.add(key))
+    for positions in range(2001, 2016):
+        query, key = (torch.zeros(1, heads, n, 16, device=device) for heads, n in ((4, 1), (2, positions)))
+        launch.decode_attention(query, key, key, None, None, None, 0.2, 0.0)
+    assert len(keys) == 2
 
 
 def test_what_it_does_not_take():
@@ -138,7 +202,7 @@ def test_what_it_does_not_take():
     assert op.unsupported(query, key, value, None) is None
     assert "float64" in op.unsupported(query.double(), key.double(), value.double(), None)
     assert "evenly" in op.unsupported(query[:, :3], key, value, None)
-    assert "100 new tokens" in op.unsupported(query.expand(2, 4, 100, 32), key, value, None)
+    assert "17 new tokens" in op.unsupported(query.expand(2, 4, 17, 32), key, value, None)
     assert "mask" in op.unsupported(query, key, value, torch.zeros(2, 4, 1, 37, dtype=torch.bool))
     assert "mask" in op.unsupported(query, key, value, torch.zeros(2, 1, 1, 37))
 
@@ -146,5 +210,6 @@ def test_what_it_does_not_take():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_operator_is_registered(dtype):
     query, key, value = tensors("grouped", dtype, "cpu")
-    arguments = (query, key, value, padded("grouped", "cpu"), None, 0.2, 0.0)
+    mask = padded("grouped", "cpu")
+    arguments = (query, key, value, mask, op.mask_ranges(mask), None, 0.2, 0.0)
     torch.library.opcheck(op.decode_attention, arguments, test_utils=("test_schema", "test_faketensor"))

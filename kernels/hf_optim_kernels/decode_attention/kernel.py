@@ -1,7 +1,8 @@
-"""Split-KV attention: each program reads one piece of one key head's cache for all queries of its group.
+"""Split-KV attention: each program reads one piece of one key head's cache for the queries of its group.
 
-The pieces are as long as the mask is read at once, so that a program knows the first and the last position it needs
-before it reads a key: pieces that are masked (not yet written, padding, outside the window) cost nothing.
+Where a query may attend is given by ranges of positions, ``[first, end)``, and the pieces divide the range, not the
+cache: positions that are not yet written, padding on the left, or outside a window cost nothing, and all programs have
+as many blocks up to one. A mask is read only where a range has holes.
 """
 
 from __future__ import annotations
@@ -14,41 +15,44 @@ from ..common.compute_type import FP32
 
 @triton.jit
 def _attend_kernel(
-    query, key, value, mask, sinks, out, part, sums, scale, softcap, H, G, N, D, DV, WIDTH,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_n,
+    query, key, value, mask, ranges, sinks, out, part, sums, scale, softcap, SPLIT, H, G, N, D, DV,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_n, r_b,
     GROUP: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_CAP: tl.constexpr, MATH: tl.constexpr,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, WHOLE: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one piece of the cache; with SPLIT > 1 its sums, which ``_combine_kernel`` adds up.
+    """Attention over one piece of the cache; unless WHOLE, its sums, which ``_combine_kernel`` adds up.
 
-    Rows of a program are the queries of a key head: ``GROUP`` heads of ``Q`` tokens. ``scale`` includes log2(e).
-    ``part`` [SPLIT, B Q H, DV] float32, ``sums`` [SPLIT, B Q H, 2]: the largest score and the sum of powers of 2.
+    Programs are (piece, batch row and key head, block of rows), and the rows are the queries of a key head: ``GROUP``
+    heads of ``Q`` tokens. ``scale`` includes log2(e). ``ranges`` [B, Q, 3] int32: first and end of the positions, and
+    how many of them are allowed. ``part`` [SPLIT, B Q H, DV] float32, ``sums`` [SPLIT, B Q H, 2]: the largest score and
+    the sum of powers of 2. FULL: D and DV fill their blocks.
     """
     piece, pair = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
-    rows = tl.arange(0, ROWS)
-    head, token = g * GROUP + rows // Q, rows % Q
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = rows < GROUP * Q
+    head, token = g * GROUP + rows // Q, rows % Q
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q = tl.load(
-        query + b.to(tl.int64) * q_b + head[:, None] * q_h + token[:, None] * q_n + d[None, :],
-        mask=real[:, None] & (d < D)[None, :], other=0.0,
-    )  # fmt: skip
+    in_d, in_dv = (d < D) | FULL, (dv < DV) | FULL
+    q_at = query + b.to(tl.int64) * q_b + head[:, None] * q_h + token[:, None] * q_n + d[None, :]
+    q = tl.load(q_at, mask=real[:, None] & in_d[None, :], other=0.0)
     if MATH == FP32:
         q = q.to(tl.float32)
-    first = piece * WIDTH
-    last = tl.minimum(first + WIDTH, N)
+    low, high = 0, N
+    if HAS_RANGES:
+        own = ranges + b * r_b + token * 3
+        row_first = tl.load(own, mask=real, other=N)
+        row_end = tl.load(own + 1, mask=real, other=0)
+        low, high = tl.min(row_first), tl.max(row_end)
+        if HAS_MASK:
+            length = tl.where(real, row_end - row_first, 0)
+            has_holes = tl.max(tl.where(length > tl.load(own + 2, mask=real, other=0), 1, 0))
+    blocks = tl.maximum(high - low + BLOCK_N - 1, 0) // BLOCK_N
+    first = low + blocks * piece // SPLIT * BLOCK_N
+    last = tl.minimum(low + blocks * (piece + 1) // SPLIT * BLOCK_N, high)
     if HAS_MASK:
-        # The positions that any query of the piece may attend to.
-        at = first + tl.arange(0, PIECE)
-        wanted = tl.zeros((PIECE,), tl.int32)
-        for token_at in tl.static_range(Q):
-            wanted |= tl.load(mask + b * m_b + token_at * m_n + at, mask=at < last, other=0).to(tl.int32)
-        low = tl.min(tl.where(wanted != 0, at, N))
-        last = tl.max(tl.where(wanted != 0, at + 1, 0))
-        first = (low // BLOCK_N) * BLOCK_N
-        first = tl.maximum(first, piece * WIDTH)
+        mask_end = last * has_holes  # the mask is read up to here
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if HAS_SINKS:  # noqa: SIM102 - known when the kernel is compiled, unlike the piece
@@ -56,14 +60,17 @@ def _attend_kernel(
             top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
             total = tl.full((ROWS,), 1.0, tl.float32)
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    keys = key + b.to(tl.int64) * k_b + g * k_h
-    values = value + b.to(tl.int64) * v_b + g * v_h
+    keys = key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
+    values = value + b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
+    # Within a block offsets are small and the same in each; where the block begins may be beyond 2^31.
+    in_block = tl.arange(0, BLOCK_N)
+    k_in_block = in_block[None, :] * k_n + d[:, None]
+    v_in_block = in_block[:, None] * v_n + dv[None, :]
     for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < last
-        k = tl.load(
-            keys + n[None, :].to(tl.int64) * k_n + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0
-        )
+        n = start + in_block
+        seen = n < last
+        k_at = keys + tl.cast(start, tl.int64) * k_n + k_in_block
+        k = tl.load(k_at, mask=seen[None, :] & in_d[:, None], other=0.0)
         if MATH == FP32:
             k = k.to(tl.float32)
         s = tl.dot(q, k, input_precision="ieee") * scale
@@ -72,14 +79,17 @@ def _attend_kernel(
             bounded = tl.minimum(tl.maximum(s / softcap, -15.0), 15.0)
             e = tl.exp2(bounded * 2.8853900817779268)
             s = softcap * ((e - 1.0) / (e + 1.0))
-        seen = inside
-        allowed = inside[None, :] & real[:, None]
-        if HAS_MASK:
-            if Q == 1:
-                seen = tl.load(mask + b * m_b + n, mask=inside, other=0) != 0
-                allowed = seen[None, :] & real[:, None]
-            else:
-                allowed &= tl.load(mask + b * m_b + token[:, None] * m_n + n[None, :], mask=allowed, other=0) != 0
+        if Q == 1:
+            if HAS_MASK:
+                seen &= tl.load(mask + b * m_b + n, mask=n < mask_end, other=1) != 0
+            allowed = seen[None, :] & real[:, None]
+        else:
+            allowed = seen[None, :] & real[:, None]
+            if HAS_RANGES:
+                allowed &= (n[None, :] >= row_first[:, None]) & (n[None, :] < row_end[:, None])
+            if HAS_MASK:
+                m_at = mask + b * m_b + token[:, None] * m_n + n[None, :]
+                allowed &= tl.load(m_at, mask=allowed & (n < mask_end)[None, :], other=1) != 0
                 seen = tl.max(allowed.to(tl.int32), axis=0) != 0
         s = tl.where(allowed, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
@@ -88,9 +98,8 @@ def _attend_kernel(
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
-        v = tl.load(
-            values + n[:, None].to(tl.int64) * v_n + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0
-        )
+        v_at = values + tl.cast(start, tl.int64) * v_n + v_in_block
+        v = tl.load(v_at, mask=seen[:, None] & in_dv[None, :], other=0.0)
         if MATH == FP32:
             v = v.to(tl.float32)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -98,8 +107,8 @@ def _attend_kernel(
     # Rows of the output are [b, token, head].
     at = (b * Q + token) * H + head
     where = at[:, None].to(tl.int64) * DV + dv[None, :]
-    kept = real[:, None] & (dv < DV)[None, :]
-    if SPLIT == 1:
+    kept = real[:, None] & in_dv[None, :]
+    if WHOLE:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out + where, result.to(out.dtype.element_ty), mask=kept)
     else:
@@ -111,16 +120,16 @@ def _attend_kernel(
 
 @triton.jit
 def _combine_kernel(
-    part, sums, out, size, DV, SPLIT: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr
+    part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
     """Add up the pieces of one row: out [size, DV]. ``SPLITS`` is the power of two from ``SPLIT`` on."""
     row = tl.program_id(0).to(tl.int64)
     dv = tl.arange(0, BLOCK_DV)
     pieces = tl.arange(0, SPLITS)
     tops = tl.load(sums + (pieces * size + row) * 2, mask=pieces < SPLIT, other=float("-inf"))
+    totals = tl.load(sums + (pieces * size + row) * 2 + 1, mask=pieces < SPLIT, other=0.0)
     top = tl.max(tops)
     base = tl.where(top == float("-inf"), 0.0, top)
-    totals = tl.load(sums + (pieces * size + row) * 2 + 1, mask=pieces < SPLIT, other=0.0)
     total = tl.sum(totals * tl.exp2(tops - base))
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for start in range(0, SPLIT, STEP):

@@ -13,12 +13,16 @@ from ..common.compute_type import compute_constants
 from ..common.launch import is_aligned, launch
 from .kernel import _attend_kernel, _combine_kernel
 
-# Programs per multiprocessor that keep the memory busy.
-WAVES = 4
-# Positions of a step, warps, and steps whose loads are under way.
-BLOCK, WARPS, STAGES = 32, 4, 3
-# The longest piece: its mask is read at once.
-LONGEST = 2048
+# Positions of a block, warps, blocks whose loads are under way, and programs that a multiprocessor runs at once.
+BLOCK, WARPS, STAGES, RESIDENT = 64, 4, 3, 2
+# The most rows of a program: heads of a group times new tokens.
+MOST_ROWS = 64
+# What the number of pieces is chosen by: microseconds that a program needs besides reading, and bytes that a
+# multiprocessor reads in one (measured on an H200).
+STARTUP, RATE = 2.0, 32_000
+# The launch that adds up pieces, in microseconds.
+COMBINE = 2.5
+MOST_PIECES = 256
 
 
 @cache
@@ -26,64 +30,95 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def pieces(pairs: int, positions: int, block: int, processors: int) -> int:
-    """Return the pieces to cut a cache of ``positions`` into: a multiple of ``block`` each, ``LONGEST`` at most.
+@cache
+def pieces(pairs: int, positions: int, block: int, row_bytes: int, slots: int, resident: int) -> int:
+    """Return the pieces to cut a cache of ``positions`` into, so that the last program ends early.
 
-    ``pairs`` is the number of batch rows times key heads, each of which has its own programs.
+    Args:
+        pairs: batch rows times key heads (times blocks of rows), each of which has its own programs.
+        positions: of the cache; a range may be shorter.
+        block: positions that a program reads at once.
+        row_bytes: bytes of key and value of a position.
+        slots: programs that run at once on the device.
+        resident: of these, how many share a multiprocessor.
     """
-    most = -(-positions // block)
-    wanted = -(-WAVES * processors // pairs)
-    least = -(-positions // LONGEST)
-    return max(least, min(wanted, most, 128))
+    most = max(1, min(-(-positions // block), MOST_PIECES))
+    best, shortest = 1, math.inf
+    for split in range(1, most + 1):
+        programs = pairs * split
+        # A multiprocessor that has few programs reads no faster for that.
+        blocks = -(-positions // block) / split
+        reading = math.ceil(blocks) * block * row_bytes * resident / RATE
+        time = math.ceil(programs / slots) * (STARTUP + reading) + (COMBINE if split > 1 else 0.0)
+        if time < shortest * 0.99:
+            best, shortest = split, time
+    return best
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> Tensor:
-    """Return ``naive.decode_attention``; the last dimension of every tensor is contiguous."""
+    """Return ``naive.decode_attention``; the last dimension of every tensor is contiguous, a mask has ``ranges``."""
     B, H, Q, D = query.shape
     G, N, DV = key.shape[1], key.shape[2], value.shape[3]
     out = query.new_empty((B, Q, H, DV))
     if out.numel() == 0:
         return out
     group = H // G
-    rows = max(16, triton.next_power_of_2(group * Q))
+    rows = min(MOST_ROWS, max(16, triton.next_power_of_2(group * Q)))
+    chunks = triton.cdiv(group * Q, rows)
     block_d, block_dv = (max(16, triton.next_power_of_2(size)) for size in (D, DV))
-    wide = block_d * query.element_size() > 256
-    block = 16 if wide else BLOCK
+    row_bytes = (D + DV) * query.element_size()
+    # As many bytes of a block as with heads of 128 and 16 bits.
+    block = max(16, BLOCK * 512 // max(512, 2 * block_d * query.element_size(), 2 * block_dv * query.element_size()))
+    warps = WARPS if rows <= 32 else 2 * WARPS
     processors = _processors(query.device.index) if query.is_cuda else 4
-    split = pieces(B * G, N, block, processors)
-    width = triton.cdiv(triton.cdiv(N, split), block) * block
-    split = triton.cdiv(N, width)
+    split = pieces(B * G * chunks, N, block, row_bytes, RESIDENT * processors, RESIDENT)
     size = B * Q * H
     part = out if split == 1 else torch.empty((split, size, DV), dtype=torch.float32, device=query.device)
     sums = out if split == 1 else torch.empty((split, size, 2), dtype=torch.float32, device=query.device)
     masks = mask if mask is None or mask.dtype == torch.uint8 else mask.view(torch.uint8)
     m_b, m_n = (0, 0) if masks is None else (masks.stride(0) if masks.shape[0] > 1 else 0, masks.stride(2))
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], m_b, m_n)
+    r_b = 0 if ranges is None or ranges.shape[0] == 1 else 3 * Q
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], m_b, m_n, r_b)
     constants = {
         "GROUP": group, "Q": Q, "ROWS": rows, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_N": block,
-        "PIECE": triton.next_power_of_2(width), "SPLIT": split, "HAS_MASK": mask is not None,
-        "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
+        "FULL": block_d == D and block_dv == DV, "WHOLE": split == 1, "HAS_RANGES": ranges is not None,
+        "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": compute_constants(query.dtype, _attend_kernel)["MATH"],
     }  # fmt: skip
     log2e = math.log2(math.e)
-    given = (query, key, value, query if masks is None else masks, query if sinks is None else sinks, out, part, sums)
-    numbers = (H, G, N, D, DV, width, *strides)
-    cache_key = (*(t.dtype for t in given), *is_aligned_each(given), numbers, *constants.values(), WARPS, STAGES)
+    given = (
+        query, key, value, query if masks is None else masks, query if ranges is None else ranges,
+        query if sinks is None else sinks, out, part, sums,
+    )  # fmt: skip
+    numbers = (split, H, G, N, D, DV, *strides)
+    cache_key = (
+        *(t.dtype for t in given), *(is_aligned(t) for t in given), *(_kind(number) for number in numbers),
+        *constants.values(), warps, STAGES,
+    )  # fmt: skip
     launch(
-        _attend_kernel, (split, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=WARPS, num_stages=STAGES, key=cache_key,
+        _attend_kernel, (split, B * G, chunks), (*given, scale * log2e, softcap * log2e, *numbers), constants,
+        num_warps=warps, num_stages=STAGES, key=cache_key,
     )  # fmt: skip
     if split > 1:
-        combine = {"SPLIT": split, "SPLITS": triton.next_power_of_2(split), "STEP": 16, "BLOCK_DV": block_dv}
+        splits = triton.next_power_of_2(split)
+        combine = {"SPLITS": splits, "STEP": min(splits, max(1, 4096 // block_dv)), "BLOCK_DV": block_dv}
+        kinds = (_kind(size), _kind(split), _kind(DV))
         launch(
-            _combine_kernel, (size, 1, 1), (part, sums, out, size, DV), combine, num_warps=2, num_stages=2,
-            key=(out.dtype, is_aligned(out), size, DV, *combine.values()),
+            _combine_kernel, (size, 1, 1), (part, sums, out, size, split, DV), combine, num_warps=4, num_stages=2,
+            key=(out.dtype, is_aligned(part), is_aligned(sums), is_aligned(out), *kinds, *combine.values()),
         )  # fmt: skip
     return out
 
 
-def is_aligned_each(tensors: tuple[Tensor, ...]) -> tuple[bool, ...]:
-    """Return ``is_aligned`` of each tensor."""
-    return tuple(is_aligned(tensor) for tensor in tensors)
+def _kind(number: int) -> int:
+    """Return what Triton specializes of an integer: 1, multiples of 16, and whether it fits in 32 bits."""
+    return 1 if number == 1 else (16 if number % 16 == 0 else 2) + (number >= 1 << 31)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..common.support import can_run_triton
 from . import naive
+from .naive import mask_ranges as mask_ranges
 
-# The most rows of a program: heads of a group times new tokens.
-MOST_ROWS = 64
+# New tokens of a call: decoding, speculation, and small chunks of a prefill.
+MOST_TOKENS = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -23,7 +24,7 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
         return f"{query.dtype} queries and {key.dtype} keys"
     if query.shape[1] % key.shape[1]:
         return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
-    if query.shape[1] // key.shape[1] * query.shape[2] > MOST_ROWS:
+    if query.shape[2] > MOST_TOKENS:
         return f"{query.shape[2]} new tokens"
     if max(query.shape[3], value.shape[3]) > 256:
         return f"heads of {query.shape[3]}"
@@ -34,20 +35,32 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
 
 @torch.library.custom_op("hf_optim::decode_attention", mutates_args=())
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> Tensor:
-    """Return the attention ``[B, Q, H, Dv]`` of ``query`` to a cache; arguments as of ``naive.decode_attention``."""
+    """Return the attention ``[B, Q, H, Dv]`` of ``query`` to a cache; arguments as of ``naive.decode_attention``.
+
+    A caller that has one mask for many layers computes its ``mask_ranges`` once; without them they are computed here.
+    """
     if not can_run_triton(query):
-        return naive.decode_attention(query, key, value, mask, sinks, scale, softcap)
+        return naive.decode_attention(query, key, value, mask, ranges, sinks, scale, softcap)
     from . import launch
 
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    if mask is not None and mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    return launch.decode_attention(query, key, value, mask, sinks, scale, softcap)
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        ranges = mask_ranges(mask) if ranges is None else ranges
+    ranges = ranges if ranges is None else ranges.contiguous()
+    return launch.decode_attention(query, key, value, mask, ranges, sinks, scale, softcap)
 
 
 @decode_attention.register_fake
-def _(query, key, value, mask, sinks, scale, softcap) -> Tensor:
+def _(query, key, value, mask, ranges, sinks, scale, softcap) -> Tensor:
     B, H, Q, _ = query.shape
     return query.new_empty((B, Q, H, value.shape[3]))
