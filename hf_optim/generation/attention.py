@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import util
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Free of the names of other backends, which transformers looks for in it.
@@ -16,6 +17,9 @@ NAME = "hf_optim_decode"
 KERNEL = "hf_optim_kernels.decode_attention.op"
 # Only these are replaced: a user who chose another implementation keeps it.
 REPLACED = ("sdpa", "eager")
+RANGES = "_hf_optim_ranges"
+# Masks and their ranges in the forward that torch.compile is tracing: it does not merge equal work of the layers.
+_TRACED: list[tuple[Tensor, Tensor]] = []
 _KERNEL: list[Any] = []  # the module, imported once; torch.compile cannot trace an import
 
 
@@ -28,22 +32,56 @@ def decode_attention(
         module: the attention layer.
         query: ``[B, H, Q, D]``.
         key, value: ``[B, G, N, D]`` and ``[B, G, N, Dv]``, with the new tokens.
-        attention_mask: bool ``[B, 1, Q, N]``; None lets a single query attend everywhere.
+        attention_mask: bool ``[B, 1, Q, N]``. None: a single query attends everywhere, several as
+            ``module.is_causal`` says.
         kwargs: ``scaling``, ``softcap`` and ``s_aux`` (sinks ``[H]``) are used.
 
     Returns the output ``[B, Q, H, Dv]``, and None. What the kernel does not take runs in ``sdpa``.
     """
     op = _KERNEL[0]
-    causal = attention_mask is None and query.shape[2] > 1
     positions = kwargs.get("position_bias") is not None
-    if causal or positions or op.unsupported(query, key, value, attention_mask) is not None:
+    if positions or op.unsupported(query, key, value, attention_mask) is not None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     softcap = float(kwargs.get("softcap") or 0.0)
-    return op.decode_attention(query, key, value, attention_mask, kwargs.get("s_aux"), scale, softcap), None
+    ranges = None
+    if attention_mask is not None:
+        ranges = mask_ranges(attention_mask)
+    elif query.shape[2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        ranges = causal_ranges(query.shape[2], key.shape[2], query.device)
+    return op.decode_attention(query, key, value, attention_mask, ranges, kwargs.get("s_aux"), scale, softcap), None
+
+
+def mask_ranges(mask: Tensor) -> Tensor:
+    """Return the ranges of a mask for the kernel, computed once for the layers that share the mask."""
+    compute = _KERNEL[0].mask_ranges
+    if torch.compiler.is_compiling():
+        for known, ranges in _TRACED:
+            if known is mask:
+                return ranges
+        _TRACED.append((mask, compute(mask)))
+        return _TRACED[-1][1]
+    if mask.is_inference():  # such a tensor has no version to tell changes by
+        return compute(mask)
+    version, ranges = getattr(mask, RANGES, (None, None))
+    if version != mask._version:
+        ranges = compute(mask)
+        setattr(mask, RANGES, (mask._version, ranges))
+    return ranges
+
+
+def forget_traced() -> None:
+    """Forget the masks of a forward; called by what ``torch.compile`` traces, before and after it."""
+    _TRACED.clear()
+
+
+def causal_ranges(tokens: int, positions: int, device: torch.device) -> Tensor:
+    """Return the ranges of ``tokens`` new tokens at the end of ``positions``, each of which sees those before it."""
+    end = torch.arange(positions - tokens + 1, positions + 1, dtype=torch.int32, device=device)
+    return torch.stack([torch.zeros_like(end), end, end], dim=-1)[None]
 
 
 def _register() -> None:

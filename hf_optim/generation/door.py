@@ -12,9 +12,11 @@ from torch import Tensor
 from ..errors import ModelError
 from ..toolkit import compat
 from . import sessions
-from .loop import Decoding
+from .capture import CaptureError, CaptureMemoryError, has_graphs
+from .inputs import require_device, require_room
+from .loop import Decoding, WrongStep
 from .reasons import why_stock
-from .session import CaptureError, DecodeSession
+from .session import DecodeSession
 
 MODES = ("auto", "captured", "eager", "stock")
 
@@ -87,7 +89,7 @@ def generate(
     _add_stop_strings(model, kwargs)
     if synced_gpus:
         kwargs["synced_gpus"] = True
-    _require_device(model, kwargs)
+    require_device(model, kwargs)
     return model.generate(**kwargs, custom_generate=partial(generate, mode=mode))
 
 
@@ -114,14 +116,6 @@ def _add_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
     kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
 
 
-def _require_device(model: Any, kwargs: dict[str, Any]) -> None:
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
-        return
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.device != model.device:
-            raise ModelError(f"{name} is on {value.device}, the model on {model.device}: move one of them")
-
-
 def _generate(
     model: Any,
     input_ids: Tensor | None,
@@ -135,7 +129,8 @@ def _generate(
     kwargs: dict[str, Any],
 ) -> Any:
     assert input_ids is not None
-    _require_device(model, {"input_ids": input_ids})
+    require_device(model, {"input_ids": input_ids, **kwargs})
+    require_room(input_ids, criteria, kwargs)
 
     def stock() -> Any:
         loop = compat.decoding_method(model, config, assistant)
@@ -145,18 +140,27 @@ def _generate(
             synced_gpus=synced_gpus, **extra, **kwargs,
         )  # fmt: skip
 
-    on_cpu = input_ids.device.type != "cuda"
-    if mode == "stock" or (on_cpu and mode == "auto"):
+    device = input_ids.device
+    if mode == "stock" or (mode == "auto" and not has_graphs(device)):
         return stock()
     reason = why_stock(model, input_ids, processors, criteria, config, synced_gpus, assistant, kwargs)
-    if reason is None and on_cpu and mode == "captured":
-        reason = "a CPU has no CUDA graphs"
+    if reason is None and mode == "captured" and not has_graphs(device):
+        reason = f"there are no CUDA graphs on {device}"
     if reason is None:
+        random = _random_state(device) if config.do_sample else None
         try:
-            return _decode(model, Decoding(model, input_ids, processors, criteria, config, streamer, kwargs), mode)
+            decoding = Decoding(model, input_ids, processors, criteria, config, streamer, kwargs)
+            # The buffers are used in later calls: in inference mode they could only be used there.
+            with torch.inference_mode(False), torch.no_grad():
+                return _decode(model, decoding, mode)
         except StockLoop as error:
             reason = str(error)
-    # Outside of the handler: its exception keeps the frames, and with them the memory, of what failed.
+        # Outside of the handler: its exception keeps the frames, and with them the memory, of what failed.
+        del decoding
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if random is not None:
+            _set_random_state(device, random)
     _warn(f"generating in transformers' loop: {reason}")
     return stock()
 
@@ -167,58 +171,73 @@ class StockLoop(Exception):
 
 def _decode(model: Any, decoding: Decoding, mode: str) -> Any:
     """Generate on the session for a batch, made if necessary. Raises ``StockLoop``."""
-    decoding.prefill()
-    if (reason := decoding.why_stock()) is not None:
-        raise StockLoop(reason)
-    rows, length = sessions.rows_bucket(decoding.rows), sessions.length_bucket(decoding.longest)
-    key = (rows, length, mode, decoding.structure())
-    found = sessions.find(model, key)
-    if isinstance(found, str):
-        raise StockLoop(found)
-    session = found or _make_session(decoding, rows, length)
-    if not session.lock.acquire(blocking=False):
-        raise StockLoop("another thread is generating on this model's graphs")
+    lock = sessions.lock(model)
+    if not lock.acquire(blocking=False):
+        raise StockLoop("another call is generating on this model's graphs")
     try:
-        _prepare(model, key, session, decoding, mode, new=found is None)
-        result = decoding.run(session)
-    except BaseException as error:
-        if not isinstance(error, StockLoop):
-            sessions.drop(model, key)  # interrupted, or out of memory: its buffers are in the middle of a step
-        raise
+        batch = decoding.prefill()
+        if (reason := batch.why_stock()) is not None:
+            raise StockLoop(reason)
+        rows, length = sessions.rows_bucket(decoding.rows), sessions.length_bucket(decoding.longest)
+        encoder = _encoder_bucket(batch.states, batch.mask)
+        key = (rows, length, encoder, mode, batch.structure())
+        found = sessions.find(model, key)
+        if isinstance(found, str):
+            raise StockLoop(found)
+        session = found or _make_session(decoding, rows, length, encoder)
+        result = _run(model, key, session, decoding, mode)
+        if found is None:
+            sessions.keep(model, key, session)
     finally:
-        session.lock.release()
+        lock.release()
     if decoding.first_nan is not None:
         _warn(f"the logits have NaN from token {decoding.first_nan} of the sequence on: later tokens mean nothing")
     return result
 
 
-def _make_session(decoding: Decoding, rows: int, length: int) -> DecodeSession:
+def _run(model: Any, key: tuple[Any, ...], session: DecodeSession, decoding: Decoding, mode: str) -> Any:
+    """Generate on a session.
+
+    Raises ``StockLoop``. A step that cannot be captured, or that differs from transformers', is not tried again for
+    this model and size. After any other error the session is dropped: its buffers are in the middle of a step.
+    """
     try:
-        return DecodeSession(decoding.cache, rows, length, decoding.inputs, decoding.device)
+        return decoding.run(session, compiled=mode == "auto", captured=mode != "eager")
+    except CaptureMemoryError as error:
+        sessions.drop(model, key)
+        raise StockLoop(str(error)) from None
+    except (CaptureError, WrongStep) as error:
+        reason = str(error) if isinstance(error, WrongStep) else f"the step cannot be captured ({error})"
+        sessions.keep(model, key, reason)
+        raise StockLoop(reason) from None
+    except BaseException:
+        sessions.drop(model, key)
+        raise
+
+
+def _encoder_bucket(states: Tensor | None, mask: Tensor | None) -> int:
+    if states is None:
+        return 0
+    # Positions that pad an encoder's output must be masked.
+    return states.shape[1] if mask is None else sessions.length_bucket(states.shape[1], sessions.SHORTEST_ENCODER)
+
+
+def _make_session(decoding: Decoding, rows: int, length: int, encoder: int) -> DecodeSession:
+    try:
+        return DecodeSession(decoding.batch, rows, length, encoder)
     except torch.OutOfMemoryError:
         raise StockLoop(f"a cache of {rows} x {length} tokens does not fit on {decoding.device}") from None
 
 
-def _prepare(
-    model: Any, key: tuple[Any, ...], session: DecodeSession, decoding: Decoding, mode: str, new: bool
-) -> None:
-    """Load the batch into the session, and keep it if it is new.
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
-    Raises ``StockLoop``. A step that cannot be captured, or that differs from transformers', is not tried again for
-    this model and size.
-    """
-    try:
-        reason = decoding.prepare(session, compiled=mode == "auto", captured=mode != "eager", check=new)
-    except CaptureError as error:
-        reason = f"the step cannot be captured ({error})"
-    except torch.OutOfMemoryError:
-        sessions.drop(model, key)
-        torch.cuda.empty_cache()
-        raise StockLoop(f"out of memory while the step was captured on {decoding.device}") from None
-    if new or reason is not None:
-        sessions.keep(model, key, session if reason is None else reason)
-    if reason is not None:
-        raise StockLoop(reason)
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def _warn(message: str) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..toolkit.compat import CACHE
+from .batch import Prefilled
+from .capture import CaptureMemoryError
 from .session import DecodeSession
-from .static_cache import next_logits, unsupported_cache
+from .static_cache import next_logits
 from .stopping import Sequences
 
 # Tokens are read back after the first step, then after this many. Meanwhile as many steps again are launched, so that
@@ -22,6 +23,10 @@ WINDOW = 4
 # How far the logits of a session's first step may be from transformers': the root mean square of the differences as a
 # share of the standard deviation of the logits. A wrong mask or position gives several tenths.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+class WrongStep(Exception):
+    """The step of a new session does not compute what transformers' does; the message says by how much."""
 
 
 class Decoding:
@@ -46,86 +51,40 @@ class Decoding:
         self.ends = torch.cat([each.reshape(-1).to(self.device) for each in ends]) if ends else None
         pad = config._pad_token_tensor
         self.pad = int(pad) if ends and pad is not None else None
-        self.cache: Any = None
-        self.tokens = 0
-        self._logits: Tensor = torch.empty(0)
-        self._step: Callable[[], None] = lambda: None
-        self._captured = False
 
-    # -- before the first step ----------------------------------------------------------------------------------------
-    def prefill(self) -> None:
+    def prefill(self) -> Prefilled:
         """Run transformers' prefill."""
         outputs = self.model._prefill(self.input_ids, self.config, dict(self.kwargs))
-        self._logits = next_logits(outputs)
-        self.cache = outputs.get(CACHE)
-        self.tokens = 0 if self.cache is None else int(self.cache.get_seq_length())
+        states, positions = None, self.kwargs.get("position_ids")
+        if self.model.config.is_encoder_decoder:
+            states = self.kwargs["encoder_outputs"][0]
+        self.batch = Prefilled(
+            self.input_ids,
+            self.kwargs.get("attention_mask"),
+            None if positions is None else positions[..., -1:],
+            outputs.get(CACHE),
+            next_logits(outputs),
+            states,
+        )
+        return self.batch
 
     @property
     def longest(self) -> int:
         """The tokens that the cache can come to hold."""
-        return self.tokens + self.new_tokens
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The arguments of the forward that follow from those of the prefill, besides mask and cache."""
-        positions = self.kwargs.get("position_ids")
-        return {} if positions is None else {"position_ids": positions}
-
-    def why_stock(self) -> str | None:
-        """Return why the steps after this prefill cannot be captured; None if they can be."""
-        return "the model returns no cache" if self.cache is None else unsupported_cache(self.cache)
-
-    def structure(self) -> tuple[Any, ...]:
-        """Return what besides its size decides about the buffers of a session."""
-        layers = tuple(
-            (layer.keys.shape[1::2], layer.values.shape[1::2], layer.keys.dtype) if layer.is_initialized else None
-            for layer in self.cache.layers
-        )
-        positions = self.inputs.get("position_ids")
-        return layers, None if positions is None else (positions.dtype, positions.shape[:-2])
-
-    def prepare(self, session: DecodeSession, compiled: bool, captured: bool, check: bool) -> str | None:
-        """Load the prefilled batch into a session; return why it cannot be used, or None.
-
-        Args:
-            session: for the batch's bucket.
-            compiled, captured: how its step is to run.
-            check: compare the first step with transformers'.
-
-        Raises ``CaptureError`` if the step cannot be captured.
-        """
-        self._captured = captured
-        with decoding_experts(self.model):
-            session.start(self.input_ids, self.kwargs.get("attention_mask"), self.inputs, self.cache, self._logits)
-            self._step = session.step(self.model, self.tokens, compiled, captured)
-            reason = self._check(session) if check else None
-        if check:
-            session.start(self.input_ids, self.kwargs.get("attention_mask"), self.inputs, self.cache, self._logits)
-        return reason
-
-    def _check(self, session: DecodeSession) -> str | None:
-        """Compare the step of a session with transformers', on the most likely token."""
-        token = self._logits.argmax(dim=-1, keepdim=True)
-        mask, positions = self.kwargs.get("attention_mask"), self.kwargs.get("position_ids")
-        inputs: dict[str, Any] = {CACHE: copy.deepcopy(self.cache), "use_cache": True}
-        inputs["attention_mask"] = mask if mask is None else torch.cat([mask, mask.new_ones(self.rows, 1)], dim=1)
-        if positions is not None:
-            inputs["position_ids"] = positions[..., -1:] + 1
-        prepared = self.model.prepare_inputs_for_generation(token, next_sequence_length=1, **inputs)
-        expected = next_logits(self.model(**prepared, return_dict=True))
-        session.tokens[: self.rows].copy_(token)
-        session.tokens[self.rows :].copy_(token[:1])
-        self._step()
-        assert session.logits is not None
-        error = (session.logits[: self.rows] - expected).square().mean().sqrt() / expected.std()
-        if error.isnan() or error <= TOLERANCE.get(self.model.dtype, 0.1):
-            return None
-        return f"its first step differs from transformers' by {error:.2g} standard deviations of the logits"
+        return self.batch.tokens + self.new_tokens
 
     # -- the steps ----------------------------------------------------------------------------------------------------
-    def run(self, session: DecodeSession) -> Any:
-        """Generate from the prepared session; return what transformers' loop would."""
-        sample = session.sampler(self.processors, self.ends, self.pad, self.config.do_sample, self._captured)
+    def run(self, session: DecodeSession, compiled: bool, captured: bool) -> Any:
+        """Generate on a session for the batch's bucket; return what transformers' loop would.
+
+        Args:
+            session: its first step is compared with transformers', unless that has been done.
+            compiled, captured: how the steps are to run.
+
+        Raises ``CaptureError`` and ``WrongStep``, both before a token is given to the streamer.
+        """
+        session.load(self.batch)
+        setting = session.setting(self.processors, self.ends, self.pad, self.config.do_sample)
         found = Sequences(self.input_ids.cpu(), self.criteria, self.pad, self.new_tokens)
         kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         wanted = [
@@ -136,9 +95,13 @@ class Decoding:
             while done < self.new_tokens and not found.complete:
                 first = done
                 for _ in range(min(WINDOW if done else 1, self.new_tokens - done)):
-                    if done:
-                        self._step()
-                    sample()
+                    if done == 0:
+                        session.sample(setting)
+                    elif done == 1:
+                        step = session.step(self.model, setting, compiled, captured)
+                        self._first_step(session, step)
+                    else:
+                        step()
                     for name in wanted:
                         kept[name].append(getattr(session, name)[: self.rows].clone())
                     done += 1
@@ -154,10 +117,43 @@ class Decoding:
         sequences = found.sequences().to(self.device)
         if not self.config.return_dict_in_generate:
             return sequences
-        session.keys_values.append_to(self.cache, self.tokens, self.tokens + found.count - 1)
+        tokens = self.batch.tokens
+        session.keys_values.append_to(self.batch.own, tokens, tokens + found.count - 1)
         each = {name: tuple(kept[name][: found.count]) if name in wanted else None for name in kept}
-        fields: dict[str, Any] = {"sequences": sequences, **each, CACHE: self.cache}
-        return GenerateDecoderOnlyOutput(**fields)
+        fields: dict[str, Any] = {"sequences": sequences, **each, CACHE: self.batch.cache}
+        return (GenerateDecoderOnlyOutput if self.batch.states is None else GenerateEncoderDecoderOutput)(**fields)
+
+    def _first_step(self, session: DecodeSession, step: Any) -> None:
+        """Run the first step; if the session has not been checked, compare its logits with transformers'."""
+        if session.checked:
+            step()
+            return
+        try:
+            expected = self._expected(session.tokens[: self.rows].clone())
+        except torch.OutOfMemoryError:
+            expected = None
+        if expected is None:  # outside of the handler, whose exception keeps what was allocated
+            raise CaptureMemoryError(f"out of memory while the first step was checked on {self.device}")
+        step()
+        error = (session.logits[: self.rows] - expected).square().mean().sqrt() / expected.std()
+        if not (error.isnan() or error <= TOLERANCE.get(self.model.dtype, 0.1)):
+            raise WrongStep(
+                f"its first step differs from transformers' by {error:.2g} standard deviations of the logits"
+            )
+        session.checked = True
+
+    def _expected(self, tokens: Tensor) -> Tensor:
+        """Return the logits of transformers' step after ``tokens [n, 1]``, float32 ``[n, V]``."""
+        batch, mask = self.batch, self.batch.mask
+        inputs: dict[str, Any] = {CACHE: copy.deepcopy(batch.cache), "use_cache": True, "attention_mask": mask}
+        if batch.states is not None:
+            inputs["encoder_outputs"] = self.kwargs["encoder_outputs"]
+        elif mask is not None:
+            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(self.rows, 1)], dim=1)
+        if batch.positions is not None:
+            inputs["position_ids"] = batch.positions + 1
+        prepared = self.model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **inputs)
+        return next_logits(self.model(**prepared, return_dict=True))
 
     def _read(self, window: _Window, found: Sequences) -> None:
         for tokens in found.add(window.read()).unbind(dim=1):

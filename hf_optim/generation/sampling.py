@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as stock
 
+from .processors import AtLength, MinimumLength, NoRepeatedNGrams, RepetitionPenalty
+
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 # Processors that compute the same operations at every step from the tokens and the scores.
@@ -31,7 +33,7 @@ PENALTY = stock.RepetitionPenaltyLogitsProcessor
 def unsupported_processor(processors: Iterable[Any]) -> str | None:
     """Return why a list of logits processors cannot be captured; None if it can be."""
     for each in processors:
-        if type(each) in (*STATELESS, *LENGTHS, PENALTY):
+        if type(each) in (*STATELESS, *SIGNATURES):
             continue
         return f"the logits processor {type(each).__name__} may look at Python state"
     return None
@@ -50,78 +52,34 @@ def _plain(value: Any) -> Any:
     return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)
 
 
-class MinimumLength:
-    """Keep out the tokens that end a sequence while it is too short. Lengths are numbers on the device.
-
-    Args:
-        processor: transformers' processor of the same purpose.
-        count: tokens of the sequence so far, int64 ``[1]``; its value changes between calls.
-    """
-
-    def __init__(self, processor: Any, count: Tensor) -> None:
-        self.ends = torch.as_tensor(processor.eos_token_id, device=count.device).reshape(-1)
-        self.count = count
-        self.least = torch.zeros_like(count)
-        self.set(processor)
-
-    def set(self, processor: Any) -> None:
-        """Take the length of another processor with the same tokens that end a sequence."""
-        own = processor.min_new_tokens if hasattr(processor, "min_new_tokens") else processor.min_length
-        self.least.fill_(getattr(processor, "prompt_length_to_skip", 0) + own)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores with minus infinity for the tokens in ``ends`` while the sequence is too short."""
-        return torch.where(self.count < self.least, scores.index_fill(1, self.ends, float("-inf")), scores)
-
-
-class RepetitionPenalty:
-    """Lower the scores of tokens that the sequence has: s / p for s >= 0, s p below (Keskar et al. 2019, section 4.1).
-
-    Args:
-        processor: transformers' processor, which has p and the number of tokens at the start that do not count.
-        count: tokens of the sequence so far, int64 ``[1]``; its value changes between calls.
-        rows: rows of the batch.
-    """
-
-    def __init__(self, processor: Any, count: Tensor, rows: int) -> None:
-        self.penalty = processor.penalty
-        self.count = count
-        self.first = count.new_zeros((rows, 1))
-        self.set(processor)
-
-    def set(self, processor: Any) -> None:
-        """Take the ignored tokens of another processor: none, a number, or one for each row."""
-        given = processor.prompt_ignore_length
-        given = torch.as_tensor(0 if given is None else given, device=self.first.device).reshape(-1)
-        self.first.fill_(0)
-        self.first[: len(given) if len(given) > 1 else None, 0] = given
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the penalized scores ``[rows, V]`` for tokens ``[rows, length]``, of which ``count`` are valid."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        valid = (positions >= self.first) & (positions < self.count)
-        none = scores.shape[1]
-        seen = torch.zeros((scores.shape[0], none + 1), dtype=torch.bool, device=scores.device)
-        seen.scatter_(1, torch.where(valid, input_ids, none), True)
-        penalized = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(seen[:, :none], penalized, scores)
-
-
 # What the operations of these depend on; the rest is set for each call.
-SIGNATURES = {**dict.fromkeys(LENGTHS, ("eos_token_id",)), PENALTY: ("penalty",)}
+SIGNATURES = {
+    **dict.fromkeys(LENGTHS, ("eos_token_id",)),
+    PENALTY: ("penalty",),
+    stock.ForcedBOSTokenLogitsProcessor: ("bos_token_id",),
+    stock.ForcedEOSTokenLogitsProcessor: ("eos_token_id",),
+    stock.SuppressTokensAtBeginLogitsProcessor: ("begin_suppress_tokens",),
+    stock.NoRepeatNGramLogitsProcessor: ("ngram_size",),
+}
 
 
 def on_device(processors: Iterable[Any], count: Tensor, rows: int) -> list[Processor]:
     """Return the processors in a form whose operations are the same at each step."""
-    made: list[Processor] = []
-    for each in processors:
-        if type(each) in LENGTHS:
-            made.append(MinimumLength(each, count))
-        elif type(each) is PENALTY:
-            made.append(RepetitionPenalty(each, count, rows))
-        else:
-            made.append(each)
-    return made
+    return [_on_device(each, count, rows) for each in processors]
+
+
+def _on_device(processor: Any, count: Tensor, rows: int) -> Processor:
+    kind = type(processor)
+    if kind in LENGTHS:
+        return MinimumLength(processor, count)
+    if kind is PENALTY:
+        return RepetitionPenalty(processor, count, rows)
+    if kind is stock.NoRepeatNGramLogitsProcessor:
+        return NoRepeatedNGrams(processor, count)
+    if kind in SIGNATURES:
+        forced = kind is not stock.SuppressTokensAtBeginLogitsProcessor
+        return AtLength(processor, count, SIGNATURES[kind][0], forced)
+    return processor
 
 
 def choose(scores: Tensor, do_sample: bool) -> Tensor:

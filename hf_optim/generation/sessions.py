@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .session import DecodeSession
@@ -16,8 +18,9 @@ from .session import DecodeSession
 KEPT = 4
 # Sizes of batches; larger ones are multiples of the last.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# The smallest cache. Larger ones have a power of two of positions, or one and a half of it.
-SHORTEST = 256
+# The smallest cache, and the smallest output of an encoder. Larger ones have a power of two of positions, or one and a
+# half of it.
+SHORTEST, SHORTEST_ENCODER = 256, 64
 
 # What torch keeps in each module besides its tensors and hooks.
 _BOOKKEEPING = frozenset({*vars(nn.Module()), "training"})
@@ -26,6 +29,12 @@ _BOOKKEEPING = frozenset({*vars(nn.Module()), "training"})
 _MODELS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple[Any, ...], tuple[int, DecodeSession | str]]] = (
     weakref.WeakKeyDictionary()
 )
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def lock(model: nn.Module) -> Any:
+    """Return the lock that a call holds while it generates on the sessions of a model."""
+    return _LOCKS.setdefault(model, threading.Lock())
 
 
 def rows_bucket(rows: int) -> int:
@@ -33,23 +42,24 @@ def rows_bucket(rows: int) -> int:
     return next((size for size in ROWS if size >= rows), math.ceil(rows / ROWS[-1]) * ROWS[-1])
 
 
-def length_bucket(tokens: int) -> int:
+def length_bucket(tokens: int, shortest: int = SHORTEST) -> int:
     """Return the positions of the session that serves sequences of ``tokens``."""
-    power = max(SHORTEST, 1 << (tokens - 1).bit_length())
-    return 3 * power // 4 if power > SHORTEST and tokens <= 3 * power // 4 else power
+    power = max(shortest, 1 << (tokens - 1).bit_length())
+    return 3 * power // 4 if power > shortest and tokens <= 3 * power // 4 else power
 
 
 def find(model: nn.Module, key: tuple[Any, ...]) -> DecodeSession | str | None:
     """Return the session of a model for ``key``, or why there is none; None if the model is new or has changed."""
     sessions = _MODELS.get(model)
-    if not sessions or key not in sessions:
+    if not sessions:
         return None
-    made_for, session = sessions[key]
-    if made_for != fingerprint(model):
-        sessions.clear()  # a captured graph reads the weights that the model had
+    now = fingerprint(model)
+    for other in [other for other, (made_for, _) in sessions.items() if made_for != now]:
+        del sessions[other]  # a captured graph reads the weights that the model had
+    if key not in sessions:
         return None
     sessions.move_to_end(key)
-    return session
+    return sessions[key][1]
 
 
 def keep(model: nn.Module, key: tuple[Any, ...], session: DecodeSession | str) -> None:
@@ -71,26 +81,32 @@ def drop(model: nn.Module, key: tuple[Any, ...] | None = None) -> None:
 def fingerprint(model: nn.Module) -> int:
     """Return a number that changes when a captured step of the model would no longer compute what the model does.
 
-    It covers the addresses of the tensors, the modules' classes and hooks, and their settings that are plain Python
-    values (an adapter that is switched off, say). Values of weights may change: a graph reads them from their address.
+    It covers the tensors' addresses, dtypes and shapes, the modules' classes and hooks, their settings that are plain
+    Python values (an adapter that is switched off, say), and their configurations. Values of weights may change: a
+    graph reads them from their address.
     """
     return hash(tuple(_state(model)))
 
 
 def _state(model: nn.Module) -> Iterator[Any]:
+    configs: dict[int, Any] = {}
     for module in model.modules():
         yield type(module)
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
-                yield from ((key, t.data_ptr()) for key, t in value.items() if t is not None)
+                yield from ((key, t.data_ptr(), t.dtype, t.shape) for key, t in value.items() if t is not None)
             elif name in ("_forward_hooks", "_forward_pre_hooks"):
-                yield len(value)
+                yield tuple(value)
+            elif name == "config":
+                configs[id(value)] = value
             elif name not in _BOOKKEEPING:
                 yield _plain(value)
+    for config in configs.values():
+        yield _plain(getattr(config, "__dict__", None))
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
     if isinstance(value, (list, tuple, set, frozenset)):
         return tuple(_plain(each) for each in value)

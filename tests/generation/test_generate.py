@@ -4,82 +4,25 @@ from __future__ import annotations
 
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_qwen2, tiny_t5
+from generating import FAMILIES, SETTINGS, both, make, prompt
+from tiny_models import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LogitsProcessor,
-    MistralConfig,
-    Qwen3Config,
-    StoppingCriteria,
-)
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import hf_optim
 from hf_optim.generation import sessions
-from hf_optim.generation.session import CaptureError
+from hf_optim.generation.capture import CaptureError
 from hf_optim.toolkit.compat import CACHE
-
-SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "max_position_embeddings": 512,
-}  # fmt: skip
-CONFIGS = {
-    "qwen3": lambda: Qwen3Config(**SMALL),
-    "mistral-window-6": lambda: MistralConfig(**SMALL, sliding_window=6),
-    "gemma2-window-6": lambda: Gemma2Config(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
-    "gemma3-window-6": lambda: Gemma3TextConfig(
-        **SMALL, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
-    ),
-}  # fmt: skip
-FAMILIES = {
-    "llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt, "mixtral": tiny_mixtral, "qwen2": tiny_qwen2,
-    **{name: (lambda make=make: AutoModelForCausalLM.from_config(make())) for name, make in CONFIGS.items()},
-}  # fmt: skip
-SETTINGS = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
-    "min-p": {"do_sample": True, "min_p": 0.05, "top_k": 0},
-    "penalty": {"repetition_penalty": 1.4},
-    "ends": {"eos_token_id": [3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47], "min_new_tokens": 4},
-    "min-length": {"eos_token_id": list(range(1, 60)), "min_length": 14},
-}
-
-
-def make(name):
-    torch.manual_seed(1)
-    model = FAMILIES[name]().eval()
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def prompt(model, rows=3, length=9, pad=4):
-    ids = torch.randint(1, model.config.get_text_config().vocab_size, (rows, length))
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[1, :pad] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
 @pytest.fixture
 def llama():
     return make("llama")
-
-
-def both(model, inputs, **settings):
-    torch.manual_seed(5)
-    expected = model.generate(**inputs, max_new_tokens=20, **settings)
-    torch.manual_seed(5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", hf_optim.GenerationWarning)
-        found = hf_optim.generate(model, **inputs, max_new_tokens=20, mode="eager", **settings)
-    return expected, found
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -209,7 +152,7 @@ class Never(StoppingCriteria):
         ({"num_beams": 2}, "2 beams"),
         ({"logits_processor": [Odd()]}, "Odd may look at Python state"),
         ({"stopping_criteria": [Never()]}, "Never may look at Python state"),
-        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
+        ({"bad_words_ids": [[3, 4]]}, "NoBadWords"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
@@ -225,14 +168,6 @@ def test_what_cannot_be_captured_runs_in_transformers_loop_and_says_why(llama, s
     assert torch.equal(expected, found)
 
 
-def test_encoder_decoders_run_in_transformers_loop():
-    model = tiny_t5().eval()
-    ids = torch.randint(1, 50, (2, 7))
-    with pytest.warns(hf_optim.GenerationWarning, match="encoder-decoder"):
-        found = hf_optim.generate(model, ids, max_new_tokens=5, mode="eager")
-    assert torch.equal(found, model.generate(ids, max_new_tokens=5))
-
-
 def test_a_cpu_runs_transformers_loop_without_a_warning(llama):
     inputs = prompt(llama)
     with warnings.catch_warnings():
@@ -245,12 +180,12 @@ def test_a_cpu_runs_transformers_loop_without_a_warning(llama):
 def test_a_session_that_differs_from_transformers_is_not_used(llama, monkeypatch):
     from hf_optim.generation.session import DecodeSession
 
-    right = DecodeSession.start
+    right = DecodeSession.load
 
-    def wrong(self, prompt, mask, *rest):
-        return right(self, prompt, None, *rest)  # padding is forgotten
+    def wrong(self, batch):
+        right(self, replace(batch, mask=None))  # padding is forgotten
 
-    monkeypatch.setattr(DecodeSession, "start", wrong)
+    monkeypatch.setattr(DecodeSession, "load", wrong)
     inputs = prompt(llama)
     with pytest.warns(hf_optim.GenerationWarning, match="differs from transformers"):
         found = hf_optim.generate(llama, **inputs, max_new_tokens=8, mode="eager")
@@ -320,7 +255,6 @@ def test_not_a_number_is_reported_once_with_its_step(llama):
 def test_a_second_thread_runs_in_transformers_loop(llama):
     inputs = prompt(llama)
     expected = hf_optim.generate(llama, **inputs, max_new_tokens=6, mode="eager")
-    session = next(iter(sessions._MODELS[llama].values()))[1]
     results = []
 
     def other():
@@ -328,13 +262,13 @@ def test_a_second_thread_runs_in_transformers_loop(llama):
             warnings.simplefilter("always")
             results.append((hf_optim.generate(llama, **inputs, max_new_tokens=6, mode="eager"), seen))
 
-    with session.lock:
+    with sessions.lock(llama):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
     found, seen = results[0]
     assert torch.equal(found, expected)
-    assert any("another thread" in str(each.message) for each in seen)
+    assert any("another call" in str(each.message) for each in seen)
 
 
 def test_an_interrupted_call_leaves_the_model_usable(llama, monkeypatch):

@@ -1,0 +1,132 @@
+"""CUDA graphs of a decoding step, and ``torch.compile`` before them."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import forget_traced
+
+# Eager runs before a capture: libraries allocate their workspaces and Triton compiles its kernels in these.
+WARM_UPS = 2
+# torch.compile keeps a version of the step for each size of the buffers.
+COMPILED_STEPS = 64
+
+_COMPILED: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+
+
+class CaptureError(Exception):
+    """A step could not be compiled or captured; the message says why."""
+
+
+class CaptureMemoryError(CaptureError):
+    """There is not enough memory to capture a step, or to check it."""
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Return True if work on a device can be captured."""
+    return device.type == "cuda"
+
+
+def call(model: Any, inputs: dict[str, Any]) -> Any:
+    """Return the output of a model's forward."""
+    forget_traced()
+    outputs = model(**inputs, return_dict=True)
+    forget_traced()
+    return outputs
+
+
+def compiled_call(model: nn.Module) -> Callable[..., Any]:
+    """Return ``call`` compiled by ``torch.compile``, for one model.
+
+    torch keeps compiled versions with the code object of a function: each model has its own, so that they are freed
+    with the model, and those of one model do not count against the limit of another.
+    """
+    if model not in _COMPILED:
+        own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
+        _COMPILED[model] = torch.compile(own, fullgraph=True, dynamic=False)
+    return _COMPILED[model]
+
+
+def capture(
+    run: Callable[[], None], restore: Callable[[], None], device: torch.device, pool: Any = None
+) -> tuple[Callable[[], None], Any]:
+    """Capture a function over fixed buffers; return its replay, and the pool of the graph's memory.
+
+    Args:
+        run: works on ``device`` alone and returns nothing.
+        restore: puts the buffers that ``run`` changes back; called after each run before the capture.
+        device: a CUDA device. Its random generator has its state from before the call afterwards.
+        pool: of an earlier graph, which never runs at the same time.
+
+    Raises ``CaptureError``. Whatever is raised, the device can be used afterwards.
+    """
+    try:
+        with _compiling():
+            return _record(run, restore, device, pool)
+    except torch.OutOfMemoryError:
+        _end_capture(device)
+        reason = None
+    except Exception as error:
+        _end_capture(device)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except BaseException:  # interrupted
+        _end_capture(device)
+        raise
+    # Outside of the handlers: an exception keeps the frames, and with them the memory, of what failed.
+    if reason is None:
+        raise CaptureMemoryError(f"out of memory while the step was captured on {device}")
+    raise CaptureError(reason)
+
+
+def _record(
+    run: Callable[[], None], restore: Callable[[], None], device: torch.device, pool: Any
+) -> tuple[Callable[[], None], Any]:
+    random = torch.cuda.get_rng_state(device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+                restore()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+    finally:
+        torch.cuda.set_rng_state(random, device)
+    return graph.replay, graph.pool()
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Let ``torch.compile`` keep many versions of the step, and give its advice (TF32, say) to nobody."""
+    from torch._dynamo import config
+
+    limits: dict[str, Any] = {"recompile_limit": COMPILED_STEPS, "accumulated_recompile_limit": COMPILED_STEPS}
+    with warnings.catch_warnings(), config.patch(**limits):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _end_capture(device: torch.device) -> None:
+    """Leave the device as before a capture that failed: torch's random generator would stay in its state for captures.
+
+    A capture that succeeds takes it out of that state.
+    """
+    torch.cuda.synchronize(device)
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):
+        random = torch.cuda.get_rng_state(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
+        torch.cuda.set_rng_state(random, device)

@@ -1,0 +1,44 @@
+"""Inputs that no loop can generate from: refused before the model runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from ..errors import ModelError
+from ..toolkit.compat import CACHE
+from .reasons import offloaded
+
+
+def require_device(model: Any, inputs: dict[str, Any]) -> None:
+    """Raise ``ModelError`` if a tensor is on another device than the model. Models on several devices move inputs."""
+    if offloaded(model):
+        return
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.device != model.device:
+            raise ModelError(f"{name} is on {value.device}, the model on {model.device}: move one of them")
+
+
+def require_room(input_ids: Tensor, criteria: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ``ModelError`` for a cache of other rows than the prompt, or with a length that is too short.
+
+    On a GPU, writing behind the end of a cache would end the CUDA context.
+    """
+    cache = kwargs.get(CACHE)
+    own = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(own, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[0] not in (0, input_ids.shape[0]):
+            raise ModelError(f"the cache holds {keys.shape[0]} sequences, the prompt {input_ids.shape[0]}")
+        fixed = isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
+        # The last token is not written. Embeddings in place of tokens are written, too.
+        embedded = kwargs.get("inputs_embeds")
+        extra = embedded.shape[1] - input_ids.shape[1] if isinstance(embedded, Tensor) else 0
+        needed = int(criteria.max_length) + max(0, extra) - 1
+        if fixed and layer.max_cache_len < needed:
+            raise ModelError(
+                f"the cache holds {layer.max_cache_len} tokens, prompt and new tokens need {needed}: pass a larger "
+                "one, or none"
+            )
