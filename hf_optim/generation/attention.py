@@ -66,11 +66,11 @@ def mask_ranges(mask: Tensor) -> Tensor:
         return _TRACED[-1][1]
     if mask.is_inference():  # such a tensor has no version to tell changes by
         return compute(mask)
-    version, ranges = getattr(mask, RANGES, (None, None))
-    if version != mask._version:
-        ranges = compute(mask)
-        setattr(mask, RANGES, (mask._version, ranges))
-    return ranges
+    found: Any = getattr(mask, RANGES, None)
+    if found is None or found[0] != mask._version:
+        found = (mask._version, compute(mask))
+        setattr(mask, RANGES, found)
+    return found[1]
 
 
 def forget_traced() -> None:

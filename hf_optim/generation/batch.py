@@ -69,7 +69,7 @@ class Prefilled:
         return *parts, _shapes(self.cache.cross_attention_cache), self.states.shape[2], self.states.dtype, mask
 
 
-def _shapes(cache: Cache) -> tuple[Any, ...]:
+def _shapes(cache: Any) -> tuple[Any, ...]:
     return tuple(
         (layer.keys.shape[1::2], layer.values.shape[1::2], layer.keys.dtype) if layer.is_initialized else None
         for layer in cache.layers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
@@ -29,7 +28,8 @@ class EncoderMemory:
         self.length = length
         self.states = states.new_zeros((rows, length, states.shape[2]))
         self.mask = None if mask is None else mask.new_zeros((rows, length))
-        layers = []
+        layers: list[Any] = []
+        given: Any
         for given in source.layers:
             layer = DynamicLayer()
             heads, size = given.keys.shape[1], given.keys.shape[3]
@@ -42,10 +42,11 @@ class EncoderMemory:
     def fill(self, source: Cache, states: Tensor, mask: Tensor | None) -> None:
         """Copy a prefilled batch of up to ``rows`` rows; the other rows get its first."""
         length = states.shape[1]
-        pairs = [(self.states, states, 1)]
-        if self.mask is not None:
-            self.mask.zero_()
-            pairs.append((self.mask, torch.ones_like(self.mask[:1, :length]) if mask is None else mask, 1))
+        pairs: list[tuple[Tensor, Tensor, int]] = [(self.states, states, 1)]
+        if self.mask is not None and mask is not None:
+            pairs.append((self.mask, mask, 1))
+        layer: Any
+        given: Any
         for layer, given in zip(self.cache.layers, source.layers, strict=True):
             pairs += [(layer.keys, given.keys, 2), (layer.values, given.values, 2)]
         for mine, theirs, dim in pairs:
