@@ -1,0 +1,210 @@
+"""Check ``hf_optim.generate``, then time it beside transformers' loop, on models of Llama-3-8B's shape.
+
+    PYTHONPATH=.:plugins:kernels python examples/gpu/generate.py --output generate.json
+
+Each row of the plan is built, compiled and captured in a process of its own, all at once; then the processes are timed
+one after the other, alone on the GPU. A row holds, of a model with random weights: milliseconds a token (the median of
+calls for many tokens less that of calls for one), the time of a call for one token, and the time of the first call,
+which compiles and captures. ``--tiny`` runs the same on a CPU, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+import traceback
+import warnings
+from typing import Any
+
+# name, scheme, layers, prompt, new tokens, batches, ways
+PLAN = [
+    ("dense", "dense", 32, 128, 128, (1, 8), ("graph", "captured")),
+    ("w4a16", "w4a16", 32, 128, 128, (1, 8), ("graph", "captured")),
+    ("w8a8", "w8a8", 32, 128, 128, (1, 8), ("graph", "captured")),
+    ("2:4-w4a16", "2:4-w4a16", 32, 128, 128, (1,), ("graph", "captured")),
+    ("long", "dense", 8, 30_000, 64, (1,), ("graph", "captured", "dynamic")),
+    ("long-8", "dense", 8, 8_000, 64, (8,), ("graph", "captured", "dynamic")),
+    ("dense-stock", "dense", 32, 128, 64, (1,), ("static", "static-eager")),
+    ("w4a16-stock", "w4a16", 32, 128, 64, (1, 8), ("static", "static-eager")),
+    ("w8a8-stock", "w8a8", 32, 128, 64, (1,), ("static", "static-eager")),
+    ("long-stock", "dense", 8, 30_000, 64, (1,), ("static",)),
+    ("long-8-stock", "dense", 8, 8_000, 64, (8,), ("static",)),
+]
+CALLS = 4
+
+
+class Timed:
+    """One way to generate with one model and batch."""
+
+    def __init__(self, model: Any, way: str, batch: int, prompt: int, new: int) -> None:
+        import torch
+
+        self.model, self.way, self.new = model, way, new
+        vocabulary = model.config.vocab_size
+        self.ids = torch.randint(0, vocabulary, (batch, prompt), device=model.device)
+
+    def call(self, new: int) -> tuple[float, float | None]:
+        """Return the seconds of a call, and in transformers' loop the median milliseconds between its steps."""
+        import torch
+
+        import hf_optim
+        from hf_optim.evaluation.bench.decode import StepTimer
+
+        torch.manual_seed(0)
+        inputs = {"attention_mask": torch.ones_like(self.ids), "do_sample": False, "max_new_tokens": new}
+        timer = StepTimer()
+        synchronize()
+        start = time.perf_counter()
+        if self.way in ("graph", "captured"):
+            mode = "auto" if self.way == "graph" else "captured"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", hf_optim.GenerationWarning)
+                self.tokens = hf_optim.generate(self.model, self.ids, **inputs, mode=mode)
+        else:
+            cache = {} if self.way == "dynamic" else {"cache_implementation": "static"}
+            if self.way == "static-eager":
+                cache["disable_compile"] = True
+            self.tokens = self.model.generate(self.ids, **inputs, **cache, logits_processor=[timer])
+        synchronize()
+        seconds = time.perf_counter() - start
+        return seconds, timer.step_ms() if len(timer.times) > 8 else None
+
+    def prepare(self) -> None:
+        """Compile and capture."""
+        self.first_call = self.call(self.new)[0]
+        for _ in range(2 if self.way == "static" else 0):  # the third call records torch's CUDA graphs
+            self.call(self.new)
+
+    def measure(self) -> dict[str, Any]:
+        """Return the figures of a row."""
+        if self.way in ("graph", "captured"):
+            short = statistics.median(self.call(1)[0] for _ in range(CALLS))
+            whole = statistics.median(self.call(self.new)[0] for _ in range(CALLS))
+            step = (whole - short) / (self.new - 1) * 1e3
+        else:
+            short = statistics.median(self.call(1)[0] for _ in range(2)) if self.way == "dynamic" else None
+            step = statistics.median(self.call(self.new)[1] for _ in range(2))
+        row = {"way": self.way, "batch": len(self.ids), "ms_per_token": round(step, 3)}
+        row["first_call_s"] = round(self.first_call, 1)
+        if short is not None:
+            row["first_token_ms"] = round(short * 1e3, 1)
+        return row
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def work(entry: tuple, tiny: bool, turn: Any, pipe: Any) -> None:
+    """Build and prepare the row of the plan; measure when it is this process's turn."""
+    name, scheme, layers, prompt, new, batches, ways = entry
+    try:
+        import torch
+        from transformers.utils import logging
+
+        from hf_optim.evaluation.bench import models
+
+        logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        shape = dict(models.SHAPES["tiny" if tiny else "llama-3-8b"], max_position_embeddings=32768)
+        models.SHAPES["timed"] = shape if tiny else {**shape, "num_hidden_layers": layers}
+        model = models.build("timed", scheme, torch.bfloat16 if not tiny else torch.float32, device)
+        timed = [Timed(model, way, batch, prompt, new) for way in ways for batch in batches]
+        for each in timed:
+            try:
+                each.prepare()
+            except Exception as error:  # the other rows are still worth their time
+                pipe.put(
+                    (name, {"way": each.way, "batch": len(each.ids), "error": f"{type(error).__name__}: {error}"[:400]})
+                )
+                each.first_call = None
+        pipe.put((name, "ready"))
+        turn.wait()
+        for each in timed:
+            if each.first_call is not None:
+                row = {"name": name, "scheme": scheme, "layers": layers, "prompt": prompt, "new_tokens": new}
+                pipe.put((name, {**row, **each.measure()}))
+        if name.endswith("stock") is False and len(ways) > 1 and torch.cuda.is_available():
+            agree = [
+                (a.tokens == b.tokens).float().mean().item() for a, b in zip(timed, timed[len(batches) :], strict=False)
+            ]
+            pipe.put(
+                (
+                    name,
+                    {"agreement_of_the_first_two_ways": agree, "peak_gib": torch.cuda.max_memory_allocated() / 2**30},
+                )
+            )
+    except BaseException:
+        pipe.put((name, {"error": traceback.format_exc()[-600:]}))
+    pipe.put((name, "done"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--only", nargs="*", help="names of rows of the plan")
+    parser.add_argument("--wait", type=float, default=90.0, help="seconds until those that are ready are timed")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    began = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    plan = [entry for entry in PLAN if not args.only or entry[0] in args.only]
+    if args.tiny:
+        plan = [
+            (n, s if s == "dense" else "dense", 2, 16, 12, b, ("graph", "dynamic")) for n, s, _, _, _, b, _ in plan[:2]
+        ]
+    pipe, turns, processes = context.Queue(), {}, {}
+    for entry in plan:
+        turns[entry[0]] = context.Event()
+        processes[entry[0]] = context.Process(target=work, args=(entry, args.tiny, turns[entry[0]], pipe), daemon=True)
+        processes[entry[0]].start()
+    ready: list[str] = []
+    rows: list[dict[str, Any]] = []
+    done: set[str] = set()
+    running: str | None = None
+    while len(done) < len(plan) and time.monotonic() - began < args.limit:
+        waited = time.monotonic() - began
+        if running is None and ready and (len(ready) + len(done) == len(plan) or waited > args.wait):
+            running = ready.pop(0)
+            turns[running].set()
+        try:
+            name, message = pipe.get(timeout=1.0)
+        except Exception:  # nothing yet
+            continue
+        if message == "ready":
+            ready.append(name)
+            print(f"{name} ready after {time.monotonic() - began:.0f} s", flush=True)
+        elif message == "done":
+            done.add(name)
+            ready = [each for each in ready if each != name]
+            running = None if running == name else running
+        else:
+            rows.append({"name": name, **message})
+            print(rows[-1], flush=True)
+            write(args.output, rows)
+    write(args.output, rows)
+    for process in processes.values():
+        process.terminate()
+    print(f"{len(done)} of {len(plan)} after {time.monotonic() - began:.0f} s")
+
+
+def write(path: str, rows: list[dict[str, Any]]) -> None:
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    with open(path, "w") as file:
+        json.dump({**about, "shape": "llama-3-8b", "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
