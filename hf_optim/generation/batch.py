@@ -22,7 +22,7 @@ class Prefilled:
         positions: ``position_ids`` of the last token, ``[..., n, 1]``, or None.
         cache: keys and values.
         logits: of the last position, float32 ``[n, V]``.
-        states: the encoder's output ``[n, S, width]``; None of a model without one.
+        encoder: the encoder's outputs, the first of them ``[n, S, width]``; None of a model without one.
     """
 
     prompt: Tensor
@@ -30,7 +30,7 @@ class Prefilled:
     positions: Tensor | None
     cache: Any
     logits: Tensor
-    states: Tensor | None = None
+    encoder: Any = None
 
     @property
     def rows(self) -> int:
@@ -40,7 +40,7 @@ class Prefilled:
     @property
     def own(self) -> Cache:
         """The cache of the self-attention."""
-        return self.cache.self_attention_cache if self.states is not None else self.cache
+        return self.cache.self_attention_cache if self.encoder is not None else self.cache
 
     @property
     def tokens(self) -> int:
@@ -51,7 +51,7 @@ class Prefilled:
         """Return why the steps after this prefill cannot be captured; None if they can be."""
         if self.cache is None:
             return "the model returns no cache"
-        if self.states is None:
+        if self.encoder is None:
             return unsupported_cache(self.cache)
         if not isinstance(self.cache, EncoderDecoderCache):
             return f"the model keeps its state in a {type(self.cache).__name__}, without keys and values of the encoder"
@@ -63,10 +63,10 @@ class Prefilled:
         """Return what besides its size decides about the buffers of a session."""
         positions = self.positions
         parts = (_shapes(self.own), None if positions is None else (positions.dtype, positions.shape[:-2]))
-        if self.states is None:
+        if self.encoder is None:
             return parts
         mask = None if self.mask is None else self.mask.dtype
-        return *parts, _shapes(self.cache.cross_attention_cache), self.states.shape[2], self.states.dtype, mask
+        return *parts, _shapes(self.cache.cross_attention_cache), self.encoder[0].shape[2], self.encoder[0].dtype, mask
 
 
 def _shapes(cache: Any) -> tuple[Any, ...]:

@@ -13,11 +13,13 @@ from ..errors import ModelError
 from ..toolkit import compat
 from . import sessions
 from .capture import CaptureError, CaptureMemoryError, has_graphs
-from .inputs import require_device, require_room
+from .inputs import most_positions, require_device, require_room
 from .loop import Decoding, WrongStep
 from .reasons import why_stock
 from .session import DecodeSession
 
+# The key of the reason why no session of a model can be made, whatever the size.
+NO_CACHE = ("cache",)
 MODES = ("auto", "captured", "eager", "stock")
 
 
@@ -175,11 +177,16 @@ def _decode(model: Any, decoding: Decoding, mode: str) -> Any:
     if not lock.acquire(blocking=False):
         raise StockLoop("another call is generating on this model's graphs")
     try:
+        if isinstance(reason := sessions.find(model, NO_CACHE), str):
+            raise StockLoop(reason)
         batch = decoding.prefill()
         if (reason := batch.why_stock()) is not None:
+            if batch.cache is None:
+                sessions.keep(model, NO_CACHE, reason)  # the next call does without this prefill
             raise StockLoop(reason)
-        rows, length = sessions.rows_bucket(decoding.rows), sessions.length_bucket(decoding.longest)
-        encoder = _encoder_bucket(batch.states, batch.mask)
+        rows = sessions.rows_bucket(decoding.rows)
+        length = sessions.length_bucket(decoding.longest, most=most_positions(model.config))
+        encoder = _encoder_bucket(batch.encoder, batch.mask)
         key = (rows, length, encoder, mode, batch.structure())
         found = sessions.find(model, key)
         if isinstance(found, str):
@@ -215,11 +222,12 @@ def _run(model: Any, key: tuple[Any, ...], session: DecodeSession, decoding: Dec
         raise
 
 
-def _encoder_bucket(states: Tensor | None, mask: Tensor | None) -> int:
-    if states is None:
+def _encoder_bucket(outputs: Any, mask: Tensor | None) -> int:
+    if outputs is None:
         return 0
     # Positions that pad an encoder's output must be masked.
-    return states.shape[1] if mask is None else sessions.length_bucket(states.shape[1], sessions.SHORTEST_ENCODER)
+    length = outputs[0].shape[1]
+    return length if mask is None else sessions.length_bucket(length, sessions.SHORTEST_ENCODER)
 
 
 def _make_session(decoding: Decoding, rows: int, length: int, encoder: int) -> DecodeSession:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutput
 
 
 class EncoderMemory:
@@ -18,12 +17,14 @@ class EncoderMemory:
 
     Args:
         source: the cross-attention cache of a prefill.
-        states: the encoder's output ``[n, S, width]``.
+        outputs: of the encoder: an output class of transformers whose first field is ``[n, S, width]``.
         mask: ``[n, S]``, or None if the model takes none.
         rows, length: rows of the batch and positions of the encoder that fit.
     """
 
-    def __init__(self, source: Cache, states: Tensor, mask: Tensor | None, rows: int, length: int) -> None:
+    def __init__(self, source: Cache, outputs: Any, mask: Tensor | None, rows: int, length: int) -> None:
+        states = outputs[0]
+        self.kind = type(outputs)
         self.rows = rows
         self.length = length
         self.states = states.new_zeros((rows, length, states.shape[2]))
@@ -39,8 +40,9 @@ class EncoderMemory:
             layers.append(layer)
         self.cache = Cache(layers=layers)
 
-    def fill(self, source: Cache, states: Tensor, mask: Tensor | None) -> None:
+    def fill(self, source: Cache, outputs: Any, mask: Tensor | None) -> None:
         """Copy a prefilled batch of up to ``rows`` rows; the other rows get its first."""
+        states = outputs[0]
         length = states.shape[1]
         pairs: list[tuple[Tensor, Tensor, int]] = [(self.states, states, 1)]
         if self.mask is not None and mask is not None:
@@ -58,7 +60,7 @@ class EncoderMemory:
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the decoder's forward that say what to attend to in the encoder."""
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=self.states), "attention_mask": self.mask}
+        return {"encoder_outputs": self.kind(last_hidden_state=self.states), "attention_mask": self.mask}
 
     def with_own(self, cache: Cache) -> EncoderDecoderCache:
         """Return the cache of the model, with ``cache`` for the self-attention."""

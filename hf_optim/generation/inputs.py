@@ -42,3 +42,15 @@ def require_room(input_ids: Tensor, criteria: Any, kwargs: dict[str, Any]) -> No
                 f"the cache holds {layer.max_cache_len} tokens, prompt and new tokens need {needed}: pass a larger "
                 "one, or none"
             )
+
+
+def most_positions(config: Any) -> int | None:
+    """Return how many positions the embeddings of a model have; None if its configuration does not say.
+
+    Buffers are not made longer than that where a sequence fits: some models compute positions from the length of the
+    mask, and on a GPU looking up a position that does not exist would end the CUDA context.
+    """
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_target_positions", "n_positions", "n_ctx", "max_seq_len")
+    found = [value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0]
+    return min(found, default=None)

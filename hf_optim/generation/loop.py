@@ -55,16 +55,14 @@ class Decoding:
     def prefill(self) -> Prefilled:
         """Run transformers' prefill."""
         outputs = self.model._prefill(self.input_ids, self.config, dict(self.kwargs))
-        states, positions = None, self.kwargs.get("position_ids")
-        if self.model.config.is_encoder_decoder:
-            states = self.kwargs["encoder_outputs"][0]
+        positions = self.kwargs.get("position_ids")
         self.batch = Prefilled(
             self.input_ids,
             self.kwargs.get("attention_mask"),
             None if positions is None else positions[..., -1:],
             outputs.get(CACHE),
             next_logits(outputs),
-            states,
+            self.kwargs["encoder_outputs"] if self.model.config.is_encoder_decoder else None,
         )
         return self.batch
 
@@ -121,20 +119,27 @@ class Decoding:
         session.keys_values.append_to(self.batch.own, tokens, tokens + found.count - 1)
         each = {name: tuple(kept[name][: found.count]) if name in wanted else None for name in kept}
         fields: dict[str, Any] = {"sequences": sequences, **each, CACHE: self.batch.cache}
-        return (GenerateDecoderOnlyOutput if self.batch.states is None else GenerateEncoderDecoderOutput)(**fields)
+        return (GenerateDecoderOnlyOutput if self.batch.encoder is None else GenerateEncoderDecoderOutput)(**fields)
 
     def _first_step(self, session: DecodeSession, step: Any) -> None:
         """Run the first step; if the session has not been checked, compare its logits with transformers'."""
         if session.checked:
             step()
             return
+        reason = expected = None
         try:
             expected = self._expected(session.tokens[: self.rows].clone())
+            step()
         except torch.OutOfMemoryError:
-            expected = None
-        if expected is None:  # outside of the handler, whose exception keeps what was allocated
+            pass
+        except Exception as error:  # of the model, which does not take a cache of fixed length
+            text = " ".join(str(error).split())[:300]
+            reason = f"its first step over fixed buffers fails ({type(error).__name__}: {text})"
+        # Outside of the handlers, whose exceptions keep what was allocated.
+        if reason is not None:
+            raise WrongStep(reason)
+        if expected is None:
             raise CaptureMemoryError(f"out of memory while the first step was checked on {self.device}")
-        step()
         error = (session.logits[: self.rows] - expected).square().mean().sqrt() / expected.std()
         if not (error.isnan() or error <= TOLERANCE.get(self.model.dtype, 0.1)):
             raise WrongStep(
@@ -146,8 +151,8 @@ class Decoding:
         """Return the logits of transformers' step after ``tokens [n, 1]``, float32 ``[n, V]``."""
         batch, mask = self.batch, self.batch.mask
         inputs: dict[str, Any] = {CACHE: copy.deepcopy(batch.cache), "use_cache": True, "attention_mask": mask}
-        if batch.states is not None:
-            inputs["encoder_outputs"] = self.kwargs["encoder_outputs"]
+        if batch.encoder is not None:
+            inputs["encoder_outputs"] = batch.encoder
         elif mask is not None:
             inputs["attention_mask"] = torch.cat([mask, mask.new_ones(self.rows, 1)], dim=1)
         if batch.positions is not None:

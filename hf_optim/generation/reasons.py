@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..toolkit.compat import CACHE
 from .sampling import unsupported_processor
@@ -14,7 +15,7 @@ from .stopping import unsupported_criterion
 # Arguments of a forward that only its first call needs, or that the steps have buffers for.
 STEP_INPUTS = frozenset(
     {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", "inputs_embeds", CACHE}
-)
+) | frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
 
 def offloaded(model: Any) -> list[Any]:

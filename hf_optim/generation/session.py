@@ -56,8 +56,8 @@ class DecodeSession:
         self.checked = False  # against transformers' step
         self.keys_values = StaticKeyValues(batch.own, rows, length)
         self.memory = None
-        if batch.states is not None:
-            self.memory = EncoderMemory(batch.cache.cross_attention_cache, batch.states, batch.mask, rows, encoder)
+        if batch.encoder is not None:
+            self.memory = EncoderMemory(batch.cache.cross_attention_cache, batch.encoder, batch.mask, rows, encoder)
         zeros = partial(torch.zeros, dtype=torch.int64, device=self.device)
         self.sequences = zeros((rows, length))
         self.tokens = zeros((rows, 1))
@@ -86,8 +86,7 @@ class DecodeSession:
         self.count.fill_(length)
         self.keys_values.fill(batch.own)
         if self.memory is not None:
-            assert batch.states is not None
-            self.memory.fill(batch.cache.cross_attention_cache, batch.states, batch.mask)
+            self.memory.fill(batch.cache.cross_attention_cache, batch.encoder, batch.mask)
         else:
             self.mask.fill_(1)
             if batch.mask is not None:

@@ -42,10 +42,11 @@ def rows_bucket(rows: int) -> int:
     return next((size for size in ROWS if size >= rows), math.ceil(rows / ROWS[-1]) * ROWS[-1])
 
 
-def length_bucket(tokens: int, shortest: int = SHORTEST) -> int:
-    """Return the positions of the session that serves sequences of ``tokens``."""
+def length_bucket(tokens: int, shortest: int = SHORTEST, most: int | None = None) -> int:
+    """Return the positions of the session that serves sequences of ``tokens``: ``most`` at most, if they fit."""
     power = max(shortest, 1 << (tokens - 1).bit_length())
-    return 3 * power // 4 if power > shortest and tokens <= 3 * power // 4 else power
+    length = 3 * power // 4 if power > shortest and tokens <= 3 * power // 4 else power
+    return length if most is None or tokens > most else min(length, most)
 
 
 def find(model: nn.Module, key: tuple[Any, ...]) -> DecodeSession | str | None:
@@ -112,4 +113,6 @@ def _plain(value: Any) -> Any:
         return tuple(_plain(each) for each in value)
     if isinstance(value, dict):
         return tuple((str(key), _plain(each)) for key, each in value.items())
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.dtype, value.shape
     return id(type(value))

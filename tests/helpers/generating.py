@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_qwen2
@@ -29,7 +30,12 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = {
-    "llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt, "mixtral": tiny_mixtral, "qwen2": tiny_qwen2,
+    "llama": partial(tiny_llama, max_position_embeddings=512),
+    "gpt2": partial(tiny_gpt2, n_positions=512),
+    **{
+        name: partial(tiny, max_position_embeddings=512)
+        for name, tiny in (("opt", tiny_opt), ("mixtral", tiny_mixtral), ("qwen2", tiny_qwen2))
+    },
     **{name: (lambda make=make: AutoModelForCausalLM.from_config(make())) for name, make in CONFIGS.items()},
 }  # fmt: skip
 SETTINGS = {
