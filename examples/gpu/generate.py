@@ -1,8 +1,8 @@
-"""Check ``hf_optim.generate``, then time it beside transformers' loop, on models of Llama-3-8B's shape.
+"""Check ``hf_optim.generate`` and its attention kernel, then time them beside transformers' loop and PyTorch's attention.
 
     PYTHONPATH=.:plugins:kernels python examples/gpu/generate.py --output generate.json
 
-Each row of the plan is built, compiled and captured in a process of its own, all at once; then the processes are timed
+The kernel is compared with float64 and timed first, alone. Then models of Llama-3-8B's shape: each row of the plan is built, compiled and captured in a process of its own, all at once; then the processes are timed
 one after the other, alone on the GPU. A row holds, of a model with random weights: milliseconds a token (the median of
 calls for many tokens less that of calls for one), the time of a call for one token, and the time of the first call,
 which compiles and captures. ``--tiny`` runs the same on a CPU, to try the script.
@@ -17,6 +17,7 @@ import statistics
 import time
 import traceback
 import warnings
+from functools import partial
 from typing import Any
 
 # name, scheme, layers, prompt, new tokens, batches, ways
@@ -43,8 +44,8 @@ class Timed:
         import torch
 
         self.model, self.way, self.new = model, way, new
-        vocabulary = model.config.vocab_size
-        self.ids = torch.randint(0, vocabulary, (batch, prompt), device=model.device)
+        torch.manual_seed(0)
+        self.ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
 
     def call(self, new: int) -> tuple[float, float | None]:
         """Return the seconds of a call, and in transformers' loop the median milliseconds between its steps."""
@@ -94,6 +95,83 @@ class Timed:
         return row
 
 
+# batch, tokens, heads, key heads
+ATTENTION = [
+    (1, 32768, 32, 8),
+    (16, 8192, 32, 8),
+    (16, 32768, 32, 8),
+    (1, 30000, 32, 8),
+    (8, 8000, 32, 8),
+    (1, 8192, 32, 32),
+]
+
+
+def check_attention() -> list[dict[str, Any]]:
+    """Return rows of the attention kernel: its error, and its time beside PyTorch's attention without a mask."""
+    import torch
+    from hf_optim_kernels.decode_attention import op
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    source = torch.empty(1 << 28, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    copy = graph_us([lambda: torch.add(source, 0, out=target)] * 4)
+    rows: list[dict[str, Any]] = [{"copy_tb_per_s": round(4 * source.numel() / copy / 1e6, 2)}]
+    del source, target
+    for batch, length, heads, groups in ATTENTION:
+        parts = [torch.randn(batch, groups, length, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        query = torch.randn(batch, heads, 1, 128, device="cuda", dtype=torch.bfloat16)
+        mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device="cuda")
+        ranges = op.mask_ranges(mask)
+        k, v = (part[:1].double().repeat_interleave(heads // groups, 1) for part in parts[:2])
+        expected = attend(query[:1].double(), k, v)[:, :, 0]
+        found = op.decode_attention(query, *parts[:2], mask, ranges, None, 128**-0.5, 0.0)[:1, 0]
+        error = float((found.double() - expected).norm() / expected.norm())
+        del k, v
+        pairs = [(parts[0], parts[1]), (parts[2], parts[3])]
+        ours = graph_us(
+            [partial(op.decode_attention, query, *pair, mask, ranges, None, 128**-0.5, 0.0) for pair in pairs]
+        )
+        theirs = graph_us([partial(attend, query, *pair, enable_gqa=True) for pair in pairs])
+        size = 2 * 2 * parts[0].numel()
+        row = {"batch": batch, "tokens": length, "heads": heads, "key_heads": groups, "error": error}
+        row |= {"decode_attention_us": round(ours, 1), "tb_per_s": round(size / ours / 1e6, 2)}
+        rows.append({**row, "sdpa_enable_gqa_without_mask_us": round(theirs, 1)})
+        print(rows[-1], flush=True)
+        del parts, pairs
+    return rows
+
+
+def graph_us(calls: list[Any]) -> float:
+    """Return the median microseconds of a call in replays of a CUDA graph of all of them, which read other memory."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for call in calls * 2:
+            call()
+    for _ in range(15):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls) / 2)
+    return statistics.median(times[3:])
+
+
+def attention_rows(pipe: Any) -> None:
+    try:
+        pipe.put(check_attention())
+    except BaseException:
+        pipe.put([{"error": traceback.format_exc()[-600:]}])
+
+
 def synchronize() -> None:
     import torch
 
@@ -127,20 +205,17 @@ def work(entry: tuple, tiny: bool, turn: Any, pipe: Any) -> None:
                 each.first_call = None
         pipe.put((name, "ready"))
         turn.wait()
+        first: dict[int, Any] = {}
         for each in timed:
             if each.first_call is not None:
                 row = {"name": name, "scheme": scheme, "layers": layers, "prompt": prompt, "new_tokens": new}
-                pipe.put((name, {**row, **each.measure()}))
-        if name.endswith("stock") is False and len(ways) > 1 and torch.cuda.is_available():
-            agree = [
-                (a.tokens == b.tokens).float().mean().item() for a, b in zip(timed, timed[len(batches) :], strict=False)
-            ]
-            pipe.put(
-                (
-                    name,
-                    {"agreement_of_the_first_two_ways": agree, "peak_gib": torch.cuda.max_memory_allocated() / 2**30},
-                )
-            )
+                row |= each.measure()
+                # Random weights have near ties, which roundings decide: how many tokens come before the first of them.
+                tokens = first.setdefault(len(each.ids), each.tokens)
+                same = (tokens == each.tokens)[:, prompt:].int().cumprod(dim=1).sum(dim=1)
+                row["tokens_as_of_the_first_way"] = same.tolist()
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None
+                pipe.put((name, row))
     except BaseException:
         pipe.put((name, {"error": traceback.format_exc()[-600:]}))
     pipe.put((name, "done"))
@@ -150,7 +225,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True)
     parser.add_argument("--only", nargs="*", help="names of rows of the plan")
-    parser.add_argument("--wait", type=float, default=90.0, help="seconds until those that are ready are timed")
+    parser.add_argument(
+        "--wait", type=float, default=300.0, help="seconds until those that are ready are timed, beside the others"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -161,6 +238,15 @@ def main() -> None:
         plan = [
             (n, s if s == "dense" else "dense", 2, 16, 12, b, ("graph", "dynamic")) for n, s, _, _, _, b, _ in plan[:2]
         ]
+    import torch
+
+    attention: list[dict[str, Any]] = []
+    if torch.cuda.is_available() and not args.only:
+        alone = context.Queue()
+        process = context.Process(target=attention_rows, args=(alone,), daemon=True)
+        process.start()
+        attention = alone.get(timeout=120)
+        process.join()
     pipe, turns, processes = context.Queue(), {}, {}
     for entry in plan:
         turns[entry[0]] = context.Event()
@@ -189,21 +275,21 @@ def main() -> None:
         else:
             rows.append({"name": name, **message})
             print(rows[-1], flush=True)
-            write(args.output, rows)
-    write(args.output, rows)
+            write(args.output, rows, attention)
+    write(args.output, rows, attention)
     for process in processes.values():
         process.terminate()
     print(f"{len(done)} of {len(plan)} after {time.monotonic() - began:.0f} s")
 
 
-def write(path: str, rows: list[dict[str, Any]]) -> None:
+def write(path: str, rows: list[dict[str, Any]], attention: list[dict[str, Any]]) -> None:
     import torch
     import transformers
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
     with open(path, "w") as file:
-        json.dump({**about, "shape": "llama-3-8b", "rows": rows}, file, indent=1)
+        json.dump({**about, "shape": "llama-3-8b", "rows": rows, "attention": attention}, file, indent=1)
 
 
 if __name__ == "__main__":

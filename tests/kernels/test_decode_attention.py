@@ -174,14 +174,12 @@ def test_pieces_fill_the_device():
     def busy(pairs, positions):
         """The share of the time of the slots in which programs read, and the pieces."""
         split = launch.pieces(pairs, positions, 64, 512, 264, 2)
-        blocks = -(-positions // 64)
-        longest = -(-blocks // split)
-        return pairs * blocks / (-(-pairs * split // 264) * 264 * longest), split
+        return pairs * positions / (-(-pairs * split // 264) * 264 * -(-positions // split)), split
 
-    assert busy(8, 32768)[0] > 0.9
-    assert busy(16, 16384)[0] > 0.9
-    assert busy(128, 8192)[0] > 0.9
-    assert busy(140, 32768)[0] > 0.85  # a piece for each would leave half of the device idle
+    assert busy(8, 32768) == (pytest.approx(1.0, abs=0.01), 33)
+    assert busy(16, 16384)[0] > 0.95
+    assert busy(128, 8192)[0] > 0.95
+    assert busy(140, 32768)[0] > 0.9  # a piece for each would leave half of the device idle
     assert busy(8, 256)[1] == 4
     assert busy(4096, 256)[1] == 1
 

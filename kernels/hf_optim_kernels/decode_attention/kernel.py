@@ -1,8 +1,8 @@
 """Split-KV attention: each program reads one piece of one key head's cache for the queries of its group.
 
 Where a query may attend is given by ranges of positions, ``[first, end)``, and the pieces divide the range, not the
-cache: positions that are not yet written, padding on the left, or outside a window cost nothing, and all programs have
-as many blocks up to one. A mask is read only where a range has holes.
+cache: positions that are not yet written, padding on the left, or outside a window cost nothing, and all programs read
+as much. A mask is read only where a range has holes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP32
+
+UNIT = tl.constexpr(16)
 
 
 @triton.jit
@@ -33,24 +35,30 @@ def _attend_kernel(
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = rows < GROUP * Q
     head, token = g * GROUP + rows // Q, rows % Q
+    low, high = 0, N
+    if HAS_RANGES:
+        if Q == 1:
+            low, high = tl.load(ranges + b * r_b), tl.load(ranges + b * r_b + 1)
+            if HAS_MASK:
+                has_holes = tl.where(high - low > tl.load(ranges + b * r_b + 2), 1, 0)
+        else:
+            own = ranges + b * r_b + token * 3
+            row_first = tl.load(own, mask=real, other=N)
+            row_end = tl.load(own + 1, mask=real, other=0)
+            low, high = tl.min(row_first), tl.max(row_end)
+            if HAS_MASK:
+                length = tl.where(real, row_end - row_first, 0)
+                has_holes = tl.max(tl.where(length > tl.load(own + 2, mask=real, other=0), 1, 0))
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     in_d, in_dv = (d < D) | FULL, (dv < DV) | FULL
     q_at = query + b.to(tl.int64) * q_b + head[:, None] * q_h + token[:, None] * q_n + d[None, :]
     q = tl.load(q_at, mask=real[:, None] & in_d[None, :], other=0.0)
     if MATH == FP32:
         q = q.to(tl.float32)
-    low, high = 0, N
-    if HAS_RANGES:
-        own = ranges + b * r_b + token * 3
-        row_first = tl.load(own, mask=real, other=N)
-        row_end = tl.load(own + 1, mask=real, other=0)
-        low, high = tl.min(row_first), tl.max(row_end)
-        if HAS_MASK:
-            length = tl.where(real, row_end - row_first, 0)
-            has_holes = tl.max(tl.where(length > tl.load(own + 2, mask=real, other=0), 1, 0))
-    blocks = tl.maximum(high - low + BLOCK_N - 1, 0) // BLOCK_N
-    first = low + blocks * piece // SPLIT * BLOCK_N
-    last = tl.minimum(low + blocks * (piece + 1) // SPLIT * BLOCK_N, high)
+    # Pieces differ by UNIT positions at most: whole blocks would leave some programs a block longer than others.
+    units = tl.maximum(high - low + UNIT - 1, 0) // UNIT
+    first = low + units * piece // SPLIT * UNIT
+    last = tl.minimum(low + units * (piece + 1) // SPLIT * UNIT, high)
     if HAS_MASK:
         mask_end = last * has_holes  # the mask is read up to here
     top = tl.full((ROWS,), float("-inf"), tl.float32)

@@ -13,7 +13,8 @@ from ..common.compute_type import compute_constants
 from ..common.launch import is_aligned, launch
 from .kernel import _attend_kernel, _combine_kernel
 
-# Positions of a block, warps, blocks whose loads are under way, and programs that a multiprocessor runs at once.
+# Positions of a block, warps, blocks whose loads are under way, and programs that a multiprocessor runs at once: the
+# fastest on an H200 of 24 such choices, each with 9 numbers of programs.
 BLOCK, WARPS, STAGES, RESIDENT = 64, 4, 3, 2
 # The most rows of a program: heads of a group times new tokens.
 MOST_ROWS = 64
@@ -47,8 +48,7 @@ def pieces(pairs: int, positions: int, block: int, row_bytes: int, slots: int, r
     for split in range(1, most + 1):
         programs = pairs * split
         # A multiprocessor that has few programs reads no faster for that.
-        blocks = -(-positions // block) / split
-        reading = math.ceil(blocks) * block * row_bytes * resident / RATE
+        reading = -(-positions // split) * row_bytes * resident / RATE
         time = math.ceil(programs / slots) * (STARTUP + reading) + (COMBINE if split > 1 else 0.0)
         if time < shortest * 0.99:
             best, shortest = split, time
