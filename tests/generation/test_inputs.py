@@ -10,7 +10,7 @@ import pytest
 import torch
 from generating import both, make, prompt
 from simulated_graphs import simulated_graphs
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM, StaticCache, TextStreamer
 
 import hf_optim
 from hf_optim.generation import sessions
@@ -269,3 +269,72 @@ def test_a_restored_model_is_noticed():
             found = hf_optim.generate(model, **inputs, max_new_tokens=6, mode="captured")
             assert torch.equal(found, model.generate(**inputs, max_new_tokens=6))
         assert len(graphs.captured) == 3
+
+
+# -- models that a step over fixed buffers does not suit ------------------------------------------------------------
+
+
+def test_a_model_whose_step_fails_runs_in_transformers_loop(llama, monkeypatch):
+    """CPM-Ant, for one, adds a prompt of its own to what the cache holds, whose lengths then do not agree."""
+    from hf_optim.generation.session import DecodeSession
+
+    def fails(self, *args):
+        raise RuntimeError("The size of tensor a (25) must match the size of tensor b (17)")
+
+    inputs = prompt(llama)
+    expected = llama.generate(**inputs, max_new_tokens=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeSession, "forward", fails)
+        with pytest.warns(hf_optim.GenerationWarning, match=r"fixed buffers fails \(RuntimeError: The size"):
+            found = hf_optim.generate(llama, **inputs, max_new_tokens=20, mode="eager")
+    assert torch.equal(found, expected)
+
+
+def test_a_model_without_a_cache_runs_one_prefill_too_many_only_once(llama, monkeypatch):
+    inputs, calls = prompt(llama), []
+    right = type(llama)._prefill
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        outputs = right(self, *args, **kwargs)
+        outputs[CACHE] = None
+        return outputs
+
+    monkeypatch.setattr(type(llama), "_prefill", counted)
+    llama.config.use_cache = llama.generation_config.use_cache = True
+    for count in (2, 3):
+        with pytest.warns(hf_optim.GenerationWarning, match="returns no cache"):
+            hf_optim.generate(llama, **inputs, max_new_tokens=1, mode="eager")
+        assert len(calls) == count
+
+
+def test_buffers_are_not_longer_than_the_positions_of_a_model(llama):
+    """Some models look up a position for each token of the mask: on a GPU, one that does not exist ends the process."""
+    llama.config.max_position_embeddings = 64
+    inputs = prompt(llama)
+    assert torch.equal(*both(llama, inputs))
+    assert [key[1] for key in sessions._MODELS[llama]] == [64]
+    assert sessions.length_bucket(65, most=64) == 256  # transformers' loop says what is wrong with that
+    assert sessions.length_bucket(300, most=448) == 384
+    assert sessions.length_bucket(400, most=448) == 448
+
+
+def test_a_model_with_a_mask_of_its_own_runs_in_transformers_loop():
+    """GPT-Neo cuts its mask by the length of the cache, which fixed buffers fill from the start."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, vocab_size=99,
+        max_position_embeddings=64, window_size=8, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = GPTNeoForCausalLM(config).eval()
+    inputs = prompt(model)
+    with pytest.warns(hf_optim.GenerationWarning, match="differs from transformers"):
+        found = hf_optim.generate(model, **inputs, max_new_tokens=20, mode="eager")
+    assert torch.equal(found, model.generate(**inputs, max_new_tokens=20))
+
+
+def test_images_belong_to_the_prefill():
+    from hf_optim.generation.reasons import STEP_INPUTS
+
+    assert {"pixel_values", "pixel_attention_mask", "image_sizes"} <= STEP_INPUTS
+    assert "token_type_ids" not in STEP_INPUTS
