@@ -12,6 +12,25 @@ import torch
 from torch import Tensor
 
 
+class Tokens:
+    """Tokens of a processor, without those that the vocabulary of the scores does not have.
+
+    A configuration may name such tokens; on a GPU, indexing with them would end the CUDA context.
+    """
+
+    def __init__(self, tokens: Any, device: torch.device) -> None:
+        self.all = torch.as_tensor(tokens, device=device).reshape(-1)
+        self.vocabulary = 0
+        self.known = self.all
+
+    def fill(self, scores: Tensor, value: float) -> Tensor:
+        """Return a copy of scores ``[rows, V]`` with a value for these tokens."""
+        if self.vocabulary != scores.shape[1]:  # waits for the device, once, before a capture
+            self.vocabulary = scores.shape[1]
+            self.known = self.all[self.all < self.vocabulary]
+        return scores.index_fill(1, self.known, value)
+
+
 class MinimumLength:
     """Keep out the tokens that end a sequence while it is too short. Lengths are numbers on the device.
 
@@ -21,7 +40,7 @@ class MinimumLength:
     """
 
     def __init__(self, processor: Any, count: Tensor) -> None:
-        self.ends = torch.as_tensor(processor.eos_token_id, device=count.device).reshape(-1)
+        self.ends = Tokens(processor.eos_token_id, count.device)
         self.count = count
         self.least = torch.zeros_like(count)
         self.set(processor)
@@ -33,7 +52,7 @@ class MinimumLength:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores with minus infinity for the tokens in ``ends`` while the sequence is too short."""
-        return torch.where(self.count < self.least, scores.index_fill(1, self.ends, float("-inf")), scores)
+        return torch.where(self.count < self.least, self.ends.fill(scores, float("-inf")), scores)
 
 
 class RepetitionPenalty:
@@ -80,7 +99,7 @@ class AtLength:
     """
 
     def __init__(self, processor: Any, count: Tensor, tokens: str, forced: bool) -> None:
-        self.tokens = torch.as_tensor(getattr(processor, tokens), device=count.device).reshape(-1)
+        self.tokens = Tokens(getattr(processor, tokens), count.device)
         self.count = count
         self.forced = forced
         self.length = torch.ones_like(count)
@@ -96,9 +115,9 @@ class AtLength:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores ``[rows, V]``, changed if the sequence has the length."""
         if self.forced:
-            changed = torch.full_like(scores, float("-inf")).index_fill(1, self.tokens, 0.0)
+            changed = self.tokens.fill(torch.full_like(scores, float("-inf")), 0.0)
         else:
-            changed = scores.index_fill(1, self.tokens, float("-inf"))
+            changed = self.tokens.fill(scores, float("-inf"))
         return torch.where(self.count == self.length, changed, scores)
 
 

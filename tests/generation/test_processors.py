@@ -15,6 +15,8 @@ PROCESSORS = {
     "penalty": lambda: stock.RepetitionPenaltyLogitsProcessor(1.3),
     "penalty-without-prompt": lambda: stock.RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=4),
     "first": lambda: stock.ForcedBOSTokenLogitsProcessor(7),
+    "min-length-unknown": lambda: stock.MinLengthLogitsProcessor(9, torch.tensor([3, 500])),
+    "not-first-unknown": lambda: stock.SuppressTokensAtBeginLogitsProcessor([2, 500], 4),
     "last": lambda: stock.ForcedEOSTokenLogitsProcessor(10, ENDS),
     "not-first": lambda: stock.SuppressTokensAtBeginLogitsProcessor([2, 6], 4),
     **{f"{size}-grams": lambda size=size: stock.NoRepeatNGramLogitsProcessor(size) for size in (1, 2, 3)},
