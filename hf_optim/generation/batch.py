@@ -71,6 +71,8 @@ class Prefilled:
 
 def _shapes(cache: Any) -> tuple[Any, ...]:
     return tuple(
-        (layer.keys.shape[1::2], layer.values.shape[1::2], layer.keys.dtype) if layer.is_initialized else None
+        (layer.keys.shape[1::2], layer.values.shape[1::2], layer.keys.dtype, getattr(layer, "scheme", None))
+        if layer.is_initialized
+        else None
         for layer in cache.layers
     )

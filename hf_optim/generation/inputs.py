@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from ..errors import ModelError
 from ..toolkit.compat import CACHE
@@ -29,9 +29,9 @@ def require_room(input_ids: Tensor, criteria: Any, kwargs: dict[str, Any]) -> No
     cache = kwargs.get(CACHE)
     own = getattr(cache, "self_attention_cache", cache)
     for layer in getattr(own, "layers", ()):
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[0] not in (0, input_ids.shape[0]):
-            raise ModelError(f"the cache holds {keys.shape[0]} sequences, the prompt {input_ids.shape[0]}")
+        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)  # keys of others are codes
+        if plain and layer.is_initialized and layer.keys.shape[0] not in (0, input_ids.shape[0]):
+            raise ModelError(f"the cache holds {layer.keys.shape[0]} sequences, the prompt {input_ids.shape[0]}")
         fixed = isinstance(layer, StaticLayer) and not isinstance(layer, StaticSlidingWindowLayer)
         # The last token is not written. Embeddings in place of tokens are written, too.
         embedded = kwargs.get("inputs_embeds")
