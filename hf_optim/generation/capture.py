@@ -123,8 +123,8 @@ def _end_capture(device: torch.device) -> None:
 
     A capture that succeeds takes it out of that state.
     """
-    torch.cuda.synchronize(device)
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
+        torch.cuda.synchronize()
         random = torch.cuda.get_rng_state(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):

@@ -18,8 +18,6 @@ from .loop import Decoding, WrongStep
 from .reasons import why_stock
 from .session import DecodeSession
 
-# The key of the reason why no session of a model can be made, whatever the size.
-NO_CACHE = ("cache",)
 MODES = ("auto", "captured", "eager", "stock")
 
 
@@ -46,16 +44,17 @@ def generate(
         model.generate(**inputs, max_new_tokens=128, custom_generate=hf_optim.generate)
         hf_optim.generate(model, **inputs, max_new_tokens=128)
 
-    The prefill is transformers' own. Then each step (the model, its cache, the processors of the logits, the choice
-    of the token) is a graph that is replayed without waiting for the host: tokens are read some steps late, and those
-    after the end of a sequence are discarded. Graphs are kept with the model by buckets of batch size and length, so
-    that a later call with other lengths compiles nothing; they are dropped when the model's tensors, classes or
-    settings change. A session that is new is compared with transformers' step before it is used.
+    The prefill is transformers' own, the encoder of an encoder-decoder included. Then each step (the model, its cache,
+    the processors of the logits, the choice of the token) is a graph that is replayed without waiting for the host:
+    tokens are read some steps late, and those after the end of a sequence are discarded. Graphs are kept with the
+    model by buckets of batch size and length, so that a later call with other lengths compiles nothing; they are
+    dropped when the model's tensors, classes or settings change. The first step of a new session is compared with
+    transformers'.
 
     What cannot be captured (beams, assistants, processors and criteria with Python state, caches that are not plain
-    keys and values, models on several devices) runs in transformers' loop, with one warning that names the reason. So
-    do models on a CPU, without a warning. Greedy tokens are those of transformers up to rounding; samples are
-    reproducible for a seed.
+    keys and values, models on several devices) runs in transformers' loop, with one ``GenerationWarning`` that names
+    the reason. So do models on a CPU, without a warning. Greedy tokens are those of transformers up to rounding;
+    samples are reproducible for a seed.
 
     Args:
         model: a model with ``generate``.
@@ -67,8 +66,8 @@ def generate(
         synced_gpus: as for ``model.generate``; runs in transformers' loop.
 
     Returns what ``model.generate`` returns: tokens ``[rows, P + n]``, or with ``return_dict_in_generate`` an
-    output with ``sequences``, ``scores``, ``logits`` and the cache. Raises ``ModelError`` for inputs on another device
-    than the model, and for an unknown mode.
+    output with ``sequences``, ``scores``, ``logits`` and the cache. Raises ``ModelError`` for an unknown mode, inputs
+    on another device than the model, a static cache that is too short, and a cache of another number of rows.
     """
     if mode not in MODES:
         raise ModelError(f"mode {mode!r} is not one of {', '.join(MODES)}")
@@ -177,24 +176,25 @@ def _decode(model: Any, decoding: Decoding, mode: str) -> Any:
     if not lock.acquire(blocking=False):
         raise StockLoop("another call is generating on this model's graphs")
     try:
-        if isinstance(reason := sessions.find(model, NO_CACHE), str):
+        if isinstance(reason := sessions.find(model, (mode,)), str):
             raise StockLoop(reason)
         batch = decoding.prefill()
         if (reason := batch.why_stock()) is not None:
             if batch.cache is None:
-                sessions.keep(model, NO_CACHE, reason)  # the next call does without this prefill
+                sessions.keep(model, (mode,), reason)  # the next call does without this prefill
             raise StockLoop(reason)
         rows = sessions.rows_bucket(decoding.rows)
         length = sessions.length_bucket(decoding.longest, most=most_positions(model.config))
         encoder = _encoder_bucket(batch.encoder, batch.mask)
         key = (rows, length, encoder, mode, batch.structure())
         found = sessions.find(model, key)
-        if isinstance(found, str):
-            raise StockLoop(found)
+        assert not isinstance(found, str)
         session = found or _make_session(decoding, rows, length, encoder)
         result = _run(model, key, session, decoding, mode)
-        if found is None:
+        if session is not found:
             sessions.keep(model, key, session)
+            if session.uncompiled is not None:
+                _warn(f"the step is captured without torch.compile ({session.uncompiled})")
     finally:
         lock.release()
     if decoding.first_nan is not None:
@@ -206,7 +206,7 @@ def _run(model: Any, key: tuple[Any, ...], session: DecodeSession, decoding: Dec
     """Generate on a session.
 
     Raises ``StockLoop``. A step that cannot be captured, or that differs from transformers', is not tried again for
-    this model and size. After any other error the session is dropped: its buffers are in the middle of a step.
+    this model and mode. After any other error the session is dropped: its buffers are in the middle of a step.
     """
     try:
         return decoding.run(session, compiled=mode == "auto", captured=mode != "eager")
@@ -215,7 +215,8 @@ def _run(model: Any, key: tuple[Any, ...], session: DecodeSession, decoding: Dec
         raise StockLoop(str(error)) from None
     except (CaptureError, WrongStep) as error:
         reason = str(error) if isinstance(error, WrongStep) else f"the step cannot be captured ({error})"
-        sessions.keep(model, key, reason)
+        sessions.drop(model, key)
+        sessions.keep(model, (mode,), reason)
         raise StockLoop(reason) from None
     except BaseException:
         sessions.drop(model, key)

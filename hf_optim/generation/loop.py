@@ -140,10 +140,10 @@ class Decoding:
             raise WrongStep(reason)
         if expected is None:
             raise CaptureMemoryError(f"out of memory while the first step was checked on {self.device}")
-        error = (session.logits[: self.rows] - expected).square().mean().sqrt() / expected.std()
-        if not (error.isnan() or error <= TOLERANCE.get(self.model.dtype, 0.1)):
+        distance = (session.logits[: self.rows] - expected).square().mean().sqrt() / expected.std()
+        if not (distance.isnan() or distance <= TOLERANCE.get(self.model.dtype, 0.1)):
             raise WrongStep(
-                f"its first step differs from transformers' by {error:.2g} standard deviations of the logits"
+                f"its first step differs from transformers' by {distance:.2g} standard deviations of the logits"
             )
         session.checked = True
 

@@ -54,6 +54,7 @@ class DecodeSession:
         self.length = length
         self.device = batch.prompt.device
         self.checked = False  # against transformers' step
+        self.uncompiled: str | None = None  # why torch.compile does not take the step
         self.keys_values = StaticKeyValues(batch.own, rows, length)
         self.memory = None
         if batch.encoder is not None:
@@ -71,7 +72,6 @@ class DecodeSession:
         self.logits = torch.empty((rows, batch.logits.shape[-1]), dtype=torch.float32, device=self.device)
         self.scores = torch.empty_like(self.logits)
         self._settings: dict[tuple[Any, ...], _Setting] = {}
-        self._forward: Callable[[], None] | None = None
         self._pool: Any = None
 
     def load(self, batch: Prefilled) -> None:
@@ -152,11 +152,12 @@ class DecodeSession:
     def step(self, model: Any, setting: _Setting, compiled: bool, captured: bool) -> Callable[[], None]:
         """Return the function that runs ``forward``, then ``sample``: one graph if captured.
 
-        It is captured at the first use of a setting, over the buffers as they are loaded. If only the processors
-        cannot be captured, these run eagerly. Raises ``capture.CaptureError``.
+        It is captured at the first use of a setting, over the buffers as they are loaded. A step that cannot be
+        compiled is captured as it is, and processors that cannot be captured run eagerly. Raises
+        ``capture.CaptureError``.
         """
         if captured and setting.replay is None:
-            self._capture_step(partial(self.forward, model, _call(model, compiled)), setting)
+            self._capture_step(model, setting, compiled)
         forward = setting.replay if captured else partial(self.forward, model, capture.call)
         assert forward is not None
         if captured and setting.samples:
@@ -168,18 +169,28 @@ class DecodeSession:
 
         return step
 
-    def _capture_step(self, forward: Callable[[], None], setting: _Setting) -> None:
-        def step() -> None:
-            forward()
-            self.sample(setting)
+    def _capture_step(self, model: Any, setting: _Setting, compiled: bool) -> None:
+        """Capture what can be: compiled if that is possible, with the processors if that is possible."""
+        reasons: list[str] = []
+        for call in (capture.compiled_call(model), capture.call) if compiled else (capture.call,):
+            forward = partial(self.forward, model, call)
 
-        try:
-            setting.replay = self._capture(step)
-        except capture.CaptureMemoryError:
-            raise
-        except capture.CaptureError:
-            self._forward = self._forward or self._capture(forward)
-            setting.replay, setting.samples = self._forward, False
+            def step(forward: Callable[[], None] = forward) -> None:
+                forward()
+                self.sample(setting)
+
+            for run, samples in ((step, True), (forward, False)):
+                try:
+                    setting.replay, setting.samples = self._capture(run), samples
+                except capture.CaptureMemoryError:
+                    raise
+                except capture.CaptureError as error:
+                    reasons.append(str(error))
+                    continue
+                if compiled and call is capture.call:
+                    self.uncompiled = reasons[0]
+                return
+        raise capture.CaptureError(reasons[-1])
 
     def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
         buffers = [self.tokens, self.count, self.done, self.first_nan, self.logits]
@@ -200,10 +211,6 @@ class DecodeSession:
             restore()
             raise
         return replay
-
-
-def _call(model: Any, compiled: bool) -> Callable[..., Any]:
-    return capture.compiled_call(model) if compiled else capture.call
 
 
 def _padded(rows: Tensor, count: int, dim: int = 0) -> Tensor:

@@ -25,7 +25,8 @@ SHORTEST, SHORTEST_ENCODER = 256, 64
 # What torch keeps in each module besides its tensors and hooks.
 _BOOKKEEPING = frozenset({*vars(nn.Module()), "training"})
 
-# Of each model: the sessions, or the reason why there is none, each with the fingerprint of the model it is for.
+# Of each model: the sessions by their size, and for a mode the reason why there is none, each with the fingerprint of
+# the model it is for.
 _MODELS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple[Any, ...], tuple[int, DecodeSession | str]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -50,7 +51,7 @@ def length_bucket(tokens: int, shortest: int = SHORTEST, most: int | None = None
 
 
 def find(model: nn.Module, key: tuple[Any, ...]) -> DecodeSession | str | None:
-    """Return the session of a model for ``key``, or why there is none; None if the model is new or has changed."""
+    """Return what is kept for ``key``: a session or a reason; None if there is none for the model as it is."""
     sessions = _MODELS.get(model)
     if not sessions:
         return None
@@ -67,8 +68,9 @@ def keep(model: nn.Module, key: tuple[Any, ...], session: DecodeSession | str) -
     """Keep a session, or the reason why there is none, for the next call; the one used longest ago is dropped."""
     sessions = _MODELS.setdefault(model, OrderedDict())
     sessions[key] = (fingerprint(model), session)
-    while len(sessions) > KEPT:
-        sessions.popitem(last=False)
+    made = [key for key, (_, each) in sessions.items() if isinstance(each, DecodeSession)]
+    for old in made[:-KEPT]:
+        del sessions[old]
 
 
 def drop(model: nn.Module, key: tuple[Any, ...] | None = None) -> None:

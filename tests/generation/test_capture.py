@@ -154,6 +154,31 @@ def test_a_step_that_cannot_be_captured_runs_in_transformers_loop(llama, graphs,
         assert len([each for each in seen if each.category is hf_optim.GenerationWarning]) == 1
 
 
+def test_a_step_that_cannot_be_compiled_is_captured_as_it_is(llama, graphs, monkeypatch):
+    def breaks(model, inputs):
+        raise Broken("Data-dependent branching")
+
+    monkeypatch.setattr(capture, "compiled_call", lambda model: breaks)
+    inputs = prompt(llama)
+    expected = llama.generate(**inputs, max_new_tokens=20)
+    with pytest.warns(hf_optim.GenerationWarning, match=r"without torch.compile \(Broken: Data-dependent"):
+        found = hf_optim.generate(llama, **inputs, max_new_tokens=20, mode="auto")
+    assert torch.equal(found, expected)
+    assert len(graphs.captured) == 1
+    assert torch.equal(run(llama, inputs, mode="auto"), expected)  # said once
+    assert graphs.replays == 2 * 19
+
+
+def test_a_reason_does_not_take_the_place_of_a_session(llama, graphs):
+    for index in range(sessions.KEPT + 2):
+        sessions.keep(llama, (f"mode {index}",), "a reason")
+    for rows in range(1, sessions.KEPT + 2):
+        run(llama, prompt(llama, rows), new=3)
+    kept = sessions._MODELS[llama]
+    assert [key[0] for key in kept if len(key) > 1] == [2, 3, 4, 6]
+    assert len([key for key in kept if len(key) == 1]) == sessions.KEPT + 2
+
+
 def test_processors_that_cannot_be_captured_run_eagerly(llama, graphs, monkeypatch):
     """The step without them is captured then: the failure of both together is followed by one of the forward alone."""
     monkeypatch.setattr(capture, "_record", failing(Broken("a synchronization"), times=1))

@@ -127,9 +127,7 @@ def _attend_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr
-):
+def _combine_kernel(part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Add up the pieces of one row: out [size, DV]. ``SPLITS`` is the power of two from ``SPLIT`` on."""
     row = tl.program_id(0).to(tl.int64)
     dv = tl.arange(0, BLOCK_DV)

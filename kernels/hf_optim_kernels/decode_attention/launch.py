@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -31,7 +31,7 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@cache
+@lru_cache(maxsize=256)
 def pieces(pairs: int, positions: int, block: int, row_bytes: int, slots: int, resident: int) -> int:
     """Return the pieces to cut a cache of ``positions`` into, so that the last program ends early.
 
