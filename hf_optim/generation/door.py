@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from .loop import Decoding, WrongStep
 from .reasons import why_stock
 from .session import DecodeSession
 
+INSIDE = ("hf_optim", "transformers", "torch")
 MODES = ("auto", "captured", "eager", "stock")
 
 
@@ -250,4 +252,8 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, GenerationWarning, stacklevel=5)
+    """Warn at the line of the caller, outside of what it called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, GenerationWarning, stacklevel=level)

@@ -291,3 +291,14 @@ def test_the_layers_of_a_model_are_counted_by_kernel():
     kernels = {"int4 (CPU), 4-bit codes": 10, "int4 (CPU), 4-bit codes, with k_proj, v_proj": 5, "dense": 1}
     page = table.render(cpu_results(decode=[DecodeResult("tiny", "w4a16", "static", 1, ms=2.0, kernels=kernels)]))
     assert "| 15 int4 (CPU), 1 dense |" in page
+
+
+def test_generate_is_timed_on_a_cpu_as_the_loop_that_runs_there(monkeypatch):
+    """Both numbers are medians over the steps of a call: the rest of a call, and a pause in it, is not a step's."""
+    model = models.build("tiny", "dense", torch.float32, torch.device("cpu"))
+    seen = []
+    monkeypatch.setattr(decode.StepTimer, "step_ms", lambda self: seen.append(len(self.times)) or 7.0)
+    graph, dynamic = (decode.measure(model, mode, 1, 12) for mode in ("graph", "dynamic"))
+    assert graph["ms"] == dynamic["ms"] == 7.0
+    assert set(seen) == {12}
+    assert 0 < graph["first_ms"] < graph["warmup_s"] * 1e3 + 1e3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_what_cannot_be_captured_runs_in_transformers_loop_and_says_why(llama, s
         found = hf_optim.generate(llama, **inputs, max_new_tokens=6, mode="eager", **settings)
     expected, found = (each if torch.is_tensor(each) else each.sequences for each in (expected, found))
     assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "custom_generate"])
+def test_a_warning_names_the_line_of_the_caller(llama, direct):
+    ours = partial(hf_optim.generate, mode="eager")
+    call = partial(ours, llama) if direct else partial(llama.generate, custom_generate=ours)
+    with pytest.warns(hf_optim.GenerationWarning) as seen:
+        call(**prompt(llama, rows=1), max_new_tokens=3, num_beams=2)
+    assert [each.filename for each in seen if each.category is hf_optim.GenerationWarning] == [__file__]
 
 
 def test_a_cpu_runs_transformers_loop_without_a_warning(llama):
