@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codes import Codes, attend_to_codes, taking_codes
+
 # Free of the names of other backends, which transformers looks for in it.
 NAME = "hf_optim_decode"
 KERNEL = "hf_optim_kernels.decode_attention.op"
@@ -31,13 +33,15 @@ def decode_attention(
     Args:
         module: the attention layer.
         query: ``[B, H, Q, D]``.
-        key, value: ``[B, G, N, D]`` and ``[B, G, N, Dv]``, with the new tokens.
+        key, value: ``[B, G, N, D]`` and ``[B, G, N, Dv]``, with the new tokens; or the ``Codes`` of a quantized layer.
         attention_mask: bool ``[B, 1, Q, N]``. None: a single query attends everywhere, several as
             ``module.is_causal`` says.
         kwargs: ``scaling``, ``softcap`` and ``s_aux`` (sinks ``[H]``) are used.
 
     Returns the output ``[B, Q, H, Dv]``, and None. What the kernel does not take runs in ``sdpa``.
     """
+    if isinstance(key, Codes):
+        return attend_to_codes(module, query, key, attention_mask, **kwargs), None
     op = _KERNEL[0]
     positions = kwargs.get("position_bias") is not None
     if positions or op.unsupported(query, key, value, attention_mask) is not None:
@@ -117,7 +121,8 @@ def on_kernel(model: Any) -> Iterator[None]:
         for config, name in before:
             if name in REPLACED:
                 config._attn_implementation = NAME
-        yield
+        with taking_codes(model.config.get_text_config(decoder=True)._attn_implementation == NAME):
+            yield
     finally:
         for config, name in before:
             if name in REPLACED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from ..errors import ModelError
 from ..toolkit import compat
 from . import sessions
+from .attention import on_kernel
 from .capture import CaptureError, CaptureMemoryError, has_graphs
 from .inputs import most_positions, require_device, require_room
 from .loop import Decoding, WrongStep
+from .quantized_cache import reads_codes, with_wanted_cache
 from .reasons import why_stock
 from .session import DecodeSession
 
@@ -134,14 +137,16 @@ def _generate(
     assert input_ids is not None
     require_device(model, {"input_ids": input_ids, **kwargs})
     require_room(input_ids, criteria, kwargs)
+    kwargs = with_wanted_cache(model, kwargs)
 
     def stock() -> Any:
         loop = compat.decoding_method(model, config, assistant)
         extra = {"streamer": streamer, **({"assistant_model": assistant} if assistant is not None else {})}
-        return loop(
-            model, input_ids, logits_processor=processors, stopping_criteria=criteria, generation_config=config,
-            synced_gpus=synced_gpus, **extra, **kwargs,
-        )  # fmt: skip
+        with on_kernel(model) if reads_codes(model, kwargs) else nullcontext():
+            return loop(
+                model, input_ids, logits_processor=processors, stopping_criteria=criteria, generation_config=config,
+                synced_gpus=synced_gpus, **extra, **kwargs,
+            )  # fmt: skip
 
     device = input_ids.device
     if mode == "stock" or (mode == "auto" and not has_graphs(device)):

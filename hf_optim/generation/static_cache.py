@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from .quantized_cache import QuantizedLayer, StaticQuantizedLayer
+
 
 def unsupported_cache(cache: Any) -> str | None:
     """Return why the keys and values of a cache cannot be moved to fixed addresses; None if they can be."""
     if not isinstance(cache, Cache) or not cache.layers:
         return f"the model keeps its state in a {type(cache).__name__}, which has no layers of keys and values"
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer):
             return f"the cache has a {type(layer).__name__}, whose state cannot stay at one address"
     return None
 
@@ -38,6 +40,9 @@ class StaticKeyValues:
         self.length = length
         self._layers: list[Any] = []
         for given in source.layers:
+            if isinstance(given, QuantizedLayer):
+                self._layers.append(given.static(rows, length))
+                continue
             layer = StaticLayer(max_cache_len=length)
             if given.is_initialized:
                 keys, values = (t.new_zeros((rows, *t.shape[1:])) for t in (given.keys, given.values))
@@ -55,6 +60,9 @@ class StaticKeyValues:
         for layer, given in zip(self._layers, source.layers, strict=True):
             if not given.is_initialized:
                 continue
+            if isinstance(layer, StaticQuantizedLayer):
+                layer.load(given)
+                continue
             for mine, theirs in ((layer.keys, given.keys), (layer.values, given.values)):
                 kept = theirs.shape[-2]  # fewer than ``tokens`` under a sliding window
                 mine.zero_()
@@ -66,14 +74,19 @@ class StaticKeyValues:
     def set_tokens(self, tokens: int) -> None:
         """Set the number of tokens that the cache holds."""
         for layer in self._layers:
-            layer.cumulative_length.fill_(tokens)
+            if isinstance(layer, StaticQuantizedLayer):
+                layer.set_tokens(tokens)
+            else:
+                layer.cumulative_length.fill_(tokens)
 
     def append_to(self, target: Any, first: int, tokens: int) -> None:
         """Append the keys and values of positions ``first`` to ``tokens`` to the cache of the prefill."""
         if first >= tokens:
             return
         for index, (layer, theirs) in enumerate(zip(self._layers, target.layers, strict=True)):
-            if theirs.is_initialized:
+            if isinstance(layer, StaticQuantizedLayer):
+                layer.unload(theirs, tokens)
+            elif theirs.is_initialized:
                 rows = theirs.keys.shape[0]
                 keys, values = (t[:rows, :, first:tokens].clone() for t in (layer.keys, layer.values))
                 target.update(keys, values, index)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Tokens that share a word's place: the rows that a tensor core multiplies at once.
 SUB = 64
+# Slots of the tail that no token needs: steps that are tried, then taken back, write there.
+SPARE = 16
 # A scale is at least this, so that a vector of zeros has one.
 TINY = 2.0**-60
 # float8 e4m3: its largest number.
@@ -57,7 +59,7 @@ class Format(NamedTuple):
     @property
     def ring(self) -> int:
         """Tokens that fit into the tail: position ``t`` is in its slot ``t % ring``."""
-        return self.residual + self.step
+        return self.residual + self.step + SPARE
 
     @property
     def offset(self) -> int:
@@ -120,14 +122,6 @@ def allocate(fmt: Format, key: Tensor, value: Tensor, tokens: int) -> Store:
         zeros(tiles, dv, fmt.sub, dtype=torch.int16), zeros(kept), zero_points(kept),
         zeros(fmt.ring, key.shape[-1], dtype=key.dtype), zeros(fmt.ring, value.shape[-1], dtype=value.dtype),
     )  # fmt: skip
-
-
-def bytes_per_token(fmt: Format, key_dim: int, value_dim: int) -> float:
-    """Return the bytes of a quantized token of one head: codes, scales and zero points of K and V."""
-    d, dv = padded(key_dim), padded(value_dim)
-    numbers = 4 if fmt.symmetric else 8
-    keys = numbers if fmt.per_token else numbers * d / fmt.group
-    return (d + dv) * fmt.bits / 8 + keys + numbers
 
 
 def capacity(store: Store, fmt: Format) -> int:

@@ -97,25 +97,24 @@ def _add_values(
     return tl.dot(v, p.to(v.dtype), acc, input_precision="ieee"), total, extra
 
 
-@triton.jit(do_not_specialize=["N", "NEW"])
+@triton.jit(do_not_specialize=["N", "NEW", "m_b", "m_n"])
 def _attend_kernel(
     query, state, key_words, key_scale, key_zero, value_words, value_scale, value_zero, tail_keys, tail_values, mask,
     sinks, part, sums, scale, softcap, H, G, D, DV, N, TILES, WIDTH, NEW, q_b, q_h, q_n, m_b, m_n,
     GROUP: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, SUB: tl.constexpr,
     PER: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, PER_TOKEN: tl.constexpr, KGROUP: tl.constexpr,
-    STEP: tl.constexpr, RESIDUAL: tl.constexpr, ZEROS: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
+    STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr, ZEROS: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
     TAIL_MATH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or the tail; rows are heads times queries.
 
-    ``state`` int32 [2]: tokens before the ``NEW`` ones, and tokens with codes then. ``scale`` includes log2(e).
+    ``state`` int32 [3]: tokens before the ``NEW`` ones, and tokens with codes then. ``scale`` includes log2(e).
     ``part`` [SPLIT + 1, B Q H, DV] float32, ``sums`` [SPLIT + 1, B Q H, 2].
     """
     piece, pair = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     TILE: tl.constexpr = PER * SUB
-    RING: tl.constexpr = RESIDUAL + STEP
     tokens = tl.minimum(tl.load(state) + NEW, N)
     coded = tl.maximum(tl.load(state + 1), tl.maximum((tokens - RESIDUAL) // STEP * STEP, 0))
     rows = tl.arange(0, ROWS)
@@ -281,14 +280,17 @@ def _append_kernel(
     key, value, state, key_words, key_scale, key_zero, value_words, value_scale, value_zero, tail_keys, tail_values,
     G, D, DV, TILES, NEW, k_b, k_h, k_n, v_b, v_h, v_n,
     DP: tl.constexpr, DVP: tl.constexpr, SUB: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr,
-    FLOAT8: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr, RESIDUAL: tl.constexpr, ZEROS: tl.constexpr,
+    FLOAT8: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """Write ``NEW`` tokens of one row and head into the tail, and quantize the steps that are then due."""
+    """Write ``NEW`` tokens of one row and head into the tail, and quantize the steps that are then due.
+
+    ``state`` int32 [3]: tokens, tokens with codes, and programs that are done: the last one writes the new counts.
+    """
     pair = tl.program_id(0)
     b, g = (pair // G).to(tl.int64), pair % G
     pair_at = pair.to(tl.int64)
     TILE: tl.constexpr = PER * SUB
-    RING: tl.constexpr = RESIDUAL + STEP
     OFFSET: tl.constexpr = 1 << (BITS - 1)
     tokens, coded = tl.load(state), tl.load(state + 1)
     d, dv, row = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, SUB)
@@ -346,3 +348,8 @@ def _append_kernel(
                     tl.store(value_zero + pair_at * TILES * TILE + t, low_v + OFFSET * scale_v)
                 tl.debug_barrier()  # the next sub-block may share its words
             coded += STEP
+    # Every program has read the state by then.
+    if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
+        tl.store(state, tokens + NEW)
+        tl.store(state + 1, coded)
+        tl.store(state + 2, 0)

@@ -39,7 +39,7 @@ def attend(
     query: Tensor, state: Tensor, new: int, longest: int, store: Store, fmt: Format, mask: Tensor | None,
     sinks: Tensor | None, scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """Return ``naive.attend`` for the tokens that ``state`` [2] int32 counts plus ``new``; ``longest`` bounds them."""
+    """Return ``naive.attend`` for the tokens that ``state`` [3] int32 counts plus ``new``; ``longest`` bounds them."""
     B, H, Q, D = query.shape
     G, DV = store.tail_keys.shape[1], store.tail_values.shape[3]
     out = query.new_empty((B, Q, H, DV))
@@ -48,11 +48,11 @@ def attend(
     group = H // G
     rows = max(16, triton.next_power_of_2(group * Q))
     dp, dvp = padded(D), padded(DV)
+    # By the room of the store, not by its tokens: a kernel is compiled for a number of pieces.
     tiles = store.key_words.shape[2]
-    used = max(1, min(tiles, -(-longest // fmt.tile)))
-    split = pieces(B * G, used, fmt.tile, _processors(query.device))
-    width = triton.cdiv(used, split)
-    split = triton.cdiv(used, width)
+    split = pieces(B * G, tiles, fmt.tile, _processors(query.device))
+    width = triton.cdiv(tiles, split)
+    split = triton.cdiv(tiles, width)
     size = B * Q * H
     part = torch.empty((split + 1, size, DV), dtype=torch.float32, device=query.device)
     sums = torch.empty((split + 1, size, 2), dtype=torch.float32, device=query.device)
@@ -63,7 +63,7 @@ def attend(
     constants = {
         "GROUP": group, "Q": Q, "ROWS": rows, "DP": dp, "DVP": dvp, "SUB": fmt.sub, "PER": fmt.per_word,
         "BITS": fmt.bits, "FLOAT8": fmt.float8, "PER_TOKEN": fmt.per_token, "KGROUP": fmt.group, "STEP": fmt.step,
-        "RESIDUAL": fmt.residual, "ZEROS": not fmt.symmetric, "PIECE": triton.next_power_of_2(width * fmt.tile),
+        "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric, "PIECE": triton.next_power_of_2(width * fmt.tile),
         "SPLIT": split, "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": math_type, "TAIL_MATH": tail["MATH"], "ASM": tail["ASM"],
     }  # fmt: skip
@@ -72,8 +72,8 @@ def attend(
         query, state, *store, query if masks is None else masks, query if sinks is None else sinks, part, sums
     )  # fmt: skip
     fixed = (H, G, D, DV)
-    strides = (*query.stride()[:3], m_b, m_n)
-    numbers = (*fixed, longest, tiles, width, new, *strides)
+    strides = query.stride()[:3]
+    numbers = (*fixed, longest, tiles, width, new, *strides, m_b, m_n)
     stages = 3 if max(dp, dvp) <= 128 else 2
     key = (
         *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, tiles, width, strides,
@@ -95,7 +95,7 @@ def attend(
 
 
 def append(store: Store, fmt: Format, state: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write the tokens of ``key`` and ``value`` after those that ``state`` [2] int32 counts; it is not changed."""
+    """Write the tokens of ``key`` and ``value`` after those that ``state`` [3] int32 counts, and count them."""
     B, G, T, D = key.shape
     DV = value.shape[3]
     if key.numel() == 0:
@@ -103,7 +103,7 @@ def append(store: Store, fmt: Format, state: Tensor, key: Tensor, value: Tensor)
     constants = {
         "DP": padded(D), "DVP": padded(DV), "SUB": fmt.sub, "PER": fmt.per_word, "BITS": fmt.bits,
         "FLOAT8": fmt.float8, "PER_TOKEN": fmt.per_token, "STEP": fmt.step, "RESIDUAL": fmt.residual,
-        "ZEROS": not fmt.symmetric,
+        "RING": fmt.ring, "ZEROS": not fmt.symmetric,
     }  # fmt: skip
     given = (key, value, state, *store)
     tiles = store.key_words.shape[2]

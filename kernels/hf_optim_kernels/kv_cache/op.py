@@ -33,18 +33,19 @@ def unsupported(query: Tensor, heads: int, mask: Tensor | None) -> str | None:
 @torch.library.custom_op(
     "hf_optim::kv_append",
     mutates_args=(
-        "key_words", "key_scale", "key_zero", "value_words", "value_scale", "value_zero", "tail_keys", "tail_values"
+        "state", "key_words", "key_scale", "key_zero", "value_words", "value_scale", "value_zero", "tail_keys",
+        "tail_values",
     ),
 )  # fmt: skip
 def kv_append(
     key: Tensor, value: Tensor, state: Tensor, fmt: list[int], key_words: Tensor, key_scale: Tensor, key_zero: Tensor,
     value_words: Tensor, value_scale: Tensor, value_zero: Tensor, tail_keys: Tensor, tail_values: Tensor,
 ) -> None:  # fmt: skip
-    """Write tokens after those that ``state`` (int32 ``[2]``: tokens, tokens with codes) counts.
+    """Write tokens after those that ``state`` counts, and count them.
 
     Args:
         key, value: ``[B, G, T, D]`` and ``[B, G, T, Dv]``.
-        state: is not changed.
+        state: int32 ``[3]``: tokens, tokens with codes, and 0.
         fmt: the fields of ``Format``; the rest are those of ``Store``, with room for the tokens.
     """
     layout = _format(fmt)
@@ -57,8 +58,9 @@ def kv_append(
         key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
         launch.append(store, layout, state, key, value)
     else:
-        tokens, quantized = state.tolist()
-        naive.append(store, layout, tokens, quantized, key, value)
+        tokens, quantized, _ = state.tolist()
+        state[1] = naive.append(store, layout, tokens, quantized, key, value)
+        state[0] = tokens + key.shape[2]
 
 
 @kv_append.register_fake
@@ -75,7 +77,7 @@ def kv_attend(
     """Return the attention ``[B, Q, H, Dv]`` of ``query`` to a store; arguments as of ``naive.attend``.
 
     Args:
-        state: int32 ``[2]``, the tokens before the ``new`` ones, and those with codes then.
+        state: int32 ``[3]``, the tokens before the ``new`` ones, and those with codes then.
         longest: the most tokens that there can be; ``mask`` has as many columns, or more.
     """
     layout = _format(fmt)
@@ -88,7 +90,7 @@ def kv_attend(
         query = query if query.stride(-1) == 1 else query.contiguous()
         mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
         return launch.attend(query, state, new, longest, store, layout, mask, sinks, scale, softcap)
-    tokens, quantized = state.tolist()
+    tokens, quantized, _ = state.tolist()
     tokens += new
     return naive.attend(
         query, store, layout, tokens, layout.quantized(tokens, quantized), mask, sinks, scale, softcap
