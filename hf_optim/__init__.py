@@ -53,6 +53,9 @@ _HOMES = {
     "merge_adapters": "training.peft",
     "generate": "generation.door",
     "GenerationWarning": "generation.door",
+    "key_value_cache": "generation.quantized_cache",
+    "KeyValueScheme": "toolkit.quantization",
+    "cache_size": "toolkit.quantization",
     "disable_progress_bars": "runs.progress",
     "enable_progress_bars": "runs.progress",
 }
@@ -96,6 +99,7 @@ if TYPE_CHECKING:
     from .evaluation.cards.card import Card as Card
     from .generation.door import GenerationWarning as GenerationWarning
     from .generation.door import generate as generate
+    from .generation.quantized_cache import key_value_cache as key_value_cache
     from .lifecycle.loading import optimize as optimize
     from .lifecycle.quantization_argument import OptimQuantizationConfig as OptimQuantizationConfig
     from .lifecycle.stages import advance as advance
@@ -117,6 +121,8 @@ if TYPE_CHECKING:
     from .runs.run import Run as Run
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
+    from .toolkit.quantization import KeyValueScheme as KeyValueScheme
+    from .toolkit.quantization import cache_size as cache_size
     from .training.peft import merge_adapters as merge_adapters
     from .training.pruning_rounds import Rounds as Rounds
     from .training.rounds_callback import RoundTraining as RoundTraining

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import ModelError
 from ..toolkit.compat import CACHE
-from ..toolkit.quantization.key_values import KeyValueScheme, cache_layers, scheme_of
+from ..toolkit.quantization import KeyValueScheme, cache_layers, scheme_of
 from .codes import Codes, attention_takes_codes
 
 PACKAGE = "hf_optim_kernels.kv_cache"

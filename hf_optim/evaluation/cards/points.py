@@ -10,7 +10,7 @@ from ..reported import ReportedMetric, is_number
 
 OTHER, SEVERAL = "other", "several families"
 # In the order of their marks and colours, which are the same in all plots.
-FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention", SEVERAL, OTHER)
+FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention", "runtime", SEVERAL, OTHER)
 ORIGINAL = "original"
 # Of numbers that an axis can show.
 LARGEST = 1e15

@@ -1,15 +1,24 @@
 """Grids, codebooks, Hessian-based rounding and fake quantization."""
 
 from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant
+from .cache_size import CacheLayer, CacheSize, cache_layers, cache_size
 from .grids import Grid, GridSpec, fit_group_size, make_grid, qparams_from_range, round_codes
 from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .hessian import inverse_cholesky
+from .key_values import KeyValueScheme, scheme_of, set_scheme
 from .least_squares import output_error, reconstruct_weights
 from .obq_recursion import quantize_greedily
 from .ranges import ASYMMETRIC_INT8, ChannelMinMax, even_groups, group_qparams, optimal_groups, quantize_dequantize
 from .scales import storable_scale
 
 __all__ = [
+    "CacheLayer",
+    "CacheSize",
+    "KeyValueScheme",
+    "cache_layers",
+    "cache_size",
+    "scheme_of",
+    "set_scheme",
     "ASYMMETRIC_INT8",
     "ChannelMinMax",
     "Grid",

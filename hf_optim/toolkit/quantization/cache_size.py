@@ -1,0 +1,147 @@
+"""What a decoder keeps of each token, and the bytes of its key/value cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import ModelError
+from ...trust.bounds import first_line, shown
+from .key_values import KeyValueScheme
+
+# Heads with more channels are kept in full precision.
+WIDEST_HEAD = 256
+# Slots of the tail behind the residual tokens and the group that waits: a step that is tried writes there.
+SPARE_SLOTS = 16
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What one layer keeps of each token.
+
+    Attributes:
+        heads: of keys and values.
+        key_dim, value_dim: numbers of a head.
+        window: the most tokens that the layer attends to; None for all.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def takes(self, scheme: KeyValueScheme | None) -> bool:
+        """Return True if the layer is quantized: it attends to all tokens, with heads that the kernels take."""
+        return scheme is not None and self.window is None and max(self.key_dim, self.value_dim) <= WIDEST_HEAD
+
+
+def cache_layers(config: Any) -> list[CacheLayer]:
+    """Return the layers of a decoder's cache, from its configuration.
+
+    A layer that uses the keys and values of another is left out. Raises ``ModelError`` for encoder-decoders, for layers
+    with a recurrent state, and for multi-head latent attention, which keeps what keys and values are computed from.
+    """
+    from transformers import DynamicCache
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{config.model_type} has an encoder, whose keys and values are kept as well: not counted")
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise ModelError(f"{text.model_type} has multi-head latent attention, which keeps no keys and values of heads")
+    heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None)
+    width = getattr(text, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
+        raise ModelError(f"{text.model_type} does not say how many attention heads it has")
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "multi_query", False):
+        shared = 1
+    size = getattr(text, "head_dim", None) or width // heads
+    try:
+        kept = DynamicCache(config=text).layers
+    except Exception as error:  # whatever a value of the configuration led to
+        raise ModelError(f"transformers makes no cache for {text.model_type}: {first_line(error)}") from error
+    count = getattr(text, "num_hidden_layers", 0)
+    names = [type(layer).__name__ for layer in kept] or ["DynamicLayer"] * count
+    windows = [getattr(layer, "sliding_window", None) for layer in kept] or [None] * count
+    # Layers that reuse the cache of an earlier one (Gemma 3n) come last.
+    count -= int(getattr(text, "num_kv_shared_layers", 0) or 0)
+    found = []
+    for name, window in list(zip(names, windows, strict=True))[:count]:
+        if name == "DummyLayer":
+            continue
+        if name not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            raise ModelError(f"{text.model_type} keeps a {name}, not keys and values of tokens")
+        found.append(CacheLayer(shared, size, size, window if isinstance(window, int) else None))
+    if not found:
+        raise ModelError(f"{text.model_type} keeps no keys and values")
+    return found
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The bytes of a cache.
+
+    Attributes:
+        codes: of packed codes.
+        scales: of scales and zero points.
+        plain: of tokens in full precision: the tail, layers with a window, or all of it.
+    """
+
+    codes: int
+    scales: int
+    plain: int
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.codes + self.scales + self.plain
+
+
+def cache_size(
+    config: Any, batch: int, length: int, scheme: KeyValueScheme | None = None, dtype_bytes: int = 2
+) -> CacheSize:
+    """Return the bytes of the cache of ``batch`` sequences of ``length`` tokens.
+
+        16 bits:    batch * length * sum over layers of heads * (key_dim + value_dim) * 2
+
+    With a scheme, codes, float32 scales and zero points, and the buffer of the tail are counted; heads are stored with
+    a power of two of channels. Layers with a window keep its tokens, in full precision.
+
+    Args:
+        config: the configuration of a model, or a list of ``CacheLayer``.
+        batch, length: positive.
+        scheme: None for a cache that is not quantized.
+        dtype_bytes: of a number in full precision.
+
+    Raises ``ModelError`` as ``cache_layers`` does, and for sizes that are not positive.
+    """
+    for name, value in (("batch", batch), ("length", length), ("dtype_bytes", dtype_bytes)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**40:
+            raise ModelError(f"{name} must be a positive number, not {shown(value)}")
+    layers = config if isinstance(config, (list, tuple)) else cache_layers(config)
+    codes = scales = plain = 0
+    for layer in layers:
+        channels = layer.key_dim + layer.value_dim
+        if scheme is None or not layer.takes(scheme):
+            kept = length if layer.window is None else min(length, layer.window - 1)
+            plain += kept * layer.heads * channels * dtype_bytes
+            continue
+        tokens = scheme.quantized_tokens(length)
+        key, value = stored_channels(layer.key_dim), stored_channels(layer.value_dim)
+        codes += tokens * layer.heads * (key + value) * scheme.width // 8
+        numbers = 4 if scheme.is_symmetric else 8
+        per_key = tokens if scheme.keys == "token" else tokens // scheme.group * key
+        scales += numbers * layer.heads * (per_key + tokens)
+        plain += tail_slots(scheme) * layer.heads * channels * dtype_bytes
+    return CacheSize(batch * codes, batch * scales, batch * plain)
+
+
+def tail_slots(scheme: KeyValueScheme) -> int:
+    """Return the tokens that the buffer of the tail has room for."""
+    return scheme.residual + scheme.step + SPARE_SLOTS
+
+
+def stored_channels(channels: int) -> int:
+    """Return the channels that are stored for the codes of a head: a power of two, at least 16."""
+    return max(16, 2 ** math.ceil(math.log2(channels)))

@@ -1,0 +1,1 @@
+"""Techniques that change how a model runs, and none of its weights."""
