@@ -1,7 +1,7 @@
 """The settings of quantized keys and values, and where a model keeps them.
 
-A model's setting is the entry ``hf_optim_key_values`` of its configuration. It changes no weight, and stock transformers
-ignores it.
+A model's setting is the entry ``hf_optim_key_values`` of its configuration. It changes no weight, and stock
+transformers ignores it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class KeyValueScheme:
 
     Attributes:
         bits: 4, 8, or ``"float8"`` (e4m3).
-        keys: ``"channel"`` gives each channel of ``group`` consecutive tokens a scale (KIVI), ``"token"`` each token and
-            head. Values always have one for each token and head.
+        keys: ``"channel"`` gives each channel of ``group`` consecutive tokens a scale (KIVI), ``"token"`` each token
+            and head. Values always have one for each token and head.
         group: 32, 64 or 128 tokens.
         residual: the latest tokens that stay in full precision; up to ``group`` more wait until their group is full.
         symmetric: no zero points; None is False with 4 bits and True otherwise.

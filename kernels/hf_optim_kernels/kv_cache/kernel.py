@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.compute_type import FP16, FP32
+from ..common.compute_type import FP32
 from .numbers import float8_code, numbers, rounded
 
 NO_SCORE = tl.constexpr(float("-inf"))
@@ -103,8 +103,8 @@ def _attend_kernel(
     sinks, part, sums, scale, softcap, H, G, D, DV, N, TILES, WIDTH, NEW, q_b, q_h, q_n, m_b, m_n,
     GROUP: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, SUB: tl.constexpr,
     PER: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, PER_TOKEN: tl.constexpr, KGROUP: tl.constexpr,
-    STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr, ZEROS: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
+    STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr, ZEROS: tl.constexpr, PIECE: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
     TAIL_MATH: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or the tail; rows are heads times queries.
@@ -208,7 +208,7 @@ def _attend_kernel(
             key = tl.load(
                 late_keys + slot[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
             )
-            if TAIL_MATH == FP32:
+            if TAIL_MATH == FP32:  # noqa: SIM108
                 s = tl.dot(key.to(tl.float32), plain, input_precision="ieee")
             else:
                 s = tl.dot(key, plain)

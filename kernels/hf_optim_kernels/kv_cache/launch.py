@@ -16,7 +16,8 @@ from .kernel import _append_kernel, _attend_kernel
 
 # Programs per multiprocessor that keep the memory busy.
 WAVES = 4
-WARPS = 4
+# Warps of a program, and tiles whose loads are under way; fewer for wide heads.
+WARPS, STAGES, WIDE_STAGES = 4, 3, 2
 # The longest piece: its mask is read at once.
 LONGEST = 2048
 
@@ -63,8 +64,8 @@ def attend(
     constants = {
         "GROUP": group, "Q": Q, "ROWS": rows, "DP": dp, "DVP": dvp, "SUB": fmt.sub, "PER": fmt.per_word,
         "BITS": fmt.bits, "FLOAT8": fmt.float8, "PER_TOKEN": fmt.per_token, "KGROUP": fmt.group, "STEP": fmt.step,
-        "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric, "PIECE": triton.next_power_of_2(width * fmt.tile),
-        "SPLIT": split, "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
+        "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric,
+        "PIECE": triton.next_power_of_2(width * fmt.tile), "SPLIT": split, "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": math_type, "TAIL_MATH": tail["MATH"], "ASM": tail["ASM"],
     }  # fmt: skip
     log2e = math.log2(math.e)
@@ -74,7 +75,7 @@ def attend(
     fixed = (H, G, D, DV)
     strides = query.stride()[:3]
     numbers = (*fixed, longest, tiles, width, new, *strides, m_b, m_n)
-    stages = 3 if max(dp, dvp) <= 128 else 2
+    stages = STAGES if max(dp, dvp) <= 128 else WIDE_STAGES
     key = (
         *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, tiles, width, strides,
         *constants.values(), stages,
@@ -83,13 +84,12 @@ def attend(
         _attend_kernel, (split + 1, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
         num_warps=WARPS, num_stages=stages, key=key,
     )  # fmt: skip
-    combine = {
-        "SPLIT": split + 1, "SPLITS": triton.next_power_of_2(split + 1), "STEP": 16,
-        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
-    }  # fmt: skip
+    splits = triton.next_power_of_2(split + 1)
+    block_dv = max(16, triton.next_power_of_2(DV))
+    combine = {"SPLITS": splits, "STEP": min(splits, max(1, 4096 // block_dv)), "BLOCK_DV": block_dv}
     launch(
-        _combine_kernel, (size, 1, 1), (part, sums, out, size, DV), combine, num_warps=2, num_stages=2,
-        key=(out.dtype, is_aligned(out), size, DV, *combine.values()),
+        _combine_kernel, (size, 1, 1), (part, sums, out, size, split + 1, DV), combine, num_warps=4, num_stages=2,
+        key=(out.dtype, is_aligned(out), size, split, DV, *combine.values()),
     )  # fmt: skip
     return out
 

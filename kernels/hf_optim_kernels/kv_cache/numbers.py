@@ -70,7 +70,7 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
             else:
                 out = _run(words, NIBBLE_3)
         elif FLOAT8:
-            if PLACE == 0:
+            if PLACE == 0:  # noqa: SIM108
                 out = _run(words, FLOAT8_0)
             else:
                 out = _run(words, FLOAT8_1)

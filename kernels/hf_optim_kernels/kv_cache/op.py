@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ..common.support import can_run_triton
-from ..decode_attention.op import DTYPES, MOST_ROWS
+from ..decode_attention.op import DTYPES
 from . import naive
 from .format import Format, Store
+
+# The most rows of a program: heads of a group times new tokens.
+MOST_ROWS = 64
 
 
 def unsupported(query: Tensor, heads: int, mask: Tensor | None) -> str | None:

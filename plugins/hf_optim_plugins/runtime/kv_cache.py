@@ -97,11 +97,11 @@ class KVCache(Technique):
         scales = f"each channel of {self.group} tokens" if self.keys == "channel" else "each token and head"
         card.paragraph(
             "Key/value cache",
-            f"In `hf_optim.generate`, the keys and values of {metrics['layers_quantized']} of {metrics['layers']} layers "
-            f"are kept in {bits}, with a scale for {scales} of the keys, and for each token and head of the values; the "
-            f"latest {self.residual} tokens are in full precision. At {metrics['context']} tokens of context, a sequence "
-            f"takes {metrics['bytes_after']} bytes instead of {metrics['bytes_before']} in 16 bits. The weights are those "
-            "of the steps before, and transformers' own `generate` uses its ordinary cache.",
+            f"In `hf_optim.generate`, the keys and values of {metrics['layers_quantized']} of {metrics['layers']} "
+            f"layers are kept in {bits}, with a scale for {scales} of the keys, and for each token and head of the "
+            f"values; the latest {self.residual} tokens are in full precision. At {metrics['context']} tokens of "
+            f"context, a sequence takes {metrics['bytes_after']} bytes instead of {metrics['bytes_before']} in 16 bits. "
+            "The step changes no weight, and transformers' own `generate` has its ordinary cache.",
         )
 
 
