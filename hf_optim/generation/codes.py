@@ -65,7 +65,7 @@ def attend_to_codes(module: Any, query: Tensor, codes: Codes, mask: Tensor | Non
             return attended
         if softcap or sinks is not None:  # sdpa has neither
             plain = importlib.import_module(SPECIFICATION).decode_attention
-            attended = plain(query, *layer.decoded(), mask, sinks, scale, softcap)
+            attended = plain(query, *layer.decoded(), mask, None, sinks, scale, softcap)
             return attended
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

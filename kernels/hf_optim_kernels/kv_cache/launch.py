@@ -17,7 +17,8 @@ from .kernel import _append_kernel, _attend_kernel
 # Programs per multiprocessor that keep the memory busy.
 WAVES = 4
 # Warps of a program, and tiles whose loads are under way; fewer for wide heads.
-WARPS, STAGES, WIDE_STAGES = 4, 3, 2
+WARPS, STAGES = 4, 3
+WIDE_WARPS, WIDE_STAGES = 8, 2
 # The longest piece: its mask is read at once.
 LONGEST = 2048
 
@@ -65,8 +66,9 @@ def attend(
         "GROUP": group, "Q": Q, "ROWS": rows, "DP": dp, "DVP": dvp, "SUB": fmt.sub, "PER": fmt.per_word,
         "BITS": fmt.bits, "FLOAT8": fmt.float8, "PER_TOKEN": fmt.per_token, "KGROUP": fmt.group, "STEP": fmt.step,
         "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric,
-        "PIECE": triton.next_power_of_2(width * fmt.tile), "SPLIT": split, "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
-        "MATH": math_type, "TAIL_MATH": tail["MATH"], "ASM": tail["ASM"],
+        "PIECE": triton.next_power_of_2(width * fmt.tile), "SPLIT": split, "HAS_MASK": mask is not None,
+        "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap), "MATH": math_type, "TAIL_MATH": tail["MATH"],
+        "ASM": tail["ASM"],
     }  # fmt: skip
     log2e = math.log2(math.e)
     given = (
@@ -75,14 +77,15 @@ def attend(
     fixed = (H, G, D, DV)
     strides = query.stride()[:3]
     numbers = (*fixed, longest, tiles, width, new, *strides, m_b, m_n)
-    stages = STAGES if max(dp, dvp) <= 128 else WIDE_STAGES
+    wide = max(dp, dvp) > 128
+    warps, stages = (WIDE_WARPS, WIDE_STAGES) if wide else (WARPS, STAGES)
     key = (
         *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, tiles, width, strides,
-        *constants.values(), stages,
+        *constants.values(), warps, stages,
     )  # fmt: skip
     launch(
         _attend_kernel, (split + 1, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=WARPS, num_stages=stages, key=key,
+        num_warps=warps, num_stages=stages, key=key,
     )  # fmt: skip
     splits = triton.next_power_of_2(split + 1)
     block_dv = max(16, triton.next_power_of_2(DV))

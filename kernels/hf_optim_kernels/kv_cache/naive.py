@@ -167,7 +167,7 @@ def attend(
     """
     key, value = read(store, fmt, tokens, quantized)
     mask = mask if mask is None else mask[..., :tokens]
-    return dense.decode_attention(query, key, value, mask, sinks, scale, softcap)
+    return dense.decode_attention(query, key, value, mask, None, sinks, scale, softcap)
 
 
 __all__ = ["append", "attend", "codes_of", "decode", "padded", "quantize", "read", "write"]

@@ -100,8 +100,8 @@ class KVCache(Technique):
             f"In `hf_optim.generate`, the keys and values of {metrics['layers_quantized']} of {metrics['layers']} "
             f"layers are kept in {bits}, with a scale for {scales} of the keys, and for each token and head of the "
             f"values; the latest {self.residual} tokens are in full precision. At {metrics['context']} tokens of "
-            f"context, a sequence takes {metrics['bytes_after']} bytes instead of {metrics['bytes_before']} in 16 bits. "
-            "The step changes no weight, and transformers' own `generate` has its ordinary cache.",
+            f"context, a sequence takes {metrics['bytes_after']} bytes instead of {metrics['bytes_before']} in 16 "
+            "bits. The step changes no weight, and transformers' own `generate` has its ordinary cache.",
         )
 
 
