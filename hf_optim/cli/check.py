@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingRecipe, OptimError, RecipeError, cli_message
+from ..evaluation.cache_sizes import cache_report, parse_batch_length, scheme_of_steps
 from ..recipes.config import OptimConfig
 from ..recipes.traits import FLOAT_WEIGHTS
 from .options import (
@@ -41,6 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", metavar="DATA", help="training data (default: the calibration data)")
     parser.add_argument("--dense", action="store_true", help="check for `compress --dense`")
     parser.add_argument("--time", action="store_true", help="with --model, measure how long the recipe takes")
+    parser.add_argument(
+        "--kv", metavar="BATCHxLENGTH", help="with --model, the bytes of the key/value cache of so many sequences"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_driver_options(parser)
     add_data_options(parser, "default: 128 for calibration, all with --train")
@@ -50,6 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.time and args.model is None:
         raise RecipeError("--time measures on a model: give --model too")
+    if args.kv is not None and args.model is None:
+        raise RecipeError("--kv counts the cache of a model: give --model too")
+    size = None if args.kv is None else parse_batch_length(args.kv)
     try:
         recipe = recipe_from_args(args, OptimConfig.parse(args.recipe))
         plan = None if args.model is None else _plan(args, recipe)
@@ -63,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
         report = examine(recipe, plan)
     except OptimError as error:
         return _refuse(error, args.json)
+    if plan is not None and size is not None:
+        scheme, weights = scheme_of_steps(recipe.steps), report["model"]["bytes_before"]
+        report["kv"] = cache_report(plan.source.config, *size, scheme, weights)
     if plan is not None and args.time:
         from .jobs.stage_times import measure_time
 
@@ -165,6 +175,9 @@ def _print(report: dict[str, Any]) -> None:
         print_table(("estimate", "value"), list(report["model"]["readable"].items()))
         for note in report["notes"]:
             print_line(note)
+    if "kv" in report:
+        print()
+        print_table(("key/value cache", "bytes"), list(report["kv"]["readable"].items()))
     if "time" in report:
         print()
         print_table(("time", "value"), list(report["time"]["readable"].items()))

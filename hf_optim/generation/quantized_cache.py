@@ -281,8 +281,15 @@ class StaticQuantizedLayer(_Quantized, StaticLayer):
         pass  # set by the constructor of the base class
 
     def load(self, source: QuantizedLayer) -> None:
-        """Copy the codes and the tail of a layer; rows beyond its own get its first row."""
+        """Copy the codes and the tail of a layer; rows beyond its own get its first row.
+
+        Raises ``ModelError`` if the layer does not fit.
+        """
         rows = source.store.tail_keys.shape[0]
+        if source.tokens > self.longest or rows > self.batch_size:
+            raise ModelError(
+                f"a cache of {rows} x {source.tokens} tokens does not fit in one for {self.batch_size} x {self.longest}"
+            )
         for mine, theirs in zip(self.store, source.store, strict=True):
             if mine.dim() > 2:
                 kept = min(mine.shape[2], theirs.shape[2])

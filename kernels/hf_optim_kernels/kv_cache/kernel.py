@@ -234,7 +234,8 @@ def _attend_kernel(
     if ZEROS:
         acc += tl.sum(extra, axis=0)[None, :]
     if HAS_SINKS:
-        weight += tl.where(sink_top == float("-inf"), 0.0, tl.exp2(sink_top - top))
+        taken = sink_top > float("-inf")
+        weight += tl.where(taken, tl.exp2(tl.where(taken, sink_top, 0.0) - tl.where(taken, top, 0.0)), 0.0)
     at = (b * Q + token) * H + head
     where = at[None, :].to(tl.int64) * DV + dv[:, None]
     size = (tl.num_programs(1) // G).to(tl.int64) * Q * H
