@@ -271,8 +271,8 @@ class StaticQuantizedLayer(_Quantized, StaticLayer):
             torch._dynamo.mark_static_address(each)
         self.is_initialized = True
 
-    @property
-    def cumulative_length(self) -> Tensor:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def cumulative_length(self) -> Tensor:
         """The tokens in it, on the device."""
         return self.state[0] if self.is_initialized else torch.zeros((), dtype=torch.int32)
 

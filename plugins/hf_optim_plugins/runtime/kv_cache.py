@@ -54,7 +54,7 @@ class KVCache(Technique):
 
     @classmethod
     def for_testing(cls) -> KVCache:
-        return cls(bits=4, group=32, residual=0)
+        return cls(bits=4, keys="channel", group=32, residual=0)
 
     @property
     def scheme(self) -> KeyValueScheme:
