@@ -201,7 +201,8 @@ def _attend_kernel(
             sink_top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
             top = sink_top
         late_keys, late_values = tail_keys + pair_at * RING * D, tail_values + pair_at * RING * DV
-        for start in range(coded, tokens, SUB):
+        # Not pipelined: the tail is short, and its buffers would take the room of those of the codes.
+        for start in tl.range(coded, tokens, SUB, num_stages=1):
             t = start + first_row
             inside = t < tokens
             slot = t % RING
@@ -349,7 +350,8 @@ def _append_kernel(
                     tl.store(value_zero + pair_at * TILES * TILE + t, low_v + OFFSET * scale_v)
                 tl.debug_barrier()  # the next sub-block may share its words
             coded += STEP
-    # Every program has read the state by then.
+    # Every program, and every warp of it, has read the state by then.
+    tl.debug_barrier()
     if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
         tl.store(state, tokens + NEW)
         tl.store(state + 1, coded)
