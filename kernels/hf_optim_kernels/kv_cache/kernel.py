@@ -2,12 +2,12 @@
 
 Attention is split over pieces of the cache, as in ``decode_attention``; the last piece is the tail in full precision.
 Tokens are the rows of the tensor cores' left operand, so that codes are decoded in the registers where they are
-multiplied. No code is scaled: the scale of a channel of the keys multiplies the query of its group of tokens, its zero
-point is one more product, and the scale of a token's values is part of the exponent of its weight,
+multiplied. The scale and zero point of a channel of the keys are one more instruction for two codes there; those of a
+token multiply its score, and the scale of its values is part of the exponent of its weight,
 
     p[t] = 2^(s[t] + log2 scale[t] - top),    sum_t p[t] code[t] / sum_t (p[t] / scale[t]).
 
-Queries are divided by their largest channel, so that float16 holds them times any scale.
+Queries are divided by their largest channel, so that float16 holds them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common.compute_type import FP32
-from .numbers import float8_code, numbers, rounded
+from ..common.compute_type import FP16, FP32
+from .numbers import float8_code, multiply, multiply_add, numbers, rounded
 
 NO_SCORE = tl.constexpr(float("-inf"))
 
@@ -59,20 +59,18 @@ def _sub_scores(
     inside = t < end
     UNIT: tl.constexpr = 256.0 if FLOAT8 else 1.0
     if PER_TOKEN:
-        s = tl.dot(k, q.to(k.dtype), input_precision="ieee")
+        s = tl.dot(k, q, input_precision="ieee")
         s *= tl.load(scales + t, mask=inside, other=0.0)[:, None] * UNIT
         if ZEROS:
             s += tl.load(zeros + t, mask=inside, other=0.0)[:, None] * sums
     else:
         group = at // KGROUP
-        scaled = (q * (tl.load(scales + group * DP + d) * UNIT)[:, None]).to(k.dtype)
+        factor = (tl.load(scales + group * DP + d) * UNIT).to(k.dtype)
         if ZEROS:
-            shifted = (q * tl.load(zeros + group * DP + d)[:, None]).to(k.dtype)
-            # A product with ones leaves the sums where they are needed.
-            s = tl.dot(tl.full([SUB, DP], 1.0, k.dtype), shifted, input_precision="ieee")
-            s = tl.dot(k, scaled, s, input_precision="ieee")
+            k = multiply_add(k, factor, tl.load(zeros + group * DP + d).to(k.dtype), ASM)
         else:
-            s = tl.dot(k, scaled, input_precision="ieee")
+            k = multiply(k, factor, ASM)
+        s = tl.dot(k, q, input_precision="ieee")
     s = _capped(s * row_scale[None, :], softcap, HAS_CAP)
     s += tl.log2(tl.load(value_scale + t, mask=inside, other=1.0) * UNIT)[:, None]
     return tl.where(_allowed(mask, t, end, token, real, m_n, Q, HAS_MASK), s, NO_SCORE)
@@ -137,6 +135,9 @@ def _attend_kernel(
         largest = tl.max(tl.abs(wide), axis=0)
         largest = tl.where(largest == 0.0, 1.0, largest)
         wide = wide / largest[None, :]
+        # One operand of shared memory for all tiles. (One for each group, the query times its scales, gave wrong code on
+        # Triton 3.6: its assembler lost the address that it shares with the weights.)
+        operand = wide.to(tl.float16) if MATH == FP16 else wide
         row_scale = largest * scale
         first = piece * WIDTH * TILE
         end = tl.minimum(first + WIDTH * TILE, coded)
@@ -163,18 +164,18 @@ def _attend_kernel(
         for tile in range(first // TILE, (last + TILE - 1) // TILE):
             k = tl.load(keys + tile * SUB * DP)
             v = tl.load(values + tile * SUB * DVP)
-            s0 = _sub_scores(k, 0, tile, wide, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
+            s0 = _sub_scores(k, 0, tile, operand, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
                              token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP, ZEROS,
                              HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
-            s1 = _sub_scores(k, 1, tile, wide, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
+            s1 = _sub_scores(k, 1, tile, operand, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
                              token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP, ZEROS,
                              HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
             highest = tl.maximum(s0, s1)
             if PER == 4:
-                s2 = _sub_scores(k, 2, tile, wide, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
+                s2 = _sub_scores(k, 2, tile, operand, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
                                  end, token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP,
                                  ZEROS, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
-                s3 = _sub_scores(k, 3, tile, wide, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
+                s3 = _sub_scores(k, 3, tile, operand, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
                                  end, token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP,
                                  ZEROS, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
                 highest = tl.maximum(highest, tl.maximum(s2, s3))

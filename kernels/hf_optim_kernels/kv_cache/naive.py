@@ -24,7 +24,7 @@ def quantize(x: Tensor, dim: int | tuple[int, ...], fmt: Format) -> tuple[Tensor
     x = x.float()
     if fmt.float8 or fmt.symmetric:
         largest = FLOAT8_MAX if fmt.float8 else fmt.offset - 1
-        scale = (x.abs().amax(dim, keepdim=True) / largest).clamp_min(TINY)
+        scale = _divided(x.abs().amax(dim, keepdim=True), largest).clamp_min(TINY)
         zero = torch.zeros_like(scale)
         if fmt.float8:
             numbers = (x / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
@@ -32,9 +32,14 @@ def quantize(x: Tensor, dim: int | tuple[int, ...], fmt: Format) -> tuple[Tensor
         return (x / scale).round().clamp(-largest, largest).int() + fmt.offset, scale, zero
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     levels = (1 << fmt.bits) - 1
-    scale = ((high - low) / levels).clamp_min(TINY)
+    scale = _divided(high - low, levels).clamp_min(TINY)
     codes = ((x - low) / scale).round().clamp(0, levels).int()
     return codes, scale, low + fmt.offset * scale
+
+
+def _divided(x: Tensor, by: float) -> Tensor:
+    # By a tensor: on CUDA, PyTorch multiplies by the reciprocal of a number, which rounds otherwise.
+    return x / torch.full_like(x, by)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -> Tensor:

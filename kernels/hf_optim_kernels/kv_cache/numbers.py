@@ -90,6 +90,34 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
 
 
 @triton.jit
+def multiply(numbers_, factor, ASM: tl.constexpr):
+    """Return numbers [SUB, DP] times one factor for each column, in their dtype."""
+    factors = tl.broadcast_to(factor[None, :], numbers_.shape)
+    if ASM:
+        out = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [numbers_, factors], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        out = numbers_ * factors
+    return out
+
+
+@triton.jit
+def multiply_add(numbers_, factor, term, ASM: tl.constexpr):
+    """Return numbers [SUB, DP] times a factor plus a term for each column, in their dtype."""
+    factors = tl.broadcast_to(factor[None, :], numbers_.shape)
+    terms = tl.broadcast_to(term[None, :], numbers_.shape)
+    if ASM:
+        out = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [numbers_, factors, terms], dtype=tl.float16, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    else:
+        out = numbers_ * factors + terms
+    return out
+
+
+@triton.jit
 def rounded(x):
     """Return ``x`` rounded to a whole number, ties to even, for magnitudes below 2^22."""
     return (x + 12582912.0) - 12582912.0
