@@ -17,13 +17,14 @@ from hf_optim_kernels.llm_int8 import layer, naive, op, tiles
 DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
 GROUPED = {
     "KERNEL": "grouped", "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 8, "FLATTEN": 0, "PREPARED": 0,
-    "num_warps": 4, "num_stages": 2,
+    "num_warps": 4, "num_stages": 2, "PARTS": 1,
 }  # fmt: skip
 CONFIGS = [
     DECODE,
     DECODE | {"SPLIT": 3},
     DECODE | {"SPLIT": 2, "PREQUANT": 1},
     GROUPED,
+    GROUPED | {"PARTS": 3},
     GROUPED | {"KERNEL": "persistent", "PREPARED": 1},
 ]
 

@@ -19,13 +19,14 @@ GRIDS = [(False, True), (False, False), (True, True)]  # float8, symmetric
 DECODE = {"BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, "PREQUANT": 0}
 GROUPED = {
     "KERNEL": "grouped", "BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 8, "HALVES": 0, "FLATTEN": 0,
-    "num_warps": 4, "num_stages": 2,
+    "num_warps": 4, "num_stages": 2, "PARTS": 1,
 }  # fmt: skip
 CONFIGS = [
     DECODE,
     DECODE | {"SPLIT": 3},
     DECODE | {"PREQUANT": 1, "SPLIT": 2},
     GROUPED,
+    GROUPED | {"PARTS": 3},
     GROUPED | {"KERNEL": "persistent"},
     GROUPED | {"KERNEL": "persistent", "HALVES": 1, "FLATTEN": 1},
 ]

@@ -49,18 +49,29 @@ class Schedule(NamedTuple):
     options: dict[str, int]
 
 
-def schedule(tiles: dict[str, Any], x: Tensor, weight: Tensor) -> Schedule:
-    """Return the schedule of a configuration for codes ``x`` [M, in] and ``weight`` [out, in]."""
+def schedule(tiles: dict[str, Any], x: Tensor, weight: Tensor, semaphores: int) -> Schedule:
+    """Return the schedule of a configuration for codes ``x`` [M, in] and ``weight`` [out, in].
+
+    The columns of a tile are shared only if there are as many ``semaphores`` as tiles.
+    """
     tiles = readable_tiles(tiles, x, weight)
     block = {name: tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
     count = -(-x.shape[0] // block["BLOCK_M"]) * -(-weight.shape[0] // block["BLOCK_N"])
     options = {name: tiles[name] for name in ("num_warps", "num_stages")}
     if tiles["KERNEL"] != "persistent":
-        return Schedule(False, count, {"EVEN": x.shape[1] % block["BLOCK_K"] == 0, **block}, options)
+        parts = even_parts(x.shape[1], block["BLOCK_K"], tiles["PARTS"]) if count <= semaphores else 1
+        return Schedule(False, count, {"EVEN": x.shape[1] % block["BLOCK_K"] == 0, "PARTS": parts, **block}, options)
     set_descriptor_allocator()
     programs = multiprocessor_count(x.device)
     flags: dict[str, Any] = {name: bool(tiles[name]) for name in ("FLATTEN", "HALVES") if name in tiles}
     return Schedule(True, min(count, programs), {"PROGRAMS": programs, **flags, **block}, options)
+
+
+def even_parts(columns: int, block: int, parts: int) -> int:
+    """Return the largest number up to ``parts`` with which every part has a block of columns."""
+    steps = -(-columns // block)
+    each = -(-steps // min(parts, steps))
+    return -(-steps // each)
 
 
 def readable_tiles(tiles: dict[str, Any], x: Tensor, weight: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..common.gemm import swizzled
+from ..common.splitk import store_part, sum_parts, tile_parts
 
 CHUNK = tl.constexpr(16)
 
@@ -80,8 +81,8 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def grouped_kernel(
-    x, codes, x_scale, weight, w_scale, bias, columns, count, rests, chosen, y, M, N, K,
-    HAS_BIAS: tl.constexpr, PREPARED: tl.constexpr, REAL: tl.constexpr, EVEN: tl.constexpr,
+    x, codes, x_scale, weight, w_scale, bias, columns, count, rests, chosen, y, partial, semaphores, M, N, K,
+    HAS_BIAS: tl.constexpr, PREPARED: tl.constexpr, REAL: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of the result per program, as ``w8a8.gemm.grouped_kernel``."""
@@ -90,8 +91,10 @@ def grouped_kernel(
     k_offsets = tl.arange(0, BLOCK_K)
     c_rows = codes + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
     w_rows = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K
+    part = tl.program_id(1)
+    each = tl.cdiv(tl.cdiv(K, BLOCK_K), PARTS) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for k in tl.range(0, K, BLOCK_K):
+    for k in tl.range(part * each, tl.minimum(part * each + each, K), BLOCK_K):
         column = k + k_offsets
         if EVEN:
             a = tl.load(c_rows + column[None, :])
@@ -100,15 +103,23 @@ def grouped_kernel(
             a = tl.load(c_rows + column[None, :], column[None, :] < K, 0)
             b = tl.load(w_rows + column[:, None], column[:, None] < K, 0)
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-    store_corrected(
-        acc, m, n, x, codes, x_scale, weight, w_scale, bias, columns, count, rests, chosen, y, M, N, K,
-        HAS_BIAS, PREPARED, REAL,
-    )  # fmt: skip
+    last = True
+    if PARTS > 1:
+        # ``tile_parts`` names the dimensions of a tile of the transposed result.
+        parts = tile_parts(partial, tl.program_id(0), BLOCK_N, BLOCK_M, PARTS)
+        last = store_part(acc, parts, part, semaphores, tl.program_id(0), PARTS)
+    if last:
+        if PARTS > 1:
+            acc = sum_parts(acc, parts, semaphores, tl.program_id(0), PARTS)
+        store_corrected(
+            acc, m, n, x, codes, x_scale, weight, w_scale, bias, columns, count, rests, chosen, y, M, N, K,
+            HAS_BIAS, PREPARED, REAL,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def persistent_kernel(
-    x, codes, x_scale, weight, w_scale, bias, columns, count, rests, chosen, y, M, N, K,
+    x, codes, x_scale, weight, w_scale, bias, columns, count, rests, chosen, y, partial, semaphores, M, N, K,
     HAS_BIAS: tl.constexpr, PREPARED: tl.constexpr, REAL: tl.constexpr, PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,

@@ -112,15 +112,17 @@ def _gemm(x: Tensor, weight: PackedTensors, threshold: float, tiles: dict[str, A
     if tiles["PREPARED"]:
         rests, chosen = _prepare(x, codes, scale, w, columns, count)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    is_persistent, programs, constants, options = schedule(tiles, codes, w)
+    is_persistent, programs, constants, options = schedule(tiles, codes, w, semaphores_size(N, 0))
+    parts, size = constants.get("PARTS", 1), constants["BLOCK_M"] * constants["BLOCK_N"]
+    partial = parts_memory(y, programs, parts, size, torch.int32)
     constants = {
         "HAS_BIAS": bias is not None, "PREPARED": bool(tiles["PREPARED"]), "REAL": _real(x.dtype), **constants
     }  # fmt: skip
     bias = w_scale if bias is None else bias
-    args = (x, codes, scale, w, w_scale, bias, columns, count, rests, chosen, y, M, N, K)
+    args = (x, codes, scale, w, w_scale, bias, columns, count, rests, chosen, y, partial, semaphores, M, N, K)
     key = (*constants.values(), *options.values(), N, K, x.dtype, bias.dtype, is_aligned(*args[:6]))
     kernel: Any = persistent_kernel if is_persistent else grouped_kernel
-    launch(kernel, (programs, 1, 1), args, constants, **options, key=key)
+    launch(kernel, (programs, parts, 1), args, constants, **options, key=key)
     return y
 
 

@@ -16,9 +16,11 @@ from ..w8a8 import tiles as w8a8
 from ..w8a8.tiles import MOST_DECODE_ROWS
 
 _DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
-_GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "FLATTEN", "PREPARED", "num_warps", "num_stages")
+_GEMM = (
+    "KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "FLATTEN", "PREPARED", "num_warps", "num_stages", "PARTS",
+)  # fmt: skip
 # In float32 no tensor core multiplies outliers, and what does takes more registers.
-_FLOAT32 = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3), strict=True))
+_FLOAT32 = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3, 1), strict=True))
 
 
 def default(M: int, N: int, K: int) -> dict[str, Any]:
@@ -32,23 +34,11 @@ def default(M: int, N: int, K: int) -> dict[str, Any]:
 
 def candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
     """Return configurations worth timing, the likeliest first; ``M`` is a bucket."""
-    if M <= MOST_DECODE_ROWS:
-        return w8a8.candidates(M, N, K, False)
-    if M <= 512:
-        rows = [
-            ("grouped", 64, 128, 128, 8, 0, 0, 4, 4), ("grouped", 64, 128, 128, 8, 0, 1, 4, 4),
-            ("grouped", 64, 64, 256, 8, 0, 0, 4, 3), ("grouped", 64, 64, 256, 8, 0, 1, 4, 3),
-            ("grouped", 128, 64, 128, 8, 0, 0, 4, 4), ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
-            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
-        ]  # fmt: skip
-    else:
-        rows = [
-            ("persistent", 256, 128, 128, 8, 0, 1, 8, 4), ("persistent", 256, 128, 128, 8, 0, 0, 8, 4),
-            ("persistent", 128, 256, 128, 8, 0, 1, 8, 4), ("persistent", 128, 256, 128, 8, 1, 1, 8, 3),
-            ("grouped", 128, 256, 128, 8, 0, 1, 8, 3), ("grouped", 128, 128, 128, 8, 0, 1, 4, 4),
-            ("persistent", 256, 128, 128, 8, 0, 1, 8, 3),
-        ]  # fmt: skip
-    return [dict(zip(_GEMM, row, strict=True)) for row in rows]
+    few = w8a8.candidates(M, N, K, False) if M <= MOST_DECODE_ROWS else []
+    kinds = [each for each in w8a8.candidates(max(M, 65), N, K, False) if each["BLOCK_M"] < 2 * max(M, 64)]
+    prepared = (1,) if M > 512 else (0,)
+    many = [{name: kind.get(name, gather) for name in _GEMM} for kind in kinds for gather in prepared]
+    return few + (many if M >= 16 else [])
 
 
 def tiles_for(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..common import benchmark, tuning
+from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable
 from ..wna16 import bench as unpruned
 from . import cusparselt, layer, mma_layout, naive, tiles
 
-log = logging.getLogger(__name__)
 GROUP = 128
 
 
@@ -77,29 +75,27 @@ def stored_bytes(module: layer.PackedWeight) -> int:
     return rows * count * 2 * module.width // 8 + benchmark.bytes_of(others)
 
 
-def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Time the candidates for codes on sparse tensor cores and remember the fastest; return a line about it."""
-    module, rows = random_weight(N, K, 4, dtype)[0], tuning.bucket(M)
-    if benchmark.device().type != "cuda" or not mma_layout.holds(module.values) or rows > tiles.MOST_TILED_ROWS:
-        return "nothing to tune"
-    found = timed(module, torch.randn(M, K, device=benchmark.device(), dtype=dtype), tiles.tiled_candidates(N, K, rows))
-    best, config = found[0]
-    tuning.remember("sparse24-tiles", (N, K, rows), dtype, config, benchmark.device())
-    return f"{best:.1f} us with {config}"
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return 16-bit weights, and codes of four bits in the order of sparse tensor cores where the shape allows it."""
+    found = [_tunable(N, K, 16, dtype)]
+    return found + ([_tunable(N, K, 4, dtype)] if N % mma_layout.ROWS == 0 and K % mma_layout.COLUMNS == 0 else [])
+
+
+def _tunable(N: int, K: int, bits: int, dtype: torch.dtype) -> Tunable:
+    module, weight = random_weight(N, K, bits, dtype)
+    modules = benchmark.modules_of(module)
+    return Tunable(
+        op="sparse24" if bits == 16 else "sparse24-tiles",
+        shape=(N, K, 16) if bits == 16 else (N, K),
+        dtype=dtype,
+        inputs=lambda rows: torch.randn(rows, K, device=benchmark.device(), dtype=dtype),
+        calls=lambda x, config: [partial(run, each, x, config) for each in modules],
+        candidates=lambda rows: (tiles.candidates if bits == 16 else tiles.tiled_candidates)(N, K, rows),
+        reference=lambda x: x.double() @ weight.T,
+    )
 
 
 @torch.no_grad()
-def timed(module: layer.PackedWeight, x: Tensor, tried: Iterable[tiles.Config]) -> list[tuple[float, tiles.Config]]:
-    """Return microseconds and configurations on copies of a layer, fastest first, without those that do not compile."""
-    modules, times = benchmark.modules_of(module), []
-    for config in tried:
-        try:
-            times.append((benchmark.graph_time([partial(run, each, x, config) for each in modules], 11).us, config))
-        except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
-            log.info("%s: %s: %s", config, type(error).__name__, str(error)[:120])
-    return sorted(times, key=lambda pair: pair[0])
-
-
 def run(module: layer.PackedWeight, x: Tensor, config: tiles.Config) -> Tensor:
     """Return ``module(x)`` with a given configuration."""
     from . import launch

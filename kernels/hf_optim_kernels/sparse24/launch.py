@@ -15,7 +15,7 @@ from ..common.dense import over_rows
 from ..common.launch import is_aligned, is_interpreted, launch
 from ..common.launch_plan import prevent_recording
 from ..common.splitk import launch_split
-from . import cusparselt, mma_layout, naive, tensor_core_launch, tiles
+from . import cusparselt, mma_layout, naive, tensor_core_launch, tiles, wide
 from .kernel import HALF, decompress_kernel, dot_kernel, row_kernel
 from .naive import PackedTensors
 
@@ -40,6 +40,10 @@ def _product(x: Tensor, weight: PackedTensors, config: tiles.Config | None) -> T
     found = config or _chosen(M, N, K, weight, x)
     if found["path"] == "library":
         return cusparselt.product(x, weight.values, weight.bias, found["algorithm"])
+    if found["path"] == "wide" and not wide.supports(x, weight):
+        found = tiles.default(N, K, tuning.bucket(M), False, False)
+    if found["path"] == "wide":
+        return wide.product(x, weight, found)
     if found["path"] == "dense":
         prevent_recording()
         return torch.nn.functional.linear(x, decompress(weight, K, x.dtype), weight.bias)

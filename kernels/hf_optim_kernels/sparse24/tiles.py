@@ -88,6 +88,18 @@ def split_of(N: int, K: int, block_n: int, tiles: int = 512) -> int:
     return max(1, min(wanted, k_tiles // 2, 16))
 
 
+def wide_candidates(N: int, K: int, M: int) -> list[Config]:
+    """Return tiles of ``wide_kernel`` worth timing."""
+    kinds = (
+        (16, 128, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
+        (128, 256, 8, 2), (64, 256, 8, 2),
+    )  # fmt: skip
+    return [
+        config("wide", m, n, 0, split, warps, ring) for m, n, warps, ring in kinds for split in (1, 2, 3, 4, 6, 8)
+        if m < 2 * M and 256 * split <= K and (split == 1 or 90 < -(-N // n) * -(-M // m) * split <= 400)
+    ]  # fmt: skip
+
+
 def candidates(N: int, K: int, M: int) -> list[Config]:
     """Return configurations worth timing for a weight [N, K] and M rows, the likeliest first."""
     if M <= 1:
@@ -96,7 +108,8 @@ def candidates(N: int, K: int, M: int) -> list[Config]:
             for n, programs, warps, stages in ((64, 528, 4, 2), (32, 1056, 2, 3), (32, 1056, 4, 2))
         ]
         return [*_few(N, K, 16)[:4], *row, *_few(N, K, 16)[4:5]]
-    return _few(N, K, max(16, tuning.bucket(M))) if M <= FEW_ROWS else _many(N, K, M)
+    few = _few(N, K, max(16, tuning.bucket(M))) if M <= FEW_ROWS else _many(N, K, M)
+    return few + (wide_candidates(N, K, M) if 16 <= M <= 1024 else [])
 
 
 def _few(N: int, K: int, block_m: int) -> list[Config]:
@@ -119,7 +132,7 @@ def _many(N: int, K: int, M: int) -> list[Config]:
     return [LIBRARY, *ours[: 6 if M <= 256 else 2], DENSE]
 
 
-def default(N: int, K: int, M: int, library: bool) -> Config:
+def default(N: int, K: int, M: int, library: bool, is_wide: bool = True) -> Config:
     """Return a good guess where nothing was measured; ``library``: the weight is in cuSPARSELt's format as well."""
     if M <= FEW_ROWS:
         return candidates(N, K, M)[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable
 from . import layer, naive
 
 
@@ -37,6 +38,27 @@ def contenders(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> l
         pairs = [partial(_int_mm, x, *copy) for copy in benchmark.copies_of((weight.weight, weight.w_scale))]
         found.append(Contender("torch._int_mm", pairs, size, flops, _reference(x, weight), math="int8", peer=True))
     return found
+
+
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return int8 codes with a grid per row of the input, and float8 where the device has it."""
+    return [_tunable(N, K, dtype, float8) for float8 in ((False, True) if _has_float8() else (False,))]
+
+
+def _tunable(N: int, K: int, dtype: torch.dtype, float8: bool) -> Tunable:
+    from . import launch, tiles
+
+    packed = random_weight(N, K, dtype, float8)
+    weights, grid = [module.tensors() for module in benchmark.modules_of(packed)], packed.grid()
+    return Tunable(
+        op=tiles.op_name(float8),
+        shape=(N, K),
+        dtype=dtype,
+        inputs=lambda rows: torch.randn(rows, K, device=benchmark.device(), dtype=dtype),
+        calls=lambda x, config: [partial(launch.linear, x, weight, grid, config) for weight in weights],
+        candidates=lambda rows: [tiles.default(rows, N, K, float8), *tiles.candidates(rows, N, K, float8)],
+        reference=lambda x: _reference(x, packed),
+    )
 
 
 def _ours(N: int, K: int, x: Tensor, float8: bool) -> Contender:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.gemm import swizzled
+from ..common.splitk import store_part, sum_parts, tile_parts
 from .kernel import scaled
 
 
@@ -43,19 +44,24 @@ def store_tile(
 
 @triton.jit(do_not_specialize=["M"])
 def grouped_kernel(
-    x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, M, N, K,
-    FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, partial, semaphores, M, N, K,
+    FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile per program: ``x`` [M, K] codes, ``weight`` [N, K] codes, ``y`` [M, N]."""
+    """Compute one tile per program: ``x`` [M, K] codes, ``weight`` [N, K] codes, ``y`` [M, N].
+
+    ``PARTS`` programs (the second dimension) share the columns of a tile, see ``common.splitk``.
+    """
     i, j = swizzled(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     k_offsets = tl.arange(0, BLOCK_K)
     # Rows beyond the end repeat the last one; they are not stored.
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
     w_rows = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K
+    part = tl.program_id(1)
+    each = tl.cdiv(tl.cdiv(K, BLOCK_K), PARTS) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32 if FLOAT8 else tl.int32)
-    for k in tl.range(0, K, BLOCK_K):
+    for k in tl.range(part * each, tl.minimum(part * each + each, K), BLOCK_K):
         column = k + k_offsets
         if EVEN:
             a = tl.load(x_rows + column[None, :])
@@ -64,12 +70,20 @@ def grouped_kernel(
             a = tl.load(x_rows + column[None, :], column[None, :] < K, 0.0)
             b = tl.load(w_rows + column[:, None], column[:, None] < K, 0.0)
         acc = multiply(a, b, acc, FLOAT8, BLOCK_K)
-    store_tile(acc, m, n, w_scale, w_sum, bias, x_scale, x_zero, y, M, N, ASYMMETRIC, HAS_BIAS)
+    last = True
+    if PARTS > 1:
+        # ``tile_parts`` names the dimensions of a tile of the transposed result.
+        parts = tile_parts(partial, tl.program_id(0), BLOCK_N, BLOCK_M, PARTS)
+        last = store_part(acc, parts, part, semaphores, tl.program_id(0), PARTS)
+    if last:
+        if PARTS > 1:
+            acc = sum_parts(acc, parts, semaphores, tl.program_id(0), PARTS)
+        store_tile(acc, m, n, w_scale, w_sum, bias, x_scale, x_zero, y, M, N, ASYMMETRIC, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
 def persistent_kernel(
-    x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, M, N, K,
+    x, weight, w_scale, w_sum, bias, x_scale, x_zero, y, partial, semaphores, M, N, K,
     FLOAT8: tl.constexpr, ASYMMETRIC: tl.constexpr, HAS_BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,

@@ -109,19 +109,21 @@ def _gemm(
     x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight: PackedTensors, dtype: torch.dtype, tiles: dict[str, Any]
 ) -> Tensor:  # fmt: skip
     """Return the product of codes ``x`` [M, in] by a kernel for many rows."""
-    (M, K), (codes, w_scale, sums, bias, _) = x.shape, weight
-    N = codes.shape[0]
+    (M, K), (codes, w_scale, sums, bias, semaphores) = x.shape, weight
+    N, float8 = codes.shape[0], codes.dtype == FLOAT8
     y = torch.empty(M, N, dtype=dtype, device=x.device)
-    is_persistent, programs, constants, options = schedule(tiles, x, codes)
+    is_persistent, programs, constants, options = schedule(tiles, x, codes, semaphores.numel())
+    parts, size = constants.get("PARTS", 1), constants["BLOCK_M"] * constants["BLOCK_N"]
+    partial = parts_memory(y, programs, parts, size, torch.float32 if float8 else torch.int32)
     constants = {
-        "FLOAT8": codes.dtype == FLOAT8, "ASYMMETRIC": x_zero is not None, "HAS_BIAS": bias is not None, **constants
+        "FLOAT8": float8, "ASYMMETRIC": x_zero is not None, "HAS_BIAS": bias is not None, **constants
     }  # fmt: skip
     inputs = _or(bias, w_scale), x_scale, _or(x_zero, sums)
-    args = (x, codes, w_scale, sums, *inputs, y, M, N, K)
+    args = (x, codes, w_scale, sums, *inputs, y, partial, semaphores, M, N, K)
     types = (x.dtype, dtype, inputs[0].dtype, inputs[2].dtype)
     key = (*constants.values(), *options.values(), N, K, types, is_aligned(x, codes, w_scale, *inputs))
     kernel: Any = persistent_kernel if is_persistent else grouped_kernel
-    launch(kernel, (programs, 1, 1), args, constants, **options, key=key)
+    launch(kernel, (programs, parts, 1), args, constants, **options, key=key)
     return y
 
 

@@ -15,7 +15,9 @@ from ..common import tuning
 
 MOST_DECODE_ROWS = 64
 _DECODE = ("BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages", "PREQUANT")
-_GEMM = ("KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "HALVES", "FLATTEN", "num_warps", "num_stages")
+_GEMM = (
+    "KERNEL", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "HALVES", "FLATTEN", "num_warps", "num_stages", "PARTS",
+)  # fmt: skip
 
 
 def decode_block(M: int) -> int:
@@ -32,11 +34,11 @@ def default(M: int, N: int, K: int, float8: bool) -> dict[str, Any]:
     if M <= 512:
         # Two programs per multiprocessor hide each other's latency, if necessary with smaller tiles.
         small = -(-M // 64) * -(-N // 128) < 264
-        row = ("grouped", 64, 64, 256, 8, 0, 0, 4, 3) if small else ("grouped", 64, 128, 128, 8, 0, 0, 4, 4)
+        row = ("grouped", 64, 64, 256, 8, 0, 0, 4, 3, 1) if small else ("grouped", 64, 128, 128, 8, 0, 0, 4, 4, 1)
     else:
-        row = ("persistent", 256, 128, 128, 8, 0, 0, 8, 4)
+        row = ("persistent", 256, 128, 128, 8, 0, 0, 8, 4, 1)
     if float8 and N % 16 == 0 and K % 16 == 0 and (M > 512 or N * K > 1 << 25):
-        row = ("torch", 128, 128, 128, 8, 0, 0, 4, 4)
+        row = ("torch", 128, 128, 128, 8, 0, 0, 4, 4, 1)
     return dict(zip(_GEMM, row, strict=True))
 
 
@@ -54,28 +56,28 @@ def candidates(M: int, N: int, K: int, float8: bool) -> list[dict[str, Any]]:
     """Return configurations worth timing, the likeliest first; ``M`` is a bucket."""
     if M <= MOST_DECODE_ROWS:
         return _decode_candidates(M, N, K)
-    if M <= 512:
-        rows = [
-            ("grouped", 64, 128, 128, 8, 0, 0, 4, 4),
-            ("grouped", 64, 64, 256, 8, 0, 0, 4, 3),
-            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
-            ("persistent", 128, 128, 128, 8, 0, 1, 8, 4),
-            ("grouped", 128, 64, 128, 8, 0, 0, 4, 4),
-            ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
-            ("grouped", 128, 128, 256, 8, 0, 0, 8, 3),
+    kinds = [
+        ("grouped", 64, 128, 128, 4, 4), ("grouped", 64, 64, 256, 4, 3), ("grouped", 128, 128, 128, 4, 4),
+        ("grouped", 128, 128, 128, 8, 4), ("grouped", 128, 64, 128, 4, 4), ("grouped", 128, 256, 128, 8, 3),
+        ("grouped", 64, 256, 128, 8, 3), ("grouped", 256, 128, 128, 8, 3),
+    ]  # fmt: skip
+    rows: list[tuple[Any, ...]] = []
+    if M <= 1024:
+        rows += [
+            (kernel, m, n, k, 8, 0, 0, warps, stages, parts)
+            for kernel, m, n, k, warps, stages in kinds
+            for parts in (1, 2, 3, 4, 6)
+            if m < 2 * M and (parts == 1 or (90 < -(-M // m) * -(-N // n) * parts <= 400 and 4 * k * parts <= K))
         ]
-    else:
-        rows = [
-            ("persistent", 128, 256, 128, 8, 0, 0, 8, 4),
-            ("persistent", 128, 256, 128, 8, 1, 1, 8, 3),
-            ("grouped", 128, 256, 128, 8, 0, 0, 8, 3),
-            ("persistent", 128, 256, 128, 8, 0, 1, 8, 3),
-            ("grouped", 128, 128, 128, 8, 0, 0, 4, 4),
-            ("persistent", 256, 128, 128, 8, 0, 0, 8, 4),
-            ("grouped", 128, 256, 64, 8, 0, 0, 8, 4),
+    if M >= 256:
+        rows += [
+            ("persistent", 128, 256, 128, 8, 0, 0, 8, 4, 1),
+            ("persistent", 128, 256, 128, 8, 1, 1, 8, 3, 1),
+            ("persistent", 128, 128, 128, 8, 0, 1, 8, 4, 1),
+            ("persistent", 256, 128, 128, 8, 0, 0, 8, 4, 1),
         ]
     if float8:
-        rows.insert(1, ("torch", 128, 128, 128, 8, 0, 0, 4, 4))
+        rows.insert(0, ("torch", 128, 128, 128, 8, 0, 0, 4, 4, 1))
     return [dict(zip(_GEMM, row, strict=True)) for row in rows]
 
 
@@ -94,6 +96,9 @@ def _decode_candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
         (32, 256, less, 4, 4, fused),
         (64, 512, split, 4, 3, 1),
         (128, 256, more, 8, 3, 1),
+        (128, 128, split, 4, 4, 1),
+        (64, 256, min(2 * more, 16), 4, 3, 1),
+        (128, 256, split, 8, 3, 1),
     ]
     # A part of a tile has at least two blocks of columns.
     fitting = [row for row in rows if row[2] == 1 or 2 * row[1] * row[2] <= K]

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..common import benchmark, tuning
+from ..common import benchmark
 from ..common.benchmark import Contender
+from ..common.tuner import Tunable
 from . import layer
 
 GROUP = 128
@@ -44,30 +45,26 @@ def contender(name: str, N: int, K: int, M: int, bits: int, group_size: int, dty
     return Contender(name, benchmark.calls_of(packed_weight, x), size, 2 * M * N * K, reference, MATH)
 
 
-def tune(N: int, K: int, M: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Time the fused kernel's candidates for 4-bit groups of 128 and remember the fastest; return a line about it."""
-    from triton.runtime.errors import OutOfResources
+def tunables(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> list[Tunable]:
+    """Return 4-bit codes in groups of 128 (of ``K`` if it is not a multiple), and 8-bit codes with a scale per row."""
+    return [_tunable(N, K, 4, GROUP if K % GROUP == 0 else K, dtype), _tunable(N, K, 8, K, dtype)]
 
+
+def _tunable(N: int, K: int, bits: int, group_size: int, dtype: torch.dtype) -> Tunable:
     from . import launch
 
-    rows, group = tuning.bucket(M), GROUP if K % GROUP == 0 else K
-    if benchmark.device().type != "cuda" or rows > launch.MOST_ROWS:
-        return "nothing to tune"
-    found = random_codes(N, K, 4, group, dtype)
-    packed_weight = layer.prepack(benchmark.weight_of(found, dtype, 4, group))
-    assert isinstance(packed_weight, layer.PackedWeight)
+    found = random_codes(N, K, bits, group_size, dtype)
+    packed_weight = layer.PackedWeight.from_codes(found, bits, group_size, dtype, None)
     weights = [module.tensors() for module in benchmark.modules_of(packed_weight)]
-    x = torch.randn(M, K, device=benchmark.device()).to(dtype)
-    times = []
-    for tiles in launch.candidates(rows, N, K, 4):
-        calls = [partial(launch.fused, x, weight, tiles) for weight in weights]
-        try:
-            times.append((benchmark.graph_time(calls, 11).us, tiles))
-        except OutOfResources:
-            continue
-    best, tiles = min(times, key=lambda pair: pair[0])
-    tuning.remember("w4a16", (N, K, rows), dtype, tiles, benchmark.device())
-    return f"{best:.1f} us with {tiles}"
+    return Tunable(
+        op=f"w{bits}a16",
+        shape=(N, K),
+        dtype=dtype,
+        inputs=lambda rows: torch.randn(rows, K, device=benchmark.device()).to(dtype),
+        calls=lambda x, config: [partial(launch.product, x, weight, config) for weight in weights],
+        candidates=lambda rows: launch.candidates(rows, N, K, bits),
+        reference=lambda x: _reference(x, found, bits, group_size),
+    )
 
 
 def _reference(x: Tensor, found, bits: int, group_size: int) -> Tensor:

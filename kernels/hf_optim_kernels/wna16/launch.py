@@ -12,36 +12,49 @@ from ..common.compute_type import compute_constants
 from ..common.dense import multiply_decoded, over_rows
 from ..common.launch import is_aligned, launch
 from ..common.splitk import launch_split, new_semaphores
+from . import wide
 from .kernel import _dense_kernel, _linear_kernel
 from .naive import PackedTensors, slice_columns, slices_per_scale
 
 # With more rows, decoding the whole weight and the library's product are faster than the fused kernel (H200: 126
 # microseconds against 133 for 512 rows of a 14336 x 4096 layer, 83 against 70 for 256).
 MOST_ROWS = 256
-_TILE_NAMES = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+_TILE_NAMES = ("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+LIBRARY = dict(zip(_TILE_NAMES, ("library", 0, 0, 1, 0, 0), strict=True))
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
 MOST_BYTES = 256 << 20
 
 
-def default(M: int, N: int, K: int, width: int) -> dict[str, int]:
+def default(M: int, N: int, K: int, width: int) -> dict[str, Any]:
     """Return a guess at the fastest tiles, from what was fast on an H200; ``M`` is a bucket."""
+    if M > MOST_ROWS:
+        return dict(LIBRARY)
     wide = M >= 64 and N >= 8192
     block_m, block_n = max(8, min(M, 64)), 128 if wide else 64
     tiles, wanted = -(-N // block_n) * -(-M // block_m), 400 if M < 64 else 100 if wide else 256
     split = next(s for s in (1, 2, 4, 8) if s == 8 or tiles * s >= wanted or 1024 * s >= K)
-    return dict(zip(_TILE_NAMES, (block_m, block_n, split, 8 if wide else 4, 3), strict=True))
+    return dict(zip(_TILE_NAMES, ("fused", block_m, block_n, split, 8 if wide else 4, 3), strict=True))
 
 
-def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, int]]:
+def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, Any]]:
     """Return tiles worth timing, the likeliest first; ``M`` is a bucket."""
     block_m = max(8, min(M, 64))
+    shapes: list[tuple[Any, ...]] = []
     if M <= 32:
-        shapes = [(block_m, n, s, w, 3) for s in (4, 8, 2) for n, w in ((64, 4), (64, 2), (128, 4), (32, 1))]
-    else:
-        shapes = [(64, n, s, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
-        shapes += [(128, 128, s, 8, 3) for s in (1, 2)] if M >= 128 else []
+        shapes = [("fused", block_m, n, s, w, 3) for s in (4, 8, 2, 1) for n, w in ((64, 4), (64, 2), (128, 4), (32, 1))]
+    elif M <= 256:
+        shapes = [("fused", 64, n, s, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
+    ring = 3 if width == 4 else 2
+    if M >= 16:
+        kinds = ((128, 256, 8, ring), (128, 128, 8, ring), (128, 128, 4, ring), (256, 128, 8, ring), (64, 128, 4, ring),
+                 (64, 128, 8, ring), (64, 256, 8, ring), (32, 128, 4, ring), (16, 128, 4, ring), (16, 64, 4, ring))
+        shapes += [
+            ("wide", m, n, s, w, r) for m, n, w, r in kinds for s in (1, 2, 3, 4, 6, 8)
+            if m < 2 * M and (s == 1 or 90 < -(-N // n) * -(-M // m) * s <= 400)
+        ]
     found = [default(M, N, K, width)] + [dict(zip(_TILE_NAMES, shape, strict=True)) for shape in shapes]
-    return [tiles for i, tiles in enumerate(found) if 256 * tiles["SPLIT"] <= K and tiles not in found[:i]]
+    found = [tiles for i, tiles in enumerate(found) if 256 * tiles["SPLIT"] <= K and tiles not in found[:i]]
+    return found + ([LIBRARY] if M >= 128 else [])
 
 
 def semaphores_for(N: int, device: torch.device) -> Tensor:
@@ -49,13 +62,13 @@ def semaphores_for(N: int, device: torch.device) -> Tensor:
     return new_semaphores(4 * max(1, -(-N // 64)), device)
 
 
-def tiles_for(M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+def tiles_for(M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return the tuned tiles for ``M`` rows, else the default ones."""
     rows = tuning.bucket(M)
     return tuning.cached_choice(f"w{width}a16", (N, K, rows), dtype, device, lambda: default(rows, N, K, width))
 
 
-def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, int] | None = None) -> Tensor:
+def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
     """Return ``x W^T + bias`` [M, out] by the fused kernel: ``x`` [M, in] with contiguous rows, M > 0."""
     packed, scale, zero, bias, semaphores, width, group_size = weight
     assert semaphores is not None
@@ -121,7 +134,17 @@ def by_library(x: Tensor, weight: PackedTensors) -> Tensor:
     return multiply_decoded(x, weight.packed.shape[1], weight.bias, MOST_BYTES, decode)
 
 
-def wna16(x: Tensor, weight: PackedTensors) -> Tensor:
+def wna16(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
     """Return ``x W^T + bias``, ``x`` [..., in]; ``weight.semaphores`` as ``semaphores_for`` makes them."""
-    product = lambda flat: fused(flat, weight) if len(flat) <= MOST_ROWS else by_library(flat, weight)  # noqa: E731
-    return over_rows(x, weight.packed.shape[1], product)
+    return over_rows(x, weight.packed.shape[1], lambda flat: product(flat, weight, tiles))
+
+
+def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
+    """Return ``x W^T + bias`` for ``x`` [M, in] with contiguous rows, M > 0, with ``tiles`` instead of the choice."""
+    (M, K), N = x.shape, weight.packed.shape[1]
+    tiles = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device)
+    if tiles["KERNEL"] == "wide":
+        if wide.supports(x, weight):
+            return wide.product(x, weight, tiles)
+        tiles = default(tuning.bucket(M), N, K, weight.width) if M <= MOST_ROWS else LIBRARY
+    return by_library(x, weight) if tiles["KERNEL"] == "library" else fused(x, weight, tiles)

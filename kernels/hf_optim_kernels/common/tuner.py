@@ -1,0 +1,75 @@
+"""Time the configurations of a product on a CUDA device: each is compared with float64 first.
+
+The folder of an operator has in its module ``bench`` a function ``tunables(N, K, dtype) -> list[Tunable]``, one for
+each kind of weight that has its own entries in the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .benchmark import device, graph_time, relative_error
+
+Config = dict[str, Any]
+# A weight that is scaled in 16 bits is rounded by 2^-9, and so is the output.
+LARGEST_ERROR = 5e-3
+REPLAYS = 11
+
+
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """A layer whose product can be configured.
+
+    Attributes:
+        op: the name of its entries in tables.
+        shape: what precedes the rows in the key of an entry.
+        dtype: of inputs.
+        inputs: rows -> random inputs [rows, in].
+        calls: ``x, config`` -> the product on copies of the weight, together larger than the L2 cache.
+        candidates: rows (a bucket) -> configurations worth timing, the default first.
+        reference: ``x`` -> the output in float64.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    inputs: Callable[[int], Tensor]
+    calls: Callable[[Tensor, Config], list[Callable[[], Tensor]]]
+    candidates: Callable[[int], list[Config]]
+    reference: Callable[[Tensor], Tensor]
+
+
+def measure(tunable: Tunable, rows: int, tried: list[Config] | None = None) -> Iterator[tuple[Config, float | str]]:
+    """Yield configurations with their microseconds, or with what is wrong with them."""
+    x = tunable.inputs(rows)
+    wanted = tunable.reference(x)
+    for config in tunable.candidates(tuning.bucket(rows)) if tried is None else tried:
+        try:
+            calls = tunable.calls(x, config)
+            # The caching allocator hands this block to the output next.
+            torch.full(wanted.shape, float("nan"), dtype=tunable.dtype, device=x.device)
+            y = calls[0]()
+            error, again = relative_error(y, wanted), torch.equal(calls[0](), y)
+            if not error < LARGEST_ERROR or not again:
+                how = "the same" if again else "another"
+                yield config, f"wrong: relative error {error:.1e}, {how} result when repeated"
+            else:
+                yield config, graph_time(calls, REPLAYS).us
+        except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
+            yield config, f"{type(error).__name__}: {str(error)[:120]}"
+
+
+def tune(tunable: Tunable, rows: int) -> str:
+    """Measure the candidates, remember the fastest, and return a line about it."""
+    times = [(us, config) for config, us in measure(tunable, rows) if not isinstance(us, str)]
+    if not times:
+        return f"{tunable.op}: nothing ran"
+    best, config = min(times, key=lambda pair: pair[0])
+    tuning.remember(tunable.op, (*tunable.shape, tuning.bucket(rows)), tunable.dtype, config, device())
+    return f"{tunable.op}: {best:.1f} us with {config}, {times[0][0]:.1f} before"

@@ -1,0 +1,206 @@
+"""The kernel of ``hf_optim::wna16`` for products bound by arithmetic (Gluon; Hopper's warp-group instructions).
+
+A program computes a tile [BLOCK_N, BLOCK_M] of the transposed output. The weight is the left operand, decoded and
+scaled in registers in the layout of the instruction, so that only inputs are read from shared memory. The product of a
+slice of 64 columns runs while the next slice is decoded; ``kernel._linear_kernel``, which Triton pipelines by itself,
+waits for every product. A scaled weight is rounded to 16 bits, as the weight that ``_dense_kernel`` writes; with one
+scale per row nothing is rounded: the sums are scaled.
+
+Columns are read in units of four slices: copies of inputs are three slices ahead, those of the codes a whole unit.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from ..common.wide_tile import finish
+
+SLICE = gl.constexpr(64)
+UNIT = gl.constexpr(256)
+
+
+def _assembly(width: int, part: int, half: str, is_scaled: bool) -> str:
+    """Return PTX that decodes a part of two words $1 to $0, with a scale $3.
+
+    $2 is the negative zero point; with 4 bits, minus the magic number that makes a code a number (see ``decode``).
+    """
+    kind, magic, one, big, shift = {
+        "bf16": ("bf16x2", "0x43004300", "0x3F803F80", "0x41804180", "0xC508C508"),
+        "fp16": ("f16x2", "0x64006400", "0x3C003C00", "0x4C004C00", "0xF440F440"),
+    }[half]
+    lines = [".reg .b32 low, high, one, big, shift;", f"mov.b32 one, {one};"]
+
+    def extract(name: str, place: int) -> None:
+        source = "$1"
+        if place:
+            lines.append(f"shr.u32 {name}, $1, {place};")
+            source = name
+        lines.append(f"lop3.b32 {name}, {source}, 0x000F000F, {magic}, 0xEA;")
+
+    extract("low", part * width)
+    if width == 8:
+        # 16 (magic + high) - 17 magic + (magic + low) = code, in steps that 16 bits represent.
+        extract("high", part * width + 4)
+        lines += [f"mov.b32 big, {big};", f"mov.b32 shift, {shift};", f"fma.rn.{kind} high, high, big, shift;"]
+        lines += [f"fma.rn.{kind} low, high, one, low;"]
+    lines += [f"fma.rn.{kind} low, low, one, $2;"]
+    lines += [f"mul.rn.{kind} $0, low, $3;" if is_scaled else "mov.b32 $0, low;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+ASSEMBLY = {
+    (width, part, half, is_scaled): _assembly(width, part, half, is_scaled)
+    for width in (4, 8)
+    for part in range(16 // width)
+    for half in ("bf16", "fp16")
+    for is_scaled in (False, True)
+}
+
+
+@gluon.jit
+def _copy_inputs(buffer, x, rows, first, last, stride_x, LAYOUT: gl.constexpr):
+    """Copy ``x[rows, first : first + SLICE]``, or zeros from column ``last`` on; the caller commits."""
+    columns = gl.arange(0, SLICE, gl.SliceLayout(0, LAYOUT))
+    at = x + rows.to(gl.int64)[:, None] * stride_x + first + columns[None, :]
+    inside = (rows[:, None] >= 0) & (columns[None, :] < last - first)
+    async_copy.async_copy_global_to_shared(buffer, at, mask=inside)
+
+
+@gluon.jit
+def _copy_codes(words, packed, place, unit, end, last_tile, rows, stride_tile, WIDTH: gl.constexpr,
+                LAYOUT: gl.constexpr):  # fmt: skip
+    """Copy the words of a unit into the ring at ``place``; the caller commits."""
+    TILES: gl.constexpr = WIDTH // 4
+    columns = gl.arange(0, SLICE, gl.SliceLayout(0, LAYOUT))
+    inside = (rows[:, None] >= 0) & (columns[None, :] < (end - unit) * SLICE)
+    for t in gl.static_range(TILES):
+        tile = gl.minimum(unit * TILES + t, last_tile).to(gl.int64)
+        at = packed + tile * stride_tile + rows[:, None] * SLICE + columns[None, :]
+        async_copy.async_copy_global_to_shared(words.index(place * TILES + t), at, mask=inside)
+
+
+@gluon.jit
+def _copy_grids(grids, values, place, unit, end, groups, first_n, N, GROUP: gl.constexpr, SCALES: gl.constexpr,
+                BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """Copy the scales (or zero points) of a unit into the ring at ``place``; the caller commits."""
+    n = first_n + gl.arange(0, BLOCK_N, LAYOUT)
+    inside = (n < N) & (unit < end)
+    for part in gl.static_range(SCALES):
+        group = gl.minimum((unit * UNIT + part * (UNIT // SCALES)) // GROUP, groups - 1)
+        async_copy.async_copy_global_to_shared(grids.index(place * SCALES + part), values + group * N + n, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["M", "split"])
+def wide_kernel(
+    x, packed, scale, zero, bias, out, partial, semaphores, M, N, K, stride_x, stride_tile, split,
+    GROUP: gl.constexpr, SCALES: gl.constexpr, HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, WIDTH: gl.constexpr,
+    DECODE: gl.constexpr, MAGIC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
+    RING: gl.constexpr,
+):  # fmt: skip
+    """Compute tiles of out [M, N]; programs (rows fastest, then columns; split).
+
+    x [M, K], packed int16 [k-tiles, N, SLICE], scale and zero [groups, N], partial float32, for every tile ``split``
+    parts. ``SCALES`` of a unit: 1, 2 or 4; 0 for one scale per row. K is a multiple of 64, N of 16, and rows of x begin
+    at multiples of 16 bytes. ``MAGIC`` is what ``DECODE``, the assembly, leaves added to a code.
+    """
+    HALF: gl.constexpr = x.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    down = gl.cdiv(M, BLOCK_M)
+    tile, part = gl.program_id(0), gl.program_id(1)
+    first_m, first_n = tile % down * BLOCK_M, tile // down * BLOCK_N
+
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    lined: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    TILES: gl.constexpr = WIDTH // 4
+
+    x0 = gl.allocate_shared_memory(HALF, [BLOCK_M, SLICE], swizzled)
+    x1 = gl.allocate_shared_memory(HALF, [BLOCK_M, SLICE], swizzled)
+    x2 = gl.allocate_shared_memory(HALF, [BLOCK_M, SLICE], swizzled)
+    x3 = gl.allocate_shared_memory(HALF, [BLOCK_M, SLICE], swizzled)
+    inputs = (x0, x1, x2, x3)
+    words = gl.allocate_shared_memory(gl.int16, [RING * TILES, BLOCK_N, SLICE], swizzled)
+    if SCALES > 0:
+        scales = gl.allocate_shared_memory(HALF, [RING * SCALES, BLOCK_N], plain)
+        if HAS_ZERO:
+            zeros = gl.allocate_shared_memory(zero.dtype.element_ty, [RING * SCALES, BLOCK_N], plain)
+
+    # Rows beyond the end repeat the last one; they are not stored.
+    m = gl.minimum(first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide)), M - 1)
+    n = gl.minimum(first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, wide)), N - 1)
+    units = gl.cdiv(K, UNIT)
+    each = gl.cdiv(units, split)
+    begin = part * each
+    end = gl.minimum(begin + each, units)
+    gl.assume(begin < end)  # else registers of sums would be set where products are in flight
+    last = gl.minimum(end * UNIT, K)
+    last_tile = gl.cdiv(K, UNIT // TILES) - 1
+    groups = gl.cdiv(K, GROUP)
+
+    for ahead in gl.static_range(RING):
+        _copy_codes(words, packed, ahead, begin + ahead, end, last_tile, n, stride_tile, WIDTH, wide)
+        if SCALES > 0:
+            _copy_grids(scales, scale, ahead, begin + ahead, end, groups, first_n, N, GROUP, SCALES, BLOCK_N, lined)
+            if HAS_ZERO:
+                _copy_grids(zeros, zero, ahead, begin + ahead, end, groups, first_n, N, GROUP, SCALES, BLOCK_N, lined)
+    for ahead in gl.static_range(3):
+        _copy_inputs(inputs[ahead], x, m, begin * UNIT + ahead * SLICE, last, stride_x, wide)
+        async_copy.commit_group()
+    async_copy.wait_group(2)
+    gl.thread_barrier()
+    fence_async_shared()
+
+    rows: gl.constexpr = gl.SliceLayout(1, left)
+    if SCALES == 0:
+        grid_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, rows), N - 1)
+        if HAS_ZERO:
+            row_minus = (-(gl.load(zero + grid_n).to(gl.float32) + MAGIC)).to(HALF)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, sums)
+    before = gl.zeros([BLOCK_N, SLICE], HALF, left)
+    for unit in range(begin, end):
+        place = (unit - begin) % RING
+        for p in gl.static_range(4):
+            codes = words.index(place * TILES + p * TILES // 4).load(left)
+            minus = gl.full([BLOCK_N], -(MAGIC + (1 << (WIDTH - 1))), HALF, rows)
+            if SCALES > 0:
+                factor = scales.index(place * SCALES + p * SCALES // 4).load(rows)
+                if HAS_ZERO:
+                    found = zeros.index(place * SCALES + p * SCALES // 4).load(rows)
+                    minus = (-(found.to(gl.float32) + MAGIC)).to(HALF)
+            else:
+                factor = minus
+                if HAS_ZERO:
+                    minus = row_minus
+            code, minus2 = gl.broadcast(codes, minus[:, None])
+            code, factor2 = gl.broadcast(codes, factor[:, None])
+            weight = gl.inline_asm_elementwise(
+                DECODE[p % (16 // WIDTH)], "=r,r,r,r", [code, minus2, factor2], dtype=x.dtype.element_ty, is_pure=True, pack=2
+            )
+            # Two products are in flight; the older one reads ``before`` and the buffer that is filled next.
+            acc = warpgroup_mma(weight, inputs[p].permute((1, 0)), acc, is_async=True)
+            acc, before = warpgroup_mma_wait(1, deps=[acc, before])
+            before = weight
+            if p == 3:
+                following = unit + RING
+                _copy_codes(words, packed, place, following, end, last_tile, n, stride_tile, WIDTH, wide)
+                if SCALES > 0:
+                    _copy_grids(scales, scale, place, following, end, groups, first_n, N, GROUP, SCALES, BLOCK_N,
+                                lined)  # fmt: skip
+                    if HAS_ZERO:
+                        _copy_grids(zeros, zero, place, following, end, groups, first_n, N, GROUP, SCALES, BLOCK_N,
+                                    lined)  # fmt: skip
+            async_copy.wait_group(1)
+            gl.thread_barrier()
+            fence_async_shared()
+            _copy_inputs(inputs[(p + 3) % 4], x, m, unit * UNIT + (p + 3) * SLICE, last, stride_x, wide)
+            async_copy.commit_group()
+    acc, before = warpgroup_mma_wait(0, deps=[acc, before])
+    async_copy.wait_group(0)
+    finish(acc, partial, semaphores, scale, bias, out, tile, part, split, first_m, first_n, M, N, SCALES == 0, HAS_BIAS,
+           IS_SPLIT)  # fmt: skip
