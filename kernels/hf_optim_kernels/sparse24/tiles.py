@@ -31,6 +31,8 @@ def config(
 
 DENSE = config("dense", 0, 0, 0, 1, 0, 0)
 LIBRARY = config("library", 0, 0, 0, 1, 0, 0)
+# Those that were the fastest for any shape (cuSPARSELt 0.8, H200).
+LIBRARY_ALGORITHMS = (0, 10, 12, 13, 15, 17, 20, 22, 24)
 
 
 def tiles(rows: int, outputs: int, ahead: int, split: int, warps: int, inputs: int = 0) -> Config:
@@ -90,10 +92,7 @@ def split_of(N: int, K: int, block_n: int, tiles: int = 512) -> int:
 
 def wide_candidates(N: int, K: int, M: int) -> list[Config]:
     """Return tiles of ``wide_kernel`` worth timing."""
-    kinds = (
-        (16, 128, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2), (128, 128, 4, 2),
-        (128, 256, 8, 2), (64, 256, 8, 2),
-    )  # fmt: skip
+    kinds = ((32, 128, 4, 3), (64, 128, 8, 3), (64, 128, 4, 3), (128, 128, 8, 2), (256, 128, 8, 2), (128, 256, 8, 2))
     return [
         config("wide", m, n, 0, split, warps, ring) for m, n, warps, ring in kinds for split in (1, 2, 3, 4, 6, 8)
         if m < 2 * M and 256 * split <= K and (split == 1 or 90 < -(-N // n) * -(-M // m) * split <= 400)
@@ -109,7 +108,8 @@ def candidates(N: int, K: int, M: int) -> list[Config]:
         ]
         return [*_few(N, K, 16)[:4], *row, *_few(N, K, 16)[4:5]]
     few = _few(N, K, max(16, tuning.bucket(M))) if M <= FEW_ROWS else _many(N, K, M)
-    return few + (wide_candidates(N, K, M) if 16 <= M <= 1024 else [])
+    few += [LIBRARY | {"algorithm": number} for number in (10, 15, 20)] if M == 64 else []
+    return few + (wide_candidates(N, K, M) if 16 < M <= 1024 else [])
 
 
 def _few(N: int, K: int, block_m: int) -> list[Config]:
@@ -129,7 +129,8 @@ def _many(N: int, K: int, M: int) -> list[Config]:
     tiles = ((64, 128, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 128, 8, 2))
     splits = sorted({1, split_of(N, K, 128, 264)}) if M <= 128 else [1]
     ours = [config("dot", m, n, HALF, split, w, s) for m, n, w, s in tiles for split in splits]
-    return [LIBRARY, *ours[: 6 if M <= 256 else 2], DENSE]
+    library = [LIBRARY | {"algorithm": number} for number in LIBRARY_ALGORITHMS]
+    return [*library, *ours[: 4 if M <= 256 else 0], DENSE]
 
 
 def default(N: int, K: int, M: int, library: bool, is_wide: bool = True) -> Config:

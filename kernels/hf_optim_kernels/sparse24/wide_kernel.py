@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..common.wide_tile import finish
 
@@ -134,7 +134,6 @@ def wide_kernel(
         async_copy.commit_group()
     async_copy.wait_group(2)
     gl.thread_barrier()
-    fence_async_shared()
 
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, sums)
     one = gl.zeros([BLOCK_N, PIECE], HALF, left)
@@ -157,7 +156,6 @@ def wide_kernel(
                 _copy_weight(words, marks, values, bits, place, following, end, n, b, stored, w_lines, b_lines)
             async_copy.wait_group(1)
             gl.thread_barrier()
-            fence_async_shared()
             _copy_inputs(inputs[(p + 3) % 4], x, m, unit * UNIT + (p + 3) * 64, last, width, x_lines)
             async_copy.commit_group()
     acc, one, two = warpgroup_mma_wait(0, deps=[acc, one, two])

@@ -59,7 +59,7 @@ def candidates(M: int, N: int, K: int, float8: bool) -> list[dict[str, Any]]:
     kinds = [
         ("grouped", 64, 128, 128, 4, 4), ("grouped", 64, 64, 256, 4, 3), ("grouped", 128, 128, 128, 4, 4),
         ("grouped", 128, 128, 128, 8, 4), ("grouped", 128, 64, 128, 4, 4), ("grouped", 128, 256, 128, 8, 3),
-        ("grouped", 64, 256, 128, 8, 3), ("grouped", 256, 128, 128, 8, 3),
+        ("grouped", 128, 128, 128, 4, 3), ("grouped", 128, 128, 128, 8, 3), ("grouped", 256, 128, 128, 8, 3),
     ]  # fmt: skip
     rows: list[tuple[Any, ...]] = []
     if M <= 1024:

@@ -45,13 +45,12 @@ def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, Any]]:
     elif M <= 256:
         shapes = [("fused", 64, n, s, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
     ring = 3 if width == 4 else 2
-    if M >= 16:
-        kinds = ((128, 256, 8, ring), (128, 128, 8, ring), (128, 128, 4, ring), (256, 128, 8, ring), (64, 128, 4, ring),
-                 (64, 128, 8, ring), (64, 256, 8, ring), (32, 128, 4, ring), (16, 128, 4, ring), (16, 64, 4, ring))
+    if M >= 64:
+        kinds = ((64, 128, 8, ring), (128, 128, 8, ring), (256, 128, 8, ring), (128, 256, 8, ring), (64, 128, 4, ring))
         shapes += [
             ("wide", m, n, s, w, r) for m, n, w, r in kinds for s in (1, 2, 3, 4, 6, 8)
             if m < 2 * M and (s == 1 or 90 < -(-N // n) * -(-M // m) * s <= 400)
-        ]
+        ]  # fmt: skip
     found = [default(M, N, K, width)] + [dict(zip(_TILE_NAMES, shape, strict=True)) for shape in shapes]
     found = [tiles for i, tiles in enumerate(found) if 256 * tiles["SPLIT"] <= K and tiles not in found[:i]]
     return found + ([LIBRARY] if M >= 128 else [])

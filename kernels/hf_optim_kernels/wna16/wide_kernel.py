@@ -14,7 +14,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..common.wide_tile import finish
 
@@ -154,7 +154,6 @@ def wide_kernel(
         async_copy.commit_group()
     async_copy.wait_group(2)
     gl.thread_barrier()
-    fence_async_shared()
 
     rows: gl.constexpr = gl.SliceLayout(1, left)
     if SCALES == 0:
@@ -197,7 +196,6 @@ def wide_kernel(
                                     lined)  # fmt: skip
             async_copy.wait_group(1)
             gl.thread_barrier()
-            fence_async_shared()
             _copy_inputs(inputs[(p + 3) % 4], x, m, unit * UNIT + (p + 3) * SLICE, last, stride_x, wide)
             async_copy.commit_group()
     acc, before = warpgroup_mma_wait(0, deps=[acc, before])
