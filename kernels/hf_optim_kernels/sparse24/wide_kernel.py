@@ -18,6 +18,7 @@ from ..common.wide_tile import finish
 
 PIECE = gl.constexpr(32)
 UNIT = gl.constexpr(256)
+STEP = gl.constexpr(16)
 
 
 def _select(high: bool, second: bool) -> str:
@@ -136,21 +137,25 @@ def wide_kernel(
     gl.thread_barrier()
 
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, sums)
-    one = gl.zeros([BLOCK_N, PIECE], HALF, left)
-    two = gl.zeros([BLOCK_N, PIECE], HALF, left)
+    before = gl.zeros([BLOCK_N, STEP], HALF, left)
     for unit in range(begin, end):
         place = (unit - begin) % RING
         for p in gl.static_range(4):
-            word = words.index(place * 2 + p // 2).load(left)
-            mark = marks.index(place).load(left)
-            first, second = gl.inline_asm_elementwise(
-                SELECT[p], REGISTERS, [word, mark], dtype=(x.dtype.element_ty, x.dtype.element_ty), is_pure=True, pack=4
-            )
-            # The products of two slices are in flight; the older ones read ``one``, ``two`` and the buffer filled next.
-            acc = warpgroup_mma(first, inputs[p].index(0).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(second, inputs[p].index(1).permute((1, 0)), acc, is_async=True)
-            acc, one, two = warpgroup_mma_wait(2, deps=[acc, one, two])
-            one, two = first, second
+            for q in gl.static_range(PIECE // STEP):
+                word = words.index(place * 2 + p // 2).slice(q * STEP, STEP, 1).load(left)
+                mark = marks.index(place).slice(q * STEP, STEP, 1).load(left)
+                first, second = gl.inline_asm_elementwise(
+                    SELECT[p], REGISTERS, [word, mark], dtype=(x.dtype.element_ty, x.dtype.element_ty), is_pure=True,
+                    pack=4,
+                )  # fmt: skip
+                # Two products are in flight; the older one reads ``before``.
+                acc = warpgroup_mma(first, inputs[p].index(0).slice(q * STEP, STEP, 1).permute((1, 0)), acc, is_async=True)
+                acc, before = warpgroup_mma_wait(1, deps=[acc, before])
+                acc = warpgroup_mma(
+                    second, inputs[p].index(1).slice(q * STEP, STEP, 1).permute((1, 0)), acc, is_async=True
+                )
+                acc, first = warpgroup_mma_wait(1, deps=[acc, first])
+                before = second
             if p == 3:
                 following = unit + RING
                 _copy_weight(words, marks, values, bits, place, following, end, n, b, stored, w_lines, b_lines)
@@ -158,6 +163,6 @@ def wide_kernel(
             gl.thread_barrier()
             _copy_inputs(inputs[(p + 3) % 4], x, m, unit * UNIT + (p + 3) * 64, last, width, x_lines)
             async_copy.commit_group()
-    acc, one, two = warpgroup_mma_wait(0, deps=[acc, one, two])
+    acc, before = warpgroup_mma_wait(0, deps=[acc, before])
     async_copy.wait_group(0)
     finish(acc, partial, semaphores, bias, bias, out, tile, part, split, first_m, first_n, M, N, False, HAS_BIAS, IS_SPLIT)

@@ -20,6 +20,7 @@ from ..common.wide_tile import finish
 
 SLICE = gl.constexpr(64)
 UNIT = gl.constexpr(256)
+STEP = gl.constexpr(16)
 
 
 def _assembly(width: int, part: int, half: str, is_scaled: bool) -> str:
@@ -161,11 +162,10 @@ def wide_kernel(
         if HAS_ZERO:
             row_minus = (-(gl.load(zero + grid_n).to(gl.float32) + MAGIC)).to(HALF)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, sums)
-    before = gl.zeros([BLOCK_N, SLICE], HALF, left)
+    before = gl.zeros([BLOCK_N, STEP], HALF, left)
     for unit in range(begin, end):
         place = (unit - begin) % RING
         for p in gl.static_range(4):
-            codes = words.index(place * TILES + p * TILES // 4).load(left)
             minus = gl.full([BLOCK_N], -(MAGIC + (1 << (WIDTH - 1))), HALF, rows)
             if SCALES > 0:
                 factor = scales.index(place * SCALES + p * SCALES // 4).load(rows)
@@ -176,15 +176,21 @@ def wide_kernel(
                 factor = minus
                 if HAS_ZERO:
                     minus = row_minus
-            code, minus2 = gl.broadcast(codes, minus[:, None])
-            code, factor2 = gl.broadcast(codes, factor[:, None])
-            weight = gl.inline_asm_elementwise(
-                DECODE[p % (16 // WIDTH)], "=r,r,r,r", [code, minus2, factor2], dtype=x.dtype.element_ty, is_pure=True, pack=2
-            )
-            # Two products are in flight; the older one reads ``before`` and the buffer that is filled next.
-            acc = warpgroup_mma(weight, inputs[p].permute((1, 0)), acc, is_async=True)
-            acc, before = warpgroup_mma_wait(1, deps=[acc, before])
-            before = weight
+            tile_words = words.index(place * TILES + p * TILES // 4)
+            for q in gl.static_range(SLICE // STEP):
+                codes = tile_words.slice(q * STEP, STEP, 1).load(left)
+                code, minus2 = gl.broadcast(codes, minus[:, None])
+                code, factor2 = gl.broadcast(codes, factor[:, None])
+                weight = gl.inline_asm_elementwise(
+                    DECODE[p % (16 // WIDTH)], "=r,r,r,r", [code, minus2, factor2], dtype=x.dtype.element_ty,
+                    is_pure=True, pack=2,
+                )  # fmt: skip
+                # A warp that issues a product waits until the one before it has read its registers. So products are
+                # short, and two of them are in flight.
+                piece = inputs[p].slice(q * STEP, STEP, 1).permute((1, 0))
+                acc = warpgroup_mma(weight, piece, acc, is_async=True)
+                acc, before = warpgroup_mma_wait(1, deps=[acc, before])
+                before = weight
             if p == 3:
                 following = unit + RING
                 _copy_codes(words, packed, place, following, end, last_tile, n, stride_tile, WIDTH, wide)
