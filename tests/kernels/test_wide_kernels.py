@@ -11,14 +11,20 @@ from hf_optim_kernels.wna16 import layer as wna16_layer
 from hf_optim_kernels.wna16 import naive as wna16_naive
 from hf_optim_kernels.wna16 import wide as wna16_wide
 
-TILES = [(128, 256, 1, 8, 2), (128, 128, 3, 8, 3), (128, 128, 2, 4, 3), (256, 128, 1, 8, 2), (64, 128, 2, 4, 3), (16, 64, 4, 4, 3)]
+TILES = [
+    (128, 256, 1, 8, 2), (128, 128, 3, 8, 3), (128, 128, 2, 4, 3), (256, 128, 1, 8, 2), (64, 128, 2, 4, 3),
+    (16, 64, 4, 4, 3),
+]  # fmt: skip
+NAMES = ("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
 
 
 def wide_tiles(tiles):
-    return dict(zip(("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages"), ("wide", *tiles), strict=True))
+    return dict(
+        zip(("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages"), ("wide", *tiles), strict=True)
+    )
 
 
 def random_layer(N, K, bits, group, has_zero, has_bias, dtype):

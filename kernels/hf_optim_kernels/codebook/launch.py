@@ -48,8 +48,7 @@ def semaphores_for(N: int, device: torch.device) -> Tensor:
 
 def tiles_for(M: int, N: int, K: int, bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Return the tuned tiles for ``M`` rows, else the default ones."""
-    rows = tuning.bucket(M)
-    return tuning.cached_choice(f"codebook{bits}", (N, K, rows), dtype, device, lambda: default(rows, N, K))
+    return tuning.choose(f"codebook{bits}", (N, K), M, dtype, device, lambda rows: default(rows, N, K))
 
 
 def _math(dtype: torch.dtype, bits: int) -> dict[str, Any]:

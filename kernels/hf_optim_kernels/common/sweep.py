@@ -55,6 +55,12 @@ def shapes_of(options: argparse.Namespace) -> list[tuple[int, int]]:
     return [(int(shape.split("x")[0]), int(shape.split("x")[1])) for shape in options.shapes]
 
 
+def tried(options: argparse.Namespace, tunable: tuner.Tunable, M: int) -> list[tuner.Config]:
+    """Return the candidates, or those of one kernel."""
+    found = tunable.candidates(tuning.bucket(M))
+    return [c for c in found if options.only in (None, c.get("KERNEL"), c.get("path"))]
+
+
 def warm(options: argparse.Namespace, index: int) -> None:
     """Compile a share of the candidates, by running each once: the results stay in Triton's cache on disk."""
     benchmark.copies_for = lambda size: 1  # type: ignore[assignment]
@@ -63,7 +69,7 @@ def warm(options: argparse.Namespace, index: int) -> None:
         for tunable in tunables(options.ops, N, K):
             for M in options.rows:
                 x = None
-                for config in tunable.candidates(tuning.bucket(M)):
+                for config in tried(options, tunable, M):
                     number += 1
                     if number % options.processes == index:
                         x = tunable.inputs(M) if x is None else x
@@ -87,7 +93,7 @@ def sweep(options: argparse.Namespace, until: float) -> None:
                 if time.monotonic() > until:
                     print("out of time; not measured from here:", tunable.op, N, K, M, flush=True)
                     return
-                found = list(tuner.measure(tunable, M))
+                found = list(tuner.measure(tunable, M, tried(options, tunable, M)))
                 times += [{"op": tunable.op, "N": N, "K": K, "M": M, "config": c, "us": us} for c, us in found]
                 for config, us in found:
                     if isinstance(us, str):
@@ -114,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--name", default="sweep.json", help="file in $OUT")
+    parser.add_argument("--only", help="time only the configurations of this kernel")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     begin = time.monotonic()

@@ -1,6 +1,6 @@
 """Tile shapes that were measured to be fast: tables shipped for some generations of GPUs, and the user's cache.
 
-Nothing is timed when a model runs: ``choose`` looks up a configuration, or takes a guess if there is none. ``hf-optim
+Nothing is timed when a model runs: ``choose`` looks up a configuration, or predicts it if there is none. ``hf-optim
 bench --tune`` measures and calls ``remember``. The user's cache is one JSON file per GPU and version of torch and
 Triton, under ``$HF_OPTIM_CACHE`` (default ``~/.cache/hf_optim``); it takes precedence. The shipped table
 ``tables/sm_90.json`` was measured on an H200 (torch 2.11, Triton 3.6) and is used for the whole generation.
@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from . import choice
+
+Config = dict[str, Any]
 SHIPPED = Path(__file__).parent / "tables"
 
 
@@ -28,33 +31,64 @@ def bucket(rows: int) -> int:
     return 1 << max(rows - 1, 0).bit_length()
 
 
+def rounded(rows: int) -> int:
+    """Return the rows that a configuration is chosen for: above 64 the next multiple of 64, or of an eighth."""
+    if rows <= 64:
+        return bucket(rows)
+    step = max(64, bucket(rows) // 16)
+    return -(-rows // step) * step
+
+
+_CHOSEN: dict[tuple, Config] = {}
+
+
 def choose(
-    op: str, shape: tuple[int, ...], dtype: torch.dtype, default: Mapping[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """Return the configuration of ``op`` for a shape (whose rows are a ``bucket``), else ``default``.
-
-    A table may be older than the code: an entry whose names are not those of ``default`` is ignored.
-    """
-    found = table(device).get(key_of(op, shape, dtype))
-    return dict(found) if found is not None and found.keys() == default.keys() else dict(default)
-
-
-_CHOSEN: dict[tuple, dict[str, Any]] = {}
-
-
-def cached_choice(
     op: str,
     shape: tuple[int, ...],
+    rows: int,
     dtype: torch.dtype,
     device: torch.device,
-    default: Callable[[], Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return ``choose``, looked up once per process and arguments until a configuration is remembered."""
-    key = (op, shape, dtype, device)
+    guess: Callable[[int], Config],
+    usable: Callable[[Config], bool] = lambda config: True,
+    variant: object = None,
+) -> Config:
+    """Return the configuration of ``op``, looked up once per process and arguments until one is remembered.
+
+    It is that of a table, else the fastest by prediction (``common.choice``), else ``guess``.
+
+    Args:
+        shape: what precedes the rows in the key of an entry: out, in, and what else the entries depend on.
+        guess: a bucket of rows -> a configuration. A table may be older than the code: an entry whose names are those
+            of no other configuration is ignored.
+        usable: False for configurations that cannot run.
+        variant: what ``usable`` depends on.
+    """
+    rows = rounded(rows)
+    key = (op, shape, rows, dtype, device, variant)
     found = _CHOSEN.get(key)
     if found is None:
-        found = _CHOSEN[key] = choose(op, shape, dtype, default(), device)
+        found = _CHOSEN[key] = _choose(op, shape, rows, dtype, device, guess, usable)
     return found
+
+
+def _choose(
+    op: str,
+    shape: tuple[int, ...],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    guess: Callable[[int], Config],
+    usable: Callable[[Config], bool],
+) -> Config:
+    default = guess(bucket(rows))
+    entry = table(device).get(key_of(op, (*shape, bucket(rows)), dtype))
+    if entry is not None and usable(entry) and (entry.keys() == default.keys() or choice.has_names(op, entry)):
+        return dict(entry)
+    if device.type != "cuda":
+        return dict(default)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    found = choice.best(op, rows, shape[0], shape[1], processors, usable)
+    return dict(default if found is None else found)
 
 
 def remember(

@@ -42,10 +42,12 @@ def candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
 
 
 def tiles_for(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return the tuned configuration for ``M`` rows, else the default one."""
-    rows = tuning.bucket(M)
-    found = tuning.cached_choice("llm-int8", (N, K, rows), dtype, device, lambda: default(rows, N, K))
-    return _FLOAT32 if dtype == torch.float32 and "SPLIT" not in found else found
+    """Return the configuration for ``M`` rows."""
+    if dtype == torch.float32 and M > MOST_DECODE_ROWS:
+        return _FLOAT32
+    # In float32 no tensor core multiplies outliers.
+    usable = lambda tiles: dtype != torch.float32 or "SPLIT" in tiles  # noqa: E731
+    return tuning.choose("llm-int8", (N, K), M, dtype, device, lambda rows: default(rows, N, K), usable)
 
 
 def semaphores_size(N: int, K: int) -> int:

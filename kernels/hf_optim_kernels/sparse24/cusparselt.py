@@ -55,5 +55,11 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None, algorithm: int) -> T
     """Return ``x W^T + bias`` for contiguous ``x`` [rows, in] and memory made by ``share``."""
     rows = x.shape[0]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 8)) if rows % 8 else x
-    y = torch._cslt_sparse_mm(packed, padded.t(), bias=bias, transpose_result=True, alg_id=algorithm)
+    try:
+        y = torch._cslt_sparse_mm(packed, padded.t(), bias=bias, transpose_result=True, alg_id=algorithm)
+    except RuntimeError:
+        # Another version of the library has fewer algorithms, and some do not take every shape.
+        if not algorithm:
+            raise
+        y = torch._cslt_sparse_mm(packed, padded.t(), bias=bias, transpose_result=True, alg_id=0)
     return y[:rows]

@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common import tuning
 from ..common.compute_type import compute_constants
 from ..common.dense import over_rows
 from ..common.launch import is_aligned, is_interpreted, launch
@@ -18,8 +17,6 @@ from ..common.splitk import launch_split
 from . import cusparselt, mma_layout, naive, tensor_core_launch, tiles, wide
 from .kernel import HALF, decompress_kernel, dot_kernel, row_kernel
 from .naive import PackedTensors
-
-_choose = functools.cache(tiles.chosen)
 
 
 def sparse24(x: Tensor, weight: PackedTensors, config: tiles.Config | None = None) -> Tensor:
@@ -40,8 +37,6 @@ def _product(x: Tensor, weight: PackedTensors, config: tiles.Config | None) -> T
     found = config or _chosen(M, N, K, weight, x)
     if found["path"] == "library":
         return cusparselt.product(x, weight.values, weight.bias, found["algorithm"])
-    if found["path"] == "wide" and not wide.supports(x, weight):
-        found = tiles.default(N, K, tuning.bucket(M), False, False)
     if found["path"] == "wide":
         return wide.product(x, weight, found)
     if found["path"] == "dense":
@@ -51,12 +46,13 @@ def _product(x: Tensor, weight: PackedTensors, config: tiles.Config | None) -> T
 
 
 def _chosen(M: int, N: int, K: int, weight: PackedTensors, x: Tensor) -> tiles.Config:
-    rows, is_shared = tuning.bucket(M), cusparselt.is_shared(weight.values, weight.bits)
-    found = _choose(N, K, rows, weight.width, x.dtype, is_shared, x.device)
+    is_shared, is_wide = cusparselt.is_shared(weight.values, weight.bits), M > 32 and wide.supports(x, weight)
+    choose = functools.partial(tiles.chosen, N, K, M, weight.width, x.dtype, x.device)
+    found = choose(is_shared, is_wide)
     if found["path"] != "library":
         return found
     prevent_recording()  # what pays depends on whether a graph is being captured
-    return found if cusparselt.pays(M, N, K) else tiles.default(N, K, rows, False)
+    return found if cusparselt.pays(M, N, K) else choose(False, is_wide)
 
 
 def _tiled(x: Tensor, weight: PackedTensors, config: tiles.Config | None) -> Tensor:

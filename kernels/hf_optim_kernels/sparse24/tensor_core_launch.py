@@ -105,7 +105,5 @@ def decompress(weight: PackedTensors, dtype: torch.dtype) -> Tensor:
 
 
 def chosen(N: int, K: int, M: int, dtype: torch.dtype, device: torch.device) -> tiles.Config:
-    """Return the tuned configuration for ``M`` rows, else the default one."""
-    rows = tuning.bucket(M)
-    guess = lambda: tiles.default_tiles(N, K, rows)  # noqa: E731
-    return tuning.cached_choice("sparse24-tiles", (N, K, rows), dtype, device, guess)
+    """Return the configuration for ``M`` rows."""
+    return tuning.choose("sparse24-tiles", (N, K), M, dtype, device, lambda rows: tiles.default_tiles(N, K, rows))

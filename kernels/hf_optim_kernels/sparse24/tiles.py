@@ -32,7 +32,7 @@ def config(
 DENSE = config("dense", 0, 0, 0, 1, 0, 0)
 LIBRARY = config("library", 0, 0, 0, 1, 0, 0)
 # Those that were the fastest for any shape (cuSPARSELt 0.8, H200).
-LIBRARY_ALGORITHMS = (0, 10, 12, 13, 15, 17, 20, 22, 24)
+LIBRARY_ALGORITHMS = (0, 10, 12, 13, 15, 17, 20)
 
 
 def tiles(rows: int, outputs: int, ahead: int, split: int, warps: int, inputs: int = 0) -> Config:
@@ -133,18 +133,21 @@ def _many(N: int, K: int, M: int) -> list[Config]:
     return [*library, *ours[: 4 if M <= 256 else 0], DENSE]
 
 
-def default(N: int, K: int, M: int, library: bool, is_wide: bool = True) -> Config:
+def default(N: int, K: int, M: int, library: bool) -> Config:
     """Return a good guess where nothing was measured; ``library``: the weight is in cuSPARSELt's format as well."""
     if M <= FEW_ROWS:
         return candidates(N, K, M)[0]
     if library and M > 128:
-        return LIBRARY
+        return LIBRARY if M <= 1024 else LIBRARY | {"algorithm": 17}
     return config("dot", 64, 128, HALF, split_of(N, K, 128, 264), 8, 3) if M <= 256 else DENSE
 
 
-def chosen(N: int, K: int, M: int, width: int, dtype: torch.dtype, library: bool, device: torch.device) -> Config:
-    """Return the configuration for M rows: the tuned one, unless it needs a library that cannot run this weight."""
-    rows = tuning.bucket(M)
-    guess = default(N, K, rows, library)
-    found = tuning.choose("sparse24", (N, K, width, rows), dtype, guess, device)
-    return guess if found["path"] == "library" and not library else found
+def chosen(
+    N: int, K: int, M: int, width: int, dtype: torch.dtype, device: torch.device, library: bool, is_wide: bool
+) -> Config:  # fmt: skip
+    """Return the configuration for ``M`` rows; cuSPARSELt and ``wide_kernel`` only where they can run."""
+    paths = {"library": library, "wide": is_wide}
+    usable = lambda found: paths.get(found["path"], True)  # noqa: E731
+    guess = lambda rows: default(N, K, rows, library)  # noqa: E731
+    op = "sparse24" if width == 16 else f"sparse24-{width}-bit"
+    return tuning.choose(op, (N, K, width), M, dtype, device, guess, usable, (library, is_wide))

@@ -53,7 +53,11 @@ def stage_kernel(x, out, K, stride_x, width):
     Columns beyond K are zeros. Programs (units of 256 columns, rows).
     """
     row, unit = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    half, column, group = tl.arange(0, 2)[:, None, None], tl.arange(0, 4)[None, :, None], tl.arange(0, 32)[None, None, :]
+    half, column, group = (
+        tl.arange(0, 2)[:, None, None],
+        tl.arange(0, 4)[None, :, None],
+        tl.arange(0, 32)[None, None, :],
+    )
     source = unit * 256 + half * 128 + group * 4 + column
     target = unit * 256 + half * 128 + column * 32 + group
     tl.store(out + row * width + target, tl.load(x + row * stride_x + source, source < K, 0.0))
@@ -149,7 +153,9 @@ def wide_kernel(
                     pack=4,
                 )  # fmt: skip
                 # Two products are in flight; the older one reads ``before``.
-                acc = warpgroup_mma(first, inputs[p].index(0).slice(q * STEP, STEP, 1).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma(
+                    first, inputs[p].index(0).slice(q * STEP, STEP, 1).permute((1, 0)), acc, is_async=True
+                )
                 acc, before = warpgroup_mma_wait(1, deps=[acc, before])
                 acc = warpgroup_mma(
                     second, inputs[p].index(1).slice(q * STEP, STEP, 1).permute((1, 0)), acc, is_async=True
@@ -165,4 +171,6 @@ def wide_kernel(
             async_copy.commit_group()
     acc, before = warpgroup_mma_wait(0, deps=[acc, before])
     async_copy.wait_group(0)
-    finish(acc, partial, semaphores, bias, bias, out, tile, part, split, first_m, first_n, M, N, False, HAS_BIAS, IS_SPLIT)
+    finish(
+        acc, partial, semaphores, bias, bias, out, tile, part, split, first_m, first_n, M, N, False, HAS_BIAS, IS_SPLIT
+    )

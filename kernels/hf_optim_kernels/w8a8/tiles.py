@@ -106,10 +106,11 @@ def _decode_candidates(M: int, N: int, K: int) -> list[dict[str, Any]]:
 
 
 def tiles_for(M: int, N: int, K: int, float8: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return the tuned configuration for ``M`` rows, else the default one; ``dtype`` is that of the output."""
-    rows = tuning.bucket(M)
-    guess = lambda: default(rows, N, K, float8)  # noqa: E731
-    return tuning.cached_choice(op_name(float8), (N, K, rows), dtype, device, guess)
+    """Return the configuration for ``M`` rows; ``dtype`` is that of the output."""
+    is_torch_usable = N % 16 == 0 and K % 16 == 0 and dtype == torch.bfloat16
+    usable = lambda tiles: is_torch_usable or tiles.get("KERNEL") != "torch"  # noqa: E731
+    guess = lambda rows: default(rows, N, K, float8)  # noqa: E731
+    return tuning.choose(op_name(float8), (N, K), M, dtype, device, guess, usable, is_torch_usable)
 
 
 def op_name(float8: bool) -> str:

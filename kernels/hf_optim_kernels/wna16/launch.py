@@ -21,6 +21,8 @@ from .naive import PackedTensors, slice_columns, slices_per_scale
 MOST_ROWS = 256
 _TILE_NAMES = ("KERNEL", "BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
 LIBRARY = dict(zip(_TILE_NAMES, ("library", 0, 0, 1, 0, 0), strict=True))
+# With fewer, the fused kernel is faster.
+LEAST_WIDE_ROWS = 32
 # A layer whose decoded weight is larger is decoded and multiplied in parts.
 MOST_BYTES = 256 << 20
 
@@ -41,7 +43,9 @@ def candidates(M: int, N: int, K: int, width: int) -> list[dict[str, Any]]:
     block_m = max(8, min(M, 64))
     shapes: list[tuple[Any, ...]] = []
     if M <= 32:
-        shapes = [("fused", block_m, n, s, w, 3) for s in (4, 8, 2, 1) for n, w in ((64, 4), (64, 2), (128, 4), (32, 1))]
+        shapes = [
+            ("fused", block_m, n, s, w, 3) for s in (4, 8, 2, 1) for n, w in ((64, 4), (64, 2), (128, 4), (32, 1))
+        ]
     elif M <= 256:
         shapes = [("fused", 64, n, s, w, 3) for s in (1, 2, 4, 8) for n, w in ((64, 4), (128, 8))]
     ring = 3 if width == 4 else 2
@@ -61,10 +65,13 @@ def semaphores_for(N: int, device: torch.device) -> Tensor:
     return new_semaphores(4 * max(1, -(-N // 64)), device)
 
 
-def tiles_for(M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return the tuned tiles for ``M`` rows, else the default ones."""
-    rows = tuning.bucket(M)
-    return tuning.cached_choice(f"w{width}a16", (N, K, rows), dtype, device, lambda: default(rows, N, K, width))
+def tiles_for(
+    M: int, N: int, K: int, width: int, dtype: torch.dtype, device: torch.device, is_wide: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """Return the tiles for ``M`` rows; ``is_wide``: those of ``wide`` can run."""
+    usable = lambda tiles: is_wide or tiles["KERNEL"] != "wide"  # noqa: E731
+    guess = lambda rows: default(rows, N, K, width)  # noqa: E731
+    return tuning.choose(f"w{width}a16", (N, K), M, dtype, device, guess, usable, is_wide)
 
 
 def fused(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
@@ -141,9 +148,8 @@ def wna16(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None)
 def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = None) -> Tensor:
     """Return ``x W^T + bias`` for ``x`` [M, in] with contiguous rows, M > 0, with ``tiles`` instead of the choice."""
     (M, K), N = x.shape, weight.packed.shape[1]
-    tiles = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device)
-    if tiles["KERNEL"] == "wide":
-        if wide.supports(x, weight):
-            return wide.product(x, weight, tiles)
-        tiles = default(tuning.bucket(M), N, K, weight.width) if M <= MOST_ROWS else LIBRARY
-    return by_library(x, weight) if tiles["KERNEL"] == "library" else fused(x, weight, tiles)
+    is_wide = M > LEAST_WIDE_ROWS and wide.supports(x, weight)
+    tiles = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, is_wide)
+    if tiles["KERNEL"] == "library":
+        return by_library(x, weight)
+    return wide.product(x, weight, tiles) if tiles["KERNEL"] == "wide" else fused(x, weight, tiles)

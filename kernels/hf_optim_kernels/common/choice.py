@@ -1,0 +1,127 @@
+"""The configuration of a product for a shape that was not measured: the one whose predicted time is the least.
+
+The time of a configuration is the sum of what its launches cost whatever they compute, of passes over the inputs, the
+weight and the partial sums, and of rounds in which every multiprocessor runs its programs. A round takes the time of one
+program, or of those that share a multiprocessor one after the other, whichever is longer. The coefficients of each
+``Kind``, a kernel with its tiles, are fitted to measured times (``calibrate``) and shipped in ``tables/choice.json``;
+the number of multiprocessors is that of the device. All of this is arithmetic on the shape: the same shape has the same
+configuration on every host.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Config = dict[str, Any]
+FILE = Path(__file__).parent / "tables" / "choice.json"
+PARTS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Columns in a part of a tile, at least.
+LEAST_COLUMNS = 256
+# Tiles of the libraries' products, which configurations do not name.
+LIBRARY_TILE = (128, 256)
+_MILLION = 1e6
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kernel with its tiles, and what its times depend on.
+
+    Attributes:
+        config: names and values but for the number of parts.
+        parts: the name of the number of parts that share a tile, or None where tiles are not shared.
+        rows: the rows, least and most, that it was measured on.
+        resident: programs that a multiprocessor holds at a time.
+        latency: the time of a program that is alone on its multiprocessor, over that of one among many.
+        terms: microseconds: of the launches; per million inputs, weights and partial sums; of a round; and per thousand
+            columns of a program in a round.
+    """
+
+    config: Config
+    parts: str | None
+    rows: tuple[int, int]
+    resident: int
+    latency: float
+    terms: tuple[float, ...]
+
+    def time(self, M: int, N: int, K: int, parts: int, processors: int) -> float:
+        """Return the predicted microseconds."""
+        found = features(self.config, M, N, K, parts, processors, self.resident, self.latency)
+        return sum(term * value for term, value in zip(self.terms, found, strict=True))
+
+
+def features(
+    config: Mapping[str, Any], M: int, N: int, K: int, parts: int, processors: int, resident: int, latency: float
+) -> tuple[float, ...]:
+    """Return what ``Kind.terms`` are multiplied with."""
+    block_m, block_n = (
+        config.get(name) or tile for name, tile in zip(("BLOCK_M", "BLOCK_N"), LIBRARY_TILE, strict=True)
+    )
+    programs = -(-M // block_m) * -(-N // block_n) * parts
+    full, rest = divmod(programs, processors * resident)
+    rounds = full + (rest > 0)
+    busy = full * max(latency, resident) + (max(latency, -(-rest // processors)) if rest else 0.0)
+    sums = M * N * parts if parts > 1 else 0
+    return (
+        1.0, M * K / _MILLION, N * K / _MILLION, sums / _MILLION, float(rounds), busy * K / (1000 * parts),
+    )  # fmt: skip
+
+
+def best(
+    op: str, M: int, N: int, K: int, processors: int, usable: Callable[[Config], bool] = lambda config: True
+) -> Config | None:
+    """Return the configuration with the least predicted time; None if ``op`` was not measured near ``M`` rows.
+
+    Args:
+        op: the name in tables.
+        usable: False for configurations that cannot run here.
+    """
+    found = ranked(op, M, N, K, processors, usable)
+    return found[0][1] if found else None
+
+
+def ranked(
+    op: str, M: int, N: int, K: int, processors: int, usable: Callable[[Config], bool] = lambda config: True
+) -> list[tuple[float, Config]]:
+    """Return predicted microseconds and configurations, the fastest first."""
+    found = []
+    for kind in kinds().get(op, ()):
+        least, most = kind.rows
+        if not least <= M <= most or not usable(kind.config):
+            continue
+        for parts in PARTS if kind.parts else (1,):
+            if parts > 1 and parts * LEAST_COLUMNS > K:
+                break
+            config = kind.config | ({kind.parts: parts} if kind.parts else {})
+            found.append((kind.time(M, N, K, parts, processors), config))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def has_names(op: str, config: Mapping[str, Any]) -> bool:
+    """Return True if a configuration has the names of one of the kinds of ``op``."""
+    return any(
+        config.keys() == kind.config.keys() | ({kind.parts} if kind.parts else set()) for kind in kinds().get(op, ())
+    )
+
+
+@functools.cache
+def kinds() -> dict[str, tuple[Kind, ...]]:
+    """Return the shipped kinds by the name of the product."""
+    if not FILE.exists():
+        return {}
+    return loads(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def loads(stored: Mapping[str, Any]) -> dict[str, tuple[Kind, ...]]:
+    """Return kinds from their JSON form."""
+    return {
+        op: tuple(
+            Kind(k["config"], k["parts"], tuple(k["rows"]), k["resident"], k["latency"], tuple(k["terms"]))
+            for k in each
+        )
+        for op, each in stored.items()
+    }
