@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_optim_kernels.common import tuning
+from hf_optim_kernels.common import choice, tuning
 
 CARD = torch.device("cuda", 0)
 DEFAULT = {"BLOCK": 16, "num_warps": 4}
@@ -25,13 +26,15 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_OPTIM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some Card 80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=4))
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
     tuning.table.cache_clear()
     yield tmp_path
     tuning.table.cache_clear()
 
 
-def choose(rows):
-    return tuning.choose("op", (8, 8, rows), torch.bfloat16, DEFAULT, CARD)
+def choose(rows, **options):
+    return tuning.choose("op", (8, 8), rows, torch.bfloat16, CARD, lambda rows: DEFAULT, **options)
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (4096, 4096)])
@@ -50,6 +53,33 @@ def test_the_shipped_table_then_the_users_then_the_default(card):
 
 def test_an_entry_of_an_older_kernel_is_passed_over(card):
     assert choose(2) == DEFAULT
+
+
+def test_rows_are_rounded_to_a_sixteenth_of_their_bucket():
+    assert [tuning.rounded(rows) for rows in (1, 3, 64, 65, 129, 1000, 1025, 4000)] == [
+        1, 4, 64, 128, 192, 1024, 1152, 4096,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """Two kinds of "op": the second is faster, on 4 to 64 rows."""
+    kind = choice.Kind({"BLOCK": 128, "num_warps": 8}, None, (1, 64), 1, 1.0, (9.0, 0, 0, 0, 0, 0))
+    fast = choice.Kind({"BLOCK": 256, "num_warps": 8}, None, (4, 64), 1, 1.0, (2.0, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(choice, "kinds", lambda: {"op": (kind, fast)})
+
+
+def test_a_shape_without_an_entry_takes_what_is_predicted(card, predicted):
+    assert choose(1)["BLOCK"] == 32  # the table's
+    assert choose(2)["BLOCK"] == 128
+    assert choose(16)["BLOCK"] == 256
+    assert choose(128) == DEFAULT  # measured on up to 64 rows
+
+
+def test_what_cannot_run_is_not_chosen(card, predicted):
+    assert choose(16, usable=lambda config: config["BLOCK"] != 256, variant=1)["BLOCK"] == 128
+    assert choose(1, usable=lambda config: config["BLOCK"] != 32, variant=1)["BLOCK"] == 128
+    assert choose(16)["BLOCK"] == 256  # each variant has its own choice
 
 
 def test_a_cpu_has_no_table():

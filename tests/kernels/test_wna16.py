@@ -12,6 +12,7 @@ import pytest
 import torch
 from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
+from hf_optim_kernels.common import tuning
 from hf_optim_kernels.wna16 import layer, naive, op
 
 # rows, out, in, group; 172 columns and 33 or 352 rows fit no block, groups of 48 no whole slice.
@@ -124,6 +125,7 @@ def test_many_rows_go_to_the_library(device, monkeypatch):
 
     monkeypatch.setattr(launch, "MOST_ROWS", 4)
     monkeypatch.setattr(launch, "fused", None)
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
     arguments, reference = random_case(5, 20, 48, 48, 4, zero=True, dtype=torch.float32, device=device)
     assert relative(op.wna16(*arguments), reference) < 1e-6
 

@@ -19,9 +19,10 @@ from typing import Any
 
 Config = dict[str, Any]
 FILE = Path(__file__).parent / "tables" / "choice.json"
-PARTS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Columns in a part of a tile, at least.
 LEAST_COLUMNS = 256
+# How far the number of programs may be from those measured.
+MARGIN = 1.25
 # Tiles of the libraries' products, which configurations do not name.
 LIBRARY_TILE = (128, 256)
 _MILLION = 1e6
@@ -32,9 +33,11 @@ class Kind:
     """A kernel with its tiles, and what its times depend on.
 
     Attributes:
-        config: names and values but for the number of parts.
+        config: names and values, with one part.
         parts: the name of the number of parts that share a tile, or None where tiles are not shared.
         rows: the rows, least and most, that it was measured on.
+        programs, splits: the programs, least and most, and the numbers of parts that it was measured with: others are
+            not predicted.
         resident: programs that a multiprocessor holds at a time.
         latency: the time of a program that is alone on its multiprocessor, over that of one among many.
         terms: microseconds: of the launches; per million inputs, weights and partial sums; of a round; and per thousand
@@ -44,6 +47,8 @@ class Kind:
     config: Config
     parts: str | None
     rows: tuple[int, int]
+    programs: tuple[int, int]
+    splits: tuple[int, ...]
     resident: int
     latency: float
     terms: tuple[float, ...]
@@ -58,10 +63,7 @@ def features(
     config: Mapping[str, Any], M: int, N: int, K: int, parts: int, processors: int, resident: int, latency: float
 ) -> tuple[float, ...]:
     """Return what ``Kind.terms`` are multiplied with."""
-    block_m, block_n = (
-        config.get(name) or tile for name, tile in zip(("BLOCK_M", "BLOCK_N"), LIBRARY_TILE, strict=True)
-    )
-    programs = -(-M // block_m) * -(-N // block_n) * parts
+    programs = count_programs(config, M, N, parts)
     full, rest = divmod(programs, processors * resident)
     rounds = full + (rest > 0)
     busy = full * max(latency, resident) + (max(latency, -(-rest // processors)) if rest else 0.0)
@@ -69,6 +71,12 @@ def features(
     return (
         1.0, M * K / _MILLION, N * K / _MILLION, sums / _MILLION, float(rounds), busy * K / (1000 * parts),
     )  # fmt: skip
+
+
+def count_programs(config: Mapping[str, Any], M: int, N: int, parts: int) -> int:
+    """Return the programs of a launch."""
+    block_m, block_n = (config.get(key) or tile for key, tile in zip(("BLOCK_M", "BLOCK_N"), LIBRARY_TILE, strict=True))
+    return -(-M // block_m) * -(-N // block_n) * parts
 
 
 def best(
@@ -93,9 +101,15 @@ def ranked(
         least, most = kind.rows
         if not least <= M <= most or not usable(kind.config):
             continue
-        for parts in PARTS if kind.parts else (1,):
+        for parts in kind.splits:
             if parts > 1 and parts * LEAST_COLUMNS > K:
                 break
+            fewest, most_programs = kind.programs
+            if (
+                parts > 1
+                and not fewest <= MARGIN * count_programs(kind.config, M, N, parts) <= MARGIN**2 * most_programs
+            ):
+                continue
             config = kind.config | ({kind.parts: parts} if kind.parts else {})
             found.append((kind.time(M, N, K, parts, processors), config))
     return sorted(found, key=lambda pair: pair[0])
@@ -103,9 +117,7 @@ def ranked(
 
 def has_names(op: str, config: Mapping[str, Any]) -> bool:
     """Return True if a configuration has the names of one of the kinds of ``op``."""
-    return any(
-        config.keys() == kind.config.keys() | ({kind.parts} if kind.parts else set()) for kind in kinds().get(op, ())
-    )
+    return any(config.keys() == kind.config.keys() for kind in kinds().get(op, ()))
 
 
 @functools.cache
@@ -118,10 +130,5 @@ def kinds() -> dict[str, tuple[Kind, ...]]:
 
 def loads(stored: Mapping[str, Any]) -> dict[str, tuple[Kind, ...]]:
     """Return kinds from their JSON form."""
-    return {
-        op: tuple(
-            Kind(k["config"], k["parts"], tuple(k["rows"]), k["resident"], k["latency"], tuple(k["terms"]))
-            for k in each
-        )
-        for op, each in stored.items()
-    }
+    as_tuple = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
+    return {op: tuple(Kind(**{k: as_tuple(v) for k, v in one.items()}) for one in each) for op, each in stored.items()}

@@ -26,6 +26,10 @@ _FLOAT32 = dict(zip(_GEMM, ("grouped", 64, 64, 128, 8, 0, 0, 4, 3, 1), strict=Tr
 def default(M: int, N: int, K: int) -> dict[str, Any]:
     """Return a guess at the fastest configuration, for the product of w8a8 with its tiles; ``M`` is a bucket."""
     guess = w8a8.default(M, N, K, False)
+    if M == MOST_DECODE_ROWS:
+        # Here the product for many rows is faster already: the other one looks for outliers at every step.
+        parts = next((count for count in (1, 2, 3, 4) if -(-N // 64) * count >= 110 and 512 * count <= K), 1)
+        return dict(zip(_GEMM, ("grouped", 64, 64, 256, 8, 0, 0, 4, 3, parts), strict=True))
     if M <= MOST_DECODE_ROWS:
         return guess
     # Gathering pays where many tiles read the gathered columns.

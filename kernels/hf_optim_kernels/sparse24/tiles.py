@@ -135,6 +135,8 @@ def _many(N: int, K: int, M: int) -> list[Config]:
 
 def default(N: int, K: int, M: int, library: bool) -> Config:
     """Return a good guess where nothing was measured; ``library``: the weight is in cuSPARSELt's format as well."""
+    if 1 < M <= 16:
+        return config("dot", 16, 64, HALF, split_of(N, K, 64), 2, 3)
     if M <= FEW_ROWS:
         return candidates(N, K, M)[0]
     if library and M > 128:
