@@ -64,8 +64,8 @@ def test_rows_are_rounded_to_a_sixteenth_of_their_bucket():
 @pytest.fixture
 def predicted(monkeypatch):
     """Two kinds of "op": the second is faster, on 4 to 64 rows."""
-    kind = choice.Kind({"BLOCK": 128, "num_warps": 8}, None, (1, 64), 1, 1.0, (9.0, 0, 0, 0, 0, 0))
-    fast = choice.Kind({"BLOCK": 256, "num_warps": 8}, None, (4, 64), 1, 1.0, (2.0, 0, 0, 0, 0, 0))
+    kind = choice.Kind({"BLOCK": 128, "num_warps": 8}, None, (1, 64), (1, 99), (1,), 1, 1.0, (9.0, 0, 0, 0, 0, 0))
+    fast = choice.Kind({"BLOCK": 256, "num_warps": 8}, None, (4, 64), (1, 99), (1,), 1, 1.0, (2.0, 0, 0, 0, 0, 0))
     monkeypatch.setattr(choice, "kinds", lambda: {"op": (kind, fast)})
 
 
@@ -110,7 +110,7 @@ def test_an_interrupted_write_leaves_the_old_cache(card, monkeypatch):
 
 
 def test_shipped_tables_are_well_formed():
-    for path in tuning.SHIPPED.glob("*.json"):
+    for path in tuning.SHIPPED.glob("sm_*.json"):
         entries = json.loads(path.read_text())
         assert entries
         for key, config in entries.items():

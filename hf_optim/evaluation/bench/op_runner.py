@@ -59,15 +59,17 @@ def tune_ops(
 ) -> None:
     """Tune the tile sizes of the operators that support it, and keep the fastest in the user's cache."""
     for op in ops:
-        tune: Callable[..., str] | None = getattr(timing_tools().bench_of(op), "tune", None)
-        if tune is None:
+        tunables: Callable[..., list[Any]] | None = getattr(timing_tools().bench_of(op), "tunables", None)
+        if tunables is None:
             continue
         for N, K in shapes:
+            found = [] if deadline.has_passed() else tunables(N, K, dtype)
             for M in rows:
                 if deadline.has_passed():
                     results.left_out.append(f"tuning of {op} {N}x{K} with {M} rows")
-                else:
-                    log.info("%s %dx%d M=%d: %s", op, N, K, M, tune(N, K, M, dtype))
+                    continue
+                for tunable in found:
+                    log.info("%s %dx%d M=%d: %s", op, N, K, M, tunable.tune(M))
 
 
 def _time_contenders(

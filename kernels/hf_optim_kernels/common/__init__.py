@@ -1,5 +1,6 @@
 """Helpers shared by the kernels.
 
-Launches: ``launch``, ``launch_plan``, ``tuning``. Inside kernels: ``compute_type``, ``numerics``, ``splitk``, ``gemm``.
-Layers: ``codes``, ``support``, ``dense``, ``cpu_linear``. Measuring: ``benchmark``.
+Launches: ``launch``, ``launch_plan``. The choice of tiles: ``tuning``, ``choice``. Inside kernels: ``compute_type``,
+``numerics``, ``splitk``, ``gemm``, ``wide_tile``. Layers: ``codes``, ``support``, ``dense``, ``cpu_linear``. Measuring:
+``benchmark``, ``tuner``, ``sweep``, ``calibrate``, ``held_out``.
 """

@@ -1,8 +1,8 @@
-"""The configuration of a product for a shape that was not measured: the one whose predicted time is the least.
+"""Choose the configuration of a product for a shape that was not measured: the one with the least predicted time.
 
 The time of a configuration is the sum of what its launches cost whatever they compute, of passes over the inputs, the
-weight and the partial sums, and of rounds in which every multiprocessor runs its programs. A round takes the time of one
-program, or of those that share a multiprocessor one after the other, whichever is longer. The coefficients of each
+weight and the partial sums, and of rounds in which every multiprocessor runs its programs. A round takes the time of
+one program, or of those that share a multiprocessor one after the other, whichever is longer. The coefficients of each
 ``Kind``, a kernel with its tiles, are fitted to measured times (``calibrate``) and shipped in ``tables/choice.json``;
 the number of multiprocessors is that of the device. All of this is arithmetic on the shape: the same shape has the same
 configuration on every host.
@@ -130,5 +130,9 @@ def kinds() -> dict[str, tuple[Kind, ...]]:
 
 def loads(stored: Mapping[str, Any]) -> dict[str, tuple[Kind, ...]]:
     """Return kinds from their JSON form."""
-    as_tuple = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
-    return {op: tuple(Kind(**{k: as_tuple(v) for k, v in one.items()}) for one in each) for op, each in stored.items()}
+    return {op: tuple(_kind(one) for one in each) for op, each in stored.items()}
+
+
+def _kind(stored: Mapping[str, Any]) -> Kind:
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+    return Kind(**values)

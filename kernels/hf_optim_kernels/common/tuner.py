@@ -44,6 +44,17 @@ class Tunable:
     candidates: Callable[[int], list[Config]]
     reference: Callable[[Tensor], Tensor]
 
+    def tune(self, rows: int) -> str:
+        """Measure the candidates, remember the fastest, and return a line about it."""
+        if device().type != "cuda":
+            return f"{self.op}: nothing to tune without a CUDA device"
+        times = [(us, config) for config, us in measure(self, rows) if not isinstance(us, str)]
+        if not times:
+            return f"{self.op}: no configuration ran"
+        best, config = min(times, key=lambda pair: pair[0])
+        tuning.remember(self.op, (*self.shape, tuning.bucket(rows)), self.dtype, config, device())
+        return f"{self.op}: {best:.1f} us with {config}, {times[0][0]:.1f} with the first candidate"
+
 
 def measure(tunable: Tunable, rows: int, tried: list[Config] | None = None) -> Iterator[tuple[Config, float | str]]:
     """Yield configurations with their microseconds, or with what is wrong with them."""
@@ -63,13 +74,3 @@ def measure(tunable: Tunable, rows: int, tried: list[Config] | None = None) -> I
                 yield config, graph_time(calls, REPLAYS).us
         except Exception as error:  # a configuration may not fit the card, in any of Triton's ways
             yield config, f"{type(error).__name__}: {str(error)[:120]}"
-
-
-def tune(tunable: Tunable, rows: int) -> str:
-    """Measure the candidates, remember the fastest, and return a line about it."""
-    times = [(us, config) for config, us in measure(tunable, rows) if not isinstance(us, str)]
-    if not times:
-        return f"{tunable.op}: nothing ran"
-    best, config = min(times, key=lambda pair: pair[0])
-    tuning.remember(tunable.op, (*tunable.shape, tuning.bucket(rows)), tunable.dtype, config, device())
-    return f"{tunable.op}: {best:.1f} us with {config}, {times[0][0]:.1f} before"

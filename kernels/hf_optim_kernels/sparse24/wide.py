@@ -45,9 +45,11 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
         "RING": ring,
     }  # fmt: skip
     launch(
-        wide_kernel, (count, split, 1), (staged, words, bits, added, out, partial, semaphores, M, N, stored, split), constants,
+        wide_kernel, (count, split, 1),
+        (staged, words, bits, added, out, partial, semaphores, M, N, stored, split), constants,
         num_warps=warps, num_stages=1,
-        key=(x.dtype, added.dtype, bias is None, N, stored, split > 1, block_m, block_n, warps, ring, is_aligned(added)),
+        key=(x.dtype, added.dtype, bias is None, N, stored, split > 1, block_m, block_n, warps, ring,
+             is_aligned(added)),
     )  # fmt: skip
     return out
 

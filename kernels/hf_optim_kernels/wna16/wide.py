@@ -73,7 +73,8 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     constants = {
         "GROUP": min(group_size, K), "SCALES": scales, "HAS_ZERO": zero is not None, "HAS_BIAS": bias is not None,
         "WIDTH": width, "DECODE": tuple(ASSEMBLY[width, part, half, scales > 0] for part in range(16 // width)),
-        "MAGIC": magic if width == 4 else 0, "BLOCK_M": block_m, "BLOCK_N": block_n, "IS_SPLIT": split > 1, "RING": ring,
+        "MAGIC": magic if width == 4 else 0, "BLOCK_M": block_m, "BLOCK_N": block_n, "IS_SPLIT": split > 1,
+        "RING": ring,
     }  # fmt: skip
     others = scale if zero is None else zero, scale if bias is None else bias
     stride = x.stride(0)
