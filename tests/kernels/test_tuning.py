@@ -76,6 +76,13 @@ def test_a_shape_without_an_entry_takes_what_is_predicted(card, predicted):
     assert choose(128) == DEFAULT  # measured on up to 64 rows
 
 
+def test_entries_may_have_the_names_of_another_number_of_rows(card):
+    few = {"BLOCK": 16, "num_warps": 4, "SPLIT": 2}
+    guess = lambda rows: few if rows < 64 else DEFAULT  # noqa: E731
+    assert tuning.choose("op", (8, 8), 1, torch.bfloat16, CARD, guess)["BLOCK"] == 32
+    assert tuning.choose("op", (8, 8), 2, torch.bfloat16, CARD, guess) == few
+
+
 def test_what_cannot_run_is_not_chosen(card, predicted):
     assert choose(16, usable=lambda config: config["BLOCK"] != 256, variant=1)["BLOCK"] == 128
     assert choose(1, usable=lambda config: config["BLOCK"] != 32, variant=1)["BLOCK"] == 128

@@ -115,11 +115,6 @@ def ranked(
     return sorted(found, key=lambda pair: pair[0])
 
 
-def has_names(op: str, config: Mapping[str, Any]) -> bool:
-    """Return True if a configuration has the names of one of the kinds of ``op``."""
-    return any(config.keys() == kind.config.keys() for kind in kinds().get(op, ()))
-
-
 @functools.cache
 def kinds() -> dict[str, tuple[Kind, ...]]:
     """Return the shipped kinds by the name of the product."""

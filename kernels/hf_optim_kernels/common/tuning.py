@@ -39,6 +39,8 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
+# The guesses for these have the names of all configurations: kernels for few and for many rows have different ones.
+_BUCKETS = (1, 64, 4096)
 _CHOSEN: dict[tuple, Config] = {}
 
 
@@ -58,8 +60,8 @@ def choose(
 
     Args:
         shape: what precedes the rows in the key of an entry: out, in, and what else the entries depend on.
-        guess: a bucket of rows -> a configuration. A table may be older than the code: an entry whose names are those
-            of no other configuration is ignored.
+        guess: a bucket of rows -> a configuration. A table may be older than the code: an entry whose names are not
+            those of a guess is ignored.
         usable: False for configurations that cannot run.
         variant: what ``usable`` depends on.
     """
@@ -82,7 +84,7 @@ def _choose(
 ) -> Config:
     default = guess(bucket(rows))
     entry = table(device).get(key_of(op, (*shape, bucket(rows)), dtype))
-    if entry is not None and usable(entry) and (entry.keys() == default.keys() or choice.has_names(op, entry)):
+    if entry is not None and any(entry.keys() == guess(each).keys() for each in _BUCKETS) and usable(entry):
         return dict(entry)
     if device.type != "cuda":
         return dict(default)
