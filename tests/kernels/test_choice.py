@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,3 +161,8 @@ def test_products_that_are_tuned_have_candidates_that_compute_them(op, monkeypat
         assert len(tried) > 4
         x = one.inputs(3)
         assert one.reference(x).shape == (3, 64)
+
+
+def test_shipped_predictions_are_fitted_to_the_published_sweep():
+    sweep = Path(__file__).parents[2] / "model_cards" / "kernels" / "sweeps" / "h200.json"
+    assert calibrate.dumps(calibrate.fit(calibrate.read([sweep]))) == choice.FILE.read_text(encoding="utf-8")

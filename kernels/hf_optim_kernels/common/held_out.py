@@ -96,16 +96,37 @@ def measure(options: argparse.Namespace, until: float) -> None:
     write()
 
 
+def markdown(path: Path) -> str:
+    """Return a table of a file that this module wrote: times of the dense product over ours, those below 0.97 bold."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    rows = sorted({cell["M"] for cell in cells})
+    found = {(cell["N"], cell["K"], cell["op"], cell["M"]): cell for cell in cells}
+    lines = [f"| layer | product | {' | '.join(map(str, rows))} |", "|---" * (2 + len(rows)) + "|"]
+    for N, K, op in dict.fromkeys(key[:3] for key in found):
+        line = []
+        for M in rows:
+            cell = found.get((N, K, op, M), {})
+            measured = isinstance(cell.get("us"), float)
+            ratio = cell["dense_us"] / cell["us"] if measured else 0.0
+            line.append("-" if not measured else f"**{ratio:.2f}**" if ratio < 0.97 else f"{ratio:.2f}")
+        lines.append(f"| {N} x {K} | {op} | {' | '.join(line)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--budget", type=float, default=100.0, help="seconds, compiling included")
     parser.add_argument("--ops", nargs="+", choices=list(sweep.MODULES), default=list(OPS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--search", action="store_true", help="then time every candidate, until the time is up")
+    parser.add_argument("--table", type=Path, help="print a Markdown table of this file, and measure nothing")
     parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.table:
+        print(markdown(options.table), end="")
+        return
     begin = time.monotonic()
     tuning.table = lambda device: {}  # type: ignore[assignment]
     # Replayed graphs do not wait for the host, and what is checked is what they hold.

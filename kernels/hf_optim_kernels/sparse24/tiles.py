@@ -106,7 +106,7 @@ def candidates(N: int, K: int, M: int) -> list[Config]:
             config("row", 1, n, HALF, split_of(N, K, n, programs), warps, stages)
             for n, programs, warps, stages in ((64, 528, 4, 2), (32, 1056, 2, 3), (32, 1056, 4, 2))
         ]
-        return [*_few(N, K, 16)[:4], *row, *_few(N, K, 16)[4:5]]
+        return [*row, *_few(N, K, 16)[:5]]
     few = _few(N, K, max(16, tuning.bucket(M))) if M <= FEW_ROWS else _many(N, K, M)
     few += [LIBRARY | {"algorithm": number} for number in (10, 15, 20)] if M == 64 else []
     return few + (wide_candidates(N, K, M) if 16 < M <= 1024 else [])
