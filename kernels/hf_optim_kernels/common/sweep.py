@@ -85,6 +85,11 @@ def sweep(options: argparse.Namespace, until: float) -> None:
     times: list[dict[str, Any]] = []
     dense: dict[str, float] = {}
     properties = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    path = Path(os.environ.get("OUT", "."), options.name)
+
+    def write() -> None:
+        path.write_text(json.dumps({**properties, "table": table, "dense": dense, "times": times}))
+
     for N, K in shapes_of(options):
         for M in options.rows:
             dense[f"{N}x{K}x{M}"] = dense_time(N, K, M)
@@ -92,6 +97,7 @@ def sweep(options: argparse.Namespace, until: float) -> None:
             for M in options.rows:
                 if time.monotonic() > until:
                     print("out of time; not measured from here:", tunable.op, N, K, M, flush=True)
+                    write()
                     return
                 found = list(tuner.measure(tunable, M, tried(options, tunable, M)))
                 times += [{"op": tunable.op, "N": N, "K": K, "M": M, "config": c, "us": us} for c, us in found]
@@ -106,8 +112,7 @@ def sweep(options: argparse.Namespace, until: float) -> None:
                 top = "   ".join(f"{us:.1f} " + "/".join(map(str, config.values())) for config, us in ranked[:3])
                 print(f"{tunable.op:12s} {N:6d}x{K:<6d} M={M:<5d} x{base / float(ranked[0][1]):.2f} dense {base:7.1f}"
                       f" | {top}", flush=True)  # fmt: skip
-        path = Path(os.environ.get("OUT", "."), options.name)
-        path.write_text(json.dumps({**properties, "table": table, "dense": dense, "times": times}))
+        write()
         gc.collect()
         torch.cuda.empty_cache()
 
