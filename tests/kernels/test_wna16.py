@@ -120,6 +120,34 @@ def test_every_number_of_rows(rows, device):
 
 
 @on_triton
+def test_a_kernel_that_does_not_compile_costs_speed_only(device, monkeypatch):
+    from hf_optim_kernels.wna16 import launch, wide
+
+    arguments, _ = random_case(40, 64, 256, 128, 4, zero=False, dtype=torch.float16, device=device)
+    monkeypatch.setattr(wide, "is_available", lambda device: True)
+    monkeypatch.setattr(wide, "_FAILED", set())
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    monkeypatch.setattr(launch, "LEAST_WIDE_ROWS", 1)
+    ours = launch.default(64, 64, 256, 4)
+    choose = lambda *_, **__: ours | {"KERNEL": "wide"} if wide.is_usable(torch.device(device)) else ours  # noqa: E731
+    monkeypatch.setattr(launch.tuning, "choose", choose)
+    x, weight = arguments[0], naive.PackedTensors(*arguments[1:])
+    weight = weight._replace(scale=weight.scale.half())
+    reference = naive.wna16(x.double(), weight)
+
+    def product(*_):
+        raise AttributeError("no warpgroup_mma")
+
+    monkeypatch.setattr(wide, "product", product)
+    assert wide.supports(x, weight)
+    with pytest.warns(UserWarning, match="not used on .*: no warpgroup_mma"):
+        y = launch.wna16(x, weight)
+    assert relative(y, reference) < BOUND[torch.float16]
+    assert not wide.supports(x, weight)
+    assert relative(launch.wna16(x, weight), reference) < BOUND[torch.float16]
+
+
+@on_triton
 def test_many_rows_go_to_the_library(device, monkeypatch):
     from hf_optim_kernels.wna16 import launch
 

@@ -14,6 +14,7 @@ from ..common.dense import over_rows
 from ..common.launch import is_aligned, is_interpreted, launch
 from ..common.launch_plan import prevent_recording
 from ..common.splitk import launch_split
+from ..wna16 import wide as common
 from . import cusparselt, mma_layout, naive, tensor_core_launch, tiles, wide
 from .kernel import HALF, decompress_kernel, dot_kernel, row_kernel
 from .naive import PackedTensors
@@ -38,7 +39,8 @@ def _product(x: Tensor, weight: PackedTensors, config: tiles.Config | None) -> T
     if found["path"] == "library":
         return cusparselt.product(x, weight.values, weight.bias, found["algorithm"])
     if found["path"] == "wide":
-        return wide.product(x, weight, found)
+        y = common.attempt(lambda: wide.product(x, weight, found), x.device)
+        return _product(x, weight, None) if y is None else y
     if found["path"] == "dense":
         prevent_recording()
         return torch.nn.functional.linear(x, decompress(weight, K, x.dtype), weight.bias)

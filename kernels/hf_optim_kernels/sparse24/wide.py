@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.launch import is_aligned, launch
 from ..common.splitk import parts_memory
-from ..wna16.wide import even_split, is_available
+from ..wna16 import wide as common
 from .naive import HALF, PackedTensors
 
 
@@ -21,7 +21,7 @@ def supports(x: Tensor, weight: PackedTensors) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and 2 * bits.shape[1] % (2 * HALF) == 0
         and is_aligned(values, bits)
-        and is_available(x.device)
+        and common.is_usable(x.device)
     )
 
 
@@ -34,7 +34,7 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any]) -> Tensor:
     M, N, stored = x.shape[0], bits.shape[0], 2 * bits.shape[1]
     block_m, block_n, warps, ring = (tiles[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
     count = -(-N // block_n) * -(-M // block_m)
-    split = even_split(4 * stored, tiles["SPLIT"]) if count <= semaphores.numel() else 1
+    split = common.even_split(4 * stored, tiles["SPLIT"]) if count <= semaphores.numel() else 1
     staged = stage(x, 4 * stored)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     partial = parts_memory(out, count, split, block_m * block_n, torch.float32)

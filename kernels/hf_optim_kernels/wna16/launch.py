@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -149,7 +150,10 @@ def product(x: Tensor, weight: PackedTensors, tiles: dict[str, Any] | None = Non
     """Return ``x W^T + bias`` for ``x`` [M, in] with contiguous rows, M > 0, with ``tiles`` instead of the choice."""
     (M, K), N = x.shape, weight.packed.shape[1]
     is_wide = M > LEAST_WIDE_ROWS and wide.supports(x, weight)
-    tiles = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, is_wide)
-    if tiles["KERNEL"] == "library":
-        return by_library(x, weight)
-    return wide.product(x, weight, tiles) if tiles["KERNEL"] == "wide" else fused(x, weight, tiles)
+    found = tiles or tiles_for(M, N, K, weight.width, x.dtype, x.device, is_wide)
+    if found["KERNEL"] == "wide":
+        y = wide.attempt(functools.partial(wide.product, x, weight, found), x.device)
+        if y is not None:
+            return y
+        found = tiles_for(M, N, K, weight.width, x.dtype, x.device)
+    return by_library(x, weight) if found["KERNEL"] == "library" else fused(x, weight, found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from ..common.splitk import parts_memory
 from .naive import PackedTensors, slice_columns
 
 log = logging.getLogger(__name__)
+# Raised for a device that is in an error state, from torch 2.8 on.
+_DEVICE_ERRORS = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 UNIT, SLICE = 256, 64
 _HALVES = {torch.bfloat16: ("bf16", 128), torch.float16: ("fp16", 1024)}
@@ -27,9 +31,32 @@ def is_available(device: torch.device) -> bool:
     try:
         from . import wide_kernel  # noqa: F401
     except Exception as error:  # Gluon is experimental: another Triton may lack any part of it
-        log.info("Gluon of this Triton is not used: %s", error)
+        log.info("kernels in Triton's Gluon are not used: %s", error)
         return False
     return True
+
+
+_FAILED: set[torch.device] = set()
+
+
+def is_usable(device: torch.device) -> bool:
+    """Return True if the kernel may run on ``device``: it is available, and did not fail to compile."""
+    return is_available(device) and device not in _FAILED
+
+
+def attempt(product: Callable[[], Tensor], device: torch.device) -> Tensor | None:
+    """Return ``product()``; None, and from then on no kernel of this kind on ``device``, if it cannot be compiled.
+
+    Gluon is experimental: a Triton with another version of it should cost speed, not the packed layer.
+    """
+    try:
+        return product()
+    except (torch.cuda.OutOfMemoryError, *_DEVICE_ERRORS):
+        raise
+    except Exception as error:
+        _FAILED.add(device)
+        warnings.warn(f"kernels in Triton's Gluon are not used on {device}: {error}", stacklevel=2)
+        return None
 
 
 def supports(x: Tensor, weight: PackedTensors) -> bool:
@@ -45,7 +72,7 @@ def supports(x: Tensor, weight: PackedTensors) -> bool:
         and (not is_grouped or weight.scale.dtype == x.dtype)
         and (not is_grouped or weight.zero is None or weight.zero.dtype == torch.uint8)
         and is_aligned(x, weight.packed, weight.scale)
-        and is_available(x.device)
+        and is_usable(x.device)
     )
 
 
