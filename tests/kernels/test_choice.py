@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,3 +167,18 @@ def test_products_that_are_tuned_have_candidates_that_compute_them(op, monkeypat
 def test_shipped_predictions_are_fitted_to_the_published_sweep():
     sweep = Path(__file__).parents[2] / "model_cards" / "kernels" / "sweeps" / "h200.json"
     assert calibrate.dumps(calibrate.fit(calibrate.read([sweep]))) == choice.FILE.read_text(encoding="utf-8")
+
+
+def test_bench_tunes_every_kind_of_weight(caplog, monkeypatch):
+    from hf_optim.evaluation.bench import op_runner
+    from hf_optim.evaluation.bench.environment import Deadline
+
+    monkeypatch.setattr(benchmark, "device", lambda: torch.device("cpu"))
+    results = SimpleNamespace(left_out=[])
+    with caplog.at_level("INFO"):
+        op_runner.tune_ops(
+            results, ["wna16", "codebook", "llm_int8"], [(64, 256)], [4], torch.bfloat16, Deadline.after(None)
+        )
+    assert [message.split(": ")[1] for message in caplog.messages] == ["w4a16", "w8a16", "llm-int8"]
+    op_runner.tune_ops(results, ["wna16"], [(64, 256)], [4], torch.bfloat16, Deadline.after(-1.0))
+    assert results.left_out == ["tuning of wna16 64x256 with 4 rows"]
