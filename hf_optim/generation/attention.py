@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import util
@@ -22,6 +23,8 @@ REPLACED = ("sdpa", "eager")
 RANGES = "_hf_optim_ranges"
 # Masks and their ranges in the forward that torch.compile is tracing: it does not merge equal work of the layers.
 _TRACED: list[tuple[Tensor, Tensor]] = []
+_OPEN: list[None] = []  # one for each context in which the name is registered
+_OPENING = threading.Lock()
 _KERNEL: list[Any] = []  # the module, imported once; torch.compile cannot trace an import
 
 
@@ -98,6 +101,13 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def _unregister() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        registry._global_mapping.pop(NAME, None)
+
+
 def _available(model: Any) -> bool:
     if model.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
@@ -114,7 +124,9 @@ def on_kernel(model: Any) -> Iterator[None]:
     if not _available(model):
         yield
         return
-    _register()
+    with _OPENING:
+        _OPEN.append(None)
+        _register()
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     try:
@@ -124,6 +136,10 @@ def on_kernel(model: Any) -> Iterator[None]:
         with taking_codes(model.config.get_text_config(decoder=True)._attn_implementation == NAME):
             yield
     finally:
+        with _OPENING:
+            _OPEN.pop()
+            if not _OPEN:
+                _unregister()
         for config, name in before:
             if name in REPLACED:
                 config._attn_implementation = name

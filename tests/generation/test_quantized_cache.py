@@ -1,4 +1,4 @@
-"""A quantized key/value cache: transformers' loop and ours give the same tokens, and what a cache must be able to do."""
+"""A quantized key/value cache: transformers' loop and ours give the same tokens; what a cache must be able to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from interpreting import on_triton
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     Cache,
     Gemma2Config,
@@ -100,7 +102,9 @@ def test_our_loop_gives_the_tokens_of_transformers_loop(name, scheme):
 
 
 @on_triton
-@pytest.mark.parametrize(("name", "scheme"), [("llama", "int4"), ("gpt2", "float8"), ("gemma3-window-6", "int8-per-token")])
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama", "int4"), ("gpt2", "float8"), ("gemma3-window-6", "int8-per-token")]
+)
 def test_steps_on_the_kernels_give_the_same_tokens(name, scheme, device):
     """Prompts that are longer than a group, and steps that fill the next."""
     model, scheme = make(name).to(device), SCHEMES[scheme]
@@ -157,6 +161,10 @@ def test_a_captured_step_would_be_handed_the_codes(monkeypatch):
     assert len(seen) == model.config.num_hidden_layers
     with attention.on_kernel(model):
         assert codes.attention_takes_codes()
+        assert attention.NAME in AttentionInterface._global_mapping
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        assert attention.NAME not in registry._global_mapping
+    assert not any(word in attention.NAME for word in ("sdpa", "flex", "flash"))
     model.config._attn_implementation = "flex_attention"  # a user's choice is kept
     with attention.on_kernel(model):
         assert not codes.attention_takes_codes()

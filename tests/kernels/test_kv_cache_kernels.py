@@ -30,9 +30,7 @@ SHAPES = {  # rows, heads, key heads, new tokens, positions, head size, value he
 def tensors(shape, dtype=torch.float32, device="cpu", seed=0):
     B, H, G, Q, N, D, DV = SHAPES[shape]
     random = torch.Generator().manual_seed(seed)
-    query, key, value = (
-        torch.randn(size, generator=random) for size in ((B, H, Q, D), (B, G, N, D), (B, G, N, DV))
-    )
+    query, key, value = (torch.randn(size, generator=random) for size in ((B, H, Q, D), (B, G, N, D), (B, G, N, DV)))
     key[..., ::7] += 5  # channels that are large for every token
     return tuple(t.to(device, dtype) for t in (query, key, value))
 

@@ -67,9 +67,7 @@ def test_bytes_are_those_of_a_quantized_cache(name, keys, bits):
     cache = key_value_cache(model, scheme)
     length = 512  # whole tiles: a cache has room for more
     for layer, shape in zip(cache.layers, cache_layers(model.config), strict=True):
-        key, value = (
-            torch.randn(3, shape.heads, length, size) for size in (shape.key_dim, shape.value_dim)
-        )
+        key, value = (torch.randn(3, shape.heads, length, size) for size in (shape.key_dim, shape.value_dim))
         layer.update(key, value)
     codes = scales = plain = 0
     for layer in cache.layers:
