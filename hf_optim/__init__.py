@@ -49,6 +49,7 @@ _HOMES = {
     "KernelWarning": "compressed.packed.packed_linear",
     "restore": "compressed.packed.accelerate",
     "report": "compressed.packed.layer_report",
+    "expert_load": "toolkit.experts.load",
     "release": "lifecycle.stages",
     "merge_adapters": "training.peft",
     "generate": "generation.door",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from .runs.scope import Scope as Scope
     from .toolkit.quantization import KeyValueScheme as KeyValueScheme
     from .toolkit.quantization import cache_size as cache_size
+    from .toolkit.experts.load import expert_load as expert_load
     from .training.peft import merge_adapters as merge_adapters
     from .training.pruning_rounds import Rounds as Rounds
     from .training.rounds_callback import RoundTraining as RoundTraining

@@ -37,7 +37,7 @@ FAMILIES = (
     ("distributed", "checkpoint", "modules"),
     ("topology",),
     ("statistics",),
-    ("quantization", "pruning", "permutation"),
+    ("quantization", "pruning", "permutation", "experts"),
     ("distillation",),
 )
 # What a technique may import of hf_optim (docs/writing-a-technique.md lists them).

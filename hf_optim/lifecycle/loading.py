@@ -211,10 +211,11 @@ def _put_on_kernels(model: PreTrainedModel) -> None:
 
 
 def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Load a checkpoint unchanged, and run its compressed layers on kernels."""
+    """Load a checkpoint unchanged; run its compressed layers on kernels, and its experts with their capacity."""
     from ..compressed.packed.accelerate import accelerate
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
+    from ..toolkit.experts import attach_stored_routing
 
     wants_info = kwargs.pop("output_loading_info", False)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
@@ -233,6 +234,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads)
         require_runnable(model)
         accelerate(model)
+    attach_stored_routing(model)
     return (model, info) if wants_info else model
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ...runs.acceptance import require_runnable
 from ...runs.progress import progress
 from ...runs.run import Run, find_run
-from ...toolkit import topology
+from ...toolkit import experts, topology
 from ...toolkit.topology.linear_layers import parameter_names
 from ..outlier_columns import outlier_thresholds
 from ..quantized_forward import release_forwards
@@ -59,6 +59,8 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     one called computes the output of all. They remain separate modules. A norm that feeds only layers whose kernel can
     take quantized inputs from it quantizes its output in its own kernel (on a CUDA device, where that saves a launch).
 
+    Experts whose configuration states a capacity (``capacity_routing``) compute with it from now on.
+
     Args:
         model: a model, or a wrapper around one (peft).
         kernels: try these instead, in this order.
@@ -66,6 +68,7 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     Raises ``ModelError`` for a compressed model with weights that are offloaded to the CPU or to disk.
     """
     require_runnable(model)
+    experts.attach_stored_routing(model)
     pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
     return model
 
@@ -125,7 +128,8 @@ def _make_savable(model: nn.Module) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every layer gets back the weight and the forward it had before, bit-exact.
 
-    A model without packed layers is left unchanged.
+    Experts with a capacity (``capacity_routing``) compute without one, as in stock transformers, until ``accelerate`` is
+    called. A model without packed layers and capacities is left unchanged.
     """
     from ..quantizer import detach_quantizer
 
@@ -133,6 +137,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLinear):
             unpack(module)
         codebook_layers.unpack(module)
+    experts.detach_routing(model)
     model.__dict__.pop(UNSUPPORTED, None)
     inner = _pretrained(model)
     if inner is not None and inner.__dict__.pop(ATTACHED, False):

@@ -1,0 +1,172 @@
+"""Give the mixture layers of a model a capacity, through transformers' interface for experts, and take it away again.
+
+The function registered there under ``hf_optim`` computes every layer with a plan (``capped_layer``) and a product
+(``product``). It is registered as long as a model uses it. A model changes in three places, none of them a weight: the
+implementation of experts in its configuration, an attribute of each module of experts, and the class of the part of the
+model that holds them (``tokens``).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import ModelError
+from ...trust.text import one_line
+from ..topology.experts import expert_stacks, fused_experts, has_experts
+from . import registry
+from .capped_layer import LAYER, CappedLayer, layer_of
+from .product import expert_product
+from .registry import NAME
+from .routing import Routing, stored_routing
+from .tokens import forget_tokens, is_noting, note_tokens
+
+log = logging.getLogger(__name__)
+
+FORMER = "_hf_optim_former_experts"
+
+WRONG_IN_TRANSFORMERS = {
+    "nllb-moe": "transformers (5.17 to 5.24) runs only its experts 0 and 1, whatever the router chooses, so a capacity "
+    "would limit choices that are not computed",
+}
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute the experts of one layer: hidden ``[T, d]``, index int64 and weights ``[T, k]``; returns ``[T, d]``."""
+    layer = layer_of(self)
+    if layer is None:
+        complete = not getattr(self, "_is_expert_parallel", True)
+        return expert_product(self, hidden, top_k_index, top_k_weights, complete)
+    plan = layer.plan(self, hidden, top_k_index, top_k_weights)
+    return expert_product(self, hidden, plan.experts, plan.weights, plan.complete)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a capacity") -> list[str]:
+    """Give every mixture layer of ``model`` a capacity, in place; return the names of the modules of experts.
+
+    Settings that it had before are replaced, and its counts start at 0. Raises ``ModelError`` as ``require_routable``.
+    """
+    layers = require_routable(model, label)
+    detach_routing(model)
+    bodies = _bodies(model, layers)
+    former = model.get_experts_implementation()
+    tokens = {id(body): note_tokens(body) for body in dict.fromkeys(bodies.values())}
+    vars(model)[FORMER] = former
+    try:
+        model.set_experts_implementation(NAME)
+    except (ValueError, RuntimeError) as error:
+        detach_routing(model)
+        raise ModelError(f"{label}: {type(model).__name__} takes no function for its experts: {error}") from error
+    for name, module in layers.items():
+        body = bodies[name]
+        count, top_k = _router_facts(model, name)
+        own = int(module.num_experts)
+        with torch.inference_mode(False):
+            counts = torch.zeros(2, own, dtype=torch.int64, device=module.down_proj.device)
+        layer = CappedLayer(name, routing, tokens[id(body)], max(own, count or 0), top_k, counts)
+        vars(module)[LAYER] = layer
+    ignoring = [name for name, module in layers.items() if module.config._experts_implementation != NAME]
+    if ignoring:
+        detach_routing(model)
+        raise ModelError(
+            f"{label}: {type(model).__name__} runs {ignoring[0]} by its own forward, not through transformers' interface "
+            "for experts, so no capacity reaches it"
+        )
+    return list(layers)
+
+
+def attach_stored_routing(model: nn.Module) -> None:
+    """Give a model the capacity that its configuration holds, if it does and the model has none yet."""
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        routing = stored_routing(part.config)
+        if routing is not None and routing_of(part) is None:
+            attach_routing(part, routing, "the capacity in config.json")
+            log.info(
+                "experts have a capacity, as config.json states: factor %g (hf_optim.restore removes it)",
+                routing.capacity,
+            )
+        return
+
+
+def detach_routing(model: nn.Module) -> None:
+    """Take the capacities of a model away: it computes what stock transformers computes. Without any, do nothing."""
+    for module in list(model.modules()):
+        vars(module).pop(LAYER, None)
+        if is_noting(module):
+            forget_tokens(module)
+        former = vars(module).pop(FORMER, None)
+        if former is not None:
+            module.set_experts_implementation(former)  # type: ignore[operator]
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """Return the settings by which the mixture layers of a model run at present, or None."""
+    return next((layer.routing for module in model.modules() if (layer := layer_of(module)) is not None), None)
+
+
+def require_routable(model: PreTrainedModel, label: str) -> dict[str, Any]:
+    """Return the modules of experts that a capacity can be given, by name. The model may be on the meta device.
+
+    Raises ``ModelError`` for a model without experts, with experts that do not run through transformers' interface, or
+    with a router that does not fit them.
+    """
+    kind, cls = model.config.model_type, type(model).__name__
+    if kind in WRONG_IN_TRANSFORMERS:
+        raise ModelError(f"{label}: {cls} is not supported: {WRONG_IN_TRANSFORMERS[kind]}")
+    layers: dict[str, Any] = fused_experts(model)
+    others = sorted(set(expert_stacks(model)) - set(layers))
+    if not layers and not others and not has_experts(model):
+        raise ModelError(f"{label}: {cls} has no experts; `upcycle` makes a mixture of experts of a dense model")
+    if not layers or others:
+        where = f" ({one_line(others[0])})" if others else ""
+        raise ModelError(
+            f"{label}: the experts of {cls}{where} do not run through transformers' interface for experts, so no capacity "
+            "reaches them"
+        )
+    for name, module in layers.items():
+        count, top_k = _router_facts(model, name)
+        experts = int(module.num_experts)
+        if count is not None and count < experts:
+            raise ModelError(f"{label}: the router of {one_line(name)} has {count} outputs for {experts} experts")
+        if top_k is not None and top_k > max(experts, count or 0):
+            raise ModelError(f"{label}: tokens of {one_line(name)} choose {top_k} of only {experts} experts")
+    return layers
+
+
+def _router_facts(model: PreTrainedModel, name: str) -> tuple[int | None, int | None]:
+    """Return the outputs of the router beside a module of experts, and how many it chooses; None for what is unknown."""
+    block: Any = model.get_submodule(name.rpartition(".")[0])
+    for module in block.children():
+        weight = module._parameters.get("weight")
+        top_k = getattr(module, "top_k", getattr(block, "top_k", None))
+        if layer_sized(weight) and isinstance(top_k, int) and not isinstance(module, nn.Embedding):
+            return int(weight.shape[0]), top_k
+    config = model.config.get_text_config()
+    top_k = next((value for key in TOP_K if isinstance(value := getattr(config, key, None), int)), None)
+    return None, top_k
+
+
+def layer_sized(weight: Any) -> bool:
+    """Return True for a matrix."""
+    return weight is not None and weight.dim() == 2
+
+
+def _bodies(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, PreTrainedModel]:
+    """Return for each module of experts the innermost ``PreTrainedModel`` around it, whose forward has the mask."""
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    around = {}
+    for layer in layers:
+        holding = [name for name in parts if not name or layer.startswith(name + ".")]
+        around[layer] = parts[max(holding, key=len)]
+    return around
+
+
+registry.provide(experts_forward)
