@@ -32,6 +32,9 @@ DETAILS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 NO_CONTROL = "no control: a dense model trained alike was not measured"
 # Columns of the table that compares measurements; "change" stands behind the side whose change it is.
+CAPACITY = "experts with capacity factor"
+"""Begins the ``kernels`` of a result whose experts have a capacity under ``optim_config="auto"``."""
+
 BEFORE, CONTROL, AFTER, ACCELERATED = SIDES = ("before", "control", "after", "accelerated")
 TERMINAL_TITLES = {
     "metric": "metric",
@@ -120,9 +123,13 @@ def comparison_notes(measured: Mapping[str, Any], trained: bool = False) -> list
     if accelerated := measured.get(ACCELERATED):
         kernels = accelerated.get("kernels")
         layers = f" (linear layers: {kernels})" if kernels else ""
+        stock = "decodes the weights when it runs, and computes with the decoded ones"
+        if CAPACITY in str(kernels):
+            layers = f" ({kernels})"
+            stock = "computes the experts without the capacity"
         notes.append(
-            'On hf_optim\'s kernels: the same checkpoint, loaded with optim_config="auto"' + layers + ". Stock "
-            "transformers decodes the weights when it runs, and computes with the decoded ones"
+            f'On hf_optim\'s kernels: the same checkpoint, loaded with optim_config="auto"{layers}. Stock '
+            f"transformers {stock}"
         )
     if control := measured.get(CONTROL):
         name = control.get("name") or "a model"

@@ -19,6 +19,7 @@ from ..data.tasks import task_of_model
 from ..errors import DataError
 from ..recipes.config import DataConfig
 from ..runs.progress import progress, stage
+from ..toolkit.experts import dropped_share, expert_load, routing_of
 from ..toolkit.modules.modes import device_of, eval_mode
 from .latency import measure_time
 from .metrics import KLDivergence, Perplexity, Spearman, StreamingMetric, TopOneAgreement, metrics_for
@@ -29,7 +30,8 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
 
     Language models give ``perplexity``, ``nll`` (nats per token), ``tokens`` and ``bits_per_byte``;
     masked ones also ``accuracy`` over the masked tokens; text and image classifiers ``accuracy``; any encoder on pairs
-    with a ``score`` column gives ``spearman`` (of cosines of mean-pooled vectors, or of a one-label head).
+    with a ``score`` column gives ``spearman`` (of cosines of mean-pooled vectors, or of a one-label head). A mixture of
+    experts with a capacity also gives ``dropped_share``: the pairs of token and expert that it did not compute.
 
     Args:
         model: on the device where it is to be evaluated.
@@ -115,6 +117,9 @@ def _build_batches(task: str, model: Any, tokenizer: Any, data: DataConfig) -> L
 
 def _compute_metrics(model: Any, batches: LabelledBatches, classes: Sequence[type[StreamingMetric]]) -> dict[str, Any]:
     metrics = [cls() for cls in classes]
+    capped = routing_of(model) is not None
+    if capped:
+        expert_load(model, reset=True)
     with eval_mode(model), progress(batches.batches, "evaluating", unit="batches") as shown:
         for inputs, labels in shown:
             logits, target = _scored_positions(model, inputs, labels)
@@ -123,6 +128,8 @@ def _compute_metrics(model: Any, batches: LabelledBatches, classes: Sequence[typ
     measured: dict[str, Any] = {}
     for metric in metrics:
         measured |= metric.compute()
+    if capped:
+        measured["dropped_share"] = dropped_share(expert_load(model).values())
     if batches.tokens_per_byte is not None:
         measured["bits_per_byte"] = measured["nll"] / math.log(2) * batches.tokens_per_byte
     return measured

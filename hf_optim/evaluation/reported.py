@@ -70,6 +70,7 @@ REPORTED_METRICS = (
     ReportedMetric(
         "kl", "KL from the original (nats per position)", "{:.5f}".format, "kl", relative=False, in_memory=True
     ),
+    ReportedMetric("dropped_share", "choices of experts dropped", partial(format_share, digits=2), relative=False),
     ReportedMetric("bytes_on_disk", "weights on disk (bytes)", format_exact_bytes),
     ReportedMetric("parameter_bytes", "weights in memory (bytes)", format_exact_bytes),
     ReportedMetric("peak_memory_bytes", "peak memory (bytes)", format_exact_bytes),

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...checkpoints.remote_code import written_code
 from ...errors import OptimError
+from ...evaluation.comparison import CAPACITY
 from ...evaluation.sizes import bytes_on_disk
 from ...recipes.config import DataConfig
 from ...recipes.contract import Reload
@@ -21,6 +22,7 @@ from ...recipes.traits import QUANTIZED, SPARSE_NM
 from ...runs import distributed, progress
 from ...runs.record import public_name
 from ...runs.run import Run
+from ...toolkit.experts import stored_routing
 from ...trust.code import is_written_by_run, may_run
 from .job import Job
 from .timed_models import Candidate, request
@@ -74,13 +76,19 @@ class Measuring:
 
 
 def may_have_kernels(run: Run) -> bool:
-    """Return True if some layers of a result may run on kernels: they are quantized, N:M sparse, or have own code."""
+    """Return True if ``optim_config="auto"`` may compute otherwise than stock transformers.
+
+    Some layers may run on kernels (they are quantized, N:M sparse, or have own code), or experts have a capacity.
+    """
+    if stored_routing(run.model.config) is not None:
+        return True
     return bool(run.traits & {QUANTIZED, SPARSE_NM}) or run.record.reload == Reload.REMOTE_CODE.name
 
 
 def runs_on_kernels(accelerated: dict[str, Any]) -> bool:
     """Return True if loading a result with ``optim_config="auto"`` gave layers that stock transformers has not."""
-    return bool(accelerated.get("kernel_layers")) or "dense" in str(accelerated.get("kernels"))
+    text = str(accelerated.get("kernels"))
+    return bool(accelerated.get("kernel_layers")) or "dense" in text or CAPACITY in text
 
 
 def evaluate_checkpoint(job: Job, model: str, what: str, trust: bool = False, kernels: bool = False) -> dict[str, Any]:

@@ -21,11 +21,13 @@ import torch
 from ...checkpoints.source import ModelSource, load_model, resolve_device
 from ...compressed.packed.layer_report import report
 from ...errors import MAX_MESSAGE, OptimError, printable
+from ...evaluation.comparison import CAPACITY
 from ...evaluation.latency import Workload, time_models, workload_of
 from ...evaluation.sizes import parameter_bytes
 from ...evaluation.timings import Timing, host_load
 from ...runs.memory import free_memory
 from ...toolkit.checkpoint.model_config import model_class
+from ...toolkit.experts import expert_load, routing_of
 
 # What loading and running a model takes besides its weights, as a share of them.
 MARGIN = 0.25
@@ -105,7 +107,7 @@ def conditions(workload: Workload, in_turn: bool, load: Mapping[str, Any]) -> di
 
 
 def kernels_of(model: Any) -> dict[str, Any]:
-    """Return which kernels the linear layers of a model run on.
+    """Return which kernels the linear layers of a model run on, and whether its experts have a capacity.
 
     ``kernel_layers`` counts the layers that compute with compressed weights, ``kernels`` is a text: kernels and
     reasons against one, each with its number of layers.
@@ -114,7 +116,9 @@ def kernels_of(model: Any) -> dict[str, Any]:
     # A layer that is fused with others names these after its kernel.
     labels = Counter((row.kernel or row.reason).partition(", with ")[0] for row in rows)
     compressed = sum(row.kernel is not None and not row.kernel.startswith("dense") for row in rows)
-    text = "; ".join(f"{label}: {count}" for label, count in labels.most_common())
+    routing = routing_of(model)
+    capped = [f"{CAPACITY} {routing.capacity:g}: {len(expert_load(model))}"] if routing is not None else []
+    text = "; ".join([*capped, *(f"{label}: {count}" for label, count in labels.most_common())])
     return {"kernels": text, "kernel_layers": compressed}
 
 

@@ -128,8 +128,8 @@ def _make_savable(model: nn.Module) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every layer gets back the weight and the forward it had before, bit-exact.
 
-    Experts with a capacity (``capacity_routing``) compute without one, as in stock transformers, until ``accelerate`` is
-    called. A model without packed layers and capacities is left unchanged.
+    Experts with a capacity (``capacity_routing``) compute without one, as in stock transformers, until ``accelerate``
+    is called. A model without packed layers and capacities is left unchanged.
     """
     from ..quantizer import detach_quantizer
 

@@ -74,6 +74,12 @@ class Result:
         return self.has(QUANTIZED) and self.reload in STOCK_LEVELS
 
     @property
+    def has_capacity(self) -> bool:
+        """True if its ``config.json`` states a capacity of experts, which stock transformers does not read."""
+        held = (self.config or {}).get("hf_optim")
+        return isinstance(held, Mapping) and held.get("routing") is not None
+
+    @property
     def is_smaller(self) -> bool:
         """True if its weights take fewer bytes on disk than the original's, as measured."""
         before, after = (self.record.measured.get(side, {}).get("bytes_on_disk") for side in ("before", "after"))

@@ -130,6 +130,8 @@ def loading(result: Result) -> str:
     task = result.task()
     level = result.reload
     text = f"{level.value[0].upper()}{level.value[1:]}"
+    if level is Reload.STOCK_ARCH and result.model_class() == result.record.base_model.get("class"):
+        text = "The class of the original, which ships in transformers"
     if result.is_compressed_tensors and level is not Reload.STOCK_FORMAT:
         text += f", with weights in {Reload.STOCK_FORMAT.value}"
     parts = [f"{text}."]
@@ -137,8 +139,14 @@ def loading(result: Result) -> str:
     parts.append(_code(_stock_snippet(task, result.processor(), trust)))
     if level is Reload.REMOTE_CODE:
         parts.append("With hf_optim installed, `import hf_optim` replaces `trust_remote_code`.")
-    if result.is_compressed_tensors:
+    if result.has_capacity:
+        parts.append(
+            "**This computes the experts without their capacity**, which no class of transformers has: nothing is "
+            "dropped, and outputs differ from those of the optimized model. With the capacity in `config.json`:"
+        )
+    elif result.is_compressed_tensors:
         parts.append("To keep the weights compressed and run them on the kernels of hf_optim:")
+    if result.has_capacity or result.is_compressed_tensors:
         parts.append(
             _code(
                 "import hf_optim\n"

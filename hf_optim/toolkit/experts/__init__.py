@@ -1,7 +1,7 @@
 """Run the experts of a mixture with a capacity: the plan of who computes what, the product, and what was dropped."""
 
 from .capacity import ROUNDINGS, capacity
-from .load import ExpertLoad, expert_load
+from .load import ExpertLoad, dropped_share, expert_load
 from .plan import slot_positions
 from .product import expert_product
 from .routed_model import attach_routing, attach_stored_routing, detach_routing, require_routable, routing_of
@@ -15,6 +15,7 @@ __all__ = [
     "attach_stored_routing",
     "capacity",
     "detach_routing",
+    "dropped_share",
     "expert_load",
     "expert_product",
     "require_routable",

@@ -32,8 +32,8 @@ def as_fraction(factor: float) -> Fraction:
 def is_dropless(rounding: str, factor: float, top_k: int, experts: int) -> bool:
     """Return True if no number of tokens can exceed the capacity: ``C >= E / k``, or ``C >= 1`` under ``nllb``.
 
-    An expert is chosen by each token at most once, so a capacity of T drops nothing. Under ``tutel`` the formula may give
-    fewer than T slots at ``C = E / k``; there, too, nothing is dropped from this factor on.
+    An expert is chosen by each token at most once, so a capacity of T drops nothing. Under ``tutel`` the formula may
+    give fewer than T slots at ``C = E / k``; there, too, nothing is dropped from this factor on.
     """
     return as_fraction(factor) * (1 if rounding == "nllb" else Fraction(top_k, experts)) >= 1
 

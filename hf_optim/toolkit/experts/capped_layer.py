@@ -104,8 +104,8 @@ class CappedLayer:
             if bool(real.all()):
                 return None
             raise ModelError(
-                f"{self.name} gets {len(hidden)} of the {real.numel()} positions of the batch, so padding cannot be told "
-                "from tokens: pass batches without padding, or remove the capacity (hf_optim.restore)"
+                f"{self.name} gets {len(hidden)} of the {real.numel()} positions of the batch, so padding cannot be "
+                "told from tokens: pass batches without padding, or remove the capacity (hf_optim.restore)"
             )
         return real.reshape(-1).to(hidden.device)
 

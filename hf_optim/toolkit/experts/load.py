@@ -1,7 +1,8 @@
-"""How often each expert was chosen, and how often it had no slot left: counted on the device, without waiting for it."""
+"""How often each expert was chosen, and how often it had no slot left: counted on the device, without waiting."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,3 +48,9 @@ def expert_load(model: nn.Module, reset: bool = False) -> dict[str, ExpertLoad]:
         if reset:
             layer.counts.zero_()
     return found
+
+
+def dropped_share(loads: Iterable[ExpertLoad]) -> float:
+    """Return the pairs of token and expert that several layers did not compute, as a share of all of theirs."""
+    pairs = [(sum(load.dropped), sum(load.chosen)) for load in loads]
+    return sum(dropped for dropped, _ in pairs) / max(1, sum(chosen for _, chosen in pairs))

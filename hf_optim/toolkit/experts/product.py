@@ -3,8 +3,8 @@
     y[t] = sum over j of  weights[t, j] * norm(down(act(up(x[t]))))  with the matrices of expert experts[t, j]
 
 It computes what the eager forwards of transformers' expert classes compute, for every layout on the interface: with and
-without a gate, with biases, transposed, interleaved, with a norm behind each expert. Pairs are sorted by expert, so that
-each matrix is read once; pairs that no expert computes stand last and cost no product.
+without a gate, with biases, transposed, interleaved, with a norm behind each expert. Pairs are sorted by expert, so
+that each matrix is read once; pairs that no expert computes stand last and cost no product.
 """
 
 from __future__ import annotations

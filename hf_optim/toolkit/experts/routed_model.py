@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ModelError
 from ...trust.text import one_line
-from ..topology.experts import expert_stacks, fused_experts, has_experts
+from ..topology.experts import expert_counts, expert_stacks, fused_experts, has_experts
 from . import registry
 from .capped_layer import LAYER, CappedLayer, layer_of
 from .product import expert_product
@@ -75,8 +75,8 @@ def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a cap
     if ignoring:
         detach_routing(model)
         raise ModelError(
-            f"{label}: {type(model).__name__} runs {ignoring[0]} by its own forward, not through transformers' interface "
-            "for experts, so no capacity reaches it"
+            f"{label}: {type(model).__name__} runs {ignoring[0]} by its own forward, not through transformers' "
+            "interface for experts, so no capacity reaches it"
         )
     return list(layers)
 
@@ -123,13 +123,13 @@ def require_routable(model: PreTrainedModel, label: str) -> dict[str, Any]:
         raise ModelError(f"{label}: {cls} is not supported: {WRONG_IN_TRANSFORMERS[kind]}")
     layers: dict[str, Any] = fused_experts(model)
     others = sorted(set(expert_stacks(model)) - set(layers))
-    if not layers and not others and not has_experts(model):
+    if not layers and not others and not has_experts(model) and not expert_counts(model):
         raise ModelError(f"{label}: {cls} has no experts; `upcycle` makes a mixture of experts of a dense model")
     if not layers or others:
         where = f" ({one_line(others[0])})" if others else ""
         raise ModelError(
-            f"{label}: the experts of {cls}{where} do not run through transformers' interface for experts, so no capacity "
-            "reaches them"
+            f"{label}: the experts of {cls}{where} do not run through transformers' interface for experts, so no "
+            "capacity reaches them"
         )
     for name, module in layers.items():
         count, top_k = _router_facts(model, name)
@@ -142,7 +142,7 @@ def require_routable(model: PreTrainedModel, label: str) -> dict[str, Any]:
 
 
 def _router_facts(model: PreTrainedModel, name: str) -> tuple[int | None, int | None]:
-    """Return the outputs of the router beside a module of experts, and how many it chooses; None for what is unknown."""
+    """Return the outputs of the router beside a module of experts, and how many it chooses; None if unknown."""
     block: Any = model.get_submodule(name.rpartition(".")[0])
     for module in block.children():
         weight = module._parameters.get("weight")

@@ -1,7 +1,7 @@
 """The settings of a capacity, and how a checkpoint stores them.
 
-Stock classes cannot express a capacity, so it is stored in the model's configuration, where stock transformers preserves
-it from load to save without reading it::
+Stock classes cannot express a capacity, so it is stored in the model's configuration, where stock transformers
+preserves it from load to save without reading it::
 
     "hf_optim": {"routing": {"capacity": 0.5, "priority": "top1", ...}}
 """

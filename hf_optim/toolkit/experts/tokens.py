@@ -71,14 +71,18 @@ def _noting(former: Any) -> Any:
         tokens = vars(self)[TOKENS]
         inputs = next((x for name in INPUTS if (x := argument(name, args, kwargs)) is not None), None)
         tokens.shape = None if inputs is None else tuple(inputs.shape[:2])
-        tokens.real = None if inputs is None else real_tokens(argument("attention_mask", args, kwargs), *inputs.shape[:2])
+        tokens.real = (
+            None if inputs is None else real_tokens(argument("attention_mask", args, kwargs), *inputs.shape[:2])
+        )
         return former.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _rebuild, (former,), vars(self)
 
     body = {"forward": forward, "__reduce_ex__": reduce}
-    return type(former.__name__, (former,), {**body, "__module__": former.__module__, "__qualname__": former.__qualname__})
+    return type(
+        former.__name__, (former,), {**body, "__module__": former.__module__, "__qualname__": former.__qualname__}
+    )
 
 
 def _rebuild(former: Any) -> Any:
@@ -92,8 +96,8 @@ def _rebuild(former: Any) -> Any:
 def real_tokens(mask: Any, rows: int, positions: int) -> Tensor | None:
     """Return bool ``[rows, positions]``, True for tokens, from the attention mask of a forward; None if all are.
 
-    ``[B, S]`` masks name keys, of which the inputs are the last. In a mask of queries and keys ``[B, H, Q, K]``, boolean
-    or additive, padding is a position that does not attend to itself or, with a cache, a position that attends to
+    ``[B, S]`` masks name keys, of which the inputs are the last. In a mask of queries and keys ``[B, H, Q, K]``,
+    boolean or additive, padding is a position that does not attend to itself or, with a cache, one that attends to
     nothing; in a mapping of masks by kind of layer, that of full attention counts. Raises ``ModelError`` for another
     form.
     """
@@ -108,8 +112,6 @@ def real_tokens(mask: Any, rows: int, positions: int) -> Tensor | None:
     if mask.dim() == 2:
         return mask[:, -positions:] != 0
     attends = mask if mask.dtype == torch.bool else mask > MASKED_SCORE
-    if mask.shape[-1] == mask.shape[-2]:
-        seen = attends.diagonal(dim1=-2, dim2=-1).any(1)
-    else:
-        seen = attends.any(-1).any(1)
+    square = mask.shape[-1] == mask.shape[-2]
+    seen = attends.diagonal(dim1=-2, dim2=-1).any(1) if square else attends.any(-1).any(1)
     return seen.expand(rows, -1)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
 CONTRACT = Contract(
-    needs={traits.MOE, traits.FLOAT_WEIGHTS},
     keeps={traits.SPARSE, traits.SPARSE_NM},
     owns={"expert capacity"},
 )
@@ -50,7 +49,6 @@ class CapacityTechnique(Technique):
     def transform_model(self, run: Run) -> None:
         names = experts.attach_routing(run.model, self.routing(), run.label(self))
         experts.store_routing(run.model.config, self.routing())
-        run.cover(self, names)
         run.report(self, layers=len(names))
 
     @hookimpl
@@ -63,7 +61,7 @@ class CapacityTechnique(Technique):
         load = experts.expert_load(run.model, reset=True)
         run.report(
             self,
-            dropped=round(share(load.values()), 6),
+            dropped=round(experts.dropped_share(load.values()), 6),
             dropped_by_layer={name: round(part.dropped_share, 6) for name, part in load.items()},
             dropped_by_expert={name: [round(x, 6) for x in part.dropped_shares] for name, part in load.items()},
         )
@@ -89,7 +87,7 @@ class CapacityTechnique(Technique):
         training = "" if routing.train_capacity is None else f" ({routing.train_capacity:g} in training)"
         stock = card.when(
             "Stock transformers loads the same weights without a capacity: it drops nothing, computes more, and its "
-            "outputs differ wherever a token is dropped here. `optim_config=\"auto\"`, `hf_optim.accelerate` and a "
+            'outputs differ wherever a token is dropped here. `optim_config="auto"`, `hf_optim.accelerate` and a '
             "new run of this recipe apply the capacity that `config.json` states; `hf_optim.restore` removes it.",
             reload=[Reload.STOCK_DENSE, Reload.STOCK_FORMAT, Reload.STOCK_ARCH],
         )
@@ -107,9 +105,3 @@ class CapacityTechnique(Technique):
             ]
             title = "Dropped pairs of token and expert on the calibration data (shares)"
             card.table(title, ["layer", "all experts", "most of one expert"], rows)
-
-
-def share(loads: Any) -> float:
-    """Return the dropped pairs of several layers as a share of all."""
-    loads = list(loads)
-    return sum(sum(part.dropped) for part in loads) / max(1, sum(sum(part.chosen) for part in loads))

@@ -8,21 +8,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_optim.toolkit.experts import require_routable
 from hf_optim.toolkit.modules import eval_mode
-from hf_optim.toolkit.topology import dummy_inputs, fused_experts
+from hf_optim.toolkit.topology import dummy_inputs
 
 TOLERANCE = 1e-2
 """Relative: sums of gates in 16 bits differ by less if they are the same number."""
 
 
-def gates_sum_to_a_constant(model: PreTrainedModel) -> bool:
+def gates_sum_to_a_constant(model: PreTrainedModel, label: str) -> bool:
     """Return True if the gates of a token have the same sum for every token, in every layer, on a dummy input."""
     sums: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         sums.append(args[2].detach().double().sum(1))
 
-    handles = [experts.register_forward_pre_hook(keep) for experts in fused_experts(model).values()]
+    handles = [experts.register_forward_pre_hook(keep) for experts in require_routable(model, label).values()]
     try:
         with eval_mode(model), torch.no_grad():
             model(**dummy_inputs(model))

@@ -62,9 +62,7 @@ def count_dropped(chosen: Tensor, gates: Tensor, num_experts: int, rows: int, ro
     found = torch.zeros(2, num_experts, dtype=torch.float64)
     for ids, weights in zip(chosen.chunk(rows), gates.chunk(rows), strict=True):
         tokens, top_k = ids.shape
-        limit = int(
-            experts.capacity(routing.rounding, routing.capacity, torch.tensor(tokens), top_k, num_experts)
-        )
+        limit = int(experts.capacity(routing.rounding, routing.capacity, torch.tensor(tokens), top_k, num_experts))
         limit = tokens if tokens < routing.dropless_below else max(limit, routing.min_slots)
         merit = {"position": lambda w: 0.0, "top1": max, "sum": sum}[routing.priority]
         order = sorted(range(tokens), key=lambda t: -merit(weights[t].tolist()))

@@ -9,9 +9,9 @@ depend on how the batch is arranged, and at a small capacity the router decides 
 Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", arXiv 2106.05974, section 4.1 (V-MoE).
 
 Differences: V-MoE orders by gates before the renormalization of the top k; here the gates are those that the model
-weights its experts with. In a class that normalizes them to one (Mixtral; Qwen3-MoE with ``norm_topk_prob``) the largest
-of them is the share of the first choice, and their sum is the same for every token: ``priority: sum`` is refused there.
-Everything else (capacity, padding, decoding, storage, causality) is as with ``capacity_routing``.
+weights its experts with. In a class that normalizes them to one (Mixtral; Qwen3-MoE with ``norm_topk_prob``) the
+largest of them is the share of the first choice, and their sum is the same for every token: ``priority: sum`` is
+refused there. Everything else (capacity, padding, decoding, storage, causality) is as with ``capacity_routing``.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class BatchPriorityRouting(CapacityTechnique):
 
     @hookimpl
     def transform_model(self, run: Run) -> None:
-        if self.priority == "sum" and gates_sum_to_a_constant(run.model):
+        if self.priority == "sum" and gates_sum_to_a_constant(run.model, run.label(self)):
             raise ModelError(
-                f"{run.label(self)}: {type(run.model).__name__} normalizes the gates of the chosen experts, so their sum "
-                "is the same for every token and gives no order; set priority: top1"
+                f"{run.label(self)}: {type(run.model).__name__} normalizes the gates of the chosen experts, so their "
+                "sum is the same for every token and gives no order; set priority: top1"
             )
         super().transform_model(run)
 

@@ -18,8 +18,8 @@ precede its second one, and T counts them) and on the other sequences of the bat
 are not those of its decoding token by token.
 
 The weights do not change, and no class of transformers has a capacity. The settings are kept in ``config.json``
-(``"hf_optim": {"routing": ...}``), where stock transformers preserves them and does not read them: it computes the model
-without a capacity. ``from_pretrained(..., optim_config="auto")`` and ``hf_optim.accelerate`` apply them,
+(``"hf_optim": {"routing": ...}``), where stock transformers preserves them and does not read them: it computes the
+model without a capacity. ``from_pretrained(..., optim_config="auto")`` and ``hf_optim.accelerate`` apply them,
 ``hf_optim.restore`` takes them away.
 """
 
