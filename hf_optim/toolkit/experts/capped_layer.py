@@ -93,7 +93,7 @@ class CappedLayer:
 
     def _real_rows(self, module: Any, hidden: Tensor) -> Tensor | None:
         """Return bool ``[T]``, True for tokens; None if all are. Raises ``ModelError`` if it cannot be told."""
-        batch = valid_rows.current()
+        batch = None if torch.compiler.is_compiling() else valid_rows.current()
         if batch is not None:  # calibration may run a block by itself
             mask = batch.mask_of(module, hidden)
             return None if mask is None else mask.reshape(-1).to(hidden.device)
