@@ -41,7 +41,8 @@ class BatchTokens:
 def note_tokens(module: nn.Module) -> BatchTokens:
     """Let a module note the tokens of each of its batches; return where it notes them. Undone by ``forget_tokens``."""
     tokens = BatchTokens()
-    swap_class(module, _noting(type(module)), **{TOKENS: tokens})
+    former: Any = type(module)
+    swap_class(module, _noting(former), **{TOKENS: tokens})
     registry.use(module)
     return tokens
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_optim import Contract, Reload, Technique, hookimpl, traits
 from hf_optim.toolkit import experts
+from hf_optim.toolkit.statistics import ChannelAbsMax
 
 from ._recompute import recompute
 
@@ -56,8 +57,12 @@ class CapacityTechnique(Technique):
         if not self.measure:
             yield
             return
+        label = run.label(self)
+        # The observer refuses infinite inputs, by name: gates that are NaN would be counted like others.
+        layers: Any = experts.require_routable(run.model, label)
         experts.expert_load(run.model, reset=True)
-        yield
+        with ChannelAbsMax(layers, label):
+            yield
         load = experts.expert_load(run.model, reset=True)
         run.report(
             self,

@@ -47,6 +47,11 @@ def recompute(case: Any, routing: experts.Routing, measured: bool) -> dict[str, 
     }
 
 
+def merit(gates: list[float], priority: str) -> float:
+    """Return the priority of a token."""
+    return {"position": 0.0, "top1": max(gates), "sum": sum(gates)}[priority]
+
+
 def count_dropped(chosen: Tensor, gates: Tensor, num_experts: int, rows: int, routing: experts.Routing) -> Tensor:
     """Give out slots one after the other, in evaluation mode and without padding.
 
@@ -64,9 +69,9 @@ def count_dropped(chosen: Tensor, gates: Tensor, num_experts: int, rows: int, ro
         tokens, top_k = ids.shape
         limit = int(experts.capacity(routing.rounding, routing.capacity, torch.tensor(tokens), top_k, num_experts))
         limit = tokens if tokens < routing.dropless_below else max(limit, routing.min_slots)
-        merit = {"position": lambda w: 0.0, "top1": max, "sum": sum}[routing.priority]
-        order = sorted(range(tokens), key=lambda t: -merit(weights[t].tolist()))
-        ranked = [sorted(range(top_k), key=lambda j, t=t: -weights[t, j].item()) for t in range(tokens)]
+        merits = [merit(gates_of_token, routing.priority) for gates_of_token in weights.tolist()]
+        order = sorted(range(tokens), key=merits.__getitem__, reverse=True)  # stable, also in reverse
+        ranked = weights.argsort(dim=1, descending=True, stable=True).tolist()
         used = [0] * num_experts
         for choice in range(top_k):
             for token in order:
