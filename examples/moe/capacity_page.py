@@ -57,7 +57,8 @@ def write(folder: Path) -> None:
 {results["model"]}, upcycled to {results["experts"]} experts (top {results["top_k"]}) and trained for
 {results["steps"]} steps ({results["trained_tokens"]:,} tokens) with a capacity factor of 1.05, slots by position.
 Held-out loss in nats per token on {results["held_out_tokens"]:,} tokens, mean of {len(results["seeds"])} trainings.
-Without a capacity the mixture has {dropless:.3f}; the dense model it was made of {results["dense_nll"]:.3f}. Made by
+Without a capacity the mixture has {dropless:.3f}; the dense model it was made of {results["dense_nll"]:.3f}, so this
+short training is a loss by itself, and only the differences between the columns count. Made by
 [examples/moe/capacity.py](../../examples/moe/capacity.py).
 
 | C | dropped by position | {" | ".join(orders)} |

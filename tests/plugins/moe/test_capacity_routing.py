@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM, Trainer, Trai
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError
+from hf_optim.cli.jobs.measuring import may_have_kernels, runs_on_kernels
+from hf_optim.cli.jobs.timed_models import kernels_of
+from hf_optim.evaluation.comparison import comparison_notes
 from hf_optim.evaluation.evaluate import perplexity
 from hf_optim.testing.conformance_records import assert_card_follows, assert_recomputed, case_of
 from hf_optim.testing.models import TINY
@@ -254,6 +257,20 @@ def test_the_card_says_what_stock_transformers_computes(tmp_path):
     assert "slots given to the tokens with the largest gate first" in card
     record = json.loads((tmp_path / "hf_optim.json").read_text())
     assert record["reload"] == "STOCK_ARCH"
+
+
+def test_compress_measures_the_result_without_and_with_its_capacity(tmp_path):
+    model = capped()
+    model.save_pretrained(tmp_path)
+    assert may_have_kernels(hf_optim.run_of(model))
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
+    figures = kernels_of(auto)
+    assert figures["kernels"].startswith("experts with capacity factor 0.5: 2")
+    assert runs_on_kernels(figures)
+    (note,) = comparison_notes({"accelerated": figures})
+    assert "Stock transformers computes the experts without the capacity" in note
+    hf_optim.restore(auto)
+    assert not runs_on_kernels(kernels_of(auto))
 
 
 def test_an_evaluation_counts_what_is_dropped():
