@@ -17,7 +17,7 @@ demo: $(STAMP)
 
 # Both runs, whatever the first gives: Triton interprets its kernels in the first, which needs processes of its own.
 test: $(STAMP) lint
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m interpreted; first=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation -m interpreted; first=$$?; \
 	$(PYTEST) -m "(smoke or not real_model) and not slow"; second=$$?; exit $$((first + second))
 
 # Every test on a real model: before a release.

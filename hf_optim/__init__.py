@@ -122,9 +122,9 @@ if TYPE_CHECKING:
     from .runs.run import Run as Run
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
+    from .toolkit.experts.load import expert_load as expert_load
     from .toolkit.quantization import KeyValueScheme as KeyValueScheme
     from .toolkit.quantization import cache_size as cache_size
-    from .toolkit.experts.load import expert_load as expert_load
     from .training.peft import merge_adapters as merge_adapters
     from .training.pruning_rounds import Rounds as Rounds
     from .training.rounds_callback import RoundTraining as RoundTraining

@@ -23,9 +23,19 @@ GROWTH = 512
 FEW = 16
 
 
+# The modules of the kernels, imported with the first layer: torch.compile cannot trace an import.
+_KERNELS: dict[str, Any] = {}
+
+
+def _kernel(name: str) -> Any:
+    if not _KERNELS:
+        _KERNELS.update((each, importlib.import_module(f"{PACKAGE}.{each}")) for each in ("format", "naive", "op"))
+    return _KERNELS[name]
+
+
 def layout_of(scheme: KeyValueScheme) -> Any:
     """Return the ``Format`` of the kernels for a scheme."""
-    made = importlib.import_module(f"{PACKAGE}.format").Format
+    made = _kernel("format").Format
     symmetric, float8 = scheme.is_symmetric, scheme.bits == "float8"
     return made(scheme.width, float8, scheme.keys == "token", scheme.group, scheme.residual, symmetric)
 
@@ -93,21 +103,18 @@ class _Quantized:
     store: Any
     state: Tensor
 
-    def _kernel(self, name: str) -> Any:
-        return importlib.import_module(f"{PACKAGE}.{name}")
-
     def attention(
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
     ) -> Tensor:
         """Return the attention ``[B, Q, H, Dv]`` of a query to the layer, decoded in the kernel."""
-        op = self._kernel("op")
+        op = _kernel("op")
         fields = [int(each) for each in self.fmt]  # type: ignore[attr-defined]
         longest = self.longest if mask is None else mask.shape[-1]  # type: ignore[attr-defined]
         return op.kv_attend(query, self.state, 0, longest, mask, sinks, scale, softcap, fields, *self.store)
 
     def unsupported(self, query: Tensor, mask: Tensor | None) -> str | None:
         """Return why the kernel does not take a query; None if it does."""
-        return self._kernel("op").unsupported(query, self.store.tail_keys.shape[1], mask)
+        return _kernel("op").unsupported(query, self.store.tail_keys.shape[1], mask)
 
 
 class QuantizedLayer(_Quantized, DynamicLayer):
@@ -141,7 +148,7 @@ class QuantizedLayer(_Quantized, DynamicLayer):
         self.is_initialized = True
 
     def _allocate(self, key: Tensor, value: Tensor, tokens: int) -> None:
-        self._set(self._kernel("format").allocate(self.fmt, key, value, tokens))
+        self._set(_kernel("format").allocate(self.fmt, key, value, tokens))
 
     def _set(self, store: Any) -> None:
         # transformers looks at ``keys`` and ``values`` for heads, dtype and device.
@@ -150,19 +157,19 @@ class QuantizedLayer(_Quantized, DynamicLayer):
     @property
     def longest(self) -> int:
         """More tokens than the layer has room for."""
-        return self._kernel("format").capacity(self.store, self.fmt) + self.fmt.ring
+        return _kernel("format").capacity(self.store, self.fmt) + self.fmt.ring
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, first = key_states.shape[-2], self.tokens == 0
         self._grow(self.tokens + new)
-        if new <= FEW and self._kernel("op").can_run_triton(key_states):
+        if new <= FEW and _kernel("op").can_run_triton(key_states):
             fields = [int(each) for each in self.fmt]
-            self._kernel("op").kv_append(key_states, value_states, self.state, fields, *self.store)
+            _kernel("op").kv_append(key_states, value_states, self.state, fields, *self.store)
             self._count(self.tokens + new, self.fmt.quantized(self.tokens + new, self.quantized), on_device=False)
         else:
-            append = self._kernel("naive").append
+            append = _kernel("naive").append
             due = append(self.store, self.fmt, self.tokens, self.quantized, key_states, value_states)
             self._count(self.tokens + new, due)
         if first and new > 1:
@@ -174,7 +181,7 @@ class QuantizedLayer(_Quantized, DynamicLayer):
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Return the decoded keys and values of all tokens: ``[B, G, tokens, D]`` each."""
-        found: tuple[Tensor, Tensor] = self._kernel("naive").read(self.store, self.fmt, self.tokens, self.quantized)
+        found: tuple[Tensor, Tensor] = _kernel("naive").read(self.store, self.fmt, self.tokens, self.quantized)
         return found
 
     def _count(self, tokens: int, quantized: int, on_device: bool = True) -> None:
@@ -185,7 +192,7 @@ class QuantizedLayer(_Quantized, DynamicLayer):
 
     def _grow(self, tokens: int) -> None:
         """Make room for the codes of ``tokens``."""
-        needed, room = self.fmt.quantized(tokens), self._kernel("format").capacity(self.store, self.fmt)
+        needed, room = self.fmt.quantized(tokens), _kernel("format").capacity(self.store, self.fmt)
         if needed <= room:
             return
         old = self.store
@@ -263,7 +270,7 @@ class StaticQuantizedLayer(_Quantized, StaticLayer):
         if not source.is_initialized:
             return
         like = (t.new_empty((rows, *t.shape[1:])) for t in (source.store.tail_keys, source.store.tail_values))
-        self.store = self._kernel("format").allocate(self.fmt, *like, length)
+        self.store = _kernel("format").allocate(self.fmt, *like, length)
         self.keys, self.values = self.store.tail_keys, self.store.tail_values
         self.device, self.batch_size = source.device, rows
         self.state = torch.zeros(3, dtype=torch.int32, device=self.device)
@@ -320,7 +327,7 @@ class StaticQuantizedLayer(_Quantized, StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         fields = [int(each) for each in self.fmt]
-        self._kernel("op").kv_append(key_states, value_states, self.state, fields, *self.store)
+        _kernel("op").kv_append(key_states, value_states, self.state, fields, *self.store)
         if attention_takes_codes():
             codes = Codes(self, key_states.dtype)
             return codes, codes
@@ -329,7 +336,7 @@ class StaticQuantizedLayer(_Quantized, StaticLayer):
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Return the decoded keys and values ``[B, G, longest, D]``, zeros behind the tokens in it."""
         tokens, quantized, _ = self.state.tolist()
-        read = self._kernel("naive").read(self.store, self.fmt, tokens, quantized)
+        read = _kernel("naive").read(self.store, self.fmt, tokens, quantized)
         key, value = (torch.nn.functional.pad(t, (0, 0, 0, self.longest - tokens)) for t in read)
         return key, value
 

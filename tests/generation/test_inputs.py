@@ -14,6 +14,7 @@ from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM, StaticCa
 
 import hf_optim
 from hf_optim.generation import sessions
+from hf_optim.generation.session import DecodeSession
 from hf_optim.toolkit.compat import CACHE
 
 
@@ -331,6 +332,37 @@ def test_a_model_with_a_mask_of_its_own_runs_in_transformers_loop():
     with pytest.warns(hf_optim.GenerationWarning, match="differs from transformers"):
         found = hf_optim.generate(model, **inputs, max_new_tokens=20, mode="eager")
     assert torch.equal(found, model.generate(**inputs, max_new_tokens=20))
+
+
+def on_a_grid(module, args, output):
+    """As inputs in a few bits: a last bit becomes a step of the grid where a value is between two points."""
+    return torch.round(output * 1e6) % 7 - 3
+
+
+@pytest.mark.parametrize("amplifies", [False, True])
+def test_a_step_may_differ_as_much_as_a_last_bit_of_the_embeddings_makes(monkeypatch, amplifies):
+    """Weights without structure under 8-bit inputs turn roundings into tenths: no step could pass a fixed bound."""
+    model = make("llama")
+    if amplifies:
+        model.model.layers[0].register_forward_hook(on_a_grid)
+    right = DecodeSession.forward
+
+    def rounded(self, model, call):
+        nudge = lambda module, args, output: output * (1 + 2e-7)  # noqa: E731
+        hook = model.get_input_embeddings().register_forward_hook(nudge)
+        right(self, model, call)
+        hook.remove()
+        if not amplifies:
+            self.logits.add_(torch.randn_like(self.logits) * 0.3 * self.logits.std())
+
+    monkeypatch.setattr(DecodeSession, "forward", rounded)
+    inputs = prompt(model)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        hf_optim.generate(model, **inputs, max_new_tokens=6, mode="eager")
+    differs = any("differs from transformers" in str(each.message) for each in seen)
+    assert differs is not amplifies
+    assert len(model.get_input_embeddings()._forward_hooks) == 0
 
 
 def test_images_belong_to_the_prefill():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from interpreting import on_triton
+from simulated_graphs import simulated_graphs
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 from transformers import (
     AttentionInterface,
@@ -112,9 +114,14 @@ def test_steps_on_the_kernels_give_the_same_tokens(name, scheme, device):
     steps = 5 if name == "gpt2" else 8
     expected = on_loop(model, scheme, inputs, max_new_tokens=steps)
     set_scheme(model.config, scheme)
-    for mode in ("eager",) if device == "cpu" else ("eager", "captured", "auto"):
-        found = hf_optim.generate(model, **inputs, max_new_tokens=steps, mode=mode)
-        assert torch.equal(found, expected)
+    graphs = simulated_graphs() if device == "cpu" else nullcontext()
+    with graphs as seen, warnings.catch_warnings():
+        # Whatever torch.compile cannot trace in a layer would be a warning and a slower step.
+        warnings.simplefilter("error", hf_optim.GenerationWarning)
+        for mode in ("eager", "captured", "auto"):
+            assert torch.equal(hf_optim.generate(model, **inputs, max_new_tokens=steps, mode=mode), expected)
+    if seen is not None:
+        assert (seen.compiled.frame_count, len(seen.captured)) == (1, 2)
 
 
 def test_four_bits_change_logits_and_a_long_residual_does_not():

@@ -1,7 +1,7 @@
 """Devices of the tests of Triton kernels: interpreted on a CPU, and a CUDA device.
 
 Triton decides at import whether it interprets, so its interpreter needs a run of pytest with its variable set:
-``TRITON_INTERPRET=1 pytest tests/kernels -m interpreted``. Other runs deselect these tests, and that run all others;
+``TRITON_INTERPRET=1 pytest tests/kernels tests/generation -m interpreted``. Other runs deselect these tests, and that run all others;
 tests with the marker ``gpu`` are deselected where there is no CUDA device (see ``conftest``).
 """
 
