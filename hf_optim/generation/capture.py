@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import forget_traced
 
@@ -68,17 +68,20 @@ def capture(
 
     Raises ``CaptureError``. Whatever is raised, the device can be used afterwards.
     """
+    random = random_state(device)
     try:
         with _compiling():
-            return _record(run, restore, device, pool)
+            captured = _record(run, restore, device, pool)
+        set_random_state(device, random)
+        return captured
     except torch.OutOfMemoryError:
-        _end_capture(device)
+        _end_capture(device, random)
         reason = None
     except Exception as error:
-        _end_capture(device)
+        _end_capture(device, random)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     except BaseException:  # interrupted
-        _end_capture(device)
+        _end_capture(device, random)
         raise
     # Outside of the handlers: an exception keeps the frames, and with them the memory, of what failed.
     if reason is None:
@@ -89,21 +92,17 @@ def capture(
 def _record(
     run: Callable[[], None], restore: Callable[[], None], device: torch.device, pool: Any
 ) -> tuple[Callable[[], None], Any]:
-    random = torch.cuda.get_rng_state(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run()
-                restore()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
             run()
-    finally:
-        torch.cuda.set_rng_state(random, device)
+            restore()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        run()
     return graph.replay, graph.pool()
 
 
@@ -118,15 +117,27 @@ def _compiling() -> Iterator[None]:
         yield
 
 
-def _end_capture(device: torch.device) -> None:
-    """Leave the device as before a capture that failed: torch's random generator would stay in its state for captures.
+def _end_capture(device: torch.device, random: Tensor) -> None:
+    """Leave the device as before a capture that failed, its random generator in the state ``random``.
 
-    A capture that succeeds takes it out of that state.
+    The generator stays as captures use it, and then cannot even be read, until a capture succeeds: an empty one does.
     """
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
         torch.cuda.synchronize()
-        random = torch.cuda.get_rng_state(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
             torch.zeros(1, device=device)
         torch.cuda.set_rng_state(random, device)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of a device's random generator."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Put a device's random generator in a state."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -15,7 +15,7 @@ from ..errors import ModelError
 from ..toolkit import compat
 from . import sessions
 from .attention import on_kernel
-from .capture import CaptureError, CaptureMemoryError, has_graphs
+from .capture import CaptureError, CaptureMemoryError, has_graphs, random_state, set_random_state
 from .inputs import most_positions, require_device, require_room
 from .loop import Decoding, WrongStep
 from .quantized_cache import reads_codes, with_wanted_cache
@@ -155,7 +155,7 @@ def _generate(
     if reason is None and mode == "captured" and not has_graphs(device):
         reason = f"there are no CUDA graphs on {device}"
     if reason is None:
-        random = _random_state(device) if config.do_sample else None
+        random = random_state(device) if config.do_sample else None
         try:
             decoding = Decoding(model, input_ids, processors, criteria, config, streamer, kwargs)
             # The buffers are used in later calls: in inference mode they could only be used there.
@@ -168,7 +168,7 @@ def _generate(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if random is not None:
-            _set_random_state(device, random)
+            set_random_state(device, random)
     _warn(f"generating in transformers' loop: {reason}")
     return stock()
 
@@ -243,17 +243,6 @@ def _make_session(decoding: Decoding, rows: int, length: int, encoder: int) -> D
         return DecodeSession(decoding.batch, rows, length, encoder)
     except torch.OutOfMemoryError:
         raise StockLoop(f"a cache of {rows} x {length} tokens does not fit on {decoding.device}") from None
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 def _warn(message: str) -> None:

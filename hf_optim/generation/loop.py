@@ -162,7 +162,7 @@ class Decoding:
         return next_logits(self.model(**prepared, return_dict=True))
 
     def _noise(self, tokens: Tensor, expected: Tensor) -> float:
-        """Return how far two right steps may be apart: four times what a last bit of the embeddings does to transformers'.
+        """Return how far right steps may be apart: four times what a last bit of the embeddings does to transformers'.
 
         Inputs in 8 bits turn a last bit into a step of their grid. In trained models that is below the tolerance;
         weights without structure amplify it from layer to layer.

@@ -133,12 +133,30 @@ def failing(error, times=99):
         if left[0] == 0:
             return works(run, restore, device, pool)
         left[0] -= 1
-        random = torch.get_rng_state()
-        run()  # the buffers are those of a step that has run
-        torch.set_rng_state(random)
+        run()  # buffers and generator are those of a step that has run
         raise type(error)(*error.args)  # a new one: an exception keeps the frames that it came through
 
     return record
+
+
+def test_the_generator_of_a_failed_capture_is_mended_before_it_is_read(llama, graphs, monkeypatch):
+    """torch refuses to read or to set the generator of a device as a failed capture leaves it."""
+    capturing = [False]
+
+    def record(run, restore, device, pool):
+        capturing[0] = True
+        raise Broken("a synchronization")
+
+    def state(device):
+        assert not capturing[0]
+        return torch.get_rng_state()
+
+    monkeypatch.setattr(capture, "_record", record)
+    monkeypatch.setattr(capture, "random_state", state)
+    monkeypatch.setattr(capture, "_end_capture", lambda device, random: capturing.clear() or capturing.append(False))
+    with pytest.warns(hf_optim.GenerationWarning, match="a synchronization"):
+        hf_optim.generate(llama, **prompt(llama), max_new_tokens=6, mode="captured", do_sample=True)
+    assert not capturing[0]
 
 
 @pytest.mark.parametrize("settings", ["greedy", "sampled"])
@@ -229,7 +247,7 @@ def test_an_interrupted_capture_leaves_the_model_usable(llama, graphs, monkeypat
     inputs, ended = prompt(llama), []
     with monkeypatch.context() as patch:
         patch.setattr(capture, "_record", failing(KeyboardInterrupt()))
-        patch.setattr(capture, "_end_capture", ended.append)
+        patch.setattr(capture, "_end_capture", lambda device, random: ended.append(device))
         with pytest.raises(KeyboardInterrupt):
             hf_optim.generate(llama, **inputs, max_new_tokens=20, mode="captured")
     assert ended == [torch.device("cpu")]

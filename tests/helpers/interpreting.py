@@ -1,8 +1,8 @@
 """Devices of the tests of Triton kernels: interpreted on a CPU, and a CUDA device.
 
 Triton decides at import whether it interprets, so its interpreter needs a run of pytest with its variable set:
-``TRITON_INTERPRET=1 pytest tests/kernels tests/generation -m interpreted``. Other runs deselect these tests, and that run all others;
-tests with the marker ``gpu`` are deselected where there is no CUDA device (see ``conftest``).
+``TRITON_INTERPRET=1 pytest tests/kernels tests/generation -m interpreted``. Other runs deselect these tests, and that
+run all others; tests with the marker ``gpu`` are deselected where there is no CUDA device (see ``conftest``).
 """
 
 from __future__ import annotations

@@ -21,11 +21,9 @@ class Graphs:
         self.replays = 0
 
     def record(self, run, restore, device, pool):
-        random = torch.get_rng_state()
         for _ in range(capture.WARM_UPS):
             run()
             restore()
-        torch.set_rng_state(random)
         self.captured.append(run)
 
         def replay() -> None:
@@ -46,6 +44,6 @@ def simulated_graphs() -> Iterator[Graphs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "has_graphs", lambda device: True)
         patch.setattr(capture, "_record", graphs.record)
-        patch.setattr(capture, "_end_capture", lambda device: None)
+        patch.setattr(capture, "_end_capture", lambda device, random: torch.set_rng_state(random))
         patch.setattr(torch, "compile", counted)
         yield graphs
