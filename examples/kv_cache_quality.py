@@ -3,9 +3,9 @@
     python examples/kv_cache_quality.py MODELS_FOLDER DATA_FOLDER OUT.json [WORD ...]
 
 Perplexity at full context: windows of text go through the cache token by token, so that every prediction reads
-quantized keys and values. Recall: one key of 8,192 is planted in random keys, and attention has to find it. quanto and hqq are
-measured if they are installed (``pip install optimum-quanto hqq``). With words, only caches that have one of them in
-their names are measured; the results are added to OUT.json.
+quantized keys and values. Recall: one key of 8,192 is planted in random keys, and attention has to find it. quanto and
+hqq are measured if they are installed (``pip install optimum-quanto hqq``). With words, only caches that have one of
+them in their names are measured; the results are added to OUT.json.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def theirs(backend, bits, axis=0):
     def make(model):
         group = min(64, model.config.head_dim or 64)
         settings = {"nbits": bits, "axis_key": axis, "axis_value": axis, "q_group_size": group}
-        if backend == "fp8":
-            settings = {}
-        return QuantizedCache(backend=backend, config=model.config, residual_length=RESIDUAL, **settings)
+        settings = {} if backend == "fp8" else {**settings, "residual_length": RESIDUAL}
+        return QuantizedCache(backend=backend, config=model.config, **settings)
 
     return make
 
@@ -92,7 +91,7 @@ class Head(nn.Module):
 
 
 @torch.no_grad()
-def recall(make, tokens=8192, trials=4):
+def recall(make, tokens=8192, trials=8):
     """Share of heads whose largest weight is at the planted key, and the error of what they attend to.
 
     Keys have four channels that are large for every token, as those of trained models do. The query is the planted key
@@ -109,8 +108,7 @@ def recall(make, tokens=8192, trials=4):
         key[..., 5::32] += 12
         query[..., 5::32] = 0.2
         cache = make(model)
-        for first in range(0, tokens, 512):
-            part = slice(first, first + 512)
+        for part in (slice(0, tokens - 512), slice(tokens - 512, tokens)):  # a prefill gets its own keys back
             k, v = cache.update(key[:, :, part], value[:, :, part], 0)
 
         def attend(k, v, query=query):

@@ -137,7 +137,7 @@ def _attend_kernel(
         wide = wide / largest[None, :]
         # One operand in shared memory for all tiles. (The query times the scales of each group was wrong on Triton 3.6,
         # whose assembler lost the address when the weights had the same: it read a register that was never written.)
-        rows_q = wide.to(tl.float16) if MATH == FP16 else wide
+        qs = wide.to(tl.float16) if MATH == FP16 else wide
         row_scale = largest * scale
         first = piece * WIDTH * TILE
         end = tl.minimum(first + WIDTH * TILE, coded)
@@ -164,18 +164,18 @@ def _attend_kernel(
         for tile in range(first // TILE, (last + TILE - 1) // TILE):
             k = tl.load(keys + tile * SUB * DP)
             v = tl.load(values + tile * SUB * DVP)
-            s0 = _sub_scores(k, 0, tile, rows_q, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
+            s0 = _sub_scores(k, 0, tile, qs, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
                              token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP, ZEROS,
                              HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
-            s1 = _sub_scores(k, 1, tile, rows_q, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
+            s1 = _sub_scores(k, 1, tile, qs, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row, end,
                              token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP, ZEROS,
                              HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
             highest = tl.maximum(s0, s1)
             if PER == 4:
-                s2 = _sub_scores(k, 2, tile, rows_q, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
+                s2 = _sub_scores(k, 2, tile, qs, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
                                  end, token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP,
                                  ZEROS, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
-                s3 = _sub_scores(k, 3, tile, rows_q, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
+                s3 = _sub_scores(k, 3, tile, qs, row_scale, query_sums, scales, zeros, v_scales, mask, d, first_row,
                                  end, token, real, softcap, m_n, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, KGROUP, DP,
                                  ZEROS, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
                 highest = tl.maximum(highest, tl.maximum(s2, s3))
