@@ -49,6 +49,7 @@ def test_the_example_of_the_survey():
     assert 2.9 < found / four < 4
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_are_those_of_the_cache_that_transformers_fills(name):
     model = MODELS[name]().eval()
