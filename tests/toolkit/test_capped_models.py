@@ -284,8 +284,10 @@ def test_what_a_rank_cannot_know_is_refused():
             experts_forward(rank, hidden, index.clamp(max=2), weights)
 
 
-def test_sentinels_compute_nothing_and_their_rows_are_never_undefined():
+@pytest.mark.parametrize("fixed_shapes", [False, True])  # True: as on an accelerator, and in a compiled graph
+def test_sentinels_compute_nothing_and_their_rows_are_never_undefined(fixed_shapes, monkeypatch):
     experts, hidden, weights, index = split_inputs()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: fixed_shapes)
     hidden.requires_grad_()
     nobody = torch.full_like(index, 4)
     nobody[0, 0] = 1
@@ -295,6 +297,7 @@ def test_sentinels_compute_nothing_and_their_rows_are_never_undefined():
     found.square().sum().backward()
     assert hidden.grad[0].any()
     assert not hidden.grad[1:].any()
+    assert not expert_product(experts, hidden, torch.full_like(index, 4), weights, complete=False).any()
 
 
 # -- what is left behind ----------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class CappedLayer:
             with torch.inference_mode(False):
                 self.counts = self.counts.to(chosen.device)
         factor = routing.factor(module.training)
-        if is_dropless(routing.rounding, factor, top_k, self.experts):
+        if len(chosen) <= routing.min_slots or is_dropless(routing.rounding, factor, top_k, self.experts):
             count_pairs(self.counts, chosen, counted, None)
             return Plan(chosen, weights, not split)
         groups, sizes = self._groups(chosen, real)

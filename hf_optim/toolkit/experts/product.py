@@ -34,6 +34,9 @@ def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: 
     count = own.down_proj.shape[0]
     ordered, order = torch.sort(experts.reshape(-1))
     ends = torch.searchsorted(ordered, torch.arange(count, device=ordered.device), right=True).to(torch.int32)
+    if not complete and ordered.device.type == "cpu" and not torch.compiler.is_compiling() and int(ends[-1]):
+        # On a CPU the number of computed pairs is known at no cost, so the others need no rows.
+        ordered, order, complete = ordered[: ends[-1]], order[: ends[-1]], True
     nobody = None if complete else (ordered >= count).unsqueeze(-1)
     numbers = ordered if complete else ordered.clamp(max=count - 1)
     rows = hidden[order // top_k]
@@ -49,8 +52,11 @@ def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: 
     if getattr(own, "has_post_expert_norm", False):
         out = own.post_expert_norm(out)
     out = out * weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return out[back].view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+    if len(order) < tokens * top_k:
+        out = out.new_zeros(tokens * top_k, out.shape[1]).index_copy(0, order, out)
+    else:
+        out = out[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
+    return out.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
 def _defined(rows: Tensor, nobody: Tensor | None) -> Tensor:
