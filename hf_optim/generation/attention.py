@@ -41,25 +41,28 @@ def decode_attention(
             ``module.is_causal`` says.
         kwargs: ``scaling``, ``softcap`` and ``s_aux`` (sinks ``[H]``) are used.
 
-    Returns the output ``[B, Q, H, Dv]``, and None. What the kernel does not take runs in ``sdpa``.
+    Returns the output ``[B, Q, H, Dv]``, and None. What the kernel does not take runs in ``sdpa`` or, with a softcap or
+    sinks, by the kernel's specification.
     """
     if isinstance(key, Codes):
         return attend_to_codes(module, query, key, attention_mask, **kwargs), None
     op = _KERNEL[0]
+    softcap, sinks, scaling = float(kwargs.get("softcap") or 0.0), kwargs.get("s_aux"), kwargs.get("scaling")
     positions = kwargs.get("position_bias") is not None
+    attend = op.decode_attention
     if positions or op.unsupported(query, key, value, attention_mask) is not None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        if positions or not (softcap or sinks is not None):
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    scaling = kwargs.get("scaling")
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        attend = op.naive.decode_attention  # sdpa has no softcap, and leaves sinks out
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    softcap = float(kwargs.get("softcap") or 0.0)
     ranges = None
     if attention_mask is not None:
         ranges = mask_ranges(attention_mask)
     elif query.shape[2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
         ranges = causal_ranges(query.shape[2], key.shape[2], query.device)
-    return op.decode_attention(query, key, value, attention_mask, ranges, kwargs.get("s_aux"), scale, softcap), None
+    return attend(query, key, value, attention_mask, ranges, sinks, scale, softcap), None
 
 
 def mask_ranges(mask: Tensor) -> Tensor:

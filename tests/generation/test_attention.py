@@ -111,3 +111,25 @@ def test_a_prompt_without_a_cache_is_causal(calls):
     assert mask is None
     assert ranges[0, :, 1].tolist() == list(range(1, 9))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"softcap": 5.0}, {"s_aux": torch.tensor([2.0, 1.0, 3.0, 0.5])}])
+def test_what_the_kernel_does_not_take_keeps_softcap_and_sinks(given):
+    """More queries than it takes: PyTorch's attention has no softcap, and would leave sinks out without a word."""
+    attention._register()
+    try:
+        torch.manual_seed(0)
+        query, key, value = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8), torch.randn(2, 2, 30, 8)
+        mask = torch.rand(2, 1, 20, 30) < 0.7
+        module = torch.nn.Module()
+        found, _ = attention.decode_attention(module, query, key, value, mask, scaling=0.3, **given)
+        k, v = (t.double().repeat_interleave(2, dim=1) for t in (key, value))
+        scores = 0.3 * query.double() @ k.transpose(2, 3)
+        if "softcap" in given:
+            scores = 5.0 * torch.tanh(scores / 5.0)
+        weights = scores.masked_fill(~mask, float("-inf")).exp()
+        sink = given["s_aux"].double().exp()[None, :, None, None] if "s_aux" in given else 0.0
+        expected = (weights / (weights.sum(dim=-1, keepdim=True) + sink)) @ v
+        assert torch.allclose(found.double(), expected.transpose(1, 2), atol=1e-5)
+    finally:
+        attention._unregister()
