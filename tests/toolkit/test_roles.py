@@ -16,6 +16,7 @@ import pytest
 import routing_by_effect
 import tiny_mixtures
 import torch
+from thinning import thinned
 from tiny_models import TINY, tiny_llama, tiny_mixtral
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertForMultipleChoice
@@ -61,7 +62,7 @@ def test_every_mixture_of_transformers_is_tested():
     assert len(built) >= 55
 
 
-@pytest.mark.parametrize("kind", tiny_mixtures.classes())
+@pytest.mark.parametrize("kind", thinned(tiny_mixtures.classes()))
 def test_what_routes_is_what_changes_the_choice_of_experts(kind):
     if kind == "inkling_mm_model":
         pytest.importorskip("scipy", reason="its vision tower needs scipy")
