@@ -126,11 +126,13 @@ class Decoding:
         if session.checked:
             step()
             return
-        reason = expected = None
+        reason, differs = None, None
         tokens = session.tokens[: self.rows].clone()
         try:
             expected = self._expected(tokens)
             step()
+            distance = _distance(session.logits[: self.rows], expected)
+            differs = distance > TOLERANCE.get(self.model.dtype, 0.1) and distance > self._noise(tokens, expected)
         except torch.OutOfMemoryError:
             pass
         except Exception as error:  # of the model, which does not take a cache of fixed length
@@ -139,10 +141,9 @@ class Decoding:
         # Outside of the handlers, whose exceptions keep what was allocated.
         if reason is not None:
             raise WrongStep(reason)
-        if expected is None:
+        if differs is None:
             raise CaptureMemoryError(f"out of memory while the first step was checked on {self.device}")
-        distance = _distance(session.logits[: self.rows], expected)
-        if distance > TOLERANCE.get(self.model.dtype, 0.1) and distance > self._noise(tokens, expected):
+        if differs:
             raise WrongStep(
                 f"its first step differs from transformers' by {distance:.2g} standard deviations of the logits"
             )

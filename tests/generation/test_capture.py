@@ -243,6 +243,19 @@ def test_out_of_memory_in_the_check_falls_back_too(llama, graphs, monkeypatch):
     assert torch.equal(found, llama.generate(**inputs, max_new_tokens=20))
 
 
+def test_out_of_memory_in_a_step_that_is_checked_is_not_taken_for_a_right_step(llama, monkeypatch):
+    from hf_optim.generation.session import DecodeSession
+
+    def full(self, model, call):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(DecodeSession, "forward", full)
+    inputs = prompt(llama)
+    with pytest.warns(hf_optim.GenerationWarning, match="out of memory while the first step was checked"):
+        found = hf_optim.generate(llama, **inputs, max_new_tokens=20, mode="eager")
+    assert torch.equal(found, llama.generate(**inputs, max_new_tokens=20))
+
+
 def test_an_interrupted_capture_leaves_the_model_usable(llama, graphs, monkeypatch):
     inputs, ended = prompt(llama), []
     with monkeypatch.context() as patch:
