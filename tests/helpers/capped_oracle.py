@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_optim.toolkit.experts import registry
+
+
+@contextmanager
+def without_other_users() -> Iterator[None]:
+    """Let the registry have no users inside the context but those made there: models of other tests may live long."""
+    others, registry._users = registry._users, weakref.WeakSet()
+    registry._remove_unused()
+    try:
+        yield
+    finally:
+        registry._users = others
+        for module in list(others):
+            registry.use(module)
 
 
 def is_registered():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_mixtures
 import torch
-from capped_oracle import is_registered, oracle_of
+from capped_oracle import is_registered, oracle_of, without_other_users
 
 from hf_optim import ModelError
 from hf_optim.toolkit import compat
@@ -38,6 +38,12 @@ KINDS = (
     "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "gpt_oss", "openai_privacy_filter", "aria_text", "nemotron_h",
     "deepseek_v3", "granitemoe", "phimoe", "qwen3_vl_moe",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    with without_other_users():
+        yield
 
 
 def logits(model, ids=IDS, **kwargs):

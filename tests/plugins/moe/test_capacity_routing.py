@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny_mixtures
 import torch
-from capped_oracle import is_registered
+from capped_oracle import is_registered, without_other_users
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, Trainer, TrainingArguments
 
@@ -25,6 +25,12 @@ from hf_optim_plugins.moe.capacity_routing import CapacityRouting
 
 BOTH = pytest.mark.parametrize("cls", [CapacityRouting, BatchPriorityRouting])
 IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    with without_other_users():
+        yield
 
 
 def logits(model, ids=IDS, **kwargs):
