@@ -110,12 +110,13 @@ def check_attention() -> list[dict[str, Any]]:
     """Return rows of the attention kernel: its error, and its time beside PyTorch's attention without a mask."""
     import torch
 
+    from hf_optim_kernels.common import benchmark
     from hf_optim_kernels.decode_attention import op
 
     attend = torch.nn.functional.scaled_dot_product_attention
     source = torch.empty(1 << 28, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    copy = graph_us([partial(torch.add, source, 0, out=target)] * 4)
+    copy = benchmark.graph_time([partial(torch.add, source, 0, out=target)] * 8).us
     rows: list[dict[str, Any]] = [{"copy_tb_per_s": round(4 * source.numel() / copy / 1e6, 2)}]
     del source, target
     for batch, length, heads, groups in ATTENTION:
@@ -129,10 +130,10 @@ def check_attention() -> list[dict[str, Any]]:
         error = float((found.double() - expected).norm() / expected.norm())
         del k, v
         pairs = [(parts[0], parts[1]), (parts[2], parts[3])]
-        ours = graph_us(
-            [partial(op.decode_attention, query, *pair, mask, ranges, None, 128**-0.5, 0.0) for pair in pairs]
-        )
-        theirs = graph_us([partial(attend, query, *pair, enable_gqa=True) for pair in pairs])
+        ours = benchmark.graph_time(
+            [partial(op.decode_attention, query, *pair, mask, ranges, None, 128**-0.5, 0.0) for pair in pairs * 2]
+        ).us
+        theirs = benchmark.graph_time([partial(attend, query, *pair, enable_gqa=True) for pair in pairs * 2]).us
         size = 2 * 2 * parts[0].numel()
         row = {"batch": batch, "tokens": length, "heads": heads, "key_heads": groups, "error": error}
         row |= {"decode_attention_us": round(ours, 1), "tb_per_s": round(size / ours / 1e6, 2)}
@@ -140,30 +141,6 @@ def check_attention() -> list[dict[str, Any]]:
         print(rows[-1], flush=True)
         del parts, pairs
     return rows
-
-
-def graph_us(calls: list[Any]) -> float:
-    """Return the median microseconds of a call in replays of a CUDA graph of all of them, which read other memory."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for call in calls * 2:
-            call()
-    for _ in range(15):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls) / 2)
-    return statistics.median(times[3:])
 
 
 def attention_rows(pipe: Any) -> None:

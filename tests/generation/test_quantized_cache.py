@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from generating import CONFIGS, SMALL
 from interpreting import on_triton
 from simulated_graphs import simulated_graphs
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
@@ -16,8 +17,6 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     Cache,
-    Gemma2Config,
-    Gemma3TextConfig,
     MistralConfig,
     Qwen3Config,
 )
@@ -31,20 +30,12 @@ from hf_optim.generation.static_cache import StaticKeyValues
 from hf_optim.toolkit.compat import CACHE, VERSION
 from hf_optim.toolkit.quantization import scheme_of, set_scheme
 
-SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "max_position_embeddings": 512,
-}  # fmt: skip
-CONFIGS = {
-    "qwen3": lambda: Qwen3Config(**SMALL),
-    "gemma2-window-6": lambda: Gemma2Config(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
-    "gemma3-window-6": lambda: Gemma3TextConfig(
-        **SMALL, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
-    ),
-}  # fmt: skip
 FAMILIES = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "mixtral": tiny_mixtral,
-    **{name: (lambda make=make: AutoModelForCausalLM.from_config(make())) for name, make in CONFIGS.items()},
+    **{
+        name: (lambda make=CONFIGS[name]: AutoModelForCausalLM.from_config(make()))
+        for name in ("qwen3", "gemma2-window-6", "gemma3-window-6")
+    },
 }  # fmt: skip
 FOUR = KeyValueScheme(4, "channel", 32, 8)
 SCHEMES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from generating import SMALL
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5
 from transformers import (
     AutoModelForCausalLM,
@@ -19,10 +20,6 @@ from hf_optim import KeyValueScheme, ModelError, cache_size, key_value_cache
 from hf_optim.toolkit.compat import CACHE
 from hf_optim.toolkit.quantization import cache_layers
 
-SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "max_position_embeddings": 512,
-}  # fmt: skip
 MODELS = {
     "llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt, "mixtral": tiny_mixtral,
     "window": lambda: AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=9)),

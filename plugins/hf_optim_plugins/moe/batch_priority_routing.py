@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hf_optim import ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique
-from hf_optim.toolkit.experts import Routing
+from hf_optim import ModelError, Paper, Reload, Run, hookimpl, option, technique
 
 from ._capacity import CONTRACT, CapacityTechnique
 from ._gates import gates_sum_to_a_constant
@@ -57,18 +56,6 @@ class BatchPriorityRouting(CapacityTechnique):
     dropless_below: int = option(0, low=0, high=2**31 - 1)
     measure: bool = True
 
-    def routing(self) -> Routing:
-        return Routing(
-            capacity=self.capacity,
-            train_capacity=self.train_capacity,
-            priority=self.priority,
-            rounding=self.rounding,
-            group=self.group,
-            renormalize=self.renormalize,
-            min_slots=self.min_slots,
-            dropless_below=self.dropless_below,
-        )
-
     @hookimpl
     def transform_model(self, run: Run) -> None:
         if self.priority == "sum" and gates_sum_to_a_constant(run.model, run.label(self)):
@@ -77,11 +64,6 @@ class BatchPriorityRouting(CapacityTechnique):
                 "sum is the same for every token and gives no order; set priority: top1"
             )
         super().transform_model(run)
-
-    @classmethod
-    def for_testing(cls) -> Technique:
-        # Of the suite's 4 experts each token chooses 2: nothing is dropped, and stock transformers computes the same.
-        return cls.from_dict({"capacity": 2.0})
 
 
 @hookimpl

@@ -27,8 +27,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hf_optim import Paper, Reload, Technique, hookimpl, option, technique
-from hf_optim.toolkit.experts import Routing
+from hf_optim import Paper, Reload, hookimpl, option, technique
 
 from ._capacity import CONTRACT, CapacityTechnique
 
@@ -65,22 +64,6 @@ class CapacityRouting(CapacityTechnique):
     min_slots: int = option(1, low=1, high=2**31 - 1)
     dropless_below: int = option(0, low=0, high=2**31 - 1)
     measure: bool = True
-
-    def routing(self) -> Routing:
-        return Routing(
-            capacity=self.capacity,
-            train_capacity=self.train_capacity,
-            rounding=self.rounding,
-            group=self.group,
-            renormalize=self.renormalize,
-            min_slots=self.min_slots,
-            dropless_below=self.dropless_below,
-        )
-
-    @classmethod
-    def for_testing(cls) -> Technique:
-        # Of the suite's 4 experts each token chooses 2: nothing is dropped, and stock transformers computes the same.
-        return cls.from_dict({"capacity": 2.0})
 
 
 @hookimpl
