@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
 import warnings
 import weakref
@@ -69,19 +70,20 @@ def capture(
     Raises ``CaptureError``. Whatever is raised, the device can be used afterwards.
     """
     random = random_state(device)
+    pool = new_pool(device) if pool is None else pool
     try:
         with _compiling():
             captured = _record(run, restore, device, pool)
         set_random_state(device, random)
         return captured
     except torch.OutOfMemoryError:
-        _end_capture(device, random)
+        _end_capture(device, random, pool)
         reason = None
     except Exception as error:
-        _end_capture(device, random)
+        _end_capture(device, random, pool)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     except BaseException:  # interrupted
-        _end_capture(device, random)
+        _end_capture(device, random, pool)
         raise
     # Outside of the handlers: an exception keeps the frames, and with them the memory, of what failed.
     if reason is None:
@@ -101,9 +103,21 @@ def _record(
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with _uncollected(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph.replay, graph.pool()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold garbage collection back: a graph or a tensor that it frees in a capture would invalidate the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -117,17 +131,34 @@ def _compiling() -> Iterator[None]:
         yield
 
 
-def _end_capture(device: torch.device, random: Tensor) -> None:
-    """Leave the device as before a capture that failed, its random generator in the state ``random``.
+def new_pool(device: torch.device) -> Any:
+    """Return a new pool for the memory of graphs; None on a device without graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def _end_capture(device: torch.device, random: Tensor, pool: Any) -> None:
+    """Leave the device as before a capture into ``pool`` that failed, its random generator in the state ``random``.
 
     The generator stays as captures use it, and then cannot even be read, until a capture succeeds: an empty one does.
     """
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
         torch.cuda.synchronize()
+        _release(device, pool)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        with (
+            _uncollected(),
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
             torch.zeros(1, device=device)
         torch.cuda.set_rng_state(random, device)
+
+
+def _release(device: torch.device, pool: Any) -> None:
+    """End what a failed capture left begun: allocations still went to its pool, which no later capture could use."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError, AttributeError):  # it had not begun, or had ended
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
 
 
 def random_state(device: torch.device) -> Tensor:

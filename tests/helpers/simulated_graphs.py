@@ -44,6 +44,6 @@ def simulated_graphs() -> Iterator[Graphs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "has_graphs", lambda device: True)
         patch.setattr(capture, "_record", graphs.record)
-        patch.setattr(capture, "_end_capture", lambda device, random: torch.set_rng_state(random))
+        patch.setattr(capture, "_end_capture", lambda device, random, pool: torch.set_rng_state(random))
         patch.setattr(torch, "compile", counted)
         yield graphs

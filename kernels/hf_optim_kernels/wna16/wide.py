@@ -41,7 +41,14 @@ _FAILED: set[torch.device] = set()
 
 def is_usable(device: torch.device) -> bool:
     """Return True if the kernel may run on ``device``: it is available, and did not fail to compile."""
-    return is_available(device) and device not in _FAILED
+    return is_available(device) and _numbered(device) not in _FAILED
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Return ``device``; ``cuda`` alone with the number of the current device, as tensors name it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def attempt(product: Callable[[], Tensor], device: torch.device) -> Tensor | None:
@@ -54,7 +61,7 @@ def attempt(product: Callable[[], Tensor], device: torch.device) -> Tensor | Non
     except (torch.cuda.OutOfMemoryError, *_DEVICE_ERRORS):
         raise
     except Exception as error:
-        _FAILED.add(device)
+        _FAILED.add(_numbered(device))
         warnings.warn(f"kernels in Triton's Gluon are not used on {device}: {error}", stacklevel=2)
         return None
 
