@@ -69,7 +69,7 @@ def capture(
 
     Raises ``CaptureError``. Whatever is raised, the device can be used afterwards.
     """
-    random = random_state(device)
+    random, stream = random_state(device), _stream(device)
     pool = new_pool(device) if pool is None else pool
     try:
         with _compiling():
@@ -77,13 +77,13 @@ def capture(
         set_random_state(device, random)
         return captured
     except torch.OutOfMemoryError:
-        _end_capture(device, random, pool)
+        _end_capture(device, random, pool, stream)
         reason = None
     except Exception as error:
-        _end_capture(device, random, pool)
+        _end_capture(device, random, pool, stream)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     except BaseException:  # interrupted
-        _end_capture(device, random, pool)
+        _end_capture(device, random, pool, stream)
         raise
     # Outside of the handlers: an exception keeps the frames, and with them the memory, of what failed.
     if reason is None:
@@ -103,8 +103,19 @@ def _record(
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
-    with _uncollected(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        run()
+    first: Exception | None = None
+    try:
+        with _uncollected(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                run()
+            except Exception as error:
+                first = error
+                raise
+    except Exception:
+        if first is None:
+            raise
+        # Ending the capture has failed too, and its error hides the reason.
+        raise first from None
     return graph.replay, graph.pool()
 
 
@@ -136,14 +147,18 @@ def new_pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
-def _end_capture(device: torch.device, random: Tensor, pool: Any) -> None:
-    """Leave the device as before a capture into ``pool`` that failed, its random generator in the state ``random``.
+def _end_capture(device: torch.device, random: Tensor, pool: Any, stream: Any) -> None:
+    """Leave the device as before a capture into ``pool`` that failed.
 
-    The generator stays as captures use it, and then cannot even be read, until a capture succeeds: an empty one does.
+    Its current stream is ``stream`` again, which ``torch.cuda.graph`` forgets when a capture cannot be ended, and its
+    random generator has the state ``random``. The generator stays as captures use it, and then cannot even be read,
+    until a capture succeeds: an empty one does.
     """
+    if stream is not None:
+        torch.cuda.set_stream(stream)
+    _release(device, pool)
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
         torch.cuda.synchronize()
-        _release(device, pool)
         graph = torch.cuda.CUDAGraph()
         with (
             _uncollected(),
@@ -159,6 +174,10 @@ def _release(device: torch.device, pool: Any) -> None:
     with contextlib.suppress(RuntimeError, AttributeError):  # it had not begun, or had ended
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def random_state(device: torch.device) -> Tensor:

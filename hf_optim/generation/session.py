@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -85,12 +86,11 @@ class DecodeSession:
         self.sequences[:, :length].copy_(_padded(batch.prompt, self.rows))
         self.count.fill_(length)
         self.keys_values.fill(batch.own)
+        self.mask.fill_(1)
         if self.memory is not None:
             self.memory.fill(batch.cache.cross_attention_cache, batch.encoder, batch.mask)
-        else:
-            self.mask.fill_(1)
-            if batch.mask is not None:
-                self.mask[:, : batch.mask.shape[1]].copy_(_padded(batch.mask, self.rows))
+        elif batch.mask is not None:
+            self.mask[:, : batch.mask.shape[1]].copy_(_padded(batch.mask, self.rows))
         self.done.fill_(False)
         self.done[rows:] = True
         self.first_nan.fill_(-1)
@@ -107,6 +107,9 @@ class DecodeSession:
             inputs["attention_mask"] = self.mask
         else:
             inputs |= {**self.memory.inputs(), CACHE: self.memory.with_own(self.keys_values.cache)}
+            if _takes_decoder_mask(type(model)):
+                # Without one, BART of transformers 5.17 makes one of as many positions as a tensor says, on the host.
+                inputs["decoder_attention_mask"] = self.mask
         if self.positions is not None:
             inputs["position_ids"] = self.positions
         with on_kernel(model):
@@ -211,6 +214,13 @@ class DecodeSession:
             restore()
             raise
         return replay
+
+
+@cache
+def _takes_decoder_mask(kind: type[Any]) -> bool:
+    """Return True if a model's forward takes a mask of the decoder's tokens, and no positions are made of it."""
+    names = inspect.signature(kind.forward).parameters
+    return "decoder_attention_mask" in names and "decoder_position_ids" not in names
 
 
 def _padded(rows: Tensor, count: int, dim: int = 0) -> Tensor:

@@ -153,9 +153,7 @@ def test_the_generator_of_a_failed_capture_is_mended_before_it_is_read(llama, gr
 
     monkeypatch.setattr(capture, "_record", record)
     monkeypatch.setattr(capture, "random_state", state)
-    monkeypatch.setattr(
-        capture, "_end_capture", lambda device, random, pool: capturing.clear() or capturing.append(False)
-    )
+    monkeypatch.setattr(capture, "_end_capture", lambda *_: capturing.clear() or capturing.append(False))
     with pytest.warns(hf_optim.GenerationWarning, match="a synchronization"):
         hf_optim.generate(llama, **prompt(llama), max_new_tokens=6, mode="captured", do_sample=True)
     assert not capturing[0]
@@ -262,7 +260,7 @@ def test_an_interrupted_capture_leaves_the_model_usable(llama, graphs, monkeypat
     inputs, ended = prompt(llama), []
     with monkeypatch.context() as patch:
         patch.setattr(capture, "_record", failing(KeyboardInterrupt()))
-        patch.setattr(capture, "_end_capture", lambda device, random, pool: ended.append(device))
+        patch.setattr(capture, "_end_capture", lambda device, *_: ended.append(device))
         with pytest.raises(KeyboardInterrupt):
             hf_optim.generate(llama, **inputs, max_new_tokens=20, mode="captured")
     assert ended == [torch.device("cpu")]

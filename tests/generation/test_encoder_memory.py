@@ -88,6 +88,14 @@ def test_what_is_returned_is_what_transformers_returns():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_a_step_asks_the_host_for_nothing(name):
+    model, inputs = made(name)
+    with simulated_graphs() as graphs:
+        assert torch.equal(run(model, inputs, mode="captured"), model.generate(**inputs, max_new_tokens=12))
+        assert len(graphs.captured) == 1
+
+
 def test_another_length_of_the_encoder_captures_nothing():
     model, inputs = made("t5")
     with simulated_graphs() as graphs:

@@ -8,8 +8,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import import_utils
 
 from hf_optim.generation import capture, door
+
+SYNCHRONIZES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero"}
+
+
+class Capturing(TorchDispatchMode):
+    """Raise, as a capture on a device would, where the host asks for a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().partition(".")[0] in SYNCHRONIZES:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func.name()}")
+        return func(*args, **(kwargs or {}))
 
 
 class Graphs:
@@ -19,10 +32,17 @@ class Graphs:
         self.compiled = CompileCounter()
         self.captured: list[object] = []
         self.replays = 0
+        self.runs_compiled = False
 
     def record(self, run, restore, device, pool):
+        self.runs_compiled = False
         for _ in range(capture.WARM_UPS):
             run()
+            restore()
+        if not self.runs_compiled:  # compiled steps ask the host for nothing, and a mode would compile them again
+            with Capturing(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+                run()
             restore()
         self.captured.append(run)
 
@@ -39,11 +59,17 @@ def simulated_graphs() -> Iterator[Graphs]:
     graphs, compiled = Graphs(), torch.compile
 
     def counted(function, **options):
-        return compiled(function, backend=graphs.compiled, **options)
+        step = compiled(function, backend=graphs.compiled, **options)
+
+        def called(*args, **kwargs):
+            graphs.runs_compiled = True
+            return step(*args, **kwargs)
+
+        return called
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "has_graphs", lambda device: True)
         patch.setattr(capture, "_record", graphs.record)
-        patch.setattr(capture, "_end_capture", lambda device, random, pool: torch.set_rng_state(random))
+        patch.setattr(capture, "_end_capture", lambda device, random, *_: torch.set_rng_state(random))
         patch.setattr(torch, "compile", counted)
         yield graphs
