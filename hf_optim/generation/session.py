@@ -107,7 +107,7 @@ class DecodeSession:
             inputs["attention_mask"] = self.mask
         else:
             inputs |= {**self.memory.inputs(), CACHE: self.memory.with_own(self.keys_values.cache)}
-            if _takes_decoder_mask(type(model)):
+            if _takes_decoder_mask(type(model).forward):
                 # Without one, BART of transformers 5.17 makes one of as many positions as a tensor says, on the host.
                 inputs["decoder_attention_mask"] = self.mask
         if self.positions is not None:
@@ -217,9 +217,9 @@ class DecodeSession:
 
 
 @cache
-def _takes_decoder_mask(kind: type[Any]) -> bool:
+def _takes_decoder_mask(forward: Callable[..., Any]) -> bool:
     """Return True if a model's forward takes a mask of the decoder's tokens, and no positions are made of it."""
-    names = inspect.signature(kind.forward).parameters
+    names = inspect.signature(forward).parameters
     return "decoder_attention_mask" in names and "decoder_position_ids" not in names
 
 

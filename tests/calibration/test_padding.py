@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from streamed_and_blockwise import streamed, tensors_of
-from thinning import thinned
 from tiny_models import tiny_bert, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5
 
 import hf_optim
@@ -77,7 +76,8 @@ def outputs(name, steps, data, driver):
         return model(**probe).logits
 
 
-@pytest.mark.parametrize(("name", "step", "driver"), thinned(CASES))
+@pytest.mark.many
+@pytest.mark.parametrize(("name", "step", "driver"), CASES)
 def test_padding_does_not_count(name, step, driver):
     plain, padded = rows(name)
     expected = outputs(name, STEPS[step], plain, driver)

@@ -113,6 +113,7 @@ def homes(tmp_path_factory):
     return home
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", CASES)
 def test_it_writes_what_the_blockwise_driver_writes(case, homes, tmp_path):
     name, steps = CASES[case]

@@ -80,6 +80,7 @@ def homes(tmp_path_factory):
     return made
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", CASES)
 def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path):
     name, steps = CASES[case]

@@ -122,6 +122,7 @@ class Stop(Exception):
     """Simulates a kill, where a child process would show nothing more."""
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("make", [tiny_llama, tiny_t5])
 @pytest.mark.parametrize("steps", [GPTQ, STATIC], ids=["nm + gptq", "static"])
 @pytest.mark.parametrize("when", ["before the state is written", "after the shard", "in the outputs"])
@@ -191,6 +192,7 @@ def stopped(tmp_path_factory):
     return shop, batches
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["state-00001.safetensors", "model-00001-of-00003.safetensors"])
 def test_a_damaged_block_is_calibrated_again(stopped, tmp_path, caplog, damage, kind):

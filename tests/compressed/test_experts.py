@@ -276,6 +276,7 @@ def round_trip(tmp_path_factory, stock):
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", CASES)
 def test_stock_reloads_with_identical_logits(round_trip, name):
     _, model, mine, (cls, stock) = round_trip[name]

@@ -70,6 +70,7 @@ def problem_of(model, recipe):
     return reload_problem(model, layers, STORED[recipe])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama4"])
 def test_what_the_skeleton_says_is_what_stock_does(name, recipe, tmp_path):

@@ -261,6 +261,7 @@ def failed_in_calibration(dense, folder):
     return used(model)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", WAYS)
 def test_nothing_is_left_of_a_deleted_model(name, dense, tmp_path):
     with warnings.catch_warnings():

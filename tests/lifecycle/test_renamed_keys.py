@@ -45,6 +45,7 @@ def inputs_of_layers(model, inputs):
     return found, seen
 
 
+@pytest.mark.many
 @pytest.mark.filterwarnings("ignore::hf_optim.compressed.packed.packed_linear.KernelWarning")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -59,6 +59,7 @@ def output(model, inputs):
         return model(**inputs).to_tuple()[0]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", BUILDS)
 def test_speech_models_are_compressed_saved_and_loaded(kind, recipe, tmp_path):

@@ -21,7 +21,6 @@ RECIPE = [
 
 
 @pytest.mark.real_model
-@pytest.mark.smoke
 def test_2of4_under_distillation_then_gptq_on_a_real_model(shared_models, shared_data, tmp_path, stock):
     home = shared_models / "babyllama-1m"
     tokenizer = AutoTokenizer.from_pretrained(home)

@@ -12,6 +12,7 @@ from hf_optim.toolkit.distributed import fsdp
 WORKER = HELPERS / "shard_worker.py"
 
 
+@pytest.mark.slow
 def test_masks_follow_the_shards(tmp_path, python):
     done = python.ranks(WORKER, tmp_path)
     assert done.status == 0, done.out[-1000:] + done.err[-5000:]

@@ -41,6 +41,7 @@ def snapshot(config):
     return [(type(part), part.to_dict(), set(vars(part))) for part in parts(config)]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_second_model_of_the_same_configuration_is_compressed(name, recipe):

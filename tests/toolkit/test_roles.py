@@ -16,7 +16,6 @@ import pytest
 import routing_by_effect
 import tiny_mixtures
 import torch
-from thinning import thinned
 from tiny_models import TINY, tiny_llama, tiny_mixtral
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertForMultipleChoice
@@ -62,7 +61,8 @@ def test_every_mixture_of_transformers_is_tested():
     assert len(built) >= 55
 
 
-@pytest.mark.parametrize("kind", thinned(tiny_mixtures.classes()))
+@pytest.mark.many
+@pytest.mark.parametrize("kind", tiny_mixtures.classes())
 def test_what_routes_is_what_changes_the_choice_of_experts(kind):
     if kind == "inkling_mm_model":
         pytest.importorskip("scipy", reason="its vision tower needs scipy")
@@ -92,6 +92,7 @@ def test_sizes_that_coincide_do_not_make_a_router(kind, monkeypatch):
     assert other == routing(tiny_mixtures.build(kind, "meta"))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", DENSE)
 def test_nothing_routes_in_a_dense_model(kind):
     try:
@@ -128,6 +129,7 @@ def originals():
     return {kind: tiny_mixtures.build(kind) for kind in ROUTING}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kind", ROUTING)
 def test_no_technique_changes_what_routes(originals, kind, step):

@@ -82,6 +82,7 @@ def test_products_are_rounded_once():
     assert torch.equal(linear.weight, (weight.float() * factor.float()).bfloat16())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("tiny", [1e-5, 3e-6, 1e-2])

@@ -37,6 +37,7 @@ def ulp(values, dtype):
     return info.eps * 2**exponent
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_rows_of_any_magnitude_keep_the_precision_of_their_grid(spec, dtype):

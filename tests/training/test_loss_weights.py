@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers as tf
 from helpers.toy_training import arguments
-from thinning import thinned
 from torch import nn
 
 import hf_optim
@@ -184,7 +183,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("head", "step"), thinned(CASES), ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.many
+@pytest.mark.parametrize(("head", "step"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_step_does_not_depend_on_how_its_batch_is_cut(tmp_path, head, step: str):
     whole, log = step_of(tmp_path, head, STEPS[step], ROWS)
     assert whole.norm() > 0

@@ -115,6 +115,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_refused(what, checkpoint, tmp_path):
     damage, message = DAMAGE[what]

@@ -92,6 +92,7 @@ KEYS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("family", "key"), [*KEYS.items(), ("mixtral", "model.norm.weight")])

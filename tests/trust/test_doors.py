@@ -160,6 +160,7 @@ def test_files_of_a_stranger_are_refused_by_name(door, good, tmp_path_factory):
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("what", hostile.CODE)
 @pytest.mark.parametrize("door", [name for name in DOORS if not name.startswith("AutoModel")])
 def test_code_of_a_stranger_does_not_run(door, what, home, canary):

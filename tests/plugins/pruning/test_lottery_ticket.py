@@ -16,6 +16,7 @@ from hf_optim.toolkit.pruning import masks
 from hf_optim.toolkit.pruning.rewinding import reinitialized_copy
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize(
     ("rewind_to", "k", "steps", "starts"), [(0, 0, 9, (3, 6)), (2, 2, 14, (6, 10)), (0.5, 3, 12, (6, 9))]

@@ -18,6 +18,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["lr_scheduler_type"])
 @pytest.mark.parametrize("rewind_to", [0, 3])
 def test_the_learning_rates_are_those_of_the_original(tmp_path, schedule, rewind_to):

@@ -56,6 +56,7 @@ def silence(model, units, count):
             model.get_parameter(name).index_fill_(dim, entries[len(one) - count :].flatten(), 0.0)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("score", ["magnitude", "activation"])
 @pytest.mark.parametrize("family", TINY)
 def test_removing_units_that_are_zero_changes_nothing(family, score):

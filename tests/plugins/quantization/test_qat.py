@@ -87,6 +87,7 @@ SCHEMES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("fields", SCHEMES, ids=str)
 def test_the_stored_model_equals_the_last_forward(fields, tmp_path):
     model = optimize(tiny_llama(), {"technique": "qat", **fields})

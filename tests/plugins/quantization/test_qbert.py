@@ -95,6 +95,7 @@ def test_metrics_of_a_layer_are_those_of_the_full_hessian():
     assert float(sums[3]) == pytest.approx(sum(forms), rel=1e-6)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("assign", ["quadratic", "sensitivity", "rank"])
 @pytest.mark.parametrize(
     "fields", [{}, {"group_size": 16, "budget": 3.3}, {"groups": 4, "choices": [3, 5], "budget": 4.5}]

@@ -77,6 +77,7 @@ def test_outputs_are_the_same_with_norms_in_float32(family, where):
     assert any(not torch.equal(weight, dense[name]) for name, weight in weights(model).items())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8)])
 def test_the_kept_sum_grows_and_is_reported(family, keep, group):

@@ -445,6 +445,7 @@ def test_a_decay_made_negligible_by_the_learning_rate_is_noted(tmp_path):
         assert bool(notes) is noted
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("optim", "term"), [("adamw_torch", "update"), ("sgd", "update"), ("sgd", "gradient")])
 @pytest.mark.parametrize(("rate", "steps", "decay"), [(1e-2, 4, 10.0), (1e-4, 4, 1000.0), (1e-3, 200, 50.0)])
 def test_the_default_decay_follows_the_learning_rate(optim, term, rate, steps, decay, tmp_path):

@@ -1,0 +1,30 @@
+"""A plugin of pytest: of many like cases a third runs in ``make test``, and all in ``make test-models``."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+
+import pytest
+
+EVERY = 3
+# Tests of the conformance suite, which others import too and which has no marker of ours.
+CONFORMANCE = {"test_a_checkpoint_outlives_the_tool": pytest.mark.many("cls")}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark two thirds of the cases of each function marked ``many`` as ``slow``: always the same, in no pattern.
+
+    With names of parameters, as in ``many("cls")``, of the cases that agree in them a third is left, at least one.
+    """
+    alike: dict[tuple[str, ...], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if marker := item.get_closest_marker("many") or CONFORMANCE.get(getattr(item, "originalname", "")):
+            values = (str(item.callspec.params[name]) for name in marker.args)
+            alike[(item.nodeid.partition("[")[0], *values)].append(item)
+    for cases in alike.values():
+        kept = [case for case in cases if zlib.crc32(case.name.encode()) % EVERY == 0] or cases[:1]
+        for case in cases:
+            if case not in kept:
+                case.add_marker("slow")
