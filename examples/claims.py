@@ -9,9 +9,8 @@ Each JSON file beside the page is a list of claims with these fields:
 - ``figures``: name -> path of a number: a file under ``model_cards``, then keys. A key with ``*`` stands for the mean
   over all keys that match.
 - ``ours``: what was measured, with ``{name}`` or ``{name:.3f}`` for figures; ``setting``: model, data and size.
-- ``holds``: comparisons ``[left, "<" or ">", right]`` or ``[left, "<" or ">", right, factor]``, each of left and right a
-  figure or a number, right times the factor. The verdict follows from them: confirmed if all hold, contradicted if none
-  does, else mixed.
+- ``holds``: comparisons ``[left, "<" or ">", right]``, with a fourth entry for a factor of the right side; a side is a
+  figure or a number. The verdict follows from them: confirmed if all hold, contradicted if none does, else mixed.
 - ``verdict``: instead of ``holds``, for what a comparison cannot say; ``why``: reasons and limits.
 """
 

@@ -32,7 +32,8 @@ def test_every_technique_has_a_claim_and_scripts_exist(claims):
     assert set(catalogue().names()) - {claim["technique"] for claim in every} - WITHOUT == set()
     for claim in every:
         assert claim["script"] is None or (ROOT / claim["script"]).is_file(), claim["script"]
-        assert claim["source"] and claim["claim"]
+        assert claim["source"]
+        assert claim["claim"]
 
 
 @pytest.mark.parametrize(
