@@ -21,6 +21,8 @@ WARM_UPS = 2
 COMPILED_STEPS = 64
 
 _COMPILED: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+# The allocator of pinned memory keeps a pointer to a graph whose capture could not be ended.
+_UNENDED: list[Any] = []
 
 
 class CaptureError(Exception):
@@ -67,7 +69,7 @@ def capture(
         device: a CUDA device. Its random generator has its state from before the call afterwards.
         pool: of an earlier graph, which never runs at the same time.
 
-    Raises ``CaptureError``. Whatever is raised, the device can be used afterwards.
+    Raises ``CaptureError``. Whatever is raised, the device can be used afterwards, but ``pool`` for no other capture.
     """
     random, stream = random_state(device), _stream(device)
     pool = new_pool(device) if pool is None else pool
@@ -111,7 +113,8 @@ def _record(
             except Exception as error:
                 first = error
                 raise
-    except Exception:
+    except BaseException:
+        _UNENDED.append(graph)
         if first is None:
             raise
         # Ending the capture has failed too, and its error hides the reason.
@@ -169,7 +172,10 @@ def _end_capture(device: torch.device, random: Tensor, pool: Any, stream: Any) -
 
 
 def _release(device: torch.device, pool: Any) -> None:
-    """End what a failed capture left begun: allocations still went to its pool, which no later capture could use."""
+    """End what a failed capture left begun: allocations still go to its pool.
+
+    Pinned memory has an allocator with such a state of its own, which nothing ends: no later capture can use the pool.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     with contextlib.suppress(RuntimeError, AttributeError):  # it had not begun, or had ended
         torch._C._cuda_endAllocateToPool(index, pool)

@@ -208,8 +208,9 @@ class DecodeSession:
                 each.copy_(before)
             self.keys_values.set_tokens(tokens)
 
+        pool, self._pool = self._pool, None  # a capture that fails spoils it
         try:
-            replay, self._pool = capture.capture(run, restore, self.device, self._pool)
+            replay, self._pool = capture.capture(run, restore, self.device, pool)
         except capture.CaptureError:
             restore()
             raise

@@ -159,6 +159,21 @@ def test_the_generator_of_a_failed_capture_is_mended_before_it_is_read(llama, gr
     assert not capturing[0]
 
 
+def test_a_pool_in_which_a_capture_failed_is_not_used_again(llama, graphs, monkeypatch):
+    pools, works = [], capture._record
+
+    def record(run, restore, device, pool):
+        pools.append(pool)
+        if len(pools) == 3:
+            raise Broken("a synchronization")
+        return works(run, restore, device, pool)[0], f"pool {len(pools)}"
+
+    monkeypatch.setattr(capture, "_record", record)
+    for settings in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 3}):
+        hf_optim.generate(llama, **prompt(llama), max_new_tokens=4, mode="captured", **settings)
+    assert pools == [None, "pool 1", "pool 2", None]  # the third is tried again with its processors outside
+
+
 @pytest.mark.parametrize("settings", ["greedy", "sampled"])
 def test_a_step_that_cannot_be_captured_runs_in_transformers_loop(llama, graphs, monkeypatch, settings):
     inputs = prompt(llama)
