@@ -203,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True)
     parser.add_argument("--only", nargs="*", help="names of rows of the plan")
+    parser.add_argument("--ways", nargs="*", help="of graph, captured, static, static-eager, dynamic")
     parser.add_argument(
         "--wait", type=float, default=300.0, help="seconds until those that are ready are timed, beside the others"
     )
@@ -212,6 +213,9 @@ def main() -> None:
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
     plan = [entry for entry in PLAN if not args.only or entry[0] in args.only]
+    if args.ways:
+        plan = [(*entry[:-1], tuple(way for way in entry[-1] if way in args.ways)) for entry in plan]
+        plan = [entry for entry in plan if entry[-1]]
     if args.tiny:
         plan = [
             (n, s if s == "dense" else "dense", 2, 16, 12, b, ("graph", "dynamic")) for n, s, _, _, _, b, _ in plan[:2]

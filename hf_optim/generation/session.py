@@ -17,6 +17,7 @@ from . import capture
 from .attention import on_kernel
 from .batch import Prefilled
 from .encoder_memory import EncoderMemory
+from .norms import fused_norms
 from .sampling import Processor, choose, on_device, signature
 from .static_cache import StaticKeyValues, next_logits
 
@@ -118,6 +119,10 @@ class DecodeSession:
         if self.positions is not None:
             self.positions.add_(1)
 
+    def _forward_fused(self, model: Any) -> None:
+        with fused_norms(model):
+            self.forward(model, capture.call)
+
     def sample(self, setting: _Setting) -> None:
         """Choose the next token of each row from ``logits``, and append it to ``sequences``."""
         broken = torch.isnan(self.logits).any()
@@ -177,6 +182,8 @@ class DecodeSession:
         reasons: list[str] = []
         for call in (capture.compiled_call(model), capture.call) if compiled else (capture.call,):
             forward = partial(self.forward, model, call)
+            if call is capture.call:
+                forward = partial(self._forward_fused, model)
 
             def step(forward: Callable[[], None] = forward) -> None:
                 forward()
