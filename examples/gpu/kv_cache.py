@@ -34,8 +34,8 @@ FORMATS = {
     "int4 group 32": Format(4, False, False, 32, 128, False),
 }
 SHAPES = {"1 x 32k": (1, 32768), "16 x 8k": (16, 8192), "16 x 32k": (16, 32768)}
-# Waves, warps, stages: (4, 4, 3) is what launches use.
-VARIANTS = [(4, 4, 3), (2, 4, 3), (8, 4, 3), (4, 4, 4), (4, 4, 2)]
+# Programs of a multiprocessor, and stages: the first is what launches use.
+VARIANTS = [(launch.RESIDENT, launch.STAGES), (8, 3), (12, 3), (32, 3), (16, 2), (16, 4)]
 
 
 def tensors(B, N, dtype=torch.bfloat16, heads=(H, G), dims=(D, D), queries=1, seed=0):
@@ -63,6 +63,8 @@ CASES = {  # rows, tokens, heads, dims, queries, dtype, mask, sinks, softcap
     "padded": (3, 900, (32, 8), (128, 128), 1, torch.bfloat16, True, True, 20.0),
     "one key head": (2, 700, (16, 1), (64, 64), 1, torch.float16, True, False, 0.0),
     "a few tokens": (2, 800, (8, 8), (80, 48), 3, torch.float16, True, False, 0.0),
+    "sixteen heads": (1, 900, (64, 4), (128, 128), 1, torch.bfloat16, True, False, 0.0),
+    "thirty-two heads": (1, 900, (32, 1), (128, 128), 1, torch.bfloat16, True, False, 0.0),
     "wide": (1, 1500, (8, 4), (256, 256), 1, torch.bfloat16, False, False, 0.0),
     "float32": (2, 600, (4, 2), (32, 32), 1, torch.float32, True, True, 0.0),
 }
@@ -116,10 +118,10 @@ def reference_attention(query, key, value, mask, sinks, scale, softcap):
 
 
 def use(variant):
-    launch.WAVES, launch.WARPS, launch.STAGES = variant
+    launch.RESIDENT, launch.STAGES = variant
 
 
-if chosen := os.environ.get("KV_VARIANT"):  # waves, warps and stages that are used throughout
+if chosen := os.environ.get("KV_VARIANT"):  # programs and stages that are used throughout
     VARIANTS = [tuple(map(int, chosen.split(",")))]
 use(VARIANTS[0])
 
@@ -192,7 +194,7 @@ def main():
                 if name in ("int8", "int4") and shape == "16 x 32k":
                     for variant in VARIANTS[1:]:
                         use(variant)
-                        rows[f"{name}, waves {variant[0]}, warps {variant[1]}, stages {variant[2]}"] = timed_format(
+                        rows[f"{name}, programs {variant[0]}, stages {variant[1]}"] = timed_format(
                             fmt, query, key, value
                         )
             base = rows["bf16 kernel"]["us"]

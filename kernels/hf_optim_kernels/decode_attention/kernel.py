@@ -128,9 +128,9 @@ def _attend_kernel(
 
 @triton.jit
 def _combine_kernel(part, sums, out, size, SPLIT, DV, SPLITS: tl.constexpr, STEP: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Add up the pieces of one row: out [size, DV]. ``SPLITS`` is the power of two from ``SPLIT`` on."""
+    """Add up the pieces of a row and ``BLOCK_DV`` channels: out [size, DV]. ``SPLITS`` is a power of two."""
     row = tl.program_id(0).to(tl.int64)
-    dv = tl.arange(0, BLOCK_DV)
+    dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     pieces = tl.arange(0, SPLITS)
     tops = tl.load(sums + (pieces * size + row) * 2, mask=pieces < SPLIT, other=float("-inf"))
     totals = tl.load(sums + (pieces * size + row) * 2 + 1, mask=pieces < SPLIT, other=0.0)

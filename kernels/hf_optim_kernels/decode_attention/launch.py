@@ -24,6 +24,8 @@ STARTUP, RATE = 2.0, 32_000
 # The launch that adds up pieces, in microseconds.
 COMBINE = 2.5
 MOST_PIECES = 256
+# Channels of a program that adds up pieces, which loads all of them at once.
+CHUNK = 32
 
 
 @cache
@@ -109,14 +111,21 @@ def decode_attention(
         num_warps=warps, num_stages=STAGES, key=cache_key,
     )  # fmt: skip
     if split > 1:
-        splits = triton.next_power_of_2(split)
-        combine = {"SPLITS": splits, "STEP": min(splits, max(1, 4096 // block_dv)), "BLOCK_DV": block_dv}
-        kinds = (_kind(size), _kind(split), _kind(DV))
-        launch(
-            _combine_kernel, (size, 1, 1), (part, sums, out, size, split, DV), combine, num_warps=4, num_stages=2,
-            key=(out.dtype, is_aligned(part), is_aligned(sums), is_aligned(out), *kinds, *combine.values()),
-        )  # fmt: skip
+        combine(part, sums, out, size, split, DV)
     return out
+
+
+def combine(part: Tensor, sums: Tensor, out: Tensor, size: int, split: int, channels: int) -> None:
+    """Add up ``split`` pieces of ``size`` rows into ``out``: see ``_combine_kernel``."""
+    splits = triton.next_power_of_2(split)
+    block = min(CHUNK, triton.next_power_of_2(channels))
+    constants = {"SPLITS": splits, "STEP": min(splits, 8192 // block), "BLOCK_DV": block}
+    launch(
+        _combine_kernel, (size, triton.cdiv(channels, block), 1), (part, sums, out, size, split, channels), constants,
+        num_warps=4, num_stages=1,
+        key=(out.dtype, is_aligned(part), is_aligned(sums), is_aligned(out), _kind(size), _kind(split),
+             _kind(channels), *constants.values()),
+    )  # fmt: skip
 
 
 def _kind(number: int) -> int:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 # Tokens that share a word's place: the rows that a tensor core multiplies at once.
-SUB = 64
+SUB = 16
+# Tokens that are quantized at once if each has its own scale.
+STEP = 64
 # Slots of the tail that no token needs: steps that are tried, then taken back, write there.
 SPARE = 16
 # A scale is at least this, so that a vector of zeros has one.
@@ -44,12 +46,12 @@ class Format(NamedTuple):
     @property
     def sub(self) -> int:
         """Tokens of a sub-block."""
-        return SUB if self.per_token else min(SUB, self.group)
+        return SUB
 
     @property
     def step(self) -> int:
         """Tokens that are quantized at once."""
-        return SUB if self.per_token else self.group
+        return STEP if self.per_token else self.group
 
     @property
     def tile(self) -> int:

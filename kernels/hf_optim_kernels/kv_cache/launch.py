@@ -10,31 +10,39 @@ from torch import Tensor
 
 from ..common.compute_type import FP16, FP32, compute_constants
 from ..common.launch import is_aligned, launch
-from ..decode_attention.kernel import _combine_kernel
+from ..decode_attention.launch import combine
+from .append_kernel import _append_kernel
 from .format import Format, Store, padded
-from .kernel import _append_kernel, _attend_kernel
+from .kernel import _attend_kernel
+from .numbers import BITS_ASM, CONVERTING, PLAIN, units
 
-# Programs per multiprocessor that keep the memory busy.
-WAVES = 4
-# Warps of a program, and tiles whose loads are under way; fewer for wide heads.
-WARPS, STAGES = 4, 3
-WIDE_WARPS, WIDE_STAGES = 8, 2
-# The longest piece: its mask is read at once.
-LONGEST = 2048
+# Programs of one warp that a multiprocessor is given.
+RESIDENT = 32
+# Tiles whose loads are under way.
+STAGES = 3
+MAXNREG = 0
+# Tokens in full precision of a program, for heads of 128.
+TAIL = 32
+# The least tiles of a piece, and the most pieces of a cache.
+LEAST_TILES = 4
+MOST_PIECES = 256
 
 
-def pieces(pairs: int, tiles: int, tile: int, processors: int) -> int:
-    """Return the pieces to cut ``tiles`` tiles into, of ``LONGEST`` tokens at most.
+def pieces(pairs: int, tiles: int, processors: int) -> int:
+    """Return the pieces to cut ``tiles`` tiles into, so that all programs run at once.
 
     ``pairs`` is the number of batch rows times key heads, each of which has its own programs.
     """
-    wanted = -(-WAVES * processors // pairs)
-    least = -(-tiles * tile // LONGEST)
-    return max(least, min(wanted, tiles, 128))
+    return max(1, min(int(RESIDENT * processors / pairs), tiles // LEAST_TILES, MOST_PIECES))
 
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _converts(device: torch.device) -> bool:
+    """Return True if a device converts float8 numbers itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def attend(
@@ -48,27 +56,34 @@ def attend(
     if out.numel() == 0:
         return out
     group = H // G
-    rows = max(16, triton.next_power_of_2(group * Q))
+    rows = max(8, triton.next_power_of_2(group * Q))
     dp, dvp = padded(D), padded(DV)
-    # By the room of the store, not by its tokens: a kernel is compiled for a number of pieces.
+    # By the room of the store: only the device knows how many tokens it has.
     tiles = store.key_words.shape[2]
-    split = pieces(B * G, tiles, fmt.tile, _processors(query.device))
+    split = pieces(B * G, tiles, _processors(query.device))
     width = triton.cdiv(tiles, split)
     split = triton.cdiv(tiles, width)
+    tail = TAIL * 128 // max(128, dp, dvp)
+    count = split + triton.cdiv(fmt.ring, tail)
     size = B * Q * H
-    part = torch.empty((split + 1, size, DV), dtype=torch.float32, device=query.device)
-    sums = torch.empty((split + 1, size, 2), dtype=torch.float32, device=query.device)
+    part = torch.empty((count, size, DV), dtype=torch.float32, device=query.device)
+    sums = torch.empty((count, size, 2), dtype=torch.float32, device=query.device)
     masks = mask if mask is None or mask.dtype == torch.uint8 else mask.view(torch.uint8)
     m_b, m_n = (0, 0) if masks is None else (masks.stride(0) if masks.shape[0] > 1 else 0, masks.stride(2))
-    tail = compute_constants(query.dtype, _attend_kernel)
-    math_type = FP32.value if query.dtype == torch.float32 else FP16.value
+    own = compute_constants(query.dtype, _attend_kernel)
+    half = query.dtype != torch.float32
+    asm = (CONVERTING.value if _converts(query.device) else BITS_ASM.value) if own["ASM"] else PLAIN.value
+    # Sums of many tokens' weights times an offset of 128 would take bits from those of their values.
+    signed = fmt.bits == 8 and not fmt.float8
+    even, odd = units(fmt.bits, fmt.float8, False, half, asm)
+    value_even, value_odd = units(fmt.bits, fmt.float8, signed, half, asm)
     constants = {
         "GROUP": group, "Q": Q, "ROWS": rows, "DP": dp, "DVP": dvp, "SUB": fmt.sub, "PER": fmt.per_word,
         "BITS": fmt.bits, "FLOAT8": fmt.float8, "PER_TOKEN": fmt.per_token, "KGROUP": fmt.group, "STEP": fmt.step,
-        "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric,
-        "PIECE": triton.next_power_of_2(width * fmt.tile), "SPLIT": split, "HAS_MASK": mask is not None,
-        "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap), "MATH": math_type, "TAIL_MATH": tail["MATH"],
-        "ASM": tail["ASM"],
+        "RESIDUAL": fmt.residual, "RING": fmt.ring, "ZEROS": not fmt.symmetric, "TAIL": tail,
+        "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
+        "MATH": (FP16 if half else FP32).value, "TAIL_MATH": own["MATH"], "ASM": asm, "EVEN": even, "ODD": odd,
+        "VALUE_EVEN": value_even, "VALUE_ODD": value_odd, "SIGNED": signed,
     }  # fmt: skip
     log2e = math.log2(math.e)
     given = (
@@ -76,24 +91,18 @@ def attend(
     )  # fmt: skip
     fixed = (H, G, D, DV)
     strides = query.stride()[:3]
-    numbers = (*fixed, longest, tiles, width, new, *strides, m_b, m_n)
-    wide = max(dp, dvp) > 128
-    warps, stages = (WIDE_WARPS, WIDE_STAGES) if wide else (WARPS, STAGES)
+    numbers = (*fixed, longest, tiles, width, split, new, *strides, m_b, m_n)
+    # A warp has the sums of 8 rows of 128 channels in its registers.
+    warps = min(4, max(1, rows * max(dp, dvp) // 1024)) if half else 4
     key = (
-        *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, tiles, width, strides,
-        *constants.values(), warps, stages,
+        *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, strides,
+        *constants.values(), warps, STAGES,
     )  # fmt: skip
     launch(
-        _attend_kernel, (split + 1, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=warps, num_stages=stages, key=key,
+        _attend_kernel, (count, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
+        num_warps=warps, num_stages=STAGES, key=(*key, MAXNREG), **({"maxnreg": MAXNREG} if MAXNREG else {}),
     )  # fmt: skip
-    splits = triton.next_power_of_2(split + 1)
-    block_dv = max(16, triton.next_power_of_2(DV))
-    combine = {"SPLITS": splits, "STEP": min(splits, max(1, 4096 // block_dv)), "BLOCK_DV": block_dv}
-    launch(
-        _combine_kernel, (size, 1, 1), (part, sums, out, size, split + 1, DV), combine, num_warps=4, num_stages=2,
-        key=(out.dtype, is_aligned(out), size, split, DV, *combine.values()),
-    )  # fmt: skip
+    combine(part, sums, out, size, count, DV)
     return out
 
 
@@ -116,6 +125,6 @@ def append(store: Store, fmt: Format, state: Tensor, key: Tensor, value: Tensor)
         *(t.dtype for t in given), *(is_aligned(t) for t in given), fixed, strides, *constants.values()
     )  # fmt: skip
     launch(
-        _append_kernel, (B * G, 1, 1), (*given, *fixed, T, *strides), constants, num_warps=WARPS, num_stages=1,
+        _append_kernel, (B * G, 1, 1), (*given, *fixed, T, *strides), constants, num_warps=4, num_stages=1,
         key=launch_key,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Decode one code of each int16 word inside a Triton kernel, two words of a register at once.
 
-``0x6400 | q`` is the float16 number ``1024 + q`` for a code ``q`` of up to eight bits, so a three-input logic
-instruction and a subtraction, which is exact, yield two numbers. A high half byte stands for ``1024 + 16 q``, which one
-multiply-add brings back. The bits of float8 e4m3, shifted by seven, are those of a float16 number 256 times smaller,
-subnormal numbers included.
+A code of up to eight bits in the low bits of a float16 number is that number, a subnormal one: ``code * 2^-24``, which
+tensor cores multiply exactly. So masking two words is all there is to it; a high half byte stands for ``code * 2^-20``.
+``0x6400 | code`` is ``1024 + code``, from which an exact subtraction makes a signed code. The bits of float8 e4m3, shifted by seven, are those of a float16 number 256 times smaller, subnormal numbers included;
+GPUs from compute capability 8.9 on convert two at once.
 """
 
 from __future__ import annotations
@@ -13,38 +13,52 @@ import triton.language as tl
 
 from ..common.compute_type import FP16
 
-_OR = "lop3.b32 $0, {word}, {mask}, 0x64006400, 0xEA;"
-_SHIFTED = "shr.u32 t, $1, 8;"
-_ADD = "mov.b32 off, {off}; add.rn.f16x2 $0, $0, off;"
-_FMA = "mov.b32 one, 0x2C002C00; mov.b32 off, 0xD480D480; fma.rn.f16x2 $0, $0, one, off;"
-
-
-def _asm(body: str) -> str:
-    return "{ .reg .b32 t, one, off; " + body + " }"
+# Values of ASM: plain arithmetic; inline assembly; with the conversion of float8.
+PLAIN, BITS_ASM, CONVERTING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def _nibble(place: int) -> str:
-    word, first = ("t", _SHIFTED) if place > 1 else ("$1", "")
-    if place % 2:
-        return _asm(first + _OR.format(word=word, mask="0x00F000F0") + _FMA)
-    return _asm(first + _OR.format(word=word, mask="0x000F000F") + _ADD.format(off="0xE408E408"))
+    mask = "0x00F000F0" if place % 2 else "0x000F000F"
+    if place < 2:
+        return f"and.b32 $0, $1, {mask};"
+    return f"{{ .reg .b32 t; shr.u32 t, $1, 8; and.b32 $0, t, {mask}; }}"
 
 
-def _byte(place: int) -> str:
-    word, first = ("t", _SHIFTED) if place else ("$1", "")
-    return _asm(first + _OR.format(word=word, mask="0x00FF00FF") + _ADD.format(off="0xE480E480"))
+def _signed(place: int) -> str:
+    # 0x6400 | code is 1024 + code; the high byte of 0x64 comes from a constant.
+    number = "prmt.b32 $0, $1, t, 0x4341;" if place else "lop3.b32 $0, $1, 0x00FF00FF, t, 0xEA;"
+    high = "0x64646464" if place else "0x64006400"
+    return (
+        "{ .reg .b32 t, off; " + f"mov.b32 t, {high}; {number} " + "mov.b32 off, 0xE480E480; add.rn.f16x2 $0, $0, off; }"
+    )
 
 
 def _float8(place: int) -> str:
     sign = "$1" if place else "t"
     shift = "shr.u32 one, $1, 1;" if place else "shl.b32 t, $1, 8; shl.b32 one, $1, 7;"
-    return _asm(shift + f"and.b32 off, one, 0x3F803F80; lop3.b32 $0, {sign}, 0x80008000, off, 0xEA;")
+    body = f"{shift} and.b32 off, one, 0x3F803F80; lop3.b32 $0, {sign}, 0x80008000, off, 0xEA;"
+    return "{ .reg .b32 t, one, off; " + body + " }"
+
+
+def _converted(place: int) -> str:
+    pair = "0x0031" if place else "0x0020"
+    return (
+        "{ .reg .b32 t; .reg .b16 low, high; "
+        f"prmt.b32 t, $1, 0, {pair}; mov.b32 {{low, high}}, t; cvt.rn.f16x2.e4m3x2 $0, low; }}"
+    )
 
 
 NIBBLE_0, NIBBLE_1 = tl.constexpr(_nibble(0)), tl.constexpr(_nibble(1))
 NIBBLE_2, NIBBLE_3 = tl.constexpr(_nibble(2)), tl.constexpr(_nibble(3))
-BYTE_0, BYTE_1 = tl.constexpr(_byte(0)), tl.constexpr(_byte(1))
+BYTE_0 = tl.constexpr("and.b32 $0, $1, 0x00FF00FF;")
+BYTE_1 = tl.constexpr("prmt.b32 $0, $1, 0, 0x4341;")
+SIGNED_0, SIGNED_1 = tl.constexpr(_signed(0)), tl.constexpr(_signed(1))
 FLOAT8_0, FLOAT8_1 = tl.constexpr(_float8(0)), tl.constexpr(_float8(1))
+CONVERTED_0, CONVERTED_1 = tl.constexpr(_converted(0)), tl.constexpr(_converted(1))
+
+POWER = tl.constexpr("ex2.approx.ftz.f32 $0, $1;")
+LOG = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
+RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit
@@ -52,14 +66,31 @@ def _run(words, text: tl.constexpr):
     return tl.inline_asm_elementwise(text, "=&r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
 
 
-@triton.jit
-def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, MATH: tl.constexpr,
-            ASM: tl.constexpr):  # fmt: skip
-    """Return ``code - offset`` of the codes at a place of int16 words, as float16 (float32 unless MATH is FP16).
+def units(bits: int, float8: bool, signed: bool, half: bool, asm: int) -> tuple[float, float]:
+    """Return what the ``numbers`` of even and of odd places are multiplied by to be codes.
 
-    For float8, the number divided by 256. Without ``ASM``, plain arithmetic yields the same numbers.
+    ``half``: they are float16; ``asm``: a value of ASM.
     """
-    if ASM:
+    if signed or not half or (float8 and asm == CONVERTING.value):
+        return 1.0, 1.0
+    if float8:
+        return 256.0, 256.0
+    return 2.0**24, 2.0**20 if bits == 4 else 2.0**24
+
+
+@triton.jit
+def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, SIGNED: tl.constexpr,
+            UNIT: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Return the codes at a place of int16 words over its ``UNIT``, as float16 (float32 unless MATH is FP16).
+
+    With ``SIGNED``, of 8 bits only, less their offset. Without ``ASM``, plain arithmetic yields the same numbers.
+    """
+    if ASM == CONVERTING and FLOAT8:
+        if PLACE == 0:  # noqa: SIM108
+            out = _run(words, CONVERTED_0)
+        else:
+            out = _run(words, CONVERTED_1)
+    elif ASM != PLAIN:
         if BITS == 4:
             if PLACE == 0:
                 out = _run(words, NIBBLE_0)
@@ -74,6 +105,11 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
                 out = _run(words, FLOAT8_0)
             else:
                 out = _run(words, FLOAT8_1)
+        elif SIGNED:
+            if PLACE == 0:  # noqa: SIM108
+                out = _run(words, SIGNED_0)
+            else:
+                out = _run(words, SIGNED_1)
         elif PLACE == 0:
             out = _run(words, BYTE_0)
         else:
@@ -82,38 +118,49 @@ def numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr
         code = (words.to(tl.int32) >> (PLACE * BITS)) & ((1 << BITS) - 1)
         if FLOAT8:
             out = (((code & 128) << 8) | ((code & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+            if MATH != FP16:
+                out = out.to(tl.float32) * 256.0
         else:
-            out = (code - (1 << (BITS - 1))).to(tl.float16)
-        if MATH != FP16:
-            out = out.to(tl.float32)
+            if SIGNED:
+                code -= 1 << (BITS - 1)
+            out = code.to(tl.float32) * (1.0 / UNIT)
+            if MATH == FP16:
+                out = out.to(tl.float16)
     return out
 
 
 @triton.jit
-def multiply(numbers_, factor, ASM: tl.constexpr):
-    """Return numbers [SUB, DP] times one factor for each column, in their dtype."""
-    factors = tl.broadcast_to(factor[None, :], numbers_.shape)
-    if ASM:
-        out = tl.inline_asm_elementwise(
-            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [numbers_, factors], dtype=tl.float16, is_pure=True, pack=2
-        )
+def _approximate(x, text: tl.constexpr):
+    return tl.inline_asm_elementwise(text, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def power_of_2(x, ASM: tl.constexpr):
+    """Return 2^x of float32 numbers, 0 below 2^-126."""
+    if ASM != PLAIN:  # noqa: SIM108 - branches of a kernel's types
+        out = _approximate(x, POWER)
     else:
-        out = numbers_ * factors
+        out = tl.exp2(x)
     return out
 
 
 @triton.jit
-def multiply_add(numbers_, factor, term, ASM: tl.constexpr):
-    """Return numbers [SUB, DP] times a factor plus a term for each column, in their dtype."""
-    factors = tl.broadcast_to(factor[None, :], numbers_.shape)
-    terms = tl.broadcast_to(term[None, :], numbers_.shape)
-    if ASM:
-        out = tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [numbers_, factors, terms], dtype=tl.float16, is_pure=True,
-            pack=2,
-        )  # fmt: skip
+def log_2(x, ASM: tl.constexpr):
+    """Return log2 of positive float32 numbers from 2^-126 on."""
+    if ASM != PLAIN:  # noqa: SIM108
+        out = _approximate(x, LOG)
     else:
-        out = numbers_ * factors + terms
+        out = tl.log2(x)
+    return out
+
+
+@triton.jit
+def reciprocal(x, ASM: tl.constexpr):
+    """Return 1 / x of float32 numbers between 2^-126 and 2^126."""
+    if ASM != PLAIN:  # noqa: SIM108
+        out = _approximate(x, RECIPROCAL)
+    else:
+        out = 1.0 / x
     return out
 
 

@@ -99,10 +99,17 @@ class KVCache(Technique):
             "Key/value cache",
             f"In `hf_optim.generate`, the keys and values of {metrics['layers_quantized']} of {metrics['layers']} "
             f"layers are kept in {bits}, with a scale for {scales} of the keys, and for each token and head of the "
-            f"values; the latest {self.residual} tokens are in full precision. At {metrics['context']} tokens of "
+            f"values; {self._in_full_precision()} are in full precision. At {metrics['context']} tokens of "
             f"context, a sequence takes {metrics['bytes_after']} bytes instead of {metrics['bytes_before']} in 16 "
             "bits. The step changes no weight, and transformers' own `generate` has its ordinary cache.",
         )
+
+    def _in_full_precision(self) -> str:
+        waiting = f"up to {self.scheme.step} tokens that wait for their group to be full"
+        if self.residual == 0:
+            return f"only {waiting}"
+        latest = "latest token" if self.residual == 1 else f"latest {self.residual} tokens"
+        return f"the {latest}, and {waiting},"
 
 
 def figures(config: PretrainedConfig, scheme: KeyValueScheme) -> dict[str, Any]:

@@ -43,6 +43,19 @@ def test_record_and_card_have_the_bytes(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["hf_optim_key_values"]["bits"] == 4
 
 
+@pytest.mark.parametrize(
+    ("residual", "expected"),
+    [
+        (0, "; only up to 32 tokens that wait for their group to be full are in full precision."),
+        (1, "; the latest token, and up to 32 tokens that wait for their group to be full, are in full precision."),
+        (48, "; the latest 48 tokens, and up to 32 tokens that wait for their group to be full, are in full"),
+    ],
+)
+def test_card_says_what_stays_in_full_precision(residual, expected, tmp_path):
+    hf_optim.optimize(tiny_llama(), STEP | {"residual": residual}).save_pretrained(tmp_path)
+    assert expected in " ".join((tmp_path / "README.md").read_text().split())
+
+
 def test_auto_and_plain_loads_generate_alike(tmp_path):
     hf_optim.optimize(tiny_llama(), STEP).save_pretrained(tmp_path)
     ids = torch.randint(1, 64, (1, 40))
