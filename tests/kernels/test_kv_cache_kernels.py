@@ -212,6 +212,36 @@ def test_wirings(name, shape, device):
 
 
 @on_triton
+@pytest.mark.parametrize("name", ["int8", "float8"])
+@pytest.mark.parametrize("factor", [1e-4, 1e3])
+def test_small_and_large_keys_keep_their_precision(name, factor, device):
+    """A scale of which float16 holds a few bits only, or keys near the end of its range."""
+    fmt = FORMATS[name]
+    query, key, value = tensors("one-key-head", torch.float16, device)
+    key = key * factor
+    store, quantized = filled(fmt, key, value)
+    state = state_of(key.shape[2], quantized, device)
+    found = op.kv_attend(query, state, 0, key.shape[2], None, None, 0.2 / factor, 0.0, fields(fmt), *store)
+    expected = exact(query, store, fmt, key.shape[2], quantized, None, None, 0.2 / factor, 0.0)
+    assert relative(found.cpu(), expected) < 2 * BOUND[torch.float16]
+
+
+@on_triton
+@pytest.mark.parametrize("heads", [16, 32])
+def test_many_heads_of_a_key_head(heads, device):
+    """More rows than one warp has registers for."""
+    fmt = FORMATS["int4"]
+    query, key, value = tensors("one-key-head", torch.float16, device)
+    query = query.repeat(1, heads // 8, 1, 1) * torch.linspace(0.5, 1.5, heads, device=device)[:, None, None]
+    query = query.half()
+    store, quantized = filled(fmt, key, value)
+    state = state_of(key.shape[2], quantized, device)
+    found = op.kv_attend(query, state, 0, key.shape[2], None, None, 0.2, 0.0, fields(fmt), *store)
+    expected = exact(query, store, fmt, key.shape[2], quantized, None, None, 0.2, 0.0)
+    assert relative(found.cpu(), expected) < 2 * BOUND[torch.float16]
+
+
+@on_triton
 def test_a_cache_without_codes_is_dense_attention(device):
     """In full precision, attention is that of the tensors that were given."""
     fmt = FORMATS["int4"]._replace(residual=400)
@@ -296,11 +326,14 @@ def test_what_it_does_not_take():
     assert "mask" in op.unsupported(query, 2, torch.zeros(1, 8, 1, 5, dtype=torch.bool))
 
 
-def test_pieces_are_no_longer_than_a_mask_that_is_read_at_once():
-    for pairs, tiles, tile in ((8, 128, 256), (128, 128, 256), (4096, 1, 128), (8, 1, 128)):
+def test_pieces_fill_the_device_and_are_not_short():
+    for pairs, tiles, tile in ((8, 512, 64), (128, 512, 64), (128, 1024, 32), (4096, 1, 64), (8, 1, 32)):
         found = launch.pieces(pairs, tiles, tile, 132)
-        assert 1 <= found <= tiles
-        assert -(-tiles // found) * tile <= launch.LONGEST
+        assert 1 <= found <= launch.MOST_PIECES
+        if found > 1:
+            assert tiles * tile >= found * launch.LEAST_TOKENS
+        fills = found * pairs >= 8 * 132
+        assert fills or found == max(1, tiles * tile // launch.LEAST_TOKENS)
 
 
 @pytest.mark.parametrize("name", ["int4", "float8"])

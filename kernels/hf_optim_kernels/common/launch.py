@@ -55,7 +55,6 @@ def launch(
     num_warps: int,
     num_stages: int,
     key: tuple,
-    **options: Any,
 ) -> None:
     """Run ``kernel`` on the current stream of its tensors' device, and note it in a running ``record``.
 
@@ -64,7 +63,7 @@ def launch(
         grid: programs in each of three dimensions; none of them is zero.
         args: tensors, ints and floats, in the kernel's order; the first is a tensor, and determines the device.
         constants: every constexpr by name, in the kernel's order.
-        num_warps, num_stages, options: compile options; ``options`` are left out by the interpreter.
+        num_warps, num_stages: compile options.
         key: hashable; calls with equal keys must compile to the same code: it determines dtypes, constants,
             options, the alignment of pointers and what Triton specializes of integers (1, multiples of 16).
     """
@@ -73,12 +72,12 @@ def launch(
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     elif device.index != current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key, **options)
+            return launch(kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key)
     else:
         full_key = (id(kernel), device.index, key)
         compiled = _COMPILED.get(full_key)
         if compiled is None:
-            made = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages, **options)
+            made = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
             compiled = _COMPILED[full_key] = Compiled(made, constants)
         else:
             # Addresses instead of tensors: the launcher would query the driver for each pointer.

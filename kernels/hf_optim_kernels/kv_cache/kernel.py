@@ -1,7 +1,7 @@
 """The Triton kernel of attention to a quantized cache (specified by ``naive.attend``).
 
-Attention is split over pieces of the cache, as in ``decode_attention``; behind the pieces of codes, each ``TAIL`` tokens
-in full precision are one more. A program is one warp, whose tiles are loaded ahead of it, so that nothing waits for
+Attention is split over pieces of the cache, as in ``decode_attention``; each ``TAIL`` tokens in full precision behind
+the pieces of codes are one more. A program is one warp, whose tiles are loaded ahead of it, so that nothing waits for
 another warp. Tokens are the rows of the tensor cores' left operand: codes are decoded in the registers where they are
 multiplied, and queries are padded to eight only.
 
@@ -26,124 +26,13 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP16, FP32
-from .numbers import log_2, numbers, power_of_2, reciprocal
+from .numbers import power_of_2
+from .sub_blocks import NO_SCORE, add_values, capped, fetch, group_query, sub_scores, zero_points
 
-NO_SCORE = tl.constexpr(float("-inf"))
 # The largest weight is 2^HEADROOM: small ones have that many more bits in float16.
 HEADROOM = tl.constexpr(10.0)
 # Positions of the mask that are read at once.
 MASK_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _capped(s, softcap, HAS_CAP: tl.constexpr):
-    if HAS_CAP:
-        # tanh by exp2; softcap includes log2(e) as the scale does.
-        bounded = tl.minimum(tl.maximum(s / softcap, -15.0), 15.0)
-        e = tl.exp2(bounded * 2.8853900817779268)
-        s = softcap * ((e - 1.0) / (e + 1.0))
-    return s
-
-
-@triton.jit
-def _group_query(
-    q, over_range, row_scale, code_scale, scales, zeros, group, d, SUB: tl.constexpr, DP: tl.constexpr, OFFSET: tl.constexpr,
-    PER_TOKEN: tl.constexpr, ZEROS: tl.constexpr,
-):  # fmt: skip
-    """Return queries times the scales of a group [DP, ROWS], and the group's terms of scores [SUB, ROWS].
-
-    With scales of tokens, the queries and their sums over channels.
-    """
-    # Sums over channels are products with equal rows: their result is where scores are.
-    rest = tl.zeros((SUB, q.shape[1]), tl.float32)
-    if PER_TOKEN:
-        scaled = q
-        rest = tl.dot(tl.full((SUB, DP), 1.0, q.dtype), q, input_precision="ieee")
-    else:
-        scaled = (over_range.to(tl.float32) * tl.load(scales + group * DP + d)[:, None]).to(q.dtype)
-        if OFFSET != 0:
-            rest = tl.dot(tl.full((SUB, DP), -OFFSET, q.dtype), scaled, input_precision="ieee") * code_scale[None, :]
-        if ZEROS:
-            zero = tl.load(zeros + group * DP + d).to(q.dtype)
-            zero_rest = tl.dot(tl.broadcast_to(zero[None, :], (SUB, DP)), q, input_precision="ieee")
-            rest += zero_rest * row_scale[None, :]
-    return scaled, rest
-
-
-@triton.jit
-def _sub_scores(
-    words, PLACE: tl.constexpr, UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, tile, q, rest, row_scale, code_scale, scales, zeros, value_scale, mask, first_row, low, high, end,
-    token, real, softcap, m_n, mask_end, OFFSET: tl.constexpr,
-    Q: tl.constexpr, SUB: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr,
-    PER_TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
-    MATH: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Return scores plus log2 of the values' scales [SUB, ROWS], -inf where masked, and those scales [SUB].
-
-    Both scales are those of what ``numbers`` returns.
-    """
-    k = numbers(words, PLACE, BITS, FLOAT8, False, UNIT, MATH, ASM)
-    t = (tile * PER + PLACE) * SUB + first_row
-    inside = t < end
-    raw = tl.dot(k, q, input_precision="ieee")
-    if PER_TOKEN:
-        scale = tl.load(scales + t) if WHOLE else tl.load(scales + t, mask=inside, other=0.0)
-        shift = -OFFSET * scale
-        if ZEROS:
-            shift += tl.load(zeros + t) if WHOLE else tl.load(zeros + t, mask=inside, other=0.0)
-        s = (raw * (scale * UNIT)[:, None] + rest * shift[:, None]) * row_scale[None, :]
-    else:
-        s = raw * (code_scale * UNIT)[None, :] + rest
-    s = _capped(s, softcap, HAS_CAP)
-    v_scale = tl.load(value_scale + t) if WHOLE else tl.load(value_scale + t, mask=inside, other=1.0)
-    v_scale *= VALUE_UNIT
-    s += log_2(v_scale, ASM)[:, None]
-    if HAS_MASK:
-        inside = (t >= low) & (t < high)
-        if Q == 1:
-            inside &= tl.load(mask + t, mask=inside & (t < mask_end), other=1) != 0
-        allowed = inside[:, None] & real[None, :]
-        if Q > 1:
-            read = allowed & (t < mask_end)[:, None]
-            allowed &= tl.load(mask + token[None, :] * m_n + t[:, None], mask=read, other=1) != 0
-        s = tl.where(allowed, s, NO_SCORE)
-    elif not WHOLE:
-        s = tl.where(inside[:, None], s, NO_SCORE)
-    return s, v_scale
-
-
-@triton.jit
-def _zero_points(
-    value_zero, PLACE: tl.constexpr, tile, first_row, end, SUB: tl.constexpr, PER: tl.constexpr, ZEROS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Return the zero points of a sub-block's values [SUB]; loaded long before they are used."""
-    t = (tile * PER + PLACE) * SUB + first_row
-    zero = tl.zeros((SUB,), tl.float32)
-    if ZEROS:
-        zero = tl.load(value_zero + t) if WHOLE else tl.load(value_zero + t, mask=t < end, other=0.0)
-    return zero
-
-
-@triton.jit
-def _add_values(
-    words, PLACE: tl.constexpr, UNIT: tl.constexpr, s, scale, zero, base, acc, total, zero_sum, code_sum,
-    SUB: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, SIGNED: tl.constexpr, ZEROS: tl.constexpr,
-    MATH: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Add a sub-block's weighted codes to ``acc`` [DVP, ROWS], and its weights to the sums [SUB, ROWS]."""
-    p = power_of_2(s - base[None, :], ASM)
-    inverse = reciprocal(scale, ASM)
-    total += p * inverse[:, None]
-    if ZEROS:
-        zero_sum += p * (inverse * zero)[:, None]
-    v = numbers(words, PLACE, BITS, FLOAT8, SIGNED, UNIT, MATH, ASM)
-    weights = p.to(v.dtype)
-    if not SIGNED and not FLOAT8:
-        # The sum of the weights that the codes were multiplied by, in every row.
-        ones = tl.full((SUB, SUB), 1.0 / UNIT, v.dtype)
-        code_sum = tl.dot(ones, weights, code_sum, input_precision="ieee")
-    return tl.dot(v, weights, acc, input_precision="ieee"), total, zero_sum, code_sum
 
 
 @triton.jit
@@ -166,10 +55,11 @@ def _attend_kernel(
     STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr, ZEROS: tl.constexpr, TAIL: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
     TAIL_MATH: tl.constexpr, ASM: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr,
-    VALUE_EVEN: tl.constexpr, VALUE_ODD: tl.constexpr, SIGNED: tl.constexpr,
+    VALUE_EVEN: tl.constexpr, VALUE_ODD: tl.constexpr, SIGNED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or ``TAIL`` tokens; rows are heads times queries.
+    """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or ``TAIL`` tokens.
 
+    Rows are heads of a key head times queries; the pieces from ``SPLIT`` on are those in full precision.
     ``state`` int32 [3]: tokens before the ``NEW`` ones, and tokens with codes then. ``scale`` includes log2(e).
     ``part`` [pieces, B Q H, DV] float32, ``sums`` [pieces, B Q H, 2].
     """
@@ -209,18 +99,25 @@ def _attend_kernel(
                     high = tl.maximum(high, tl.max(tl.where(seen, at + 1, 0)))
                     count += tl.sum(seen.to(tl.int32))
             mask_end = tl.where(count < (high - low) * Q, high, 0)  # without holes, nothing more is read of it
-        wide = q.to(tl.float32)
-        largest = tl.max(tl.abs(wide), axis=0)
-        largest = tl.where(largest == 0.0, 1.0, largest)
         if PER_TOKEN:
             scales, zeros = key_scale + pair_at * TILES * TILE, key_zero + pair_at * TILES * TILE
         else:
             groups = TILES * TILE // KGROUP
             scales, zeros = key_scale + pair_at * groups * DP, key_zero + pair_at * groups * DP
+        keys, values = key_words + pair_at * TILES * (SUB * DP), value_words + pair_at * TILES * (SUB * DVP)
+        v_scales, v_zeros = value_scale + pair_at * TILES * TILE, value_zero + pair_at * TILES * TILE
+        last_tile = (high + TILE - 1) // TILE
+        if AHEAD > 0:
+            for more in tl.static_range(AHEAD):
+                fetch(low // TILE + more, last_tile, keys, values, scales, zeros, v_scales, v_zeros, DP, DVP, SUB,
+                      TILE, PER_TOKEN, KGROUP, ZEROS)  # fmt: skip
+        wide = q.to(tl.float32)
+        largest = tl.max(tl.abs(wide), axis=0)
+        largest = tl.where(largest == 0.0, 1.0, largest)
         wide = wide / largest[None, :]
         qs = wide.to(tl.float16) if MATH == FP16 else wide
         row_scale = largest * scale
-        # Scales differ little from group to group: over the largest of the first (its power of two), float16 holds them.
+        # Scales differ little from group to group: over the first's largest (a power of two), float16 holds them.
         key_range = 1.0
         if not PER_TOKEN:
             nearby = tl.load(scales + tl.minimum(low, tl.maximum(coded - 1, 0)) // KGROUP * DP + d)
@@ -233,55 +130,65 @@ def _attend_kernel(
         zero_sum = tl.zeros((SUB, ROWS), tl.float32)
         code_sum = tl.zeros((SUB, ROWS), tl.float32)
         base = tl.full((ROWS,), float("-inf"), tl.float32)
-        keys = key_words + pair_at * TILES * (SUB * DP) + first_row[:, None] * DP + d[None, :]
-        values = value_words + pair_at * TILES * (SUB * DVP) + dv[:, None] * SUB + first_row[None, :]
-        v_scales, v_zeros = value_scale + pair_at * TILES * TILE, value_zero + pair_at * TILES * TILE
-        for tile in range(low // TILE, (high + TILE - 1) // TILE):
-            k = tl.load(keys + tile * SUB * DP)
-            z0 = _zero_points(v_zeros, 0, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
-            z1 = _zero_points(v_zeros, 1, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
-            if PER == 4:
-                z2 = _zero_points(v_zeros, 2, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
-                z3 = _zero_points(v_zeros, 3, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
-            q0, r0 = _group_query(qs, over_range, row_scale, code_scale, scales, zeros, tile * TILE // KGROUP, d, SUB, DP, OFFSET, PER_TOKEN,
-                                  ZEROS)  # fmt: skip
-            s0, c0 = _sub_scores(k, 0, EVEN, VALUE_EVEN, tile, q0, r0, row_scale, code_scale, scales, zeros, v_scales, mask, first_row, low, high,
-                                 end, token, real, softcap, m_n, mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8,
-                                 PER_TOKEN, ZEROS, WHOLE, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
-            s1, c1 = _sub_scores(k, 1, ODD, VALUE_ODD, tile, q0, r0, row_scale, code_scale, scales, zeros, v_scales, mask, first_row, low, high,
-                                 end, token, real, softcap, m_n, mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8,
-                                 PER_TOKEN, ZEROS, WHOLE, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
+        k_in_tile = first_row[:, None] * DP + d[None, :]
+        v_in_tile = dv[:, None] * SUB + first_row[None, :]
+        for tile in range(low // TILE, last_tile):
+            if AHEAD > 0:
+                fetch(tile + AHEAD, last_tile, keys, values, scales, zeros, v_scales, v_zeros, DP, DVP, SUB, TILE,
+                      PER_TOKEN, KGROUP, ZEROS)  # fmt: skip
+            k = tl.load(keys + tile * (SUB * DP) + k_in_tile)
+            z0 = zero_points(v_zeros, 0, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
+            z1 = zero_points(v_zeros, 1, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
+            group = tile * TILE // KGROUP
+            q0, r0 = group_query(qs, over_range, row_scale, code_scale, scales, zeros, group, d, SUB, DP, OFFSET,
+                                 PER_TOKEN, ZEROS)  # fmt: skip
+            s0, c0 = sub_scores(k, 0, EVEN, VALUE_EVEN, tile, q0, r0, row_scale, code_scale, scales,
+                                zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
+                                mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
+                                HAS_CAP, MATH, ASM)  # fmt: skip
+            s1, c1 = sub_scores(k, 1, ODD, VALUE_ODD, tile, q0, r0, row_scale, code_scale, scales,
+                                zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
+                                mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
+                                HAS_CAP, MATH, ASM)  # fmt: skip
             highest = tl.maximum(s0, s1)
             if PER == 4:
+                z2 = zero_points(v_zeros, 2, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
+                z3 = zero_points(v_zeros, 3, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
                 q2, r2 = q0, r0
                 if KGROUP < TILE and not PER_TOKEN:
-                    q2, r2 = _group_query(qs, over_range, row_scale, code_scale, scales, zeros, tile * TILE // KGROUP + 1, d, SUB, DP, OFFSET,
-                                          PER_TOKEN, ZEROS)  # fmt: skip
-                s2, c2 = _sub_scores(k, 2, EVEN, VALUE_EVEN, tile, q2, r2, row_scale, code_scale, scales, zeros, v_scales, mask, first_row, low,
-                                     high, end, token, real, softcap, m_n, mask_end, OFFSET, Q, SUB, PER, BITS,
-                                     FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
-                s3, c3 = _sub_scores(k, 3, ODD, VALUE_ODD, tile, q2, r2, row_scale, code_scale, scales, zeros, v_scales, mask, first_row, low,
-                                     high, end, token, real, softcap, m_n, mask_end, OFFSET, Q, SUB, PER, BITS,
-                                     FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK, HAS_CAP, MATH, ASM)  # fmt: skip
+                    q2, r2 = group_query(qs, over_range, row_scale, code_scale, scales, zeros, group + 1, d, SUB, DP,
+                                         OFFSET, PER_TOKEN, ZEROS)  # fmt: skip
+                s2, c2 = sub_scores(k, 2, EVEN, VALUE_EVEN, tile, q2, r2, row_scale, code_scale, scales,
+                                    zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
+                                    mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
+                                    HAS_CAP, MATH, ASM)  # fmt: skip
+                s3, c3 = sub_scores(k, 3, ODD, VALUE_ODD, tile, q2, r2, row_scale, code_scale, scales,
+                                    zeros, v_scales, mask, first_row, low, high, end, token, real, softcap, m_n,
+                                    mask_end, OFFSET, Q, SUB, PER, BITS, FLOAT8, PER_TOKEN, ZEROS, WHOLE, HAS_MASK,
+                                    HAS_CAP, MATH, ASM)  # fmt: skip
                 highest = tl.maximum(highest, tl.maximum(s2, s3))
             new_base = tl.maximum(base, tl.max(highest, axis=0) - HEADROOM)
             # Rows that have seen nothing yet have -inf, of which a difference is NaN.
             finite = tl.where(new_base == float("-inf"), 0.0, new_base)
             shrink = power_of_2(base - finite, ASM)[None, :]
             # Loaded here, values take no registers before.
-            v = tl.load(values + tile * SUB * DVP)
+            v = tl.load(values + tile * (SUB * DVP) + v_in_tile)
             acc, total, code_sum = acc * shrink, total * shrink, code_sum * shrink
             if ZEROS:
                 zero_sum *= shrink
-            acc, total, zero_sum, code_sum = _add_values(v, 0, VALUE_EVEN, s0, c0, z0, finite, acc, total, zero_sum,
-                                                         code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS, MATH, ASM)  # fmt: skip
-            acc, total, zero_sum, code_sum = _add_values(v, 1, VALUE_ODD, s1, c1, z1, finite, acc, total, zero_sum,
-                                                         code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS, MATH, ASM)  # fmt: skip
+            acc, total, zero_sum, code_sum = add_values(v, 0, VALUE_EVEN, s0, c0, z0, finite, acc, total,
+                                                        zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
+                                                        MATH, ASM)  # fmt: skip
+            acc, total, zero_sum, code_sum = add_values(v, 1, VALUE_ODD, s1, c1, z1, finite, acc, total,
+                                                        zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
+                                                        MATH, ASM)  # fmt: skip
             if PER == 4:
-                acc, total, zero_sum, code_sum = _add_values(v, 2, VALUE_EVEN, s2, c2, z2, finite, acc, total, zero_sum,
-                                                             code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS, MATH, ASM)  # fmt: skip
-                acc, total, zero_sum, code_sum = _add_values(v, 3, VALUE_ODD, s3, c3, z3, finite, acc, total, zero_sum,
-                                                             code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS, MATH, ASM)  # fmt: skip
+                acc, total, zero_sum, code_sum = add_values(v, 2, VALUE_EVEN, s2, c2, z2, finite, acc, total,
+                                                            zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
+                                                            MATH, ASM)  # fmt: skip
+                acc, total, zero_sum, code_sum = add_values(v, 3, VALUE_ODD, s3, c3, z3, finite, acc, total,
+                                                            zero_sum, code_sum, SUB, BITS, FLOAT8, SIGNED, ZEROS,
+                                                            MATH, ASM)  # fmt: skip
             base = new_base
         if not SIGNED and not FLOAT8:
             # All rows of ``code_sum`` are equal.
@@ -308,7 +215,7 @@ def _attend_kernel(
         )  # fmt: skip
         if TAIL_MATH == FP32:
             key, value = key.to(tl.float32), value.to(tl.float32)
-        s = _capped(tl.dot(key, plain, input_precision="ieee") * scale, softcap, HAS_CAP)
+        s = capped(tl.dot(key, plain, input_precision="ieee") * scale, softcap, HAS_CAP)
         s = tl.where(allowed, s, NO_SCORE)
         top = tl.max(s, axis=0)
         sink = tl.full((ROWS,), float("-inf"), tl.float32)

@@ -16,24 +16,22 @@ from .format import Format, Store, padded
 from .kernel import _attend_kernel
 from .numbers import BITS_ASM, CONVERTING, PLAIN, units
 
-# Programs of one warp that a multiprocessor is given.
-RESIDENT = 32
-# Tiles whose loads are under way.
-STAGES = 3
-MAXNREG = 0
+# Programs of one warp for each multiprocessor: several times what it runs at once, so that none waits for the last.
+RESIDENT = 48
+# Tiles whose loads are under way, and tiles before those that L2 is asked for.
+STAGES, AHEAD = 3, 4
 # Tokens in full precision of a program, for heads of 128.
 TAIL = 32
-# The least tiles of a piece, and the most pieces of a cache.
-LEAST_TILES = 4
-MOST_PIECES = 256
+# The least tokens of a piece, and the most pieces of a cache.
+LEAST_TOKENS, MOST_PIECES = 256, 256
 
 
-def pieces(pairs: int, tiles: int, processors: int) -> int:
-    """Return the pieces to cut ``tiles`` tiles into, so that all programs run at once.
+def pieces(pairs: int, tiles: int, tile: int, processors: int) -> int:
+    """Return the pieces to cut ``tiles`` tiles of ``tile`` tokens into.
 
     ``pairs`` is the number of batch rows times key heads, each of which has its own programs.
     """
-    return max(1, min(int(RESIDENT * processors / pairs), tiles // LEAST_TILES, MOST_PIECES))
+    return max(1, min(RESIDENT * processors // pairs, tiles * tile // LEAST_TOKENS, MOST_PIECES))
 
 
 def _processors(device: torch.device) -> int:
@@ -43,6 +41,11 @@ def _processors(device: torch.device) -> int:
 def _converts(device: torch.device) -> bool:
     """Return True if a device converts float8 numbers itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _fetches(device: torch.device) -> bool:
+    """Return True if a device reads blocks into L2 on demand."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def attend(
@@ -60,7 +63,7 @@ def attend(
     dp, dvp = padded(D), padded(DV)
     # By the room of the store: only the device knows how many tokens it has.
     tiles = store.key_words.shape[2]
-    split = pieces(B * G, tiles, _processors(query.device))
+    split = pieces(B * G, tiles, fmt.tile, _processors(query.device))
     width = triton.cdiv(tiles, split)
     split = triton.cdiv(tiles, width)
     tail = TAIL * 128 // max(128, dp, dvp)
@@ -84,6 +87,7 @@ def attend(
         "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": (FP16 if half else FP32).value, "TAIL_MATH": own["MATH"], "ASM": asm, "EVEN": even, "ODD": odd,
         "VALUE_EVEN": value_even, "VALUE_ODD": value_odd, "SIGNED": signed,
+        "AHEAD": AHEAD if _fetches(query.device) and own["ASM"] else 0,
     }  # fmt: skip
     log2e = math.log2(math.e)
     given = (
@@ -100,7 +104,7 @@ def attend(
     )  # fmt: skip
     launch(
         _attend_kernel, (count, B * G, 1), (*given, scale * log2e, softcap * log2e, *numbers), constants,
-        num_warps=warps, num_stages=STAGES, key=(*key, MAXNREG), **({"maxnreg": MAXNREG} if MAXNREG else {}),
+        num_warps=warps, num_stages=STAGES, key=key,
     )  # fmt: skip
     combine(part, sums, out, size, count, DV)
     return out

@@ -2,8 +2,9 @@
 
 A code of up to eight bits in the low bits of a float16 number is that number, a subnormal one: ``code * 2^-24``, which
 tensor cores multiply exactly. So masking two words is all there is to it; a high half byte stands for ``code * 2^-20``.
-``0x6400 | code`` is ``1024 + code``, from which an exact subtraction makes a signed code. The bits of float8 e4m3, shifted by seven, are those of a float16 number 256 times smaller, subnormal numbers included;
-GPUs from compute capability 8.9 on convert two at once.
+``0x6400 | code`` is ``1024 + code``, from which an exact subtraction makes a signed code. The bits of float8 e4m3,
+shifted by seven, are those of a float16 number 256 times smaller, subnormal numbers included; GPUs from compute
+capability 8.9 on convert two at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def _signed(place: int) -> str:
     number = "prmt.b32 $0, $1, t, 0x4341;" if place else "lop3.b32 $0, $1, 0x00FF00FF, t, 0xEA;"
     high = "0x64646464" if place else "0x64006400"
     return (
-        "{ .reg .b32 t, off; " + f"mov.b32 t, {high}; {number} " + "mov.b32 off, 0xE480E480; add.rn.f16x2 $0, $0, off; }"
+        "{ .reg .b32 t, off; "
+        + f"mov.b32 t, {high}; {number} "
+        + "mov.b32 off, 0xE480E480; add.rn.f16x2 $0, $0, off; }"
     )
 
 

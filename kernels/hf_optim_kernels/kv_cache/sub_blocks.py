@@ -1,0 +1,152 @@
+"""Parts of the attention kernel: scores and weighted values of the tokens of one place of a tile's words."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numbers import log_2, numbers, power_of_2, reciprocal
+
+NO_SCORE = tl.constexpr(float("-inf"))
+FETCH = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $3, 0, p; "
+    "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, t; }"
+)
+
+
+@triton.jit
+def capped(s, softcap, HAS_CAP: tl.constexpr):
+    if HAS_CAP:
+        # tanh by exp2; softcap includes log2(e) as the scale does.
+        bounded = tl.minimum(tl.maximum(s / softcap, -15.0), 15.0)
+        e = tl.exp2(bounded * 2.8853900817779268)
+        s = softcap * ((e - 1.0) / (e + 1.0))
+    return s
+
+
+@triton.jit
+def group_query(
+    q, over_range, row_scale, code_scale, scales, zeros, group, d, SUB: tl.constexpr, DP: tl.constexpr,
+    OFFSET: tl.constexpr, PER_TOKEN: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """Return queries times the scales of a group [DP, ROWS], and the group's terms of scores [SUB, ROWS].
+
+    With scales of tokens, the queries and their sums over channels. ``over_range`` is the queries over what
+    ``code_scale`` is more than ``row_scale``.
+    """
+    # Sums over channels are products with equal rows: their result is where scores are.
+    rest = tl.zeros((SUB, q.shape[1]), tl.float32)
+    if PER_TOKEN:
+        scaled = q
+        rest = tl.dot(tl.full((SUB, DP), 1.0, q.dtype), q, input_precision="ieee")
+    else:
+        scaled = (over_range.to(tl.float32) * tl.load(scales + group * DP + d)[:, None]).to(q.dtype)
+        if OFFSET != 0:
+            rest = tl.dot(tl.full((SUB, DP), -OFFSET, q.dtype), scaled, input_precision="ieee") * code_scale[None, :]
+        if ZEROS:
+            zero = tl.load(zeros + group * DP + d).to(q.dtype)
+            zero_rest = tl.dot(tl.broadcast_to(zero[None, :], (SUB, DP)), q, input_precision="ieee")
+            rest += zero_rest * row_scale[None, :]
+    return scaled, rest
+
+
+@triton.jit
+def sub_scores(
+    words, PLACE: tl.constexpr, UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, tile, q, rest, row_scale, code_scale,
+    scales, zeros, value_scale, mask, first_row, low, high, end, token, real, softcap, m_n, mask_end,
+    OFFSET: tl.constexpr, Q: tl.constexpr, SUB: tl.constexpr, PER: tl.constexpr, BITS: tl.constexpr,
+    FLOAT8: tl.constexpr, PER_TOKEN: tl.constexpr, ZEROS: tl.constexpr, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_CAP: tl.constexpr, MATH: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Return scores plus log2 of the values' scales [SUB, ROWS], -inf where masked, and those scales [SUB].
+
+    Both scales are those of what ``numbers`` returns.
+    """
+    k = numbers(words, PLACE, BITS, FLOAT8, False, UNIT, MATH, ASM)
+    t = (tile * PER + PLACE) * SUB + first_row
+    inside = t < end
+    raw = tl.dot(k, q, input_precision="ieee")
+    if PER_TOKEN:
+        scale = tl.load(scales + t) if WHOLE else tl.load(scales + t, mask=inside, other=0.0)
+        shift = -OFFSET * scale
+        if ZEROS:
+            shift += tl.load(zeros + t) if WHOLE else tl.load(zeros + t, mask=inside, other=0.0)
+        s = (raw * (scale * UNIT)[:, None] + rest * shift[:, None]) * row_scale[None, :]
+    else:
+        s = raw * (code_scale * UNIT)[None, :] + rest
+    s = capped(s, softcap, HAS_CAP)
+    v_scale = tl.load(value_scale + t) if WHOLE else tl.load(value_scale + t, mask=inside, other=1.0)
+    v_scale *= VALUE_UNIT
+    s += log_2(v_scale, ASM)[:, None]
+    if HAS_MASK:
+        inside = (t >= low) & (t < high)
+        if Q == 1:
+            inside &= tl.load(mask + t, mask=inside & (t < mask_end), other=1) != 0
+        allowed = inside[:, None] & real[None, :]
+        if Q > 1:
+            read = allowed & (t < mask_end)[:, None]
+            allowed &= tl.load(mask + token[None, :] * m_n + t[:, None], mask=read, other=1) != 0
+        s = tl.where(allowed, s, NO_SCORE)
+    elif not WHOLE:
+        s = tl.where(inside[:, None], s, NO_SCORE)
+    return s, v_scale
+
+
+@triton.jit
+def zero_points(
+    value_zero, PLACE: tl.constexpr, tile, first_row, end, SUB: tl.constexpr, PER: tl.constexpr, ZEROS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Return the zero points of a sub-block's values [SUB]; loaded long before they are used."""
+    t = (tile * PER + PLACE) * SUB + first_row
+    zero = tl.zeros((SUB,), tl.float32)
+    if ZEROS:
+        zero = tl.load(value_zero + t) if WHOLE else tl.load(value_zero + t, mask=t < end, other=0.0)
+    return zero
+
+
+@triton.jit
+def add_values(
+    words, PLACE: tl.constexpr, UNIT: tl.constexpr, s, scale, zero, base, acc, total, zero_sum, code_sum,
+    SUB: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, SIGNED: tl.constexpr, ZEROS: tl.constexpr,
+    MATH: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add a sub-block's weighted codes to ``acc`` [DVP, ROWS], and its weights to the sums [SUB, ROWS]."""
+    p = power_of_2(s - base[None, :], ASM)
+    inverse = reciprocal(scale, ASM)
+    total += p * inverse[:, None]
+    if ZEROS:
+        zero_sum += p * (inverse * zero)[:, None]
+    v = numbers(words, PLACE, BITS, FLOAT8, SIGNED, UNIT, MATH, ASM)
+    weights = p.to(v.dtype)
+    if not SIGNED and not FLOAT8:
+        # The sum of the weights that the codes were multiplied by, in every row.
+        ones = tl.full((SUB, SUB), 1.0 / UNIT, v.dtype)
+        code_sum = tl.dot(ones, weights, code_sum, input_precision="ieee")
+    return tl.dot(v, weights, acc, input_precision="ieee"), total, zero_sum, code_sum
+
+
+@triton.jit
+def _fetch_one(at, size: tl.constexpr, wanted):
+    """Let L2 read ``size`` bytes from ``at`` on if ``wanted``; one thread asks."""
+    tl.inline_asm_elementwise(FETCH, "=r,l,r,r", [at.to(tl.int64), size, wanted], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def fetch(
+    tile, last, keys, values, scales, zeros, value_scale, value_zero, DP: tl.constexpr, DVP: tl.constexpr,
+    SUB: tl.constexpr, TILE: tl.constexpr, PER_TOKEN: tl.constexpr, KGROUP: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """Let L2 read a tile before ``last``: more of them are under way than shared memory has room for."""
+    wanted = (tile < last).to(tl.int32)
+    _fetch_one(keys + tile * (SUB * DP), 2 * SUB * DP, wanted)
+    _fetch_one(values + tile * (SUB * DVP), 2 * SUB * DVP, wanted)
+    if PER_TOKEN:
+        first, size = tile * TILE, 4 * TILE
+    else:
+        first, size = tile * TILE // KGROUP * DP, 4 * DP * max(1, TILE // KGROUP)
+    _fetch_one(scales + first, size, wanted)
+    _fetch_one(value_scale + tile * TILE, 4 * TILE, wanted)
+    if ZEROS:
+        _fetch_one(zeros + first, size, wanted)
+        _fetch_one(value_zero + tile * TILE, 4 * TILE, wanted)
