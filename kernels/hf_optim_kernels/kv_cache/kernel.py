@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ..common.compute_type import FP16, FP32
 from .numbers import power_of_2
-from .sub_blocks import NO_SCORE, add_values, capped, fetch, group_query, sub_scores, zero_points
+from .sub_blocks import NO_SCORE, add_values, capped, group_query, sub_scores, zero_points
 
 # The largest weight is 2^HEADROOM: small ones have that many more bits in float16.
 HEADROOM = tl.constexpr(10.0)
@@ -55,7 +55,7 @@ def _attend_kernel(
     STEP: tl.constexpr, RESIDUAL: tl.constexpr, RING: tl.constexpr, ZEROS: tl.constexpr, TAIL: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CAP: tl.constexpr, MATH: tl.constexpr,
     TAIL_MATH: tl.constexpr, ASM: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr,
-    VALUE_EVEN: tl.constexpr, VALUE_ODD: tl.constexpr, SIGNED: tl.constexpr, AHEAD: tl.constexpr,
+    VALUE_EVEN: tl.constexpr, VALUE_ODD: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Attention over one piece of the cache: ``WIDTH`` tiles of codes, or ``TAIL`` tokens.
 
@@ -99,21 +99,14 @@ def _attend_kernel(
                     high = tl.maximum(high, tl.max(tl.where(seen, at + 1, 0)))
                     count += tl.sum(seen.to(tl.int32))
             mask_end = tl.where(count < (high - low) * Q, high, 0)  # without holes, nothing more is read of it
+        wide = q.to(tl.float32)
+        largest = tl.max(tl.abs(wide), axis=0)
+        largest = tl.where(largest == 0.0, 1.0, largest)
         if PER_TOKEN:
             scales, zeros = key_scale + pair_at * TILES * TILE, key_zero + pair_at * TILES * TILE
         else:
             groups = TILES * TILE // KGROUP
             scales, zeros = key_scale + pair_at * groups * DP, key_zero + pair_at * groups * DP
-        keys, values = key_words + pair_at * TILES * (SUB * DP), value_words + pair_at * TILES * (SUB * DVP)
-        v_scales, v_zeros = value_scale + pair_at * TILES * TILE, value_zero + pair_at * TILES * TILE
-        last_tile = (high + TILE - 1) // TILE
-        if AHEAD > 0:
-            for more in tl.static_range(AHEAD):
-                fetch(low // TILE + more, last_tile, keys, values, scales, zeros, v_scales, v_zeros, DP, DVP, SUB,
-                      TILE, PER_TOKEN, KGROUP, ZEROS)  # fmt: skip
-        wide = q.to(tl.float32)
-        largest = tl.max(tl.abs(wide), axis=0)
-        largest = tl.where(largest == 0.0, 1.0, largest)
         wide = wide / largest[None, :]
         qs = wide.to(tl.float16) if MATH == FP16 else wide
         row_scale = largest * scale
@@ -130,15 +123,16 @@ def _attend_kernel(
         zero_sum = tl.zeros((SUB, ROWS), tl.float32)
         code_sum = tl.zeros((SUB, ROWS), tl.float32)
         base = tl.full((ROWS,), float("-inf"), tl.float32)
-        k_in_tile = first_row[:, None] * DP + d[None, :]
-        v_in_tile = dv[:, None] * SUB + first_row[None, :]
-        for tile in range(low // TILE, last_tile):
-            if AHEAD > 0:
-                fetch(tile + AHEAD, last_tile, keys, values, scales, zeros, v_scales, v_zeros, DP, DVP, SUB, TILE,
-                      PER_TOKEN, KGROUP, ZEROS)  # fmt: skip
-            k = tl.load(keys + tile * (SUB * DP) + k_in_tile)
+        keys = key_words + pair_at * TILES * (SUB * DP) + first_row[:, None] * DP + d[None, :]
+        values = value_words + pair_at * TILES * (SUB * DVP) + dv[:, None] * SUB + first_row[None, :]
+        v_scales, v_zeros = value_scale + pair_at * TILES * TILE, value_zero + pair_at * TILES * TILE
+        for tile in range(low // TILE, (high + TILE - 1) // TILE):
+            k = tl.load(keys + tile * SUB * DP)
             z0 = zero_points(v_zeros, 0, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
             z1 = zero_points(v_zeros, 1, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
+            if PER == 4:
+                z2 = zero_points(v_zeros, 2, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
+                z3 = zero_points(v_zeros, 3, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
             group = tile * TILE // KGROUP
             q0, r0 = group_query(qs, over_range, row_scale, code_scale, scales, zeros, group, d, SUB, DP, OFFSET,
                                  PER_TOKEN, ZEROS)  # fmt: skip
@@ -152,8 +146,6 @@ def _attend_kernel(
                                 HAS_CAP, MATH, ASM)  # fmt: skip
             highest = tl.maximum(s0, s1)
             if PER == 4:
-                z2 = zero_points(v_zeros, 2, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
-                z3 = zero_points(v_zeros, 3, tile, first_row, end, SUB, PER, ZEROS, WHOLE)
                 q2, r2 = q0, r0
                 if KGROUP < TILE and not PER_TOKEN:
                     q2, r2 = group_query(qs, over_range, row_scale, code_scale, scales, zeros, group + 1, d, SUB, DP,
@@ -172,7 +164,7 @@ def _attend_kernel(
             finite = tl.where(new_base == float("-inf"), 0.0, new_base)
             shrink = power_of_2(base - finite, ASM)[None, :]
             # Loaded here, values take no registers before.
-            v = tl.load(values + tile * (SUB * DVP) + v_in_tile)
+            v = tl.load(values + tile * SUB * DVP)
             acc, total, code_sum = acc * shrink, total * shrink, code_sum * shrink
             if ZEROS:
                 zero_sum *= shrink

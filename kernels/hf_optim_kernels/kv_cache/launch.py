@@ -17,9 +17,9 @@ from .kernel import _attend_kernel
 from .numbers import BITS_ASM, CONVERTING, PLAIN, units
 
 # Programs of one warp for each multiprocessor: several times what it runs at once, so that none waits for the last.
-RESIDENT = 48
-# Tiles whose loads are under way, and tiles before those that L2 is asked for.
-STAGES, AHEAD = 3, 4
+RESIDENT = 64
+# Tiles whose loads are under way.
+STAGES = 3
 # Tokens in full precision of a program, for heads of 128.
 TAIL = 32
 # The least tokens of a piece, and the most pieces of a cache.
@@ -41,11 +41,6 @@ def _processors(device: torch.device) -> int:
 def _converts(device: torch.device) -> bool:
     """Return True if a device converts float8 numbers itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _fetches(device: torch.device) -> bool:
-    """Return True if a device reads blocks into L2 on demand."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def attend(
@@ -87,7 +82,6 @@ def attend(
         "HAS_MASK": mask is not None, "HAS_SINKS": sinks is not None, "HAS_CAP": bool(softcap),
         "MATH": (FP16 if half else FP32).value, "TAIL_MATH": own["MATH"], "ASM": asm, "EVEN": even, "ODD": odd,
         "VALUE_EVEN": value_even, "VALUE_ODD": value_odd, "SIGNED": signed,
-        "AHEAD": AHEAD if _fetches(query.device) and own["ASM"] else 0,
     }  # fmt: skip
     log2e = math.log2(math.e)
     given = (

@@ -8,10 +8,6 @@ import triton.language as tl
 from .numbers import log_2, numbers, power_of_2, reciprocal
 
 NO_SCORE = tl.constexpr(float("-inf"))
-FETCH = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.u32 p, $3, 0, p; "
-    "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, t; }"
-)
 
 
 @triton.jit
@@ -124,29 +120,3 @@ def add_values(
         ones = tl.full((SUB, SUB), 1.0 / UNIT, v.dtype)
         code_sum = tl.dot(ones, weights, code_sum, input_precision="ieee")
     return tl.dot(v, weights, acc, input_precision="ieee"), total, zero_sum, code_sum
-
-
-@triton.jit
-def _fetch_one(at, size: tl.constexpr, wanted):
-    """Let L2 read ``size`` bytes from ``at`` on if ``wanted``; one thread asks."""
-    tl.inline_asm_elementwise(FETCH, "=r,l,r,r", [at.to(tl.int64), size, wanted], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def fetch(
-    tile, last, keys, values, scales, zeros, value_scale, value_zero, DP: tl.constexpr, DVP: tl.constexpr,
-    SUB: tl.constexpr, TILE: tl.constexpr, PER_TOKEN: tl.constexpr, KGROUP: tl.constexpr, ZEROS: tl.constexpr,
-):  # fmt: skip
-    """Let L2 read a tile before ``last``: more of them are under way than shared memory has room for."""
-    wanted = (tile < last).to(tl.int32)
-    _fetch_one(keys + tile * (SUB * DP), 2 * SUB * DP, wanted)
-    _fetch_one(values + tile * (SUB * DVP), 2 * SUB * DVP, wanted)
-    if PER_TOKEN:
-        first, size = tile * TILE, 4 * TILE
-    else:
-        first, size = tile * TILE // KGROUP * DP, 4 * DP * max(1, TILE // KGROUP)
-    _fetch_one(scales + first, size, wanted)
-    _fetch_one(value_scale + tile * TILE, 4 * TILE, wanted)
-    if ZEROS:
-        _fetch_one(zeros + first, size, wanted)
-        _fetch_one(value_zero + tile * TILE, 4 * TILE, wanted)
