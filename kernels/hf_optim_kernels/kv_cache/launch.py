@@ -20,8 +20,8 @@ from .numbers import BITS_ASM, CONVERTING, PLAIN, units
 RESIDENT = 64
 # Tiles whose loads are under way.
 STAGES = 3
-# Tokens in full precision of a program, for heads of 128.
-TAIL = 32
+# Tokens in full precision of a program, for heads of 128; the interpreter takes as long for any number.
+TAIL, INTERPRETED_TAIL = 32, 128
 # The least tokens of a piece, and the most pieces of a cache.
 LEAST_TOKENS, MOST_PIECES = 256, 256
 
@@ -61,7 +61,7 @@ def attend(
     split = pieces(B * G, tiles, fmt.tile, _processors(query.device))
     width = triton.cdiv(tiles, split)
     split = triton.cdiv(tiles, width)
-    tail = TAIL * 128 // max(128, dp, dvp)
+    tail = (TAIL if query.is_cuda else INTERPRETED_TAIL) * 128 // max(128, dp, dvp)
     count = split + triton.cdiv(fmt.ring, tail)
     size = B * Q * H
     part = torch.empty((count, size, DV), dtype=torch.float32, device=query.device)
