@@ -1,4 +1,4 @@
-"""hf_optim::experts_route: the specification against a count pair by pair, and the kernels against the specification."""
+"""hf_optim::experts_route: the specification counted pair by pair, and the kernels against it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_route_has_every_pair_of_every_expert_once(case, skew):
     order, offsets, blocks = naive.route(experts, count, block)
     flat = experts.reshape(-1).tolist()
     expected = [[i for i, e in enumerate(flat) if e == expert] for expert in range(count)]
-    assert order.tolist() == sum(expected, []) + [i for i, e in enumerate(flat) if e >= count]
+    assert order.tolist() == [i for each in expected for i in each] + [i for i, e in enumerate(flat) if e >= count]
     assert offsets.tolist() == [sum(map(len, expected[:e])) for e in range(count + 1)]
     wanted = [
         [e, int(offsets[e]) + first] for e in range(count) for first in range(0, len(expected[e]), block)
@@ -65,9 +65,8 @@ def test_kernels_find_the_same_route(case, skew, device):
 @pytest.mark.parametrize("device", EVERYWHERE)
 def test_the_operator_has_the_shapes_of_its_fake(device):
     experts = chosen("few").to(device)
-    torch.library.opcheck(
-        torch.ops.hf_optim.experts_route, (experts, 7, 4), test_utils=("test_schema", "test_faketensor")
-    )
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.hf_optim.experts_route, (experts, 7, 4), test_utils=utils)
 
 
 @pytest.mark.gpu

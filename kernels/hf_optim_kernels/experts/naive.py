@@ -17,8 +17,8 @@ class Route(NamedTuple):
     """The pairs of a mixture layer, sorted by expert and cut into blocks of rows: what a grouped product reads.
 
     Row i of a grouped product belongs to the pair ``order[i]``, which is token ``order[i] // k``. The rows of expert e
-    are ``offsets[e] : offsets[e + 1]``. Pairs whose expert is not one of ``0 .. E - 1`` are computed by none: they stand
-    behind ``offsets[E]``, and no block has them.
+    are ``offsets[e] : offsets[e + 1]``. Pairs whose expert is not one of ``0 .. E - 1`` are computed by none: they
+    stand behind ``offsets[E]``, and no block has them.
 
     The sizes depend on those of the inputs alone, never on what was chosen, so nothing waits for an accelerator, and a
     captured graph may be replayed with other choices: ``blocks`` has as many entries as any choice can need

@@ -31,7 +31,7 @@ def _route(experts: Tensor, count: int, block: int) -> Route:
 
 @torch.library.custom_op("hf_optim::experts_route", mutates_args=())
 def experts_route(experts: Tensor, count: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return order, offsets and blocks of ``naive.Route``. Arguments as of ``naive.route``; nothing waits for the host."""
+    """Return order, offsets and blocks of ``naive.Route``; arguments as of ``naive.route``."""
     return tuple(_route(experts, count, block))
 
 
