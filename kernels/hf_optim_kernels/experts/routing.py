@@ -21,7 +21,11 @@ TILE = 8192
 TILES, MOST_CHUNKS = 2, 256
 
 
-@triton.jit
+# What differs from call to call.
+NUMBERS = ["P", "ENTRIES", "CHUNKS"]
+
+
+@triton.jit(do_not_specialize=["P"])
 def _count_kernel(experts, counts, P, E, CHUNK: tl.constexpr, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
     """Count the pairs of a chunk by expert: counts [chunks, E]."""
     chunk = tl.program_id(0)
@@ -34,7 +38,7 @@ def _count_kernel(experts, counts, P, E, CHUNK: tl.constexpr, PAIRS: tl.constexp
     tl.store(counts + chunk * E + e, total, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _route_kernel(
     experts, counts, order, offsets, blocks, P, E, ENTRIES, CHUNKS, CHUNK: tl.constexpr, PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
@@ -111,7 +115,7 @@ def route(experts: Tensor, count: int, block: int) -> Route:
     chunks = -(-pairs // (tile * tiles))
     counts = order if chunks == 1 else torch.empty((chunks, count), dtype=torch.int32, device=device)
     constants = {"CHUNK": tile * tiles, "PAIRS": tile, "EXPERTS": columns}
-    key = (experts.dtype, is_aligned(experts), *constants.values(), *(_kind(number) for number in (pairs, count)))
+    key = (experts.dtype, is_aligned(experts), *constants.values(), count == 1, count % 16 == 0)
     if chunks > 1:
         launch(
             _count_kernel, (chunks, 1, 1), (experts, counts, pairs, count), constants, num_warps=8, num_stages=1,
@@ -120,11 +124,6 @@ def route(experts: Tensor, count: int, block: int) -> Route:
     constants |= {"ROWS": tile, "BLOCK": block, "ALONE": chunks == 1}
     launch(
         _route_kernel, (chunks, 1, 1), (experts, counts, order, offsets, blocks, pairs, count, entries, chunks),
-        constants, num_warps=8, num_stages=1, key=(*key, block, chunks == 1, _kind(entries), _kind(chunks)),
+        constants, num_warps=8, num_stages=1, key=(*key, block, chunks == 1),
     )  # fmt: skip
     return Route(order, offsets, blocks)
-
-
-def _kind(number: int) -> int:
-    """Return what Triton specializes of an integer: 1, and multiples of 16."""
-    return 1 if number == 1 else 16 if number % 16 == 0 else 2

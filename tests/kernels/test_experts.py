@@ -1,0 +1,109 @@
+"""The experts' operators: the specification against each expert by itself, and the kernels against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreting import BOUND, on_triton, relative
+
+pytest.importorskip("triton")
+
+from hf_optim_kernels.experts import launch, naive
+from hf_optim_kernels.experts.naive import Gate, Weights
+
+ACTS = {naive.SILU: F.silu, naive.GELU: F.gelu, naive.RELU: F.relu, naive.RELU_SQUARED: lambda x: F.relu(x).square(),
+        naive.GELU_TANH: lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
+GATES = {
+    "silu": Gate(),
+    "interleaved-clamped": Gate(naive.INTERLEAVED, naive.SILU, 1.702, 1.0, 0.8),
+    "concatenated-clamped": Gate(naive.CONCATENATED, naive.SILU, 1.0, 0.0, 0.8),
+    "gelu": Gate(naive.CONCATENATED, naive.GELU),
+    "gelu-tanh": Gate(naive.CONCATENATED, naive.GELU_TANH),
+    "no-gate": Gate(naive.UNGATED, naive.RELU_SQUARED),
+}
+T16 = launch.Tiles(16, 16, 4, 2, group=3)
+PATHS = {
+    "decode": launch.Plan(0, launch.Tiles(8, 16, 4, 2), launch.Tiles(16, 16, 4, 2, split=8)),
+    "decode-whole": launch.Plan(0, launch.Tiles(16, 64, 4, 1), launch.Tiles(32, 32, 4, 1)),
+    "blocks-of-16": launch.Plan(16, T16, T16),
+    "blocks-of-32-and-halves": launch.Plan(32, T16._replace(halves=True), T16._replace(n=32, k=32, halves=True)),
+}
+
+
+def layer(gate, *, experts=5, d=48, inner=40, bias=False, transposed=False, dtype=torch.float32, device="cpu"):
+    random = torch.Generator().manual_seed(d)
+    rows = inner if gate.layout == naive.UNGATED else 2 * inner
+    draw = lambda *size: (torch.randn(size, generator=random) / size[-1] ** 0.5).to(device, dtype)  # noqa: E731
+    up, down = draw(experts, rows, d), draw(experts, d, inner)
+    biases = (draw(experts, rows), draw(experts, d)) if bias else (None, None)
+    if transposed:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    return Weights(up, down, *biases, transposed)
+
+
+def inputs(tokens, top_k, experts, d=48, dtype=torch.float32, device="cpu", dropped=False):
+    random = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, d, generator=random).to(device, dtype)
+    chosen = torch.rand(tokens, experts, generator=random).topk(top_k, dim=1).indices
+    if dropped:
+        chosen[torch.rand(chosen.shape, generator=random) < 0.4] = experts + 2
+    return hidden, chosen.to(device), torch.rand(tokens, top_k, generator=random).to(device)
+
+
+def exact(hidden, chosen, weights, given, gate):
+    """The layer in float64, one pair at a time."""
+    wide = [None if t is None else t.double().cpu() for t in given[:4]]
+    given = Weights(*wide, given.transposed)
+    up, down = given.matrices
+    out = torch.zeros(hidden.shape, dtype=torch.float64)
+    for t, row in enumerate(chosen.tolist()):
+        for j, e in enumerate(row):
+            if not 0 <= e < len(up):
+                continue
+            y = up[e] @ hidden[t].double().cpu() + (0 if given.up_bias is None else given.up_bias[e])
+            if gate.layout == naive.UNGATED:
+                y = ACTS[gate.act](y)
+            else:
+                g, u = (y[::2], y[1::2]) if gate.layout == naive.INTERLEAVED else y.chunk(2)
+                g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
+                y = (ACTS[gate.act](g * gate.alpha) / gate.alpha if gate.alpha != 1 else ACTS[gate.act](g)) * (
+                    u + gate.offset
+                )
+            y = down[e] @ y + (0 if given.down_bias is None else given.down_bias[e])
+            out[t] += weights[t, j].double().cpu() * y
+    return out
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_specification_is_each_expert_by_itself(gate, bias, transposed):
+    given = layer(GATES[gate], bias=bias, transposed=transposed, dtype=torch.float64)
+    hidden, chosen, weights = inputs(6, 2, 5, dtype=torch.float64, dropped=True)
+    own = naive.mixture(hidden, chosen, weights, given, GATES[gate])
+    assert relative(own, exact(hidden, chosen, weights, given, GATES[gate])) < 1e-7
+
+
+@on_triton
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("path", PATHS)
+def test_kernels_compute_the_layer(path, gate, device):
+    bias, transposed = "clamped" in gate, gate == "interleaved-clamped" or gate == "gelu"
+    given = layer(GATES[gate], bias=bias, transposed=transposed, device=device)
+    hidden, chosen, weights = inputs(7, 3, 5, device=device, dropped=True)
+    own = launch.mixture(hidden, chosen, weights, given, GATES[gate], PATHS[path])
+    assert relative(own.cpu(), exact(hidden, chosen, weights, given, GATES[gate])) < BOUND[torch.float32]
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", PATHS)
+def test_kernels_compute_the_layer_in_16_bits(path, dtype, device):
+    given = layer(Gate(), dtype=dtype, device=device, d=64, inner=32)
+    hidden, chosen, weights = inputs(7, 3, 5, d=64, dtype=dtype, device=device)
+    own = launch.mixture(hidden, chosen, weights.to(dtype), given, Gate(), PATHS[path])
+    assert own.dtype == dtype
+    assert relative(own.cpu(), exact(hidden, chosen, weights.to(dtype), given, Gate())) < 2 * BOUND[dtype]
