@@ -29,11 +29,12 @@ PATHS = {
     "decode": launch.Plan(0, launch.Tiles(8, 16, 4, 2), launch.Tiles(16, 16, 4, 2, split=8)),
     "decode-whole": launch.Plan(0, launch.Tiles(16, 64, 4, 1), launch.Tiles(32, 32, 4, 1)),
     "blocks-of-16": launch.Plan(16, T16, T16),
+    "described": launch.Plan(16, T16._replace(described=True), T16._replace(described=True, persistent=True)),
     "blocks-of-32-and-halves": launch.Plan(32, T16._replace(halves=True), T16._replace(n=32, k=32, halves=True)),
 }
 
 
-def layer(gate, *, experts=5, d=48, inner=40, bias=False, transposed=False, dtype=torch.float32, device="cpu"):
+def layer(gate, *, experts=5, d=48, inner=48, bias=False, transposed=False, dtype=torch.float32, device="cpu"):
     random = torch.Generator().manual_seed(d)
     rows = inner if gate.layout == naive.UNGATED else 2 * inner
     draw = lambda *size: (torch.randn(size, generator=random) / size[-1] ** 0.5).to(device, dtype)  # noqa: E731
@@ -107,3 +108,15 @@ def test_kernels_compute_the_layer_in_16_bits(path, dtype, device):
     own = launch.mixture(hidden, chosen, weights.to(dtype), given, Gate(), PATHS[path])
     assert own.dtype == dtype
     assert relative(own.cpu(), exact(hidden, chosen, weights.to(dtype), given, Gate())) < 2 * BOUND[dtype]
+
+
+@on_triton
+@pytest.mark.parametrize("gate", ["interleaved-clamped", "concatenated-clamped", "no-gate"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_descriptors_read_every_layout(gate, transposed, device):
+    gate = GATES[gate]
+    given = layer(gate, dtype=torch.float16, device=device, d=48, inner=80, bias=True, transposed=transposed)
+    hidden, chosen, weights = inputs(7, 2, 5, dtype=torch.float16, device=device, dropped=True)
+    assert launch.can_describe(given.matrices[0], hidden)
+    own = launch.mixture(hidden, chosen, weights, given, gate, PATHS["described"])
+    assert relative(own.cpu(), exact(hidden, chosen, weights, given, gate)) < 2 * BOUND[torch.float16]

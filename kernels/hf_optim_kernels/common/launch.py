@@ -55,24 +55,28 @@ def launch(
     num_warps: int,
     num_stages: int,
     key: tuple,
+    device: torch.device | None = None,
 ) -> None:
     """Run ``kernel`` on the current stream of its tensors' device, and note it in a running ``record``.
 
     Args:
         kernel: a ``triton.jit`` function whose parameters are run-time arguments first, ``tl.constexpr`` last.
         grid: programs in each of three dimensions; none of them is zero.
-        args: tensors, ints and floats, in the kernel's order; the first is a tensor, and determines the device.
+        args: tensors, tensor descriptors, ints and floats, in the kernel's order.
         constants: every constexpr by name, in the kernel's order.
         num_warps, num_stages: compile options.
         key: hashable; calls with equal keys must compile to the same code: it determines dtypes, constants,
             options, the alignment of pointers and what Triton specializes of integers (1, multiples of 16).
+        device: of the tensors; None takes that of the first argument, a tensor.
     """
-    device, compiled = args[0].device, None
+    device, compiled = device or args[0].device, None
     if device.type != "cuda" or is_interpreted(kernel):
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     elif device.index != current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key)
+            return launch(
+                kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key, device=device
+            )  # fmt: skip
     else:
         full_key = (id(kernel), device.index, key)
         compiled = _COMPILED.get(full_key)

@@ -13,7 +13,7 @@ CHUNK = tl.constexpr(8)
 
 
 @triton.jit
-def tile_rows(wanted, N, LAYOUT: tl.constexpr, ACTIVATE: tl.constexpr):
+def tile_rows(wanted, N, LAYOUT: tl.constexpr, ACTIVATE: tl.constexpr, CHUNK: tl.constexpr):
     """Return rows of the first matrix for columns of a tile of products, and which of its N output columns they are.
 
     Of ``wanted`` (2 N columns with a gate), ``CHUNK`` rows of the gate and as many of up follow each other, or single
@@ -59,8 +59,8 @@ def gated(first, up, alpha, offset, limit, ACT: tl.constexpr, CLAMP: tl.constexp
 
 @triton.jit
 def activate_tile(
-    acc, alpha, offset, limit, LAYOUT: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+    acc, alpha, offset, limit, LAYOUT: tl.constexpr, ACT: tl.constexpr, CLAMP: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Return the activation [M, N] of a tile of products with the columns of ``tile_rows``."""
     if LAYOUT == UNGATED:

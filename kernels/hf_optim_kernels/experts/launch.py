@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.compute_type import compute_constants
+from ..common.gemm import multiprocessor_count
 from ..common.launch import is_aligned, launch
 from .decode import _down_kernel, _up_kernel
-from .grouped import _combine_kernel, _grouped_kernel
-from .naive import UNGATED, Gate, Route, Weights
+from .grouped import _combine_kernel, _grouped_kernel, _persistent_kernel
+from .naive import CONCATENATED, UNGATED, Gate, Route, Weights
 from .routing import route
 
 # Tiles of the output of a decoding step that several programs may share, at most.
@@ -30,6 +32,8 @@ class Tiles(NamedTuple):
         group: blocks of rows that are multiplied together (grouped products).
         halves: multiply a block with few rows as half a tile (grouped products).
         split: programs that share the experts of a token (decoding).
+        described: read matrices through tensor descriptors where these can (grouped products).
+        persistent: as many programs as run at a time (grouped products of rows in the order of the route).
     """
 
     n: int
@@ -39,6 +43,8 @@ class Tiles(NamedTuple):
     group: int = 8
     halves: bool = False
     split: int = 1
+    described: bool = False
+    persistent: bool = False
 
 
 class Plan(NamedTuple):
@@ -59,13 +65,18 @@ def plan(tokens: int, top_k: int, experts: int, inner: int, hidden: int, transpo
     if decodes(tokens, top_k, experts):
         if transposed:
             return Plan(0, Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3, split=top_k))
-        return Plan(0, Tiles(8, 512, 4, 2), Tiles(16, 512, 4, 2, split=top_k))
+        return Plan(0, Tiles(16, 256, 4, 3), Tiles(16, 256, 2, 3, split=top_k))
     block = block_rows(tokens * top_k, experts)
+    return Plan(block, default_tiles(block, gated), default_tiles(block, False))
+
+
+def default_tiles(block: int, gated: bool) -> Tiles:
+    """Return the tiles of a grouped product with blocks of so many rows."""
     if block <= 32:
-        return Plan(block, Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 3))
+        return Tiles(64 if gated else 128, 128, 4, 4 if gated else 4)
     if block == 64:
-        return Plan(block, Tiles(64, 64, 4, 4), Tiles(128, 64, 4, 4))
-    return Plan(block, Tiles(128, 64, 8, 3, halves=True), Tiles(256, 64, 8, 3, halves=True))
+        return Tiles(64 if gated else 128, 64, 4, 4)
+    return Tiles(128 if gated else 256, 64, 8, 3)
 
 
 def decodes(tokens: int, top_k: int, experts: int) -> bool:
@@ -119,32 +130,70 @@ def rows_product(
     count, N, K = weight.shape
     if gate is not None and gate.layout != UNGATED:
         N //= 2
-    pairs = found.order.numel()
-    out = torch.empty((pairs, N), dtype=x.dtype, device=x.device)
+    out = torch.empty((found.order.numel(), N), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if tiles is None:
-        both = plan(max(pairs, 8), 1, count, N, K, weight.stride(2) != 1, False)
-        tiles = both.down if both.block == block else Tiles(64, 64, 4, 3)
+    tiles = tiles or default_tiles(block, gate is not None and gate.layout != UNGATED)
     block_n = max(16, min(tiles.n, triton.next_power_of_2(N)))
     block_k = max(16, min(tiles.k, triton.next_power_of_2(K)))
-    entries = found.blocks.shape[0]
-    used = gate or Gate()
+    entries, used = found.blocks.shape[0], gate or Gate()
+    described = tiles.described and can_describe(weight, x)
+    persistent = described and tiles.persistent and top_k == 0
+    transposed = weight.stride(2) != 1
+    kernel = _persistent_kernel if persistent else _grouped_kernel
     constants = {
         "TOP_K": top_k, "BY_PAIR": by_pair, **_gate_constants(used), "ACTIVATE": gate is not None,
         "HAS_BIAS": bias is not None, "EVEN": N % block_n == 0 and K % block_k == 0,
-        "MATH": compute_constants(x.dtype, _grouped_kernel)["MATH"], "BLOCK_M": block, "BLOCK_N": block_n,
-        "BLOCK_K": block_k, "GROUP": tiles.group, "HALVES": tiles.halves and block >= 32,
+        "MATH": compute_constants(x.dtype, _grouped_kernel)["MATH"], "DESCRIBED": described,
+        "TRANSPOSED": transposed, "BLOCK_M": block, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": tiles.group,
+        "HALVES": tiles.halves and block >= 32, "STEP": 512, "PROGRAMS": multiprocessor_count(x.device),
+        "FLATTEN": True,
     }  # fmt: skip
-    constants = _in_order(constants, _grouped_kernel)
-    given = (x, weight, weight if bias is None else bias, out, found.order, found.offsets, found.blocks)
-    numbers = (entries, N, K, x.stride(0), *weight.stride())
+    constants = _in_order(constants, kernel)
+    tensors = (x, weight, weight if bias is None else bias, out, found.order, found.offsets, found.blocks)
+    numbers: tuple[int, ...] = (entries, N, K)
+    given: tuple[Any, ...] = tensors
+    programs = entries * -(-N // block_n)
+    if described:
+        given = (x, describe(weight, block_n, block_k, used if gate else None), *tensors[2:])
+    if persistent:
+        given = (TensorDescriptor.from_tensor(x, [block, block_k]), *given[1:])
+        programs = min(programs, multiprocessor_count(x.device))
+    else:
+        numbers = (*numbers, x.stride(0), *weight.stride())
     launch(
-        _grouped_kernel, (entries * -(-N // block_n), 1, 1), (*given, used.alpha, used.offset, used.limit, *numbers),
-        constants, num_warps=tiles.warps, num_stages=tiles.stages,
-        key=(*_tensor_kinds(given), *map(_kind, numbers[1:]), *constants.values(), tiles.warps, tiles.stages),
+        kernel, (programs, 1, 1), (*given, used.alpha, used.offset, used.limit, *numbers), constants,
+        num_warps=tiles.warps, num_stages=tiles.stages, device=x.device,
+        key=(*_tensor_kinds(tensors), *map(_kind, numbers[1:]), *constants.values(), tiles.warps, tiles.stages),
     )  # fmt: skip
     return out
+
+
+def can_describe(weight: Tensor, x: Tensor) -> bool:
+    """Return True if tensor descriptors can read a weight ``[E, out, in]`` and rows ``x``: by hardware and layout."""
+    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)
+    if weight.element_size() != 2 or not stored.is_contiguous() or not is_aligned(weight, x) or x.stride(0) % 8:
+        return False
+    # Rows begin at multiples of 16 bytes, and so do the halves of a transposed matrix.
+    if stored.shape[2] % 16:
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def describe(weight: Tensor, block_n: int, block_k: int, gate: Gate | None) -> TensorDescriptor:
+    """Return the descriptor of ``weight`` ``[E, out, in]``, contiguous or transposed, with tiles of a product.
+
+    Rows and columns past those of an expert are zeros. With a concatenated ``gate``, a tile has ``block_n`` columns of
+    the gate and as many of up.
+    """
+    transposed, (E, N, K) = weight.stride(2) != 1, weight.shape
+    stored = weight.transpose(1, 2) if transposed else weight
+    if gate is not None and gate.layout == CONCATENATED:
+        if transposed:
+            return TensorDescriptor.from_tensor(stored.view(E, K, 2, N // 2), [1, block_k, 2, block_n])
+        return TensorDescriptor.from_tensor(stored.view(E * 2, N // 2, K), [2, block_n, block_k])
+    width = block_n * (1 if gate is None or gate.layout == UNGATED else 2)
+    return TensorDescriptor.from_tensor(stored, [1, block_k, width] if transposed else [1, width, block_k])
 
 
 def combine(rows: Tensor, experts: Tensor, weights: Tensor, count: int, dtype: torch.dtype) -> Tensor:

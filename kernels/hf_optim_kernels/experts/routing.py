@@ -17,6 +17,7 @@ from .naive import Route, most_blocks
 
 # Numbers that a program compares at a time: pairs times experts.
 TILE = 8192
+WARPS = 4
 # A chunk has this many tiles of pairs, or more where there would be more chunks than programs should add up.
 TILES, MOST_CHUNKS = 2, 256
 
@@ -76,13 +77,14 @@ def _route_kernel(
     for start in range(0, CHUNK, PAIRS):
         pairs = chunk * CHUNK + start + tl.arange(0, PAIRS)
         ids = tl.load(experts + pairs, mask=pairs < P, other=-1).to(tl.int32)
+        ids = tl.where((ids < 0) | (ids >= E), -1, ids)
         same = (ids[:, None] == tl.where(e < E, e, -2)[None, :]).to(tl.int32)
-        rank = tl.cumsum(same, axis=0) - same
-        place = tl.sum(same * (rank + at[None, :]), axis=1)
+        place = tl.where(ids < 0, rest, tl.sum(same * at[None, :], axis=1))
+        # Comparing all pairs of the tile with each other is faster than a scan of a column for each expert.
+        earlier = (ids[:, None] == ids[None, :]) & (pairs[None, :] < pairs[:, None])
+        place += tl.sum(earlier.to(tl.int32), axis=1)
         at += tl.sum(same, axis=0)
-        nobody = ((ids < 0) | (ids >= E)).to(tl.int32)
-        place = tl.where(nobody == 1, rest + tl.cumsum(nobody, axis=0) - nobody, place)
-        rest += tl.sum(nobody)
+        rest += tl.sum((ids < 0).to(tl.int32))
         tl.store(order + place, pairs, mask=pairs < P)
     need = (total + BLOCK - 1) // BLOCK
     need_ends = tl.cumsum(need, axis=0)
@@ -118,12 +120,12 @@ def route(experts: Tensor, count: int, block: int) -> Route:
     key = (experts.dtype, is_aligned(experts), *constants.values(), count == 1, count % 16 == 0)
     if chunks > 1:
         launch(
-            _count_kernel, (chunks, 1, 1), (experts, counts, pairs, count), constants, num_warps=8, num_stages=1,
+            _count_kernel, (chunks, 1, 1), (experts, counts, pairs, count), constants, num_warps=WARPS, num_stages=1,
             key=key,
         )  # fmt: skip
     constants |= {"ROWS": tile, "BLOCK": block, "ALONE": chunks == 1}
     launch(
         _route_kernel, (chunks, 1, 1), (experts, counts, order, offsets, blocks, pairs, count, entries, chunks),
-        constants, num_warps=8, num_stages=1, key=(*key, block, chunks == 1),
+        constants, num_warps=WARPS, num_stages=1, key=(*key, block, chunks == 1),
     )  # fmt: skip
     return Route(order, offsets, blocks)
