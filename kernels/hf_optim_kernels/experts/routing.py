@@ -15,8 +15,8 @@ from torch import Tensor
 from ..common.launch import is_aligned, launch
 from .naive import Route, most_blocks
 
-# Numbers that a program compares at a time: pairs times experts.
-TILE = 8192
+# Numbers that a program compares at a time: pairs times experts, and pairs with each other.
+TILE, MOST_PAIRS = 8192, 64
 WARPS = 4
 # A chunk has this many tiles of pairs, or more where there would be more chunks than programs should add up.
 TILES, MOST_CHUNKS = 2, 256
@@ -110,7 +110,7 @@ def route(experts: Tensor, count: int, block: int) -> Route:
         return Route(order, torch.zeros(count + 1, dtype=torch.int32, device=device), blocks)
     offsets = torch.empty(count + 1, dtype=torch.int32, device=device)
     columns = max(16, triton.next_power_of_2(count))
-    tile = max(1, TILE // columns)
+    tile = max(16, min(MOST_PAIRS, TILE // columns))
     tiles = max(TILES, triton.next_power_of_2(-(-pairs // (tile * MOST_CHUNKS))))
     if pairs <= tile:
         tile, tiles = max(16, triton.next_power_of_2(pairs)), 1
