@@ -49,35 +49,39 @@ SHAPES = {
 }
 TUNED = ("qwen3-30b-a3b", "mixtral")
 TOKENS = (1, 8, 64, 512, 4096)
-DECODE_UP = [
-    Tiles(*t) for t in (
-        (8, 512, 4, 2), (8, 512, 4, 3), (8, 256, 4, 4), (8, 1024, 8, 2), (4, 512, 4, 3), (4, 1024, 4, 2),
-        (16, 256, 4, 3), (8, 256, 2, 3), (8, 2048, 8, 1), (4, 512, 2, 4),
-    )
-]  # fmt: skip
+DECODE_UP = [Tiles(*t) for t in ((16, 256, 4, 3), (8, 256, 2, 3), (4, 512, 4, 3), (16, 256, 4, 4), (32, 256, 8, 3), (16, 128, 4, 5))]
 DECODE_DOWN = [
     Tiles(n, k, w, s, split=p) for n, k, w, s, p in (
-        (16, 256, 4, 3, 8), (16, 256, 4, 4, 4), (16, 256, 4, 4, 2), (8, 256, 4, 4, 1), (8, 512, 4, 3, 8),
-        (8, 256, 2, 4, 2), (32, 256, 4, 3, 8), (16, 1024, 8, 1, 8), (8, 1024, 4, 2, 8), (16, 256, 2, 3, 8),
+        (16, 256, 2, 3, 8), (32, 256, 4, 3, 8), (16, 256, 2, 4, 8), (8, 256, 1, 3, 8), (32, 128, 4, 4, 8), (32, 256, 4, 4, 4),
+        (16, 128, 2, 5, 8), (64, 256, 8, 3, 8),
     )
 ]  # fmt: skip
+DECODE_UP_TRANSPOSED = [Tiles(*t) for t in ((32, 64, 4, 3), (64, 64, 4, 4), (32, 128, 4, 3), (64, 32, 4, 4), (32, 64, 4, 5), (32, 32, 2, 5))]
+DECODE_DOWN_TRANSPOSED = [
+    Tiles(n, k, w, s, split=4) for n, k, w, s in ((64, 64, 4, 3), (128, 32, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 32, 2, 5), (128, 64, 4, 4))
+]  # fmt: skip
+_TMA, _RUN = {"described": True}, {"described": True, "persistent": True}
 UP = {
-    16: [(64, 128, 4, 4), (64, 128, 4, 3), (32, 128, 4, 4), (64, 64, 4, 5), (32, 256, 4, 3), (16, 256, 4, 4), (128, 64, 8, 4),
-         (32, 128, 2, 4), (16, 128, 4, 5)],
-    32: [(64, 128, 4, 4), (32, 128, 4, 4), (64, 64, 4, 4)],
-    64: [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 4), (32, 128, 4, 4), (64, 128, 8, 4)],
-    128: [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4), (64, 128, 8, 3)],
+    16: [Tiles(32, 256, 4, 3), Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 4), Tiles(64, 128, 4, 4, **_TMA), Tiles(32, 128, 4, 4, **_TMA)],
+    32: [Tiles(32, 128, 4, 4), Tiles(64, 128, 4, 3, **_TMA), Tiles(64, 64, 4, 5, **_TMA)],
+    64: [Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 4, **_TMA), Tiles(128, 64, 8, 4, **_TMA), Tiles(128, 64, 4, 3, **_TMA), Tiles(64, 128, 4, 3, **_TMA)],
+    128: [Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3, **_TMA), Tiles(128, 64, 8, 4, **_TMA), Tiles(128, 64, 8, 4, halves=True, **_TMA),
+          Tiles(128, 64, 8, 4, group=4, **_TMA), Tiles(64, 64, 4, 3, **_TMA), Tiles(64, 64, 8, 4, **_TMA)],
 }  # fmt: skip
 DOWN = {
-    16: [(64, 128, 4, 4), (128, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 4), (128, 64, 4, 5), (32, 128, 4, 4), (64, 128, 2, 4)],
-    32: [(64, 128, 4, 4), (128, 128, 4, 3), (128, 64, 4, 4)],
-    64: [(128, 64, 4, 4), (64, 128, 4, 4), (128, 128, 4, 3), (256, 64, 8, 4), (256, 64, 4, 3), (64, 64, 4, 4)],
-    128: [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)],
+    16: [Tiles(128, 128, 4, 4), Tiles(64, 128, 4, 4), Tiles(128, 128, 4, 4, **_TMA)],
+    32: [Tiles(128, 128, 4, 3), Tiles(128, 128, 4, 3, **_TMA), Tiles(128, 64, 4, 5, **_TMA)],
+    64: [Tiles(128, 64, 4, 4), Tiles(128, 64, 4, 4, **_TMA), Tiles(256, 64, 8, 4, **_TMA), Tiles(128, 64, 4, 4, **_RUN), Tiles(256, 64, 4, 3, **_RUN)],
+    128: [Tiles(256, 64, 8, 4), Tiles(256, 64, 8, 3, **_TMA), Tiles(256, 64, 8, 4, **_TMA), Tiles(256, 64, 8, 3, **_RUN), Tiles(128, 64, 8, 4, **_RUN),
+          Tiles(128, 64, 4, 4, **_RUN), Tiles(128, 64, 8, 4, **_TMA), Tiles(256, 64, 8, 3, group=4, **_RUN)],
 }  # fmt: skip
+# The first product with rows that were gathered before.
+GATHERED = {128: [Tiles(128, 64, 8, 3, **_RUN), Tiles(128, 64, 8, 3, group=4, **_RUN), Tiles(64, 64, 8, 4, **_RUN)]}
 # Tokens -> rows of blocks that are tried.
 BLOCKS = {
     "qwen3-30b-a3b": {8: (16,), 64: (16,), 512: (64, 32), 4096: (128, 64)},
-    "mixtral": {8: (16,), 64: (32, 64), 512: (128, 64), 4096: (128,)},
+    "mixtral": {8: (16,), 64: (32, 64), 512: (128,), 4096: (128,)},
+    "gpt-oss-20b": {8: (16,), 64: (16,), 512: (128, 64), 4096: (128,)},
 }
 
 
@@ -122,68 +126,50 @@ def floor(name, tokens, bandwidth, rate):
     return max(hit * size * 2 / bandwidth, 2 * tokens * shape.top_k * size / rate)
 
 
-def pieces(name, tokens, block):
-    """Functions of a situation and tiles that time one launch each."""
-    shape = SHAPES[name]
-    made = []
-    for given, hidden, chosen, weights in situations(name, tokens):
-        if block == 0:
-            middle, semaphores = launch.decode_up(hidden, chosen, given, shape.gate, DECODE_UP[0])
-            made.append((
-                lambda t, a=(hidden, chosen, given, shape.gate): launch.decode_up(*a, t),
-                lambda t, a=(middle, semaphores, chosen, weights, given): launch.decode_down(*a, t, torch.bfloat16),
-            ))  # fmt: skip
-        else:
-            found = routing.route(chosen, shape.experts, block)
-            up, down = given.matrices
-            first = (hidden, up, given.up_bias, found, shape.top_k, False, block, shape.gate)
-            middle = torch.randn(tokens * shape.top_k, shape.inner, device="cuda", dtype=torch.bfloat16)
-            second = (middle, down, given.down_bias, found, 0, True, block, None)
-            made.append((
-                lambda t, a=first: launch.rows_product(*a, t), lambda t, a=second: launch.rows_product(*a, t),
-                ))  # fmt: skip
-    return made
+def launches(name, tokens, block, which, situation):
+    """A function of tiles that is one launch: 0 the first product, 1 the second, 2 the first of gathered rows."""
+    shape, (given, hidden, chosen, weights) = SHAPES[name], situation
+    if block == 0:
+        usual = (DECODE_UP_TRANSPOSED if shape.transposed else DECODE_UP)[0]
+        middle, semaphores = launch.decode_up(hidden, chosen, given, shape.gate, usual)
+        if which == 0:
+            return lambda t: launch.decode_up(hidden, chosen, given, shape.gate, t)
+        return lambda t: launch.decode_down(middle, semaphores, chosen, weights, given, t, torch.bfloat16)
+    found = routing.route(chosen, shape.experts, block)
+    up, down = given.matrices
+    if which == 1:
+        middle = torch.randn(tokens * shape.top_k, shape.inner, device="cuda", dtype=torch.bfloat16)
+        return lambda t: launch.rows_product(middle, down, given.down_bias, found, 0, True, block, None, t)
+    x, top_k = (hidden, shape.top_k) if which == 0 else (hidden[found.order // shape.top_k], 0)
+    return lambda t: launch.rows_product(x, up, given.up_bias, found, top_k, False, block, shape.gate, t)
 
 
 def trials():
     """(shape, tokens, rows of a block, which product, tiles)."""
-    for name in TUNED:
-        yield from ((name, 1, 0, 0, t) for t in DECODE_UP)
-        yield from ((name, 1, 0, 1, t) for t in DECODE_DOWN)
+    for name in BLOCKS:
+        decode = (DECODE_UP_TRANSPOSED, DECODE_DOWN_TRANSPOSED) if SHAPES[name].transposed else (DECODE_UP, DECODE_DOWN)
+        for which in (0, 1):
+            yield from ((name, 1, 0, which, t) for t in decode[which])
         for tokens, blocks in BLOCKS[name].items():
-            for block, (which, tiles) in itertools.product(blocks, enumerate((UP, DOWN))):
-                for t in tiles[block]:
-                    one = Tiles(*t)
-                    yield name, tokens, block, which, one
-                    if tokens == 4096 and t == tiles[block][0]:
-                        yield name, tokens, block, which, one._replace(halves=True)
-                        yield name, tokens, block, which, one._replace(group=32)
-                        yield name, tokens, block, which, one._replace(group=2)
+            for block, (which, tiles) in itertools.product(blocks, enumerate((UP, DOWN, GATHERED))):
+                yield from ((name, tokens, block, which, t) for t in tiles.get(block, ()))
 
 
 def warm(index, count):
-    """Compile the kernels of every ``count``-th trial."""
+    """Compile the kernels of every ``count``-th trial, and those of the plans."""
     todo = sorted({(n, b, w, t): None for n, _, b, w, t in trials()}, key=str)[index::count]
-    held = {}
-    for name, block, which, tiles in todo:
-        shape = SHAPES[name]
-        if name not in held:
-            # Pointers and strides of full size without the experts that are not chosen.
-            held[name] = layers(name, 1)[0]
-        given = held[name]
-        hidden, chosen, weights = batch(name, 1)
+    for name, block, which, tiles in sorted(todo, key=lambda one: one[0]):
         try:
-            if block == 0:
-                middle, semaphores = launch.decode_up(hidden, chosen, given, shape.gate, tiles if which == 0 else DECODE_UP[0])
-                if which:
-                    launch.decode_down(middle, semaphores, chosen, weights, given, tiles, torch.bfloat16)
-            else:
-                found = routing.route(chosen, shape.experts, block)
-                x = hidden if which == 0 else hidden.new_zeros(shape.top_k, shape.inner)
-                side = (given.matrices[which], (given.up_bias, given.down_bias)[which])
-                launch.rows_product(x, *side, found, shape.top_k if which == 0 else 0, which == 1, block, shape.gate if which == 0 else None, tiles)
+            launches(name, 2, block, which, (layers(name, 1)[0], *batch(name, 2)))(tiles)
         except Exception as problem:
             print("warm", name, block, which, tiles, type(problem).__name__, str(problem)[:200], flush=True)
+    names = list(SHAPES)
+    if index < len(names):
+        layers.cache_clear()
+        name = names[index]
+        for tokens in TOKENS:
+            given = layers(name, 1)[0]
+            launch.mixture(*batch(name, tokens), given, SHAPES[name].gate)
     torch.cuda.synchronize()
 
 
@@ -227,15 +213,29 @@ def main():
         found = {}
         for key, group in itertools.groupby(trials(), key=lambda trial: trial[:4]):
             name, tokens, block, which = key
-            made, rows = pieces(name, tokens, block), {}
+            made, rows = [launches(name, tokens, block, which, one) for one in situations(name, tokens)], {}
             for *_, tiles in group:
                 try:
-                    rows[str(tuple(tiles))] = benchmark.graph_time([lambda t=tiles, m=m: m[which](t) for m in made], 15).us
+                    rows[_short(tiles)] = benchmark.graph_time([functools.partial(m, tiles) for m in made], 15).us
                 except Exception as problem:
                     print(key, tiles, type(problem).__name__, str(problem)[:150], flush=True)
             found[str(key)] = rows
             best = sorted(rows.items(), key=lambda pair: pair[1])
             print(key, "; ".join(f"{t} {us:.1f}" for t, us in best[:4]), "| worst", f"{best[-1][1]:.1f}", flush=True)
+        return found
+
+    @section("decode or blocks")
+    def _():
+        """Microseconds of a few tokens by the kernels of decoding, and by grouped products."""
+        found = {}
+        for name, tokens in itertools.product(("qwen3-30b-a3b", "mixtral", "olmoe"), (1, 2, 4, 8)):
+            shape, row = SHAPES[name], {}
+            usual = launch.default_tiles(16, True), launch.default_tiles(16, False)
+            for label, how in {"decode": launch.plan(1, shape.top_k, shape.experts, shape.inner, shape.d, False, True), "blocks": Plan(16, *usual)}.items():
+                run = lambda given, *rest: launch.mixture(*rest, given, shape.gate, how)  # noqa: B023, E731
+                row[label] = benchmark.graph_time([functools.partial(run, *one) for one in situations(name, tokens)]).us
+            found[f"{name} {tokens}"] = row
+            print(name, tokens, {k: round(v, 1) for k, v in row.items()}, flush=True)
         return found
 
     @section("parts")
@@ -272,6 +272,12 @@ def main():
                 print(f"{name:18s} {tokens:5d} ours {row['ours']:8.1f} torch {row['torch']:8.1f} floor {row['floor']:8.1f}", flush=True)
             layers.cache_clear()
         return found
+
+
+def _short(tiles):
+    usual = Tiles(0, 0, 0, 0)
+    extra = [f"{n}={getattr(tiles, n)}" for n in Tiles._fields[4:] if getattr(tiles, n) != getattr(usual, n)]
+    return " ".join(map(str, (*tiles[:4], *extra)))
 
 
 def grouped_mm(shape, given, hidden, chosen, weights):

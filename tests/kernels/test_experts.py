@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreting import BOUND, on_triton, relative
+from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
 pytest.importorskip("triton")
 
-from hf_optim_kernels.experts import launch, naive
+from hf_optim_kernels.experts import launch, naive, op
 from hf_optim_kernels.experts.naive import Gate, Weights
 
 ACTS = {naive.SILU: F.silu, naive.GELU: F.gelu, naive.RELU: F.relu, naive.RELU_SQUARED: lambda x: F.relu(x).square(),
@@ -94,7 +94,7 @@ def test_the_specification_is_each_expert_by_itself(gate, bias, transposed):
 def test_kernels_compute_the_layer(path, gate, device):
     bias, transposed = "clamped" in gate, gate == "interleaved-clamped" or gate == "gelu"
     given = layer(GATES[gate], bias=bias, transposed=transposed, device=device)
-    hidden, chosen, weights = inputs(7, 3, 5, device=device, dropped=True)
+    hidden, chosen, weights = inputs(3 if "decode" in path else 7, 3, 5, device=device, dropped=True)
     own = launch.mixture(hidden, chosen, weights, given, GATES[gate], PATHS[path])
     assert relative(own.cpu(), exact(hidden, chosen, weights, given, GATES[gate])) < BOUND[torch.float32]
 
@@ -104,13 +104,15 @@ def test_kernels_compute_the_layer(path, gate, device):
 @pytest.mark.parametrize("path", PATHS)
 def test_kernels_compute_the_layer_in_16_bits(path, dtype, device):
     given = layer(Gate(), dtype=dtype, device=device, d=64, inner=32)
-    hidden, chosen, weights = inputs(7, 3, 5, d=64, dtype=dtype, device=device)
+    hidden, chosen, weights = inputs(2 if "decode" in path else 7, 3, 5, d=64, dtype=dtype, device=device)
     own = launch.mixture(hidden, chosen, weights.to(dtype), given, Gate(), PATHS[path])
     assert own.dtype == dtype
     assert relative(own.cpu(), exact(hidden, chosen, weights.to(dtype), given, Gate())) < 2 * BOUND[dtype]
 
 
+# A tile may read rows that no expert computes, which hold anything.
 @on_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("gate", ["interleaved-clamped", "concatenated-clamped", "no-gate"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_descriptors_read_every_layout(gate, transposed, device):
@@ -120,3 +122,89 @@ def test_descriptors_read_every_layout(gate, transposed, device):
     assert launch.can_describe(given.matrices[0], hidden)
     own = launch.mixture(hidden, chosen, weights, given, gate, PATHS["described"])
     assert relative(own.cpu(), exact(hidden, chosen, weights, given, gate)) < 2 * BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+@pytest.mark.parametrize("gate", ["silu", "no-gate"])
+def test_products_and_sum_by_themselves_are_the_layer(gate, device):
+    gate = GATES[gate]
+    given = layer(gate, bias=True, transposed=gate.layout == naive.CONCATENATED, device=device)
+    hidden, chosen, weights = inputs(9, 2, 5, device=device, dropped=True)
+    found = op.find_route(chosen, 5, 16)
+    up, down = given.matrices
+    rows = op.rows_product(hidden, up, given.up_bias, found, 2, False, 16)
+    rows = op.rows_product(naive.apply_gate(rows, gate), down, given.down_bias, found, 0, True, 16)
+    own = op.combine(rows, chosen, weights, 5, torch.float32)
+    assert relative(own.cpu(), exact(hidden, chosen, weights, given, gate)) < 2e-6
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "count"), [(0, 2, 3), (1, 1, 1), (5, 1, 1), (6, 3, 3), (40, 2, 3)],
+)  # fmt: skip
+def test_the_least_and_the_most_of_everything(tokens, top_k, count, device):
+    given = layer(Gate(), experts=count, d=16, inner=16, device=device)
+    hidden, chosen, weights = inputs(tokens, top_k, count, d=16, device=device)
+    for case in (chosen, torch.full_like(chosen, count - 1), torch.full_like(chosen, count), -torch.ones_like(chosen)):
+        own = op.mixture(hidden, case, weights, given, Gate())
+        assert own.shape == hidden.shape
+        expected = exact(hidden, case, weights, given, Gate())
+        assert float((own.cpu() - expected).abs().max() if tokens else 0) < 1e-5
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+def test_inputs_need_not_be_contiguous(device):
+    given = layer(Gate(), bias=True, device=device)
+    strided = [torch.stack([t, t], dim=-1)[..., 0] for t in given[:4]]
+    hidden, chosen, weights = inputs(6, 2, 5, device=device)
+    others = [torch.stack([t, t], dim=-1)[..., 0] for t in (hidden, chosen, weights)]
+    assert not any(t.is_contiguous() for t in (*strided, *others))
+    own = op.mixture(*others, Weights(*strided, False), Gate())
+    assert relative(own.cpu(), exact(hidden, chosen, weights, given, Gate())) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+def test_operators_have_the_shapes_of_their_fakes(device):
+    given = layer(Gate(), device=device, experts=3, d=16, inner=16)
+    hidden, chosen, weights = inputs(5, 2, 3, d=16, device=device)
+    ops, utils = torch.ops.hf_optim, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.experts_mixture, (hidden, chosen, weights, *given, *Gate()), test_utils=utils)
+    found = op.find_route(chosen, 3, 16)
+    torch.library.opcheck(ops.experts_rows, (hidden, given.up, None, *found, 2, False, 16), test_utils=utils)
+    rows = torch.randn(10, 16, device=device)
+    torch.library.opcheck(ops.experts_combine, (rows, chosen, weights, 3, torch.float16), test_utils=utils)
+
+
+@pytest.mark.gpu
+def test_experts_beyond_2_to_the_31_weights_are_read():
+    E, d, inner = 40, 4096, 8192  # the matrices of the last experts begin behind 2^31
+    up = torch.zeros(E, 2 * inner, d, dtype=torch.bfloat16, device="cuda")
+    down = torch.zeros(E, d, inner, dtype=torch.bfloat16, device="cuda")
+    assert up.numel() > 1 << 31
+    up[-1].normal_(std=d**-0.5)
+    down[-1].normal_(std=inner**-0.5)
+    given = Weights(up, down, None, None, False)
+    last = Weights(up[-1:], down[-1:], None, None, False)
+    for tokens in (1, 8, 300, 3000):
+        hidden = torch.randn(tokens, d, dtype=torch.bfloat16, device="cuda")
+        chosen = torch.full((tokens, 1), E - 1, device="cuda")
+        weights = torch.ones(tokens, 1, device="cuda")
+        expected = naive.mixture(hidden, torch.zeros_like(chosen), weights, last, Gate())
+        assert relative(op.mixture(hidden, chosen, weights, given, Gate()), expected) < 2**-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 300, 3000])
+def test_a_captured_layer_follows_other_inputs(tokens):
+    given = layer(Gate(), experts=8, d=256, inner=384, dtype=torch.bfloat16, device="cuda")
+    hidden, chosen, weights = inputs(tokens, 2, 8, d=256, dtype=torch.bfloat16, device="cuda")
+    op.mixture(hidden, chosen, weights, given, Gate())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op.mixture(hidden, chosen, weights, given, Gate())
+    hidden.normal_()
+    chosen.copy_(torch.randint(0, 9, chosen.shape))
+    graph.replay()
+    expected = naive.mixture(hidden, chosen, weights, given, Gate())
+    assert relative(out, expected) < 2**-6
+    assert torch.equal(out, op.mixture(hidden, chosen, weights, given, Gate()))

@@ -16,7 +16,7 @@ from ..common.gemm import multiprocessor_count
 from ..common.launch import is_aligned, launch
 from .decode import _down_kernel, _up_kernel
 from .grouped import _combine_kernel, _grouped_kernel, _persistent_kernel
-from .naive import CONCATENATED, UNGATED, Gate, Route, Weights
+from .naive import CONCATENATED, UNGATED, Gate, Route, Weights, block_rows
 from .routing import route
 
 # Tiles of the output of a decoding step that several programs may share, at most.
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 def plan(tokens: int, top_k: int, experts: int, inner: int, hidden: int, transposed: bool, gated: bool) -> Plan:
     """Return how to compute ``tokens`` tokens, each with ``top_k`` of ``experts`` experts ``hidden -> inner``."""
-    if decodes(tokens, top_k, experts):
+    if decodes(tokens):
         if transposed:
             return Plan(0, Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3, split=top_k))
         return Plan(0, Tiles(16, 256, 4, 3), Tiles(16, 256, 2, 3, split=top_k))
@@ -79,17 +79,9 @@ def default_tiles(block: int, gated: bool) -> Tiles:
     return Tiles(128 if gated else 256, 64, 8, 3)
 
 
-def decodes(tokens: int, top_k: int, experts: int) -> bool:
+def decodes(tokens: int) -> bool:
     """Return True if pairs are so few that each reads its matrices by itself."""
     return tokens <= 4
-
-
-def block_rows(pairs: int, experts: int) -> int:
-    """Return the rows of a block: a power of two that most experts' rows fit in, or the largest."""
-    hit = experts * (1 - (1 - 1 / experts) ** pairs)
-    mean = pairs / hit
-    wanted = mean + 2 * math.sqrt(mean)
-    return 16 if wanted <= 16 else 32 if wanted <= 32 else 64 if wanted <= 64 else 128
 
 
 def mixture(
