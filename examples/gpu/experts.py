@@ -230,7 +230,7 @@ def main():
         found = {}
         for name, tokens in itertools.product(("qwen3-30b-a3b", "mixtral", "olmoe"), (1, 2, 4, 8)):
             shape, row = SHAPES[name], {}
-            usual = launch.default_tiles(16, True), launch.default_tiles(16, False)
+            usual = launch.default_tiles(16, shape.inner, shape.d, True), launch.default_tiles(16, shape.d, shape.inner, False)
             for label, how in {"decode": launch.plan(1, shape.top_k, shape.experts, shape.inner, shape.d, False, True), "blocks": Plan(16, *usual)}.items():
                 run = lambda given, *rest: launch.mixture(*rest, given, shape.gate, how)  # noqa: B023, E731
                 row[label] = benchmark.graph_time([functools.partial(run, *one) for one in situations(name, tokens)]).us

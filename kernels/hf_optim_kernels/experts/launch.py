@@ -19,6 +19,10 @@ from .grouped import _combine_kernel, _grouped_kernel, _persistent_kernel
 from .naive import CONCATENATED, UNGATED, Gate, Route, Weights, block_rows
 from .routing import route
 
+# The most tokens that are computed by the kernels of decoding.
+MOST_DECODED = 16
+# Columns of a product that are few, and numbers of a sum that are.
+MOST_NARROW, MOST_SHORT = 2048, 4096
 # Tiles of the output of a decoding step that several programs may share, at most.
 MOST_SEMAPHORES = 1 << 12
 
@@ -61,27 +65,36 @@ class Plan(NamedTuple):
 
 
 def plan(tokens: int, top_k: int, experts: int, inner: int, hidden: int, transposed: bool, gated: bool) -> Plan:
-    """Return how to compute ``tokens`` tokens, each with ``top_k`` of ``experts`` experts ``hidden -> inner``."""
-    if decodes(tokens):
+    """Return how to compute ``tokens`` tokens, each with ``top_k`` of ``experts`` experts ``hidden -> inner``.
+
+    Tiles are those that were fastest on an H200 for two shapes, by the rows of a block and the lengths of the sums.
+    """
+    if decodes(tokens, top_k, experts):
         if transposed:
-            return Plan(0, Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3, split=top_k))
-        return Plan(0, Tiles(16, 256, 4, 3), Tiles(16, 256, 2, 3, split=top_k))
+            return Plan(0, Tiles(32, 64, 4, 5), Tiles(64, 64, 4, 5, split=top_k))
+        return Plan(0, Tiles(4, 512, 4, 3), Tiles(16, 128, 2, 5, split=top_k))
     block = block_rows(tokens * top_k, experts)
-    return Plan(block, default_tiles(block, gated), default_tiles(block, False))
+    return Plan(block, default_tiles(block, inner, hidden, gated), default_tiles(block, hidden, inner, False))
 
 
-def default_tiles(block: int, gated: bool) -> Tiles:
-    """Return the tiles of a grouped product with blocks of so many rows."""
+def decodes(tokens: int, top_k: int, experts: int) -> bool:
+    """Return True if pairs are so few that most are alone with their expert: each reads its matrices by itself."""
+    return tokens == 1 or (tokens <= MOST_DECODED and 2 * tokens * top_k <= experts)
+
+
+def default_tiles(block: int, columns: int, length: int, gated: bool) -> Tiles:
+    """Return the tiles of a grouped product: rows of its blocks, columns of its output, and the length of its sums."""
     if block <= 32:
-        return Tiles(64 if gated else 128, 128, 4, 4 if gated else 4)
+        return Tiles(64 if gated else 128, 128, 4, 4 if block == 16 else 3, described=True)
     if block == 64:
-        return Tiles(64 if gated else 128, 64, 4, 4)
-    return Tiles(128 if gated else 256, 64, 8, 3)
-
-
-def decodes(tokens: int) -> bool:
-    """Return True if pairs are so few that each reads its matrices by itself."""
-    return tokens <= 4
+        return Tiles(64 if gated else 128, 64, 4, 4, described=True)
+    if gated:
+        # The tiles of few columns are taken by other programs before they leave the L2 cache.
+        return Tiles(128, 64, 8, 4, group=8 if columns > MOST_NARROW else 4, halves=True, described=True)
+    # With short sums, the next tile is read while a result is stored; with long ones, that is little of the time.
+    if length <= MOST_SHORT:
+        return Tiles(256, 64, 8, 3, described=True, persistent=True)
+    return Tiles(256, 64, 8, 4, described=True)
 
 
 def mixture(
@@ -125,9 +138,10 @@ def rows_product(
     out = torch.empty((found.order.numel(), N), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tiles = tiles or default_tiles(block, gate is not None and gate.layout != UNGATED)
+    tiles = tiles or default_tiles(block, N, K, gate is not None and gate.layout != UNGATED)
     block_n = max(16, min(tiles.n, triton.next_power_of_2(N)))
-    block_k = max(16, min(tiles.k, triton.next_power_of_2(K)))
+    # As many bytes of a tile as with 16 bits.
+    block_k = max(16, min(tiles.k * 2 // x.element_size(), triton.next_power_of_2(K)))
     entries, used = found.blocks.shape[0], gate or Gate()
     described = tiles.described and can_describe(weight, x)
     persistent = described and tiles.persistent and top_k == 0
