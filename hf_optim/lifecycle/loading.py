@@ -215,9 +215,10 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..compressed.packed.accelerate import accelerate
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
-    from ..toolkit.experts import attach_stored_routing
+    from ..toolkit.experts import attach_experts, attach_stored_routing, detach_experts
 
     wants_info = kwargs.pop("output_loading_info", False)
+    given_experts = kwargs.get("experts_implementation")
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     with readable_errors(source):
         config, kwargs = _resolve_config(cls, source, kwargs)
@@ -235,6 +236,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         require_runnable(model)
         accelerate(model)
     attach_stored_routing(model)
+    (attach_experts if given_experts is None else detach_experts)(model)
     return (model, info) if wants_info else model
 
 

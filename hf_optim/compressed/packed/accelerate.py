@@ -59,7 +59,9 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     one called computes the output of all. They remain separate modules. A norm that feeds only layers whose kernel can
     take quantized inputs from it quantizes its output in its own kernel (on a CUDA device, where that saves a launch).
 
-    Experts whose configuration states a capacity (``capacity_routing``) compute with it from now on.
+    Experts of a mixture compute with hf_optim's function, on kernels where the model is on a CUDA device, unless another
+    implementation than transformers' own was chosen (``experts_implementation``). Experts whose configuration states a
+    capacity (``capacity_routing``) compute with it from now on.
 
     Args:
         model: a model, or a wrapper around one (peft).
@@ -69,6 +71,7 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     """
     require_runnable(model)
     experts.attach_stored_routing(model)
+    experts.attach_experts(model)
     pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
     return model
 
@@ -128,8 +131,8 @@ def _make_savable(model: nn.Module) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every layer gets back the weight and the forward it had before, bit-exact.
 
-    Experts with a capacity (``capacity_routing``) compute without one, as in stock transformers, until ``accelerate``
-    is called. A model without packed layers and capacities is left unchanged.
+    Experts compute with the implementation that they had before, and without a capacity (``capacity_routing``), as in
+    stock transformers, until ``accelerate`` is called. A model without packed layers and experts is left unchanged.
     """
     from ..quantizer import detach_quantizer
 
@@ -138,6 +141,7 @@ def restore(model: nn.Module) -> nn.Module:
             unpack(module)
         codebook_layers.unpack(module)
     experts.detach_routing(model)
+    experts.detach_experts(model)
     model.__dict__.pop(UNSUPPORTED, None)
     inner = _pretrained(model)
     if inner is not None and inner.__dict__.pop(ATTACHED, False):

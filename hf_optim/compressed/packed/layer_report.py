@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from ...toolkit import topology
+from ...toolkit import experts, topology
+from ...toolkit.topology.experts import fused_experts
 from ...trust.figures import format_count
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes, QuantizedWeight
@@ -44,9 +46,18 @@ class LayerReport:
 class Report(list[LayerReport]):
     """The linear layers of a model, one ``LayerReport`` each.
 
+    Attributes:
+        experts: what the experts of each mixture layer run on, by the name of their module.
+
     ``str()`` gives ``summary``, then one row for layers that differ only in the number of their block. ``full()`` has
     one row per layer, and ``to_json()`` all of it in JSON types.
     """
+
+    experts: dict[str, str]
+
+    def __init__(self, rows: Iterable[LayerReport] = (), experts: Mapping[str, str] | None = None) -> None:
+        super().__init__(rows)
+        self.experts = dict(experts or {})
 
     @property
     def layers(self) -> list[LayerReport]:
@@ -55,7 +66,12 @@ class Report(list[LayerReport]):
 
     @property
     def summary(self) -> str:
-        """One line: how many layers run on which kernel, and how many run dense, with the reasons."""
+        """One line: how many layers run on which kernel, how many run dense, with the reasons, and the experts."""
+        mixtures = [f"experts of {format_count(n)} layers on {what}" for what, n in Counter(self.experts.values()).items()]
+        return "; ".join([self._linears, *mixtures])
+
+    @property
+    def _linears(self) -> str:
         kernels = Counter(_kernel_name(row.kernel) for row in self if row.kernel)
         dense: dict[str, list[str]] = {}
         for row in self:
@@ -86,12 +102,13 @@ class Report(list[LayerReport]):
         return f"{self.summary}\n\n{_table(('layer', 'out x in', 'runs on'), rows)}" if rows else self.summary
 
     def to_json(self) -> dict[str, Any]:
-        """Return ``{"summary": str, "layers": [{"name", "shape", "kernel", "reason"}]}``."""
-        return {"summary": self.summary, "layers": [asdict(row) | {"shape": list(row.shape)} for row in self]}
+        """Return ``{"summary": str, "layers": [{"name", "shape", "kernel", "reason"}], "experts": {name: str}}``."""
+        layers = [asdict(row) | {"shape": list(row.shape)} for row in self]
+        return {"summary": self.summary, "layers": layers, "experts": self.experts}
 
 
 def report(model: nn.Module) -> Report:
-    """Return, for each linear layer, the kernel it runs on or the reason why it runs dense.
+    """Return, for each linear layer, the kernel it runs on or the reason why it runs dense, and what experts run on.
 
     For a compressed model that is not accelerated, the reason names the kernel that ``accelerate`` would use.
     """
@@ -99,7 +116,8 @@ def report(model: nn.Module) -> Report:
     linears = topology.linears(model)
     kernels = kernels_for(model)
     thresholds = outlier_thresholds(model, linears) if unsupported is None else {}
-    rows = Report()
+    mixtures = fused_experts(model)
+    rows = Report((), {name: experts.implementation_of(module) for name, module in mixtures.items()})
     for name, module in (linears | codebook_layers.codebook_linears(model)).items():
         shape = topology.features(module)
         if isinstance(module, codebook_layers.PackedCodebookLayer):

@@ -5,6 +5,9 @@
 It computes what the eager forwards of transformers' expert classes compute, for every layout on the interface: with and
 without a gate, with biases, transposed, interleaved, with a norm behind each expert. Pairs are sorted by expert, so
 that each matrix is read once; pairs that no expert computes stand last and cost no product.
+
+On a CUDA device kernels compute it (``kernels``). Where a gradient is needed, and on a CPU, PyTorch's grouped product
+does.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import kernels
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that PyTorch's grouped product takes."""
@@ -29,6 +34,9 @@ def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: 
         weights: ``[T, k]``.
         complete: every pair is computed.
     """
+    op = kernels.operators(module, hidden, weights)
+    if op is not None:
+        return kernels.product(op, module, hidden, experts, weights)
     own: Any = module
     tokens, top_k = experts.shape
     count = own.down_proj.shape[0]

@@ -6,13 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "hf_optim"
 
 _functions: list[Callable[..., Any]] = []
-_users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def provide(function: Callable[..., Any]) -> None:
@@ -20,15 +19,15 @@ def provide(function: Callable[..., Any]) -> None:
     _functions[:] = [function]
 
 
-def use(module: nn.Module) -> None:
-    """Keep the function registered while ``module`` exists, or until ``drop``."""
+def use(module: Any) -> None:
+    """Keep the function registered while ``module`` (a module, or what a model holds) exists, or until ``drop``."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, _functions[0])
     if module not in _users:
         _users.add(module)
         weakref.finalize(module, _remove_unused)
 
 
-def drop(module: nn.Module) -> None:
+def drop(module: Any) -> None:
     """Undo ``use``."""
     _users.discard(module)
     _remove_unused()

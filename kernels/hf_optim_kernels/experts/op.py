@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..common.support import can_run_triton
 from . import naive
-from .naive import Gate, Route, Weights
+from .naive import Gate as Gate
+from .naive import Route
+from .naive import Weights as Weights
 from .naive import block_rows as block_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,0 +1,180 @@
+"""Native mixtures on hf_optim's experts function without a capacity: kernels, switching, copies, and the report."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+
+import pytest
+import tiny_mixtures
+import torch
+from capped_oracle import is_registered, without_other_users
+
+import hf_optim
+from hf_optim.toolkit.experts import Routing, attach_experts, attach_routing, expert_product
+from hf_optim.toolkit.experts.gates import recognize
+from hf_optim.toolkit.topology import dummy_inputs
+from hf_optim.toolkit.topology.experts import fused_experts
+
+KINDS = (
+    "mixtral", "gpt_oss", "openai_privacy_filter", "aria_text", "nemotron_h", "deepseek_v4", "muse_spark", "lfm2_moe",
+    "gemma4_text", "inkling2_text",
+)  # fmt: skip
+KINDS = tuple(kind for kind in KINDS if kind in tiny_mixtures.classes())
+GATES = {  # layout, activation, alpha, offset, limit
+    "mixtral": (1, 0, 1.0, 0.0, math.inf), "gpt_oss": (2, 0, 1.702, 1.0, 7.0), "nemotron_h": (0, 4, 1.0, 0.0, math.inf),
+    "openai_privacy_filter": (1, 0, 1.702, 1.0, 7.0), "gemma4_text": (1, 2, 1.0, 0.0, math.inf),
+    "deepseek_v4": (1, 0, 1.0, 0.0, 10.0), "inkling2_text": None, "lfm2_moe": (1, 0, 1.0, 0.0, math.inf),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    with without_other_users():
+        yield
+
+
+def output(model):
+    with torch.no_grad():
+        found = model(**dummy_inputs(model))
+    return found.logits if "logits" in found else found[0]
+
+
+def chosen(model):
+    return {module.config._experts_implementation for module in fused_experts(model).values()}
+
+
+def module_of(kind, **changes):
+    return next(iter(fused_experts(tiny_mixtures.build(kind, **changes)).values()))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GATES if kind in KINDS])
+def test_a_gate_is_recognized_by_what_it_computes(kind):
+    assert recognize(module_of(kind)) == GATES[kind]
+
+
+def test_what_is_not_the_known_formula_is_not_recognized():
+    module = module_of("mixtral")
+    module.act_fn = torch.nn.PReLU()  # has a weight
+    assert recognize(module) is None
+    module.act_fn = torch.nn.Hardswish()
+    assert recognize(module) is None
+    module = module_of("gpt_oss")
+    module.limit = 3.5
+    assert recognize(module)[-1] == 3.5
+    module._apply_gate = lambda rows: rows
+    assert recognize(module) is None
+
+    class Own(type(module_of("mixtral"))):
+        def _apply_gate(self, rows):
+            return super()._apply_gate(rows)
+
+    module = module_of("mixtral")
+    module.__class__ = Own
+    assert recognize(module) is None
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_compute_every_native_class(kind):
+    module = module_of(kind)
+    random = torch.Generator().manual_seed(0)
+    width = module.down_proj.shape[1] if not module.is_transposed else module.down_proj.shape[2]
+    hidden = torch.randn(5, width, generator=random)
+    index = torch.rand(5, 4, generator=random).topk(2).indices
+    weights = torch.rand(5, 2, generator=random)
+    with torch.no_grad():
+        ours = expert_product(module, hidden, index, weights, True)
+        dropped = expert_product(module, hidden, torch.where(index == 3, 9, index), weights, False)
+        module.config._experts_implementation = "eager"
+        eager = module(hidden, index, weights)
+        kept = module(hidden, index.clamp(max=3), weights * (index != 3))
+    assert torch.allclose(ours, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
+    assert torch.allclose(dropped, kept, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
+    hidden.requires_grad_()
+    assert expert_product(module, hidden, index, weights, True).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h", "qwen3_vl_moe"])
+def test_accelerate_switches_and_restore_switches_back(kind):
+    model = tiny_mixtures.build(kind)
+    before, expected = chosen(model), output(model)
+    assert not is_registered()
+    assert hf_optim.accelerate(model) is model
+    assert chosen(model) == {"hf_optim"}
+    report = hf_optim.report(model)
+    assert set(report.experts.values()) == {"hf_optim: grouped_mm (on a CPU)"}
+    assert f"experts of {len(report.experts)} layers on hf_optim" in report.summary
+    assert report.to_json()["experts"] == report.experts
+    assert torch.allclose(output(model), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert "hf_optim" not in model.config.to_json_string()
+    hf_optim.restore(model)
+    assert chosen(model) == before
+    assert torch.equal(output(model), expected)
+    assert not is_registered()
+
+
+def test_copies_and_pickles_compute_after_the_original_is_gone():
+    model = tiny_mixtures.build("mixtral")
+    hf_optim.accelerate(model)
+    expected = output(model)
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    del model
+    gc.collect()
+    assert is_registered()
+    for other in others:
+        assert torch.equal(output(other), expected)
+        hf_optim.restore(other)
+    assert not is_registered()
+
+
+def test_an_implementation_that_the_user_chose_is_kept():
+    model = tiny_mixtures.build("mixtral")
+    model.set_experts_implementation("batched_mm")
+    hf_optim.accelerate(model)
+    hf_optim.restore(model)
+    assert chosen(model) == {"batched_mm"}
+    model.config._experts_implementation = "sonicmoe"
+    assert attach_experts(model) == []
+    assert model.config._experts_implementation == "sonicmoe"
+
+
+def test_a_capacity_comes_and_goes_on_an_accelerated_model():
+    model = tiny_mixtures.build("mixtral")
+    expected = output(model)
+    hf_optim.accelerate(model)
+    attach_routing(model, Routing(capacity=0.25))
+    assert not torch.allclose(output(model), expected)
+    hf_optim.restore(model)
+    assert chosen(model) != {"hf_optim"}
+    assert torch.equal(output(model), expected)
+
+
+def test_auto_switches_the_experts_of_a_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tiny_mixtures.build("qwen3_moe").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto")
+    assert chosen(model) == {"hf_optim"}
+    assert "hf_optim" not in (tmp_path / "config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config="auto", experts_implementation="eager")
+    assert chosen(model) == {"eager"}
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "hf_optim" not in chosen(stock)
+
+
+def test_gradients_of_an_accelerated_layer_are_those_of_the_eager_one():
+    module = module_of("gpt_oss").double()
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 32, generator=random, dtype=torch.float64, requires_grad=True)
+    index = torch.rand(7, 4, generator=random).topk(2).indices
+    weights = torch.rand(7, 2, generator=random, dtype=torch.float64, requires_grad=True)
+    seed = torch.randn(7, 32, generator=random, dtype=torch.float64)
+    given = (hidden, weights, *module.parameters())
+    ours = torch.autograd.grad((expert_product(module, hidden, index, weights, True) * seed).sum(), given)
+    module.config._experts_implementation = "eager"
+    eager = torch.autograd.grad((module(hidden, index, weights) * seed).sum(), given)
+    for one, other in zip(ours, eager, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
