@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -48,15 +50,21 @@ SHAPES = {
     "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
 }
 TUNED = ("qwen3-30b-a3b", "mixtral")
+WAYS = ("stock", "accelerated", "door")
 TOKENS = (1, 8, 64, 512, 4096)
-DECODE_UP = [Tiles(*t) for t in ((16, 256, 4, 3), (8, 256, 2, 3), (4, 512, 4, 3), (16, 256, 4, 4), (32, 256, 8, 3), (16, 128, 4, 5))]
+DECODE_UP = [
+    Tiles(*t)
+    for t in ((16, 256, 4, 3), (8, 256, 2, 3), (4, 512, 4, 3), (16, 256, 4, 4), (32, 256, 8, 3), (16, 128, 4, 5))
+]
 DECODE_DOWN = [
     Tiles(n, k, w, s, split=p) for n, k, w, s, p in (
         (16, 256, 2, 3, 8), (32, 256, 4, 3, 8), (16, 256, 2, 4, 8), (8, 256, 1, 3, 8), (32, 128, 4, 4, 8), (32, 256, 4, 4, 4),
         (16, 128, 2, 5, 8), (64, 256, 8, 3, 8),
     )
 ]  # fmt: skip
-DECODE_UP_TRANSPOSED = [Tiles(*t) for t in ((32, 64, 4, 3), (64, 64, 4, 4), (32, 128, 4, 3), (64, 32, 4, 4), (32, 64, 4, 5), (32, 32, 2, 5))]
+DECODE_UP_TRANSPOSED = [
+    Tiles(*t) for t in ((32, 64, 4, 3), (64, 64, 4, 4), (32, 128, 4, 3), (64, 32, 4, 4), (32, 64, 4, 5), (32, 32, 2, 5))
+]
 DECODE_DOWN_TRANSPOSED = [
     Tiles(n, k, w, s, split=4) for n, k, w, s in ((64, 64, 4, 3), (128, 32, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (64, 32, 2, 5), (128, 64, 4, 4))
 ]  # fmt: skip
@@ -155,28 +163,30 @@ def trials():
                 yield from ((name, tokens, block, which, t) for t in tiles.get(block, ()))
 
 
-def warm(index, count):
-    """Compile the kernels of every ``count``-th trial, and those of the plans."""
-    todo = sorted({(n, b, w, t): None for n, _, b, w, t in trials()}, key=str)[index::count]
+def warm(what, index, count):
+    """Compile the kernels of every ``count``-th trial (``tiles``), or those of whole layers (``blocks``)."""
+    todo = sorted({(n, b, w, t): None for n, _, b, w, t in trials()}, key=str)[index::count] if what == "tiles" else []
     for name, block, which, tiles in sorted(todo, key=lambda one: one[0]):
         try:
             launches(name, 2, block, which, (layers(name, 1)[0], *batch(name, 2)))(tiles)
         except Exception as problem:
             print("warm", name, block, which, tiles, type(problem).__name__, str(problem)[:200], flush=True)
-    names = list(SHAPES)
-    if index < len(names):
+    for name, tokens in list(itertools.product(SHAPES, TOKENS))[index::count]:
         layers.cache_clear()
-        name = names[index]
-        for tokens in TOKENS:
-            given = layers(name, 1)[0]
-            launch.mixture(*batch(name, tokens), given, SHAPES[name].gate)
+        launch.mixture(*batch(name, tokens), layers(name, 1)[0], SHAPES[name].gate)
     torch.cuda.synchronize()
 
 
 def main():
-    if not sys.argv[1:] or any("tiles" in word for word in sys.argv[1:]):
+    folder = Path(tempfile.mkdtemp())
+    wants = lambda name: not sys.argv[1:] or any(word in name for word in sys.argv[1:])  # noqa: E731
+    script = [sys.executable, __file__]
+    ways = WAYS if wants("generate") else ()
+    generating = {way: subprocess.Popen([*script, "--generate", way, str(folder)]) for way in ways}
+    if wants("tiles") or wants("blocks"):
         start, count = time.perf_counter(), os.cpu_count() or 1
-        others = [subprocess.Popen([sys.executable, __file__, "--warm", str(i), str(count)]) for i in range(count)]
+        which = "tiles" if wants("tiles") else "blocks"
+        others = [subprocess.Popen([*script, "--warm", which, str(i), str(count)]) for i in range(count)]
         for other in others:
             other.wait()
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
@@ -197,7 +207,9 @@ def main():
                 again = launch.mixture(hidden, chosen, weights, given, shape.gate)
                 error = float((own.double() - wide).norm() / wide.norm())
                 found[f"{name} {tokens}"] = {"error": error, "same": bool(torch.equal(own, again))}
-            print(name, {k: f"{v['error']:.1e} {v['same']}" for k, v in found.items() if k.startswith(name)}, flush=True)
+            print(
+                name, {k: f"{v['error']:.1e} {v['same']}" for k, v in found.items() if k.startswith(name)}, flush=True
+            )
             layers.cache_clear()
         return found
 
@@ -230,9 +242,15 @@ def main():
         found = {}
         for name, tokens in itertools.product(("qwen3-30b-a3b", "mixtral", "olmoe"), (1, 2, 4, 8)):
             shape, row = SHAPES[name], {}
-            usual = launch.default_tiles(16, shape.inner, shape.d, True), launch.default_tiles(16, shape.d, shape.inner, False)
-            for label, how in {"decode": launch.plan(1, shape.top_k, shape.experts, shape.inner, shape.d, False, True), "blocks": Plan(16, *usual)}.items():
-                run = lambda given, *rest: launch.mixture(*rest, given, shape.gate, how)  # noqa: B023, E731
+            usual = (
+                launch.default_tiles(16, shape.inner, shape.d, True),
+                launch.default_tiles(16, shape.d, shape.inner, False),
+            )
+            for label, how in {
+                "decode": launch.plan(1, shape.top_k, shape.experts, shape.inner, shape.d, False, True),
+                "blocks": Plan(16, *usual),
+            }.items():
+                run = lambda given, *rest: launch.mixture(*rest, given, shape.gate, how)  # noqa: E731
                 row[label] = benchmark.graph_time([functools.partial(run, *one) for one in situations(name, tokens)]).us
             found[f"{name} {tokens}"] = row
             print(name, tokens, {k: round(v, 1) for k, v in row.items()}, flush=True)
@@ -250,28 +268,127 @@ def main():
                 block = launch.block_rows(tokens * shape.top_k, shape.experts)
                 found[f"{name} {tokens}"] = row = {
                     "route": benchmark.graph_time([lambda: routing.route(chosen, shape.experts, block)] * 8).us,
-                    "combine": benchmark.graph_time([lambda: launch.combine(rows, chosen, weights, shape.experts, torch.bfloat16)] * 8).us,
+                    "combine": benchmark.graph_time(
+                        [lambda: launch.combine(rows, chosen, weights, shape.experts, torch.bfloat16)] * 8
+                    ).us,
                 }
                 print(name, tokens, {k: round(v, 1) for k, v in row.items()}, flush=True)
         return found
 
     @section("blocks")
     def _():
-        """Microseconds of a whole layer beside torch's grouped product with sorted tokens."""
+        """Microseconds of a whole layer, replayed graphs, beside transformers' functions and torch's grouped product."""
         found = {}
         ceilings = section.result.get("ceilings") or {"bytes_us": 4.2e6, "flops_us": 785e6}
-        for name in SHAPES:
-            for tokens in TOKENS:
-                shape, made = SHAPES[name], situations(name, tokens)
-                run = lambda given, *rest: launch.mixture(*rest, given, shape.gate)  # noqa: B023, E731
-                row = {"ours": benchmark.graph_time([functools.partial(run, *m) for m in made]).us}
-                row["torch"] = benchmark.graph_time([grouped_mm(shape, *m) for m in made]).us
-                row["floor"] = floor(name, tokens, ceilings["bytes_us"], ceilings["flops_us"])
-                row["plan"] = str(launch.plan(tokens, shape.top_k, shape.experts, shape.inner, shape.d, shape.transposed, True))
-                found[f"{name} {tokens}"] = row
-                print(f"{name:18s} {tokens:5d} ours {row['ours']:8.1f} torch {row['torch']:8.1f} floor {row['floor']:8.1f}", flush=True)
+        for name, tokens in itertools.product(SHAPES, TOKENS):
+            shape, made = SHAPES[name], situations(name, tokens)
+            run = lambda given, *rest: launch.mixture(*rest, given, shape.gate)  # noqa: E731
+            ways = {"ours": [functools.partial(run, *one) for one in made]}
+            ways["torch"] = [grouped_mm(shape, *one) for one in made]
+            for key in ("grouped_mm", "batched_mm") if tokens * shape.top_k <= 512 else ("grouped_mm",):
+                ways[key] = [transformers_call(shape, key, *one) for one in made]
+            row = {key: _timed(calls) for key, calls in ways.items()}
+            row["eager"] = _timed([transformers_call(shape, "eager", *one) for one in made[:2]], captured=False)
+            row["floor"] = floor(name, tokens, ceilings["bytes_us"], ceilings["flops_us"])
+            found[f"{name} {tokens}"] = row
+            print(
+                f"{name:17s} {tokens:5d} "
+                + " ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                flush=True,
+            )
+            if tokens == TOKENS[-1]:
+                layers.cache_clear()
+        return found
+
+    @section("training")
+    def _():
+        """Milliseconds of forward and backward of a layer, with the gradients of its matrices."""
+        from hf_optim.toolkit.experts import expert_product
+
+        found = {}
+        for name, tokens in itertools.product(TUNED, (512, 4096)):
+            shape, (given, hidden, chosen, weights) = SHAPES[name], situations(name, tokens)[0]
+            module = transformers_module(shape, given).requires_grad_(True)
+            hidden.requires_grad_(), weights.requires_grad_()
+            ways = {"ours": lambda *a, m=module: expert_product(m, *a, True)}
+            ways |= {key: transformers_call(shape, key, given, module=module) for key in ("grouped_mm", "eager")}
+
+            def step(way):
+                module.zero_grad()
+                way(hidden, chosen, weights).float().square().mean().backward()
+
+            row = {key: _timed([functools.partial(step, way)], captured=False) for key, way in ways.items()}
+            found[f"{name} {tokens}"] = row
+            print(name, tokens, row, flush=True)
             layers.cache_clear()
         return found
+
+    @section("generate")
+    def _():
+        """Milliseconds a token of ``generate``, by processes that have compiled meanwhile."""
+        found = {}
+        for way, other in generating.items():
+            while not (folder / f"{way}.ready").exists() and other.poll() is None:
+                time.sleep(0.05)
+        for way, other in generating.items():
+            (folder / f"{way}.go").touch()
+            other.wait()
+            path = folder / f"{way}.json"
+            found[way] = json.loads(path.read_text()) if path.exists() else {"failed": other.returncode}
+            print(way, found[way], flush=True)
+        return found
+
+
+def transformers_module(shape, given):
+    """transformers' module of experts of a shape, with these matrices."""
+    from torch import nn
+    from transformers import GptOssConfig, MixtralConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    cls, config = (GptOssExperts, GptOssConfig) if shape.bias else (MixtralExperts, MixtralConfig)
+    settings = config(hidden_size=shape.d, intermediate_size=shape.inner, num_local_experts=shape.experts)
+    with torch.device("meta"):
+        module = cls(settings)
+    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    for key, value in zip(names, given[:4], strict=True):
+        if value is not None:
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+    module.num_experts = shape.experts
+    return module
+
+
+def transformers_call(shape, key, given, *rest, module=None):
+    """A call of one of transformers' functions for experts."""
+    module = module or transformers_module(shape, given)
+    module.config._experts_implementation = key
+
+    def call(*args):
+        module.config._experts_implementation = key
+        return module(*(args or rest))
+
+    return call
+
+
+def _timed(calls, captured=True):
+    """Microseconds, or why there are none."""
+    try:
+        with torch.set_grad_enabled(not captured and torch.is_grad_enabled()):
+            if captured:
+                return benchmark.graph_time(calls).us
+            for call in calls:
+                call()
+            torch.cuda.synchronize()
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                for call in calls:
+                    call()
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - start) * 1e6 / len(calls))
+            return sorted(times)[2]
+    except Exception as problem:
+        return f"{type(problem).__name__}: {str(problem)[:80]}"
 
 
 def _short(tiles):
@@ -295,8 +412,59 @@ def grouped_mm(shape, given, hidden, chosen, weights):
     return call
 
 
+def generate(way, folder):
+    """Time ``generate`` of a 30B-A3B-shaped model of 12 layers; waits for its turn after it has compiled."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    import hf_optim
+
+    config = Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        num_hidden_layers=12, num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936,
+        norm_topk_prob=True, max_position_embeddings=4096, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    model.to_empty(device="cuda")
+    torch.manual_seed(0)
+    for value in model.parameters():
+        value.data.normal_(std=0.02) if value.dim() > 1 else value.data.fill_(1.0)
+    rotary = model.model.rotary_emb
+    fresh = type(rotary)(config, device="cuda")
+    rotary.inv_freq = fresh.inv_freq.float()
+    if hasattr(rotary, "original_inv_freq"):
+        rotary.original_inv_freq = rotary.inv_freq
+    model.eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    if way != "stock":
+        hf_optim.accelerate(model)
+    ids = torch.arange(100, 228, device="cuda").view(1, -1)
+
+    def run(count):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.no_grad():
+            if way == "door":
+                hf_optim.generate(model, input_ids=ids, max_new_tokens=count, do_sample=False, mode="captured")
+            else:
+                model.generate(ids, max_new_tokens=count, do_sample=False, cache_implementation="static")
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    compiling = run(96), run(96)
+    (folder / f"{way}.ready").touch()
+    while not (folder / f"{way}.go").exists():
+        time.sleep(0.05)
+    short, long = (min(run(count) for _ in range(3)) for count in (32, 96))
+    row = {"ms_token": (long - short) / 64 * 1e3, "seconds_96": long, "first_calls_s": compiling}
+    (folder / f"{way}.json").write_text(json.dumps(row))
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--warm"]:
-        warm(int(sys.argv[2]), int(sys.argv[3]))
+        warm(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1:2] == ["--generate"]:
+        generate(sys.argv[2], Path(sys.argv[3]))
     else:
         main()

@@ -218,7 +218,9 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..toolkit.experts import attach_experts, attach_stored_routing, detach_experts
 
     wants_info = kwargs.pop("output_loading_info", False)
-    given_experts = kwargs.get("experts_implementation")
+    # transformers' Auto classes have put the argument into the configuration.
+    given_config = getattr(kwargs.get("config"), "_experts_implementation", None)
+    given_experts = kwargs.get("experts_implementation", given_config)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     with readable_errors(source):
         config, kwargs = _resolve_config(cls, source, kwargs)
