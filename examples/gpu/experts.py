@@ -424,18 +424,9 @@ def generate(way, folder):
         norm_topk_prob=True, max_position_embeddings=4096, dtype=torch.bfloat16,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config)
-    model.to_empty(device="cuda")
-    torch.manual_seed(0)
-    for value in model.parameters():
-        value.data.normal_(std=0.02) if value.dim() > 1 else value.data.fill_(1.0)
-    rotary = model.model.rotary_emb
-    fresh = type(rotary)(config, device="cuda")
-    rotary.inv_freq = fresh.inv_freq.float()
-    if hasattr(rotary, "original_inv_freq"):
-        rotary.original_inv_freq = rotary.inv_freq
-    model.eval()
+    with torch.device("cuda"):
+        model = Qwen3MoeForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     if way != "stock":
         hf_optim.accelerate(model)
