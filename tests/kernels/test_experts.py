@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from interpreting import BOUND, EVERYWHERE, on_triton, relative
 
 pytest.importorskip("triton")
 
-from hf_optim_kernels.experts import launch, naive, op
+from hf_optim_kernels.experts import descriptors, launch, naive, op
 from hf_optim_kernels.experts.naive import Gate, Weights
 
 ACTS = {naive.SILU: F.silu, naive.GELU: F.gelu, naive.RELU: F.relu, naive.RELU_SQUARED: lambda x: F.relu(x).square(),
@@ -32,6 +32,9 @@ PATHS = {
     "described": launch.Plan(16, T16._replace(described=True), T16._replace(described=True, persistent=True)),
     "blocks-of-32-and-halves": launch.Plan(32, T16._replace(halves=True), T16._replace(n=32, k=32, halves=True)),
 }
+# Every gate on the kernels of decoding and on grouped products; on the other paths those that differ most.
+CASES = [(path, gate) for path in ("decode", "blocks-of-16") for gate in GATES]
+CASES += [(path, gate) for path in ("decode-whole", "blocks-of-32-and-halves") for gate in ("silu", "no-gate")]
 
 
 def layer(gate, *, experts=5, d=48, inner=48, bias=False, transposed=False, dtype=torch.float32, device="cpu"):
@@ -89,8 +92,7 @@ def test_the_specification_is_each_expert_by_itself(gate, bias, transposed):
 
 
 @on_triton
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "gate"), CASES)
 def test_kernels_compute_the_layer(path, gate, device):
     bias, transposed = "clamped" in gate, gate == "interleaved-clamped" or gate == "gelu"
     given = layer(GATES[gate], bias=bias, transposed=transposed, device=device)
@@ -119,9 +121,48 @@ def test_descriptors_read_every_layout(gate, transposed, device):
     gate = GATES[gate]
     given = layer(gate, dtype=torch.float16, device=device, d=48, inner=80, bias=True, transposed=transposed)
     hidden, chosen, weights = inputs(7, 2, 5, dtype=torch.float16, device=device, dropped=True)
-    assert launch.can_describe(given.matrices[0], hidden)
+    assert descriptors.can_describe(given.matrices[0], hidden)
     own = launch.mixture(hidden, chosen, weights, given, gate, PATHS["described"])
     assert relative(own.cpu(), exact(hidden, chosen, weights, given, gate)) < 2 * BOUND[torch.float16]
+
+
+# (transposed, gate, rows by pair, k, bias): the first product of a layer, and the second.
+TRIALS = [
+    (False, Gate(), False, 2, False), (True, GATES["interleaved-clamped"], False, 3, True), (False, None, True, 0, True),
+]  # fmt: skip
+
+
+@on_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_configuration_is_compared_with_the_specification(trial, device):
+    transposed, gate, by_pair, top_k, bias = trial
+    tiles = T16._replace(described=True, persistent=top_k == 0)
+    given = torch.float16, torch.device(device), transposed, gate, 16, tiles, by_pair, top_k, bias
+    assert descriptors.trial_error(*given, launch.rows_product) < descriptors.LARGEST_ERROR / 10
+
+    def shifted(*args):
+        return launch.rows_product(*args).roll(1, dims=1)
+
+    assert descriptors.trial_error(*given, shifted) > descriptors.LARGEST_ERROR
+
+
+def test_a_configuration_that_is_wrong_or_cannot_be_built_gives_way(monkeypatch, caplog):
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float16)
+    monkeypatch.setattr(descriptors, "_right", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ask = lambda block: descriptors.are_right(x, False, None, block, T16, True, 0, False, None)  # noqa: E731
+    assert not ask(16)
+    assert not descriptors._right  # nothing is decided while a graph is captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    errors = iter([0.001, 1.4, float("inf")])
+    monkeypatch.setattr(descriptors, "trial_error", lambda *args: next(errors))
+    assert [ask(16), ask(32), ask(64)] == [True, False, False]
+    assert [ask(16), ask(32), ask(64)] == [True, False, False]  # each is tried once
+    assert "differ from their specification" in caplog.text
+    monkeypatch.setattr(descriptors, "trial_error", lambda *args: 1 / 0)
+    assert not ask(128)
+    assert not descriptors.is_trying()
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)

@@ -59,9 +59,9 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     one called computes the output of all. They remain separate modules. A norm that feeds only layers whose kernel can
     take quantized inputs from it quantizes its output in its own kernel (on a CUDA device, where that saves a launch).
 
-    Experts of a mixture compute with hf_optim's function, on kernels where the model is on a CUDA device, unless another
-    implementation than transformers' own was chosen (``experts_implementation``). Experts whose configuration states a
-    capacity (``capacity_routing``) compute with it from now on.
+    Experts of a mixture compute with hf_optim's function, on kernels where the model is on a CUDA device, unless an
+    implementation other than transformers' own was chosen (``experts_implementation``). Experts whose configuration
+    states a capacity (``capacity_routing``) compute with it from now on.
 
     Args:
         model: a model, or a wrapper around one (peft).

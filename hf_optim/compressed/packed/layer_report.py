@@ -67,7 +67,8 @@ class Report(list[LayerReport]):
     @property
     def summary(self) -> str:
         """One line: how many layers run on which kernel, how many run dense, with the reasons, and the experts."""
-        mixtures = [f"experts of {format_count(n)} layers on {what}" for what, n in Counter(self.experts.values()).items()]
+        found = Counter(self.experts.values())
+        mixtures = [f"experts of {format_count(count)} layers on {what}" for what, count in found.items()]
         return "; ".join([self._linears, *mixtures])
 
     @property

@@ -2,7 +2,7 @@
 
 Kernels compute the known activations in the launch of the first product. A class may clamp, scale or mix the gate in a
 method of its own; so the method of a module is run on numbers drawn for that, and compared with the formulas that the
-kernels have. What agrees with none of them, or has weights of its own, or is not transformers' code, is called as it is.
+kernels have. A method that agrees with none of them, has weights, or is not transformers' code, is called as it is.
 """
 
 from __future__ import annotations

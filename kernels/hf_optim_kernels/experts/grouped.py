@@ -30,11 +30,7 @@ def _described_tile(
         tile = weight.load([expert, start, pid_n * WIDTH])
     else:
         tile = weight.load([expert, pid_n * WIDTH, start])
-    if TRANSPOSED:
-        found = tl.reshape(tile, (BLOCK_K, WIDTH))
-    else:
-        found = tl.reshape(tile, (WIDTH, BLOCK_K)).T
-    return found
+    return tl.reshape(tile, (BLOCK_K, WIDTH)) if TRANSPOSED else tl.reshape(tile, (WIDTH, BLOCK_K)).T
 
 
 @triton.jit

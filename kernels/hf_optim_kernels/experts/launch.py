@@ -14,10 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..common.compute_type import compute_constants
 from ..common.gemm import multiprocessor_count
 from ..common.launch import is_aligned, launch
+from . import descriptors
 from .decode import _down_kernel, _up_kernel
 from .grouped import _combine_kernel, _grouped_kernel, _persistent_kernel
-from .naive import CONCATENATED, UNGATED, Gate, Route, Weights, block_rows
+from .naive import UNGATED, Gate, Route, Weights, block_rows
 from .routing import route
+from .tiles import Tiles
 
 # The most tokens that are computed by the kernels of decoding.
 MOST_DECODED = 16
@@ -25,30 +27,6 @@ MOST_DECODED = 16
 MOST_NARROW, MOST_SHORT = 2048, 4096
 # Tiles of the output of a decoding step that several programs may share, at most.
 MOST_SEMAPHORES = 1 << 12
-
-
-class Tiles(NamedTuple):
-    """Tiles of one launch.
-
-    Attributes:
-        n, k: columns of the output, and of the matrix, that a program takes at a time.
-        warps, stages: compile options; stages are loads under way.
-        group: blocks of rows that are multiplied together (grouped products).
-        halves: multiply a block with few rows as half a tile (grouped products).
-        split: programs that share the experts of a token (decoding).
-        described: read matrices through tensor descriptors where these can (grouped products).
-        persistent: as many programs as run at a time (grouped products of rows in the order of the route).
-    """
-
-    n: int
-    k: int
-    warps: int
-    stages: int
-    group: int = 8
-    halves: bool = False
-    split: int = 1
-    described: bool = False
-    persistent: bool = False
 
 
 class Plan(NamedTuple):
@@ -72,7 +50,7 @@ def plan(tokens: int, top_k: int, experts: int, inner: int, hidden: int, transpo
     if decodes(tokens, top_k, experts):
         if transposed:
             return Plan(0, Tiles(32, 64, 4, 5), Tiles(64, 64, 4, 5, split=top_k))
-        return Plan(0, Tiles(4, 512, 4, 3), Tiles(16, 128, 2, 5, split=top_k))
+        return Plan(0, Tiles(16, 256, 4, 3), Tiles(16, 256, 2, 3, split=top_k))
     block = block_rows(tokens * top_k, experts)
     return Plan(block, default_tiles(block, inner, hidden, gated), default_tiles(block, hidden, inner, False))
 
@@ -89,8 +67,9 @@ def default_tiles(block: int, columns: int, length: int, gated: bool) -> Tiles:
     if block == 64:
         return Tiles(64 if gated else 128, 64, 4, 4, described=True)
     if gated:
-        # The tiles of few columns are taken by other programs before they leave the L2 cache.
-        return Tiles(128, 64, 8, 4, group=8 if columns > MOST_NARROW else 4, halves=True, described=True)
+        # With few columns, blocks of one expert stand closer together.
+        narrow = columns <= MOST_NARROW
+        return Tiles(128, 64, 8, 4, group=4 if narrow else 8, halves=not narrow, described=True)
     # With short sums, the next tile is read while a result is stored; with long ones, that is little of the time.
     if length <= MOST_SHORT:
         return Tiles(256, 64, 8, 3, described=True, persistent=True)
@@ -128,11 +107,11 @@ def rows_product(
     gate: Gate | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """Return ``naive.rows_product``, with ``gate`` that of its activation. Columns of ``x`` and ``bias`` are contiguous.
+    """Return ``naive.rows_product``, with the activation of ``gate``; columns of ``x`` and ``bias`` are contiguous.
 
     ``block`` is that of the route.
     """
-    count, N, K = weight.shape
+    _, N, K = weight.shape
     if gate is not None and gate.layout != UNGATED:
         N //= 2
     out = torch.empty((found.order.numel(), N), dtype=x.dtype, device=x.device)
@@ -143,9 +122,13 @@ def rows_product(
     # As many bytes of a tile as with 16 bits.
     block_k = max(16, min(tiles.k * 2 // x.element_size(), triton.next_power_of_2(K)))
     entries, used = found.blocks.shape[0], gate or Gate()
-    described = tiles.described and can_describe(weight, x)
-    persistent = described and tiles.persistent and top_k == 0
     transposed = weight.stride(2) != 1
+    described = tiles.described and descriptors.can_describe(weight, x)
+    if described and not descriptors.is_trying():
+        described = descriptors.are_right(
+            x, transposed, gate, block, tiles, by_pair, top_k, bias is not None, rows_product
+        )
+    persistent = described and tiles.persistent and top_k == 0
     kernel = _persistent_kernel if persistent else _grouped_kernel
     constants = {
         "TOP_K": top_k, "BY_PAIR": by_pair, **_gate_constants(used), "ACTIVATE": gate is not None,
@@ -161,7 +144,7 @@ def rows_product(
     given: tuple[Any, ...] = tensors
     programs = entries * -(-N // block_n)
     if described:
-        given = (x, describe(weight, block_n, block_k, used if gate else None), *tensors[2:])
+        given = (x, descriptors.describe(weight, block_n, block_k, used if gate else None), *tensors[2:])
     if persistent:
         given = (TensorDescriptor.from_tensor(x, [block, block_k]), *given[1:])
         programs = min(programs, multiprocessor_count(x.device))
@@ -173,33 +156,6 @@ def rows_product(
         key=(*_tensor_kinds(tensors), *map(_kind, numbers[1:]), *constants.values(), tiles.warps, tiles.stages),
     )  # fmt: skip
     return out
-
-
-def can_describe(weight: Tensor, x: Tensor) -> bool:
-    """Return True if tensor descriptors can read a weight ``[E, out, in]`` and rows ``x``: by hardware and layout."""
-    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)
-    if weight.element_size() != 2 or not stored.is_contiguous() or not is_aligned(weight, x) or x.stride(0) % 8:
-        return False
-    # Rows begin at multiples of 16 bytes, and so do the halves of a transposed matrix.
-    if stored.shape[2] % 16:
-        return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-def describe(weight: Tensor, block_n: int, block_k: int, gate: Gate | None) -> TensorDescriptor:
-    """Return the descriptor of ``weight`` ``[E, out, in]``, contiguous or transposed, with tiles of a product.
-
-    Rows and columns past those of an expert are zeros. With a concatenated ``gate``, a tile has ``block_n`` columns of
-    the gate and as many of up.
-    """
-    transposed, (E, N, K) = weight.stride(2) != 1, weight.shape
-    stored = weight.transpose(1, 2) if transposed else weight
-    if gate is not None and gate.layout == CONCATENATED:
-        if transposed:
-            return TensorDescriptor.from_tensor(stored.view(E, K, 2, N // 2), [1, block_k, 2, block_n])
-        return TensorDescriptor.from_tensor(stored.view(E * 2, N // 2, K), [2, block_n, block_k])
-    width = block_n * (1 if gate is None or gate.layout == UNGATED else 2)
-    return TensorDescriptor.from_tensor(stored, [1, block_k, width] if transposed else [1, width, block_k])
 
 
 def combine(rows: Tensor, experts: Tensor, weights: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -187,7 +187,8 @@ def rows_product(
     order, offsets = found.order.long(), found.offsets.tolist()
     rows = (x[order // top_k] if top_k else x).to(compute)
     out = x.new_zeros(len(order), weight.shape[1])
-    for expert, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for expert in range(weight.shape[0]):
+        begin, end = offsets[expert : expert + 2]
         own = F.linear(rows[begin:end], weight[expert].to(compute), None if bias is None else bias[expert].to(compute))
         at = order[begin:end] if by_pair else torch.arange(begin, end, device=order.device)
         out = out.index_copy(0, at, own.to(x.dtype))

@@ -17,7 +17,7 @@ from .naive import Route, most_blocks
 
 # Numbers that a program compares at a time: pairs times experts, and pairs with each other.
 TILE, MOST_PAIRS = 8192, 64
-WARPS = 8
+WARPS = 4
 # A chunk has this many tiles of pairs, or more where there would be more chunks than programs should add up.
 TILES, MOST_CHUNKS = 2, 256
 
@@ -34,7 +34,8 @@ def _count_kernel(experts, counts, P, E, CHUNK: tl.constexpr, PAIRS: tl.constexp
     total = tl.zeros((EXPERTS,), tl.int32)
     for start in range(0, CHUNK, PAIRS):
         pairs = chunk * CHUNK + start + tl.arange(0, PAIRS)
-        total += tl.sum(_matches(_numbers(experts, pairs, P, E), e, E), axis=0)
+        ids = tl.load(experts + pairs, mask=pairs < P, other=-1).to(tl.int32)
+        total += tl.sum((ids[:, None] == e[None, :]).to(tl.int32), axis=0)
     tl.store(counts + chunk * E + e, total, mask=e < E)
 
 
@@ -52,7 +53,11 @@ def _route_kernel(
     total = tl.zeros((EXPERTS,), tl.int32)
     before = tl.zeros((EXPERTS,), tl.int32)
     if ALONE:
-        total = tl.sum(_matches(_numbers(experts, tl.arange(0, PAIRS), P, E), e, E), axis=0)
+        for start in range(0, CHUNK, PAIRS):
+            pairs = start + tl.arange(0, PAIRS)
+            ids = tl.load(experts + pairs, mask=pairs < P, other=-1).to(tl.int32)
+            # Columns past E compare with -1: ids from E on are computed by none.
+            total += tl.sum((ids[:, None] == tl.where(e < E, e, -2)[None, :]).to(tl.int32), axis=0)
     else:
         for start in range(0, CHUNKS, ROWS):
             row = start + tl.arange(0, ROWS)
@@ -71,40 +76,28 @@ def _route_kernel(
     rest = tl.sum(total) + chunk * CHUNK - tl.sum(before)
     for start in range(0, CHUNK, PAIRS):
         pairs = chunk * CHUNK + start + tl.arange(0, PAIRS)
-        ids = _numbers(experts, pairs, P, E)
-        same = _matches(ids, e, E)
+        ids = tl.load(experts + pairs, mask=pairs < P, other=-1).to(tl.int32)
+        ids = tl.where((ids < 0) | (ids >= E), -1, ids)
+        same = (ids[:, None] == tl.where(e < E, e, -2)[None, :]).to(tl.int32)
         place = tl.where(ids < 0, rest, tl.sum(same * at[None, :], axis=1))
         # Comparing all pairs of the tile with each other is faster than a scan of a column for each expert.
         earlier = (ids[:, None] == ids[None, :]) & (pairs[None, :] < pairs[:, None])
         place += tl.sum(earlier.to(tl.int32), axis=1)
-        if CHUNK > PAIRS:
-            at += tl.sum(same, axis=0)
-            rest += tl.sum((ids < 0).to(tl.int32))
+        at += tl.sum(same, axis=0)
+        rest += tl.sum((ids < 0).to(tl.int32))
         tl.store(order + place, pairs, mask=pairs < P)
     need = (total + BLOCK - 1) // BLOCK
     need_ends = tl.cumsum(need, axis=0)
-    # Each program writes some blocks of all experts: their first blocks, or their second, and so on.
-    for number in range(chunk, tl.max(need), CHUNKS):
-        entry = blocks + (need_ends - need + number) * 2
-        tl.store(entry, e, mask=number < need)
-        tl.store(entry + 1, first + number * BLOCK, mask=number < need)
-    for start in range(tl.sum(need) + chunk * PAIRS, ENTRIES, CHUNKS * PAIRS):
-        unused = start + tl.arange(0, PAIRS)
-        tl.store(blocks + unused * 2, tl.full((PAIRS,), -1, tl.int32), mask=unused < ENTRIES)
-        tl.store(blocks + unused * 2 + 1, tl.zeros((PAIRS,), tl.int32), mask=unused < ENTRIES)
-
-
-@triton.jit
-def _numbers(experts, pairs, P, E):
-    """Return the experts of ``pairs``, -1 for "computed by none"."""
-    ids = tl.load(experts + pairs, mask=pairs < P, other=-1).to(tl.int32)
-    return tl.where((ids < 0) | (ids >= E), -1, ids)
-
-
-@triton.jit
-def _matches(ids, e, E):
-    """Return int32 [pairs, experts], 1 where a pair belongs to an expert."""
-    return (ids[:, None] == tl.where(e < E, e, -2)[None, :]).to(tl.int32)
+    used = tl.sum(need)
+    for start in range(chunk * PAIRS, ENTRIES, CHUNKS * PAIRS):
+        number = start + tl.arange(0, PAIRS)
+        expert = tl.sum((need_ends[None, :] <= number[:, None]).to(tl.int32), axis=1)
+        row = tl.where(
+            expert[:, None] == e[None, :], (first - (need_ends - need) * BLOCK)[None, :] + number[:, None] * BLOCK, 0
+        )
+        is_used = number < used
+        tl.store(blocks + number * 2, tl.where(is_used, expert, -1), mask=number < ENTRIES)
+        tl.store(blocks + number * 2 + 1, tl.where(is_used, tl.sum(row, axis=1), 0), mask=number < ENTRIES)
 
 
 def route(experts: Tensor, count: int, block: int) -> Route:
@@ -122,18 +115,17 @@ def route(experts: Tensor, count: int, block: int) -> Route:
     if pairs <= tile:
         tile, tiles = max(16, triton.next_power_of_2(pairs)), 1
     chunks = -(-pairs // (tile * tiles))
-    alone = tiles == 1
-    counts = order if alone else torch.empty((chunks, count), dtype=torch.int32, device=device)
+    counts = order if chunks == 1 else torch.empty((chunks, count), dtype=torch.int32, device=device)
     constants = {"CHUNK": tile * tiles, "PAIRS": tile, "EXPERTS": columns}
     key = (experts.dtype, is_aligned(experts), *constants.values(), count == 1, count % 16 == 0)
-    if not alone:
+    if chunks > 1:
         launch(
             _count_kernel, (chunks, 1, 1), (experts, counts, pairs, count), constants, num_warps=WARPS, num_stages=1,
             key=key,
         )  # fmt: skip
-    constants |= {"ROWS": tile, "BLOCK": block, "ALONE": alone}
+    constants |= {"ROWS": tile, "BLOCK": block, "ALONE": chunks == 1}
     launch(
         _route_kernel, (chunks, 1, 1), (experts, counts, order, offsets, blocks, pairs, count, entries, chunks),
-        constants, num_warps=WARPS, num_stages=1, key=(*key, block, alone),
+        constants, num_warps=WARPS, num_stages=1, key=(*key, block, chunks == 1),
     )  # fmt: skip
     return Route(order, offsets, blocks)
