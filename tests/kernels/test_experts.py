@@ -128,7 +128,8 @@ def test_descriptors_read_every_layout(gate, transposed, device):
 
 # (transposed, gate, rows by pair, k, bias): the first product of a layer, and the second.
 TRIALS = [
-    (False, Gate(), False, 2, False), (True, GATES["interleaved-clamped"], False, 3, True), (False, None, True, 0, True),
+    (False, Gate(), False, 2, False), (True, GATES["interleaved-clamped"], False, 3, True),
+    (False, None, True, 0, True),
 ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def launch(
     num_warps: int,
     num_stages: int,
     key: tuple,
-    device: torch.device | None = None,
+    device: Any = None,
 ) -> None:
     """Run ``kernel`` on the current stream of its tensors' device, and note it in a running ``record``.
 

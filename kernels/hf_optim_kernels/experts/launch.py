@@ -119,7 +119,8 @@ def rows_product(
         return out
     tiles = tiles or default_tiles(block, N, K, gate is not None and gate.layout != UNGATED)
     block_n = max(16, min(tiles.n, triton.next_power_of_2(N)))
-    # As many bytes of a tile as with 16 bits.
+    # A tile has about as many bytes, and a thread as many numbers, as with 16 bits.
+    block_n = min(block_n, 128) if x.element_size() > 2 else block_n
     block_k = max(16, min(tiles.k * 2 // x.element_size(), triton.next_power_of_2(K)))
     entries, used = found.blocks.shape[0], gate or Gate()
     transposed = weight.stride(2) != 1
@@ -189,8 +190,8 @@ def decode_up(hidden: Tensor, experts: Tensor, given: Weights, gate: Gate, tiles
     tensors = (hidden, experts, up, up if given.up_bias is None else given.up_bias, middle, semaphores)
     numbers = (count, inner, d, hidden.stride(0), *up.stride())
     launch(
-        _up_kernel, (tokens * top_k, -(-inner // block_n), 1), (*tensors, gate.alpha, gate.offset, gate.limit, *numbers),
-        constants, num_warps=tiles.warps, num_stages=tiles.stages,
+        _up_kernel, (tokens * top_k, -(-inner // block_n), 1),
+        (*tensors, gate.alpha, gate.offset, gate.limit, *numbers), constants, num_warps=tiles.warps, num_stages=tiles.stages,
         key=(*_tensor_kinds(tensors), *map(_kind, numbers), *constants.values(), tiles.warps),
     )  # fmt: skip
     return middle, semaphores

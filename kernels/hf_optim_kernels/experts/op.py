@@ -121,7 +121,8 @@ def _(hidden, *_) -> Tensor:
 @torch.library.custom_op("hf_optim::experts_route", mutates_args=())
 def experts_route(experts: Tensor, count: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return order, offsets and blocks of ``naive.Route``; arguments as of ``naive.route``."""
-    return tuple(_route(experts, count, block))
+    order, offsets, blocks = _route(experts, count, block)
+    return order, offsets, blocks
 
 
 @experts_route.register_fake
