@@ -70,17 +70,21 @@ def detach_experts(model: nn.Module) -> None:
 
 def runs_here(module: Any) -> bool:
     """Return True if a module of experts computes with hf_optim's function."""
-    return getattr(module.config, "_experts_implementation", None) == NAME
+    return _implementation(module) == NAME
 
 
 def implementation_of(module: Any) -> str:
     """Return what a module of experts runs on, as text for a report."""
     if not runs_here(module):
-        return str(getattr(module.config, "_experts_implementation", None) or "eager")
+        return str(_implementation(module) or "eager")
     reason = kernels.unsupported_reason(module)
     if not reason and module.down_proj.device.type == "cpu":
         reason = "on a CPU"
     return f"{NAME}: grouped_mm ({reason})" if reason else f"{NAME}: kernels"
+
+
+def _implementation(module: Any) -> Any:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def _is_replaced(former: Any) -> bool:
