@@ -12,7 +12,7 @@ import hf_optim
 from hf_optim.toolkit.topology.experts import fused_experts
 
 IDS = torch.arange(3, 21).reshape(2, 9)
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
 @pytest.fixture(autouse=True)

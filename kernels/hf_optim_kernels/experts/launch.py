@@ -191,7 +191,8 @@ def decode_up(hidden: Tensor, experts: Tensor, given: Weights, gate: Gate, tiles
     numbers = (count, inner, d, hidden.stride(0), *up.stride())
     launch(
         _up_kernel, (tokens * top_k, -(-inner // block_n), 1),
-        (*tensors, gate.alpha, gate.offset, gate.limit, *numbers), constants, num_warps=tiles.warps, num_stages=tiles.stages,
+        (*tensors, gate.alpha, gate.offset, gate.limit, *numbers), constants, num_warps=tiles.warps,
+        num_stages=tiles.stages,
         key=(*_tensor_kinds(tensors), *map(_kind, numbers), *constants.values(), tiles.warps),
     )  # fmt: skip
     return middle, semaphores
