@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 
 from hf_optim_kernels.experts import descriptors, launch, naive, op
 from hf_optim_kernels.experts.naive import Gate, Weights
+from hf_optim_kernels.experts.tiles import fitting_stages
 
 ACTS = {naive.SILU: F.silu, naive.GELU: F.gelu, naive.RELU: F.relu, naive.RELU_SQUARED: lambda x: F.relu(x).square(),
         naive.GELU_TANH: lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
@@ -164,6 +166,20 @@ def test_a_configuration_that_is_wrong_or_cannot_be_built_gives_way(monkeypatch,
     monkeypatch.setattr(descriptors, "trial_error", lambda *args: 1 / 0)
     assert not ask(128)
     assert not descriptors.is_trying()
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])  # of an RTX 4090, an A100, an H200
+@pytest.mark.parametrize("size", [2, 4])
+def test_tiles_fit_into_the_memory_of_a_multiprocessor(shared, size):
+    for pairs, gated in itertools.product((8, 150, 300, 4000), (True, False)):
+        block = naive.block_rows(pairs, 8)
+        tiles = launch.default_tiles(block, 4096, 2048, gated)
+        width = min(tiles.n, 128 if size == 4 else 256) * (2 if gated else 1)
+        one = (block + width) * tiles.k * 2
+        stages = fitting_stages(tiles.stages, one, shared)
+        assert stages * one <= shared
+        assert stages == tiles.stages or shared < 232_448
+        assert stages > 1
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)

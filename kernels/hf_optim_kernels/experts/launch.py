@@ -19,7 +19,7 @@ from .decode import _down_kernel, _up_kernel
 from .grouped import _combine_kernel, _grouped_kernel, _persistent_kernel
 from .naive import UNGATED, Gate, Route, Weights, block_rows
 from .routing import route
-from .tiles import Tiles
+from .tiles import Tiles, fitting_stages, shared_memory
 
 # The most tokens that are computed by the kernels of decoding.
 MOST_DECODED = 16
@@ -124,7 +124,8 @@ def rows_product(
     block_k = max(16, min(tiles.k * 2 // x.element_size(), triton.next_power_of_2(K)))
     entries, used = found.blocks.shape[0], gate or Gate()
     transposed = weight.stride(2) != 1
-    described = tiles.described and descriptors.can_describe(weight, x)
+    # Only tiles of full size are compared with the specification.
+    described = tiles.described and (block_n, block_k) == tiles[:2] and descriptors.can_describe(weight, x)
     if described and not descriptors.is_trying():
         described = descriptors.are_right(
             x, transposed, gate, block, tiles, by_pair, top_k, bias is not None, rows_product
@@ -139,6 +140,8 @@ def rows_product(
         "HALVES": tiles.halves and block >= 32, "STEP": 512, "PROGRAMS": multiprocessor_count(x.device),
         "FLATTEN": True,
     }  # fmt: skip
+    width = block_n * (2 if gate is not None and gate.layout != UNGATED else 1)
+    stages = fitting_stages(tiles.stages, (block + width) * block_k * x.element_size(), shared_memory(x.device))
     constants = _in_order(constants, kernel)
     tensors = (x, weight, weight if bias is None else bias, out, found.order, found.offsets, found.blocks)
     numbers: tuple[int, ...] = (entries, N, K)
@@ -153,8 +156,8 @@ def rows_product(
         numbers = (*numbers, x.stride(0), *weight.stride())
     launch(
         kernel, (programs, 1, 1), (*given, used.alpha, used.offset, used.limit, *numbers), constants,
-        num_warps=tiles.warps, num_stages=tiles.stages, device=x.device,
-        key=(*_tensor_kinds(tensors), *map(_kind, numbers[1:]), *constants.values(), tiles.warps, tiles.stages),
+        num_warps=tiles.warps, num_stages=stages, device=x.device,
+        key=(*_tensor_kinds(tensors), *map(_kind, numbers[1:]), *constants.values(), tiles.warps, stages),
     )  # fmt: skip
     return out
 

@@ -1,8 +1,14 @@
-"""The tiles of one launch."""
+"""The tiles of one launch, and how many of them a multiprocessor holds."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
+
+import torch
+
+# Bytes of a Hopper GPU, the most that a program may have.
+MOST_SHARED = 232_448
 
 
 class Tiles(NamedTuple):
@@ -27,3 +33,16 @@ class Tiles(NamedTuple):
     split: int = 1
     described: bool = False
     persistent: bool = False
+
+
+def fitting_stages(stages: int, size: int, shared: int) -> int:
+    """Return how many loads of ``size`` bytes may be under way in ``shared`` bytes: ``stages``, or what fits."""
+    return max(1, min(stages, shared // size))
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have on a device."""
+    if device.type != "cuda":
+        return MOST_SHARED
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", MOST_SHARED))
