@@ -21,15 +21,26 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..toolkit import compat
-from ..toolkit.topology.experts import ExpertLinear, fused_experts, is_fused_experts, matrix_names
+from ..toolkit.topology.experts import (
+    ExpertLinear,
+    interface_experts,
+    is_fused_experts,
+    is_packed_experts,
+    matrix_names,
+    matrix_shape,
+)
 from .codec import check_fit, dequantize, pack
+from .codes import checkpoint_tensors
 from .schemes import scheme as make_scheme
+from .weights import Codes
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
 SCALE = "_scale"
 SCHEMES = "expert_schemes"
+PACKED_EXPERTS = "packed_experts"
+"""The submodule that holds the matrices of experts on a kernel."""
 WEIGHT = ".weight"
 
 
@@ -84,12 +95,21 @@ def per_channel(scheme: QuantizationScheme) -> QuantizationScheme:
 
 
 def attach_expert_schemes(module: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> None:
-    """Attach the quantization schemes of its parameters to a module with fused experts, which has their scales."""
+    """Attach the quantization schemes of its parameters to a module of experts, which has their scales or codes."""
     from compressed_tensors.quantization import QuantizationStatus
 
     module.__dict__[SCHEMES] = dict(schemes)
-    module.quantization_scheme = unify_schemes(_with_columns(module, schemes))  # type: ignore[assignment]
+    readable = all(is_readable(scheme) for scheme in schemes.values())
+    common = unify_schemes(_with_columns(module, schemes)) if readable else next(iter(schemes.values()))
+    module.quantization_scheme = common  # type: ignore[assignment]
     module.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
+
+
+def is_readable(scheme: QuantizationScheme) -> bool:
+    """Return True if stock transformers reads experts with this scheme: packed symmetric integers, plain inputs."""
+    args = scheme.weights
+    symmetric = args is not None and args.type == "int" and bool(args.symmetric)
+    return symmetric and scheme.input_activations is None and scheme.format == "pack-quantized"
 
 
 def clear_experts(module: nn.Module) -> None:
@@ -120,12 +140,15 @@ def unify_schemes(schemes: Sequence[tuple[int, QuantizationScheme]]) -> Quantiza
 
 def stored_scheme(model: nn.Module) -> QuantizationScheme | None:
     """Return the one scheme in which all experts of a model are stored; None if none is quantized."""
-    found = [pair for module in fused_experts(model).values() for pair in _with_columns(module, expert_schemes(module))]
+    modules = interface_experts(model).values()
+    found = [pair for module in modules for pair in _with_columns(module, expert_schemes(module))]
+    if not all(is_readable(scheme) for _, scheme in found):
+        return found[0][1]  # loaded as it is; not written again
     return unify_schemes(found) if found else None
 
 
 def _with_columns(module: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> list[tuple[int, QuantizationScheme]]:
-    return [(ExpertLinear(module, "", parameter, 0).in_features, scheme) for parameter, scheme in schemes.items()]
+    return [(matrix_shape(module, parameter)[2], scheme) for parameter, scheme in schemes.items()]
 
 
 def experts_unsupported_reason(model: Any, name: str, module: nn.Module) -> str:
@@ -152,11 +175,10 @@ def checkpoint_rows(model: Any, name: str, module: nn.Module) -> dict[str, tuple
     converter = _converter(model, name)
     if converter is None:
         raise ModelError(no_conversion)
-    shape = module.get_parameter(parameter).shape
     transposed = bool(getattr(module, "is_transposed", False))
-    experts, rows = shape[0], shape[2] if transposed else shape[1]
+    experts, rows, _ = matrix_shape(module, parameter)
     # Two columns: transformers 5.17 squeezes matrices of one.
-    numbers = torch.arange(experts * rows).view(experts, rows, 1).repeat(1, 1, 2)
+    numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).repeat(1, 1, 2)
     try:
         parts = _converted(model, converter, name, numbers.transpose(1, 2) if transposed else numbers)
     except (ValueError, RuntimeError, IndexError) as error:  # it makes one tensor of several parameters
@@ -164,7 +186,7 @@ def checkpoint_rows(model: Any, name: str, module: nn.Module) -> dict[str, tuple
     found = {}
     for key, part in parts.items():
         begin, count = int(part.flatten()[0]), part.numel() // 2
-        expected = torch.arange(begin, begin + count)
+        expected = torch.arange(begin, begin + count, device="cpu")
         consecutive = part.shape == (count, 2) and torch.equal(part[:, 0], expected)
         expert = begin // rows
         if not key.endswith(WEIGHT) or not consecutive or (begin + count - 1) // rows != expert:
@@ -202,20 +224,28 @@ def discard_decoding(model: Any) -> None:
 
     The conversions that include the decoding are replaced by the model's own.
     """
+    if any(hasattr(op, "hf_quantizer") for one in compat.weight_conversions(model) for op in _operations(one)):
+        stack_again(model)
+
+
+def stack_again(model: Any) -> None:
+    """Give a loaded model its own conversions between the names of a checkpoint and its parameters."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    known = compat.weight_conversions(model)
-    if any(hasattr(op, "hf_quantizer") for one in known for op in getattr(one, "operations", ())):
-        own = get_model_conversion_mapping(model, add_legacy=False)
-        prefixes = [one for one in known if isinstance(one, PrefixChange)]
-        model._weight_conversions = [one for one in own if not isinstance(one, PrefixChange)] + prefixes
+    own = get_model_conversion_mapping(model, add_legacy=False)
+    prefixes = [one for one in compat.weight_conversions(model) if isinstance(one, PrefixChange)]
+    model._weight_conversions = [one for one in own if not isinstance(one, PrefixChange)] + prefixes
+
+
+def _operations(conversion: Any) -> Any:
+    return getattr(conversion, "operations", ())
 
 
 def checkpoint_modules(model: nn.Module) -> list[str]:
     """Return the module names of the quantized matrices of experts in the checkpoint."""
     found = []
-    for name, module in fused_experts(model).items():
+    for name, module in interface_experts(model).items():
         for parameter in expert_schemes(module):
             found += [key.removesuffix(WEIGHT) for key in checkpoint_rows(model, f"{name}.{parameter}", module)]
     return found
@@ -225,6 +255,8 @@ def checkpoint_modules(model: nn.Module) -> list[str]:
 def packed_experts(model: nn.Module, name: str, scheme: QuantizationScheme) -> dict[str, Tensor] | None:
     """Return the checkpoint tensors of the quantized parameters of fused experts; None if a weight left its grid."""
     module = model.get_submodule(name)
+    if is_packed_experts(module):
+        return _from_codes(model, name, module, scheme)
     packed: dict[str, Tensor] = {}
     for parameter in expert_schemes(module):
         scales = module.get_parameter(parameter + SCALE)
@@ -236,6 +268,37 @@ def packed_experts(model: nn.Module, name: str, scheme: QuantizationScheme) -> d
                 return None
             packed |= {f"{key.removesuffix(WEIGHT)}.{own}": value for own, value in part.items()}
     return packed
+
+
+def _from_codes(model: nn.Module, name: str, module: Any, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Return the checkpoint tensors of experts on a kernel, from their codes: no weight is decoded.
+
+    Raises ``ModelError`` for experts that stock transformers could not read: with zero points, floats, quantized
+    inputs, or reordered columns.
+    """
+    require_readable(name, module)
+    tensors: dict[str, Tensor] = {}
+    for parameter, own in expert_schemes(module).items():
+        shift = 2 ** (scheme.weights.num_bits - 1) - 2 ** (own.weights.num_bits - 1)
+        rows = checkpoint_rows(model, f"{name}.{parameter}", module)
+        for key, (expert, begin, end) in sorted(rows.items(), key=lambda item: item[1]):
+            if begin == 0:
+                found = module.codes(parameter, expert)
+            scale = _in_groups(found.scale[begin:end], found.codes.shape[1], scheme)
+            part = Codes(found.codes[begin:end] + shift, scale, None)
+            tensors |= {f"{key.removesuffix(WEIGHT)}.{k}": v for k, v in checkpoint_tensors(part, scheme).items()}
+    return tensors
+
+
+def require_readable(name: str, module: Any) -> None:
+    """Raise ``ModelError`` for experts on a kernel that stock transformers could not read from a checkpoint."""
+    ordered = module.packing.description.up.ordered or module.packing.description.down.ordered
+    if ordered or not all(is_readable(scheme) for scheme in expert_schemes(module).values()):
+        raise ModelError(
+            f"{name} cannot be saved compressed: stock transformers reads only experts with packed symmetric integers, "
+            "without zero points, quantized inputs and reordered columns. Keep the checkpoint that was loaded, or call "
+            "hf_optim.restore(model) first, which makes the experts dense"
+        )
 
 
 def _in_groups(scale: Tensor, columns: int, scheme: QuantizationScheme) -> Tensor:

@@ -136,12 +136,14 @@ def clear(module: nn.Module) -> bool:
     """Remove the quantized state of one module; its weight keeps its values. Return True if it had such a state."""
     if scheme_on(module) is None:
         return False
+    packing: Any = getattr(module, "packing", None)
+    if packing is not None:  # on a kernel
+        packing.undo(module)
     if expert_schemes(module):
         clear_experts(module)
         return True
-    packing: Any = getattr(module, "packing", None)
-    if packing is not None:  # a ``PackedLinear``
-        packing.undo(module)
+    if scheme_on(module) is None:
+        return True
     for name in (*PARAMETERS, "weight_shape"):
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)

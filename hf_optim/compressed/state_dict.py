@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..toolkit.topology.experts import fused_experts
+from ..toolkit.topology.experts import fused_experts, is_packed_experts
 from .codec import pack, scheme_on
 from .codes import checkpoint_tensors
-from .experts import SCALE, expert_schemes, packed_experts, stored_scheme
+from .experts import PACKED_EXPERTS, SCALE, expert_schemes, packed_experts, stored_scheme
 from .packed.packed_linear import PACKED_WEIGHT, PackedLinear
 
 
@@ -88,6 +88,13 @@ def _put_experts(
 ) -> None:
     """Replace the tensors of fused experts by their packed form; with ``packed`` None, keep the decoded weights."""
     prefix = f"{name}." if name else ""
+    if is_packed_experts(module):
+        for key in [key for key in state if key.startswith(f"{prefix}{PACKED_EXPERTS}.")]:
+            del state[key]
+        dense = {} if packed is not None else {p: module.decoded(p) for p in expert_schemes(module)}  # type: ignore[operator]
+        state.update({prefix + parameter: value for parameter, value in dense.items()})
+        state.update({} if packed is None else packed[name])
+        return
     for parameter in expert_schemes(module):
         del state[f"{prefix}{parameter}{SCALE}"]
         if packed is not None:

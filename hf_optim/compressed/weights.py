@@ -88,3 +88,26 @@ class QuantizedWeight:
     bias: Tensor | None
     codes: Callable[[], Codes]
     outliers: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedExperts:
+    """The description of the matrices of a module of experts; their codes are computed on request.
+
+    Attributes:
+        name: qualified name of the module.
+        count: E, the number of experts.
+        up, down: the first and the second matrix of any expert (all are alike), without ``codes``. The rows of a gate
+            are the first half of ``up``.
+        activation: ``"silu"`` for ``silu(gate) * up``; ``""`` for another function of the first product.
+        codes: ``(side, expert) -> Codes`` of ``"up"`` or ``"down"``, as parts from top to bottom: the order of columns
+            and the grid of inputs may differ between the gate and the other half. They are not cached. Raises
+            ``ValueError`` with the reason if it cannot.
+    """
+
+    name: str
+    count: int
+    up: QuantizedWeight
+    down: QuantizedWeight
+    activation: str
+    codes: Callable[[str, int], list[Codes]]

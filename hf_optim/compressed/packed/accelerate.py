@@ -19,14 +19,17 @@ from ...runs.progress import progress
 from ...runs.run import Run, find_run
 from ...toolkit import experts, topology
 from ...toolkit.topology.linear_layers import parameter_names
+from ..experts import expert_schemes
 from ..outlier_columns import outlier_thresholds
 from ..quantized_forward import release_forwards
 from . import codebook_layers
 from .describe import describe_module
+from .expert_swap import pack_stored, unpack_experts
 from .fused_norm import fuse_norms
 from .fused_projections import fuse_projections
 from .installed import installed_kernels
 from .kernel import NO_KERNEL, Kernel
+from .packed_experts import PackedExperts
 from .packed_linear import KernelWarning, PackedLinear
 from .swap import pack, prepack, unpack, unsupported_reason, writes_weights
 
@@ -102,6 +105,7 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
             _decompress(module)
             other = shared.get(f"{name}.weight", "")
             unsupported[name] = _pack(name, module, kernels, look_for_24, other, thresholds.get(name))
+    unsupported |= _pack_experts(model, kernels)
     for name, module in codebook_layers.codebook_linears(model).items():
         unsupported[name] = codebook_layers.try_kernels(module, kernels)
     _decompress_rest(model)
@@ -114,10 +118,26 @@ def pack_layers(model: nn.Module, kernels: tuple[Kernel, ...], decided: Mapping[
     _warn_unsupported({name: reason for name, reason in unsupported.items() if reason not in ("", NOT_COMPRESSED)})
 
 
+def _pack_experts(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, str]:
+    """Pack the quantized experts of a model; return for each module the reason why no kernel runs it, or ``""``."""
+    found = {}
+    for name, module in list(model.named_modules()):
+        if not expert_schemes(module):
+            continue
+        if isinstance(module, PackedExperts):
+            if not module.packing.failure:
+                continue
+            unpack_experts(module)
+        if expert_schemes(module):
+            found[name] = pack_stored(name, module, kernels)
+    return found
+
+
 def _make_savable(model: nn.Module) -> None:
     """Make ``save_pretrained`` write the stored format of packed layers, also of a model that others quantized."""
     inner: Any = _pretrained(model)
-    packed = any(isinstance(m, PackedLinear) and hasattr(m, "quantization_scheme") for m in model.modules())
+    kinds = (PackedLinear, PackedExperts)
+    packed = any(isinstance(m, kinds) and hasattr(m, "quantization_scheme") for m in model.modules())
     if not packed or inner is None:
         return
     from ..quantizer import attach_quantizer, quantizer_class
@@ -139,6 +159,8 @@ def restore(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, PackedLinear):
             unpack(module)
+        if isinstance(module, PackedExperts):
+            unpack_experts(module)
         codebook_layers.unpack(module)
     experts.detach_routing(model)
     experts.detach_experts(model)

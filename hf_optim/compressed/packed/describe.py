@@ -72,7 +72,7 @@ def describe_weight(
         group_size=group_size_of(args, shape[1]),
         symmetric=bool(args.symmetric),
         ordered=ordered,
-        inputs=_input_quantization(scheme),
+        inputs=input_quantization(scheme),
         sparse24=sparse24,
         bias=None if bias is None else bias.detach(),
         codes=codes,
@@ -80,7 +80,8 @@ def describe_weight(
     )
 
 
-def _input_quantization(scheme: QuantizationScheme) -> InputQuantization | None:
+def input_quantization(scheme: QuantizationScheme) -> InputQuantization | None:
+    """Return how a scheme quantizes inputs, or None."""
     inputs = scheme.input_activations
     if inputs is None:
         return None

@@ -20,6 +20,7 @@ from .packed_linear import KernelWarning
 
 GROUP = "hf_optim.kernels"
 BUNDLED = "hf_optim_kernels."
+OPTIONAL = ("join", "supports_experts", "prepack_experts")
 
 
 @functools.cache
@@ -53,12 +54,12 @@ def kernel_of(module: KernelModule) -> Kernel:
         sparse24=getattr(module, "SPARSE24", False),
         outliers=getattr(module, "OUTLIERS", False),
         codebook=getattr(module, "CODEBOOK", False),
-        join=getattr(module, "join", None),
+        **{name: getattr(module, name, None) for name in OPTIONAL},
     )
     if not isinstance(kernel.name, str):
         raise TypeError(f"NAME is a {type(kernel.name).__name__}, not a str")
-    for name in ("supports", "prepack", "join"):
+    for name in ("supports", "prepack", *OPTIONAL):
         value = getattr(kernel, name)
-        if not callable(value) and (name, value) != ("join", None):
+        if not callable(value) and (value is not None or name not in OPTIONAL):
             raise TypeError(f"{name} is a {type(value).__name__}, not a function")
     return kernel

@@ -49,6 +49,14 @@ class Kernel:
             tensor (q, k and v) then run as one product. Its ``codes()`` are theirs concatenated, bit-exact, and so is
             its ``bias`` (either all have one or none does). It returns None if they differ in more than their rows.
             The packed weights passed in are not used afterwards.
+        supports_experts: ``supports`` for the experts of a mixture (``QuantizedExperts``), or None.
+        prepack_experts: builds the packed form of experts, an ``nn.Module`` with ``accepts``, ``label`` and
+
+            - ``forward(hidden, experts, weights, activation, norm)``: the output ``[T, d]`` of the mixture for hidden
+              ``[T, d]``, the chosen experts int64 ``[T, k]`` (from E on: computed by none) and their weights
+              ``[T, k]``; ``activation`` is applied between the products, ``norm`` (or None) behind them;
+              differentiable in ``hidden`` and ``weights``;
+            - ``codes(side, expert)``: as of ``QuantizedExperts``, bit-exact.
     """
 
     name: str
@@ -58,6 +66,8 @@ class Kernel:
     outliers: bool = False
     codebook: bool = False
     join: Callable[[list[Any]], Any] | None = None
+    supports_experts: Callable[[Any], str | None] | None = None
+    prepack_experts: Callable[[Any], Any] | None = None
 
     def check(self, weight: Any) -> str | None:
         """Return ``supports(weight)``. An error in it becomes the reason: a broken kernel disables only itself."""
@@ -66,12 +76,21 @@ class Kernel:
         except Exception as error:
             return first_line(error, typed=True)
 
+    def check_experts(self, weight: Any) -> str | None:
+        """Return ``supports_experts(weight)`` as ``check``; ``""`` if the kernel does not run experts."""
+        if self.supports_experts is None or self.prepack_experts is None:
+            return ""
+        try:
+            return self.supports_experts(weight)
+        except Exception as error:
+            return first_line(error, typed=True)
+
 
 class KernelModule(Protocol):
     """A module that registers itself as a kernel, through an entry point of the group ``hf_optim.kernels``.
 
-    Its attributes are the fields of ``Kernel``. Optional: ``join``, and the flags ``SPARSE24``, ``OUTLIERS`` and
-    ``CODEBOOK`` (False where absent).
+    Its attributes are the fields of ``Kernel``. Optional: ``join``, ``supports_experts``, ``prepack_experts``, and the
+    flags ``SPARSE24``, ``OUTLIERS`` and ``CODEBOOK`` (False where absent).
     """
 
     NAME: str

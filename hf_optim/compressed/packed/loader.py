@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +22,13 @@ from ...toolkit.checkpoint.key_names import model_names
 from ...toolkit.checkpoint.safetensors import FLOAT_DTYPES, SafetensorsHeaders, TensorInfo, UnsupportedCheckpoint
 from ...toolkit.checkpoint.stored_codes import CODE_NAMES
 from ..codes import is_sparse24, store_arguments
+from ..experts import stack_again
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes
 from .accelerate import kernels_for, pack_layers
 from .checkpoint_formats import parse_checkpoint_format
 from .describe import describe_weight
+from .expert_loader import convert_experts, expose_experts, exposed_experts, require_compressed, without_experts
 from .kernel import NO_KERNEL, Kernel
 from .layouts import Layout, empty_meta_tensor
 from .swap import g_idx_of, pack, prepack, writes_weights
@@ -118,15 +120,22 @@ def _register() -> None:
             if not checkpoint_files:
                 raise UnsupportedCheckpoint("its weights are not in files")
             config: Any = self.quantization_config
+            expose_experts(model, any(kernel.prepack_experts is not None for kernel in kernels_for(model)))
             headers = SafetensorsHeaders(checkpoint_files, functools.partial(linear_names, model, config.key_mapping))
             prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)
             return model
+
+        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+            found = without_experts(weight_conversions) if exposed_experts(model) else weight_conversions
+            return super().update_weight_conversions(found, model)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from ..quantizer import attach_quantizer, detach_quantizer
             from ..state import quantized_modules
 
             kernels = kernels_for(model)
+            if exposed_experts(model):
+                stack_again(model)
             decided = convert(model, kernels)
             detach_quantizer(model)
             if quantized_modules(model):
@@ -146,6 +155,7 @@ def linear_names(model: Any, key_mapping: Mapping[str, str], entries: Mapping[st
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {*model.state_dict(), *(f"{name}.{own}" for name in linears for own in LOCAL_NAMES)}
     conversions = get_model_conversion_mapping(model, dict(key_mapping) or None)
+    conversions = without_experts(conversions) if exposed_experts(model) else conversions
     found = model_names(entries, conversions, model.base_model_prefix, names)
     for key, (_, pattern) in found.items():
         if pattern is not None and (key.rpartition(".")[2] in CODE_NAMES or entries[key].type not in FLOAT_DTYPES):
@@ -168,7 +178,7 @@ def prepare(model: nn.Module, layouts: Mapping[str, Layout], headers: Safetensor
 
     Raises ``CheckpointError`` if one is missing from the checkpoint, or has another shape or dtype.
     """
-    _require_no_fused_experts(model)
+    require_compressed(model, layouts, headers)
     if writes_weights(model):
         raise UnsupportedCheckpoint("its forward writes to its weights")
     for name, layout in layouts.items():
@@ -205,13 +215,6 @@ def _stored_tensors(
     return found
 
 
-def _require_no_fused_experts(model: nn.Module) -> None:
-    from ...toolkit.topology.experts import expert_stacks
-
-    if expert_stacks(model):
-        raise UnsupportedCheckpoint("its experts are stacked matrices")
-
-
 def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, str]:
     """Turn every placeholder, whose tensors are loaded, into a packed layer or a decoded one, one layer at a time.
 
@@ -219,23 +222,40 @@ def convert(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, str]:
     """
     wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, STRICT, None) or ())}
     placeholders = {name: module for name, module in model.named_modules() if PENDING in module.__dict__}
+    experts: dict[str, dict[str, tuple[Layout, dict[str, Tensor]]]] = {name: {} for name in exposed_experts(model)}
     thresholds = outlier_thresholds(model, placeholders)
     reasons: dict[str, str] = {}
     for name, module in placeholders.items():
-        pending: _Pending = module.__dict__.pop(PENDING)
-        tensors: dict[str, Any] = {key: module._parameters.pop(key) for key in pending.keys}
-        if any(tensor.is_meta for tensor in tensors.values()):
-            raise UnsupportedCheckpoint("its weights are offloaded")
-        module.__class__ = pending.former
-        dtype = pending.dtype
-        if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
-            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
-        for key, tensor in tensors.items():
-            scale = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
-            tensors[key] = tensor.detach().to(dtype).reshape(tensor.shape or (1,)) if scale else tensor.detach()
+        layout, tensors, dtype = _loaded(name, module, wide)
+        block = ".".join(name.split(".")[:-2])  # a layer of an expert is inside of its number
+        if block in experts:
+            experts[block][name.removeprefix(f"{block}.")] = layout, tensors
+            continue
         assert isinstance(module, nn.Linear)
-        reasons[name] = _convert_layer(name, module, pending.layout, tensors, dtype, kernels, thresholds.get(name))
+        reasons[name] = _convert_layer(name, module, layout, tensors, dtype, kernels, thresholds.get(name))
+    del placeholders
+    for name, layers in experts.items():
+        convert_experts(name, model.get_submodule(name), layers, kernels)
     return reasons
+
+
+def _loaded(name: str, module: nn.Module, wide: Collection[str]) -> tuple[Layout, dict[str, Tensor], torch.dtype]:
+    """Return layout, loaded tensors and dtype of a placeholder, which is a linear layer without a weight afterwards.
+
+    ``wide`` are the names of parts that keep the dtype of the checkpoint.
+    """
+    pending: _Pending = module.__dict__.pop(PENDING)
+    tensors: dict[str, Any] = {key: module._parameters.pop(key) for key in pending.keys}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise UnsupportedCheckpoint("its weights are offloaded")
+    module.__class__ = pending.former
+    dtype = pending.dtype
+    if any(part in name.split(".") for part in wide) and dtype.itemsize < 4:
+        dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
+    for key, tensor in tensors.items():
+        scale = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        tensors[key] = tensor.detach().to(dtype).reshape(tensor.shape or (1,)) if scale else tensor.detach()
+    return pending.layout, tensors, dtype
 
 
 @torch.no_grad()

@@ -219,7 +219,7 @@ class PackedLinear(nn.Linear):
         finally:
             self._modules[PACKED_WEIGHT] = packed_weight
         # Scales belong to the codes: they move to another device, but are never rounded to another dtype.
-        packed_weight._apply(lambda tensor: _moved(fn, tensor))
+        packed_weight._apply(lambda tensor: moved(fn, tensor))
         self.refresh()
         if moves:
             self.packing.description = replace(before, dtype=target.dtype, device=target.device)
@@ -256,7 +256,7 @@ class PackedLinear(nn.Linear):
             self.fail(f"it moved to {weight.dtype} on {weight.device}, {self.packing.kernel.name}: {reason}")
 
 
-def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Apply ``fn`` but keep the dtype."""
     result = fn(tensor)
     return result if result.dtype == tensor.dtype else tensor.to(result.device)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..topology.experts import is_packed_experts
 from . import kernels
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,16 +29,18 @@ def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: 
     """Return the output of a mixture layer, ``[T, d]`` of the dtype of ``hidden``.
 
     Args:
-        module: experts in the layout of transformers' experts interface.
+        module: experts in the layout of transformers' experts interface, or packed ones.
         hidden: ``[T, d]``.
         experts: int64 ``[T, k]``; numbers from the module's number of experts on stand for "computed by none".
         weights: ``[T, k]``.
         complete: every pair is computed.
     """
+    own: Any = module
+    if is_packed_experts(module):
+        return own.mixture_product(hidden, experts, weights)
     op = kernels.operators(module, hidden, weights)
     if op is not None:
         return kernels.product(op, module, hidden, experts, weights)
-    own: Any = module
     tokens, top_k = experts.shape
     count = own.down_proj.shape[0]
     ordered, order = torch.sort(experts.reshape(-1))

@@ -8,6 +8,7 @@ model that holds them (``tokens``).
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ModelError
 from ...trust.text import one_line
-from ..topology.experts import expert_counts, expert_stacks, fused_experts, has_experts
+from ..topology.experts import expert_counts, expert_stacks, has_experts, interface_experts
 from . import registry
 from .capped_layer import LAYER, CappedLayer, layer_of
 from .product import expert_product
@@ -68,7 +69,7 @@ def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a cap
         count, top_k = _router_facts(model, name)
         own = int(module.num_experts)
         with torch.inference_mode(False):
-            counts = torch.zeros(2, own, dtype=torch.int64, device=module.down_proj.device)
+            counts = torch.zeros(2, own, dtype=torch.int64, device=_device_of(module))
         layer = CappedLayer(name, routing, tokens[id(body)], max(own, count or 0), top_k, counts)
         vars(module)[LAYER] = layer
     ignoring = [name for name, module in layers.items() if module.config._experts_implementation != NAME]
@@ -121,7 +122,7 @@ def require_routable(model: PreTrainedModel, label: str) -> dict[str, Any]:
     kind, cls = model.config.model_type, type(model).__name__
     if kind in WRONG_IN_TRANSFORMERS:
         raise ModelError(f"{label}: {cls} is not supported: {WRONG_IN_TRANSFORMERS[kind]}")
-    layers: dict[str, Any] = fused_experts(model)
+    layers: dict[str, Any] = interface_experts(model)
     others = sorted(set(expert_stacks(model)) - set(layers))
     if not layers and not others and not has_experts(model) and not expert_counts(model):
         raise ModelError(f"{label}: {cls} has no experts; `upcycle` makes a mixture of experts of a dense model")
@@ -152,6 +153,11 @@ def _router_facts(model: PreTrainedModel, name: str) -> tuple[int | None, int | 
     config = model.config.get_text_config()
     top_k = next((value for key in TOP_K if isinstance(value := getattr(config, key, None), int)), None)
     return None, top_k
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module of experts, whose matrices may be packed into buffers."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 def layer_sized(weight: Any) -> bool:

@@ -25,6 +25,9 @@ from . import valid_rows
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
+INTERFACE = ("has_gate", "is_transposed", "num_experts")
+PACKED_SHAPES = "_hf_optim_matrix_shapes"
+"""Attribute of experts without stacked parameters, whose matrices are packed: name -> ``[E, out, in]``."""
 NOT_A_NUMBER = re.compile(r"per_tok|top_?k|size|dim|capacity|token_id|period|offset|interval|layer_(start|end)")
 """Settings of experts that are not their number."""
 
@@ -107,7 +110,7 @@ class ExpertLinear:
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Return True if a module stores experts in the layout of transformers' fused forwards."""
-    if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "num_experts")):
+    if is_packed_experts(module) or not all(hasattr(module, name) for name in INTERFACE):
         return False
     matrices = [module._parameters.get(key) for key in matrix_names(module)]
     return all(matrix is not None and matrix.dim() == 3 for matrix in matrices)
@@ -116,6 +119,25 @@ def is_fused_experts(module: nn.Module) -> bool:
 def matrix_names(experts: nn.Module) -> tuple[str, str]:
     """Return the names of the stacked matrices of a module, in the order in which a token passes through them."""
     return (UP[0] if getattr(experts, "has_gate", True) else UP[1], DOWN)
+
+
+def is_packed_experts(module: nn.Module) -> bool:
+    """Return True if a module computes like fused experts, but holds their matrices packed instead of stacked."""
+    return PACKED_SHAPES in vars(module)
+
+
+def matrix_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """Return ``(E, out, in)`` of the matrices of fused or packed experts."""
+    packed = vars(experts).get(PACKED_SHAPES)
+    if packed is not None:
+        return packed[parameter]
+    count, rows, columns = experts.get_parameter(parameter).shape
+    return (count, columns, rows) if getattr(experts, "is_transposed", False) else (count, rows, columns)
+
+
+def interface_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that run through transformers' interface for experts, by qualified name: fused or packed."""
+    return {n: module for n, module in model.named_modules() if is_fused_experts(module) or is_packed_experts(module)}
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -267,4 +289,6 @@ def _stores_experts(module: nn.Module, counts: set[int]) -> bool:
     """Return True if a module is a list of experts or has their stacked matrices; ``counts`` are possible numbers."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return len(module) in counts
-    return any(p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False))
+    return is_packed_experts(module) or any(
+        p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False)
+    )

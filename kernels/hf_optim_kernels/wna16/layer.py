@@ -178,3 +178,17 @@ def join(packed_weights: list[Any]) -> nn.Module | None:
 
 def _width(bits: int) -> int:
     return 4 if bits <= 4 else 8
+
+
+def supports_experts(weight: Any) -> str | None:
+    """Return None if experts, a ``QuantizedExperts``, can run on their codes; otherwise the reason."""
+    from ..packed_experts import layer
+
+    return layer.supports(weight)
+
+
+def prepack_experts(weight: Any) -> nn.Module:
+    """Return the packed form of supported experts."""
+    from ..packed_experts import layer
+
+    return layer.prepack(weight)

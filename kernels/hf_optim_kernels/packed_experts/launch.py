@@ -1,0 +1,218 @@
+"""From tensors to launches: which kernels compute a mixture layer for a number of tokens, and with which tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.compute_type import compute_constants
+from ..common.launch import is_aligned, launch
+from ..common.splitk import new_semaphores
+from ..experts import op as pair_lists
+from ..experts.naive import Route
+from ..wna16.naive import slice_columns, slices_per_scale
+from .kernel import _combine_kernel, _down_kernel, _pairs_kernel
+from .naive import FLOAT8, StackedWeight, pairs_per_row
+
+# Pairs up to which every pair reads its expert by itself: a second reading of an expert comes from the cache, and two
+# launches, of the route and of the sum over pairs, are saved. Beyond a share of the experts, many are read again.
+MOST_SINGLE_PAIRS, MOST_SINGLE_SHARE = 64, 4
+# Tiles of one launch that programs may share, and pairs whose shares a tile may have.
+SEMAPHORES = 1 << 14
+# Programs that keep the memory of an H200 busy.
+WANTED_PROGRAMS = 400
+
+
+def semaphores(device: torch.device) -> Tensor:
+    """Return the split-k semaphores of a module of experts; a launch leaves them zero."""
+    return new_semaphores(SEMAPHORES, device)
+
+
+def unsupported_reason(weight: Any) -> str | None:
+    """Return why these kernels do not read a matrix, given by its ``QuantizedWeight``; None if they do."""
+    if weight.kind != "int" or weight.inputs is not None:
+        return "the kernels multiply integer weights with inputs that are not quantized"
+    if weight.ordered:
+        return "its columns are reordered"
+    if weight.group_size < weight.shape[1] and weight.group_size % 16:
+        return f"group size {weight.group_size} is not a multiple of 16"
+    return None
+
+
+def reads(weight: StackedWeight) -> bool:
+    """Return True if these kernels multiply with a weight; otherwise the specification computes the product."""
+    plain = weight.packed.dtype != FLOAT8 and weight.order is None and weight.inputs == 0
+    return plain and (weight.group_size >= weight.columns or weight.group_size % 16 == 0)
+
+
+def is_single(tokens: int, top_k: int, experts: int) -> bool:
+    """Return True if every pair is computed by programs of its own, without sorting."""
+    pairs = tokens * top_k
+    return tokens == 1 or (pairs <= MOST_SINGLE_PAIRS and pairs * MOST_SINGLE_SHARE <= experts)
+
+
+def default(pairs: int, experts: int, N: int, K: int, width: int, gate: bool, single: bool) -> dict[str, int]:
+    """Return tiles for ``pairs`` of products with matrices [N, K]: a guess from what was fast on an H200."""
+    if single:
+        block_n = 64 if N >= 8192 or gate else 32
+        blocks, block_m = pairs, 8
+    else:
+        # The average expert has this many pairs: a smaller block reads its weight several times.
+        mean = -(-pairs // max(1, min(experts, pairs)))
+        block_m = 64 if mean > 32 else 32 if mean > 16 else 16
+        block_n = 128 if block_m == 64 else 64
+        blocks = min(experts, pairs) if mean <= block_m else -(-pairs // block_m)
+    steps = -(-K * width // (64 * 16))
+    tiles = -(-N // block_n) * blocks
+    split = next(s for s in (1, 2, 4, 8) if s == 8 or tiles * s >= WANTED_PROGRAMS or 4 * s > steps)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+
+
+def linear(
+    x: Tensor,
+    experts: Tensor,
+    weight: StackedWeight,
+    counters: Tensor,
+    *,
+    route: Route | None = None,
+    gate: bool = False,
+    from_slot: bool = False,
+    to_slot: bool = False,
+    defined: bool = True,
+    tiles: dict[str, int] | None = None,
+) -> Tensor:
+    """Return the product of each pair [T k, out]; with ``gate`` ``silu(gate) * up`` of it, [T k, out / 2].
+
+    Args:
+        x: [T, in] or [T k, in] by pair, or by slot with ``from_slot``; columns are contiguous.
+        experts: int64 [T, k], contiguous.
+        counters: made by ``semaphores``.
+        route: blocks of ``tiles["BLOCK_M"]`` pairs; None where every pair is a block.
+        from_slot, to_slot: rows are in the order of the route.
+        defined: rows of pairs that no expert computes are zero; otherwise undefined.
+        tiles: instead of ``default``.
+    """
+    pairs, K, N, E = experts.numel(), weight.columns, weight.rows, weight.experts
+    tiles = tiles or default(pairs, E, N, K, weight.width, gate, route is None)
+    block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
+    out = (torch.zeros if defined else torch.empty)((pairs, N // 2 if gate else N), dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    blocks = pairs if route is None else route.blocks.shape[0]
+    grid_n = -(-N // block_n)
+    split = tiles["SPLIT"] if grid_n * blocks <= counters.numel() else 1
+    partial = out
+    if split > 1:
+        partial = torch.empty(grid_n * blocks * split * block_n * block_m, dtype=torch.float32, device=x.device)
+    order, offsets, listed = (experts, experts, experts) if route is None else route
+    zero = weight.zero if weight.zero is not None else weight.scale
+    each = 1 if from_slot else pairs_per_row(x, experts)
+    strides = (x.stride(0), weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0))
+    constants = {
+        **_layout(weight), **compute_constants(x.dtype, _pairs_kernel), "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "SPLIT": split, "EACH": each, "GATE": gate, "LISTED": route is not None, "FROM_SLOT": from_slot,
+        "TO_SLOT": to_slot,
+    }  # fmt: skip
+    launch(
+        _pairs_kernel, (grid_n, blocks, split),
+        (x, weight.packed, weight.scale, zero, out, partial, counters, experts, order, offsets, listed, len(x), N, K, E,
+         *strides),
+        constants, num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+        key=(x.dtype, weight.scale.dtype, experts.dtype, N, K, E, *strides, *tiles.values(), *constants.values(),
+             is_aligned(x, weight.packed, experts, order, listed)),
+    )  # fmt: skip
+    return out
+
+
+def weighted_sum(
+    inner: Tensor, experts: Tensor, weights: Tensor, weight: StackedWeight, counters: Tensor,
+    tiles: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the second product, weighted and summed over the pairs of each token: [T, out] for inner [T k, in]."""
+    (tokens, top_k), K, N, E = experts.shape, weight.columns, weight.rows, weight.experts
+    tiles = tiles or default(tokens * top_k, E, N, K, weight.width, False, True)
+    block_n, split = tiles["BLOCK_N"], tiles["SPLIT"]
+    grid_n = -(-N // block_n)
+    out = torch.empty((tokens, N), dtype=inner.dtype, device=inner.device)
+    partial = torch.empty(tokens * grid_n * top_k * split * block_n, dtype=torch.float32, device=inner.device)
+    zero = weight.zero if weight.zero is not None else weight.scale
+    strides = (weight.packed.stride(0), weight.packed.stride(1), weight.scale.stride(0))
+    constants = {
+        **_layout(weight), **compute_constants(inner.dtype, _down_kernel), "BLOCK_M": tiles["BLOCK_M"],
+        "BLOCK_N": block_n, "TOP_K": top_k, "SPLIT": split,
+    }  # fmt: skip
+    launch(
+        _down_kernel, (grid_n, tokens, top_k * split),
+        (inner, weight.packed, weight.scale, zero, out, partial, counters, experts, weights, N, K, E, *strides),
+        constants, num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+        key=(inner.dtype, weight.scale.dtype, experts.dtype, weights.dtype, N, K, E, *strides, *tiles.values(),
+             *constants.values(), is_aligned(inner, weight.packed, experts, weights)),
+    )  # fmt: skip
+    return out
+
+
+def combine(pairs: Tensor, experts: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Return the weighted sum [T, N] of the rows [T k, N] of each token's pairs that one of ``count`` experts has."""
+    (tokens, top_k), N = experts.shape, pairs.shape[1]
+    out = torch.empty((tokens, N), dtype=pairs.dtype, device=pairs.device)
+    block = 1024 if tokens < 256 else 2048
+    launch(
+        _combine_kernel, (-(-N // block), tokens, 1), (pairs, experts, weights, out, N, count),
+        {"TOP_K": top_k, "BLOCK_N": block}, num_warps=4, num_stages=1,
+        key=(pairs.dtype, experts.dtype, weights.dtype, N, count, top_k, block, is_aligned(experts, weights)),
+    )  # fmt: skip
+    return out
+
+
+def packed_experts(
+    hidden: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: StackedWeight,
+    down: StackedWeight,
+    counters: Tensor,
+    tiles: tuple[dict[str, int], dict[str, int]] | None = None,
+    single: bool | None = None,
+) -> Tensor:
+    """Return ``naive.packed_experts``. ``tiles`` of both products and ``single`` replace the choices."""
+    tokens, top_k = experts.shape
+    if not hidden.numel() or not top_k:
+        return torch.zeros_like(hidden)
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    experts, weights = experts.contiguous(), weights.contiguous()
+    single = is_single(tokens, top_k, up.experts) if single is None else single
+    pairs = tokens * top_k
+    first, second = tiles or (
+        default(pairs, up.experts, up.rows, up.columns, up.width, True, single),
+        default(pairs, down.experts, down.rows, down.columns, down.width, False, single),
+    )
+    if single and tokens * -(-down.rows // second["BLOCK_N"]) <= counters.numel():
+        inner = linear(hidden, experts, up, counters, gate=True, to_slot=True, defined=False, tiles=first)
+        return weighted_sum(inner, experts, weights, down, counters, second)
+    second = second | {"BLOCK_M": first["BLOCK_M"]}
+    route = pair_lists._route(experts, up.experts, first["BLOCK_M"])
+    inner = linear(hidden, experts, up, counters, route=route, gate=True, to_slot=True, defined=False, tiles=first)
+    out = linear(inner, experts, down, counters, route=route, from_slot=True, defined=False, tiles=second)
+    return combine(out, experts, weights, up.experts)
+
+
+def expert_linear(x: Tensor, experts: Tensor, weight: StackedWeight, counters: Tensor) -> Tensor:
+    """Return ``naive.expert_linear``."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    experts = experts.contiguous()
+    if is_single(*experts.shape, weight.experts):
+        return linear(x, experts, weight, counters)
+    tiles = default(experts.numel(), weight.experts, weight.rows, weight.columns, weight.width, False, False)
+    route = pair_lists._route(experts, weight.experts, tiles["BLOCK_M"])
+    return linear(x, experts, weight, counters, route=route, tiles=tiles)
+
+
+def _layout(weight: StackedWeight) -> dict[str, Any]:
+    size, columns = weight.group_size, weight.columns
+    return {
+        "SLICE": slice_columns(size, columns), "GROUP": size,
+        "PER_SCALE": slices_per_scale(size, weight.width, columns), "HAS_ZERO": weight.zero is not None,
+        "WIDTH": weight.width,
+    }  # fmt: skip

@@ -1,0 +1,248 @@
+"""The packed weights of a module of experts: which are supported, and the modules that hold and multiply them.
+
+``supports`` and ``prepack`` read the attributes of an ``hf_optim.compressed.weights.QuantizedExperts``. ``wna16.layer``
+offers them with its entry point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.codes import Codes
+from ..common.support import can_run_triton, unsupported_device, unsupported_dtype
+from ..wna16 import naive as weight_only
+from . import naive, op
+from .naive import FLOAT8, INPUTS, StackedWeight
+
+UP, DOWN = "up", "down"
+FIELDS = ("packed", "scale", "zero", "order", "input_scale", "input_zero")
+
+
+def supports(weight: Any) -> str | None:
+    """Return None if the experts can run on their codes, otherwise the reason."""
+    for matrix in (weight.up, weight.down):
+        if matrix.kind == "int" and not 2 <= matrix.bits <= 8:
+            return f"{matrix.bits}-bit codes are not supported, only 2 to 8 bits"
+    return unsupported_dtype(weight.up.dtype, op.DTYPES)
+
+
+def prepack(weight: Any) -> nn.Module:
+    """Return the packed form of supported experts, made one expert at a time."""
+    if weight.up.device.type == "cpu":
+        from . import cpu
+
+        if cpu.unsupported_reason(weight) is None:
+            return cpu.CpuExperts(weight)
+    return PackedExperts(weight)
+
+
+class ExpertsBase(nn.Module):
+    """The experts of a mixture layer with packed matrices.
+
+    Attributes:
+        count: E.
+        dtype: of the model.
+        label: what they run on.
+    """
+
+    count: int
+    dtype: torch.dtype
+    label: str
+
+    def accepts(self, x: Tensor) -> bool:
+        """Return True if ``x`` is floating, and on the device of the codes."""
+        return x.is_floating_point() and x.device == self._buffers["up_packed"].device  # type: ignore[union-attr]
+
+    def pairs(self, x: Tensor, experts: Tensor, side: str) -> Tensor:
+        """Return the product of each pair with one of its expert's matrices: see ``naive.expert_linear``."""
+        raise NotImplementedError
+
+    def codes(self, side: str, expert: int) -> list[Codes]:
+        """Return the codes of an expert's matrix, part by part, bitwise identical to those it was packed from."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return the output of the mixture layer, [T, d] in the dtype of ``hidden``.
+
+        Args:
+            hidden: [T, d].
+            experts: int64 [T, k]; numbers from E on stand for "computed by none".
+            weights: [T, k].
+            activation: the gate or the activation, from the first product [T k, out] to the input of the second.
+            norm: applied to the outputs of experts, before they are weighted.
+        """
+        inner = activation(self.pairs(hidden, experts, UP))
+        out = self.pairs(inner, experts, DOWN)
+        return naive.combine(out if norm is None else norm(out), weights, hidden.dtype)
+
+
+class PackedExperts(ExpertsBase):
+    """Experts on ``hf_optim::packed_experts`` and ``hf_optim::packed_expert_linear``.
+
+    Attributes:
+        up_packed, down_packed and so on: see ``naive.StackedWeight``; absent ones are None.
+        semaphores: int32, for programs that share a tile.
+    """
+
+    semaphores: Tensor
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.count, self.dtype = weight.count, weight.up.dtype
+        self.numbers: dict[str, tuple[int, int, int, int]] = {}
+        self.bits: dict[str, int] = {}
+        for side, matrix in ((UP, weight.up), (DOWN, weight.down)):
+            self._stack(side, matrix, weight)
+        device = self._buffers["up_packed"].device  # type: ignore[union-attr]
+        count = 1
+        if can_run_triton(self._buffers["up_packed"]):  # type: ignore[arg-type]
+            from .launch import SEMAPHORES
+
+            count = SEMAPHORES
+        self.register_buffer("semaphores", torch.zeros(count, dtype=torch.int32, device=device))
+        self.fused = weight.activation == "silu" and all(self._is_plain(side) for side in (UP, DOWN))
+        self.label = self._label(weight)
+
+    @torch.no_grad()
+    def _stack(self, side: str, matrix: Any, weight: Any) -> None:
+        """Pack the matrices of all experts, one after the other, into buffers that hold all of them."""
+        columns, bits = matrix.shape[1], matrix.bits
+        width = 8 if matrix.kind == "float" else 4 if bits <= 4 else 8
+        self.bits[side] = bits
+        self.numbers[side] = width, matrix.group_size, columns, _inputs(matrix.inputs)
+        stacks: dict[str, Tensor] = {}
+        for expert in range(weight.count):
+            parts = weight.codes(side, expert)
+            codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+            zero = None if matrix.symmetric else torch.cat([_zeros(part, bits) for part in parts])
+            if matrix.kind == "int":
+                if zero is None and bits != width:
+                    codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
+                codes = weight_only.pack(codes, width, naive.storage_group(matrix.group_size, columns))
+            found = {
+                "packed": codes,
+                "scale": scale.T,
+                "zero": None if zero is None else zero.T,
+                "order": _stacked([part.order for part in parts], columns),
+                "input_scale": _joined([part.input_scale for part in parts]),
+                "input_zero": _joined([part.input_zero for part in parts]),
+            }
+            for key, value in found.items():
+                if value is None:
+                    continue
+                if key not in stacks:
+                    stacks[key] = torch.empty((weight.count, *value.shape), dtype=value.dtype, device=value.device)
+                    if key == "order":
+                        stacks[key][:] = torch.arange(columns, device=value.device)
+                stacks[key][expert] = value
+        if bits == width and "zero" in stacks and bool((stacks["zero"] == 2 ** (bits - 1)).all()):
+            del stacks["zero"]  # a symmetric grid after all
+        for key in FIELDS:
+            self.register_buffer(f"{side}_{key}", stacks.get(key))
+
+    def weight(self, side: str) -> StackedWeight:
+        """Return the matrices of one side."""
+        own = self._buffers
+        return StackedWeight(*(own[f"{side}_{key}"] for key in FIELDS), *self.numbers[side])  # type: ignore[arg-type]
+
+    def _is_plain(self, side: str) -> bool:
+        weight = self.weight(side)
+        return weight.packed.dtype != FLOAT8 and weight.order is None and weight.inputs == 0
+
+    def _label(self, weight: Any) -> str:
+        what = describe(weight)
+        device = weight.up.device
+        if device.type == "cuda" and not unsupported_device(device):
+            from .launch import unsupported_reason
+
+            reasons = {unsupported_reason(matrix) for matrix in (weight.up, weight.down)} - {None}
+            if not reasons:
+                return f"packed experts Triton, {what}"
+        return f"packed experts, decoded one at a time, {what}"
+
+    def pairs(self, x: Tensor, experts: Tensor, side: str) -> Tensor:
+        """See ``ExpertsBase``."""
+        return op.expert_linear(x, experts, self.weight(side), self.semaphores)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """See ``ExpertsBase``."""
+        recording = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
+        if not self.fused or norm is not None or recording:
+            return super().forward(hidden, experts, weights, activation, norm)
+        up, down = self.weight(UP), self.weight(DOWN)
+        if torch.compiler.is_compiling():
+            return torch.ops.hf_optim.packed_experts(
+                hidden, experts, weights, *up[:3], up.width, up.group_size, *down[:3], down.width, down.group_size,
+                self.semaphores,
+            )  # fmt: skip
+        return op.compute(hidden, experts, weights, up, down, self.semaphores)
+
+    def codes(self, side: str, expert: int) -> list[Codes]:
+        """See ``ExpertsBase``."""
+        weight, bits = self.weight(side), self.bits[side]
+        codes, scale = naive.codes(weight, expert), weight.scale[expert].T.contiguous()
+        zero = None if weight.zero is None else weight.zero[expert].T.contiguous()
+        if weight.packed.dtype != FLOAT8 and zero is None and bits != weight.width:
+            codes = codes - (2 ** (weight.width - 1) - 2 ** (bits - 1))
+        if zero is not None and bool((zero == 2 ** (bits - 1)).all()):
+            zero = None
+        count = max(len(t[expert]) if t is not None else 1 for t in (weight.order, weight.input_scale))
+        parts = []
+        for index in range(count):
+            take = lambda value: None if value is None else value.chunk(count)[index]  # noqa: B023, E731
+            order = None if weight.order is None else weight.order[expert, index]
+            if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
+                order = None
+            given = [t if t is None else t[expert, index : index + 1] for t in (weight.input_scale, weight.input_zero)]
+            parts.append(Codes(take(codes), take(scale), take(zero), order, *given))
+        return parts
+
+
+def describe(weight: Any) -> str:
+    """Return the bits of experts and what they share scales in, for a label."""
+    matrix = weight.up
+    kinds = sorted({"float8" if one.kind == "float" else f"{one.bits}-bit" for one in (weight.up, weight.down)})
+    text = "/".join(kinds)
+    if matrix.group_size < matrix.shape[1]:
+        text += f", groups of {matrix.group_size}"
+    return text if matrix.inputs is None else f"{text}, {matrix.inputs.type} inputs"
+
+
+def _inputs(grid: Any) -> int:
+    return 0 if grid is None else INPUTS.index((grid.type, grid.dynamic, grid.symmetric))
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    held = [part for part in parts if part is not None]
+    return torch.cat(held) if len(held) == len(parts) else None
+
+
+def _zeros(part: Any, bits: int) -> Tensor:
+    if part.zero is None:
+        return torch.full(part.scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=part.scale.device)
+    return part.zero.to(torch.uint8)
+
+
+def _stacked(orders: list[Tensor | None], columns: int) -> Tensor | None:
+    if all(order is None for order in orders):
+        return None
+    device = next(order.device for order in orders if order is not None)
+    return torch.stack([torch.arange(columns, device=device) if order is None else order for order in orders])
