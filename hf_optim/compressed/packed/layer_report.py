@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from ...toolkit import experts, topology
-from ...toolkit.topology.experts import fused_experts
+from ...toolkit.topology.experts import fused_experts, matrix_names, matrix_shape
 from ...trust.figures import format_count
+from ..experts import PACKED_EXPERTS, expert_schemes
 from ..outlier_columns import outlier_thresholds
 from ..weights import Codes, QuantizedWeight
 from . import codebook_layers
 from .accelerate import NOT_COMPRESSED, UNSUPPORTED, kernels_for
 from .describe import OFFLOADED, describe_module, describe_weight, scheme_unsupported_reason
+from .expert_swap import describe_stored, first_experts_kernel
 from .kernel import NO_KERNEL, Kernel
+from .packed_experts import PackedExperts
 from .packed_linear import PackedLinear
 from .swap import first_kernel
 
@@ -30,12 +33,16 @@ FEW = 3
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why it runs dense."""
+    """A linear layer: its name, its shape ``[out, in]``, and the kernel it runs on or the reason why it runs dense.
+
+    For a quantized matrix of the experts of a mixture, ``experts`` is their number; it is 0 for a linear layer.
+    """
 
     name: str
     shape: tuple[int, int]
     kernel: str | None
     reason: str = ""
+    experts: int = 0
 
     @property
     def runs_on(self) -> str:
@@ -44,10 +51,10 @@ class LayerReport:
 
 
 class Report(list[LayerReport]):
-    """The linear layers of a model, one ``LayerReport`` each.
+    """The linear layers of a model and the quantized matrices of its experts, one ``LayerReport`` each.
 
     Attributes:
-        experts: what the experts of each mixture layer run on, by the name of their module.
+        experts: what the experts of each mixture layer that is not quantized run on, by the name of their module.
 
     ``str()`` gives ``summary``, then one row for layers that differ only in the number of their block. ``full()`` has
     one row per layer, and ``to_json()`` all of it in JSON types.
@@ -66,50 +73,37 @@ class Report(list[LayerReport]):
 
     @property
     def summary(self) -> str:
-        """One line: how many layers run on which kernel, how many run dense, with the reasons, and the experts."""
+        """One line: how many layers run on which kernel, and how many run dense, with the reasons; then experts."""
+        parts = [_summarize([row for row in self if not row.experts], "linear layers")]
+        quantized = [row for row in self if row.experts]
+        if quantized:
+            parts.append(_summarize(quantized, "matrices of experts"))
         found = Counter(self.experts.values())
-        mixtures = [f"experts of {format_count(count)} layers on {what}" for what, count in found.items()]
-        return "; ".join([self._linears, *mixtures])
-
-    @property
-    def _linears(self) -> str:
-        kernels = Counter(_kernel_name(row.kernel) for row in self if row.kernel)
-        dense: dict[str, list[str]] = {}
-        for row in self:
-            if not row.kernel:
-                dense.setdefault(row.reason, []).append(row.name)
-        if not self:
-            return "no linear layers"
-        reasons = "; ".join(f"{_few(names)}: {reason}" for reason, names in dense.items())
-        if not kernels:
-            reasons = next(iter(dense)) if len(dense) == 1 else reasons
-            return f"all {format_count(len(self))} linear layers run dense ({reasons})"
-        on = [f"{format_count(count)} on {kernel}" for kernel, count in kernels.most_common()]
-        on[0] = on[0].replace(" on ", f" of {format_count(len(self))} linear layers on ", 1)
-        rest = [f"{format_count(sum(map(len, dense.values())))} dense ({reasons})"] if dense else []
-        return "; ".join([", ".join(on), *rest])
+        parts += [f"experts of {format_count(count)} layers on {what}" for what, count in found.items()]
+        return "; ".join(parts)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, tuple[int, int], str], int] = {}
+        groups: dict[tuple[str, tuple[int, ...], str], int] = {}
         for row in self:
-            key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name), row.shape, row.runs_on
+            shape = (row.experts, *row.shape) if row.experts else row.shape
+            key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name), shape, row.runs_on
             groups[key] = groups.get(key, 0) + 1
         rows = [(name, format_count(count), shape, what) for (name, shape, what), count in groups.items()]
         return f"{self.summary}\n\n{_table(('layer', 'count', 'out x in', 'runs on'), rows)}" if rows else self.summary
 
     def full(self) -> str:
         """Return the summary and a table with one row per layer."""
-        rows = [(row.name, row.shape, row.runs_on) for row in self]
+        rows = [(row.name, (row.experts, *row.shape) if row.experts else row.shape, row.runs_on) for row in self]
         return f"{self.summary}\n\n{_table(('layer', 'out x in', 'runs on'), rows)}" if rows else self.summary
 
     def to_json(self) -> dict[str, Any]:
-        """Return ``{"summary": str, "layers": [{"name", "shape", "kernel", "reason"}], "experts": {name: str}}``."""
+        """Return ``summary``, ``layers`` (``name``, ``shape``, ``kernel``, ``reason``, ``experts``), and ``experts``."""
         layers = [asdict(row) | {"shape": list(row.shape)} for row in self]
         return {"summary": self.summary, "layers": layers, "experts": self.experts}
 
 
 def report(model: nn.Module) -> Report:
-    """Return, for each linear layer, the kernel it runs on or the reason why it runs dense, and what experts run on.
+    """Return what linear layers, quantized matrices of experts, and the other experts run on, or why they run dense.
 
     For a compressed model that is not accelerated, the reason names the kernel that ``accelerate`` would use.
     """
@@ -117,7 +111,7 @@ def report(model: nn.Module) -> Report:
     linears = topology.linears(model)
     kernels = kernels_for(model)
     thresholds = outlier_thresholds(model, linears) if unsupported is None else {}
-    mixtures = fused_experts(model)
+    mixtures = {name: module for name, module in fused_experts(model).items() if not expert_schemes(module)}
     rows = Report((), {name: experts.implementation_of(module) for name, module in mixtures.items()})
     for name, module in (linears | codebook_layers.codebook_linears(model)).items():
         shape = topology.features(module)
@@ -132,7 +126,49 @@ def report(model: nn.Module) -> Report:
             rows.append(LayerReport(name, shape, None, _unaccelerated(name, module, kernels, thresholds.get(name))))
         else:
             rows.append(LayerReport(name, shape, None, NOT_ACCELERATED))
+    for name, module in model.named_modules():
+        if expert_schemes(module):
+            rows.extend(_experts(name, module, kernels, unsupported))
     return rows
+
+
+def _experts(
+    name: str, module: Any, kernels: tuple[Kernel, ...], unsupported: Mapping[str, str] | None
+) -> Iterator[LayerReport]:
+    """Yield the report of each matrix of the quantized experts of a module."""
+    kernel, reason = None, ""
+    if isinstance(module, PackedExperts):
+        reason = module.packing.failure
+        kernel = None if reason else str(module.get_submodule(PACKED_EXPERTS).label)
+    elif unsupported is not None:
+        reason = unsupported.get(name, NOT_COMPRESSED)
+    else:
+        weight = describe_stored(name, module)
+        found = weight if isinstance(weight, str) else first_experts_kernel(weight, kernels)
+        on = f"; it would run these experts on {found.name}" if isinstance(found, Kernel) else ""
+        reason = f"{NOT_ACCELERATED}{on}" if isinstance(found, Kernel) else found
+    for parameter in matrix_names(module):
+        count, rows, columns = matrix_shape(module, parameter)
+        yield LayerReport(f"{name}.{parameter}", (rows, columns), kernel, reason, count)
+
+
+def _summarize(rows: list[LayerReport], what: str) -> str:
+    """Return one line on rows of one kind."""
+    kernels = Counter(_kernel_name(row.kernel) for row in rows if row.kernel)
+    dense: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.kernel:
+            dense.setdefault(row.reason, []).append(row.name)
+    if not rows:
+        return f"no {what}"
+    reasons = "; ".join(f"{_few(names)}: {reason}" for reason, names in dense.items())
+    if not kernels:
+        reasons = next(iter(dense)) if len(dense) == 1 else reasons
+        return f"all {format_count(len(rows))} {what} run dense ({reasons})"
+    on = [f"{format_count(count)} on {kernel}" for kernel, count in kernels.most_common()]
+    on[0] = on[0].replace(" on ", f" of {format_count(len(rows))} {what} on ", 1)
+    rest = [f"{format_count(sum(map(len, dense.values())))} dense ({reasons})"] if dense else []
+    return "; ".join([", ".join(on), *rest])
 
 
 def _unaccelerated(name: str, module: nn.Module, kernels: tuple[Kernel, ...], outliers: float | None) -> str:
@@ -179,7 +215,7 @@ def _few(names: list[str]) -> str:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    texts = [[f"{cell[0]} x {cell[1]}" if isinstance(cell, tuple) else str(cell) for cell in row] for row in rows]
+    texts = [[" x ".join(map(str, cell)) if isinstance(cell, tuple) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *texts]) for i in range(len(header))]
     lines = []
     for row in [list(header), *texts]:

@@ -46,7 +46,7 @@ class CpuExperts(ExpertsBase):
         self.bits, self.group = {}, {}
         for side, matrix in ((UP, weight.up), (DOWN, weight.down)):
             self._stack(side, matrix, weight)
-        self.label = f"packed experts, PyTorch's CPU operators, {describe(weight)}"
+        self.label = f"packed experts (PyTorch's CPU operators), {describe(weight)}"
 
     @torch.no_grad()
     def _stack(self, side: str, matrix: Any, weight: Any) -> None:

@@ -168,8 +168,8 @@ class PackedExperts(ExpertsBase):
 
             reasons = {unsupported_reason(matrix) for matrix in (weight.up, weight.down)} - {None}
             if not reasons:
-                return f"packed experts Triton, {what}"
-        return f"packed experts, decoded one at a time, {what}"
+                return f"packed experts (Triton), {what}"
+        return f"packed experts (decoded one at a time), {what}"
 
     def pairs(self, x: Tensor, experts: Tensor, side: str) -> Tensor:
         """See ``ExpertsBase``."""
