@@ -172,4 +172,4 @@ def packed_experts(hidden: Tensor, experts: Tensor, weights: Tensor, up: Stacked
 def combine(pairs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weighted sum [T, d] of the outputs [T k, d] of pairs; weights: [T, k]."""
     weighted = pairs * weights.reshape(-1, 1)
-    return weighted.view(*weights.shape, -1).sum(dim=1).to(dtype)
+    return weighted.view(*weights.shape, pairs.shape[1]).sum(dim=1).to(dtype)
