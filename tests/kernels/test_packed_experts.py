@@ -12,7 +12,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from hf_optim_kernels.common.codes import Codes
-from hf_optim_kernels.packed_experts import cpu, launch, layer, naive, op
+from hf_optim_kernels.packed_experts import base, cpu, launch, layer, naive, op
 
 # experts, d, I, bits, group (0: a row), symmetric
 SHAPES = {
@@ -94,7 +94,7 @@ def test_a_mixture_is_what_its_codes_stand_for(shape, choice, device):
     inputs = mixture.inputs(*CHOICES[choice])
     expected = mixture.expected(*inputs)
     together = packed(*inputs, silu_gate)
-    apart = layer.ExpertsBase.forward(packed, *inputs, silu_gate)  # any other activation, or a norm
+    apart = base.ExpertsBase.forward(packed, *inputs, silu_gate)  # any other activation, or a norm
     assert together.shape == apart.shape == inputs[0].shape
     if len(expected):
         assert relative(together.cpu(), expected) <= bound(torch.float32)

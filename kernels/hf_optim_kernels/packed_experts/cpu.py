@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.codes import Codes
 from ..wna16 import cpu as linear_cpu
-from .layer import DOWN, UP, ExpertsBase, describe
+from .base import DOWN, UP, ExpertsBase, describe
 from .naive import chosen, pairs_per_row
 
 
