@@ -72,5 +72,5 @@ def test_json_has_every_layer():
     document = json.loads(json.dumps(report.to_json()))
     assert document["summary"] == report.summary
     assert document["layers"][-1] == {
-        "name": "lm_head", "shape": list(report[-1].shape), "kernel": None, "reason": "not compressed",
+        "name": "lm_head", "shape": list(report[-1].shape), "kernel": None, "reason": "not compressed", "experts": 0,
     }  # fmt: skip
