@@ -127,6 +127,16 @@ def test_every_tile_gives_the_same_mixture(single, split, device):
     assert not packed.semaphores.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [40, 100, 700])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_of_many_rows_give_the_same(shape, tokens):
+    mixture = Mixture(*SHAPES[shape], dtype=torch.bfloat16, device="cuda")
+    packed = layer.PackedExperts(mixture.description)
+    inputs = mixture.inputs(tokens, 2)
+    assert relative(packed(*inputs, silu_gate).cpu(), mixture.expected(*inputs)) <= bound(torch.bfloat16)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_come_back_bit_by_bit(shape):
     mixture = Mixture(*SHAPES[shape])
@@ -261,3 +271,14 @@ def test_the_operators_are_well_formed(device):
     torch.library.opcheck(op.packed_expert_linear, (hidden, chosen, *up, packed.semaphores), test_utils=checks)
     sides = (*up[:3], up.width, up.group_size, *down[:3], down.width, down.group_size)
     torch.library.opcheck(op.packed_experts, (hidden, chosen, weights, *sides, packed.semaphores), test_utils=checks)
+
+
+def test_tiles_fit_the_memory_of_a_device():
+    for pairs in (1, 8, 64, 512, 4096, 40000):
+        for zeros in (False, True):
+            whole = launch.default(pairs, 8, 4096, 4096, 4, False, zeros)
+            ampere = launch.default(pairs, 8, 4096, 4096, 4, False, zeros, memory=166912)
+            small = launch.default(pairs, 8, 4096, 4096, 4, False, zeros, memory=101376)
+            assert ampere["BLOCK_M"] <= min(64, whole["BLOCK_M"])
+            assert small["num_stages"] == 2 or small["BLOCK_M"] <= 16
+    assert launch.default(40000, 8, 4096, 4096, 4, False)["BLOCK_M"] == 128

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -18,11 +20,11 @@ from .naive import FLOAT8, StackedWeight, pairs_per_row
 
 # Pairs up to which every pair reads its expert by itself: a second reading of an expert comes from the cache, and two
 # launches, of the route and of the sum over pairs, are saved. Beyond a share of the experts, many are read again.
-MOST_SINGLE_PAIRS, MOST_SINGLE_SHARE = 64, 4
+MOST_SINGLE_PAIRS, MOST_SINGLE_SHARE = 32, 4
 # Tiles of one launch that programs may share, and pairs whose shares a tile may have.
 SEMAPHORES = 1 << 14
 # Programs that keep the memory of an H200 busy.
-WANTED_PROGRAMS = 400
+WANTED_PROGRAMS = 360
 
 
 def semaphores(device: torch.device) -> Tensor:
@@ -53,21 +55,58 @@ def is_single(tokens: int, top_k: int, experts: int) -> bool:
     return tokens == 1 or (pairs <= MOST_SINGLE_PAIRS and pairs * MOST_SINGLE_SHARE <= experts)
 
 
-def default(pairs: int, experts: int, N: int, K: int, width: int, gate: bool, single: bool) -> dict[str, int]:
-    """Return tiles for ``pairs`` of products with matrices [N, K]: a guess from what was fast on an H200."""
-    if single:
-        block_n = 64 if N >= 8192 or gate else 32
-        blocks, block_m = pairs, 8
-    else:
-        # The average expert has this many pairs: a smaller block reads its weight several times.
-        mean = -(-pairs // max(1, min(experts, pairs)))
-        block_m = 64 if mean > 32 else 32 if mean > 16 else 16
-        block_n = 128 if block_m == 64 else 64
-        blocks = min(experts, pairs) if mean <= block_m else -(-pairs // block_m)
+_TILE_NAMES = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+# Pairs of an expert up to which tiles are used; then the tiles, and those for weights with zero points, whose sums need
+# registers. The compiler spills none of them for sm_90, but the last one (56 bytes; it is still the fastest).
+_MANY: tuple[tuple[float, tuple[int, ...], tuple[int, ...]], ...] = (
+    (4, (8, 64, 1, 4, 4), (8, 64, 1, 4, 4)),
+    (8, (16, 64, 1, 4, 4), (16, 64, 1, 4, 4)),
+    (32, (32, 128, 1, 4, 3), (32, 64, 1, 4, 3)),
+    (64, (64, 64, 1, 4, 3), (64, 64, 1, 4, 3)),
+    (math.inf, (128, 128, 1, 8, 3), (64, 64, 1, 4, 3)),
+)
+# Bytes of shared memory that the last two need.
+_LARGEST, _LARGE = 229376, 114688
+
+
+def default(
+    pairs: int, experts: int, N: int, K: int, width: int, single: bool, zeros: bool = False, memory: int = _LARGEST
+) -> dict[str, int]:
+    """Return tiles for ``pairs`` of products with matrices [N, K], by what was fast on an H200.
+
+    Args:
+        single: every pair is a block.
+        zeros: the weight has zero points.
+        memory: bytes of shared memory that a program can have.
+    """
     steps = -(-K * width // (64 * 16))
-    tiles = -(-N // block_n) * blocks
-    split = next(s for s in (1, 2, 4, 8) if s == 8 or tiles * s >= WANTED_PROGRAMS or 4 * s > steps)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+    if single:
+        tiles, warps = -(-N // 64) * pairs, 2 if K >= 4096 else 4
+        split = next(s for s in (1, 2, 4, 8) if s == 8 or tiles * s >= WANTED_PROGRAMS or 4 * s > steps)
+        return dict(zip(_TILE_NAMES, (8, 64, split, warps, 4 if steps > 3 else 3), strict=True))
+    # The average expert has this many pairs: a smaller block reads its weight several times, a larger one multiplies
+    # more rows that are not there.
+    mean = pairs / max(1, min(experts, pairs))
+    found = next(own[zeros] for most, *own in _MANY if mean <= most)
+    if found[0] > 64 and memory < _LARGEST:
+        found = _MANY[-2][1]
+    if found[0] > 16 and memory < _LARGE:
+        found = (*found[:-1], 2)
+    return dict(zip(_TILE_NAMES, found, strict=True))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can have on a device."""
+    if device.type != "cuda":
+        return _LARGEST
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _LARGE - 1))
+
+
+def _tiles_for(pairs: int, weight: StackedWeight, single: bool) -> dict[str, int]:
+    size = weight.rows, weight.columns, weight.width
+    memory = shared_memory(weight.packed.device)
+    return default(pairs, weight.experts, *size, single, weight.zero is not None, memory)
 
 
 def linear(
@@ -95,7 +134,7 @@ def linear(
         tiles: instead of ``default``.
     """
     pairs, K, N, E = experts.numel(), weight.columns, weight.rows, weight.experts
-    tiles = tiles or default(pairs, E, N, K, weight.width, gate, route is None)
+    tiles = tiles or _tiles_for(pairs, weight, route is None)
     block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
     out = (torch.zeros if defined else torch.empty)((pairs, N // 2 if gate else N), dtype=x.dtype, device=x.device)
     if not out.numel():
@@ -132,7 +171,7 @@ def weighted_sum(
 ) -> Tensor:  # fmt: skip
     """Return the second product, weighted and summed over the pairs of each token: [T, out] for inner [T k, in]."""
     (tokens, top_k), K, N, E = experts.shape, weight.columns, weight.rows, weight.experts
-    tiles = tiles or default(tokens * top_k, E, N, K, weight.width, False, True)
+    tiles = tiles or _tiles_for(tokens * top_k, weight, True)
     block_n, split = tiles["BLOCK_N"], tiles["SPLIT"]
     grid_n = -(-N // block_n)
     out = torch.empty((tokens, N), dtype=inner.dtype, device=inner.device)
@@ -184,10 +223,7 @@ def packed_experts(
     experts, weights = experts.contiguous(), weights.contiguous()
     single = is_single(tokens, top_k, up.experts) if single is None else single
     pairs = tokens * top_k
-    first, second = tiles or (
-        default(pairs, up.experts, up.rows, up.columns, up.width, True, single),
-        default(pairs, down.experts, down.rows, down.columns, down.width, False, single),
-    )
+    first, second = tiles or (_tiles_for(pairs, up, single), _tiles_for(pairs, down, single))
     if single and tokens * -(-down.rows // second["BLOCK_N"]) <= counters.numel():
         inner = linear(hidden, experts, up, counters, gate=True, to_slot=True, defined=False, tiles=first)
         return weighted_sum(inner, experts, weights, down, counters, second)
@@ -204,7 +240,7 @@ def expert_linear(x: Tensor, experts: Tensor, weight: StackedWeight, counters: T
     experts = experts.contiguous()
     if is_single(*experts.shape, weight.experts):
         return linear(x, experts, weight, counters)
-    tiles = default(experts.numel(), weight.experts, weight.rows, weight.columns, weight.width, False, False)
+    tiles = _tiles_for(experts.numel(), weight, False)
     route = pair_lists._route(experts, weight.experts, tiles["BLOCK_M"])
     return linear(x, experts, weight, counters, route=route, tiles=tiles)
 
