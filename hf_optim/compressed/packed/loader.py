@@ -112,6 +112,7 @@ def _register() -> None:
 
         requires_calibration = True
         is_trainable = True
+        exposes = False  # experts have a layer for each matrix while they are loaded
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return True
@@ -121,13 +122,14 @@ def _register() -> None:
                 raise UnsupportedCheckpoint("its weights are not in files")
             config: Any = self.quantization_config
             expose_experts(model, any(kernel.prepack_experts is not None for kernel in kernels_for(model)))
+            self.exposes = bool(exposed_experts(model))
             headers = SafetensorsHeaders(checkpoint_files, functools.partial(linear_names, model, config.key_mapping))
             prepare(model, parse_checkpoint_format(config.stored)(model, headers), headers)
             return model
 
-        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-            found = without_experts(weight_conversions) if exposed_experts(model) else weight_conversions
-            return super().update_weight_conversions(found, model)
+        def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+            found = without_experts(weight_conversions) if self.exposes else weight_conversions
+            return super().update_weight_conversions(found, *args)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             from ..quantizer import attach_quantizer, detach_quantizer
