@@ -251,15 +251,19 @@ def test_inputs_are_rounded_per_token(kind):
     assert packed.label == f"packed experts (decoded one at a time), {codes}, {kind} inputs"
 
 
-def test_only_one_expert_is_decoded_at_a_time(monkeypatch):
+def test_only_rows_of_chosen_experts_are_decoded(monkeypatch):
     mixture = Mixture(*SHAPES["int4"])
     packed = layer.PackedExperts(mixture.description)
     seen = []
-    plain = naive.dequantize
-    monkeypatch.setattr(naive, "dequantize", lambda *args: seen.append(args[1]) or plain(*args))
+    plain = naive.decode_rows
+    monkeypatch.setattr(naive, "CHUNK", 16 * 64)
+    monkeypatch.setattr(naive, "decode_rows", lambda *args: seen.append(args[1:4]) or plain(*args))
     hidden, _, weights = mixture.inputs(1, 2)
-    naive.packed_experts(hidden, torch.tensor([[3, 1]]), weights, packed.weight("up"), packed.weight("down"))
-    assert seen == [1, 3, 1, 3]
+    chosen = torch.tensor([[3, 1]])
+    found = naive.packed_experts(hidden, chosen, weights, packed.weight("up"), packed.weight("down"))
+    assert relative(found, mixture.expected(hidden, chosen, weights)) <= bound(torch.float32)
+    up, down = ([(e, i, i + step) for e in (1, 3) for i in range(0, 64, step)] for step in (16, 32))
+    assert seen == up + down
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)

@@ -182,7 +182,7 @@ def pack_experts(
         old = module._parameters.pop(name, None)
         replaced[name] = old is not None and old.requires_grad
         module._parameters.pop(f"{name}_scale", None)
-    former = type(module)
+    former: Any = type(module)
     module.__class__ = packed_class(former)
     vars(module)[PACKED_SHAPES] = dict(shapes)
     description = replace(weight, codes=_no_codes)

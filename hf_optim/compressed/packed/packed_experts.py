@@ -165,9 +165,9 @@ class PackedExperts(nn.Module):
         # Scales belong to the codes: they move to another device, but are never rounded to another dtype.
         packed._apply(lambda tensor: moved(fn, tensor))
         if target.dtype != before.dtype or target.device != before.device:
-            changes = {"dtype": target.dtype, "device": target.device}
             own = self.packing.description
-            own = replace(own, up=replace(own.up, **changes), down=replace(own.down, **changes))
+            up = replace(own.up, dtype=target.dtype, device=target.device)
+            own = replace(own, up=up, down=replace(own.down, dtype=target.dtype, device=target.device))
             self.packing.description = own
             changed = target.dtype != before.dtype or target.device.type != before.device.type
             if changed and target.device.type != "meta":
@@ -216,14 +216,14 @@ def _matrix(name: str) -> property:
 
 
 @functools.cache
-def packed_class(former: type[nn.Module]) -> type[PackedExperts]:
+def packed_class(former: Any) -> type[PackedExperts]:
     """Return the class of packed experts that were of the class ``former``, under the same name."""
     body = {name: _matrix(name) for name in SIDES}
     own: Any = {"__module__": former.__module__, "__qualname__": former.__qualname__, **body}
     return type(former.__name__, (PackedExperts, former), own)
 
 
-def _rebuild(former: type[nn.Module]) -> PackedExperts:
+def _rebuild(former: Any) -> PackedExperts:
     """Return an empty module, for copies and pickles of a model."""
     cls = packed_class(former)
     return cls.__new__(cls)

@@ -69,3 +69,10 @@ def describe(weight: Any) -> str:
     if matrix.group_size < matrix.shape[1]:
         text += f", groups of {matrix.group_size}"
     return text if matrix.inputs is None else f"{text}, {matrix.inputs.type} inputs"
+
+
+def zeros_of(part: Any, bits: int) -> Tensor:
+    """Return the zero points of a part, uint8 [rows, groups]; those of a symmetric grid where it has none."""
+    if part.zero is None:
+        return torch.full(part.scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=part.scale.device)
+    return part.zero.to(torch.uint8)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.codes import Codes
 from ..wna16 import cpu as linear_cpu
-from .base import DOWN, UP, ExpertsBase, describe
+from .base import DOWN, UP, ExpertsBase, describe, zeros_of
 from .naive import chosen, pairs_per_row
 
 
@@ -43,7 +43,8 @@ class CpuExperts(ExpertsBase):
     def __init__(self, weight: Any) -> None:
         super().__init__()
         self.count, self.dtype = weight.count, weight.up.dtype
-        self.bits, self.group = {}, {}
+        self.bits: dict[str, int] = {}
+        self.group: dict[str, int] = {}
         for side, matrix in ((UP, weight.up), (DOWN, weight.down)):
             self._stack(side, matrix, weight)
         self.label = f"packed experts (PyTorch's CPU operators), {describe(weight)}"
@@ -56,26 +57,18 @@ class CpuExperts(ExpertsBase):
         stacks: dict[str, Tensor] = {}
         for expert in range(weight.count):
             parts = weight.codes(side, expert)
-            zeros = [part.zero for part in parts]
-            zero = None
-            if any(each is not None for each in zeros):
-                fill = 2 ** (matrix.bits - 1)
-                zero = torch.cat(
-                    [
-                        torch.full(part.scale.shape, fill, dtype=torch.uint8) if part.zero is None else part.zero
-                        for part in parts
-                    ]
-                )
-            found = Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), zero)
-            one = kind(found, matrix.bits, matrix.group_size, matrix.dtype, None)
-            self.group[side] = one.group if is_int4 else 0  # type: ignore[union-attr]
-            own = {"packed": one.packed, "grid": one.pair if is_int4 else one.factor, "scale": found.scale}  # type: ignore[union-attr]
-            if not matrix.symmetric:
-                own["zero"] = torch.full_like(found.scale, 8, dtype=torch.uint8) if zero is None else zero
+            scale = torch.cat([part.scale for part in parts])
+            zero = None if matrix.symmetric else torch.cat([zeros_of(part, matrix.bits) for part in parts])
+            found = Codes(torch.cat([part.codes for part in parts]), scale, zero)
+            one: Any = kind(found, matrix.bits, matrix.group_size, matrix.dtype, None)
+            self.group[side] = one.group if is_int4 else 0
+            own = {"packed": one.packed, "grid": one.pair if is_int4 else one.factor, "scale": scale, "zero": zero}
             for key, value in own.items():
+                if value is None:
+                    continue
                 if key not in stacks:
-                    stacks[key] = torch.empty((weight.count, *value.shape), dtype=value.dtype)  # type: ignore[union-attr]
-                stacks[key][expert] = value  # type: ignore[assignment]
+                    stacks[key] = torch.empty((weight.count, *value.shape), dtype=value.dtype)
+                stacks[key][expert] = value
         for key in ("packed", "grid", "scale", "zero"):
             self.register_buffer(f"{side}_{key}", stacks.get(key))
 

@@ -238,7 +238,7 @@ def expert_linear(x: Tensor, experts: Tensor, weight: StackedWeight, counters: T
     """Return ``naive.expert_linear``."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     experts = experts.contiguous()
-    if is_single(*experts.shape, weight.experts):
+    if is_single(experts.shape[0], experts.shape[1], weight.experts):
         return linear(x, experts, weight, counters)
     tiles = _tiles_for(experts.numel(), weight, False)
     route = pair_lists._route(experts, weight.experts, tiles["BLOCK_M"])

@@ -16,7 +16,7 @@ from ..common.codes import Codes
 from ..common.support import can_run_triton, unsupported_device, unsupported_dtype
 from ..wna16 import naive as weight_only
 from . import naive, op
-from .base import DOWN, UP, ExpertsBase, describe
+from .base import DOWN, UP, ExpertsBase, describe, zeros_of
 from .naive import FLOAT8, INPUTS, StackedWeight
 
 FIELDS = ("packed", "scale", "zero", "order", "input_scale", "input_zero")
@@ -78,7 +78,7 @@ class PackedExperts(ExpertsBase):
         for expert in range(weight.count):
             parts = weight.codes(side, expert)
             codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
-            zero = None if matrix.symmetric else torch.cat([_zeros(part, bits) for part in parts])
+            zero = None if matrix.symmetric else torch.cat([zeros_of(part, bits) for part in parts])
             if matrix.kind == "int":
                 if zero is None and bits != width:
                     codes = codes + (2 ** (width - 1) - 2 ** (bits - 1))
@@ -107,7 +107,8 @@ class PackedExperts(ExpertsBase):
     def weight(self, side: str) -> StackedWeight:
         """Return the matrices of one side."""
         own = self._buffers
-        return StackedWeight(*(own[f"{side}_{key}"] for key in FIELDS), *self.numbers[side])  # type: ignore[arg-type]
+        fields: Any = (*(own[f"{side}_{key}"] for key in FIELDS), *self.numbers[side])
+        return StackedWeight(*fields)
 
     def _is_plain(self, side: str) -> bool:
         weight = self.weight(side)
@@ -160,7 +161,7 @@ class PackedExperts(ExpertsBase):
         count = max(len(t[expert]) if t is not None else 1 for t in (weight.order, weight.input_scale))
         parts = []
         for index in range(count):
-            take = lambda value: None if value is None else value.chunk(count)[index]  # noqa: B023, E731
+            take: Any = lambda value: None if value is None else value.chunk(count)[index]  # noqa: B023, E731
             order = None if weight.order is None else weight.order[expert, index]
             if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
                 order = None
@@ -176,12 +177,6 @@ def _inputs(grid: Any) -> int:
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     held = [part for part in parts if part is not None]
     return torch.cat(held) if len(held) == len(parts) else None
-
-
-def _zeros(part: Any, bits: int) -> Tensor:
-    if part.zero is None:
-        return torch.full(part.scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=part.scale.device)
-    return part.zero.to(torch.uint8)
 
 
 def _stacked(orders: list[Tensor | None], columns: int) -> Tensor | None:

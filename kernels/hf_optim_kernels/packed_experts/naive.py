@@ -23,6 +23,8 @@ from ..w8a8 import naive as eight_bit
 from ..wna16 import naive as weight_only
 
 FLOAT8 = torch.float8_e4m3fn
+# Weights decoded at a time on a CPU: few enough for its caches, many enough for a dozen operations on them.
+CHUNK = 1 << 20
 # How inputs are quantized, by number: (float8, dynamic, symmetric); 0 leaves them.
 INPUTS = (None, ("int8", True, True), ("int8", True, False), ("int8", False, True), ("int8", False, False),
           ("float8", True, True), ("float8", False, True))  # fmt: skip
@@ -78,38 +80,67 @@ def codes(weight: StackedWeight, expert: int) -> Tensor:
     return weight_only.unpack(weight.packed[expert], weight.width, weight.columns)
 
 
+def decode_rows(weight: StackedWeight, expert: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Return rows ``begin`` to ``end`` of an expert's matrix in ``dtype``, their columns in the stored order."""
+    count, groups = end - begin, weight.scale.shape[1]
+    scale = weight.scale[expert, :, begin:end].T.float()[..., None]
+    if weight.packed.dtype == FLOAT8:
+        values = weight.packed[expert, begin:end].to(torch.float32)
+    else:
+        words = weight.packed[expert, :, begin:end].transpose(0, 1)
+        slices = weight_only.WORD // weight.width
+        wide = torch.empty(count, words.shape[1], slices, words.shape[2], device=words.device)
+        for place in range(slices):
+            wide[:, :, place] = (words >> (place * weight.width)).bitwise_and_((1 << weight.width) - 1)
+        values = wide.view(count, -1)[:, : weight.columns]
+    values = values.reshape(count, groups, -1)
+    if weight.packed.dtype != FLOAT8:
+        zero = None if weight.zero is None else weight.zero[expert, :, begin:end].T.float()[..., None]
+        values.sub_(2.0 ** (weight.width - 1) if zero is None else zero)
+    return values.mul_(scale).view(count, -1).to(dtype)
+
+
 def dequantize(weight: StackedWeight, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the matrix [out, in] of an expert in ``dtype``, its columns in the order of the input."""
-    values = codes(weight, expert).to(torch.float32).view(weight.rows, weight.scale.shape[1], -1)
-    if weight.packed.dtype != FLOAT8:
-        values -= 2.0 ** (weight.width - 1) if weight.zero is None else weight.zero[expert].T.float()[..., None]
-    values *= weight.scale[expert].T.float()[..., None]
-    dense = values.view(weight.rows, -1).to(dtype)
+    dense = decode_rows(weight, expert, 0, weight.rows, dtype)
     if weight.order is None:
         return dense
     orders = weight.order[expert]
-    parts = [torch.empty_like(part).index_copy_(1, order, part) for part, order in zip(_parts(dense, orders), orders,
-                                                                                       strict=True)]  # fmt: skip
+    parts = [
+        torch.empty_like(part).index_copy_(1, order, part)
+        for part, order in zip(dense.chunk(len(orders)), orders, strict=True)
+    ]
     return torch.cat(parts)
 
 
-def _parts(rows: Tensor, per_part: Tensor) -> tuple[Tensor, ...]:
-    return rows.chunk(len(per_part))
-
-
 def linear(x: Tensor, weight: StackedWeight, expert: int) -> Tensor:
-    """Return the rows ``x`` [n, in] times the matrix of one expert: [n, out]."""
-    dense = dequantize(weight, expert, x.dtype)
+    """Return the rows ``x`` [n, in] times the matrix of one expert: [n, out].
+
+    On a CPU a few rows of the matrix are decoded at a time, which stay in the cache for the product.
+    """
+    out = x.new_empty(len(x), weight.rows)
+    parts = max(1 if t is None else t.shape[1] for t in (weight.order, weight.input_scale))
+    size = weight.rows // parts
+    step = size if x.is_cuda else max(16, CHUNK // max(1, weight.columns))
+    for part in range(parts):
+        own = _inputs(x, weight, expert, part)
+        for begin in range(part * size, (part + 1) * size, step):
+            end = min(begin + step, (part + 1) * size)
+            out[:, begin:end] = F.linear(own, decode_rows(weight, expert, begin, end, x.dtype))
+    return out
+
+
+def _inputs(x: Tensor, weight: StackedWeight, expert: int, part: int) -> Tensor:
+    """Return the input of a part, rounded to its grid, its columns in the stored order."""
     grid = INPUTS[weight.inputs]
-    if grid is None:
-        return F.linear(x, dense)
-    kind, dynamic, symmetric = grid
-    if dynamic or weight.input_scale is None:
-        return F.linear(_rounded(x, kind == "float8", symmetric, None, None), dense)
-    scales = weight.input_scale[expert]
-    zeros = [None] * len(scales) if weight.input_zero is None else list(weight.input_zero[expert])
-    inputs = [_rounded(x, kind == "float8", symmetric, *own) for own in zip(scales, zeros, strict=True)]
-    return torch.cat([F.linear(own, part) for own, part in zip(inputs, _parts(dense, scales), strict=True)], dim=1)
+    if grid is not None:
+        kind, dynamic, symmetric = grid
+        scale = zero = None
+        if not dynamic and weight.input_scale is not None:
+            scale = weight.input_scale[expert, part]
+            zero = None if weight.input_zero is None else weight.input_zero[expert, part]
+        x = _rounded(x, kind == "float8", symmetric, scale, zero)
+    return x if weight.order is None else x[:, weight.order[expert, part]]
 
 
 def _rounded(x: Tensor, float8: bool, symmetric: bool, scale: Tensor | None, zero: Tensor | None) -> Tensor:
