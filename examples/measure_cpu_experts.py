@@ -22,6 +22,11 @@ from hf_optim.compressed.weights import Codes
 from hf_optim_kernels.packed_experts import layer
 
 TURNS = 7
+FORMATS = {
+    "w4a16 bfloat16": (4, 128, torch.bfloat16),
+    "w8a16 bfloat16": (8, 0, torch.bfloat16),
+    "w4a16 float32": (4, 128, torch.float32),
+}
 
 
 def gate(pairs):
@@ -51,9 +56,9 @@ def experts(d, inner, count, bits, group, dtype):
         SimpleNamespace(**described, count=count, activation="silu", codes=lambda side, number: [stored[side][number]])
     )
     stock = SimpleNamespace(
-        has_gate=True, has_bias=False, is_transposed=False, is_concatenated=True, has_post_expert_norm=False, training=False,
-        _is_expert_parallel=False, num_experts=count, gate_up_proj=dense["up"], down_proj=dense["down"], _apply_gate=gate,
-        act_fn=F.silu,
+        has_gate=True, has_bias=False, is_transposed=False, is_concatenated=True, has_post_expert_norm=False,
+        training=False, _is_expert_parallel=False, num_experts=count, gate_up_proj=dense["up"],
+        down_proj=dense["down"], _apply_gate=gate, act_fn=F.silu,
     )  # fmt: skip
     return packed, stock
 
@@ -87,9 +92,7 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     result = {"shape": options.shape, "cpu": f"{platform.machine()}, {capability}", "torch": torch.__version__}
     result["threads"] = torch.get_num_threads()
-    for name, bits, group, dtype in (  # formats
-        ("w4a16 bfloat16", 4, 128, torch.bfloat16), ("w8a16 bfloat16", 8, 0, torch.bfloat16), ("w4a16 float32", 4, 128, torch.float32),
-    ):  # fmt: skip
+    for name, (bits, group, dtype) in FORMATS.items():
         packed, stock = experts(d, inner, count, bits, group, dtype)
         size = sum(buffer.numel() * buffer.element_size() for buffer in packed.buffers()) / 2**20
         dense = sum(each.numel() * each.element_size() for each in (stock.gate_up_proj, stock.down_proj)) / 2**20
