@@ -247,3 +247,20 @@ def test_the_stacked_weight_can_be_read_but_not_written():
         experts.down_proj.data = dense
     with pytest.raises(AttributeError, match="up_proj"):
         _ = experts.up_proj
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{"group_size": 32}, {"bits": 8, "group_size": None}], ids=str)
+def test_experts_of_a_model_on_a_gpu_run_on_triton(fields):
+    model = quantized(lambda: mixtral().to(torch.bfloat16), **fields).to("cuda")
+    ids = IDS.to("cuda")
+    with torch.no_grad():
+        before = model(ids).logits
+        hf_optim.accelerate(model)
+        after = model(ids).logits
+    kernels = {row.kernel for row in hf_optim.report(model) if row.experts}
+    assert all(kernel.startswith("packed experts (Triton), ") for kernel in kernels)
+    assert float((after - before).float().norm() / before.float().norm()) < 5e-2
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, custom_generate=hf_optim.generate, **settings), expected)
