@@ -38,6 +38,7 @@ _HOMES = {
     "ModelError": "errors",
     "NumericalError": "errors",
     "CheckpointError": "errors",
+    "RankError": "errors",
     "optimize": "lifecycle.loading",
     "advance": "lifecycle.stages",
     "callbacks": "training.stage_callbacks",
@@ -50,6 +51,7 @@ _HOMES = {
     "restore": "compressed.packed.accelerate",
     "report": "compressed.packed.layer_report",
     "expert_load": "toolkit.experts.load",
+    "expert_exchange": "toolkit.experts.rank_models",
     "release": "lifecycle.stages",
     "merge_adapters": "training.peft",
     "generate": "generation.door",
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import NumericalError as NumericalError
     from .errors import OptimError as OptimError
+    from .errors import RankError as RankError
     from .errors import RecipeError as RecipeError
     from .evaluation.cards.card import Card as Card
     from .generation.door import GenerationWarning as GenerationWarning
@@ -123,6 +126,7 @@ if TYPE_CHECKING:
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
     from .toolkit.experts.load import expert_load as expert_load
+    from .toolkit.experts.rank_models import expert_exchange as expert_exchange
     from .toolkit.quantization import KeyValueScheme as KeyValueScheme
     from .toolkit.quantization import cache_size as cache_size
     from .training.peft import merge_adapters as merge_adapters

@@ -69,3 +69,7 @@ class NumericalError(OptimError, ArithmeticError):
 
 class CheckpointError(OptimError, OSError):
     """A checkpoint cannot be read or written."""
+
+
+class RankError(OptimError, RuntimeError):
+    """A rank of a process group has ended, or did not answer in time, while ranks exchanged tensors."""

@@ -215,7 +215,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..compressed.packed.accelerate import accelerate
     from ..compressed.packed.loader import with_packed_quantizer
     from ..toolkit.checkpoint.safetensors import UnsupportedCheckpoint
-    from ..toolkit.experts import attach_experts, attach_stored_routing, detach_experts
+    from ..toolkit.experts import attach_experts, attach_stored_settings, detach_experts
 
     wants_info = kwargs.pop("output_loading_info", False)
     # transformers' Auto classes have put the argument into the configuration.
@@ -237,7 +237,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
         model, info = _load_placed(stock, source, args, config, files, kwargs, new_heads)
         require_runnable(model)
         accelerate(model)
-    attach_stored_routing(model)
+    attach_stored_settings(model)
     (attach_experts if given_experts is None else detach_experts)(model)
     return (model, info) if wants_info else model
 

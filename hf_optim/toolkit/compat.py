@@ -93,3 +93,52 @@ def decoding_method(model: Any, generation_config: Any, assistant_model: Any) ->
 
     mode = generation_config.get_generation_mode(assistant_model)
     return getattr(type(model), GENERATION_MODES_MAPPING[mode])
+
+
+def expert_parallel() -> Any:
+    """Return the module with transformers' registry of exchanges between ranks; None before 5.23."""
+    if VERSION < (5, 23):
+        return None
+    from transformers.distributed import expert_parallel as found
+
+    return found
+
+
+def ep_implementation_of(module: Any) -> Any:
+    """Return the ``EPImplementation`` that the forward of a module of experts calls; None if it calls none.
+
+    transformers keeps it in the closure of the forward that it installs, and nowhere else.
+    """
+    parallel, forward = expert_parallel(), vars(module).get("forward")
+    if parallel is None or forward is None:
+        return None
+    cells = zip(
+        (getattr(forward, "__code__", None) and forward.__code__.co_freevars) or (),
+        forward.__closure__ or (),
+        strict=False,
+    )
+    found = next((cell.cell_contents for name, cell in cells if name == "implementation"), None)
+    return found if isinstance(found, parallel.EPImplementation) else None
+
+
+def install_ep_implementation(module: Any, former: Any, name: str, cls: Any) -> None:
+    """Replace the ``EPImplementation`` ``former`` of a module of experts by one of the class registered as ``name``."""
+    parallel = expert_parallel()
+    parallel.EPImplementationInterface.register(name, cls)
+    held = vars(module).pop("forward")
+    try:
+        parallel.EpDispatchExpertsParallel().install_forward(
+            module, former.ep_mesh, tp_mesh=former.tp_mesh, ep_implementation=name
+        )
+    except BaseException:
+        module.forward = held
+        raise
+
+
+def register_ep_implementation(name: str, cls: Any) -> None:
+    """Register a class for ``DistributedConfig(ep_implementation=name)``; None removes the name."""
+    registry = expert_parallel().EPImplementationInterface
+    if cls is None:
+        registry._global_mapping.pop(name, None)
+    else:
+        registry.register(name, cls)

@@ -73,7 +73,7 @@ def accelerate(model: nn.Module, kernels: Iterable[Kernel] | None = None) -> nn.
     Raises ``ModelError`` for a compressed model with weights that are offloaded to the CPU or to disk.
     """
     require_runnable(model)
-    experts.attach_stored_routing(model)
+    experts.attach_stored_settings(model)
     experts.attach_experts(model)
     pack_layers(model, tuple(kernels) if kernels is not None else kernels_for(model), {})
     return model
@@ -162,7 +162,7 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedExperts):
             unpack_experts(module)
         codebook_layers.unpack(module)
-    experts.detach_routing(model)
+    experts.detach_settings(model)
     experts.detach_experts(model)
     model.__dict__.pop(UNSUPPORTED, None)
     inner = _pretrained(model)

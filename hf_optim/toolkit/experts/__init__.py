@@ -1,30 +1,53 @@
-"""Run the experts of a mixture with a capacity: the plan of who computes what, the product, and what was dropped."""
+"""Run the experts of a mixture: capacities, the product, what was dropped, and exchanges between ranks."""
 
 from .capacity import ROUNDINGS, capacity
+from .exchange import exchange_experts, experts_per_rank
+from .exchange_settings import Exchange, store_exchange, stored_exchange
 from .implementation import attach_experts, detach_experts, implementation_of
 from .load import ExpertLoad, dropped_share, expert_load
 from .plan import slot_positions
 from .product import expert_product
-from .routed_model import attach_routing, attach_stored_routing, detach_routing, require_routable, routing_of
+from .rank_models import (
+    attach_exchange,
+    detach_exchange,
+    exchange_of,
+    expert_exchange,
+    register_exchanges,
+    unregister_exchanges,
+)
+from .routed_model import attach_routing, detach_routing, require_routable, routing_of
 from .routing import Routing, store_routing, stored_routing
+from .stored_model import attach_stored_settings, detach_settings
 
 __all__ = [
     "ROUNDINGS",
+    "Exchange",
     "ExpertLoad",
     "Routing",
+    "attach_exchange",
     "attach_experts",
     "attach_routing",
-    "attach_stored_routing",
+    "attach_stored_settings",
     "capacity",
+    "detach_exchange",
     "detach_experts",
     "detach_routing",
+    "detach_settings",
     "dropped_share",
+    "exchange_experts",
+    "exchange_of",
+    "expert_exchange",
     "expert_load",
     "expert_product",
+    "experts_per_rank",
     "implementation_of",
+    "register_exchanges",
     "require_routable",
     "routing_of",
     "slot_positions",
+    "store_exchange",
     "store_routing",
+    "stored_exchange",
     "stored_routing",
+    "unregister_exchanges",
 ]

@@ -26,7 +26,9 @@ class CappedLayer:
         tokens: where the part of the model around it notes its batch.
         experts: how many experts the layer has on all ranks.
         top_k: how many of them a token chooses, as the router states it; None if it states nothing.
-        counts: int64 ``[2, E]``: chosen, and dropped of these, for each expert of this rank.
+        counts: int64 ``[2, E]``: chosen, and dropped of these, for each expert of this rank; after ``plan_for_all``,
+            for each expert of all ranks, of the tokens of this rank.
+        planned_before: the capacity is applied by the ranks that send tokens, and not to what arrives.
     """
 
     def __init__(
@@ -34,11 +36,28 @@ class CappedLayer:
     ) -> None:
         self.name, self.routing, self.tokens = name, routing, tokens
         self.experts, self.top_k, self.counts = experts, top_k, counts
+        self.planned_before = False
 
     def plan(self, module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Plan:
         """Return what is computed. hidden ``[T, d]``, chosen int64 ``[T, k]``, weights ``[T, k]``."""
-        routing, own = self.routing, module.num_experts
-        split = getattr(module, "_is_expert_parallel", own < self.experts)
+        own = module.num_experts
+        return self._plan(
+            module, hidden, chosen, weights, own, getattr(module, "_is_expert_parallel", own < self.experts)
+        )
+
+    def plan_for_all(self, module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int) -> Plan:
+        """Return what is computed of tokens whose choices among all ``experts`` this rank has, before an exchange.
+
+        From then on the experts of this rank compute whatever the exchange brings them; see ``planned_before``.
+        """
+        if self.counts.shape[1] != experts:
+            with torch.inference_mode(False):
+                self.counts = torch.zeros(2, experts, dtype=torch.int64, device=chosen.device)
+        self.planned_before, self.experts = True, experts
+        return self._plan(module, hidden, chosen, weights, experts, split=False)
+
+    def _plan(self, module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, own: int, split: bool) -> Plan:
+        routing = self.routing
         top_k = self._require_whole_batch(chosen, split)
         real = self._real_rows(module, hidden)
         counted = chosen < own

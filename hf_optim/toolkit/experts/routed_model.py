@@ -40,7 +40,7 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k"
 def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute the experts of one layer: hidden ``[T, d]``, index int64 and weights ``[T, k]``; returns ``[T, d]``."""
     layer = layer_of(self)
-    if layer is None:
+    if layer is None or layer.planned_before:
         complete = not getattr(self, "_is_expert_parallel", True)
         return expert_product(self, hidden, top_k_index, top_k_weights, complete)
     plan = layer.plan(self, hidden, top_k_index, top_k_weights)

@@ -8,17 +8,15 @@ preserves it from load to save without reading it::
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CheckpointError
 from ...trust.bounds import shown
 from .capacity import ROUNDINGS
+from .stored import store, stored
 
-FIELD, KEY = "hf_optim", "routing"
+KEY = "routing"
 PRIORITIES = ("position", "top1", "sum")
 GROUPS = ("batch", "sequence")
 LARGEST_FACTOR = 1e4
@@ -74,28 +72,9 @@ class Routing:
 
 def store_routing(config: Any, routing: Routing | None) -> None:
     """Write settings into a configuration; None removes them."""
-    held = {key: value for key, value in dict(getattr(config, FIELD, None) or {}).items() if key != KEY}
-    if routing is not None:
-        held[KEY] = dataclasses.asdict(routing)
-    if held:
-        setattr(config, FIELD, held)
-    elif hasattr(config, FIELD):
-        delattr(config, FIELD)
+    store(config, KEY, routing)
 
 
 def stored_routing(config: Any) -> Routing | None:
     """Return the settings in a configuration, or None. Raises ``CheckpointError`` if they are malformed."""
-    held = getattr(config, FIELD, None)
-    found = held.get(KEY) if isinstance(held, Mapping) else None
-    if found is None:
-        return None
-    what = f"config.json: {FIELD}.{KEY}"
-    known = {field.name for field in dataclasses.fields(Routing)}
-    if not isinstance(found, Mapping) or "capacity" not in found:
-        raise CheckpointError(f"{what} must be a mapping with a capacity, not {shown(found)}")
-    if unknown := sorted(str(key) for key in found if key not in known):
-        raise CheckpointError(f"{what} has the unknown field {shown(unknown[0])}; a newer hf_optim may have written it")
-    try:
-        return Routing(**found)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{what}: {error}") from error
+    return stored(config, KEY, Routing, needed="capacity")
