@@ -110,8 +110,8 @@ The better order of the two, against one exchange (differences under a tenth cou
 
 ## The model, and larger clusters
 
-The model of `hf_optim.toolkit.distributed.ExchangeCost` has constants for a collective, a message, a byte on a link and a
-byte that is moved in memory. Fitted to all {len(results["measured"])} times, divided by the ranks that share a core,
+The model of `hf_optim.toolkit.distributed.ExchangeCost` has constants for a collective, a message, a byte on a link and
+a byte that is moved in memory. Fitted to all {len(results["measured"])} times, divided by the ranks that share a core,
 without a difference between links: a
 collective {fit["collective"] * 1e6:.0f} us, a message {fit["message_inside"] * 1e6:.1f} us, a link
 {rate(fit["byte_inside"])}, memory {rate(fit["byte_moved"])}; its error is

@@ -8,7 +8,6 @@ import time
 from datetime import timedelta
 
 import forked_ranks
-import tiny_mixtures
 import torch
 import torch.distributed as dist
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -154,10 +153,20 @@ def experts_of_a_plain_module(rank, world):
     return max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs)
 
 
+def tiny_mixtral(experts):
+    """Return a Mixtral of two layers; importing ``tiny_mixtures`` would take longer than all checks."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=experts)).eval()
+
+
 def model_path(world):
     path = f"{sys.argv[1]}-model-{world}"
     if dist.get_rank() == 0:
-        model = tiny_mixtures.build("mixtral", num_local_experts=EXPERTS)
+        model = tiny_mixtral(EXPERTS)
         store_exchange(model.config, Exchange(order="inter_first", ranks_per_node=max(1, world // 2)))
         model.save_pretrained(path)
     dist.barrier()
@@ -283,7 +292,7 @@ def ranks_that_do_not_divide_the_experts(rank, world):
         return None
     path = model_path(world) + "-odd"
     if rank == 0:
-        tiny_mixtures.build("mixtral", num_local_experts=5).save_pretrained(path)
+        tiny_mixtral(5).save_pretrained(path)
     dist.barrier()
     load(path, world, True, optim_config="auto")
 

@@ -6,10 +6,13 @@ them in turn, and writes ``OUTPUT-<world>.json``: name of the check -> what each
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -20,10 +23,23 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 15
+IMPORTED = (
+    "hf_optim.lifecycle.loading",
+    "hf_optim.compressed.packed.loader",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.distributed.expert_parallel",
+    "transformers.distributed.fsdp",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+"""What ranks would import one by one."""
 
 
 def main(checks: Mapping[int, Mapping[str, Callable[..., Any]]]) -> int:
     output, *worlds = sys.argv[1:]
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):  # not in every version
+            importlib.import_module(name)
     torch.set_num_threads(1)
     for world in map(int, worlds):
         with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +66,9 @@ def _fork(rank: int, world: int, checks: Mapping[str, Callable[..., Any]], folde
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
         for name, check in checks.items():
             try:
+                start = time.process_time()
                 found[name] = {"found": check(rank, world)}
+                found[name]["seconds"] = round(time.process_time() - start, 3)
             except Exception as error:
                 found[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-3000:]}
             (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -222,6 +222,20 @@ def _two_steps(there: list[int], between: list[int], received: list[int], grid: 
     return Route(steps, sum(there), sum(received))
 
 
+def all_gather_(whole: Tensor, part: Tensor, group: Any) -> None:
+    """Fill ``whole`` ``[G n, ...]`` with the parts ``[n, ...]`` of all ranks."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    with failures_named():
+        gather(whole, part, group=group)
+
+
+def reduce_scatter_(part: Tensor, whole: Tensor, group: Any) -> None:
+    """Fill ``part`` ``[n, ...]`` with the sum of what all ranks have for this one in ``whole`` ``[G n, ...]``."""
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    with failures_named():
+        reduce(part, whole, group=group)
+
+
 def _equal_exchange(parts: Tensor, group: Any) -> Tensor:
     """Return what the ranks of a group send this one; ``parts`` ``[ranks, ...]`` int64, one for each."""
     parts = parts.contiguous()

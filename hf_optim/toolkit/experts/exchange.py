@@ -24,31 +24,31 @@ class Pairs:
     """The pairs of token and expert of one rank, sorted by expert.
 
     Attributes:
-        rows: ``[P, d]``: the token of each pair that is computed.
+        tokens: int64 ``[P]``: the token of each pair that is computed.
         order: int64 ``[T k]``: the place of each pair before sorting; those of no expert are last.
         counts: int64 ``[E]``: pairs of each expert.
     """
 
-    rows: Tensor
+    tokens: Tensor
     order: Tensor
     counts: Tensor
 
     @property
     def computed(self) -> int:
         """How many pairs an expert computes."""
-        return len(self.rows)
+        return len(self.tokens)
 
 
-def pair_up(hidden: Tensor, experts: Tensor, count: int) -> Pairs:
+def pair_up(experts: Tensor, count: int) -> Pairs:
     """Return the pairs sorted by expert, equal ones in the order of tokens.
 
-    hidden ``[T, d]``; experts int64 ``[T, k]``, where ``count`` and above stand for "computed by none".
+    experts: int64 ``[T, k]``, where ``count`` and above stand for "computed by none".
     """
     numbers, order = torch.sort(experts.reshape(-1), stable=True)
     ends = torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     kept = order[: int(ends[-1])] if count and len(order) else order[:0]
-    return Pairs(hidden[kept // experts.shape[1]], order, counts)
+    return Pairs(kept // experts.shape[1], order, counts)
 
 
 def numbers_of(received: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ def exchange_experts(
     Returns:
         ``[T, d]``. Raises ``RankError`` if a rank has ended or does not answer.
     """
-    pairs = pair_up(hidden, experts, own * grid.size)
+    pairs = pair_up(experts, own * grid.size)
     route, received = plan_route(pairs.counts.view(grid.size, own), grid)
-    outputs = run_experts(compute, route.forth(pairs.rows), numbers_of(received))
+    outputs = run_experts(compute, route.forth(hidden[pairs.tokens]), numbers_of(received))
     return combine(route.back(outputs), pairs, weights)
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..distributed.grid import Grid, grid_of
+from ..distributed.grid import ORDERS, Grid, grid_of
+from .adaptive_layer import run_adaptive
 from .capped_layer import layer_of
+from .choices import Choices, ways_of
 from .exchange import exchange_experts
-from .exchange_settings import HIERARCHICAL, Exchange
+from .exchange_settings import ADAPTIVE, HIERARCHICAL, Exchange
 
 SETTING = "_hf_optim_exchange"
 
@@ -74,7 +76,25 @@ def implementations() -> dict[str, Any]:
             """Return how tokens are exchanged, for ``expert_exchange``."""
             return {"kind": self.kind, **shape_report(self.grid)}
 
-    return {HIERARCHICAL: RankLayer}
+    class AdaptiveLayer(RankLayer):
+        """One module of experts on this rank, run in the fastest of several ways."""
+
+        kind = ADAPTIVE
+
+        def start(self) -> None:
+            self.grids = {grid.order: grid for grid in map(self.grid_for, ORDERS)}
+            self.grid = self.grids["flat"]
+            ways = ways_of(self.setting.parallelism, tuple(self.grids), self.setting.degrees)
+            self.choices = Choices(ways, self.setting.trials, self.grid)
+
+        def compute(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return run_adaptive(self, hidden, index, weights)
+
+        def report(self) -> dict[str, Any]:
+            ways = [str(way) for way in self.choices.ways]
+            return {"kind": self.kind, **shape_report(self.grid), "ways": ways, "choices": self.choices.report()}
+
+    return {HIERARCHICAL: RankLayer, ADAPTIVE: AdaptiveLayer}
 
 
 def shape_report(grid: Grid) -> dict[str, Any]:

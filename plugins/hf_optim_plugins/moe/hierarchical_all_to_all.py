@@ -5,8 +5,8 @@
     inter_first    N - 1 messages of L m bytes between nodes, then L - 1 of N m bytes within the node
 
 with G = N L ranks on N nodes. A rank sends (L - 1) + (N - 1) messages in place of N L - 1, and each that leaves the
-node is L times as large. The bytes between nodes are the same; those within a node grow up to N times. So it gains where
-messages are so small that their number costs more than their bytes.
+node is L times as large. The bytes between nodes are the same; those within a node grow up to N times. So it gains
+where messages are so small that their number costs more than their bytes.
 
 Nie et al., "HetuMoE: An Efficient Trillion-scale Mixture-of-Expert Distributed Training System", arXiv 2203.14685,
 gather within the node first; Tutel's 2DH (arXiv 2206.03382) goes between nodes first. Both orders are here, and equal
@@ -14,8 +14,8 @@ the flat exchange to the bit, forward and backward: what a rank receives has the
 padding, so ranks may send any numbers of tokens.
 
 The weights and the class do not change. The setting stands in ``config.json`` (``"hf_optim": {"exchange": ...}``). It
-is an ``EPImplementation`` of transformers (from 5.23 on): ``optim_config="auto"`` with a ``distributed_config`` uses it,
-``hf_optim.accelerate`` and ``hf_optim.restore`` switch it. ``hf_optim.toolkit.distributed.all_to_all`` and
+is an ``EPImplementation`` of transformers (from 5.23 on): ``optim_config="auto"`` with a ``distributed_config`` uses
+it, ``hf_optim.accelerate`` and ``hf_optim.restore`` switch it. ``hf_optim.toolkit.distributed.all_to_all`` and
 ``hf_optim.toolkit.experts.exchange_experts`` are the same on plain ``torch.distributed``.
 """
 

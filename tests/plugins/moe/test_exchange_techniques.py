@@ -15,9 +15,10 @@ import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimConfig, RecipeError
 from hf_optim.toolkit.experts import Exchange, exchange_of, expert_exchange, stored_exchange
 from hf_optim_plugins.moe.hierarchical_all_to_all import HierarchicalAllToAll
+from hf_optim_plugins.moe.tutel import Tutel
 
 IDS = torch.arange(3, 23).reshape(2, 10)
-ALL = pytest.mark.parametrize("cls", [HierarchicalAllToAll])
+ALL = pytest.mark.parametrize("cls", [HierarchicalAllToAll, Tutel])
 
 
 def logits(model):
@@ -37,6 +38,43 @@ def logits(model):
 def test_wrong_fields(fields, text):
     with pytest.raises(RecipeError, match=text):
         HierarchicalAllToAll(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"parallelism": "pipeline"}, "parallelism must be one of 'auto', 'exchange', 'gather'"),
+        ({"degrees": ()}, "degrees must be a list of 1 to 8"),
+        ({"degrees": (1, 1)}, "degrees must differ"),
+        ({"degrees": (0,)}, "a degree must be an integer from 1"),
+        ({"degrees": (65,)}, "a degree must be an integer from 1"),
+        ({"trials": 0}, "trials must be >= 1"),
+        ({"capacity": float("nan")}, "capacity must be a finite number"),
+        ({"capacity": -1e9}, "capacity must be >="),
+    ],
+)
+def test_wrong_fields_of_tutel(fields, text):
+    with pytest.raises(RecipeError, match=text):
+        Tutel(**fields)
+
+
+@pytest.mark.parametrize("capacity", [0.5, -0.5])
+def test_capacities_of_tutel_drop_alike_with_either_sign_and_in_one_process(capacity, tmp_path):
+    model = hf_optim.optimize(tiny_mixtures.build("mixtral"), [Tutel(capacity=capacity)])
+    same = {"technique": "capacity_routing", "capacity": 0.5, "rounding": "tutel", "measure": False}
+    twin = hf_optim.optimize(tiny_mixtures.build("mixtral"), [same])
+    assert torch.equal(logits(model), logits(twin))
+    load = hf_optim.expert_load(model)
+    assert load == hf_optim.expert_load(twin)
+    assert sum(sum(one.dropped) for one in load.values()) > 0
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "hf_optim.json").read_text())["reload"] == "STOCK_ARCH"
+    assert "Expert capacity" in (tmp_path / "README.md").read_text()
+    auto = MixtralForCausalLM.from_pretrained(tmp_path, optim_config="auto")
+    assert torch.equal(logits(auto), logits(twin))
+    with pytest.raises(RecipeError, match="expert capacity"):
+        OptimConfig.parse([Tutel(capacity=capacity), same]).check()
+    OptimConfig.parse([Tutel(), same]).check()
 
 
 @ALL
@@ -81,7 +119,7 @@ def test_one_process_computes_what_stock_transformers_computes_and_says_so(cls, 
     assert exchange_of(auto) is None
     text = (tmp_path / "README.md").read_text()
     assert "Exchange between ranks" in text
-    assert "The experts of 2 layers" in text
+    assert "experts of 2 layers" in text
     steps = json.loads((tmp_path / "hf_optim.json").read_text())["steps"]
     entry = next(iter(steps.values())) if isinstance(steps, dict) else steps[0]
     assert entry["layers"] == 2
