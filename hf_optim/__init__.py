@@ -52,6 +52,7 @@ _HOMES = {
     "report": "compressed.packed.layer_report",
     "expert_load": "toolkit.experts.load",
     "expert_exchange": "toolkit.experts.rank_models",
+    "expert_buckets": "toolkit.experts.bucketed_model",
     "release": "lifecycle.stages",
     "merge_adapters": "training.peft",
     "generate": "generation.door",
@@ -125,6 +126,7 @@ if TYPE_CHECKING:
     from .runs.run import Run as Run
     from .runs.run import run_of as run_of
     from .runs.scope import Scope as Scope
+    from .toolkit.experts.bucketed_model import expert_buckets as expert_buckets
     from .toolkit.experts.load import expert_load as expert_load
     from .toolkit.experts.rank_models import expert_exchange as expert_exchange
     from .toolkit.quantization import KeyValueScheme as KeyValueScheme

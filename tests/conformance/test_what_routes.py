@@ -19,7 +19,7 @@ PERMUTES = {"channel_permutation", "peg"}
 """They reorder the channels that a router reads together with all other layers that read them."""
 
 STOCK_CLASS = {"gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
-STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "hierarchical_all_to_all", "tutel"}
+STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = {"upcycle": "does not support a model that routes tokens to experts"}

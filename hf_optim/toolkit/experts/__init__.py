@@ -1,5 +1,7 @@
 """Run the experts of a mixture: capacities, the product, what was dropped, and exchanges between ranks."""
 
+from .bucketed_model import attach_buckets, buckets_in, detach_buckets, expert_buckets
+from .buckets import Buckets, store_buckets, stored_buckets
 from .capacity import ROUNDINGS, capacity
 from .exchange import exchange_experts, experts_per_rank
 from .exchange_settings import Exchange, store_exchange, stored_exchange
@@ -21,14 +23,18 @@ from .stored_model import attach_stored_settings, detach_settings
 
 __all__ = [
     "ROUNDINGS",
+    "Buckets",
     "Exchange",
     "ExpertLoad",
     "Routing",
+    "attach_buckets",
     "attach_exchange",
     "attach_experts",
     "attach_routing",
     "attach_stored_settings",
+    "buckets_in",
     "capacity",
+    "detach_buckets",
     "detach_exchange",
     "detach_experts",
     "detach_routing",
@@ -36,6 +42,7 @@ __all__ = [
     "dropped_share",
     "exchange_experts",
     "exchange_of",
+    "expert_buckets",
     "expert_exchange",
     "expert_load",
     "expert_product",
@@ -45,8 +52,10 @@ __all__ = [
     "require_routable",
     "routing_of",
     "slot_positions",
+    "store_buckets",
     "store_exchange",
     "store_routing",
+    "stored_buckets",
     "stored_exchange",
     "stored_routing",
     "unregister_exchanges",

@@ -67,7 +67,7 @@ def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: 
         out = out.new_zeros(tokens * top_k, out.shape[1]).index_copy(0, order, out)
     else:
         out = out[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
-    return out.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+    return out.view(tokens, top_k, out.shape[1]).sum(dim=1).to(hidden.dtype)
 
 
 def _defined(rows: Tensor, nobody: Tensor | None) -> Tensor:

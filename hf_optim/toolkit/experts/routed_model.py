@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...errors import ModelError
 from ...trust.text import one_line
 from ..topology.experts import expert_counts, expert_stacks, has_experts, interface_experts
 from . import registry
+from .bucketed_layer import buckets_of
 from .capped_layer import LAYER, CappedLayer, layer_of
 from .product import expert_product
 from .registry import NAME
@@ -29,6 +31,7 @@ from .tokens import forget_tokens, is_noting, note_tokens
 log = logging.getLogger(__name__)
 
 FORMER = "_hf_optim_former_experts"
+FORMER_OF_BUCKETS = "_hf_optim_former_of_buckets"
 
 WRONG_IN_TRANSFORMERS = {
     "nllb-moe": "transformers (5.17 to 5.24) runs only its experts 0 and 1, whatever the router chooses, so a capacity "
@@ -42,9 +45,15 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
     layer = layer_of(self)
     if layer is None or layer.planned_before:
         complete = not getattr(self, "_is_expert_parallel", True)
-        return expert_product(self, hidden, top_k_index, top_k_weights, complete)
+        return product_of(self)(self, hidden, top_k_index, top_k_weights, complete)
     plan = layer.plan(self, hidden, top_k_index, top_k_weights)
-    return expert_product(self, hidden, plan.experts, plan.weights, plan.complete)
+    return product_of(self)(self, hidden, plan.experts, plan.weights, plan.complete)
+
+
+def product_of(module: nn.Module) -> Callable[..., Tensor]:
+    """Return the product of a module of experts: with buckets that follow its load, or without."""
+    buckets = buckets_of(module)
+    return expert_product if buckets is None else buckets.forward
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -56,7 +65,7 @@ def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a cap
     layers = require_routable(model, label)
     detach_routing(model)
     bodies = _bodies(model, layers)
-    former = model.get_experts_implementation()
+    former = vars(model).get(FORMER_OF_BUCKETS, model.get_experts_implementation())
     tokens = {id(body): note_tokens(body) for body in dict.fromkeys(bodies.values())}
     vars(model)[FORMER] = former
     try:
@@ -104,7 +113,7 @@ def detach_routing(model: nn.Module) -> None:
         if is_noting(module):
             forget_tokens(module)
         former = vars(module).pop(FORMER, None)
-        if former is not None:
+        if former is not None and FORMER_OF_BUCKETS not in vars(module):
             module.set_experts_implementation(former)  # type: ignore[operator]
 
 

@@ -25,7 +25,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from hf_optim import Card, Contract, Paper, RecipeError, Reload, Run, hookimpl, option, technique, traits
+from hf_optim import (
+    Card,
+    Contract,
+    Paper,
+    RecipeError,
+    Reload,
+    Run,
+    Technique,
+    hookimpl,
+    option,
+    technique,
+    traits,
+)
 from hf_optim.toolkit import experts
 
 from ._exchange import CONTRACT, ExchangeTechnique
@@ -62,8 +74,8 @@ class Tutel(ExchangeTechnique):
     timeout: float | None = option(None, above=0.0, high=86400.0)
 
     @classmethod
-    def for_testing(cls) -> Tutel:
-        return cls(degrees=(1, 2))
+    def for_testing(cls) -> Technique:
+        return cls.from_dict({"degrees": [1, 2]})
 
     def validate(self) -> None:
         try:

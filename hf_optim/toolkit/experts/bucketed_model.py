@@ -1,0 +1,84 @@
+"""Give the mixture layers of a model capacities that follow their load, and take them away again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import ModelError
+from . import registry
+from .bucketed_layer import LAYER, BucketedLayer, buckets_of
+from .buckets import Buckets, stored_buckets
+from .capped_layer import layer_of
+from .registry import NAME
+from .routed_model import FORMER as FORMER_OF_ROUTING
+from .routed_model import FORMER_OF_BUCKETS as FORMER
+from .routed_model import require_routable
+
+log = logging.getLogger(__name__)
+
+
+def attach_buckets(model: PreTrainedModel, buckets: Buckets, label: str = "buckets of experts") -> list[str]:
+    """Let capacities of every mixture layer follow its load, in place; return the names of the modules of experts.
+
+    Nothing is dropped, and results are those without buckets. Raises ``ModelError`` as ``require_routable``.
+    """
+    layers = require_routable(model, label)
+    detach_buckets(model)
+    current = model.get_experts_implementation()
+    vars(model)[FORMER] = vars(model).get(FORMER_OF_ROUTING, current)
+    registry.use(model)
+    try:
+        model.set_experts_implementation(NAME)
+    except (ValueError, RuntimeError) as error:
+        detach_buckets(model)
+        raise ModelError(f"{label}: {type(model).__name__} takes no function for its experts: {error}") from error
+    for name, module in layers.items():
+        vars(module)[LAYER] = BucketedLayer(name, buckets)
+    return list(layers)
+
+
+def attach_stored_buckets(model: nn.Module) -> None:
+    """Let capacities follow the load as the configuration of a model says, if it does and they do not already."""
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        buckets = stored_buckets(part.config)
+        if buckets is not None and buckets_in(part) != buckets:
+            attach_buckets(part, buckets, "the buckets in config.json")
+            log.info("capacities of experts follow their load, as config.json states (hf_optim.restore ends it)")
+        return
+
+
+def detach_buckets(model: nn.Module) -> None:
+    """Undo ``attach_buckets``. A model without buckets is not changed."""
+    for module in list(model.modules()):
+        vars(module).pop(LAYER, None)
+        former = vars(module).pop(FORMER, None)
+        if former is None:
+            continue
+        if not any(layer_of(part) is not None for part in module.modules()):
+            module.set_experts_implementation(former)  # type: ignore[operator]
+        registry.drop(module)
+
+
+def buckets_in(model: nn.Module) -> Buckets | None:
+    """Return the setting by which capacities follow the load at present, or None."""
+    return next((layer.setting for module in model.modules() if (layer := buckets_of(module)) is not None), None)
+
+
+def expert_buckets(model: nn.Module) -> dict[str, Any]:
+    """Return by the name of each module of experts what its buckets did: the fields of ``Counts``, and ``padding``.
+
+    ``capacities`` has the room of each expert, by the number of tokens of a forward. Empty for a model without buckets.
+    """
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        layer = buckets_of(module)
+        if layer is not None:
+            held = {str(tokens): list(watch.capacities or ()) for tokens, watch in layer.watches.items()}
+            found[name] = {**layer.counts.to_dict(), "capacities": held}
+    return found
