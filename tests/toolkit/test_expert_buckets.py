@@ -170,9 +170,8 @@ def test_every_forward_of_a_drifting_load_equals_the_product_and_nothing_is_drop
     counts = layer.counts
     assert counts.forwards == 40 == counts.fitting + counts.overflows + 1  # the first one has no capacities yet
     assert counts.replays == counts.fitting > 20
-    assert counts.overflows >= 3  # at least once for each new favourite
-    assert counts.overflows < 10
-    assert 3 <= counts.captures <= counts.changes + 1
+    assert 2 <= counts.overflows < 10
+    assert 2 <= counts.captures <= counts.changes + 1
     assert counts.rows >= counts.pairs == counts.fitting * 64
     static = counts.fitting * 8 * 32  # every expert with the room of the busiest, as a static capacity needs
     assert counts.rows < 0.7 * static

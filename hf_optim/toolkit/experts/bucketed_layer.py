@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucketed_product import bucketed_product
+from .bucketed_product import bucketed_product, room_of
 from .buckets import Buckets, CapacityWatch
 from .product import expert_product
 
@@ -71,15 +71,17 @@ class Graph:
         self, module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, capacities: tuple[int, ...]
     ) -> None:
         self.inputs = [tensor.clone() for tensor in (hidden, experts, weights)]
+        room = room_of(capacities, hidden.device)
         stream = torch.cuda.Stream(hidden.device)
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
         with torch.cuda.stream(stream):  # libraries allocate what they need before the capture
             for _ in range(2):
-                bucketed_product(module, *self.inputs, capacities)
+                bucketed_product(module, *self.inputs, capacities, room)
         torch.cuda.current_stream(hidden.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=_pool(hidden.device), capture_error_mode="thread_local"):
-            self.output, self.loads = bucketed_product(module, *self.inputs, capacities)
+            self.output, self.loads = bucketed_product(module, *self.inputs, capacities, room)
+        self.room = room
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return output and loads; the next replay overwrites both."""

@@ -16,7 +16,12 @@ from .plan import ranks_among_equals
 
 
 def bucketed_product(
-    module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, capacities: Sequence[int]
+    module: Any,
+    hidden: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    capacities: Sequence[int],
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output of a mixture layer whose experts have room for ``capacities`` tokens, and the loads.
 
@@ -28,13 +33,14 @@ def bucketed_product(
         experts: int64 ``[T, k]``; numbers from the module's number of experts on stand for "computed by none".
         weights: ``[T, k]``.
         capacities: for each expert; an expert without room is not read.
+        room: ``room_of(capacities)``, which must be made before a capture: it copies from the host.
 
     Returns:
         ``[T, d]`` of the dtype of ``hidden``, and int64 ``[E]``: the pairs of each expert.
     """
     count, device = len(capacities), hidden.device
     tokens, top_k = experts.shape
-    room = torch.tensor([*capacities, 0], device=device)
+    room = room_of(capacities, device) if room is None else room
     starts = torch.cumsum(room, 0) - room
     total = sum(capacities)
     numbers = experts.reshape(-1).clamp(max=count)
@@ -54,6 +60,11 @@ def bucketed_product(
     out = torch.cat([*parts, hidden.new_zeros(1, hidden.shape[1])])
     pairs = out[places].view(tokens, top_k, out.shape[1]) * weights.unsqueeze(-1)
     return pairs.sum(dim=1).to(hidden.dtype), loads
+
+
+def room_of(capacities: Sequence[int], device: torch.device) -> Tensor:
+    """Return the capacities as a tensor, int64 ``[E + 1]``, with a 0 for "computed by none"."""
+    return torch.tensor([*capacities, 0], device=device)
 
 
 def _one_expert(own: Any, expert: int, rows: Tensor) -> Tensor:
