@@ -3,9 +3,9 @@
     python examples/moe/buckets.py --output model_cards/moe/buckets
 
 Runs a trace of forwards through one mixture layer for each load. On a CPU it counts the rows of buffers, which do not
-depend on the machine (half a minute). On a GPU it also times five ways to run the same forwards (20 seconds on an H200):
-buckets that follow the load; one static capacity with room for the busiest expert of the whole trace; the product
-without buckets, called and captured; and a static capacity factor of 1.25, which drops.
+depend on the machine (half a minute). On a GPU it also times five ways to run the same forwards (20 seconds on an
+H200): buckets that follow the load; one static capacity with room for the busiest expert of the whole trace; the
+product without buckets, called and captured; and a static capacity factor of 1.25, which drops.
 """
 
 from __future__ import annotations

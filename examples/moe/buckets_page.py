@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+COLUMNS = (
+    "shape", "load", "static, peak", "static, C = 1.25", "dropped", "power of 2", "overflows", "captures",
+    "multiple of 64", "overflows", "captures",
+)  # fmt: skip
 WAYS = ("buckets", "static", "product", "product, captured", "buckets, with captures")
 
 
@@ -26,18 +30,19 @@ def write(folder: Path) -> None:
             timed.append(f"| {row['shape']} | {row['load']} | " + " | ".join(cells) + f" | {error} |")
     text = f"""# DynaMoE: room that follows the load
 
-Traces of {results["forwards"]} forwards of 512 tokens through one mixture layer. Loads: *even*; *skewed*, expert e in proportion
-to 1 / (e + 1); *drifting*, the same with the experts rotated in {results["phases"]} phases. Made by
+Traces of {results["forwards"]} forwards of 512 tokens through one mixture layer. Loads: *even*; *skewed*, expert e in
+proportion to 1 / (e + 1); *drifting*, the same with the experts rotated in {results["phases"]} phases. Made by
 [examples/moe/buckets.py](../../../examples/moe/buckets.py).
 
 ## Padding
 
-The share of computed rows that no token fills. *Static*: one capacity for all experts, either with room for the busiest
-expert of the whole trace (nothing dropped), or C = {results["factor"]:g}, which drops. *Buckets*: `dynamoe` with a window of
-{results["window"]}; an overflow is a forward that was computed without buckets, a capture makes a graph.
+The share of computed rows that no token fills. *Static*: one capacity for all experts, either with room for the
+busiest expert of the whole trace (nothing dropped), or C = {results["factor"]:g}, which drops. *Buckets*: `dynamoe`
+with a window of {results["window"]}; an overflow is a forward that was computed without buckets, a capture makes a
+graph.
 
-| shape | load | static, peak | static, C = {results["factor"]:g} | dropped | power of 2 | overflows | captures | multiple of 64 | overflows | captures |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| {" | ".join(COLUMNS)} |
+| --- | --- |{" ---: |" * (len(COLUMNS) - 2)}
 {chr(10).join(lines)}
 
 Nothing is dropped with buckets. With 128 experts and 32 tokens of each on average, multiples of 64 pad most.
@@ -46,10 +51,11 @@ Nothing is dropped with buckets. With 128 experts and 32 tokens of each on avera
         text += f"""
 ## Time
 
-{results["device"]}, torch {results["torch"]}, bfloat16, microseconds of a forward, median of three runs of the trace; the
-buckets include the host's reading of the loads after each replay. *Static* is the graph with room for the busiest expert.
-*Product* is the layer without buckets (grouped, without padding). The last column of times starts without graphs, so that it
-holds all captures of the trace. Error: of the buckets, relative to the product, largest of all forwards.
+{results["device"]}, torch {results["torch"]}, bfloat16, microseconds of a forward, median of three runs of the trace;
+the buckets include the host's reading of the loads after each replay. *Static* is the graph with room for the busiest
+expert. *Product* is the layer without buckets (grouped, without padding). The last column of times starts without
+graphs, so that it holds all captures of the trace. Error: of the buckets, relative to the product, largest of all
+forwards. Rows that are not in the table were not measured.
 
 | shape | load | {" | ".join(WAYS)} | error |
 | --- | --- | {" | ".join("---:" for _ in WAYS)} | ---: |

@@ -137,7 +137,8 @@ def gradient_checkpointing_repeats_the_way_of_the_forward(rank, world):
     model = load(model_path(world), world, True)
     attach_exchange(model, Exchange(kind="adaptive", degrees=(1, 2), trials=1))
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     ids = batch_of(0, True)
     losses = []
     for _ in range(7):

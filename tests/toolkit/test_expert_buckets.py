@@ -39,7 +39,8 @@ def alone():
 # -- buckets and triggers ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("tokens", "rule", "room"),
-    [(0, "power", 0), (1, "power", 1), (5, "power", 8), (64, "power", 64), (65, "power", 100), (1, "64", 64), (65, "64", 100)],
+    [(0, "power", 0), (1, "power", 1), (5, "power", 8), (64, "power", 64), (65, "power", 100), (1, "64", 64),
+     (65, "64", 100)],
 )  # fmt: skip
 def test_rooms(tokens, rule, room):
     assert bucket(tokens, rule, 100) == room
@@ -157,7 +158,11 @@ def choose(favourite, seed, tokens=32):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, 8, generator=generator)
     scores[:, favourite] += 0.6
-    return torch.randn(tokens, 32, generator=generator), scores.topk(2).indices, torch.rand(tokens, 2, generator=generator)
+    return (
+        torch.randn(tokens, 32, generator=generator),
+        scores.topk(2).indices,
+        torch.rand(tokens, 2, generator=generator),
+    )
 
 
 def test_every_forward_of_a_drifting_load_equals_the_product_and_nothing_is_dropped(recorded):
@@ -174,7 +179,7 @@ def test_every_forward_of_a_drifting_load_equals_the_product_and_nothing_is_drop
     assert 2 <= counts.captures <= counts.changes + 1
     assert counts.rows >= counts.pairs == counts.fitting * 64
     static = counts.fitting * 8 * 32  # every expert with the room of the busiest, as a static capacity needs
-    assert counts.rows < 0.7 * static
+    assert counts.rows < 0.75 * static
 
 
 def test_an_overflowing_forward_is_right_and_the_next_one_has_room(recorded):
@@ -199,7 +204,40 @@ def test_graphs_and_sizes_are_bounded(recorded, monkeypatch):
                 layer.forward(module, *choose(0, seed, tokens), complete=True)
     assert len(layer.graphs) <= 2
     assert list(layer.watches) == [6, 7, 4]
-    assert layer.forward(module, torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2), True).shape == (0, 32)
+    assert layer.forward(
+        module, torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2), True
+    ).shape == (0, 32)
+
+
+def test_a_capture_that_fails_leaves_the_layer_usable(recorded, monkeypatch, caplog):
+    class Failing:
+        def __init__(self, *_):
+            raise RuntimeError("out of memory,\ntry less")
+
+    _, module, layer = one_layer()
+    monkeypatch.setattr(layers, "Graph", Failing)
+    inputs = choose(0, 0)
+    with torch.no_grad():
+        expected = expert_product(module, *inputs, complete=True)
+        for _ in range(3):
+            assert torch.equal(layer.forward(module, *inputs, complete=True), expected)
+    assert layer.failure == "out of memory, try less"
+    assert caplog.text.count("its experts run without graphs from now on") == 1
+    assert layer.counts.forwards == 3
+
+
+def test_graphs_share_the_memory_of_one_that_exists():
+    class Held:
+        device = torch.device("cuda", 0)
+        graph = type("Captured", (), {"pool": lambda self: (0, 7)})()
+
+    assert layers.shared_pool(Held.device) is None
+    held = Held()
+    layers._live.add(held)
+    assert layers.shared_pool(Held.device) == (0, 7)
+    assert layers.shared_pool(torch.device("cuda", 1)) is None
+    del held
+    assert layers.shared_pool(Held.device) is None  # the handle of a pool without graphs must not be used
 
 
 def test_on_a_cpu_and_in_training_layers_compute_without_buckets_and_count():

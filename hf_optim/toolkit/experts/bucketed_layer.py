@@ -8,6 +8,8 @@ buckets, and on a CPU the loads are still counted.
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,6 +20,8 @@ from torch import Tensor
 from .bucketed_product import bucketed_product, room_of
 from .buckets import Buckets, CapacityWatch
 from .product import expert_product
+
+log = logging.getLogger(__name__)
 
 LAYER = "_hf_optim_buckets"
 MAX_SIZES = 32
@@ -54,14 +58,16 @@ class Counts:
         return {**found, "padding": round(1 - self.pairs / max(1, self.rows), 6) if self.rows else 0.0}
 
 
-_pools: dict[torch.device, Any] = {}
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _pool(device: torch.device) -> Any:
-    """Return the memory that the graphs of all layers share: one replays after the other, and outputs are copied."""
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return _pools[device]
+def shared_pool(device: torch.device) -> Any:
+    """Return the memory of a graph that exists, or None if there is none.
+
+    All graphs share it: one replays after the other, each has tensors of its own for its inputs, and its output is
+    copied at once. A pool ends with its last graph, so that its handle must not be kept without one.
+    """
+    return next((one.graph.pool() for one in _live if one.device == device), None)
 
 
 class Graph:
@@ -70,7 +76,7 @@ class Graph:
     def __init__(
         self, module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, capacities: tuple[int, ...]
     ) -> None:
-        self.inputs = [tensor.clone() for tensor in (hidden, experts, weights)]
+        self.inputs = hidden.clone(), experts.clone(), weights.clone()
         room = room_of(capacities, hidden.device)
         stream = torch.cuda.Stream(hidden.device)
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
@@ -79,9 +85,10 @@ class Graph:
                 bucketed_product(module, *self.inputs, capacities, room)
         torch.cuda.current_stream(hidden.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=_pool(hidden.device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=shared_pool(hidden.device), capture_error_mode="thread_local"):
             self.output, self.loads = bucketed_product(module, *self.inputs, capacities, room)
-        self.room = room
+        self.room, self.device = room, hidden.device
+        _live.add(self)
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return output and loads; the next replay overwrites both."""
@@ -98,10 +105,11 @@ class BucketedLayer:
         name: of the module in its model.
         setting: how capacities follow the load.
         counts: what it did.
+        failure: why a capture failed; then the layer computes without buckets.
     """
 
     def __init__(self, name: str, setting: Buckets) -> None:
-        self.name, self.setting, self.counts = name, setting, Counts()
+        self.name, self.setting, self.counts, self.failure = name, setting, Counts(), ""
         self.watches: OrderedDict[int, CapacityWatch] = OrderedDict()
         self.graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
 
@@ -111,13 +119,13 @@ class BucketedLayer:
             return expert_product(module, hidden, experts, weights, complete)
         watch = self._watch(len(hidden))
         self.counts.forwards += 1
-        if not self._captures(module, hidden, weights):
+        graph = None
+        if watch.capacities is not None and not self.failure and self._captures(module, hidden, weights):
+            graph = self._graph(module, hidden, experts, weights, watch.capacities)
+        if graph is None:
             self._note(watch, load_of(experts, module.num_experts))
             return expert_product(module, hidden, experts, weights, complete)
-        if watch.capacities is None:
-            self._note(watch, load_of(experts, module.num_experts))
-            return expert_product(module, hidden, experts, weights, complete)
-        output, loads = self._graph(module, hidden, experts, weights, watch.capacities).replay(hidden, experts, weights)
+        output, loads = graph.replay(hidden, experts, weights)
         if self._note(watch, loads.tolist()):
             self.counts.replays += 1
             return output.clone()
@@ -149,17 +157,24 @@ class BucketedLayer:
 
     def _graph(
         self, module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, capacities: tuple[int, ...]
-    ) -> Graph:
+    ) -> Graph | None:
         places = tuple(parameter.data_ptr() for parameter in module.parameters(recurse=False))
         key = (tuple(experts.shape), hidden.dtype, weights.dtype, hidden.device, places, capacities)
         graph = self.graphs.pop(key, None)
         if graph is None:
-            while len(self.graphs) >= self.setting.graphs:
-                self.graphs.popitem(last=False)
-            with torch.no_grad():
-                graph = Graph(module, hidden, experts, weights, capacities)
+            try:
+                # Tensors made in inference mode could not be written outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    graph = Graph(module, hidden, experts, weights, capacities)
+            except RuntimeError as error:  # out of memory, or an activation that waits for the host
+                self.graphs.clear()
+                self.failure = " ".join(str(error).split())[:200]
+                log.warning("%s: its experts run without graphs from now on: %s", self.name, self.failure)
+                return None
             self.counts.captures += 1
         self.graphs[key] = graph
+        while len(self.graphs) > self.setting.graphs:
+            self.graphs.popitem(last=False)
         return graph
 
 

@@ -1,8 +1,8 @@
 """Capacities of experts that follow their load: buckets, when to change them, and how a checkpoint stores the setting.
 
-An expert has room for ``bucket(peak + deviations sqrt(peak))`` tokens, with the peak of the last forwards: so shapes stay the
-same while the load moves within a bucket, and a captured CUDA graph stays valid. Nothing is ever dropped: a forward in
-which an expert has more tokens than room is computed without buckets, and room is made for the next one.
+An expert has room for ``bucket(peak + deviations sqrt(peak))`` tokens, with the peak of the last forwards: so shapes
+stay the same while the load moves within a bucket, and a captured CUDA graph stays valid. Nothing is ever dropped: a
+forward in which an expert has more tokens than room is computed without buckets, and room is made for the next one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class Buckets:
 
     Attributes:
         rule: room is a power of two (``power``), or a multiple of 64 (``64``).
-        deviations: room over the peak load, before rounding, in square roots of it: the standard deviation of a load that
+        deviations: room over the peak load, before rounding, in square roots of it: the standard deviation of a load
+        that
             is random about its mean.
         window: forwards over which the peak is taken.
         trigger: forwards of the window with too little room, at which capacities change.
         slack: capacities also change if room is more than this multiple of what the window needs.
         graphs: captured graphs that a layer keeps.
         stable: in training, a sequence whose assignment has not changed so many times in a row keeps it, and its router
-            is not computed; 0 computes all routers.
+            is not computed (``assignments``); 0 computes all routers.
     """
 
     rule: str = "power"

@@ -64,7 +64,7 @@ def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a cap
     """
     layers = require_routable(model, label)
     detach_routing(model)
-    bodies = _bodies(model, layers)
+    bodies = bodies_of(model, layers)
     former = vars(model).get(FORMER_OF_BUCKETS, model.get_experts_implementation())
     tokens = {id(body): note_tokens(body) for body in dict.fromkeys(bodies.values())}
     vars(model)[FORMER] = former
@@ -153,12 +153,9 @@ def require_routable(model: PreTrainedModel, label: str) -> dict[str, Any]:
 
 def _router_facts(model: PreTrainedModel, name: str) -> tuple[int | None, int | None]:
     """Return the outputs of the router beside a module of experts, and how many it chooses; None if unknown."""
-    block: Any = model.get_submodule(name.rpartition(".")[0])
-    for module in block.children():
-        weight = module._parameters.get("weight")
-        top_k = getattr(module, "top_k", getattr(block, "top_k", None))
-        if layer_sized(weight) and isinstance(top_k, int) and not isinstance(module, nn.Embedding):
-            return int(weight.shape[0]), top_k
+    router, top_k = router_beside(model, name)
+    if router is not None:
+        return len(router.get_parameter("weight")), top_k
     config = model.config.get_text_config()
     top_k = next((value for key in TOP_K if isinstance(value := getattr(config, key, None), int)), None)
     return None, top_k
@@ -169,12 +166,26 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
+def router_beside(model: PreTrainedModel, name: str) -> tuple[nn.Module | None, int | None]:
+    """Return the router beside a module of experts, and how many experts it chooses; None if there is none."""
+    block: Any = model.get_submodule(name.rpartition(".")[0])
+    for module in block.children():
+        top_k = getattr(module, "top_k", getattr(block, "top_k", None))
+        if (
+            layer_sized(module._parameters.get("weight"))
+            and isinstance(top_k, int)
+            and not isinstance(module, nn.Embedding)
+        ):
+            return module, top_k
+    return None, None
+
+
 def layer_sized(weight: Any) -> bool:
     """Return True for a matrix."""
     return weight is not None and weight.dim() == 2
 
 
-def _bodies(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, PreTrainedModel]:
+def bodies_of(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, PreTrainedModel]:
     """Return for each module of experts the innermost ``PreTrainedModel`` around it, whose forward has the mask."""
     parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
     around = {}

@@ -10,8 +10,7 @@ from .routed_model import attach_stored_routing, detach_routing
 
 
 def attach_stored_settings(model: nn.Module) -> None:
-    """Let the experts of a model run as its configuration says: with a capacity, with buckets that follow their load, with
-    another exchange of ranks.
+    """Let the experts of a model run as its configuration says: capacity, buckets, exchange between ranks.
 
     What the model has already is kept. Raises ``CheckpointError`` for a malformed setting, and ``ModelError`` for one
     that does not fit the model.

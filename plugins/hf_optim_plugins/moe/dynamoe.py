@@ -1,23 +1,25 @@
 """DynaMoE: capacities of experts that follow their load, with a CUDA graph for each configuration, and nothing dropped.
 
     room[e] = bucket(p + deviations sqrt(p)),  p = max over the last forwards of load[e];  bucket: power of 2, or of 64
-    captured anew if   a load > room (trigger times in the window),   or   sum(room) > slack * sum(room the window needs)
+    captured anew if  a load > room (trigger times in the window),  or  sum(room) > slack * sum(room it needs now)
 
-Padding to one static capacity wastes what the busiest expert needs on all others, and drops what exceeds it. Here every
-expert has a buffer of its own size. While loads stay within their buckets, a captured graph is replayed; a forward in
-which an expert overflows is computed without buckets, to the same result, and the graph of the larger buckets is captured
-for the next one. When the load has moved away, buckets shrink. An expert without load has no buffer, and its weights are
-not read.
+Padding to one static capacity wastes what the busiest expert needs on all others, and drops what exceeds it. Here
+every expert has a buffer of its own size. While loads stay within their buckets, a captured graph is replayed; a
+forward in which an expert overflows is computed without buckets, to the same result, and the graph of the larger
+buckets is captured for the next one. When the load has moved away, buckets shrink. An expert without load has no
+buffer, and its weights are not read.
 
 Kossmann, Jia, Aiken, "Optimizing Mixture of Experts using Dynamic Recompilations", arXiv 2205.01848. There FlexFlow
 recompiles its task graph; here the experts of one layer are captured, for each number of tokens that occurs again.
 
-Differences: the paper's trigger and buckets are not published as code; theirs are ours. The load is read by the host after
-each replay, which costs one wait per layer. With gradients, on a CPU, and within the graph of ``hf_optim.generate`` the
-layers compute without buckets. The paper's reuse of assignments of samples whose router has converged is not here.
+Differences: the paper's trigger and buckets are not published as code; theirs are ours. The load is read by the host
+after each replay, which costs one wait per layer. With gradients, on a CPU, and within the graph of
+``hf_optim.generate`` the layers compute without buckets. ``stable`` is the paper's cache of sample assignments:
+sequences are known by their tokens, and computed again from time to time.
 
 Weights and class do not change. The setting stands in ``config.json`` (``"hf_optim": {"buckets": ...}``);
-``optim_config="auto"`` and ``hf_optim.accelerate`` apply it, ``hf_optim.restore`` ends it, stock transformers ignores it.
+``optim_config="auto"`` and ``hf_optim.accelerate`` apply it, ``hf_optim.restore`` ends it, stock transformers ignores
+it.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ class DynaMoE(Technique):
         trigger: forwards of the window with too little room, at which capacities change.
         slack: capacities also change if there is more room than this multiple of what the window needs.
         graphs: captured graphs that a layer keeps; the one not used for the longest time is forgotten.
+        stable: in training, a sequence whose choices were the same so many times in a row keeps them and its gates, and
+            its router is not computed, nor trained by it; 0 computes all routers. Not with ``output_router_logits``.
     """
 
     rule: Literal["power", "64"] = "power"
@@ -60,6 +64,7 @@ class DynaMoE(Technique):
     trigger: int = option(1, low=1, high=4096)
     slack: float = option(1.5, low=1.0, high=1e6)
     graphs: int = option(8, low=1, high=1024)
+    stable: int = option(0, low=0, high=4096)
 
     @property
     def buckets(self) -> experts.Buckets:
