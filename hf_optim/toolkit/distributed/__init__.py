@@ -4,7 +4,7 @@ from . import collectives, fsdp
 from .exchange import Route, all_to_all, plan_route, route_from
 from .exchange_cost import ExchangeCost, fit_cost
 from .fsdp import FullWeights
-from .grid import ORDERS, Grid, forget_grids, grid_of, messages, ranks_per_node, shape_of
+from .grid import ORDERS, Grid, grid_of, messages, ranks_per_node, shape_of
 
 __all__ = [
     "ORDERS",
@@ -15,7 +15,6 @@ __all__ = [
     "all_to_all",
     "collectives",
     "fit_cost",
-    "forget_grids",
     "fsdp",
     "grid_of",
     "messages",

@@ -129,11 +129,6 @@ def grid_of(group: Any, order: str, per_node: int | None = None, timeout: float 
     return _made[key]
 
 
-def forget_grids() -> None:
-    """Forget the sub-groups, as after ``destroy_process_group``."""
-    _made.clear()
-
-
 def _require_one_shape(group: Any, local: int) -> None:
     found: list[Any] = [None] * dist.get_world_size(group)
     with failures_named():

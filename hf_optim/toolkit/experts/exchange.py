@@ -51,10 +51,13 @@ def pair_up(experts: Tensor, count: int) -> Pairs:
     return Pairs(kept // experts.shape[1], order, counts)
 
 
-def numbers_of(received: Tensor) -> Tensor:
-    """Return the local number of the expert of each received row, int64 ``[R, 1]``, from counts ``[G, e]``."""
+def numbers_of(received: Tensor, total: int | None = None) -> Tensor:
+    """Return the local number of the expert of each received row, int64 ``[R, 1]``, from counts ``[G, e]``.
+
+    ``total``: R, if it is known; otherwise a device waits for the host.
+    """
     numbers = torch.arange(received.shape[1], device=received.device).repeat(len(received))
-    return numbers.repeat_interleave(received.reshape(-1)).unsqueeze(-1)
+    return numbers.repeat_interleave(received.reshape(-1), output_size=total).unsqueeze(-1)
 
 
 def run_experts(compute: Compute, rows: Tensor, numbers: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def exchange_experts(
     """
     pairs = pair_up(experts, own * grid.size)
     route, received = plan_route(pairs.counts.view(grid.size, own), grid)
-    outputs = run_experts(compute, route.forth(hidden[pairs.tokens]), numbers_of(received))
+    outputs = run_experts(compute, route.forth(hidden[pairs.tokens]), numbers_of(received, route.received))
     return combine(route.back(outputs), pairs, weights)
 
 

@@ -1,7 +1,7 @@
 """DynaMoE: capacities of experts that follow their load, with a CUDA graph for each configuration, and nothing dropped.
 
     room[e] = bucket(p + deviations sqrt(p)),  p = max over the last forwards of load[e];  bucket: power of 2, or of 64
-    captured anew if  a load > room (trigger times in the window),  or  sum(room) > slack * sum(room it needs now)
+    a new graph if  a load > room (trigger times in the window),  or  sum(room) > slack * sum(room it needs now)
 
 Padding to one static capacity wastes what the busiest expert needs on all others, and drops what exceeds it. Here
 every expert has a buffer of its own size. While loads stay within their buckets, a captured graph is replayed; a
