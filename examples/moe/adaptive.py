@@ -27,6 +27,7 @@ from hf_optim.toolkit.experts import Exchange, attach_exchange, expert_exchange
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 256, 512
 TOKENS = (16, 256, 2048)
+TRIALS = 4
 LOADS = ("even", "skewed", "one rank")
 
 
@@ -54,22 +55,26 @@ def layer_across_ranks(folder: str, world: int) -> tuple[Any, Any]:
     dist.barrier()
     placed = DistributedConfig(fsdp_size=world, ep_size=world)
     model = MixtralForCausalLM.from_pretrained(folder, distributed_config=placed, dtype=torch.float32)
-    names = attach_exchange(model, Exchange(kind="adaptive", ranks_per_node=world // 2, trials=3))
+    names = attach_exchange(model, Exchange(kind="adaptive", ranks_per_node=world // 2, trials=TRIALS))
     return model, model.get_submodule(names[0])
 
 
-def seconds(call: Any, rounds: int = 7) -> float:
-    """Return the best time of several calls; of each the slowest rank counts."""
-    found = []
+def seconds(layer: Any, call: Any, rounds: int = 7) -> dict[str, float]:
+    """Return the best time of each way, measured in turn; of each call the slowest rank counts."""
+    found: dict[str, list[float]] = {}
+    ways = layer.choices.ways
     for number in range(rounds + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        call()
-        spent = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        dist.all_reduce(spent, op=dist.ReduceOp.MAX)
-        if number:
-            found.append(float(spent))
-    return min(found)
+        for way in ways:
+            layer.choices.ways = (way,)
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            spent = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+            if number:
+                found.setdefault(str(way), []).append(float(spent))
+    layer.choices.ways = ways
+    return {way: min(times) for way, times in found.items()}
 
 
 def measure(world: int, folder: str) -> list[dict[str, Any]]:
@@ -85,15 +90,16 @@ def measure(world: int, folder: str) -> list[dict[str, Any]]:
             index, gates = choose(load, tokens, dist.get_rank()), torch.full((tokens, TOP_K), 1.0 / TOP_K)
             layer.choices.decisions.clear()
             with torch.no_grad():
-                for _ in range(4 * len(ways) + 1):
+                for _ in range((TRIALS + 1) * len(ways) + 1):
                     out = experts(hidden, index, gates)
                 choice = next(iter(expert_exchange(model).values()))["choices"][-1]
-                again, apart = {}, 0.0
+                apart = 0.0
                 for way in ways:
                     layer.choices.ways = (way,)
                     apart = max(apart, float((experts(hidden, index, gates) - out).abs().max()))
-                    again[str(way)] = 1e3 * seconds(lambda: experts(hidden, index, gates))  # noqa: B023
                 layer.choices.ways = ways
+                spent = seconds(layer, lambda: experts(hidden, index, gates))  # noqa: B023
+                again = {way: 1e3 * one for way, one in spent.items()}
             rows.append(
                 {"ranks": world, "tokens": tokens, "load": load, "largest_difference": apart, "again": again, **choice}
             )
@@ -127,11 +133,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("model_cards/moe/adaptive"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    busy = [os.getloadavg()[0]]
     for world in (2, 4):
         rows += on_ranks(world)
         print(f"{world} ranks measured", flush=True)
+    busy.append(os.getloadavg()[0])
     sizes = {"experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "inner": INNER, "cores": os.cpu_count()}
+    sizes |= {"trials": TRIALS, "load_average": [round(one, 1) for one in busy]}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "adaptive.json").write_text(
         json.dumps({**sizes, "measured": rows}, indent=1) + "\n", encoding="utf-8"

@@ -40,9 +40,9 @@ def write(folder: Path) -> None:
 
 A mixture layer of {results["experts"]} experts (top {results["top_k"]}, {results["hidden"]} x {results["inner"]},
 float32) spread over gloo ranks of one machine with {results["cores"]} cores. Each rank has the tokens of the second
-column. Every way was timed three times, then one was chosen (**bold**); the times below (ms) were measured afterwards,
-the best of seven calls, the slowest rank of each. The last column is the time of the chosen way over that of the
-fastest. Made by [examples/moe/adaptive.py](../../../examples/moe/adaptive.py).
+column. Every way was timed {results["trials"]} times, then one was chosen (**bold**); the times below (ms) were
+measured afterwards, the best of seven calls, the slowest rank of each. The last column is the time of the chosen way
+over that of the fastest. Made by [examples/moe/adaptive.py](../../../examples/moe/adaptive.py).
 
 | ranks | tokens | load | busiest / mean | {" | ".join(ways)} | chosen / fastest |
 | ---: | ---: | --- | ---: | {" | ".join("---:" for _ in ways)} | ---: |
@@ -53,7 +53,8 @@ In {right} of {len(rows)} cases the chosen way is within {CLOSE - 1:.0%} of the 
 fixed way would be up to {fixed[best_fixed]:.1f} times as slow as the fastest (`{best_fixed}`, the best of the
 fixed ones). The outputs of all ways differ by at most {apart:.1e}.
 
-On one machine nothing travels, and ranks share the cores: an overlap of exchange and product cannot gain much, and the
-times that decide are noisy. On GPUs nothing was measured.
+The load average of the machine was {results["load_average"][0]:g} before and {results["load_average"][1]:g} after:
+other work ran on it. On one machine nothing travels, and ranks share the cores: an overlap of exchange and product
+cannot gain much, and the times that decide are noisy. On GPUs nothing was measured.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -297,6 +297,21 @@ def ranks_that_do_not_divide_the_experts(rank, world):
     load(path, world, True, optim_config="auto")
 
 
+def a_rank_that_does_not_answer(rank, world):
+    """One rank is late: the others get an error after the timeout of their group."""
+    group = dist.new_group(list(range(world)), timeout=timedelta(seconds=2))
+    grid = grid_of(group, "intra_first", max(1, world // 2), timeout=2.0)
+    counts, start = torch.ones(world, dtype=torch.int64), time.monotonic()
+    all_to_all(torch.zeros(world, 1), counts, grid)
+    if rank == world - 1:
+        time.sleep(4)
+    try:
+        all_to_all(torch.zeros(world, 1), counts, grid)
+    except Exception as error:
+        return [type(error).__name__, time.monotonic() - start]
+    return ["no error", time.monotonic() - start]
+
+
 def a_rank_that_dies(rank, world):
     """The last check: one rank ends; every other one gets an error soon, and does not hang."""
     group = dist.new_group(list(range(world)), timeout=timedelta(seconds=10))
@@ -325,6 +340,7 @@ CHECKS = [
     a_checkpoint_loads_with_its_exchange,
     a_capacity_is_kept_before_the_exchange,
     ranks_that_do_not_divide_the_experts,
+    a_rank_that_does_not_answer,
     a_rank_that_dies,
 ]
 PLAIN = [check for check in CHECKS if check not in (models_of_transformers, a_capacity_is_kept_before_the_exchange)]

@@ -65,7 +65,7 @@ def test_each_way_is_warmed_up_and_timed_then_the_fastest_is_kept(monkeypatch):
         seen.append((str(way), watch is not None))
         if watch is not None:
             watch.kept.append({"exchange flat x1": 3.0, "exchange flat x2": 1.0, "gather": 2.0}[str(way)])
-    assert seen == [(str(way), timed) for way in ways for timed in (False, True, True)]
+    assert seen == [(str(way), timed) for timed in (False, True, True) for way in ways]
     assert [str(kept.turn(situation, CPU)[0]) for _ in range(3)] == ["exchange flat x2"] * 3
     assert kept.turn(Situation(16, 1.0, False), CPU)[0] == ways[0]
     report = kept.report()

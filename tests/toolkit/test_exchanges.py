@@ -152,6 +152,9 @@ def check(found, world, with_models=True):
     for one in found["nodes_that_differ_are_refused"]:
         assert "ModelError: nodes have different numbers of ranks" in one["error"]
     assert max(of("experts_of_a_plain_module")) < 1e-4
+    for kind, seconds in of("a_rank_that_does_not_answer")[:-1]:
+        assert kind == "RankError"
+        assert seconds < 15
     *others, dead = found["a_rank_that_dies"]
     assert dead == {"error": "ended"}
     for one in others:

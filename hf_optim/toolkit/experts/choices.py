@@ -1,7 +1,7 @@
 """Which of several ways to run an exchange is fastest: tried in turn, timed, and decided alike on all ranks.
 
-A choice is made for each *situation*: a bucket of tokens, one of load, with and without gradients. Each way is run a
-few times when its turn comes; then the slowest rank's times are compared, and the fastest way is kept. Turns depend
+A choice is made for each *situation*: a bucket of tokens, one of load, with and without gradients. The ways are run
+in turn, a few times each; then the slowest rank's times are compared, and the fastest way is kept. Turns depend
 only on numbers that all ranks have, and the times are reduced over the ranks, so that all ranks take the same way.
 """
 
@@ -133,7 +133,8 @@ class Choices:
             self._decide(situation, found, device)
         if found.chosen is not None:
             return self.ways[found.chosen], None
-        number, trial = divmod(found.calls, self.trials + 1)
+        # In turn, not one after the other: the speed of a machine drifts by more than ways differ.
+        trial, number = divmod(found.calls, len(self.ways))
         found.calls += 1
         return self.ways[number], Stopwatch(found.spent[number], device) if trial else None
 
