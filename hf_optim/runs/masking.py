@@ -29,7 +29,7 @@ def masked_parameter(run: Run, name: str) -> nn.Parameter:
     layer, whose names do not survive a merge.
     """
     try:
-        parameter = run.model.get_parameter(name)
+        parameter = wrapped_parameter(run.model, name)
     except AttributeError as error:
         raise ModelError(f"{name} has a mask, but {type(run.model).__name__} has no such parameter: {error}") from error
     if _inside_adapter(run.model, name):
@@ -45,6 +45,18 @@ def masked_parameter(run: Run, name: str) -> nn.Parameter:
             + why * flat
         )
     return parameter
+
+
+def wrapped_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter by the name that it has without adapters. Raises ``AttributeError`` if there is none.
+
+    peft wraps a module once for each parameter of it that has an adapter (``target_parameters``).
+    """
+    owner, _, own = name.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    while own not in module._parameters and hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module.get_parameter(own)
 
 
 def _inside_adapter(model: nn.Module, name: str) -> bool:

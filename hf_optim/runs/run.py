@@ -227,12 +227,14 @@ class Run:
         """Return the modules recorded by ``cover`` and the skipped ones by reason, or None if there are none."""
         return self._covered.get(self.index(step))
 
-    def select(self, targets: Iterable[str], skip: Iterable[str] = (), embeddings: bool = False) -> dict[str, Any]:
+    def select(
+        self, targets: Iterable[str], skip: Iterable[str] = (), embeddings: bool = False, experts: bool = False
+    ) -> dict[str, Any]:
         """Return the linears of the whole model that match ``targets`` and not ``skip`` (see ``Scope.select``).
 
-        With ``embeddings`` also the embeddings that a pattern names.
+        With ``embeddings`` also the embeddings that a pattern names, with ``experts`` the matrices of experts.
         """
-        return Scope("", self.model, self.model).select(targets, skip, embeddings=embeddings)
+        return Scope("", self.model, self.model).select(targets, skip, experts=experts, embeddings=embeddings)
 
     def rename(self, renamed: Callable[[str], Iterable[str]]) -> None:
         """Rename everything that the run keeps by name of a module or parameter.

@@ -19,6 +19,7 @@ from ..recipes.technique import Technique
 from ..recipes.traits import BUILT_IN
 from ..toolkit.distributed import fsdp
 from ..trust.bounds import shown
+from .masking import wrapped_parameter
 from .run import Run, StageState, is_plain
 
 # Fields that decide where something runs or is stored, not what is computed: they may differ when training is resumed.
@@ -159,7 +160,7 @@ def _plain(value: Any) -> Any:
 def _require_fit(run: Run, name: str, mask: torch.Tensor, home: Path) -> None:
     remedy = "resume with the model that was trained there; nothing was changed"
     try:
-        parameter = run.model.get_parameter(name)
+        parameter = wrapped_parameter(run.model, name)
     except AttributeError:
         raise CheckpointError(
             f"{home} has the masks of another model: {name} has a mask there, and {type(run.model).__name__} has no "

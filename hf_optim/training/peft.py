@@ -60,12 +60,13 @@ def merge_adapters(model: nn.Module, **kwargs: Any) -> PreTrainedModel:
     require_sound(run)
     _refuse_quantized(run)
     lost = _share_outside(run)
+    layers = any(not hasattr(layer, "parameter_name") for layer in _masked_adapters(run).values())
     merging(**kwargs)
     apply_masks(run)
     if lost:
         sentence = f"merged adapters: {100 * lost:.1f} % of their update (squared) was outside the masks and is dropped"
         run.record.note(sentence)
-        log.warning("%s; train under the masks with hf_optim.training.keep_masks(model)", sentence)
+        log.warning("%s%s", sentence, "; train under the masks with hf_optim.training.keep_masks(model)" * layers)
     if run.stage is not None and run.stage.trains and run.stage_entered:
         end_training(run)
     return run.model
@@ -79,13 +80,20 @@ def keep_masks(model: nn.Module) -> nn.Module:
     ``save_pretrained`` saves it as usual, but load it onto the pruned model with ``keep_masks``, too.
 
     Returns the model. Raises ``OptimError`` if it has no masks, or adapters whose update is not one fixed matrix: other
-    kinds than LoRA, its variants (DoRA), or dropout inside.
+    kinds than LoRA, its variants (DoRA), dropout inside, or adapters on stacked experts (``target_parameters``).
     """
     run = find_run(model)
     if run is None or not run.masks:
         raise OptimError("keep_masks takes a PeftModel around a model that hf_optim pruned; this one has no masks")
     training_watch.unwatch(run.model)
-    for name, layer in _masked_adapters(run).items():
+    for parameter, layer in _masked_adapters(run).items():
+        name = parameter.removesuffix(".weight")
+        if hasattr(layer, "parameter_name"):
+            raise OptimError(
+                f"{name}: an adapter on stacked experts (target_parameters) cannot be held under a mask, because peft "
+                "adds its update inside of the forward. Train it without keep_masks: merge_adapters masks the sum, and "
+                "says which share of the update it drops"
+            )
         dropout = any(getattr(module, "p", 0.0) for module in getattr(layer, "lora_dropout", {}).values())
         if not hasattr(layer, "lora_A") or getattr(layer, "lora_variant", None) or dropout:
             raise OptimError(
@@ -93,7 +101,7 @@ def keep_masks(model: nn.Module) -> nn.Module:
                 "(LoraConfig(lora_dropout=0.0, use_dora=False))"
             )
         if not hasattr(layer, HOOK):
-            setattr(layer, HOOK, layer.register_forward_hook(_under_mask(run, f"{name}.weight")))
+            setattr(layer, HOOK, layer.register_forward_hook(_under_mask(run, parameter)))
     return model
 
 
@@ -113,26 +121,31 @@ def _under_mask(run: Run, parameter: str) -> Callable[..., Tensor]:
 
 
 def _masked_adapters(run: Run) -> dict[str, Any]:
-    """The adapter layers around weights that have a mask, by the name of the layer they wrap."""
-    return {
-        name: module
-        for name, module in run.model.named_modules()
-        if hasattr(module, "base_layer") and f"{name}.weight" in run.masks
-    }
+    """The adapter layers around weights that have a mask, by the name of the parameter before it was wrapped."""
+    found = {}
+    for name, module in run.model.named_modules():
+        if not hasattr(module, "base_layer"):
+            continue
+        while name.endswith(".base_layer"):  # one wrapper for each parameter of a module
+            name = name.removesuffix(".base_layer")
+        parameter = f"{name}.{getattr(module, 'parameter_name', 'weight')}"
+        if parameter in run.masks:
+            found[parameter] = module
+    return found
 
 
 @torch.no_grad()
 def _share_outside(run: Run) -> float:
     """The share of the adapters' update, by its square, that masks will remove; 0 if they learned under them."""
     total = outside = 0.0
-    for name, layer in _masked_adapters(run).items():
+    for parameter, layer in _masked_adapters(run).items():
         if not hasattr(layer, "get_delta_weight") or hasattr(layer, HOOK):
             continue
         for adapter in layer.active_adapters:
             if adapter in getattr(layer, "lora_A", {adapter}):
                 square = layer.get_delta_weight(adapter).float().square()
                 total += float(square.sum())
-                outside += float(square.masked_fill(run.masks[f"{name}.weight"].to(square.device), 0.0).sum())
+                outside += float(square.masked_fill(run.masks[parameter].to(square.device), 0.0).sum())
     return outside / total if total else 0.0
 
 

@@ -35,11 +35,11 @@ from ..recipes.technique import Technique
 from ..runs import distributed, training_watch
 from ..runs.masking import apply_masks
 from ..runs.run import Run
-from ..toolkit.distributed.fsdp import FullWeights, has_sharded_parameters
+from ..toolkit.distributed.fsdp import has_sharded_parameters
 from ..toolkit.pruning import masks
 from ..toolkit.pruning.rewinding import copy_state_, reinitialized_copy, require_lambda_lr, seek_scheduler_
 from ..toolkit.pruning.rounds import ROUNDS, round_sparsity
-from ..toolkit.topology import require_layers
+from ..toolkit.topology import require_layers, unprunable_experts
 from ..trust.files import require_regular
 from .checkpoint_callback import write_state
 from .saved_weights import load_saved
@@ -53,7 +53,7 @@ class Rounds:
         step: the recipe's step, whose ``run.state`` holds the progress; None without one.
         sparsity: fraction of the weights that is zero after the last round.
         rounds: their number.
-        parameters: names of the weights that are pruned.
+        parameters: names of the weights that are pruned: parameters, and matrices of experts (``toolkit.pruning.matrices``).
         home: the folder of rewind checkpoints whose path is relative.
     """
 
@@ -94,12 +94,12 @@ class Rounds:
         targets = self._resolve("targets", targets if targets is None else tuple(targets), ("Linear",))
         skip = self._resolve("skip", skip if skip is None else tuple(skip), ())
         training_watch.unwatch(run.model)  # a loop with rounds keeps the masks
-        layers = run.select(targets, skip, embeddings=True)
+        layers = run.select(targets, skip, embeddings=True, experts=True)
         require_layers(layers, run.model, self.label)
         names = masks.weight_names(layers)
         self.parameters = list(names.values())
         if step is not None:
-            run.cover(step, names)
+            run.cover(step, names, unprunable_experts(run.model, targets, skip))
         self.home = Path()
         self.state = run.state(step) if step is not None else SimpleNamespace()
         if not hasattr(self.state, "done"):
@@ -145,12 +145,12 @@ class Rounds:
         """Prune the smallest remaining weights for the next round, and return the sparsity over all targets."""
         if not self.left:
             raise OptimError(f"{self.label}: all {self.rounds} rounds are done")
-        weights = FullWeights(self.run.model, self.parameters)
+        weights = masks.MatrixWeights(self.run.model, self.parameters)
         masks.require_finite(weights, self.label)
         rank = masks.layer_masks if self.scope == "layer" else masks.global_masks
         share = round_sparsity(self.sparsity, self.done + 1, self.rounds)
         masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))
-        kept = [self.run.masks[name] for name in self.parameters]
+        kept = [masks.MaskParts(self.run.masks)[name] for name in self.parameters]
         reached = 1.0 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
         self.state.done += 1
         self.state.sparsities = [*self.state.sparsities, round(reached, 6)]

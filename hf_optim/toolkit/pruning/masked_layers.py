@@ -8,7 +8,7 @@
 Weights outside ``A`` keep their values, so that a later mask can bring them back.
 
 Layers are changed in place (``attach_masks``, undone by ``detach_masks``): parameters and their names stay, and a
-checkpoint contains the dense weight.
+checkpoint contains the dense weight. The matrices of experts are trained stack by stack: ``masked_experts``.
 """
 
 from __future__ import annotations
@@ -24,27 +24,17 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import CheckpointError, ModelError
 from ..distributed import fsdp
 from ..modules.swap_class import restore_class, swap_class
-from ..topology.linear_layers import parameter_names, tied_weights
+from ..topology.experts import ExpertLinear
+from ..topology.linear_layers import parameter_names, tied_weights, weight_out_in
+from . import masked_experts
+from .masked_experts import MaskedStack, masked_weight
+from .matrices import weight_name
 
 # The exclusive slot of a recipe for a step that changes the forward of linear layers during training.
 TRAINING_FORWARD = "the training forward of linear layers"
 
 # Keys of the running mean of gradients in the state of torch.optim and compatible optimizers.
 RUNNING_MEANS = ("exp_avg", "momentum_buffer")
-
-
-class _Masked(torch.autograd.Function):
-    """``A ∘ W`` with the gradient ``B ∘ g``, or ``g`` without ``B``."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, forward_mask: Tensor, backward_mask: Tensor | None) -> Tensor:
-        ctx.backward_mask = backward_mask
-        return weight * forward_mask
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return (gradient if ctx.backward_mask is None else gradient * ctx.backward_mask), None, None
 
 
 class MaskedLayer(nn.Module):
@@ -61,15 +51,37 @@ class MaskedLayer(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Return ``A ∘ W`` in the shape of the parameter; its gradient is masked by ``B``."""
-        if self.forward_mask is None:
-            return self.weight
-        return _Masked.apply(self.weight, self.forward_mask, self.backward_mask)  # type: ignore[no-untyped-call]
+        return masked_weight(self.weight, self.forward_mask, self.backward_mask)
 
     def set_masks(self, forward_mask: Tensor | None, backward_mask: Tensor | None = None) -> None:
         """Set the masks from the next forward on; they are moved to the device of the weight."""
         device = self.weight.device
         self.forward_mask = None if forward_mask is None else forward_mask.to(device)
         self.backward_mask = None if backward_mask is None else backward_mask.to(device)
+
+    def key(self, name: str) -> str:
+        """Return the name of the parameter of the layer ``name``."""
+        return f"{name}.weight"
+
+    def matrices(self, name: str) -> dict[str, Tensor]:
+        """Return the weights that are ranked one by one, as they are stored, detached, by the name of the weight."""
+        return {self.key(name): self.weight.detach()}
+
+    def whole(self, name: str, found: Mapping[str, Tensor]) -> Tensor:
+        """Return the mask of the parameter from masks of its ``matrices``."""
+        return found[self.key(name)]
+
+    def out_in(self) -> Tensor:
+        """Return the weight, detached, with the inputs along its last dimension: ``[out, in]``."""
+        return weight_out_in(self).detach()
+
+    def stored(self, mask: Tensor) -> Tensor:
+        """Return a mask of ``out_in`` as a mask of the parameter, or the other way round."""
+        return mask.T.contiguous() if isinstance(self, Conv1D) else mask
+
+    def targeted(self) -> Tensor | None:
+        """Return which weights of the parameter the step works on, bool, by broadcasting; None for all."""
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -114,19 +126,38 @@ def attach_masks(layer: nn.Module) -> MaskedLayer:
     return swap_class(layer, masked, forward_mask=None, backward_mask=None)
 
 
-def detach_masks(layer: MaskedLayer) -> nn.Module:
-    """Undo ``attach_masks``, and return the layer; its weight stays dense."""
+def attach_all(layers: Mapping[str, Any]) -> dict[str, MaskedLayer | MaskedStack]:
+    """Turn linear layers and matrices of experts into layers in sparse training, in place, and return them by name.
+
+    Matrices of experts become one ``MaskedStack`` for each stacked parameter, under the name of the parameter.
+    """
+    found: dict[str, MaskedLayer | MaskedStack] = {
+        name: attach_masks(layer) for name, layer in layers.items() if not isinstance(layer, ExpertLinear)
+    }
+    return found | masked_experts.attach_stacks([view for view in layers.values() if isinstance(view, ExpertLinear)])
+
+
+def detach_masks(layer: MaskedLayer | MaskedStack) -> nn.Module:
+    """Undo ``attach_masks``, and return the layer (or the module of the experts); its weight stays dense."""
+    if isinstance(layer, MaskedStack):
+        return masked_experts.detach_stack(layer)
     return restore_class(layer)
 
 
-def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    """Return the layers in sparse training, by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer | MaskedStack]:
+    """Return the layers in sparse training by qualified name, and stacks of experts by the name of the parameter."""
+    found: dict[str, MaskedLayer | MaskedStack] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer):
+            found[name] = module
+        else:
+            found |= masked_experts.stacks_in(module, name)
+    return found
 
 
 def select_supported(
-    model: nn.Module, layers: Mapping[str, nn.Module]
-) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    model: nn.Module, layers: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the ``layers`` that can be trained sparsely, and the names of the others by reason.
 
     A layer with a tied weight is left out, because the other module would compute with different weights. Raises
@@ -137,10 +168,16 @@ def select_supported(
             "the model has adapters: a step that chooses masks during training needs a model without; train it first "
             "and add adapters for recovery, or merge them before"
         )
-    usable: dict[str, nn.Module] = {}
+    usable: dict[str, Any] = {}
     skipped: dict[str, list[str]] = {}
     held_by = parameter_names(model)
     for name, layer in layers.items():
+        if isinstance(layer, ExpertLinear):
+            if reason := masked_experts.unsupported_reason(layer.experts):
+                skipped.setdefault(reason, []).append(name)
+            else:
+                usable[name] = layer
+            continue
         shared = [line for line in tied_weights(layer, name, held_by) if line.startswith(f"{name}.weight:")]
         reason = unsupported_reason(layer) or (shared[0].partition(": ")[2] if shared else "")
         if reason:
@@ -150,18 +187,19 @@ def select_supported(
     return usable, skipped
 
 
-def require_unsharded(layers: Mapping[str, nn.Module], label: str = "training") -> None:
+def require_unsharded(layers: Mapping[str, Any], label: str = "training") -> None:
     """Raise ``ModelError`` naming the first sharded weight (FSDP, ZeRO-3): its parts cannot be ranked."""
     for name, layer in layers.items():
         weight: Any = layer.weight
-        if weight.dim() != 2 or weight.numel() == 0 or hasattr(weight, "placements"):
+        stacked = isinstance(layer, MaskedStack)
+        if weight.dim() != 2 + stacked or weight.numel() == 0 or hasattr(weight, "placements"):
             raise ModelError(
-                f"{label}: {name}.weight is sharded: masks are chosen on whole parameters; train on one device or with "
+                f"{label}: {name if stacked else weight_name(name, layer)} is sharded: masks are chosen on whole parameters; train on one device or with "
                 "DDP, not with sharded parameters (FSDP, ZeRO-3)"
             )
 
 
-def read_layer_state(state: Any, kind: str, layers: Mapping[str, MaskedLayer], label: str) -> dict[str, Tensor]:
+def read_layer_state(state: Any, kind: str, layers: Mapping[str, Any], label: str) -> dict[str, Tensor]:
     """Return the tensors ``state.<kind>.<layer>`` of a step by layer, after a checkpoint was read.
 
     Raises ``CheckpointError`` if one is missing or does not have the shape of the weight.

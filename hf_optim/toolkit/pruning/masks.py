@@ -2,7 +2,8 @@
 
 A mask is a bool tensor, True = kept. Rankings are exact: exactly the requested number of weights is removed, and of two
 equal scores the one with the lower index is kept (index in the flattened parameter, parameters in the given order). A
-weight that an earlier mask removed stays removed, and counts.
+weight that an earlier mask removed stays removed, and counts. A weight is that of a linear layer or one matrix of one
+expert; ``matrices`` says under which names.
 """
 
 from __future__ import annotations
@@ -12,11 +13,42 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError, NumericalError
 from ..distributed import fsdp
 from ..topology.linear_layers import is_linear, weight_out_in
+from .matrices import (
+    MaskParts,
+    MatrixWeights,
+    as_stored,
+    locate,
+    mask_out_in,
+    parameters_of,
+    weight_name,
+    weight_names,
+    whole_masks,
+)
+
+__all__ = [
+    "Masks",
+    "MatrixWeights",
+    "as_stored",
+    "global_masks",
+    "has_nm_pattern",
+    "keep_largest",
+    "layer_masks",
+    "mask_out_in",
+    "nm_mask",
+    "parameter_has_nm_pattern",
+    "parameters_of",
+    "prune_",
+    "removed_count",
+    "require_finite",
+    "row_masks",
+    "weight_name",
+    "weight_names",
+    "zero_masked_",
+]
 
 Masks = dict[str, Tensor]
 
@@ -37,12 +69,12 @@ def layer_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str
     Args:
         scores: name -> scores, any shape. Compared by absolute value, so that the weights may be passed directly.
         sparsity: share of each tensor to remove, in [0, 1].
-        kept: name -> earlier mask; a name without one was never pruned.
+        kept: parameter name -> earlier mask; a weight without one was never pruned.
 
     Returns:
         name -> mask, with ``removed_count`` weights removed, or more where ``kept`` had removed more.
     """
-    kept = kept or {}
+    kept = MaskParts(kept or {})
     masks: Masks = {}
     for name, score in scores.items():
         masks |= keep_largest({name: score}, removed_count(score.numel(), sparsity), kept)
@@ -54,7 +86,7 @@ def row_masks(scores: Mapping[str, Tensor], sparsity: float, kept: Mapping[str, 
 
     Arguments and result as ``layer_masks``, with ``removed_count`` weights removed from every row.
     """
-    kept = kept or {}
+    kept = MaskParts(kept or {})
     masks: Masks = {}
     for name, score in scores.items():
         _require_whole(score)
@@ -83,7 +115,7 @@ def keep_largest(scores: Mapping[str, Tensor], remove: int, kept: Mapping[str, T
     The threshold is found by counting, without a sorted copy, so that the ranking may span all weights of a large
     model. Ties at the threshold are kept in order of their index.
     """
-    kept = kept or {}
+    kept = MaskParts(kept or {})
     wide = any(score.dtype == torch.float64 for score in scores.values())
     if len(scores) == 1:
         (name, score), *_ = scores.items()
@@ -202,28 +234,6 @@ def _check_group(width: int, keep: int, group: int) -> None:
         raise ValueError(f"input width {width} is not a multiple of the group size {group}")
 
 
-def weight_names(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return layer name -> name of its weight parameter; of layers that share a parameter, only the first."""
-    seen: set[int] = set()
-    names: dict[str, str] = {}
-    for name, layer in layers.items():
-        if (key := id(layer.weight)) not in seen:
-            seen.add(key)
-            names[name] = f"{name}.weight"
-    return names
-
-
-def mask_out_in(layer: nn.Module, masks: Mapping[str, Tensor], parameter: str) -> Tensor | None:
-    """Return the mask of a linear layer's weight as ``[out, in]``, or None if there is none."""
-    mask = masks.get(parameter)
-    return mask.T if mask is not None and isinstance(layer, Conv1D) else mask
-
-
-def as_stored(layer: nn.Module, mask: Tensor) -> Tensor:
-    """Return a mask ``[out, in]`` in the layout of the layer's weight: ``[in, out]`` for a ``Conv1D``."""
-    return mask.T.contiguous() if isinstance(layer, Conv1D) else mask
-
-
 def require_finite(weights: Mapping[str, Tensor], label: str) -> None:
     """Raise ``NumericalError`` naming the first parameter with infinite or NaN values."""
     for name, weight in weights.items():
@@ -234,19 +244,27 @@ def require_finite(weights: Mapping[str, Tensor], label: str) -> None:
 
 
 def prune_(model: nn.Module, masks: Masks, new: Mapping[str, Tensor]) -> None:
-    """Intersect ``masks`` (parameter name -> mask, in place) with ``new``, and zero the removed weights."""
+    """Intersect ``masks`` (parameter name -> mask, in place) with ``new``, and zero the removed weights.
+
+    ``new`` maps weights to masks: parameters, or matrices of experts, which become part of the mask of their stack. A
+    changed mask is a new tensor.
+    """
     fsdp.reshard(model)
-    for name, mask in new.items():
+    whole = whole_masks(model, masks, new)
+    for name, mask in whole.items():
         home = fsdp.mask_device(model.get_parameter(name))
         old = masks.get(name)
         masks[name] = mask.to(home) if old is None else (mask.to(old.device) & old).to(home)
-    zero_masked_(model, masks, new)
+    zero_masked_(model, masks, whole)
 
 
 def zero_masked_(model: nn.Module, masks: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Set the removed weights of the parameters ``names`` to exactly zero, in place; each rank zeroes its shards."""
+    """Set the removed weights of the parameters ``names`` to exactly zero, in place; each rank zeroes its shards.
+
+    The name of a matrix of an expert stands for its stack.
+    """
     fsdp.reshard(model)
     with torch.no_grad():
-        for name in names:
+        for name in dict.fromkeys(name if name in masks else locate(model, name)[0] for name in names):
             parameter = model.get_parameter(name)
             fsdp.local_shard(parameter).masked_fill_(~fsdp.shard_like(masks[name], parameter), 0.0)

@@ -51,6 +51,16 @@ def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
     return {"sparsity": round(overall(counted), 6), "layers": layers, "counted": counted}
 
 
+def layers_phrase(model: nn.Module, names: Iterable[str]) -> str:
+    """Return how many linear layers and matrices of experts ``names`` are, as ``"8 linear layers"``."""
+    views, names = expert_linears(model), list(names)
+    experts = sum(name in views for name in names)
+    layers = len(names) - experts
+    parts = [f"{layers} linear layer{'s' * (layers != 1)}"] if layers or not experts else []
+    parts += [f"{experts} {'matrix' if experts == 1 else 'matrices'} of experts"] if experts else []
+    return " and ".join(parts)
+
+
 def table_rows(counted: Counted) -> list[list[str]]:
     """Return the rows below ``TABLE_HEADER``. Layers whose names differ only in the block index share a row."""
     groups: dict[str, list[Sequence[int]]] = {}

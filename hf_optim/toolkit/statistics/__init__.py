@@ -4,7 +4,13 @@ from ..topology import valid_rows
 from . import importance
 from .calibration_losses import calibration_loss
 from .curvature import enable_double_backward, gradients, hessian_product, power_iteration, random_direction
-from .expert_tokens import TokenSample, augment_undersampled
+from .expert_tokens import (
+    InputSquares,
+    TokenSample,
+    augment_undersampled,
+    few_tokens_message,
+    few_tokens_paragraph,
+)
 from .input_masks import real_tokens
 from .observers import ChannelAbsMax, HessianDiagonal, TensorMinMax
 from .recorded_batches import RecordedBatches, batch_size, can_split, sample_microbatches, take_rows
@@ -17,6 +23,7 @@ __all__ = [
     "ChannelAbsMax",
     "GramMatrix",
     "HessianDiagonal",
+    "InputSquares",
     "OutputShift",
     "RecordedBatches",
     "SecondMoment",
@@ -27,6 +34,8 @@ __all__ = [
     "calibration_loss",
     "can_split",
     "enable_double_backward",
+    "few_tokens_message",
+    "few_tokens_paragraph",
     "gradients",
     "hessian_product",
     "importance",

@@ -21,7 +21,7 @@ from .residual_permutation import find_residual_order, permute_residual_
 from .residual_stream import ResidualStream, find_residual_stream
 from .roles import Role, is_output_head, output_heads, roles, routes
 from .selection import match
-from .targets import default_takes, ineffective_pattern, left_alone, select_layers
+from .targets import default_takes, ineffective_pattern, left_alone, select_layers, unprunable_experts
 from .tracing import trace
 from .weight_roles import weights_left_alone
 
@@ -70,6 +70,7 @@ __all__ = [
     "shorten_example",
     "summarize",
     "trace",
+    "unprunable_experts",
     "weight_out_in",
     "weights_left_alone",
 ]

@@ -1,4 +1,7 @@
-"""Linear layers of both classes: ``nn.Linear`` (weight ``[out, in]``) and GPT-2's ``Conv1D`` (weight ``[in, out]``)."""
+"""Linear layers of both classes: ``nn.Linear`` (weight ``[out, in]``) and GPT-2's ``Conv1D`` (weight ``[in, out]``).
+
+A matrix of an expert (``ExpertLinear``) has a weight ``[out, in]`` and a size like them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .experts import ExpertLinear
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,12 +34,14 @@ def is_codebook_matrix(module: nn.Module) -> bool:
     return bool(getattr(module, "holds_codes", False)) and hasattr(module, "shape") and hasattr(module, "decode")
 
 
-def weight_out_in(module: nn.Module) -> Tensor:
+def weight_out_in(module: nn.Module | ExpertLinear) -> Tensor:
     """Return the weight as ``[out_features, in_features]``.
 
-    A view for both classes: writing into it changes the module (under ``torch.no_grad()``). The matrix of a codebook
-    module is decoded. Raises ``TypeError`` for any other module.
+    A view for both classes and for matrices of experts: writing into it changes the module (under
+    ``torch.no_grad()``). The matrix of a codebook module is decoded. Raises ``TypeError`` for any other module.
     """
+    if isinstance(module, ExpertLinear):
+        return module.weight
     if is_codebook_matrix(module):
         return module.decode()  # type: ignore[operator]
     if isinstance(module, Conv1D):
@@ -44,8 +51,10 @@ def weight_out_in(module: nn.Module) -> Tensor:
     raise TypeError(f"{type(module).__name__} is not a linear layer")
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: nn.Module | ExpertLinear) -> tuple[int, int]:
     """Return (out_features, in_features) of a linear layer. Raises ``TypeError`` for any other module."""
+    if isinstance(module, ExpertLinear):
+        return module.out_features, module.in_features
     if is_codebook_matrix(module):
         return module.shape  # type: ignore[return-value]
     if isinstance(module, Conv1D):

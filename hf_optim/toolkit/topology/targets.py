@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .experts import ExpertLinear, expert_linears
+from .experts import ExpertLinear, expert_linears, expert_stacks, fused_experts
 from .linear_layers import is_linear, linears, parameter_names
 from .roles import BY_EXACT_NAME, Role, roles
 from .selection import match, matches_class
@@ -59,6 +59,38 @@ def select_layers(
     for pattern in for_layers:
         taken |= _effective(pattern, layers, found)
     return {name: layer for name, layer in chosen.items() if name in taken or name in tables}
+
+
+def unprunable_experts(
+    model: nn.Module, targets: Iterable[str], skip: Iterable[str] = (), why: str = "", inside: str = ""
+) -> dict[str, list[str]]:
+    """Return the modules with experts that ``targets`` select and a step leaves alone, by reason.
+
+    Args:
+        model: the model.
+        targets, skip: patterns (see ``match``); ``Linear`` selects experts.
+        why: why the step leaves experts alone; ``""`` for a step that takes those on transformers' interface, and
+            leaves only experts with a layout of their own.
+        inside: the qualified name of the block that the step works on; ``""`` for the model.
+    """
+    targets, skip = tuple(targets), tuple(skip)
+    views = expert_linears(model)
+    named: dict[str, Any] = {**linears(model), **views}
+    patterns = {*targets, *skip}
+    chosen = {views[name].experts_name for name in match(named, targets, skip, patterns) if name in views}
+    left: dict[str, list[str]] = {}
+    native = fused_experts(model)
+    for name, module in expert_stacks(model).items():
+        if inside and not f"{name}.".startswith(f"{inside}."):
+            continue
+        if name in native:
+            if why and name in chosen:
+                left.setdefault(why, []).append(name)
+        elif "Linear" in targets and not match({name: module}, skip, optional=skip):
+            kind = type(module).__name__
+            reason = f"{kind} stores its experts in a layout of its own; experts on transformers' interface are pruned"
+            left.setdefault(why or reason, []).append(name)
+    return left
 
 
 def left_alone(model: nn.Module, targets: Iterable[str], skip: Iterable[str] = ()) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_optim import Contract, RecipeError, Technique, hookimpl, traits
+from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     masked_layers,
     masks,
@@ -27,6 +28,10 @@ from hf_optim.toolkit.pruning import (
 if TYPE_CHECKING:
     from hf_optim import Card, Run
 
+NO_EXPERTS = (
+    "noise is learned in the forward of linear layers, and these experts are stacked matrices; magnitude, nm, gmp, "
+    "pruning in rounds, sr_ste and top_kast prune them"
+)
 CONTRACT = Contract(
     needs={traits.FLOAT_WEIGHTS},
     adds={traits.SPARSE},
@@ -84,6 +89,9 @@ class LearnedNoise(Technique):
         raise NotImplementedError
 
     # -- shared hooks -------------------------------------------------------------------------------------------------
+    def takes(self, module: Any) -> bool:
+        return topology.is_linear(module)
+
     def validate(self) -> None:
         schedules.check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 
@@ -92,6 +100,7 @@ class LearnedNoise(Technique):
         own = run.state(self)
         if not hasattr(own, "layers"):
             found, skipped = masked_layers.select_supported(run.model, run.select(self.targets, self.skip))
+            skipped |= topology.unprunable_experts(run.model, self.targets, self.skip, NO_EXPERTS)
             weights = {name: layer.get_parameter("weight") for name, layer in found.items()}
             masks.require_finite(weights, run.label(self))
             own.noises, own.settled = self.attach(run, found, skipped), False

@@ -61,7 +61,7 @@ class InRounds(Technique):
     def finalize_model(self, run: Run) -> None:
         state = run.state(self)
         names, _ = run.covered(self) or (set(), {})
-        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names if f"{name}.weight" in run.masks])
+        masks.zero_masked_(run.model, run.masks, masks.parameters_of(run.masks, names))
         done, reached = getattr(state, "done", 0), getattr(state, "sparsities", [])
         run.report(self, **sparsity.metrics(run.model, names), rounds=done, sparsities=reached)
         if done < self.rounds:

@@ -24,9 +24,8 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.toolkit.distributed import FullWeights
 from hf_optim.toolkit.pruning import masks, schedules, sparsity
-from hf_optim.toolkit.topology import require_layers
+from hf_optim.toolkit.topology import require_layers, unprunable_experts
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -94,17 +93,16 @@ class GMP(Technique):
 
     @hookimpl
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
-        layers = run.select(self.targets, self.skip, embeddings=True)
+        layers = run.select(self.targets, self.skip, embeddings=True, experts=True)
         require_layers(layers, run.model, run.label(self))
         names = masks.weight_names(layers)
-        run.cover(self, names)
+        run.cover(self, names, unprunable_experts(run.model, self.targets, self.skip))
         return [RampPruning(self, run, list(names.values()))]
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
-        pruned = [name for name in names if f"{name}.weight" in run.masks]
-        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in pruned])
+        masks.zero_masked_(run.model, run.masks, masks.parameters_of(run.masks, names))
         run.report(self, **sparsity.metrics(run.model, names))
 
     def recompute(self, case: Any) -> dict[str, Any]:
@@ -124,10 +122,10 @@ class GMP(Technique):
 class RampPruning(TrainerCallback):
     """Renews ``run.masks`` along the ramp. It has no state: everything follows from ``global_step`` and the masks."""
 
-    def __init__(self, step: GMP, run: Run, parameters: list[str]) -> None:
+    def __init__(self, step: GMP, run: Run, weights: list[str]) -> None:
         self.step = step
         self.run = run
-        self.parameters = parameters
+        self.weights = weights
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ramp = self.step.ramp(state.max_steps)
@@ -142,7 +140,7 @@ class RampPruning(TrainerCallback):
             self._prune(ramp.sparsity(state.global_step))
 
     def _prune(self, share: float) -> None:
-        weights = FullWeights(self.run.model, self.parameters)
+        weights = masks.MatrixWeights(self.run.model, self.weights)
         masks.require_finite(weights, self.run.label(self.step))
         rank = masks.layer_masks if self.step.scope == "layer" else masks.global_masks
         masks.prune_(self.run.model, self.run.masks, rank(weights, share, self.run.masks))

@@ -13,6 +13,7 @@ nothing is refitted. Different from it: the number of weights removed from a row
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_optim import Contract, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
-from hf_optim.toolkit.distributed import FullWeights
 from hf_optim.toolkit.pruning import masks, sparsity
-from hf_optim.toolkit.statistics import HessianDiagonal
-from hf_optim.toolkit.topology import not_reached, weight_out_in
+from hf_optim.toolkit.statistics import InputSquares, few_tokens_message, few_tokens_paragraph
+from hf_optim.toolkit.topology import not_reached, unprunable_experts, weight_out_in
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_optim import Card, Run, Scope
+
+log = logging.getLogger(__name__)
 
 
 @technique(
@@ -78,47 +80,53 @@ class Magnitude(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        selected = scope.select(self.targets, self.skip, embeddings=self.score == "magnitude")
+        selected = scope.select(self.targets, self.skip, experts=True, embeddings=self.score == "magnitude")
         names = masks.weight_names(selected)
-        skipped: dict[str, list[str]] = {}
+        skipped = unprunable_experts(run.model, self.targets, self.skip, inside=scope.name)
         if self.score == "activation":
             layers = {name: selected[name] for name in names}
-            with HessianDiagonal(layers, run.label(self)) as mean_squares:
+            observer = InputSquares(layers, run.label(self))
+            with observer as squares:
                 yield
-            skipped = not_reached(layers, mean_squares)
-            names = {name: parameter for name, parameter in names.items() if name in mean_squares}
-            new = self._rank_by_inputs(run, {name: layers[name] for name in names}, mean_squares)
+            self._report_scarce(run, observer.scarce)
+            skipped |= not_reached(layers, squares)
+            names = {name: weight for name, weight in names.items() if name in squares}
+            new = self._rank_by_inputs(run, {name: layers[name] for name in names}, squares)
         elif self.scope != "global":
-            new = _rank(self, run, names)
+            new = _rank(self, run, names, selected)
         else:
             # Ranked once, before the first block changes: one threshold over all layers needs all of them.
             state = run.state(self)
             if not hasattr(state, "masks"):
-                state.masks = _rank(self, run, masks.weight_names(run.select(self.targets, self.skip, embeddings=True)))
+                everything = run.select(self.targets, self.skip, embeddings=True, experts=True)
+                state.masks = _rank(self, run, masks.weight_names(everything), everything)
             new = {name: state.masks.pop(name) for name in names.values() if name in state.masks}
         masks.prune_(run.model, run.masks, new)
         run.cover(self, names, skipped)
         yield from ()
 
-    def _rank_by_inputs(
-        self, run: Run, layers: Mapping[str, nn.Module], mean_squares: Mapping[str, Tensor]
-    ) -> masks.Masks:
-        """Return parameter name -> mask, in the layout of the parameter, by Wanda's score."""
+    def _rank_by_inputs(self, run: Run, layers: Mapping[str, Any], squares: Mapping[str, Tensor]) -> masks.Masks:
+        """Return name of a weight -> mask, in the layout of the parameter, by Wanda's score."""
         new: masks.Masks = {}
         for name, layer in layers.items():
-            parameter, weight = f"{name}.weight", weight_out_in(layer).detach()
-            masks.require_finite({parameter: weight}, run.label(self))
-            score = weight.float().abs() * mean_squares[name].sqrt()
-            kept = masks.mask_out_in(layer, run.masks, parameter)
-            earlier = {} if kept is None else {parameter: kept}
+            own, weight = masks.weight_name(name, layer), weight_out_in(layer).detach()
+            masks.require_finite({own: weight}, run.label(self))
+            score = weight.float().abs() * squares[name].sqrt()
+            kept = masks.mask_out_in(layer, run.masks, own)
+            earlier = {} if kept is None else {own: kept}
             rank = masks.row_masks if self.scope == "row" else masks.layer_masks
-            new[parameter] = masks.as_stored(layer, rank({parameter: score}, self.sparsity, earlier)[parameter])
+            new[own] = masks.as_stored(layer, rank({own: score}, self.sparsity, earlier)[own])
         return new
+
+    def _report_scarce(self, run: Run, scarce: Mapping[str, int]) -> None:
+        if scarce:
+            run.report(self, experts_with_few_tokens=dict(scarce))
+            log.warning("%s: %s", run.label(self), few_tokens_message(scarce))
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
-        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names])
+        masks.zero_masked_(run.model, run.masks, masks.parameters_of(run.masks, names))
         run.report(self, **sparsity.metrics(run.model, names))
 
     def recompute(self, case: Any) -> dict[str, Any]:
@@ -133,27 +141,29 @@ class Magnitude(Technique):
             "Magnitude pruning" if self.score == "magnitude" else "Pruning by magnitude and activations",
             f"The {100 * self.sparsity:g} % smallest weights, ranked{by} {where[self.scope]}, are zero.",
         )
+        if few := metrics.get("experts_with_few_tokens"):
+            card.paragraph("Pruning by activations: experts with few tokens", few_tokens_paragraph(few))
         card.table("Sparsity after magnitude pruning", sparsity.TABLE_HEADER, sparsity.table_rows(metrics["counted"]))
 
 
-def _rank(step: Magnitude, run: Run, names: dict[str, str]) -> masks.Masks:
-    weights = FullWeights(run.model, names.values())
+def _rank(step: Magnitude, run: Run, names: dict[str, str], layers: Mapping[str, Any]) -> masks.Masks:
+    weights = masks.MatrixWeights(run.model, names.values())
     masks.require_finite(weights, run.label(step))
     if step.scope == "row":
-        return _rank_rows(step, run, weights, {parameter: name for name, parameter in names.items()})
+        return _rank_rows(step, run, weights, {own: layers[name] for name, own in names.items()})
     rank = masks.layer_masks if step.scope == "layer" else masks.global_masks
     return rank(weights, step.sparsity, run.masks)
 
 
-def _rank_rows(step: Magnitude, run: Run, weights: Mapping[str, Tensor], layers: dict[str, str]) -> masks.Masks:
+def _rank_rows(step: Magnitude, run: Run, weights: Mapping[str, Tensor], layers: Mapping[str, Any]) -> masks.Masks:
     """Rank within the rows of each weight, whichever way the layer stores it."""
     new: masks.Masks = {}
-    for parameter, weight in weights.items():
-        layer = run.model.get_submodule(layers[parameter])
+    for own, weight in weights.items():
+        layer = layers[own]
         rows = masks.as_stored(layer, weight)  # [in, out] <-> [out, in]: the same transposition
-        kept = masks.mask_out_in(layer, run.masks, parameter)
-        found = masks.row_masks({parameter: rows}, step.sparsity, {} if kept is None else {parameter: kept})
-        new[parameter] = masks.as_stored(layer, found[parameter])
+        kept = masks.mask_out_in(layer, run.masks, own)
+        found = masks.row_masks({own: rows}, step.sparsity, {} if kept is None else {own: kept})
+        new[own] = masks.as_stored(layer, found[own])
     return new
 
 

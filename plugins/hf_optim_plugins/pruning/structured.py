@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAYERS = "layers"
+NO_EXPERTS = "neither whole experts nor neurons inside of experts are removed; magnitude and nm prune their weights"
 Scores = dict[str, Tensor]
 _MICHEL = "Michel et al. ([1905.10650](https://arxiv.org/abs/1905.10650))"
 _MOLCHANOV = "Molchanov et al. ([1906.10771](https://arxiv.org/abs/1906.10771))"
@@ -341,7 +342,8 @@ class Structured(Technique):
                 known.append(widths[units.consumer])
         depths = {name: [len(plan.before.get_submodule(name)), len(kept)] for name, kept in plan.kept_blocks.items()}  # type: ignore[arg-type]
         changed = {name.rpartition(".")[0] for units in prunable for name in units.entries}
-        run.cover(self, [*filter(None, map(plan.new_name, changed)), *plan.kept_blocks])
+        experts = topology.unprunable_experts(run.model, ("Linear",), (), NO_EXPERTS) if prunable else {}
+        run.cover(self, [*filter(None, map(plan.new_name, changed)), *plan.kept_blocks], experts)
         run.report(
             self,
             parameters_before=before,

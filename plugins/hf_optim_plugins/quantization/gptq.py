@@ -41,7 +41,14 @@ from torch import Tensor, nn
 
 from hf_optim import Paper, Reload, Technique, compressed, hookimpl, option, technique
 from hf_optim.toolkit.quantization import Grid, inverse_cholesky, make_grid, output_error, round_codes
-from hf_optim.toolkit.statistics import GramMatrix, SecondMoment, TokenSample, augment_undersampled
+from hf_optim.toolkit.statistics import (
+    GramMatrix,
+    SecondMoment,
+    TokenSample,
+    augment_undersampled,
+    few_tokens_message,
+    few_tokens_paragraph,
+)
 from hf_optim.toolkit.topology import group_by_block, not_reached
 
 from . import _recompute
@@ -187,15 +194,7 @@ class GPTQ(Technique):
         if not scarce:
             return
         run.report(self, experts_with_few_tokens=dict(scarce))
-        few = ", ".join(f"{name} ({count})" for name, count in list(scarce.items())[:5])
-        log.warning(
-            "%s: %d matrices of experts saw fewer tokens than they have inputs, and were also calibrated on tokens "
-            "that the router sent to other experts; use more calibration data to avoid this: %s%s",
-            run.label(self),
-            len(scarce),
-            few,
-            ", ..." if len(scarce) > 5 else "",
-        )
+        log.warning("%s: %s", run.label(self), few_tokens_message(scarce))
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
@@ -218,11 +217,7 @@ class GPTQ(Technique):
             f"calibration data was {metrics['mean_relative_error']:.2e} on average.",
         )
         if few := metrics.get("experts_with_few_tokens"):
-            card.paragraph(
-                "GPTQ: experts with few tokens",
-                f"{len(few)} matrices of experts saw fewer calibration tokens than they have inputs. They were "
-                "calibrated as if more tokens, average ones of their layer, had been sent to them, up to that number.",
-            )
+            card.paragraph("GPTQ: experts with few tokens", few_tokens_paragraph(few))
         add_worst_layers(card, "GPTQ", errors)
 
 

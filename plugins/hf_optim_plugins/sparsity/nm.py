@@ -22,6 +22,7 @@ weight saved become N:M, and the others stay dense. Without one (the default, an
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_optim import (
     Contract,
@@ -45,14 +46,26 @@ from hf_optim import (
 )
 from hf_optim.toolkit.pruning import masks, nm_groups, obs_mask, sparsity
 from hf_optim.toolkit.quantization import inverse_cholesky, output_error, reconstruct_weights
-from hf_optim.toolkit.statistics import GramMatrix, HessianDiagonal, OutputShift, SecondMoment, select_within_budget
-from hf_optim.toolkit.topology import not_reached, weight_out_in
+from hf_optim.toolkit.statistics import (
+    GramMatrix,
+    InputSquares,
+    OutputShift,
+    SecondMoment,
+    TokenSample,
+    augment_undersampled,
+    few_tokens_message,
+    few_tokens_paragraph,
+    select_within_budget,
+)
+from hf_optim.toolkit.topology import not_reached, unprunable_experts, weight_out_in
 
 from . import _recompute
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
+
+log = logging.getLogger(__name__)
 
 CHOSEN_BY = {
     "magnitude": "magnitude",
@@ -130,10 +143,11 @@ class NM(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        selected = scope.select(self.targets, self.skip)
+        selected = scope.select(self.targets, self.skip, experts=True)
         layers = {name: selected[name] for name in masks.weight_names(selected)}
         sizes = {name: weight_out_in(layer).numel() for name, layer in layers.items()}
         layers, skipped = nm_groups.select_divisible(layers, self.group)
+        skipped |= unprunable_experts(run.model, self.targets, self.skip, inside=scope.name)
         masks.require_finite({name: weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
         mean_squares, grams = yield from self._observe(run, layers)
         if mean_squares is not None:
@@ -146,24 +160,32 @@ class NM(Technique):
             skipped["too sensitive for the budget"] = [name for name in layers if name not in chosen]
             plans = {name: plans[name] for name in chosen}
             run.report(self, errors={name: float(f"{error:.6g}") for name, error in errors.items()})
-        for name, plan in plans.items():
-            self._apply(run, name, layers[name], plan)
+        self._apply(run, layers, plans)
         run.cover(self, plans, {reason: names for reason, names in skipped.items() if names})
 
-    def _observe(self, run: Run, layers: Mapping[str, nn.Module]) -> Generator[None, None, Observed]:
+    def _observe(self, run: Run, layers: Mapping[str, Any]) -> Generator[None, None, Observed]:
         """Collect the statistics of the layers' inputs that the fields need, in at most one pass of the data."""
         if self.compensate or self.score == "obs" or (self.budget is not None and self.sensitivity == "layer"):
-            with SecondMoment(layers, run.label(self)) as grams:
+            label = run.label(self)
+            with TokenSample(layers, label) as sample, SecondMoment(layers, label) as grams:
                 yield
+            self._report_scarce(run, augment_undersampled(layers, grams, sample))
             return {name: gram.total.diagonal() for name, gram in grams.items()}, grams
         if self.score == "activation":
-            with HessianDiagonal(layers, run.label(self)) as mean_squares:
+            observer = InputSquares(layers, run.label(self))
+            with observer as mean_squares:
                 yield
+            self._report_scarce(run, observer.scarce)
             return mean_squares, {}
         return None, {}
 
+    def _report_scarce(self, run: Run, scarce: Mapping[str, int]) -> None:
+        if scarce:
+            run.report(self, experts_with_few_tokens=dict(scarce))
+            log.warning("%s: %s", run.label(self), few_tokens_message(scarce))
+
     def _errors(
-        self, scope: Scope, layers: Mapping[str, nn.Module], plans: Mapping[str, Plan]
+        self, scope: Scope, layers: Mapping[str, Any], plans: Mapping[str, Plan]
     ) -> Generator[None, None, dict[str, float]]:
         """Return the error of pruning each layer alone, by which layers are ranked under a budget."""
         if self.sensitivity == "layer":
@@ -176,12 +198,12 @@ class NM(Technique):
         self,
         run: Run,
         name: str,
-        layer: nn.Module,
+        layer: Any,
         mean_squares: Mapping[str, Tensor] | None,
         grams: Mapping[str, GramMatrix],
     ) -> Plan:
         weight = weight_out_in(layer).detach()
-        kept = masks.mask_out_in(layer, run.masks, f"{name}.weight")
+        kept = masks.mask_out_in(layer, run.masks, masks.weight_name(name, layer))
         if self.score == "obs":
             mask = self._obs_mask(run, name, weight, grams[name].total, kept)
         else:
@@ -213,17 +235,19 @@ class NM(Technique):
             ]
         )
 
-    def _apply(self, run: Run, name: str, layer: nn.Module, plan: Plan) -> None:
-        parameter = f"{name}.weight"
-        with torch.no_grad():
-            weight_out_in(layer).copy_(plan.weight)
-        masks.prune_(run.model, run.masks, {parameter: masks.as_stored(layer, plan.mask)})
-        nm_groups.record_pattern(run.nm_patterns, parameter, self.keep, self.group)
+    @torch.no_grad()
+    def _apply(self, run: Run, layers: Mapping[str, Any], plans: Mapping[str, Plan]) -> None:
+        new = {}
+        for name, plan in plans.items():
+            weight_out_in(layers[name]).copy_(plan.weight)
+            new[masks.weight_name(name, layers[name])] = masks.as_stored(layers[name], plan.mask)
+        masks.prune_(run.model, run.masks, new)
+        nm_groups.record_patterns(run.nm_patterns, {name: layers[name] for name in plans}, self.keep, self.group)
 
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
-        masks.zero_masked_(run.model, run.masks, [f"{name}.weight" for name in names])
+        masks.zero_masked_(run.model, run.masks, masks.parameters_of(run.masks, names))
         run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, names))
 
     def recompute(self, case: Any) -> dict[str, Any]:
@@ -235,12 +259,14 @@ class NM(Technique):
         metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         fitted = " The remaining weights were refitted to the dense layers' outputs." if self.compensate else ""
-        count = len(metrics["layers"])
+        layers = sparsity.layers_phrase(run.model, metrics["layers"])
         card.paragraph(
             f"{self.keep}:{self.group} sparsity",
-            f"{count} linear layers keep at most {self.keep} of every {self.group} consecutive weights along the "
+            f"{layers} keep at most {self.keep} of every {self.group} consecutive weights along the "
             f"input, chosen by {CHOSEN_BY[self.score]}.{fitted}{left}",
         )
+        if few := metrics.get("experts_with_few_tokens"):
+            card.paragraph(f"{self.keep}:{self.group} sparsity: experts with few tokens", few_tokens_paragraph(few))
         card.table(
             f"Sparsity of the {self.keep}:{self.group} layers",
             sparsity.TABLE_HEADER,

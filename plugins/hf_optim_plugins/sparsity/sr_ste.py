@@ -47,7 +47,6 @@ from hf_optim.toolkit.pruning import (
     schedules,
     sparsity,
 )
-from hf_optim.toolkit.topology import weight_out_in
 
 from ._masked_training import MaskedTraining
 
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+Layer = masked_layers.MaskedLayer | masked_layers.MaskedStack
 # λ of the paper, for its optimizer.
 PAPER_DECAY = 2e-4
 
@@ -126,13 +126,18 @@ class SRSTE(MaskedTraining):
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [SparseRefinement(self, run, self.prepare(run))]
 
-    def eligible(self, layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    def eligible(self, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
         return nm_groups.select_divisible(layers, self.group)
 
-    def mask(self, run: Run, name: str, layer: masked_layers.MaskedLayer) -> Tensor:
-        """Return ``M(W)`` of a layer for its current weight, in the layout in which the weight is stored."""
-        kept = masks.mask_out_in(layer, run.masks, f"{name}.weight")
-        return masks.as_stored(layer, masks.nm_mask(weight_out_in(layer), self.keep, self.group, kept))
+    def mask(self, run: Run, name: str, layer: Layer) -> Tensor:
+        """Return ``M(W)`` of a layer for its current weight, in the layout in which the weight is stored.
+
+        Experts of a stack that are not targets keep all their weights.
+        """
+        kept = run.masks.get(layer.key(name))
+        rows = masks.nm_mask(layer.out_in(), self.keep, self.group, None if kept is None else layer.stored(kept))
+        mask, targeted = layer.stored(rows), layer.targeted()
+        return mask if targeted is None else mask | ~targeted
 
     def saved_masks(self, run: Run) -> NamedTensors:
         """Return the masks by layer name that checkpoints save; empty if they follow from the weights."""
@@ -144,10 +149,13 @@ class SRSTE(MaskedTraining):
         last = {name: saved[name] if name in saved else self.mask(run, name, layer) for name, layer in layers.items()}
         saved.clear()
         for name, layer in layers.items():
+            parameter, whole = layer.key(name), layer.targeted() is None
             masked_layers.detach_masks(layer)
-            masks.prune_(run.model, run.masks, {f"{name}.weight": last[name]})
-            nm_groups.record_pattern(run.nm_patterns, f"{name}.weight", self.keep, self.group)
-        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, layers))
+            masks.prune_(run.model, run.masks, {parameter: last[name]})
+            if whole:
+                nm_groups.record_pattern(run.nm_patterns, parameter, self.keep, self.group)
+        names, _ = run.covered(self) or (set(), {})
+        run.report(self, pattern=f"{self.keep}:{self.group}", **sparsity.metrics(run.model, names))
 
     def recompute(self, case: Any) -> dict[str, Any]:
         return {"pattern": case.pattern(self.keep, self.group), **case.zeros()}
@@ -159,7 +167,7 @@ class SRSTE(MaskedTraining):
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         card.paragraph(
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
-            f"{len(metrics['layers'])} linear layers were trained with at most {self.keep} of every {self.group} "
+            f"{sparsity.layers_phrase(run.model, metrics['layers'])} were trained with at most {self.keep} of every {self.group} "
             "consecutive weights along the input; the mask followed the weights, and masked-out weights decayed with "
             f"{decay} ({self.term}).{left}",
         )
@@ -173,7 +181,7 @@ class SRSTE(MaskedTraining):
 class SparseRefinement(TrainerCallback):
     """Renews the masks after optimizer steps, and lets the weights that are masked out decay."""
 
-    def __init__(self, step: SRSTE, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> None:
+    def __init__(self, step: SRSTE, run: Run, layers: Mapping[str, Layer]) -> None:
         self.step, self.run, self.layers = step, run, layers
         self.decay = step.decay or 0.0
         if step.begin == 0:
@@ -246,7 +254,7 @@ class SparseRefinement(TrainerCallback):
 
 @torch.no_grad()
 def apply_decay_(
-    layers: Iterable[masked_layers.MaskedLayer],
+    layers: Iterable[Layer],
     decay: float,
     term: Literal["update", "gradient"],
     rates: Mapping[int, float],

@@ -51,6 +51,7 @@ from ._masked_training import MaskedTraining
 if TYPE_CHECKING:
     from hf_optim import Card, Run
 
+Layer = masked_layers.MaskedLayer | masked_layers.MaskedStack
 # The supports as a checkpoint saves them, one number per weight; 0 is outside.
 EXPLORED, ACTIVE = 1, 2
 
@@ -112,13 +113,19 @@ class TopKAST(MaskedTraining):
     def training_callbacks(self, run: Run) -> list[TrainerCallback]:
         return [Exploration(self, run, self.prepare(run))]
 
-    def supports(self, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return ``(A, B)`` of every layer for its current weight. Raises ``NumericalError`` for infinite or NaN."""
-        weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
-        masks.require_finite(weights, run.label(self))
-        used = masks.layer_masks(weights, self.sparsity, run.masks)
-        reached = masks.layer_masks(weights, self.backward_sparsity, run.masks)
-        return {name: (used[f"{name}.weight"], reached[f"{name}.weight"]) for name in layers}
+    def supports(self, run: Run, layers: Mapping[str, Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return ``(A, B)`` of every layer for its current weight. Raises ``NumericalError`` for infinite or NaN.
+
+        Each matrix of an expert is a layer of its own; the supports of a stack are those of all its experts.
+        """
+        found = {}
+        for name, layer in layers.items():
+            weights = layer.matrices(name)
+            masks.require_finite(weights, run.label(self))
+            used = masks.layer_masks(weights, self.sparsity, run.masks)
+            reached = masks.layer_masks(weights, self.backward_sparsity, run.masks)
+            found[name] = (layer.whole(name, used), layer.whole(name, reached))
+        return found
 
     def saved_supports(self, run: Run) -> NamedTensors:
         """Return the supports by layer name that checkpoints save: uint8, ``ACTIVE``, ``EXPLORED`` or 0."""
@@ -131,9 +138,11 @@ class TopKAST(MaskedTraining):
         last = {name: saved[name] == ACTIVE if name in saved else fresh[name][0] for name in layers}
         saved.clear()
         for name, layer in layers.items():
+            parameter = layer.key(name)
             masked_layers.detach_masks(layer)
-            masks.prune_(run.model, run.masks, {f"{name}.weight": last[name]})
-        run.report(self, **sparsity.metrics(run.model, layers))
+            masks.prune_(run.model, run.masks, {parameter: last[name]})
+        names, _ = run.covered(self) or (set(), {})
+        run.report(self, **sparsity.metrics(run.model, names))
 
     def recompute(self, case: Any) -> dict[str, Any]:
         return case.zeros()
@@ -159,7 +168,7 @@ def _unit(position: int | float) -> str:
 class Exploration(TrainerCallback):
     """Renews the supports, adds the penalty's gradient, and restores the weights outside ``B`` after each step."""
 
-    def __init__(self, step: TopKAST, run: Run, layers: Mapping[str, masked_layers.MaskedLayer]) -> None:
+    def __init__(self, step: TopKAST, run: Run, layers: Mapping[str, Layer]) -> None:
         self.step, self.run, self.layers = step, run, layers
         self._held: dict[str, Tensor] = {}
         for name, supports in step.supports(run, layers).items():
@@ -225,7 +234,7 @@ class Exploration(TrainerCallback):
 
 @torch.no_grad()
 def penalize_(
-    layers: Iterable[masked_layers.MaskedLayer], strength: float, density: float, kind: Literal["l2", "l1"]
+    layers: Iterable[Layer], strength: float, density: float, kind: Literal["l2", "l1"]
 ) -> None:
     """Add the penalty's gradient to the gradients: ``c r'(θ)`` in ``A``, ``c/D r'(θ)`` in ``B \\ A``, 0 elsewhere."""
     for layer in layers:
@@ -233,6 +242,8 @@ def penalize_(
         if layer.weight.grad is None or used is None or reached is None:
             continue
         slope = layer.weight.detach() if kind == "l2" else layer.weight.detach().sign()
+        if (targeted := layer.targeted()) is not None:
+            slope = slope * targeted
         layer.weight.grad.add_(slope * used, alpha=strength)
         layer.weight.grad.add_(slope * (reached & ~used), alpha=strength / density)
 
