@@ -16,6 +16,7 @@ from ...toolkit import topology
 from ...toolkit.quantization.grids import fit_group_size
 from .calibration_cost import calibration_cost, calibration_tokens
 from .plan import Plan
+from .pruned_weights import pruned_weights
 from .training_cost import training_cost
 
 # Python, torch and transformers themselves, as measured; the estimates of host memory include it.
@@ -37,8 +38,8 @@ def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: i
         tokens: the tokens of the calibration data; None for those that the recipe asks for.
 
     Returns a mapping of JSON types, documented in docs/costs.md. ``bytes_after`` is None if a step changes the
-    architecture, since the configuration then does not determine the result. ``stages`` has what each stage takes, and
-    ``readable`` rows of text for a table.
+    architecture, since the configuration then does not determine the result. ``stages`` has what each stage takes,
+    ``pruned`` which weights the pruning steps choose from, and ``readable`` rows of text for a table.
     """
     recipe, width = plan.recipe, plan.width
     parameters = sum(p.numel() for p in model.parameters())
@@ -67,6 +68,7 @@ def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: i
     found["host_bytes"] = max(found["required_bytes"], loading)
     found["device_bytes"] = max(stage["device_bytes"] for stage in found["stages"])
     found["device"] = plan.resolved_device.type
+    found["pruned"] = pruned_weights(recipe, model)
     found["readable"] = _readable(found)
     return found
 
@@ -78,6 +80,7 @@ def _readable(found: dict[str, Any]) -> dict[str, str]:
         "parameters": f"{found['parameters']:,}",
         "weights on disk": f"{format_bytes(found['bytes_before'])} -> {after}",
     }
+    rows |= {f"{label} prunes": entry["text"] for label, entry in found["pruned"].items()}
     if found["device"] != "cpu":
         rows["device memory"] = f"about {format_bytes(found['device_bytes'])} at most"
     rows["host memory"] = f"about {format_bytes(found['host_bytes'])} at most"

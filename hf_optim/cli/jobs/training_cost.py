@@ -163,8 +163,10 @@ def _technique_bytes(stage: Stage, model: Any) -> int:
     """Return what the steps of a stage hold beside the model: masks, copies of weights, learned noise."""
     total = 0.0
     for step in stage.steps:
-        layers = Scope("", model, model).select(getattr(step, "targets", ()), getattr(step, "skip", ()))
-        weights = [layer.weight for layer in layers.values() if getattr(layer, "weight", None) is not None]
+        targets, skip = getattr(step, "targets", ()), getattr(step, "skip", ())
+        layers = Scope("", model, model).select(targets, skip, experts=True)
+        taken = [layer for layer in layers.values() if step.takes(layer)]
+        weights = [layer.weight for layer in taken if getattr(layer, "weight", None) is not None]
         total += sum(step.training_bytes(weight.element_size()) * weight.numel() for weight in weights)
     return int(total)
 

@@ -184,6 +184,10 @@ LIMITS = (
         "and time only on kernels that skip them.",
         has=frozenset({SPARSE_NM, QUANTIZED}),
     ),
+    Claim(
+        "The products of experts are dense, on every kernel: N:M zeros in experts save no time.",
+        has=frozenset({SPARSE_NM, MOE}),
+    ),
     Claim("All experts are held in memory; only those that a token is routed to are computed.", has=frozenset({MOE})),
     Claim(
         "The model's code comes with the checkpoint and runs with `trust_remote_code=True`: read it before.",

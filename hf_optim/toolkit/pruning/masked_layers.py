@@ -155,9 +155,7 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer | MaskedStack]:
     return found
 
 
-def select_supported(
-    model: nn.Module, layers: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def select_supported(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Return the ``layers`` that can be trained sparsely, and the names of the others by reason.
 
     A layer with a tied weight is left out, because the other module would compute with different weights. Raises

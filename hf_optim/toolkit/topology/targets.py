@@ -147,8 +147,10 @@ def ineffective_pattern(model: nn.Module, targets: Iterable[str], skip: Iterable
             return f"{pattern!r} in targets matches {tied}"
     for pattern in skip:
         matched = {name: everything[name] for name in match(everything, [pattern])}
-        # What is left alone because of its role anyway is what was asked.
-        if not any(takes(module) or name in found for name, module in matched.items()):
+        # What is left alone because of its role anyway, or because it is an expert, is what was asked.
+        if not any(
+            takes(module) or name in found or isinstance(module, ExpertLinear) for name, module in matched.items()
+        ):
             return (
                 f"{pattern!r} in skip matches {_counted(matched)}, which this technique leaves alone anyway"
                 + _inside(pattern, matched, takes)

@@ -35,7 +35,7 @@ from hf_optim.toolkit.pruning import (
 from hf_optim.toolkit.topology import PrunableGroups, find_prunable_groups
 
 from . import _recompute
-from ._learned_noise import CONTRACT, LearnedNoise, NoiseTraining
+from ._learned_noise import CONTRACT, NO_EXPERTS, LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,7 +120,9 @@ class L0(LearnedNoise):
     # -- gates --------------------------------------------------------------------------------------------------------
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         selected = Scope("", model, model).select(self.targets, self.skip)
-        self._units(model, *masked_layers.select_supported(model, selected), label)
+        layers, skipped = masked_layers.select_supported(model, selected)
+        skipped |= topology.unprunable_experts(model, self.targets, self.skip, NO_EXPERTS)
+        self._units(model, layers, skipped, label)
 
     def _units(
         self,

@@ -233,9 +233,7 @@ class Exploration(TrainerCallback):
 
 
 @torch.no_grad()
-def penalize_(
-    layers: Iterable[Layer], strength: float, density: float, kind: Literal["l2", "l1"]
-) -> None:
+def penalize_(layers: Iterable[Layer], strength: float, density: float, kind: Literal["l2", "l1"]) -> None:
     """Add the penalty's gradient to the gradients: ``c r'(θ)`` in ``A``, ``c/D r'(θ)`` in ``B \\ A``, 0 elsewhere."""
     for layer in layers:
         used, reached = layer.forward_mask, layer.backward_mask
