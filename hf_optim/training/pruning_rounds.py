@@ -53,7 +53,8 @@ class Rounds:
         step: the recipe's step, whose ``run.state`` holds the progress; None without one.
         sparsity: fraction of the weights that is zero after the last round.
         rounds: their number.
-        parameters: names of the weights that are pruned: parameters, and matrices of experts (``toolkit.pruning.matrices``).
+        parameters: names of the weights that are pruned: of parameters, and of matrices of experts (see
+            ``toolkit.pruning.matrices``).
         home: the folder of rewind checkpoints whose path is relative.
     """
 

@@ -51,7 +51,8 @@ def test_the_name_of_an_expert_is_a_part_of_the_stack():
             locate(model, unknown)
     layers = {**topology.linears(model), **topology.expert_linears(model)}
     names = masks.weight_names({**layers, "again": topology.expert_linears(model)[f"{EXPERTS}.0.down_proj"]})
-    assert len(names) == len(layers) and "again" not in names
+    assert len(names) == len(layers)
+    assert "again" not in names
     assert names[f"{EXPERTS}.0.down_proj"] == f"{EXPERTS}.0.down_proj"
     assert names["lm_head"] == "lm_head.weight"
 
@@ -59,7 +60,9 @@ def test_the_name_of_an_expert_is_a_part_of_the_stack():
 def test_parts_of_masks():
     whole = {f"{EXPERTS}.down_proj": random_masks((4, 6, 8)), "lm_head.weight": random_masks((3, 3))}
     parts = MaskParts(whole)
-    assert f"{EXPERTS}.1.down_proj" in parts and f"{EXPERTS}.1.gate_up_proj" not in parts and 3 not in parts
+    assert f"{EXPERTS}.1.down_proj" in parts
+    assert f"{EXPERTS}.1.gate_up_proj" not in parts
+    assert 3 not in parts
     assert torch.equal(parts[f"{EXPERTS}.1.down_proj"], whole[f"{EXPERTS}.down_proj"][1])
     assert parts["lm_head.weight"] is whole["lm_head.weight"]
     assert parts.get("layers.3.weight") is None
@@ -94,7 +97,8 @@ def test_groups_lie_along_the_inputs_in_both_layouts(kind):
     views = topology.expert_linears(model)
     assert {view.transposed for view in views.values()} == {kind != "mixtral"}
     layers, skipped = nm_groups.select_divisible(views, 4)
-    assert layers == views and not skipped
+    assert layers == views
+    assert not skipped
     kept: masks.Masks = {}
     found = {name: masks.as_stored(view, masks.nm_mask(view.weight, 2, 4)) for name, view in views.items()}
     masks.prune_(model, kept, found)
@@ -184,7 +188,8 @@ def test_experts_whose_forward_was_replaced_are_left_out():
     found, skipped = masked_layers.select_supported(model, topology.expert_linears(model))
     assert {name.split(".")[2] for name in found} == {"1"}
     ((reason, names),) = skipped.items()
-    assert reason == "the forward of this Other was replaced" and len(names) == 8
+    assert reason == "the forward of this Other was replaced"
+    assert len(names) == 8
 
 
 # -- what a step leaves alone ------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from ..topology.experts import ExpertLinear
 from ..topology.linear_layers import parameter_names, tied_weights, weight_out_in
 from . import masked_experts
 from .masked_experts import MaskedStack, masked_weight
-from .matrices import weight_name
 
 # The exclusive slot of a recipe for a step that changes the forward of linear layers during training.
 TRAINING_FORWARD = "the training forward of linear layers"
@@ -191,8 +190,9 @@ def require_unsharded(layers: Mapping[str, Any], label: str = "training") -> Non
         weight: Any = layer.weight
         stacked = isinstance(layer, MaskedStack)
         if weight.dim() != 2 + stacked or weight.numel() == 0 or hasattr(weight, "placements"):
+            parameter = name if stacked else f"{name}.weight"
             raise ModelError(
-                f"{label}: {name if stacked else weight_name(name, layer)} is sharded: masks are chosen on whole parameters; train on one device or with "
+                f"{label}: {parameter} is sharded: masks are chosen on whole parameters; train on one device or with "
                 "DDP, not with sharded parameters (FSDP, ZeRO-3)"
             )
 

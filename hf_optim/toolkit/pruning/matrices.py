@@ -2,8 +2,8 @@
 
 The name of a weight is that of its parameter (``model.layers.0.self_attn.q_proj.weight``). A matrix of an expert is a
 part of a stacked parameter ``[E, ., .]``: ``model.layers.0.mlp.experts.3.down_proj``, the name of its ``ExpertLinear``,
-is part 3 of ``model.layers.0.mlp.experts.down_proj``. Rankings take and return matrices under these names. ``run.masks``
-holds one mask for each parameter, the whole stack of experts included, since that is what an optimizer updates.
+is part 3 of ``model.layers.0.mlp.experts.down_proj``. Rankings take and return matrices under these names.
+``run.masks`` holds one mask for each parameter, also for a stack of experts, since that is what an optimizer updates.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def parameters_of(masks: Mapping[str, Tensor], layers: Iterable[str]) -> list[st
 
 
 class MaskParts(Mapping[str, Tensor]):
-    """Masks by the name of a weight: whole masks of parameters, and in them those of the matrices of experts (views)."""
+    """Masks by the name of a weight: masks of parameters, and in them those of the matrices of experts (views)."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._masks = masks

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_optim import Contract, RecipeError, Technique, hookimpl, traits
+from hf_optim import Contract, RecipeError, Scope, Technique, hookimpl, traits
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     masked_layers,
@@ -92,6 +92,13 @@ class LearnedNoise(Technique):
     def takes(self, module: Any) -> bool:
         return topology.is_linear(module)
 
+    def supported(self, scope: Scope) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """Return the selected layers that noise can be attached to, and the names of the others, by reason."""
+        selected = scope.select(self.targets, self.skip, experts=True)
+        layers = {name: layer for name, layer in selected.items() if self.takes(layer)}
+        found, skipped = masked_layers.select_supported(scope.model, layers)
+        return found, skipped | topology.unprunable_experts(scope.model, self.targets, self.skip, NO_EXPERTS)
+
     def validate(self) -> None:
         schedules.check_positions(self.name, begin=self.begin, end=self.end, settle=self.settle)
 
@@ -99,8 +106,7 @@ class LearnedNoise(Technique):
         """Return the layers in training by name; the first call attaches the noise. Raises ``ModelError`` if none."""
         own = run.state(self)
         if not hasattr(own, "layers"):
-            found, skipped = masked_layers.select_supported(run.model, run.select(self.targets, self.skip))
-            skipped |= topology.unprunable_experts(run.model, self.targets, self.skip, NO_EXPERTS)
+            found, skipped = self.supported(Scope("", run.model, run.model))
             weights = {name: layer.get_parameter("weight") for name, layer in found.items()}
             masks.require_finite(weights, run.label(self))
             own.noises, own.settled = self.attach(run, found, skipped), False

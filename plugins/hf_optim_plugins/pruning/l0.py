@@ -29,13 +29,12 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import (
     gated_layers,
     hard_concrete,
-    masked_layers,
     masks,
 )
 from hf_optim.toolkit.topology import PrunableGroups, find_prunable_groups
 
 from . import _recompute
-from ._learned_noise import CONTRACT, NO_EXPERTS, LearnedNoise, NoiseTraining
+from ._learned_noise import CONTRACT, LearnedNoise, NoiseTraining
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,10 +118,7 @@ class L0(LearnedNoise):
 
     # -- gates --------------------------------------------------------------------------------------------------------
     def check_model(self, model: PreTrainedModel, label: str) -> None:
-        selected = Scope("", model, model).select(self.targets, self.skip)
-        layers, skipped = masked_layers.select_supported(model, selected)
-        skipped |= topology.unprunable_experts(model, self.targets, self.skip, NO_EXPERTS)
-        self._units(model, layers, skipped, label)
+        self._units(model, *self.supported(Scope("", model, model)), label)
 
     def _units(
         self,

@@ -14,6 +14,7 @@ from hf_optim import NumericalError, OptimConfig, RecipeError, run_of
 from hf_optim.recipes.traits import SPARSE, SPARSE_NM
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.topology import expert_linears
 
 
 def targeted(model):
@@ -25,16 +26,22 @@ def test_every_layer_loses_exactly_its_share(family):
     model = TINY[family]()
     dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model = hf_optim.optimize(model, {"technique": "magnitude", "sparsity": 0.3})
-    names = {f"{name}.weight" for name in targeted(model)}
+    views = expert_linears(model)
+    assert views.keys() <= targeted(model)
+    names = {views[name].parameter_name if name in views else f"{name}.weight" for name in targeted(model)}
     assert names == set(run_of(model).masks)
     for name, parameter in model.named_parameters():
         if name not in names:
             assert torch.equal(parameter, dense[name])
             continue
-        gone = parameter == 0
-        assert int(gone.sum()) == masks.removed_count(parameter.numel(), 0.3)
-        assert dense[name][gone].abs().max() <= dense[name][~gone].abs().min()
-        assert torch.equal(parameter[~gone], dense[name][~gone])
+        # Each expert is ranked alone.
+        for now, before in (
+            zip(parameter, dense[name], strict=True) if parameter.dim() == 3 else [(parameter, dense[name])]
+        ):
+            gone = now == 0
+            assert int(gone.sum()) == masks.removed_count(now.numel(), 0.3)
+            assert before[gone].abs().max() <= before[~gone].abs().min()
+            assert torch.equal(now[~gone], before[~gone])
     assert SPARSE in run_of(model).traits
     assert holds(SPARSE, run_of(model))
 

@@ -15,6 +15,7 @@ from hf_optim import ModelError, OptimConfig, RecipeError, run_of
 from hf_optim.recipes.traits import SPARSE, SPARSE_NM
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.topology.experts import expert_linears
 from hf_optim.toolkit.topology.linear_layers import linears, weight_out_in
 
 
@@ -46,20 +47,25 @@ def inputs_of(model, data):
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 8)])
 def test_every_layer_follows_the_pattern_along_its_input(family, keep, group):
     model = TINY[family]()
-    dense = {name: weight_out_in(layer).detach().clone() for name, layer in linears(model).items()}
+    layers = {**linears(model), **expert_linears(model)}
+    dense = {name: weight_out_in(layer).detach().clone() for name, layer in layers.items()}
     model = hf_optim.optimize(model, {"technique": "nm", "keep": keep, "group": group})
     run = run_of(model)
     names, skipped = touched(model)
     assert skipped == {}
+    assert expert_linears(model).keys() <= names
     for name in names:
-        weight = weight_out_in(model.get_submodule(name)).detach()
+        weight, parameter = (
+            weight_out_in(layers[name]).detach(),
+            getattr(layers[name], "parameter_name", f"{name}.weight"),
+        )
         mask = masks.nm_mask(dense[name], keep, group)
         assert torch.equal(weight, dense[name] * mask)
         assert int((weight != 0).sum()) == weight.numel() * keep // group
-        assert run.nm_patterns[f"{name}.weight"] == (keep, group)
-        assert run.masks[f"{name}.weight"].shape == model.get_submodule(name).weight.shape
+        assert run.nm_patterns[parameter] == (keep, group)
+        assert run.masks[parameter].shape == model.get_parameter(parameter).shape
     for name in dense.keys() - names:
-        assert torch.equal(weight_out_in(model.get_submodule(name)), dense[name])
+        assert torch.equal(weight_out_in(layers[name]), dense[name])
     assert {SPARSE, SPARSE_NM} <= run.traits
     assert holds(SPARSE, run)
 
