@@ -19,7 +19,8 @@ from hf_optim.compressed.experts import expert_schemes
 from hf_optim.recipes.traits import BITS_ASSIGNED, QUANTIZED
 from hf_optim.testing.models import _build
 from hf_optim.toolkit.checkpoint.safetensors import SafetensorsHeaders
-from hf_optim.toolkit.topology.experts import fused_experts
+from hf_optim.toolkit.pruning.masks import has_nm_pattern
+from hf_optim.toolkit.topology.experts import expert_linears, fused_experts
 
 RTN = {"technique": "rtn", "bits": 4, "group_size": 16}
 GPTQ = {"technique": "gptq", "bits": 4, "group_size": 16}
@@ -45,6 +46,7 @@ CASES = {
     "mixtral, w8a8 static": ("mixtral", ({"technique": "rtn", "activations": "int8", "dynamic": False},)),
     "mixtral, fp8 beside experts": ("mixtral", ({"technique": "rtn", "format": "fp8"},)),
     "qwen3, rtn": ("qwen3", (RTN,)),
+    "mixtral, nm by inputs + gptq": ("mixtral", ({"technique": "nm", "score": "activation"}, GPTQ)),
     "qwen3, nm + gptq in order": ("qwen3", ({"technique": "nm"}, {**GPTQ, "bits": 3, "true_sequential": True})),
 }
 
@@ -89,6 +91,10 @@ def test_it_writes_what_the_blockwise_driver_writes(case, homes, stock, tmp_path
     model = blockwise(homes[name], steps, batches, tmp_path / "theirs")
     theirs = hf_optim.run_of(model)
     assert_same_checkpoint(tmp_path / "ours", tmp_path / "theirs")
+    if steps[0]["technique"] == "nm":
+        views = expert_linears(model)
+        assert all(has_nm_pattern(view.weight, 2, 4) for view in views.values())
+        assert views.keys() <= ours.record.steps["0"]["layers"].keys()
     assert (ours.record.steps, ours.record.coverage, ours.record.notes) == (
         theirs.record.steps,
         theirs.record.coverage,

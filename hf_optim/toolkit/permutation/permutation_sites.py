@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError
+from ..topology.experts import ExpertLinear, expert_linears
 from ..topology.graph import Trace
 from ..topology.layer_pairs import LinearPair, find_linear_pairs
 from ..topology.linear_layers import features
@@ -43,7 +44,7 @@ class Site:
     Attributes:
         kind: ``"neurons"``, ``"values"`` or ``"residual"``.
         name: name of the layer that produces the channels, with the index of the head if there are several.
-        readers: names of the linear layers that read the channels.
+        readers: names of the linear layers and matrices of experts that read the channels.
         columns: ``[runs, channels]`` int64: the columns of each reader that read the channels, one row for each time
             that they are read.
         moves: returns how an order ``[channels]`` permutes the parameters of the model.
@@ -155,4 +156,11 @@ def _residual_site(model: nn.Module, residual: ResidualStream) -> Site:
             for dim in dims:
                 yield name, dim, order
 
-    return Site("residual", "residual stream", residual.readers, torch.arange(residual.width)[None], moves)
+    experts = [name for name, view in expert_linears(model).items() if _reads(view, residual)]
+    readers = (*residual.readers, *experts)
+    return Site("residual", "residual stream", readers, torch.arange(residual.width)[None], moves)
+
+
+def _reads(view: ExpertLinear, residual: ResidualStream) -> bool:
+    """Return True if the inputs of a matrix of an expert are the channels of the residual stream."""
+    return (1 if view.transposed else 2) in residual.parameters.get(view.parameter_name, ())

@@ -23,13 +23,14 @@ other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_optim import (
     Contract,
@@ -47,7 +48,7 @@ from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import main_output, rounding_tolerance
 from hf_optim.toolkit.permutation import SITE_KINDS, Site, find_sites, kept_sum, kept_sum_row_wise, search_permutation
 from hf_optim.toolkit.pruning import masks
-from hf_optim.toolkit.statistics import HessianDiagonal
+from hf_optim.toolkit.statistics import InputSquares, few_tokens_message
 from hf_optim.toolkit.topology import weight_out_in
 
 from . import _recompute
@@ -55,6 +56,7 @@ from . import _recompute
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
 
+log = logging.getLogger(__name__)
 # Most scores that a search examines, by device; for larger sites it takes a random sample of the rows.
 MAX_SCORES = {"cpu": 2**23, "cuda": 2**27}
 
@@ -122,13 +124,17 @@ class ChannelPermutation(Technique):
 
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
-        selected = scope.select(self.targets, self.skip)
+        selected = scope.select(self.targets, self.skip, experts=True)
         layers = {name: selected[name] for name in masks.weight_names(selected)}
         masks.require_finite({name: weight_out_in(layer) for name, layer in layers.items()}, run.label(self))
         norms: dict[str, Tensor] | None = None
         if self.score == "activation":
-            with InputNorm(layers, run.label(self)) as norms:
+            observer = InputNorm(layers, run.label(self))
+            with observer as norms:
                 yield
+            if observer.scarce:
+                run.report(self, experts_with_few_tokens=dict(observer.scarce))
+                log.warning("%s: %s", run.label(self), few_tokens_message(observer.scarce))
         permutation = _Permutation(self, run, layers, norms)
         permutation.apply(*self._sites(run))
         run.cover(self, permutation.readers, {why: names for why, names in permutation.skipped.items() if names})
@@ -148,10 +154,12 @@ class ChannelPermutation(Technique):
         metrics = run.reported(self)
         if not metrics:
             return
+        experts = topology.expert_linears(run.model).keys() & (run.covered(self) or (set(), {}))[0]
+        kind = "linear layers and matrices of experts" if experts else "linear layers"
         unused = card.when("No step of this recipe made such a mask.", lacks=[traits.SPARSE_NM])
         card.paragraph(
             "Channel permutations",
-            f"The input channels of {metrics['layers_permuted']} linear layers were reordered for "
+            f"The input channels of {metrics['layers_permuted']} {kind} were reordered for "
             f"{self.keep}:{self.group} pruning ({', '.join(self.where)}; Pool and Yu, NeurIPS 2021), which does not "
             f"change the function of the model. A {self.keep}:{self.group} mask by {self.score} of the reordered "
             f"layers keeps {100 * metrics['kept_after']:.2f} % of their scores instead of "
@@ -178,7 +186,7 @@ class _Permutation:
 
     step: ChannelPermutation
     run: Run
-    layers: dict[str, nn.Module]
+    layers: dict[str, Any]
     norms: dict[str, Tensor] | None
     readers: list[str] = field(default_factory=list)
     moved: set[str] = field(default_factory=set)
@@ -311,10 +319,11 @@ class _Permutation:
         )
 
 
-class InputNorm(HessianDiagonal):
+class InputNorm(InputSquares):
     """The norm ``‖X_j‖₂`` over all tokens of each input channel: name -> float32 ``[in_features]``."""
 
     def complete(self) -> None:
+        super().complete()
         self.found.update({name: mean_square.sqrt() for name, mean_square in self.found.items()})
 
 

@@ -17,6 +17,7 @@ from hf_optim.testing.conformance import inputs_for
 from hf_optim.testing.trait_checks import holds
 from hf_optim.toolkit.permutation import permutation_sites
 from hf_optim.toolkit.pruning import masks
+from hf_optim.toolkit.topology.experts import expert_linears
 from hf_optim.toolkit.topology.linear_layers import linears, weight_out_in
 
 NAME = "channel_permutation"
@@ -33,7 +34,8 @@ def doubled(inputs):
 
 
 def weights(model):
-    return {name: weight_out_in(layer).detach().clone() for name, layer in linears(model).items()}
+    layers = {**linears(model), **expert_linears(model)}
+    return {name: weight_out_in(layer).detach().clone() for name, layer in layers.items()}
 
 
 def kept(weight, keep=2, group=4):
@@ -85,8 +87,10 @@ def test_the_kept_sum_grows_and_is_reported(family, keep, group):
     dense = weights(model)
     model = permuted(model, keep=keep, group=group)
     run, after = run_of(model), weights(model)
+    up_projections = {name for name in expert_linears(model) if name.endswith("gate_up_proj")}
     figures = run.record.steps["0"]
     names = figures["kept_before_by_layer"].keys()
+    assert up_projections == {name for name in names if "experts" in name}
     old, new = (sum(kept(weight[name], keep, group) for name in names) for weight in (dense, after))
     total = sum(float(dense[name].abs().sum(dtype=torch.float64)) for name in names)
     assert new > 1.005 * old
