@@ -99,10 +99,12 @@ class Case:
         return weight.detach().double()
 
     def zeros(self) -> dict[str, Any]:
-        """Return ``sparsity``, ``layers`` and ``counted`` of the layers in ``names`` (``sparsity.metrics``)."""
+        """Return what ``sparsity.metrics`` has for the layers in ``names``."""
         weights = {name: self.weight(self.after, name) for name in self.names}
         zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+        experts = len(topology.expert_linears(self.after).keys() & weights.keys())
         return {
+            **({"expert_matrices": experts, "linear_layers": len(weights) - experts} if experts else {}),
             "sparsity": sum(zeros.values()) / sum(weight.numel() for weight in weights.values()),
             "layers": {name: zeros[name] / weight.numel() for name, weight in weights.items()},
             "counted": {name: [weight.numel(), zeros[name]] for name, weight in weights.items()},

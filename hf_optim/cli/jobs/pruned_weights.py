@@ -45,6 +45,6 @@ def _entry(step: Technique, model: Any, total: int) -> dict[str, Any]:
         "expert_matrices": experts,
         "weights": weights,
         "share": round(share, 6),
-        "text": f"weights of {sparsity.layers_phrase(model, layers)}, which are {100 * share:.1f} % of all"
+        "text": f"weights of {sparsity.layers_phrase(len(layers) - experts, experts)}, which are {100 * share:.1f} % of all"
         + "; experts stay as they are" * left,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -44,21 +45,26 @@ def overall(counted: Counted) -> float:
 def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
     """Return the sparsity of layers for the record, in JSON types; shares are rounded to six decimals.
 
-    Returns ``{"sparsity": share of zeros, "layers": {name: share}, "counted": {name: [weights, zeros]}}``.
+    Returns ``{"sparsity": share of zeros, "layers": {name: share}, "counted": {name: [weights, zeros]}}``. If some of
+    the layers are matrices of experts, ``"expert_matrices"`` is their number and ``"linear_layers"`` that of the others.
     """
     counted = count_zeros(model, names)
     layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}
-    return {"sparsity": round(overall(counted), 6), "layers": layers, "counted": counted}
+    experts = len(expert_linears(model).keys() & counted.keys())
+    found = {"sparsity": round(overall(counted), 6), "layers": layers, "counted": counted}
+    return {**found, "expert_matrices": experts, "linear_layers": len(counted) - experts} if experts else found
 
 
-def layers_phrase(model: nn.Module, names: Iterable[str]) -> str:
-    """Return how many linear layers and matrices of experts ``names`` are, as ``"8 linear layers"``."""
-    views, names = expert_linears(model), list(names)
-    experts = sum(name in views for name in names)
-    layers = len(names) - experts
-    parts = [f"{layers} linear layer{'s' * (layers != 1)}"] if layers or not experts else []
+def layers_phrase(linear: int, experts: int = 0) -> str:
+    """Return how many linear layers and matrices of experts there are, as ``"8 linear layers"``."""
+    parts = [f"{linear} linear layer{'s' * (linear != 1)}"] if linear or not experts else []
     parts += [f"{experts} {'matrix' if experts == 1 else 'matrices'} of experts"] if experts else []
     return " and ".join(parts)
+
+
+def counted_phrase(reported: Mapping[str, Any]) -> str:
+    """Return the layers of an entry of the record (``metrics``) in words."""
+    return layers_phrase(reported.get("linear_layers", len(reported["layers"])), reported.get("expert_matrices", 0))
 
 
 def table_rows(counted: Counted) -> list[list[str]]:

@@ -154,7 +154,7 @@ class ChannelPermutation(Technique):
         metrics = run.reported(self)
         if not metrics:
             return
-        experts = topology.expert_linears(run.model).keys() & (run.covered(self) or (set(), {}))[0]
+        experts = any(".experts." in name for name in metrics["kept_before_by_layer"])
         kind = "linear layers and matrices of experts" if experts else "linear layers"
         unused = card.when("No step of this recipe made such a mask.", lacks=[traits.SPARSE_NM])
         card.paragraph(

@@ -259,7 +259,7 @@ class NM(Technique):
         metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         fitted = " The remaining weights were refitted to the dense layers' outputs." if self.compensate else ""
-        layers = sparsity.layers_phrase(run.model, metrics["layers"])
+        layers = sparsity.counted_phrase(metrics)
         card.paragraph(
             f"{self.keep}:{self.group} sparsity",
             f"{layers} keep at most {self.keep} of every {self.group} consecutive weights along the "

@@ -164,12 +164,12 @@ class SRSTE(MaskedTraining):
     def export(self, run: Run, directory: Path, card: Card) -> None:
         metrics, (_, skipped) = run.reported(self), run.covered(self) or (set(), {})
         decay = "a λ that follows the learning rate" if self.decay is None else f"λ = {self.decay:g}"
-        layers = sparsity.layers_phrase(run.model, metrics["layers"])
+        layers = sparsity.counted_phrase(metrics)
         left = "".join(f" Left dense ({why}): {len(which)} layers." for why, which in sorted(skipped.items()))
         card.paragraph(
             f"{self.keep}:{self.group} sparsity learned in training (SR-STE)",
-            f"{layers} were trained with at most {self.keep} of every {self.group} consecutive weights along the input; "
-            "the mask followed the weights, and masked-out weights decayed with "
+            f"{layers} were trained with at most {self.keep} of every {self.group} consecutive weights along the "
+            "input; the mask followed the weights, and masked-out weights decayed with "
             f"{decay} ({self.term}).{left}",
         )
         card.table(
