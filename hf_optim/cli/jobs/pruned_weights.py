@@ -39,12 +39,12 @@ def _entry(step: Technique, model: Any, total: int) -> dict[str, Any]:
     experts = sum(isinstance(layer, topology.ExpertLinear) for layer in layers.values())
     weights = sum(layer.weight.numel() for layer in layers.values())
     share = weights / total if total else 0.0
-    left = topology.has_experts(model) and not experts
+    phrase = sparsity.layers_phrase(len(layers) - experts, experts)
+    left = "; experts stay as they are" if topology.has_experts(model) and not experts else ""
     return {
         "layers": len(layers) - experts,
         "expert_matrices": experts,
         "weights": weights,
         "share": round(share, 6),
-        "text": f"weights of {sparsity.layers_phrase(len(layers) - experts, experts)}, which are {100 * share:.1f} % of all"
-        + "; experts stay as they are" * left,
+        "text": f"weights of {phrase}, which are {100 * share:.1f} % of all{left}",
     }

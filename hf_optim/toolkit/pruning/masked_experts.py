@@ -178,7 +178,7 @@ def stacks_in(module: nn.Module, name: str) -> dict[str, MaskedStack]:
 
 
 @functools.cache
-def _masked_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _masked_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """Return the subclass of a class of experts that computes with masks, under the same name.
 
     Args:

@@ -46,7 +46,7 @@ def metrics(model: nn.Module, names: Iterable[str]) -> dict[str, object]:
     """Return the sparsity of layers for the record, in JSON types; shares are rounded to six decimals.
 
     Returns ``{"sparsity": share of zeros, "layers": {name: share}, "counted": {name: [weights, zeros]}}``. If some of
-    the layers are matrices of experts, ``"expert_matrices"`` is their number and ``"linear_layers"`` that of the others.
+    the layers are matrices of experts, ``"expert_matrices"`` counts them and ``"linear_layers"`` the others.
     """
     counted = count_zeros(model, names)
     layers = {name: round(zeros / size, 6) for name, (size, zeros) in counted.items()}
