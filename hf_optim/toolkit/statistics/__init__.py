@@ -14,6 +14,7 @@ from .expert_tokens import (
 from .input_masks import real_tokens
 from .observers import ChannelAbsMax, HessianDiagonal, TensorMinMax
 from .recorded_batches import RecordedBatches, batch_size, can_split, sample_microbatches, take_rows
+from .row_sample import RowSample
 from .row_tracking import BatchRows
 from .second_moment import GramMatrix, SecondMoment
 from .sensitivity import OutputShift, select_within_budget
@@ -26,6 +27,7 @@ __all__ = [
     "InputSquares",
     "OutputShift",
     "RecordedBatches",
+    "RowSample",
     "SecondMoment",
     "TensorMinMax",
     "TokenSample",

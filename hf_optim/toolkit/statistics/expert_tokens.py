@@ -8,20 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import collectives
 from ..topology.experts import ExpertLinear, matrix_names
-from .observers import HessianDiagonal, InputObserver
+from .observers import HessianDiagonal
+from .row_sample import RowSample
 from .second_moment import GramMatrix
 
 NAMED = 5  # names that a message gives
 
 
-class TokenSample(InputObserver[Tensor]):
-    """A sample of the tokens that a mixture of experts reads, evenly spread over the data: name -> ``[n, H]``.
+class TokenSample(RowSample):
+    """A sample of the tokens that a mixture of experts reads (``RowSample``): name -> ``[n, H]``.
 
-    The sample has between ``size`` and ``2 * size`` tokens if there are that many: all tokens are kept until there are
-    more than ``2 * size``, then every second token, then every fourth, and so on. No random numbers are drawn. The
-    names are those of the modules with the experts (``ExpertLinear.experts_name``).
+    The names are those of the modules with the experts (``ExpertLinear.experts_name``).
 
     Args:
         layers: name -> layer; only the modules of ``ExpertLinear`` layers are observed.
@@ -31,41 +29,14 @@ class TokenSample(InputObserver[Tensor]):
 
     def __init__(self, layers: Mapping[str, Any], label: str = "", size: int | None = None) -> None:
         views = [layer for layer in layers.values() if isinstance(layer, ExpertLinear)]
-        super().__init__({view.experts_name: view.experts for view in views}, label)
-        self.sizes = {view.experts_name: size or 1 for view in views}
+        sizes = {view.experts_name: size or 1 for view in views}
         for view in views if size is None else ():
-            self.sizes[view.experts_name] = max(self.sizes[view.experts_name], view.in_features)
-        self._steps = dict.fromkeys(self.modules, 1)
-        self._seen = dict.fromkeys(self.modules, 0)
+            sizes[view.experts_name] = max(sizes[view.experts_name], view.in_features)
+        super().__init__({view.experts_name: view.experts for view in views}, label, sizes)
 
-    def update(self, name: str, inputs: Tensor) -> None:
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        first = -self._seen[name] % self._steps[name]
-        self._seen[name] += len(rows)
-        taken = rows[first :: self._steps[name]]
-        self.check_finite(name, taken)
-        kept = torch.cat([self.found[name], taken]) if name in self.found else taken.clone()
-        while len(kept) > 2 * self.sizes[name]:
-            kept = kept[::2].clone()
-            self._steps[name] *= 2
-        self.found[name] = kept
-
-    def reduce(self) -> None:
-        """Concatenate the samples of all ranks, and thin them out again."""
-        for name, experts in self.modules.items():
-            mine = self.found.pop(name, None)
-            lengths = torch.zeros(collectives.world_size(), dtype=torch.long)
-            lengths[collectives.rank()] = 0 if mine is None else len(mine)
-            begin = int(collectives.all_reduce_(lengths, "sum")[: collectives.rank()].sum())
-            width = ExpertLinear(experts, name, matrix_names(experts)[0], 0).in_features
-            joined = torch.zeros(int(lengths.sum()), width, device=self.device)
-            if mine is not None:
-                joined[begin : begin + len(mine)] = mine.float()
-            collectives.all_reduce_(joined, "sum")
-            while len(joined) > 2 * self.sizes[name]:
-                joined = joined[::2].clone()
-            if len(joined):
-                self.found[name] = joined.to(next(experts.parameters()).dtype)
+    def width(self, name: str) -> int:
+        experts = self.modules[name]
+        return ExpertLinear(experts, name, matrix_names(experts)[0], 0).in_features
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from .block_lists import Block, blocks, group_by_block
 from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
+from .feed_forward import FeedForward, find_feed_forwards
 from .layer_coverage import coverage
 from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
@@ -31,6 +32,7 @@ __all__ = [
     "NOT_REACHED",
     "Block",
     "ExpertLinear",
+    "FeedForward",
     "LinearPair",
     "NoInputsError",
     "NormGroup",
@@ -45,6 +47,7 @@ __all__ = [
     "exchanged_state",
     "expert_linears",
     "features",
+    "find_feed_forwards",
     "find_linear_pairs",
     "find_norm_groups",
     "find_prunable_groups",

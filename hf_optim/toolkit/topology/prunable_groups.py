@@ -96,8 +96,8 @@ def coupled_layers(layers: Iterable[PrunableGroups]) -> list[list[PrunableGroups
 def _groups_of(trace: Trace, pair: LinearPair, block: str) -> Iterator[PrunableGroups]:
     source, target = trace.calls_of(pair.producer)[0].writes[0], trace.calls_of(pair.consumer)[0].reads[0]
     try:
-        ops, sources = _upstream(trace, target)
-        if _mixes_tokens(trace, ops, source, target):
+        ops, sources = upstream(trace, target)
+        if mixes_tokens(trace, ops, source, target):
             entries = _head_entries(trace, pair, ops, sources, target)
             if entries is not None:
                 rows = torch.bincount(pair.groups)
@@ -108,7 +108,7 @@ def _groups_of(trace: Trace, pair: LinearPair, block: str) -> Iterator[PrunableG
         return
 
 
-def _upstream(trace: Trace, target: int) -> tuple[tuple[Op, ...], tuple[int, ...]]:
+def upstream(trace: Trace, target: int) -> tuple[tuple[Op, ...], tuple[int, ...]]:
     """Return the operations that compute ``target`` from outputs of linear layers, and their floating inputs."""
     producers = {value: op for op in trace.ops for value in op.produces}
     pending = [target]
@@ -128,7 +128,7 @@ def _upstream(trace: Trace, target: int) -> tuple[tuple[Op, ...], tuple[int, ...
     return tuple(ops[position] for position in sorted(ops)), tuple(sorted(sources))
 
 
-def _mixes_tokens(trace: Trace, ops: tuple[Op, ...], source: int, target: int) -> bool:
+def mixes_tokens(trace: Trace, ops: tuple[Op, ...], source: int, target: int) -> bool:
     """Return True if the first token of ``source`` ``[..., tokens, channels]`` reaches later tokens of ``target``."""
     shape = trace.shapes[source]
     if len(shape) < 2 or shape[-2] < 2:

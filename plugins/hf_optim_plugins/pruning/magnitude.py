@@ -126,6 +126,7 @@ class Magnitude(Technique):
     @hookimpl
     def finalize_model(self, run: Run) -> None:
         names, _ = run.covered(self) or (set(), {})
+        # A later step of the stage may have divided a layer into experts, whose masks have other names.
         masks.zero_masked_(run.model, run.masks, masks.parameters_of(run.masks, names))
         run.report(self, **sparsity.metrics(run.model, names))
 
