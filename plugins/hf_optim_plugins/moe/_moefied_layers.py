@@ -137,6 +137,8 @@ class MoefiedFFN(nn.Module):
     def __init__(self, config: Any, width: int, out: int, entry: dict[str, Any], about: dict[str, Any]) -> None:
         super().__init__()
         experts, self.active = entry["experts"], entry["active"]
+        if not 1 <= self.active <= experts or entry["neurons"] % experts or entry["act"] not in ACT2FN:
+            raise ValueError(f"config.moefication does not describe a feed-forward layer: {str(entry)[:200]}")
         sizes = (experts, entry["neurons"] // experts, width, out)
         self.router = NeuronRouter(experts, width, entry["router"], about)
         self.experts = NeuronExperts.build(config, sizes, entry["act"], entry["gated"], entry["bias"], about)
@@ -169,10 +171,16 @@ def connect(ffn: MoefiedFFN, inlet: Inlet) -> None:
     ffn.inlet[:] = [inlet]
 
 
-def choose_implementation(config: Any, asked: str | None = None) -> None:
-    """Set how experts are computed: as asked, or as transformers does by default if the dtype allows."""
-    fused = "eager" if getattr(config, "dtype", None) == torch.float64 else "grouped_mm"
-    config._experts_implementation_internal = asked or fused
+def choose_implementation(model: nn.Module, asked: str | None = None) -> None:
+    """Set how experts are computed: as asked, or else by the grouped product, as transformers does by default.
+
+    It does not take float64, or rows that are not a multiple of 16 bytes long: for those expert by expert.
+    """
+    stacks = [p for m in model.modules() if isinstance(m, NeuronExperts) for p in m.parameters() if p.dim() == 3]
+    fused = all(
+        p.dtype != torch.float64 and all(size * p.element_size() % 16 == 0 for size in p.shape[1:]) for p in stacks
+    )
+    model.config._experts_implementation_internal = asked or ("grouped_mm" if fused else "eager")
 
 
 class MoefiedModules(ReplacedModules):
@@ -184,7 +192,7 @@ class MoefiedModules(ReplacedModules):
         # The stock classes inside refuse any other implementation, since they have no experts themselves.
         asked, config._experts_implementation = config._experts_implementation, "eager"
         super().__init__(config, *inputs, **kwargs)
-        choose_implementation(self.config, asked)  # type: ignore[attr-defined]
+        choose_implementation(self, asked)  # type: ignore[arg-type]
         own = dict(self.named_modules())  # type: ignore[attr-defined]
         prefix = f"{getattr(self, 'base_model_prefix', '')}."
         settings = getattr(config, self.replaced_field, None) or {}

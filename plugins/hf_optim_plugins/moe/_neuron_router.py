@@ -88,7 +88,7 @@ def train_router(
                 target = mass[batch] / mass[batch].max().clamp_min(torch.finfo(torch.float32).tiny)
                 loss = F.binary_cross_entropy_with_logits(score(rows[batch]), target)
             if not bool(torch.isfinite(loss)):
-                raise NumericalError(f"{label}: the loss of a router became {float(loss)}; check the calibration data")
+                raise NumericalError(f"{label}: the loss of a router became {loss.item()}; check the calibration data")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -32,7 +32,6 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import main_output, replace, rounding_tolerance
-from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.statistics import RowSample
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
 
@@ -156,8 +155,8 @@ class Moefication(Technique):
     def _sizes(self, layer: FeedForward, label: str) -> tuple[int, int]:
         """Return the experts of a layer, and how many of them a token computes. Raises ``ModelError``."""
         neurons = len(layer)
-        experts = self.experts or neurons // NEURONS
-        if experts == 0 or neurons % experts:
+        experts = self.experts or max(1, neurons // NEURONS)
+        if neurons % experts or (self.experts is None and neurons % NEURONS):
             asked = f"experts of {NEURONS} neurons" if self.experts is None else f"{experts} experts"
             raise ModelError(
                 f"{label}: the {neurons} neurons of {layer.down} cannot be divided into {asked}; set experts to a "
@@ -172,10 +171,6 @@ class Moefication(Technique):
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         model, label = scope.model, run.label(self)
         layers, skipped = self._layers(model, label)
-        require_finite(
-            {f"{n}.weight": weight_out_in(model.get_submodule(n)) for x in layers for n in (x.down, *x.producers)},
-            label,
-        )
         inputs = {layer.down: layer.producers[0] for layer in layers}
         with RowSample({n: model.get_submodule(n) for n in inputs.values()}, label, self.tokens) as samples:
             yield
@@ -274,8 +269,7 @@ class Moefication(Technique):
         counts = {stack: entries[stack.rpartition(".experts.")[0]]["experts"] for stack in stacks}
         run.rename(lambda name: new_names(name, stacks, counts))
         convert(model, self.remote_code, {"experts": max(counts.values()), "modules": entries})
-        model.config.dtype = model.dtype
-        code.choose_implementation(model.config)
+        code.choose_implementation(model)
         return made
 
     def _verify(self, model: PreTrainedModel, made: dict[str, Any], expected: Tensor, label: str) -> None:

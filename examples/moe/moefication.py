@@ -1,0 +1,242 @@
+"""Feed-forward parameters against held-out loss: `moefication` of a SwiGLU model, and of the same model with ReLU.
+
+    python examples/moe/moefication.py --model ../shared/models/babyllama-1m --data ../shared/data/tinystories \\
+        --output model_cards/moe
+
+The decoder is ReLU-fied first: the same weights with ``hidden_act="relu"``, distilled from the original (`logit_kd`).
+Then both are divided, and the loss is measured with several numbers of active experts, for the trained router and
+
+- a router that compares the input with the experts' mean weights (similarity),
+- the best choice, by the true activations of every token, which nothing can know before computing them,
+- random experts.
+
+``--data`` is a folder with calibration.jsonl, train.jsonl and eval.jsonl: the first trains routers, the second the ReLU
+model, the last is held out. At the end the time of one token is measured on a layer of the shape of OPT-1.3B. It takes
+15 minutes on one CPU core, most of it the distillation; ``--relu`` names a folder that keeps its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import moefication_page
+import torch
+from capacity import sequences
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
+
+import hf_optim
+from hf_optim_plugins.moe import _moefied_layers
+
+EXPERTS, BATCH = 44, 8
+SHARES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+WIDTH, NEURONS, LAYERS = 2048, 8192, 4  # of OPT-1.3B, and as many layers as no cache holds
+
+
+def relu_model(args: argparse.Namespace, rows: Tensor) -> Any:
+    """Return the model with ReLU in place of its activation, distilled from it; from ``--relu`` if it is there."""
+    if args.relu is not None and (args.relu / "config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(args.relu, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, hidden_act="relu")
+    model = hf_optim.optimize(model, [{"technique": "logit_kd", "teacher": args.model, "alpha": 1.0}])
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, max_steps=args.steps, per_device_train_batch_size=BATCH, learning_rate=1e-3, seed=0, use_cpu=True,
+            lr_scheduler_type="cosine", warmup_steps=args.steps // 20, report_to=[], save_strategy="no",
+            disable_tqdm=True, logging_steps=50,
+        )  # fmt: skip
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = hf_optim.OptimTrainer(
+            model=model, args=settings, train_dataset=examples, data_collator=default_data_collator
+        )
+        trainer.train()
+    model = hf_optim.release(model).eval()
+    if args.relu is not None:
+        model.save_pretrained(args.relu)
+    return model
+
+
+@torch.no_grad()
+def quality(model: Any, rows: Tensor) -> dict[str, float]:
+    """Return the loss (nats per token) and the share of right next tokens."""
+    losses, right = [], []
+    for ids in rows.split(BATCH):
+        logits = model(ids).logits[:, :-1].flatten(0, 1).float()
+        losses.append(nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none"))
+        right.append(logits.argmax(-1) == ids[:, 1:].flatten())
+    return {
+        "nll": round(float(torch.cat(losses).mean()), 4),
+        "accuracy": round(float(torch.cat(right).float().mean()), 4),
+    }
+
+
+def divided_layers(model: Any) -> list[Any]:
+    """Return the divided feed-forward layers of a model."""
+    return [module for module in model.modules() if hasattr(module, "inlet") and hasattr(module, "router")]
+
+
+def best_choice(ffn: Any, x: Tensor) -> Tensor:
+    """Return the experts with the largest activations, ``[T, active]``: all are computed to know them."""
+    mass = torch.stack([ffn.experts.neurons(x, e).abs().sum(-1) for e in range(ffn.experts.num_experts)], -1)
+    return mass.topk(ffn.active, dim=-1).indices
+
+
+def random_choice(ffn: Any, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random experts, others for each token, ``[T, active]``."""
+    return torch.rand(len(x), ffn.experts.num_experts, generator=generator).topk(ffn.active, dim=-1).indices
+
+
+@contextmanager
+def choosing(layers: list[Any], choose: Callable[..., Tensor] | None) -> Iterator[None]:
+    """Choose experts by another function of layer and input while the block runs."""
+    for ffn in layers if choose else ():
+        ffn.choose = lambda x, ffn=ffn: choose(ffn, x)
+    try:
+        yield
+    finally:
+        for ffn in layers:
+            vars(ffn).pop("choose", None)
+
+
+def curves(dense: Callable[[], Any], calibration: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """Return quality by way of choosing and share of active experts, for one dense model."""
+    generator = torch.Generator().manual_seed(0)
+    variants: dict[str, tuple[dict[str, Any], Callable[..., Tensor] | None]] = {
+        "trained router": ({}, None),
+        "trained router, co-activation": ({"clustering": "coactivation"}, None),
+        "trained router, contribution": ({"importance": "contribution"}, None),
+        "similarity": ({"router": "similarity"}, None),
+        "best choice": ({}, best_choice),
+        "random": ({}, lambda ffn, x: random_choice(ffn, x, generator)),
+    }
+    batches = [{"input_ids": ids} for ids in calibration.split(BATCH)]
+    result: dict[str, Any] = {"dense": quality(dense(), held_out), "shares": {}}
+    for name, (fields, choose) in variants.items():
+        step = {"technique": "moefication", "experts": EXPERTS, "active": 0.2, **fields}
+        model = hf_optim.optimize(dense(), [step], calibration=batches)
+        layers, entry = divided_layers(model), dict(hf_optim.run_of(model).record.steps["0"])
+        entry.pop("layers")
+        result.setdefault("records", {})[name] = entry
+        result[name] = {}
+        for share in SHARES:
+            for ffn in layers:
+                ffn.active = max(1, round(share * EXPERTS))
+            with choosing(layers, choose):
+                result[name][f"{share:g}"] = quality(model, held_out)
+            result["shares"][f"{share:g}"] = round(computed_share(layers, dense()), 4)
+        print(name, json.dumps(result[name]), flush=True)
+    return result
+
+
+def computed_share(layers: list[Any], dense: Any) -> float:
+    """Return the parameters that a token reads in the divided layers, routers included, as a share of all of them."""
+    every = sum(p.numel() for block in dense.model.layers for p in block.mlp.parameters())
+    read = 0
+    for ffn in layers:
+        stacks = sum(p.numel() for p in ffn.experts.parameters())
+        router = sum(p.numel() for p in ffn.router.parameters()) if ffn.active < ffn.experts.num_experts else 0
+        read += stacks * ffn.active // ffn.experts.num_experts + router
+    return read / every
+
+
+@torch.no_grad()
+def times(threads: int) -> list[dict[str, Any]]:
+    """Return the time of one token through a ReLU layer of OPT-1.3B's shape, dense and divided, in milliseconds.
+
+    Weights and tokens are random; several layers take turns, so that their weights come from memory.
+    """
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(1, 1, WIDTH, generator=generator) for _ in range(16)]
+    whole = per_layer([dense_layer() for _ in range(LAYERS)], tokens)
+    found = [{"experts": 1, "share": 1.0, "ms": round(whole, 3)}]
+    for experts in (64, 256):
+        entry = {"experts": experts, "active": 1, "neurons": NEURONS, "router": "mlp", "act": "relu", "gated": False,
+                 "bias": True, "out_bias": True}  # fmt: skip
+        layers = [divided_layer(entry, generator) for _ in range(LAYERS)]
+        for share in (0.1, 0.25, 0.5):
+            for ffn in layers:
+                ffn.active = round(share * experts)
+            took = per_layer([lambda x, ffn=ffn: ffn(ffn.inlet[0](x)) for ffn in layers], tokens)
+            found.append({"experts": experts, "share": share, "ms": round(took, 3), "times": round(whole / took, 2)})
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def dense_layer() -> nn.Module:
+    """Return a dense layer with random weights."""
+    return nn.Sequential(nn.Linear(WIDTH, NEURONS), nn.ReLU(), nn.Linear(NEURONS, WIDTH))
+
+
+def divided_layer(entry: dict[str, Any], generator: torch.Generator) -> Any:
+    """Return a divided layer with random weights, as the checkpoint's code builds it."""
+    config = SimpleNamespace(_experts_implementation="grouped_mm")
+    ffn = _moefied_layers.MoefiedFFN(config, WIDTH, WIDTH, entry, {"dtype": torch.float32})
+    for parameter in ffn.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    _moefied_layers.connect(ffn, _moefied_layers.Inlet(keeps=True))
+    return ffn
+
+
+def per_layer(layers: list[Callable[[Tensor], Tensor]], tokens: list[Tensor]) -> float:
+    """Return the median time of one token through one layer, in milliseconds."""
+    took = []
+    for repeat in range(4):
+        for x in tokens:
+            for layer in layers:
+                begin = time.perf_counter()
+                layer(x)
+                took += [1e3 * (time.perf_counter() - begin)] if repeat else []
+    return median(took)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Llama with SwiGLU layers")
+    parser.add_argument("--data", required=True, type=Path, help="a folder with the three files of texts")
+    parser.add_argument("--relu", type=Path, help="a folder for the ReLU-fied model")
+    parser.add_argument("--output", type=Path, default=Path("model_cards/moe"))
+    parser.add_argument("--steps", type=int, default=500, help="of the distillation")
+    parser.add_argument("--sequences", type=int, default=48, help="held-out sequences of 256 tokens")
+    parser.add_argument("--threads", type=int, default=1, help="for the times")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    train, calibration, held_out = (
+        sequences(tokenizer, args.data / f"{split}.jsonl", count)
+        for split, count in (("train", None), ("calibration", 32), ("eval", args.sequences))
+    )
+    relu = relu_model(args, train)
+    relu_path = tempfile.mkdtemp() if args.relu is None else str(args.relu)
+    relu.save_pretrained(relu_path)
+    models = {"ReLU": relu_path, "SwiGLU": args.model}
+    results: dict[str, Any] = {
+        "model": Path(args.model).name,
+        "experts": EXPERTS,
+        "steps": args.steps,
+        "held_out_tokens": held_out.numel(),
+        "calibration_tokens": calibration.numel(),
+    }
+    for name, path in models.items():
+        print(name, flush=True)
+
+        def dense(path: str = path) -> Any:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+        results[name] = curves(dense, calibration, held_out)
+    results["times"] = {"width": WIDTH, "neurons": NEURONS, "threads": args.threads, "rows": times(args.threads)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "moefication.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    moefication_page.write(args.output)
+
+
+if __name__ == "__main__":
+    main()
