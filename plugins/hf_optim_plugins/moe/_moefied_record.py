@@ -43,7 +43,7 @@ def totals(layers: Figures) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def recompute(case: Any, step: Any) -> dict[str, Any]:
+def recompute(case: Any) -> dict[str, Any]:
     """Return what the step reports, from the experts in the checkpoint and inputs of the dense model."""
     entries = case.config["moefication"]["modules"]
     divided = {name: entry for name, entry in entries.items() if "experts" in entry}
@@ -55,11 +55,10 @@ def recompute(case: Any, step: Any) -> dict[str, Any]:
         x = inputs[entry["inlets"][0]]
         experts, active = entry["experts"], entry["active"]
         per_neuron = torch.stack([ffn.experts.neurons(x, e).abs() for e in range(experts)], 1)  # [T, E, neurons]
-        lengths = ffn.experts.down_proj.norm(dim=1) if step.importance == "contribution" else torch.ones(())
-        mass = (per_neuron * lengths).sum(2)
+        mass = per_neuron.sum(2)
         chosen = ffn.router(x).topk(active, dim=-1).indices
         best = mass.sort(dim=-1, descending=True).values[:, :active]
-        flat = (per_neuron * lengths).flatten(1).sort(dim=1, descending=True).values
+        flat = per_neuron.flatten(1).sort(dim=1, descending=True).values
         reached = flat.cumsum(1) >= MOST * flat.sum(1, keepdim=True)
         own = {n for n in dense if n.rpartition(".")[0] in {name, *entry["inlets"]}}
         matrices = sum(p.numel() for p in ffn.experts.parameters()) * active // experts

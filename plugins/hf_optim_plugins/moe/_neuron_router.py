@@ -15,7 +15,7 @@ CHUNK = 1024  # tokens whose neurons exist at a time
 
 
 @torch.no_grad()
-def neuron_mass(x: Tensor, gate_up: tuple[Any, Any], act: Any, scale: Tensor | None) -> Tensor:
+def neuron_mass(x: Tensor, gate_up: tuple[Any, Any], act: Any) -> Tensor:
     """Return how much each neuron does for each token: ``|a|``, ``[T, neurons]``, in float32.
 
     For ReLU this is the activation itself, as in the paper; other activations may be negative.
@@ -25,7 +25,6 @@ def neuron_mass(x: Tensor, gate_up: tuple[Any, Any], act: Any, scale: Tensor | N
         gate_up: (weight ``[neurons, in]``, bias or None) that the activation is applied to, and of what it multiplies;
             None without a gate.
         act: the activation.
-        scale: factor of each neuron, ``[neurons]``, or None.
     """
     (weight, bias), up = gate_up
     parts = []
@@ -33,8 +32,7 @@ def neuron_mass(x: Tensor, gate_up: tuple[Any, Any], act: Any, scale: Tensor | N
         inner = act(F.linear(rows, weight, bias))
         inner = inner if up is None else inner * F.linear(rows, *up)
         parts.append(inner.float().abs())
-    mass = torch.cat(parts)
-    return mass if scale is None else mass * scale
+    return torch.cat(parts)
 
 
 def covered_share(mass: Tensor, chosen: Tensor) -> float:

@@ -35,7 +35,7 @@ from hf_optim.toolkit.modules import main_output, replace, rounding_tolerance
 from hf_optim.toolkit.statistics import RowSample
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
 
-from . import _moefied_layers, _moefied_record
+from . import _inlet_layers, _moefied_layers, _moefied_record
 from ._neuron_clusters import activation_features, balanced_kmeans, means, weight_features
 from ._neuron_router import covered_share, neuron_mass, train_router
 from ._neuron_stacks import (
@@ -80,8 +80,6 @@ class Moefication(Technique):
             (``coactivation``).
         router: ``mlp`` is trained on the calibration data; ``similarity`` compares the input with the experts' mean
             weights, and is not trained.
-        importance: what the router predicts of an expert: the sum of its ``activation`` magnitudes, as in the paper, or
-            its ``contribution``, in which each is multiplied by the length of its column in the last matrix.
         tokens: size of the sample of calibration tokens for clusters and router; up to twice as many are kept.
         epochs: of the router.
         seed: of clusters and router.
@@ -93,14 +91,13 @@ class Moefication(Technique):
     active: int | float = option(0.25, above=0)
     clustering: Literal["weights", "coactivation"] = "weights"
     router: Literal["mlp", "similarity"] = "mlp"
-    importance: Literal["activation", "contribution"] = "activation"
     tokens: int = option(4096, low=2)
     epochs: int = option(30, low=0)
     seed: int = option(0, low=0)
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="moefication",
-        source=joined(replace, _moefied_layers),
+        source=joined(replace, _inlet_layers, _moefied_layers),
         field=_moefied_layers.MoefiedModules.replaced_field,
         model_base=_moefied_layers.MoefiedModules.__name__,
     )
@@ -214,8 +211,7 @@ class Moefication(Technique):
             x = samples.pop(layer.down)
             parts = input_parts(model, layer)
             down = weight_out_in(model.get_submodule(layer.down))[:, layer.columns]
-            scale = down.float().norm(dim=0) if self.importance == "contribution" else None
-            mass = neuron_mass(x, (parts[0], parts[1] if len(parts) > 1 else None), ACT2FN[layer.activation], scale)
+            mass = neuron_mass(x, (parts[0], parts[1] if len(parts) > 1 else None), ACT2FN[layer.activation])
             rows = parts[0][0]
             points = weight_features(rows) if self.clustering == "weights" else activation_features(mass, self.seed)
             labels = balanced_kmeans(points, experts, self.seed)
@@ -288,7 +284,7 @@ class Moefication(Technique):
             )
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        return _moefied_record.recompute(case, self)
+        return _moefied_record.recompute(case)
 
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from hf_optim import (
@@ -40,6 +40,8 @@ from hf_optim import (
 )
 from hf_optim.toolkit.modules import output_difference, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import dummy_inputs
+
+from ._copies import copies, perturb_
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
 ROUTER, GATE_UP, EXPERTS_DOWN = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
@@ -261,17 +263,6 @@ def find_native(model: PreTrainedModel, every: int, label: str) -> Native:
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise ModelError(f"{label}: {native.model_type} has no layers with their own window")
     return native
-
-
-def copies(weight: Tensor, experts: int) -> Tensor:
-    """Return ``weight`` ``[out, in]`` as ``[experts, out, in]``, in its own memory."""
-    return weight.unsqueeze(0).repeat(experts, 1, 1)
-
-
-def perturb_(weights: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Add N(0, (noise * std(weights))^2) to ``weights`` in place, except to zeros, so that pruned stays pruned."""
-    drawn = torch.randn(weights.shape, generator=generator).to(weights)
-    return weights.add_(drawn * (noise * weights.float().std()).to(weights) * (weights != 0))
 
 
 def active_parameters(model: nn.Module, layers: list[str], experts: int, top_k: int) -> int:

@@ -79,9 +79,9 @@ def spread(points, labels):
 
 
 def test_the_mass_of_a_gated_layer_is_its_magnitude():
-    x, gate, up, scale = drawn(3, 5), drawn(4, 5, seed=1), drawn(4, 5, seed=2), drawn(4, seed=3).abs()
-    found = neuron_mass(x, ((gate, None), (up, None)), F.silu, scale)
-    torch.testing.assert_close(found, (F.silu(x @ gate.T) * (x @ up.T)).abs() * scale)
+    x, gate, up = drawn(3, 5), drawn(4, 5, seed=1), drawn(4, 5, seed=2)
+    found = neuron_mass(x, ((gate, None), (up, None)), F.silu)
+    torch.testing.assert_close(found, (F.silu(x @ gate.T) * (x @ up.T)).abs())
 
 
 def test_the_router_learns_what_weights_do_not_show():
