@@ -53,9 +53,10 @@ MOST = 65536  # experts of a layer
         owns={"experts"},
     ),
     reload=Reload.REMOTE_CODE,
+    trains=True,
 )
 class PRMoE(Technique):
-    """Turn feed-forward layers into a dense part and one of several experts, more of them in later layers.
+    """Turn feed-forward layers into a dense part and one of several experts, more of them in later layers, and train.
 
     Attributes:
         targets: the last linear layers of the feed-forward layers to turn, by class, name or pattern.
