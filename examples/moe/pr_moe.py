@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 import hf_optim
 from hf_optim.evaluation.evaluate import perplexity
 
-BATCH = 8
+BATCH, LENGTH = 8, 128
 MIXTURE = {"technique": "pr_moe", "gate": "probability", "noise": 0.5, "aux_loss": 0.01}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -43,8 +43,8 @@ def dense_model(vocabulary: int, seed: int) -> Any:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1,
+            vocab_size=vocabulary, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1,
             eos_token_id=2, pad_token_id=None,
         )
     )  # fmt: skip
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True, type=Path, help="a folder with the three files of texts")
     parser.add_argument("--output", type=Path, default=Path("model_cards/moe"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=48, help="held-out sequences of 256 tokens")
     args = parser.parse_args()
@@ -91,6 +91,7 @@ def main() -> None:
     args.vocabulary = len(tokenizer)
     rows = torch.cat([sequences(tokenizer, args.data / f"{name}.jsonl") for name in ("train", "calibration")])
     held_out = sequences(tokenizer, args.data / "eval.jsonl", args.sequences)
+    rows, held_out = rows.view(-1, LENGTH), held_out.view(-1, LENGTH)
     steps = min(args.steps, len(rows) // BATCH)
     args.steps = steps
     results: dict[str, Any] = {

@@ -13,12 +13,12 @@ tokens choose their experts, and no expert has a capacity; every layer is a mixt
 load-balancing loss is the native one, with its own coefficient.
 
 The result is a class that ships in transformers, so its checkpoints need no other code. Attention and norms must be
-those of the dense class: the target is Mixtral for Llama and Mistral, and Qwen3-MoE for Qwen3.
+those of the dense class: the target is Mixtral for Llama and Mistral, Qwen3-MoE for Qwen3, and Qwen2-MoE for Qwen2.
+Every layer of the last also has a shared expert, which starts as one that adds zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,44 +42,11 @@ from hf_optim.toolkit.modules import output_difference, rounding_tolerance, tran
 from hf_optim.toolkit.topology import dummy_inputs
 
 from ._copies import copies, perturb_
+from ._native_mixtures import find_native
 
 GATE, UP, DOWN = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
 ROUTER, GATE_UP, EXPERTS_DOWN = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
-
-
-@dataclass(frozen=True)
-class Native:
-    """The mixture-of-experts class of transformers with the attention, norms and feed-forward layers of a dense class.
-
-    Attributes:
-        model_type: the target's.
-        mixes: True if dense and expert layers may alternate (``decoder_sparse_step``).
-    """
-
-    model_type: str
-    mixes: bool = False
-
-    def fields(self, config: PretrainedConfig, step: Upcycle) -> dict[str, Any]:
-        """Return the fields of the target's configuration that the dense one does not have."""
-        fields: dict[str, Any] = {
-            "num_experts_per_tok": step.top_k,
-            "router_aux_loss_coef": step.aux_loss,
-            "output_router_logits": False,
-            "sliding_window": getattr(config, "sliding_window", None),
-        }
-        if not self.mixes:
-            return {**fields, "num_local_experts": step.experts, "router_jitter_noise": 0.0}
-        return {
-            **fields,
-            "num_experts": step.experts,
-            "moe_intermediate_size": config.intermediate_size,
-            "decoder_sparse_step": step.every,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-        }
-
-
-NATIVE = {"llama": Native("mixtral"), "mistral": Native("mixtral"), "qwen3": Native("qwen3_moe", mixes=True)}
+SHARED, SHARED_GATE = "shared_expert", "shared_expert_gate.weight"
 
 
 @technique(
@@ -102,27 +69,37 @@ class Upcycle(Technique):
         experts: experts per layer.
         top_k: number of experts per token.
         every: 1 makes every layer a mixture, 2 every second one (the second, the fourth ...), and so on. More than
-            1 needs a native class that mixes dense and expert layers (Qwen3).
-        router_std: standard deviation of the router's weights at the start.
+            1 needs a native class that mixes dense and expert layers (Qwen2, Qwen3).
+        dense_layers: numbers of layers, from 0, that stay dense in addition; of the same classes.
+        router_std: standard deviation of the router's weights at the start. 0 makes them zero: all experts have equal
+            gates, and tokens choose the first ones until training tells them apart.
+        router_jitter: in training, routers read their input times random numbers in [1 - jitter, 1 + jitter]. Only
+            Mixtral does this.
         router_lr: learning rate of the routers; None leaves them in the Trainer's groups.
         aux_loss: coefficient of the load-balancing loss, written to ``config.router_aux_loss_coef``. It is part of the
             model's loss while a Trainer trains; otherwise ``output_router_logits`` is off, so that a loss measures only
             the text and inference computes nothing superfluous.
         noise: standard deviation of Gaussian noise on the experts' weights, relative to that of each weight matrix; 0
             leaves the experts equal and the model exact.
+        shared_width: neurons of the shared expert of a Qwen2-MoE, which starts as one that adds zero.
         seed: of router and noise.
     """
 
     experts: int = option(8, low=1)
     top_k: int = option(2, low=1)
     every: int = option(1, low=1)
+    dense_layers: tuple[int, ...] = ()
     router_std: float = option(0.02, low=0.0)
+    router_jitter: float = option(0.0, low=0.0, below=1.0)
     router_lr: float | None = option(None, above=0.0)
     aux_loss: float = option(0.001, low=0.0)
     noise: float = option(0.0, low=0.0)
+    shared_width: int = option(8, low=1)
     seed: int = option(0, low=0)
 
     def validate(self) -> None:
+        if any(index < 0 for index in self.dense_layers):
+            raise RecipeError(f"upcycle: dense_layers are numbers from 0, not {list(self.dense_layers)!r}")
         if self.top_k > self.experts:
             raise RecipeError(f"upcycle: top_k ({self.top_k}) cannot exceed experts ({self.experts})")
 
@@ -131,7 +108,7 @@ class Upcycle(Technique):
 
     def _target(self, dense: PreTrainedModel, label: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         """Return the class and the configuration of the mixture. Raises ``ModelError`` if there is none."""
-        native = find_native(dense, self.every, label)
+        native = find_native(dense, self, label)
         config_class = transplant.config_class_of(native.model_type)
         config = transplant.translate_config(dense.config, config_class, **native.fields(dense.config, self))
         target = transplant.find_counterpart(type(dense), type(dense.config), config_class)
@@ -213,6 +190,7 @@ class Upcycle(Technique):
                 transplant.set_tensor(model, name, nn.Parameter(weights, requires_grad=gate.requires_grad))
             router = torch.randn(self.experts, gate.shape[1], generator=generator) * self.router_std
             transplant.set_tensor(model, f"{layer}.{ROUTER}", nn.Parameter(router.to(gate)))
+            self._fill_shared(model, layer, gate, generator)
         if spare:
             raise ModelError(
                 f"{label}: {type(model).__name__} has no place for {', '.join(sorted(spare)[:4])}"
@@ -221,6 +199,15 @@ class Upcycle(Technique):
         if unfilled := transplant.meta_tensor_names(model):
             raise ModelError(f"{label}: the dense model has nothing for {', '.join(unfilled[:4])}")
         return layers
+
+    def _fill_shared(self, model: PreTrainedModel, layer: str, gate: nn.Parameter, generator: torch.Generator) -> None:
+        """Fill the shared expert of a layer, if it has one: random rows, and zeros where it adds to the output."""
+        for name in [name for name in transplant.meta_tensor_names(model) if name.startswith(f"{layer}.shared_")]:
+            shape = model.get_parameter(name).shape
+            zero = name in (f"{layer}.{SHARED}.{DOWN}", f"{layer}.{SHARED_GATE}")
+            values = torch.zeros(shape) if zero else torch.randn(shape, generator=generator)
+            std = getattr(model.config, "initializer_range", 0.02)
+            transplant.set_tensor(model, name, nn.Parameter((values * std).to(gate)))
 
     def _verify(self, dense: PreTrainedModel, model: PreTrainedModel, label: str) -> None:
         if self.noise:
@@ -241,28 +228,6 @@ class BalanceExperts(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.config.output_router_logits = False
-
-
-def find_native(model: PreTrainedModel, every: int, label: str) -> Native:
-    """Return the native class for ``model``. Raises ``ModelError`` with what is supported, or why this model is not."""
-    native = NATIVE.get(model.config.model_type)
-    if native is None:
-        raise ModelError(
-            f"{label}: no class of transformers has the attention of {type(model).__name__} and experts; "
-            f"supported: {', '.join(sorted(NATIVE))}"
-        )
-    if every != 1 and not native.mixes:
-        mixing = ", ".join(sorted(name for name, other in NATIVE.items() if other.mixes))
-        raise ModelError(
-            f"{label}: {native.model_type} has experts in every layer, so every={every} cannot be expressed for "
-            f"{model.config.model_type} (it can for {mixing}); set every: 1"
-        )
-    layers = model.config.num_hidden_layers
-    if every > layers:
-        raise ModelError(f"{label}: every={every} selects none of the {layers} layers")
-    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-        raise ModelError(f"{label}: {native.model_type} has no layers with their own window")
-    return native
 
 
 def active_parameters(model: nn.Module, layers: list[str], experts: int, top_k: int) -> int:

@@ -15,6 +15,7 @@ from transformers import (
     MistralForCausalLM,
     MixtralForCausalLM,
     MixtralForSequenceClassification,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
@@ -73,9 +74,10 @@ def tiny_mistral(**changes):
             MixtralForCausalLM,
         ),
         (tiny_mistral, MixtralForCausalLM),
+        (tiny_qwen2, Qwen2MoeForCausalLM),
         (tiny_qwen3, Qwen3MoeForCausalLM),
     ],
-    ids=["llama", "llama-tied-wide-heads", "llama-scaled-rope", "mistral-window", "qwen3"],
+    ids=["llama", "llama-tied-wide-heads", "llama-scaled-rope", "mistral-window", "qwen2", "qwen3"],
 )
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_renormalised_top_k_is_the_dense_model(build, target, top_k):
@@ -93,9 +95,11 @@ def test_a_window_survives():
     assert run.model(IDS, use_cache=True)[compat.CACHE].layers[0].is_sliding
 
 
-def test_every_second_layer():
-    dense = tiny_qwen3()
-    run = upcycle(dense, experts=4, every=2)
+@pytest.mark.parametrize("build", [tiny_qwen2, tiny_qwen3])
+@pytest.mark.parametrize("fields", [{"every": 2}, {"dense_layers": [0]}])
+def test_every_second_layer(build, fields):
+    dense = build()
+    run = upcycle(dense, experts=4, **fields)
     kinds = [hasattr(layer.mlp, "experts") for layer in run.model.model.layers]
     assert kinds == [False, True]
     assert run.record.steps["0"]["layers"] == 1
@@ -135,6 +139,28 @@ def test_router_is_drawn_from_the_seed_and_leaves_the_global_state():
     assert torch.equal(routers[0], routers[1])
     assert not torch.equal(routers[0], routers[2])
     assert 0.4 < routers[0].std().item() < 0.6
+
+
+def test_a_shared_expert_adds_zero_and_can_learn():
+    model = upcycle(tiny_qwen2(), experts=2, shared_width=16).model.train()
+    shared = model.model.layers[0].mlp.shared_expert
+    assert shared.gate_proj.weight.shape == (16, 32)
+    assert 0.01 < shared.up_proj.weight.std().item() < 0.03
+    assert not shared.down_proj.weight.any()
+    assert not model.model.layers[0].mlp.shared_expert_gate.weight.any()
+    model.config._experts_implementation = "eager"
+    model(IDS, labels=IDS).loss.backward()
+    assert shared.down_proj.weight.grad.any()
+
+
+def test_routers_without_values_and_with_jitter():
+    model = upcycle(tiny_llama(), experts=4, router_std=0.0, router_jitter=0.3).model
+    assert model.config.router_jitter_noise == 0.3
+    assert not any(layer.mlp.gate.weight.any() for layer in model.model.layers)
+    assert torch.allclose(logits(model), logits(tiny_llama()), atol=1e-5)  # in evaluation there is none
+    with torch.no_grad():
+        model.train()
+        assert not torch.equal(model(IDS).logits, model(IDS).logits)
 
 
 def test_noise_makes_experts_differ_and_keeps_zeros():
@@ -228,15 +254,22 @@ def test_parameters_are_counted():
 @pytest.mark.parametrize(
     ("build", "fields", "reason"),
     [
-        (tiny_gpt2, {}, "supported: llama, mistral, qwen3"),
-        (tiny_qwen2, {}, "supported: llama, mistral, qwen3"),
+        (tiny_gpt2, {}, "supported: llama, mistral, qwen2, qwen3"),
         (tiny_t5, {}, "supported"),
         (TINY["bert"], {}, "supported"),
         (TINY["vit"], {}, "supported"),
         (lambda: tiny_llama(attention_bias=True), {}, r"no place for .*k_proj\.bias"),
         (lambda: tiny_llama(mlp_bias=True), {}, r"no place for .*down_proj\.bias"),
         (tiny_llama, {"every": 2}, "every=2 cannot be expressed for llama"),
-        (tiny_qwen3, {"every": 3}, "selects none of the 2 layers"),
+        (
+            tiny_llama,
+            {"dense_layers": [0]},
+            r"dense_layers=\[0\] cannot be expressed for llama .it can for qwen2, qwen3",
+        ),
+        (tiny_qwen2, {"router_jitter": 0.1}, "routers of qwen2_moe have no noise"),
+        (tiny_qwen3, {"dense_layers": [2]}, "dense_layers has 2, but the last of the 2 layers is 1"),
+        (tiny_qwen3, {"dense_layers": [0, 1]}, "select none of the 2 layers"),
+        (tiny_qwen3, {"every": 3}, "select none of the 2 layers"),
     ],
 )
 def test_refusals(build, fields, reason):
@@ -257,6 +290,10 @@ def test_a_difference_in_function_is_refused(monkeypatch):
 def test_fields_are_checked():
     with pytest.raises(RecipeError, match=r"top_k \(4\) cannot exceed experts \(2\)"):
         Upcycle(experts=2, top_k=4)
+    with pytest.raises(RecipeError, match="dense_layers are numbers from 0"):
+        Upcycle(dense_layers=(-1,))
+    with pytest.raises(RecipeError, match="router_jitter"):
+        Upcycle(router_jitter=1.0)
     with pytest.raises(RecipeError, match="router_lr"):
         Upcycle(router_lr=0.0)
 
