@@ -54,6 +54,8 @@ class StackedExperts(nn.Module):
     """
 
     down_proj_bias: Tensor
+    act_fn: nn.Module
+    _apply_gate: Any  # of the decorator
 
     def __init__(self, config: Any, sizes: tuple[int, int, int, int], gated: bool, about: dict[str, Any]) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ def connect(layer: WholeLayer, inlet: Inlet) -> None:
     layer.inlet[:] = [inlet]
 
 
-def choose_implementation(model: nn.Module, asked: str | None = None) -> None:
+def choose_implementation(model: Any, asked: str | None = None) -> None:
     """Set how experts are computed: as asked, or else by the grouped product, as transformers does by default.
 
     It does not take float64, or rows that are not a multiple of 16 bytes long: for those expert by expert.
@@ -157,7 +159,7 @@ class FeedForwardModules(ReplacedModules):
         # The stock classes inside refuse any other implementation, since they have no experts themselves.
         asked, config._experts_implementation = config._experts_implementation, "eager"
         super().__init__(config, *inputs, **kwargs)
-        choose_implementation(self, asked)  # type: ignore[arg-type]
+        choose_implementation(self, asked)
         own = dict(self.named_modules())  # type: ignore[attr-defined]
         prefix = f"{getattr(self, 'base_model_prefix', '')}."
         settings = getattr(config, self.replaced_field, None) or {}

@@ -54,6 +54,9 @@ class ResidualMoE(WholeLayer):
         routed: in training the probabilities ``[T, E]`` and choices int64 ``[T, 1]`` of the last forward; else None.
     """
 
+    coefficient: Tensor
+    coefficient_bias: Tensor
+
     def __init__(self, config: Any, width: int, out: int, entry: dict[str, Any], about: dict[str, Any]) -> None:
         super().__init__()
         experts, neurons = entry["experts"], entry["neurons"]

@@ -230,7 +230,8 @@ class Moefication(Technique):
             }
             about = {"dtype": rows.dtype, "device": rows.device}
             ffn = code.MoefiedFFN(model.config, rows.shape[1], down.shape[0], entry, about)
-            fill_(ffn, parts, down, model.get_submodule(layer.down).bias, order)
+            last: Any = model.get_submodule(layer.down)
+            fill_(ffn, parts, down, last.bias, order)
             by_expert = mass[:, order].sum(-1)  # [T, experts]
             centers = means(weight_features(rows), labels, experts)
             if self.router == "mlp":

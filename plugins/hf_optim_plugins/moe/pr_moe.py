@@ -314,8 +314,8 @@ def idle_parameters(model: nn.Module) -> int:
     idle = 0
     for module in model.modules():
         if type(module).__name__ == _residual_layers.ResidualMoE.__name__:
-            stacks = sum(p.numel() for p in module.experts.parameters())  # type: ignore[union-attr]
-            idle += stacks * (module.experts.num_experts - 1) // module.experts.num_experts  # type: ignore
+            experts: Any = module.experts
+            idle += sum(p.numel() for p in experts.parameters()) * (experts.num_experts - 1) // experts.num_experts
     return idle
 
 

@@ -77,8 +77,9 @@ class Upcycle(Technique):
             Mixtral does this.
         router_lr: learning rate of the routers; None leaves them in the Trainer's groups.
         aux_loss: coefficient of the load-balancing loss, written to ``config.router_aux_loss_coef``. It is part of the
-            model's loss while a Trainer trains; otherwise ``output_router_logits`` is off, so that a loss measures only
-            the text and inference computes nothing superfluous.
+            model's loss while a step of the same stage trains (``logit_kd``); otherwise ``output_router_logits`` is
+            off, so that a loss measures only the text and inference computes nothing superfluous. Set it to True to
+            train the result later.
         noise: standard deviation of Gaussian noise on the experts' weights, relative to that of each weight matrix; 0
             leaves the experts equal and the model exact.
         shared_width: neurons of the shared expert of a Qwen2-MoE, which starts as one that adds zero.
