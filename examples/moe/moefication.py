@@ -39,7 +39,7 @@ from hf_optim_plugins.moe import _inlet_layers, _moefied_layers
 
 EXPERTS, BATCH = 44, 8
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-WIDTH, NEURONS, LAYERS, PASSES = 2048, 8192, 3, 15  # of OPT-1.3B, and more layers than a cache holds
+WIDTH, NEURONS, LAYERS, PASSES = 2048, 8192, 3, 10  # of OPT-1.3B, and more layers than a cache holds
 
 
 def relu_model(args: argparse.Namespace, rows: Tensor) -> Any:

@@ -36,6 +36,7 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
     level = Reload[record.reload]
     stored = (config or {}).get("quantization_config", {}).get("quant_method")
     compressed = stored == "compressed-tensors" if config is not None else has["quantized"] and "STOCK" in level.name
+    remote = level is Reload.REMOTE_CODE
     capped = "routing" in (config or {}).get("hf_optim", {})
     body = re.sub(r"```.*?```", "", text.split("## Results")[1], flags=re.DOTALL)
     snippets = "".join(re.findall(r"```python.*?```", text, re.DOTALL))
@@ -43,7 +44,7 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
         "(compressed-tensors)": compressed,
         DECODES: compressed,
         "- compressed-tensors\n": compressed,  # the tag
-        'optim_config="auto")': compressed or capped,
+        f'optim_config="auto"{", trust_remote_code=True" * remote})': compressed or capped,
         "computes the experts without their capacity": capped,
         "trust_remote_code=True": level is Reload.REMOTE_CODE,
         "- custom_code\n": level is Reload.REMOTE_CODE,
@@ -62,7 +63,8 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
     only_if = {
         "ordinary model": level is Reload.STOCK_DENSE and not has["quantized"],
         "dense checkpoint": level is Reload.STOCK_DENSE and not has["quantized"],
-        "decodes them": compressed,
+        # Without a config the format of a class of its own is not known.
+        "decodes them": compressed or (config is None and remote and has["quantized"]),
         "codes are decoded when": level is Reload.REMOTE_CODE,
         "of the targeted weights are zero": has["sparse"],
         "smallest weights, ranked": has["sparse"],
