@@ -1,7 +1,7 @@
 """V-MoE beside its dense twin on CIFAR-10: accuracy against inference FLOPs, and who gets the slots of experts.
 
-    python examples/moe/vmoe.py --data ../shared/data/cifar10 --output model_cards/moe                    # a GPU, 2 min
-    python examples/moe/vmoe.py --data ../shared/data/cifar10 --output /tmp/vmoe --tiny                   # a CPU, 1 min
+    python examples/moe/vmoe.py --data ../shared/data/cifar10 --output model_cards/moe
+    python examples/moe/vmoe.py --data ../shared/data/cifar10 --output vmoe --size tiny --seeds 1      # a trial
 
 Vision transformers of several widths are trained from scratch, dense and with a mixture in every second layer (8
 experts, top 2, capacity 1.05), for equally many steps on equal batches of images. Learning rates are chosen for both on
@@ -33,8 +33,11 @@ EXPERTS, TOP_K, CLASSES, HELD_BACK, GROUP = 8, 2, 10, 1000, 500
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.05, EXPERTS / TOP_K)
 GROUPS = ("batch", "image")
 ORDERS = {"by position": False, "by priority": True}
-FULL = {"widths": (96, 128, 192), "depth": 6, "batch": 256, "seeds": 3, "rates": (5e-4, 1e-3, 2e-3)}
-TINY = {"widths": (32, 48), "depth": 2, "batch": 32, "seeds": 2, "rates": (1e-3, 2e-3)}
+SIZES: dict[str, dict[str, Any]] = {
+    "gpu": {"widths": (96, 128, 192), "depth": 4, "patch": 4, "batch": 512, "steps": 900, "rates": (5e-4, 1e-3, 2e-3)},
+    "cpu": {"widths": (32, 48, 64), "depth": 4, "patch": 8, "batch": 64, "steps": 2000, "rates": (1e-3, 2e-3, 4e-3)},
+    "tiny": {"widths": (32, 48), "depth": 2, "patch": 8, "batch": 32, "steps": 20, "rates": (1e-3, 2e-3)},
+}
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -76,12 +79,12 @@ def augmented(images: Tensor) -> Tensor:
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-def build(width: int, depth: int, seed: int, mixture: bool) -> Any:
+def build(width: int, size: dict[str, Any], seed: int, mixture: bool) -> Any:
     """Return a ViT with random weights, dense or with mixtures in every second layer."""
     torch.manual_seed(seed)
     config = ViTConfig(
-        image_size=32, patch_size=4, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
-        num_attention_heads=width // 16, num_labels=CLASSES,
+        image_size=32, patch_size=size["patch"], hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=size["depth"], num_attention_heads=width // 16, num_labels=CLASSES,
     )  # fmt: skip
     model = ViTForImageClassification(config)
     if mixture:
@@ -101,18 +104,19 @@ def set_capacity(model: Any, factor: float, priority: bool, group: str) -> None:
         mixture.settings.update(capacity=factor, batch_priority=priority, group=group)
 
 
-def flops(width: int, depth: int, factor: float | None = None) -> int:
+def flops(width: int, size: dict[str, Any], factor: float | None = None) -> int:
     """Return the floating-point operations for one image; ``factor`` is the capacity of mixtures, None for none.
 
     Two for each multiplication of a matrix product. Every slot of an expert counts, filled or not.
     """
-    tokens = 65
+    depth, patch = size["depth"], size["patch"]
+    tokens = (32 // patch) ** 2 + 1
     attention = tokens * 4 * width**2 + 2 * tokens**2 * width
     forward = tokens * 8 * width**2
     sparse = 0 if factor is None else depth // 2
     share = 0.0 if factor is None else min(factor, EXPERTS / TOP_K) * TOP_K
     extra = sparse * (forward * (share - 1) + tokens * width * EXPERTS)
-    return round(2 * (64 * 48 * width + depth * (attention + forward) + extra + width * CLASSES))
+    return round(2 * ((tokens - 1) * 3 * patch**2 * width + depth * (attention + forward) + extra + width * CLASSES))
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -125,8 +129,9 @@ class Training:
         self.done = torch.zeros((), device=data[0].device)
         self.lr = torch.tensor(rate, device=data[0].device)
         on_gpu = data[0].is_cuda
-        extra: dict[str, Any] = {"fused": True, "capturable": True} if on_gpu else {"foreach": False}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.05, **extra)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.lr if on_gpu else rate, weight_decay=0.05, fused=True, capturable=on_gpu
+        )
         self.stream = torch.cuda.Stream() if on_gpu else None
         self.graph: Any = None
 
@@ -135,13 +140,13 @@ class Training:
         warm = self.steps // 20 + 1
         falling = 0.5 + 0.5 * torch.cos(math.pi * (self.done - warm).clamp(min=0) / (self.steps - warm))
         self.lr.copy_(self.rate * torch.minimum((self.done + 1) / warm, falling))
+        if self.stream is None:
+            self.optimizer.param_groups[0]["lr"] = float(self.lr)
         chosen = torch.randint(0, len(self.images), (self.batch,), device=self.images.device)
-        with torch.autocast(self.images.device.type, torch.bfloat16, self.images.is_cuda, cache_enabled=False):
-            inputs = augmented(pixels(self.images[chosen]))
-            loss = self.model(pixel_values=inputs, labels=self.labels[chosen]).loss
-        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        inputs = augmented(pixels(self.images[chosen]))
+        self.model(pixel_values=inputs, labels=self.labels[chosen]).loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
         self.done += 1
 
     def capture(self) -> None:
@@ -206,8 +211,8 @@ def capacities(model: Any, images: Tensor, labels: Tensor) -> dict[str, Any]:
 def dropped_patches(model: Any, images: Tensor, labels: Tensor, factor: float) -> dict[str, Any]:
     """Return, for the first image of each class, which patches no expert computes, by order and layer.
 
-    Slots are given among the tokens of a batch of ``GROUP`` images. A string of 64 characters, row by row: ``1`` is
-    a patch that at least one expert computes.
+    Slots are given among the tokens of a batch of ``GROUP`` images. A string with a character per patch, row by row:
+    ``1`` is a patch that at least one expert computes.
     """
     shown = [int((labels == number).nonzero()[0]) for number in range(CLASSES)]
     others = [index for index in range(len(images)) if index not in shown][: GROUP - CLASSES]
@@ -250,7 +255,7 @@ def tune(data: tuple[Tensor, Tensor], steps: int, size: dict[str, Any]) -> dict[
     width = size["widths"][len(size["widths"]) // 2]
     tries = [(kind, rate) for kind in ("dense", "vmoe") for rate in size["rates"]]
     runs = [
-        Training(build(width, size["depth"], 0, kind == "vmoe"), training, size["batch"], steps, rate)  # type: ignore[arg-type]
+        Training(build(width, size, 0, kind == "vmoe"), training, size["batch"], steps, rate)  # type: ignore[arg-type]
         for kind, rate in tries
     ]
     seconds = train_all(runs)
@@ -261,44 +266,46 @@ def tune(data: tuple[Tensor, Tensor], steps: int, size: dict[str, Any]) -> dict[
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="a folder with train.parquet and test.parquet")
     parser.add_argument("--output", type=Path, default=Path("model_cards/moe"))
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--seeds", type=int, help="trainings of every model")
-    parser.add_argument("--tiny", action="store_true", help="two small widths and 30 steps, for a CPU")
-    args = parser.parse_args()
-    size: dict[str, Any] = TINY if args.tiny else FULL
-    steps = 30 if args.tiny else args.steps
-    seeds = args.seeds or size["seeds"]
+    parser.add_argument("--size", choices=SIZES, help="of models and trainings; by default that for the device")
+    parser.add_argument("--steps", type=int, help="of every training")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every model")
+    args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = SIZES[args.size or ("gpu" if device == "cuda" else "cpu")]
+    steps, seeds = args.steps or size["steps"], args.seeds
+    torch.set_float32_matmul_precision("high")
     train, test = (tuple(part.to(device) for part in load(args.data, split)) for split in ("train", "test"))
     tuning = tune(train, max(10, steps // 3), size)  # type: ignore[arg-type]
     rates = {kind: float(max(tuning[kind], key=tuning[kind].get)) for kind in ("dense", "vmoe")}
     results: dict[str, Any] = {
-        "experts": EXPERTS, "top_k": TOP_K, "depth": size["depth"], "steps": steps, "batch": size["batch"],
+        "experts": EXPERTS, "top_k": TOP_K, "depth": size["depth"], "patch": size["patch"], "steps": steps,
+        "batch": size["batch"],
         "train_images": len(train[0]) - HELD_BACK, "test_images": len(test[0]), "group_images": GROUP,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "tuning": tuning, "rates": rates,
         "dense": [], "vmoe": [],
     }  # fmt: skip
     training = tuple(part[:-HELD_BACK] for part in train)
-    plan = [(kind, width, seed) for seed in range(seeds) for width in size["widths"] for kind in ("dense", "vmoe")]
+    kinds = [("dense", width) for width in size["widths"]] + [("vmoe", width) for width in size["widths"][:-1]]
+    plan = [(kind, width, seed) for seed in range(seeds) for kind, width in kinds]
     runs = [
-        Training(build(width, size["depth"], seed, kind == "vmoe"), training, size["batch"], steps, rates[kind])  # type: ignore[arg-type]
+        Training(build(width, size, seed, kind == "vmoe"), training, size["batch"], steps, rates[kind])  # type: ignore[arg-type]
         for kind, width, seed in plan
     ]
     results["training_seconds"] = round(train_all(runs), 1)
     for (kind, width, seed), run in zip(plan, runs, strict=True):
         row: dict[str, Any] = {"width": width, "seed": seed, "parameters": run.model.num_parameters()}
         if kind == "dense":
-            row |= {"flops": flops(width, size["depth"]), "accuracy": accuracy(run.model, *test)}  # type: ignore[arg-type]
+            row |= {"flops": flops(width, size), "accuracy": accuracy(run.model, *test)}  # type: ignore[arg-type]
         else:
-            row["flops"] = {f"{factor:g}": flops(width, size["depth"], factor) for factor in FACTORS}
+            row["flops"] = {f"{factor:g}": flops(width, size, factor) for factor in FACTORS}
             row["accuracy"] = capacities(run.model, *test)  # type: ignore[arg-type]
         results[kind].append(row)
         print(kind, json.dumps(row), flush=True)
-    widest = plan.index(("vmoe", size["widths"][-1], 0))
+    widest = plan.index(("vmoe", size["widths"][-2], 0))
     results["picture"] = dropped_patches(runs[widest].model, *test, 0.25)  # type: ignore[arg-type]
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "vmoe.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -18,8 +18,8 @@ Riquelme et al., "Scaling Vision with Sparse Mixture of Experts", arXiv 2106.059
 
 The experts start as copies of the dense layer (sparse upcycling, 2212.05055), or at random, to be trained from
 scratch. As the gates of k < E experts sum to less than 1, copies do not compute what the dense model computes, unless
-``normalize`` is set or k = E. No class of transformers is a ViT with experts, so the checkpoint brings its own code. Its
-experts are on transformers' interface for experts: by default two batched products over tables of slots, and any
+``normalize`` is set or k = E. No class of transformers is a ViT with experts, so the checkpoint brings its own code.
+Its experts are on transformers' interface for experts: by default two batched products over tables of slots, and any
 implementation that is chosen there (``set_experts_implementation``).
 """
 
