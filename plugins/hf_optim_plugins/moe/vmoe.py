@@ -271,7 +271,8 @@ def feed_forwards(model: PreTrainedModel) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         up, down = getattr(module, UP, None), getattr(module, DOWN, None)
         both = type(up) is nn.Linear and type(down) is nn.Linear and up.bias is not None and down.bias is not None
-        if both and hasattr(module, "activation_fn") and up.weight.shape == down.weight.shape[::-1]:
+        active = hasattr(module, "activation_fn") or hasattr(module, "activation")  # DINOv2 before 5.24
+        if both and active and up.weight.shape == down.weight.shape[::-1]:
             found[name] = module
     return found
 
