@@ -34,7 +34,7 @@ FACTORS = (0.1, 0.25, 0.5, 0.75, 1.05, EXPERTS / TOP_K)
 GROUPS = ("batch", "image")
 ORDERS = {"by position": False, "by priority": True}
 SIZES: dict[str, dict[str, Any]] = {
-    "gpu": {"widths": (96, 128, 192), "depth": 4, "patch": 4, "batch": 512, "steps": 900, "rates": (5e-4, 1e-3, 2e-3)},
+    "gpu": {"widths": (96, 128, 192), "depth": 4, "patch": 4, "batch": 256, "steps": 1000, "rates": (5e-4, 1e-3, 2e-3)},
     "cpu": {"widths": (32, 48, 64), "depth": 4, "patch": 8, "batch": 64, "steps": 2000, "rates": (1e-3, 2e-3, 4e-3)},
     "tiny": {"widths": (32, 48), "depth": 2, "patch": 8, "batch": 32, "steps": 20, "rates": (1e-3, 2e-3)},
 }
@@ -144,8 +144,10 @@ class Training:
             self.optimizer.param_groups[0]["lr"] = float(self.lr)
         chosen = torch.randint(0, len(self.images), (self.batch,), device=self.images.device)
         self.optimizer.zero_grad(set_to_none=True)
-        inputs = augmented(pixels(self.images[chosen]))
-        self.model(pixel_values=inputs, labels=self.labels[chosen]).loss.backward()
+        with torch.autocast("cuda", torch.bfloat16, self.images.is_cuda, cache_enabled=False):
+            inputs = augmented(pixels(self.images[chosen]))
+            loss = self.model(pixel_values=inputs, labels=self.labels[chosen]).loss
+        loss.backward()
         self.optimizer.step()
         self.done += 1
 
@@ -277,7 +279,6 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[args.size or ("gpu" if device == "cuda" else "cpu")]
     steps, seeds = args.steps or size["steps"], args.seeds
-    torch.set_float32_matmul_precision("high")
     train, test = (tuple(part.to(device) for part in load(args.data, split)) for split in ("train", "test"))
     tuning = tune(train, max(10, steps // 3), size)  # type: ignore[arg-type]
     rates = {kind: float(max(tuning[kind], key=tuning[kind].get)) for kind in ("dense", "vmoe")}
