@@ -9,6 +9,7 @@ import base64
 import json
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -76,7 +77,7 @@ def compute_ratios(results: Mapping[str, Any]) -> dict[int, tuple[float, float, 
         rows = [row for row in results["vmoe"] if row["width"] == width]
         flops, accuracy = rows[0]["flops"]["1.05"], mean(r["accuracy"]["batch"]["by priority"]["1.05"] for r in rows)
         ratio = 0.0 if accuracy > max(a for _, a in curve) else float("inf")
-        for (low, worse), (high, better) in zip(curve, curve[1:], strict=False):
+        for (low, worse), (high, better) in pairwise(curve):
             if worse <= accuracy <= better:
                 part = (accuracy - worse) / max(better - worse, 1e-9)
                 ratio = flops / float(np.exp(np.log(low) + part * (np.log(high) - np.log(low))))
@@ -118,7 +119,8 @@ def claims(results: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     source = "Riquelme et al. (arXiv 2106.05974)"
     priority = {
         "technique": "batch_priority_routing",
-        "claim": "At a capacity factor of 0.5 and less, slots by priority are clearly above slots by position, on images.",
+        "claim": "At a capacity factor of 0.5 and less, slots by priority are clearly above slots by position, on "
+        "images.",
         "source": source,
         "script": SCRIPT,
         "ours": f"by priority minus by position at C <= {SMALL}, over seeds, widths and factors: "
