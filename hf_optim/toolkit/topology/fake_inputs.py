@@ -76,8 +76,9 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     length if they generate text. Vision models, and models that compare texts with images, get
     ``pixel_values [1, channels, height, width]`` (videos: ``[1, frames, channels, height, width]``), speech models
     ``input_values [1, samples]`` or ``input_features`` in the shape of their feature extractor, all in the floating
-    dtype of the model. Token ids are valid for the vocabulary and never the padding token; the last one is the
-    end-of-sequence token if the model has one, since some heads look for it. Models that choose between texts get one
+    dtype of the model; models that route by task ``task_ids [1]`` int64. Token ids are valid for the vocabulary and
+    never the padding token; the last one is the end-of-sequence token if the model has one, since some heads look for
+    it. Models that choose between texts get one
     text to choose, ``input_ids [1, 1, T]``. The values are the same at each call.
 
     Without dummy inputs for the main input of a model, the example of ``set_example`` is returned. Raises
@@ -112,6 +113,8 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["pixel_values"] = _image(model)
     if main in TEXT_INPUTS and "input_features" in parameters and _pairs_text_and_sound(model.config):
         inputs["input_features"] = _sound(model, "input_features")
+    if "task_ids" in parameters:
+        inputs["task_ids"] = torch.zeros(1, dtype=torch.int64, device=model.device)
     return inputs
 
 
