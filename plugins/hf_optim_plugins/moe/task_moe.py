@@ -318,6 +318,7 @@ def sub_model(model: PreTrainedModel, task: int) -> PreTrainedModel:
     config: PretrainedConfig = transplant.translate_config(model.config, configs[0], d_ff=width)
     for name in (FIELD, "auto_map"):
         vars(config).pop(name, None)
+    config._experts_implementation_internal = None  # the dense class has no experts
     with torch.device("meta"):
         made: PreTrainedModel = classes[0](config)
     given = dict(model.named_parameters(remove_duplicate=False))
