@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from tiny_models import tiny_llama
+from tiny_models import TINY, tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 
 from hf_optim import OptimConfig, hookspecs
@@ -31,10 +31,12 @@ def snippets(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A directory in which ``org/model`` is a tiny model and the data files of the documents exist."""
+    """A directory in which ``org/model``, ``org/vit`` and ``org/t5`` are tiny models and the documents' data exist."""
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "org" / "model")
     tokenizer.save_pretrained(tmp_path / "org" / "model")
+    for name in ("vit", "t5"):
+        TINY[name]().save_pretrained(tmp_path / "org" / name)
     for name in ("calibration.jsonl", "held-out.jsonl"):
         rows = (json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 40}) for _ in range(160))
         (tmp_path / name).write_text("\n".join(rows))

@@ -126,7 +126,7 @@ class Mixture(nn.Module):
         nn.init.normal_(self.router.weight, std=0.02)
         self.experts = Experts(config, self.settings["experts"], hidden, inner)
         # Only with this flag do all releases of transformers leave out pairs whose expert is none.
-        self.experts._is_expert_parallel = True
+        self.experts._is_expert_parallel = True  # type: ignore[assignment]
         self.loss: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -219,13 +219,15 @@ class TaskMoE(Technique):
     def _task(self, model: PreTrainedModel, label: str) -> int:
         """Return the number of the task to extract. Raises ``ModelError`` if the model does not have it."""
         settings = getattr(model.config, FIELD, None)
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or not hasattr(model, "task_mixtures"):
             raise ModelError(f"{label}: {type(model).__name__} was not made by task_moe, so it has no task to extract")
-        if settings["routing"] != "task":
+        if settings.get("routing") != "task":
             raise ModelError(f"{label}: the model routes by token, so all of its experts serve every task")
-        if self.extract not in settings["tasks"]:
-            raise ModelError(f"{label}: no task {self.extract!r}; the model has {', '.join(settings['tasks'])}")
-        return list(settings["tasks"]).index(self.extract)
+        tasks = [str(task) for task in settings.get("tasks") or ()]
+        if self.extract not in tasks:
+            known = ", ".join(task.encode("unicode_escape").decode()[:40] for task in tasks[:20])
+            raise ModelError(f"{label}: no task {self.extract!r}; the model has {known}")
+        return tasks.index(self.extract)
 
     def _extract(self, run: Run) -> PreTrainedModel:
         model = run.model
@@ -335,7 +337,7 @@ def sub_model(model: PreTrainedModel, task: int) -> PreTrainedModel:
 
 def dense_weights(model: PreTrainedModel, task: int, width: int) -> dict[str, nn.Parameter]:
     """Return the matrices of all feed-forward parts for one task, by name, with ``width`` inner channels."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, mixture in model.named_modules():
         if not hasattr(mixture, "task_logits"):
             continue

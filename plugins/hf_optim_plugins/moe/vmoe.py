@@ -269,7 +269,8 @@ def feed_forwards(model: PreTrainedModel) -> dict[str, nn.Module]:
         return {}
     found = {}
     for name, module in model.named_modules():
-        up, down = getattr(module, UP, None), getattr(module, DOWN, None)
+        up: Any = getattr(module, UP, None)
+        down: Any = getattr(module, DOWN, None)
         both = type(up) is nn.Linear and type(down) is nn.Linear and up.bias is not None and down.bias is not None
         active = hasattr(module, "activation_fn") or hasattr(module, "activation")  # DINOv2 before 5.24
         if both and active and up.weight.shape == down.weight.shape[::-1]:
