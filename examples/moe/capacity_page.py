@@ -74,6 +74,9 @@ A text model of one million dense parameters is not V-MoE: images have patches t
 (Mixtral) gates are normalized over the chosen experts, so that priority orders by how decided the router is. The loss
 is that of one forward per batch, where the choice of computed tokens may depend on later ones; it says nothing about
 decoding.
+
+Other pages: [V-MoE on CIFAR-10](vmoe.md), with the patches that priority keeps; [experts for tasks](task_moe.md), and
+what serving one task costs.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 

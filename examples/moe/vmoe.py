@@ -1,12 +1,15 @@
 """V-MoE beside its dense twin on CIFAR-10: accuracy against inference FLOPs, and who gets the slots of experts.
 
     python examples/moe/vmoe.py --data ../shared/data/cifar10 --output model_cards/moe
+    python examples/moe/vmoe.py --data ../shared/data/cifar10 --output model_cards/moe --every-layer   # then
     python examples/moe/vmoe.py --data ../shared/data/cifar10 --output vmoe --size tiny --seeds 1      # a trial
+    python examples/moe/vmoe_page.py model_cards/moe
 
 Vision transformers of several widths are trained from scratch, dense and with a mixture in every second layer (8
 experts, top 2, capacity 1.05), for equally many steps on equal batches of images. Learning rates are chosen for both on
 1,000 images that are split off the training set; the test set is read once, at the end. Then the mixtures run with
-other capacities, by position and by priority, among the tokens of a batch and of each image.
+other capacities, by position and by priority, among the tokens of a batch and of each image. ``--every-layer`` adds
+models of the middle width whose feed-forward layers are all mixtures, so that dropping has a price.
 
 On a GPU every training step is one CUDA graph, and all trainings run at once, each on a stream of its own.
 """
@@ -32,6 +35,7 @@ import hf_optim
 EXPERTS, TOP_K, CLASSES, HELD_BACK, GROUP = 8, 2, 10, 1000, 500
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.05, EXPERTS / TOP_K)
 GROUPS = ("batch", "image")
+EVERY = {"dense": 0, "vmoe": 2, "every_layer": 1}
 ORDERS = {"by position": False, "by priority": True}
 SIZES: dict[str, dict[str, Any]] = {
     "gpu": {"widths": (96, 128, 192), "depth": 4, "patch": 4, "batch": 256, "steps": 1000, "rates": (5e-4, 1e-3, 2e-3)},
@@ -79,16 +83,18 @@ def augmented(images: Tensor) -> Tensor:
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-def build(width: int, size: dict[str, Any], seed: int, mixture: bool) -> Any:
-    """Return a ViT with random weights, dense or with mixtures in every second layer."""
+def build(width: int, size: dict[str, Any], seed: int, every: int = 0) -> Any:
+    """Return a ViT with random weights, dense or with mixtures in every ``every``-th layer."""
     torch.manual_seed(seed)
     config = ViTConfig(
         image_size=32, patch_size=size["patch"], hidden_size=width, intermediate_size=4 * width,
         num_hidden_layers=size["depth"], num_attention_heads=width // 16, num_labels=CLASSES,
     )  # fmt: skip
     model = ViTForImageClassification(config)
-    if mixture:
-        step = {"technique": "vmoe", "experts": EXPERTS, "top_k": TOP_K, "start": "random", "seed": seed}
+    if every:
+        step = {
+            "technique": "vmoe", "experts": EXPERTS, "top_k": TOP_K, "start": "random", "seed": seed, "every": every,
+        }  # fmt: skip
         model = hf_optim.release(hf_optim.optimize(model, [step]))
     return model
 
@@ -104,8 +110,8 @@ def set_capacity(model: Any, factor: float, priority: bool, group: str) -> None:
         mixture.settings.update(capacity=factor, batch_priority=priority, group=group)
 
 
-def flops(width: int, size: dict[str, Any], factor: float | None = None) -> int:
-    """Return the floating-point operations for one image; ``factor`` is the capacity of mixtures, None for none.
+def flops(width: int, size: dict[str, Any], factor: float = 0.0, every: int = 0) -> int:
+    """Return the floating-point operations for one image; ``factor`` is the capacity of mixtures in every n-th layer.
 
     Two for each multiplication of a matrix product. Every slot of an expert counts, filled or not.
     """
@@ -113,8 +119,8 @@ def flops(width: int, size: dict[str, Any], factor: float | None = None) -> int:
     tokens = (32 // patch) ** 2 + 1
     attention = tokens * 4 * width**2 + 2 * tokens**2 * width
     forward = tokens * 8 * width**2
-    sparse = 0 if factor is None else depth // 2
-    share = 0.0 if factor is None else min(factor, EXPERTS / TOP_K) * TOP_K
+    sparse = depth // every if every else 0
+    share = min(factor, EXPERTS / TOP_K) * TOP_K
     extra = sparse * (forward * (share - 1) + tokens * width * EXPERTS)
     return round(2 * ((tokens - 1) * 3 * patch**2 * width + depth * (attention + forward) + extra + width * CLASSES))
 
@@ -257,7 +263,7 @@ def tune(data: tuple[Tensor, Tensor], steps: int, size: dict[str, Any]) -> dict[
     width = size["widths"][len(size["widths"]) // 2]
     tries = [(kind, rate) for kind in ("dense", "vmoe") for rate in size["rates"]]
     runs = [
-        Training(build(width, size, 0, kind == "vmoe"), training, size["batch"], steps, rate)  # type: ignore[arg-type]
+        Training(build(width, size, 0, EVERY[kind]), training, size["batch"], steps, rate)  # type: ignore[arg-type]
         for kind, rate in tries
     ]
     seconds = train_all(runs)
@@ -275,42 +281,52 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, help="of models and trainings; by default that for the device")
     parser.add_argument("--steps", type=int, help="of every training")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every model")
+    parser.add_argument(
+        "--every-layer", action="store_true", help="add models with mixtures in every layer to an earlier vmoe.json"
+    )
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[args.size or ("gpu" if device == "cuda" else "cpu")]
     steps, seeds = args.steps or size["steps"], args.seeds
     train, test = (tuple(part.to(device) for part in load(args.data, split)) for split in ("train", "test"))
-    tuning = tune(train, max(10, steps // 3), size)  # type: ignore[arg-type]
-    rates = {kind: float(max(tuning[kind], key=tuning[kind].get)) for kind in ("dense", "vmoe")}
-    results: dict[str, Any] = {
-        "experts": EXPERTS, "top_k": TOP_K, "depth": size["depth"], "patch": size["patch"], "steps": steps,
-        "batch": size["batch"],
-        "train_images": len(train[0]) - HELD_BACK, "test_images": len(test[0]), "group_images": GROUP,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "tuning": tuning, "rates": rates,
-        "dense": [], "vmoe": [],
-    }  # fmt: skip
-    training = tuple(part[:-HELD_BACK] for part in train)
-    kinds = [("dense", width) for width in size["widths"]] + [("vmoe", width) for width in size["widths"][:-1]]
+    training, path = tuple(part[:-HELD_BACK] for part in train), args.output / "vmoe.json"
+    if args.every_layer:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        steps, seeds = results["steps"], len({row["seed"] for row in results["vmoe"]})
+        kinds = [("every_layer", size["widths"][len(size["widths"]) // 2])]
+        results["every_layer"] = []
+    else:
+        tuning = tune(train, max(10, steps // 3), size)  # type: ignore[arg-type]
+        rates = {kind: float(max(tuning[kind], key=tuning[kind].get)) for kind in ("dense", "vmoe")}
+        results = {
+            "experts": EXPERTS, "top_k": TOP_K, "depth": size["depth"], "patch": size["patch"], "steps": steps,
+            "batch": size["batch"], "train_images": len(training[0]), "test_images": len(test[0]),
+            "group_images": GROUP, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "tuning": tuning, "rates": rates, "dense": [], "vmoe": [],
+        }  # fmt: skip
+        kinds = [("dense", width) for width in size["widths"]] + [("vmoe", width) for width in size["widths"][:-1]]
     plan = [(kind, width, seed) for seed in range(seeds) for kind, width in kinds]
+    rate_of = {**results["rates"], "every_layer": results["rates"]["vmoe"]}
     runs = [
-        Training(build(width, size, seed, kind == "vmoe"), training, size["batch"], steps, rates[kind])  # type: ignore[arg-type]
+        Training(build(width, size, seed, EVERY[kind]), training, size["batch"], steps, rate_of[kind])  # type: ignore[arg-type]
         for kind, width, seed in plan
     ]
-    results["training_seconds"] = round(train_all(runs), 1)
+    seconds = train_all(runs)
     for (kind, width, seed), run in zip(plan, runs, strict=True):
         row: dict[str, Any] = {"width": width, "seed": seed, "parameters": run.model.num_parameters()}
         if kind == "dense":
             row |= {"flops": flops(width, size), "accuracy": accuracy(run.model, *test)}  # type: ignore[arg-type]
         else:
-            row["flops"] = {f"{factor:g}": flops(width, size, factor) for factor in FACTORS}
+            row["flops"] = {f"{factor:g}": flops(width, size, factor, EVERY[kind]) for factor in FACTORS}
             row["accuracy"] = capacities(run.model, *test)  # type: ignore[arg-type]
         results[kind].append(row)
         print(kind, json.dumps(row), flush=True)
-    widest = plan.index(("vmoe", size["widths"][-2], 0))
-    results["picture"] = dropped_patches(runs[widest].model, *test, 0.25)  # type: ignore[arg-type]
+    if not args.every_layer:
+        widest = plan.index(("vmoe", size["widths"][-2], 0))
+        results["picture"] = dropped_patches(runs[widest].model, *test, 0.25)  # type: ignore[arg-type]
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "vmoe.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{args.output / 'vmoe.json'} after {results['training_seconds']} s of training", flush=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"{path} after {seconds:.1f} s of training", flush=True)
 
 
 if __name__ == "__main__":
