@@ -97,6 +97,15 @@ PAIRS = {
 }
 
 
+def takes(cls, model):
+    """Return True if a technique does not refuse a model."""
+    try:
+        cls.for_testing().check_model(model, cls.spec.name)
+    except hf_optim.ModelError:
+        return False
+    return True
+
+
 @cache
 def entry_of(name):
     """What a technique reports and covers when it runs alone (with what it needs beside it) on a tiny model.
@@ -106,11 +115,11 @@ def entry_of(name):
     cls = catalogue().get(name)
     if any(stage.trains for stage in conformance.recipe_for(cls).stages):
         return None
-    model = TINY["llama"](num_hidden_layers=1)
-    try:
-        cls.for_testing().check_model(model, name)
-    except hf_optim.ModelError:
-        model = TINY["mixtral"](num_hidden_layers=1)
+    model = next(
+        model
+        for build, sizes in (("llama", 1), ("mixtral", 1), ("t5", 2), ("vit", 2))
+        if takes(cls, model := TINY[build](**{"num_layers" if build == "t5" else "num_hidden_layers": sizes}))
+    )
     made = hf_optim.optimize(
         model, conformance.recipe_for(cls), calibration=[conformance.inputs_for(model, seed=s) for s in range(2)]
     )

@@ -40,7 +40,11 @@ def test_a_missing_trait_is_named_with_the_step_that_adds_it():
 
     with pytest.raises(RecipeError) as caught:
         OptimConfig.parse(Follower()).check()
-    assert str(caught.value) == ("step 1 (follower) needs a model that routes tokens to experts: add upcycle before it")
+    *most, last = sorted(cls.spec.name for cls in catalogue().all() if MOE in cls.spec.contract.adds)
+    assert "upcycle" in most
+    assert str(caught.value) == (
+        f"step 1 (follower) needs a model that routes tokens to experts: add {', '.join(most)} or {last} before it"
+    )
 
 
 def test_a_trait_of_a_third_party_is_named_in_its_own_words():

@@ -99,6 +99,7 @@ class LLMInt8(Technique):
             '(`optim_config="auto"`) inputs are int8 too, one scale per token, with '
             f"{columns} multiplied in the model's own dtype.",
             has=[traits.QUANTIZED],
+            reload=[Reload.STOCK_FORMAT, Reload.STOCK_ARCH],
         )
         card.paragraph(
             "LLM.int8()",
