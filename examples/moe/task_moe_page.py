@@ -40,8 +40,9 @@ def speedups(results: Mapping[str, Any], experts: str) -> dict[str, float]:
 
 def setting(results: Mapping[str, Any]) -> str:
     """Return in a phrase what was trained."""
+    languages = " and ".join(LANGUAGES[task] for task in results["tasks"])
     return (
-        f"Multi30k, English to {' and '.join(LANGUAGES[task] for task in results['tasks'])}: {results['training_pairs']:,} training and "
+        f"Multi30k, English to {languages}: {results['training_pairs']:,} training and "
         f"{results['test_pairs']:,} test pairs; a T5 of {results['layers']} + {results['layers']} layers, width "
         f"{results['width']}, {results['steps']} steps of {results['batch']} pairs from scratch, "
         f"{len({row['seed'] for row in results['runs']})} seeds, on a CPU"
@@ -138,10 +139,11 @@ def page(results: Mapping[str, Any], found: list[dict[str, str]]) -> str:
     return f"""# Experts for tasks: Multi30k
 
 {setting(results)}.
-Feed-forward layers of width {results["inner"]} in {results["experts"]} experts, of which {results["top_k"]} are used, in every layer of encoder and decoder; the dense model has {results["top_k"]} times the
-width, so all compute equally many products for a token. The source begins with the name of the target language, for
-all models. Made by [{SCRIPT}](../../{SCRIPT}); the test set (`val.jsonl`) was read once. Learning rates were chosen on
-300 sentences held back from training (loss by rate: {tried}).
+Feed-forward layers of width {results["inner"]} in {results["experts"]} experts, of which {results["top_k"]} are used,
+in every layer of encoder and decoder; the dense model has {results["top_k"]} times the width, so all compute equally
+many products for a token. The source begins with the name of the target language, for all models. Made by
+[{SCRIPT}](../../{SCRIPT}); the test set (`val.jsonl`) was read once. Learning rates were chosen on 300 sentences held
+back from training (loss by rate: {tried}).
 
 The lowest loss (within 0.01): {best}.
 
@@ -154,8 +156,8 @@ implementation); means of the seeds. After so few steps translations are poor, a
 | --- | ---: | {"---: | " * 5}
 {chr(10).join(quality)}
 
-The model of {LANGUAGES[results["tasks"][0]]}, extracted as an ordinary T5, has a test loss of {one["loss"]:.4f} on its task; the
-whole model has {one["whole"]:.4f}.
+The model of {LANGUAGES[results["tasks"][0]]}, extracted as an ordinary T5, has a test loss of {one["loss"]:.4f} on its
+task; the whole model has {one["whole"]:.4f}.
 
 ## Serving one task
 
