@@ -25,6 +25,11 @@ from transformers.integrations.moe import use_experts_implementation
 from hf_optim.toolkit.modules import ReplacedModules
 
 
+def is_known(values: Tensor) -> bool:
+    """Return True if the values of a tensor can be read: it is not traced, and neither fake nor on the meta device."""
+    return not torch.compiler.is_compiling() and type(values) is Tensor and not values.is_meta
+
+
 class ExpertStack(nn.Module):
     """Base of E feed-forward layers without biases, in the layout of transformers' interface for experts.
 
@@ -49,12 +54,14 @@ class ExpertStack(nn.Module):
         own: Any = self
         up, result = self.get_parameter(self.up_name), torch.zeros_like(hidden)
         for expert in range(self.num_experts):
-            rows, places = torch.where(top_k_index == expert)
-            if len(rows):
-                inner = linear(hidden[rows], up[expert])
-                inner = self.act_fn(inner) if self.up_name == "up_proj" else own._apply_gate(inner)
-                part = linear(inner, self.down_proj[expert]) * top_k_weights[rows, places, None]
-                result = result.index_add(0, rows, part.to(result.dtype))
+            chosen = top_k_index == expert
+            gates = (top_k_weights * chosen).sum(1, keepdim=True)
+            # In a traced graph the number of its tokens is unknown, and all are computed.
+            rows = chosen.any(1).nonzero().flatten() if is_known(top_k_index) else torch.arange(len(hidden))
+            inner = linear(hidden[rows], up[expert])
+            inner = self.act_fn(inner) if self.up_name == "up_proj" else own._apply_gate(inner)
+            part = linear(inner, self.down_proj[expert]) * gates[rows]
+            result = result.index_add(0, rows.to(result.device), part.to(result.dtype))
         return result
 
 
@@ -252,6 +259,8 @@ class TaskModel(ReplacedModules):
             return  # the steps of generate bring the same tensor
         if task_ids.dim() != 1 or task_ids.is_floating_point():
             raise ValueError(f"task_ids must be int64 [batch], not {task_ids.dtype} {list(task_ids.shape)}")
-        if not torch.compiler.is_compiling() and bool(((task_ids < 0) | (task_ids >= len(tasks))).any()):
-            raise ValueError(f"task_ids must be of {names}, and one is {int(task_ids.max())}")
+        if not is_known(task_ids):
+            return
+        if bool(((task_ids < 0) | (task_ids >= len(tasks))).any()):
+            raise ValueError(f"task_ids must be of {names}, not {task_ids.tolist()[:8]}")
         self.__dict__["_checked_task_ids"] = task_ids

@@ -98,7 +98,9 @@ class Experts(nn.Module):
         places = slot_positions(top_k_index, computed, count)
         slots = self.most
         if slots is None:
-            slots = len(hidden) if torch.compiler.is_compiling() else max(1, int(places.max()) + 1)
+            # In a traced graph the largest number of tokens is unknown.
+            traced = torch.compiler.is_compiling() or type(places) is not Tensor or places.is_meta
+            slots = len(hidden) if traced else max(1, int(places.max()) + 1)
         nowhere = count * slots
         places = torch.where(computed, top_k_index * slots + places, nowhere).reshape(-1)
         pairs = hidden.unsqueeze(1).expand(*top_k_index.shape, width).reshape(-1, width)

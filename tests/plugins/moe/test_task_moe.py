@@ -20,6 +20,7 @@ from transformers import (
 
 import hf_optim
 from hf_optim import ModelError, OptimError, RecipeError
+from hf_optim.cli import main
 from hf_optim.testing.conformance_records import assert_card_follows, assert_recomputed, case_of
 from hf_optim.toolkit import experts, topology
 from hf_optim_plugins.moe import _task_moe_modules
@@ -246,6 +247,28 @@ def test_the_checkpoint_of_a_task_is_stock_and_its_record_follows_from_it(tmp_pa
     stock = T5ForConditionalGeneration.from_pretrained(tmp_path / "fr")
     assert torch.equal(logits(stock), logits(single))
     assert stock.num_parameters() < model.num_parameters()
+
+
+def test_the_commands_make_a_mixture_and_extract_a_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_t5().save_pretrained("t5")
+    (tmp_path / "make.yaml").write_text("steps: [{technique: task_moe, tasks: [de, fr], expert_noise: 0.5}]")
+    (tmp_path / "take.yaml").write_text("steps: [{technique: task_moe, extract: fr}]")
+    assert main(["compress", "t5", "--recipe", "make.yaml", "--output", "both"]) == 0
+    take = ["compress", "both", "--recipe", "take.yaml", "--output", "french", "--trust-remote-code"]
+    assert main(take) == 0
+    whole = AutoModelForSeq2SeqLM.from_pretrained("both", trust_remote_code=True)
+    assert torch.allclose(
+        logits(T5ForConditionalGeneration.from_pretrained("french")), logits(whole, [1, 1]), atol=1e-5
+    )
+
+
+def test_it_compiles_as_one_graph():
+    model = task_moe(tiny_t5(), **VARIED, where="encoder")
+    layer = model.encoder.block[0].layer[-1].DenseReluDense
+    layer.task_ids, hidden = torch.tensor([0, 2]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(layer, backend="eager", fullgraph=True)(hidden), layer(hidden), atol=1e-6)
 
 
 def test_a_sub_model_is_compressed_like_any_t5():

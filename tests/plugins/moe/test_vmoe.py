@@ -26,6 +26,7 @@ from transformers import (
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimError, RecipeError
+from hf_optim.cli import main
 from hf_optim.toolkit import experts, topology
 from hf_optim_plugins.moe import _vmoe_modules
 from hf_optim_plugins.moe.vmoe import VMoE
@@ -404,6 +405,17 @@ def test_a_model_of_the_class_is_made_from_its_configuration_alone(saved):
     own = mixtures(model)[0].experts
     assert float(own.up_proj.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert bool(torch.isfinite(logits(model.eval())).all())
+
+
+def test_a_checkpoint_is_compressed_further_by_the_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vmoe(**DROPLESS).save_pretrained("vmoe")
+    (tmp_path / "prune.yaml").write_text("steps: [{technique: magnitude, sparsity: 0.5}]")
+    assert main(["compress", "vmoe", "--recipe", "prune.yaml", "--output", "out", "--trust-remote-code"]) == 0
+    made = AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)
+    zeros = made.vit.layers[0].attention.q_proj.weight == 0
+    assert float(zeros.float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert bool(mixtures(made)[0].router.weight.all())
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
