@@ -182,9 +182,6 @@ class TaskMoE(Technique):
                 mixture = made.TaskMixture(model.config, settings, hidden, inner)
             self._fill(mixture, layer, generator)
             replace.replace_module(model, name, mixture.train(layer.training))
-            for dense in [key for key in run.masks if key.startswith(f"{name}.")]:
-                run.masks.pop(dense)
-                run.nm_patterns.pop(dense, None)
         convert(model, self.remote_code, {**settings, "modules": modules})
         run.cover(self, [f"{name}.experts" for name in chosen])
         run.report(
