@@ -136,6 +136,15 @@ def test_which_layers():
     assert found(where="encoder", every=3) == ["encoder.block.2"]
 
 
+def test_a_model_that_routes_by_task_is_traced():
+    model = task_moe(**VARIED)
+    assert topology.dummy_inputs(model)["task_ids"].tolist() == [0]
+    assert "task_ids" not in topology.dummy_inputs(tiny_t5())
+    assert set(topology.roles(model).values()) == {"output head"}
+    routed = topology.roles(task_moe(routing="token"))
+    assert routed["decoder.block.1.layer.2.DenseReluDense.router"] == "router"
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 def test_the_balance_loss_is_the_formula_and_leaves_padding_out():
     scores = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
