@@ -19,7 +19,13 @@ PERMUTES = {"channel_permutation", "peg"}
 """They reorder the channels that a router reads together with all other layers that read them."""
 
 STOCK_CLASS = {"gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
-STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "moefication", "pr_moe", "task_moe", "tutel", "upcycle", "vmoe"}
+STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
+STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
+"""They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
+
+REFUSES = dict.fromkeys(
+    ["moefication", "pr_moe", "task_moe", "upcycle", "vmoe"], "does not support a model that routes tokens to experts"
+)
 """Techniques that do not take a model with experts, and why."""
 
 NAMED = ["gptq", "lkd", "llm_int8", "mixed_precision", "obq", "qat", "rtn", "zeroquant", "gobo"]

@@ -97,7 +97,7 @@ class Report(list[LayerReport]):
         return f"{self.summary}\n\n{_table(('layer', 'out x in', 'runs on'), rows)}" if rows else self.summary
 
     def to_json(self) -> dict[str, Any]:
-        """Return ``summary``, ``layers`` (``name``, ``shape``, ``kernel``, ``reason``, ``experts``), and ``experts``."""
+        """Return ``summary``; ``layers``, each with the fields of ``LayerReport``; and ``experts``."""
         layers = [asdict(row) | {"shape": list(row.shape)} for row in self]
         return {"summary": self.summary, "layers": layers, "experts": self.experts}
 

@@ -158,7 +158,8 @@ def attach_stacks(views: Iterable[ExpertLinear]) -> dict[str, MaskedStack]:
     for name, stacks in by_module.items():
         experts = modules[name]
         masks = {parameter: _StackMasks(tuple(sorted(indices))) for parameter, indices in stacks.items()}
-        swap_class(experts, _masked_class(type(experts), matrix_names(experts)), **{STACKS: masks})
+        kind: Any = type(experts)
+        swap_class(experts, _masked_class(kind, matrix_names(experts)), **{STACKS: masks})
         found |= stacks_in(experts, name)
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import collectives
 from ..topology.experts import ExpertLinear, matrix_names
 from .observers import HessianDiagonal
 from .row_sample import RowSample
