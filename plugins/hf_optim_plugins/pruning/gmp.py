@@ -56,8 +56,8 @@ class GMP(Technique):
         end: the last update; training after it only recovers the loss.
         every: steps between updates (Δt); there is one more update at ``end`` if Δt does not divide the ramp.
         scope: ``"layer"`` prunes every layer to the ramp, ``"global"`` all targets together, ranked across layers.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
-            pattern names them.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named
+            exactly, embeddings only if a pattern names them.
         skip: patterns of layers to leave dense.
     """
 

@@ -43,8 +43,8 @@ class Iterative(InRounds):
         rate: the learning rate of retraining, as a share of the Trainer's ``learning_rate``; None uses all of it
             without a dense phase, and with one the rate at which its schedule ends, but at least a tenth.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
-            pattern names them.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named
+            exactly, embeddings only if a pattern names them.
         skip: patterns of layers to leave dense.
     """
 

@@ -47,8 +47,8 @@ class LotteryTicket(InRounds):
             a fresh optimizer; the masks are those of the ticket.
         seed: of the random weights.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
-            pattern names them.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named
+            exactly, embeddings only if a pattern names them.
         skip: patterns of layers to leave dense.
     """
 

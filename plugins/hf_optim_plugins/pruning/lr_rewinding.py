@@ -35,8 +35,8 @@ class LRRewinding(InRounds):
         rewind_to: ``k``, the step of the schedule at which retraining begins: a whole number, or a share of the phase.
         dense: begin training with a dense phase; False prunes before the first step, which suits a trained model.
         scope: ``"layer"`` prunes every layer alike, ``"global"`` ranks all targets together.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
-            pattern names them.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named
+            exactly, embeddings only if a pattern names them.
         skip: patterns of layers to leave dense.
     """
 

@@ -55,8 +55,8 @@ class Magnitude(Technique):
             one output), ``"global"`` from all targets together, ranked across layers by absolute value.
         score: ``"magnitude"``; ``"activation"``: magnitude times the norm of the input channel, as in Wanda (needs
             data; not with ``scope: global``).
-        targets: linear layers, by class, name or pattern; output heads only if named exactly, embeddings only if a
-            pattern names them, and only under ``score: magnitude``.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named
+            exactly, embeddings only if a pattern names them, and only under ``score: magnitude``.
         skip: patterns of layers to leave dense.
     """
 

@@ -114,7 +114,7 @@ class NM(Technique):
             blockwise run: of the block's) with this layer alone pruned, measured by one more forward for each layer
             and batch. ``"layer"``: relative squared error of the layer's own output, which costs no forward, but
             ignores how much of that output the rest of the block uses.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 

@@ -98,7 +98,7 @@ class SRSTE(MaskedTraining):
         begin: when sparsity starts, after training without it.
         end: the last renewal of the mask, which then stays; None renews it throughout training.
         every: optimizer steps between renewals.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 

@@ -88,7 +88,7 @@ class TopKAST(MaskedTraining):
             sparsity, and one at every step was far better.
         end: the end of exploration: a step, or a share of training if a float. From then on ``B = A``, and both stay.
             None explores throughout training.
-        targets: linear layers, by class, name or pattern; output heads only if named exactly.
+        targets: linear layers and matrices of experts, by class, name or pattern; output heads only if named exactly.
         skip: patterns of layers to leave dense.
     """
 
