@@ -75,8 +75,9 @@ A text model of one million dense parameters is not V-MoE: images have patches t
 is that of one forward per batch, where the choice of computed tokens may depend on later ones; it says nothing about
 decoding.
 
-Other pages: [V-MoE on CIFAR-10](vmoe.md), with the patches that priority keeps; [experts for tasks](task_moe.md), and
-what serving one task costs.
+Other pages: [experts out of neurons](moefication.md), [PR-MoE](pr_moe.md), [upcycling and its dense twin](upcycle.md),
+[V-MoE on CIFAR-10](vmoe.md), [experts for tasks](task_moe.md); and across ranks, [exchanges](exchange/README.md),
+[the choices of tutel](adaptive/README.md) and [buckets that follow the load](buckets/README.md).
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 

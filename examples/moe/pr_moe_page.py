@@ -77,8 +77,9 @@ def write(folder: Path) -> None:
 A small Llama, trained from scratch for {results["steps"]} steps ({results["trained_tokens"]:,} tokens of stories, each
 seen once), with its feed-forward layers turned by `pr_moe`: one expert per token. Its output is multiplied by the
 router's probability, as in the paper, or by 1 (*gate 1*, the default). *Residual* keeps a dense part beside the expert,
-*pyramid* has 4 experts in the first half of the layers and 8 in the second. Held-out loss in nats per token, {results["held_out_tokens"]:,} tokens, mean of
-{len(results["seeds"])} seeds. Made by [examples/moe/pr_moe.py](../../examples/moe/pr_moe.py).
+*pyramid* has 4 experts in the first half of the layers and 8 in the second.
+Held-out loss in nats per token, {results["held_out_tokens"]:,} tokens, mean of {len(results["seeds"])} seeds.
+Made by [examples/moe/pr_moe.py](../../examples/moe/pr_moe.py).
 
 | variant | parameters | of one token | held-out loss | seeds |
 | --- | ---: | ---: | ---: | ---: |

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import ModelError
-
-if TYPE_CHECKING:
-    from .upcycle import Upcycle
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Native:
     jitters: bool = False
     shares: bool = False
 
-    def fields(self, config: PretrainedConfig, step: Upcycle) -> dict[str, Any]:
-        """Return the fields of the target's configuration that the dense one does not have."""
+    def fields(self, config: PretrainedConfig, step: Any) -> dict[str, Any]:
+        """Return the fields of the target's configuration that the dense one does not have; ``step`` has the options."""
         fields: dict[str, Any] = {
             "num_experts_per_tok": step.top_k,
             "router_aux_loss_coef": step.aux_loss,
@@ -59,7 +56,7 @@ NATIVE = {
 }
 
 
-def find_native(model: PreTrainedModel, step: Upcycle, label: str) -> Native:
+def find_native(model: PreTrainedModel, step: Any, label: str) -> Native:
     """Return the native class for ``model``. Raises ``ModelError`` with what is supported, or why this model is not."""
     native = NATIVE.get(model.config.model_type)
     if native is None:
