@@ -5,7 +5,7 @@
 Each JSON file beside the page is a list of claims with these fields:
 
 - ``technique``, ``claim``, ``source``: of the paper.
-- ``script``: what measures it, a path in the repository; null if nothing does.
+- ``script``: what measures it, paths in the repository with ``; `` between them; null if nothing does.
 - ``figures``: name -> path of a number: a file under ``model_cards``, then keys. A key with ``*`` stands for the mean
   over all keys that match.
 - ``ours``: what was measured, with ``{name}`` or ``{name:.3f}`` for figures; ``setting``: model, data and size.
@@ -42,14 +42,14 @@ billions of weights is *not testable here* unless it is about times, which are m
 
 
 def load(home: Path = HOME) -> dict[str, list[dict[str, Any]]]:
-    """Return the claims by family, in the order of files and lists; techniques of one family stand together."""
+    """Return the claims by family, those of a technique together."""
     found: dict[str, list[dict[str, Any]]] = {family: [] for family in FAMILIES}
     for path in sorted(home.glob("*.json")):
         for claim in json.loads(path.read_text(encoding="utf-8")):
             if unknown := set(claim) - FIELDS - {"family"}:
                 raise ValueError(f"{path.name}: unknown fields {sorted(unknown)}")
             found[claim.get("family", "moe")].append(claim)
-    return found
+    return {family: sorted(claims, key=lambda claim: claim["technique"]) for family, claims in found.items()}
 
 
 def figure(path: list[str]) -> float:
@@ -103,17 +103,26 @@ def page(home: Path = HOME) -> str:
         if rows:
             lines += ["", f"## {family}", "", "| technique | claim | measured here | verdict |", "|---|---|---|---|"]
         for claim, ours, verdict in rows:
-            script = f" [Script](../../{claim['script']})." if claim["script"] else ""
-            why = f" {claim['why']}" if claim.get("why") else ""
-            setting = f" *{claim['setting']}*" if claim.get("setting") else ""
+            setting = f"*{_sentence(claim['setting'])}*" if claim.get("setting") else ""
+            links = ", ".join(f"[{Path(script).name}](../../{script})" for script in scripts(claim))
+            parts = (_sentence(ours), setting, f"{links}." if links else "", _sentence(claim.get("why", "")))
             cells = (
                 f"`{claim['technique']}`",
-                f"{claim['claim']} ({claim['source']})",
-                f"{ours}{setting}{script}{why}",
+                f"{_sentence(claim['claim'])[:-1]} ({claim['source']})",
+                " ".join(part for part in parts if part),
                 f"**{verdict}**",
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def scripts(claim: dict[str, Any]) -> list[str]:
+    """Return the paths of what measures a claim."""
+    return claim["script"].split("; ") if claim["script"] else []
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") or not text else ".")
 
 
 def main() -> int:
