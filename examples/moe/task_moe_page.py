@@ -60,7 +60,7 @@ def claims(results: Mapping[str, Any]) -> list[dict[str, str]]:
     noise = max(max(losses(results, kind)) - min(losses(results, kind)) for kind in ("token", "task"))
     quality = "confirmed" if min(gains) > noise else "contradicted" if max(gains) < -noise else "not testable here"
     speed = "confirmed" if min(rates.values()) > 1.5 else "contradicted" if max(rates.values()) < 1.1 else "mixed"
-    source, common = "Kudugunta et al. (arXiv 2110.03742), abstract", setting(results)
+    source, common = "Kudugunta et al., arXiv 2110.03742, abstract", setting(results)
     return [
         {
             "technique": "task_moe",

@@ -132,7 +132,7 @@ def claims(results: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     halves = [ratio <= 0.6 for _, _, ratio in half.values()]
     verdict = "confirmed" if all(halves) else "mixed" if any(halves) else "contradicted"
     factor = resolution(results)
-    source = "Riquelme et al. (arXiv 2106.05974)"
+    source = "Riquelme et al., arXiv 2106.05974"
     priority = {
         "technique": "batch_priority_routing",
         "claim": "At a capacity factor of 0.5 and less, slots by priority are clearly above slots by position, on "
