@@ -97,12 +97,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draw the held-out loss of each variant against its parameters, with the range of the seeds."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for name, own in results["seeds"][0].items():
+    for number, (name, own) in enumerate(results["seeds"][0].items()):
         each = losses(results, name)
         middle, size = mean(each), own["parameters"] / 1e6
         colour = COLOURS[0] if name == OURS else COLOURS[1] if name in UNIFORM else "0.5"
         axes.errorbar(size, middle, [[middle - min(each)], [max(each) - middle]], fmt="o", color=colour, capsize=3)
-        axes.annotate(name, (size, middle), textcoords="offset points", xytext=(7, 4), fontsize=7)
+        axes.annotate(name, (size, middle), textcoords="offset points", xytext=(7, 7 - 7 * (number % 3)), fontsize=7)
     axes.set_xlabel("parameters (millions)")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.margins(x=0.25, y=0.15)

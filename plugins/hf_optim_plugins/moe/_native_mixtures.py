@@ -27,7 +27,7 @@ class Native:
     shares: bool = False
 
     def fields(self, config: PretrainedConfig, step: Any) -> dict[str, Any]:
-        """Return the fields of the target's configuration that the dense one does not have, by the options of ``step``."""
+        """Return the fields of the target's configuration that the dense one lacks; ``step`` is the technique's."""
         fields: dict[str, Any] = {
             "num_experts_per_tok": step.top_k,
             "router_aux_loss_coef": step.aux_loss,
