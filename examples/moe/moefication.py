@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -258,7 +259,13 @@ def main() -> None:
         batches = [{"input_ids": ids} for ids in calibration.split(BATCH)]
         results[name]["recovered"] = recovered(path, batches, train, held_out, args.recovery)
         print("recovered", json.dumps(results[name]["recovered"]), flush=True)
-    results["times"] = {"width": WIDTH, "neurons": NEURONS, "threads": args.threads, "rows": times(args.threads)}
+    results["times"] = {
+        "width": WIDTH,
+        "neurons": NEURONS,
+        "threads": args.threads,
+        "load": round(os.getloadavg()[0], 1),
+    }
+    results["times"]["rows"] = times(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "moefication.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     moefication_page.write(args.output)
