@@ -72,7 +72,8 @@ def claims(results: Mapping[str, Any]) -> list[dict[str, str]]:
             f"{times['threads']} CPU thread(s), router included, weights read from memory",
             "verdict": "confirmed" if fastest >= TWICE else "contradicted",
             "why": "time of the feed-forward layer alone, on a machine with a load of "
-            f"{times['load']:g} from other work; four such measurements range from 1.7 to 2.7" if fastest >= TWICE else
+            f"{times['load']:g} from other work; {times['repeats']} such measurements range from "
+            f"{times['quarter'][0]:.2f} to {times['quarter'][1]:.2f}" if fastest >= TWICE else
             "the layer is faster, but by less than the claim",
         },
     ]  # fmt: skip
@@ -165,7 +166,8 @@ from the dense model (`logit_kd`).
 
 One token through a ReLU layer of {times["width"]} x {times["neurons"]} (OPT-1.3B) in float32, {times["threads"]} CPU
 thread(s), router included. Weights are random and read from memory; the fastest of several passes. The machine had a
-load of {times["load"]:g} from other work; in four such measurements 25 % of the experts were 1.7 to 2.7 times faster.
+load of {times["load"]:g} from other work; in {times["repeats"]} such measurements, of which this is the last, 25 % of
+the experts were {times["quarter"][0]:.2f} to {times["quarter"][1]:.2f} times faster.
 
 | experts | active | ms | times faster |
 | ---: | ---: | ---: | ---: |
