@@ -215,7 +215,7 @@ def test_fields_that_make_no_mixture_are_refused(fields, message):
         (tiny_vit, {"every": 3}, "every=3 selects none of the 2 layers"),
         (tiny_vit, {"last": 2}, "last=2, but every=2 selects 1 layers only"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_models_without_such_layers_are_refused(build, fields, message):
     with pytest.raises(OptimError, match=message):
