@@ -11,8 +11,9 @@ import pytest
 import torch
 from renamed_families import build_family
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_gpt2, tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral
 
+import hf_optim
 from hf_optim import CheckpointError, ModelError, OptimConfig
 from hf_optim.checkpoints.source import ModelSource
 from hf_optim.cli import main
@@ -190,6 +191,17 @@ def test_tables_count_in_the_bytes_after(model):
     config = tiny_llama().config
     rows, width = config.vocab_size, config.hidden_size
     assert without - tables["bytes_after"] == rows * width * 4 - rows * (width + 4)
+
+
+@pytest.mark.parametrize("fields", [{"bits": 4, "group_size": 16}, {"bits": 8}, {"bits": 8, "format": "fp8"}], ids=str)
+def test_matrices_of_experts_count_in_the_bytes_after(fields, tmp_path):
+    step = {"technique": "rtn", **fields}
+    mixture = tiny_mixtral().eval()
+    mixture.save_pretrained(tmp_path / "dense")
+    guess = look(tmp_path / "dense", [step]).estimates["bytes_after"]
+    hf_optim.optimize(mixture, step).save_pretrained(tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    assert guess == sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith("weight_shape"))
 
 
 @pytest.mark.parametrize("driver", ["streamed", "blockwise"])

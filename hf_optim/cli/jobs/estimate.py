@@ -97,12 +97,17 @@ def _stored_bytes(recipe: OptimConfig, model: torch.nn.Module, width: int) -> in
     if step is None or bits is None:
         return total
     targets, skip = getattr(step, "targets", ("Linear",)), getattr(step, "skip", ())
-    selected = Scope("", model, model).select(targets, skip, embeddings=takes_embeddings(step))  # type: ignore[arg-type]
+    # Integer codes of a mixture are stored only with its experts packed too; in fp8 experts stay as they are.
+    experts = getattr(step, "format", "int") == "int"
+    selected = Scope("", model, model).select(targets, skip, experts, takes_embeddings(step))  # type: ignore[arg-type]
     for module in selected.values():
-        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+        if isinstance(module, topology.ExpertLinear):
+            rows, columns = module.out_features, module.in_features
+        elif isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            rows, columns = module.weight.shape
+        else:
             continue
         own = 8 if isinstance(module, torch.nn.Embedding) else bits  # a byte for each code of a table
-        rows, columns = module.weight.shape
         group_size = getattr(step, "group_size", None)
         groups = columns // fit_group_size(columns, group_size) if group_size else 1
         total += rows * (_packed_bytes(columns, own) + groups * width - columns * width)
