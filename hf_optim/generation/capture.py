@@ -83,7 +83,7 @@ def capture(
         reason = None
     except Exception as error:
         _end_capture(device, random, pool, stream)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = str(error) if isinstance(error, CaptureError) else _describe(error)
     except BaseException:  # interrupted
         _end_capture(device, random, pool, stream)
         raise
@@ -105,21 +105,27 @@ def _record(
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the device meanwhile: only this one must not do what a capture forbids.
-    first: Exception | None = None
+    reason, is_full = "", False
     try:
         with _uncollected(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 run()
             except Exception as error:
-                first = error
+                reason, is_full = _describe(error), isinstance(error, torch.OutOfMemoryError)
                 raise
     except BaseException:
         _UNENDED.append(graph)
-        if first is None:
-            raise
         # Ending the capture has failed too, and its error hides the reason.
-        raise first from None
+        if is_full:
+            raise torch.OutOfMemoryError(reason) from None
+        if reason:
+            raise CaptureError(reason) from None
+        raise
     return graph.replay, graph.pool()
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Norms of a captured step as one kernel each, where ``torch.compile`` does not fuse them.
+"""Norms of a captured step as two kernels each, where ``torch.compile`` does not fuse them.
 
 transformers computes a root mean square norm in six operations, each a kernel; a step of an 8B Llama has 65 norms.
 """
@@ -23,8 +23,9 @@ _IS_PLAIN: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDic
 def fused_norms(model: nn.Module) -> Iterator[None]:
     """Compute plain root mean square norms of a model by PyTorch's own operator inside the context.
 
-    Equal up to rounding: the operator multiplies with the weight before it rounds to 16 bits. Norms with hooks, with a
-    forward of their own, or that compute anything else, are left as they are.
+    As in transformers, values are rounded to 16 bits before they are multiplied with the weight: results differ by the
+    order of a sum in float32 alone. Norms with hooks, with a forward of their own, or that compute anything else, are
+    left as they are.
     """
     replaced = [module for module in model.modules() if _is_replaceable(module)]
     for module in replaced:
@@ -47,7 +48,7 @@ class _Fused:
         weight = self.module.weight
         if hidden.dtype != weight.dtype:
             return type(self.module).forward(self.module, hidden)
-        return F.rms_norm(hidden, weight.shape, weight, self.epsilon)
+        return weight * F.rms_norm(hidden, weight.shape, None, self.epsilon)
 
 
 def _is_replaceable(module: nn.Module) -> bool:

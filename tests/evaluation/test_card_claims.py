@@ -52,6 +52,7 @@ def contradictions(record: Record, text: str, config: dict | None = None) -> lis
         "Another class that ships in transformers": level is Reload.STOCK_ARCH,
         "Own model code": level is Reload.REMOTE_CODE,
         "The N:M zeros are stored; they save time": has["sparse-nm"] and not has["quantized"],
+        "N:M zeros in experts save no time": has["sparse-nm"] and has["moe"],
         "The N:M zeros are stored as codes": has["sparse-nm"] and has["quantized"],
         "saves neither bytes nor time": has["sparse"] and not has["sparse-nm"] and not has["quantized"],
         "Zeros are stored as codes": has["sparse"] and not has["sparse-nm"] and has["quantized"],
