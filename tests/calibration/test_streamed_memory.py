@@ -46,6 +46,7 @@ def growth(python, folder, width, layers, step):
     return (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]), peaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [RTN, GPTQ], ids=["without data", "calibrated"])
 def test_memory_does_not_grow_with_the_model(python, tmp_path, step):
     slope, peaks = growth(python, tmp_path, 256, (3, 27), step)

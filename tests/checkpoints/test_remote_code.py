@@ -310,6 +310,7 @@ CODED = [(name, GOBO) for name in ("llama", "bert", "gpt2", "vit", "t5", "qwen2"
 CODED += [("bert", PEG), ("t5", PEG), ("vit", MIXED)]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("architecture", "step"), CODED, ids=lambda each: each if isinstance(each, str) else each["technique"]
 )

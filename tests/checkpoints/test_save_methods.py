@@ -164,6 +164,7 @@ def torch_saved(model):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_computes_the_same_and_is_saved_without_a_record(how, kernels, tmp_path):

@@ -146,6 +146,7 @@ def round_trip(tmp_path_factory, stock_python):
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", CASES)
 def test_stock_reloads_with_identical_logits(round_trip, name):
     config, _, mine, stock = round_trip[name]

@@ -145,6 +145,7 @@ CT_CASES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("bits", "size", "symmetric", "form", "scattered"), CT_CASES)
 @pytest.mark.parametrize("kernels", ["served", "unserved"])
 def test_compressed_tensors(bits, size, symmetric, form, scattered, kernels, tmp_path, request):

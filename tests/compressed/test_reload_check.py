@@ -101,6 +101,7 @@ def test_missing_experts_are_named():
     assert "feed_forward.experts.0" in problem
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("name", "recipe"), [("llama4", FP8), ("dinov2", W4), ("dinov2", W8A8), ("dinov2", FP8)])
 @pytest.mark.parametrize("before", [[], [{"technique": "gmp"}]], ids=["first", "after a training"])
 def test_refused_before_any_work(name, recipe, before, tmp_path):

@@ -58,7 +58,11 @@ def execute(line, folder, python):
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.many) for page in PAGES],
+    ids=lambda p: p.name,
+)
 def test_every_snippet_runs(page, workplace, monkeypatch, python):
     module = types.ModuleType("snippet")  # classes look their module up by name
     monkeypatch.setitem(sys.modules, "snippet", module)

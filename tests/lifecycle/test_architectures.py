@@ -31,6 +31,7 @@ PASS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("name", "recipe"), PASS.values(), ids=PASS)
 def test_it_is_compressed_saved_and_loaded(name, recipe, tmp_path, stock):
     result = checks.check_class(name, tmp_path, stock, [recipe])

@@ -39,6 +39,7 @@ def require_equal(one, other):
         assert torch.equal(tensor, second[name]), name
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_and_files_are_those_of_optim_config(form, checkpoint, tmp_path):
     recipe, calibration = FORMS[form]

@@ -35,6 +35,7 @@ def widths(model: nn.Module) -> dict[str, int]:
     return {name: m.quantization_scheme.weights.num_bits for name, m in compressed.quantized_modules(model).items()}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("later", LATER)
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert], ids=["llama", "bert"])
 def test_layers_carry_the_planned_bits_into_the_checkpoint_and_back(build, later, tmp_path, stock):

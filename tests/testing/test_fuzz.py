@@ -41,6 +41,7 @@ def examples(tmp_path_factory):
     made.close()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", INPUTS)
 def test_every_input_is_refused_in_our_words_or_gives_the_right_result(kind, examples):
     doors = [door for door in DOORS if door.kind == kind]

@@ -118,7 +118,8 @@ def ranks(folder, world):
 
 
 @REGISTRY
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world, tmp_path):
     found = ranks(tmp_path, world)
 

@@ -21,6 +21,7 @@ def ranks(tmp_path_factory, python) -> Path:
     return home
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", EXACT)
 def test_two_ranks_learn_what_one_learns_from_their_batches_together(ranks, tmp_path, name):
     two = load_file(ranks / f"{name}.safetensors")

@@ -137,6 +137,7 @@ def assert_same(one, other):
         assert torch.equal(mask, run_of(other).masks[name]), name
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("make", "steps"),
     [

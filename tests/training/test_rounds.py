@@ -393,6 +393,7 @@ def test_stopping_early_ends_in_the_round_it_is_in(tmp_path):
     assert rounds_of(run_of(model)).done < 2
 
 
+@pytest.mark.slow
 def test_two_ranks_rewind_to_one_point(tmp_path, python):
     done = python.ranks(WORKER, tmp_path)
     assert done.status == 0, done.err[-3000:]

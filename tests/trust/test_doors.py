@@ -210,6 +210,7 @@ def measured_here(monkeypatch):
     return commands
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("driver", ["auto", "streamed"])
 @pytest.mark.parametrize("what", ["a module of another repository", "a tokenizer's module in another repository"])
 def test_a_result_is_measured_without_the_code_that_its_source_names(driver, what, home, canary, measured_here):

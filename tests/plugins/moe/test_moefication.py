@@ -50,6 +50,7 @@ def tiny_phi3():
         return Phi3ForCausalLM(Phi3Config(**DECODER)).eval()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [tiny_llama, tiny_phi3, tiny_opt, tiny_gpt2, tiny_bert, tiny_t5])
 def test_all_experts_on_is_the_dense_model(build):
     model = build().double()

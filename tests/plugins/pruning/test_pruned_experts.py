@@ -79,6 +79,7 @@ def train(model, folder, stop=None, resume=None):
     return model
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_prunes_each_expert_and_leaves_what_routes(name, tmp_path):
     model = qwen2_moe()

@@ -71,6 +71,7 @@ def test_without_the_permutation_even_groups_are_slices_of_the_channels():
             assert torch.equal(module.input_group.long(), even_groups(module.input_group.numel(), 5))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", TINY)
 def test_with_float_weights_the_product_is_that_of_the_groups_partial_products(family):
     """y = sum_g s_g W_g (c_g - z_g), in float64, of a layer with 8-bit weights too."""

@@ -130,6 +130,7 @@ def reference(model, steps, optimizer, decay, term, clip, keep=2, group=4):
     return model
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize(
     ("optim", "decay", "term"),
@@ -310,6 +311,7 @@ def test_begin_every_and_end(tmp_path):
     assert torch.equal(run_of(model).masks[f"{name}.weight"], seen[-1])
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("fields", [{}, {"every": 3}, {"end": 3}, {"begin": 2, "every": 2}, {"begin": 5}], ids=str)
 def test_a_checkpoint_is_dense_and_training_resumes_bit_exact(fields, tmp_path):
     step = {"technique": "sr_ste", "decay": 5.0, **fields}
