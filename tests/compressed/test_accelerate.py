@@ -11,8 +11,10 @@ import weakref
 import pytest
 import torch
 from naive_kernel import NAIVE, NAIVE24, PackedWeight
+from safetensors.torch import load_file
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import hf_optim
 from hf_optim import Contract, Kernel, Reload, Technique, compressed, hookimpl, technique
@@ -585,3 +587,14 @@ def test_outlier_thresholds_of_other_weights_are_ignored():
         compressed.set_outlier_threshold(model, [UP], 5.0)
         hf_optim.accelerate(model, [NAIVE])
         assert model.get_submodule(UP).packing.description.outliers is None
+
+
+def test_codes_that_no_kernel_runs_are_saved_as_codes(tmp_path):
+    quantize(tiny_llama().requires_grad_(False), 8, None, kind="float", activations="fp8").save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad(), pytest.warns(KernelWarning):
+        expected = hf_optim.accelerate(model, [])(TOKENS).logits
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors")[f"{UP}.weight"].dtype == torch.float8_e4m3fn
+    with torch.no_grad():
+        assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "again")(TOKENS).logits, expected)

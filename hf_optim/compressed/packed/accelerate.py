@@ -134,18 +134,32 @@ def _pack_experts(model: nn.Module, kernels: tuple[Kernel, ...]) -> dict[str, st
 
 
 def _make_savable(model: nn.Module) -> None:
-    """Make ``save_pretrained`` write the stored format of packed layers, also of a model that others quantized."""
+    """Make ``save_pretrained`` write the stored format of packed layers, also of a model that others quantized.
+
+    The same for layers that stock transformers loaded and that were only decompressed: it would save their dense
+    weights beside the scales, which no loader reads.
+    """
     inner: Any = _pretrained(model)
-    kinds = (PackedLinear, PackedExperts)
-    packed = any(isinstance(m, kinds) and hasattr(m, "quantization_scheme") for m in model.modules())
-    if not packed or inner is None:
+    if inner is None:
+        return
+    quantized = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+    former = getattr(inner, "hf_quantizer", None)
+    if not any(isinstance(module, (PackedLinear, PackedExperts)) for module in quantized) and (
+        former is None or not any(_is_decompressed(module) for module in quantized)
+    ):
         return
     from ..quantizer import attach_quantizer, quantizer_class
 
-    former = getattr(inner, "hf_quantizer", None)
     if not isinstance(former, quantizer_class()):
         inner.__dict__[ATTACHED] = former is None
         attach_quantizer(inner)
+
+
+def _is_decompressed(module: nn.Module) -> bool:
+    """Return True for a layer with a dense weight that was stored as codes."""
+    args = getattr(module.quantization_scheme, "weights", None)
+    status = getattr(module, "quantization_status", None)
+    return args is not None and getattr(status, "value", status) == "decompressed"
 
 
 def restore(model: nn.Module) -> nn.Module:
