@@ -59,6 +59,19 @@ def test_a_layer_compiles_without_a_break_for_any_number_of_tokens(kind, device)
             assert torch.allclose(found, right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_on_a_cpu_compiles_without_a_break_in_every_type(dtype):
+    model, ids = built("mixtral", "cpu")
+    hf_optim.accelerate(model.to(dtype))
+    gradients = []
+    for run in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        run(ids, use_cache=False, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for found, right in zip(*gradients, strict=True):
+        assert torch.allclose(found, right, rtol=1e-2, atol=1e-2 * float(right.abs().max()))
+
+
 @pytest.mark.gpu
 def test_a_whole_model_compiles_without_a_break():
     model, ids = built("qwen3_moe", "cuda")

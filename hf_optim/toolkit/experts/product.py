@@ -93,11 +93,24 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ``[S, out]``, of the dtype of ``weight``.
     """
     rows = rows.to(weight.dtype)
+    if torch.compiler.is_compiling() and not _is_traced(weight, rows):
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
     if is_fused(weight, rows):
         return F.grouped_mm(rows, weight, offs=ends)
     stops = ends.tolist()
     parts = [rows[begin:end] @ weight[i] for i, (begin, end) in enumerate(zip([0, *stops], stops, strict=False))]
     return torch.cat([*parts, rows.new_zeros(len(rows) - stops[-1], weight.shape[2])])
+
+
+def _is_traced(weight: Tensor, rows: Tensor) -> bool:
+    """Return True if ``torch.compile`` traces PyTorch's grouped product of these tensors, which it does in bfloat16.
+
+    The operator of transformers is opaque to it, but asks the host for the groups, so it is not for the steps that are
+    captured on a device.
+    """
+    on_cpu = weight.device.type == "cpu"
+    grad = torch.is_grad_enabled() and (weight.requires_grad or rows.requires_grad)
+    return is_fused(weight, rows) and (weight.dtype == torch.bfloat16 or not (on_cpu or grad))
 
 
 def is_fused(weight: Tensor, rows: Tensor) -> bool:
