@@ -21,8 +21,14 @@ Setting = TypeVar("Setting")
 
 
 def store(config: Any, key: str, setting: Any) -> None:
-    """Write a setting, a dataclass, into a configuration; None removes it."""
-    held = {name: value for name, value in dict(getattr(config, FIELD, None) or {}).items() if name != key}
+    """Write a setting, a dataclass, into a configuration; None removes it.
+
+    Raises ``CheckpointError`` if something else stands where the settings belong.
+    """
+    found = getattr(config, FIELD, None) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json: {FIELD} must be a mapping, not {shown(found)}")
+    held = {name: value for name, value in found.items() if name != key}
     if setting is not None:
         held[key] = dataclasses.asdict(setting)
     if held:

@@ -225,6 +225,15 @@ def test_a_malformed_entry_of_a_checkpoint_is_refused(tmp_path, entry, text):
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.parametrize("held", [[1], "\x1b[31m", 3])
+def test_what_stands_in_the_place_of_the_settings_is_not_overwritten(held):
+    model = tiny_mixtures.build("mixtral")
+    model.config.hf_optim = held
+    with pytest.raises(CheckpointError, match=r"config\.json: hf_optim must be a mapping") as caught:
+        hf_optim.optimize(model, [CapacityRouting(measure=False)])
+    assert "\x1b" not in str(caught.value)
+
+
 def test_the_experts_of_upcycle_and_quantized_experts_have_a_capacity(tmp_path):
     upcycled = hf_optim.optimize(tiny_llama(), ["upcycle", CapacityRouting(measure=False, capacity=0.5)])
     assert any(shares_after(upcycled))
