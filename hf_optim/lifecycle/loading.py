@@ -55,9 +55,12 @@ def load(
     _restrict(kwargs)
     if isinstance(optim_config, str) and optim_config == AUTO:
         return _load_auto(cls, stock, args, kwargs)
+    from ..toolkit.experts import detach_experts
+
     recipe = OptimConfig.parse(optim_config)
     _refuse_streamed(recipe)
     require_in_memory_map(kwargs.get("device_map"))
+    given_experts = _given_experts(kwargs)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     config, kwargs = _resolve_config(cls, source, kwargs)
     _refuse_data_fields(kwargs, config)
@@ -79,6 +82,8 @@ def load(
     model = run_stages(run, calibration)
     if run.stage is None:
         _put_on_kernels(model)
+        if given_experts is not None:
+            detach_experts(model)
     return (model, info) if wants_info else model
 
 
@@ -218,9 +223,7 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     from ..toolkit.experts import attach_experts, attach_stored_settings, detach_experts
 
     wants_info = kwargs.pop("output_loading_info", False)
-    # transformers' Auto classes have put the argument into the configuration.
-    given_config = getattr(kwargs.get("config"), "_experts_implementation", None)
-    given_experts = kwargs.get("experts_implementation", given_config)
+    given_experts = _given_experts(kwargs)
     source = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
     with readable_errors(source):
         config, kwargs = _resolve_config(cls, source, kwargs)
@@ -240,6 +243,13 @@ def _load_auto(cls: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwarg
     attach_stored_settings(model)
     (attach_experts if given_experts is None else detach_experts)(model)
     return (model, info) if wants_info else model
+
+
+def _given_experts(kwargs: Mapping[str, Any]) -> Any:
+    """Return the implementation of experts that the caller of ``from_pretrained`` chose, or None."""
+    # transformers' Auto classes have put the argument into the configuration.
+    given_config = getattr(kwargs.get("config"), "_experts_implementation", None)
+    return kwargs.get("experts_implementation", given_config)
 
 
 def _load_placed(

@@ -164,6 +164,16 @@ def test_auto_switches_the_experts_of_a_checkpoint(tmp_path):
     assert "hf_optim" not in chosen(stock)
 
 
+@pytest.mark.parametrize("given", ["eager", None])
+def test_a_recipe_keeps_an_implementation_that_the_caller_gave(given, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tiny_mixtures.build("qwen3_moe").save_pretrained(tmp_path)
+    named = {} if given is None else {"experts_implementation": given}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=["magnitude"], **named)
+    assert chosen(model) == {given or "hf_optim"}
+
+
 def test_gradients_of_an_accelerated_layer_are_those_of_the_eager_one():
     module = module_of("gpt_oss").double()
     random = torch.Generator().manual_seed(0)
