@@ -22,6 +22,7 @@ from .checkpoint_callback import CheckpointCallback
 from .checkpoint_files import require_readable
 from .loss_weights import OTHER_KEY, TASK_KEY, Key, count_items, count_task_items, is_summed, step_weights, weighted
 from .mask_callback import MaskCallback
+from .saved_weights import complete_weights
 from .stage_callbacks import stage_callbacks
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,16 @@ class OptimTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         except ModelError as error:  # its tensors do not fit the model
             raise CheckpointError(str(error)) from error
+        self._complete(folder)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._complete(Path(str(self.state.best_model_checkpoint)))
+
+    def _complete(self, folder: Path) -> None:
+        """Load what is stored under other names than the model has; in a training stage its callback does so."""
+        if self.run.stage is None:
+            complete_weights(self.run.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with stock_errors(checkpoint, RESUMING):

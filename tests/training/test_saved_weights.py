@@ -106,3 +106,25 @@ def test_a_damaged_checkpoint_is_refused_by_name(family, key, damage, kind, trai
     trainer = trainer_of(kind, family, tmp_path / "out", save_strategy="no", resume_from_checkpoint=str(folder))
     with pytest.raises(CheckpointError, match=r"norm|layers?\.1\.|layers\.1\."):
         trainer.train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_after_a_recipe_resumes_from_all_weights_too(family, tmp_path):
+    def trainer(**changes):
+        model, _ = build_family(family)
+        hf_optim.optimize(model, [{"technique": "magnitude", "sparsity": 0.5}])
+        saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+        args = arguments(tmp_path, max_steps=4, learning_rate=0.01, **saving, **changes)
+        return OptimTrainer(model=model, args=args, train_dataset=rows(family), eval_dataset=rows(family))
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in resumed.model.state_dict().items():
+        torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-5, atol=1e-7, msg=name)
+    best = trainer(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    best.train()
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    wanted = load_saved(best.model, tmp_path / "checkpoint-2").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in best.model.state_dict().items())
