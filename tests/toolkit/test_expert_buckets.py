@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+
 import pytest
 import tiny_mixtures
 import torch
@@ -275,6 +279,25 @@ def test_buckets_and_a_capacity_come_and_go_in_any_order(routing_first, routing_
         model(input_ids=IDS)
     (detach_buckets if routing_leaves_first else detach_routing)(model)
     assert model.get_experts_implementation() == former
+    assert "hf_optim" not in ALL_EXPERTS_FUNCTIONS
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("stable", [0, 2])
+def test_a_copy_computes_without_the_model_it_was_made_of(duplicate, stable):
+    model = tiny_mixtures.build("mixtral")
+    former = model.get_experts_implementation()
+    attach_buckets(model, Buckets(stable=stable))
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        other = duplicate(model)
+        assert all(entry["forwards"] == 0 for entry in expert_buckets(other).values())
+        del model
+        gc.collect()
+        assert torch.equal(other(input_ids=IDS).logits, expected)
+    assert all(entry["forwards"] == 1 for entry in expert_buckets(other).values())
+    detach_buckets(other)
+    assert other.get_experts_implementation() == former
     assert "hf_optim" not in ALL_EXPERTS_FUNCTIONS
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import registry
 from .bucketed_product import bucketed_product, room_of
 from .buckets import Buckets, CapacityWatch
 from .product import expert_product
@@ -99,7 +100,9 @@ class Graph:
 
 
 class BucketedLayer:
-    """The capacities and graphs of one module of experts.
+    """The capacities and graphs of one module of experts, which keep hf_optim's experts function registered.
+
+    A copy of the model and a pickle start anew: graphs refer to the weights that they were captured with.
 
     Attributes:
         name: of the module in its model.
@@ -112,6 +115,10 @@ class BucketedLayer:
         self.name, self.setting, self.counts, self.failure = name, setting, Counts(), ""
         self.watches: OrderedDict[int, CapacityWatch] = OrderedDict()
         self.graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+        registry.use(self)
+
+    def __reduce__(self) -> Any:
+        return BucketedLayer, (self.name, self.setting)
 
     def forward(self, module: Any, hidden: Tensor, experts: Tensor, weights: Tensor, complete: bool) -> Tensor:
         """Return the output ``[T, d]``. hidden ``[T, d]``, experts int64 ``[T, k]``, weights ``[T, k]``."""

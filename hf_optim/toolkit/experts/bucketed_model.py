@@ -86,7 +86,8 @@ def attach_stored_buckets(model: nn.Module) -> None:
 def detach_buckets(model: nn.Module) -> None:
     """Undo ``attach_buckets``. A model without buckets is not changed."""
     for module in list(model.modules()):
-        vars(module).pop(LAYER, None)
+        if (layer := vars(module).pop(LAYER, None)) is not None:
+            registry.drop(layer)
         if skipper_of(module) is not None:
             skip_none(module)
         if (handle := vars(module).pop(BATCH, None)) is not None:
