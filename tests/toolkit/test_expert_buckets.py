@@ -213,6 +213,17 @@ def test_graphs_and_sizes_are_bounded(recorded, monkeypatch):
     ).shape == (0, 32)
 
 
+def test_packed_experts_run_on_their_own_kernel_and_are_not_captured(recorded):
+    model = hf_optim.optimize(tiny_mixtures.build("mixtral"), [{"technique": "rtn"}, {"technique": "dynamoe"}])
+    hf_optim.accelerate(model)
+    with torch.no_grad():
+        outputs = [model(input_ids=IDS).logits for _ in range(3)]
+    assert torch.equal(outputs[0], outputs[2])
+    for entry in expert_buckets(model).values():
+        assert entry["forwards"] >= 3
+        assert (entry["captures"], entry["replays"]) == (0, 0)
+
+
 def test_a_capture_that_fails_leaves_the_layer_usable(recorded, monkeypatch, caplog):
     class Failing:
         def __init__(self, *_):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..topology.experts import is_packed_experts
 from . import registry
 from .bucketed_product import bucketed_product, room_of
 from .buckets import Buckets, CapacityWatch
@@ -127,8 +128,10 @@ class BucketedLayer:
         watch = self._watch(len(hidden))
         self.counts.forwards += 1
         graph = None
-        if watch.capacities is not None and not self.failure and self._captures(module, hidden, weights):
-            graph = self._graph(module, hidden, experts, weights, watch.capacities)
+        # Buffers are multiplied by dense matrices, and those of packed experts would be decoded, all at every read.
+        usable = watch.capacities is not None and not self.failure and not is_packed_experts(module)
+        if usable and self._captures(module, hidden, weights):
+            graph = self._graph(module, hidden, experts, weights, watch.capacities)  # type: ignore[arg-type]
         if graph is None:
             self._note(watch, load_of(experts, module.num_experts))
             return expert_product(module, hidden, experts, weights, complete)
