@@ -103,7 +103,7 @@ class Graph:
 class BucketedLayer:
     """The capacities and graphs of one module of experts, which keep hf_optim's experts function registered.
 
-    A copy of the model and a pickle start anew: graphs refer to the weights that they were captured with.
+    Copies and pickles of a model get new ones, since graphs refer to the weights that they were captured with.
 
     Attributes:
         name: of the module in its model.
