@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_mixtures
 import torch
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5, tiny_vit
 from torch import nn
@@ -138,6 +139,7 @@ def test_output_heads(traces):
 def test_has_experts():
     assert [name for name in FAMILIES if topology.has_experts(TINY[name]())] == ["mixtral"]
     assert not topology.has_experts(nn.Linear(2, 2))
+    assert topology.has_experts(tiny_mixtures.build("nllb-moe"))  # keeps a dropout beside its experts
 
 
 # --- blocks -------------------------------------------------------------------------------------------------

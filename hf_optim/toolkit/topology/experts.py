@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -288,7 +289,8 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Module]:
 def _stores_experts(module: nn.Module, counts: set[int]) -> bool:
     """Return True if a module is a list of experts or has their stacked matrices; ``counts`` are possible numbers."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return len(module) in counts
+        # Not the length alone: NLLB-MoE keeps a dropout beside its experts.
+        return len(module) in counts or any(n in counts for n in Counter(map(type, module.children())).values())
     return is_packed_experts(module) or any(
         p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False)
     )
