@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from hf_optim.toolkit import experts
 from hf_optim.toolkit.statistics import ChannelAbsMax
 
 from ._recompute import recompute
+from ._settings import settings_of
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -32,8 +32,7 @@ class CapacityTechnique(Technique):
 
     def routing(self) -> experts.Routing:
         """Return the settings of the layers: the fields that the technique has, and defaults."""
-        named = (field.name for field in dataclasses.fields(experts.Routing))
-        return experts.Routing(**{name: getattr(self, name) for name in named if hasattr(self, name)})
+        return settings_of(self, experts.Routing)
 
     @classmethod
     def for_testing(cls) -> Technique:

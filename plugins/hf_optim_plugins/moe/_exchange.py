@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +9,8 @@ from transformers import PreTrainedModel
 
 from hf_optim import Contract, Technique, hookimpl, traits
 from hf_optim.toolkit import experts
+
+from ._settings import settings_of
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -30,9 +31,7 @@ class ExchangeTechnique(Technique):
 
     def exchange(self) -> experts.Exchange:
         """Return the setting of the layers: the fields that the technique has, and defaults."""
-        named = (field.name for field in dataclasses.fields(experts.Exchange) if field.name != "kind")
-        given = {name: getattr(self, name) for name in named if hasattr(self, name)}
-        return experts.Exchange(kind=self.kind, **given)
+        return settings_of(self, experts.Exchange, kind=self.kind)
 
     def changes_architecture(self) -> bool:
         return False

@@ -24,7 +24,6 @@ it.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +31,8 @@ from transformers import PreTrainedModel
 
 from hf_optim import Contract, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.toolkit import experts
+
+from ._settings import settings_of
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -69,8 +70,7 @@ class DynaMoE(Technique):
     @property
     def buckets(self) -> experts.Buckets:
         """The setting of the layers."""
-        named = (field.name for field in dataclasses.fields(experts.Buckets))
-        return experts.Buckets(**{name: getattr(self, name) for name in named if hasattr(self, name)})
+        return settings_of(self, experts.Buckets)
 
     def validate(self) -> None:
         try:
