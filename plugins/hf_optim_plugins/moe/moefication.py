@@ -47,6 +47,7 @@ from ._neuron_stacks import (
     new_names,
     stack_names,
 )
+from ._own_code import require_own_code
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope
@@ -138,15 +139,7 @@ class Moefication(Technique):
             )
         for layer in chosen:
             self._sizes(layer, label)
-        try:
-            code = generate(self.remote_code, type(model.config))  # type: ignore[arg-type]
-        except ModelError as error:
-            raise ModelError(f"{label}: {error}") from error
-        if not hasattr(code, self.remote_code.prefix + type(model).__name__):
-            raise ModelError(
-                f"{label}: {type(model).__name__} is not among the classes that transformers' AutoModel classes "
-                "support, so no code can be saved with it"
-            )
+        require_own_code(model, self.remote_code, label)
         return chosen, {reason: [n for n in names if n in named] for reason, names in skipped.items()}
 
     def _sizes(self, layer: FeedForward, label: str) -> tuple[int, int]:

@@ -35,6 +35,7 @@ from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, 
 from . import _inlet_layers, _residual_layers
 from ._copies import copies, perturb_
 from ._neuron_stacks import input_parts
+from ._own_code import require_own_code
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run
@@ -125,15 +126,7 @@ class PRMoE(Technique):
             raise ModelError(
                 f"{label}: experts has {len(self.experts)} numbers for {len(chosen)} layers; give at most one for each"
             )
-        try:
-            code = generate(self.remote_code, type(model.config))  # type: ignore[arg-type]
-        except ModelError as error:
-            raise ModelError(f"{label}: {error}") from error
-        if not hasattr(code, self.remote_code.prefix + type(model).__name__):
-            raise ModelError(
-                f"{label}: {type(model).__name__} is not among the classes that transformers' AutoModel classes "
-                "support, so no code can be saved with it"
-            )
+        require_own_code(model, self.remote_code, label)
         counts = pyramid(self.experts, len(chosen))
         return {layer.down: count for layer, count in zip(chosen, counts, strict=True)}, chosen, skipped
 
