@@ -26,6 +26,16 @@ NOTEBOOKS = sorted(HOME.rglob("*.ipynb"))
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "saw", "bird", "in", "old", "tree", "near", "river"]
 
 
+@pytest.fixture(autouse=True)
+def verbosity_as_found():
+    """An example is a process of its own as users run it, and quiets transformers for all of it."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+
+
 def load(name: str) -> types.ModuleType:
     """Import an example as a module."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", HOME / f"{name}.py")
