@@ -50,5 +50,8 @@ SPARSE = Trait("sparse", "has weights that were pruned to zero", fragile=True, s
 SPARSE_NM = Trait("sparse-nm", "keeps N of every M weights in a row", fragile=True, step="an N:M pruning step")
 MOE = Trait("moe", "routes tokens to experts", step="a step that makes a mixture of experts")
 LOCAL_ATTENTION = Trait("local-attention", "attends to a bounded part of the sequence", step="a local-attention step")
+SPARSE_ATTENTION = Trait(
+    "sparse-attention", "computes attention for a part of all pairs of tokens", step="a sparse-attention step"
+)
 
-BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, BITS_ASSIGNED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION)
+BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, BITS_ASSIGNED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION, SPARSE_ATTENTION)

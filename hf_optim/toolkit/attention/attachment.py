@@ -1,0 +1,222 @@
+"""Patterns in transformers: an attention function and a mask of the same name, and the classes of such a model.
+
+A technique makes one ``Attachment``, with the name of the implementation and the function that builds the patterns of a
+layer from the settings in the configuration. transformers has the padding of a batch only where masks are made, so the
+mask of that name hands over segments, and the attention function does the rest.
+
+This file is stored beside checkpoints, so it imports only torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
+
+from .attend import HeadPatterns, attend
+from .pattern import Pattern
+from .rows import Rows
+
+FIELD = "attention_pattern"  # of the configuration: the settings of the technique, a dict
+
+Builder = Callable[[Mapping[str, Any], int, int, bool], Sequence[Pattern]]
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """An attention implementation that computes the patterns of a technique.
+
+    Attributes:
+        name: of the implementation, as in ``attn_implementation``.
+        build: ``build(settings, layer, heads, causal)`` returns the pattern of all heads, or one for each.
+    """
+
+    name: str
+    build: Builder
+
+    def register(self) -> None:
+        """Register the function and the mask with transformers. Repeated calls replace what was there."""
+        AttentionInterface.register(self.name, self.attention)
+        AttentionMaskInterface.register(self.name, mask)
+
+    def unregister(self) -> None:
+        """Remove both again."""
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(self.name, None)
+
+    def patterns(self, config: Any, layer: int, heads: int, causal: bool) -> HeadPatterns:
+        """Return the patterns of a layer. Raises ``ValueError`` for settings that make none."""
+        settings = getattr(config, FIELD, None)
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"attn_implementation={self.name!r} needs config.{FIELD}")
+        return _patterns(self, json.dumps(settings, sort_keys=True), layer, heads, causal)
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Compute the attention of a module of transformers under its patterns.
+
+        Args:
+            module: has ``config``, ``layer_idx`` and ``is_causal``.
+            query: ``[B, H, N, D]``.
+            key, value: ``[B, G, M, D]``.
+            attention_mask: what ``mask`` returned, or a mask ``[B, 1, N, M]`` that the caller made.
+            scaling: of the scores; 1 / sqrt(D) if it is None.
+            dropout: share of the weights that is dropped.
+
+        Returns:
+            The output ``[B, N, H, D]``, and None: weights are not formed.
+        """
+        if softcap is not None or s_aux is not None:
+            what = "a soft cap of the scores" if softcap is not None else "attention sinks"
+            raise ValueError(f"{self.name} does not compute {what}: set another attn_implementation")
+        causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+        layer = getattr(module, "layer_idx", None)
+        heads = self.patterns(module.config, 0 if layer is None else layer, query.shape[1], causal)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows, other = _read(attention_mask, query.shape[2], key.shape[2])
+        if position_bias is not None:
+            other = position_bias if other is None else _with_bias(position_bias, other)
+        out = attend(query, key, value, heads, scale, rows, other, dropout if module.training else 0.0)
+        return out.transpose(1, 2).contiguous(), None
+
+
+@lru_cache(maxsize=1024)
+def _patterns(attachment: Attachment, settings: str, layer: int, heads: int, causal: bool) -> HeadPatterns:
+    return HeadPatterns.of(attachment.build(json.loads(settings), layer, heads, causal), heads)
+
+
+def mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Return what the attention function needs of a batch, in the place of a mask.
+
+    None: each row is one document without padding. int32 ``[B, 1, 1, M]``: the segments of ``Rows``. bool
+    ``[B, 1, N, M]``: the mask of a model that restricts attention in ways of its own.
+    """
+    documents = _documents(mask_function)
+    if documents is None:
+        stock: Callable[..., Any] = AttentionMaskInterface()["sdpa"]
+        more = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device}
+        offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+        masks = {"mask_function": mask_function, "attention_mask": attention_mask}
+        return stock(**{**kwargs, **sizes, **offsets, **masks, **more})
+    documents = list(documents)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not documents and not padded and q_length == kv_length:
+        return None
+    segments = torch.zeros(batch_size, kv_length, dtype=torch.int32, device=device)
+    if documents:
+        segments = segments + documents[0].to(segments)
+    if padded:
+        assert attention_mask is not None
+        known = attention_mask.bool()[:, kv_offset : kv_offset + kv_length]
+        segments[:, : known.shape[1]].masked_fill_(~known, -1)
+    handed = segments[:, None, None, :]
+    handed.hf_optim_rows = Rows.of(segments, int(q_offset) - int(kv_offset))  # type: ignore[attr-defined]
+    return handed
+
+
+def _read(handed: Tensor | None, count: int, length: int) -> tuple[Rows | None, Tensor | None]:
+    """Return rows and mask from what ``mask`` returned."""
+    if handed is None:
+        return None, None
+    if handed.dtype != torch.int32:
+        return None, handed
+    rows = getattr(handed, "hf_optim_rows", None)  # lost where the tensor was copied
+    return rows if rows is not None else Rows.of(handed[:, 0, 0], length - count), None
+
+
+def _with_bias(bias: Tensor, other: Tensor) -> Tensor:
+    if other.dtype == torch.bool:
+        return bias.masked_fill(~other, torch.finfo(bias.dtype).min)
+    return bias + other
+
+
+def _documents(mask_function: Callable[..., Any]) -> Iterator[Tensor] | None:
+    """Return the document numbers ``[B, M]`` of packed rows in a mask function; None if it restricts more than that."""
+    found = list(_leaves(mask_function))
+    return None if any(leaf is None for leaf in found) else (leaf for leaf in found if isinstance(leaf, Tensor))
+
+
+def _leaves(function: Any) -> Iterator[Any]:
+    """Yield for each part of a mask function: its documents, True if it only orders or pads, None if it is unknown."""
+    if function in (causal_mask_function, bidirectional_mask_function):
+        yield True
+        return
+    name = getattr(function, "__qualname__", "")
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if name == "packed_sequence_mask_function.<locals>.inner_mask" and len(cells) == 1:
+        yield cells[0]
+    elif name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        # Causality by position inside of a document is causality by place.
+        for inner in cells:
+            if callable(inner):
+                yield from _leaves(inner)
+    elif name == "and_masks.<locals>.and_mask":
+        for inner in cells[0]:
+            yield from _leaves(inner)
+    else:
+        yield None
+
+
+class PatternConfig(PreTrainedConfig):
+    """Mixin of a configuration whose model computes a pattern, whatever implementation a caller asks for.
+
+    Subclasses set ``implementation``.
+    """
+
+    implementation = ""
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return None if self._attn_implementation_internal is None else type(self).implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
+
+
+def number_layers(model: nn.Module) -> None:
+    """Give attention modules without a number of their layer (ViT) one, in their order."""
+    found = [module for module in model.modules() if hasattr(module, "is_causal")]
+    if found and all(getattr(module, "layer_idx", None) is None for module in found):
+        for index, module in enumerate(found):
+            module.layer_idx = index
+
+
+class PatternModel:
+    """Mixin of a model class, first among its bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        number_layers(self)  # type: ignore[arg-type]

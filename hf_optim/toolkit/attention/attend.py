@@ -1,0 +1,226 @@
+"""Attention under patterns: the same result on every way to compute it, which is chosen by device and length.
+
+- The lists of blocks, by a kernel on a GPU where one is installed, or in plain PyTorch: time follows the pattern.
+- One dense product with a mask: for short rows, for patterns that see most, and while a cache is read.
+
+This file is stored beside checkpoints, so it imports only torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .blocked import blocked_attention, merge
+from .layout import BLOCK, Layout, layouts
+from .pattern import Pattern
+from .rows import Apart, Rows
+
+KERNEL = "hf_optim_kernels.sparse_attention"  # where it is installed
+SHORTEST = 256  # rows below are computed densely
+LARGEST_SHARE = 0.5  # of the blocks; patterns that see more are computed densely
+
+
+@dataclass(frozen=True)
+class HeadPatterns:
+    """The patterns of the query heads of a layer.
+
+    Attributes:
+        patterns: the distinct ones.
+        heads: for each query head the index of its pattern.
+    """
+
+    patterns: tuple[Pattern, ...]
+    heads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, patterns: Sequence[Pattern], heads: int) -> HeadPatterns:
+        """Return the patterns of ``heads`` heads, given one for all of them or one for each."""
+        if len(patterns) not in (1, heads):
+            raise ValueError(f"{len(patterns)} patterns for {heads} heads: give one for all, or one for each")
+        distinct = tuple(dict.fromkeys(patterns))
+        each = patterns if len(patterns) == heads else patterns * heads
+        return cls(distinct, tuple(distinct.index(pattern) for pattern in each))
+
+    @property
+    def moves_along(self) -> bool:
+        """True if only distances count, in every head."""
+        return all(pattern.moves_along for pattern in self.patterns)
+
+    @property
+    def reads_length(self) -> bool:
+        """True if what a head sees depends on the number of tokens in the row."""
+        return any(term.reads_length for pattern in self.patterns for term in pattern.terms)
+
+    @property
+    def causal(self) -> bool:
+        """True if no head sees keys behind the query."""
+        return all(pattern.causal for pattern in self.patterns)
+
+    def is_full(self, length: int) -> bool:
+        """Return True if every head sees all that the model allows in a row of ``length`` tokens."""
+        return _is_full(self, length)
+
+
+@lru_cache(maxsize=256)
+def _is_full(heads: HeadPatterns, length: int) -> bool:
+    return all(pattern.is_full(length) for pattern in heads.patterns)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: HeadPatterns,
+    scale: float,
+    rows: Rows | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    way: str = "auto",
+) -> Tensor:
+    """Compute softmax attention over the keys that the patterns let each query see.
+
+    Args:
+        query: ``[B, H, N, D]``.
+        key, value: ``[B, G, M, D]``; M = N, or more if the first keys come from a cache.
+        heads: the patterns of the H heads.
+        scale: of the scores.
+        rows: padding and documents; None if each row is one whole document. Positions count from its first token.
+        mask: bool (True: visible) or additive, broadcast to ``[B, H, N, M]``: intersected with the patterns.
+        dropout: share of the attention weights that is dropped.
+        way: ``auto``, ``blocks`` or ``dense``.
+
+    Returns:
+        ``[B, H, N, D]``; zero for a query that sees nothing (padding).
+    """
+    count, length = query.shape[2], key.shape[2]
+    if mask is not None or count != length:
+        return _dense(query, key, value, heads, scale, rows, mask, dropout)
+    if rows is not None and not heads.is_full(length) and _must_move(rows, heads):
+        return _each_document(query, key, value, heads, scale, rows, dropout, way)
+    lists = _lists(query, heads, length, way)
+    if lists is None:
+        return _dense(query, key, value, heads, scale, rows, None, dropout)
+    segments = None if rows is None else rows.segments
+    kernel = None if dropout else _kernel(query)
+    product: Callable[..., Any] = kernel or blocked_attention
+    extra = {"dropout": dropout} if dropout else {}
+    return merge([product(query, key, value, part, scale, segments, segments, **extra) for part in lists])[0]
+
+
+def _must_move(rows: Rows, heads: HeadPatterns) -> bool:
+    """Return True if the patterns would count positions from the wrong place where the tokens are."""
+    if (rows.left or rows.packed) and not heads.moves_along:
+        return True
+    return heads.reads_length and (rows.packed or rows.left or not rows.same_length)
+
+
+def _each_document(
+    query: Tensor, key: Tensor, value: Tensor, heads: HeadPatterns, scale: float, rows: Rows, dropout: float, way: str
+) -> Tensor:
+    """Compute each document in a row of its own, and those of different lengths apart if the patterns read lengths."""
+    apart = Apart.of(rows)
+    q, k, v = (apart.take(part) for part in (query, key, value))
+    segments, lengths = apart.segments(), apart.lengths()
+    if not heads.reads_length:
+        inner = Rows(segments, same_length=bool((lengths == lengths[0]).all()))
+        return apart.put(attend(q, k, v, heads, scale, inner, None, dropout, way), len(query))
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    for length in lengths.unique().tolist():
+        some = (lengths == length).nonzero()[:, 0]
+        part = attend(*(x[some, :, :length] for x in (q, k, v)), heads, scale, None, None, dropout, way)
+        out = out.index_copy(0, some, functional.pad(part, (0, 0, 0, out.shape[2] - length)))
+    return apart.put(out, len(query))
+
+
+def _lists(query: Tensor, heads: HeadPatterns, length: int, way: str) -> tuple[Layout, ...] | None:
+    """Return the lists to compute by; None to compute densely."""
+    if way == "dense" or heads.is_full(length) or (way == "auto" and length < SHORTEST):
+        return None
+    found = layouts(heads.patterns, heads.heads, length, BLOCK, query.device)
+    blocks = -(-length // BLOCK)
+    whole = blocks * (blocks + 1) / 2 if heads.causal else blocks**2
+    share = sum(part.entries for part in found) / (len(heads.patterns) * whole)
+    return None if way == "auto" and share > LARGEST_SHARE else found
+
+
+@lru_cache(maxsize=1)
+def _installed() -> Any:
+    try:
+        return importlib.import_module(KERNEL)
+    except ImportError:
+        return None
+
+
+def _kernel(query: Tensor) -> Any:
+    """Return the installed kernel if it computes on the device of ``query`` and in its dtype."""
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return None
+    module = _installed()
+    return None if module is None else module.sparse_attention
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, heads: HeadPatterns, scale: float,
+    rows: Rows | None, mask: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    count, length = query.shape[2], key.shape[2]
+    shared = key.shape[1] != query.shape[1]
+    plain = rows is None and mask is None and count == length and heads.is_full(length)
+    if plain:
+        causal = heads.causal and count > 1
+        return functional.scaled_dot_product_attention(
+            query, key, value, None, dropout, is_causal=causal, scale=scale, enable_gqa=shared
+        )
+    seen = seen_mask(heads, count, length, rows, query.device)
+    bias = None
+    if mask is not None:
+        mask = mask[..., :length]
+        seen = seen & mask if mask.dtype == torch.bool else seen & (mask > torch.finfo(mask.dtype).min)
+        bias = None if mask.dtype == torch.bool else mask
+    empty = ~seen.any(-1, keepdim=True)
+    seen = seen | empty  # no row without keys: its softmax would be undefined
+    if bias is not None:
+        bias = bias.masked_fill(~seen, -torch.inf).masked_fill(empty, 0).to(query.dtype)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, seen if bias is None else bias, dropout, scale=scale, enable_gqa=shared
+    )
+    return out.masked_fill(empty, 0)
+
+
+def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, device: torch.device) -> Tensor:
+    """Return bool ``[B or 1, H or 1, count, length]``: which keys the last ``count`` queries, or those at the offset, see."""
+    if rows is None:
+        if count == length:
+            return _whole_mask(heads, length, device)
+        key = torch.arange(length, device=device)
+        return _by_head(heads, key[None, -count:, None], key[None, None, :], length)
+    start = rows.offset if count != length else 0
+    key = rows.positions()
+    segments_k = rows.segments
+    segments_q = segments_k[:, start : start + count]
+    lengths: Any = length
+    if heads.reads_length:
+        lengths = (segments_k[:, :, None] == segments_q[:, None, :]).sum(1)[:, :, None]
+    seen = _by_head(heads, key[:, start : start + count, None], key[:, None, :], lengths)
+    own = (segments_q[:, :, None] == segments_k[:, None, :]) & (segments_q >= 0)[:, :, None]
+    return seen & own[:, None]
+
+
+@lru_cache(maxsize=16)
+def _whole_mask(heads: HeadPatterns, length: int, device: torch.device) -> Tensor:
+    key = torch.arange(length, device=device)
+    return _by_head(heads, key[None, :, None], key[None, None, :], length)
+
+
+def _by_head(heads: HeadPatterns, query: Tensor, key: Tensor, length: Any) -> Tensor:
+    shape = torch.broadcast_shapes(query.shape, key.shape)
+    seen = torch.stack([pattern.sees(query, key, length).expand(shape) for pattern in heads.patterns], 1)
+    return seen if len(heads.patterns) == 1 else seen[:, list(heads.heads)]

@@ -1,0 +1,101 @@
+"""The pattern of one head: the union of its terms, in a causal model without keys behind the query.
+
+This file is stored beside checkpoints, so it imports only torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .terms import Band, Term
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Terms that are computed together, in one order of the tokens; pairs of ``earlier`` terms are left out."""
+
+    terms: tuple[Term, ...]
+    earlier: tuple[Term, ...]
+    causal: bool
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        """Return True where the pass computes a pair; arguments as in ``Term.sees``."""
+        found = _any_sees(self.terms, query, key, length)
+        if self.earlier:
+            found = found & ~_any_sees(self.earlier, query, key, length)
+        return found & (key <= query) if self.causal else found
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What the queries of a head see.
+
+    Attributes:
+        terms: a query sees the keys of any of them.
+        causal: keys behind the query are not seen, whatever the terms say.
+    """
+
+    terms: tuple[Term, ...]
+    causal: bool = False
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        """Return True where the query at a position sees the key at a position; arguments as in ``Term.sees``."""
+        return Pass(self.terms, (), self.causal).sees(query, key, length)
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        """Return True for keys that a query at position ``query`` or later can see."""
+        found = torch.zeros_like(key, dtype=torch.bool)
+        for term in self.terms:
+            found = found | term.stays(key, query, length)
+        return found
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Return disjoint passes whose union is the pattern: one for each order of tokens, the natural one first."""
+        orders: dict[tuple[str, int], list[Term]] = {}
+        for term in sorted(self.terms, key=lambda term: term.order != ("natural", 1)):
+            orders.setdefault(term.order, []).append(term)
+        found, earlier = [], ()
+        for terms in orders.values():
+            found.append(Pass(tuple(terms), earlier, self.causal))
+            earlier = (*earlier, *terms)
+        return tuple(found)
+
+    @property
+    def moves_along(self) -> bool:
+        """True if only the distance of query and key counts."""
+        return all(term.moves_along for term in self.terms)
+
+    def is_full(self, length: int) -> bool:
+        """Return True if every query of a row of ``length`` tokens sees every key that the model allows."""
+        if any(isinstance(term, Band) and _holds_all(term, length, self.causal) for term in self.terms):
+            return True
+        if length > SMALL:
+            return False
+        place = torch.arange(length)
+        seen = self.sees(place[:, None], place[None, :], length)
+        return bool((seen | (place[None, :] > place[:, None])).all() if self.causal else seen.all())
+
+
+SMALL = 1024  # up to this length a pattern is compared with all pairs
+
+
+def visible(pattern: Pattern, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the pattern as bool ``[length, length]``: True where a query (row) sees a key (column)."""
+    place = torch.arange(length, device=device)
+    return pattern.sees(place[:, None], place[None, :], length).expand(length, length)
+
+
+def _holds_all(band: Band, length: int, causal: bool) -> bool:
+    reaches_back = band.before is None or band.before >= length - 1
+    reaches_on = causal or band.after is None or band.after >= length - 1
+    return band.step == 1 and reaches_back and reaches_on
+
+
+def _any_sees(terms: tuple[Term, ...], query: Tensor, key: Tensor, length: int) -> Tensor:
+    found = terms[0].sees(query, key, length)
+    for term in terms[1:]:
+        found = found | term.sees(query, key, length)
+    return found

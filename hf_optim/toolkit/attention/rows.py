@@ -1,0 +1,97 @@
+"""Rows of a batch as a pattern counts them: without their padding, and each document of a packed row by itself.
+
+This file is stored beside checkpoints, so it imports only torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which tokens of a batch belong together.
+
+    Attributes:
+        segments: int32 ``[B, M]``: -1 for padding, else the number of the document in its row.
+        offset: place of the first query among the keys.
+        left: some row begins with padding.
+        packed: some row holds several documents.
+        same_length: all rows have the same number of tokens.
+    """
+
+    segments: Tensor
+    offset: int = 0
+    left: bool = False
+    packed: bool = False
+    same_length: bool = True
+
+    @classmethod
+    def of(cls, segments: Tensor, offset: int = 0) -> Rows:
+        """Return the rows of ``segments``. This waits for the device."""
+        valid = segments >= 0
+        facts = torch.stack([
+            (~valid[:, 0]).any(),
+            (segments > 0).any(),
+            (valid.sum(1) == valid[0].sum()).all(),
+        ]).tolist()  # fmt: skip
+        return cls(segments, offset, *facts)
+
+    def positions(self) -> Tensor:
+        """Return the position of each key in its document, int64 ``[B, M]``; that of padding means nothing."""
+        place = torch.arange(self.segments.shape[1], device=self.segments.device).expand_as(self.segments)
+        begins = torch.ones_like(self.segments, dtype=torch.bool)
+        begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
+        return place - torch.where(begins, place, 0).cummax(1).values
+
+
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """Documents moved into rows of their own, that begin at place 0 and are padded at the end.
+
+    Attributes:
+        index: int64 ``[R, P]``: the token ``row * M + place`` of each new place, -1 for padding.
+        back: int64 ``[B * M]``: the new place ``row * P + place`` of each token; padding points anywhere.
+        valid: bool ``[B * M]``: True for tokens, False for padding.
+    """
+
+    index: Tensor
+    back: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> Apart:
+        """Return where the documents of ``rows`` go."""
+        segments = rows.segments.long()
+        batch, length = segments.shape
+        valid = (segments >= 0).flatten()
+        document = (torch.arange(batch, device=segments.device)[:, None] * length + segments).flatten()
+        _, row = torch.unique(document[valid], return_inverse=True)
+        place = rows.positions().flatten()[valid]
+        index = segments.new_full((int(row.max()) + 1, int(place.max()) + 1), -1)
+        index[row, place] = valid.nonzero()[:, 0]
+        back = segments.new_zeros(batch * length)
+        back[valid] = row * index.shape[1] + place
+        return cls(index, back, valid)
+
+    def lengths(self) -> Tensor:
+        """Return the number of tokens in each new row, int64 ``[R]``."""
+        return (self.index >= 0).sum(1)
+
+    def take(self, part: Tensor) -> Tensor:
+        """Return ``[B, H, M, D]`` as ``[R, H, P, D]``."""
+        tokens = part.transpose(1, 2).flatten(0, 1)
+        return tokens[self.index.clamp_min(0)].transpose(1, 2)
+
+    def put(self, part: Tensor, batch: int) -> Tensor:
+        """Return ``[R, H, P, D]`` as ``[B, H, M, D]``, zero at padding."""
+        tokens = part.transpose(1, 2).flatten(0, 1)[self.back]
+        tokens = tokens.masked_fill(~self.valid[:, None, None], 0)
+        return tokens.unflatten(0, (batch, -1)).transpose(1, 2)
+
+    def segments(self) -> Tensor:
+        """Return 0 for tokens and -1 for padding, int32 ``[R, P]``."""
+        return torch.where(self.index >= 0, 0, -1).int()

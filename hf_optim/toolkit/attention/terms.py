@@ -1,0 +1,238 @@
+"""What a query may see, as data: a pattern is a union of terms, and each term is a set of pairs of query and key.
+
+A term says which pairs it holds (``sees``), where the keys of a run of queries lie (``spans``, for lists of blocks) and
+which keys a later query can still see (``stays``, for caches). Masks, lists of blocks, gathers and caches follow from
+these. Positions are those of a row without its padding: its first token has position 0.
+
+This file is stored beside checkpoints, so it imports only torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Spans = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A set of pairs of query and key. Subclasses are frozen, so that patterns are equal when their terms are."""
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        """Return True where the query at a position sees the key at a position.
+
+        Args:
+            query, key: int64 positions, of shapes that broadcast.
+            length: number of tokens in the row.
+        """
+        raise NotImplementedError
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        """Return spans of key places that hold every key of a run of queries; they may hold more.
+
+        Args:
+            first, last: int64 ``[R]``: the first and the last query place of each run, in the order of the term.
+            length: number of tokens in the row.
+
+        Returns:
+            Pairs of int64 ``[R]``: first key place, and the one after the last. A span may be empty or reach outside.
+        """
+        raise NotImplementedError
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        """Return True for keys that a query at position ``query`` or later can see; True for all is always right.
+
+        ``length`` is the largest number of tokens that the row can get.
+        """
+        return torch.ones_like(key, dtype=torch.bool)
+
+    def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Return the tokens in the order of query places and of key places, in which the term has empty blocks.
+
+        None for the natural order. -1 marks an empty place; a token without a place is not in the term.
+        """
+        return None
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """Terms of a pattern with the same name of their order are computed in one pass."""
+        return ("natural", 1)
+
+    @property
+    def moves_along(self) -> bool:
+        """True if only the distance of query and key counts, so that a row may begin at any place."""
+        return False
+
+    @property
+    def reads_length(self) -> bool:
+        """True if what a query sees depends on the number of tokens in the row."""
+        return False
+
+
+@dataclass(frozen=True)
+class Band(Term):
+    """Keys ``i - j`` positions before the query, with ``-after <= i - j <= before`` and ``(i - j) % step == 0``.
+
+    ``before=None`` and ``after=None`` have no limit.
+    """
+
+    before: int | None
+    after: int | None = 0
+    step: int = 1
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        distance = query - key
+        found = torch.ones_like(distance, dtype=torch.bool)
+        if self.before is not None:
+            found = found & (distance <= self.before)
+        if self.after is not None:
+            found = found & (distance >= -self.after)
+        return found & (distance % self.step == 0) if self.step > 1 else found
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        if self.step == 1:
+            low, high = torch.zeros_like(first), torch.full_like(last, length)
+        else:
+            # Residues in turn: a run of places lies in one residue class, or in several whole ones.
+            each = -(-length // self.step)
+            low, high = first // each * each, (last // each + 1) * each
+        if self.before is not None:
+            low = torch.maximum(low, first - self.before // self.step)
+        if self.after is not None:
+            high = torch.minimum(high, last + self.after // self.step + 1)
+        return [(low, high)]
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        if self.before is None:
+            return super().stays(key, query, length)
+        return key >= query - self.before
+
+    def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if self.step == 1:
+            return None
+        each = -(-length // self.step)
+        places = torch.arange(each * self.step, device=device)
+        tokens = places % each * self.step + places // each
+        tokens = torch.where(tokens < length, tokens, -1)
+        return tokens, tokens
+
+    @property
+    def order(self) -> tuple[str, int]:
+        return ("residues", self.step) if self.step > 1 else ("natural", 1)
+
+    @property
+    def moves_along(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Chunks(Term):
+    """Keys in the query's own chunk of ``size`` positions; the first chunk begins at ``start``, none lies before."""
+
+    size: int
+    start: int = 0
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        query, key = query - self.start, key - self.start
+        return (query // self.size == key // self.size) & (query >= 0) & (key >= 0)
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        low = (first - self.start).clamp_min(0) // self.size * self.size + self.start
+        high = ((last - self.start) // self.size + 1) * self.size + self.start
+        return [(low, torch.where(last >= self.start, high, low))]
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        return (key >= self.start) & (key >= (query - self.start) // self.size * self.size + self.start)
+
+
+@dataclass(frozen=True)
+class Columns(Term):
+    """The last ``width`` positions of every ``period`` are seen by all queries; the rest by none."""
+
+    period: int
+    width: int = 1
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        return (key % self.period >= self.period - self.width) & (query >= 0)
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        count = length // self.period * self.width + max(0, length % self.period - self.period + self.width)
+        return [(torch.zeros_like(first), torch.full_like(last, count))]
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        return key % self.period >= self.period - self.width
+
+    def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        tokens = torch.arange(length, device=device)
+        return tokens, tokens[tokens % self.period >= self.period - self.width]
+
+    @property
+    def order(self) -> tuple[str, int]:
+        # All columns of one width and period have the same places.
+        return (f"columns of {self.width}", self.period)
+
+
+@dataclass(frozen=True)
+class GlobalTokens(Term):
+    """Tokens at fixed positions that every query sees (``seen``), and that see every key (``see``).
+
+    ``first`` and ``last`` count tokens at both ends of the row, ``positions`` names others. A row that grows while it is
+    generated has no last tokens yet: ``last`` is for models that read whole rows.
+    """
+
+    first: int = 0
+    last: int = 0
+    positions: tuple[int, ...] = ()
+    seen: bool = True
+    see: bool = True
+
+    @property
+    def reads_length(self) -> bool:
+        return self.last > 0
+
+    def holds(self, position: Tensor, length: int) -> Tensor:
+        """Return True where a position is that of a global token."""
+        found = (position < self.first) | (position >= length - self.last)
+        for place in self.positions:
+            found = found | (position == place)
+        return found
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        nothing = torch.zeros((), dtype=torch.bool, device=key.device)
+        columns = self.holds(key, length) if self.seen else nothing
+        rows = self.holds(query, length) if self.see else nothing
+        return columns | rows
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        zero = torch.zeros_like(first)
+        runs = _runs(self.positions)
+        found = []
+        if self.seen:
+            ends = [(0, self.first), (length - self.last, length), *runs]
+            found += [(zero + low, zero + high) for low, high in ends if high > low]
+        if self.see:
+            whole = (first < self.first) | (last >= length - self.last)
+            for low, high in runs:
+                whole = whole | ((first < high) & (last >= low))
+            found.append((zero, torch.where(whole, length, 0)))
+        return found
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        if self.see and bool(self.holds(torch.arange(query, max(query + 1, length)), length).any()):
+            return super().stays(key, query, length)
+        return self.holds(key, length) if self.seen else torch.zeros_like(key, dtype=torch.bool)
+
+
+def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the half-open runs of neighbouring positions."""
+    runs: list[tuple[int, int]] = []
+    for place in sorted(set(positions)):
+        if runs and runs[-1][1] == place:
+            runs[-1] = (runs[-1][0], place + 1)
+        else:
+            runs.append((place, place + 1))
+    return runs

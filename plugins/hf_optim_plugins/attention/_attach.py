@@ -1,0 +1,187 @@
+"""Give a model the attention of a pattern, and prove on the model that nothing else changes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_optim import ModelError, Reload, Run, Technique
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined
+from hf_optim.toolkit import attention
+from hf_optim.toolkit.attention import Attachment, Band, Pattern
+from hf_optim.toolkit.modules import eval_mode, remote_code_guard, rounding_tolerance
+from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
+
+LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
+
+
+def remote_code_of(name: str, page: ModuleType, config_base: str) -> RemoteCode:
+    """Return the code that is stored with the models of a technique.
+
+    Args:
+        name: of the technique.
+        page: the module with its pattern.
+        config_base: name of the base of configuration classes in ``page``.
+    """
+    return RemoteCode(
+        name=name,
+        source=joined(remote_code_guard, *attention.STORED, page),
+        config_base=config_base,
+        field=attention.FIELD,
+        model_base=attention.PatternModel.__name__,
+    )
+
+
+def require_self_attention(config: PretrainedConfig, label: str) -> None:
+    """Raise ``ModelError`` for configurations of models whose attention a pattern does not fit."""
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        raise ModelError(
+            f"{label}: {config.model_type} has cross-attention between two sequences, for which a pattern of positions "
+            "means nothing; sparse attention is for decoder-only and encoder-only models"
+        )
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"{label}: a pattern does not reach the attention of {config.model_type}, whose parts have configurations "
+            "of their own; this architecture is not supported"
+        )
+
+
+def require_interface(model: PreTrainedModel, label: str) -> None:
+    """Raise ``ModelError`` unless the model takes its attention from transformers' ``AttentionInterface``."""
+    require_self_attention(model.config, label)
+    if not type(model)._can_set_attn_implementation():
+        raise ModelError(
+            f"{label}: {type(model).__name__} does not take its attention from transformers' AttentionInterface, so "
+            "no pattern reaches it; this architecture is not supported"
+        )
+    try:
+        inputs = dummy_inputs(model)
+    except NoInputsError:
+        return  # calibration data may have them
+    if len(inputs) > 1:
+        raise ModelError(
+            f"{label}: {type(model).__name__} reads {' and '.join(inputs)} in parts with attention of their own; sparse "
+            "attention is for decoder-only and encoder-only models"
+        )
+
+
+def attach(
+    run: Run, step: Technique, code: RemoteCode, attachment: Attachment, settings: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Change the attention of ``run.model`` to the patterns of a technique, in place, and return the model.
+
+    Args:
+        run: its model has no pattern yet.
+        step: the technique, for messages and the report.
+        code: what is stored with the model.
+        attachment: the implementation, as it is registered.
+        settings: the settings of the pattern, as they go into ``config.json``: plain JSON.
+
+    Raises ``ModelError``, and leaves the model unchanged, if the pattern does not reach each attention of the model.
+    """
+    model, label = run.model, run.label(step)
+    inputs = dummy_inputs(model)
+    full = hidden_states(model, inputs)
+    causal = prove(model, inputs, full, label)
+    attention.number_layers(model)
+    convert(model, code, dict(settings))
+    model.set_attn_implementation(attachment.name)
+    run.record.reload = Reload.REMOTE_CODE.name
+    text = model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or full.shape[1]
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    each = [attachment.patterns(model.config, layer, heads, causal) for layer in range(layers)]
+    counted = min(context, LONGEST_COUNTED)
+    shares = {one: attention.share_of_attention(one, counted) for one in set(each)}
+    run.report(
+        step,
+        **settings,
+        layers=layers,
+        context=context,
+        share_of_attention=sum(shares[one] for one in each) / layers,
+        model_class=type(model).__name__,
+    )
+    return model
+
+
+def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str) -> bool:
+    """Return True if the model is causal, having shown that a pattern reaches its attention and changes nothing else.
+
+    A pattern that sees all must give the outputs ``full``, one in which a token sees itself alone must isolate tokens,
+    and each layer must call the function. Raises ``ModelError`` otherwise.
+    """
+    with probe(model, Band(None, None)) as called:
+        wide = hidden_states(model, inputs)
+    with probe(model, Band(0, 0)):
+        before = hidden_states(model, inputs)
+        isolated = all(
+            relative_difference(hidden_states(model, perturbed(inputs, here))[:, there], before[:, there])
+            <= max(1e-5, 2 * torch.finfo(model.dtype).eps)
+            for here, there in ((0, -1), (-1, 0))
+        )
+    layers = model.config.get_text_config().num_hidden_layers
+    same = relative_difference(wide, full) <= rounding_tolerance(model)
+    if not (same and isolated and len(called) == layers):
+        raise ModelError(
+            f"{label}: a pattern does not reach the attention of {type(model).__name__}, which does not take attention "
+            "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
+        )
+    last = hidden_states(model, perturbed(inputs, -1))
+    return relative_difference(last[:, 0], full[:, 0]) == 0
+
+
+@contextmanager
+def probe(model: PreTrainedModel, term: attention.Term) -> Iterator[set[int]]:
+    """Compute one term in every head while the body runs; yields the modules (by id) whose attention was called."""
+    called: set[int] = set()
+
+    class Probe(Attachment):
+        def attention(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            called.add(id(module))
+            return super().attention(module, *args, **kwargs)
+
+    attachment = Probe("hf_optim_probe", lambda settings, layer, heads, causal: [Pattern((term,), causal)])
+    config, before = model.config, model.config._attn_implementation
+    had = hasattr(config, attention.FIELD)
+    attachment.register()
+    try:
+        setattr(config, attention.FIELD, {})
+        model.set_attn_implementation(attachment.name)
+        yield called
+    finally:
+        model.set_attn_implementation(before)
+        if not had:
+            delattr(config, attention.FIELD)
+        attachment.unregister()
+
+
+def hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the last hidden states ``[1, T, d]`` of the model under its head, in evaluation mode."""
+    body = model.base_model
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+    with eval_mode(body):
+        return body(**inputs, **extra)[0].double()
+
+
+def perturbed(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
+    """Return the inputs with another token, or corner of the picture, at the first (0) or last (-1) position."""
+    name, value = next(iter(inputs.items()))
+    value = value.clone()
+    if value.is_floating_point():
+        value[..., position, position] += 1.0
+    else:
+        value[:, position] = value[:, 1]
+    return {**inputs, name: value}
+
+
+def relative_difference(values: Tensor, reference: Tensor) -> float:
+    """Return the largest difference, relative to the largest value of ``reference``."""
+    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
+    return float((values - reference).abs().max() / scale)
