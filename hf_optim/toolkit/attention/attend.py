@@ -196,7 +196,7 @@ def _dense(
 
 
 def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, device: torch.device) -> Tensor:
-    """Return bool ``[B or 1, H or 1, count, length]``: which keys the last ``count`` queries, or those at the offset, see."""
+    """Return bool ``[B or 1, H or 1, count, length]``: what the queries see."""
     if rows is None:
         if count == length:
             return _whole_mask(heads, length, device)
