@@ -38,7 +38,7 @@ FAMILIES = (
     ("distributed", "checkpoint", "modules"),
     ("topology",),
     ("statistics",),
-    ("quantization", "pruning", "permutation", "experts"),
+    ("quantization", "pruning", "permutation", "experts", "attention"),
     ("distillation",),
 )
 # What a technique may import of hf_optim (docs/writing-a-technique.md lists them).
@@ -190,7 +190,7 @@ def test_every_technique_is_one_file_without_underscore():
 
 
 def test_the_host_names_no_technique():
-    names = TECHNIQUES - {"local", *ROUNDINGS}  # which are words for files, and for capacities
+    names = TECHNIQUES - {"blockwise", "compressed", "local", *ROUNDINGS}  # words for drivers, weights, files, capacities
     for path in files("hf_optim"):
         if "testing" in path.relative_to(ROOT).parts:
             continue

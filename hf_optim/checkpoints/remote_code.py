@@ -105,6 +105,19 @@ def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedM
     return model
 
 
+def require_own_code(model: PreTrainedModel, code: RemoteCode, label: str) -> None:
+    """Raise ``ModelError``, which begins with ``label``, unless ``convert`` can be called with a model and a code."""
+    try:
+        module = generate(code, type(model.config))  # type: ignore[arg-type]
+    except ModelError as error:
+        raise ModelError(f"{label}: {error}") from error
+    if not hasattr(module, code.prefix + type(model).__name__):
+        raise ModelError(
+            f"{label}: {type(model).__name__} is not among the classes that transformers' AutoModel classes "
+            "support, so no code can be saved with it"
+        )
+
+
 def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undo ``convert``, in place: restore the stock classes. Modules are not changed, and stock models left alone."""
     stock = stock_class(type(model))
@@ -246,6 +259,7 @@ __all__ = [
     "generate",
     "joined",
     "register",
+    "require_own_code",
     "revert",
     "stock_class",
     "write_source",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
+from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
 from .pattern import Pattern
 from .rows import Rows
@@ -189,10 +190,10 @@ def _leaves(function: Any) -> Iterator[Any]:
         yield None
 
 
-class PatternConfig(PreTrainedConfig):
+class PatternConfig(RefusedByStock):
     """Mixin of a configuration whose model computes a pattern, whatever implementation a caller asks for.
 
-    Subclasses set ``implementation``.
+    Stock classes refuse the configuration. Subclasses set ``implementation``.
     """
 
     implementation = ""

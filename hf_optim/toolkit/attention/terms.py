@@ -180,8 +180,8 @@ class Columns(Term):
 class GlobalTokens(Term):
     """Tokens at fixed positions that every query sees (``seen``), and that see every key (``see``).
 
-    ``first`` and ``last`` count tokens at both ends of the row, ``positions`` names others. A row that grows while it is
-    generated has no last tokens yet: ``last`` is for models that read whole rows.
+    ``first`` and ``last`` count tokens at both ends of the row, ``positions`` names others. A row that grows while it
+    is generated has no last tokens yet: ``last`` is for models that read whole rows.
     """
 
     first: int = 0

@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import ModelError, Reload, Run, Technique
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined
-from hf_optim.toolkit import attention
-from hf_optim.toolkit.attention import Attachment, Band, Pattern
-from hf_optim.toolkit.modules import eval_mode, remote_code_guard, rounding_tolerance
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
+from hf_optim.toolkit.attention import (
+    FIELD,
+    STORED,
+    Attachment,
+    Band,
+    Pattern,
+    PatternModel,
+    Term,
+    number_layers,
+    share_of_attention,
+)
+from hf_optim.toolkit.modules import eval_mode, rounding_tolerance
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
 LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
@@ -32,10 +41,10 @@ def remote_code_of(name: str, page: ModuleType, config_base: str) -> RemoteCode:
     """
     return RemoteCode(
         name=name,
-        source=joined(remote_code_guard, *attention.STORED, page),
+        source=joined(*STORED, page),
         config_base=config_base,
-        field=attention.FIELD,
-        model_base=attention.PatternModel.__name__,
+        field=FIELD,
+        model_base=PatternModel.__name__,
     )
 
 
@@ -53,8 +62,12 @@ def require_self_attention(config: PretrainedConfig, label: str) -> None:
         )
 
 
-def require_interface(model: PreTrainedModel, label: str) -> None:
-    """Raise ``ModelError`` unless the model takes its attention from transformers' ``AttentionInterface``."""
+def require_interface(model: PreTrainedModel, code: RemoteCode, label: str) -> None:
+    """Raise ``ModelError`` unless the model takes its attention from transformers' ``AttentionInterface``.
+
+    ``code`` is what will be stored with the model; its class must be one that such code can be written for.
+    """
+    require_own_code(model, code, label)
     require_self_attention(model.config, label)
     if not type(model)._can_set_attn_implementation():
         raise ModelError(
@@ -67,8 +80,8 @@ def require_interface(model: PreTrainedModel, label: str) -> None:
         return  # calibration data may have them
     if len(inputs) > 1:
         raise ModelError(
-            f"{label}: {type(model).__name__} reads {' and '.join(inputs)} in parts with attention of their own; sparse "
-            "attention is for decoder-only and encoder-only models"
+            f"{label}: {type(model).__name__} reads {' and '.join(inputs)} in parts with attention of their own; "
+            "sparse attention is for decoder-only and encoder-only models"
         )
 
 
@@ -90,7 +103,7 @@ def attach(
     inputs = dummy_inputs(model)
     full = hidden_states(model, inputs)
     causal = prove(model, inputs, full, label)
-    attention.number_layers(model)
+    number_layers(model)
     convert(model, code, dict(settings))
     model.set_attn_implementation(attachment.name)
     run.record.reload = Reload.REMOTE_CODE.name
@@ -99,7 +112,7 @@ def attach(
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     each = [attachment.patterns(model.config, layer, heads, causal) for layer in range(layers)]
     counted = min(context, LONGEST_COUNTED)
-    shares = {one: attention.share_of_attention(one, counted) for one in set(each)}
+    shares = {one: share_of_attention(one, counted) for one in set(each)}
     run.report(
         step,
         **settings,
@@ -138,7 +151,7 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
 
 
 @contextmanager
-def probe(model: PreTrainedModel, term: attention.Term) -> Iterator[set[int]]:
+def probe(model: PreTrainedModel, term: Term) -> Iterator[set[int]]:
     """Compute one term in every head while the body runs; yields the modules (by id) whose attention was called."""
     called: set[int] = set()
 
@@ -149,16 +162,16 @@ def probe(model: PreTrainedModel, term: attention.Term) -> Iterator[set[int]]:
 
     attachment = Probe("hf_optim_probe", lambda settings, layer, heads, causal: [Pattern((term,), causal)])
     config, before = model.config, model.config._attn_implementation
-    had = hasattr(config, attention.FIELD)
+    had = hasattr(config, FIELD)
     attachment.register()
     try:
-        setattr(config, attention.FIELD, {})
+        setattr(config, FIELD, {})
         model.set_attn_implementation(attachment.name)
         yield called
     finally:
         model.set_attn_implementation(before)
         if not had:
-            delattr(config, attention.FIELD)
+            delattr(config, FIELD)
         attachment.unregister()
 
 

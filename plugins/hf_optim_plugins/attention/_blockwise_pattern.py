@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_optim.toolkit.attention.attachment import Attachment, PatternConfig
-from hf_optim.toolkit.attention.pattern import Pattern
-from hf_optim.toolkit.attention.settings import whole
-from hf_optim.toolkit.attention.terms import Chunks
-from hf_optim.toolkit.modules.remote_code_guard import RefusedByStock
+from hf_optim.toolkit.attention import Attachment, Chunks, Pattern, PatternConfig, whole
 
 
 def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> list[Pattern]:
@@ -21,7 +17,7 @@ ATTACHMENT = Attachment("hf_optim_blockwise", build)
 ATTACHMENT.register()
 
 
-class BlockwiseBase(PatternConfig, RefusedByStock):
+class BlockwiseBase(PatternConfig):
     """Base of the configuration classes."""
 
     implementation = ATTACHMENT.name

@@ -1,6 +1,6 @@
 """Blockwise attention: the sequence is cut into blocks, and a token attends to the tokens of its own block.
 
-    A = softmax(Q K^T / sqrt(d) + M) V,      M[i, j] = 0 if floor(i / b) = floor(j / b) and the model allows j, else -inf
+    A = softmax(Q K^T / sqrt(d) + M) V,    M[i, j] = 0 if floor(i / b) = floor(j / b) and the model allows j, else -inf
 
 After Qiu et al., "Blockwise Self-Attention for Long Document Understanding", arXiv 1911.02972, with the identity as the
 permutation of blocks in every head; information does not cross the border of a block. With b >= n this is the model's
@@ -50,7 +50,7 @@ class Blockwise(Technique):
     )
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
-        require_interface(model, label)
+        require_interface(model, self.remote_code, label)
 
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -70,7 +70,7 @@ class Blockwise(Technique):
         allowed = place[:, None] >= place if causal else torch.ones(length, length, dtype=torch.bool)
         return {
             "block": block,
-            "layers": case.config["num_hidden_layers"],
+            "layers": len(case.config["layer_types"]),
             "context": length,
             "share_of_attention": int((near & allowed).sum()) / int(allowed.sum()),
             "model_class": case.config["architectures"][0],
