@@ -190,7 +190,12 @@ def test_every_technique_is_one_file_without_underscore():
 
 
 def test_the_host_names_no_technique():
-    names = TECHNIQUES - {"blockwise", "compressed", "local", *ROUNDINGS}  # words for drivers, weights, files, capacities
+    names = TECHNIQUES - {
+        "blockwise",
+        "compressed",
+        "local",
+        *ROUNDINGS,
+    }  # words for drivers, weights, files, capacities
     for path in files("hf_optim"):
         if "testing" in path.relative_to(ROOT).parts:
             continue
