@@ -131,7 +131,6 @@ def mask(
         offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
         masks = {"mask_function": mask_function, "attention_mask": attention_mask}
         return stock(**{**kwargs, **sizes, **offsets, **masks, **more})
-    documents = list(documents)
     padded = attention_mask is not None and not bool(attention_mask.all())
     if not documents and not padded and q_length == kv_length:
         return None
@@ -163,10 +162,10 @@ def _with_bias(bias: Tensor, other: Tensor) -> Tensor:
     return bias + other
 
 
-def _documents(mask_function: Callable[..., Any]) -> Iterator[Tensor] | None:
+def _documents(mask_function: Callable[..., Any]) -> list[Tensor] | None:
     """Return the document numbers ``[B, M]`` of packed rows in a mask function; None if it restricts more than that."""
     found = list(_leaves(mask_function))
-    return None if any(leaf is None for leaf in found) else (leaf for leaf in found if isinstance(leaf, Tensor))
+    return None if any(leaf is None for leaf in found) else [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 def _leaves(function: Any) -> Iterator[Any]:
@@ -212,7 +211,7 @@ def number_layers(model: nn.Module) -> None:
     found = [module for module in model.modules() if hasattr(module, "is_causal")]
     if found and all(getattr(module, "layer_idx", None) is None for module in found):
         for index, module in enumerate(found):
-            module.layer_idx = index
+            module.layer_idx = index  # type: ignore[assignment]
 
 
 class PatternModel:

@@ -46,7 +46,7 @@ class HeadPatterns:
         if len(patterns) not in (1, heads):
             raise ValueError(f"{len(patterns)} patterns for {heads} heads: give one for all, or one for each")
         distinct = tuple(dict.fromkeys(patterns))
-        each = patterns if len(patterns) == heads else patterns * heads
+        each = list(patterns) if len(patterns) == heads else list(patterns) * heads
         return cls(distinct, tuple(distinct.index(pattern) for pattern in each))
 
     @property
@@ -135,7 +135,8 @@ def _each_document(
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     for length in lengths.unique().tolist():
         some = (lengths == length).nonzero()[:, 0]
-        part = attend(*(x[some, :, :length] for x in (q, k, v)), heads, scale, None, None, dropout, way)
+        one, two, three = (part[some, :, :length] for part in (q, k, v))
+        part = attend(one, two, three, heads, scale, None, None, dropout, way)
         out = out.index_copy(0, some, functional.pad(part, (0, 0, 0, out.shape[2] - length)))
     return apart.put(out, len(query))
 

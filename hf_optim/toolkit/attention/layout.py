@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,11 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """Return the layout on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Layout(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+        return Layout(**moved)
 
     def unpacked(self) -> Tensor:
         """Return the masks as bool ``[distinct masks + 1, block, block]``; the last one, at index -1, is all True."""

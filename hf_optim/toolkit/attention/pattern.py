@@ -57,7 +57,8 @@ class Pattern:
         orders: dict[tuple[str, int], list[Term]] = {}
         for term in sorted(self.terms, key=lambda term: term.order != ("natural", 1)):
             orders.setdefault(term.order, []).append(term)
-        found, earlier = [], ()
+        found: list[Pass] = []
+        earlier: tuple[Term, ...] = ()
         for terms in orders.values():
             found.append(Pass(tuple(terms), earlier, self.causal))
             earlier = (*earlier, *terms)
