@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -130,18 +131,21 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
     A pattern that sees all must give the outputs ``full``, one in which a token sees itself alone must isolate tokens,
     and each layer must call the function. Raises ``ModelError`` otherwise.
     """
-    with probe(model, Band(None, None)) as called:
-        wide = hidden_states(model, inputs)
-    with probe(model, Band(0, 0)):
-        before = hidden_states(model, inputs)
-        isolated = all(
-            relative_difference(hidden_states(model, perturbed(inputs, here))[:, there], before[:, there])
-            <= max(1e-5, 2 * torch.finfo(model.dtype).eps)
-            for here, there in ((0, -1), (-1, 0))
-        )
+    try:
+        with probe(model, Band(None, None)) as called:
+            wide = hidden_states(model, inputs)
+        with probe(model, Band(0, 0)):
+            before = hidden_states(model, inputs)
+            isolated = all(
+                relative_difference(hidden_states(model, perturbed(inputs, here))[:, there], before[:, there])
+                <= max(1e-5, 2 * torch.finfo(model.dtype).eps)
+                for here, there in ((0, -1), (-1, 0))
+            )
+    except ValueError as error:  # what the attention function refuses
+        raise ModelError(f"{label}: {type(model).__name__} cannot compute a pattern: {error}") from error
     layers = model.config.get_text_config().num_hidden_layers
     same = relative_difference(wide, full) <= rounding_tolerance(model)
-    if not (same and isolated and len(called) == layers):
+    if not (same and isolated and called.total() >= layers):
         raise ModelError(
             f"{label}: a pattern does not reach the attention of {type(model).__name__}, which does not take attention "
             "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
@@ -151,13 +155,13 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
 
 
 @contextmanager
-def probe(model: PreTrainedModel, term: Term) -> Iterator[set[int]]:
-    """Compute one term in every head while the body runs; yields the modules (by id) whose attention was called."""
-    called: set[int] = set()
+def probe(model: PreTrainedModel, term: Term) -> Iterator[Counter[str]]:
+    """Compute one term in every head while the body runs; yields how often modules of each class were called."""
+    called: Counter[str] = Counter()
 
     class Probe(Attachment):
         def attention(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            called.add(id(module))
+            called[type(module).__name__] += 1
             return super().attention(module, *args, **kwargs)
 
     attachment = Probe("hf_optim_probe", lambda settings, layer, heads, causal: [Pattern((term,), causal)])
