@@ -89,7 +89,7 @@ class Attachment:
         """
         if softcap is not None or s_aux is not None:
             what = "a soft cap of the scores" if softcap is not None else "attention sinks"
-            raise ValueError(f"{self.name} does not compute {what}: set another attn_implementation")
+            raise ValueError(f"attention under a pattern does not support {what}")
         causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
         layer = getattr(module, "layer_idx", None)
         heads = self.patterns(module.config, 0 if layer is None else layer, query.shape[1], causal)
