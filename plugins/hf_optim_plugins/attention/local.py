@@ -10,6 +10,8 @@ How the checkpoint reloads depends on the model:
 
 - A class whose configuration has ``sliding_window`` keeps its class, and Llama becomes Mistral, which is Llama with a
   window; the weights are the same tensors. STOCK_ARCH.
+- With ``full_layers``, some layers keep full attention. Classes that read the kind of each layer from ``layer_types``
+  (Qwen2, Gemma 2 ...) express that, and Llama and Mistral become Ministral; other models are refused. STOCK_ARCH.
 - Any other model that takes its attention from ``AttentionInterface`` (GPT-2, OPT, BERT, ViT, a Llama with biases ...)
   gets its own class, whose code is saved with the checkpoint. REMOTE_CODE.
 
@@ -23,7 +25,7 @@ that skips blocks outside the window: ``flex_attention`` on CUDA, and FlashAtten
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,8 +39,9 @@ from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
 from . import _windowed_attention
 
-# Model types whose class, given a window, is that of another model type.
+# Model types whose class, given a window, is that of another model type; and given windows in some layers only.
 WITH_WINDOW = {"llama": "mistral"}
+WITH_LAYER_TYPES = {"llama": "ministral", "mistral": "ministral"}
 
 
 @technique(
@@ -59,12 +62,15 @@ class Local(Technique):
     Attributes:
         window: positions per side that a token sees, its own included. At least 2, since a stock sliding cache cannot
             be empty.
+        full_layers: layers that keep full attention, by index from 0: with one in every few, what is far away still
+            reaches every position.
         implementation: the attention implementation; ``auto`` leaves the choice to the call of ``from_pretrained``, or
             else to the model (``sdpa`` if it supports it). ``flex_attention`` skips the blocks outside the window, on
             CUDA.
     """
 
     window: int = option(512, low=2)
+    full_layers: tuple[int, ...] = ()
     implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
@@ -77,6 +83,14 @@ class Local(Technique):
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         refuse_cross_attention(model.config, label)
+        layers = model.config.get_text_config().num_hidden_layers
+        if any(not 0 <= layer < layers for layer in self.full_layers) or len(set(self.full_layers)) < len(
+            self.full_layers
+        ):
+            raise ModelError(
+                f"{label}: full_layers are different layers of the {layers} of the model, counted from 0, not "
+                f"{list(self.full_layers)}"
+            )
         if stock_config_class(model.config) is None and model.config.get_text_config() is not model.config:
             raise ModelError(
                 f"{label}: a window does not reach the attention of {type(model).__name__}, whose parts have "
@@ -110,17 +124,24 @@ class Local(Technique):
         causal = is_causal(model, inputs, full)
         made = self._with_stock_class(model, inputs, full)
         level = Reload.STOCK_ARCH
+        if made is None and self.full_layers:
+            raise ModelError(
+                f"{label}: no class of transformers computes {type(model).__name__} with a window in some of its "
+                "layers only: leave full_layers empty"
+            )
         if made is None:
             made, level = self._with_remote_code(model, inputs, full, label), Reload.REMOTE_CODE
         run.record.reload = level.name
         length = context_length(made, full)
         layers = made.config.get_text_config().num_hidden_layers
+        share = attended_share(length, self.window, causal)
         run.report(
             self,
             window=self.window,
             layers=layers,
+            full_layers=len(self.full_layers),
             context=length,
-            share_of_attention=attended_share(length, self.window, causal),
+            share_of_attention=(share * (layers - len(self.full_layers)) + len(self.full_layers)) / layers,
             model_class=type(made).__name__,
         )
         return made
@@ -129,24 +150,31 @@ class Local(Technique):
         self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor
     ) -> PreTrainedModel | None:
         """Return the model as a stock class with a window, sharing its weights; None if there is no such class."""
-        config_class = stock_config_class(model.config)
+        config_class = stock_config_class(model.config, bool(self.full_layers))
         if config_class is None:
             return None
         target = transplant.find_counterpart(type(model), type(model.config), config_class)
         if target is None:
             return None
+        layers = model.config.get_text_config().num_hidden_layers
 
-        def build(window: int) -> PreTrainedModel | None:
-            config = transplant.translate_config(model.config, config_class, **window_fields(model.config, window))
-            made, spare = transplant.transplant(model, target, config)
+        def build(window: int, full_layers: Iterable[int] = ()) -> PreTrainedModel | None:
+            fields = window_fields(model.config, config_class, window, frozenset(full_layers))
+            made, spare = transplant.transplant(
+                model, target, transplant.translate_config(model.config, config_class, **fields)
+            )
             return made if not spare and not transplant.meta_tensor_names(made) else None
 
-        # The two extremes: a window of twice the dummy text changes nothing, and a window of 1 isolates every token.
+        # The extremes: a window of twice the dummy text changes nothing, nor does one of 1 that no layer has; in all
+        # layers it isolates every token.
         wide, isolated = build(2 * full.shape[1]), build(1)
-        if wide is None or isolated is None:
+        unused = build(1, range(layers)) if self.full_layers else wide
+        if wide is None or isolated is None or unused is None:
             return None
-        same = relative_difference(hidden_states(wide, inputs), full) <= rounding_tolerance(model)
-        return build(self.window) if same and not attends_beyond_window(isolated, inputs) else None
+        same = max(relative_difference(hidden_states(one, inputs), full) for one in {wide, unused})
+        if same > rounding_tolerance(model) or attends_beyond_window(isolated, inputs):
+            return None
+        return build(self.window, self.full_layers)
 
     def _with_remote_code(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str
@@ -186,11 +214,14 @@ class Local(Technique):
         place = torch.arange(length)
         allowed = place[:, None] >= place if causal else torch.ones(length, length, dtype=torch.bool)
         near = allowed & ((place[:, None] - place).abs() < window)
+        layers, kinds = case.config["num_hidden_layers"], case.config.get("layer_types") or []
+        full = kinds.count("full_attention")
         return {
             "window": window,
-            "layers": case.config["num_hidden_layers"],
+            "layers": layers,
+            "full_layers": full,
             "context": length,
-            "share_of_attention": int(near.sum()) / int(allowed.sum()),
+            "share_of_attention": ((layers - full) * int(near.sum()) / int(allowed.sum()) + full) / layers,
             "model_class": case.config["architectures"][0],
         }
 
@@ -198,23 +229,31 @@ class Local(Technique):
         return self.implementation if self.implementation != "auto" else kernel_of(config)
 
 
-def stock_config_class(config: PretrainedConfig) -> type[PretrainedConfig] | None:
-    """Return the stock configuration class with ``sliding_window`` for this architecture, or None."""
-    if hasattr(type(config)(), "sliding_window"):
+def stock_config_class(config: PretrainedConfig, by_layer: bool = False) -> type[PretrainedConfig] | None:
+    """Return the stock configuration class with ``sliding_window`` for this architecture, or None.
+
+    ``by_layer``: the one with ``layer_types``, too.
+    """
+    own = type(config)()
+    if hasattr(own, "sliding_window") and (not by_layer or getattr(own, "layer_types", None) is not None):
         return type(config)
-    target = WITH_WINDOW.get(config.model_type)
+    target = (WITH_LAYER_TYPES if by_layer else WITH_WINDOW).get(config.model_type)
     return transplant.config_class_of(target) if target is not None else None
 
 
-def window_fields(config: PretrainedConfig, window: int) -> dict[str, Any]:
-    """Return the fields that make every layer of a stock configuration windowed, of those that it has."""
+def window_fields(
+    config: PretrainedConfig, target: type[PretrainedConfig], window: int, full_layers: Set[int]
+) -> dict[str, Any]:
+    """Return the fields of a stock configuration class that make layers windowed, of those that it has."""
     fields: dict[str, Any] = {"sliding_window": window}
-    if hasattr(config, "use_sliding_window"):
+    known = target()
+    if hasattr(known, "use_sliding_window"):
         fields["use_sliding_window"] = True
-    if hasattr(config, "max_window_layers"):
+    if hasattr(known, "max_window_layers"):
         fields["max_window_layers"] = 0
-    if getattr(config, "layer_types", None) is not None:
-        fields["layer_types"] = ["sliding_attention"] * config.num_hidden_layers
+    if getattr(known, "layer_types", None) is not None:
+        kinds = ("sliding_attention", "full_attention")
+        fields["layer_types"] = [kinds[layer in full_layers] for layer in range(config.num_hidden_layers)]
     return fields
 
 

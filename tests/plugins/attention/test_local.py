@@ -279,3 +279,37 @@ def test_vit_keeps_its_class_hierarchy():
     dense = tiny_vit()
     kind = type(dense)
     assert isinstance(localize(dense, window=2).model, kind)
+
+
+# -- windows by layer -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_layers_keep_full_attention_by_index(family):
+    run = localize(exact(TINY[family]), window=3, full_layers=(1,))
+    assert run.record.reload == "STOCK_ARCH"
+    assert run.model.config.layer_types == ["sliding_attention", "full_attention"]
+    # Two windows would carry what happens at position 4 on to position 8; the second layer sees the whole past.
+    before, other = logits(run.model), IDS.clone()
+    other[:, 4] = (other[:, 4] + 1) % 60
+    with torch.no_grad():
+        changed = (run.model(other).logits - before).abs().amax(-1)[0] > 0
+    assert changed[4:].all()
+    assert not changed[:4].any()
+    every = localize(exact(TINY[family]), window=3, full_layers=(0, 1))
+    assert torch.equal(logits(every.model), logits(exact(TINY[family])))
+
+
+def test_generation_with_windows_by_layer_equals_generation_without_a_cache():
+    model = localize(tiny_llama(), window=4, full_layers=(0,)).model
+    fields = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(IDS, **fields), model.generate(IDS, use_cache=False, **fields))
+
+
+def test_windows_by_layer_are_refused_where_no_class_has_them():
+    for model, layers, words in [
+        (tiny_gpt2(), (0,), "no class of transformers computes GPT2LMHeadModel with a window in some of its layers"),
+        (tiny_llama(), (2,), r"full_layers are different layers of the 2 of the model, counted from 0, not \[2\]"),
+        (tiny_llama(), (-1,), "full_layers are different layers"),
+        (tiny_llama(), (1, 1), "full_layers are different layers"),
+    ]:
+        with pytest.raises(ModelError, match=words):
+            hf_optim.optimize(model, [{"technique": "local", "window": 4, "full_layers": layers}])
