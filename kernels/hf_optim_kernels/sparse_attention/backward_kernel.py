@@ -1,0 +1,242 @@
+"""The backward: gradients of queries by query block, of keys and values by key block. No atomics: equal bits always.
+
+Scores are computed again; ``P = exp2(S - lse)`` needs no running maximum. Queries that see nothing, and empty places,
+have an lse of ``+inf`` here, so that their ``P`` is 0. ``delta`` is ``rowsum(dO O) - dlse``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common.compute_type import FP32
+from .kernel import ITEM, LOG2E
+from .parts import bits_of, load_rows, offsets_at, segments_at, tokens_at
+
+
+@triton.jit
+def _delta_kernel(
+    out, grad_out, lse, grad_lse, delta, H, N, DV, o_b, o_h, o_n, g_b, g_h, g_n, l_b, l_h, l_n,
+    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """``delta`` [B, H, N] float32 of ``ROWS`` queries of a head; 0 for those that see nothing, whatever their dlse is."""
+    token, dv = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
+    pair = tl.program_id(1).to(tl.int64)
+    b, h = pair // H, pair % H
+    real = (token < N)[:, None] & (dv < DV)[None, :]
+    row = token.to(tl.int64)
+    o = tl.load(out + b * o_b + h * o_h + (row * o_n)[:, None] + dv[None, :], mask=real, other=0.0)
+    g = tl.load(grad_out + b * g_b + h * g_h + (row * g_n)[:, None] + dv[None, :], mask=real, other=0.0)
+    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
+    if HAS_LSE:
+        found -= tl.load(grad_lse + b * l_b + h * l_h + row * l_n, mask=token < N, other=0.0).to(tl.float32)
+    blind = tl.load(lse + pair * N + token, mask=token < N, other=0.0) == float("-inf")
+    tl.store(delta + pair * N + token, tl.where(blind, 0.0, found), mask=token < N)
+
+
+@triton.jit
+def _logs_at(lse, token):
+    """Return the lse of each token to base 2, ``+inf`` for those that see nothing."""
+    found = tl.load(lse + token, mask=token >= 0, other=float("inf"))
+    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+
+
+@triton.jit
+def _add_query_gradient(
+    acc, q, g, logs, delta, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k, scale, first,
+    end, M, D, DV, k_n, v_n,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Add what the entries [first, end) of a list give to the gradient of a block of queries."""
+    PARTS: tl.constexpr = BLOCK // STEP
+    row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for step in range(first * PARTS, end * PARTS):
+        entry = step // PARTS
+        begin = step % PARTS * STEP
+        start = tl.load(columns + entry) * BLOCK + begin
+        token = tokens_at(order_k, l, places_k, start + inside, M, HAS_ORDER)
+        k_at = offsets_at(start, token, inside, k_n, HAS_ORDER)
+        v_at = offsets_at(start, token, inside, v_n, HAS_ORDER)
+        k = load_rows(keys, k_at, token, d, D, CHECKED, FULL_D, WIDE)
+        v = load_rows(values, v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(s * scale - logs[:, None])
+        if CHECKED:
+            number = tl.load(masks + entry)
+            seen = bits_of(bits, number, row, begin + inside, BLOCK)
+            if HAS_SEGMENTS:
+                seen &= segment[:, None] == segments_at(segments_k, token, -2)[None, :]
+            else:
+                seen &= (token >= 0)[None, :]
+            p = tl.where(seen, p, 0.0)
+        elif HAS_SEGMENTS:
+            p = tl.where(segment[:, None] == segments_at(segments_k, token, -2)[None, :], p, 0.0)
+        slope = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
+        acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _query_kernel(
+    query, key, value, segments_q, segments_k, heads, items, columns, masks, bits, order_q, order_k, grad_out, lse,
+    delta, grad_query, part, scale, pairs, H, G, N, M, D, DV, ITEMS, SLOTS, places_q, places_k,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, o_b, o_h, o_n,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER_Q: tl.constexpr, HAS_ORDER_K: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of queries, over a list of key blocks or a piece of one: as ``_forward_kernel``.
+
+    ``part`` [pairs, SLOTS, BLOCK, BLOCK_D] float32. ``scale`` is that of the scores, without log2(e).
+    """
+    WIDE: tl.constexpr = MATH == FP32
+    pair = tl.program_id(0) % pairs
+    b, h = pair // H, pair % H
+    l = tl.load(heads + h)
+    item = items + (l * ITEMS + tl.program_id(0) // pairs) * ITEM
+    block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    start = tl.maximum(block, 0) * BLOCK
+    row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    token = tokens_at(order_q, l, places_q, start + row, N, HAS_ORDER_Q)
+    q_at = offsets_at(start, token, row, q_n, HAS_ORDER_Q)
+    g_at = offsets_at(start, token, row, g_n, HAS_ORDER_Q)
+    q = load_rows(query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, q_at, token, d, D, True, FULL_D, WIDE)
+    g = load_rows(grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h, g_at, token, dv, DV, True, FULL_DV, WIDE)
+    logs = _logs_at(lse + pair.to(tl.int64) * N, token)
+    own_delta = tl.load(delta + pair.to(tl.int64) * N + token, mask=token >= 0, other=0.0)
+    segment = token
+    if HAS_SEGMENTS:
+        segment = segments_at(segments_q + b.to(tl.int64) * N, token, -3)
+        segments_k += b.to(tl.int64) * M
+    kv = h // (H // G)
+    keys = key + b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
+    values = value + b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
+    acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    acc = _add_query_gradient(
+        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k,
+        scale * LOG2E, first, middle, M, D, DV, k_n, v_n,
+        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, False,
+    )  # fmt: skip
+    acc = _add_query_gradient(
+        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k,
+        scale * LOG2E, middle, end, M, D, DV, k_n, v_n,
+        BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, True,
+    )  # fmt: skip
+    acc *= scale
+    slot = tl.load(item + 4)
+    if HAS_SLOTS:
+        own = (pair * SLOTS + tl.maximum(slot, 0)).to(tl.int64) * BLOCK + row
+        in_part = slot + 0 * row >= 0
+        tl.store(part + own[:, None] * BLOCK_D + d[None, :], acc, mask=in_part[:, None] & (d >= 0)[None, :])
+    kept = (slot + 0 * row == -1) & (token >= 0)
+    o_at = offsets_at(start, token, row, o_n, HAS_ORDER_Q)
+    o_at = grad_query + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + o_at[:, None] + d[None, :]
+    tl.store(o_at, acc.to(grad_query.dtype.element_ty), mask=kept[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _add_key_gradients(
+    grad_k, grad_v, k, v, segment, queries, grads, lse, delta, segments_q, rows, masks, bits, order_q, l, places_q,
+    scale, first, end, N, D, DV, q_n, g_n,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Add what the entries [first, end) of a list give to the gradients of a block of keys; tiles are [keys, queries]."""
+    PARTS: tl.constexpr = BLOCK // STEP
+    row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for step in range(first * PARTS, end * PARTS):
+        entry = step // PARTS
+        begin = step % PARTS * STEP
+        start = tl.load(rows + entry) * BLOCK + begin
+        token = tokens_at(order_q, l, places_q, start + inside, N, HAS_ORDER)
+        q_at = offsets_at(start, token, inside, q_n, HAS_ORDER)
+        g_at = offsets_at(start, token, inside, g_n, HAS_ORDER)
+        q = load_rows(queries, q_at, token, d, D, CHECKED, FULL_D, WIDE)
+        g = load_rows(grads, g_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        logs = _logs_at(lse, token)
+        own_delta = tl.load(delta + token, mask=token >= 0, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.exp2(s * scale - logs[None, :])
+        if CHECKED:
+            seen = bits_of(bits, tl.load(masks + entry), row, begin + inside, BLOCK)
+            if HAS_SEGMENTS:
+                seen &= segment[:, None] == segments_at(segments_q, token, -3)[None, :]
+            p = tl.where(seen, p, 0.0)
+        elif HAS_SEGMENTS:
+            p = tl.where(segment[:, None] == segments_at(segments_q, token, -3)[None, :], p, 0.0)
+        grad_v += tl.dot(p.to(g.dtype), g, input_precision="ieee")
+        slope = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - own_delta[None, :])
+        grad_k += tl.dot(slope.to(q.dtype), q, input_precision="ieee")
+    return grad_k, grad_v
+
+
+@triton.jit
+def _key_kernel(
+    query, key, value, segments_q, segments_k, heads, tables, items, rows, masks, bits, order_q, order_k, grad_out, lse,
+    delta, grad_key, grad_value, part_k, part_v, scale, pairs, H, P, SHARE, N, M, D, DV, ITEMS, SLOTS, places_q,
+    places_k, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, gk_b, gk_h, gk_n, gv_b, gv_h, gv_n,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
+    FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER_Q: tl.constexpr, HAS_ORDER_K: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one block of keys and values, over a list of query blocks, for some of the heads that read it.
+
+    grad_key [B, P, M, D], grad_value [B, P, M, DV]: P is the number of key heads, or a multiple of it, ``SHARE`` to each.
+    ``items`` [T, ITEMS, 8] with ``tables`` [P]; ``bits`` are transposed: [U, keys, words of queries]. ``part_k`` and
+    ``part_v`` [pairs, SLOTS, BLOCK, BLOCK_D or BLOCK_DV] float32. ``pairs`` is B times P.
+    """
+    WIDE: tl.constexpr = MATH == FP32
+    pair = tl.program_id(0) % pairs
+    b, g = pair // P, pair % P
+    group = H // P
+    item = items + (tl.load(tables + g) * ITEMS + tl.program_id(0) // pairs) * ITEM
+    block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    start = tl.maximum(block, 0) * BLOCK
+    first_head, end_head = g * group + tl.load(item + 5), g * group + tl.load(item + 6)
+    l = tl.load(heads + first_head)
+    row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    token = tokens_at(order_k, l, places_k, start + row, M, HAS_ORDER_K)
+    k_at = offsets_at(start, token, row, k_n, HAS_ORDER_K)
+    v_at = offsets_at(start, token, row, v_n, HAS_ORDER_K)
+    kv = (g // SHARE).to(tl.int64)
+    k = load_rows(key + b.to(tl.int64) * k_b + kv * k_h, k_at, token, d, D, True, FULL_D, WIDE)
+    v = load_rows(value + b.to(tl.int64) * v_b + kv * v_h, v_at, token, dv, DV, True, FULL_DV, WIDE)
+    segment = token
+    if HAS_SEGMENTS:
+        segment = segments_at(segments_k + b.to(tl.int64) * M, token, -2)
+        segments_q += b.to(tl.int64) * N
+    grad_k = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK, BLOCK_DV), tl.float32)
+    for h in range(first_head, end_head):
+        queries = query + b.to(tl.int64) * q_b + tl.cast(h, tl.int64) * q_h
+        grads = grad_out + b.to(tl.int64) * g_b + tl.cast(h, tl.int64) * g_h
+        of_head = (b.to(tl.int64) * H + h) * N
+        grad_k, grad_v = _add_key_gradients(
+            grad_k, grad_v, k, v, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows, masks,
+            bits, order_q, l, places_q, scale * LOG2E, first, middle, N, D, DV, q_n, g_n,
+            BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, WIDE, False,
+        )  # fmt: skip
+        grad_k, grad_v = _add_key_gradients(
+            grad_k, grad_v, k, v, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows, masks,
+            bits, order_q, l, places_q, scale * LOG2E, middle, end, N, D, DV, q_n, g_n,
+            BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, WIDE, True,
+        )  # fmt: skip
+    grad_k *= scale
+    slot = tl.load(item + 4)
+    if HAS_SLOTS:
+        own = (pair * SLOTS + tl.maximum(slot, 0)).to(tl.int64) * BLOCK + row
+        in_part = slot + 0 * row >= 0
+        tl.store(part_k + own[:, None] * BLOCK_D + d[None, :], grad_k, mask=in_part[:, None] & (d >= 0)[None, :])
+        tl.store(part_v + own[:, None] * BLOCK_DV + dv[None, :], grad_v, mask=in_part[:, None] & (dv >= 0)[None, :])
+    kept = (slot + 0 * row == -1) & (token >= 0)
+    gk_at = offsets_at(start, token, row, gk_n, HAS_ORDER_K)
+    gv_at = offsets_at(start, token, row, gv_n, HAS_ORDER_K)
+    gk_at = grad_key + b.to(tl.int64) * gk_b + g.to(tl.int64) * gk_h + gk_at[:, None] + d[None, :]
+    gv_at = grad_value + b.to(tl.int64) * gv_b + g.to(tl.int64) * gv_h + gv_at[:, None] + dv[None, :]
+    tl.store(gk_at, grad_k.to(grad_key.dtype.element_ty), mask=kept[:, None] & (d < D)[None, :])
+    tl.store(gv_at, grad_v.to(grad_value.dtype.element_ty), mask=kept[:, None] & (dv < DV)[None, :])

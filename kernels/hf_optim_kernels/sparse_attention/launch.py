@@ -1,0 +1,242 @@
+"""From tensors to launches: the forward, the backward, and the merging of pieces."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common.compute_type import compute_constants
+from ..common.launch import is_aligned, launch
+from .backward_kernel import _delta_kernel, _key_kernel, _query_kernel
+from .items import Plan
+from .kernel import _forward_kernel
+from .merge_kernel import _merge_kernel
+from .tiles import FORWARD, KEYS, QUERIES, Tiles, padded, tiles
+
+# Rows of a program that merges pieces, and of one that sums dO O.
+MERGED, SUMMED = 16, 32
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments_q: Tensor | None,
+    segments_k: Tensor | None,
+    layout: Any,
+    plan: Plan,
+    scale: float,
+    given: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``naive.sparse_attention``: out with the strides of ``[B, N, H, Dv]``, lse float32.
+
+    The last dimension of every tensor is contiguous; ``plan`` is that of ``items`` for these sizes.
+
+    Args:
+        given: tiles; None takes those of ``tiles``.
+    """
+    (B, H, N, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
+    out, lse = empty_results(query, DV)
+    if not plan.covers_q:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if out.numel() == 0:
+        return out, lse
+    block, chosen = layout.block, given or tiles(FORWARD, layout.block, D, DV, query.dtype, query.device)
+    part, part_lse = _parts(query, B * H * plan.q_slots, block, padded(DV), True)
+    constants = _constants(query, layout, chosen.step, D, DV, segments_q, plan.q_slots, _forward_kernel)
+    tensors = (
+        query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.q_items, plan.columns,
+        plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), out, lse, part, part_lse,
+    )  # fmt: skip
+    numbers = (
+        B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+    )  # fmt: skip
+    _run(_forward_kernel, B * H * plan.q_items.shape[1], (*tensors, scale * math.log2(math.e), *numbers), constants, chosen)
+    if plan.q_slots:
+        _merge(part, part_lse, layout.heads, plan.q_merges, layout, layout.order_q, out, lse, plan.q_slots)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments_q: Tensor | None,
+    segments_k: Tensor | None,
+    layout: Any,
+    plan: Plan,
+    scale: float,
+    given: tuple[Tiles, Tiles] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``naive.gradients``; arguments as of ``forward``.
+
+    Args:
+        given: tiles of the gradient of queries, and of that of keys and values; None takes those of ``tiles``.
+    """
+    (B, H, N, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
+    of_q, of_k = given or (tiles(d, layout.block, D, DV, query.dtype, query.device) for d in (QUERIES, KEYS))
+    grad_query, grad_key, grad_value = (each.new_empty(each.shape) for each in (query, key, value))
+    P = plan.key_heads
+    by_key = [grad_key, grad_value]
+    if P != G:  # summed over the heads of a group afterwards
+        by_key = [query.new_empty((B, P, M, size), dtype=torch.float32) for size in (D, DV)]
+    if not plan.covers_q or out.numel() == 0:
+        grad_query.zero_()
+    if not plan.covers_k or out.numel() == 0:
+        for each in by_key:
+            each.zero_()
+    if out.numel() == 0:
+        return grad_query, grad_key.zero_(), grad_value.zero_()
+    delta = _delta(out, grad_out, lse, grad_lse)
+    _query_gradient(
+        grad_query, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_q
+    )  # fmt: skip
+    _key_gradients(
+        *by_key, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_k
+    )  # fmt: skip
+    if P != G:
+        grad_key, grad_value = (each.unflatten(1, (G, P // G)).sum(2).to(key.dtype) for each in by_key)
+    return grad_query, grad_key, grad_value
+
+
+def empty_results(query: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Return room for out and lse: the heads of a token lie together, as a projection reads them."""
+    B, H, N, _ = query.shape
+    out = query.new_empty((B, N, H, channels)).transpose(1, 2)
+    return out, query.new_empty((B, H, N), dtype=torch.float32)
+
+
+def _query_gradient(
+    grad_query: Tensor, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
+    segments_q: Tensor | None, segments_k: Tensor | None, layout: Any, plan: Plan, scale: float, chosen: Tiles,
+) -> None:  # fmt: skip
+    (B, H, N, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
+    (part,) = _parts(query, B * H * plan.q_slots, layout.block, padded(D))
+    constants = _constants(query, layout, chosen.step, D, DV, segments_q, plan.q_slots, _query_kernel)
+    tensors = (
+        query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.q_items, plan.columns,
+        plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), grad_out, lse, delta,
+        grad_query, part,
+    )  # fmt: skip
+    numbers = (
+        B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout), *query.stride()[:3],
+        *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *grad_query.stride()[:3],
+    )  # fmt: skip
+    _run(_query_kernel, B * H * plan.q_items.shape[1], (*tensors, scale, *numbers), constants, chosen)
+    if plan.q_slots:
+        _merge(part, None, layout.heads, plan.q_merges, layout, layout.order_q, grad_query, None, plan.q_slots)
+
+
+def _key_gradients(
+    grad_key: Tensor, grad_value: Tensor, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor,
+    delta: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, layout: Any, plan: Plan, scale: float,
+    chosen: Tiles,
+) -> None:  # fmt: skip
+    (B, H, N, D), (G, M), DV, P = query.shape, key.shape[1:3], value.shape[3], plan.key_heads
+    part_k, part_v = _parts(query, B * P * plan.k_slots, layout.block, padded(D), sizes=(padded(DV),))
+    constants = _constants(query, layout, chosen.step, D, DV, segments_q, plan.k_slots, _key_kernel)
+    tensors = (
+        query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.k_tables, plan.k_items,
+        plan.rows, plan.key_masks, plan.key_bits, _or(layout.order_q, query), _or(layout.order_k, query), grad_out, lse,
+        delta, grad_key, grad_value, part_k, part_v,
+    )  # fmt: skip
+    numbers = (
+        B * P, H, P, P // G, N, M, D, DV, plan.k_items.shape[1], plan.k_slots, *_places(layout), *query.stride()[:3],
+        *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *grad_key.stride()[:3],
+        *grad_value.stride()[:3],
+    )  # fmt: skip
+    _run(_key_kernel, B * P * plan.k_items.shape[1], (*tensors, scale, *numbers), constants, chosen)
+    if plan.k_slots:
+        for part, target in ((part_k, grad_key), (part_v, grad_value)):
+            _merge(part, None, plan.k_tables, plan.k_merges, layout, layout.order_k, target, None, plan.k_slots)
+
+
+def _delta(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """Return ``rowsum(dO O) - dlse``: float32 ``[B, H, N]``."""
+    B, H, N, DV = out.shape
+    delta = torch.empty_like(lse)
+    strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
+    numbers = (H, N, DV, *out.stride()[:3], *grad_out.stride()[:3], *strides)
+    constants = {"ROWS": SUMMED, "BLOCK_DV": padded(DV), "HAS_LSE": grad_lse is not None}
+    arguments = (out, grad_out, lse, _or(grad_lse, lse), delta, *numbers)
+    _start(_delta_kernel, (triton.cdiv(N, SUMMED), B * H, 1), arguments, constants, 4, 1)
+    return delta
+
+
+def _merge(
+    part: Tensor, part_lse: Tensor | None, tables: Tensor, merges: Tensor, layout: Any, order: Tensor | None,
+    out: Tensor, lse: Tensor | None, slots: int,
+) -> None:  # fmt: skip
+    """Merge the pieces of ``part`` into ``out`` ``[B, P, N, size]``: see ``_merge_kernel``."""
+    B, P, N, size = out.shape
+    rows, count = min(MERGED, layout.block), merges.shape[1]
+    places = 0 if order is None or order.shape[0] == 1 else order.shape[1]
+    constants = {
+        "BLOCK": layout.block, "ROWS": rows, "BLOCK_DV": padded(size), "HAS_ORDER": order is not None,
+        "WEIGHTED": lse is not None,
+    }  # fmt: skip
+    numbers = (B * P, P, layout.heads.shape[0] // P, N, size, count, slots, places, *out.stride()[:3])
+    arguments = (part, _or(part_lse, part), tables, merges, layout.heads, _or(order, tables), out, _or(lse, part))
+    grid = (B * P * count * (layout.block // rows), 1, 1)
+    _start(_merge_kernel, grid, (*arguments, *numbers), constants, 4, 1)
+
+
+def _parts(like: Tensor, slots: int, block: int, size: int, logs: bool = False, sizes: tuple[int, ...] = ()) -> list[Tensor]:
+    """Return room for partial results: ``[slots, block, size]`` for each size and, with logs, ``[slots, block]``."""
+    shapes = [(slots, block, each) for each in (size, *sizes)] + ([(slots, block)] if logs else [])
+    return [torch.empty(shape, dtype=torch.float32, device=like.device) if slots else like for shape in shapes]
+
+
+def _constants(
+    query: Tensor, layout: Any, step: int, D: int, DV: int, segments: Tensor | None, slots: int, kernel: Any
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "BLOCK": layout.block, "STEP": step, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "FULL_D": padded(D) == D,
+        "FULL_DV": padded(DV) == DV, "HAS_SEGMENTS": segments is not None, "HAS_ORDER_Q": layout.order_q is not None,
+        "HAS_ORDER_K": layout.order_k is not None, "HAS_SLOTS": slots > 0,
+        "MATH": compute_constants(query.dtype, kernel)["MATH"],
+    }  # fmt: skip
+
+
+def _places(layout: Any) -> tuple[int, int]:
+    """Return the distance between the orders of two head layouts, 0 if they have one order."""
+    orders = layout.order_q, layout.order_k
+    first, second = (0 if o is None or o.shape[0] == 1 else o.shape[1] for o in orders)
+    return first, second
+
+
+def _run(kernel: Any, programs: int, arguments: tuple, constants: dict[str, Any], chosen: Tiles) -> None:
+    _start(kernel, (programs, 1, 1), arguments, constants, chosen.warps, chosen.stages)
+
+
+def _start(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any], warps: int, stages: int) -> None:
+    kinds = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            kinds += [each.dtype, is_aligned(each)]
+        elif isinstance(each, int):
+            kinds.append(_kind(each))
+    launch(
+        kernel, grid, arguments, constants, num_warps=warps, num_stages=stages,
+        key=(*kinds, *constants.values(), warps, stages),
+    )  # fmt: skip
+
+
+def _kind(number: int) -> int:
+    """Return what Triton specializes of an integer: 1, multiples of 16, and whether it fits in 32 bits."""
+    return 1 if number == 1 else (16 if number % 16 == 0 else 2) + (number >= 1 << 31)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return a tensor, or another in place of none."""
+    return other if tensor is None else tensor

@@ -1,0 +1,178 @@
+"""The operators ``torch.ops.hf_optim.sparse_attention`` and its backward (see ``naive``). Importing this registers them.
+
+On a CUDA device they run the Triton kernels, on a CPU the specification (or, under ``TRITON_INTERPRET=1``, the
+interpreted kernels). They have fake implementations and a gradient, also of lse. Once a layout has its work items
+(``prepare``, or a first call), nothing waits for the host, so that a call can be captured and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.support import can_run_triton
+from . import naive
+from .naive import Layout
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 128
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Return why the kernels do not take these tensors; None if they do."""
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"{query.dtype} queries, {key.dtype} keys and {value.dtype} values"
+    if query.shape[1] % key.shape[1]:
+        return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
+    if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:
+        return f"heads of {max(query.shape[3], value.shape[3])}"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "a compute capability below 8.0"
+    return None
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Any,
+    scale: float,
+    segments_q: Tensor | None = None,
+    segments_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``naive.sparse_attention``: out and lse, with gradients of both.
+
+    out has the strides of ``[B, N, H, Dv]``. Keys and values that no query sees must be finite: they are multiplied by
+    zero.
+
+    Raises ``ValueError`` if the layout does not fit the tensors, if only one side has segments, if ``scale`` is not
+    above 0, and on a GPU for what ``unsupported`` says.
+    """
+    if not scale > 0:
+        raise ValueError(f"the scale of scores must be above 0, not {scale}")
+    if (segments_q is None) != (segments_k is None):
+        raise ValueError("queries and keys have segments, or neither")
+    triton = can_run_triton(query)
+    problem = unsupported(query, key, value) if triton else None
+    if problem:
+        raise ValueError(f"sparse_attention does not take {problem}")
+    made = prepare(layout, query, key) if triton else None
+    plan, numbers = ([], []) if made is None else (list(made[:-5]), list(made[-5:]))
+    recorded = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    call = _operator if recorded or torch.compiler.is_compiling() else _forward
+    return call(
+        query, key, value, segments_q, segments_k, layout.heads, layout.starts, layout.columns, layout.masks,
+        layout.bits, layout.key_starts, layout.rows, layout.key_masks, layout.order_q, layout.order_k, plan,
+        layout.block, numbers, scale,
+    )  # fmt: skip
+
+
+def prepare(layout: Any, query: Tensor, key: Tensor) -> Any:
+    """Return the work items of a layout for tensors of these shapes, made at the first call: see ``items.plan``.
+
+    What is captured in a graph or compiled must be prepared before.
+    """
+    from .items import plan
+
+    (B, H, N, _), (G, M) = query.shape, key.shape[1:3]
+    return plan(layout, B, H, G, N, M)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
+    starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
+    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], block: int, numbers: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layout = Layout(block, heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
+    if not can_run_triton(query):
+        out, lse = naive.sparse_attention(query, key, value, layout, scale, segments_q, segments_k)
+        return _as_made(out), lse
+    from . import launch
+    from .items import Plan
+
+    tensors = (_flat(each) for each in (query, key, value))
+    segments = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
+    return launch.forward(*tensors, *segments, layout, Plan(*plan, *numbers), scale)
+
+
+@torch.library.custom_op("hf_optim::sparse_attention", mutates_args=())
+def _operator(
+    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
+    starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
+    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], block: int, numbers: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``naive.sparse_attention``; ``plan`` and ``numbers`` are the fields of ``items.Plan``, empty on a CPU."""
+    return _forward(
+        query, key, value, segments_q, segments_k, heads, starts, columns, masks, bits, key_starts, rows, key_masks,
+        order_q, order_k, plan, block, numbers, scale,
+    )  # fmt: skip
+
+
+@_operator.register_fake
+def _(query, key, value, *_) -> tuple[Tensor, Tensor]:
+    B, H, N, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((B, N, H, value.shape[3])).transpose(1, 2), query.new_empty((B, H, N), dtype=dtype)
+
+
+@torch.library.custom_op("hf_optim::sparse_attention_backward", mutates_args=())
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor, starts: Tensor, columns: Tensor, masks: Tensor,
+    bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor, order_q: Tensor | None, order_k: Tensor | None,
+    plan: Sequence[Tensor], block: int, numbers: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return ``naive.gradients``; arguments as of ``hf_optim::sparse_attention``."""
+    layout = Layout(block, heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
+    if not can_run_triton(query):
+        return naive.gradients(
+            grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k
+        )  # fmt: skip
+    from . import launch
+    from .items import Plan
+
+    tensors = (_flat(each) for each in (query, key, value))
+    segments = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
+    return launch.backward(
+        _flat(grad_out), grad_lse, *tensors, out, lse, *segments, layout, Plan(*plan, *numbers), scale
+    )  # fmt: skip
+
+
+@_gradients.register_fake
+def _(grad_out, grad_lse, out, lse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(each.new_empty(each.shape) for each in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, *tensors, plan, ctx.block, ctx.numbers, ctx.scale = inputs
+    ctx.given = [each is not None for each in tensors]
+    ctx.save_for_backward(*output, query, key, value, *(each for each in tensors if each is not None), *plan)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
+    out, lse, query, key, value, *rest = ctx.saved_tensors
+    tensors = [rest.pop(0) if given else None for given in ctx.given]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    found = _gradients(
+        grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.block, ctx.numbers, ctx.scale
+    )
+    return *found, *[None] * 12, [None] * len(rest), None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _as_made(out: Tensor) -> Tensor:
+    """Return out with the strides that the kernels give it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

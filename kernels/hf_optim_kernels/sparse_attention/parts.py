@@ -1,0 +1,80 @@
+"""What the kernels share: the tokens at the places of a block, and which pairs of a tile see each other.
+
+A tile has rows and columns of places; one side are queries, the other keys, and each kernel says which. Bits are stored
+by row, so that a thread reads the words of its own rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tokens_at(order, l, places, place, count, HAS_ORDER: tl.constexpr):
+    """Return the token at each place of head layout ``l``, -1 for empty ones.
+
+    ``order`` [L or 1, places]; ``places`` is 0 if there is one order for all layouts.
+    """
+    if HAS_ORDER:
+        found = tl.load(order + l * places + place)
+    else:
+        found = tl.where(place < count, place, -1)
+    return found
+
+
+@triton.jit
+def offsets_at(start, token, inside, stride, HAS_ORDER: tl.constexpr):
+    """Return the offsets of rows of a matrix, int64 with an order; else those of a block that begins at ``start``."""
+    if HAS_ORDER:
+        found = tl.maximum(token, 0).to(tl.int64) * stride
+    else:
+        found = tl.cast(start, tl.int64) * stride + (inside * stride).to(tl.int64)
+    return found
+
+
+@triton.jit
+def load_rows(base, offsets, token, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr):
+    """Return rows [places, BLOCK_D] of a matrix, zeros at empty places if CHECKED; WIDE: in float32.
+
+    FULL: the matrix has as many columns as the block.
+    """
+    at = base + offsets[:, None] + d[None, :]
+    if CHECKED:
+        if FULL:
+            found = tl.load(at, mask=(token >= 0)[:, None], other=0.0)
+        else:
+            found = tl.load(at, mask=(token >= 0)[:, None] & (d < SIZE)[None, :], other=0.0)
+    elif FULL:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=(d < SIZE)[None, :], other=0.0)
+    if WIDE:
+        found = found.to(tl.float32)
+    return found
+
+
+@triton.jit
+def segments_at(segments, token, NONE: tl.constexpr):
+    """Return the segment of each token, NONE (a negative number that the other side does not have) for padding."""
+    found = tl.load(segments + token, mask=token >= 0, other=-1)
+    return tl.where(found < 0, NONE, found)
+
+
+@triton.jit
+def bits_of(bits, number, row, column, BLOCK: tl.constexpr):
+    """Return the mask ``number`` at rows and columns of a block, bool [rows, columns]; all True if it is negative.
+
+    Of each row its words are loaded, and of each pair a shift is left: the word of a column is known when compiled.
+    """
+    WORDS: tl.constexpr = BLOCK // 32
+    own = bits + tl.maximum(number, 0).to(tl.int64) * (BLOCK * WORDS) + row * WORDS
+    partial = number + 0 * row >= 0
+    word = tl.load(own, mask=partial, other=-1)[:, None]
+    if WORDS > 1:
+        word = tl.where((column < 32)[None, :], word, tl.load(own + 1, mask=partial, other=-1)[:, None])
+    if WORDS > 2:
+        third = tl.load(own + 2, mask=partial, other=-1)[:, None]
+        fourth = tl.load(own + 3, mask=partial, other=-1)[:, None]
+        word = tl.where((column < 64)[None, :], word, tl.where((column < 96)[None, :], third, fourth))
+    return ((word >> (column % 32)[None, :]) & 1) != 0

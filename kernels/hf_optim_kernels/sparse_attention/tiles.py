@@ -1,0 +1,83 @@
+"""The tiles of each launch, by block, head size and type, and how long a piece of a list may be."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..common import tuning
+
+# Directions that have tiles: the names in tuning tables are ``sparse_attention_<direction>``.
+FORWARD, QUERIES, KEYS = "forward", "queries", "keys"
+# Programs that a multiprocessor runs at once, and the fewest keys of a piece of a list.
+RESIDENT, LEAST_KEYS = 3, 1024
+MOST_PIECE = 128
+
+
+class Tiles(NamedTuple):
+    """Tiles of one launch.
+
+    Attributes:
+        step: places of the other side that a program reads at a time; divides the block.
+        warps, stages: compile options; stages are loads under way.
+    """
+
+    step: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """Return the columns of a tile for a head size."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def tiles(direction: str, block: int, D: int, DV: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Return the tiles of a launch: those of a tuning table (``sparse_attention_forward 64x64x64x1``), else a guess."""
+    sizes = (padded(D), padded(DV))
+
+    def guess(_: int) -> dict[str, int]:
+        return guessed(direction, block, max(sizes), dtype)._asdict()
+
+    def usable(config: dict[str, int]) -> bool:
+        return block % config["step"] == 0 and config["step"] >= 16
+
+    name = f"sparse_attention_{direction}"
+    return Tiles(**tuning.choose(name, (block, *sizes), 1, dtype, device, guess, usable))
+
+
+def guessed(direction: str, block: int, size: int, dtype: torch.dtype) -> Tiles:
+    """Return tiles by reasoning, for Hopper.
+
+    A warp group of four warps takes 64 rows. Per thread, a tile of 64 x 64 float32 is 32 registers; the forward holds
+    two (scores, output), the gradient of queries three, that of keys and values four, of 255.
+    """
+    if dtype == torch.float32:  # multiplied outside of the tensor cores
+        return Tiles(min(block, 32 if size <= 64 else 16), 4 if block <= 64 else 8, 1)
+    warps = {32: 2, 64: 4, 128: 8}[block]
+    if direction == FORWARD:
+        return Tiles(block if size <= 64 else min(block, 64), warps, 3)
+    return Tiles(min(block, 64 if size <= 64 or direction == QUERIES else 32), warps, 2)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def piece(pairs: int, entries: int, block: int, multiprocessors: int) -> int:
+    """Return how many entries a piece of a list has at most: a power of two, so that few plans are made.
+
+    Args:
+        pairs: batch rows times query heads.
+        entries: of the lists of a head.
+        block: places of a block.
+    """
+    share = pairs * entries / (RESIDENT * multiprocessors)
+    # Half of what each running program has to do, so that the last ones end about together.
+    size = 1 << max(0, int(share / 2).bit_length() - 1)
+    return max(LEAST_KEYS // block, min(MOST_PIECE, size))
