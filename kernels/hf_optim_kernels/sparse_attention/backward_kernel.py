@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..common.compute_type import FP32
 from .kernel import ITEM, LOG2E
-from .parts import bits_of, load_rows, offsets_at, segments_at, tokens_at
+from .parts import bits_of, load_rows, rows_at, segments_at, tokens_at
 
 
 @triton.jit
@@ -58,10 +58,10 @@ def _add_query_gradient(
         begin = step % PARTS * STEP
         start = tl.load(columns + entry) * BLOCK + begin
         token = tokens_at(order_k, l, places_k, start + inside, M, HAS_ORDER)
-        k_at = offsets_at(start, token, inside, k_n, HAS_ORDER)
-        v_at = offsets_at(start, token, inside, v_n, HAS_ORDER)
-        k = load_rows(keys, k_at, token, d, D, CHECKED, FULL_D, WIDE)
-        v = load_rows(values, v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
+        v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
+        k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
+        v = load_rows(v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(s * scale - logs[:, None])
         if CHECKED:
@@ -101,10 +101,10 @@ def _query_kernel(
     start = tl.maximum(block, 0) * BLOCK
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     token = tokens_at(order_q, l, places_q, start + row, N, HAS_ORDER_Q)
-    q_at = offsets_at(start, token, row, q_n, HAS_ORDER_Q)
-    g_at = offsets_at(start, token, row, g_n, HAS_ORDER_Q)
-    q = load_rows(query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, q_at, token, d, D, True, FULL_D, WIDE)
-    g = load_rows(grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h, g_at, token, dv, DV, True, FULL_DV, WIDE)
+    queries = query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+    grads = grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
+    q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), token, d, D, True, FULL_D, WIDE)
+    g = load_rows(rows_at(grads, start, token, row, g_n, dv, HAS_ORDER_Q), token, dv, DV, True, FULL_DV, WIDE)
     logs = _logs_at(lse + pair.to(tl.int64) * N, token)
     own_delta = tl.load(delta + pair.to(tl.int64) * N + token, mask=token >= 0, other=0.0)
     segment = token
@@ -132,8 +132,8 @@ def _query_kernel(
         in_part = slot + 0 * row >= 0
         tl.store(part + own[:, None] * BLOCK_D + d[None, :], acc, mask=in_part[:, None] & (d >= 0)[None, :])
     kept = (slot + 0 * row == -1) & (token >= 0)
-    o_at = offsets_at(start, token, row, o_n, HAS_ORDER_Q)
-    o_at = grad_query + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + o_at[:, None] + d[None, :]
+    grads = grad_query + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
+    o_at = rows_at(grads, start, token, row, o_n, d, HAS_ORDER_Q)
     tl.store(o_at, acc.to(grad_query.dtype.element_ty), mask=kept[:, None] & (d < D)[None, :])
 
 
@@ -154,10 +154,10 @@ def _add_key_gradients(
         begin = step % PARTS * STEP
         start = tl.load(rows + entry) * BLOCK + begin
         token = tokens_at(order_q, l, places_q, start + inside, N, HAS_ORDER)
-        q_at = offsets_at(start, token, inside, q_n, HAS_ORDER)
-        g_at = offsets_at(start, token, inside, g_n, HAS_ORDER)
-        q = load_rows(queries, q_at, token, d, D, CHECKED, FULL_D, WIDE)
-        g = load_rows(grads, g_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        q_at = rows_at(queries, start, token, inside, q_n, d, HAS_ORDER)
+        g_at = rows_at(grads, start, token, inside, g_n, dv, HAS_ORDER)
+        q = load_rows(q_at, token, d, D, CHECKED, FULL_D, WIDE)
+        g = load_rows(g_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
         logs = _logs_at(lse, token)
         own_delta = tl.load(delta + token, mask=token >= 0, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -201,11 +201,10 @@ def _key_kernel(
     l = tl.load(heads + first_head)
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     token = tokens_at(order_k, l, places_k, start + row, M, HAS_ORDER_K)
-    k_at = offsets_at(start, token, row, k_n, HAS_ORDER_K)
-    v_at = offsets_at(start, token, row, v_n, HAS_ORDER_K)
     kv = (g // SHARE).to(tl.int64)
-    k = load_rows(key + b.to(tl.int64) * k_b + kv * k_h, k_at, token, d, D, True, FULL_D, WIDE)
-    v = load_rows(value + b.to(tl.int64) * v_b + kv * v_h, v_at, token, dv, DV, True, FULL_DV, WIDE)
+    keys, values = key + b.to(tl.int64) * k_b + kv * k_h, value + b.to(tl.int64) * v_b + kv * v_h
+    k = load_rows(rows_at(keys, start, token, row, k_n, d, HAS_ORDER_K), token, d, D, True, FULL_D, WIDE)
+    v = load_rows(rows_at(values, start, token, row, v_n, dv, HAS_ORDER_K), token, dv, DV, True, FULL_DV, WIDE)
     segment = token
     if HAS_SEGMENTS:
         segment = segments_at(segments_k + b.to(tl.int64) * M, token, -2)
@@ -234,9 +233,8 @@ def _key_kernel(
         tl.store(part_k + own[:, None] * BLOCK_D + d[None, :], grad_k, mask=in_part[:, None] & (d >= 0)[None, :])
         tl.store(part_v + own[:, None] * BLOCK_DV + dv[None, :], grad_v, mask=in_part[:, None] & (dv >= 0)[None, :])
     kept = (slot + 0 * row == -1) & (token >= 0)
-    gk_at = offsets_at(start, token, row, gk_n, HAS_ORDER_K)
-    gv_at = offsets_at(start, token, row, gv_n, HAS_ORDER_K)
-    gk_at = grad_key + b.to(tl.int64) * gk_b + g.to(tl.int64) * gk_h + gk_at[:, None] + d[None, :]
-    gv_at = grad_value + b.to(tl.int64) * gv_b + g.to(tl.int64) * gv_h + gv_at[:, None] + dv[None, :]
+    keys, values = grad_key + b.to(tl.int64) * gk_b, grad_value + b.to(tl.int64) * gv_b
+    gk_at = rows_at(keys + g.to(tl.int64) * gk_h, start, token, row, gk_n, d, HAS_ORDER_K)
+    gv_at = rows_at(values + g.to(tl.int64) * gv_h, start, token, row, gv_n, dv, HAS_ORDER_K)
     tl.store(gk_at, grad_k.to(grad_key.dtype.element_ty), mask=kept[:, None] & (d < D)[None, :])
     tl.store(gv_at, grad_v.to(grad_value.dtype.element_ty), mask=kept[:, None] & (dv < DV)[None, :])

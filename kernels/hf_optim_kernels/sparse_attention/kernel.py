@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.compute_type import FP32
-from .parts import bits_of, load_rows, offsets_at, segments_at, tokens_at
+from .parts import bits_of, load_rows, rows_at, segments_at, tokens_at
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,8 +35,8 @@ def _attend(
         begin = step % PARTS * STEP
         start = tl.load(columns + entry) * BLOCK + begin
         token = tokens_at(order_k, l, places_k, start + inside, M, HAS_ORDER)
-        k_at = offsets_at(start, token, inside, k_n, HAS_ORDER)
-        k = load_rows(keys, k_at, token, d, D, CHECKED, FULL_D, WIDE)
+        k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
+        k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if CHECKED:
             number = tl.load(masks + entry)
@@ -56,8 +56,8 @@ def _attend(
         p = tl.exp2(s * scale - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
-        v_at = offsets_at(start, token, inside, v_n, HAS_ORDER)
-        v = load_rows(values, v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
+        v = load_rows(v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new_top
     return top, total, acc
@@ -86,9 +86,8 @@ def _forward_kernel(
     start = tl.maximum(block, 0) * BLOCK
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     token = tokens_at(order_q, l, places_q, start + row, N, HAS_ORDER_Q)
-    q_at = offsets_at(start, token, row, q_n, HAS_ORDER_Q)
     queries = query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    q = load_rows(queries, q_at, token, d, D, True, FULL_D, WIDE)
+    q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), token, d, D, True, FULL_D, WIDE)
     segment = token
     if HAS_SEGMENTS:
         segment = segments_at(segments_q + b.to(tl.int64) * N, token, -3)
@@ -119,7 +118,6 @@ def _forward_kernel(
         tl.store(part + own[:, None] * BLOCK_DV + dv[None, :], result, mask=in_part[:, None] & (dv >= 0)[None, :])
         tl.store(part_lse + own, logs, mask=in_part)
     kept = (slot + 0 * row == -1) & (token >= 0)
-    o_at = offsets_at(start, token, row, o_n, HAS_ORDER_Q)
-    o_at = out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + o_at[:, None] + dv[None, :]
+    o_at = rows_at(out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h, start, token, row, o_n, dv, HAS_ORDER_Q)
     tl.store(o_at, result.to(out.dtype.element_ty), mask=kept[:, None] & (dv < DV)[None, :])
     tl.store(lse + pair.to(tl.int64) * N + token, logs * LN2, mask=kept)

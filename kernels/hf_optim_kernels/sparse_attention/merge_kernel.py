@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .kernel import LN2
-from .parts import offsets_at, tokens_at
+from .parts import rows_at, tokens_at
 
 # int32 of an entry of ``merges``: a block, its first slot, the slot after its last.
 MERGE = tl.constexpr(4)
@@ -52,6 +52,5 @@ def _merge_kernel(
         acc = acc / tl.where(some, total, 1.0)[:, None]
         logs = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
         tl.store(lse + pair.to(tl.int64) * N + token, logs * LN2, mask=kept)
-    at = offsets_at(start, token, row, o_n, HAS_ORDER)
-    at = out + b.to(tl.int64) * o_b + p.to(tl.int64) * o_h + at[:, None] + dv[None, :]
+    at = rows_at(out + b.to(tl.int64) * o_b + p.to(tl.int64) * o_h, start, token, row, o_n, dv, HAS_ORDER)
     tl.store(at, acc.to(out.dtype.element_ty), mask=kept[:, None] & (dv < DV)[None, :])

@@ -19,6 +19,8 @@ from .naive import Layout
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 128
+# Of the fields of ``items.Plan``, those that are tensors; they come first.
+TENSORS = 10
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -60,13 +62,14 @@ def sparse_attention(
     if problem:
         raise ValueError(f"sparse_attention does not take {problem}")
     made = prepare(layout, query, key) if triton else None
-    plan, numbers = ([], []) if made is None else (list(made[:-5]), list(made[-5:]))
+    plan, numbers = ([], []) if made is None else (list(made[:TENSORS]), list(made[TENSORS:]))
+    numbers = [layout.block, *numbers]
     recorded = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     call = _operator if recorded or torch.compiler.is_compiling() else _forward
     return call(
         query, key, value, segments_q, segments_k, layout.heads, layout.starts, layout.columns, layout.masks,
-        layout.bits, layout.key_starts, layout.rows, layout.key_masks, layout.order_q, layout.order_k, plan,
-        layout.block, numbers, scale,
+        layout.bits, layout.key_starts, layout.rows, layout.key_masks, layout.order_q, layout.order_k, plan, numbers,
+        scale,
     )  # fmt: skip
 
 
@@ -84,10 +87,9 @@ def prepare(layout: Any, query: Tensor, key: Tensor) -> Any:
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
     starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
-    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], block: int, numbers: Sequence[int],
-    scale: float,
+    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout = Layout(block, heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
+    layout = Layout(numbers[0], heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
     if not can_run_triton(query):
         out, lse = naive.sparse_attention(query, key, value, layout, scale, segments_q, segments_k)
         return _as_made(out), lse
@@ -96,20 +98,19 @@ def _forward(
 
     tensors = (_flat(each) for each in (query, key, value))
     segments = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
-    return launch.forward(*tensors, *segments, layout, Plan(*plan, *numbers), scale)
+    return launch.forward(*tensors, *segments, layout, Plan(*plan, *numbers[1:]), scale)
 
 
 @torch.library.custom_op("hf_optim::sparse_attention", mutates_args=())
 def _operator(
     query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor,
     starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
-    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], block: int, numbers: Sequence[int],
-    scale: float,
+    order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return ``naive.sparse_attention``; ``plan`` and ``numbers`` are the fields of ``items.Plan``, empty on a CPU."""
+    """Return ``naive.sparse_attention``; ``numbers`` begins with the block; the rest of it and ``plan`` are ``items.Plan``."""
     return _forward(
         query, key, value, segments_q, segments_k, heads, starts, columns, masks, bits, key_starts, rows, key_masks,
-        order_q, order_k, plan, block, numbers, scale,
+        order_q, order_k, plan, numbers, scale,
     )  # fmt: skip
 
 
@@ -125,10 +126,10 @@ def _gradients(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     segments_q: Tensor | None, segments_k: Tensor | None, heads: Tensor, starts: Tensor, columns: Tensor, masks: Tensor,
     bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor, order_q: Tensor | None, order_k: Tensor | None,
-    plan: Sequence[Tensor], block: int, numbers: Sequence[int], scale: float,
+    plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return ``naive.gradients``; arguments as of ``hf_optim::sparse_attention``."""
-    layout = Layout(block, heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
+    layout = Layout(numbers[0], heads, starts, columns, masks, bits, key_starts, rows, key_masks, order_q, order_k)
     if not can_run_triton(query):
         return naive.gradients(
             grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k
@@ -139,7 +140,7 @@ def _gradients(
     tensors = (_flat(each) for each in (query, key, value))
     segments = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
     return launch.backward(
-        _flat(grad_out), grad_lse, *tensors, out, lse, *segments, layout, Plan(*plan, *numbers), scale
+        _flat(grad_out), grad_lse, *tensors, out, lse, *segments, layout, Plan(*plan, *numbers[1:]), scale
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def _(grad_out, grad_lse, out, lse, query, key, value, *_) -> tuple[Tensor, Tens
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, *tensors, plan, ctx.block, ctx.numbers, ctx.scale = inputs
+    query, key, value, *tensors, plan, ctx.numbers, ctx.scale = inputs
     ctx.given = [each is not None for each in tensors]
     ctx.save_for_backward(*output, query, key, value, *(each for each in tensors if each is not None), *plan)
     ctx.set_materialize_grads(False)
@@ -161,9 +162,9 @@ def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     found = _gradients(
-        grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.block, ctx.numbers, ctx.scale
+        grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.numbers, ctx.scale
     )
-    return *found, *[None] * 12, [None] * len(rest), None, None, None
+    return *found, *[None] * 12, [None] * len(rest), None, None
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

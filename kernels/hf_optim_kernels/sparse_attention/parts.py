@@ -24,22 +24,21 @@ def tokens_at(order, l, places, place, count, HAS_ORDER: tl.constexpr):
 
 
 @triton.jit
-def offsets_at(start, token, inside, stride, HAS_ORDER: tl.constexpr):
-    """Return the offsets of rows of a matrix, int64 with an order; else those of a block that begins at ``start``."""
+def rows_at(base, start, token, inside, stride, d, HAS_ORDER: tl.constexpr):
+    """Return the addresses of rows of a matrix, [places, columns]: of tokens, or of a block that begins at ``start``."""
     if HAS_ORDER:
-        found = tl.maximum(token, 0).to(tl.int64) * stride
-    else:
-        found = tl.cast(start, tl.int64) * stride + (inside * stride).to(tl.int64)
+        found = base + tl.maximum(token, 0).to(tl.int64)[:, None] * stride + d[None, :]
+    else:  # within a block offsets are small and the same in each; where it begins may be beyond 2^31
+        found = (base + tl.cast(start, tl.int64) * stride) + ((inside * stride)[:, None] + d[None, :])
     return found
 
 
 @triton.jit
-def load_rows(base, offsets, token, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr):
+def load_rows(at, token, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr):
     """Return rows [places, BLOCK_D] of a matrix, zeros at empty places if CHECKED; WIDE: in float32.
 
     FULL: the matrix has as many columns as the block.
     """
-    at = base + offsets[:, None] + d[None, :]
     if CHECKED:
         if FULL:
             found = tl.load(at, mask=(token >= 0)[:, None], other=0.0)

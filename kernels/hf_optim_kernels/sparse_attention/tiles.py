@@ -52,15 +52,18 @@ def tiles(direction: str, block: int, D: int, DV: int, dtype: torch.dtype, devic
 def guessed(direction: str, block: int, size: int, dtype: torch.dtype) -> Tiles:
     """Return tiles by reasoning, for Hopper.
 
-    A warp group of four warps takes 64 rows. Per thread, a tile of 64 x 64 float32 is 32 registers; the forward holds
-    two (scores, output), the gradient of queries three, that of keys and values four, of 255.
+    A warp group of four warps takes 64 rows, and a tile of 64 x 64 float32 is 32 registers of a thread. The forward holds
+    two of them, the gradient of queries three, that of keys and values four; with the steps below ptxas needs 155 to 255
+    registers and spills nothing, and two or three programs of four warps share a multiprocessor.
     """
     if dtype == torch.float32:  # multiplied outside of the tensor cores
         return Tiles(min(block, 32 if size <= 64 else 16), 4 if block <= 64 else 8, 1)
     warps = {32: 2, 64: 4, 128: 8}[block]
     if direction == FORWARD:
         return Tiles(block if size <= 64 else min(block, 64), warps, 3)
-    return Tiles(min(block, 64 if size <= 64 or direction == QUERIES else 32), warps, 2)
+    if direction == QUERIES:
+        return Tiles(min(block, 64), warps, 2)
+    return Tiles(32, 8 if block == 64 and size > 64 else warps, 2)
 
 
 @cache
