@@ -25,23 +25,23 @@ def layout_of(
     unique: dict[tuple, int] = {}
     bits: list[Tensor] = []
     numbers = torch.full(tiles.shape[:3], -2)
-    for l, q, k in (tiles.any(-1).any(-1)).nonzero().tolist():
-        tile = tiles[l, q, k]
+    for kind, q, k in (tiles.any(-1).any(-1)).nonzero().tolist():
+        tile = tiles[kind, q, k]
         if whole and tile.all():
-            numbers[l, q, k] = -1
+            numbers[kind, q, k] = -1
             continue
         words = _words(tile)
         name = tuple(words.flatten().tolist())
         if name not in unique:
             unique[name] = len(bits)
             bits.append(words)
-        numbers[l, q, k] = unique[name]
+        numbers[kind, q, k] = unique[name]
     made = []
     for table in (numbers, numbers.transpose(1, 2)):
         starts, others, masks = [], [], []
-        for l in range(L):
+        for kind in range(L):
             starts.append([])
-            for row in table[l]:
+            for row in table[kind]:
                 starts[-1].append(len(others))
                 listed = (row > -2).nonzero().flatten().tolist()
                 others += listed

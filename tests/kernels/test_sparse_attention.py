@@ -43,14 +43,14 @@ class Case(NamedTuple):
     def by_token(self):
         """Which key each query sees: bool [B, H, N, M], from the mask over places, pair by pair of places."""
         found = torch.zeros(self.B, len(self.heads), self.N, self.M, dtype=torch.bool)
-        for h, l in enumerate(self.heads):
+        for h, kind in enumerate(self.heads):
             tokens = []
             for order, places, count in ((self.order_q, 1, self.N), (self.order_k, 2, self.M)):
                 if order is None:
                     tokens.append([p if p < count else -1 for p in range(self.seen.shape[places])])
                 else:
-                    tokens.append(order[l if len(order) > 1 else 0].tolist())
-            for q, k in self.seen[l].nonzero().tolist():
+                    tokens.append(order[kind if len(order) > 1 else 0].tolist())
+            for q, k in self.seen[kind].nonzero().tolist():
                 if tokens[0][q] >= 0 and tokens[1][k] >= 0:
                     found[:, h, tokens[0][q], tokens[1][k]] = True
         if self.segments:

@@ -8,7 +8,7 @@ from block_layouts import layout_of
 
 pytest.importorskip("triton")
 
-from hf_optim_kernels.sparse_attention import items, tiles  # noqa: E402
+from hf_optim_kernels.sparse_attention import items, tiles
 
 
 def random_layout(L=1, n=160, heads=(0, 0), share=0.3, **options):
@@ -38,15 +38,15 @@ def test_every_entry_is_computed_once(heads, split):
     made = items.make(layout, 4, 2, 160, 160, split)
     bounds = layout.starts.tolist()
     lists = {
-        l: [
+        kind: [
             (q, int(layout.columns[e]), int(layout.masks[e]))
             for q in range(5)
-            for e in range(bounds[l][q], bounds[l][q + 1])
+            for e in range(bounds[kind][q], bounds[kind][q + 1])
         ]
-        for l in range(max(heads) + 1)
+        for kind in range(max(heads) + 1)
     }
-    for l, table in enumerate(made.q_items):
-        assert sorted(listed(table, made.columns, made.masks)) == sorted((*each, 0) for each in lists[l])
+    for kind, table in enumerate(made.q_items):
+        assert sorted(listed(table, made.columns, made.masks)) == sorted((*each, 0) for each in lists[kind])
     for g in range(2):
         found = listed(made.k_items[made.k_tables[g]], made.rows, made.key_masks)
         assert sorted(found) == sorted((k, q, m, r) for r in range(2) for q, k, m in lists[heads[2 * g + r]])

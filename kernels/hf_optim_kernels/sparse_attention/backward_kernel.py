@@ -19,7 +19,7 @@ def _delta_kernel(
     out, grad_out, lse, grad_lse, delta, H, N, DV, o_b, o_h, o_n, g_b, g_h, g_n, l_b, l_h, l_n,
     ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """``delta`` [B, H, N] float32 of ``ROWS`` queries of a head; 0 for those that see nothing, whatever their dlse is."""
+    """``delta`` [B, H, N] float32 of ``ROWS`` queries of a head; 0 for those that see nothing, whatever is given."""
     token, dv = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // H, pair % H
@@ -43,8 +43,8 @@ def _logs_at(lse, token):
 
 @triton.jit
 def _add_query_gradient(
-    acc, q, g, logs, delta, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k, scale, first,
-    end, M, D, DV, k_n, v_n,
+    acc, q, g, logs, delta, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale,
+    first, end, M, D, DV, k_n, v_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
     FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
     CHECKED: tl.constexpr,
@@ -57,7 +57,7 @@ def _add_query_gradient(
         entry = step // PARTS
         begin = step % PARTS * STEP
         start = tl.load(columns + entry) * BLOCK + begin
-        token = tokens_at(order_k, l, places_k, start + inside, M, HAS_ORDER)
+        token = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
         k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
         v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
         k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
@@ -95,12 +95,12 @@ def _query_kernel(
     WIDE: tl.constexpr = MATH == FP32
     pair = tl.program_id(0) % pairs
     b, h = pair // H, pair % H
-    l = tl.load(heads + h)
-    item = items + (l * ITEMS + tl.program_id(0) // pairs) * ITEM
+    kind = tl.load(heads + h)
+    item = items + (kind * ITEMS + tl.program_id(0) // pairs) * ITEM
     block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     start = tl.maximum(block, 0) * BLOCK
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order_q, l, places_q, start + row, N, HAS_ORDER_Q)
+    token = tokens_at(order_q, kind, places_q, start + row, N, HAS_ORDER_Q)
     queries = query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
     grads = grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), token, d, D, True, FULL_D, WIDE)
@@ -116,12 +116,12 @@ def _query_kernel(
     values = value + b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     acc = _add_query_gradient(
-        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k,
+        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
         scale * LOG2E, first, middle, M, D, DV, k_n, v_n,
         BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, False,
     )  # fmt: skip
     acc = _add_query_gradient(
-        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k,
+        acc, q, g, logs, own_delta, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k,
         scale * LOG2E, middle, end, M, D, DV, k_n, v_n,
         BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, True,
     )  # fmt: skip
@@ -139,13 +139,13 @@ def _query_kernel(
 
 @triton.jit
 def _add_key_gradients(
-    grad_k, grad_v, k, v, segment, queries, grads, lse, delta, segments_q, rows, masks, bits, order_q, l, places_q,
+    grad_k, grad_v, k, v, segment, queries, grads, lse, delta, segments_q, rows, masks, bits, order_q, kind, places_q,
     scale, first, end, N, D, DV, q_n, g_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
     FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
     CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the entries [first, end) of a list give to the gradients of a block of keys; tiles are [keys, queries]."""
+    """Add what the entries [first, end) of a list give to the gradients of a block of keys: [keys, queries] tiles."""
     PARTS: tl.constexpr = BLOCK // STEP
     row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -153,7 +153,7 @@ def _add_key_gradients(
         entry = step // PARTS
         begin = step % PARTS * STEP
         start = tl.load(rows + entry) * BLOCK + begin
-        token = tokens_at(order_q, l, places_q, start + inside, N, HAS_ORDER)
+        token = tokens_at(order_q, kind, places_q, start + inside, N, HAS_ORDER)
         q_at = rows_at(queries, start, token, inside, q_n, d, HAS_ORDER)
         g_at = rows_at(grads, start, token, inside, g_n, dv, HAS_ORDER)
         q = load_rows(q_at, token, d, D, CHECKED, FULL_D, WIDE)
@@ -186,9 +186,9 @@ def _key_kernel(
 ):  # fmt: skip
     """The gradients of one block of keys and values, over a list of query blocks, for some of the heads that read it.
 
-    grad_key [B, P, M, D], grad_value [B, P, M, DV]: P is the number of key heads, or a multiple of it, ``SHARE`` to each.
-    ``items`` [T, ITEMS, 8] with ``tables`` [P]; ``bits`` are transposed: [U, keys, words of queries]. ``part_k`` and
-    ``part_v`` [pairs, SLOTS, BLOCK, BLOCK_D or BLOCK_DV] float32. ``pairs`` is B times P.
+    grad_key [B, P, M, D], grad_value [B, P, M, DV]: P is the number of key heads times ``SHARE``. ``items`` [T, ITEMS,
+    8] with ``tables`` [P]; ``bits`` are transposed: [U, keys, words of queries]. ``part_k`` and ``part_v`` [pairs,
+    SLOTS, BLOCK, BLOCK_D or BLOCK_DV] float32. ``pairs`` is B times P.
     """
     WIDE: tl.constexpr = MATH == FP32
     pair = tl.program_id(0) % pairs
@@ -198,9 +198,9 @@ def _key_kernel(
     block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     start = tl.maximum(block, 0) * BLOCK
     first_head, end_head = g * group + tl.load(item + 5), g * group + tl.load(item + 6)
-    l = tl.load(heads + first_head)
+    kind = tl.load(heads + first_head)
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order_k, l, places_k, start + row, M, HAS_ORDER_K)
+    token = tokens_at(order_k, kind, places_k, start + row, M, HAS_ORDER_K)
     kv = (g // SHARE).to(tl.int64)
     keys, values = key + b.to(tl.int64) * k_b + kv * k_h, value + b.to(tl.int64) * v_b + kv * v_h
     k = load_rows(rows_at(keys, start, token, row, k_n, d, HAS_ORDER_K), token, d, D, True, FULL_D, WIDE)
@@ -217,12 +217,12 @@ def _key_kernel(
         of_head = (b.to(tl.int64) * H + h) * N
         grad_k, grad_v = _add_key_gradients(
             grad_k, grad_v, k, v, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows, masks,
-            bits, order_q, l, places_q, scale * LOG2E, first, middle, N, D, DV, q_n, g_n,
+            bits, order_q, kind, places_q, scale * LOG2E, first, middle, N, D, DV, q_n, g_n,
             BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, WIDE, False,
         )  # fmt: skip
         grad_k, grad_v = _add_key_gradients(
             grad_k, grad_v, k, v, segment, queries, grads, lse + of_head, delta + of_head, segments_q, rows, masks,
-            bits, order_q, l, places_q, scale * LOG2E, middle, end, N, D, DV, q_n, g_n,
+            bits, order_q, kind, places_q, scale * LOG2E, middle, end, N, D, DV, q_n, g_n,
             BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_Q, WIDE, True,
         )  # fmt: skip
     grad_k *= scale

@@ -1,15 +1,16 @@
 """Work items of a layout: its lists, cut into pieces of similar length, the longest first.
 
-An item is eight int32: the block, the entries ``[first, middle)`` that are visible in whole, ``[middle, end)`` those that
-must be checked (a mask, or a block with empty places), the slot of a partial result (-1 for a whole list, -2 for an item
-that fills a table up), and for keys the heads ``[from, to)`` of the group; the last is unused. Pieces of a block are
-merged: ``merges`` has its first slot and the one after its last.
+An item is eight int32: the block, the entries ``[first, middle)`` that are visible in whole, ``[middle, end)`` those
+that must be checked (a mask, or a block with empty places), the slot of a partial result (-1 for a whole list, -2 for
+an item that fills a table up), and for keys the heads ``[from, to)`` of the group; the last is unused. Pieces of a
+block are merged: ``merges`` has its first slot and the one after its last.
 
 Items are made on the host, once for a layout, a number of heads and a length of pieces, and kept with the layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .naive import BLOCKS
 from .tiles import piece, processors
 
 _NAME = "_hf_optim_plans"
+
 
 class Plan(NamedTuple):
     """What the launches read of a layout, besides its heads, bits and orders.
@@ -32,8 +34,8 @@ class Plan(NamedTuple):
         rows, key_masks: ``[entries]``: of key blocks.
         key_bits: ``bits`` transposed.
         q_slots, k_slots: of a head, for partial results.
-        key_heads: P: the heads that have gradients of their own; more than there are key heads if query heads that share
-            one have different orders of keys.
+        key_heads: P: the heads that have gradients of their own; more than there are key heads if query heads that
+            share one have different orders of keys.
         covers_q, covers_k: 1 if every token has a place.
     """
 
@@ -53,6 +55,13 @@ class Plan(NamedTuple):
     covers_q: int
     covers_k: int
 
+
+def assemble(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Plan:
+    """Return a plan from its fields."""
+    fields: Any = (*tensors, *numbers)
+    return Plan(*fields)
+
+
 class _Lists(NamedTuple):
     """Lists of blocks, those to be checked behind the others: int64 on the CPU; bounds are ``[L, blocks]``."""
 
@@ -61,6 +70,7 @@ class _Lists(NamedTuple):
     end: Tensor
     others: Tensor
     masks: Tensor
+
 
 def plan(layout: Any, B: int, H: int, G: int, N: int, M: int) -> Plan:
     """Return the work items of a layout: those made before, or new ones, which waits for the device.
@@ -90,6 +100,7 @@ def plan(layout: Any, B: int, H: int, G: int, N: int, M: int) -> Plan:
     held[B, H, G, N, M] = held[key]
     return held[key]
 
+
 @torch.no_grad()
 def make(layout: Any, H: int, G: int, N: int, M: int, split: int) -> Plan:
     """Return new work items, with lists of more than ``split`` entries (times heads, for keys) cut: see ``plan``."""
@@ -111,8 +122,7 @@ def make(layout: Any, H: int, G: int, N: int, M: int, split: int) -> Plan:
     q = _lists(layout.starts, layout.columns, layout.masks, empty_k, len(layout.bits), "columns")
     k = _lists(layout.key_starts, layout.rows, layout.key_masks, empty_q, len(layout.bits), "rows")
     _compare(q, k)
-    whole = [(0, 1)]
-    q_items = [_items([(_bounds(q, l), run) for run in whole], split) for l in range(L)]
+    q_items = [_items([(_bounds(q, kind), (0, 1))], split) for kind in range(L)]
     # Heads of a group are summed in the block of a key: they must have the key at the same place.
     groups = heads.view(G, -1)
     same = bool((groups == groups[:, :1]).all())
@@ -124,7 +134,9 @@ def make(layout: Any, H: int, G: int, N: int, M: int, split: int) -> Plan:
         layouts, lengths = torch.unique_consecutive(group, return_counts=True)
         ends = lengths.cumsum(0).tolist()
         runs = zip([0, *ends[:-1]], ends, strict=True)
-        k_items.append(_items([(_bounds(k, l), run) for l, run in zip(layouts.tolist(), runs, strict=True)], split))
+        k_items.append(
+            _items([(_bounds(k, kind), run) for kind, run in zip(layouts.tolist(), runs, strict=True)], split)
+        )
     made = {
         "q_items": _filled([items for items, _, _ in q_items]),
         "q_merges": _filled([merges for _, merges, _ in q_items]),
@@ -140,6 +152,7 @@ def make(layout: Any, H: int, G: int, N: int, M: int, split: int) -> Plan:
     slots = (max(count for _, _, count in each) for each in (q_items, k_items))
     return Plan(**sent, key_bits=transposed(layout.bits), q_slots=next(slots), k_slots=next(slots), key_heads=P,
                 covers_q=covers_q, covers_k=covers_k)  # fmt: skip
+
 
 def _empty(order: Tensor | None, blocks: int, block: int, tokens: int, name: str) -> tuple[Tensor, int]:
     """Return which blocks have empty places, bool ``[L or 1, blocks]``, and 1 if every token has a place."""
@@ -157,6 +170,7 @@ def _empty(order: Tensor | None, blocks: int, block: int, tokens: int, name: str
     if bool((counts[:, :tokens] > 1).any()):
         raise ValueError(f"{name} has a token at two places")
     return (order.view(len(order), blocks, block) < 0).any(-1), int(bool((counts[:, :tokens] == 1).all()))
+
 
 def _lists(starts: Tensor, others: Tensor, masks: Tensor, empty: Tensor, bits: int, name: str) -> _Lists:
     """Return lists with the entries to be checked behind the others, in one array.
@@ -180,8 +194,9 @@ def _lists(starts: Tensor, others: Tensor, masks: Tensor, empty: Tensor, bits: i
     checked = (masks >= 0) | empty[(owner // n).clamp(max=len(empty) - 1), others]
     order = torch.argsort(owner * 2 + checked, stable=True)
     clear = torch.bincount(owner[~checked], minlength=L * n)
-    bounds = (each.view(L, n) for each in (begins, begins + clear, begins + flat))
-    return _Lists(*bounds, others[order], masks[order])
+    first, middle, end = (each.view(L, n) for each in (begins, begins + clear, begins + flat))
+    return _Lists(first, middle, end, others[order], masks[order])
+
 
 def _compare(q: _Lists, k: _Lists) -> None:
     """Raise ``ValueError`` unless the lists by query block and by key block name the same blocks, each once."""
@@ -190,9 +205,9 @@ def _compare(q: _Lists, k: _Lists) -> None:
     for lists, by_key in ((q, False), (k, True)):
         L, n = lists.first.shape
         owner = torch.repeat_interleave(torch.arange(L * n), (lists.end - lists.first).flatten())
-        l, own = owner // n, owner % n
+        kind, own = owner // n, owner % n
         row, column = (lists.others, own) if by_key else (own, lists.others)
-        pairs, order = ((l * sides[0] + row) * sides[1] + column).sort()
+        pairs, order = ((kind * sides[0] + row) * sides[1] + column).sort()
         found.append((pairs, lists.masks[order]))
     (ours, own_masks), (theirs, their_masks) = found
     if not torch.equal(ours, theirs) or not torch.equal(own_masks, their_masks):
@@ -200,8 +215,10 @@ def _compare(q: _Lists, k: _Lists) -> None:
     if bool((ours.diff() == 0).any()):
         raise ValueError("a list of the layout names a block twice")
 
-def _bounds(lists: _Lists, l: int) -> tuple[Tensor, Tensor, Tensor]:
-    return lists.first[l], lists.middle[l], lists.end[l]
+
+def _bounds(lists: _Lists, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+    return lists.first[kind], lists.middle[kind], lists.end[kind]
+
 
 def _items(
     runs: list[tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]], split: int
@@ -225,6 +242,7 @@ def _items(
     order = torch.argsort(length, descending=True, stable=True)
     return items[order], merges, int(slots.sum())
 
+
 def _cut(first: Tensor, middle: Tensor, end: Tensor, low: int, high: int, split: int) -> Tensor:
     """Return pieces ``[n, 6]`` (block, first, middle, end, from, to) of lists that the heads [low, high) have."""
     count, width = end - first, high - low
@@ -242,6 +260,7 @@ def _cut(first: Tensor, middle: Tensor, end: Tensor, low: int, high: int, split:
     low_head, high_head = low + width * head // heads, low + width * (head + 1) // heads
     return torch.stack([block, begin, between, finish, low_head, high_head], 1)
 
+
 def _filled(tables: list[Tensor]) -> Tensor:
     """Return tables as one tensor, shorter ones filled up with blocks and slots that are not stored."""
     most = max(len(each) for each in tables)
@@ -252,6 +271,7 @@ def _filled(tables: list[Tensor]) -> Tensor:
     for number, each in enumerate(tables):
         found[number, : len(each)] = each
     return found
+
 
 def transposed(bits: Tensor) -> Tensor:
     """Return masks with rows and columns exchanged, in the same format; one mask of nothing if there are none."""

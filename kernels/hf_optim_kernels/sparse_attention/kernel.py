@@ -20,13 +20,13 @@ ITEM = tl.constexpr(8)
 
 @triton.jit
 def _attend(
-    top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k, scale, first,
+    top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale, first,
     end, M, D, DV, k_n, v_n,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, FULL_D: tl.constexpr,
     FULL_DV: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr,
     CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the entries [first, end) of a list to a running softmax; without CHECKED they are whole, with no empty place."""
+    """Add the entries [first, end) of a list to a running softmax; without CHECKED they are visible in whole."""
     PARTS: tl.constexpr = BLOCK // STEP
     row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -34,7 +34,7 @@ def _attend(
         entry = step // PARTS
         begin = step % PARTS * STEP
         start = tl.load(columns + entry) * BLOCK + begin
-        token = tokens_at(order_k, l, places_k, start + inside, M, HAS_ORDER)
+        token = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
         k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
         k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -80,12 +80,12 @@ def _forward_kernel(
     WIDE: tl.constexpr = MATH == FP32
     pair = tl.program_id(0) % pairs
     b, h = pair // H, pair % H
-    l = tl.load(heads + h)
-    item = items + (l * ITEMS + tl.program_id(0) // pairs) * ITEM
+    kind = tl.load(heads + h)
+    item = items + (kind * ITEMS + tl.program_id(0) // pairs) * ITEM
     block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     start = tl.maximum(block, 0) * BLOCK
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order_q, l, places_q, start + row, N, HAS_ORDER_Q)
+    token = tokens_at(order_q, kind, places_q, start + row, N, HAS_ORDER_Q)
     queries = query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
     q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), token, d, D, True, FULL_D, WIDE)
     segment = token
@@ -99,12 +99,12 @@ def _forward_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, BLOCK_DV), tl.float32)
     top, total, acc = _attend(
-        top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k, scale,
+        top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale,
         first, middle, M, D, DV, k_n, v_n,
         BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, False,
     )  # fmt: skip
     top, total, acc = _attend(
-        top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, l, places_k, scale,
+        top, total, acc, q, segment, keys, values, segments_k, columns, masks, bits, order_k, kind, places_k, scale,
         middle, end, M, D, DV, k_n, v_n,
         BLOCK, STEP, BLOCK_D, BLOCK_DV, FULL_D, FULL_DV, HAS_SEGMENTS, HAS_ORDER_K, WIDE, True,
     )  # fmt: skip

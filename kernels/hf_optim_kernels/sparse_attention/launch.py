@@ -57,7 +57,13 @@ def forward(
         B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
     )  # fmt: skip
-    _run(_forward_kernel, B * H * plan.q_items.shape[1], (*tensors, scale * math.log2(math.e), *numbers), constants, chosen)
+    _run(
+        _forward_kernel,
+        B * H * plan.q_items.shape[1],
+        (*tensors, scale * math.log2(math.e), *numbers),
+        constants,
+        chosen,
+    )
     if plan.q_slots:
         _merge(part, part_lse, layout.heads, plan.q_merges, layout, layout.order_q, out, lse, plan.q_slots)
     return out, lse
@@ -83,18 +89,17 @@ def backward(
     Args:
         given: tiles of the gradient of queries, and of that of keys and values; None takes those of ``tiles``.
     """
-    (B, H, N, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
+    (B, _, _, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
     of_q, of_k = given or (tiles(d, layout.block, D, DV, query.dtype, query.device) for d in (QUERIES, KEYS))
     grad_query, grad_key, grad_value = (each.new_empty(each.shape) for each in (query, key, value))
     P = plan.key_heads
-    by_key = [grad_key, grad_value]
+    of_key, of_value = grad_key, grad_value
     if P != G:  # summed over the heads of a group afterwards
-        by_key = [query.new_empty((B, P, M, size), dtype=torch.float32) for size in (D, DV)]
+        of_key, of_value = (query.new_empty((B, P, M, size), dtype=torch.float32) for size in (D, DV))
     if not plan.covers_q or out.numel() == 0:
         grad_query.zero_()
     if not plan.covers_k or out.numel() == 0:
-        for each in by_key:
-            each.zero_()
+        of_key.zero_(), of_value.zero_()
     if out.numel() == 0:
         return grad_query, grad_key.zero_(), grad_value.zero_()
     delta = _delta(out, grad_out, lse, grad_lse)
@@ -102,10 +107,10 @@ def backward(
         grad_query, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_q
     )  # fmt: skip
     _key_gradients(
-        *by_key, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_k
+        of_key, of_value, grad_out, query, key, value, lse, delta, segments_q, segments_k, layout, plan, scale, of_k
     )  # fmt: skip
     if P != G:
-        grad_key, grad_value = (each.unflatten(1, (G, P // G)).sum(2).to(key.dtype) for each in by_key)
+        grad_key, grad_value = (each.unflatten(1, (G, P // G)).sum(2).to(key.dtype) for each in (of_key, of_value))
     return grad_query, grad_key, grad_value
 
 
@@ -191,7 +196,9 @@ def _merge(
     _start(_merge_kernel, grid, (*arguments, *numbers), constants, 4, 1)
 
 
-def _parts(like: Tensor, slots: int, block: int, size: int, logs: bool = False, sizes: tuple[int, ...] = ()) -> list[Tensor]:
+def _parts(
+    like: Tensor, slots: int, block: int, size: int, logs: bool = False, sizes: tuple[int, ...] = ()
+) -> list[Tensor]:
     """Return room for partial results: ``[slots, block, size]`` for each size and, with logs, ``[slots, block]``."""
     shapes = [(slots, block, each) for each in (size, *sizes)] + ([(slots, block)] if logs else [])
     return [torch.empty(shape, dtype=torch.float32, device=like.device) if slots else like for shape in shapes]

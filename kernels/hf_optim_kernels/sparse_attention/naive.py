@@ -1,8 +1,8 @@
 """The specification: attention under a mask that lists of blocks describe, in PyTorch.
 
-A pattern reaches the operator as a ``Layout``: square blocks of ``block`` queries by ``block`` keys, and of each of them
-whether it is visible in whole, in part (a mask of bits), or not at all. Blocks are cut from *places*, and an order may
-put any token at a place, so that a strided pattern has whole blocks, too.
+A pattern reaches the operator as a ``Layout``: square blocks of ``block`` queries by ``block`` keys, and of each of
+them whether it is visible in whole, in part (a mask of bits), or not at all. Blocks are cut from *places*, and an order
+may put any token at a place, so that a strided pattern has whole blocks, too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Layout:
             where it ends.
         columns: ``[entries]``: the key block of each entry; a list names a block once.
         masks: ``[entries]``: an index into ``bits``, or -1 for a block that is visible in whole.
-        bits: ``[U, block, block // 32]``: bit ``j`` of word ``w`` of row ``r`` says that the query at place ``r`` of the
-            block sees the key at place ``32 w + j``.
-        key_starts, rows, key_masks: the same lists by key block; ``rows`` has the query blocks, and the masks are those
-            of ``masks``, not transposed.
-        order_q: ``[L or 1, places]``: the token at each place, -1 for an empty one, which neither sees nor is seen. None
-            puts token ``n`` at place ``n``, and places from N on are empty. A token has one place at most; one without a
-            place sees nothing. The number of places is a multiple of ``block``.
+        bits: ``[U, block, block // 32]``: bit ``j`` of word ``w`` of row ``r`` says that the query at place ``r`` of
+            the block sees the key at place ``32 w + j``.
+        key_starts, rows, key_masks: the same lists by key block; ``rows`` has the query blocks, and the masks are
+            those of ``masks``, not transposed.
+        order_q: ``[L or 1, places]``: the token at each place, -1 for an empty one, which neither sees nor is seen.
+            None puts token ``n`` at place ``n``, and places from N on are empty. A token has one place at most; one
+            without a place sees nothing. The number of places is a multiple of ``block``.
         order_k: the same for keys.
     """
 
@@ -72,8 +72,8 @@ def sparse_attention(
             are equal and not negative (the documents of a packed row; -1 for padding).
 
     Returns:
-        out ``[B, H, N, Dv]`` in the dtype of the query, and lse ``[B, H, N]`` (natural logarithm), float32 or float64. A
-        query that sees nothing has out 0 and lse ``-inf``.
+        out ``[B, H, N, Dv]`` in the dtype of the query, and lse ``[B, H, N]`` (natural logarithm), float32 or float64.
+        A query that sees nothing has out 0 and lse ``-inf``.
     """
     seen = visible(layout, query.shape[2], key.shape[2], segments_q, segments_k)
     scores, _, values = _scores(query, key, value, seen, scale)
@@ -143,14 +143,14 @@ def _expand(layout: Any, starts: Tensor, others: Tensor, masks: Tensor, by_key: 
     shifts = torch.arange(32, dtype=torch.int32, device=layout.bits.device)
     partial = ((layout.bits[..., None] >> shifts) & 1).flatten(2).bool()  # [U, block, block]
     sides = layout.starts.shape[1] - 1, layout.key_starts.shape[1] - 1
-    bounds, others, masks = starts.tolist(), others.tolist(), masks.tolist()
+    blocks, numbers = others.tolist(), masks.tolist()
     found = []
-    for bound in bounds:
+    for bound in starts.tolist():
         seen = partial.new_zeros(sides[0], block, sides[1], block)
         for own in range(len(bound) - 1):
             for entry in range(bound[own], bound[own + 1]):
-                row, column = (others[entry], own) if by_key else (own, others[entry])
-                seen[row, :, column] = True if masks[entry] < 0 else partial[masks[entry]]
+                row, column = (blocks[entry], own) if by_key else (own, blocks[entry])
+                seen[row, :, column] = True if numbers[entry] < 0 else partial[numbers[entry]]
         found.append(seen.reshape(sides[0] * block, sides[1] * block))
     return found
 

@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.hf_optim.sparse_attention`` and its backward (see ``naive``). Importing this registers them.
+"""The operator ``torch.ops.hf_optim.sparse_attention`` and its backward (see ``naive``). Importing this registers them.
 
 On a CUDA device they run the Triton kernels, on a CPU the specification (or, under ``TRITON_INTERPRET=1``, the
 interpreted kernels). They have fake implementations and a gradient, also of lse. Once a layout has its work items
@@ -94,11 +94,12 @@ def _forward(
         out, lse = naive.sparse_attention(query, key, value, layout, scale, segments_q, segments_k)
         return _as_made(out), lse
     from . import launch
-    from .items import Plan
+    from .items import assemble
 
-    tensors = (_flat(each) for each in (query, key, value))
-    segments = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
-    return launch.forward(*tensors, *segments, layout, Plan(*plan, *numbers[1:]), scale)
+    segments_q, segments_k = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
+    return launch.forward(
+        _flat(query), _flat(key), _flat(value), segments_q, segments_k, layout, assemble(plan, numbers[1:]), scale
+    )
 
 
 @torch.library.custom_op("hf_optim::sparse_attention", mutates_args=())
@@ -107,7 +108,7 @@ def _operator(
     starts: Tensor, columns: Tensor, masks: Tensor, bits: Tensor, key_starts: Tensor, rows: Tensor, key_masks: Tensor,
     order_q: Tensor | None, order_k: Tensor | None, plan: Sequence[Tensor], numbers: Sequence[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return ``naive.sparse_attention``; ``numbers`` begins with the block; the rest of it and ``plan`` are ``items.Plan``."""
+    """Return ``naive.sparse_attention``: ``numbers`` is the block and, with ``plan``, the fields of ``items.Plan``."""
     return _forward(
         query, key, value, segments_q, segments_k, heads, starts, columns, masks, bits, key_starts, rows, key_masks,
         order_q, order_k, plan, numbers, scale,
@@ -135,12 +136,12 @@ def _gradients(
             grad_out, grad_lse, query, key, value, out, lse, layout, scale, segments_q, segments_k
         )  # fmt: skip
     from . import launch
-    from .items import Plan
+    from .items import assemble
 
-    tensors = (_flat(each) for each in (query, key, value))
-    segments = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
+    segments_q, segments_k = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
     return launch.backward(
-        _flat(grad_out), grad_lse, *tensors, out, lse, *segments, layout, Plan(*plan, *numbers[1:]), scale
+        _flat(grad_out), grad_lse, _flat(query), _flat(key), _flat(value), out, lse, segments_q, segments_k, layout,
+        assemble(plan, numbers[1:]), scale,
     )  # fmt: skip
 
 
@@ -161,9 +162,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     tensors = [rest.pop(0) if given else None for given in ctx.given]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    found = _gradients(
-        grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.numbers, ctx.scale
-    )
+    found = _gradients(grad_out, grad_lse, out, lse, query, key, value, *tensors, rest, ctx.numbers, ctx.scale)
     return *found, *[None] * 12, [None] * len(rest), None, None
 
 

@@ -11,13 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def tokens_at(order, l, places, place, count, HAS_ORDER: tl.constexpr):
-    """Return the token at each place of head layout ``l``, -1 for empty ones.
+def tokens_at(order, kind, places, place, count, HAS_ORDER: tl.constexpr):
+    """Return the token at each place of head layout ``kind``, -1 for empty ones.
 
     ``order`` [L or 1, places]; ``places`` is 0 if there is one order for all layouts.
     """
-    if HAS_ORDER:
-        found = tl.load(order + l * places + place)
+    if HAS_ORDER:  # noqa: SIM108 - one of the two is compiled
+        found = tl.load(order + kind * places + place)
     else:
         found = tl.where(place < count, place, -1)
     return found
@@ -25,7 +25,7 @@ def tokens_at(order, l, places, place, count, HAS_ORDER: tl.constexpr):
 
 @triton.jit
 def rows_at(base, start, token, inside, stride, d, HAS_ORDER: tl.constexpr):
-    """Return the addresses of rows of a matrix, [places, columns]: of tokens, or of a block that begins at ``start``."""
+    """Return the addresses of rows of a matrix, [places, columns]: of tokens, or of a block from ``start`` on."""
     if HAS_ORDER:
         found = base + tl.maximum(token, 0).to(tl.int64)[:, None] * stride + d[None, :]
     else:  # within a block offsets are small and the same in each; where it begins may be beyond 2^31

@@ -52,9 +52,9 @@ def tiles(direction: str, block: int, D: int, DV: int, dtype: torch.dtype, devic
 def guessed(direction: str, block: int, size: int, dtype: torch.dtype) -> Tiles:
     """Return tiles by reasoning, for Hopper.
 
-    A warp group of four warps takes 64 rows, and a tile of 64 x 64 float32 is 32 registers of a thread. The forward holds
-    two of them, the gradient of queries three, that of keys and values four; with the steps below ptxas needs 155 to 255
-    registers and spills nothing, and two or three programs of four warps share a multiprocessor.
+    A warp group of four warps takes 64 rows, and a tile of 64 x 64 float32 is 32 registers of a thread. The forward
+    holds two of them, the gradient of queries three, that of keys and values four; with the steps below ptxas needs 155
+    to 255 registers and spills nothing, and two or three programs of four warps share a multiprocessor.
     """
     if dtype == torch.float32:  # multiplied outside of the tensor cores
         return Tiles(min(block, 32 if size <= 64 else 16), 4 if block <= 64 else 8, 1)

@@ -1,0 +1,394 @@
+"""Benchmark block-sparse attention on a GPU: correctness against float64, then times beside SDPA and FlexAttention.
+
+    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/sparse_attention.py [WORD ...]
+
+With words, only the sections that have one of them in their names run: ``check``, ``first call``, ``tiles``, ``times``,
+``lengths``. Kernels of ``tiles`` are compiled by processes of their own first. ``sparse_attention_plot.py`` draws the
+result.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import sparse_layouts
+import torch
+import torch.nn.functional as F
+from sections import Sections
+
+from hf_optim_kernels.common import benchmark
+from hf_optim_kernels.sparse_attention import items, launch, op
+from hf_optim_kernels.sparse_attention.tiles import FORWARD, KEYS, QUERIES, Tiles, tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = torch.bfloat16
+BLOCKS = (64, 128)
+
+
+class Shape(NamedTuple):
+    """Heads, head size, tokens, and a pattern by name."""
+
+    heads: int
+    size: int
+    n: int
+    pattern: str
+
+    @property
+    def causal(self):
+        return "causal" in self.pattern
+
+
+PATTERNS = {
+    "window 256": sparse_layouts.window,
+    "globals 64": sparse_layouts.global_tokens,
+    "big bird": sparse_layouts.big_bird,
+    "strided 32": sparse_layouts.strided,
+    "window 1024 causal": lambda n, device: sparse_layouts.window(n, device, 1023, 0),
+}
+ENCODER = [Shape(12, 64, n, p) for n in (4096, 16384) for p in list(PATTERNS)[:4]]
+SHAPES = [*ENCODER, Shape(32, 128, 16384, "window 1024 causal")]
+TILE_SHAPES = [Shape(12, 64, 16384, "window 256"), Shape(12, 64, 16384, "big bird"), SHAPES[-1]]
+LENGTHS = [1 << power for power in range(10, 18)]
+# Microseconds that issue 17 names for the forward, on an H200.
+GOALS = {
+    ("window 256", 4096): 44, ("window 256", 16384): 125, ("globals 64", 4096): 60, ("globals 64", 16384): 500,
+    ("big bird", 4096): 60, ("big bird", 16384): 500, ("window 1024 causal", 16384): 993,
+}  # fmt: skip
+# Candidates of each launch, by (block, head size).
+TRIED = {
+    FORWARD: {
+        (64, 64): [Tiles(*t) for t in ((64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (64, 8, 3))],
+        (128, 64): [Tiles(*t) for t in ((128, 8, 3), (128, 8, 2), (64, 8, 3), (64, 8, 4), (64, 4, 3), (32, 8, 4))],
+        (64, 128): [Tiles(*t) for t in ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 4))],
+        (128, 128): [Tiles(*t) for t in ((64, 8, 3), (64, 8, 2), (128, 8, 2), (32, 8, 3), (32, 8, 4))],
+    },
+    QUERIES: {
+        (64, 64): [Tiles(*t) for t in ((64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3))],
+        (128, 64): [Tiles(*t) for t in ((64, 8, 2), (64, 8, 3), (32, 8, 3), (128, 8, 2))],
+        (64, 128): [Tiles(*t) for t in ((64, 4, 2), (32, 4, 2), (32, 4, 3), (64, 8, 2))],
+        (128, 128): [Tiles(*t) for t in ((64, 8, 2), (32, 8, 2), (32, 8, 3))],
+    },
+    KEYS: {
+        (64, 64): [Tiles(*t) for t in ((32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 8, 2))],
+        (128, 64): [Tiles(*t) for t in ((32, 8, 2), (32, 8, 3), (64, 8, 2))],
+        (64, 128): [Tiles(*t) for t in ((32, 8, 2), (32, 4, 2), (16, 4, 2), (64, 8, 2))],
+        (128, 128): [Tiles(*t) for t in ((32, 8, 2), (32, 8, 3), (64, 8, 2), (16, 8, 2))],
+    },
+}
+
+
+def pattern_of(shape):
+    return PATTERNS[shape.pattern](shape.n, DEVICE)
+
+
+@functools.lru_cache(maxsize=4)
+def layout_of(shape, block):
+    return sparse_layouts.layout(pattern_of(shape), block, shape.heads)
+
+
+def drawn(shape, count=1, seed=0, dtype=BF16):
+    """Queries, keys, values and upstream gradients, ``count`` times."""
+    random = torch.Generator(DEVICE).manual_seed(seed)
+    size = (1, shape.heads, shape.n, shape.size)
+    return [[torch.randn(size, device=DEVICE, generator=random).to(dtype) for _ in range(4)] for _ in range(count)]
+
+
+def sets(shape):
+    """As many inputs that no call finds its own in the L2 cache, as far as memory allows."""
+    return drawn(shape, 4 if shape.n <= 16384 else 2)
+
+
+def ours(shape, block):
+    layout = layout_of(shape, block)
+    return lambda q, k, v: op.sparse_attention(q, k, v, layout, shape.size**-0.5)[0]
+
+
+def sdpa(shape):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+
+
+def flex(shape, natural=False):
+    """FlexAttention of the same blocks of 128, compiled. A pattern with an order gets its tokens permuted by the call."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    pattern = pattern_of(shape)
+    if natural:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        mask = create_block_mask(lambda b, h, q, k: pattern.predicate(q, k), None, None, shape.n, shape.n, DEVICE)
+    else:
+        mask = sparse_layouts.block_mask(pattern, layout_of(shape, 128))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    if pattern.order is None or natural:
+        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+    back = pattern.order.argsort()
+    return lambda *given: compiled(*(each[:, :, pattern.order] for each in given), block_mask=mask)[:, :, back]
+
+
+def step(call):
+    """Forward and backward of a call, with the gradients of queries, keys and values."""
+
+    def run(q, k, v, slope):
+        inputs = [each.detach().requires_grad_() for each in (q, k, v)]
+        return torch.autograd.grad(call(*inputs), inputs, slope)
+
+    return run
+
+
+def timed(make, inputs, backward=False):
+    """Microseconds of a call over the inputs in turn, or why there are none; and the seconds of its first call."""
+    try:
+        call = make()
+        run = step(call) if backward else lambda q, k, v, _: call(q, k, v)
+        start = time.perf_counter()
+        run(*inputs[0])
+        torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        calls = [functools.partial(run, *each) for each in inputs]
+        try:
+            found = benchmark.graph_time(calls, 15).us
+        except Exception as problem:
+            torch.cuda.synchronize()
+            print("   not captured:", type(problem).__name__, str(problem)[:120], flush=True)
+            found = benchmark.eager_time(calls).us
+        return found, first
+    except Exception as problem:
+        return f"{type(problem).__name__}: {str(problem)[:150]}", None
+
+
+def exact(q, k, v, slope, scale, predicate):
+    """out, lse and gradients in float64, one head at a time."""
+    found = []
+    at = torch.arange(q.shape[2], device=q.device)
+    seen = predicate(at[:, None], at)
+    for h in range(q.shape[1]):
+        head = [each[:, h].double().requires_grad_() for each in (q, k, v)]
+        scores = (head[0] @ head[1].mT * scale).masked_fill(~seen, float("-inf"))
+        out = scores.softmax(-1) @ head[2]
+        lse = scores.logsumexp(-1)
+        found.append([out, lse, *torch.autograd.grad((out * slope[:, h].double()).sum() + lse.sum(), head)])
+    return [torch.stack([each.detach() for each in column], 1) for column in zip(*found, strict=True)]
+
+
+def error(one, other):
+    return float((one.detach().double() - other).norm() / other.norm())
+
+
+# Shapes that are compared with float64: heads, head size, tokens; the last does not fill its blocks.
+CHECKED = [(2, 64, 2048), (2, 128, 1024), (1, 80, 1024), (2, 32, 1000)] if DEVICE == "cuda" else [(1, 16, 90)]
+
+DTYPES = (BF16, torch.float16, torch.float32) if DEVICE == "cuda" else (torch.float32,)
+
+
+def check():
+    """Relative errors of out, lse and gradients; whether two calls have equal bits."""
+    found, worst = {}, {}
+    for (heads, size, n), name, dtype in itertools.product(CHECKED, PATTERNS, DTYPES):
+        shape = Shape(heads, size, n, name)
+        if (n % 32 and name == "strided 32") or (dtype == torch.float32 and size > 64):
+            continue
+        (q, k, v, slope), pattern, scale = drawn(shape, dtype=dtype)[0], pattern_of(shape), size**-0.5
+        right = exact(q, k, v, slope, scale, pattern.predicate)
+        for block, split in itertools.product((32, 64, 128), (None, 2)):
+            layout = sparse_layouts.layout(pattern, block, heads)
+            rows = []
+            if split:  # lists of more than two blocks are cut
+                made = items.make(layout, heads, heads, n, n, split)
+                layout._hf_optim_plans = {(1, heads, heads, n, n): made}
+            for _ in range(2):
+                inputs = [each.detach().requires_grad_() for each in (q, k, v)]
+                out, lse = op.sparse_attention(*inputs, layout, scale)
+                rows.append([out, lse, *torch.autograd.grad((out, lse), inputs, (slope, torch.ones_like(lse)))])
+            errors = [error(*pair) for pair in zip(rows[0], right, strict=True)]
+            same = all(torch.equal(*pair) for pair in zip(*rows, strict=True))
+            found[f"{shape} {dtype} {block} {split}"] = {"errors": errors, "same": same}
+            key = str(dtype)
+            worst[key] = [max(pair) for pair in zip(errors, worst.get(key, errors), strict=True)]
+            if not same or not max(errors) < (1e-5 if dtype == torch.float32 else 2e-2):
+                print("WRONG", shape, dtype, block, split, errors, same, flush=True)
+    for key, values in worst.items():
+        print(key, "out, lse, dq, dk, dv:", " ".join(f"{each:.1e}" for each in values), flush=True)
+    return found | {"worst": worst}
+
+
+def warm(index, count):
+    """Compile every ``count``-th candidate of ``tiles`` on a short sequence."""
+    jobs = [(d, *key, t) for d, by in TRIED.items() for key, each in by.items() for t in each]
+    for direction, block, size, given in jobs[index::count]:
+        shape = Shape(2, size, 1024, "window 256")
+        try:
+            tile_call(direction, shape, block, drawn(shape)[0])(given)
+        except Exception as problem:
+            print("warm", direction, block, size, given, str(problem)[:150], flush=True)
+    torch.cuda.synchronize()
+
+
+def tile_call(direction, shape, block, inputs):
+    """A function of tiles that is one launch, with what is merged behind it."""
+    layout, (q, k, v, slope), scale = layout_of(shape, block), inputs, shape.size**-0.5
+    plan = op.prepare(layout, q, k)
+    if direction == FORWARD:
+        return lambda t: launch.forward(q, k, v, None, None, layout, plan, scale, t)
+    out, lse = launch.forward(q, k, v, None, None, layout, plan, scale)
+    delta = launch._delta(out, slope, lse, None)
+    given = (slope, q, k, v, lse, delta, None, None, layout, plan, scale)
+    grads = [torch.empty_like(each) for each in (q, k, v)]
+    if direction == QUERIES:
+        return lambda t: launch._query_gradient(grads[0], *given, t)
+    return lambda t: launch._key_gradients(*grads[1:], *given, t)
+
+
+def try_tiles():
+    """Microseconds of each launch by its tiles (step, warps, stages)."""
+    found = {}
+    for shape, block, direction in itertools.product(TILE_SHAPES, BLOCKS, TRIED):
+        calls, row = [tile_call(direction, shape, block, each) for each in drawn(shape, 2)], {}
+        for given in TRIED[direction][block, shape.size]:
+            try:
+                row[" ".join(map(str, given))] = benchmark.graph_time(
+                    [functools.partial(c, given) for c in calls], 11
+                ).us
+            except Exception as problem:
+                print(shape, block, direction, given, type(problem).__name__, str(problem)[:120], flush=True)
+        best = sorted(row.items(), key=lambda pair: pair[1])
+        usual = " ".join(map(str, tiles(direction, block, shape.size, shape.size, BF16, torch.device(DEVICE))))
+        found[f"{shape} {block} {direction}"] = row
+        print(
+            f"{shape.pattern} {block} {direction}:", "; ".join(f"{t} {us:.1f}" for t, us in best),
+            f"| usual {usual} {row.get(usual, 0):.1f}", flush=True,
+        )  # fmt: skip
+    return found
+
+
+def measure(shape, blocks=BLOCKS, with_flex=True, backward=True, dense=None):
+    """A row: microseconds of each way, forward and forward with backward, and seconds of first calls."""
+    inputs = sets(shape)
+    ways = {f"ours {block}": functools.partial(ours, shape, block) for block in blocks}
+    ways |= {"flex": functools.partial(flex, shape)} if with_flex else {}
+    ways |= {"sdpa": functools.partial(sdpa, shape)} if dense is None else {}
+    row = {"share": sparse_layouts.visible_share(layout_of(shape, 64), shape.n)}
+    for name, make in ways.items():
+        forward, first = timed(make, inputs)
+        row[name] = {"forward": forward, "first_s": first}
+        if backward:
+            row[name]["step"], row[name]["first_step_s"] = timed(make, inputs[:2], backward=True)
+    if dense:
+        row["sdpa"] = dense
+    return row
+
+
+def show(shape, row):
+    parts = []
+    for name, each in row.items():
+        if isinstance(each, dict):
+            values = [each.get("forward"), each.get("step")]
+            parts.append(name + " " + " / ".join(f"{x:.0f}" if isinstance(x, float) else str(x)[:60] for x in values))
+    goal = GOALS.get((shape.pattern, shape.n))
+    fair = row["sdpa"]["forward"] * row["share"] * (2 if shape.causal else 1) if "sdpa" in row else 0
+    print(
+        f"{shape.heads}x{shape.size} {shape.n:6d} {shape.pattern:18s} visible {row['share']:.3f}", "; ".join(parts),
+        f"| share of SDPA {fair:.0f}, goal {goal}", flush=True,
+    )  # fmt: skip
+
+
+def main():
+    section = Sections("sparse_attention.json")
+    wants = lambda name: not sys.argv[1:] or any(word in name for word in sys.argv[1:])  # noqa: E731
+
+    section("check")(check)
+
+    @section("first call")
+    def _():
+        """Seconds of the first forward and the first step of a process, with nothing compiled before."""
+        found = {}
+        for size, block in ((64, 64), (64, 128), (128, 128)):
+            with tempfile.TemporaryDirectory() as folder:
+                environment = os.environ | {"TRITON_CACHE_DIR": folder}
+                script = [sys.executable, __file__, "--first", str(size), str(block)]
+                out = subprocess.run(script, env=environment, capture_output=True, text=True)
+                found[f"{size} {block}"] = out.stdout.split() or out.stderr[-300:]
+                print(size, block, found[f"{size} {block}"], flush=True)
+        return found
+
+    @section("ceilings")
+    def _():
+        found = {"bytes_us": benchmark.copy_bandwidth(), "flops_us": benchmark.matmul_rate()}
+        print(found, flush=True)
+        return found
+
+    if wants("tiles"):
+        start, count = time.perf_counter(), min(16, os.cpu_count() or 1)
+        script = [sys.executable, __file__, "--warm"]
+        others = [subprocess.Popen([*script, str(i), str(count)]) for i in range(count)]
+        for other in others:
+            other.wait()
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    section("tiles")(try_tiles)
+
+    @section("times")
+    def _():
+        """Microseconds, forward and forward with backward, of the shapes that have goals."""
+        found, dense = {}, {}
+        for shape in SHAPES:
+            row = measure(shape, dense=dense.get(shape[:3]))
+            dense[shape[:3]] = row["sdpa"]
+            if shape.pattern == "strided 32" and shape.n == 4096:
+                row["flex natural"] = dict(
+                    zip(("forward", "first_s"), timed(lambda: flex(shape, True), sets(shape)), strict=True)
+                )
+            found[str(tuple(shape))] = row
+            show(shape, row)
+        return found
+
+    @section("lengths")
+    def _():
+        """Microseconds of the forward by length; dense attention up to 65,536 tokens."""
+        found, dense = {}, {}
+        for n, name in itertools.product(LENGTHS, list(PATTERNS)[:4]):
+            shape = Shape(12, 64, n, name)
+            known = dense.get(n) or ({"forward": float("nan")} if n > 65536 else None)
+            row = measure(shape, with_flex=name in ("window 256", "big bird"), backward=False, dense=known)
+            dense[n] = row["sdpa"]
+            found[f"{name} {n}"] = row
+            show(shape, row)
+            layout_of.cache_clear()
+            torch.cuda.empty_cache()
+        return found
+
+    if isinstance(section.result.get("lengths"), dict):
+        try:
+            from sparse_attention_plot import draw
+
+            print(draw(section.path))
+        except Exception as problem:  # the machine may have no matplotlib: draw it elsewhere
+            print("not drawn:", type(problem).__name__, problem)
+
+
+def first(size, block):
+    """Print the seconds of a process's first forward and first step."""
+    shape = Shape(12, size, 4096, "big bird")
+    inputs, call = drawn(shape)[0], ours(shape, block)
+    layout_of(shape, block)
+    torch.cuda.synchronize()
+    for run in (lambda: call(*inputs[:3]), lambda: step(call)(*inputs)):
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        print(f"{time.perf_counter() - start:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--warm"]:
+        warm(int(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1:2] == ["--first"]:
+        first(int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main()
