@@ -115,7 +115,7 @@ CASES = {
     "gaps": Case(_gaps(100), [0], 1, 100, 100),
     "by-head": Case(_by_head(96), [0, 1, 2, 2], 2, 96, 90, split=3),
     "orders": Case(
-        _by_head(96), [0, 1, 2, 2], 2, 70, 80, shuffled(96, 70, 3, 0), shuffled(96, 80, 3, 1), split=2
+        _by_head(96), [0, 1, 2, 2], 2, 75, 83, shuffled(96, 70, 3, 0), shuffled(96, 80, 3, 1), split=2
     ),
     "one-order": Case(drawn(1, 64, 64), [0, 0], 1, 50, 64, shuffled(64, 50, 1, 2), shuffled(64, 64, 1, 3)),
     "one-order-by-head": Case(_by_head(96), [0, 1], 1, 96, 80, None, shuffled(96, 80, 1, 3)),

@@ -150,6 +150,13 @@ def test_layouts_that_do_not_fit(change, message):
         items.make(layout, 2, 1, 160, 160, 4)
 
 
+def test_tensors_of_a_layout_are_contiguous_int32():
+    layout = layout_of(torch.eye(160, dtype=torch.bool)[None])
+    layout.columns = layout.columns.long()
+    with pytest.raises(ValueError, match="columns of the layout must be contiguous int32"):
+        items.make(layout, 1, 1, 160, 160, 4)
+
+
 def test_other_lengths_need_other_layouts():
     layout = layout_of(torch.eye(160, dtype=torch.bool)[None])
     with pytest.raises(ValueError, match="5 blocks of 32 places do not hold 161 tokens"):

@@ -20,8 +20,9 @@ def _delta_kernel(
     ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """``delta`` [B, H, N] float32 of ``ROWS`` queries of a head; 0 for those that see nothing, whatever is given."""
-    token, dv = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
-    pair = tl.program_id(1).to(tl.int64)
+    chunks = tl.cdiv(N, ROWS)
+    token, dv = tl.program_id(0) % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
+    pair = (tl.program_id(0) // chunks).to(tl.int64)
     b, h = pair // H, pair % H
     real = (token < N)[:, None] & (dv < DV)[None, :]
     row = token.to(tl.int64)

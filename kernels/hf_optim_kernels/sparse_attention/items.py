@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .naive import BLOCKS
+from .naive import BLOCKS, Layout
 from .tiles import piece, processors
 
 _NAME = "_hf_optim_plans"
@@ -106,6 +106,10 @@ def make(layout: Any, H: int, G: int, N: int, M: int, split: int) -> Plan:
     """Return new work items, with lists of more than ``split`` entries (times heads, for keys) cut: see ``plan``."""
     if layout.block not in BLOCKS:
         raise ValueError(f"blocks of a layout have {', '.join(map(str, BLOCKS))} places, not {layout.block}")
+    for name in Layout.__dataclass_fields__:
+        each = getattr(layout, name)
+        if isinstance(each, Tensor) and (each.dtype != torch.int32 or not each.is_contiguous()):
+            raise ValueError(f"{name} of the layout must be contiguous int32")
     heads = layout.heads.cpu().long()
     empty_q, covers_q = _empty(layout.order_q, layout.starts.shape[1] - 1, layout.block, N, "order_q")
     empty_k, covers_k = _empty(layout.order_k, layout.key_starts.shape[1] - 1, layout.block, M, "order_k")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ def forward(
         return out, lse
     block, chosen = layout.block, given or tiles(FORWARD, layout.block, D, DV, query.dtype, query.device)
     part, part_lse = _parts(query, B * H * plan.q_slots, block, padded(DV), True)
-    constants = _constants(query, layout, chosen.step, D, DV, segments_q, plan.q_slots, _forward_kernel)
     tensors = (
         query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.q_items, plan.columns,
         plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), out, lse, part, part_lse,
@@ -57,13 +57,8 @@ def forward(
         B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
     )  # fmt: skip
-    _run(
-        _forward_kernel,
-        B * H * plan.q_items.shape[1],
-        (*tensors, scale * math.log2(math.e), *numbers),
-        constants,
-        chosen,
-    )
+    settings = _settings(query, layout, D, DV, segments_q, plan.q_slots, query.dtype)
+    _run(_forward_kernel, B * H * plan.q_items.shape[1], tensors, scale * math.log2(math.e), numbers, settings, chosen)
     if plan.q_slots:
         _merge(part, part_lse, layout.heads, plan.q_merges, layout, layout.order_q, out, lse, plan.q_slots)
     return out, lse
@@ -127,7 +122,6 @@ def _query_gradient(
 ) -> None:  # fmt: skip
     (B, H, N, D), (G, M), DV = query.shape, key.shape[1:3], value.shape[3]
     (part,) = _parts(query, B * H * plan.q_slots, layout.block, padded(D))
-    constants = _constants(query, layout, chosen.step, D, DV, segments_q, plan.q_slots, _query_kernel)
     tensors = (
         query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.q_items, plan.columns,
         plan.masks, layout.bits, _or(layout.order_q, query), _or(layout.order_k, query), grad_out, lse, delta,
@@ -137,7 +131,8 @@ def _query_gradient(
         B * H, H, G, N, M, D, DV, plan.q_items.shape[1], plan.q_slots, *_places(layout), *query.stride()[:3],
         *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *grad_query.stride()[:3],
     )  # fmt: skip
-    _run(_query_kernel, B * H * plan.q_items.shape[1], (*tensors, scale, *numbers), constants, chosen)
+    settings = _settings(query, layout, D, DV, segments_q, plan.q_slots, grad_query.dtype)
+    _run(_query_kernel, B * H * plan.q_items.shape[1], tensors, scale, numbers, settings, chosen)
     if plan.q_slots:
         _merge(part, None, layout.heads, plan.q_merges, layout, layout.order_q, grad_query, None, plan.q_slots)
 
@@ -149,7 +144,6 @@ def _key_gradients(
 ) -> None:  # fmt: skip
     (B, H, N, D), (G, M), DV, P = query.shape, key.shape[1:3], value.shape[3], plan.key_heads
     part_k, part_v = _parts(query, B * P * plan.k_slots, layout.block, padded(D), sizes=(padded(DV),))
-    constants = _constants(query, layout, chosen.step, D, DV, segments_q, plan.k_slots, _key_kernel)
     tensors = (
         query, key, value, _or(segments_q, query), _or(segments_k, query), layout.heads, plan.k_tables, plan.k_items,
         plan.rows, plan.key_masks, plan.key_bits, _or(layout.order_q, query), _or(layout.order_k, query), grad_out, lse,
@@ -160,7 +154,8 @@ def _key_gradients(
         *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *grad_key.stride()[:3],
         *grad_value.stride()[:3],
     )  # fmt: skip
-    _run(_key_kernel, B * P * plan.k_items.shape[1], (*tensors, scale, *numbers), constants, chosen)
+    settings = _settings(query, layout, D, DV, segments_q, plan.k_slots, grad_key.dtype)
+    _run(_key_kernel, B * P * plan.k_items.shape[1], tensors, scale, numbers, settings, chosen)
     if plan.k_slots:
         for part, target in ((part_k, grad_key), (part_v, grad_value)):
             _merge(part, None, plan.k_tables, plan.k_merges, layout, layout.order_k, target, None, plan.k_slots)
@@ -173,8 +168,9 @@ def _delta(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) 
     strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
     numbers = (H, N, DV, *out.stride()[:3], *grad_out.stride()[:3], *strides)
     constants = {"ROWS": SUMMED, "BLOCK_DV": padded(DV), "HAS_LSE": grad_lse is not None}
-    arguments = (out, grad_out, lse, _or(grad_lse, lse), delta, *numbers)
-    _start(_delta_kernel, (triton.cdiv(N, SUMMED), B * H, 1), arguments, constants, 4, 1)
+    tensors = (out, grad_out, lse, _or(grad_lse, lse), delta)
+    key = (out.dtype, None if grad_lse is None else grad_lse.dtype, *_kinds(numbers), *constants.values())
+    _start(_delta_kernel, triton.cdiv(N, SUMMED) * B * H, tensors, numbers, constants, 4, 1, key)
     return delta
 
 
@@ -191,9 +187,9 @@ def _merge(
         "WEIGHTED": lse is not None,
     }  # fmt: skip
     numbers = (B * P, P, layout.heads.shape[0] // P, N, size, count, slots, places, *out.stride()[:3])
-    arguments = (part, _or(part_lse, part), tables, merges, layout.heads, _or(order, tables), out, _or(lse, part))
-    grid = (B * P * count * (layout.block // rows), 1, 1)
-    _start(_merge_kernel, grid, (*arguments, *numbers), constants, 4, 1)
+    tensors = (part, _or(part_lse, part), tables, merges, layout.heads, _or(order, tables), out, _or(lse, part))
+    key = (out.dtype, *_kinds(numbers), *constants.values())
+    _start(_merge_kernel, B * P * count * (layout.block // rows), tensors, numbers, constants, 4, 1, key)
 
 
 def _parts(
@@ -204,15 +200,12 @@ def _parts(
     return [torch.empty(shape, dtype=torch.float32, device=like.device) if slots else like for shape in shapes]
 
 
-def _constants(
-    query: Tensor, layout: Any, step: int, D: int, DV: int, segments: Tensor | None, slots: int, kernel: Any
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "BLOCK": layout.block, "STEP": step, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "FULL_D": padded(D) == D,
-        "FULL_DV": padded(DV) == DV, "HAS_SEGMENTS": segments is not None, "HAS_ORDER_Q": layout.order_q is not None,
-        "HAS_ORDER_K": layout.order_k is not None, "HAS_SLOTS": slots > 0,
-        "MATH": compute_constants(query.dtype, kernel)["MATH"],
-    }  # fmt: skip
+def _settings(
+    query: Tensor, layout: Any, D: int, DV: int, segments: Tensor | None, slots: int, result: torch.dtype
+) -> tuple:  # fmt: skip
+    """Return what the constants of a launch follow from, besides its tiles: see ``_compiled``."""
+    orders = layout.order_q is not None, layout.order_k is not None
+    return query.dtype, result, layout.block, D, DV, segments is not None, *orders, slots > 0
 
 
 def _places(layout: Any) -> tuple[int, int]:
@@ -222,26 +215,47 @@ def _places(layout: Any) -> tuple[int, int]:
     return first, second
 
 
-def _run(kernel: Any, programs: int, arguments: tuple, constants: dict[str, Any], chosen: Tiles) -> None:
-    _start(kernel, (programs, 1, 1), arguments, constants, chosen.warps, chosen.stages)
+def _run(
+    kernel: Any, programs: int, tensors: tuple, scale: float, numbers: tuple, settings: tuple, chosen: Tiles
+) -> None:  # fmt: skip
+    constants, key = _compiled(kernel, numbers, settings, chosen)
+    _start(kernel, programs, tensors, (scale, *numbers), constants, chosen.warps, chosen.stages, key)
 
 
-def _start(kernel: Any, grid: tuple, arguments: tuple, constants: dict[str, Any], warps: int, stages: int) -> None:
-    kinds = []
-    for each in arguments:
-        if isinstance(each, Tensor):
-            kinds += [each.dtype, is_aligned(each)]
-        elif isinstance(each, int):
-            kinds.append(_kind(each))
+@lru_cache(maxsize=1024)
+def _compiled(kernel: Any, numbers: tuple, settings: tuple, chosen: Tiles) -> tuple[dict[str, Any], int]:
+    """Return the constants of a launch, and a number that calls of the same code share.
+
+    A layer is called with the same shapes each time: with this the host's work is a look-up.
+    """
+    dtype, _, block, D, DV, *flags = settings
+    names = ("HAS_SEGMENTS", "HAS_ORDER_Q", "HAS_ORDER_K", "HAS_SLOTS")
+    constants = {
+        "BLOCK": block, "STEP": chosen.step, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV), "FULL_D": padded(D) == D,
+        "FULL_DV": padded(DV) == DV, **dict(zip(names, flags, strict=True)),
+        "MATH": compute_constants(dtype, kernel)["MATH"],
+    }  # fmt: skip
+    code = (id(kernel), _kinds(numbers), settings, chosen)
+    return constants, _CODES.setdefault(code, len(_CODES))
+
+
+_CODES: dict[tuple, int] = {}
+
+
+def _start(
+    kernel: Any, programs: int, tensors: tuple, numbers: tuple, constants: dict[str, Any], warps: int, stages: int,
+    key: Any,
+) -> None:  # fmt: skip
+    aligned = True if is_aligned(*tensors) else tuple(is_aligned(each) for each in tensors)
     launch(
-        kernel, grid, arguments, constants, num_warps=warps, num_stages=stages,
-        key=(*kinds, *constants.values(), warps, stages),
+        kernel, (programs, 1, 1), (*tensors, *numbers), constants, num_warps=warps, num_stages=stages,
+        key=(key, aligned, warps, stages),
     )  # fmt: skip
 
 
-def _kind(number: int) -> int:
-    """Return what Triton specializes of an integer: 1, multiples of 16, and whether it fits in 32 bits."""
-    return 1 if number == 1 else (16 if number % 16 == 0 else 2) + (number >= 1 << 31)
+def _kinds(numbers: tuple) -> tuple[int, ...]:
+    """Return what Triton specializes of integers: 1, multiples of 16, and whether they fit in 32 bits."""
+    return tuple(1 if n == 1 else (16 if n % 16 == 0 else 2) + (n >= 1 << 31) for n in numbers)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

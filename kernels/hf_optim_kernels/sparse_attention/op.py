@@ -96,7 +96,7 @@ def _forward(
     from . import launch
     from .items import assemble
 
-    segments_q, segments_k = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
+    segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
     return launch.forward(
         _flat(query), _flat(key), _flat(value), segments_q, segments_k, layout, assemble(plan, numbers[1:]), scale
     )
@@ -138,7 +138,7 @@ def _gradients(
     from . import launch
     from .items import assemble
 
-    segments_q, segments_k = (None if each is None else each.contiguous() for each in (segments_q, segments_k))
+    segments_q, segments_k = _numbers(segments_q), _numbers(segments_k)
     return launch.backward(
         _flat(grad_out), grad_lse, _flat(query), _flat(key), _flat(value), out, lse, segments_q, segments_k, layout,
         assemble(plan, numbers[1:]), scale,
@@ -167,6 +167,10 @@ def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _numbers(segments: Tensor | None) -> Tensor | None:
+    return None if segments is None else segments.to(torch.int32).contiguous()
 
 
 def _flat(tensor: Tensor) -> Tensor:

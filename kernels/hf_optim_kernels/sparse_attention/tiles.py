@@ -30,6 +30,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
+@cache
 def padded(size: int) -> int:
     """Return the columns of a tile for a head size."""
     return max(16, triton.next_power_of_2(size))
