@@ -2,8 +2,8 @@
 
     OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/sparse_attention.py [WORD ...]
 
-With words, only the sections that have one of them in their names run: ``check``, ``first call``, ``tiles``, ``times``,
-``lengths``. Kernels of ``tiles`` are compiled by processes of their own first. ``sparse_attention_plot.py`` draws the
+With words, only the sections that have one of them in their names run: ``check``, ``bounds``,
+``first call``, ``tiles``, ``times``, ``lengths``. Kernels of ``tiles`` are compiled by processes of their own first. ``sparse_attention_plot.py`` draws the
 result.
 """
 
@@ -25,7 +25,7 @@ from sections import Sections
 
 from hf_optim_kernels.common import benchmark
 from hf_optim_kernels.sparse_attention import items, launch, op
-from hf_optim_kernels.sparse_attention.tiles import FORWARD, KEYS, QUERIES, Tiles, tiles
+from hf_optim_kernels.sparse_attention.tiles import FORWARD, KEYS, QUERIES, Tiles, piece, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.bfloat16
@@ -268,6 +268,29 @@ def try_tiles():
     return found
 
 
+# A Hopper multiprocessor: exponentials in a cycle, cycles in a microsecond; how many a device has.
+EXPONENTIALS, CYCLES, PROCESSORS = 16, 1755, 132
+
+
+def bounds(shape, block, bytes_us=4.2e6, flops_us=785e6):
+    """Microseconds of the forward by what it multiplies, exponentiates and moves, and its programs a multiprocessor.
+
+    Blocks are counted whole, and keys as read from memory once.
+    """
+    layout = layout_of(shape, block)
+    pairs = len(layout.columns) * block**2 * shape.heads
+    split = piece(shape.heads, len(layout.columns), layout.starts.shape[1] - 1, block, PROCESSORS)
+    plan = items.make(layout, shape.heads, shape.heads, shape.n, shape.n, split)
+    return {
+        "multiply": 4 * pairs * shape.size / flops_us,
+        "exponentials": pairs / (EXPONENTIALS * CYCLES * PROCESSORS),
+        "bytes": 4 * 2 * shape.heads * shape.n * shape.size / bytes_us,
+        "programs": shape.heads * plan.q_items.shape[1] / PROCESSORS,
+        "longest": int((plan.q_items[..., 3] - plan.q_items[..., 1]).max()),
+        "merged": plan.q_slots,
+    }
+
+
 def measure(shape, blocks=BLOCKS, with_flex=True, backward=True, dense=None):
     """A row: microseconds of each way, forward and forward with backward, and seconds of first calls."""
     inputs = sets(shape)
@@ -275,6 +298,7 @@ def measure(shape, blocks=BLOCKS, with_flex=True, backward=True, dense=None):
     ways |= {"flex": functools.partial(flex, shape)} if with_flex else {}
     ways |= {"sdpa": functools.partial(sdpa, shape)} if dense is None else {}
     row = {"share": sparse_layouts.visible_share(layout_of(shape, 64), shape.n)}
+    row["bounds"] = {block: bounds(shape, block) for block in blocks}
     for name, make in ways.items():
         forward, first = timed(make, inputs)
         row[name] = {"forward": forward, "first_s": first}
@@ -288,14 +312,17 @@ def measure(shape, blocks=BLOCKS, with_flex=True, backward=True, dense=None):
 def show(shape, row):
     parts = []
     for name, each in row.items():
-        if isinstance(each, dict):
+        if isinstance(each, dict) and "forward" in each:
             values = [each.get("forward"), each.get("step")]
             parts.append(name + " " + " / ".join(f"{x:.0f}" if isinstance(x, float) else str(x)[:60] for x in values))
     goal = GOALS.get((shape.pattern, shape.n))
     fair = row["sdpa"]["forward"] * row["share"] * (2 if shape.causal else 1) if "sdpa" in row else 0
+    least = {
+        block: max(each[k] for k in ("multiply", "exponentials", "bytes")) for block, each in row["bounds"].items()
+    }
     print(
         f"{shape.heads}x{shape.size} {shape.n:6d} {shape.pattern:18s} visible {row['share']:.3f}", "; ".join(parts),
-        f"| share of SDPA {fair:.0f}, goal {goal}", flush=True,
+        f"| least {', '.join(f'{us:.0f}' for us in least.values())}, share of SDPA {fair:.0f}, goal {goal}", flush=True,
     )  # fmt: skip
 
 
@@ -304,6 +331,16 @@ def main():
     wants = lambda name: not sys.argv[1:] or any(word in name for word in sys.argv[1:])  # noqa: E731
 
     section("check")(check)
+
+    @section("bounds")
+    def _():
+        """What the forward cannot be faster than: needs no GPU."""
+        found = {}
+        for shape, block in itertools.product(SHAPES, BLOCKS):
+            found[f"{tuple(shape)} {block}"] = row = bounds(shape, block)
+            print(f"{shape.heads}x{shape.size} {shape.n:6d} {shape.pattern:18s} {block:3d}",
+                  ", ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)  # fmt: skip
+        return found
 
     @section("first call")
     def _():

@@ -163,14 +163,17 @@ def test_other_lengths_need_other_layouts():
         items.make(layout, 1, 1, 161, 160, 4)
 
 
-def test_pieces_are_shorter_than_the_share_of_a_program():
-    for tokens, longest in ((4096, 64), (16384, 256), (131072, 2048)):
+def test_long_lists_are_cut_to_the_share_of_a_program():
+    for tokens in (4096, 16384, 131072):
         blocks = tokens // 64
-        entries = 8 * blocks + 4 * longest
-        piece = tiles.piece(12, entries, 64, 132)
-        assert piece >= 16
-        assert piece <= max(16, 12 * entries / (132 * 3))
-    assert tiles.piece(1, 10, 128, 132) == 8
+        entries = 8 * blocks + 4 * blocks  # two lists and two columns of all blocks
+        piece = tiles.piece(12, entries, blocks, 64, 132)
+        assert 16 <= piece <= max(16, 12 * entries / (132 * 3))
+
+
+def test_lists_of_the_usual_length_are_not_cut():
+    assert tiles.piece(12, 32 * 11, 32, 128, 132) >= 11  # a share would be 8
+    assert tiles.piece(1, 256 * 256, 256, 64, 132) == 64  # fewer programs than run at once
 
 
 @pytest.mark.parametrize("direction", [tiles.FORWARD, tiles.QUERIES, tiles.KEYS])

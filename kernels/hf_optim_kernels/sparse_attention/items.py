@@ -91,8 +91,8 @@ def plan(layout: Any, B: int, H: int, G: int, N: int, M: int) -> Plan:
     if held is None:
         held = {}
         object.__setattr__(layout, _NAME, held)
-    entries = len(layout.columns) // max(1, layout.starts.shape[0])
-    split = piece(B * H, entries, layout.block, processors(layout.starts.device))
+    L, bounds = layout.starts.shape
+    split = piece(B * H, len(layout.columns) // max(1, L), bounds - 1, layout.block, processors(layout.starts.device))
     # Batches of another size share a plan if their pieces are as long.
     key = ("pieces", split, H, G, N, M)
     if key not in held:

@@ -12,8 +12,8 @@ from ..common import tuning
 
 # Directions that have tiles: the names in tuning tables are ``sparse_attention_<direction>``.
 FORWARD, QUERIES, KEYS = "forward", "queries", "keys"
-# Programs that a multiprocessor runs at once, and the fewest keys of a piece of a list.
-RESIDENT, LEAST_KEYS = 3, 1024
+# Programs that a multiprocessor runs at once by block, for the registers that they need; the fewest keys of a piece.
+RESIDENT, LEAST_KEYS = {32: 6, 64: 3, 128: 1}, 1024
 MOST_PIECE = 128
 
 
@@ -73,15 +73,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def piece(pairs: int, entries: int, block: int, multiprocessors: int) -> int:
+def piece(pairs: int, entries: int, blocks: int, block: int, multiprocessors: int) -> int:
     """Return how many entries a piece of a list has at most: a power of two, so that few plans are made.
 
     Args:
         pairs: batch rows times query heads.
         entries: of the lists of a head.
+        blocks: of queries: the number of lists of a head.
         block: places of a block.
     """
-    share = pairs * entries / (RESIDENT * multiprocessors)
+    slots = RESIDENT.get(block, 1) * multiprocessors
     # Half of what each running program has to do, so that the last ones end about together.
-    size = 1 << max(0, int(share / 2).bit_length() - 1)
+    size = 1 << max(0, int(pairs * entries / slots / 2).bit_length() - 1)
+    if pairs * blocks >= slots:  # lists of the usual length are not cut: that would only add results to merge
+        size = max(size, 1 << (5 * entries // (4 * max(1, blocks))).bit_length())
     return max(LEAST_KEYS // block, min(MOST_PIECE, size))
