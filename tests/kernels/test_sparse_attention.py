@@ -213,6 +213,12 @@ def test_what_is_refused():
         op.sparse_attention(*tensors, layout, 0.0)
     with pytest.raises(ValueError, match="segments"):
         op.sparse_attention(*tensors, layout, 1.0, torch.zeros(1, 100, dtype=torch.int32))
+    q, k, v = tensors
+    for given in ((q, k[..., :8], v), (q, k, v[:, :, :50]), (torch.cat([q, q]), k, v), (q, k[:, :1], v)):
+        with pytest.raises(ValueError, match="queries, keys and values of"):
+            op.sparse_attention(*given, layout, 1.0)
+    with pytest.raises(ValueError, match=r"segments of \[\[1, 100\], \[1, 50\]\]"):
+        op.sparse_attention(q, k, v, layout, 1.0, *(torch.zeros(1, n, dtype=torch.int32) for n in (100, 50)))
     assert op.unsupported(*(each.float() for each in tensors)) is None
     assert "float64" in op.unsupported(*tensors)
     assert "evenly" in op.unsupported(torch.zeros(1, 3, 4, 16), *(torch.zeros(1, 2, 4, 16) for _ in range(2)))
@@ -290,7 +296,7 @@ def test_larger_blocks(block, device, cut):
 
 @on_triton
 def test_equal_calls_give_equal_bits(device, cut):
-    case = CASES["globals"]
+    case = Case(_global_tokens(64), [0, 0], 1, 64, 64, split=1)
     cut(case)
     first, second = (computed(case, torch.float32, device) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -359,6 +365,29 @@ def test_large_scores(device):
     for one, other in zip(*pairs, strict=True):
         assert torch.isfinite(one).all()
         assert relative(one.cpu(), other) < 2e-4
+
+
+@on_triton
+def test_the_operator_on_the_kernels_passes_pytorchs_own_checks(device, cut):
+    case = CASES["dense"]._replace(split=1)
+    cut(case)
+    inputs, layout = case.tensors(torch.float32, device), to(case.layout(), device)
+    made = op.prepare(layout, *inputs[:2])
+    lists = [getattr(layout, name) for name in list(layout.__dataclass_fields__)[1:]]
+    tensors, numbers = list(made[: op.TENSORS]), [layout.block, *made[op.TENSORS :]]
+    arguments = (*(each.requires_grad_() for each in inputs), None, None, *lists, tensors, numbers, SCALE)
+    torch.library.opcheck(op._operator, arguments)
+
+
+@on_triton
+@pytest.mark.parametrize(("N", "M"), [(0, 40), (40, 0)])
+def test_nothing_to_attend(N, M, device):
+    inputs = [torch.ones(1, 2, n, 16, device=device, requires_grad=True) for n in (N, M, M)]
+    out, lse = op.sparse_attention(*inputs, to(layout_of(torch.ones(1, N, M).bool(), 32, [0, 0]), device), SCALE)
+    assert out.shape == (1, 2, N, 16)
+    assert not out.any()
+    assert (lse == float("-inf")).all()
+    assert not any(each.any() for each in torch.autograd.grad((out, lse), inputs, (out + 1, lse)))
 
 
 @on_triton

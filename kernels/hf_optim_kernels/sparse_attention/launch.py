@@ -246,6 +246,8 @@ def _start(
     kernel: Any, programs: int, tensors: tuple, numbers: tuple, constants: dict[str, Any], warps: int, stages: int,
     key: Any,
 ) -> None:  # fmt: skip
+    if not programs:
+        return
     aligned = True if is_aligned(*tensors) else tuple(is_aligned(each) for each in tensors)
     launch(
         kernel, (programs, 1, 1), (*tensors, *numbers), constants, num_warps=warps, num_stages=stages,

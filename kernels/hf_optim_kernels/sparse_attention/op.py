@@ -50,15 +50,17 @@ def sparse_attention(
     out has the strides of ``[B, N, H, Dv]``. Keys and values that no query sees must be finite: they are multiplied by
     zero.
 
-    Raises ``ValueError`` if the layout does not fit the tensors, if only one side has segments, if ``scale`` is not
-    above 0, and on a GPU for what ``unsupported`` says.
+    Raises ``ValueError`` if the layout or the segments do not fit the tensors, if ``scale`` is not above 0, and on a
+    GPU for what ``unsupported`` says.
     """
     if not scale > 0:
         raise ValueError(f"the scale of scores must be above 0, not {scale}")
-    if (segments_q is None) != (segments_k is None):
-        raise ValueError("queries and keys have segments, or neither")
     triton = can_run_triton(query)
-    problem = unsupported(query, key, value) if triton else None
+    problem = _mismatch(query, key, value, segments_q, segments_k)
+    if problem is None and triton:
+        problem = unsupported(query, key, value)
+        if layout.starts.device != query.device:
+            problem = f"a layout on {layout.starts.device} for tensors on {query.device}"
     if problem:
         raise ValueError(f"sparse_attention does not take {problem}")
     made = prepare(layout, query, key) if triton else None
@@ -71,6 +73,23 @@ def sparse_attention(
         layout.bits, layout.key_starts, layout.rows, layout.key_masks, layout.order_q, layout.order_k, plan, numbers,
         scale,
     )  # fmt: skip
+
+
+def _mismatch(
+    query: Tensor, key: Tensor, value: Tensor, segments_q: Tensor | None, segments_k: Tensor | None
+) -> str | None:  # fmt: skip
+    """Return how the shapes disagree; None if they do not."""
+    B, _, N, D = query.shape
+    if key.shape[0] != B or key.shape[3] != D or value.shape[:3] != key.shape[:3]:
+        shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
+        return f"queries, keys and values of {shapes}"
+    if (segments_q is None) != (segments_k is None):
+        return "segments of queries or of keys alone"
+    if segments_q is not None and segments_k is not None:
+        found, right = (segments_q.shape, segments_k.shape), ((B, N), (B, key.shape[2]))
+        if found != right:
+            return f"segments of {[list(each) for each in found]} for {[list(each) for each in right]}"
+    return None
 
 
 def prepare(layout: Any, query: Tensor, key: Tensor) -> Any:
