@@ -37,8 +37,8 @@ ORDER = (
 FAMILIES = (
     ("distributed", "checkpoint", "modules"),
     ("topology",),
-    ("statistics",),
-    ("quantization", "pruning", "permutation", "experts", "attention"),
+    ("statistics", "attention"),
+    ("quantization", "pruning", "permutation", "experts"),
     ("distillation",),
 )
 # What a technique may import of hf_optim (docs/writing-a-technique.md lists them).

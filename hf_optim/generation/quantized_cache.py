@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import ModelError
 from ..toolkit.compat import CACHE
-from ..toolkit.quantization import KeyValueScheme, cache_layers, scheme_of
+from ..toolkit.quantization import KeyValueScheme, cache_layers, layer_patterns, scheme_of
 from .codes import Codes, attention_takes_codes
 
 PACKAGE = "hf_optim_kernels.kv_cache"
@@ -43,7 +43,8 @@ def layout_of(scheme: KeyValueScheme) -> Any:
 def key_value_cache(model: Any, scheme: KeyValueScheme | None = None) -> Cache:
     """Return an empty quantized cache for a model, to pass to ``generate`` or ``forward``.
 
-    Layers with a sliding window, which hold little, and heads of more than 256 channels are kept in full precision.
+    Layers with a sliding window or an attention pattern, which hold little, and heads of more than 256 channels are
+    kept in full precision.
 
     Args:
         model: a decoder-only model.
@@ -58,7 +59,12 @@ def key_value_cache(model: Any, scheme: KeyValueScheme | None = None) -> Cache:
     stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     count = max(len(stock), model.config.get_text_config(decoder=True).num_hidden_layers)
     plain = [*stock, *(DynamicLayer() for _ in range(count - len(stock)))]
-    return Cache(layers=[QuantizedLayer(scheme) if type(layer) is DynamicLayer else layer for layer in plain])
+    drops = layer_patterns(model.config.get_text_config(decoder=True))[1] or [False] * count
+    layers = [
+        QuantizedLayer(scheme) if type(layer) is DynamicLayer and not dropping else layer
+        for layer, dropping in zip(plain, drops, strict=True)
+    ]
+    return Cache(layers=layers)
 
 
 def require_quantizable(config: Any, scheme: KeyValueScheme) -> None:
@@ -66,10 +72,10 @@ def require_quantizable(config: Any, scheme: KeyValueScheme) -> None:
     layers = cache_layers(config)
     if any(layer.takes(scheme) for layer in layers):
         return
-    if all(layer.window is not None for layer in layers):
+    if all(layer.window is not None or layer.drops for layer in layers):
         raise ModelError(
-            f"every layer of {config.model_type} has a sliding window, whose tokens stay in full precision: there is "
-            "nothing to quantize"
+            f"every layer of {config.model_type} has a sliding window or an attention pattern, and holds few tokens, "
+            "in full precision: there is nothing to quantize"
         )
     raise ModelError(f"the heads of {config.model_type} have more channels than the kernels take (256)")
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from ..toolkit.attention import FIELD
 from ..toolkit.compat import CACHE
 from .sampling import unsupported_processor
 from .static_cache import unsupported_cache
@@ -48,6 +49,7 @@ def why_stock(
         (config.cache_implementation not in (None, "dynamic"),
          f"cache_implementation={config.cache_implementation!r} is asked for"),
         (input_ids.ndim != 2 or (input_ids.shape[1] == 0 and not embedded), "the prompt has no tokens"),
+        (getattr(model.config, FIELD, None) is not None, "an attention pattern drops keys from the cache at each step"),
         (model.training, "the model is in training mode, where dropout changes each step"),
     )  # fmt: skip
     for holds, reason in reasons:

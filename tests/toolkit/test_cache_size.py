@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from generating import SMALL
+from patterned import TERMS, patterned, registered
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_opt, tiny_t5
 from transformers import (
     AutoModelForCausalLM,
@@ -54,6 +55,26 @@ def test_bytes_are_those_of_the_cache_that_transformers_fills(name):
         cache = model(torch.randint(1, model.config.vocab_size, (2, 40)), use_cache=True)[CACHE]
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache_size(model.config, 2, 40, dtype_bytes=4).total == held
+
+
+@pytest.mark.parametrize("terms", [*TERMS, "window+all+chunks+strided"])
+def test_bytes_under_an_attention_pattern_are_those_that_are_held(terms):
+    with registered():
+        model = patterned(tiny_llama(max_position_embeddings=512), *terms.split("+"))
+        with torch.no_grad():
+            cache = model(torch.randint(1, model.config.vocab_size, (2, 207)), use_cache=True)[CACHE]
+        held = sum(layer.nbytes() for layer in cache.layers)
+        found = cache_size(model.config, 2, 207, dtype_bytes=4).total
+    if terms in ("late chunks", "globals"):  # which held more, at the end of a chunk and before the last global token
+        assert held < found < 2 * held
+    else:
+        assert found == held
+
+
+def test_a_pattern_whose_code_is_not_loaded_is_refused():
+    config = LlamaConfig(**{"attention_pattern": {"terms": ["window"]}})
+    with pytest.raises(ModelError, match="is not registered: load the model first"):
+        cache_size(config, 1, 100)
 
 
 @pytest.mark.parametrize("bits", [4, 8, "float8"])

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, Cache, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
 
 from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
+from .cache_hooks import FIELD, hold_visible_keys, with_pattern_layers
+from .kept import kept_attention
 from .pattern import Pattern
-from .rows import Rows
-
-FIELD = "attention_pattern"  # of the configuration: the settings of the technique, a dict
+from .rows import UNWRITTEN, Rows
 
 Builder = Callable[[Mapping[str, Any], int, int, bool], Sequence[Pattern]]
 
@@ -79,7 +79,7 @@ class Attachment:
         Args:
             module: has ``config``, ``layer_idx`` and ``is_causal``.
             query: ``[B, H, N, D]``.
-            key, value: ``[B, G, M, D]``.
+            key, value: ``[B, G, M, D]``; those that are held if they come from a ``PatternLayer``.
             attention_mask: what ``mask`` returned, or a mask ``[B, 1, N, M]`` that the caller made.
             scaling: of the scores; 1 / sqrt(D) if it is None.
             dropout: share of the weights that is dropped.
@@ -94,11 +94,36 @@ class Attachment:
         layer = getattr(module, "layer_idx", None)
         heads = self.patterns(module.config, 0 if layer is None else layer, query.shape[1], causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows, other = _read(attention_mask, query.shape[2], key.shape[2])
+        rows, other = _read(attention_mask, query.shape[2])
         if position_bias is not None:
             other = position_bias if other is None else _with_bias(position_bias, other)
-        out = attend(query, key, value, heads, scale, rows, other, dropout if module.training else 0.0)
+        dropped = dropout if module.training else 0.0
+        held = getattr(key, "hf_optim_layer", None)
+        if held is not None:
+            rows = None if rows is None or rows.plain else rows
+            kept = held.settle(heads, rows)
+        else:
+            _require_all_keys(heads, query, key, rows, other)
+        if held is not None and kept.tokens > query.shape[2]:
+            out = kept_attention(query, key, value, kept, scale, rows, other, dropped)
+        else:
+            out = attend(query, key, value, heads, scale, rows, other, dropped)
         return out.transpose(1, 2).contiguous(), None
+
+
+def _require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Rows | None, mask: Tensor | None) -> None:
+    """Raise ``ValueError`` unless keys that are not from a ``PatternLayer`` are those of all tokens, in their order."""
+    count, length = query.shape[2], key.shape[2]
+    if count == length:
+        return
+    told = mask.shape[-1] if mask is not None else length if rows is None else rows.segments.shape[1]
+    if told != length:
+        raise ValueError(
+            f"the attention pattern gets keys of {length} tokens for a row of {told}, and not which these are: "
+            "set use_cache=False"
+        )
+    if heads.reads_length or not heads.causal:
+        raise ValueError("what a token sees under this attention pattern changes with later ones: set use_cache=False")
 
 
 @lru_cache(maxsize=1024)
@@ -120,6 +145,8 @@ def mask(
 ) -> Tensor | None:
     """Return what the attention function needs of a batch, in the place of a mask.
 
+    Raises ``ValueError`` for an ``attention_mask`` that does not reach to the last query.
+
     None: each row is one document without padding. int32 ``[B, 1, 1, M]``: the segments of ``Rows``. bool
     ``[B, 1, N, M]``: the mask of a model that restricts attention in ways of its own.
     """
@@ -131,29 +158,39 @@ def mask(
         offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
         masks = {"mask_function": mask_function, "attention_mask": attention_mask}
         return stock(**{**kwargs, **sizes, **offsets, **masks, **more})
-    padded = attention_mask is not None and not bool(attention_mask.all())
+    begin = int(q_offset) - int(kv_offset)
+    known = None if attention_mask is None else attention_mask[:, int(kv_offset) : int(kv_offset) + kv_length]
+    if known is not None and known.shape[1] < min(kv_length, begin + q_length):
+        raise ValueError(
+            f"the attention_mask has {known.shape[1]} columns for {begin + q_length} tokens: pass that of all tokens, "
+            "those in the cache among them"
+        )
+    padded = known is not None and not bool(known.all())
     if not documents and not padded and q_length == kv_length:
         return None
     segments = torch.zeros(batch_size, kv_length, dtype=torch.int32, device=device)
     if documents:
         segments = segments + documents[0].to(segments)
-    if padded:
-        assert attention_mask is not None
-        known = attention_mask.bool()[:, kv_offset : kv_offset + kv_length]
-        segments[:, : known.shape[1]].masked_fill_(~known, -1)
+    if known is not None and padded:
+        segments[:, : known.shape[1]].masked_fill_(~known.bool(), -1)
+    segments[:, begin + q_length :] = UNWRITTEN
     handed = segments[:, None, None, :]
-    handed.hf_optim_rows = Rows.of(segments, int(q_offset) - int(kv_offset))  # type: ignore[attr-defined]
+    plain = not documents and not padded
+    handed.hf_optim_rows = Rows(segments, begin) if plain else Rows.of(segments, begin)  # type: ignore[attr-defined]
     return handed
 
 
-def _read(handed: Tensor | None, count: int, length: int) -> tuple[Rows | None, Tensor | None]:
+def _read(handed: Tensor | None, count: int) -> tuple[Rows | None, Tensor | None]:
     """Return rows and mask from what ``mask`` returned."""
     if handed is None:
         return None, None
     if handed.dtype != torch.int32:
         return None, handed
     rows = getattr(handed, "hf_optim_rows", None)  # lost where the tensor was copied
-    return rows if rows is not None else Rows.of(handed[:, 0, 0], length - count), None
+    if rows is None:
+        segments = handed[:, 0, 0]
+        rows = Rows.of(segments, int((segments[0] != UNWRITTEN).sum()) - count)
+    return rows, None
 
 
 def _with_bias(bias: Tensor, other: Tensor) -> Tensor:
@@ -206,6 +243,12 @@ class PatternConfig(RefusedByStock):
         PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
 
 
+def prepare_attention(model: nn.Module) -> None:
+    """Give attention modules what patterns need: the number of their layer, and caches that drop keys."""
+    number_layers(model)
+    hold_visible_keys(model)
+
+
 def number_layers(model: nn.Module) -> None:
     """Give attention modules without a number of their layer (ViT) one, in their order."""
     found = [module for module in model.modules() if hasattr(module, "is_causal")]
@@ -219,4 +262,15 @@ class PatternModel:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        number_layers(self)  # type: ignore[arg-type]
+        prepare_attention(self)  # type: ignore[arg-type]
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # Before the first forward: assisted decoding asks the layers at once to record what it may take back.
+        found = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
+        given = (*args, *kwargs.values())
+        recording = any(getattr(part, "is_assistant", False) for part in given)
+        for part in given:
+            for cache in part.values() if isinstance(part, dict) else ():
+                if isinstance(cache, Cache):
+                    with_pattern_layers(self, cache, recording)  # type: ignore[arg-type]
+        return found

@@ -117,7 +117,7 @@ def attend(
 
 def _must_move(rows: Rows, heads: HeadPatterns) -> bool:
     """Return True if the patterns would count positions from the wrong place where the tokens are."""
-    if (rows.left or rows.packed) and not heads.moves_along:
+    if rows.holes or ((rows.left or rows.packed) and not heads.moves_along):
         return True
     return heads.reads_length and (rows.packed or rows.left or not rows.same_length)
 
@@ -181,15 +181,25 @@ def _dense(
             query, key, value, None, dropout, is_causal=causal, scale=scale, enable_gqa=shared
         )
     seen = seen_mask(heads, count, length, rows, query.device)
+    return masked_product(query, key, value, seen, None if mask is None else mask[..., :length], scale, dropout)
+
+
+def masked_product(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """Compute attention densely over the keys that are True in ``seen``, which broadcasts to ``[B, H, N, M]``.
+
+    ``mask``, bool (True: visible) or additive, is intersected with it. A query that sees nothing gets zero.
+    """
     bias = None
     if mask is not None:
-        mask = mask[..., :length]
         seen = seen & mask if mask.dtype == torch.bool else seen & (mask > torch.finfo(mask.dtype).min)
         bias = None if mask.dtype == torch.bool else mask
     empty = ~seen.any(-1, keepdim=True)
     seen = seen | empty  # no row without keys: its softmax would be undefined
     if bias is not None:
         bias = bias.masked_fill(~seen, -torch.inf).masked_fill(empty, 0).to(query.dtype)
+    shared = key.shape[1] != query.shape[1]
     out = functional.scaled_dot_product_attention(
         query, key, value, seen if bias is None else bias, dropout, scale=scale, enable_gqa=shared
     )
@@ -202,7 +212,7 @@ def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, d
         if count == length:
             return _whole_mask(heads, length, device)
         key = torch.arange(length, device=device)
-        return _by_head(heads, key[None, -count:, None], key[None, None, :], length)
+        return seen_by_head(heads, key[None, -count:, None], key[None, None, :], length)
     start = rows.offset if count != length else 0
     key = rows.positions()
     segments_k = rows.segments
@@ -210,7 +220,7 @@ def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, d
     lengths: Any = length
     if heads.reads_length:
         lengths = (segments_k[:, :, None] == segments_q[:, None, :]).sum(1)[:, :, None]
-    seen = _by_head(heads, key[:, start : start + count, None], key[:, None, :], lengths)
+    seen = seen_by_head(heads, key[:, start : start + count, None], key[:, None, :], lengths)
     own = (segments_q[:, :, None] == segments_k[:, None, :]) & (segments_q >= 0)[:, :, None]
     return seen & own[:, None]
 
@@ -218,10 +228,17 @@ def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, d
 @lru_cache(maxsize=16)
 def _whole_mask(heads: HeadPatterns, length: int, device: torch.device) -> Tensor:
     key = torch.arange(length, device=device)
-    return _by_head(heads, key[None, :, None], key[None, None, :], length)
+    return seen_by_head(heads, key[None, :, None], key[None, None, :], length)
 
 
-def _by_head(heads: HeadPatterns, query: Tensor, key: Tensor, length: Any) -> Tensor:
+def seen_by_head(heads: HeadPatterns, query: Tensor, key: Tensor, length: Any) -> Tensor:
+    """Return ``Pattern.sees`` of each head, ``[..., H or 1, N, M]``: H only if the heads have several patterns.
+
+    Args:
+        heads: the patterns.
+        query, key: positions, of shapes that broadcast to ``[B, N, M]``.
+        length: number of tokens in the row, or one for each that broadcasts as well.
+    """
     shape = torch.broadcast_shapes(query.shape, key.shape)
     seen = torch.stack([pattern.sees(query, key, length).expand(shape) for pattern in heads.patterns], 1)
     return seen if len(heads.patterns) == 1 else seen[:, list(heads.heads)]

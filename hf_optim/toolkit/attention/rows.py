@@ -6,9 +6,12 @@ This file is stored beside checkpoints, so it imports only torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+UNWRITTEN = -2
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,11 +19,14 @@ class Rows:
     """Which tokens of a batch belong together.
 
     Attributes:
-        segments: int32 ``[B, M]``: -1 for padding, else the number of the document in its row.
+        segments: int32 ``[B, M]``: the number of the document in its row, which does not fall along the row; -1 for
+            padding, ``UNWRITTEN`` for places of a cache that no token has reached.
         offset: place of the first query among the keys.
         left: some row begins with padding.
         packed: some row holds several documents.
         same_length: all rows have the same number of tokens.
+        holes: some row has padding between its tokens, as when a batch that is padded on the right is continued.
+        padded: some row has padding.
     """
 
     segments: Tensor
@@ -28,6 +34,8 @@ class Rows:
     left: bool = False
     packed: bool = False
     same_length: bool = True
+    holes: bool = False
+    padded: bool = False
 
     @classmethod
     def of(cls, segments: Tensor, offset: int = 0) -> Rows:
@@ -37,15 +45,51 @@ class Rows:
             (~valid[:, 0]).any(),
             (segments > 0).any(),
             (valid.sum(1) == valid[0].sum()).all(),
+            (valid[:, 1:] & ~valid[:, :-1] & (valid.cumsum(1)[:, :-1] > 0)).any(),
+            (segments == -1).any(),
         ]).tolist()  # fmt: skip
         return cls(segments, offset, *facts)
 
+    @property
+    def plain(self) -> bool:
+        """True if each row is one document without padding."""
+        return not (self.padded or self.packed)
+
     def positions(self) -> Tensor:
         """Return the position of each key in its document, int64 ``[B, M]``; that of padding means nothing."""
-        place = torch.arange(self.segments.shape[1], device=self.segments.device).expand_as(self.segments)
-        begins = torch.ones_like(self.segments, dtype=torch.bool)
-        begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
-        return place - torch.where(begins, place, 0).cummax(1).values
+        return self._positions
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        valid = self.segments >= 0
+        token = valid.cumsum(1) - 1
+        highest = self.segments.cummax(1).values
+        begins = valid.clone()
+        begins[:, 1:] &= self.segments[:, 1:] > highest[:, :-1]
+        return (token - torch.where(begins, token, 0).cummax(1).values).clamp_min(0)
+
+    def chosen(self, index: Tensor) -> Rows | None:
+        """Return chosen rows of the batch, int64 ``[rows]``; None if they are plain. The last answer is kept."""
+        asked, found = self.__dict__.get("_chosen", (None, None))
+        if asked is not index:
+            made = Rows.of(self.segments[index], self.offset)
+            found = None if made.plain else made
+            self.__dict__["_chosen"] = (index, found)
+        return found
+
+    def until(self, length: int) -> Rows | None:
+        """Return the first ``length`` tokens of the rows; None if they are plain. The last answer is kept."""
+        asked, found = self.__dict__.get("_until", (None, None))
+        if asked != length:
+            made = Rows.of(self.segments[:, :length], self.offset)
+            found = None if made.plain else made
+            self.__dict__["_until"] = (length, found)
+        return found
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """The number of tokens in each row. This waits for the device."""
+        return (self.segments >= 0).sum(1).tolist()
 
 
 @dataclass(frozen=True, eq=False)

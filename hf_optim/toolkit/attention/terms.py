@@ -46,9 +46,13 @@ class Term:
     def stays(self, key: Tensor, query: int, length: int) -> Tensor:
         """Return True for keys that a query at position ``query`` or later can see; True for all is always right.
 
-        ``length`` is the largest number of tokens that the row can get.
+        ``length`` is the largest number of tokens that the row can get, 2^31 - 1 where it has no limit.
         """
         return torch.ones_like(key, dtype=torch.bool)
+
+    def fullest(self, length: int) -> list[int]:
+        """Return the numbers of tokens below ``length`` at which most keys can stay, if the number falls at times."""
+        return []
 
     def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Return the tokens in the order of query places and of key places, in which the term has empty blocks.
@@ -148,6 +152,10 @@ class Chunks(Term):
     def stays(self, key: Tensor, query: int, length: int) -> Tensor:
         return (key >= self.start) & (key >= (query - self.start) // self.size * self.size + self.start)
 
+    def fullest(self, length: int) -> list[int]:
+        # Before the last token of a chunk.
+        return [length - (length - self.start) % self.size - 1] if length >= self.start + self.size else []
+
 
 @dataclass(frozen=True)
 class Columns(Term):
@@ -222,9 +230,15 @@ class GlobalTokens(Term):
         return found
 
     def stays(self, key: Tensor, query: int, length: int) -> Tensor:
-        if self.see and bool(self.holds(torch.arange(query, max(query + 1, length)), length).any()):
+        # A later global token sees everything; the last tokens of a row that grows are not known.
+        later = self.last > 0 or query < self.first or any(place >= query for place in self.positions)
+        if later and (self.see or self.last):
             return super().stays(key, query, length)
         return self.holds(key, length) if self.seen else torch.zeros_like(key, dtype=torch.bool)
+
+    def fullest(self, length: int) -> list[int]:
+        # Before the last tokens that see all.
+        return [place for place in (self.first - 1, *self.positions) if place <= length] if self.see else []
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:

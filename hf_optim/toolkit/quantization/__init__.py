@@ -1,7 +1,7 @@
 """Grids, codebooks, Hessian-based rounding and fake quantization."""
 
 from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant
-from .cache_size import CacheLayer, CacheSize, cache_layers, cache_size
+from .cache_size import CacheLayer, CacheSize, cache_layers, cache_size, layer_patterns
 from .grids import Grid, GridSpec, fit_group_size, make_grid, qparams_from_range, round_codes
 from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .hessian import inverse_cholesky
@@ -32,6 +32,7 @@ __all__ = [
     "fit_group_size",
     "group_qparams",
     "inverse_cholesky",
+    "layer_patterns",
     "make_grid",
     "optimal_groups",
     "output_error",

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ModelError
 from ...trust.bounds import first_line, shown
 from .key_values import KeyValueScheme
 
+if TYPE_CHECKING:
+    from ..attention import HeadPatterns
+
 # Heads with more channels are kept in full precision.
 WIDEST_HEAD = 256
 # Slots of the tail behind the residual tokens and the group that waits: a step that is tried writes there.
 SPARE_SLOTS = 16
+# Tokens for which it is tried whether a pattern drops keys.
+LONGEST_TRIED = 2**17
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,33 @@ class CacheLayer:
         heads: of keys and values.
         key_dim, value_dim: numbers of a head.
         window: the most tokens that the layer attends to; None for all.
+        patterns: of sparse attention; None for a layer without.
+        drops: the patterns let the layer drop keys.
     """
 
     heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    patterns: HeadPatterns | None = None
+    drops: bool = False
+
+    def tokens(self, length: int) -> int:
+        """Return the tokens that a row of ``length`` has room for, in full precision.
+
+        Under a pattern, this is the most at any time up to ``length``.
+        """
+        if self.patterns is not None:
+            from ..attention import slots_for, tokens_kept
+
+            return slots_for(tokens_kept(self.patterns, length))
+        return length if self.window is None else min(length, self.window - 1)
 
     def takes(self, scheme: KeyValueScheme | None) -> bool:
-        """Return True if the layer is quantized: it attends to all tokens, with heads that the kernels take."""
-        return scheme is not None and self.window is None and max(self.key_dim, self.value_dim) <= WIDEST_HEAD
+        """Return True if the layer is quantized: it keeps all tokens, with heads that the kernels take."""
+        if scheme is None or self.window is not None or self.drops:
+            return False
+        return max(self.key_dim, self.value_dim) <= WIDEST_HEAD
 
 
 def cache_layers(config: Any) -> list[CacheLayer]:
@@ -61,21 +83,42 @@ def cache_layers(config: Any) -> list[CacheLayer]:
         kept = DynamicCache(config=text).layers
     except Exception as error:  # whatever a value of the configuration led to
         raise ModelError(f"transformers makes no cache for {text.model_type}: {first_line(error)}") from error
+    patterns, drops = layer_patterns(text)
     count = getattr(text, "num_hidden_layers", 0)
     names = [type(layer).__name__ for layer in kept] or ["DynamicLayer"] * count
     windows = [getattr(layer, "sliding_window", None) for layer in kept] or [None] * count
     # Layers that reuse the cache of an earlier one (Gemma 3n) come last.
     count -= int(getattr(text, "num_kv_shared_layers", 0) or 0)
     found = []
-    for name, window in list(zip(names, windows, strict=True))[:count]:
+    for number, (name, window) in list(enumerate(zip(names, windows, strict=True)))[:count]:
         if name == "DummyLayer":
             continue
         if name not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
             raise ModelError(f"{text.model_type} keeps a {name}, not keys and values of tokens")
+        if patterns is not None:
+            found.append(CacheLayer(shared, size, size, None, patterns[number], drops[number]))
+            continue
         found.append(CacheLayer(shared, size, size, window if isinstance(window, int) else None))
     if not found:
         raise ModelError(f"{text.model_type} keeps no keys and values")
     return found
+
+
+def layer_patterns(config: Any) -> tuple[list[HeadPatterns] | None, list[bool]]:
+    """Return the patterns of each layer, and True where they let it drop keys before the context is full.
+
+    None and an empty list for a model without a pattern. Raises ``ModelError`` for settings that make none.
+    """
+    from ..attention import patterns_of, tokens_kept
+
+    try:
+        patterns = patterns_of(config)
+        if patterns is None:
+            return None, []
+        length = min(int(getattr(config, "max_position_embeddings", 0) or LONGEST_TRIED), LONGEST_TRIED)
+        return patterns, [tokens_kept(each, length) < length for each in patterns]
+    except ValueError as error:
+        raise ModelError(first_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -106,7 +149,7 @@ def cache_size(
         16 bits:    batch * length * sum over layers of heads * (key_dim + value_dim) * 2
 
     With a scheme, codes, float32 scales and zero points, and the buffer of the tail are counted; heads are stored with
-    a power of two of channels. Layers with a window keep its tokens, in full precision.
+    a power of two of channels. Layers with a window or a pattern of attention keep what it sees, in full precision.
 
     Args:
         config: the configuration of a model, or a list of ``CacheLayer``.
@@ -124,8 +167,7 @@ def cache_size(
     for layer in layers:
         channels = layer.key_dim + layer.value_dim
         if scheme is None or not layer.takes(scheme):
-            kept = length if layer.window is None else min(length, layer.window - 1)
-            plain += kept * layer.heads * channels * dtype_bytes
+            plain += layer.tokens(length) * layer.heads * channels * dtype_bytes
             continue
         tokens = scheme.quantized_tokens(length)
         key, value = stored_channels(layer.key_dim), stored_channels(layer.value_dim)

@@ -72,8 +72,8 @@ class KVCache(Technique):
             raise ModelError(f"{label}: {error}") from error
         if not any(layer.takes(self.scheme) for layer in layers):
             raise ModelError(
-                f"{label}: every layer of {model.config.model_type} has a sliding window, or heads of more than 256 "
-                "channels, and keeps full precision: there is nothing to quantize"
+                f"{label}: every layer of {model.config.model_type} has a sliding window, an attention pattern, or "
+                "heads of more than 256 channels, and keeps full precision: there is nothing to quantize"
             )
 
     @hookimpl
