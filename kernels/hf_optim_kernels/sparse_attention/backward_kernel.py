@@ -54,10 +54,13 @@ def _add_query_gradient(
     PARTS: tl.constexpr = BLOCK // STEP
     row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    column = tl.load(columns + first)
+    if CHECKED:
+        number = tl.load(masks + first)
     for step in range(first * PARTS, end * PARTS):
-        entry = step // PARTS
         begin = step % PARTS * STEP
-        start = tl.load(columns + entry) * BLOCK + begin
+        start = column * BLOCK + begin
+        column = tl.load(columns + (step + 1) // PARTS)
         token = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
         k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
         v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
@@ -66,8 +69,8 @@ def _add_query_gradient(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(s * scale - logs[:, None])
         if CHECKED:
-            number = tl.load(masks + entry)
             seen = bits_of(bits, number, row, begin + inside, BLOCK)
+            number = tl.load(masks + (step + 1) // PARTS)
             if HAS_SEGMENTS:
                 seen &= segment[:, None] == segments_at(segments_k, token, -2)[None, :]
             else:
@@ -150,10 +153,13 @@ def _add_key_gradients(
     PARTS: tl.constexpr = BLOCK // STEP
     row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    line = tl.load(rows + first)
+    if CHECKED:
+        number = tl.load(masks + first)
     for step in range(first * PARTS, end * PARTS):
-        entry = step // PARTS
         begin = step % PARTS * STEP
-        start = tl.load(rows + entry) * BLOCK + begin
+        start = line * BLOCK + begin
+        line = tl.load(rows + (step + 1) // PARTS)
         token = tokens_at(order_q, kind, places_q, start + inside, N, HAS_ORDER)
         q_at = rows_at(queries, start, token, inside, q_n, d, HAS_ORDER)
         g_at = rows_at(grads, start, token, inside, g_n, dv, HAS_ORDER)
@@ -164,7 +170,8 @@ def _add_key_gradients(
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(s * scale - logs[None, :])
         if CHECKED:
-            seen = bits_of(bits, tl.load(masks + entry), row, begin + inside, BLOCK)
+            seen = bits_of(bits, number, row, begin + inside, BLOCK)
+            number = tl.load(masks + (step + 1) // PARTS)
             if HAS_SEGMENTS:
                 seen &= segment[:, None] == segments_at(segments_q, token, -3)[None, :]
             p = tl.where(seen, p, 0.0)

@@ -28,10 +28,10 @@ class Plan(NamedTuple):
     Attributes:
         q_items, q_merges: ``[L, n, 8]`` and ``[L, m, 4]`` int32, filled up with block -1; a head has the table of its
             layout.
-        columns, masks: ``[entries]``: of query blocks, in the order of the items.
+        columns, masks: ``[entries + 1]``: of query blocks, in the order of the items; the last is not used.
         k_tables: ``[P]``: the table of each key head.
         k_items, k_merges: ``[T, n, 8]`` and ``[T, m, 4]``.
-        rows, key_masks: ``[entries]``: of key blocks.
+        rows, key_masks: ``[entries + 1]``: of key blocks.
         key_bits: ``bits`` transposed.
         q_slots, k_slots: of a head, for partial results.
         key_heads: P: the heads that have gradients of their own; more than there are key heads if query heads that
@@ -144,13 +144,13 @@ def make(layout: Any, H: int, G: int, N: int, M: int, split: int) -> Plan:
     made = {
         "q_items": _filled([items for items, _, _ in q_items]),
         "q_merges": _filled([merges for _, merges, _ in q_items]),
-        "columns": q.others,
-        "masks": q.masks,
+        "columns": _and_one(q.others),
+        "masks": _and_one(q.masks),
         "k_tables": tables,
         "k_items": _filled([items for items, _, _ in k_items]),
         "k_merges": _filled([merges for _, merges, _ in k_items]),
-        "rows": k.others,
-        "key_masks": k.masks,
+        "rows": _and_one(k.others),
+        "key_masks": _and_one(k.masks),
     }
     sent = {name: each.to(torch.int32).contiguous().to(layout.starts.device) for name, each in made.items()}
     slots = (max(count for _, _, count in each) for each in (q_items, k_items))
@@ -263,6 +263,11 @@ def _cut(first: Tensor, middle: Tensor, end: Tensor, low: int, high: int, split:
     between = torch.minimum(torch.maximum(middle[block], begin), finish)
     low_head, high_head = low + width * head // heads, low + width * (head + 1) // heads
     return torch.stack([block, begin, between, finish, low_head, high_head], 1)
+
+
+def _and_one(entries: Tensor) -> Tensor:
+    """Return entries and one more, since kernels load the entry after the one that they compute."""
+    return torch.cat([entries, entries.new_zeros(1)])
 
 
 def _filled(tables: list[Tensor]) -> Tensor:

@@ -30,17 +30,22 @@ def _attend(
     PARTS: tl.constexpr = BLOCK // STEP
     row, inside = tl.arange(0, BLOCK), tl.arange(0, STEP)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for step in range(first * PARTS, end * PARTS):
-        entry = step // PARTS
+    column = tl.load(columns + first)
+    if CHECKED:
+        number = tl.load(masks + first)
+    # Prefetching masks two steps ahead, too, takes the registers of a third program on a multiprocessor. The next block
+    # is loaded a step ahead: addresses that depend on a load of the same step would cost a stage of the pipeline.
+    for step in tl.range(first * PARTS, end * PARTS, num_stages=2 if CHECKED and not WIDE else None):
         begin = step % PARTS * STEP
-        start = tl.load(columns + entry) * BLOCK + begin
+        start = column * BLOCK + begin
+        column = tl.load(columns + (step + 1) // PARTS)
         token = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
         k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
         k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if CHECKED:
-            number = tl.load(masks + entry)
             seen = bits_of(bits, number, row, begin + inside, BLOCK)
+            number = tl.load(masks + (step + 1) // PARTS)
             if HAS_SEGMENTS:  # the segment of an empty place is none
                 seen &= segment[:, None] == segments_at(segments_k, token, -2)[None, :]
             else:
