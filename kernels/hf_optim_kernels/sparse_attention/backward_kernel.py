@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..common.compute_type import FP32
 from .kernel import ITEM, LOG2E
-from .parts import bits_of, load_rows, rows_at, segments_at, tokens_at
+from .parts import bits_of, load_rows, numbers_at, rows_at, segments_at, tokens_at
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def _delta_kernel(
 
 
 @triton.jit
-def _logs_at(lse, token):
+def _logs_at(lse, token, real, CHECKED: tl.constexpr):
     """Return the lse of each token to base 2, ``+inf`` for those that see nothing."""
-    found = tl.load(lse + token, mask=token >= 0, other=float("inf"))
+    found = numbers_at(lse, token, real, float("inf"), CHECKED)
     return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
 
 
@@ -61,23 +61,24 @@ def _add_query_gradient(
         begin = step % PARTS * STEP
         start = column * BLOCK + begin
         column = tl.load(columns + (step + 1) // PARTS)
-        token = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
+        token, real = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
         k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
         v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
-        k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
-        v = load_rows(v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        k = load_rows(k_at, real, d, D, CHECKED, FULL_D, WIDE)
+        v = load_rows(v_at, real, dv, DV, CHECKED, FULL_DV, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(s * scale - logs[:, None])
         if CHECKED:
             seen = bits_of(bits, number, row, begin + inside, BLOCK)
             number = tl.load(masks + (step + 1) // PARTS)
             if HAS_SEGMENTS:
-                seen &= segment[:, None] == segments_at(segments_k, token, -2)[None, :]
+                seen &= segment[:, None] == segments_at(segments_k, token, real, -2, True)[None, :]
             else:
-                seen &= (token >= 0)[None, :]
+                seen &= real[None, :]
             p = tl.where(seen, p, 0.0)
         elif HAS_SEGMENTS:
-            p = tl.where(segment[:, None] == segments_at(segments_k, token, -2)[None, :], p, 0.0)
+            own = segments_at(segments_k, token, real, -2, False)
+            p = tl.where(segment[:, None] == own[None, :], p, 0.0)
         slope = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
     return acc
@@ -104,16 +105,16 @@ def _query_kernel(
     block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     start = tl.maximum(block, 0) * BLOCK
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order_q, kind, places_q, start + row, N, HAS_ORDER_Q)
+    token, real = tokens_at(order_q, kind, places_q, start + row, N, HAS_ORDER_Q)
     queries = query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
     grads = grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
-    q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), token, d, D, True, FULL_D, WIDE)
-    g = load_rows(rows_at(grads, start, token, row, g_n, dv, HAS_ORDER_Q), token, dv, DV, True, FULL_DV, WIDE)
-    logs = _logs_at(lse + pair.to(tl.int64) * N, token)
-    own_delta = tl.load(delta + pair.to(tl.int64) * N + token, mask=token >= 0, other=0.0)
+    q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), real, d, D, True, FULL_D, WIDE)
+    g = load_rows(rows_at(grads, start, token, row, g_n, dv, HAS_ORDER_Q), real, dv, DV, True, FULL_DV, WIDE)
+    logs = _logs_at(lse + pair.to(tl.int64) * N, token, real, True)
+    own_delta = numbers_at(delta + pair.to(tl.int64) * N, token, real, 0.0, True)
     segment = token
     if HAS_SEGMENTS:
-        segment = segments_at(segments_q + b.to(tl.int64) * N, token, -3)
+        segment = segments_at(segments_q + b.to(tl.int64) * N, token, real, -3, True)
         segments_k += b.to(tl.int64) * M
     kv = h // (H // G)
     keys = key + b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
@@ -135,7 +136,7 @@ def _query_kernel(
         own = (pair * SLOTS + tl.maximum(slot, 0)).to(tl.int64) * BLOCK + row
         in_part = slot + 0 * row >= 0
         tl.store(part + own[:, None] * BLOCK_D + d[None, :], acc, mask=in_part[:, None] & (d >= 0)[None, :])
-    kept = (slot + 0 * row == -1) & (token >= 0)
+    kept = (slot + 0 * row == -1) & real
     grads = grad_query + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
     o_at = rows_at(grads, start, token, row, o_n, d, HAS_ORDER_Q)
     tl.store(o_at, acc.to(grad_query.dtype.element_ty), mask=kept[:, None] & (d < D)[None, :])
@@ -160,23 +161,24 @@ def _add_key_gradients(
         begin = step % PARTS * STEP
         start = line * BLOCK + begin
         line = tl.load(rows + (step + 1) // PARTS)
-        token = tokens_at(order_q, kind, places_q, start + inside, N, HAS_ORDER)
+        token, real = tokens_at(order_q, kind, places_q, start + inside, N, HAS_ORDER)
         q_at = rows_at(queries, start, token, inside, q_n, d, HAS_ORDER)
         g_at = rows_at(grads, start, token, inside, g_n, dv, HAS_ORDER)
-        q = load_rows(q_at, token, d, D, CHECKED, FULL_D, WIDE)
-        g = load_rows(g_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
-        logs = _logs_at(lse, token)
-        own_delta = tl.load(delta + token, mask=token >= 0, other=0.0)
+        q = load_rows(q_at, real, d, D, CHECKED, FULL_D, WIDE)
+        g = load_rows(g_at, real, dv, DV, CHECKED, FULL_DV, WIDE)
+        logs = _logs_at(lse, token, real, CHECKED)
+        own_delta = numbers_at(delta, token, real, 0.0, CHECKED)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(s * scale - logs[None, :])
         if CHECKED:
             seen = bits_of(bits, number, row, begin + inside, BLOCK)
             number = tl.load(masks + (step + 1) // PARTS)
             if HAS_SEGMENTS:
-                seen &= segment[:, None] == segments_at(segments_q, token, -3)[None, :]
+                seen &= segment[:, None] == segments_at(segments_q, token, real, -3, True)[None, :]
             p = tl.where(seen, p, 0.0)
         elif HAS_SEGMENTS:
-            p = tl.where(segment[:, None] == segments_at(segments_q, token, -3)[None, :], p, 0.0)
+            own = segments_at(segments_q, token, real, -3, False)
+            p = tl.where(segment[:, None] == own[None, :], p, 0.0)
         grad_v += tl.dot(p.to(g.dtype), g, input_precision="ieee")
         slope = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - own_delta[None, :])
         grad_k += tl.dot(slope.to(q.dtype), q, input_precision="ieee")
@@ -208,14 +210,14 @@ def _key_kernel(
     first_head, end_head = g * group + tl.load(item + 5), g * group + tl.load(item + 6)
     kind = tl.load(heads + first_head)
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order_k, kind, places_k, start + row, M, HAS_ORDER_K)
+    token, real = tokens_at(order_k, kind, places_k, start + row, M, HAS_ORDER_K)
     kv = (g // SHARE).to(tl.int64)
     keys, values = key + b.to(tl.int64) * k_b + kv * k_h, value + b.to(tl.int64) * v_b + kv * v_h
-    k = load_rows(rows_at(keys, start, token, row, k_n, d, HAS_ORDER_K), token, d, D, True, FULL_D, WIDE)
-    v = load_rows(rows_at(values, start, token, row, v_n, dv, HAS_ORDER_K), token, dv, DV, True, FULL_DV, WIDE)
+    k = load_rows(rows_at(keys, start, token, row, k_n, d, HAS_ORDER_K), real, d, D, True, FULL_D, WIDE)
+    v = load_rows(rows_at(values, start, token, row, v_n, dv, HAS_ORDER_K), real, dv, DV, True, FULL_DV, WIDE)
     segment = token
     if HAS_SEGMENTS:
-        segment = segments_at(segments_k + b.to(tl.int64) * M, token, -2)
+        segment = segments_at(segments_k + b.to(tl.int64) * M, token, real, -2, True)
         segments_q += b.to(tl.int64) * N
     grad_k = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK, BLOCK_DV), tl.float32)
@@ -240,7 +242,7 @@ def _key_kernel(
         in_part = slot + 0 * row >= 0
         tl.store(part_k + own[:, None] * BLOCK_D + d[None, :], grad_k, mask=in_part[:, None] & (d >= 0)[None, :])
         tl.store(part_v + own[:, None] * BLOCK_DV + dv[None, :], grad_v, mask=in_part[:, None] & (dv >= 0)[None, :])
-    kept = (slot + 0 * row == -1) & (token >= 0)
+    kept = (slot + 0 * row == -1) & real
     keys, values = grad_key + b.to(tl.int64) * gk_b, grad_value + b.to(tl.int64) * gv_b
     gk_at = rows_at(keys + g.to(tl.int64) * gk_h, start, token, row, gk_n, d, HAS_ORDER_K)
     gv_at = rows_at(values + g.to(tl.int64) * gv_h, start, token, row, gv_n, dv, HAS_ORDER_K)

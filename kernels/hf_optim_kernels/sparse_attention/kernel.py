@@ -39,20 +39,21 @@ def _attend(
         begin = step % PARTS * STEP
         start = column * BLOCK + begin
         column = tl.load(columns + (step + 1) // PARTS)
-        token = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
+        token, real = tokens_at(order_k, kind, places_k, start + inside, M, HAS_ORDER)
         k_at = rows_at(keys, start, token, inside, k_n, d, HAS_ORDER)
-        k = load_rows(k_at, token, d, D, CHECKED, FULL_D, WIDE)
+        k = load_rows(k_at, real, d, D, CHECKED, FULL_D, WIDE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if CHECKED:
             seen = bits_of(bits, number, row, begin + inside, BLOCK)
             number = tl.load(masks + (step + 1) // PARTS)
             if HAS_SEGMENTS:  # the segment of an empty place is none
-                seen &= segment[:, None] == segments_at(segments_k, token, -2)[None, :]
+                seen &= segment[:, None] == segments_at(segments_k, token, real, -2, True)[None, :]
             else:
-                seen &= (token >= 0)[None, :]
+                seen &= real[None, :]
             s = tl.where(seen, s, float("-inf"))
         elif HAS_SEGMENTS:
-            s = tl.where(segment[:, None] == segments_at(segments_k, token, -2)[None, :], s, float("-inf"))
+            own = segments_at(segments_k, token, real, -2, False)
+            s = tl.where(segment[:, None] == own[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scale)
         base = new_top
         if CHECKED or HAS_SEGMENTS:
@@ -62,7 +63,7 @@ def _attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
         v_at = rows_at(values, start, token, inside, v_n, dv, HAS_ORDER)
-        v = load_rows(v_at, token, dv, DV, CHECKED, FULL_DV, WIDE)
+        v = load_rows(v_at, real, dv, DV, CHECKED, FULL_DV, WIDE)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new_top
     return top, total, acc
@@ -90,12 +91,12 @@ def _forward_kernel(
     block, first, middle, end = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     start = tl.maximum(block, 0) * BLOCK
     row, d, dv = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order_q, kind, places_q, start + row, N, HAS_ORDER_Q)
+    token, real = tokens_at(order_q, kind, places_q, start + row, N, HAS_ORDER_Q)
     queries = query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), token, d, D, True, FULL_D, WIDE)
+    q = load_rows(rows_at(queries, start, token, row, q_n, d, HAS_ORDER_Q), real, d, D, True, FULL_D, WIDE)
     segment = token
     if HAS_SEGMENTS:
-        segment = segments_at(segments_q + b.to(tl.int64) * N, token, -3)
+        segment = segments_at(segments_q + b.to(tl.int64) * N, token, real, -3, True)
         segments_k += b.to(tl.int64) * M
     g = h // (H // G)
     keys = key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
@@ -122,7 +123,7 @@ def _forward_kernel(
         in_part = slot + 0 * row >= 0
         tl.store(part + own[:, None] * BLOCK_DV + dv[None, :], result, mask=in_part[:, None] & (dv >= 0)[None, :])
         tl.store(part_lse + own, logs, mask=in_part)
-    kept = (slot + 0 * row == -1) & (token >= 0)
+    kept = (slot + 0 * row == -1) & real
     o_at = rows_at(out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h, start, token, row, o_n, dv, HAS_ORDER_Q)
     tl.store(o_at, result.to(out.dtype.element_ty), mask=kept[:, None] & (dv < DV)[None, :])
     tl.store(lse + pair.to(tl.int64) * N + token, logs * LN2, mask=kept)

@@ -29,7 +29,7 @@ def _merge_kernel(
     block, first, end = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
     start = tl.maximum(block, 0) * BLOCK + chunk * ROWS
     row, dv = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
-    token = tokens_at(order, tl.load(heads + p * R), places, start + row, N, HAS_ORDER)
+    token, real = tokens_at(order, tl.load(heads + p * R), places, start + row, N, HAS_ORDER)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
@@ -46,7 +46,7 @@ def _merge_kernel(
             top = new_top
         else:
             acc += piece
-    kept = (block + 0 * row >= 0) & (token >= 0)
+    kept = (block + 0 * row >= 0) & real
     if WEIGHTED:
         some = total > 0.0
         acc = acc / tl.where(some, total, 1.0)[:, None]

@@ -12,15 +12,17 @@ import triton.language as tl
 
 @triton.jit
 def tokens_at(order, kind, places, place, count, HAS_ORDER: tl.constexpr):
-    """Return the token at each place of head layout ``kind``, -1 for empty ones.
+    """Return the token at each place of head layout ``kind``, and which places are not empty.
 
-    ``order`` [L or 1, places]; ``places`` is 0 if there is one order for all layouts.
+    ``order`` [L or 1, places]; ``places`` is 0 if there is one order for all layouts. Tokens of empty places are no
+    addresses; without an order tokens are consecutive, which loads of several in one instruction need to see.
     """
-    if HAS_ORDER:  # noqa: SIM108 - one of the two is compiled
-        found = tl.load(order + kind * places + place)
-    else:
-        found = tl.where(place < count, place, -1)
-    return found
+    token = place
+    real = place < count
+    if HAS_ORDER:
+        token = tl.load(order + kind * places + place)
+        real = token >= 0
+    return token, real
 
 
 @triton.jit
@@ -34,16 +36,16 @@ def rows_at(base, start, token, inside, stride, d, HAS_ORDER: tl.constexpr):
 
 
 @triton.jit
-def load_rows(at, token, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr):
+def load_rows(at, real, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr):
     """Return rows [places, BLOCK_D] of a matrix, zeros at empty places if CHECKED; WIDE: in float32.
 
     FULL: the matrix has as many columns as the block.
     """
     if CHECKED:
         if FULL:
-            found = tl.load(at, mask=(token >= 0)[:, None], other=0.0)
+            found = tl.load(at, mask=real[:, None], other=0.0)
         else:
-            found = tl.load(at, mask=(token >= 0)[:, None] & (d < SIZE)[None, :], other=0.0)
+            found = tl.load(at, mask=real[:, None] & (d < SIZE)[None, :], other=0.0)
     elif FULL:
         found = tl.load(at)
     else:
@@ -54,9 +56,19 @@ def load_rows(at, token, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WID
 
 
 @triton.jit
-def segments_at(segments, token, NONE: tl.constexpr):
+def numbers_at(base, token, real, other, CHECKED: tl.constexpr):
+    """Return a number of each token, ``other`` at empty places if CHECKED."""
+    if CHECKED:
+        found = tl.load(base + token, mask=real, other=other)
+    else:
+        found = tl.load(base + token)
+    return found
+
+
+@triton.jit
+def segments_at(segments, token, real, NONE: tl.constexpr, CHECKED: tl.constexpr):
     """Return the segment of each token, NONE (a negative number that the other side does not have) for padding."""
-    found = tl.load(segments + token, mask=token >= 0, other=-1)
+    found = numbers_at(segments, token, real, -1, CHECKED)
     return tl.where(found < 0, NONE, found)
 
 
