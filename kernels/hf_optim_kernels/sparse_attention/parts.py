@@ -58,7 +58,7 @@ def load_rows(at, real, d, SIZE, CHECKED: tl.constexpr, FULL: tl.constexpr, WIDE
 @triton.jit
 def numbers_at(base, token, real, other, CHECKED: tl.constexpr):
     """Return a number of each token, ``other`` at empty places if CHECKED."""
-    if CHECKED:
+    if CHECKED:  # noqa: SIM108 - one of the two is compiled
         found = tl.load(base + token, mask=real, other=other)
     else:
         found = tl.load(base + token)
