@@ -44,6 +44,8 @@ def draw(path: Path) -> Path:
         axes.plot(xs, ys, "--" if label != pattern else "-", marker="o", ms=3.5, color=colours[pattern], label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds, forward")
     axes.set_xscale("log", base=2)
+    ticks = sorted({int(key.rsplit(" ", 1)[1]) for key in result["lengths"]})
+    axes.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
     axes.set_title(f"Attention of 12 heads x 64, bfloat16, {result['device']}")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)

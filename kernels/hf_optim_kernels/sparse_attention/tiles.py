@@ -60,7 +60,7 @@ def guessed(direction: str, block: int, size: int, dtype: torch.dtype) -> Tiles:
     waited for in the step after they are issued.
     """
     if dtype == torch.float32:  # multiplied outside of the tensor cores
-        return Tiles(min(block, 32 if size <= 64 else 16), 4 if block <= 64 else 8, 1)
+        return Tiles(32 if size < 64 else 16, 4 if block <= 64 else 8, 1)
     warps = {32: 2, 64: 4, 128: 8}[block]
     if direction == FORWARD:
         return Tiles(block if size <= 64 else min(block, 64), warps, 3)
