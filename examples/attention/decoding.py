@@ -38,7 +38,6 @@ from hf_optim.toolkit.attention import (
     Pattern,
     PatternLayer,
     PatternModel,
-    prepare_attention,
 )
 from hf_optim.toolkit.compat import CACHE
 
@@ -86,7 +85,6 @@ def models(device: str, layers: int) -> dict[str, Any]:
         model.model.rotary_emb = copy.deepcopy(found[STOCK].model.rotary_emb)
         config.attention_pattern = {"name": name}
         model.set_attn_implementation(ATTACHMENT.name)
-        prepare_attention(model)
         found[name] = model.eval()
     return found
 
@@ -113,7 +111,6 @@ def filled(model: Any, name: str, length: int) -> DynamicCache:
         keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
         if name in TERMS:
             cache.layers[index] = PatternLayer()
-            cache.layers[index].open()
         cache.update(keys, values, index)
         if name in TERMS:
             patterns = build({"name": name}, index, config.num_attention_heads, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..errors import RecipeError
@@ -48,6 +49,10 @@ def cache_report(
     found: dict[str, Any] = {"batch": batch, "length": length, "layers": len(layers), "bytes_16_bits": plain.total}
     share = f", {plain.total / weight_bytes:.3g} times the weights" if weight_bytes else ""
     rows = {f"cache of {batch} x {length} tokens, 16 bits": f"{format_bytes(plain.total)}{share}"}
+    if any(layer.patterns is not None for layer in layers):
+        full = cache_size([replace(layer, patterns=None) for layer in layers], batch, length).total
+        found["bytes_of_full_attention"] = full
+        rows["the same, under full attention"] = f"{format_bytes(full)}, {full / plain.total:.3g} times that"
     if scheme is not None:
         size = cache_size(layers, batch, length, scheme)
         found |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from patterned import patterned, registered
 from tiny_models import tiny_llama, tiny_t5
 from tiny_tokenizer import tiny_tokenizer
 
@@ -50,6 +51,16 @@ def test_the_setting_of_a_checkpoint_counts(home):
     config = tiny_llama(vocab_size=259).config
     config.hf_optim_key_values = {"bits": 4, "residual": 0}
     assert cache_report(config, 2, 640)["scheme"]["bits"] == 4
+
+
+def test_what_an_attention_pattern_saves_is_told():
+    with registered():
+        found = cache_report(patterned(tiny_llama(max_position_embeddings=4096), "window").config, 2, 4096)
+    full = cache_size(tiny_llama().config, 2, 4096).total
+    assert found["bytes_16_bits"] < full / 50
+    assert found["bytes_of_full_attention"] == full
+    assert "the same, under full attention" in found["readable"]
+    assert "bytes_of_full_attention" not in cache_report(tiny_llama().config, 2, 4096)
 
 
 @pytest.mark.parametrize("text", ["", "5", "x", "0x5", "5x0", "-1x5", "1e3x5", "9999999999x1", "3 x", "4x5x6"])

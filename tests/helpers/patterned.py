@@ -12,7 +12,6 @@ from hf_optim.toolkit.attention import (
     GlobalTokens,
     Pattern,
     PatternModel,
-    prepare_attention,
 )
 
 TERMS = {
@@ -53,7 +52,7 @@ def patterned(model, *names):
     model.__class__ = type(f"Patterned{type(model).__name__}", (PatternModel, type(model)), {})
     model.config.attention_pattern = {"terms": list(names)}
     model.set_attn_implementation(ATTACHMENT.name)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    prepare_attention(model)
+    if model.can_generate():
+        model.generation_config.pad_token_id = 0
+        model.generation_config.eos_token_id = None
     return model.eval()

@@ -14,6 +14,7 @@ from transformers import (
     GPTBigCodeConfig,
     LlamaConfig,
     MambaConfig,
+    MinistralConfig,
     MistralConfig,
 )
 
@@ -26,6 +27,9 @@ MODELS = {
     "window": lambda: AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=9)),
     "some windows": lambda: AutoModelForCausalLM.from_config(
         Gemma3TextConfig(**SMALL, sliding_window=9, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "windows and full attention in turn": lambda: AutoModelForCausalLM.from_config(
+        MinistralConfig(**SMALL, sliding_window=9, layer_types=["sliding_attention", "full_attention"])
     ),
     "one key head": lambda: AutoModelForCausalLM.from_config(
         GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64, multi_query=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from patterned import DROPPING, HEADS, TERMS, patterned, registered
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
-from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_optim.toolkit.attention import Band, HeadPatterns, Pattern, PatternLayer, kept, slots_for, tokens_kept
-from hf_optim.toolkit.attention.attachment import FIELD
+from hf_optim.toolkit.attention import FIELD, Band, HeadPatterns, Pattern, PatternLayer, kept, slots_for, tokens_kept
+from hf_optim.toolkit.attention.caches import HeldKeys
 from hf_optim.toolkit.compat import CACHE
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt}
@@ -35,7 +35,7 @@ def make(name, *terms, **fields):
 
 
 def padding(side):
-    """Return a mask ``[3, LENGTH]``: none, on the left, or behind prompts of different lengths in a batch that goes on."""
+    """Return a mask ``[3, LENGTH]``: no padding, on the left, or between prompts and the tokens that follow."""
     mask = torch.ones_like(IDS)
     if side == "left":
         mask[1, :7] = mask[2, :19] = 0
@@ -185,6 +185,31 @@ def test_a_model_with_a_window_of_its_own_keeps_both():
     assert {type(layer) for layer in cache.layers} == {PatternLayer}
     with pytest.raises(ValueError, match="leave cache_implementation out"):
         model.generate(IDS, cache_implementation="static", **GENERATE)
+
+
+def test_a_mask_of_the_caller_on_a_static_cache_is_refused():
+    model = make("llama", "window")
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    with pytest.raises(ValueError, match="a mask of four dimensions"):
+        model(IDS[:, :1], attention_mask=torch.ones(3, 1, 1, 30, dtype=torch.bool), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "in place"])
+def test_a_compiled_model_decodes_as_before(way):
+    model = make("llama", *DROPPING)
+    expected = whole(model, IDS)
+    compiled = model
+    if way == "in place":
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        cache = compiled(IDS[:, :30], use_cache=True)[CACHE]
+        for at in (30, 31):
+            found = compiled(IDS[:, at : at + 1], **{CACHE: cache}).logits
+            torch.testing.assert_close(found, expected[:, at : at + 1], rtol=0, atol=1e-12)
+    assert {type(layer) for layer in cache.layers} == {PatternLayer}
+    torch.compiler.reset()
 
 
 # -- what is held and read --------------------------------------------------------------------------------------------
@@ -357,7 +382,7 @@ def begun(model, **given):
 
 def test_a_model_without_a_pattern_does_not_take_the_cache():
     cache = begun(make("llama", "window"))
-    with pytest.raises(ValueError, match="updated by a model without one"):
+    with pytest.raises(ValueError, match="no other attention can compute with them"):
         go_on(tiny_llama().double().eval(), cache)
 
 
@@ -393,22 +418,37 @@ def test_the_mask_of_earlier_tokens_is_missed():
         go_on(model, begun(model), attention_mask=torch.ones(3, 1, dtype=torch.long))
 
 
-def test_keys_that_lose_their_positions_on_the_way_are_refused(monkeypatch):
+def test_keys_that_something_computes_with_on_the_way_are_refused(monkeypatch):
     update = PatternLayer.update
     monkeypatch.setattr(PatternLayer, "update", lambda *args, **kw: tuple(x.clone() for x in update(*args, **kw)))
+    with pytest.raises(ValueError, match="no other attention can compute with them"):
+        begun(make("llama", "window"))
+
+
+def test_keys_of_which_nothing_is_known_are_refused(monkeypatch):
+    def plain(*args, **kwargs):
+        keys, values = update(*args, **kwargs)
+        return keys.plain(), values
+
     model = make("llama", "window")
+    cache, update = begun(model), PatternLayer.update
+    monkeypatch.setattr(PatternLayer, "update", plain)
+    with pytest.raises(ValueError, match="keys of 6 tokens for a row of 21"):
+        go_on(model, cache)
     cache = begun(model)  # nothing is dropped yet
     with pytest.raises(ValueError, match="did not see the last tokens"):
         go_on(model, cache)
 
 
-def test_keys_that_lose_their_positions_later_are_refused(monkeypatch):
-    model = make("llama", "window")
-    cache = begun(model)
-    update = PatternLayer.update
-    monkeypatch.setattr(PatternLayer, "update", lambda *args, **kw: tuple(x.clone() for x in update(*args, **kw)))
-    with pytest.raises(ValueError, match="keys of 6 tokens for a row of 21"):
-        go_on(model, cache)
+def test_held_keys_tell_their_size_and_refuse_the_rest():
+    keys = HeldKeys.of(torch.zeros(1, 2, 3, 4), PatternLayer())
+    assert (keys.shape, keys.dtype, keys.device.type, keys.size(2), keys.dim()) == (
+        (1, 2, 3, 4), torch.float32, "cpu", 3, 4,
+    )  # fmt: skip
+    for operation in (lambda: keys + 1, lambda: keys.mT, lambda: keys[0], lambda: torch.cat([keys]), keys.contiguous):
+        with pytest.raises(ValueError, match="make a new cache for a model without the pattern"):
+            operation()
+    assert type(keys.plain()) is torch.Tensor
 
 
 def test_a_row_with_global_tokens_at_its_end_does_not_grow():
@@ -428,26 +468,44 @@ def test_a_model_that_sees_later_tokens_does_not_grow():
         go_on(model, begun(model))
 
 
-def test_an_encoder_has_no_hooks_and_hooks_are_set_once():
-    encoder = tiny_bert()
-    encoder.__class__ = type("Encoder", (type(encoder),), {})
-    model = make("llama", "window")
-    from hf_optim.toolkit.attention import prepare_attention
+def test_the_body_of_a_model_takes_the_cache_as_well():
+    model = make("llama", *DROPPING)
+    cache = begun(model)
+    with torch.no_grad():
+        hidden = model.model(IDS[:, 20:21], **{CACHE: cache})[0]
+        expected = model.model(IDS[:, :21], use_cache=False)[0][:, 20:]
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
+        # By itself, the body has transformers' cache, which holds all tokens.
+        made = model.model(IDS[:, :20], use_cache=True)[CACHE]
+        torch.testing.assert_close(model.model(IDS[:, 20:21], **{CACHE: made})[0], expected, rtol=0, atol=1e-12)
+    assert {type(layer) for layer in made.layers} == {DynamicLayer}
+    assert {type(layer) for layer in begun(model).layers} == {PatternLayer}
 
-    prepare_attention(encoder)
-    prepare_attention(model)
-    assert sum(len(module._forward_pre_hooks) for module in encoder.modules()) == 0
-    hooked = [len(module._forward_pre_hooks) for module in model.modules() if module._forward_pre_hooks]
-    assert hooked == [1] * model.config.num_hidden_layers
+
+@torch.no_grad()
+def test_a_cache_is_made_where_transformers_makes_one():
+    model = make("llama", "window")
+    assert model(IDS)[CACHE].layers[0].keys.shape[2] == 5
+    assert CACHE not in model(IDS, use_cache=False)
+    model.config.use_cache = False
+    assert CACHE not in model(IDS)
+    # Documents of one row are found by transformers only where it makes the cache itself.
+    places = torch.arange(20).repeat(2)[None]
+    packed = make("llama", "window")(IDS[:1], position_ids=places, use_cache=False).logits
+    torch.testing.assert_close(packed[:, 20:], whole(model, IDS[:1, 20:]), rtol=0, atol=1e-12)
+    encoder = patterned(tiny_bert(), "window")
+    assert torch.equal(encoder(IDS)[0], encoder(IDS)[0])
 
 
 def test_a_model_whose_pattern_is_taken_off_has_its_stock_cache():
     model = make("llama", "window")
+    model.__class__ = LlamaForCausalLM
     delattr(model.config, FIELD)
     model.set_attn_implementation("sdpa")
     found, cache = in_parts(model, IDS, split=SPLITS["prompt"])
     torch.testing.assert_close(found, whole(model, IDS), rtol=0, atol=1e-12)
     assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 # -- how many tokens --------------------------------------------------------------------------------------------------

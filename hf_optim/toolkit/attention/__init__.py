@@ -1,10 +1,9 @@
 """Sparse attention: patterns as data, and everything that follows from one."""
 
 from ..modules import remote_code_guard
-from . import attachment, attend, blocked, cache_hooks, caches, kept, layout, pattern, rows, settings, terms
-from .attachment import Attachment, PatternConfig, PatternModel, number_layers, prepare_attention
+from . import attachment, attend, blocked, caches, kept, layout, model_caches, pattern, rows, settings, terms
+from .attachment import FIELD, Attachment, PatternConfig, PatternModel, number_layers
 from .attend import HeadPatterns
-from .cache_hooks import FIELD, hold_visible_keys
 from .cached_tokens import patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
 from .kept import Kept, kept_attention
@@ -15,7 +14,7 @@ from .terms import Band, Chunks, Columns, GlobalTokens, Term
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
-    remote_code_guard, terms, pattern, layout, blocked, rows, attend, kept, caches, cache_hooks, attachment, settings,
+    remote_code_guard, terms, pattern, layout, blocked, rows, attend, kept, caches, model_caches, attachment, settings,
 )  # fmt: skip
 
 __all__ = [
@@ -36,11 +35,9 @@ __all__ = [
     "attachment",
     "attend",
     "chosen",
-    "hold_visible_keys",
     "kept_attention",
     "number_layers",
     "patterns_of",
-    "prepare_attention",
     "share_of_attention",
     "slots_for",
     "tokens_kept",

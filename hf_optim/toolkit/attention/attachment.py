@@ -22,10 +22,12 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
-from .cache_hooks import FIELD, hold_visible_keys, with_pattern_layers
 from .kept import kept_attention
+from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
 from .rows import UNWRITTEN, Rows
+
+FIELD = "attention_pattern"  # of the configuration: the settings of the technique, a dict
 
 Builder = Callable[[Mapping[str, Any], int, int, bool], Sequence[Pattern]]
 
@@ -98,8 +100,9 @@ class Attachment:
         if position_bias is not None:
             other = position_bias if other is None else _with_bias(position_bias, other)
         dropped = dropout if module.training else 0.0
-        held = getattr(key, "hf_optim_layer", None)
+        held = getattr(key, "held_by", None)
         if held is not None:
+            key = key.plain()  # type: ignore[attr-defined]
             rows = None if rows is None or rows.plain else rows
             kept = held.settle(heads, rows)
         else:
@@ -152,6 +155,11 @@ def mask(
     """
     documents = _documents(mask_function)
     if documents is None:
+        if int(q_offset) + q_length != int(kv_offset) + kv_length:
+            raise ValueError(
+                "a static cache does not go with an attention pattern and a window of the model: leave "
+                "cache_implementation out"
+            )
         stock: Callable[..., Any] = AttentionMaskInterface()["sdpa"]
         more = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device}
@@ -243,12 +251,6 @@ class PatternConfig(RefusedByStock):
         PreTrainedConfig._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
 
 
-def prepare_attention(model: nn.Module) -> None:
-    """Give attention modules what patterns need: the number of their layer, and caches that drop keys."""
-    number_layers(model)
-    hold_visible_keys(model)
-
-
 def number_layers(model: nn.Module) -> None:
     """Give attention modules without a number of their layer (ViT) one, in their order."""
     found = [module for module in model.modules() if hasattr(module, "is_causal")]
@@ -258,11 +260,14 @@ def number_layers(model: nn.Module) -> None:
 
 
 class PatternModel:
-    """Mixin of a model class, first among its bases."""
+    """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        prepare_attention(self)  # type: ignore[arg-type]
+        number_layers(self)  # type: ignore[arg-type]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_with_cache(self, args, kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Before the first forward: assisted decoding asks the layers at once to record what it may take back.
@@ -272,5 +277,5 @@ class PatternModel:
         for part in given:
             for cache in part.values() if isinstance(part, dict) else ():
                 if isinstance(cache, Cache):
-                    with_pattern_layers(self, cache, recording)  # type: ignore[arg-type]
+                    with_pattern_layers(cache, self.config.num_hidden_layers, recording)  # type: ignore[attr-defined]
         return found

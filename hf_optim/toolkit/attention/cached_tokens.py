@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from .attachment import FIELD
 from .attend import HeadPatterns
-from .cache_hooks import FIELD
 from .kept import Kept
 
 

@@ -1,8 +1,7 @@
 """A key/value cache that holds only the keys that a later token can see.
 
-A layer works in three steps: it is opened, ``update`` adds the new keys, and the attention function says what they are
-(``settle``). A step that is left out raises an error, since keys that are not neighbours mean nothing to any other
-attention.
+``update`` adds the new keys of a layer, and the attention function says what they are (``settle``). In between they are
+``HeldKeys``, with which nothing else can compute: keys that are not neighbours mean nothing to any other attention.
 
 This file is stored beside checkpoints, so it imports only torch and transformers.
 """
@@ -25,6 +24,38 @@ LEAST_ROOM, MOST_ROOM = 64, 1024  # tokens
 def slots_for(tokens: int) -> int:
     """Return the slots of a layer that holds ``tokens`` keys: an eighth more for later ones, from 64 to 1024."""
     return tokens + min(max(LEAST_ROOM, tokens // 8), MOST_ROOM)
+
+
+class HeldKeys(Tensor):
+    """Keys of a cache that holds some tokens of a row, on their way to the attention function that knows which.
+
+    What has numbers of them as its result raises ``ValueError``; their shape, dtype and device can be read.
+    """
+
+    held_by: PatternLayer
+
+    @staticmethod
+    def of(keys: Tensor, layer: PatternLayer) -> HeldKeys:
+        """Return keys ``[B, G, K, D]`` of a layer."""
+        held = keys.view(keys.shape).as_subclass(HeldKeys)
+        held.held_by = layer
+        return held
+
+    def plain(self) -> Tensor:
+        """Return the keys as an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if isinstance(found, (bool, int, str, torch.Size, torch.dtype, torch.device, torch.layout)):
+            return found
+        raise ValueError(
+            "this cache holds only the keys that an attention pattern sees, and no other attention can compute with "
+            "them: make a new cache for a model without the pattern, or set use_cache=False"
+        )
 
 
 class PatternLayer(DynamicLayer):
@@ -60,12 +91,7 @@ class PatternLayer(DynamicLayer):
         self._tokens = 0
         self._room: tuple[Tensor, Tensor] | None = None  # the slots that keys and values are the beginning of
         self._rows: Rows | None = None
-        self._opened = False
         self._waiting = 0  # tokens that are not settled
-
-    def open(self) -> None:
-        """Allow one ``update``: an attention that knows patterns follows."""
-        self._opened = True
 
     def adopt(self, layer: DynamicLayer) -> None:
         """Take over the keys of a layer that holds all of them."""
@@ -81,18 +107,13 @@ class PatternLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B, G, N, D]``, and return all that the new tokens can see, ``[B, G, K, D]``.
 
-        Raises ``ValueError`` if the keys would not reach an attention that knows which they are.
+        The keys are ``HeldKeys``. Raises ``ValueError`` for keys of other sizes, and if the attention function has not
+        seen the ones before.
         """
-        if not self._opened:
-            raise ValueError(
-                "this cache holds only the keys that an attention pattern sees, and is updated by a model without one: "
-                "make a new cache for this model"
-            )
-        self._opened = False
         if self._waiting:
             raise ValueError(
-                "the attention pattern did not see the last tokens of this cache: a forward failed, or the model "
-                "copies keys on the way to its attention. Start a new cache, or set use_cache=False"
+                "the attention pattern did not see the last tokens of this cache: a forward failed on the way. Start a "
+                "new cache"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -103,9 +124,7 @@ class PatternLayer(DynamicLayer):
             )
         self._waiting = key_states.shape[2]
         self.keys, self.values = self._append(key_states, value_states)
-        keys = self.keys[:]  # not the tensor that the layer holds: it would hold the layer in turn
-        keys.hf_optim_layer = self  # type: ignore[attr-defined]
-        return keys, self.values
+        return HeldKeys.of(self.keys, self), self.values
 
     def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         held, new = self._held, key.shape[2]

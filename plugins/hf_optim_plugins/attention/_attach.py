@@ -6,7 +6,6 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_optim import Card, ModelError, Reload, Run, Technique
+from hf_optim import ModelError, Reload, Run, Technique
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import (
     FIELD,
@@ -24,11 +23,10 @@ from hf_optim.toolkit.attention import (
     Pattern,
     PatternModel,
     Term,
-    prepare_attention,
+    number_layers,
     share_of_attention,
 )
 from hf_optim.toolkit.modules import eval_mode, rounding_tolerance
-from hf_optim.toolkit.quantization import cache_layers, cache_size
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
 LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
@@ -106,7 +104,7 @@ def attach(
     inputs = dummy_inputs(model)
     full = hidden_states(model, inputs)
     causal = prove(model, inputs, full, label)
-    prepare_attention(model)
+    number_layers(model)
     convert(model, code, dict(settings))
     model.set_attn_implementation(attachment.name)
     run.record.reload = Reload.REMOTE_CODE.name
@@ -125,26 +123,6 @@ def attach(
         model_class=type(model).__name__,
     )
     return model
-
-
-def describe_cache(run: Run, card: Card) -> None:
-    """Say on a card what the key/value cache of a decoder takes, beside that of full attention."""
-    config = run.model.config
-    if not run.model.can_generate():
-        return
-    try:
-        layers = cache_layers(config)
-    except ModelError:
-        return  # a cache of another kind
-    context = int(getattr(config, "max_position_embeddings", 0) or 4096)
-    held = cache_size(layers, 1, context).total
-    full = cache_size([replace(layer, patterns=None) for layer in layers], 1, context).total
-    card.paragraph(
-        "Key/value cache",
-        f"A cache holds the keys that a later token can see: at {context} tokens of context, {held} bytes for a "
-        f"sequence in 16 bits, free slots included, where full attention has {full}. `generate` makes such a cache by "
-        "itself.",
-    )
 
 
 def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str) -> bool:

@@ -12,17 +12,16 @@ No stock class of transformers has such attention, so the checkpoint brings its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_optim import Card, Contract, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _blockwise_pattern
-from ._attach import attach, describe_cache, remote_code_of, require_interface, require_self_attention
+from ._attach import attach, remote_code_of, require_interface, require_self_attention
 
 
 @technique(
@@ -62,10 +61,6 @@ class Blockwise(Technique):
     def transform_model(self, run: Run) -> PreTrainedModel:
         settings = {"block": self.block}
         return attach(run, self, self.remote_code, _blockwise_pattern.ATTACHMENT, settings)
-
-    @hookimpl
-    def export(self, run: Run, directory: Path, card: Card) -> None:
-        describe_cache(run, card)
 
     def recompute(self, case: Any) -> dict[str, Any]:
         block, length = case.config["attention_pattern"]["block"], case.config["max_position_embeddings"]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import hf_optim
-from hf_optim import Card
-from hf_optim.runs.record import Record
 from hf_optim.toolkit.compat import CACHE
-from hf_optim_plugins.attention._attach import describe_cache
 
 IDS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(0))
 SETTINGS = {"max_new_tokens": 30, "do_sample": False}
@@ -54,12 +49,3 @@ def test_a_checkpoint_brings_its_cache(name, tmp_path, stock_python):
     done = stock_python.copy("".join(f"{key} = {value!r}\n" for key, value in given.items()) + STOCK)
     assert done.status == 0, done.err
     assert done.result == [expected.tolist(), ["PatternLayer"] * 2, [10 % 8] * 2]
-
-
-def test_the_card_tells_what_a_cache_takes(tmp_path):
-    model = hf_optim.optimize(tiny_llama(), {"steps": [{"technique": "blockwise", "block": 8}]})
-    card = Card(Record(recipe={"steps": []}, finished=True), tmp_path)
-    describe_cache(SimpleNamespace(model=model), card)
-    (text,) = [section["markdown"] for section in card.record.sections if section["kind"] == "paragraph"]
-    assert f"{hf_optim.cache_size(model.config, 1, 64).total} bytes for a sequence in 16 bits" in text
-    assert f"full attention has {hf_optim.cache_size(tiny_llama().config, 1, 64).total}." in text
