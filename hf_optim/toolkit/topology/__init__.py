@@ -12,6 +12,7 @@ from .exchanged_states import exchanged_state
 from .experts import ExpertLinear, expert_linears, has_experts
 from .fake_inputs import NoInputsError, dummy_inputs, set_example, shorten_example
 from .feed_forward import FeedForward, find_feed_forwards
+from .key_value_heads import KeyValueHeads, find_key_value_heads
 from .layer_coverage import coverage
 from .layer_pairs import LinearPair, find_linear_pairs
 from .linear_layers import features, is_linear, linears, parameter_names, weight_out_in
@@ -33,6 +34,7 @@ __all__ = [
     "Block",
     "ExpertLinear",
     "FeedForward",
+    "KeyValueHeads",
     "LinearPair",
     "NoInputsError",
     "NormGroup",
@@ -48,6 +50,7 @@ __all__ = [
     "expert_linears",
     "features",
     "find_feed_forwards",
+    "find_key_value_heads",
     "find_linear_pairs",
     "find_norm_groups",
     "find_prunable_groups",

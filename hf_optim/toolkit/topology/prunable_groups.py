@@ -72,7 +72,7 @@ def find_prunable_groups(trace: Trace) -> list[PrunableGroups]:
     for pair in find_linear_pairs(trace):
         block = block_of(found, pair.producer)
         if block is not None and block.holds(pair.consumer):
-            layers += [groups for groups in _groups_of(trace, pair, block.name) if not _touches(groups, routers)]
+            layers += [groups for groups in groups_of(trace, pair, block.name) if not _touches(groups, routers)]
     return layers
 
 
@@ -93,7 +93,8 @@ def coupled_layers(layers: Iterable[PrunableGroups]) -> list[list[PrunableGroups
     return coupled
 
 
-def _groups_of(trace: Trace, pair: LinearPair, block: str) -> Iterator[PrunableGroups]:
+def groups_of(trace: Trace, pair: LinearPair, block: str) -> Iterator[PrunableGroups]:
+    """Yield the groups of the pair's consumer, of one kind; none if they cannot be told."""
     source, target = trace.calls_of(pair.producer)[0].writes[0], trace.calls_of(pair.consumer)[0].reads[0]
     try:
         ops, sources = upstream(trace, target)
