@@ -98,7 +98,9 @@ def _heads_of(trace: Trace, pair: LinearPair, groups: PrunableGroups) -> KeyValu
         return None
     kinds: dict[str, list[Rows]] = {"queries": [], "keys": [], "values": []}
     for layer, entries in rows.items():
-        values = torch.isin(entries, pair.rows) if layer == pair.producer else torch.zeros_like(entries, dtype=torch.bool)
+        values = (
+            torch.isin(entries, pair.rows) if layer == pair.producer else torch.zeros_like(entries, dtype=torch.bool)
+        )
         keys = torch.isin(entries, crossing.get(layer, entries.new_zeros(0))) & ~values
         for kind, chosen in (("queries", ~(values | keys)), ("keys", keys), ("values", values)):
             counts = chosen.sum(1)

@@ -25,23 +25,24 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
-from hf_optim.toolkit.modules.remote_code_guard import RefusedByStock
-from hf_optim.toolkit.modules.replace import ReplacedModules
+from hf_optim.toolkit.modules import RefusedByStock, ReplacedModules
 
 EAGER = "hf_optim_shared_heads"
 CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")
 """Names under which attention modules take a cache."""
 
 
-def narrow(layer: nn.Module, rows: int) -> nn.Module:
+def narrow(layer: Any, rows: int) -> nn.Module:
     """Return a linear layer like ``layer`` with another number of outputs, its weights not set."""
-    weight, bias = layer.weight, layer.bias is not None
-    about = {"device": weight.device, "dtype": weight.dtype}
+    about = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     with torch.device("meta"):
-        made = Conv1D(rows, weight.shape[0]) if isinstance(layer, Conv1D) else nn.Linear(weight.shape[1], rows, bias)
+        if isinstance(layer, Conv1D):
+            made: nn.Module = Conv1D(rows, layer.weight.shape[0])
+        else:
+            made = nn.Linear(layer.weight.shape[1], rows, bias=layer.bias is not None)
     for name, parameter in list(made.named_parameters()):
-        empty = torch.empty(parameter.shape, **about)  # type: ignore[call-overload]
-        setattr(made, name, nn.Parameter(empty, requires_grad=weight.requires_grad))
+        empty = torch.empty(parameter.shape, **about)
+        setattr(made, name, nn.Parameter(empty, requires_grad=layer.weight.requires_grad))
     return made.train(layer.training)
 
 
@@ -115,7 +116,7 @@ class DropsCopies:
 
 
 @memoize
-def dropping_copies(attention: type[nn.Module]) -> type[nn.Module] | None:
+def dropping_copies(attention: Any) -> type[nn.Module] | None:
     """Return a subclass of an attention class that drops copies of heads before they reach a cache.
 
     None if the class takes no cache.
@@ -131,10 +132,11 @@ def dropping_copies(attention: type[nn.Module]) -> type[nn.Module] | None:
 
 def share_heads(attention: nn.Module, entry: dict[str, Any]) -> nn.Module:
     """Set, on an attention module, how many query heads share a key/value head; return it."""
-    dropping = dropping_copies(type(attention)) if entry["repeats"] else type(attention)
-    if dropping is not None:  # else the class, which has no cache, computes with the repeated heads
+    own: Any = type(attention)
+    shared = dropping_copies(own) if entry["repeats"] else own
+    if shared is not None:  # else the class, which has no cache, computes with the repeated heads
         attention.num_key_value_groups = entry["groups"]
-        attention.__class__ = dropping
+        attention.__class__ = shared
     return attention
 
 

@@ -43,10 +43,8 @@ class Conversion:
         return self.new_names.get(name, name)
 
 
-# -- the same class, with another configuration -------------------------------------------------------------------------
-def by_stock_config(
-    model: PreTrainedModel, heads: list[KeyValueHeads], kv_heads: int, label: str
-) -> Conversion | None:
+# -- the same class, with another configuration -----------------------------------------------------------------------
+def by_stock_config(model: PreTrainedModel, heads: list[KeyValueHeads], kv_heads: int, label: str) -> Conversion | None:
     """Return the conversion of a class whose configuration has a number of key/value heads; None for any other.
 
     Raises ``ModelError`` if no number there gives the narrower projections.
@@ -82,7 +80,7 @@ def has_field(config: PretrainedConfig) -> bool:
     return any("kv_heads" in name or "key_value_heads" in name for part in parts for name in vars(part))
 
 
-# -- GPT-BigCode --------------------------------------------------------------------------------------------------------
+# -- GPT-BigCode ------------------------------------------------------------------------------------------------------
 def by_bigcode(model: PreTrainedModel, heads: list[KeyValueHeads], kv_heads: int) -> Conversion | None:
     """Return the conversion of a GPT-2 to a GPT-BigCode, which has one key/value head; None for any other model."""
     config = model.config
@@ -100,8 +98,8 @@ def by_bigcode(model: PreTrainedModel, heads: list[KeyValueHeads], kv_heads: int
         for name, module in model.named_modules():  # until here the shapes are those of GPT-2, in the target's order
             if isinstance(module, Conv1D):
                 rows = kept.get(name, torch.arange(module.weight.shape[1]))
-                module.weight = _sliced(module.weight, lambda w, rows=rows: w.T[rows.to(w.device)])
-                module.bias = _sliced(module.bias, lambda b, rows=rows: b[rows.to(b.device)])
+                module.weight = _parameter(module.weight.T, rows)
+                module.bias = _parameter(module.bias, rows)
                 if (mask := run.masks.get(f"{name}.weight")) is not None:
                     run.masks[f"{name}.weight"] = mask.T[rows].contiguous()
         made, spare = transplant.transplant(model, target, translated)
@@ -123,11 +121,13 @@ def _fill_buffers(made: PreTrainedModel, target: type[PreTrainedModel], config: 
             transplant.set_tensor(made, name, buffers[name].to(made.device))
 
 
-def _sliced(parameter: Any, change: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    return nn.Parameter(change(parameter.detach()).contiguous(), requires_grad=parameter.requires_grad)
+def _parameter(tensor: Tensor, rows: Tensor) -> nn.Parameter:
+    """Return the rows of a parameter, or of its transpose, as a parameter."""
+    taken = tensor.detach().index_select(0, rows.to(tensor.device)).contiguous()
+    return nn.Parameter(taken, requires_grad=tensor.requires_grad)
 
 
-# -- own code -----------------------------------------------------------------------------------------------------------
+# -- own code ---------------------------------------------------------------------------------------------------------
 def by_own_code(
     model: PreTrainedModel, heads: list[KeyValueHeads], kv_heads: int, remote_code: RemoteCode, label: str
 ) -> Conversion:
@@ -138,8 +138,8 @@ def by_own_code(
         raise ModelError(f"{label}: {error}") from error
     if not hasattr(code, remote_code.prefix + type(model).__name__):
         raise ModelError(
-            f"{label}: {type(model).__name__} is not among the classes that transformers' AutoModel classes support, so "
-            "no code can be saved with it"
+            f"{label}: {type(model).__name__} is not among the classes that transformers' AutoModel classes support, "
+            "so no code can be saved with it"
         )
     if not model._can_set_attn_implementation():
         raise ModelError(
@@ -212,15 +212,18 @@ def _repeated(heads: KeyValueHeads, name: str, size: int, kv_heads: int) -> tupl
     Known orders are those of one part after the other, and of the parts of one head after the other.
     """
     groups = len(heads) // kv_heads
-    found = [(part.index, part is not heads.queries) for part in (heads.queries, heads.keys, heads.values) if part.layer == name]
-    found.sort(key=lambda part: int(part[0][0, 0]))
+    kinds = ((heads.queries, False), (heads.keys, True), (heads.values, True))
+    found = sorted(
+        ((part.index, shared) for part, shared in kinds if part.layer == name), key=lambda f: int(f[0].min())
+    )
     for by_head in (False, True):
-        whole = torch.cat([rows for rows, _ in found], 1) if by_head else torch.cat([rows.flatten() for rows, _ in found])
+        parts = [rows if by_head else rows.flatten() for rows, _ in found]
+        whole = torch.cat(parts, dim=-1)
         if torch.equal(whole.flatten(), torch.arange(size)):
             kept = torch.cat([(rows[::groups] if shared else rows).flatten() for rows, shared in found])
-            parts = [[rows.shape[1], shared] for rows, shared in found]
-            size_now = {"rows": len(kept), "heads": len(heads), "groups": groups}
-            return {"kind": "repeat", **size_now, "parts": parts, "by_head": by_head}, kept
+            sizes = {"rows": len(kept), "heads": len(heads), "groups": groups}
+            widths = [[rows.shape[1], shared] for rows, shared in found]
+            return {"kind": "repeat", **sizes, "parts": widths, "by_head": by_head}, kept
     return None
 
 

@@ -51,8 +51,8 @@ def sizes(
 
 
 def figures(before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
-    """Return the metrics of the record from the ``sizes`` of the model before and after."""
-    pairs = ("kv_heads", "parameters", "cache_bytes", "cross_cache_bytes")
+    """Return the metrics of the record from the ``sizes`` of the model before and after, without caches of 0 bytes."""
+    pairs = [name for name in ("kv_heads", "parameters", "cache_bytes", "cross_cache_bytes") if before[name]]
     return {
         "attentions": before["attentions"],
         "query_heads": before["query_heads"],
@@ -115,7 +115,7 @@ def write(metrics: dict[str, Any], pooling: str, card: Card) -> None:
     rows = [["key/value heads", f"{before}", f"{after}"]]
     rows.append(["parameters", *(f"{metrics[f'parameters_{when}']:,}" for when in ("before", "after"))])
     for name, of in (("cache_bytes", "token"), ("cross_cache_bytes", "token of the encoder")):
-        if metrics[f"{name}_before"]:
+        if f"{name}_before" in metrics:
             pair = [f"{metrics[f'{name}_{when}']:,}" for when in ("before", "after")]
             rows.append([f"cache, bytes per {of}", *pair])
     card.table("What sharing key/value heads changed", ["", "before", "after"], rows)

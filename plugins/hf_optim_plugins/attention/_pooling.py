@@ -86,9 +86,9 @@ def make_masks_equal(run: Run, heads: list[KeyValueHeads], kv_heads: int, poolin
 def apply_masks_(run: Run, heads: Iterable[KeyValueHeads]) -> None:
     """Zero what the masks of the projections leave out: random heads are drawn without regard to them."""
     for name in projections(heads):
-        weight = run.model.get_submodule(name).weight
+        weight = run.model.get_parameter(f"{name}.weight")
         if (mask := run.masks.get(f"{name}.weight")) is not None:
-            weight.mul_(mask.to(weight.device))  # type: ignore[union-attr, operator]
+            weight.mul_(mask.to(weight.device))
 
 
 def kept_rows(size: int, parts: list[Tensor], kv_heads: int) -> Tensor:
@@ -98,5 +98,3 @@ def kept_rows(size: int, parts: list[Tensor], kv_heads: int) -> Tensor:
         groups = rows.unflatten(0, (kv_heads, -1))
         left[groups[:, 1:].flatten()] = False
     return left.nonzero().flatten()
-
-

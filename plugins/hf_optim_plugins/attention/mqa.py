@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, joined
@@ -117,14 +117,15 @@ class Mqa(Technique):
             found = [one for one in found if one.block in decoder] if decoder else found
         if not found:
             raise ModelError(
-                f"{label}: {type(model).__name__} has no attention whose key/value heads can be told apart (a norm over "
-                "all heads, a latent vector in place of keys, or weights that layers share)"
+                f"{label}: {type(model).__name__} has no attention whose key/value heads can be told apart (a norm "
+                "over all heads, a latent vector in place of keys, or weights that layers share)"
             )
         for one in found:
             if len(one) % self.kv_heads:
+                divisors = ", ".join(str(n) for n in range(1, len(one) + 1) if len(one) % n == 0)
                 raise ModelError(
                     f"{label}: the {len(one)} key/value heads of {one.module} cannot be pooled into {self.kv_heads}; "
-                    f"set kv_heads to a divisor: {', '.join(str(n) for n in range(1, len(one) + 1) if len(one) % n == 0)}"
+                    f"set kv_heads to a divisor: {divisors}"
                 )
         return found
 
@@ -151,7 +152,7 @@ class Mqa(Technique):
             return model
         conversion = self._conversion(model, heads, label)
         make_masks_equal(run, heads, self.kv_heads, self.pooling)
-        std = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
+        std = initial_std(model.config)
         make_equal_(model, heads, self.kv_heads, self.pooling, std, self.seed)
         if self.pooling == RANDOM:
             apply_masks_(run, heads)
@@ -160,7 +161,9 @@ class Mqa(Technique):
         self._verify(made, expected, heads, conversion, label)
         run.record.reload = conversion.reload.name
         run.cover(self, dict.fromkeys(conversion.new_name(name) for name in names))
-        after = _head_record.sizes(made, topology.find_key_value_heads(topology.trace(made)), [h.consumer for h in heads])
+        after = _head_record.sizes(
+            made, topology.find_key_value_heads(topology.trace(made)), [h.consumer for h in heads]
+        )
         run.report(self, **_head_record.figures(before, after))
         return made
 
@@ -189,6 +192,13 @@ class Mqa(Technique):
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
         _head_record.write(run.reported(self), self.pooling, card)
+
+
+def initial_std(config: PretrainedConfig) -> float:
+    """Return the standard deviation of a weight at the start of training, as a configuration has it, or else 0.02."""
+    own = config.get_text_config()
+    found = (getattr(own, name, None) for name in ("initializer_range", "init_std"))
+    return float(next((value for value in found if value), 0.02))
 
 
 @hookimpl
