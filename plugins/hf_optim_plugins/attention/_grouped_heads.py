@@ -144,12 +144,38 @@ def replacement_of(module: nn.Module, entry: dict[str, Any]) -> nn.Module:
     """Return what takes the place of a module: ``entry`` is its one in the config, of one of three kinds.
 
     ``attention``: query heads share; ``narrow``: a projection with ``rows`` rows; ``repeat``: one that repeats them.
+    Raises ``ValueError`` for an entry that does not fit the module.
     """
-    if entry["kind"] == "attention":
+    kind = entry.get("kind")
+    if kind == "attention" and _is_count(entry.get("groups")) and not isinstance(module, (nn.Linear, Conv1D)):
         return share_heads(module, entry)
-    if entry["kind"] == "narrow":
+    if kind == "narrow" and _fits(module, entry.get("rows")):
         return narrow(module, entry["rows"])
-    return SharedRows(narrow(module, entry["rows"]), entry)
+    if kind == "repeat" and _fits(module, entry.get("rows")) and _fits(module, repeated_rows(entry)):
+        return SharedRows(narrow(module, entry["rows"]), entry)
+    raise ValueError(f"config.mqa does not describe a {type(module).__name__}: {str(entry)[:200]}")
+
+
+def repeated_rows(entry: dict[str, Any]) -> int:
+    """Return the rows that a projection of kind ``repeat`` returns; 0 for an entry with other sizes than its own."""
+    heads, groups, parts = (entry.get(name) for name in ("heads", "groups", "parts"))
+    if not (_is_count(heads) and _is_count(groups) and isinstance(parts, list) and heads % groups == 0):
+        return 0
+    if not all(isinstance(part, list) and len(part) == 2 and _is_count(part[0]) for part in parts):
+        return 0
+    kept = sum(width * (heads // groups if shared else heads) for width, shared in parts)
+    return sum(width * heads for width, _ in parts) if kept == entry["rows"] else 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _fits(layer: Any, rows: Any) -> bool:
+    """Return True if a linear layer has at least ``rows`` rows."""
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        return False
+    return _is_count(rows) and rows <= layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
 
 
 class GroupedModules(ReplacedModules):

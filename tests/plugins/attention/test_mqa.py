@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -241,6 +243,42 @@ def test_other_ways_of_pooling(family):
     assert not torch.allclose(one, other)
     weight = drawn[0].get_parameter(f"model.{'decoder.' * (family == 'opt')}layers.0.self_attn.{names[0]}.weight")
     assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_our_generate_gives_the_same_tokens():
+    made = share(tiny("neox").float(), 2)
+    fields = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(hf_optim.generate(made, IDS, mode="eager", **fields), made.generate(IDS, **fields))
+
+
+@pytest.mark.slow
+def test_a_step_that_drops_copies_is_one_graph():
+    made = share(tiny("opt"), 1)
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    assert torch.equal(logits(compiled, input_ids=IDS, use_cache=False), logits(made, input_ids=IDS, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k_proj", {"rows": 10**9}),
+        ("k_proj", {"heads": 3}),
+        ("k_proj", {"parts": [[10**9, True]]}),
+        ("k_proj", {"kind": "other"}),
+        ("k_proj", {"kind": "attention"}),
+        ("self_attn", {"groups": 0}),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(name, change, tmp_path):
+    made = share(TINY["opt"](), 2)
+    made.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    entries = config["mqa"]["modules"]
+    next(entry for key, entry in entries.items() if key.endswith(name)).update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.mqa does not describe"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
 
 
 # -- with other steps -------------------------------------------------------------------------------------------------
