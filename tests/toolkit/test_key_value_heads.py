@@ -10,6 +10,9 @@ from hf_optim.testing.sweep.checks import build
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.topology import dummy_inputs
 
+# GPT-BigCode of transformers 5.17 scripts functions when it is imported, of which torch warns.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+
 WIDTH = 8
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hf_optim import Card
 
 PAPERS = (
-    "Multi-query attention is by Shazeer ([1911.02150](https://arxiv.org/abs/1911.02150)); pooled heads and further "
-    "training with 5 % of the original steps are by Ainslie et al."
+    "Multi-query attention is by Shazeer ([1911.02150](https://arxiv.org/abs/1911.02150)). Ainslie et al. pooled heads "
+    "and trained the result for 5 % of the original steps."
 )
 
 
@@ -109,8 +109,7 @@ def write(metrics: dict[str, Any], pooling: str, card: Card) -> None:
     card.paragraph(
         kind,
         f"{before} key/value heads for {queries} query heads became {after}, in {metrics['attentions']} attentions. "
-        f"Each {made}, weights and biases. This changes the outputs, and the step itself trains nothing: what was "
-        f"measured on the result tells whether it was trained enough afterwards.{own} {PAPERS}",
+        f"Each {made}, weights and biases. This changed the outputs. The step itself did not train.{own} {PAPERS}",
     )
     rows = [["key/value heads", f"{before}", f"{after}"]]
     rows.append(["parameters", *(f"{metrics[f'parameters_{when}']:,}" for when in ("before", "after"))])

@@ -116,6 +116,7 @@ class Mqa(Technique):
             decoder = {one.block for one in found if one.crosses}
             found = [one for one in found if one.block in decoder] if decoder else found
         if not found:
+            refuse_known(model, label)
             raise ModelError(
                 f"{label}: {type(model).__name__} has no attention whose key/value heads can be told apart (a norm "
                 "over all heads, a latent vector in place of keys, or weights that layers share)"
@@ -131,8 +132,7 @@ class Mqa(Technique):
 
     def _conversion(self, model: PreTrainedModel, heads: list[KeyValueHeads], label: str) -> Conversion:
         """Return how the model gets fewer heads. Raises ``ModelError`` if it cannot. The model is not changed."""
-        if (why := UNSUPPORTED.get(model.config.model_type)) is not None:
-            raise ModelError(f"{label}: {why}; this architecture is not supported")
+        refuse_known(model, label)
         return (
             by_stock_config(model, heads, self.kv_heads, label)
             or by_bigcode(model, heads, self.kv_heads)
@@ -192,6 +192,12 @@ class Mqa(Technique):
     @hookimpl
     def export(self, run: Run, directory: Path, card: Card) -> None:
         _head_record.write(run.reported(self), self.pooling, card)
+
+
+def refuse_known(model: PreTrainedModel, label: str) -> None:
+    """Raise ``ModelError`` for a model type that is known not to work."""
+    if (why := UNSUPPORTED.get(model.config.model_type)) is not None:
+        raise ModelError(f"{label}: {why}; this architecture is not supported")
 
 
 def initial_std(config: PretrainedConfig) -> float:

@@ -16,6 +16,9 @@ from hf_optim.testing.sweep.checks import build
 from hf_optim.toolkit import compat
 from hf_optim.toolkit.topology import dummy_inputs
 
+# GPT-BigCode of transformers 5.17 scripts functions when it is imported, of which torch warns.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+
 SEED = torch.Generator().manual_seed(0)
 IDS = torch.randint(3, 60, (2, 11), generator=SEED)
 HEADS = 4
@@ -349,7 +352,7 @@ REFUSED = {
     "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 4}, "repeats shared heads before it caches them"),
     "bloom": ({}, "computes its attention itself"),
     "mpt": ({}, "computes its attention itself"),
-    "olmo2": ({}, "cannot|told apart"),
+    "olmo2": ({}, "told apart"),
     "deepseek_v3": ({}, "told apart"),
     "gpt_neo": ({}, "does not take its attention from transformers' AttentionInterface"),
     "clip": ({}, "configuration of its own"),
