@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
@@ -97,6 +97,15 @@ class OneOfEach:
         return getattr(self._cache, name)
 
 
+class BothOfEach(EncoderDecoderCache):
+    """Stands for the two caches of a decoder with cross-attention, each of them ``OneOfEach``."""
+
+    def __init__(self, cache: EncoderDecoderCache, groups: int) -> None:
+        self.self_attention_cache = OneOfEach(cache.self_attention_cache, groups)  # type: ignore[assignment]
+        self.cross_attention_cache = OneOfEach(cache.cross_attention_cache, groups)  # type: ignore[assignment]
+        self.is_updated = cache.is_updated
+
+
 class DropsCopies:
     """Mixin of an attention class whose heads are repeated: its cache, or the absence of one, is ``OneOfEach``.
 
@@ -111,7 +120,9 @@ class DropsCopies:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         name = next((name for name in CACHES if name in given), None)
         name = name or next(name for name in CACHES if name in self.arguments)
-        given[name] = OneOfEach(given.get(name), self.num_key_value_groups)
+        cache = given.get(name)
+        stands = BothOfEach if isinstance(cache, EncoderDecoderCache) else OneOfEach
+        given[name] = stands(cache, self.num_key_value_groups)  # type: ignore[arg-type]
         return super().forward(**given)  # type: ignore[misc]
 
 

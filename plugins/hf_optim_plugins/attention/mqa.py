@@ -42,7 +42,8 @@ from hf_optim.toolkit.modules import main_output, remote_code_guard, replace, ro
 from hf_optim.toolkit.topology import KeyValueHeads, NoInputsError, dummy_inputs
 
 from . import _grouped_heads, _head_record
-from ._head_conversion import Conversion, by_bigcode, by_own_code, by_stock_config
+from ._head_conversion import Conversion, by_bigcode, by_stock_config
+from ._own_heads import by_own_code
 from ._pooling import MEAN, RANDOM, apply_masks_, make_equal_, make_masks_equal
 
 if TYPE_CHECKING:

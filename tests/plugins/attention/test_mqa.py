@@ -220,6 +220,20 @@ def test_an_encoder_decoder_generates_as_with_the_heads_repeated():
     assert {part.layers[0].keys.shape[1] for part in (cache.self_attention_cache, cache.cross_attention_cache)} == {1}
 
 
+@pytest.mark.slow
+def test_copies_of_cross_attention_are_dropped_from_its_cache_too():
+    model = build("WhisperForConditionalGeneration").double()
+    sound = dummy_inputs(model)["input_features"]
+    made = share(model, 2)
+    entries = made.config.mqa["modules"].values()
+    assert {entry["kind"] for entry in entries} == {"repeat", "attention"}  # the class fixes the number of heads
+    fields = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(made.generate(sound, **fields), made.generate(sound, use_cache=False, **fields))
+    with torch.no_grad():
+        cache = made(input_features=sound, decoder_input_ids=IDS[:1, :4], use_cache=True)[compat.CACHE]
+    assert {part.layers[0].keys.shape[1] for part in (cache.self_attention_cache, cache.cross_attention_cache)} == {2}
+
+
 def test_the_encoder_of_an_encoder_decoder_is_converted_if_asked():
     names = "encoder.block.0.layer.0.SelfAttention.k", "decoder.block.0.layer.1.EncDecAttention.k"
     models = [share(TINY["t5"](), 1, encoder=asked) for asked in (False, True)]
