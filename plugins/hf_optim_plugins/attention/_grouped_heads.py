@@ -169,7 +169,9 @@ def replacement_of(module: nn.Module, entry: dict[str, Any]) -> nn.Module:
 
 def repeated_rows(entry: dict[str, Any]) -> int:
     """Return the rows that a projection of kind ``repeat`` returns; 0 for an entry with other sizes than its own."""
-    heads, groups, parts = (entry.get(name) for name in ("heads", "groups", "parts"))
+    heads: Any = entry.get("heads")
+    groups: Any = entry.get("groups")
+    parts: Any = entry.get("parts")
     if not (_is_count(heads) and _is_count(groups) and isinstance(parts, list) and heads % groups == 0):
         return 0
     if not all(isinstance(part, list) and len(part) == 2 and _is_count(part[0]) for part in parts):
