@@ -37,6 +37,7 @@ cosine). Its own pretraining is not documented, so the share of it is not known.
 
 *first* and *random* are the comparisons of the GQA paper. *Distilled* is trained towards the outputs of the unconverted
 model on the same text. *From random weights* is the converted architecture without the pretrained weights.
+{of_pretrained(first["variants"])}
 
 ![Perplexity along the training, and the time of a decoding step](mqa.png)
 
@@ -51,6 +52,8 @@ perplexity {second["base"]:.3f} on {second["held_out_tokens"]:,} held-out tokens
 {_rows(second["variants"])}
 | 1, from scratch, {second["steps"] + second["more"]} steps {_cells(second["one_head_from_scratch"])}
 
+{of_known_share(second)}
+
 ## A decoding step
 
 A Llama of two layers (2048 wide, 32 heads of 64, random weights, float32), one token after {third["context"]:,}, in
@@ -64,6 +67,35 @@ transformers' `DynamicCache`: median of {third["rounds"]} steps, in turn, quarti
 Nothing here was run on a GPU. [examples/gpu/mqa.py](../../examples/gpu/mqa.py) is prepared for it.
 """
     (folder / "mqa.md").write_text(text, encoding="utf-8")
+
+
+def of_pretrained(variants: Mapping[str, Any]) -> str:
+    """Return what the figures of the pretrained model say."""
+    base = next(own["end"] for name, own in variants.items() if "unconverted" in name)
+    above = {name: own["end"] / base - 1 for name, own in variants.items()}
+    means = ", ".join(
+        f"{100 * gap:+.0f} % with {name[0]} head{'s' * (name[0] != '1')}"
+        for name, gap in above.items()
+        if name.endswith(", mean")
+    )
+    order = sorted(("mean", "first", "random"), key=lambda way: variants[f"1, {way}"]["end"])
+    return (
+        f"After the same number of steps, perplexity beside the unconverted model: {means}. By how a shared "
+        f"head starts, from the best: {', '.join(order)}. With one head the perplexity is "
+        f"{variants['1, mean']['end']:.2f} from the pretrained weights, and "
+        f"{variants['1, from random weights']['end']:.2f} from random ones."
+    )
+
+
+def of_known_share(part: Mapping[str, Any]) -> str:
+    """Return what the figures of the known share say."""
+    own, scratch = part["variants"], part["one_head_from_scratch"]["end"]
+    gap = own["1"]["end"] / own["8"]["end"] - 1
+    return (
+        f"After 5 % of so short a training, {part['more']} steps, perplexity with one head is {100 * gap:+.0f} % beside "
+        f"eight heads; with one head from the start it is {100 * (scratch / own['8']['end'] - 1):+.0f} %. So most of the "
+        "difference is too little training after the conversion, not the number of heads."
+    )
 
 
 def _rows(variants: Mapping[str, Any]) -> str:
@@ -92,7 +124,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             steps, list(curve.values()), marker="o", markersize=3, label=name, color=COLOURS[number % len(COLOURS)]
         )
     left.set_yscale("log")
-    left.set_xscale("symlog", linthresh=max(1, results["pretrained"]["steps"] // 20))
+    left.set_xlim(left=0)
     left.set_xlabel("steps after conversion")
     left.set_ylabel("held-out perplexity")
     left.legend(title="key/value heads", frameon=False, fontsize=8, title_fontsize=8)
