@@ -90,11 +90,15 @@ def of_pretrained(variants: Mapping[str, Any]) -> str:
 def of_known_share(part: Mapping[str, Any]) -> str:
     """Return what the figures of the known share say."""
     own, scratch = part["variants"], part["one_head_from_scratch"]["end"]
-    gap = own["1"]["end"] / own["8"]["end"] - 1
+    converted, start = own["1"]["end"] / own["8"]["end"] - 1, scratch / own["8"]["end"] - 1
+    most = (
+        " So most of the difference is too little training after the conversion, not the number of heads."
+        if start < converted / 2
+        else ""
+    )
     return (
-        f"After 5 % of so short a training, {part['more']} steps, perplexity with one head is {100 * gap:+.0f} % beside "
-        f"eight heads; with one head from the start it is {100 * (scratch / own['8']['end'] - 1):+.0f} %. So most of the "
-        "difference is too little training after the conversion, not the number of heads."
+        f"After 5 % of so short a training, {part['more']} steps, perplexity with one head is {100 * converted:+.0f} % "
+        f"beside eight heads; with one head from the start it is {100 * start:+.0f} %.{most}"
     )
 
 
