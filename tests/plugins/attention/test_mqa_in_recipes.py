@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 import torch
 import transformers
@@ -39,6 +41,34 @@ def test_pooled_heads_are_quantized_saved_and_reloaded(family, kv_heads, tmp_pat
         assert other(IDS, use_cache=True)[compat.CACHE].layers[0].keys.shape[1] == kv_heads
     quantized = {name.rpartition(".weight")[0] for name in other.state_dict() if name.endswith("weight_scale")}
     assert any("v_proj" in name or "c_attn" in name or "query_key_value" in name for name in quantized)
+
+
+def test_repeated_rows_need_no_hf_optim(tmp_path, stock_python):
+    made = hf_optim.optimize(build(SWEPT["neox"]), [{"technique": "mqa", "kv_heads": 2}, {"technique": "rtn"}])
+    made.save_pretrained(tmp_path / "out")
+    fields = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    code = textwrap.dedent(f"""
+        import torch
+        from transformers import AutoModelForCausalLM
+        folder, ids = {str(tmp_path / "out")!r}, torch.tensor({IDS.tolist()})
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        except ValueError:
+            print("refused")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            out = model(ids, use_cache=True)
+        cache = out.get("cache", None) or out.past_key_values
+        found = {{"logits": out.logits, "tokens": model.generate(ids, **{fields})}}
+        torch.save(found, {str(tmp_path / "found.pt")!r})
+        print(type(model).__name__, cache.layers[0].keys.shape[1])
+    """)
+    done = stock_python.copy(code)
+    assert done.status == 0, done.err
+    assert done.out.split() == ["refused", "MqaGPTNeoXForCausalLM", "2"]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert torch.equal(found["logits"], logits(made, input_ids=IDS))
+    assert torch.equal(found["tokens"], made.generate(IDS, **fields))
 
 
 @pytest.mark.many
