@@ -41,7 +41,7 @@ def sizes(
         return sum(part.index.numel() * next(layer.parameters()).element_size() for part, layer in rows.items())
 
     return {
-        "attentions": len(counted),
+        "attention_layers": len(counted),
         "kv_heads": max(len(one) for one in counted),
         "query_heads": max(len(one) * one.query_heads for one in counted),
         "parameters": model.num_parameters(),
@@ -54,7 +54,7 @@ def figures(before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
     """Return the metrics of the record from the ``sizes`` of the model before and after, without caches of 0 bytes."""
     pairs = [name for name in ("kv_heads", "parameters", "cache_bytes", "cross_cache_bytes") if before[name]]
     return {
-        "attentions": before["attentions"],
+        "attention_layers": before["attention_layers"],
         "query_heads": before["query_heads"],
         **{f"{name}_{when}": side[name] for name in pairs for when, side in (("before", before), ("after", after))},
     }
@@ -108,8 +108,8 @@ def write(metrics: dict[str, Any], pooling: str, card: Card) -> None:
     )
     card.paragraph(
         kind,
-        f"{before} key/value heads for {queries} query heads became {after}, in {metrics['attentions']} attentions. "
-        f"Each {made}, weights and biases. This changed the outputs. The step itself did not train.{own} {PAPERS}",
+        f"{before} key/value heads for {queries} query heads became {after}, in {metrics['attention_layers']} attention "
+        f"layers. Each {made}, weights and biases. This changed the outputs. The step itself did not train.{own} {PAPERS}",
     )
     rows = [["key/value heads", f"{before}", f"{after}"]]
     rows.append(["parameters", *(f"{metrics[f'parameters_{when}']:,}" for when in ("before", "after"))])
