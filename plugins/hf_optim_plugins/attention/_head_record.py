@@ -108,8 +108,9 @@ def write(metrics: dict[str, Any], pooling: str, card: Card) -> None:
     )
     card.paragraph(
         kind,
-        f"{before} key/value heads for {queries} query heads became {after}, in {metrics['attention_layers']} attention "
-        f"layers. Each {made}, weights and biases. This changed the outputs. The step itself did not train.{own} {PAPERS}",
+        f"{before} key/value heads for {queries} query heads became {after}, in {metrics['attention_layers']} "
+        f"attention layers. Each {made}, weights and biases. This changed the outputs. The step itself did not train."
+        f"{own} {PAPERS}",
     )
     rows = [["key/value heads", f"{before}", f"{after}"]]
     rows.append(["parameters", *(f"{metrics[f'parameters_{when}']:,}" for when in ("before", "after"))])
