@@ -14,7 +14,7 @@ import triton.language as tl
 def tokens_at(order, kind, places, place, count, HAS_ORDER: tl.constexpr):
     """Return the token at each place of head layout ``kind``, and which places are not empty.
 
-    ``order`` [L or 1, places]; ``places`` is 0 if there is one order for all layouts. Tokens of empty places are no
+    ``order`` [L or 1, places]; ``places`` is 0 if there is one order for all layouts. Tokens of empty places are not
     addresses; without an order tokens are consecutive, which loads of several in one instruction need to see.
     """
     token = place
