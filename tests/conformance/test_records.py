@@ -59,6 +59,14 @@ VARIANTS = {
     "distilbert by index": [{"technique": "distilbert", "layers": [1]}],
     "upcycle": [{"technique": "upcycle", "experts": 4, "top_k": 1}],
     "local": [{"technique": "local", "window": 5}],
+    "blockwise with shifts": [{"technique": "blockwise", "block": 7, "shifts": [0, 1]}],
+    "dilated by layer": [{"technique": "dilated", "window": 3, "dilation": [1, 4], "by": "layer"}],
+    "sparse_transformer by head": [
+        {"technique": "sparse_transformer", "stride": 6, "vertices": 2, "rotate": 3, "steps": "heads"}
+    ],
+    "sparse_transformer by layer": [
+        {"technique": "sparse_transformer", "pattern": "strided", "stride": 6, "steps": "layers"}
+    ],
 }
 
 

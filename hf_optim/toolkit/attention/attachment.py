@@ -39,10 +39,13 @@ class Attachment:
     Attributes:
         name: of the implementation, as in ``attn_implementation``.
         build: ``build(settings, layer, heads, causal)`` returns the pattern of all heads, or one for each.
+        check: ``check(settings, context)`` raises ``ValueError`` if the settings do not fit a model that reads at most
+            ``context`` tokens; None: any that ``build`` takes fit.
     """
 
     name: str
     build: Builder
+    check: Callable[[Mapping[str, Any], int], None] | None = None
 
     def register(self) -> None:
         """Register the function and the mask with transformers. Repeated calls replace what was there."""
@@ -59,7 +62,17 @@ class Attachment:
         settings = getattr(config, FIELD, None)
         if not isinstance(settings, Mapping):
             raise ValueError(f"attn_implementation={self.name!r} needs config.{FIELD}")
-        return _patterns(self, json.dumps(settings, sort_keys=True), layer, heads, causal)
+        context = getattr(config, "max_position_embeddings", None)
+        known = context if isinstance(context, int) else None
+        return _patterns(self, json.dumps(settings, sort_keys=True), known, layer, heads, causal)
+
+    def make(
+        self, settings: Mapping[str, Any], context: int | None, layer: int, heads: int, causal: bool
+    ) -> HeadPatterns:
+        """Return the patterns of a layer of a model that reads at most ``context`` tokens; ``ValueError`` as above."""
+        if self.check is not None and context is not None:
+            self.check(settings, context)
+        return HeadPatterns.of(self.build(settings, layer, heads, causal), heads)
 
     def attention(
         self,
@@ -130,8 +143,10 @@ def _require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Row
 
 
 @lru_cache(maxsize=1024)
-def _patterns(attachment: Attachment, settings: str, layer: int, heads: int, causal: bool) -> HeadPatterns:
-    return HeadPatterns.of(attachment.build(json.loads(settings), layer, heads, causal), heads)
+def _patterns(
+    attachment: Attachment, settings: str, context: int | None, layer: int, heads: int, causal: bool
+) -> HeadPatterns:
+    return attachment.make(json.loads(settings), context, layer, heads, causal)
 
 
 def mask(
@@ -259,11 +274,22 @@ def number_layers(model: nn.Module) -> None:
             module.layer_idx = index  # type: ignore[assignment]
 
 
+def check_settings(config: Any) -> None:
+    """Raise ``ValueError`` if the settings in a configuration give no pattern for one of its layers."""
+    function = AttentionInterface._global_mapping.get(getattr(type(config), "implementation", ""))
+    patterns = getattr(getattr(function, "__self__", None), "patterns", None)
+    if patterns is not None:
+        text = config.get_text_config()
+        for layer in range(text.num_hidden_layers):
+            patterns(config, layer, text.num_attention_heads, False)
+
+
 class PatternModel:
     """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_settings(config)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         number_layers(self)  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

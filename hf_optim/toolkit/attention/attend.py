@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .blocked import blocked_attention, merge
+from .flash_cpu import flash_attention, flash_on_cpu
 from .layout import BLOCK, Layout, layouts
 from .pattern import Pattern
 from .rows import Apart, Rows
@@ -101,6 +102,7 @@ def attend(
         ``[B, H, N, D]``; zero for a query that sees nothing (padding).
     """
     count, length = query.shape[2], key.shape[2]
+    query, key, value = _alike(query, key, value)
     if mask is not None or count != length:
         return _dense(query, key, value, heads, scale, rows, mask, dropout)
     if rows is not None and not heads.is_full(length) and _must_move(rows, heads):
@@ -109,10 +111,20 @@ def attend(
     if lists is None:
         return _dense(query, key, value, heads, scale, rows, None, dropout)
     segments = None if rows is None else rows.segments
+    if not dropout and flash_on_cpu(query, key, value):
+        return flash_attention(query, key, value, lists, scale, segments)
     kernel = None if dropout else _kernel(query)
     product: Callable[..., Any] = kernel or blocked_attention
     extra = {"dropout": dropout} if dropout else {}
     return merge([product(query, key, value, part, scale, segments, segments, **extra) for part in lists])[0]
+
+
+def _alike(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in one dtype: that of autocast if they differ under it, as PyTorch's own attention does."""
+    device = parts[0].device.type
+    if len({part.dtype for part in parts}) > 1 and torch.is_autocast_enabled(device):
+        return tuple(part.to(torch.get_autocast_dtype(device)) for part in parts)
+    return parts
 
 
 def _must_move(rows: Rows, heads: HeadPatterns) -> bool:
@@ -146,9 +158,9 @@ def _lists(query: Tensor, heads: HeadPatterns, length: int, way: str) -> tuple[L
     if way == "dense" or heads.is_full(length) or (way == "auto" and length < SHORTEST):
         return None
     found = layouts(heads.patterns, heads.heads, length, BLOCK, query.device)
-    blocks = -(-length // BLOCK)
-    whole = blocks * (blocks + 1) / 2 if heads.causal else blocks**2
-    share = sum(part.entries for part in found) / (len(heads.patterns) * whole)
+    # A dense product with a mask computes the blocks behind the query, too.
+    whole = len(heads.patterns) * (-(-length // BLOCK)) ** 2
+    share = sum(part.entries for part in found) / whole
     return None if way == "auto" and share > LARGEST_SHARE else found
 
 

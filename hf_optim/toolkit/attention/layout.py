@@ -17,7 +17,7 @@ from torch import Tensor
 from .pattern import Pass, Pattern
 
 BLOCK = 64
-PAIRS_AT_ONCE = 2**24  # pairs of tokens that are compared at a time
+PAIRS_AT_ONCE = 2**18  # pairs of tokens that are compared at a time
 
 
 @dataclass(eq=False)

@@ -18,8 +18,15 @@ def share_of_attention(heads: HeadPatterns, length: int) -> float:
     """
     key = torch.arange(length)
     seen = [0] * len(heads.patterns)
+    distance = torch.arange(1 - length, length)
+    for index, pattern in enumerate(heads.patterns):
+        if pattern.moves_along:  # all pairs of one distance are alike
+            found = pattern.sees(distance, torch.zeros_like(distance), length)
+            seen[index] = int((length - distance.abs())[found].sum())
     for query in key.split(max(1, PAIRS_COUNTED // length)):
         for index, pattern in enumerate(heads.patterns):
+            if pattern.moves_along:
+                continue
             shape = (len(query), length)
             seen[index] += int(pattern.sees(query[:, None], key[None, :], length).expand(shape).sum())
     whole = length * (length + 1) // 2 if heads.causal else length * length

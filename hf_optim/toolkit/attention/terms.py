@@ -158,30 +158,80 @@ class Chunks(Term):
 
 
 @dataclass(frozen=True)
+class ShiftedChunks(Term):
+    """Keys in the chunk of ``size`` positions that lies ``shift`` chunks before the query's own.
+
+    The first ``shift`` chunks have none: their queries see the last chunks of the row if it ``wraps``, so that chunks
+    are permuted, else their own chunk, as fits a causal model.
+    """
+
+    size: int
+    shift: int
+    wraps: bool = False
+
+    @property
+    def reads_length(self) -> bool:
+        return self.wraps
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        own, other = query // self.size, key // self.size
+        if self.wraps:
+            return other == (own - self.shift) % -(-length // self.size)
+        return other == torch.where(own >= self.shift, own - self.shift, own)
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        low, high = first // self.size, last // self.size
+        count = -(-length // self.size)
+        shift = self.shift % count if self.wraps else self.shift
+        moved = count - shift if self.wraps else 0  # where the first chunks look
+        before = high.clamp_max(shift - 1)
+        return [
+            ((low - shift).clamp_min(0) * self.size, (high - shift + 1).clamp_min(0) * self.size),
+            ((low + moved) * self.size, torch.where(low < shift, (before + moved + 1) * self.size, 0)),
+        ]
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        if self.wraps:
+            return super().stays(key, query, length)
+        return key >= max(0, query // self.size - self.shift) * self.size
+
+    def fullest(self, length: int) -> list[int]:
+        # Before the last token of a chunk.
+        return [] if self.wraps or length < self.size else [length - length % self.size - 1]
+
+
+@dataclass(frozen=True)
 class Columns(Term):
-    """The last ``width`` positions of every ``period`` are seen by all queries; the rest by none."""
+    """All queries see ``width`` positions of every ``period``: the last ones, but for ``skip``; none sees the rest."""
 
     period: int
     width: int = 1
+    skip: int = 0
+
+    def holds(self, key: Tensor) -> Tensor:
+        """Return True where a position is in a column."""
+        place = key % self.period
+        return (place >= self.period - self.skip - self.width) & (place < self.period - self.skip)
 
     def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
-        return (key % self.period >= self.period - self.width) & (query >= 0)
+        return self.holds(key) & (query >= 0)
 
     def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
-        count = length // self.period * self.width + max(0, length % self.period - self.period + self.width)
+        rest = length % self.period - self.period + self.skip + self.width
+        count = length // self.period * self.width + min(self.width, max(0, rest))
         return [(torch.zeros_like(first), torch.full_like(last, count))]
 
     def stays(self, key: Tensor, query: int, length: int) -> Tensor:
-        return key % self.period >= self.period - self.width
+        return self.holds(key)
 
     def orders(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         tokens = torch.arange(length, device=device)
-        return tokens, tokens[tokens % self.period >= self.period - self.width]
+        return tokens, tokens[self.holds(tokens)]
 
     @property
     def order(self) -> tuple[str, int]:
         # All columns of one width and period have the same places.
-        return (f"columns of {self.width}", self.period)
+        return (f"columns of {self.width} before {self.skip}", self.period)
 
 
 @dataclass(frozen=True)

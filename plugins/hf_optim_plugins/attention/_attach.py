@@ -7,19 +7,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_optim import ModelError, Reload, Run, Technique
+from hf_optim import ModelError, RecipeError, Reload, Run, Technique, hookimpl
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import (
     FIELD,
     STORED,
     Attachment,
     Band,
+    HeadPatterns,
     Pattern,
     PatternModel,
     Term,
@@ -29,6 +30,7 @@ from hf_optim.toolkit.attention import (
 from hf_optim.toolkit.modules import eval_mode, rounding_tolerance
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
+LONGEST = 2**30  # a distance of tokens
 LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
 
 
@@ -86,6 +88,103 @@ def require_interface(model: PreTrainedModel, code: RemoteCode, label: str) -> N
         )
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the most tokens that a model reads: its positions, or those of its pictures; None if nothing says so."""
+    text = config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None)
+    if found is None and hasattr(text, "image_size") and hasattr(text, "patch_size"):
+        (height, width), (high, wide) = (_pair(getattr(text, name)) for name in ("image_size", "patch_size"))
+        found = (height // high) * (width // wide) + 1
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def layer_patterns(
+    config: PretrainedConfig, attachment: Attachment, settings: Mapping[str, Any], causal: bool, label: str
+) -> list[HeadPatterns]:
+    """Return the patterns of the layers. Raises ``ModelError`` for settings that do not fit the model."""
+    text, context = config.get_text_config(), context_length(config)
+    try:
+        return [
+            attachment.make(settings, context, layer, text.num_attention_heads, causal)
+            for layer in range(text.num_hidden_layers)
+        ]
+    except ValueError as error:
+        raise ModelError(f"{label}: {error}") from None
+
+
+class PatternTechnique(Technique):
+    """Base of the techniques that compute one pattern: subclasses have the page, the code and ``settings``."""
+
+    attachment: ClassVar[Attachment]
+    remote_code: ClassVar[RemoteCode]
+
+    def settings(self, config: PretrainedConfig, label: str) -> dict[str, Any]:
+        """Return the settings of the pattern for a model, as they go into its ``config.json``."""
+        raise NotImplementedError
+
+    def check_model(self, model: PreTrainedModel, label: str) -> None:
+        require_interface(model, self.remote_code, label)
+        layer_patterns(model.config, self.attachment, self.settings(model.config, label), False, label)
+
+    @hookimpl
+    def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        label = run.label(self)
+        require_self_attention(run.config, label)
+        layer_patterns(run.config, self.attachment, self.settings(run.config, label), False, label)
+        return None
+
+    @hookimpl
+    def transform_model(self, run: Run) -> PreTrainedModel:
+        require_interface(run.model, self.remote_code, run.label(self))
+        settings = self.settings(run.model.config, run.label(self))
+        return attach(run, self, self.remote_code, self.attachment, settings)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        settings, config = case.config[FIELD], case.config
+        context, layers = config["max_position_embeddings"], len(config["layer_types"])
+        place = torch.arange(min(context, LONGEST_COUNTED))
+        causal = "CausalLM" in config["architectures"][0]
+        allowed = place[:, None] >= place if causal else torch.ones(len(place), len(place), dtype=torch.bool)
+        heads = config["num_attention_heads"]
+        pairs = sum(
+            int((self.sees(settings, place, layer, head, causal) & allowed).sum())
+            for layer in range(layers)
+            for head in range(heads)
+        )
+        return {
+            **settings,
+            "layers": layers,
+            "context": context,
+            "share_of_attention": pairs / (layers * heads * int(allowed.sum())),
+            "model_class": config["architectures"][0],
+        }
+
+    @staticmethod
+    def sees(settings: Mapping[str, Any], place: Tensor, layer: int, head: int, causal: bool) -> Tensor:
+        """Return the formula of the paper as bool ``[N, N]``, computed apart from the terms, to check records by."""
+        raise NotImplementedError
+
+
+def check_stride(step: Any) -> None:
+    """Raise ``RecipeError`` for a stride below 1."""
+    if step.stride != "sqrt" and not 1 <= step.stride <= LONGEST:
+        raise RecipeError(f"{step.name}: stride must be from 1 to {LONGEST:,}, or sqrt, not {step.stride}")
+
+
+def stride_of(stride: int | str, config: PretrainedConfig, label: str) -> int:
+    """Return a stride as a number; ``sqrt`` is the rounded root of the model's context."""
+    if isinstance(stride, int):
+        return stride
+    context = context_length(config)
+    if context is None:
+        raise ModelError(f"{label}: {config.model_type} has no fixed context, whose root could be the stride: set it")
+    return max(1, round(context**0.5))
+
+
 def attach(
     run: Run, step: Technique, code: RemoteCode, attachment: Attachment, settings: Mapping[str, Any]
 ) -> PreTrainedModel:
@@ -104,22 +203,20 @@ def attach(
     inputs = dummy_inputs(model)
     full = hidden_states(model, inputs)
     causal = prove(model, inputs, full, label)
+    each = layer_patterns(model.config, attachment, settings, causal, label)
     number_layers(model)
     convert(model, code, dict(settings))
     model.set_attn_implementation(attachment.name)
     run.record.reload = Reload.REMOTE_CODE.name
-    text = model.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or full.shape[1]
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
-    each = [attachment.patterns(model.config, layer, heads, causal) for layer in range(layers)]
+    context = context_length(model.config) or full.shape[1]
     counted = min(context, LONGEST_COUNTED)
     shares = {one: share_of_attention(one, counted) for one in set(each)}
     run.report(
         step,
         **settings,
-        layers=layers,
+        layers=len(each),
         context=context,
-        share_of_attention=sum(shares[one] for one in each) / layers,
+        share_of_attention=sum(shares[one] for one in each) / len(each),
         model_class=type(model).__name__,
     )
     return model

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_optim.toolkit.attention import Attachment, Chunks, Pattern, PatternConfig, whole
+from hf_optim.toolkit.attention import Attachment, Chunks, Pattern, PatternConfig, ShiftedChunks, Term, whole, wholes
 
 
 def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> list[Pattern]:
-    """Return one pattern for all heads: a query sees the keys of its own block."""
-    return [Pattern((Chunks(whole(settings, "block", low=1)),), causal)]
+    """Return the pattern of each head: a query sees the keys of the block that lies ``shift`` blocks before its own.
+
+    ``block`` is the tokens of a block, ``shifts`` those of the heads, in turn.
+    """
+    size, shifts = whole(settings, "block", low=1), wholes(settings, "shifts") or (0,)
+    if len(shifts) > heads:
+        raise ValueError(f"the attention pattern has shifts for {len(shifts)} heads, but a layer has {heads}")
+    terms: list[Term] = [ShiftedChunks(size, shift, not causal) if shift else Chunks(size) for shift in shifts]
+    return [Pattern((terms[head % len(terms)],), causal) for head in range(heads)]
 
 
 ATTACHMENT = Attachment("hf_optim_blockwise", build)

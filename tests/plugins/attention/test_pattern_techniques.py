@@ -1,0 +1,239 @@
+"""What the techniques with one pattern have in common: where they reach, what they refuse, how their models reload."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import pytest
+import torch
+from pattern_oracle import difference, hidden_and_gradients, inputs_of, model_of, use_blocks
+from peft import LoraConfig, get_peft_model
+from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_t5
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+    T5EncoderModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_optim
+from hf_optim import ModelError, RecipeError, remote_code, run_of
+
+STEPS = {
+    "blockwise": {"block": 8, "shifts": [0, 1]},
+    "dilated": {"window": 3, "dilation": [1, 2, 3, 3]},
+    "sparse_transformer": {"stride": 6, "vertices": 2, "steps": "heads"},
+    "strided": {"stride": 5, "window": 2},
+}
+NAMES = list(STEPS)
+IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def step(name):
+    return {"technique": name, **STEPS[name]}
+
+
+def logits(model, ids=IDS, **inputs):
+    with torch.no_grad():
+        return model(ids, **inputs).logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_no_token_sees_a_later_one(name, family, monkeypatch):
+    model = hf_optim.optimize(TINY[family](), [step(name)])
+    use_blocks(monkeypatch, model)
+    before = logits(model)
+    for place in (0, 7, 8, 17, 23):
+        other = IDS.clone()
+        other[:, place] = (other[:, place] + 1) % 60
+        after = logits(model, other)
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert not torch.equal(after[:, place], before[:, place])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_with_a_cache_equals_generation_without(name):
+    model = hf_optim.optimize(tiny_llama(), [step(name)])
+    padded, mask = IDS.clone(), torch.ones_like(IDS)
+    mask[0, :5] = 0
+    fields = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    cached = model.generate(padded, **fields)
+    assert torch.equal(cached, model.generate(padded, use_cache=False, **fields))
+    alone = model.generate(padded[:1, 5:], **{**fields, "attention_mask": mask[:1, 5:]})
+    assert torch.equal(cached[:1, 5:], alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_runs_in_a_process_without_hf_optim(name, tmp_path, stock_python):
+    model = hf_optim.optimize(tiny_gpt2(), [step(name)])
+    model.save_pretrained(tmp_path)
+    assert run_of(model).record.reload == "REMOTE_CODE"
+    code = textwrap.dedent(f"""
+        import torch
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+        ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})
+        print(type(model).__name__)
+    """)
+    done = stock_python.copy(code)
+    assert done.status == 0, done.err
+    assert done.out.split() == [type(model).__name__]
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(model))
+
+
+def test_a_checkpoint_runs_with_the_code_of_the_installed_technique(tmp_path):
+    model = hf_optim.optimize(tiny_gpt2(), [step("strided")])
+    model.save_pretrained(tmp_path)
+    remote_code.register("strided_gpt2")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("blockwise", "block", 0, "block='0', not a whole number from 1"),
+        ("blockwise", "shifts", [0, -1], "shifts='-1'"),
+        ("strided", "stride", 65, "stride='65', not a whole number from 1 to 64"),
+        ("dilated", "window", 0, "window='0', not a whole number from 2"),
+        ("dilated", "dilation", [1, 2], "dilations for 2 heads, but a layer has 4"),
+        ("sparse_transformer", "stride", True, "stride='True'"),
+        ("sparse_transformer", "vertices", 7, "vertices='7', not a whole number from 1 to 6"),
+        ("sparse_transformer", "steps", "both", "steps='both', not one of heads, layers, merged"),
+    ],
+)
+def test_a_changed_configuration_is_refused_when_the_model_is_made(name, field, value, message, tmp_path):
+    model = hf_optim.optimize(tiny_gpt2(), [step(name)])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["attention_pattern"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    remote_code.register(f"{name}_gpt2")
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_training_through_trainer_moves_every_weight(tmp_path):
+    model = hf_optim.optimize(tiny_llama(), [step("sparse_transformer")])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    settings = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    Trainer(model=model, args=settings, train_dataset=rows).train()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"technique": "rtn", "bits": 4, "group_size": 16},
+        {"technique": "magnitude", "sparsity": 0.5},
+        {"technique": "gptq", "bits": 4, "group_size": 16},
+    ],
+)
+def test_it_composes_with_compression(other, tmp_path):
+    model = hf_optim.optimize(tiny_llama(), [step("strided"), other], calibration=[{"input_ids": IDS}])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(again).__name__ == "StridedLlamaForCausalLM"
+    assert torch.allclose(logits(again), logits(model), atol=1e-6)
+
+
+def test_it_composes_with_lora():
+    model = hf_optim.optimize(tiny_llama(), [step("dilated")])
+    before = logits(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"))
+    assert torch.equal(logits(adapted), before)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_two_owners_of_attention_are_refused():
+    for other in ({"technique": "local", "window": 4}, step("blockwise")):
+        for steps in ([step("strided"), other], [other, step("strided")]):
+            with pytest.raises(RecipeError):
+                hf_optim.optimize(tiny_llama(), steps)
+
+
+SMALL = {"hidden_size": 32, "vocab_size": 64}
+OFF = {
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**SMALL, num_hidden_layers=1, num_attention_heads=4)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(**SMALL, n_layer=1, n_head=4)),
+    "mpt": lambda: MptForCausalLM(MptConfig(d_model=32, vocab_size=64, n_layers=1, n_heads=4)),
+}
+
+
+@pytest.mark.parametrize("family", OFF)
+def test_models_off_the_interface_are_named_and_refused_unchanged(family):
+    model = OFF[family]().eval()
+    kind = type(model)
+    with pytest.raises(ModelError, match=f"{kind.__name__} does not take its attention from transformers'"):
+        hf_optim.optimize(model, [step("strided")])
+    assert type(model) is kind
+    assert not hasattr(model.config, "attention_pattern")
+
+
+def test_encoder_decoders_are_refused():
+    with pytest.raises(ModelError, match="t5 has cross-attention"):
+        hf_optim.optimize(tiny_t5(), [step("strided")])
+
+
+def test_the_encoder_of_t5_keeps_its_position_bias():
+    model = T5EncoderModel(tiny_t5().config).double().eval()
+    mask = torch.ones_like(IDS)
+    mask[1, :6] = 0
+    inputs = {"input_ids": IDS, "attention_mask": mask}
+    place = torch.arange(24)
+    near = (place[:, None] - place[None, :]) % 5 == 0
+    near |= (place[:, None] - place[None, :]).abs() < 2
+    expected = hidden_and_gradients(masked(T5EncoderModel(model.config), model, near), inputs)
+    converted = hf_optim.optimize(model, [step("strided")])
+    assert difference(hidden_and_gradients(converted, inputs), expected) < 1e-9
+
+
+def masked(copy, model, near):
+    """Return a copy of a T5 encoder whose position bias is minus infinity where ``near`` is False."""
+    copy.load_state_dict(model.state_dict())
+    bias = copy.encoder.block[0].layer[0].SelfAttention
+    stock = bias.compute_bias
+    bias.compute_bias = lambda *args, **kwargs: stock(*args, **kwargs).masked_fill(~near, -1e9)
+    return copy.double().eval()
+
+
+def test_autocast_keeps_the_dtype_of_pytorchs_attention(monkeypatch):
+    model = hf_optim.optimize(tiny_llama(), [step("strided")])
+    dense = logits(model)
+    use_blocks(monkeypatch, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model)
+    assert (found - dense).abs().max() < 0.05
+
+
+def test_bfloat16_over_blocks(monkeypatch):
+    inputs, _ = inputs_of("llama")
+    exact = hf_optim.optimize(model_of("llama"), [step("sparse_transformer")])
+    expected, _ = hidden_and_gradients(exact, inputs)
+    half = exact.to(torch.bfloat16)
+    dense, _ = hidden_and_gradients(half, inputs)
+    use_blocks(monkeypatch, half)
+    found, grads = hidden_and_gradients(half, inputs)
+    assert (found - expected).abs().mean() < 1.2 * (dense - expected).abs().mean()
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
+def test_a_model_loads_with_a_pattern(tmp_path):
+    PreTrainedModel.save_pretrained(tiny_gpt2(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=[step("dilated")]).eval()
+    assert torch.equal(logits(loaded), logits(hf_optim.optimize(tiny_gpt2(), [step("dilated")])))
+    with pytest.raises(ModelError, match="stride='99'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=[{"technique": "strided", "stride": 99}])
