@@ -12,10 +12,10 @@ transformers refuses the checkpoint instead of loading it as another model, unle
 
 from __future__ import annotations
 
+import ast
 import atexit
 import importlib.util
 import inspect
-import re
 import shutil
 import sys
 import tempfile
@@ -73,10 +73,19 @@ def joined(*modules: ModuleType) -> str:
     """
     kept = [FUTURE]
     for module in modules:
-        lines = inspect.getsource(module).splitlines()
-        dropped = re.compile(r"from (__future__|hf_optim[\w.]*|\.[\w.]*) import [^(]*$")
-        kept += [line for line in lines if not dropped.match(line)]
+        source = inspect.getsource(module)
+        dropped = {
+            line
+            for node in ast.parse(source).body
+            if isinstance(node, ast.ImportFrom) and (node.level or _is_ours(node.module or ""))
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        kept += [line for number, line in enumerate(source.splitlines(), 1) if number not in dropped]
     return "\n".join(kept) + "\n"
+
+
+def _is_ours(module: str) -> bool:
+    return module == "__future__" or module.partition(".")[0].startswith("hf_optim")
 
 
 def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedModel:

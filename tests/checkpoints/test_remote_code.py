@@ -231,7 +231,8 @@ def doubled():
 
 def test_joined_files_are_one_module_without_the_projects_imports(tmp_path, monkeypatch):
     (tmp_path / "joined_first.py").write_text(
-        "from __future__ import annotations\n\nimport math\n\nfrom hf_optim.errors import ModelError\n\n\n"
+        "from __future__ import annotations\n\nimport math\n\n"
+        "from hf_optim.errors import (\n    DataError,\n    ModelError,\n)\n\n\n"
         "def half(x):\n    return x / 2\n"
     )
     (tmp_path / "joined_second.py").write_text(

@@ -19,7 +19,18 @@ from transformers.masking_utils import (
 )
 
 from hf_optim.checkpoints.remote_code import joined
-from hf_optim.toolkit.attention import STORED, Attachment, Band, Chunks, GlobalTokens, Pattern, chosen, whole, wholes
+from hf_optim.toolkit.attention import (
+    GLOBAL_TOKENS,
+    STORED,
+    Attachment,
+    Band,
+    Chunks,
+    GlobalTokens,
+    Pattern,
+    chosen,
+    whole,
+    wholes,
+)
 from hf_optim.toolkit.attention import attend as ways
 from hf_optim.toolkit.attention.attachment import mask
 from hf_optim.toolkit.attention.rows import Rows
@@ -178,7 +189,7 @@ def test_segments_that_lost_their_facts_are_read_again(registered):
 
 def test_rows_know_what_they_hold():
     rows = Rows.of(torch.tensor([[0, 0, 1, 1], [-1, 0, 0, 0]], dtype=torch.int32))
-    assert (rows.left, rows.packed, rows.same_length) == (True, True, False)
+    assert (rows.left, rows.packed, rows.whole) == (True, True, False)
     assert rows.positions()[0].tolist() == [0, 1, 0, 1]
     assert rows.positions()[1, 1:].tolist() == [0, 1, 2]
 
@@ -208,7 +219,7 @@ def test_settings_of_a_damaged_file_are_refused(value):
 
 # -- what is stored with checkpoints ----------------------------------------------------------------------------------
 def test_the_stored_modules_are_one_text_without_a_name_used_twice():
-    tree = ast.parse(joined(*STORED))
+    tree = ast.parse(joined(*STORED, *GLOBAL_TOKENS))
     defined = Counter()
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -223,5 +234,5 @@ def test_the_stored_modules_are_one_text_without_a_name_used_twice():
         for alias in node.names
     }
     standard = {"__future__", "collections", "dataclasses", "functools", "importlib", "json", "os", "pathlib", "typing"}
-    standard |= {"inspect", "sys", "weakref"}
+    standard |= {"copy", "inspect", "math", "sys", "weakref"}
     assert roots - standard == {"torch", "transformers"}

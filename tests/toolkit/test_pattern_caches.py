@@ -247,9 +247,9 @@ def test_each_row_of_a_padded_batch_holds_its_own_tokens():
 
 def test_a_step_gathers_the_keys_it_sees(monkeypatch):
     read = []
-    product = kept.masked_product
+    product = kept.masked_attention
     monkeypatch.setattr(
-        kept, "masked_product", lambda q, key, *args: (read.append(key.shape[2]), product(q, key, *args))[1]
+        kept, "masked_attention", lambda q, key, *args: (read.append(key.shape[2]), product(q, key, *args))[1]
     )
     plain = kept.functional.scaled_dot_product_attention
     monkeypatch.setattr(

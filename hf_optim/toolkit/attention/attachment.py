@@ -123,8 +123,15 @@ class Attachment:
         if held is not None and kept.tokens > query.shape[2]:
             out = kept_attention(query, key, value, kept, scale, rows, other, dropped)
         else:
-            out = attend(query, key, value, heads, scale, rows, other, dropped)
+            out = self.compute(module, query, key, value, heads, scale, rows, other, dropped, kwargs)
         return out.transpose(1, 2).contiguous(), None
+
+    def compute(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, heads: HeadPatterns, scale: float,
+        rows: Rows | None, mask: Tensor | None, dropout: float, given: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Return ``attend`` of the patterns, ``[B, H, N, D]``; ``given`` are other keywords of the module's call."""
+        return attend(query, key, value, heads, scale, rows, mask, dropout)
 
 
 def _require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Rows | None, mask: Tensor | None) -> None:
@@ -277,11 +284,11 @@ def number_layers(model: nn.Module) -> None:
 def check_settings(config: Any) -> None:
     """Raise ``ValueError`` if the settings in a configuration give no pattern for one of its layers."""
     function = AttentionInterface._global_mapping.get(getattr(type(config), "implementation", ""))
-    patterns = getattr(getattr(function, "__self__", None), "patterns", None)
-    if patterns is not None:
+    attachment = getattr(function, "__self__", None)
+    if isinstance(attachment, Attachment):
         text = config.get_text_config()
         for layer in range(text.num_hidden_layers):
-            patterns(config, layer, text.num_attention_heads, False)
+            attachment.patterns(config, layer, text.num_attention_heads, False)
 
 
 class PatternModel:
@@ -290,6 +297,10 @@ class PatternModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_settings(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self.set_up_attention()
+
+    def set_up_attention(self) -> None:
+        """Prepare modules of attention: when the model is built, and when a model gets this class."""
         number_layers(self)  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ This file is stored beside checkpoints, so it imports only torch.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .blocked import blocked_attention, merge
-from .flash_cpu import flash_attention, flash_on_cpu
+from .flash_cpu import Source, flash_attention, flash_on_cpu
 from .layout import BLOCK, Layout, layouts
 from .pattern import Pattern
 from .rows import Apart, Rows
@@ -59,6 +60,11 @@ class HeadPatterns:
     def reads_length(self) -> bool:
         """True if what a head sees depends on the number of tokens in the row."""
         return any(term.reads_length for pattern in self.patterns for term in pattern.terms)
+
+    @property
+    def length_step(self) -> int:
+        """Rows with the same number of steps, rounded up, see the same, if the heads read lengths."""
+        return math.gcd(*(t.length_step for p in self.patterns for t in p.terms if t.reads_length))
 
     @property
     def causal(self) -> bool:
@@ -105,18 +111,36 @@ def attend(
     query, key, value = _alike(query, key, value)
     if mask is not None or count != length:
         return _dense(query, key, value, heads, scale, rows, mask, dropout)
-    if rows is not None and not heads.is_full(length) and _must_move(rows, heads):
+    if rows is not None and not heads.is_full(length) and must_move(rows, heads):
         return _each_document(query, key, value, heads, scale, rows, dropout, way)
-    lists = _lists(query, heads, length, way)
+    lists = lists_for(query, heads, length, way)
     if lists is None:
         return _dense(query, key, value, heads, scale, rows, None, dropout)
     segments = None if rows is None else rows.segments
-    if not dropout and flash_on_cpu(query, key, value):
-        return flash_attention(query, key, value, lists, scale, segments)
+    return attend_lists(query, [Source(key, value, lists, segments)], scale, segments, dropout)
+
+
+def attend_lists(
+    query: Tensor, sources: Sequence[Source], scale: float, segments: Tensor | None, dropout: float
+) -> Tensor:
+    """Compute the attention over the union of layouts, by the kernel if it is installed for the device.
+
+    Arguments and results as in ``flash_attention``; ``dropout`` as in ``attend``.
+    """
+    simple = not any(part.shift is not None for source in sources for part in source.lists)
+    if simple and not dropout and all(flash_on_cpu(query, each.key, each.value) for each in sources):
+        return flash_attention(query, sources, scale, segments)
     kernel = None if dropout else _kernel(query)
     product: Callable[..., Any] = kernel or blocked_attention
     extra = {"dropout": dropout} if dropout else {}
-    return merge([product(query, key, value, part, scale, segments, segments, **extra) for part in lists])[0]
+    parts = []
+    for each in sources:
+        for part in each.lists:
+            out, sums = product(query, each.key, each.value, part, scale, segments, each.segments, **extra)
+            if part.shift is not None:  # pairs that count several times have a larger sum of exponentials
+                sums = sums + torch.tensor(part.shift, dtype=sums.dtype, device=sums.device)[:, None]
+            parts.append((out, sums))
+    return merge(parts)[0]
 
 
 def _alike(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -127,11 +151,11 @@ def _alike(*parts: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def _must_move(rows: Rows, heads: HeadPatterns) -> bool:
+def must_move(rows: Rows, heads: HeadPatterns) -> bool:
     """Return True if the patterns would count positions from the wrong place where the tokens are."""
     if rows.holes or ((rows.left or rows.packed) and not heads.moves_along):
         return True
-    return heads.reads_length and (rows.packed or rows.left or not rows.same_length)
+    return heads.reads_length and (rows.packed or not rows.whole)
 
 
 def _each_document(
@@ -142,19 +166,31 @@ def _each_document(
     q, k, v = (apart.take(part) for part in (query, key, value))
     segments, lengths = apart.segments(), apart.lengths()
     if not heads.reads_length:
-        inner = Rows(segments, same_length=bool((lengths == lengths[0]).all()))
+        inner = Rows(segments, whole=bool((lengths == lengths[0]).all()))
         return apart.put(attend(q, k, v, heads, scale, inner, None, dropout, way), len(query))
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    for length in lengths.unique().tolist():
-        some = (lengths == length).nonzero()[:, 0]
-        one, two, three = (part[some, :, :length] for part in (q, k, v))
-        part = attend(one, two, three, heads, scale, None, None, dropout, way)
-        out = out.index_copy(0, some, functional.pad(part, (0, 0, 0, out.shape[2] - length)))
+    steps = (lengths + heads.length_step - 1) // heads.length_step
+    for count in steps.unique().tolist():
+        # Rows of one number of steps see the same, so they are computed together, at the length of all their steps.
+        some = (steps == count).nonzero()[:, 0]
+        length = count * heads.length_step
+        one, two, three = (long_enough(x[some], length) for x in (q, k, v))
+        whole = bool((lengths[some] == length).all())
+        own = None if whole else Rows(long_enough(segments[some], length, -1))
+        part = attend(one, two, three, heads, scale, own, None, dropout, way)
+        out = out.index_copy(0, some, long_enough(part, out.shape[2]))
     return apart.put(out, len(query))
 
 
-def _lists(query: Tensor, heads: HeadPatterns, length: int, way: str) -> tuple[Layout, ...] | None:
-    """Return the lists to compute by; None to compute densely."""
+def long_enough(part: Tensor, length: int, filler: int = 0) -> Tensor:
+    """Return ``[B, H, N, D]`` or ``[B, N]`` with ``length`` tokens: cut, or padded at the end."""
+    if part.dim() == 2:
+        return functional.pad(part[:, :length], (0, max(0, length - part.shape[1])), value=filler)
+    return functional.pad(part[:, :, :length], (0, 0, 0, max(0, length - part.shape[2])))
+
+
+def lists_for(query: Tensor, heads: HeadPatterns, length: int, way: str) -> tuple[Layout, ...] | None:
+    """Return the lists that attention under ``heads`` is computed by; None to compute densely."""
     if way == "dense" or heads.is_full(length) or (way == "auto" and length < SHORTEST):
         return None
     found = layouts(heads.patterns, heads.heads, length, BLOCK, query.device)
@@ -193,18 +229,22 @@ def _dense(
             query, key, value, None, dropout, is_causal=causal, scale=scale, enable_gqa=shared
         )
     seen = seen_mask(heads, count, length, rows, query.device)
-    return masked_product(query, key, value, seen, None if mask is None else mask[..., :length], scale, dropout)
+    weights = weight_bias(heads, count, length, rows, query)
+    if weights is not None:
+        mask = weights if mask is None else weights + as_bias(mask[..., :length], query.dtype)
+    return masked_attention(query, key, value, seen, mask, scale, dropout)
 
 
-def masked_product(
+def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """Compute attention densely over the keys that are True in ``seen``, which broadcasts to ``[B, H, N, M]``.
+    """Compute one dense product over the pairs that ``seen`` (bool) and ``mask`` (bool or additive) both allow.
 
-    ``mask``, bool (True: visible) or additive, is intersected with it. A query that sees nothing gets zero.
+    Returns ``[B, H, N, D]``, zero for a query without keys. Other arguments as in ``attend``.
     """
     bias = None
     if mask is not None:
+        mask = mask[..., : key.shape[2]]
         seen = seen & mask if mask.dtype == torch.bool else seen & (mask > torch.finfo(mask.dtype).min)
         bias = None if mask.dtype == torch.bool else mask
     empty = ~seen.any(-1, keepdim=True)
@@ -216,6 +256,27 @@ def masked_product(
         query, key, value, seen if bias is None else bias, dropout, scale=scale, enable_gqa=shared
     )
     return out.masked_fill(empty, 0)
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bool or additive mask as an additive one."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def weight_bias(heads: HeadPatterns, count: int, length: int, rows: Rows | None, query: Tensor) -> Tensor | None:
+    """Return the logarithm of how many times pairs count, ``[B or 1, H or 1, count, length]``; None if once."""
+    if not any(pattern.repeats for pattern in heads.patterns):
+        return None
+    total: Any = 0
+    for index in range(max(len(pattern.repeats) for pattern in heads.patterns)):
+        each = [pattern.repeats[index : index + 1] for pattern in heads.patterns]
+        terms = tuple(Pattern(tuple(term for term, _ in own)) for own in each)
+        times = torch.tensor([own[0][1] if own else 0 for own in each], device=query.device)[:, None, None]
+        own = times if len(terms) == 1 else times[list(heads.heads)]
+        total = total + seen_mask(HeadPatterns(terms, heads.heads), count, length, rows, query.device) * own
+    return torch.log1p(total.to(torch.promote_types(query.dtype, torch.float32))).to(query.dtype)
 
 
 def seen_mask(heads: HeadPatterns, count: int, length: int, rows: Rows | None, device: torch.device) -> Tensor:

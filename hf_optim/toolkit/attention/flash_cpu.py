@@ -9,7 +9,7 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -33,40 +33,65 @@ def flash_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.device.type == "cpu" and FLASH is not None and FLASH_BACKWARD is not None and alike
 
 
-def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, lists: tuple[Layout, ...], scale: float, segments: Tensor | None = None
-) -> Tensor:
-    """Compute the attention over the union of disjoint passes; differentiable once.
+@dataclass(eq=False)
+class Source:
+    """Keys that queries see.
+
+    Attributes:
+        key, value: ``[B, G, M, D]``, G divides the number of query heads.
+        lists: the layouts of the passes.
+        segments: int ``[B, M]``, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    lists: Sequence[Layout]
+    segments: Tensor | None
+
+
+def flash_attention(query: Tensor, sources: Sequence[Source], scale: float, segments: Tensor | None = None) -> Tensor:
+    """Compute the attention over the union of disjoint sets of keys, and of passes over each; differentiable once.
 
     Args:
         query: ``[B, H, N, D]``.
-        key, value: ``[B, G, N, D]``, G divides H, of the same dtype.
-        lists: the layouts of the passes.
+        sources: the keys, of the dtype of the query.
         scale: of the scores.
-        segments: int ``[B, N]``: a query sees a key if both are equal and not negative.
+        segments: int ``[B, N]``: a query sees a key if the segments of both are equal and not negative.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of the query, zero for a query without keys.
     """
-    return _Flash.apply(query, key, value, lists, scale, segments)  # type: ignore[no-any-return]
+    tensors = [part for source in sources for part in (source.key, source.value)]
+    lists = [(source.lists, source.segments) for source in sources]
+    return _Flash.apply(query, lists, scale, segments, *tensors)  # type: ignore[no-any-return]
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lists: Any, scale: float, segments: Tensor | None
-    ) -> Tensor:
-        out, sums = _forward(query, key, value, lists, scale, segments)
-        ctx.save_for_backward(query, key, value, out, sums)
+    def forward(ctx: Any, query: Tensor, lists: Any, scale: float, segments: Tensor | None, *tensors: Tensor) -> Tensor:
+        parts = [
+            _flash_forward(query, tensors[2 * index], tensors[2 * index + 1], each, scale, segments, of_keys)
+            for index, (each, of_keys) in enumerate(lists)
+        ]
+        out, sums = parts[0]
+        for more, of_more in parts[1:]:
+            out, sums = _merged(out.to(sums.dtype), sums, more, of_more)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, out, sums, *tensors)
         ctx.lists, ctx.scale, ctx.segments = lists, scale, segments
         return out.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        query, key, value, out, sums = ctx.saved_tensors
-        found = _backward(grad, query, key, value, out, sums, ctx.lists, ctx.scale, ctx.segments)
-        return (*found, None, None, None)
+        query, out, sums, *tensors = ctx.saved_tensors
+        of_query, found = torch.zeros_like(query), []
+        for index, (lists, of_keys) in enumerate(ctx.lists):
+            key, value = tensors[2 * index : 2 * index + 2]
+            one, *others = _flash_backward(grad, query, key, value, out, sums, lists, ctx.scale, ctx.segments, of_keys)
+            of_query = of_query + one
+            found += others
+        return of_query, None, None, None, *found
 
 
 @dataclass(eq=False)
@@ -118,7 +143,7 @@ class _Part:
     fold: int
 
 
-def _parts(lists: tuple[Layout, ...], query: Tensor, key: Tensor) -> Iterator[list[_Part]]:
+def _parts(lists: Sequence[Layout], query: Tensor, key: Tensor) -> Iterator[list[_Part]]:
     """Yield the parts of each pass."""
     batch, query_heads, tokens, size = query.shape
     share = query_heads // key.shape[1]
@@ -127,7 +152,7 @@ def _parts(lists: tuple[Layout, ...], query: Tensor, key: Tensor) -> Iterator[li
         heads = layout.heads.tolist()
         found = []
         for pattern in sorted(set(heads)):
-            plan = _plan(layout, pattern, tokens)
+            plan = _plan(layout, pattern, tokens, key.shape[2])
             if not plan.groups:
                 continue
             chosen = [head for head, own in enumerate(heads) if own == pattern]
@@ -147,12 +172,12 @@ def _parts(lists: tuple[Layout, ...], query: Tensor, key: Tensor) -> Iterator[li
 
 
 @lru_cache(maxsize=256)
-def _plan(layout: Layout, pattern: int, tokens: int) -> _Plan:
+def _plan(layout: Layout, pattern: int, tokens: int, key_tokens: int) -> _Plan:
     block = layout.block
     order_q, order_k = (None if o is None else o[pattern].long() for o in (layout.order_q, layout.order_k))
     blocks_q, blocks_k = layout.starts.shape[1] - 1, layout.key_starts.shape[1] - 1
     natural = torch.arange(blocks_k * block)
-    keys = torch.where(natural < tokens, natural, -1) if order_k is None else order_k
+    keys = torch.where(natural < key_tokens, natural, -1) if order_k is None else order_k
     place_q = None
     if order_q is not None:
         straight = torch.arange(len(order_q))
@@ -200,9 +225,10 @@ def _seen(layout: Layout, masks: Tensor, columns: Tensor, missing: Tensor) -> Te
     return (seen & ~missing[columns][:, :, None]).transpose(1, 2).flatten(2)
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, lists: tuple[Layout, ...], scale: float, segments: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, lists: Sequence[Layout], scale: float,
+    segments: Tensor | None, of_keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output ``[B, N, H, D]`` and the log-sum-exp ``[B, N, H]``."""
     batch, heads, tokens, size = query.shape
     accurate = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -212,7 +238,7 @@ def _forward(
     first = True
     for parts in _parts(lists, query, key):
         for part in parts:
-            found, lse = _forward_part(query, key, value, part, scale, segments)
+            found, lse = _forward_part(query, key, value, part, scale, segments, of_keys)
             if part.heads is None and first and not merged:
                 return found, lse
             old_out, old = (x if part.heads is None else x.index_select(2, part.heads) for x in (out, sums))
@@ -235,14 +261,15 @@ def _merged(out: Tensor, sums: Tensor, other: Tensor, more: Tensor) -> tuple[Ten
 
 
 def _forward_part(
-    query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float, segments: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, part: _Part, scale: float,
+    segments: Tensor | None, of_keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     plan, batch = part.plan, len(query)
     q = _placed(query, part.heads, plan.order_q, plan.blocks_q, part.layout.block)
     k, v = (_placed(x, part.key_heads, plan.order_k, plan.blocks_k, part.layout.block) for x in (key, value))
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     sums = torch.full(q.shape[:3], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    for rows, columns, mask, empty in _chunks(part, batch, k, segments):
+    for rows, columns, mask, empty in _chunks(part, batch, k, segments, of_keys):
         taken = _folded(q.index_select(0, rows), part.fold)
         found, lse = FLASH(taken, _block_rows(k, columns), _block_rows(v, columns), attn_mask=mask, scale=scale)
         found, lse = _unfolded(found, part.fold), _unfolded(lse[..., None], part.fold)[..., 0]
@@ -255,12 +282,11 @@ def _forward_part(
     return _back(out, plan.place_q, batch, tokens, 0), _back(sums, plan.place_q, batch, tokens, -torch.inf)
 
 
-def _backward(
+def _flash_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
-    lists: tuple[Layout, ...], scale: float, segments: Tensor | None,
+    lists: Sequence[Layout], scale: float, segments: Tensor | None, of_keys: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    batch = len(query)
-    accurate = sums.dtype
+    batch, accurate = len(query), sums.dtype
     sums = sums.masked_fill(torch.isneginf(sums), torch.inf).transpose(1, 2)  # weights of 0
     out = out.transpose(1, 2)
     totals = [torch.zeros(x.transpose(1, 2).shape, dtype=accurate) for x in (query, key, value)]
@@ -273,11 +299,21 @@ def _backward(
             s = _placed(sums[..., None], *at_query, empty=torch.inf)
             k, v = (_placed(x, *at_key) for x in (key, value))
             into = [torch.zeros(x.shape, dtype=accurate) for x in (q, k, v)]
-            for rows, columns, mask, _ in _chunks(part, batch, k, segments):
+            for rows, columns, mask, _ in _chunks(part, batch, k, segments, of_keys):
                 taken = [_folded(x.index_select(0, rows), part.fold) for x in (q, g, o, s)]
                 keys, values = _block_rows(k, columns), _block_rows(v, columns)
-                given = taken[1], taken[0], keys, values, taken[2], taken[3][..., 0]
-                found = FLASH_BACKWARD(*given, 0.0, False, attn_mask=mask, scale=scale)
+                found = FLASH_BACKWARD(
+                    taken[1],
+                    taken[0],
+                    keys,
+                    values,
+                    taken[2],
+                    taken[3][..., 0],
+                    0.0,
+                    False,
+                    attn_mask=mask,
+                    scale=scale,
+                )
                 into[0].index_copy_(0, rows, _unfolded(found[0], part.fold).to(accurate))
                 for total, one in zip(into[1:], found[1:], strict=True):
                     blocks = one.transpose(1, 2).reshape(-1, *total.shape[1:])
@@ -302,7 +338,7 @@ def _add(total: Tensor, part: Tensor, order: Tensor | None, heads: Tensor | None
 
 
 def _chunks(
-    part: _Part, batch: int, keys: Tensor, segments: Tensor | None
+    part: _Part, batch: int, keys: Tensor, segments: Tensor | None, of_keys: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """Yield some query blocks at a time.
 
@@ -312,11 +348,13 @@ def _chunks(
     """
     plan, block = part.plan, part.layout.block
     of_q = of_k = None
-    if segments is not None:
+    if segments is not None and of_keys is not None:
         of_q, of_k = (
-            _placed(segments[:, None, :, None], None, order, count, block, empty=-1)[..., 0, 0]
-            for order, count in ((plan.order_q, plan.blocks_q), (plan.order_k, plan.blocks_k))
-        )
+            _placed(each[:, None, :, None], None, order, count, block, empty=-1)[..., 0, 0]
+            for each, order, count in (
+                (segments, plan.order_q, plan.blocks_q), (of_keys, plan.order_k, plan.blocks_k),
+            )
+        )  # fmt: skip
     row = torch.arange(batch)[:, None]
     for group in plan.groups:
         count = group.columns.shape[1]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attend import HeadPatterns, masked_product, seen_by_head
+from .attend import HeadPatterns, masked_attention, seen_by_head
 from .rows import Rows
 
 NO_LIMIT = 2**31 - 1  # tokens of a row
@@ -253,7 +253,7 @@ def _grouped(
         out = functional.scaled_dot_product_attention(query, key, value, None, dropout, scale=scale)
     else:
         seen = query.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool) if seen is None else seen
-        out = masked_product(query, key, value, seen, mask, scale, dropout)
+        out = masked_attention(query, key, value, seen, mask, scale, dropout)
     return out.reshape(batch, heads, count, -1)
 
 

@@ -7,6 +7,7 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -33,6 +34,7 @@ class Layout:
         rows, key_masks: ``[entries]``: a block of queries, and its mask.
         order_q, order_k: ``[L, places]``: the token at each place, -1 for none; None: tokens in their natural order.
         heads: ``[H]``: the pattern of each query head.
+        shift: for each head what is added to its log-sum-exp, if pairs count several times; None if no head has any.
     """
 
     block: int
@@ -46,6 +48,7 @@ class Layout:
     order_q: Tensor | None
     order_k: Tensor | None
     heads: Tensor
+    shift: tuple[float, ...] | None = None
 
     @property
     def entries(self) -> int:
@@ -67,7 +70,7 @@ class Layout:
         return torch.cat([bits, torch.ones_like(bits[:1]) if len(bits) else bits.new_ones(1, self.block, self.block)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def layouts(
     patterns: tuple[Pattern, ...], heads: tuple[int, ...], length: int, block: int, device: torch.device
 ) -> tuple[Layout, ...]:
@@ -99,6 +102,8 @@ def _layout(passes: list[Pass | None], heads: tuple[int, ...], length: int, bloc
     pattern = torch.cat([torch.full_like(each[0], i) for i, each in enumerate(lists)])
     mask, bits = _distinct(seen, block)
     by_key = torch.argsort((pattern * blocks_k + column) * blocks_q + row)
+    times = [1 if each is None else each.times for each in passes]
+    shift = tuple(math.log(times[own]) for own in heads) if max(times) > 1 else None
     return Layout(
         block,
         _starts(pattern, row, len(passes), blocks_q),
@@ -111,6 +116,7 @@ def _layout(passes: list[Pass | None], heads: tuple[int, ...], length: int, bloc
         None if natural else tokens_q.int(),
         None if natural else tokens_k.int(),
         torch.tensor(heads, dtype=torch.int32, device=device),
+        shift,
     )
 
 

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .terms import Band, Term
+from .terms import Term
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Terms that are computed together, in one order of the tokens; pairs of ``earlier`` terms are left out."""
+    """Terms that are computed together, in one order of the tokens; pairs of ``earlier`` terms are left out.
+
+    Each pair counts ``times`` times in the softmax.
+    """
 
     terms: tuple[Term, ...]
     earlier: tuple[Term, ...]
     causal: bool
+    times: int = 1
 
     def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
         """Return True where the pass computes a pair; arguments as in ``Term.sees``."""
@@ -36,10 +40,12 @@ class Pattern:
     Attributes:
         terms: a query sees the keys of any of them.
         causal: keys behind the query are not seen, whatever the terms say.
+        repeats: pairs that are counted again in the softmax, and how many times more.
     """
 
     terms: tuple[Term, ...]
     causal: bool = False
+    repeats: tuple[tuple[Term, int], ...] = ()
 
     def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
         """Return True where the query at a position sees the key at a position; arguments as in ``Term.sees``."""
@@ -53,7 +59,10 @@ class Pattern:
         return found
 
     def passes(self) -> tuple[Pass, ...]:
-        """Return disjoint passes whose union is the pattern: one for each order of tokens, the natural one first."""
+        """Return disjoint passes whose union is the pattern: one for each order of tokens, the natural one first.
+
+        Repeats follow them.
+        """
         orders: dict[tuple[str, int], list[Term]] = {}
         for term in sorted(self.terms, key=lambda term: term.order != ("natural", 1)):
             orders.setdefault(term.order, []).append(term)
@@ -62,6 +71,7 @@ class Pattern:
         for terms in orders.values():
             found.append(Pass(tuple(terms), earlier, self.causal))
             earlier = (*earlier, *terms)
+        found += [Pass((term,), (), self.causal, times) for term, times in self.repeats]
         return tuple(found)
 
     @property
@@ -71,11 +81,13 @@ class Pattern:
 
     def is_full(self, length: int) -> bool:
         """Return True if every query of a row of ``length`` tokens sees every key that the model allows."""
-        if any(isinstance(term, Band) and _holds_all(term, length, self.causal) for term in self.terms):
+        if not self.repeats and any(term.holds_all(length, self.causal) for term in self.terms):
             return True
         if length > SMALL:
             return False
         place = torch.arange(length)
+        if any(bool(term.sees(place[:, None], place[None, :], length).any()) for term, _ in self.repeats):
+            return False
         seen = self.sees(place[:, None], place[None, :], length)
         return bool((seen | (place[None, :] > place[:, None])).all() if self.causal else seen.all())
 
@@ -89,14 +101,8 @@ def visible(pattern: Pattern, length: int, device: torch.device | str = "cpu") -
     return pattern.sees(place[:, None], place[None, :], length).expand(length, length)
 
 
-def _holds_all(band: Band, length: int, causal: bool) -> bool:
-    reaches_back = band.before is None or band.before >= length - 1
-    reaches_on = causal or band.after is None or band.after >= length - 1
-    return band.step == 1 and reaches_back and reaches_on
-
-
 def _any_sees(terms: tuple[Term, ...], query: Tensor, key: Tensor, length: int) -> Tensor:
-    found = terms[0].sees(query, key, length)
-    for term in terms[1:]:
+    found = torch.zeros((), dtype=torch.bool, device=key.device)
+    for term in terms:
         found = found | term.sees(query, key, length)
     return found

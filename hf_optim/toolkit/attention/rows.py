@@ -24,18 +24,18 @@ class Rows:
         offset: place of the first query among the keys.
         left: some row begins with padding.
         packed: some row holds several documents.
-        same_length: all rows have the same number of tokens.
         holes: some row has padding between its tokens, as when a batch that is padded on the right is continued.
         padded: some row has padding.
+        whole: each row has as many tokens as there are places.
     """
 
     segments: Tensor
     offset: int = 0
     left: bool = False
     packed: bool = False
-    same_length: bool = True
     holes: bool = False
     padded: bool = False
+    whole: bool = True
 
     @classmethod
     def of(cls, segments: Tensor, offset: int = 0) -> Rows:
@@ -44,9 +44,9 @@ class Rows:
         facts = torch.stack([
             (~valid[:, 0]).any(),
             (segments > 0).any(),
-            (valid.sum(1) == valid[0].sum()).all(),
             (valid[:, 1:] & ~valid[:, :-1] & (valid.cumsum(1)[:, :-1] > 0)).any(),
             (segments == -1).any(),
+            valid.all(),
         ]).tolist()  # fmt: skip
         return cls(segments, offset, *facts)
 

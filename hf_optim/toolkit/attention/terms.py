@@ -76,6 +76,15 @@ class Term:
         """True if what a query sees depends on the number of tokens in the row."""
         return False
 
+    @property
+    def length_step(self) -> int:
+        """Rows with the same number of steps, rounded up, see the same, of a term that reads lengths."""
+        return 1
+
+    def holds_all(self, length: int, causal: bool) -> bool:
+        """Return True if it is known that the term holds every pair that the model allows in a row of ``length``."""
+        return False
+
 
 @dataclass(frozen=True)
 class Band(Term):
@@ -131,6 +140,11 @@ class Band(Term):
     @property
     def moves_along(self) -> bool:
         return True
+
+    def holds_all(self, length: int, causal: bool) -> bool:
+        reaches_back = self.before is None or self.before >= length - 1
+        reaches_on = causal or self.after is None or self.after >= length - 1
+        return self.step == 1 and reaches_back and reaches_on
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from hf_optim import ModelError, RecipeError, Reload, Run, Technique, hookimpl
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import (
     FIELD,
+    GLOBAL_TOKENS,
     STORED,
     Attachment,
     Band,
+    GlobalTokensModel,
     HeadPatterns,
     Pattern,
     PatternModel,
     Term,
-    number_layers,
     share_of_attention,
 )
 from hf_optim.toolkit.modules import eval_mode, rounding_tolerance
@@ -34,20 +35,23 @@ LONGEST = 2**30  # a distance of tokens
 LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
 
 
-def remote_code_of(name: str, page: ModuleType, config_base: str) -> RemoteCode:
+def remote_code_of(name: str, page: ModuleType, config_base: str, global_tokens: bool = False) -> RemoteCode:
     """Return the code that is stored with the models of a technique.
 
     Args:
         name: of the technique.
         page: the module with its pattern.
         config_base: name of the base of configuration classes in ``page``.
+        global_tokens: its models have tokens that are global in their row.
     """
+    more = GLOBAL_TOKENS if global_tokens else ()
+    model_base = GlobalTokensModel if global_tokens else PatternModel
     return RemoteCode(
         name=name,
-        source=joined(*STORED, page),
+        source=joined(*STORED, *more, page),
         config_base=config_base,
         field=FIELD,
-        model_base=PatternModel.__name__,
+        model_base=model_base.__name__,
     )
 
 
@@ -186,7 +190,12 @@ def stride_of(stride: int | str, config: PretrainedConfig, label: str) -> int:
 
 
 def attach(
-    run: Run, step: Technique, code: RemoteCode, attachment: Attachment, settings: Mapping[str, Any]
+    run: Run,
+    step: Technique,
+    code: RemoteCode,
+    attachment: Attachment,
+    settings: Mapping[str, Any],
+    encoders_only: str = "",
 ) -> PreTrainedModel:
     """Change the attention of ``run.model`` to the patterns of a technique, in place, and return the model.
 
@@ -196,16 +205,19 @@ def attach(
         code: what is stored with the model.
         attachment: the implementation, as it is registered.
         settings: the settings of the pattern, as they go into ``config.json``: plain JSON.
+        encoders_only: why the pattern is for models that are not causal; empty if it is for both.
 
     Raises ``ModelError``, and leaves the model unchanged, if the pattern does not reach each attention of the model.
     """
     model, label = run.model, run.label(step)
-    inputs = dummy_inputs(model)
+    inputs = dummy_inputs(model.base_model)  # type: ignore[arg-type]
     full = hidden_states(model, inputs)
     causal = prove(model, inputs, full, label)
+    if causal and encoders_only:
+        raise ModelError(f"{label}: {type(model).__name__} is causal: {encoders_only}")
     each = layer_patterns(model.config, attachment, settings, causal, label)
-    number_layers(model)
     convert(model, code, dict(settings))
+    model.set_up_attention()  # type: ignore[operator]
     model.set_attn_implementation(attachment.name)
     run.record.reload = Reload.REMOTE_CODE.name
     context = context_length(model.config) or full.shape[1]
