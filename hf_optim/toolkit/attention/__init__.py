@@ -32,6 +32,7 @@ from .global_models import (
 from .global_tokens import Pieces
 from .kept import Kept, kept_attention
 from .pattern import Pattern, visible
+from .rows import Apart, Rows
 from .settings import LARGEST, MOST, chosen, whole, wholes
 from .share import share_of_attention
 from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Term
@@ -49,6 +50,7 @@ __all__ = [
     "LARGEST",
     "MOST",
     "STORED",
+    "Apart",
     "Attachment",
     "Band",
     "Chunks",
@@ -63,6 +65,7 @@ __all__ = [
     "PatternLayer",
     "PatternModel",
     "Pieces",
+    "Rows",
     "ShiftedChunks",
     "Spans",
     "Term",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -254,7 +253,7 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
         raise ModelError(f"{label}: {type(model).__name__} cannot compute a pattern: {error}") from error
     layers = model.config.get_text_config().num_hidden_layers
     same = relative_difference(wide, full) <= rounding_tolerance(model)
-    if not (same and isolated and called.total() >= layers):
+    if not (same and isolated and called.total >= layers):
         raise ModelError(
             f"{label}: a pattern does not reach the attention of {type(model).__name__}, which does not take attention "
             "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
@@ -263,15 +262,35 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
     return relative_difference(last[:, 0], full[:, 0]) == 0
 
 
+class Call(NamedTuple):
+    """What an attention function got: key heads, width of a key and of a value, and if a mask restricts pairs."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    restricted: bool
+
+
+class Called(dict[int, Call]):
+    """The last call of each module, by its id, and how many calls there were in all."""
+
+    total = 0
+
+
 @contextmanager
-def probe(model: PreTrainedModel, term: Term) -> Iterator[Counter[str]]:
-    """Compute one term in every head while the body runs; yields how often modules of each class were called."""
-    called: Counter[str] = Counter()
+def probe(model: PreTrainedModel, term: Term) -> Iterator[Called]:
+    """Compute one term in every head while the body runs; yields the calls of attention."""
+    called = Called()
 
     class Probe(Attachment):
-        def attention(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            called[type(module).__name__] += 1
-            return super().attention(module, *args, **kwargs)
+        def attention(
+            self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
+        ) -> Any:
+            mask = args[0] if args else more.get("attention_mask")
+            restricted = mask is not None and mask.dtype != torch.int32
+            called[id(module)] = Call(key.shape[1], key.shape[3], value.shape[3], restricted)
+            called.total += 1
+            return super().attention(module, query, key, value, *args, **more)
 
     attachment = Probe("hf_optim_probe", lambda settings, layer, heads, causal: [Pattern((term,), causal)])
     config, before = model.config, model.config._attn_implementation
