@@ -12,10 +12,14 @@ affect what stock transformers computes.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+
+from ..errors import CheckpointError
+from ..trust.bounds import shown
 
 FIELD, KEY = "hf_optim", "outliers"
 # The name that adapters give to the layer that they wrap.
@@ -26,21 +30,23 @@ def set_outlier_threshold(model: Any, names: Iterable[str], threshold: float | N
     """Set the magnitude above which these linear layers multiply columns of their input unquantized.
 
     It applies to layers with 8-bit symmetric weights and one scale per row, and is ignored for others. With None, no
-    column is an outlier. Raises ``ValueError`` for a threshold that is negative or not finite.
+    column is an outlier. Raises ``ValueError`` for a threshold that is negative or not finite, and ``CheckpointError``
+    if the configuration has something else where thresholds are kept.
     """
     if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold {threshold}; it must be finite and not negative, or None")
     names = sorted(names)
-    held = dict(getattr(model.config, FIELD, None) or {})
-    entries = [left for each in held.get(KEY, ()) if (left := _without(dict(each), set(names), model))]
+    entries = [left for each in _stored(model.config) if (left := _without(each, set(names), model))]
     if names:
         entries.append({"threshold": threshold, "modules": _patterns(names, model)})
-    held[KEY] = entries
-    setattr(model.config, FIELD, held)
+    setattr(model.config, FIELD, {**(getattr(model.config, FIELD, None) or {}), KEY: entries})
 
 
 def outlier_thresholds(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Return the thresholds of those of ``names`` that have one; infinity for a threshold of null."""
+    """Return the thresholds of those of ``names`` that have one; infinity for a threshold of null.
+
+    Raises ``CheckpointError`` if the configuration of the model does not describe thresholds.
+    """
     entries = _entries(model)
     found: dict[str, float] = {}
     for name in names if entries else ():
@@ -61,12 +67,40 @@ def remove_outlier_thresholds(config: Any) -> None:
             delattr(config, FIELD)
 
 
-def _entries(model: nn.Module) -> list[Mapping[str, Any]]:
+def _entries(model: nn.Module) -> list[dict[str, Any]]:
     for part in model.modules():
-        held = getattr(getattr(part, "config", None), FIELD, None)
-        if isinstance(held, Mapping):
-            return list(held.get(KEY, ()))
+        if getattr(getattr(part, "config", None), FIELD, None) is not None:
+            return _stored(part.config)
     return []
+
+
+def _stored(config: Any) -> list[dict[str, Any]]:
+    """Return the entries in a configuration. Raises ``CheckpointError`` for one that does not describe thresholds."""
+    held = getattr(config, FIELD, None) or {}
+    if not isinstance(held, Mapping):
+        raise CheckpointError(f"config.json: {FIELD} must be a mapping, not {shown(held)}")
+    entries = held.get(KEY) or []
+    if not isinstance(entries, (list, tuple)):
+        raise CheckpointError(f"config.json: {FIELD}.{KEY} must be a list, not {shown(entries)}")
+    for entry in entries:
+        if not _describes_thresholds(entry):
+            raise CheckpointError(
+                f"config.json: an entry of {FIELD}.{KEY} must have a threshold (null, or a finite number from 0) and "
+                f"modules (a list of names), not {shown(entry)}"
+            )
+    return [dict(entry) for entry in entries]
+
+
+def _describes_thresholds(entry: Any) -> bool:
+    if not isinstance(entry, Mapping) or "threshold" not in entry:
+        return False
+    threshold, modules = entry["threshold"], entry.get("modules")
+    if not isinstance(modules, (list, tuple)) or not all(isinstance(name, str) for name in modules):
+        return False
+    if threshold is None:
+        return True
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    return is_number and 0 <= threshold <= sys.float_info.max
 
 
 def _without(entry: dict[str, Any], names: set[str], model: nn.Module) -> dict[str, Any]:
