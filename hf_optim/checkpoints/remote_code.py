@@ -28,6 +28,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ..compressed.dense_conversions import keep_float_stacks
 from ..errors import ModelError
 from ..toolkit.modules import remote_code_guard
 from ..toolkit.modules.transplant import auto_classes
@@ -108,9 +109,11 @@ def convert(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedM
     own = getattr(module, code.prefix + config_class.__name__)
     for config in _configs(model, config_class):
         config.__class__ = own
+        config.__dict__.pop("model_type", None)  # a loaded configuration holds that of its file beside its class
         setattr(config, code.field, value)
         config.auto_map = dict(module.AUTO_MAP)
     model.__class__ = getattr(module, name)
+    keep_float_stacks(model)
     return model
 
 

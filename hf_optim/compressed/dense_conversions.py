@@ -1,4 +1,4 @@
-"""Conversions of dense weights, which transformers cannot combine with codes.
+"""Conversions of weights that are not codes, which transformers cannot combine with codes.
 
 transformers builds some parameters from several tensors of a checkpoint, or several from one: the convolutions of
 linear attention from one each for q, k and v, the projections of a vision tower from a fused one. When it reads a
@@ -19,24 +19,55 @@ WEIGHT = ".weight"
 def keep_model_names(model: Any) -> None:
     """Make ``save_pretrained`` write the parameters that come from conversions of dense weights as the model has them.
 
-    Conversions of experts stay: their codes are stored one matrix for each expert.
+    Conversions of experts stay, since transformers reads the experts of its own classes only as one matrix for each;
+    but see ``keep_float_stacks``.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    used = compat.weight_conversions(model)
-    if not used:  # the model was not loaded: transformers would take its own, without changes of prefixes
-        own = get_model_conversion_mapping(model, add_legacy=False)
-        used = [each for each in own if not isinstance(each, PrefixChange)]
+    used = compat.weight_conversions(model) or _own_conversions(model)
     kept = [each for each in used if not _converts_dense_weights(each)]
     if len(kept) < len(used):
         model._weight_conversions = kept
+    keep_float_stacks(model)
+
+
+def keep_float_stacks(model: Any) -> None:
+    """Make ``save_pretrained`` write experts in floating point stacked, if the class of the model reads them so.
+
+    Codes have the names of one matrix for each expert before ``save_pretrained`` renames anything.
+    """
+    if reads_float_stacks(model):
+        used = getattr(model, "_weight_conversions", None)
+        used = _own_conversions(model) if used is None else used
+        model._weight_conversions = [each for each in used if not _converts_experts(each)]
+
+
+def reads_float_stacks(model: Any) -> bool:
+    """Return True if experts in floating point can be stored beside the integer codes of other layers.
+
+    This holds for classes whose code is saved with the checkpoint (``toolkit.modules.coded_experts``).
+    """
+    return bool(getattr(type(model), "keeps_float_stacks", False))
+
+
+def _own_conversions(model: Any) -> list[Any]:
+    """Return the conversions with which transformers saves a model that was not loaded: without changes of prefixes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    own = get_model_conversion_mapping(model, add_legacy=False)
+    return [each for each in own if not isinstance(each, PrefixChange)]
 
 
 def _converts_dense_weights(conversion: Any) -> bool:
+    sources = _sources(conversion)
+    return bool(sources) and all(s.endswith(WEIGHT) for s in sources) and not _converts_experts(conversion)
+
+
+def _converts_experts(conversion: Any) -> bool:
+    return any("experts" in source for source in _sources(conversion))
+
+
+def _sources(conversion: Any) -> list[str]:
+    """Return the patterns of the tensors that are converted; none for a conversion that only renames."""
     from transformers.core_model_loading import WeightConverter
 
-    if not isinstance(conversion, WeightConverter):
-        return False
-    sources = conversion._original_source_patterns
-    return all(source.endswith(WEIGHT) for source in sources) and not any("experts" in source for source in sources)
+    return list(conversion._original_source_patterns) if isinstance(conversion, WeightConverter) else []

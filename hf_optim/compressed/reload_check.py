@@ -49,19 +49,21 @@ log = logging.getLogger(__name__)
 UNPACKED = "naive-quantized"
 
 
-def require_reloadable(step: Technique, model: Any, label: str) -> None:
+def require_reloadable(step: Technique, model: Any, label: str, own_code: bool = False) -> None:
     """Raise ``ModelError`` if stock transformers could not load the compressed checkpoint of ``model`` after ``step``.
 
     A step that does not write a compressed format passes, and so does one that finds no layers: it reports that itself.
+    Of a class that is not one of transformers, or will not be, only the experts are checked.
 
     Args:
         step: a step of a recipe.
         model: the model as the step finds it; it may be on the meta device.
         label: the beginning of the message.
+        own_code: the checkpoint will have code of its own, because of another step.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return  # it has quantized layers, which the step itself accepts or refuses
-    if QUANTIZED not in step.contract().adds or step.reload() is not Reload.STOCK_FORMAT or not is_stock(model):
+    if QUANTIZED not in step.contract().adds or step.reload() is not Reload.STOCK_FORMAT:
         return
     bits, integer = getattr(step, "bits", 8), getattr(step, "format", "int") == "int"
     targets, skip = getattr(step, "targets", ("Linear",)), tuple(getattr(step, "skip", ()))
@@ -86,7 +88,7 @@ def require_reloadable(step: Technique, model: Any, label: str) -> None:
         static=not getattr(step, "dynamic", True),
         symmetric_activations=getattr(step, "symmetric_activations", True),
     )
-    if not layers or not (problem := reload_problem(model, layers, scheme)):
+    if not layers or own_code or not is_stock(model) or not (problem := reload_problem(model, layers, scheme)):
         return
     if reload_problem(model, {}, scheme):
         log.warning(
@@ -102,7 +104,7 @@ def require_reloadable(step: Technique, model: Any, label: str) -> None:
 
 def _without_fp8(message: str, scope: Scope, targets: tuple[str, ...], skip: tuple[str, ...]) -> str:
     """Return an error of ``storable``, without the advice to use fp8 if stock transformers could not load that."""
-    if message.endswith(FP8_REMEDY):
+    if message.endswith(FP8_REMEDY) and is_stock(scope.model):
         layers, _ = storable(scope, targets, skip, integer=False)
         if reload_problem(scope.model, layers, make_scheme(8, "float")):
             return message.removesuffix(FP8_REMEDY) + "Use a technique that keeps floating-point weights"

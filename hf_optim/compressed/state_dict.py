@@ -11,6 +11,7 @@ from torch import nn
 from ..toolkit.topology.experts import fused_experts, is_packed_experts
 from .codec import pack, scheme_on
 from .codes import checkpoint_tensors
+from .dense_conversions import reads_float_stacks
 from .experts import PACKED_EXPERTS, SCALE, expert_schemes, packed_experts, stored_scheme
 from .packed.packed_linear import PACKED_WEIGHT, PackedLinear
 
@@ -67,7 +68,8 @@ def packed_state_dict(
 def _packed_experts(model: nn.Module, owner: Any, inside: str) -> dict[str, dict[str, torch.Tensor]] | None:
     """Return the checkpoint tensors of all quantized experts, by module; None if one is no longer on its grid."""
     integer = any(s.weights is not None and s.weights.type == "int" for s in map(scheme_on, model.modules()) if s)
-    if integer and any(not expert_schemes(module) for module in fused_experts(model).values()):
+    dense = any(not expert_schemes(module) for module in fused_experts(model).values())
+    if integer and dense and not reads_float_stacks(owner):
         return None  # transformers decoded the experts while loading the checkpoint
     common = stored_scheme(model)
     found: dict[str, dict[str, torch.Tensor]] = {}

@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..toolkit.topology.experts import ExpertLinear, expert_linears, expert_stacks, has_stacked_weights
 from ..toolkit.topology.linear_layers import linears, parameter_names
 from ..toolkit.topology.selection import match
+from .dense_conversions import reads_float_stacks
 from .experts import expert_schemes, experts_unsupported_reason
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LINEAR_ONLY = "compressed-tensors stores nn.Linear only"
 FP8_REMEDY = "Use fp8, which leaves experts unquantized"
+LEAVE_OUT = ', or leave its experts out (skip: ["*.experts.*"])'
 
 
 def storable(
@@ -37,7 +39,8 @@ def storable(
 
     If a model stores its experts as stacked matrices (instead of ``nn.Linear`` modules), transformers (5.17 to 5.24)
     expects codes for them in an integer checkpoint, and cannot read one without. With ``integer`` weights, therefore,
-    either all experts are quantized or the model is rejected.
+    either all experts are quantized or the model is rejected. Classes whose code is saved with the checkpoint read
+    experts in floating point, too, if none is quantized.
 
     Args:
         scope, targets, skip: see ``Scope.select``. ``Linear`` includes the matrices of experts, but not routers.
@@ -68,7 +71,9 @@ def storable(
     inside = [name for name, module in scope.model.named_modules() if scope.holds(name) and has_stacked_weights(module)]
     if stacks and integer and layers:
         _require_readable_experts(scope, stacks, targets, skip, label, experts, symmetric)
-        inside = [name for name in inside if name not in stacks]
+        quantized = {layer.experts_name for layer in layers.values() if isinstance(layer, ExpertLinear)}
+        quantized |= {name for name, stack in stacks.items() if expert_schemes(stack)}
+        inside = [name for name in inside if name not in quantized]
     if inside and "Linear" in targets:
         skipped[f"stacked matrices: {LINEAR_ONLY}"] = inside
     return layers, skipped
@@ -87,20 +92,22 @@ def _require_readable_experts(
     model = scope.model
     begin = f"{label} cannot store integer weights of {type(model).__name__}: its experts are stacked matrices"
     left = {name: stack for name, stack in stacks.items() if not expert_schemes(stack)}
+    views = expert_linears(model)
+    chosen = set(match({**linears(model), **views}, targets, skip)) if experts else set()
+    if reads_float_stacks(model) and not any(views[name].experts_name in left for name in chosen & set(views)):
+        return
     if not experts and left:
         raise ModelError(
             f"{begin} ({next(iter(left))}), which this technique leaves unquantized, and stock transformers reads an "
             "integer checkpoint of a mixture of experts only if its experts are packed too. Use a technique that "
             "quantizes experts, or fp8, which stock transformers reads together with unquantized experts"
         )
-    views = expert_linears(model)
-    chosen = set(match({**linears(model), **views}, targets, skip)) if experts else set()
     out = [name for name, view in views.items() if name not in chosen and view.experts_name in left]
     if out:
+        some = "all or none of its experts" if reads_float_stacks(model) else "all its experts"
         raise ModelError(
             f"{begin} of which targets and skip leave out {len(out)}, such as {out[0]}, and stock transformers reads "
-            "an integer checkpoint of a mixture of experts only if all its experts are packed. Select all of them, or "
-            "use fp8"
+            f"an integer checkpoint of a mixture of experts only if {some} are packed. Select all of them, or use fp8"
         )
     checked = {name: stack for name, stack in left.items() if scope.holds(name)} or dict([*left.items()][:1])
     for name, stack in checked.items():
@@ -111,7 +118,7 @@ def _require_readable_experts(
         if not symmetric:
             raise ModelError(
                 f"{begin} ({name}), and stock transformers reads codes of experts without zero points only. Use "
-                "symmetric: true"
+                f"symmetric: true{LEAVE_OUT * reads_float_stacks(model)}"
             )
 
 

@@ -34,6 +34,6 @@ def require_supported_steps(recipe: OptimConfig, model: Any, first: int = 0, *, 
             raise PatternError(f"{label}: {error} in {type(model).__name__}") from error
         if step.changes_architecture():
             return number
-        if not dense and recipe.reload is not Reload.REMOTE_CODE:
-            require_reloadable(step, model, label)
+        if not dense:
+            require_reloadable(step, model, label, own_code=recipe.reload is Reload.REMOTE_CODE)
     return len(recipe.steps)

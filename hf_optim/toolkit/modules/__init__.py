@@ -1,14 +1,17 @@
 """Replace and transplant the modules of a model, and compare the outputs of two models."""
 
-from . import remote_code_guard, replace, transplant
+from . import coded_experts, remote_code_guard, replace, transplant
+from .coded_experts import CodedExperts
 from .compare import main_output, output_difference, rounding_tolerance
 from .modes import eval_mode
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
 
 __all__ = [
+    "CodedExperts",
     "RefusedByStock",
     "ReplacedModules",
+    "coded_experts",
     "eval_mode",
     "main_output",
     "output_difference",

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import ReplacedModules
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules
 
 
 class Inlet(nn.Module):
@@ -148,7 +148,7 @@ def choose_implementation(model: Any, asked: str | None = None) -> None:
     model.config._experts_implementation_internal = asked or ("grouped_mm" if fused else "eager")
 
 
-class FeedForwardModules(ReplacedModules):
+class FeedForwardModules(CodedExperts, ReplacedModules):
     """Base of a model class whose feed-forward layers are built from the entries of its configuration.
 
     The entry of a last projection has ``experts``, the ``width`` of its input and the names of its ``inlets``, of which

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import ReplacedModules
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules
 
 
 def is_known(values: Tensor) -> bool:
@@ -182,7 +182,7 @@ def noting_tasks(former: Callable[..., Any]) -> Callable[..., Any]:
     return generate
 
 
-class TaskModel(ReplacedModules):
+class TaskModel(CodedExperts, ReplacedModules):
     """Base of a model class whose feed-forward parts named in ``config.task_moe`` are mixtures.
 
     ``forward`` and ``generate`` take ``task_ids``, int64 ``[B]``: the number of the task of each sequence in

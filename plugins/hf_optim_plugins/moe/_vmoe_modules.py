@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from hf_optim.toolkit.experts import capacity, slot_positions
-from hf_optim.toolkit.modules import ReplacedModules
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class MixtureModel(ReplacedModules):
+class MixtureModel(CodedExperts, ReplacedModules):
     """Base of a model class whose feed-forward parts named in ``config.vmoe`` are mixtures.
 
     In training the losses of the routers are part of the loss that the model returns for labels. Where a loss is

@@ -31,7 +31,7 @@ from transformers.activations import ACT2FN
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import main_output, replace, rounding_tolerance
+from hf_optim.toolkit.modules import coded_experts, main_output, replace, rounding_tolerance
 from hf_optim.toolkit.statistics import RowSample
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
 
@@ -98,7 +98,7 @@ class Moefication(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="moefication",
-        source=joined(replace, _inlet_layers, _moefied_layers),
+        source=joined(coded_experts, replace, _inlet_layers, _moefied_layers),
         field=_moefied_layers.MoefiedModules.replaced_field,
         model_base=_moefied_layers.MoefiedModules.__name__,
     )

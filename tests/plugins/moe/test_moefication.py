@@ -284,19 +284,6 @@ def test_pruned_weights_stay_pruned_in_their_experts():
     assert not any(".up_proj.weight" in name for name in masks)
 
 
-@pytest.mark.parametrize("technique", ["gptq", "rtn"])
-def test_integer_codes_of_its_experts_are_refused_and_fp8_leaves_them(technique):
-    with pytest.raises(ModelError, match="cannot store integer weights of MoeficationLlamaForCausalLM"):
-        divide(tiny_llama(), {"technique": technique})
-
-
-def test_fp8_around_the_experts_reloads(tmp_path):
-    model = divide(tiny_llama(), {"technique": "rtn", "scheme": "FP8"})
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-    assert torch.equal(logits(again), logits(model))
-
-
 def test_distillation_recovers_towards_the_dense_model(tmp_path):
     dense, model = tiny_opt(), divide(tiny_opt(), {"technique": "logit_kd", "alpha": 1.0}, active=1)
     routers = {name: ffn.router.centers.clone() for name, ffn in layers_of(model).items()}
