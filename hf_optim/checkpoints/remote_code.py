@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import copy
 import importlib.util
 import inspect
 import shutil
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -128,6 +130,20 @@ def require_own_code(model: PreTrainedModel, code: RemoteCode, label: str) -> No
             f"{label}: {type(model).__name__} is not among the classes that transformers' AutoModel classes "
             "support, so no code can be saved with it"
         )
+
+
+def converted_skeleton(model: PreTrainedModel, code: RemoteCode, value: Any) -> PreTrainedModel:
+    """Return a model on the meta device of the class that ``convert`` would give ``model``; the arguments are its own.
+
+    Unlike there, ``__init__`` of the class replaces the modules. ``model`` is not changed.
+    """
+    module = generate(code, stock_class(type(model.config)))  # type: ignore[arg-type]
+    config = copy.deepcopy(model.config)
+    config.__class__ = getattr(module, code.prefix + stock_class(type(config)).__name__)
+    config.__dict__.pop("model_type", None)
+    setattr(config, code.field, value)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return getattr(module, code.prefix + stock_class(type(model)).__name__)(config)
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,6 +254,9 @@ def _import_text(name: str, text: str) -> ModuleType:
     # transformers copies the file of the module that defines a class, so the module needs a file.
     path = _folder() / f"{name}.py"
     path.write_text(text, encoding="utf-8")
+    # pickle imports the module of a class, and so its package. In another process there is none: a checkpoint is the
+    # way to it.
+    sys.modules.setdefault(PACKAGE, ModuleType(PACKAGE))
     qualified = f"{PACKAGE}.{name}"
     spec = importlib.util.spec_from_file_location(qualified, path)
     assert spec is not None
@@ -268,6 +287,7 @@ def _folder() -> Path:
 __all__ = [
     "RemoteCode",
     "convert",
+    "converted_skeleton",
     "generate",
     "joined",
     "register",

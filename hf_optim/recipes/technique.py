@@ -127,6 +127,14 @@ class Technique:
             label: the beginning of the message, such as ``"step 2 (gptq)"``.
         """
 
+    def model_after(self, model: Any, label: str) -> Any:
+        """Return the model as a step that changes its architecture will leave it, without values, or None if unknown.
+
+        It is called after ``check_model``, with the same arguments, so that the steps that follow can be checked before
+        any work. ``model`` must not be changed.
+        """
+        return None
+
     def check_training(self, model: Any, stage: Sequence[Technique], labels: bool, label: str) -> None:
         """Raise ``ModelError`` or ``RecipeError`` if a stage cannot be trained as its recipe stands.
 

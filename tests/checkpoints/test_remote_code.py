@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
+import pickle
 import sys
 import textwrap
 
@@ -376,3 +378,12 @@ def test_compress_evaluates_a_result_with_remote_code(shared_models, shared_data
     before, after = (run.record.measured[side] for side in ("before", "after"))
     assert before["perplexity"] < after["perplexity"] < 1.5 * before["perplexity"]
     assert run.record.reload == "REMOTE_CODE"
+
+
+def test_generated_classes_are_copied_and_pickled_in_this_process():
+    model = converted(tiny_bert())
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(again) is type(model)
+        assert type(again.config) is type(model.config)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        assert next(again.parameters()) is not next(model.parameters())

@@ -15,6 +15,7 @@ from capped_oracle import is_registered, without_other_users
 import hf_optim
 from hf_optim.toolkit.experts import Routing, attach_experts, attach_routing, expert_product
 from hf_optim.toolkit.experts.gates import recognize
+from hf_optim.toolkit.experts.product import padded_product
 from hf_optim.toolkit.topology import dummy_inputs
 from hf_optim.toolkit.topology.experts import fused_experts
 
@@ -187,3 +188,44 @@ def test_gradients_of_an_accelerated_layer_are_those_of_the_eager_one():
     eager = torch.autograd.grad((module(hidden, index, weights) * seed).sum(), given)
     for one, other in zip(ours, eager, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 5}, r"mlp\.experts choose 5 of only 4 experts"),
+        ({"num_experts_per_tok": 0}, r"mlp\.experts choose 0 of 4 experts"),
+        ({"rows": 2}, r"the router of .*mlp\.experts has 2 outputs for 4 experts"),
+    ],
+)
+def test_a_router_that_does_not_fit_its_experts_is_refused_by_accelerate_and_auto(tmp_path, change, message):
+    model = tiny_mixtures.build("mixtral", num_local_experts=4)
+    rows = change.get("rows")
+    if rows is not None:
+        gate = model.model.layers[0].mlp.gate
+        gate.weight = torch.nn.Parameter(gate.weight[:rows].detach().clone())
+    else:
+        model.config.update(change)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(hf_optim.ModelError, match=message):
+            type(model).from_pretrained(tmp_path, optim_config="auto")
+        model = type(model).from_pretrained(tmp_path)
+    with pytest.raises(hf_optim.ModelError, match=message):
+        hf_optim.accelerate(model)
+    assert chosen(model) != {"hf_optim"}
+
+
+@pytest.mark.parametrize("columns", [12, 16])
+@pytest.mark.parametrize("out", [5, 16])
+def test_the_grouped_product_of_matrices_of_any_size_is_that_of_each_expert(columns, out):
+    torch.manual_seed(0)
+    rows = torch.randn(7, columns).bfloat16().requires_grad_()
+    weight = torch.randn(3, out, columns).bfloat16().requires_grad_()
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    found = padded_product(rows, weight.transpose(1, 2), ends)
+    expected = torch.cat([rows[:2] @ weight[0].T, rows[2:] @ weight[2].T])
+    assert found.shape == (7, out)
+    torch.testing.assert_close(found, expected)
+    grads = torch.autograd.grad(found.float().square().sum(), (rows, weight))
+    for own, wanted in zip(grads, torch.autograd.grad(expected.float().square().sum(), (rows, weight)), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=2e-2, atol=2e-1)

@@ -7,6 +7,7 @@ from .exchange import exchange_experts, experts_per_rank
 from .exchange_settings import Exchange, store_exchange, stored_exchange
 from .implementation import attach_experts, detach_experts, implementation_of
 from .load import ExpertLoad, dropped_share, expert_load
+from .own_routing import require_limitable
 from .plan import slot_positions
 from .product import expert_product
 from .rank_models import (
@@ -49,6 +50,7 @@ __all__ = [
     "experts_per_rank",
     "implementation_of",
     "register_exchanges",
+    "require_limitable",
     "require_routable",
     "routing_of",
     "slot_positions",

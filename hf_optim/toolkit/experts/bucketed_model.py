@@ -18,7 +18,8 @@ from .capped_layer import layer_of
 from .registry import NAME
 from .routed_model import FORMER as FORMER_OF_ROUTING
 from .routed_model import FORMER_OF_BUCKETS as FORMER
-from .routed_model import bodies_of, require_routable, router_beside
+from .routed_model import bodies_of, require_routable
+from .routers import router_beside
 
 log = logging.getLogger(__name__)
 

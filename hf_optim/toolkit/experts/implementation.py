@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..topology.experts import fused_experts
+from ..topology.experts import fused_experts, interface_experts
 from . import kernels, registry
 from .capped_layer import layer_of
 from .gates import forget_gate, note_gate
 from .registry import NAME
+from .routers import require_fitting_routers
 
 FORMER = "_hf_optim_plain_experts"
 # A user who chose another implementation keeps it.
@@ -37,8 +38,12 @@ def attach_experts(model: nn.Module) -> list[str]:
     """Let the experts of a model compute with hf_optim's function, in place; return the names of their modules.
 
     Modules with a capacity do already, and implementations that are not transformers' own are kept. Undone by
-    ``detach_experts``.
+    ``detach_experts``. Raises ``ModelError`` for a router that does not fit its experts.
     """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            require_fitting_routers(part, interface_experts(part))
+            break
     found = fused_experts(model)
     if not found:
         return []

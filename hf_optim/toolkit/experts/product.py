@@ -23,6 +23,8 @@ from . import kernels
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that PyTorch's grouped product takes."""
+ALIGNMENT = 16
+"""Bytes that the rows of its matrices are a multiple of."""
 
 
 def expert_product(module: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor, complete: bool) -> Tensor:
@@ -93,6 +95,8 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ``[S, out]``, of the dtype of ``weight``.
     """
     rows = rows.to(weight.dtype)
+    if weight.device.type == "cuda" and _has_grouped_product(weight) and not _has_fitting_strides(weight):
+        return padded_product(rows, weight, ends)
     if torch.compiler.is_compiling() and not _is_traced(weight, rows):
         return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
     if is_fused(weight, rows):
@@ -115,8 +119,27 @@ def _is_traced(weight: Tensor, rows: Tensor) -> bool:
 
 def is_fused(weight: Tensor, rows: Tensor) -> bool:
     """Return True if PyTorch's grouped product takes these tensors: dtype, device, and strides of 16 bytes."""
+    return _has_grouped_product(weight) and _has_fitting_strides(weight)
+
+
+def _has_grouped_product(weight: Tensor) -> bool:
     if not hasattr(F, "grouped_mm") or weight.dtype not in FUSED_DTYPES:
         return False
     if weight.device.type == "cuda":
         return torch.cuda.get_device_capability(weight.device) >= (8, 0)
-    return weight.device.type == "cpu" and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return weight.device.type == "cpu"
+
+
+def _has_fitting_strides(weight: Tensor) -> bool:
+    return all(size * weight.element_size() % ALIGNMENT == 0 for size in weight.shape[1:])
+
+
+def padded_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return PyTorch's grouped product of matrices of any size, padded with zeros; see ``grouped_product``.
+
+    It needs no groups on the host, so that it can be captured on a device; but it copies the matrices.
+    """
+    unit = ALIGNMENT // weight.element_size()
+    columns, out = weight.shape[1:]
+    wide = F.pad(weight, (0, -out % unit, 0, -columns % unit))
+    return F.grouped_mm(F.pad(rows, (0, -columns % unit)), wide, offs=ends)[:, :out]

@@ -23,8 +23,10 @@ from ..topology.experts import expert_counts, expert_stacks, has_experts, interf
 from . import registry
 from .bucketed_layer import buckets_of
 from .capped_layer import LAYER, CappedLayer, layer_of
+from .own_routing import require_limitable
 from .product import expert_product
 from .registry import NAME
+from .routers import require_fitting_routers, router_facts
 from .routing import Routing, stored_routing
 from .tokens import forget_tokens, is_noting, note_tokens
 
@@ -37,7 +39,6 @@ WRONG_IN_TRANSFORMERS = {
     "nllb-moe": "transformers (5.17 to 5.24) runs only its experts 0 and 1, whatever the router chooses, so a capacity "
     "would limit choices that are not computed",
 }
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -60,9 +61,11 @@ def product_of(module: nn.Module) -> Callable[..., Tensor]:
 def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a capacity") -> list[str]:
     """Give every mixture layer of ``model`` a capacity, in place; return the names of the modules of experts.
 
-    Settings that it had before are replaced, and its counts start at 0. Raises ``ModelError`` as ``require_routable``.
+    Settings that it had before are replaced, and its counts start at 0. Raises ``ModelError`` as ``require_routable``
+    and ``require_limitable``.
     """
     layers = require_routable(model, label)
+    require_limitable(model, routing, label)
     detach_routing(model)
     bodies = bodies_of(model, layers)
     former = vars(model).get(FORMER_OF_BUCKETS, model.get_experts_implementation())
@@ -75,7 +78,7 @@ def attach_routing(model: PreTrainedModel, routing: Routing, label: str = "a cap
         raise ModelError(f"{label}: {type(model).__name__} takes no function for its experts: {error}") from error
     for name, module in layers.items():
         body = bodies[name]
-        count, top_k = _router_facts(model, name)
+        count, top_k = router_facts(model, name)
         own = int(module.num_experts)
         with torch.inference_mode(False):
             counts = torch.zeros(2, own, dtype=torch.int64, device=_device_of(module))
@@ -141,48 +144,13 @@ def require_routable(model: PreTrainedModel, label: str) -> dict[str, Any]:
             f"{label}: the experts of {cls}{where} do not run through transformers' interface for experts, so no "
             "capacity reaches them"
         )
-    for name, module in layers.items():
-        count, top_k = _router_facts(model, name)
-        experts = int(module.num_experts)
-        if count is not None and count < experts:
-            raise ModelError(f"{label}: the router of {one_line(name)} has {count} outputs for {experts} experts")
-        if top_k is not None and top_k > max(experts, count or 0):
-            raise ModelError(f"{label}: tokens of {one_line(name)} choose {top_k} of only {experts} experts")
+    require_fitting_routers(model, layers, label)
     return layers
-
-
-def _router_facts(model: PreTrainedModel, name: str) -> tuple[int | None, int | None]:
-    """Return the outputs of the router beside a module of experts, and how many it chooses; None if unknown."""
-    router, top_k = router_beside(model, name)
-    if router is not None:
-        return len(router.get_parameter("weight")), top_k
-    config = model.config.get_text_config()
-    top_k = next((value for key in TOP_K if isinstance(value := getattr(config, key, None), int)), None)
-    return None, top_k
 
 
 def _device_of(module: nn.Module) -> torch.device:
     """Return the device of a module of experts, whose matrices may be packed into buffers."""
     return next(itertools.chain(module.parameters(), module.buffers())).device
-
-
-def router_beside(model: PreTrainedModel, name: str) -> tuple[nn.Module | None, int | None]:
-    """Return the router beside a module of experts, and how many experts it chooses; None if there is none."""
-    block: Any = model.get_submodule(name.rpartition(".")[0])
-    for module in block.children():
-        top_k = getattr(module, "top_k", getattr(block, "top_k", None))
-        if (
-            layer_sized(module._parameters.get("weight"))
-            and isinstance(top_k, int)
-            and not isinstance(module, nn.Embedding)
-        ):
-            return module, top_k
-    return None, None
-
-
-def layer_sized(weight: Any) -> bool:
-    """Return True for a matrix."""
-    return weight is not None and weight.dim() == 2
 
 
 def bodies_of(model: PreTrainedModel, layers: dict[str, Any]) -> dict[str, PreTrainedModel]:

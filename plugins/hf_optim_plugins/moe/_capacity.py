@@ -51,6 +51,7 @@ class CapacityTechnique(Technique):
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         experts.require_routable(model, label)
+        experts.require_limitable(model, self.routing(), label)
 
     @hookimpl
     def transform_model(self, run: Run) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits
 
 
 class Inlet(nn.Module):
@@ -43,6 +43,7 @@ class Inlet(nn.Module):
         return x
 
 
+@grouped_where_it_fits
 @use_experts_implementation
 class StackedExperts(nn.Module):
     """The experts of one feed-forward layer in transformers' stacked layout; ``build`` makes one.
@@ -137,15 +138,8 @@ def connect(layer: WholeLayer, inlet: Inlet) -> None:
 
 
 def choose_implementation(model: Any, asked: str | None = None) -> None:
-    """Set how experts are computed: as asked, or else by the grouped product, as transformers does by default.
-
-    It does not take float64, or rows that are not a multiple of 16 bytes long: for those expert by expert.
-    """
-    stacks = [p for m in model.modules() if isinstance(m, StackedExperts) for p in m.parameters() if p.dim() == 3]
-    fused = all(
-        p.dtype != torch.float64 and all(size * p.element_size() % 16 == 0 for size in p.shape[1:]) for p in stacks
-    )
-    model.config._experts_implementation_internal = asked or ("grouped_mm" if fused else "eager")
+    """Set how experts are computed: as asked, or else by the grouped product, as transformers does by default."""
+    model.config._experts_implementation_internal = asked or "grouped_mm"
 
 
 class FeedForwardModules(CodedExperts, ReplacedModules):
@@ -173,6 +167,18 @@ class FeedForwardModules(CodedExperts, ReplacedModules):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers keeps the answer with the stock class that this one inherits from.
+        return True
+
+    def capacity_problem(self, priority: str) -> str:
+        """Return why a capacity with this priority does not apply to the experts, or ``""``."""
+        if priority == "position" or not self.has_equal_gates():
+            return ""
+        return (
+            "gives all chosen experts a gate of 1, so none is larger; use a capacity that goes by position"
+        )
+
+    def has_equal_gates(self) -> bool:
+        """Return True if the gates of all chosen experts are 1."""
         return True
 
     def whole_layer(self, out: int, entry: dict[str, Any], about: dict[str, Any]) -> WholeLayer:

@@ -86,5 +86,9 @@ class ResidualModules(FeedForwardModules):
 
     replaced_field = "pr_moe"
 
+    def has_equal_gates(self) -> bool:
+        gates = [module.gate for module in self.modules() if isinstance(module, ResidualMoE)]  # type: ignore[attr-defined]
+        return "one" in gates
+
     def whole_layer(self, out: int, entry: dict[str, Any], about: dict[str, Any]) -> WholeLayer:
         return ResidualMoE(self.config, entry["width"], out, entry, about)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits
 
 
 def is_known(values: Tensor) -> bool:
@@ -65,11 +65,13 @@ class ExpertStack(nn.Module):
         return result
 
 
+@grouped_where_it_fits
 @use_experts_implementation(has_gate=False)
 class PlainExperts(ExpertStack):
     """Experts of two matrices with an activation between them."""
 
 
+@grouped_where_it_fits
 @use_experts_implementation
 class GatedExperts(ExpertStack):
     """Experts whose inner activations are ``act(gate) * up``."""
@@ -216,6 +218,15 @@ class TaskModel(CodedExperts, ReplacedModules):
         super().__init__(config, *inputs, **kwargs)
         if requested is not None:
             self.set_experts_implementation(requested)  # type: ignore[attr-defined]
+
+    def capacity_problem(self, priority: str) -> str:
+        """Return why a capacity does not apply to experts that are chosen by task, or ``""``."""
+        if self.config.task_moe["routing"] != "task":  # type: ignore[attr-defined]
+            return ""
+        return (
+            "routes by task: all tokens of a sequence choose the same experts, so a capacity would drop most of them, "
+            "and the model that is extracted for one task would compute something else"
+        )
 
     def task_mixtures(self) -> list[TaskMixture]:
         """Return the mixtures of the model."""

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from hf_optim.toolkit.experts import capacity, slot_positions
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -61,6 +61,7 @@ def slots_of(rounding: str, factor: float, tokens: int, top_k: int, experts: int
     return max(1, int(capacity(rounding, factor, torch.tensor(tokens), top_k, experts)))
 
 
+@grouped_where_it_fits
 @use_experts_implementation(has_gate=False, has_bias=True)
 class Experts(nn.Module):
     """E feed-forward layers in the layout of transformers' interface for experts, which may run them on its kernels.
@@ -224,6 +225,13 @@ class MixtureModel(CodedExperts, ReplacedModules):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Return the implementation of the experts; by default that of this file."""
         return super().get_correct_experts_implementation(requested_experts or "eager")  # type: ignore[misc]
+
+    def capacity_problem(self, priority: str) -> str:
+        """Return why no other capacity applies to the experts."""
+        return (
+            'has a capacity of its own: change config.vmoe["capacity"], "batch_priority" or "group", and pass config= '
+            "to from_pretrained"
+        )
 
     def router_loss(self) -> Tensor | None:
         """Return the importance and load losses of the last forward in training, weighted and summed over layers.

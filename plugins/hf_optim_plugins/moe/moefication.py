@@ -29,9 +29,9 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import coded_experts, main_output, replace, rounding_tolerance
+from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
 from hf_optim.toolkit.statistics import RowSample
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
 
@@ -98,7 +98,7 @@ class Moefication(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="moefication",
-        source=joined(coded_experts, replace, _inlet_layers, _moefied_layers),
+        source=joined(coded_experts, grouped_experts, replace, _inlet_layers, _moefied_layers),
         field=_moefied_layers.MoefiedModules.replaced_field,
         model_base=_moefied_layers.MoefiedModules.__name__,
     )
@@ -124,6 +124,33 @@ class Moefication(Technique):
             self._layers(model, label)
         except NoInputsError:
             return  # calibration data may have them
+
+    def model_after(self, model: PreTrainedModel, label: str) -> PreTrainedModel | None:
+        try:
+            layers, _ = self._layers(model, label)
+        except NoInputsError:
+            return None
+        entries = {layer.down: self._entry(model, layer, label) for layer in layers}
+        inlets = {name: {"keeps": name == layer.producers[0]} for layer in layers for name in layer.producers}
+        most = max(entry["experts"] for entry in entries.values())
+        return converted_skeleton(model, self.remote_code, {"experts": most, "modules": {**inlets, **entries}})
+
+    def _entry(self, model: PreTrainedModel, layer: FeedForward, label: str) -> dict[str, Any]:
+        """Return what the configuration says of a divided layer."""
+        experts, active = self._sizes(layer, label)
+        parts = input_parts(model, layer)
+        return {
+            "experts": experts,
+            "active": active,
+            "neurons": len(layer),
+            "width": parts[0][0].shape[1],
+            "act": layer.activation,
+            "router": self.router,
+            "gated": layer.gate is not None,
+            "bias": any(bias is not None for _, bias in parts),
+            "out_bias": model.get_submodule(layer.down).bias is not None,
+            "inlets": list(layer.producers),
+        }
 
     def _layers(self, model: PreTrainedModel, label: str) -> tuple[list[FeedForward], dict[str, list[str]]]:
         """Return the feed-forward layers to divide, and what is left dense, by reason. Raises ``ModelError``."""
@@ -209,18 +236,7 @@ class Moefication(Technique):
             points = weight_features(rows) if self.clustering == "weights" else activation_features(mass, self.seed)
             labels = balanced_kmeans(points, experts, self.seed)
             order = labels.argsort(stable=True).view(experts, -1)
-            entry = {
-                "experts": experts,
-                "active": active,
-                "neurons": len(layer),
-                "width": rows.shape[1],
-                "act": layer.activation,
-                "router": self.router,
-                "gated": layer.gate is not None,
-                "bias": any(bias is not None for _, bias in parts),
-                "out_bias": model.get_submodule(layer.down).bias is not None,
-                "inlets": list(layer.producers),
-            }
+            entry = self._entry(model, layer, label)
             about = {"dtype": rows.dtype, "device": rows.device}
             ffn = code.MoefiedFFN(model.config, rows.shape[1], down.shape[0], entry, about)
             last: Any = model.get_submodule(layer.down)

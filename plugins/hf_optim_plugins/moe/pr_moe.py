@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import coded_experts, main_output, replace, rounding_tolerance
+from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
 
 from . import _inlet_layers, _residual_layers
@@ -89,7 +89,7 @@ class PRMoE(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="pr_moe",
-        source=joined(coded_experts, replace, _inlet_layers, _residual_layers),
+        source=joined(coded_experts, grouped_experts, replace, _inlet_layers, _residual_layers),
         field=_residual_layers.ResidualModules.replaced_field,
         model_base=_residual_layers.ResidualModules.__name__,
     )
@@ -130,6 +130,29 @@ class PRMoE(Technique):
         counts = pyramid(self.experts, len(chosen))
         return {layer.down: count for layer, count in zip(chosen, counts, strict=True)}, chosen, skipped
 
+    def model_after(self, model: PreTrainedModel, label: str) -> PreTrainedModel:
+        counts, layers, _ = self._layers(model, label)
+        entries = {layer.down: self._entry(model, layer, counts[layer.down]) for layer in layers}
+        inlets = {name: {"keeps": name == layer.producers[0]} for layer in layers for name in layer.producers}
+        field = {"experts": max(counts.values()), "modules": {**inlets, **entries}}
+        return converted_skeleton(model, self.remote_code, field)
+
+    def _entry(self, model: PreTrainedModel, layer: FeedForward, experts: int) -> dict[str, Any]:
+        """Return what the configuration says of a layer."""
+        parts = input_parts(model, layer)
+        last_bias = model.get_submodule(layer.down).bias
+        return {
+            "experts": experts,
+            "neurons": len(layer),
+            "width": parts[0][0].shape[1],
+            "act": layer.activation,
+            "gated": layer.gate is not None,
+            "bias": last_bias is not None or any(bias is not None for _, bias in parts),
+            "residual": self.residual,
+            "gate": self.gate,
+            "inlets": list(layer.producers),
+        }
+
     @hookimpl
     @torch.no_grad()
     def transform_model(self, run: Run) -> None:
@@ -169,18 +192,8 @@ class PRMoE(Technique):
         """Replace the linear layers of a feed-forward layer, and add their entries of the configuration."""
         last: Any = model.get_submodule(layer.down)
         parts, down = input_parts(model, layer), weight_out_in(last).detach()[:, layer.columns]
-        rows, biased = parts[0][0], last.bias is not None or any(bias is not None for _, bias in parts)
-        entry = {
-            "experts": experts,
-            "neurons": len(layer),
-            "width": rows.shape[1],
-            "act": layer.activation,
-            "gated": layer.gate is not None,
-            "bias": biased,
-            "residual": self.residual,
-            "gate": self.gate,
-            "inlets": list(layer.producers),
-        }
+        rows, entry = parts[0][0], self._entry(model, layer, experts)
+        biased = entry["bias"]
         about = {"dtype": rows.dtype, "device": rows.device}
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws values, which are replaced below
             made = code.ResidualMoE(model.config, rows.shape[1], down.shape[0], entry, about)

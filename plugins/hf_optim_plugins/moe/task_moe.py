@@ -41,9 +41,9 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined, stock_class
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, stock_class
 from hf_optim.toolkit import topology
-from hf_optim.toolkit.modules import coded_experts, replace, transplant
+from hf_optim.toolkit.modules import coded_experts, grouped_experts, replace, transplant
 
 from . import _task_moe_modules
 
@@ -96,7 +96,7 @@ class TaskMoE(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="task_moe",
-        source=joined(coded_experts, replace, _task_moe_modules),
+        source=joined(coded_experts, grouped_experts, replace, _task_moe_modules),
         field=FIELD,
         model_base=_task_moe_modules.TaskModel.__name__,
     )
@@ -129,6 +129,25 @@ class TaskMoE(Technique):
             self._chosen(model, label)
         else:
             self._task(model, label)
+
+    def model_after(self, model: PreTrainedModel, label: str) -> PreTrainedModel | None:
+        if self.extract is not None:
+            return None
+        chosen = self._chosen(model, label)
+        modules = {name: self._entry(layer) for name, layer in chosen.items()}
+        return converted_skeleton(model, self.remote_code, {**self._settings(chosen), "modules": modules})
+
+    def _entry(self, layer: nn.Module) -> dict[str, int]:
+        hidden, inner = layer.get_parameter("wo.weight").shape
+        return {"hidden": hidden, "inner": inner}
+
+    def _settings(self, chosen: dict[str, nn.Module]) -> dict[str, Any]:
+        """Return the settings of the mixtures, as the configuration of the checkpoint has them."""
+        return {
+            "tasks": list(self.tasks),
+            "gated": hasattr(next(iter(chosen.values())), "wi_0"),
+            **{key: getattr(self, key) for key in ("routing", "experts", "top_k", "normalize", "balance_loss")},
+        }
 
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel | None:
@@ -166,20 +185,14 @@ class TaskMoE(Technique):
         model = run.model
         chosen = self._chosen(model, run.label(self))
         before = model.num_parameters()
-        first = next(iter(chosen.values()))
-        settings = {
-            "tasks": list(self.tasks),
-            "gated": hasattr(first, "wi_0"),
-            **{key: getattr(self, key) for key in ("routing", "experts", "top_k", "normalize", "balance_loss")},
-        }
+        settings = self._settings(chosen)
         made = generate(self.remote_code, stock_class(type(model.config)))  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(self.seed)
         modules = {}
         for name, layer in chosen.items():
-            hidden, inner = layer.get_parameter("wo.weight").shape
-            modules[name] = {"hidden": hidden, "inner": inner}
+            modules[name] = entry = self._entry(layer)
             with torch.device("meta"):
-                mixture = made.TaskMixture(model.config, settings, hidden, inner)
+                mixture = made.TaskMixture(model.config, settings, entry["hidden"], entry["inner"])
             self._fill(mixture, layer, generator)
             replace.replace_module(model, name, mixture.train(layer.training))
         convert(model, self.remote_code, {**settings, "modules": modules})

@@ -107,6 +107,11 @@ class Upcycle(Technique):
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         self._target(model, label)
 
+    def model_after(self, model: PreTrainedModel, label: str) -> PreTrainedModel:
+        target, config = self._target(model, label)
+        with torch.device("meta"):
+            return target(config)
+
     def _target(self, dense: PreTrainedModel, label: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         """Return the class and the configuration of the mixture. Raises ``ModelError`` if there is none."""
         native = find_native(dense, self, label)

@@ -46,9 +46,9 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined, stock_class
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, stock_class
 from hf_optim.toolkit import experts
-from hf_optim.toolkit.modules import coded_experts, replace
+from hf_optim.toolkit.modules import coded_experts, grouped_experts, replace
 
 from . import _vmoe_modules
 
@@ -60,7 +60,7 @@ STACKS = {"up_proj": f"{UP}.weight", "down_proj": f"{DOWN}.weight"}
 def code_of_toolkit() -> list[Any]:
     """Return the modules of the toolkit that travel with a checkpoint, in the order of their imports."""
     found = (inspect.getmodule(part) for part in (experts.capacity, experts.slot_positions))
-    return [coded_experts, replace, *found]
+    return [coded_experts, grouped_experts, replace, *found]
 
 
 @technique(
@@ -142,6 +142,15 @@ class VMoE(Technique):
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         self._chosen(model, label)
 
+    def model_after(self, model: PreTrainedModel, label: str) -> PreTrainedModel:
+        chosen = self._chosen(model, label)
+        modules = {name: self._entry(layer) for name, layer in chosen.items()}
+        return converted_skeleton(model, self.remote_code, {**self.settings(), "modules": modules})
+
+    def _entry(self, layer: nn.Module) -> dict[str, int]:
+        inner, hidden = layer.get_parameter(f"{UP}.weight").shape
+        return {"hidden": hidden, "inner": inner}
+
     def _chosen(self, model: PreTrainedModel, label: str) -> dict[str, nn.Module]:
         """Return the feed-forward parts to replace, by name. Raises ``ModelError`` if there are none."""
         found = feed_forwards(model)
@@ -171,10 +180,9 @@ class VMoE(Technique):
         generator = torch.Generator().manual_seed(self.seed)
         modules = {}
         for name, layer in chosen.items():
-            inner, hidden = layer.get_parameter(f"{UP}.weight").shape
-            modules[name] = {"hidden": hidden, "inner": inner}
+            modules[name] = entry = self._entry(layer)
             with torch.device("meta"):
-                mixture = made.Mixture(model.config, self.settings(), hidden, inner)
+                mixture = made.Mixture(model.config, self.settings(), entry["hidden"], entry["inner"])
             self._fill(mixture, layer, model.config, generator)
             replace.replace_module(model, name, mixture.train(layer.training))
         convert(model, self.remote_code, {**self.settings(), "modules": modules})

@@ -120,3 +120,30 @@ def test_zero_points_are_possible_beside_experts_in_floating_point(tmp_path, sto
         expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(stock.logits(tmp_path, "AutoModelForCausalLM", inputs, trust_remote_code=True)[1], expected)
+
+
+NARROW = {
+    "moefication": (
+        tiny_llama,
+        {**MOEFIED, "experts": 6},
+    ),
+    "pr_moe": (lambda: tiny_opt(ffn_dim=20), RESIDUAL),
+    "vmoe": (lambda: tiny_vit(intermediate_size=20), VISION),
+    "task_moe": (lambda: tiny_t5(d_ff=20), TASKS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", NARROW)
+def test_experts_whose_rows_no_longer_fit_the_grouped_product_are_computed_without_it(name, dtype):
+    build, step = NARROW[name]
+    model = mixture(build, step)
+    model.set_experts_implementation("grouped_mm")
+    inputs = inputs_of(model, step)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    model.to(dtype)
+    with torch.no_grad():
+        found = model(**inputs).logits
+        model.set_experts_implementation("eager")
+        assert torch.equal(found, model(**inputs).logits)
