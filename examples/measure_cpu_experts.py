@@ -2,13 +2,15 @@
 
     python examples/measure_cpu_experts.py [--output FILE] [--shape D INNER EXPERTS TOP_K]
 
-Each time is the best of several turns, in which both sides run one after the other.
+Each time is the best of several turns, in which both sides run one after the other. With one thread (OMP_NUM_THREADS=1)
+it is CPU time, which other processes of a busy host change less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -73,12 +75,13 @@ def times(packed, stock, tokens, d, count, top_k):
         "packed": lambda: packed(hidden, chosen, weights, gate),
         "stock": lambda: grouped_mm_experts_forward(stock, hidden, chosen, weights),
     }
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(TURNS):
         for name, call in ways.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
     error = float((ways["packed"]().float() - ways["stock"]().float()).norm() / ways["stock"]().float().norm())
     return {**{f"{name}_ms": round(value * 1e3, 3) for name, value in best.items()}, "difference": error}
 
@@ -92,12 +95,14 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     result = {"shape": options.shape, "cpu": f"{platform.machine()}, {capability}", "torch": torch.__version__}
     result["threads"] = torch.get_num_threads()
+    result["clock"] = "CPU time" if result["threads"] == 1 else "wall time"
+    result["load"] = [round(each, 1) for each in os.getloadavg()]
     for name, (bits, group, dtype) in FORMATS.items():
         packed, stock = experts(d, inner, count, bits, group, dtype)
         size = sum(buffer.numel() * buffer.element_size() for buffer in packed.buffers()) / 2**20
         dense = sum(each.numel() * each.element_size() for each in (stock.gate_up_proj, stock.down_proj)) / 2**20
         result[name] = {"mib": round(size, 1), "dense_mib": round(dense, 1), "label": packed.label}
-        for tokens in (1, 8, 64, 512):
+        for tokens in (1, 8, 64, 128, 512, 2048):
             found = result[name][str(tokens)] = times(packed, stock, tokens, d, count, top_k)
             print(f"{name:16s} {tokens:4d}  packed {found['packed_ms']:9.2f} ms  stock {found['stock_ms']:9.2f} ms  "
                   f"{found['difference']:.1e}", flush=True)  # fmt: skip

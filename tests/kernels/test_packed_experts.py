@@ -286,3 +286,27 @@ def test_tiles_fit_the_memory_of_a_device():
             assert ampere["BLOCK_M"] <= min(64, whole["BLOCK_M"])
             assert small["num_stages"] == 2 or small["BLOCK_M"] <= 16
     assert launch.default(40000, 8, 4096, 4096, 4, False)["BLOCK_M"] == 128
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_of_a_float32_model_on_a_cpu_stay_decoded_and_keep_their_codes(shape):
+    mixture = Mixture(*SHAPES[shape])
+    packed = layer.prepack(mixture.description)
+    assert packed.label.startswith("dense float32 experts")
+    inputs = mixture.inputs(7, 2)
+    assert relative(packed(*inputs, silu_gate), mixture.expected(*inputs)) <= bound(torch.float32)
+    for side, stored in mixture.stored.items():
+        for expert, right in enumerate(stored):
+            (own,) = packed.codes(side, expert)
+            assert torch.equal(own.codes, right.codes)
+            assert torch.equal(own.scale, right.scale)
+            assert (own.zero is None) == (right.zero is None)
+            assert own.zero is None or torch.equal(own.zero, right.zero)
+
+
+def test_codes_that_decoded_weights_do_not_give_back_stay_packed():
+    mixture = Mixture(*SHAPES["int4"])
+    mixture.stored["down"][1].scale[3] = 0
+    packed = layer.prepack(mixture.description)
+    assert isinstance(packed, layer.PackedExperts)
+    assert torch.equal(packed.codes("down", 1)[0].codes, mixture.stored["down"][1].codes)

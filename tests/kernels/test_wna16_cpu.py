@@ -115,16 +115,17 @@ def test_no_bias_more_dimensions_and_strided_inputs(bits):
     assert packed_weight(random_input(3, 0, 96)).shape == (3, 0, 48)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_where_dense_products_are_fast_many_rows_are_decoded(bits, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    weight = random_weight(48, 96, bits=bits)
+@pytest.mark.parametrize(("bits", "most"), [(4, cpu.INT4_MOST_ROWS), (8, cpu.INT8_MOST_ROWS)])
+def test_where_dense_products_are_fast_many_rows_are_decoded(bits, most, monkeypatch):
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: True)
+    weight = random_weight(192, 96, bits=bits)
     packed_weight = cpu.prepack(weight)
-    packed_weight.multiply = None
-    x = random_input(cpu.MOST_ROWS + 1, 96)
+    x = random_input(most + 1, 96)
     assert apart(packed_weight(x), reference(weight, x)) < BOUND
+    monkeypatch.setattr(cpu, "DECODED", "not a number")
+    packed_weight(x[1:])
     with pytest.raises(TypeError):
-        packed_weight(x[1:])
+        packed_weight(x)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -252,3 +253,24 @@ def test_what_it_cannot_do_is_refused_with_the_reason(change, reason):
 def test_another_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert "DEFAULT" in cpu.unsupported_reason(random_weight(48, 96))
+
+
+@pytest.mark.parametrize(("out", "columns", "group", "bits", "zero"), [c for c in CASES if c[0] % 16 == 0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_are_multiplied_by_parts_of_the_decoded_weight(monkeypatch, out, columns, group, bits, zero, dtype):
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu, "DECODED", 3 * 64 * columns)
+    weight = random_weight(4 * out, columns, group, bits, zero, dtype=dtype)
+    packed = cpu.prepack(weight)
+    x = torch.randn(cpu.INT4_MOST_ROWS + 5, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.double() @ packed.decoded(torch.float64).T + weight.bias.double()
+    assert float((packed(x).double() - expected).norm() / expected.norm()) < BOUND
+
+
+@pytest.mark.parametrize("rows", [64, 128, 96, 48, 16])
+def test_codes_are_taken_out_of_the_operators_layout(monkeypatch, rows):
+    codes = torch.randint(0, 16, (rows, 96), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    assert torch.equal(cpu._unpack_int4(packed).int(), codes)
+    monkeypatch.setattr(cpu, "_block_rows", lambda rows: 0)
+    assert torch.equal(cpu._unpack_int4(packed).int(), codes)

@@ -2,8 +2,9 @@
 
 They are the operators of ``wna16.cpu``, under the same conditions: models in bfloat16 or float16, codes of up to 4 bits
 in groups of 32, 64, 128 or 256 columns, codes of 5 to 8 bits with one scale per row. Other experts are decoded one at a
-time (``naive``), which takes little memory and more time: a model in float32 is faster with experts that are decoded
-once, as stock transformers has them.
+time (``naive``), which takes little memory and more time. Those of a model in float32 stay decoded (``dense_cpu``).
+
+An expert with many rows is multiplied by dense products, while parts of its matrix are decoded (``wna16.cpu``).
 """
 
 from __future__ import annotations
@@ -101,10 +102,10 @@ def _linear(x: Tensor, experts: Tensor, packed: Tensor, grid: Tensor, group: int
         rows = x[pairs // each]
         narrow = rows.to(torch.bfloat16).contiguous()
         if group:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, packed[number], group, grid[number])
+            y = linear_cpu.int4_product(narrow, packed[number], grid[number], group)
         else:
             ones = torch.ones(packed.shape[1], dtype=torch.bfloat16)
-            y = torch.ops.aten._weight_int8pack_mm(narrow, packed[number], ones) * grid[number]
+            y = linear_cpu.int8_product(narrow, packed[number], grid[number], ones)
         out[pairs] = y.to(x.dtype)
     return out
 

@@ -6,6 +6,7 @@ offers them with its entry point.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,13 @@ def supports(weight: Any) -> str | None:
 def prepack(weight: Any) -> nn.Module:
     """Return the packed form of supported experts, made one expert at a time."""
     if weight.up.device.type == "cpu":
-        from . import cpu
+        from . import cpu, dense_cpu
 
         if cpu.unsupported_reason(weight) is None:
             return cpu.CpuExperts(weight)
+        if dense_cpu.unsupported_reason(weight) is None:
+            with contextlib.suppress(ValueError):  # codes that decoded weights do not give back
+                return dense_cpu.DenseExperts(weight)
     return PackedExperts(weight)
 
 

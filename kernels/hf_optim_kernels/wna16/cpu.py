@@ -22,10 +22,19 @@ microseconds, as packed / dense in bfloat16::
     int8
     256 x 256         15 / 20      35 / 78      130 / 178     970 / 1168
     2048 x 2048       271 / 563    1195 / 3697  4445 / 10416  44162 / 66799
+
+On a CPU with bfloat16 products (AVX512-BF16) dense products are faster from some tens of rows on, also if parts of the
+weight are decoded for each call. 5632 x 1024 weights, one thread, milliseconds of CPU time (the host was busy), as
+packed operator / parts decoded / dense in bfloat16::
+
+                      1 row              32 rows            128 rows           512 rows
+    int4, groups 128  0.15 / 4.8 / 0.38  2.1 / 5.5 / 1.3    8.6 / 8.6 / 3.9    34 / 22 / 13
+    int8              0.15 / 1.1 / 0.38  2.3 / 1.9 / 1.3    9.5 / 4.7 / 3.9    38 / 17 / 13
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -38,12 +47,16 @@ from ..common.support import unsupported_dtype
 
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 16
+# Rows of a block of the operator's layout, with AVX512 and with AVX2.
+INT4_BLOCKS = (64, 32)
+# Weights that are decoded at a time: few enough for the caches.
+DECODED = 1 << 19
 # With other numbers of columns the int8 operator reads past the end of its operands.
 INT8_COLUMNS = 16
 CAPABILITIES = ("AVX2", "AVX512")
 DTYPES = (torch.bfloat16, torch.float16)
-# On a CPU with bfloat16 instructions, the dense product is used for more rows than this.
-MOST_ROWS = 8
+# On a CPU with bfloat16 instructions, dense products with parts of the decoded weight are used for more rows than this.
+INT4_MOST_ROWS, INT8_MOST_ROWS = 128, 24
 # bfloat16 scales and zero points change the weight; beyond this (norm over norm) the layer stays dense.
 MOST_ERROR = 2.0**-8
 
@@ -113,7 +126,6 @@ class CpuPackedWeight(CpuLinear):
     ) -> None:
         super().__init__()
         self.bits, self.group_size, self.dtype, self.label = bits, group_size, dtype, label
-        self.dense_rows = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         self.register_buffer("scale", found.scale)
         self.register_buffer("zero", found.zero)
         self.register_buffer("bias", bias)
@@ -121,9 +133,10 @@ class CpuPackedWeight(CpuLinear):
     def product(self, x: Tensor) -> Tensor:
         """See ``CpuLinear``."""
         flat = x.reshape(-1, x.shape[-1])
-        if not len(flat) or (self.dense_rows and len(flat) > MOST_ROWS):
+        if not len(flat):
             return F.linear(x, self.decoded(x.dtype), self.bias)
-        y = self.multiply(flat.to(torch.bfloat16).contiguous()).to(x.dtype)
+        narrow = flat.to(torch.bfloat16).contiguous()
+        y = self.multiply(narrow).to(x.dtype)
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], y.shape[-1])
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -164,7 +177,7 @@ class Int4Linear(CpuPackedWeight):
         self.register_buffer("pair", pair.repeat_interleave(group_size // group, 1).transpose(0, 1).contiguous())
 
     def multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.pair)
+        return int4_product(x, self.packed, self.pair, self.group)
 
     def codes(self) -> Codes:
         return Codes(_unpack_int4(self.packed) - (8 - 2 ** (self.bits - 1)), self.scale, self.zero, None)
@@ -181,7 +194,7 @@ class Int8Linear(CpuPackedWeight):
         self.register_buffer("factor", found.scale.flatten().float())
 
     def multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.packed, self.ones) * self.factor
+        return int8_product(x, self.packed, self.factor, self.ones)
 
     def codes(self) -> Codes:
         codes = (self.packed.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
@@ -250,13 +263,98 @@ def _check(found: Any, bits: int, group_size: int, pair: Tensor) -> None:
         raise ValueError(f"bfloat16 scales would change its weight by {float(error):.1e}")
 
 
+def int4_product(x: Tensor, packed: Tensor, pair: Tensor, group: int) -> Tensor:
+    """Return ``x`` [rows, in] times a packed int4 weight.
+
+    Many rows are multiplied by dense products, with some rows of the weight decoded at a time.
+
+    Args:
+        x: bfloat16.
+        packed, pair, group: see ``Int4Linear``.
+    """
+    out, columns = packed.shape[0], packed.shape[1] * 2
+    block = _block_rows(out) if len(x) > INT4_MOST_ROWS and _multiplies_bfloat16() else 0
+    if not block:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pair)
+    blocks, groups, half = out // block, columns // group, block // 2
+    # Contiguous: products with strided operands are ten times slower. High halves of bytes are 16 times too large.
+    scale, shift = pair.view(groups, blocks, block, 2).permute(3, 0, 1, 2).contiguous()
+    scale[..., half:] /= 16
+    bytes_of = packed.view(blocks, columns, half)
+    step = max(1, DECODED // (columns * block))
+    found = x.new_empty(len(x), out)
+    for begin in range(0, blocks, step):
+        own = bytes_of[begin : begin + step].transpose(0, 1)
+        values = torch.empty(columns, own.shape[1], block, dtype=torch.bfloat16)
+        values[..., :half] = own & 15
+        values[..., half:] = own & 240
+        values[..., :half].sub_(8)
+        values[..., half:].sub_(128)
+        values.view(groups, group, -1, block).mul_(scale[:, None, begin : begin + step])
+        rows = slice(begin * block, begin * block + own.shape[1] * block)
+        found[:, rows] = x @ values.view(columns, -1)
+    if bool(shift.any()):
+        sums = x.view(len(x), groups, group).sum(-1, dtype=torch.float32)
+        found += (sums @ shift.view(groups, out).float()).to(x.dtype)
+    return found
+
+
+def int8_product(x: Tensor, packed: Tensor, factor: Tensor, ones: Tensor) -> Tensor:
+    """Return ``x`` [rows, in] times an int8 weight, in float32; many rows as in ``int4_product``.
+
+    Args:
+        x: bfloat16.
+        packed, factor, ones: see ``Int8Linear``.
+    """
+    if len(x) <= INT8_MOST_ROWS or not _multiplies_bfloat16():
+        return torch.ops.aten._weight_int8pack_mm(x, packed, ones) * factor
+    found = x.new_empty(len(x), len(packed))
+    step = max(1, DECODED // packed.shape[1])
+    for begin in range(0, len(packed), step):
+        found[:, begin : begin + step] = x @ packed[begin : begin + step].to(torch.bfloat16).T
+    return found * factor
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Return True if this CPU has instructions for products in bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def _block_rows(rows: int) -> int:
+    """Return the rows of a block of this CPU's int4 layout, if a weight with ``rows`` consists of whole blocks; or 0.
+
+    In a block of n rows, byte j of column c holds rows j and j + n / 2 of that column, in its low and its high half.
+    """
+    for block in INT4_BLOCKS:
+        if rows % block == 0:
+            # Three blocks, since this may be half of a block of the CPU.
+            drawn = torch.Generator().manual_seed(0)
+            codes = torch.randint(0, 16, (3 * block, 32), generator=drawn, dtype=torch.int32)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            if torch.equal(_unpack_blocks(packed, block).int(), codes):
+                return block
+    return 0
+
+
+def _unpack_blocks(packed: Tensor, block: int) -> Tensor:
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    bytes_of = packed.view(rows // block, columns, block // 2)
+    codes = torch.cat((bytes_of & 15, bytes_of >> 4), dim=-1)
+    return codes.transpose(1, 2).reshape(rows, columns)
+
+
 def _unpack_int4(packed: Tensor) -> Tensor:
     """Return the codes uint8 [out, in] of an int4 weight [out, in / 2].
 
     The layout depends on the CPU, and PyTorch has no inverse. But packing only moves codes: packing the digits (base
-    16) of each position's number shows where every code came from.
+    16) of each position's number shows where every code came from. That takes seconds for a large weight, so the layout
+    of whole blocks is inverted directly.
     """
     rows, columns = packed.shape[0], packed.shape[1] * 2
+    if block := _block_rows(rows):
+        return _unpack_blocks(packed, block)
     numbers = torch.arange(rows * columns).view(rows, columns)
     origin = torch.zeros(rows * columns, dtype=torch.int64)
     for shift in range(0, max((rows * columns - 1).bit_length(), 1), 4):
