@@ -26,9 +26,9 @@ def fits_grouped_product(experts: nn.Module) -> bool:
     )
 
 
-def grouped_where_it_fits(experts_class: type[nn.Module]) -> type[nn.Module]:
+def grouped_where_it_fits(experts_class: Any) -> Any:
     """Decorate a class that transformers' ``use_experts_implementation`` has decorated."""
-    dispatched: Any = experts_class.forward
+    dispatched = experts_class.forward
     one_by_one = dispatched.__wrapped__
 
     @functools.wraps(one_by_one)
@@ -37,5 +37,5 @@ def grouped_where_it_fits(experts_class: type[nn.Module]) -> type[nn.Module]:
         chosen = one_by_one if is_grouped and not fits_grouped_product(self) else dispatched
         return chosen(self, *args, **kwargs)
 
-    experts_class.forward = forward  # type: ignore[method-assign]
+    experts_class.forward = forward
     return experts_class

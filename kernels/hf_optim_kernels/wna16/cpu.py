@@ -184,7 +184,14 @@ class Int4Linear(CpuPackedWeight):
 
 
 class Int8Linear(CpuPackedWeight):
-    """``aten::_weight_int8pack_mm`` on codes minus their zero offset."""
+    """``aten::_weight_int8pack_mm`` on codes minus their zero offset.
+
+    Attributes:
+        factor: float32 [out], the scales; ones: bfloat16 [out], what the operator multiplies by in their place.
+    """
+
+    factor: Tensor
+    ones: Tensor
 
     def __init__(self, found: Any, bits: int, group_size: int, dtype: torch.dtype, bias: Tensor | None) -> None:
         super().__init__(found, bits, group_size, dtype, bias, f"PyTorch int8 (CPU), {bits}-bit codes")
