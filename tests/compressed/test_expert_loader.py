@@ -123,7 +123,7 @@ def test_a_shared_expert_is_made_of_layers_and_the_others_are_packed(written):
         ("model.layers.0.mlp.experts.down_proj", (32, 32), 4),
     ]
     assert all("4-bit, groups of 16" in row.kernel for row in rows)
-    assert "4 of 4 matrices of experts on packed experts" in hf_optim.report(model).summary
+    assert "4 of 4 matrices of experts on dense float32 experts" in hf_optim.report(model).summary
     assert "4 x 64 x 32" in str(hf_optim.report(model))
 
 
