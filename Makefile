@@ -17,12 +17,13 @@ demo: $(STAMP)
 
 # Both runs, whatever the first gives: Triton interprets its kernels in the first, which needs processes of its own.
 test: $(STAMP) lint
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation -m interpreted; first=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation -m "interpreted and not slow"; first=$$?; \
 	$(PYTEST) -m "(smoke or not real_model) and not slow"; second=$$?; exit $$((first + second))
 
-# Every test on a real model: before a release.
+# Every test on a real model, and all of many like cases: before a release.
 test-models: $(STAMP)
-	$(PYTEST) -m "real_model or slow"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/generation -m "interpreted and slow"; first=$$?; \
+	$(PYTEST) -m "real_model or slow"; second=$$?; exit $$((first + second))
 
 # Random kills: nothing is lost, and resumed runs are bit-equal. The memory of the streamed driver over two sizes of model.
 KILLS := 100

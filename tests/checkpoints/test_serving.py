@@ -88,6 +88,7 @@ def rewritten(home, changes):
     return home
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", CASES)
 def test_the_formats_that_recipes_write(name, dense, tmp_path):
     recipe, expected, word = CASES[name]

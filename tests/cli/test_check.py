@@ -145,6 +145,7 @@ CASES = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", CASES)
 def test_check_refuses_what_compress_refuses_in_the_same_words(shop, capsys, case):
     name, steps, sections, data = CASES[case]

@@ -85,6 +85,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_and_restored(case, dtype, tmp_path):

@@ -100,6 +100,7 @@ COUNTS = {
 }  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_architecture_runs_as_before(name):
     apart, model = packed(name, NAIVE), packed(name)

@@ -95,6 +95,7 @@ GPTQ_CASES = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("bits", "size", "symmetric", "scattered", "version"), GPTQ_CASES)
 @pytest.mark.parametrize("kernels", ["served", "unserved"])
 def test_gptq(bits, size, symmetric, scattered, version, kernels, tmp_path, request):

@@ -79,6 +79,7 @@ def finished(model, steps, folder):
     return model
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_figures_follow_from_the_checkpoint(variant, tmp_path):
     first, *others = VARIANTS[variant]

@@ -87,6 +87,7 @@ def test_a_permutation_of_the_channels_that_a_router_reads_changes_no_choice():
     torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", NAMED)
 def test_a_technique_works_on_what_routes_if_it_is_named_exactly(name, tmp_path, monkeypatch):
     cls, (model, routing) = catalogue().get(name), a_mixture(name)

@@ -67,6 +67,7 @@ def test_the_short_examples_and_the_notebook_are_here():
     assert [path.name for path in NOTEBOOKS] == ["pruning_comparison.ipynb"]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(HOME)))
 def test_it_starts(path, python):
     """A script with options prints its help; one of sections runs with none selected; the rest is imported."""

@@ -166,6 +166,7 @@ REAL = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("names", REAL, ids=", ".join)
 def test_the_card_of_a_saved_checkpoint_is_true_of_its_files(names, tmp_path):
     check_saved(PAIRS[tuple(names)], tmp_path)

@@ -99,6 +99,7 @@ def tokens_of(markdown: str) -> list:
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_record_makes_an_intact_card(text, tmp_path):
     home = tmp_path / "card"

@@ -80,6 +80,7 @@ def decoded(cache):
 
 
 # -- the same tokens --------------------------------------------------------------------------------------------------
+@pytest.mark.many
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_loop_gives_the_tokens_of_transformers_loop(name, scheme):
@@ -94,6 +95,7 @@ def test_our_loop_gives_the_tokens_of_transformers_loop(name, scheme):
     assert torch.equal(hf_optim.generate(model, **inputs, max_new_tokens=24), expected)  # on a CPU, transformers' loop
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize(
     ("name", "scheme"), [("llama", "int4"), ("gpt2", "float8"), ("gemma3-window-6", "int8-per-token")]

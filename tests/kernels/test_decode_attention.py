@@ -70,6 +70,7 @@ def test_the_specification(shape, with_sinks, softcap):
     assert relative(found, oracle(query, key, value, mask, sinks, 0.3, softcap)) < 1e-6
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -93,6 +93,7 @@ def test_the_specification_is_each_expert_by_itself(gate, bias, transposed):
     assert relative(own, exact(hidden, chosen, weights, given, GATES[gate])) < 1e-7
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize(("path", "gate"), CASES)
 def test_kernels_compute_the_layer(path, gate, device):
@@ -103,6 +104,7 @@ def test_kernels_compute_the_layer(path, gate, device):
     assert relative(own.cpu(), exact(hidden, chosen, weights, given, GATES[gate])) < BOUND[torch.float32]
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("path", PATHS)

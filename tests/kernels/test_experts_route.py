@@ -50,6 +50,7 @@ def test_a_route_has_every_pair_of_every_expert_once(case, skew):
     assert bool((blocks[len(wanted) :, 0] == naive.NOBODY).all())
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("skew", ["spread", "one", "dropped", "nobody"])
 @pytest.mark.parametrize("case", CHOICES)

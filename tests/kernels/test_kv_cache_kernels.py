@@ -176,6 +176,7 @@ def test_the_specification(name, shape):
     assert relative(naive.attend(query, *arguments), exact(query, *arguments)) < 1e-6
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -199,6 +200,7 @@ def test_the_kernel(name, dtype, device, monkeypatch):
         assert relative(found.cpu(), expected) < (4e-6 if dtype == torch.float32 else 2 * BOUND[dtype])
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("name", ["int4", "int8", "float8"])
 @pytest.mark.parametrize("shape", ["one-key-head", "a-few-tokens"])
@@ -259,6 +261,7 @@ def test_a_cache_without_codes_is_dense_attention(device):
     assert relative(found.cpu(), expected.transpose(1, 2).cpu()) < 4e-6
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_kernel_appends_what_the_specification_does(name, device):

@@ -93,6 +93,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[:3]}-{len(case[3])}")

@@ -85,6 +85,7 @@ def bound(dtype):
     return 4 * BOUND[dtype] if dtype != torch.float32 else 3e-6
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("device", EVERYWHERE)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -112,6 +113,7 @@ def test_kernels_multiply_16_bits(choice, dtype, device):
     assert relative(packed(*inputs, silu_gate).cpu(), mixture.expected(*inputs)) <= bound(dtype)
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize("single", [True, False], ids=["alone", "sorted"])
 @pytest.mark.parametrize("split", [1, 4])

@@ -125,6 +125,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize(("shape", "grid", "dtype"), CASES, ids=str)
 def test_every_path_equals_float64(shape, grid, dtype, device, poisoned):

@@ -146,6 +146,7 @@ def test_staged_inputs_are_what_lanes_read(rows, device):
 
 
 # Every grid with one type: compiling takes longer than running.
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize(
     ("grid", "dtype"), [(g, (torch.bfloat16, torch.float16)[i % 2]) for i, g in enumerate(GRIDS)], ids=str

@@ -190,6 +190,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize(("rows", "out", "columns", "grid", "dtype"), CASES, ids=str)
 def test_every_kernel_equals_float64(rows, out, columns, grid, dtype, device, monkeypatch):

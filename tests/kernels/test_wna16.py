@@ -85,6 +85,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many
 @on_triton
 @pytest.mark.parametrize(("shape", "width", "zero", "dtype"), CASES, ids=str)
 def test_the_triton_kernels_equal_float64(shape, width, zero, dtype, device, monkeypatch):

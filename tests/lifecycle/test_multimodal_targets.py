@@ -48,6 +48,7 @@ def built(name):
     return BUILD[name]() if name in BUILD else build_family(name)[0]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", CASES)
 def test_it_reloads_with_the_same_bits(case, tmp_path):
     name, inputs, targets, count = CASES[case]

@@ -158,6 +158,7 @@ DENSE_DAMAGES = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("damage", W4_DAMAGES)
 @pytest.mark.parametrize("family", LAYERS)
 def test_damaged_codes_are_refused_by_name(family, damage, checkpoints, tmp_path):
@@ -168,6 +169,7 @@ def test_damaged_codes_are_refused_by_name(family, damage, checkpoints, tmp_path
             door(kind, copy)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("damage", DENSE_DAMAGES)
 @pytest.mark.parametrize("family", LAYERS)
 def test_damaged_weights_are_refused_by_name(family, damage, checkpoints, tmp_path):
@@ -178,6 +180,7 @@ def test_damaged_weights_are_refused_by_name(family, damage, checkpoints, tmp_pa
             door(kind, copy)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_lost_quantization_config_is_named(family, recipe, checkpoints, tmp_path):

@@ -55,6 +55,7 @@ def optimized(model, **fields):
     return hf_optim.run_of(hf_optim.optimize(model, step))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_was_changed_and_what_was_left_alone_are_the_model(name, caplog):
     build, roles = ARCHITECTURES[name]

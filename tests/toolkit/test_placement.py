@@ -95,6 +95,7 @@ DENSE = {
 CASES = [(case, door) for case in DENSE for door in DOORS if (case, door) != ("no head", "streamed")]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("case", "door"), CASES)
 def test_weights_of_another_model_are_refused_at_every_door(case, door, broken):
     tensors, config, message = DENSE[case]

@@ -40,6 +40,7 @@ def tiny_gemma2():
     ).eval()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gemma2])
 @pytest.mark.parametrize("factor", [1e-5, 1e-2, 37.0, 1e5])

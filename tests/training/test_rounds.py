@@ -208,6 +208,7 @@ def test_weights_and_optimizer_go_back_under_the_masks(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("at", [8, 9])
 @pytest.mark.parametrize("step", [{"rewind_to": 2}, {"weights": "draw"}, {"weights": "keep", "rate": 0.1}], ids=str)
 def test_resumed_training_ends_with_the_same_bits(tmp_path, step, at):

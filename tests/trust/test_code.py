@@ -79,6 +79,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("what", STRANGE)
 def test_any_other_code_is_not_trusted(what, result):
     home, written = result

@@ -140,6 +140,7 @@ def isolated(monkeypatch, tmp_path):
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("door", READ_WEIGHTS)
 def test_files_of_a_stranger_are_refused_by_name(door, good, tmp_path_factory):
     failures = []
@@ -170,6 +171,7 @@ def test_code_of_a_stranger_does_not_run(door, what, home, canary):
     assert not canary.ran
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("door", DOORS)
 def test_a_sound_checkpoint_is_opened(door, home):
     DOORS[door][0](home)

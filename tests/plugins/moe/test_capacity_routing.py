@@ -72,6 +72,7 @@ def test_wrong_priorities():
         BatchPriorityRouting(priority="position")
 
 
+@pytest.mark.many
 @BOTH
 @pytest.mark.parametrize(
     ("build", "text"),

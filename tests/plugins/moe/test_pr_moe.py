@@ -26,6 +26,7 @@ def layers_of(model):
     return {name: m for name, m in model.named_modules() if type(m).__name__ == "ResidualMoE"}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2, tiny_bert, tiny_t5])
 def test_copies_with_a_gate_of_one_are_the_dense_model(build, residual):

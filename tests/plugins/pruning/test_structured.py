@@ -91,6 +91,7 @@ def test_removing_a_layer_that_adds_nothing_changes_nothing(family):
     assert figures(model)["layers"] == {idle.list_name: [2, 1]}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", TINY)
 def test_the_configuration_agrees_and_a_stock_reload_is_equal(family, tmp_path):
     model = TINY[family]()

@@ -46,6 +46,7 @@ def losses(model) -> dict[str, list[float]]:
     return next(entry["losses"] for entry in run_of(model).record.steps.values() if "losses" in entry)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "fields",

@@ -52,6 +52,7 @@ def logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes(tmp_path, name):
     fields, stored, strategy = SCHEMES[name]

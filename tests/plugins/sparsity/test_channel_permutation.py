@@ -52,6 +52,7 @@ def column_order(before, after):
     return torch.cdist(new.T, old.T).argmin(1)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("where", permutation_sites.SITE_KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "vit"])
 def test_outputs_are_the_same_in_float64(family, where):
@@ -63,6 +64,7 @@ def test_outputs_are_the_same_in_float64(family, where):
     assert any(not torch.equal(weight, dense[name]) for name, weight in weights(model).items())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("where", permutation_sites.SITE_KINDS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "t5", "mixtral"])
 def test_outputs_are_the_same_with_norms_in_float32(family, where):

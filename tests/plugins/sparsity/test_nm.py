@@ -43,6 +43,7 @@ def inputs_of(model, data):
     return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 8)])
 def test_every_layer_follows_the_pattern_along_its_input(family, keep, group):
