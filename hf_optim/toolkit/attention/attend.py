@@ -25,7 +25,7 @@ from .layout import BLOCK, Layout, layouts
 from .pattern import Pattern
 from .rows import Apart, Rows
 
-KERNEL = "hf_optim_kernels.sparse_attention"  # where it is installed
+KERNEL = "hf_optim_kernels.sparse_attention.op"  # where it is installed
 SHORTEST = 256  # rows below are computed densely
 LARGEST_SHARE = 0.5  # of the blocks; patterns that see more are computed densely
 
@@ -130,11 +130,11 @@ def attend_lists(
     simple = not any(part.shift is not None for source in sources for part in source.lists)
     if simple and not dropout and all(flash_on_cpu(query, each.key, each.value) for each in sources):
         return flash_attention(query, sources, scale, segments)
-    kernel = None if dropout else _kernel(query)
-    product: Callable[..., Any] = kernel or blocked_attention
     extra = {"dropout": dropout} if dropout else {}
     parts = []
     for each in sources:
+        kernel = None if dropout else _kernel(query, each.key, each.value, scale)
+        product: Callable[..., Any] = kernel or blocked_attention
         for part in each.lists:
             out, sums = product(query, each.key, each.value, part, scale, segments, each.segments, **extra)
             if part.shift is not None:  # pairs that count several times have a larger sum of exponentials
@@ -208,12 +208,14 @@ def _installed() -> Any:
         return None
 
 
-def _kernel(query: Tensor) -> Any:
-    """Return the installed kernel if it computes on the device of ``query`` and in its dtype."""
-    if query.device.type != "cuda" or query.dtype == torch.float64:
+def _kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
+    """Return the installed kernel if it computes on the device of these tensors, in their dtype and sizes."""
+    if query.device.type != "cuda":
         return None
     module = _installed()
-    return None if module is None else module.sparse_attention
+    if module is None or not scale > 0 or module.unsupported(query, key, value) is not None:
+        return None
+    return module.sparse_attention
 
 
 def _dense(

@@ -173,9 +173,7 @@ class FeedForwardModules(CodedExperts, ReplacedModules):
         """Return why a capacity with this priority does not apply to the experts, or ``""``."""
         if priority == "position" or not self.has_equal_gates():
             return ""
-        return (
-            "gives all chosen experts a gate of 1, so none is larger; use a capacity that goes by position"
-        )
+        return "gives all chosen experts a gate of 1, so none is larger; use a capacity that goes by position"
 
     def has_equal_gates(self) -> bool:
         """Return True if the gates of all chosen experts are 1."""

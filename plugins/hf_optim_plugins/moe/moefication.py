@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
 from hf_optim.toolkit.statistics import RowSample
@@ -47,7 +47,6 @@ from ._neuron_stacks import (
     new_names,
     stack_names,
 )
-from ._own_code import require_own_code
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run, Scope

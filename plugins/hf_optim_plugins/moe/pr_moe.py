@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, converted_skeleton, generate, joined, require_own_code
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import coded_experts, grouped_experts, main_output, replace, rounding_tolerance
 from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, find_feed_forwards, weight_out_in
@@ -35,7 +35,6 @@ from hf_optim.toolkit.topology import FeedForward, NoInputsError, dummy_inputs, 
 from . import _inlet_layers, _residual_layers
 from ._copies import copies, perturb_
 from ._neuron_stacks import input_parts
-from ._own_code import require_own_code
 
 if TYPE_CHECKING:
     from hf_optim import Card, Run

@@ -63,7 +63,5 @@ def test_classes_that_a_capacity_would_break_are_refused(build, step, message, t
 
 @pytest.mark.parametrize(("build", "step"), [(tiny_llama, MOEFIED), (tiny_opt, RESIDUAL)])
 def test_priorities_among_equal_gates_are_refused(build, step):
-    with pytest.raises(
-        ModelError, match=r"a gate of 1, so none is larger; use a capacity that goes by"
-    ):
+    with pytest.raises(ModelError, match=r"a gate of 1, so none is larger; use a capacity that goes by"):
         hf_optim.optimize(mixture(build, step), [{"technique": PRIORITY, "measure": False}])
