@@ -59,8 +59,11 @@ class DenseExperts(ExpertsBase):
             found = Codes(torch.cat([part.codes for part in parts]), scale, zero)
             one = DenseLinear(found, matrix.bits, matrix.group_size, None)
             for key, value in (("packed", one.dense), ("scale", scale), ("zero", zero)):
-                if value is not None:
-                    stacks.setdefault(key, torch.empty((weight.count, *value.shape), dtype=value.dtype))[expert] = value
+                if value is None:
+                    continue
+                if key not in stacks:
+                    stacks[key] = torch.empty((weight.count, *value.shape), dtype=value.dtype)
+                stacks[key][expert] = value
         for key in ("packed", "scale", "zero"):
             self.register_buffer(f"{side}_{key}", stacks.get(key))
 
