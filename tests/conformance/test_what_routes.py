@@ -28,7 +28,8 @@ STOCK_CLASS |= {"sparse_transformer", "strided"}
 REFUSES = dict.fromkeys(
     ["moefication", "pr_moe", "task_moe", "upcycle", "vmoe"], "does not support a model that routes tokens to experts"
 )
-"""Techniques that do not take a model with experts, and why."""
+REFUSES["big_bird"] = "is causal"
+"""Techniques that do not take a model with experts, or none of this kind, and why."""
 
 NAMED = ["gptq", "lkd", "llm_int8", "mixed_precision", "obq", "qat", "rtn", "zeroquant", "gobo"]
 NAMED += ["gmp", "iterative", "l0", "lottery_ticket", "magnitude", "nm", "sr_ste", "top_kast", "variational_dropout"]
