@@ -1,4 +1,4 @@
-"""The kernels of sparse attention on the layouts that patterns give, against the plain execution of the same layouts."""
+"""The kernels of sparse attention on the layouts of patterns, against the plain execution of the same layouts."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from . import (
     settings,
     terms,
 )
-from .attachment import FIELD, Attachment, PatternConfig, PatternModel, number_layers
+from .attachment import FIELD, Attachment, PatternConfig, PatternModel, PreparedModel, number_layers
 from .attend import HeadPatterns
 from .cached_tokens import patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
@@ -65,6 +65,7 @@ __all__ = [
     "PatternLayer",
     "PatternModel",
     "Pieces",
+    "PreparedModel",
     "Rows",
     "ShiftedChunks",
     "Spans",

@@ -66,6 +66,12 @@ class Attachment:
         known = context if isinstance(context, int) else None
         return _patterns(self, json.dumps(settings, sort_keys=True), known, layer, heads, causal)
 
+    def require_settings(self, config: Any) -> None:
+        """Raise ``ValueError`` if the settings in a configuration give no pattern for one of its layers."""
+        text = config.get_text_config()
+        for layer in range(text.num_hidden_layers):
+            self.patterns(config, layer, text.num_attention_heads, False)
+
     def make(
         self, settings: Mapping[str, Any], context: int | None, layer: int, heads: int, causal: bool
     ) -> HeadPatterns:
@@ -281,27 +287,25 @@ def number_layers(model: nn.Module) -> None:
             module.layer_idx = index  # type: ignore[assignment]
 
 
-def check_settings(config: Any) -> None:
-    """Raise ``ValueError`` if the settings in a configuration give no pattern for one of its layers."""
-    function = AttentionInterface._global_mapping.get(getattr(type(config), "implementation", ""))
-    attachment = getattr(function, "__self__", None)
-    if isinstance(attachment, Attachment):
-        text = config.get_text_config()
-        for layer in range(text.num_hidden_layers):
-            attachment.patterns(config, layer, text.num_attention_heads, False)
-
-
-class PatternModel:
-    """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see."""
+class PreparedModel:
+    """Mixin of a model class, first among its bases: settings are checked, and modules of attention prepared."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        check_settings(config)
+        function = AttentionInterface._global_mapping.get(getattr(type(config), "implementation", ""))
+        # Not an ``isinstance``: code that came with a checkpoint has a class of its own for attachments.
+        require_settings = getattr(getattr(function, "__self__", None), "require_settings", None)
+        if require_settings is not None:
+            require_settings(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.set_up_attention()
 
     def set_up_attention(self) -> None:
         """Prepare modules of attention: when the model is built, and when a model gets this class."""
         number_layers(self)  # type: ignore[arg-type]
+
+
+class PatternModel(PreparedModel):
+    """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return call_with_cache(self, args, kwargs)

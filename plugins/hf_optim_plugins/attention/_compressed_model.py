@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_optim.toolkit.attention import FIELD, Apart, Attachment, Pattern, PatternConfig, PatternModel, Rows, whole
+from hf_optim.toolkit.attention import FIELD, Apart, Attachment, Pattern, PatternConfig, PreparedModel, Rows, whole
 
 from ._compressed_attention import compressed_attention
 from ._compressed_cache import CompressedLayer, hold_compressed
@@ -31,11 +31,16 @@ def sizes_of(settings: Any) -> tuple[int, int, int, int]:
 
 def no_pattern(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> Sequence[Pattern]:
     """Raise ``ValueError``: a pattern of pairs does not express keys that are made of several tokens."""
-    raise ValueError("a pattern of pairs does not express compressed attention")
+    raise ValueError("compressed attention makes keys of several tokens: they are not counted as keys of tokens")
 
 
 class CompressedAttachment(Attachment):
     """The attention function: convolutions, cache, padding and packed documents around ``compressed_attention``."""
+
+    def require_settings(self, config: Any) -> None:
+        """Raise ``ValueError`` for settings that are not those of compressed attention."""
+        if getattr(config, FIELD, None) is not None:
+            sizes_of(getattr(config, FIELD))
 
     def attention(
         self,
@@ -194,7 +199,7 @@ class CompressedBase(PatternConfig):
     implementation = ATTACHMENT.name
 
 
-class CompressedModel(PatternModel):
+class CompressedModel(PreparedModel):
     """Base of the model classes."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
