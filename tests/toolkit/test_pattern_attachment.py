@@ -136,10 +136,29 @@ def test_a_pattern_that_sees_all_is_the_stock_model_to_the_bit(registered, name)
 
 def test_function_and_mask_come_and_go_together(registered):
     for interface in (AttentionInterface(), AttentionMaskInterface()):
-        assert "hf_optim_test" in interface
+        assert ATTACHMENT.name in interface
     ATTACHMENT.unregister()
     for interface in (AttentionInterface(), AttentionMaskInterface()):
-        assert "hf_optim_test" not in interface
+        assert ATTACHMENT.name not in interface
+
+
+def test_code_of_another_version_has_a_name_of_its_own():
+    """Two checkpoints may bring code for one technique that computes differently."""
+    text = "from hf_optim.toolkit.attention import Attachment, Band, Pattern\n"
+    text += "def build(settings, layer, heads, causal):\n    return [Pattern((Band({reach}),), causal)]\n"
+    text += "made = Attachment('hf_optim_technique', build)\n"
+    spaces = [{"__name__": f"of_a_checkpoint_{reach}"} for reach in (1, 2)]
+    for reach, space in enumerate(spaces, 1):
+        exec(text.format(reach=reach), space)
+    made = [space["made"] for space in spaces]
+    try:
+        for one in made:
+            one.register()
+        found = [AttentionInterface()[one.name].__self__ for one in made]
+        assert found == made
+    finally:
+        for one in made:
+            one.unregister()
 
 
 # -- the mask ---------------------------------------------------------------------------------------------------------
@@ -234,5 +253,5 @@ def test_the_stored_modules_are_one_text_without_a_name_used_twice():
         for alias in node.names
     }
     standard = {"__future__", "collections", "dataclasses", "functools", "importlib", "json", "os", "pathlib", "typing"}
-    standard |= {"copy", "inspect", "math", "sys", "weakref"}
+    standard |= {"copy", "inspect", "math", "sys", "weakref", "zlib"}
     assert roots - standard == {"torch", "transformers"}

@@ -10,6 +10,7 @@ This file is stored beside checkpoints, so it imports only torch and transformer
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +38,7 @@ class Attachment:
     """An attention implementation that computes the patterns of a technique.
 
     Attributes:
-        name: of the implementation, as in ``attn_implementation``.
+        name: of the implementation, as in ``attn_implementation``; a number for the module of ``build`` is added.
         build: ``build(settings, layer, heads, causal)`` returns the pattern of all heads, or one for each.
         check: ``check(settings, context)`` raises ``ValueError`` if the settings do not fit a model that reads at most
             ``context`` tokens; None: any that ``build`` takes fit.
@@ -46,6 +47,11 @@ class Attachment:
     name: str
     build: Builder
     check: Callable[[Mapping[str, Any], int], None] | None = None
+
+    def __post_init__(self) -> None:
+        # Checkpoints bring their code, of the version that wrote them: each module has a name of its own, so that none
+        # computes with the code of another.
+        object.__setattr__(self, "name", f"{self.name}_{zlib.crc32(self.build.__module__.encode()):08x}")
 
     def register(self) -> None:
         """Register the function and the mask with transformers. Repeated calls replace what was there."""
