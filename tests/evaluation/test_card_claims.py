@@ -130,7 +130,7 @@ def entry_of(name):
 
 
 @pytest.mark.parametrize("first", sorted({pair[0] for pair in PAIRS}))
-def test_every_pair_that_composes_has_a_card_without_contradictions(first):
+def test_every_pair_that_composes_has_a_card_without_contradictions(first, tmp_path):
     """The card of each pair from what its steps report alone, with the traits and the reload level of the pair."""
     wrong = {}
     for (a, b), recipe in PAIRS.items():
@@ -146,7 +146,7 @@ def test_every_pair_that_composes_has_a_card_without_contradictions(first):
                     reported=lambda step, found=found: found[0],
                     covered=lambda step, found=found: found[1],
                 )
-                step.export(run=stub, directory=None, card=card)
+                step.export(run=stub, directory=tmp_path, card=card)
         if found := contradictions(record, card.render()):
             wrong[a, b] = found
     assert not wrong

@@ -31,6 +31,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("build", "first", "second", "message"), REFUSED)
 def test_check_refuses_what_the_run_refuses(build, first, second, message, tmp_path):
     build().save_pretrained(tmp_path)

@@ -66,6 +66,7 @@ def whole(model, ids):
 
 
 # -- the outputs of the whole row -------------------------------------------------------------------------------------
+@pytest.mark.many
 @pytest.mark.parametrize("terms", CASES, ids="+".join)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_row_in_parts_has_the_outputs_of_the_whole_row(name, terms):

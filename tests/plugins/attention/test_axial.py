@@ -245,6 +245,7 @@ RELOAD = """
 """
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("more", [(), ({"technique": "rtn", "bits": 8},)])
 @pytest.mark.parametrize("build", [wide_vit, tiny_opt])
 def test_a_checkpoint_needs_no_hf_optim(build, more, tmp_path, stock_python):

@@ -33,6 +33,7 @@ FAST = [
 ]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("family", "kv_heads"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
@@ -92,6 +93,7 @@ def test_the_present_number_of_heads_changes_nothing(family):
     assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("family", "kv_heads"), [("llama", 1), ("phi3", 2), ("gpt2", 1), ("gpt2", 2), ("opt", 1)])
 def test_the_cache_holds_the_shared_heads_alone(family, kv_heads):
     made = share(tiny(family), kv_heads)
@@ -190,6 +192,7 @@ def test_a_step_that_drops_copies_is_one_graph():
     assert torch.equal(logits(compiled, input_ids=IDS, use_cache=False), logits(made, input_ids=IDS, use_cache=False))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("name", "change"),
     [

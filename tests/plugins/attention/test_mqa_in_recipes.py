@@ -29,6 +29,7 @@ def reloaded(folder, cls=transformers.AutoModelForCausalLM):
     return model.eval()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("family", "kv_heads"), [("llama", 1), ("gpt2", 1), ("opt", 2), ("neox", 1)])
 def test_pooled_heads_are_quantized_saved_and_reloaded(family, kv_heads, tmp_path):
     model = TINY[family]() if family in TINY else build(SWEPT[family])

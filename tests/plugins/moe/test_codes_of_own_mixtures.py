@@ -51,6 +51,7 @@ def expert_keys(folder):
         return [key for key in file.keys() if ".experts." in key and not key.endswith("_bias")]  # noqa: SIM118
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", CASES)
 def test_stock_transformers_reads_the_codes_bit_exact(name, tmp_path, stock):
     build, step, codes, auto_class = CASES[name]
@@ -133,6 +134,7 @@ NARROW = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", NARROW)
 def test_experts_whose_rows_no_longer_fit_the_grouped_product_are_computed_without_it(name, dtype):
