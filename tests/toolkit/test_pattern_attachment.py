@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
-from transformers import AttentionInterface
+from tiny_models import DECODER, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
+from transformers import AttentionInterface, MistralConfig, MistralForCausalLM, ModernBertConfig, ModernBertModel
 from transformers.masking_utils import (
     AttentionMaskInterface,
     and_masks,
@@ -110,6 +110,54 @@ def test_packed_documents_are_computed_as_they_would_be_alone(registered, way, n
     packed = outputs(model, ids, position_ids=places, use_cache=False)
     torch.testing.assert_close(packed[:, :23], outputs(model, IDS[:1]), rtol=0, atol=1e-12)
     torch.testing.assert_close(packed[:, 23:], outputs(model, IDS[1:, :SHORT]), rtol=0, atol=1e-12)
+
+
+WINDOWED = {
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 16}),
+    "modernbert": (ModernBertConfig, ModernBertModel, {"pad_token_id": 0, "local_attention": 16}),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_rows_of_models_with_windows_of_their_own_are_computed_as_they_would_be_alone(registered, name):
+    """Their masks restrict pairs, and tell padding and documents as well."""
+    config, kind, more = WINDOWED[name]
+    torch.manual_seed(0)
+    model = kind(config(**{**DECODER, **more})).double().eval()
+    model.config.attention_pattern = {"kind": "chunks"}
+    model.set_attn_implementation(ATTACHMENT.name)
+    alone = outputs(model, IDS[1:, :SHORT])
+    for side in ("right", "left"):
+        ids, valid, at = padded(side)
+        both = outputs(model, ids, attention_mask=valid)
+        torch.testing.assert_close(both[1:, at], alone, rtol=0, atol=1e-6)
+    if name == "mistral":
+        ids = torch.cat([IDS[0], IDS[1, :SHORT]])[None]
+        places = torch.cat([torch.arange(23), torch.arange(SHORT)])[None]
+        packed = outputs(model, ids, position_ids=places, use_cache=False)
+        torch.testing.assert_close(packed[:, 23:], alone, rtol=0, atol=1e-6)
+
+
+def test_a_mask_of_four_dimensions_does_not_tell_positions(registered):
+    model, ids = with_pattern("llama", "chunks"), IDS[:1]
+    mask = torch.ones(1, 1, 23, 23, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="the position of a token counts"):
+        outputs(model, ids, attention_mask=mask, use_cache=False)
+    for dtype in (torch.int32, torch.int64, torch.uint8):
+        with pytest.raises(ValueError, match="must be bool or floating point"):
+            outputs(model, ids, attention_mask=mask.to(dtype), use_cache=False)
+    windows = with_pattern("llama", "heads")  # where only distances count
+    found = outputs(windows, ids, attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(found, outputs(windows, ids), rtol=0, atol=1e-12)
+
+
+def test_a_model_without_values_is_traced(registered):
+    """``hf-optim check`` analyses checkpoints without reading them."""
+    from torch._subclasses import FakeTensorMode
+
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    with FakeTensorMode() as mode:
+        assert handed(causal_mask_function, mode.from_tensor(valid)) is None
 
 
 @pytest.mark.parametrize("kind", ["chunks", "heads"])

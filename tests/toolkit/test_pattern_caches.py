@@ -110,7 +110,7 @@ def test_a_padding_token_in_the_middle_of_a_row_is_not_a_position():
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_a_mask_of_the_caller_is_intersected_with_the_pattern(kind):
-    model = make("llama", *DROPPING)
+    model = make("llama", "window", "dilated", "window", "dilated")
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     hidden[10:, 8] = False
     mask = hidden[None, None].expand(3, 1, -1, -1)
@@ -121,6 +121,22 @@ def test_a_mask_of_the_caller_is_intersected_with_the_pattern(kind):
         cache = model(IDS[:, :30], attention_mask=mask[:, :, :30, :30], use_cache=True)[CACHE]
         found = model(IDS[:, 30:], attention_mask=mask[:, :, 30:], **{CACHE: cache}).logits
     torch.testing.assert_close(found, expected[:, 30:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first", [None, 3])
+def test_tokens_that_were_read_cannot_become_padding_behind_dropped_keys(first):
+    model, later = make("llama", "chunks"), torch.ones(1, 26, dtype=torch.long)
+    later[:, :7] = 0
+    earlier = {} if first is None else {"attention_mask": (torch.arange(22) >= first).long()[None]}
+    with torch.no_grad():
+        cache = model(IDS[:1, :22], use_cache=True, **earlier)[CACHE]
+        with pytest.raises(ValueError, match="hides other earlier tokens than before"):
+            model(IDS[:1, 22:26], attention_mask=later, **{CACHE: cache})
+        # Where no key was dropped, the mask says which tokens count.
+        model = make("llama", "all")
+        cache = model(IDS[:1, :22], use_cache=True)[CACHE]
+        found = model(IDS[:1, 22:26], attention_mask=later, **{CACHE: cache}).logits
+    assert torch.isfinite(found).all()
 
 
 def test_gradients_through_a_cache_are_those_of_the_whole_row():

@@ -32,7 +32,7 @@ from .global_models import (
 from .global_tokens import Pieces
 from .kept import Kept, kept_attention
 from .pattern import Pattern, visible
-from .rows import Apart, Rows
+from .rows import SEGMENTS, Apart, Rows
 from .settings import LARGEST, MOST, chosen, whole, wholes
 from .share import share_of_attention
 from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Term
@@ -49,6 +49,7 @@ __all__ = [
     "GLOBAL_TOKENS",
     "LARGEST",
     "MOST",
+    "SEGMENTS",
     "STORED",
     "Apart",
     "Attachment",

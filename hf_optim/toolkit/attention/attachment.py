@@ -26,7 +26,7 @@ from .attend import HeadPatterns, attend
 from .kept import kept_attention
 from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
-from .rows import UNWRITTEN, Rows
+from .rows import SEGMENTS, UNWRITTEN, Rows
 
 FIELD = "attention_pattern"  # of the configuration: the settings of the technique, a dict
 
@@ -121,7 +121,7 @@ class Attachment:
         layer = getattr(module, "layer_idx", None)
         heads = self.patterns(module.config, 0 if layer is None else layer, query.shape[1], causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows, other = _read(attention_mask, query.shape[2])
+        rows, other = _read(attention_mask, query.shape[2], heads)
         if position_bias is not None:
             other = position_bias if other is None else _with_bias(position_bias, other)
         dropped = dropout if module.training else 0.0
@@ -184,12 +184,33 @@ def mask(
 
     Raises ``ValueError`` for an ``attention_mask`` that does not reach to the last query.
 
-    None: each row is one document without padding. int32 ``[B, 1, 1, M]``: the segments of ``Rows``. bool
-    ``[B, 1, N, M]``: the mask of a model that restricts attention in ways of its own.
+    None: each row is one document without padding. ``SEGMENTS`` ``[B, 1, 1, M]``: the segments of ``Rows``. bool
+    ``[B, 1, N, M]``: the mask of a model that restricts attention in ways of its own. Rows are an attribute of either.
     """
-    documents = _documents(mask_function)
-    if documents is None:
-        if int(q_offset) + q_length != int(kv_offset) + kv_length:
+    parts = list(_leaves(mask_function))
+    documents = [part for part in parts if isinstance(part, Tensor)]
+    begin = int(q_offset) - int(kv_offset)
+    known = None if attention_mask is None else attention_mask[:, int(kv_offset) : int(kv_offset) + kv_length]
+    if known is not None and known.shape[1] < min(kv_length, begin + q_length):
+        raise ValueError(
+            f"the attention_mask has {known.shape[1]} columns for {begin + q_length} tokens: pass that of all tokens, "
+            "those in the cache among them"
+        )
+    traced = _is_traced(known, *documents)  # without values, of which padding and documents could be read
+    padded = known is not None and not traced and not bool(known.all())
+    if traced:
+        documents = []
+    rows = None
+    if documents or padded or q_length != kv_length:
+        segments = torch.zeros(batch_size, kv_length, dtype=torch.int32, device=device)
+        if documents:
+            segments = segments + documents[0].to(segments)
+        if known is not None and padded:
+            segments[:, : known.shape[1]].masked_fill_(~known.bool(), -1)
+        segments[:, begin + q_length :] = UNWRITTEN
+        rows = Rows.of(segments, begin) if documents or padded else Rows(segments, begin)
+    if any(part is None for part in parts):
+        if begin + q_length != kv_length:
             raise ValueError(
                 "a static cache does not go with an attention pattern and a window of the model: leave "
                 "cache_implementation out"
@@ -199,52 +220,48 @@ def mask(
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device}
         offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
         masks = {"mask_function": mask_function, "attention_mask": attention_mask}
-        return stock(**{**kwargs, **sizes, **offsets, **masks, **more})
-    begin = int(q_offset) - int(kv_offset)
-    known = None if attention_mask is None else attention_mask[:, int(kv_offset) : int(kv_offset) + kv_length]
-    if known is not None and known.shape[1] < min(kv_length, begin + q_length):
-        raise ValueError(
-            f"the attention_mask has {known.shape[1]} columns for {begin + q_length} tokens: pass that of all tokens, "
-            "those in the cache among them"
-        )
-    padded = known is not None and not bool(known.all())
-    if not documents and not padded and q_length == kv_length:
+        handed = stock(**{**kwargs, **sizes, **offsets, **masks, **more})
+    elif rows is None:
         return None
-    segments = torch.zeros(batch_size, kv_length, dtype=torch.int32, device=device)
-    if documents:
-        segments = segments + documents[0].to(segments)
-    if known is not None and padded:
-        segments[:, : known.shape[1]].masked_fill_(~known.bool(), -1)
-    segments[:, begin + q_length :] = UNWRITTEN
-    handed = segments[:, None, None, :]
-    plain = not documents and not padded
-    handed.hf_optim_rows = Rows(segments, begin) if plain else Rows.of(segments, begin)  # type: ignore[attr-defined]
+    else:
+        handed = rows.segments[:, None, None, :].to(SEGMENTS)
+    handed.hf_optim_rows = rows
     return handed
 
 
-def _read(handed: Tensor | None, count: int) -> tuple[Rows | None, Tensor | None]:
-    """Return rows and mask from what ``mask`` returned."""
+def _is_traced(*tensors: Tensor | None) -> bool:
+    """Return True if tensors have shapes alone: the model is analysed, not run."""
+    return any(t is not None and (t.is_meta or type(t).__name__ == "FakeTensor") for t in tensors)
+
+
+def _read(handed: Tensor | None, count: int, heads: HeadPatterns) -> tuple[Rows | None, Tensor | None]:
+    """Return rows and mask from what ``mask`` returned, or from a mask of the caller.
+
+    Raises ``ValueError`` for a mask of the caller if the patterns need positions, which it does not tell.
+    """
     if handed is None:
         return None, None
-    if handed.dtype != torch.int32:
-        return None, handed
-    rows = getattr(handed, "hf_optim_rows", None)  # lost where the tensor was copied
-    if rows is None:
-        segments = handed[:, 0, 0]
-        rows = Rows.of(segments, int((segments[0] != UNWRITTEN).sum()) - count)
-    return rows, None
+    known = hasattr(handed, "hf_optim_rows")
+    rows: Rows | None = getattr(handed, "hf_optim_rows", None)
+    if handed.dtype == SEGMENTS:
+        if rows is None:  # lost where the tensor was copied
+            segments = handed[:, 0, 0].int()
+            rows = Rows.of(segments, int((segments[0] != UNWRITTEN).sum()) - count)
+        return rows, None
+    if handed.dtype != torch.bool and not handed.is_floating_point():
+        raise ValueError(f"an attention mask of four dimensions must be bool or floating point, not {handed.dtype}")
+    if not known and (heads.reads_length or not heads.moves_along) and not heads.is_full(handed.shape[-1]):
+        raise ValueError(
+            "under this attention pattern the position of a token counts, which a mask of four dimensions does not "
+            "tell: pass attention_mask as [batch, length]"
+        )
+    return rows, handed
 
 
 def _with_bias(bias: Tensor, other: Tensor) -> Tensor:
     if other.dtype == torch.bool:
         return bias.masked_fill(~other, torch.finfo(bias.dtype).min)
     return bias + other
-
-
-def _documents(mask_function: Callable[..., Any]) -> list[Tensor] | None:
-    """Return the document numbers ``[B, M]`` of packed rows in a mask function; None if it restricts more than that."""
-    found = list(_leaves(mask_function))
-    return None if any(leaf is None for leaf in found) else [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 def _leaves(function: Any) -> Iterator[Any]:
@@ -293,6 +310,13 @@ def number_layers(model: nn.Module) -> None:
             module.layer_idx = index  # type: ignore[assignment]
 
 
+def require_no_weights(model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a forward is asked for attention weights."""
+    asked = kwargs.get("output_attentions")
+    if getattr(model.config, "output_attentions", False) if asked is None else asked:
+        raise ValueError("attention under a pattern does not form weights: leave output_attentions out")
+
+
 class PreparedModel:
     """Mixin of a model class, first among its bases: settings are checked, and modules of attention prepared."""
 
@@ -314,6 +338,7 @@ class PatternModel(PreparedModel):
     """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_no_weights(self, kwargs)
         return call_with_cache(self, args, kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -197,6 +197,12 @@ class PatternLayer(DynamicLayer):
             raise ValueError(
                 "earlier tokens had padding: pass the attention_mask of all tokens, not only of the new ones"
             )
+        dropped = self.kept is not None and self.kept.places.shape[1] < self._tokens
+        if rows is not None and dropped and not rows.continues(self._rows, self._tokens):
+            raise ValueError(
+                "the attention_mask hides other earlier tokens than before, by which keys were dropped: start a new "
+                "cache, or set use_cache=False"
+            )
 
     def _drop(self) -> None:
         """Drop the keys that no later token sees."""

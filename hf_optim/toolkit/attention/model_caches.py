@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .caches import PatternLayer
+from .rows import SEGMENTS
 
 # Not functions with ``lru_cache``, of which torch.compile warns.
 _names: dict[type, tuple[str, ...]] = {}
@@ -65,7 +66,7 @@ def prepare_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     for cache in given:
         with_pattern_layers(cache, layers)
         mask = kwargs.get("attention_mask")
-        own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype != torch.int32
+        own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype != SEGMENTS
         if own and any(isinstance(layer, StaticLayer) for layer in cache.layers):
             raise ValueError(
                 "a static cache does not go with an attention pattern and a mask of four dimensions: leave "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 UNWRITTEN = -2
+SEGMENTS = torch.int16  # of segments in the place of a mask: no caller has masks of this dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,18 @@ class Rows:
     def plain(self) -> bool:
         """True if each row is one document without padding."""
         return not (self.padded or self.packed)
+
+    def continues(self, earlier: Rows | None, tokens: int) -> bool:
+        """Return True if the first ``tokens`` are padding where they were ``earlier``; None: none of them was.
+
+        This waits for the device, once for each forward.
+        """
+        known: dict[int, bool] = vars(self).setdefault("_continued", {})
+        if id(earlier) not in known:
+            now = self.segments[:, :tokens] >= 0
+            before = torch.ones_like(now) if earlier is None else earlier.segments[:, :tokens] >= 0
+            known[id(earlier)] = torch.equal(now, before)
+        return known[id(earlier)]
 
     def positions(self) -> Tensor:
         """Return the position of each key in its document, int64 ``[B, M]``; that of padding means nothing."""

@@ -17,6 +17,7 @@ from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, requir
 from hf_optim.toolkit.attention import (
     FIELD,
     GLOBAL_TOKENS,
+    SEGMENTS,
     STORED,
     Attachment,
     Band,
@@ -287,7 +288,7 @@ def probe(model: PreTrainedModel, term: Term) -> Iterator[Called]:
             self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
         ) -> Any:
             mask = args[0] if args else more.get("attention_mask")
-            restricted = mask is not None and mask.dtype != torch.int32
+            restricted = mask is not None and mask.dtype != SEGMENTS
             called[id(module)] = Call(key.shape[1], key.shape[3], value.shape[3], restricted)
             called.total += 1
             return super().attention(module, query, key, value, *args, **more)

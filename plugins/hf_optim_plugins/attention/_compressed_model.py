@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_optim.toolkit.attention import FIELD, Apart, Attachment, Pattern, PatternConfig, PreparedModel, Rows, whole
+from hf_optim.toolkit.attention import (
+    FIELD,
+    SEGMENTS,
+    Apart,
+    Attachment,
+    Pattern,
+    PatternConfig,
+    PreparedModel,
+    Rows,
+    whole,
+)
 
 from ._compressed_attention import compressed_attention
 from ._compressed_cache import CompressedLayer, hold_compressed
@@ -61,7 +71,7 @@ class CompressedAttachment(Attachment):
         for what, extra in (("soft caps", softcap), ("attention sinks", s_aux), ("position biases", position_bias)):
             if extra is not None:
                 raise ValueError(f"compressed attention has no {what}: set another attn_implementation")
-        if attention_mask is not None and attention_mask.dtype != torch.int32:
+        if attention_mask is not None and attention_mask.dtype != SEGMENTS:
             raise ValueError(
                 "compressed attention takes padding and packed documents, and no other masks: those of pairs, from a "
                 "caller or of a sliding window, mean nothing for keys that are made of several tokens"
@@ -126,7 +136,7 @@ class Given:
         begin = 0 if layer is None else layer.seen
         if handed is None:
             return cls(begin, begin + length, None, (begin,) * batch, (length,) * batch)
-        segments = handed[:, 0, 0]
+        segments = handed[:, 0, 0].int()
         rows = getattr(handed, "hf_optim_rows", None)  # lost where the tensor was copied
         end = (segments.shape[1] - count if rows is None else rows.offset) + count
         if end > begin + length:
