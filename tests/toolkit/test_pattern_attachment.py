@@ -274,6 +274,15 @@ def test_what_is_not_computed_is_refused(registered):
         ATTACHMENT.attention(module, *parts, None, s_aux=torch.zeros(4))
 
 
+def test_settings_that_nothing_reads_are_refused(registered):
+    config = tiny_llama().config
+    config.attention_pattern = {"kind": "chunks", "knid": "heads"}
+    with pytest.raises(ValueError, match=r"settings that it does not know: \['knid'\]"):
+        ATTACHMENT.require_settings(config)
+    config.attention_pattern = {"kind": "chunks"}
+    ATTACHMENT.require_settings(config)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2**31, 1.0, "4", True, None, [4]])
 def test_settings_of_a_damaged_file_are_refused(value):
     with pytest.raises(ValueError, match="not a whole number from 1"):

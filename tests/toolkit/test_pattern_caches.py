@@ -123,6 +123,11 @@ def test_a_mask_of_the_caller_is_intersected_with_the_pattern(kind):
     torch.testing.assert_close(found, expected[:, 30:], rtol=0, atol=1e-12)
 
 
+def test_attention_weights_are_refused():
+    with pytest.raises(ValueError, match="does not form weights"):
+        make("llama", "window")(IDS[:1], output_attentions=True)
+
+
 @pytest.mark.parametrize("first", [None, 3])
 def test_tokens_that_were_read_cannot_become_padding_behind_dropped_keys(first):
     model, later = make("llama", "chunks"), torch.ones(1, 26, dtype=torch.long)

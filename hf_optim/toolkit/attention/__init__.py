@@ -39,8 +39,8 @@ from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Te
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
-    remote_code_guard, terms, pattern, layout, blocked, flash_cpu, rows, attend, kept, caches, model_caches, attachment,
-    settings,
+    remote_code_guard, terms, pattern, layout, blocked, flash_cpu, rows, attend, kept, caches, model_caches, settings,
+    attachment,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 

@@ -27,6 +27,7 @@ from .kept import kept_attention
 from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
 from .rows import SEGMENTS, UNWRITTEN, Rows
+from .settings import ReadSettings
 
 FIELD = "attention_pattern"  # of the configuration: the settings of the technique, a dict
 
@@ -65,18 +66,29 @@ class Attachment:
 
     def patterns(self, config: Any, layer: int, heads: int, causal: bool) -> HeadPatterns:
         """Return the patterns of a layer. Raises ``ValueError`` for settings that make none."""
+        settings = json.dumps(self._settings(config), sort_keys=True)
+        return _patterns(self, settings, self._context(config), layer, heads, causal)
+
+    def require_settings(self, config: Any) -> None:
+        """Raise ``ValueError`` if the settings of a configuration give no pattern for one of its layers, or hold more."""
+        text, settings = config.get_text_config(), ReadSettings(self._settings(config))
+        for layer in range(text.num_hidden_layers):
+            self.make(settings, self._context(config), layer, text.num_attention_heads, False)
+        self.read_others(settings)
+        settings.require_all_read()
+
+    def read_others(self, settings: Mapping[str, Any]) -> None:
+        """Read the settings that ``build`` does not."""
+
+    def _settings(self, config: Any) -> Mapping[str, Any]:
         settings = getattr(config, FIELD, None)
         if not isinstance(settings, Mapping):
             raise ValueError(f"attn_implementation={self.name!r} needs config.{FIELD}")
-        context = getattr(config, "max_position_embeddings", None)
-        known = context if isinstance(context, int) else None
-        return _patterns(self, json.dumps(settings, sort_keys=True), known, layer, heads, causal)
+        return settings
 
-    def require_settings(self, config: Any) -> None:
-        """Raise ``ValueError`` if the settings in a configuration give no pattern for one of its layers."""
-        text = config.get_text_config()
-        for layer in range(text.num_hidden_layers):
-            self.patterns(config, layer, text.num_attention_heads, False)
+    def _context(self, config: Any) -> int | None:
+        context = getattr(config, "max_position_embeddings", None)
+        return context if isinstance(context, int) else None
 
     def make(
         self, settings: Mapping[str, Any], context: int | None, layer: int, heads: int, causal: bool

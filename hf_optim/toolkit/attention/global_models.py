@@ -76,6 +76,10 @@ class GlobalAttachment(Attachment):
     near: Builder = lambda settings, layer, heads, causal: []
     pieces: Callable[[Mapping[str, Any]], Pieces] = all_pieces
 
+    def read_others(self, settings: Mapping[str, Any]) -> None:
+        """Read which tokens are global, and the pieces."""
+        differ_by_row(settings), self.pieces(settings), wholes(settings, "global_token_ids")
+
     def compute(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, heads: HeadPatterns, scale: float,
         rows: Rows | None, mask: Tensor | None, dropout: float, given: dict[str, Any],

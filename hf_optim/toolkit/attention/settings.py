@@ -5,7 +5,7 @@ This file is stored beside checkpoints, so it imports only the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 LARGEST = 2**31 - 1  # kernels count positions in 32 bits
@@ -36,3 +36,26 @@ def wholes(settings: Mapping[str, Any], name: str, low: int = 0, high: int = LAR
     if not isinstance(value, list) or len(value) > MOST:
         raise ValueError(f"the attention pattern has {name}={str(value)[:40]!r}, not a list of at most {MOST} numbers")
     return tuple(whole({name: entry}, name, low, high) for entry in value)
+
+
+class ReadSettings(Mapping[str, Any]):
+    """Settings that know which of them were read: what nothing reads is misspelt, or meant for something else."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings, self._read = settings, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._settings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
+
+    def require_all_read(self) -> None:
+        """Raise ``ValueError`` if some were not read."""
+        unread = sorted(str(name)[:40] for name in self._settings if name not in self._read)
+        if unread:
+            raise ValueError(f"the attention pattern has settings that it does not know: {unread[:4]}")
