@@ -212,10 +212,15 @@ def attach(
     model, label = run.model, run.label(step)
     inputs = dummy_inputs(model.base_model)  # type: ignore[arg-type]
     full = hidden_states(model, inputs)
-    causal = prove(model, inputs, full, label)
+    causal, shared = prove(model, inputs, full, label)
     if causal and encoders_only:
         raise ModelError(f"{label}: {type(model).__name__} is causal: {encoders_only}")
     each = layer_patterns(model.config, attachment, settings, causal, label)
+    if shared and len(set(each)) > 1:
+        raise ModelError(
+            f"{label}: {type(model).__name__} shares one attention between its layers, and this pattern differs by "
+            "layer: choose settings that are the same in all layers"
+        )
     convert(model, code, dict(settings))
     model.set_up_attention()  # type: ignore[operator]
     model.set_attn_implementation(attachment.name)
@@ -234,8 +239,15 @@ def attach(
     return model
 
 
-def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str) -> bool:
-    """Return True if the model is causal, having shown that a pattern reaches its attention and changes nothing else.
+class Proved(NamedTuple):
+    """Whether a model is causal, and whether layers share a module of attention."""
+
+    causal: bool
+    shared: bool
+
+
+def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str) -> Proved:
+    """Show that a pattern reaches the attention of a model and changes nothing else, and return what was found.
 
     A pattern that sees all must give the outputs ``full``, one in which a token sees itself alone must isolate tokens,
     and each layer must call the function. Raises ``ModelError`` otherwise.
@@ -260,7 +272,8 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
             "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
         )
     last = hidden_states(model, perturbed(inputs, -1))
-    return relative_difference(last[:, 0], full[:, 0]) == 0
+    causal = relative_difference(last[:, 0], full[:, 0]) == 0
+    return Proved(causal, shared=called.total > len(called))
 
 
 class Call(NamedTuple):

@@ -89,7 +89,7 @@ class Compressed(Technique):
         model, label = run.model, run.label(self)
         inputs = dummy_inputs(model)
         full = hidden_states(model, inputs)
-        causal = prove(model, inputs, full, label)
+        causal = prove(model, inputs, full, label).causal
         heads, width = key_sizes(model, inputs, _compressed_model.attentions(model), label)
         number_layers(model)
         settings = {"stride": self.stride, "local": self.local, "key_heads": heads, "head_width": width}

@@ -11,6 +11,8 @@ from pattern_oracle import difference, hidden_and_gradients, inputs_of, model_of
 from peft import LoraConfig, get_peft_model
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_t5
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
@@ -237,3 +239,23 @@ def test_a_model_loads_with_a_pattern(tmp_path):
     assert torch.equal(logits(loaded), logits(hf_optim.optimize(tiny_gpt2(), [step("dilated")])))
     with pytest.raises(ModelError, match="stride='99'"):
         AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=[{"technique": "strided", "stride": 99}])
+
+
+def test_a_pattern_that_differs_by_layer_needs_an_attention_for_each_layer():
+    config = AlbertConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    steps = [
+        {"technique": "axial", "columns": 4, "axes": "layers"},
+        {"technique": "sparse_transformer", "stride": 6, "vertices": 2, "steps": "layers"},
+        {"technique": "big_bird", "block": 4, "random": 1},
+        {"technique": "longformer", "window": 4, "dilations": [1, 2]},
+    ]
+    for each in steps:
+        model = AlbertModel(config).eval()
+        with pytest.raises(ModelError, match=f"{each['technique']}\\): AlbertModel shares one attention between"):
+            hf_optim.optimize(model, [each])
+        assert type(model) is AlbertModel
+        assert not hasattr(model.config, "attention_pattern")
+    hf_optim.optimize(AlbertModel(config).eval(), [step("sparse_transformer")])
