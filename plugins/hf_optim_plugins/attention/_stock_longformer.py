@@ -29,6 +29,7 @@ BERT_HEADS = {
     "BertForSequenceClassification": {"bert.pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"},
     "BertForTokenClassification": {},
 }
+OWN_MARKS = ("LongformerForQuestionAnswering", "LongformerForMultipleChoice")
 # The stock classes for question answering and multiple choice take other inputs.
 ROBERTA_HEADS = tuple(name.replace("Bert", "Roberta") for name in BERT_HEADS)
 
@@ -49,8 +50,22 @@ def require_stock(model: PreTrainedModel, label: str) -> None:
         raise ModelError(f"{label}: the head of LongformerForMaskedLM has gelu, that of {name} {config.hidden_act}")
 
 
-def require_counterpart(model_class: type[PreTrainedModel], label: str) -> None:
-    """Raise ``ModelError`` for a class of Longformer without a RoBERTa of the same head."""
+def require_counterpart(model_class: type[PreTrainedModel], global_first: int, label: str) -> None:
+    """Raise ``ModelError`` unless a RoBERTa with so many first tokens global computes what a class of Longformer does.
+
+    Without marks, the stock classifier of sequences makes its first token global, the classes in ``OWN_MARKS`` those of
+    the question, and all others none.
+    """
+    name = model_class.__name__
+    if name in OWN_MARKS:
+        raise ModelError(
+            f"{label}: {name} finds the tokens of the question and makes them global, which no RoBERTa does; take "
+            "LongformerModel, or a class for masked language modelling or for classification of sequences or tokens"
+        )
+    expected = int(name == "LongformerForSequenceClassification")
+    if global_first != expected:
+        does = "makes the first token of a row global" if expected else "makes no token global by itself"
+        raise ModelError(f"{label}: {name} {does}: set global_first to {expected}, not {global_first}")
     if _counterpart(model_class, LongformerConfig, RobertaConfig) is None:
         raise ModelError(f"{label}: there is no RoBERTa like {model_class.__name__}")
 
@@ -83,7 +98,6 @@ def to_stock(model: PreTrainedModel, window: int, label: str) -> PreTrainedModel
 
 def from_stock(model: PreTrainedModel, label: str) -> PreTrainedModel:
     """Return a stock Longformer as a RoBERTa, without its projections of global tokens; parameters are shared."""
-    require_counterpart(type(model), label)
     target = _counterpart(type(model), LongformerConfig, RobertaConfig)
     assert target is not None
     drop = {"attention_window": None, "onnx_export": None}

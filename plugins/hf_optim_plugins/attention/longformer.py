@@ -19,7 +19,8 @@ How the checkpoint reloads:
   positions moved behind the index of padding: plain transformers loads it, and computes slower. STOCK_ARCH. There
   global tokens are those of ``global_attention_mask``, and the first token in a classifier of sequences.
 
-A stock Longformer, in turn, becomes a RoBERTa with the pattern and its projections, and runs on lists of blocks.
+A stock Longformer, in turn, becomes a RoBERTa with the pattern and its projections, and runs on lists of blocks: with
+``global_first`` 1 for a classifier of sequences, else 0, as there.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Longformer(Technique):
         window: tokens on both sides of a token that it sees, even. None: 512, and what a stock Longformer has.
         dilations: the distance between tokens of the window: one for all layers, or one for each. Empty: 1.
         dilated_heads: how many heads of each layer are dilated; 0: all.
-        global_first: how many tokens at the beginning of a row are global: 1 for the [CLS] of a classifier.
+        global_first: how many tokens at the beginning of a row are global: 1 for the [CLS] of a classifier. A stock
+            Longformer that is no classifier of sequences has none: 0.
         global_last: how many at its end.
         global_positions: positions of further global tokens.
         global_token_ids: all tokens with these ids are global, such as that of [SEP].
@@ -121,7 +123,7 @@ class Longformer(Technique):
         if model.config.model_type == _stock_longformer.TYPE:
             if self.stock_class:
                 raise ModelError(f"{label}: {type(model).__name__} is transformers' Longformer already")
-            _stock_longformer.require_counterpart(type(model), label)
+            _stock_longformer.require_counterpart(type(model), self.global_first, label)
         else:
             require_interface(model, self.remote_code, label)
         if self.stock_class:
@@ -159,6 +161,7 @@ class Longformer(Technique):
             return made
         if model.config.model_type == _stock_longformer.TYPE:
             settings = self._settings(model.config, True)
+            _stock_longformer.require_counterpart(type(model), self.global_first, label)
             run.model = _stock_longformer.from_stock(model, label)
         rows = settings.get("global_projections") or settings.get("global_token_ids")
         attached = attach(run, self, self.remote_code, _longformer_pattern.ATTACHMENT, settings, BY_ROW if rows else "")

@@ -7,7 +7,16 @@ import copy
 import pytest
 import torch
 from attention_oracle import LONG, MODELS, assert_same, batch, bert, by_blocks, llama, roberta
-from transformers import LongformerConfig, LongformerModel, Trainer, TrainingArguments
+from transformers import (
+    LongformerConfig,
+    LongformerForMultipleChoice,
+    LongformerForQuestionAnswering,
+    LongformerForSequenceClassification,
+    LongformerForTokenClassification,
+    LongformerModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_optim
 from hf_optim import ModelError, RecipeError
@@ -101,12 +110,35 @@ def test_projections_of_global_tokens_are_those_of_the_stock_class(way, monkeypa
         torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=0, atol=2e-6)
 
 
-def stock_longformer():
+def stock_longformer(model_class=LongformerModel):
     config = LongformerConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LONG + 2, attention_window=[4, 8], type_vocab_size=1, pad_token_id=1,
+        max_position_embeddings=LONG + 2, attention_window=[4, 8], type_vocab_size=1, pad_token_id=1, sep_token_id=2,
     )  # fmt: skip
-    return _build(LongformerModel, config, 0)
+    return _build(model_class, config, 0)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "first"),
+    [(LongformerModel, 0), (LongformerForTokenClassification, 0), (LongformerForSequenceClassification, 1)],
+)
+def test_a_stock_longformer_without_marks_computes_the_same(model_class, first):
+    stock = stock_longformer(model_class).double()
+    with pytest.raises(ModelError, match=f"set global_first to {first}, not {1 - first}"):
+        hf_optim.optimize(copy.deepcopy(stock), [{"technique": "longformer", "global_first": 1 - first}])
+    converted = hf_optim.optimize(copy.deepcopy(stock), [{"technique": "longformer", "global_first": first}])
+    inputs, valid = batch(stock, padding="right")
+    with torch.no_grad():
+        expected, found = stock(**inputs)[0], converted(**inputs)[0]
+    at = valid if found.dim() == 3 else slice(None)
+    torch.testing.assert_close(found[at], expected[at], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("model_class", [LongformerForQuestionAnswering, LongformerForMultipleChoice])
+def test_stock_classes_that_find_the_question_are_refused(model_class, first):
+    with pytest.raises(ModelError, match=f"{model_class.__name__} finds the tokens of the question"):
+        hf_optim.optimize(stock_longformer(model_class), [{"technique": "longformer", "global_first": first}])
 
 
 def test_projections_start_as_copies_and_are_trained():
