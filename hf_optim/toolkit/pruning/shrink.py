@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
 from ...trust.bounds import first_line
+from ..attention import patterns_of
 from ..topology.block_lists import blocks
 
 Shapes = dict[str, tuple[int, ...]]
@@ -86,6 +87,8 @@ def plan(
     kept_blocks = {stack: tuple(kept) for stack, kept in (kept_blocks or {}).items()}
     counts = {stack: len(model.get_submodule(stack)) for stack in kept_blocks}  # type: ignore[arg-type]
     kept_blocks = {stack: kept for stack, kept in kept_blocks.items() if len(kept) < counts[stack]}
+    if kept_blocks:
+        require_equal_patterns(model)
     before = _meta_model(model, model.config)
     shapes = _shapes(model)
     if shapes != _shapes(before) or not _same_classes(model, before):
@@ -122,6 +125,19 @@ def apply_(model: PreTrainedModel, plan: PruningPlan) -> None:
     for name, attribute, _, value in _differences(plan.before, plan.after, plan.kept_blocks):
         setattr(modules[name], attribute, value)
     _update_configs(model, plan)
+
+
+def require_equal_patterns(model: PreTrainedModel) -> None:
+    """Raise ``ModelError`` if the attention pattern of a layer follows from its index, which removal changes."""
+    try:
+        patterns = patterns_of(model.config)
+    except ValueError:  # no pattern by layer, such as compressed attention
+        return
+    if len(set(patterns or ())) > 1:
+        raise ModelError(
+            f"the attention pattern differs between layers of {type(model).__name__}, and a layer that gets another "
+            "number would get another pattern: remove layers first, then change the attention"
+        )
 
 
 def removable_blocks(model: PreTrainedModel) -> dict[str, list[int]]:

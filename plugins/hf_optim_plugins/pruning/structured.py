@@ -187,6 +187,10 @@ class Structured(Technique):
             return {}
         if not topology.blocks(model):
             raise ModelError(f"{label}: {type(model).__name__} has no sequence of layers")
+        try:
+            shrink.require_equal_patterns(model)
+        except ModelError as error:
+            raise ModelError(f"{label}: {error}") from error
         skipped = self._skipped_blocks(model, label)
         removable = shrink.removable_blocks(model)
         return {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pattern_oracle import difference, hidden_and_gradients, inputs_of, model_of, use_blocks
 from peft import LoraConfig, get_peft_model
-from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_t5
+from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -259,3 +259,21 @@ def test_a_pattern_that_differs_by_layer_needs_an_attention_for_each_layer():
         assert type(model) is AlbertModel
         assert not hasattr(model.config, "attention_pattern")
     hf_optim.optimize(AlbertModel(config).eval(), [step("sparse_transformer")])
+
+
+@pytest.mark.parametrize(
+    "removal",
+    [{"technique": "structured", "layers": 1, "score": "magnitude"}, {"technique": "distilbert", "layers": [1]}],
+)
+def test_layers_whose_patterns_differ_are_removed_before(removal):
+    for build, pattern in (
+        (tiny_bert, {"technique": "big_bird", "block": 4, "random": 1}),
+        (tiny_gpt2, {"technique": "longformer", "window": 4, "dilations": [1, 2]}),
+    ):
+        with pytest.raises(ModelError, match=rf"{removal['technique']}\): the attention pattern differs between"):
+            hf_optim.optimize(build(), [pattern, removal])
+    again = hf_optim.optimize(hf_optim.optimize(tiny_bert(), [removal]), [{"technique": "big_bird", "block": 4}])
+    assert again.config.num_hidden_layers == 1
+    shorter = hf_optim.optimize(tiny_gpt2(), [step("blockwise"), removal])
+    assert shorter.config.num_hidden_layers == 1
+    assert logits(shorter).isfinite().all()
