@@ -200,8 +200,13 @@ def register(model_type: str) -> type[PretrainedConfig]:
 def generate(code: RemoteCode, config_class: type[PretrainedConfig]) -> ModuleType:
     """Generate and import the module of ``code`` for one architecture, and register it with the ``Auto`` classes.
 
-    Raises ``ModelError`` if ``config_class`` is not a configuration class of transformers.
+    Raises ``ModelError`` if ``config_class`` is not a configuration class of transformers, such as a generated one.
     """
+    if stock_class(config_class) is not config_class:
+        raise ModelError(
+            f"a model of type {config_class.model_type} has code of its own already, and {code.name} brings code of "
+            "its own too: one checkpoint cannot store both, so leave out one of the two steps"
+        )
     heads = auto_classes(config_class)
     if not heads or getattr(transformers, config_class.__name__, None) is not config_class:
         raise ModelError(f"{config_class.__name__} is not a configuration class of transformers")

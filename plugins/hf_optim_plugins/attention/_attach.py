@@ -210,6 +210,7 @@ def attach(
     Raises ``ModelError``, and leaves the model unchanged, if the pattern does not reach each attention of the model.
     """
     model, label = run.model, run.label(step)
+    require_own_code(model, code, label)
     inputs = dummy_inputs(model.base_model)  # type: ignore[arg-type]
     full = hidden_states(model, inputs)
     causal, shared = prove(model, inputs, full, label)

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from hf_optim import Card, Contract, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import FIELD, STORED, number_layers
 from hf_optim.toolkit.topology import dummy_inputs
 
@@ -87,6 +87,7 @@ class Compressed(Technique):
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
         model, label = run.model, run.label(self)
+        require_own_code(model, self.remote_code, label)
         inputs = dummy_inputs(model)
         full = hidden_states(model, inputs)
         causal = prove(model, inputs, full, label).causal

@@ -33,7 +33,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert
+from hf_optim.checkpoints.remote_code import RemoteCode, convert, require_own_code
+from hf_optim.toolkit.attention import FIELD
 from hf_optim.toolkit.modules import eval_mode, rounding_tolerance, transplant
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
@@ -83,6 +84,7 @@ class Local(Technique):
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         refuse_cross_attention(model.config, label)
+        refuse_pattern(model.config, label)
         layers = model.config.get_text_config().num_hidden_layers
         if any(not 0 <= layer < layers for layer in self.full_layers) or len(set(self.full_layers)) < len(
             self.full_layers
@@ -109,6 +111,7 @@ class Local(Technique):
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         refuse_cross_attention(run.config, run.label(self))
+        refuse_pattern(run.config, run.label(self))
         chosen = None if self.implementation == "auto" else self.implementation
         if stock_config_class(run.config) is not None:
             return {"attn_implementation": chosen} if chosen else None
@@ -183,6 +186,7 @@ class Local(Technique):
 
         Raises ``ModelError``, and leaves the model unchanged, if the window has no effect on its attention.
         """
+        require_own_code(model, self.remote_code, label)
         before, had = model.config._attn_implementation, hasattr(model.config, "attention_window")
         try:
             model.set_attn_implementation(_windowed_attention.implementation(self._kernel(model.config)))
@@ -268,6 +272,15 @@ def refuse_cross_attention(config: PretrainedConfig, label: str) -> None:
         raise ModelError(
             f"{label}: {config.model_type} has cross-attention between two sequences, for which a window of positions "
             "means nothing; local attention is for decoder-only and encoder-only models"
+        )
+
+
+def refuse_pattern(config: PretrainedConfig, label: str) -> None:
+    """Raise ``ModelError`` for models whose attention is sparse already."""
+    if getattr(config, FIELD, None) is not None:
+        raise ModelError(
+            f"{label}: the attention of this {config.model_type} model has a pattern already, and a window would take "
+            "its place: start from the model before that step"
         )
 
 

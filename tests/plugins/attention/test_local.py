@@ -313,3 +313,12 @@ def test_windows_by_layer_are_refused_where_no_class_has_them():
     ]:
         with pytest.raises(ModelError, match=words):
             hf_optim.optimize(model, [{"technique": "local", "window": 4, "full_layers": layers}])
+
+
+@pytest.mark.parametrize("builder", [tiny_gpt2, tiny_bert, tiny_llama])
+def test_a_model_with_a_pattern_is_told_that_it_has_one(builder):
+    model = hf_optim.optimize(builder(), [{"technique": "blockwise", "block": 8}])
+    with pytest.raises(ModelError, match=r"^here: the attention of this blockwise_\w+ model has a pattern already"):
+        Local(window=4).check_model(model, "here")
+    with pytest.raises(ModelError, match=r"\(local\): the attention of this blockwise_\w+ model has a pattern already"):
+        localize(model, window=4)

@@ -156,3 +156,10 @@ def test_quantized_models_are_refused():
     quantized = hf_optim.optimize(TINY["llama"](), [{"technique": "rtn"}])
     with pytest.raises(RecipeError, match="quantized"):
         share(quantized, 1)
+
+
+@pytest.mark.parametrize("other", [{"technique": "longformer"}, {"technique": "compressed"}, {"technique": "local"}])
+def test_a_second_step_with_code_of_its_own_says_so(other):
+    words = rf"\({other['technique']}\): a model of type mqa_bert has code of its own already"
+    with pytest.raises(ModelError, match=words):
+        hf_optim.optimize(TINY["bert"](), [{"technique": "mqa"}, other])
