@@ -92,6 +92,20 @@ def require_interface(model: PreTrainedModel, code: RemoteCode, label: str) -> N
         )
 
 
+def require_encoder(model: PreTrainedModel, encoders_only: str, label: str) -> None:
+    """Raise ``ModelError`` if all attention of the model says that it is causal, with the text that ``attach`` has.
+
+    ``encoders_only`` is the reason; empty, any model passes. What the model computes is seen by ``attach`` alone.
+    """
+    found = [module.is_causal for module in model.base_model.modules() if hasattr(module, "is_causal")]
+    if encoders_only and found and all(each is True for each in found):
+        raise ModelError(_causal(model, encoders_only, label))
+
+
+def _causal(model: PreTrainedModel, encoders_only: str, label: str) -> str:
+    return f"{label}: {type(model).__name__} is causal: {encoders_only}"
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Return the most tokens that a model reads: its positions, or those of its pictures; None if nothing says so."""
     text = config.get_text_config()
@@ -215,7 +229,7 @@ def attach(
     full = hidden_states(model, inputs)
     causal, shared = prove(model, inputs, full, label)
     if causal and encoders_only:
-        raise ModelError(f"{label}: {type(model).__name__} is causal: {encoders_only}")
+        raise ModelError(_causal(model, encoders_only, label))
     each = layer_patterns(model.config, attachment, settings, causal, label)
     if shared and len(set(each)) > 1:
         raise ModelError(

@@ -28,7 +28,7 @@ from hf_optim import Contract, Paper, RecipeError, Reload, Run, Technique, hooki
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _big_bird_pattern
-from ._attach import attach, remote_code_of, require_interface, require_self_attention
+from ._attach import attach, remote_code_of, require_encoder, require_interface, require_self_attention
 from ._token_fields import global_places, require_pattern, require_tokens, token_settings, validate_tokens
 
 ENCODERS = "its last block is global, and random blocks are drawn over the whole row; use local, longformer or strided"
@@ -88,6 +88,7 @@ class BigBird(Technique):
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         require_interface(model, self.remote_code, label)
         require_tokens(self, model, label)
+        require_encoder(model, ENCODERS, label)
         require_pattern(_big_bird_pattern.ATTACHMENT, self._settings(), model, label)
 
     @hookimpl

@@ -31,7 +31,7 @@ from hf_optim import Contract, Paper, RecipeError, Reload, Run, Technique, hooki
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _etc_pattern
-from ._attach import attach, remote_code_of, require_interface, require_self_attention
+from ._attach import attach, remote_code_of, require_encoder, require_interface, require_self_attention
 from ._token_fields import BY_ROW, global_places, require_pattern, require_tokens, token_settings, validate_tokens
 
 
@@ -90,6 +90,7 @@ class Etc(Technique):
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         require_interface(model, self.remote_code, label)
         require_tokens(self, model, label)
+        require_encoder(model, BY_ROW if self.global_token_ids else "", label)
         require_pattern(_etc_pattern.ATTACHMENT, self._settings(), model, label)
 
     @hookimpl

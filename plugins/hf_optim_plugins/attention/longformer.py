@@ -47,7 +47,7 @@ from hf_optim import (
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _longformer_pattern, _stock_longformer
-from ._attach import attach, remote_code_of, require_interface, require_self_attention
+from ._attach import attach, remote_code_of, require_encoder, require_interface, require_self_attention
 from ._token_fields import BY_ROW, global_places, require_pattern, require_tokens, token_settings, validate_tokens
 
 DEFAULT_WINDOW = 512  # of the stock configuration
@@ -134,6 +134,7 @@ class Longformer(Technique):
             )
         own = self.global_projections or model.config.model_type == _stock_longformer.TYPE
         require_tokens(self, model, label, self.global_projections)
+        require_encoder(model, BY_ROW if own or self.global_token_ids else "", label)
         require_pattern(_longformer_pattern.ATTACHMENT, self._settings(model.config, own), model, label)
 
     @hookimpl

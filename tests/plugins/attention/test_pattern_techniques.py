@@ -14,6 +14,8 @@ from transformers import (
     AlbertConfig,
     AlbertModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     FalconConfig,
@@ -277,3 +279,30 @@ def test_layers_whose_patterns_differ_are_removed_before(removal):
     shorter = hf_optim.optimize(tiny_gpt2(), [step("blockwise"), removal])
     assert shorter.config.num_hidden_layers == 1
     assert logits(shorter).isfinite().all()
+
+
+DECODER = BertConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, is_decoder=True
+)
+
+
+@pytest.mark.parametrize("fields", [
+    {"technique": "big_bird"}, {"technique": "longformer", "global_token_ids": [7]},
+    {"technique": "longformer", "global_projections": True}, {"technique": "etc", "global_token_ids": [7]},
+])  # fmt: skip
+def test_what_needs_the_whole_row_is_refused_for_causal_models_by_the_check(fields):
+    one = hf_optim.OptimConfig.parse([fields]).steps[0]
+    with pytest.raises(ModelError) as in_check:
+        one.check_model(tiny_gpt2() if "global_projections" not in fields else BertLMHeadModel(DECODER), "step 1")
+    assert str(in_check.value).startswith("step 1: ")
+    assert "is causal" in str(in_check.value)
+    one.check_model(tiny_bert(), "step 1")
+
+
+@pytest.mark.parametrize("fields", [{"technique": "big_bird"}, {"technique": "longformer", "global_token_ids": [7]}])
+def test_the_check_and_the_run_refuse_in_the_same_words(fields):
+    with pytest.raises(ModelError) as in_run:
+        hf_optim.optimize(tiny_gpt2(), [fields])
+    with pytest.raises(ModelError) as in_check:
+        hf_optim.OptimConfig.parse([fields]).steps[0].check_model(tiny_gpt2(), f"step 1 ({fields['technique']})")
+    assert str(in_check.value) == str(in_run.value)
