@@ -136,7 +136,7 @@ def require_equal_patterns(model: PreTrainedModel) -> None:
     if len(set(patterns or ())) > 1:
         raise ModelError(
             f"the attention pattern differs between layers of {type(model).__name__}, and a layer that gets another "
-            "number would get another pattern: remove layers first, then change the attention"
+            "number would get another pattern: remove layers first, in a recipe of its own, then change the attention"
         )
 
 

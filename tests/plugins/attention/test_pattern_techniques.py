@@ -253,6 +253,7 @@ def test_a_pattern_that_differs_by_layer_needs_an_attention_for_each_layer():
         {"technique": "sparse_transformer", "stride": 6, "vertices": 2, "steps": "layers"},
         {"technique": "big_bird", "block": 4, "random": 1},
         {"technique": "longformer", "window": 4, "dilations": [1, 2]},
+        {"technique": "dilated", "window": 3, "dilation": [1, 2], "by": "layer"},
     ]
     for each in steps:
         model = AlbertModel(config).eval()
@@ -271,6 +272,7 @@ def test_layers_whose_patterns_differ_are_removed_before(removal):
     for build, pattern in (
         (tiny_bert, {"technique": "big_bird", "block": 4, "random": 1}),
         (tiny_gpt2, {"technique": "longformer", "window": 4, "dilations": [1, 2]}),
+        (tiny_gpt2, {"technique": "dilated", "window": 3, "dilation": [1, 2], "by": "layer"}),
     ):
         with pytest.raises(ModelError, match=rf"{removal['technique']}\): the attention pattern differs between"):
             hf_optim.optimize(build(), [pattern, removal])
