@@ -70,7 +70,7 @@ class Attachment:
         return _patterns(self, settings, self._context(config), layer, heads, causal)
 
     def require_settings(self, config: Any) -> None:
-        """Raise ``ValueError`` if the settings of a configuration give no pattern for a layer, or if some are unknown."""
+        """Raise ``ValueError`` if the settings of a configuration give no pattern for a layer, or hold others."""
         text, settings = config.get_text_config(), ReadSettings(self._settings(config))
         for layer in range(text.num_hidden_layers):
             self.make(settings, self._context(config), layer, text.num_attention_heads, False)
