@@ -255,7 +255,7 @@ def attach(
 
 
 class Proved(NamedTuple):
-    """Whether a model is causal, and whether layers share a module of attention."""
+    """What was seen of a model: it is causal, and its layers share a module of attention."""
 
     causal: bool
     shared: bool

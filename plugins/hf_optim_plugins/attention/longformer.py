@@ -73,7 +73,7 @@ class Longformer(Technique):
         dilations: the distance between tokens of the window: one for all layers, or one for each. Empty: 1.
         dilated_heads: how many heads of each layer are dilated; 0: all.
         global_first: how many tokens at the beginning of a row are global: 1 for the [CLS] of a classifier. A stock
-            Longformer that is no classifier of sequences has none: 0.
+            Longformer other than the classifier of sequences has none: 0.
         global_last: how many at its end.
         global_positions: positions of further global tokens.
         global_token_ids: all tokens with these ids are global, such as that of [SEP].
