@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,8 +27,10 @@ from hf_optim.toolkit.attention import (
     Term,
     share_of_attention,
 )
-from hf_optim.toolkit.modules import eval_mode, rounding_tolerance
+from hf_optim.toolkit.modules import rounding_tolerance
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
+
+from ._probing import attends_to_the_far_end, hidden_states, is_causal, relative_difference
 
 LONGEST = 2**30  # a distance of tokens
 LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
@@ -271,12 +272,7 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
         with probe(model, Band(None, None)) as called:
             wide = hidden_states(model, inputs)
         with probe(model, Band(0, 0)):
-            before = hidden_states(model, inputs)
-            isolated = all(
-                relative_difference(hidden_states(model, perturbed(inputs, here))[:, there], before[:, there])
-                <= max(1e-5, 2 * torch.finfo(model.dtype).eps)
-                for here, there in ((0, -1), (-1, 0))
-            )
+            isolated = not attends_to_the_far_end(model, inputs)
     except ValueError as error:  # what the attention function refuses
         raise ModelError(f"{label}: {type(model).__name__} cannot compute a pattern: {error}") from error
     layers = model.config.get_text_config().num_hidden_layers
@@ -286,8 +282,7 @@ def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label
             f"{label}: a pattern does not reach the attention of {type(model).__name__}, which does not take attention "
             "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
         )
-    last = hidden_states(model, perturbed(inputs, -1))
-    causal = relative_difference(last[:, 0], full[:, 0]) == 0
+    causal = is_causal(model, inputs, full)
     return Proved(causal, shared=called.total > len(called))
 
 
@@ -334,28 +329,3 @@ def probe(model: PreTrainedModel, term: Term) -> Iterator[Called]:
         if not had:
             delattr(config, FIELD)
         attachment.unregister()
-
-
-def hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the last hidden states ``[1, T, d]`` of the model under its head, in evaluation mode."""
-    body = model.base_model
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    with eval_mode(body):
-        return body(**inputs, **extra)[0].double()
-
-
-def perturbed(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
-    """Return the inputs with another token, or corner of the picture, at the first (0) or last (-1) position."""
-    name, value = next(iter(inputs.items()))
-    value = value.clone()
-    if value.is_floating_point():
-        value[..., position, position] += 1.0
-    else:
-        value[:, position] = value[:, 1]
-    return {**inputs, name: value}
-
-
-def relative_difference(values: Tensor, reference: Tensor) -> float:
-    """Return the largest difference, relative to the largest value of ``reference``."""
-    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
-    return float((values - reference).abs().max() / scale)

@@ -9,8 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_optim import ModelError
 from hf_optim.toolkit.attention import Band
 
-from ._attach import hidden_states, probe, relative_difference
+from ._attach import probe
 from ._axial_pattern import patch_convolution
+from ._probing import hidden_states, relative_difference
 
 
 def configured_grid(config: PretrainedConfig) -> tuple[int, int] | None:

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from hf_optim import ModelError
 from hf_optim.toolkit.attention import Band
 
-from ._attach import hidden_states, probe
+from ._attach import probe
+from ._probing import hidden_states
 
 
 def key_sizes(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_optim import ModelError
 
-from ._attach import hidden_states
+from ._probing import hidden_states
 
 TOKENS = 8  # of the text with which a table is found
 

@@ -35,8 +35,9 @@ from hf_optim.toolkit.attention import FIELD, STORED, number_layers
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _compressed_attention, _compressed_cache, _compressed_model, _key_compression
-from ._attach import hidden_states, prove, require_interface, require_self_attention
+from ._attach import prove, require_interface, require_self_attention
 from ._key_sizes import key_sizes
+from ._probing import hidden_states
 
 
 @technique(

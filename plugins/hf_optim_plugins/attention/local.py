@@ -35,10 +35,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, require_own_code
 from hf_optim.toolkit.attention import FIELD
-from hf_optim.toolkit.modules import eval_mode, rounding_tolerance, transplant
+from hf_optim.toolkit.modules import rounding_tolerance, transplant
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
 from . import _windowed_attention
+from ._probing import attends_to_the_far_end, hidden_states, is_causal, relative_difference
 
 # Model types whose class, given a window, is that of another model type; and given windows in some layers only.
 WITH_WINDOW = {"llama": "mistral"}
@@ -175,7 +176,7 @@ class Local(Technique):
         if wide is None or isolated is None or unused is None:
             return None
         same = max(relative_difference(hidden_states(one, inputs), full) for one in {wide, unused})
-        if same > rounding_tolerance(model) or attends_beyond_window(isolated, inputs):
+        if same > rounding_tolerance(model) or attends_to_the_far_end(isolated, inputs):
             return None
         return build(self.window, self.full_layers)
 
@@ -196,7 +197,7 @@ class Local(Technique):
             model.config.attention_window = 2 * full.shape[1]
             wide = hidden_states(model, inputs)
             model.config.attention_window = 1
-            isolated_still_leaks = attends_beyond_window(model, inputs)
+            isolated_still_leaks = attends_to_the_far_end(model, inputs)
         finally:
             if not had:
                 del model.config.attention_window
@@ -282,49 +283,6 @@ def refuse_pattern(config: PretrainedConfig, label: str) -> None:
             f"{label}: the attention of this {config.model_type} model has a pattern already, and a window would take "
             "its place: start from the model before that step"
         )
-
-
-def hidden_states(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the last hidden states ``[1, T, d]`` of the model under its head, in evaluation mode."""
-    body = model.base_model
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    with eval_mode(body):
-        return body(**inputs, **extra)[0].double()
-
-
-def attends_beyond_window(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
-    """Return True if the first input position influences the last output position, or the last the first.
-
-    Differences within rounding do not count: experts process tokens in groups, and a matrix product rounds depending on
-    its size.
-    """
-    tolerance = max(1e-5, 2 * torch.finfo(model.dtype).eps)
-    before = hidden_states(model, inputs)
-    first, last = perturb_position(inputs, 0), perturb_position(inputs, -1)
-    far = [(hidden_states(model, first)[:, -1], before[:, -1]), (hidden_states(model, last)[:, 0], before[:, 0])]
-    return any(relative_difference(after, was) > tolerance for after, was in far)
-
-
-def perturb_position(inputs: dict[str, Tensor], position: int) -> dict[str, Tensor]:
-    """Return the inputs with another token, or corner of the picture, at the first (0) or last (-1) position."""
-    name, value = next(iter(inputs.items()))
-    value = value.clone()
-    if value.is_floating_point():
-        value[..., position, position] += 1.0
-    else:
-        value[:, position] = value[:, 1]
-    return {**inputs, name: value}
-
-
-def relative_difference(values: Tensor, reference: Tensor) -> float:
-    """Return the largest difference, relative to the largest value of ``reference``."""
-    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
-    return float((values - reference).abs().max() / scale)
-
-
-def is_causal(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor) -> bool:
-    """Return True if the first position does not see the last one; ``full`` are the hidden states for ``inputs``."""
-    return relative_difference(hidden_states(model, perturb_position(inputs, -1))[:, 0], full[:, 0]) == 0
 
 
 def context_length(model: PreTrainedModel, full: Tensor) -> int:
