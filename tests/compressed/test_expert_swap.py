@@ -252,6 +252,8 @@ def test_the_stacked_weight_can_be_read_but_not_written():
         _ = experts.up_proj
 
 
+# Linear layers that are too small for kernels stay with compressed-tensors, which torch before 2.13 does not trace.
+@pytest.mark.filterwarnings("ignore:the step is captured without torch.compile:hf_optim.GenerationWarning")
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", [{"group_size": 32}, {"bits": 8, "group_size": None}], ids=str)
 def test_experts_of_a_model_on_a_gpu_run_on_triton(fields):

@@ -197,7 +197,17 @@ def test_the_kernel(name, dtype, device, monkeypatch):
         )
         assert found.dtype == dtype
         expected = exact(query, store, fmt, tokens, quantized, mask, sinks, 0.2, softcap)
-        assert relative(found.cpu(), expected) < (4e-6 if dtype == torch.float32 else 2 * BOUND[dtype])
+        bound = accuracy(fmt, store, expected) if dtype == torch.float32 else 2 * BOUND[dtype]
+        assert relative(found.cpu(), expected) < bound
+
+
+def accuracy(fmt, store, expected):
+    """Return the relative error of float32: a few roundings of sums of codes, from which their offset is subtracted."""
+    if fmt.float8:
+        return 4e-6
+    scale = store.value_scale[store.value_scale > 0].double().mean()
+    lost = fmt.offset * float(scale / expected.square().mean().sqrt())
+    return max(4e-6, 4 * 2**-24 * lost)
 
 
 @pytest.mark.many

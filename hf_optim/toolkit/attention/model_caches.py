@@ -75,13 +75,22 @@ def prepare_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     if given or model.training or parameters.index(name) < len(args):
         return kwargs
     asked = kwargs.get("use_cache")
-    if not (getattr(model.config, "use_cache", False) if asked is None else asked):
+    if not (getattr(model.config, "use_cache", False) if asked is None else asked) or not _is_causal(model):
         return kwargs
     if kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None:
         return kwargs  # these may be several documents, which transformers looks for only without a cache
     cache = DynamicCache(config=model.config)
     with_pattern_layers(cache, layers)
     return {**kwargs, name: cache}
+
+
+def _is_causal(model: Any) -> bool:
+    """Return True if some attention of a model is causal; others have nothing to keep, whatever their fields say."""
+    found = model.__dict__.get("_hf_optim_causal")
+    if found is None:
+        found = any(getattr(module, "is_causal", False) is True for module in model.modules())
+        model.__dict__["_hf_optim_causal"] = found
+    return found
 
 
 def _parameters(cls: Any) -> tuple[str, ...]:

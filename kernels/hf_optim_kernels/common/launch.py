@@ -56,6 +56,7 @@ def launch(
     num_stages: int,
     key: tuple,
     device: Any = None,
+    registers: int = 0,
 ) -> None:
     """Run ``kernel`` on the current stream of its tensors' device, and note it in a running ``record``.
 
@@ -68,20 +69,22 @@ def launch(
         key: hashable; calls with equal keys must compile to the same code: it determines dtypes, constants,
             options, the alignment of pointers and what Triton specializes of integers (1, multiples of 16).
         device: of the tensors; None takes that of the first argument, a tensor.
+        registers: most registers of a thread; 0: as many as the compiler takes.
     """
     device, compiled = device or args[0].device, None
     if device.type != "cuda" or is_interpreted(kernel):
-        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers))
     elif device.index != current_device():
         with torch.cuda.device(device):
             return launch(
-                kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key, device=device
+                kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages, key=key, device=device,
+                registers=registers,
             )  # fmt: skip
     else:
         full_key = (id(kernel), device.index, key)
         compiled = _COMPILED.get(full_key)
         if compiled is None:
-            made = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+            made = kernel[grid](*args, **constants, **_options(num_warps, num_stages, registers))
             compiled = _COMPILED[full_key] = Compiled(made, constants)
         else:
             # Addresses instead of tensors: the launcher would query the driver for each pointer.
@@ -89,6 +92,11 @@ def launch(
             compiled.run(*compiled.arguments(grid, current_stream(device.index), addresses))
     if RECORDER.log is not None:
         RECORDER.log.append((compiled, grid, args))
+
+
+def _options(warps: int, stages: int, registers: int) -> dict[str, int]:
+    """Return compile options as Triton names them."""
+    return {"num_warps": warps, "num_stages": stages, **({"maxnreg": registers} if registers else {})}
 
 
 def is_aligned(*tensors: Tensor) -> bool:

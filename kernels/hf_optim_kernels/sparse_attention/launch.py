@@ -170,7 +170,7 @@ def _delta(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) 
     constants = {"ROWS": SUMMED, "BLOCK_DV": padded(DV), "HAS_LSE": grad_lse is not None}
     tensors = (out, grad_out, lse, _or(grad_lse, lse), delta)
     key = (out.dtype, None if grad_lse is None else grad_lse.dtype, *_kinds(numbers), *constants.values())
-    _start(_delta_kernel, triton.cdiv(N, SUMMED) * B * H, tensors, numbers, constants, 4, 1, key)
+    _start(_delta_kernel, triton.cdiv(N, SUMMED) * B * H, tensors, numbers, constants, Tiles(0, 4, 1), key)
     return delta
 
 
@@ -189,7 +189,7 @@ def _merge(
     numbers = (B * P, P, layout.heads.shape[0] // P, N, size, count, slots, places, *out.stride()[:3])
     tensors = (part, _or(part_lse, part), tables, merges, layout.heads, _or(order, tables), out, _or(lse, part))
     key = (out.dtype, *_kinds(numbers), *constants.values())
-    _start(_merge_kernel, B * P * count * (layout.block // rows), tensors, numbers, constants, 4, 1, key)
+    _start(_merge_kernel, B * P * count * (layout.block // rows), tensors, numbers, constants, Tiles(0, 4, 1), key)
 
 
 def _parts(
@@ -219,7 +219,7 @@ def _run(
     kernel: Any, programs: int, tensors: tuple, scale: float, numbers: tuple, settings: tuple, chosen: Tiles
 ) -> None:  # fmt: skip
     constants, key = _compiled(kernel, numbers, settings, chosen)
-    _start(kernel, programs, tensors, (scale, *numbers), constants, chosen.warps, chosen.stages, key)
+    _start(kernel, programs, tensors, (scale, *numbers), constants, chosen, key)
 
 
 @lru_cache(maxsize=1024)
@@ -243,15 +243,14 @@ _CODES: dict[tuple, int] = {}
 
 
 def _start(
-    kernel: Any, programs: int, tensors: tuple, numbers: tuple, constants: dict[str, Any], warps: int, stages: int,
-    key: Any,
+    kernel: Any, programs: int, tensors: tuple, numbers: tuple, constants: dict[str, Any], chosen: Tiles, key: Any
 ) -> None:  # fmt: skip
     if not programs:
         return
     aligned = True if is_aligned(*tensors) else tuple(is_aligned(each) for each in tensors)
     launch(
-        kernel, (programs, 1, 1), (*tensors, *numbers), constants, num_warps=warps, num_stages=stages,
-        key=(key, aligned, warps, stages),
+        kernel, (programs, 1, 1), (*tensors, *numbers), constants, num_warps=chosen.warps, num_stages=chosen.stages,
+        registers=chosen.registers, key=(key, aligned, *chosen),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    BertModel,
     BloomConfig,
     BloomForCausalLM,
     FalconConfig,
@@ -74,6 +76,19 @@ def test_generation_with_a_cache_equals_generation_without(name):
     assert torch.equal(cached, model.generate(padded, use_cache=False, **fields))
     alone = model.generate(padded[:1, 5:], **{**fields, "attention_mask": mask[:1, 5:]})
     assert torch.equal(cached[:1, 5:], alone)
+
+
+def test_an_encoder_makes_no_cache(monkeypatch):
+    # The configuration of BERT has use_cache, and its forward an argument for a cache: for its form as a decoder.
+    model = hf_optim.optimize(BertModel(tiny_bert().config), [{"technique": "blockwise", "block": 8}]).eval()
+    code = sys.modules[type(model).__module__]
+    made = []
+    monkeypatch.setattr(code.PatternLayer, "__init__", lambda self, **_: made.append(self))
+    model(torch.arange(3, 20)[None])
+    assert model.config.use_cache
+    assert not made
+    decoder = hf_optim.optimize(tiny_llama(), [{"technique": "blockwise", "block": 8}])
+    assert decoder(torch.arange(3, 20)[None]).past_key_values is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
