@@ -33,6 +33,7 @@ from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.testing.models import TINY
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.modules import remote_code_guard, replace
+from hf_optim_plugins.attention import _local_pattern
 from hf_optim_plugins.attention.local import Local
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -42,8 +43,8 @@ IMPORTS = "import torch\nfrom transformers import AutoModelForCausalLM, GPT2Conf
 
 
 def converted(model=None, window=4):
-    model = remote_code.convert(model if model is not None else tiny_gpt2(), CODE, window)
-    model.config.bound_cache()
+    model = remote_code.convert(model if model is not None else tiny_gpt2(), CODE, {"window": window})
+    model.set_attn_implementation(_local_pattern.ATTACHMENT.name)
     return model
 
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_names_its_own_type_and_holds_its_code(checkpoint):
     directory, _ = checkpoint
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] == "local_gpt2"
-    assert config["attention_window"] == 4
+    assert config["attention_pattern"] == {"window": 4}
     assert config["auto_map"]["AutoConfig"] == "modeling_local_gpt2.LocalGPT2Config"
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_local_gpt2.LocalGPT2LMHeadModel"
     assert config["auto_map"]["AutoModel"] == "modeling_local_gpt2.LocalGPT2Model"
@@ -93,12 +94,12 @@ def test_stock_transformers_refuses_at_every_entry_point(checkpoint, tmp_path, s
                 load({str(directory)!r})
                 print("loaded")
             except Exception as error:
-                print("refused:", "trust_remote_code" in str(error), "windowed_attention" in str(error))
+                print("refused:", "trust_remote_code" in str(error), "needs_trust_remote_code" in str(error))
         """
     done = stock_python.copy(IMPORTS + textwrap.dedent(code))
     assert done.status == 0, done.err
     lines = [line[line.index("refused") :] for line in done.out.splitlines() if "refused" in line]
-    assert lines == ["refused: True False", "refused: False True", "refused: False True"]
+    assert lines == ["refused: True False", "refused: True True", "refused: True True"]
     assert "loaded" not in done.out
 
 
@@ -160,7 +161,7 @@ def test_models_outside_transformers_are_refused():
     with torch.random.fork_rng():
         model = HomeMade(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16))
     with pytest.raises(ModelError, match="HomeMade is not among the classes"):
-        remote_code.convert(model, CODE, 4)
+        remote_code.convert(model, CODE, {"window": 4})
     assert type(model) is HomeMade
 
 
@@ -168,7 +169,7 @@ def test_two_heads_of_one_architecture_share_one_module():
     bert = converted(tiny_bert())
     assert type(bert).__module__ == "hf_optim_generated.modeling_local_bert"
     module = sys.modules[type(bert).__module__]
-    assert remote_code.generate(CODE, type(bert.config).__mro__[2]) is module
+    assert remote_code.generate(CODE, remote_code.stock_class(type(bert.config))) is module
     assert issubclass(module.LocalBertForMaskedLM, nn.Module)
 
 

@@ -11,20 +11,19 @@ How the checkpoint reloads depends on the model:
 - A class whose configuration has ``sliding_window`` keeps its class, and Llama becomes Mistral, which is Llama with a
   window; the weights are the same tensors. STOCK_ARCH.
 - With ``full_layers``, some layers keep full attention. Classes that read the kind of each layer from ``layer_types``
-  (Qwen2, Gemma 2 ...) express that, and Llama and Mistral become Ministral; other models are refused. STOCK_ARCH.
+  (Qwen2, Gemma 2 ...) express that, and Llama and Mistral become Ministral. STOCK_ARCH.
 - Any other model that takes its attention from ``AttentionInterface`` (GPT-2, OPT, BERT, ViT, a Llama with biases ...)
   gets its own class, whose code is saved with the checkpoint. REMOTE_CODE.
 
 In both cases it is checked, on the model, that the window is the only change.
 
-On cost: the window bounds the key/value cache of a decoder. Time is linear in the sequence length only with a kernel
-that skips blocks outside the window: ``flex_attention`` on CUDA, and FlashAttention for the stock classes. ``sdpa`` and
-``eager`` apply the window as a mask and still compute the whole matrix.
+On cost: the window bounds the key/value cache of a decoder. Models with code of their own compute only the blocks of
+the window, on a GPU by a kernel: time is linear in the sequence length. Stock classes do so with ``flex_attention`` on
+CUDA and with FlashAttention; ``sdpa`` and ``eager`` apply the window as a mask and still compute the whole matrix.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, ClassVar, Literal
 
@@ -33,12 +32,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
-from hf_optim.checkpoints.remote_code import RemoteCode, convert, require_own_code
+from hf_optim.checkpoints.remote_code import RemoteCode
 from hf_optim.toolkit.attention import FIELD
 from hf_optim.toolkit.modules import rounding_tolerance, transplant
 from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
 
-from . import _windowed_attention
+from . import _local_pattern
+from ._attach import attach, remote_code_of
 from ._probing import attends_to_the_far_end, hidden_states, is_causal, relative_difference
 
 # Model types whose class, given a window, is that of another model type; and given windows in some layers only.
@@ -66,22 +66,16 @@ class Local(Technique):
             be empty.
         full_layers: layers that keep full attention, by index from 0: with one in every few, what is far away still
             reaches every position.
-        implementation: the attention implementation; ``auto`` leaves the choice to the call of ``from_pretrained``, or
-            else to the model (``sdpa`` if it supports it). ``flex_attention`` skips the blocks outside the window, on
-            CUDA.
+        implementation: the attention implementation of a stock class; ``auto`` leaves the choice to the call of
+            ``from_pretrained``, or else to the model (``sdpa`` if it supports it). ``flex_attention`` skips the blocks
+            outside the window, on CUDA. Models with code of their own have an implementation that does so everywhere.
     """
 
     window: int = option(512, low=2)
     full_layers: tuple[int, ...] = ()
     implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
 
-    remote_code: ClassVar[RemoteCode] = RemoteCode(
-        name="local",
-        source=inspect.getsource(_windowed_attention),
-        config_base=_windowed_attention.WindowedConfig.__name__,
-        field="attention_window",
-        default=4096,
-    )
+    remote_code: ClassVar[RemoteCode] = remote_code_of("local", _local_pattern, _local_pattern.LocalBase.__name__)
 
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         refuse_cross_attention(model.config, label)
@@ -113,12 +107,8 @@ class Local(Technique):
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         refuse_cross_attention(run.config, run.label(self))
         refuse_pattern(run.config, run.label(self))
-        chosen = None if self.implementation == "auto" else self.implementation
-        if stock_config_class(run.config) is not None:
-            return {"attn_implementation": chosen} if chosen else None
-        # The windowed form of the implementation is set by transform_model, with the model's own class.
-        caller = load_kwargs.get("attn_implementation") or (run.loading and run.config._attn_implementation)
-        return {"attn_implementation": chosen} if chosen and caller and caller != chosen else None
+        stock = stock_config_class(run.config, bool(self.full_layers)) is not None
+        return {"attn_implementation": self.implementation} if stock and self.implementation != "auto" else None
 
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
@@ -127,15 +117,10 @@ class Local(Technique):
         full = hidden_states(model, inputs)
         causal = is_causal(model, inputs, full)
         made = self._with_stock_class(model, inputs, full)
-        level = Reload.STOCK_ARCH
-        if made is None and self.full_layers:
-            raise ModelError(
-                f"{label}: no class of transformers computes {type(model).__name__} with a window in some of its "
-                "layers only: leave full_layers empty"
-            )
         if made is None:
-            made, level = self._with_remote_code(model, inputs, full, label), Reload.REMOTE_CODE
-        run.record.reload = level.name
+            made = self._with_own_code(run, label)
+        else:
+            run.record.reload = Reload.STOCK_ARCH.name
         length = context_length(made, full)
         layers = made.config.get_text_config().num_hidden_layers
         share = attended_share(length, self.window, causal)
@@ -180,47 +165,26 @@ class Local(Technique):
             return None
         return build(self.window, self.full_layers)
 
-    def _with_remote_code(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str
-    ) -> PreTrainedModel:
-        """Give the model its own class with a window, in place, and return it.
-
-        Raises ``ModelError``, and leaves the model unchanged, if the window has no effect on its attention.
-        """
-        require_own_code(model, self.remote_code, label)
-        before, had = model.config._attn_implementation, hasattr(model.config, "attention_window")
-        try:
-            model.set_attn_implementation(_windowed_attention.implementation(self._kernel(model.config)))
-        except ValueError as error:
-            raise ModelError(f"{label}: {type(model).__name__} cannot take a windowed attention: {error}") from error
-        try:
-            model.config.attention_window = 2 * full.shape[1]
-            wide = hidden_states(model, inputs)
-            model.config.attention_window = 1
-            isolated_still_leaks = attends_to_the_far_end(model, inputs)
-        finally:
-            if not had:
-                del model.config.attention_window
-            model.set_attn_implementation(before)
-        if isolated_still_leaks or relative_difference(wide, full) > rounding_tolerance(model):
+    def _with_own_code(self, run: Run, label: str) -> PreTrainedModel:
+        """Give the model its own class with a window, in place, and return it."""
+        if self.implementation != "auto":
             raise ModelError(
-                f"{label}: a window does not reach the attention of {type(model).__name__}, which does not take its "
-                "mask from transformers' AttentionMaskInterface; this architecture is not supported"
+                f"{label}: {type(run.model).__name__} with a window has code and an attention implementation of its "
+                f"own: leave out implementation={self.implementation}"
             )
-        chosen = _windowed_attention.implementation(self._kernel(model.config))
-        convert(model, self.remote_code, self.window)
-        model.config.bound_cache()
-        model.set_attn_implementation(chosen)
-        return model
+        settings = {"window": self.window, "full_layers": list(self.full_layers)}
+        return attach(run, self, self.remote_code, _local_pattern.ATTACHMENT, settings)
 
     def recompute(self, case: Any) -> dict[str, Any]:
-        window = case.config.get("sliding_window") or case.config["attention_window"]
+        own = case.config.get(FIELD) or {}
+        window = own.get("window") or case.config["sliding_window"]
         length, causal = case.config["max_position_embeddings"], "CausalLM" in case.config["architectures"][0]
         place = torch.arange(length)
         allowed = place[:, None] >= place if causal else torch.ones(length, length, dtype=torch.bool)
         near = allowed & ((place[:, None] - place).abs() < window)
-        layers, kinds = case.config["num_hidden_layers"], case.config.get("layer_types") or []
-        full = kinds.count("full_attention")
+        kinds = case.config.get("layer_types") or []
+        layers = len(kinds) or case.config["num_hidden_layers"]
+        full = len(own["full_layers"]) if own else kinds.count("full_attention")
         return {
             "window": window,
             "layers": layers,
@@ -229,9 +193,6 @@ class Local(Technique):
             "share_of_attention": ((layers - full) * int(near.sum()) / int(allowed.sum()) + full) / layers,
             "model_class": case.config["architectures"][0],
         }
-
-    def _kernel(self, config: PretrainedConfig) -> str:
-        return self.implementation if self.implementation != "auto" else kernel_of(config)
 
 
 def stock_config_class(config: PretrainedConfig, by_layer: bool = False) -> type[PretrainedConfig] | None:
@@ -260,11 +221,6 @@ def window_fields(
         kinds = ("sliding_attention", "full_attention")
         fields["layer_types"] = [kinds[layer in full_layers] for layer in range(config.num_hidden_layers)]
     return fields
-
-
-def kernel_of(config: PretrainedConfig) -> str:
-    """Return the attention implementation of a configuration, without its window; ``sdpa`` if it has none."""
-    return (config._attn_implementation or "sdpa").removeprefix(_windowed_attention.PREFIX)
 
 
 def refuse_cross_attention(config: PretrainedConfig, label: str) -> None:

@@ -6,12 +6,11 @@ import textwrap
 
 import pytest
 import torch
-from tiny_models import DECODER, TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5, tiny_vit
+from tiny_models import DECODER, TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedModel,
@@ -22,7 +21,6 @@ import hf_optim
 from hf_optim import ModelError, OptimConfig, RecipeError
 from hf_optim.lifecycle.stages import start_run
 from hf_optim.toolkit import compat, topology
-from hf_optim_plugins.attention import _windowed_attention
 from hf_optim_plugins.attention.local import Local, attended_share
 
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -88,7 +86,7 @@ def close(one, other, family, kernel="sdpa"):
 def test_local_attention_equals_masked_dense_attention(family, window):
     expected = under_the_mask(exact(TINY[family]), window, causal=family not in ("bert", "vit"))
     run = localize(exact(TINY[family]), window=window)
-    for kernel in ("sdpa", "eager"):
+    for kernel in ("sdpa", "eager"):  # models with code of their own keep theirs
         run.model.set_attn_implementation(kernel)
         assert close(logits(run.model), expected, family, kernel)
     assert run.record.reload == ("STOCK_ARCH" if family in STOCK else "REMOTE_CODE")
@@ -146,14 +144,6 @@ def test_padding_is_still_masked():
         assert torch.allclose(padded, model(IDS[:1, :8]).logits, atol=1e-5)
 
 
-def test_eager_attention_returns_the_weights():
-    model = localize(tiny_gpt2(), window=3, implementation="eager").model
-    weights = model(IDS, output_attentions=True).attentions[0]
-    distance = torch.arange(24)[:, None] - torch.arange(24)[None]
-    assert not weights[..., (distance < 0) | (distance >= 3)].any()
-    assert torch.allclose(weights.sum(-1), torch.ones(()))
-
-
 def test_llama_becomes_mistral_with_the_same_weights():
     dense = tiny_llama()
     model = localize(dense, window=7).model
@@ -176,15 +166,20 @@ def test_a_llama_with_biases_gets_its_own_class():
     assert torch.allclose(logits(run.model), expected, rtol=0, atol=1e-12)
 
 
-def test_a_stock_class_that_is_not_exact_falls_back_to_remote_code():
+def test_a_stock_class_that_is_not_exact_and_has_soft_caps_is_refused():
     # Gemma 2 alternates layers with and without a window, and softcaps its scores.
     fields = {**DECODER, "head_dim": 8, "sliding_window": 4, "attn_implementation": "eager"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
-    before = logits(model)
-    run = localize(model, window=24)
-    assert torch.allclose(logits(run.model), before, atol=1e-5)
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM cannot compute a pattern: .* soft cap"):
+        localize(model, window=24)
+    assert type(model) is Gemma2ForCausalLM
+
+
+def test_an_implementation_of_stock_classes_is_refused_for_others():
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel with a window .* leave out implementation=eager"):
+        localize(tiny_gpt2(), window=4, implementation="eager")
 
 
 def test_report():
@@ -211,32 +206,6 @@ def test_encoder_decoders_are_refused_and_unchanged():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_ignores_its_mask_is_refused_and_unchanged(monkeypatch):
-    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.create_causal_mask", lambda **kwargs: None)
-    model = tiny_gpt2()
-    with pytest.raises(ModelError, match="does not reach the attention of GPT2LMHeadModel"):
-        localize(model, window=4)
-    assert type(model) is GPT2LMHeadModel
-    assert model.config._attn_implementation == "sdpa"
-    assert not hasattr(model.config, "attention_window")
-
-
-def test_an_implementation_without_a_window_is_refused():
-    model = localize(tiny_gpt2(), window=4).model
-    with pytest.raises(ValueError, match="not on 'paged"):
-        _windowed_attention.implementation("paged|sdpa")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="not on 'flash_attention_2'"):
-        logits(model)
-
-
-def test_the_mask_needs_a_window():
-    model = tiny_opt()
-    model.set_attn_implementation("hf_optim_local_sdpa")
-    with pytest.raises(ValueError, match=r"needs config\.attention_window"):
-        logits(model)
-
-
 def test_fields_are_checked():
     with pytest.raises(RecipeError, match="window"):
         Local(window=1)
@@ -251,7 +220,7 @@ def test_through_optimize_and_from_pretrained(tmp_path):
     chosen = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=recipe, attn_implementation="eager").eval()
     made = hf_optim.optimize(tiny_gpt2(), recipe)
     assert type(loaded) is type(made) is type(chosen)
-    assert chosen.config._attn_implementation == "hf_optim_local_eager"
+    assert chosen.config._attn_implementation == made.config._attn_implementation  # whatever a caller asks for
     assert torch.equal(logits(loaded), logits(made))
     assert torch.allclose(logits(chosen), logits(made), atol=1e-5)
     assert hf_optim.run_of(made).record.reload == "REMOTE_CODE"
@@ -304,9 +273,23 @@ def test_generation_with_windows_by_layer_equals_generation_without_a_cache():
     assert torch.equal(model.generate(IDS, **fields), model.generate(IDS, use_cache=False, **fields))
 
 
-def test_windows_by_layer_are_refused_where_no_class_has_them():
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_windows_by_layer_where_no_class_has_them(family):
+    model = localize(exact(TINY[family]), window=3, full_layers=(1,)).model.base_model
+    other = IDS.clone()
+    other[:, 10] = (other[:, 10] + 1) % 60
+    with torch.no_grad():
+        first, second = ((model(ids, output_hidden_states=True).hidden_states) for ids in (IDS, other))
+    reached = [(a - b).abs().amax(-1)[0] > 0 for a, b in zip(first, second, strict=True)]
+    assert reached[1].nonzero().flatten().tolist() == ([10, 11, 12] if family == "gpt2" else [8, 9, 10, 11, 12])
+    assert reached[2][12:].all()
+    assert bool(reached[2][0]) == (family == "bert")
+    every = localize(exact(TINY[family]), window=3, full_layers=(0, 1)).model
+    assert torch.allclose(logits(every), logits(exact(TINY[family])), rtol=0, atol=1e-12)
+
+
+def test_full_layers_are_layers_of_the_model():
     for model, layers, words in [
-        (tiny_gpt2(), (0,), "no class of transformers computes GPT2LMHeadModel with a window in some of its layers"),
         (tiny_llama(), (2,), r"full_layers are different layers of the 2 of the model, counted from 0, not \[2\]"),
         (tiny_llama(), (-1,), "full_layers are different layers"),
         (tiny_llama(), (1, 1), "full_layers are different layers"),
