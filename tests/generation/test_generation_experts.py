@@ -13,8 +13,13 @@ from hf_optim.toolkit.topology.experts import fused_experts
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-# What Inductor says of the softmax of a router.
-SOFTMAX = pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled:UserWarning")
+
+
+def hints_of_inductor(test):
+    """Let Inductor say what it thinks of the softmax of a router, and of products in float32."""
+    for start in ("Online softmax is disabled", "TensorFloat32 tensor cores"):
+        test = pytest.mark.filterwarnings(rf"ignore:\s*{start}:UserWarning")(test)
+    return test
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +32,7 @@ def built(kind, device):
     return tiny_mixtures.build(kind).to(device), IDS.to(device)
 
 
-@SOFTMAX
+@hints_of_inductor
 @pytest.mark.parametrize(
     ("kind", "device"),
     [("qwen3_moe", "cpu"), ("gpt_oss", "cpu"), pytest.param("gpt_oss", *INTERPRETER.values, marks=INTERPRETER.marks)]
@@ -76,7 +81,7 @@ def test_a_model_on_a_cpu_compiles_without_a_break_in_every_type(dtype):
 
 
 @pytest.mark.gpu
-@SOFTMAX
+@hints_of_inductor
 def test_a_whole_model_compiles_without_a_break():
     model, ids = built("qwen3_moe", "cuda")
     hf_optim.accelerate(model)
