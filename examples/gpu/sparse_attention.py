@@ -4,7 +4,7 @@
 
 With words, only the sections that have one of them in their names run: ``check``, ``bounds``,
 ``first call``, ``tiles``, ``times``, ``lengths``. Kernels of ``tiles`` are compiled by processes of their own first.
-``sparse_attention_plot.py`` draws the result.
+``sparse_attention_page.py`` writes the page and draws.
 """
 
 from __future__ import annotations
@@ -399,14 +399,6 @@ def main():
             layout_of.cache_clear()
             torch.cuda.empty_cache()
         return found
-
-    if isinstance(section.result.get("lengths"), dict):
-        try:
-            from sparse_attention_plot import draw
-
-            print(draw(section.path))
-        except Exception as problem:  # the machine may have no matplotlib: draw it elsewhere
-            print("not drawn:", type(problem).__name__, problem)
 
 
 def first(size, block):
