@@ -11,10 +11,13 @@ from . import (
     global_tokens,
     kept,
     layout,
+    learned,
     model_caches,
     pattern,
+    row_state,
     rows,
     settings,
+    state_cache,
     terms,
 )
 from .attachment import FIELD, Attachment, PatternConfig, PatternModel, PreparedModel, number_layers
@@ -31,10 +34,13 @@ from .global_models import (
 )
 from .global_tokens import Pieces
 from .kept import Kept, kept_attention
+from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions
 from .pattern import Pattern, visible
+from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS, Apart, Rows
 from .settings import LARGEST, MOST, chosen, whole, wholes
 from .share import share_of_attention
+from .state_cache import HoldsState, StateLayer
 from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Term
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
@@ -43,24 +49,33 @@ STORED = (
     attachment,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
+LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state
 
 __all__ = [
     "FIELD",
     "GLOBAL_TOKENS",
     "LARGEST",
+    "LEARNED",
     "MOST",
+    "PART",
     "SEGMENTS",
     "STORED",
     "Apart",
     "Attachment",
     "Band",
+    "Call",
     "Chunks",
     "Columns",
     "GlobalAttachment",
     "GlobalTokens",
     "GlobalTokensModel",
     "HeadPatterns",
+    "HoldsState",
     "Kept",
+    "LearnedAttachment",
+    "LearnedConfig",
+    "LearnedModel",
+    "NewTokens",
     "Pattern",
     "PatternConfig",
     "PatternLayer",
@@ -70,9 +85,13 @@ __all__ = [
     "Rows",
     "ShiftedChunks",
     "Spans",
+    "StateLayer",
+    "TensorState",
     "Term",
+    "add_parts",
     "attachment",
     "attend",
+    "attentions",
     "chosen",
     "differ_by_row",
     "kept_attention",
