@@ -21,7 +21,7 @@ PERMUTES = {"channel_permutation", "peg"}
 STOCK_CLASS = {"gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
 STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
 STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
-STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
+STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer", "performer", "rfa"}
 STOCK_CLASS |= {"sparse_transformer", "strided"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
