@@ -23,6 +23,8 @@ STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierar
 STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
 STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer", "performer", "rfa"}
 STOCK_CLASS |= {"sparse_transformer", "strided"}
+STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
+STOCK_CLASS |= {"routing_transformer", "sinkhorn", "sparse_transformer", "strided"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(

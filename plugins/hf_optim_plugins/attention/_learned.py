@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_optim import ModelError, Reload, Run, Technique, hookimpl
+from hf_optim import ModelError, NumericalError, Reload, Run, Technique, hookimpl
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import (
     FIELD,
@@ -43,6 +44,35 @@ def learned_code(name: str, pages: tuple[ModuleType, ...], config_base: str, mod
         config_base=config_base,
         field=FIELD,
         model_base=model_base or LearnedModel.__name__,
+    )
+
+
+def require_finite(model: PreTrainedModel, inputs: Mapping[str, Any], full: Tensor, label: str) -> None:
+    """Raise ``NumericalError`` if ``full``, what the body of a model makes of ``inputs``, holds infinite or NaN values.
+
+    The error names the first module whose output does.
+    """
+    if bool(full.isfinite().all()):
+        return
+    found: list[str] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, tuple) and out else out
+            if isinstance(first, Tensor) and not bool(first.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        hidden_states(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise NumericalError(
+        f"{label}: the output of {found[0] if found else type(model).__name__} holds infinite or NaN values; check "
+        "that the model computes finite outputs in this dtype (float16 overflows at 65504: use bfloat16 or float32)"
     )
 
 
@@ -97,7 +127,9 @@ class LearnedTechnique(Technique):
         require_own_code(model, self.remote_code, label)
         inputs = dummy_inputs(model.base_model)  # type: ignore[arg-type]
         full = hidden_states(model, inputs)
-        causal = prove(model, inputs, full, label).causal
+        require_finite(model, inputs, full, label)
+        # Experts round differently with other tokens beside them, so that a causal model may not look like one.
+        causal = prove(model, inputs, full, label).causal or all(each.is_causal is True for each in attentions(model))
         kind = type(model).__name__
         if causal and self.not_causal:
             raise ModelError(f"{label}: {kind} is causal: {self.not_causal}")
