@@ -65,7 +65,7 @@ def load(
     config, kwargs = _resolve_config(cls, source, kwargs)
     _refuse_data_fields(kwargs, config)
     run = start_run(recipe, config)
-    run.tokenizer, run.loading = tokenizer, True
+    run.tokenizer, run.loading, run.loaded_class = tokenizer, True, cls
     # Everything that can be refused is refused here, before a weight is read.
     recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
     require_data(run, calibration)

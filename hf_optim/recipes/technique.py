@@ -33,7 +33,7 @@ from .field_checks import admits, check_fields, did_you_mean, option
 from .schemes import with_scheme
 
 # The families of the catalogue.
-FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention", "runtime")
+FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention", "adaptive", "runtime")
 # The hooks that a technique may implement (``hookspecs``); modules implement ``register_techniques``.
 HOOKS = (*PHASE_OF_HOOK, "register_kernels", "finalize_model", "export")
 # The attribute by which ``recipes.hooks.hookimpl`` marks a method.

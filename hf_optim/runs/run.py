@@ -59,6 +59,7 @@ class Run:
         stage_state: how far the current stage is.
         failure: what failed, if the current stage has failed; empty otherwise.
         loading: True while ``from_pretrained`` loads the weights.
+        loaded_class: the class that ``from_pretrained`` was called of; None for a model that was in memory.
         roles: index of a step -> layer -> its role in the model as the step finds it.
         left_alone: index of a step -> role -> names of the layers that it leaves alone because of that role.
         dense: the caller will save the dense equivalent of a compressed model, so its format need not be loadable.
@@ -85,6 +86,7 @@ class Run:
         self.stage_state = StageState.PENDING
         self.failure = ""
         self.loading = False
+        self.loaded_class: type | None = None
         self.dense = False
         self.announce = True
         self.trained_alone = False

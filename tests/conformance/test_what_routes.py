@@ -22,6 +22,7 @@ STOCK_CLASS = {"gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
 STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
 STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
 STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer", "performer", "rfa"}
+STOCK_CLASS |= {"adaptive_span", "axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
 STOCK_CLASS |= {"sparse_transformer", "strided"}
 STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
 STOCK_CLASS |= {"routing_transformer", "sinkhorn", "sparse_transformer", "strided"}

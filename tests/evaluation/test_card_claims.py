@@ -14,7 +14,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from tiny_models import TINY, tiny_bert, tiny_llama, tiny_vit
+from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 from tiny_tokenizer import tiny_tokenizer
 from transformers import ViTImageProcessor, WhisperFeatureExtractor
 
@@ -262,6 +262,20 @@ def test_a_model_without_a_tokenizer_loads_none(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     assert "tokenizer = AutoTokenizer.from_pretrained(checkpoint)" in loading(tmp_path)
     compile(re.search(r"```python\n(.*?)```", loading(tmp_path), re.DOTALL)[1], "snippet", "exec")
+
+
+def test_code_of_a_checkpoint_is_trusted_in_every_call_of_the_snippet(tmp_path, stock_python):
+    """A tokenizer reads the configuration, too, and asks whether its code may run."""
+    model = hf_optim.optimize(tiny_gpt2(), {"technique": "blockwise", "block": 8})
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    shown = Card(Record.read(tmp_path), tmp_path).render().split("## How to load")[1].split("## Recipe")[0]
+    assert "tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)" in shown
+    source = re.search(r"```python\n(.*?)```", shown, re.DOTALL)[1].replace('"..."', repr(str(tmp_path)))
+    done = stock_python.copy(source + "\nresult = [type(model).__name__, len(tokenizer) > 0]")
+    assert done.status == 0, done.err
+    assert done.result == ["BlockwiseGPT2LMHeadModel", True]
+    assert "`hf_optim.remote_code.register(...)`, called with the `model_type`" in shown
 
 
 def test_processors_are_loaded_by_their_auto_class(tmp_path):

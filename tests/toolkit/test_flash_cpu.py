@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_optim.toolkit.attention import Band, Chunks, Columns, GlobalTokens, HeadPatterns, Pattern, attend, flash_cpu
+from hf_optim.toolkit.attention import (
+    Band,
+    Chunks,
+    Columns,
+    GlobalTokens,
+    HeadPatterns,
+    Pattern,
+    attend,
+    flash_cpu,
+    flash_plan,
+)
 from hf_optim.toolkit.attention.rows import Rows
 
 CASES = {
@@ -100,12 +110,12 @@ def test_a_part_of_the_blocks_at_a_time_changes_nothing(monkeypatch):
     parts = [random(2, LENGTH, heads, 16, seed=heads).transpose(1, 2) for heads in (4, 2, 2)]
     heads = HeadPatterns.of(CASES["two orders"][0], 4)
     whole = attend.attend(*parts, heads, 0.3, way="blocks")
-    monkeypatch.setattr(flash_cpu, "GATHERED", 1)
-    monkeypatch.setattr(flash_cpu, "ORDERED", 1)
-    monkeypatch.setattr(flash_cpu, "MOST_SHARED", 1)
-    flash_cpu._plan.cache_clear()
+    monkeypatch.setattr(flash_plan, "GATHERED", 1)
+    monkeypatch.setattr(flash_plan, "ORDERED", 1)
+    monkeypatch.setattr(flash_plan, "MOST_SHARED", 1)
+    flash_plan.plan_of.cache_clear()
     assert torch.allclose(attend.attend(*parts, heads, 0.3, way="blocks"), whole, rtol=0, atol=1e-14)
-    flash_cpu._plan.cache_clear()
+    flash_plan.plan_of.cache_clear()
 
 
 def test_without_the_kernel_the_result_is_the_same(monkeypatch):

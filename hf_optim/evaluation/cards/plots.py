@@ -25,8 +25,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
 MAX_BARS = 18
 # By family, in the order of ``points.FAMILIES``.
-FAMILY_COLOURS = ("#0072B2", "#D55E00", "#007A5A", "#A6518A", "#8A6D00", "#5B4BB5", "#8C4A2F", "#000000", "#555555")
-FAMILY_MARKERS = ("o", "s", "^", "D", "v", "P", "h", "X", "*")
+FAMILY_COLOURS = (
+    "#0072B2", "#D55E00", "#007A5A", "#A6518A", "#8A6D00", "#5B4BB5", "#B0174A", "#8C4A2F", "#000000", "#555555",
+)  # fmt: skip
+FAMILY_MARKERS = ("o", "s", "^", "D", "v", "P", "p", "h", "X", "*")
 LEGEND = {"fontsize": 8, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.2}
 # Of what one plot shows.
 MAX_LAYERS, MAX_PANELS, MAX_POINTS, MAX_PLOTS = 20_000, 12, 120, 40

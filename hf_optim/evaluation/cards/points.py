@@ -10,7 +10,9 @@ from ..reported import ReportedMetric, is_number
 
 OTHER, SEVERAL = "other", "several families"
 # In the order of their marks and colours, which are the same in all plots.
-FAMILIES = ("quantization", "pruning", "sparsity", "distillation", "moe", "attention", "runtime", SEVERAL, OTHER)
+FAMILIES = (
+    "quantization", "pruning", "sparsity", "distillation", "moe", "attention", "adaptive", "runtime", SEVERAL, OTHER,
+)  # fmt: skip
 ORIGINAL = "original"
 # Of numbers that an axis can show.
 LARGEST = 1e15

@@ -138,7 +138,10 @@ def loading(result: Result) -> str:
     trust = ", trust_remote_code=True" if level is Reload.REMOTE_CODE else ""
     parts.append(_code(_stock_snippet(task, result.processor(), trust)))
     if level is Reload.REMOTE_CODE:
-        parts.append("With hf_optim installed, `import hf_optim` replaces `trust_remote_code`.")
+        parts.append(
+            "With hf_optim installed, `hf_optim.remote_code.register(...)`, called with the `model_type` of "
+            "`config.json`, replaces `trust_remote_code` in these calls."
+        )
     if result.has_capacity:
         parts.append(
             "**This computes the experts without their capacity**, which no class of transformers has: nothing is "
@@ -160,7 +163,7 @@ def loading(result: Result) -> str:
 def _stock_snippet(task: Task, processor: str, trust: str) -> str:
     names = sorted({task.auto_class, processor} - {""})
     variable = "tokenizer" if processor == "AutoTokenizer" else "processor"
-    second = f"\n{variable} = {processor}.from_pretrained(checkpoint)" if processor else ""
+    second = f"\n{variable} = {processor}.from_pretrained(checkpoint{trust})" if processor else ""
     return (
         f"from transformers import {', '.join(names)}\n\n"
         'checkpoint = "..."  # this repository, or the folder it was downloaded to\n'

@@ -6,9 +6,12 @@ from . import (
     attend,
     blocked,
     caches,
+    distance_bias,
     flash_cpu,
+    flash_plan,
     global_models,
     global_tokens,
+    head_caches,
     kept,
     layout,
     learned,
@@ -20,10 +23,22 @@ from . import (
     state_cache,
     terms,
 )
-from .attachment import FIELD, Attachment, PatternConfig, PatternModel, PreparedModel, number_layers
+from .attachment import (
+    FIELD,
+    Attachment,
+    PatternConfig,
+    PatternModel,
+    PreparedModel,
+    number_layers,
+    read_mask,
+    require_all_keys,
+    with_bias,
+)
 from .attend import HeadPatterns
+from .blocked import DistanceBias
 from .cached_tokens import patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
+from .distance_bias import attend_biased, nearest_keys
 from .global_models import (
     GlobalAttachment,
     GlobalTokensModel,
@@ -33,25 +48,39 @@ from .global_models import (
     with_static,
 )
 from .global_tokens import Pieces
+from .head_caches import HeadGroupsLayer, groups_of
 from .kept import Kept, kept_attention
 from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions
 from .pattern import Pattern, visible
+from .proof import (
+    Called,
+    ProbedCall,
+    Proved,
+    context_length,
+    probe,
+    prove,
+    require_on_interface,
+    require_self_attention,
+)
+from .reach import attends_to_the_far_end, hidden_states, is_causal, perturbed, relative_difference
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS, Apart, Rows
-from .settings import LARGEST, MOST, chosen, whole, wholes
+from .settings import LARGEST, MOST, chosen, flag, whole, wholes
 from .share import share_of_attention
 from .state_cache import HoldsState, StateLayer
 from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Term
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
-    remote_code_guard, terms, pattern, layout, blocked, flash_cpu, rows, attend, kept, caches, model_caches, settings,
-    attachment,
+    remote_code_guard, terms, pattern, layout, blocked, flash_plan, flash_cpu, rows, attend, kept, caches, model_caches,
+    settings, attachment,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state
+BY_DISTANCE = (distance_bias, head_caches)  # in addition, of techniques with a bias by distance and caches by head
 
 __all__ = [
+    "BY_DISTANCE",
     "FIELD",
     "GLOBAL_TOKENS",
     "LARGEST",
@@ -64,11 +93,14 @@ __all__ = [
     "Attachment",
     "Band",
     "Call",
+    "Called",
     "Chunks",
     "Columns",
+    "DistanceBias",
     "GlobalAttachment",
     "GlobalTokens",
     "GlobalTokensModel",
+    "HeadGroupsLayer",
     "HeadPatterns",
     "HoldsState",
     "Kept",
@@ -82,6 +114,8 @@ __all__ = [
     "PatternModel",
     "Pieces",
     "PreparedModel",
+    "ProbedCall",
+    "Proved",
     "Rows",
     "ShiftedChunks",
     "Spans",
@@ -91,13 +125,29 @@ __all__ = [
     "add_parts",
     "attachment",
     "attend",
+    "attend_biased",
+    "attends_to_the_far_end",
     "attentions",
     "chosen",
+    "context_length",
     "differ_by_row",
+    "flag",
+    "groups_of",
+    "hidden_states",
+    "is_causal",
     "kept_attention",
+    "nearest_keys",
     "number_layers",
     "patterns_of",
+    "perturbed",
+    "probe",
     "projections_of",
+    "prove",
+    "read_mask",
+    "relative_difference",
+    "require_all_keys",
+    "require_on_interface",
+    "require_self_attention",
     "share_of_attention",
     "slots_for",
     "static_tokens",
@@ -105,5 +155,6 @@ __all__ = [
     "visible",
     "whole",
     "wholes",
+    "with_bias",
     "with_static",
 ]

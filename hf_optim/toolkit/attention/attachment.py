@@ -23,11 +23,12 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
+from .caches import PatternLayer
 from .kept import kept_attention
 from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
 from .rows import SEGMENTS, UNWRITTEN, Rows
-from .settings import ReadSettings
+from .settings import ReadSettings, wholes
 
 FIELD = "attention_pattern"  # of the configuration: the settings of the technique, a dict
 
@@ -43,11 +44,13 @@ class Attachment:
         build: ``build(settings, layer, heads, causal)`` returns the pattern of all heads, or one for each.
         check: ``check(settings, context)`` raises ``ValueError`` if the settings do not fit a model that reads at most
             ``context`` tokens; None: any that ``build`` takes fit.
+        by_layer: ``by_layer(settings)`` returns the names of lists that have one entry for each layer, or one for all.
     """
 
     name: str
     build: Builder
     check: Callable[[Mapping[str, Any], int], None] | None = None
+    by_layer: Callable[[Mapping[str, Any]], Sequence[str]] = lambda settings: ()
 
     def __post_init__(self) -> None:
         # Checkpoints bring their code, of the version that wrote them: each module has a name of its own, so that none
@@ -72,7 +75,12 @@ class Attachment:
     def require_settings(self, config: Any) -> None:
         """Raise ``ValueError`` if the settings of a configuration give no pattern for a layer, or hold others."""
         text, settings = config.get_text_config(), ReadSettings(self._settings(config))
-        for layer in range(text.num_hidden_layers):
+        layers = text.num_hidden_layers
+        for name in self.by_layer(settings):
+            count = len(wholes(settings, name))
+            if count not in (0, 1, layers):
+                raise ValueError(f"the attention pattern has {count} {name}, and the model {layers} layers")
+        for layer in range(layers):
             self.make(settings, self._context(config), layer, text.num_attention_heads, False)
         self.read_others(settings)
         settings.require_all_read()
@@ -133,9 +141,9 @@ class Attachment:
         layer = getattr(module, "layer_idx", None)
         heads = self.patterns(module.config, 0 if layer is None else layer, query.shape[1], causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows, other = _read(attention_mask, query.shape[2], heads)
+        rows, other = read_mask(attention_mask, query.shape[2], heads)
         if position_bias is not None:
-            other = position_bias if other is None else _with_bias(position_bias, other)
+            other = position_bias if other is None else with_bias(position_bias, other)
         dropped = dropout if module.training else 0.0
         held = getattr(key, "held_by", None)
         if held is not None:
@@ -143,7 +151,7 @@ class Attachment:
             rows = None if rows is None or rows.plain else rows
             kept = held.settle(heads, rows)
         else:
-            _require_all_keys(heads, query, key, rows, other)
+            require_all_keys(heads, query, key, rows, other)
         if held is not None and kept.tokens > query.shape[2]:
             out = kept_attention(query, key, value, kept, scale, rows, other, dropped)
         else:
@@ -158,7 +166,7 @@ class Attachment:
         return attend(query, key, value, heads, scale, rows, mask, dropout)
 
 
-def _require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Rows | None, mask: Tensor | None) -> None:
+def require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Rows | None, mask: Tensor | None) -> None:
     """Raise ``ValueError`` unless keys that are not from a ``PatternLayer`` are those of all tokens, in their order."""
     count, length = query.shape[2], key.shape[2]
     if count == length:
@@ -246,7 +254,7 @@ def _is_traced(*tensors: Tensor | None) -> bool:
     return any(t is not None and (t.is_meta or type(t).__name__ == "FakeTensor") for t in tensors)
 
 
-def _read(handed: Tensor | None, count: int, heads: HeadPatterns) -> tuple[Rows | None, Tensor | None]:
+def read_mask(handed: Tensor | None, count: int, heads: HeadPatterns) -> tuple[Rows | None, Tensor | None]:
     """Return rows and mask from what ``mask`` returned, or from a mask of the caller.
 
     Raises ``ValueError`` for a mask of the caller if the patterns need positions, which it does not tell.
@@ -270,7 +278,7 @@ def _read(handed: Tensor | None, count: int, heads: HeadPatterns) -> tuple[Rows 
     return rows, handed
 
 
-def _with_bias(bias: Tensor, other: Tensor) -> Tensor:
+def with_bias(bias: Tensor, other: Tensor) -> Tensor:
     if other.dtype == torch.bool:
         return bias.masked_fill(~other, torch.finfo(bias.dtype).min)
     return bias + other
@@ -341,13 +349,23 @@ class PreparedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.set_up_attention()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_no_weights(self, kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def set_up_attention(self) -> None:
         """Prepare modules of attention: when the model is built, and when a model gets this class."""
         number_layers(self)  # type: ignore[arg-type]
 
 
 class PatternModel(PreparedModel):
-    """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see."""
+    """Mixin of a model class, first among its bases: its caches hold only the keys that later tokens see.
+
+    Attributes:
+        cache_layer: class of the layers of its caches.
+    """
+
+    cache_layer: Any = PatternLayer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_no_weights(self, kwargs)
@@ -361,5 +379,6 @@ class PatternModel(PreparedModel):
         for part in given:
             for cache in part.values() if isinstance(part, dict) else ():
                 if isinstance(cache, Cache):
-                    with_pattern_layers(cache, self.config.num_hidden_layers, recording)  # type: ignore[attr-defined]
+                    layers = self.config.num_hidden_layers  # type: ignore[attr-defined]
+                    with_pattern_layers(cache, layers, recording, self.cache_layer)
         return found

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .blocked import blocked_attention, merge
+from .blocked import DistanceBias, blocked_attention, merge
 from .flash_cpu import Source, flash_attention, flash_on_cpu
 from .layout import BLOCK, Layout, layouts
 from .pattern import Pattern
@@ -91,6 +91,7 @@ def attend(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     way: str = "auto",
+    bias: DistanceBias | None = None,
 ) -> Tensor:
     """Compute softmax attention over the keys that the patterns let each query see.
 
@@ -103,12 +104,16 @@ def attend(
         mask: bool (True: visible) or additive, broadcast to ``[B, H, N, M]``: intersected with the patterns.
         dropout: share of the attention weights that is dropped.
         way: ``auto``, ``blocks`` or ``dense``.
+        bias: what is added to scores by the distance of positions; then all is computed densely.
 
     Returns:
         ``[B, H, N, D]``; zero for a query that sees nothing (padding).
     """
     count, length = query.shape[2], key.shape[2]
-    query, key, value = _alike(query, key, value)
+    query, key, value = alike(query, key, value)
+    if bias is not None:
+        added = bias_of_pairs(bias, count, length, rows, query.device)
+        mask = added if mask is None else added + as_bias(mask[..., :length], added.dtype)
     if mask is not None or count != length:
         return _dense(query, key, value, heads, scale, rows, mask, dropout)
     if rows is not None and not heads.is_full(length) and must_move(rows, heads):
@@ -130,20 +135,41 @@ def attend_lists(
     simple = not any(part.shift is not None for source in sources for part in source.lists)
     if simple and not dropout and all(flash_on_cpu(query, each.key, each.value) for each in sources):
         return flash_attention(query, sources, scale, segments)
+    return merge([part for each in sources for part in parts_of(query, each, scale, segments, dropout)])[0]
+
+
+def parts_of(
+    query: Tensor, source: Source, scale: float, segments: Tensor | None, dropout: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Compute the attention over each layout of a source, by the kernel if it is installed for the device.
+
+    Returns for each the output ``[B, H, N, D]`` and the log-sum-exp ``[B, H, N]``, for ``merge``; differentiable.
+    """
     extra = {"dropout": dropout} if dropout else {}
+    kernel = None if dropout else _kernel(query, source.key, source.value, scale)
+    product: Callable[..., Any] = kernel or blocked_attention
     parts = []
-    for each in sources:
-        kernel = None if dropout else _kernel(query, each.key, each.value, scale)
-        product: Callable[..., Any] = kernel or blocked_attention
-        for part in each.lists:
-            out, sums = product(query, each.key, each.value, part, scale, segments, each.segments, **extra)
-            if part.shift is not None:  # pairs that count several times have a larger sum of exponentials
-                sums = sums + torch.tensor(part.shift, dtype=sums.dtype, device=sums.device)[:, None]
-            parts.append((out, sums))
-    return merge(parts)[0]
+    for part in source.lists:
+        out, sums = product(query, source.key, source.value, part, scale, segments, source.segments, **extra)
+        if part.shift is not None:  # pairs that count several times have a larger sum of exponentials
+            sums = sums + torch.tensor(part.shift, dtype=sums.dtype, device=sums.device)[:, None]
+        parts.append((out, sums))
+    return parts
 
 
-def _alike(*parts: Tensor) -> tuple[Tensor, ...]:
+def bias_of_pairs(bias: DistanceBias, count: int, length: int, rows: Rows | None, device: torch.device) -> Tensor:
+    """Return what is added to the scores of the last ``count`` of ``length`` tokens, ``[B or 1, H, count, length]``."""
+    if rows is None:
+        key = torch.arange(length, device=device)[None]
+        query = key[:, length - count :]
+    else:
+        start = rows.offset if count != length else 0
+        key = rows.positions()
+        query = key[:, start : start + count]
+    return bias(query[:, :, None] - key[:, None, :], None).transpose(0, 1)
+
+
+def alike(*parts: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors in one dtype: that of autocast if they differ under it, as PyTorch's own attention does."""
     device = parts[0].device.type
     if len({part.dtype for part in parts}) > 1 and torch.is_autocast_enabled(device):

@@ -5,6 +5,8 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,6 +14,10 @@ from torch.nn import functional
 from .layout import Layout
 
 SCORES_AT_ONCE = 2**25  # scores that are formed at a time
+
+# ``bias(distance, heads)``: what is added to scaled scores of pairs with these distances (query minus key, int64, any
+# shape) in chosen heads (int64 ``[H']``, None for all): ``[H', *distance.shape]``, -inf where a head sees nothing.
+DistanceBias = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def blocked_attention(
@@ -23,6 +29,7 @@ def blocked_attention(
     segments_q: Tensor | None = None,
     segments_k: Tensor | None = None,
     dropout: float = 0.0,
+    bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of one pass; differentiable, also by the log-sum-exp.
 
@@ -33,6 +40,7 @@ def blocked_attention(
         scale: of the scores.
         segments_q, segments_k: int ``[B, N]`` and ``[B, M]``: a query sees a key if both are equal and not negative.
         dropout: share of the weights that is dropped.
+        bias: what is added to scores by their distance, counted in places of the row.
 
     Returns:
         The output ``[B, H, N, D]`` in the dtype of the query, zero for a query without keys, and the log-sum-exp of the
@@ -40,7 +48,7 @@ def blocked_attention(
     """
     heads = layout.heads.tolist()
     if len(layout.starts) == 1:
-        return _one_pattern(query, key, value, layout, 0, scale, segments_q, segments_k, dropout)
+        return _one_pattern(query, key, value, layout, 0, scale, segments_q, segments_k, dropout, bias)
     group = query.shape[1] // key.shape[1]
     outputs: list[Tensor] = [query] * len(heads)
     sums: list[Tensor] = [query] * len(heads)
@@ -48,7 +56,8 @@ def blocked_attention(
         chosen = [head for head, own in enumerate(heads) if own == pattern]
         index = torch.tensor(chosen, device=query.device)
         q, k, v = query[:, index], key[:, index // group], value[:, index // group]
-        out, lse = _one_pattern(q, k, v, layout, pattern, scale, segments_q, segments_k, dropout)
+        own = None if bias is None else _of_heads(bias, index)
+        out, lse = _one_pattern(q, k, v, layout, pattern, scale, segments_q, segments_k, dropout, own)
         for place, head in enumerate(chosen):
             outputs[head], sums[head] = out[:, place], lse[:, place]
     return torch.stack(outputs, 1), torch.stack(sums, 1)
@@ -66,9 +75,13 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out, total  # type: ignore[return-value]
 
 
+def _of_heads(bias: DistanceBias, index: Tensor) -> DistanceBias:
+    return lambda distance, heads: bias(distance, index if heads is None else index[heads])
+
+
 def _one_pattern(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, pattern: int, scale: float,
-    segments_q: Tensor | None, segments_k: Tensor | None, dropout: float,
+    segments_q: Tensor | None, segments_k: Tensor | None, dropout: float, bias: DistanceBias | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     block, group = layout.block, query.shape[1] // key.shape[1]
     places_q = _places(layout.order_q, pattern, query.shape[2], layout.starts.shape[1] - 1, block, query.device)
@@ -102,6 +115,9 @@ def _one_pattern(
             # [B, G, H / G, R, block, D] against [B, G, 1, R, keys, D]
             q = q.unflatten(1, (-1, group))
             form = (q.to(accurate) * scale) @ k.to(accurate).transpose(-1, -2)[:, :, None]
+            if bias is not None:
+                added = bias(tokens_q[:, :, None] - tokens_k[:, None, :], None)
+                form = form + added.to(accurate).unflatten(0, (-1, group))
             form = form.masked_fill(~visible[:, None, None], -torch.inf)
             lse = torch.logsumexp(form, -1)
             weights = torch.exp(form - lse.masked_fill(torch.isneginf(lse), 0)[..., None])

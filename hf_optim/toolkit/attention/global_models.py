@@ -27,7 +27,7 @@ from .attend import HeadPatterns
 from .global_tokens import BatchGlobals, Pieces, attend_globally
 from .pattern import Pattern
 from .rows import Rows
-from .settings import whole, wholes
+from .settings import flag, whole, wholes
 from .terms import GlobalTokens
 
 TOKENS, INPUT = "hf_optim_global_tokens", "hf_optim_attention_input"  # keywords of the attention function
@@ -39,23 +39,19 @@ OWN = ("query_global", "key_global", "value_global")
 
 def static_tokens(settings: Mapping[str, Any]) -> GlobalTokens | None:
     """Return the global tokens at fixed positions, or None. Raises ``ValueError`` for settings that name none."""
-    first = whole(settings, "global_first", default=0)
-    last = whole(settings, "global_last", default=0)
+    first, last = whole(settings, "global_first"), whole(settings, "global_last")
     positions = wholes(settings, "global_positions")
     return GlobalTokens(first, last, positions) if first or last or positions else None
 
 
 def has_own_projections(settings: Mapping[str, Any]) -> bool:
     """Return True if global tokens have projections of their own."""
-    value = settings.get("global_projections", False)
-    if not isinstance(value, bool):
-        raise ValueError(f"the attention pattern has global_projections={str(value)[:40]!r}, not true or false")
-    return value
+    return flag(settings, "global_projections")
 
 
 def differ_by_row(settings: Mapping[str, Any]) -> bool:
     """Return True if the attention function needs the global tokens of each batch."""
-    return has_own_projections(settings) or bool(wholes(settings, "global_token_ids"))
+    return bool(wholes(settings, "global_token_ids")) or has_own_projections(settings)
 
 
 def all_pieces(settings: Mapping[str, Any]) -> Pieces:
@@ -76,9 +72,17 @@ class GlobalAttachment(Attachment):
     near: Builder = lambda settings, layer, heads, causal: []
     pieces: Callable[[Mapping[str, Any]], Pieces] = all_pieces
 
+    def make(
+        self, settings: Mapping[str, Any], context: int | None, layer: int, heads: int, causal: bool
+    ) -> HeadPatterns:
+        """Return the patterns of a layer; those of tokens that are not global must be there, too."""
+        HeadPatterns.of(self.near(settings, layer, heads, causal), heads)
+        return super().make(settings, context, layer, heads, causal)
+
     def read_others(self, settings: Mapping[str, Any]) -> None:
         """Read which tokens are global, and the pieces."""
-        differ_by_row(settings), self.pieces(settings), wholes(settings, "global_token_ids")
+        super().read_others(settings)
+        has_own_projections(settings), self.pieces(settings), wholes(settings, "global_token_ids")
 
     def compute(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, heads: HeadPatterns, scale: float,
@@ -111,8 +115,7 @@ def _near_patterns(attachment: GlobalAttachment, settings: str, layer: int, head
 
 def _projected(module: Any, states: Tensor, tokens: BatchGlobals, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries of global tokens ``[B, H, g, D]``, keys and values of all ``[B, G, M, D]``, all projected."""
-    chosen = tokens.gather(states[:, None])[:, 0]
-    parts = (module.query_global(chosen), module.key_global(states), module.value_global(states))
+    parts = (tokens.projected(states, module.query_global), module.key_global(states), module.value_global(states))
     query, key, value = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in parts)
     return query, key, value
 

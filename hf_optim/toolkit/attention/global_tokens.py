@@ -9,6 +9,7 @@ This file is stored beside checkpoints, so it imports only torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -66,6 +67,15 @@ class BatchGlobals:
     def gather(self, part: Tensor) -> Tensor:
         """Return ``[B, H, M, D]`` at the global tokens, ``[B, H, g, D]``."""
         return part.gather(2, self.index[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
+
+    def projected(self, states: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the projection of the states ``[B, M, d]`` of the global tokens, ``[B, g, e]``, and zero for others.
+
+        The projection gets the global tokens alone, ``[tokens, d]``: what observes it counts no other rows.
+        """
+        row, slot = self.valid.nonzero(as_tuple=True)
+        found = projection(states[row, self.index[row, slot]])
+        return found.new_zeros(*self.valid.shape, found.shape[-1]).index_put((row, slot), found)
 
     def write(self, out: Tensor, found: Tensor) -> Tensor:
         """Return ``out`` ``[B, H, N, D]`` with ``found`` ``[B, H, g, D]`` at the global tokens."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attend import HeadPatterns, masked_attention, seen_by_head
+from .attend import HeadPatterns, as_bias, masked_attention, seen_by_head
+from .blocked import DistanceBias
 from .rows import Rows
 
 NO_LIMIT = 2**31 - 1  # tokens of a row
@@ -202,6 +203,7 @@ def kept_attention(
     rows: Rows | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    bias: DistanceBias | None = None,
 ) -> Tensor:
     """Compute attention of the last queries over the keys that a cache holds.
 
@@ -215,6 +217,7 @@ def kept_attention(
         rows: of all tokens so far; None if there is no padding.
         mask: bool (True: visible) or additive, ``[B or 1, H or 1, N, all tokens so far]``.
         dropout: share of the attention weights that is dropped.
+        bias: what is added to scores by the distance of positions.
 
     Returns:
         ``[B, H, N, D]``; zero for a query that sees nothing (padding).
@@ -230,8 +233,21 @@ def kept_attention(
         some = None
         if mask is not None:
             some = _columns(mask[:, :, start - begin : stop - begin], reading.places)
+        if bias is not None:
+            added = bias(_distances(reading.places, start, stop, rows), None).transpose(0, 1)
+            some = added if some is None else added + as_bias(some, added.dtype)
         parts.append(_grouped(query[:, :, start - begin : stop - begin], k, v, reading.seen, some, scale, dropout))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _distances(places: Tensor, start: int, stop: int, rows: Rows | None) -> Tensor:
+    """Return query minus key position of queries at places ``start`` to ``stop``, int64 ``[1 or B, n, V]``."""
+    if rows is None:
+        query = torch.arange(start, stop, device=places.device)[None]
+        return query[:, :, None] - places[:, None, :]
+    positions = rows.positions()
+    index = places.clamp_min(0).expand(len(positions), -1)
+    return positions[:, start:stop, None] - positions.gather(1, index)[:, None, :]
 
 
 def _columns(mask: Tensor, places: Tensor) -> Tensor:

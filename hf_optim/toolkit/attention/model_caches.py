@@ -62,9 +62,10 @@ def prepare_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     if name is None:
         return kwargs
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    kind = getattr(model, "cache_layer", PatternLayer)
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     for cache in given:
-        with_pattern_layers(cache, layers)
+        with_pattern_layers(cache, layers, kind=kind)
         mask = kwargs.get("attention_mask")
         own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype != SEGMENTS
         if own and any(isinstance(layer, StaticLayer) for layer in cache.layers):
@@ -80,7 +81,7 @@ def prepare_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     if kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None:
         return kwargs  # these may be several documents, which transformers looks for only without a cache
     cache = DynamicCache(config=model.config)
-    with_pattern_layers(cache, layers)
+    with_pattern_layers(cache, layers, kind=kind)
     return {**kwargs, name: cache}
 
 
@@ -99,13 +100,14 @@ def _parameters(cls: Any) -> tuple[str, ...]:
     return _names[cls]
 
 
-def with_pattern_layers(cache: Cache, layers: int, record_past: bool = False) -> None:
+def with_pattern_layers(cache: Cache, layers: int, record_past: bool = False, kind: Any = PatternLayer) -> None:
     """Give a cache layers that drop keys, in the place of dynamic ones, whose keys they take over.
 
     Args:
         cache: others than dynamic ones are left as they are.
         layers: of the model.
         record_past: tokens may be taken back.
+        kind: class of the new layers, with the interface of ``PatternLayer``.
 
     Raises ``ValueError`` for layers that have dropped keys by themselves.
     """
@@ -114,14 +116,14 @@ def with_pattern_layers(cache: Cache, layers: int, record_past: bool = False) ->
         cache.layers += [DynamicLayer() for _ in range(layers - len(cache.layers))]
     for number, layer in enumerate(cache.layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            cache.layers[number] = layer = _pattern_layer(layer)
+            cache.layers[number] = layer = _pattern_layer(layer, kind)
         if record_past and getattr(layer, "holds_visible_keys", False):
             layer.activate_past_recording()
 
 
-def _pattern_layer(layer: Any) -> PatternLayer:
+def _pattern_layer(layer: Any, kind: Any) -> Any:
     if layer.is_initialized and layer.keys is not None and layer.get_seq_length() != layer.keys.shape[2]:
         raise ValueError("the cache has dropped keys that the attention pattern sees: make a new one for this model")
-    made = PatternLayer()
+    made = kind()
     made.adopt(layer)
     return made

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import ModelError, RecipeError, Reload, Run, Technique, hookimpl
@@ -16,21 +15,36 @@ from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, requir
 from hf_optim.toolkit.attention import (
     FIELD,
     GLOBAL_TOKENS,
-    SEGMENTS,
     STORED,
     Attachment,
-    Band,
     GlobalTokensModel,
     HeadPatterns,
-    Pattern,
     PatternModel,
-    Term,
+    context_length,
+    hidden_states,
+    probe,
+    prove,
+    require_on_interface,
+    require_self_attention,
     share_of_attention,
 )
-from hf_optim.toolkit.modules import rounding_tolerance
-from hf_optim.toolkit.topology import NoInputsError, dummy_inputs
+from hf_optim.toolkit.topology import dummy_inputs
 
-from ._probing import attends_to_the_far_end, hidden_states, is_causal, relative_difference
+__all__ = [
+    "PatternTechnique",
+    "alike_as_one",
+    "attach",
+    "check_stride",
+    "context_length",
+    "layer_patterns",
+    "probe",
+    "prove",
+    "remote_code_of",
+    "require_encoder",
+    "require_interface",
+    "require_self_attention",
+    "stride_of",
+]
 
 LONGEST = 2**30  # a distance of tokens
 LONGEST_COUNTED = 8192  # tokens for which the share of attention is counted
@@ -56,41 +70,13 @@ def remote_code_of(name: str, page: ModuleType, config_base: str, global_tokens:
     )
 
 
-def require_self_attention(config: PretrainedConfig, label: str) -> None:
-    """Raise ``ModelError`` for configurations of models whose attention a pattern does not fit."""
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        raise ModelError(
-            f"{label}: {config.model_type} has cross-attention between two sequences, for which a pattern of positions "
-            "means nothing; sparse attention is for decoder-only and encoder-only models"
-        )
-    if config.get_text_config() is not config:
-        raise ModelError(
-            f"{label}: a pattern does not reach the attention of {config.model_type}, whose parts have configurations "
-            "of their own; this architecture is not supported"
-        )
-
-
 def require_interface(model: PreTrainedModel, code: RemoteCode, label: str) -> None:
     """Raise ``ModelError`` unless the model takes its attention from transformers' ``AttentionInterface``.
 
     ``code`` is what will be stored with the model; its class must be one that such code can be written for.
     """
     require_own_code(model, code, label)
-    require_self_attention(model.config, label)
-    if not type(model)._can_set_attn_implementation():
-        raise ModelError(
-            f"{label}: {type(model).__name__} does not take its attention from transformers' AttentionInterface, so "
-            "no pattern reaches it; this architecture is not supported"
-        )
-    try:
-        inputs = dummy_inputs(model)
-    except NoInputsError:
-        return  # calibration data may have them
-    if len(inputs) > 1:
-        raise ModelError(
-            f"{label}: {type(model).__name__} reads {' and '.join(inputs)} in parts with attention of their own; "
-            "sparse attention is for decoder-only and encoder-only models"
-        )
+    require_on_interface(model, label)
 
 
 def require_encoder(model: PreTrainedModel, encoders_only: str, label: str) -> None:
@@ -105,20 +91,6 @@ def require_encoder(model: PreTrainedModel, encoders_only: str, label: str) -> N
 
 def _causal(model: PreTrainedModel, encoders_only: str, label: str) -> str:
     return f"{label}: {type(model).__name__} is causal: {encoders_only}"
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Return the most tokens that a model reads: its positions, or those of its pictures; None if nothing says so."""
-    text = config.get_text_config()
-    found = getattr(text, "max_position_embeddings", None)
-    if found is None and hasattr(text, "image_size") and hasattr(text, "patch_size"):
-        (height, width), (high, wide) = (_pair(getattr(text, name)) for name in ("image_size", "patch_size"))
-        found = (height // high) * (width // wide) + 1
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def layer_patterns(
@@ -145,14 +117,24 @@ class PatternTechnique(Technique):
         """Return the settings of the pattern for a model, as they go into its ``config.json``."""
         raise NotImplementedError
 
+    def encoders_only(self, settings: Mapping[str, Any]) -> str:
+        """Return why the pattern is for models that are not causal; empty if it is for both."""
+        return ""
+
+    def check_fields(self, model: PreTrainedModel, label: str) -> None:
+        """Raise ``ModelError`` for fields that mean nothing to a model."""
+
     def check_model(self, model: PreTrainedModel, label: str) -> None:
         require_interface(model, self.remote_code, label)
-        layer_patterns(model.config, self.attachment, self.settings(model.config, label), False, label)
+        self.check_fields(model, label)
+        settings = self.settings(model.config, label)
+        require_encoder(model, self.encoders_only(settings), label)
+        layer_patterns(model.config, self.attachment, settings, False, label)
 
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         label = run.label(self)
-        require_self_attention(run.config, label)
+        require_self_attention(run.config, label, run.loaded_class)
         layer_patterns(run.config, self.attachment, self.settings(run.config, label), False, label)
         return None
 
@@ -160,7 +142,7 @@ class PatternTechnique(Technique):
     def transform_model(self, run: Run) -> PreTrainedModel:
         require_interface(run.model, self.remote_code, run.label(self))
         settings = self.settings(run.model.config, run.label(self))
-        return attach(run, self, self.remote_code, self.attachment, settings)
+        return attach(run, self, self.remote_code, self.attachment, settings, self.encoders_only(settings))
 
     def recompute(self, case: Any) -> dict[str, Any]:
         settings, config = case.config[FIELD], case.config
@@ -186,6 +168,11 @@ class PatternTechnique(Technique):
     def sees(settings: Mapping[str, Any], place: Tensor, layer: int, head: int, causal: bool) -> Tensor:
         """Return the formula of the paper as bool ``[N, N]``, computed apart from the terms, to check records by."""
         raise NotImplementedError
+
+
+def alike_as_one(values: Sequence[int]) -> list[int]:
+    """Return numbers by layer or head as a list, of one if all are the same, so that it fits any number of layers."""
+    return list(values[:1]) if len(set(values)) == 1 else list(values)
 
 
 def check_stride(step: Any) -> None:
@@ -253,79 +240,3 @@ def attach(
         model_class=type(model).__name__,
     )
     return model
-
-
-class Proved(NamedTuple):
-    """What was seen of a model: it is causal, and its layers share a module of attention."""
-
-    causal: bool
-    shared: bool
-
-
-def prove(model: PreTrainedModel, inputs: dict[str, Tensor], full: Tensor, label: str) -> Proved:
-    """Show that a pattern reaches the attention of a model and changes nothing else, and return what was found.
-
-    A pattern that sees all must give the outputs ``full``, one in which a token sees itself alone must isolate tokens,
-    and each layer must call the function. Raises ``ModelError`` otherwise.
-    """
-    try:
-        with probe(model, Band(None, None)) as called:
-            wide = hidden_states(model, inputs)
-        with probe(model, Band(0, 0)):
-            isolated = not attends_to_the_far_end(model, inputs)
-    except ValueError as error:  # what the attention function refuses
-        raise ModelError(f"{label}: {type(model).__name__} cannot compute a pattern: {error}") from error
-    layers = model.config.get_text_config().num_hidden_layers
-    same = relative_difference(wide, full) <= rounding_tolerance(model)
-    if not (same and isolated and called.total >= layers):
-        raise ModelError(
-            f"{label}: a pattern does not reach the attention of {type(model).__name__}, which does not take attention "
-            "and mask from transformers' interfaces in all of its layers; this architecture is not supported"
-        )
-    causal = is_causal(model, inputs, full)
-    return Proved(causal, shared=called.total > len(called))
-
-
-class Call(NamedTuple):
-    """What an attention function got: key heads, width of a key and of a value, and if a mask restricts pairs."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    restricted: bool
-
-
-class Called(dict[int, Call]):
-    """The last call of each module, by its id, and how many calls there were in all."""
-
-    total = 0
-
-
-@contextmanager
-def probe(model: PreTrainedModel, term: Term) -> Iterator[Called]:
-    """Compute one term in every head while the body runs; yields the calls of attention."""
-    called = Called()
-
-    class Probe(Attachment):
-        def attention(
-            self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
-        ) -> Any:
-            mask = args[0] if args else more.get("attention_mask")
-            restricted = mask is not None and mask.dtype != SEGMENTS
-            called[id(module)] = Call(key.shape[1], key.shape[3], value.shape[3], restricted)
-            called.total += 1
-            return super().attention(module, query, key, value, *args, **more)
-
-    attachment = Probe("hf_optim_probe", lambda settings, layer, heads, causal: [Pattern((term,), causal)])
-    config, before = model.config, model.config._attn_implementation
-    had = hasattr(config, FIELD)
-    attachment.register()
-    try:
-        setattr(config, FIELD, {})
-        model.set_attn_implementation(attachment.name)
-        yield called
-    finally:
-        model.set_attn_implementation(before)
-        if not had:
-            delattr(config, FIELD)
-        attachment.unregister()

@@ -18,6 +18,7 @@ from hf_optim.toolkit.attention import (
     Term,
     chosen,
     differ_by_row,
+    flag,
     static_tokens,
     whole,
     with_static,
@@ -146,16 +147,16 @@ class FirstBlockAgain(Term):
 def near(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> list[Pattern]:
     """Return the pattern of blocks: one for all heads, or one for each."""
     block, random = whole(settings, "block", low=1), whole(settings, "random", high=1024)
-    seed, limit = whole(settings, "seed", high=LARGEST_SEED, default=0), SEEN_BY_ALL + 2 * random
-    by_head = settings.get("by_head", False)
-    if not isinstance(by_head, bool):
-        raise ValueError(f"the attention pattern has by_head={str(by_head)[:40]!r}, not true or false")
+    seed, limit = whole(settings, "seed", high=LARGEST_SEED), SEEN_BY_ALL + 2 * random
+    by_head = flag(settings, "by_head")
     if chosen(settings, "choice", RANDOM) == "tf_eval":
         if differ_by_row(settings) or static_tokens(settings) is not None:
             raise ValueError("the attention pattern is that of transformers' evaluation, which has no global tokens")
         repeats = ((FirstBlockAgain(block, limit), random),) if random else ()
         return [Pattern((NeighboursAndRandom(block, 0, limit),), causal, repeats)]
-    each = range(heads) if by_head and random else (0,)
+    if not random:  # nothing is drawn, so layers are alike
+        return [Pattern((NeighboursAndRandom(block, 0, limit),), causal)]
+    each = range(heads) if by_head else (0,)
     return [Pattern((NeighboursAndRandom(block, random, limit, seed, layer, head),), causal) for head in each]
 
 

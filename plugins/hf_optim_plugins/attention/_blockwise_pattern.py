@@ -13,7 +13,9 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
 
     ``block`` is the tokens of a block, ``shifts`` those of the heads, in turn.
     """
-    size, shifts = whole(settings, "block", low=1), wholes(settings, "shifts") or (0,)
+    size, shifts = whole(settings, "block", low=1), wholes(settings, "shifts")
+    if not shifts:
+        raise ValueError("the attention pattern has no shifts: [0] is the own block in every head")
     if len(shifts) > heads:
         raise ValueError(f"the attention pattern has shifts for {len(shifts)} heads, but a layer has {heads}")
     terms: list[Term] = [ShiftedChunks(size, shift, not causal) if shift else Chunks(size) for shift in shifts]

@@ -8,6 +8,7 @@ from typing import Any
 from hf_optim.toolkit.attention import Attachment, Band, Pattern, PatternConfig, chosen, whole, wholes
 
 FARTHEST = 2**31 - 1  # kernels count positions in 32 bits
+BY = ("head", "layer")
 
 
 def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> list[Pattern]:
@@ -16,7 +17,7 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
     ``dilation`` is a list: one d for all, or one for each head or each layer, as ``by`` says.
     """
     window, dilations = whole(settings, "window", low=2), wholes(settings, "dilation", low=1)
-    by_head = chosen(settings, "by", ("head", "layer")) == "head"
+    by_head = chosen(settings, "by", BY) == "head"
     if len(dilations) != 1 and (len(dilations) != heads if by_head else layer >= len(dilations)):
         what = f"heads, but a layer has {heads}" if by_head else f"layers, but the model has layer {layer + 1}"
         raise ValueError(f"the attention pattern has dilations for {len(dilations)} {what}")
@@ -31,7 +32,12 @@ def check(settings: Mapping[str, Any], context: int) -> None:
     wholes(settings, "dilation", low=1, high=context)
 
 
-ATTACHMENT = Attachment("hf_optim_dilated", build, check)
+def by_layer(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the lists with an entry for each layer."""
+    return ("dilation",) if chosen(settings, "by", BY) == "layer" else ()
+
+
+ATTACHMENT = Attachment("hf_optim_dilated", build, check, by_layer)
 ATTACHMENT.register()
 
 

@@ -18,6 +18,7 @@ from hf_optim.toolkit.attention import (
     Pieces,
     Spans,
     Term,
+    flag,
     static_tokens,
     whole,
 )
@@ -65,11 +66,7 @@ class GlobalLocal(Term):
 
 def pieces(settings: Mapping[str, Any]) -> Pieces:
     """Return which pieces are on. Raises ``ValueError`` for settings that are not true or false."""
-    flags = {name: settings.get(name, name != "hard_g2l") for name in (*PIECES, "hard_g2l")}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"the attention pattern has {name}={str(value)[:40]!r}, not true or false")
-    return Pieces(*(flags[name] for name in (*PIECES, "hard_g2l")))
+    return Pieces(*(flag(settings, name) for name in (*PIECES, "hard_g2l")))
 
 
 def near(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> list[Pattern]:

@@ -21,7 +21,7 @@ def near(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> l
     window, dilation = of_layer(settings, "windows", layer, 0), of_layer(settings, "dilations", layer, 1)
     if window < 2 or window % 2:
         raise ValueError(f"the attention pattern has a window of {window}, not an even number of at least 2")
-    dilated = whole(settings, "dilated_heads", default=0)
+    dilated = whole(settings, "dilated_heads")
     if dilated > heads:
         raise ValueError(f"the attention pattern has {dilated} dilated heads of {heads}")
     half = window // 2
@@ -35,7 +35,12 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
     return with_static(settings, near(settings, layer, heads, causal))
 
 
-ATTACHMENT = GlobalAttachment("hf_optim_longformer", build, near=near)
+def by_layer(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the lists with an entry for each layer."""
+    return "windows", "dilations"
+
+
+ATTACHMENT = GlobalAttachment("hf_optim_longformer", build, by_layer=by_layer, near=near)
 ATTACHMENT.register()
 
 

@@ -28,10 +28,10 @@ def _steps(settings: Mapping[str, Any], head: int) -> tuple[Term, Term]:
     """Return the two steps of a factorized attention."""
     stride = whole(settings, "stride", low=1)
     if chosen(settings, "pattern", ("strided", "fixed")) == "strided":
-        reach = whole(settings, "local", low=1, default=stride + 1) - 1
+        reach = whole(settings, "local", low=1) - 1
         return Band(reach, reach), Band(None, None, stride)
     vertices = whole(settings, "vertices", low=1, high=stride)
-    groups = whole(settings, "rotate", low=1, high=stride // vertices, default=1)
+    groups = whole(settings, "rotate", low=1, high=stride // vertices)
     return Chunks(stride), Columns(stride, vertices, head % groups * vertices)
 
 

@@ -10,7 +10,7 @@ from hf_optim.toolkit.attention import Attachment, Band, Pattern, PatternConfig,
 
 def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> list[Pattern]:
     """Return one pattern for all heads: every ``stride``-th key, and those less than ``window`` away."""
-    stride, window = whole(settings, "stride", low=1), whole(settings, "window", default=0)
+    stride, window = whole(settings, "stride", low=1), whole(settings, "window")
     terms: list[Term] = [Band(None, None, stride)]
     if window > 1:
         terms.append(Band(window - 1, window - 1))

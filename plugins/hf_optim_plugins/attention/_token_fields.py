@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_optim import ModelError, RecipeError
-from hf_optim.toolkit.attention import LARGEST, MOST, GlobalAttachment, projections_of
+from hf_optim.toolkit.attention import LARGEST, MOST, projections_of
+
+from ._attach import PatternTechnique
 
 LISTS = ("global_positions", "global_token_ids")
 BY_ROW = (
@@ -20,13 +22,29 @@ BY_ROW = (
 )
 
 
+class TokenTechnique(PatternTechnique):
+    """Base of the techniques with global tokens: subclasses have the fields that ``token_settings`` reads."""
+
+    def validate(self) -> None:
+        validate_tokens(self)
+
+    def check_fields(self, model: PreTrainedModel, label: str) -> None:
+        require_tokens(self, model, label)
+
+    def encoders_only(self, settings: Mapping[str, Any]) -> str:
+        return BY_ROW if settings["global_token_ids"] or settings["global_projections"] else ""
+
+
 def token_settings(step: Any, projections: bool = False) -> dict[str, Any]:
-    """Return the settings of the pattern that say which tokens are global."""
+    """Return the settings of the pattern that say which tokens are global, all of them."""
     fields: dict[str, Any] = {"global_first": step.global_first, "global_last": step.global_last}
     fields |= {name: sorted(set(getattr(step, name))) for name in LISTS}
-    if projections:
-        fields["global_projections"] = True
-    return {name: value for name, value in fields.items() if value}
+    return {**fields, "global_projections": projections}
+
+
+def names_tokens(settings: Mapping[str, Any]) -> bool:
+    """Return True if the settings name any token as global."""
+    return any(settings[name] for name in ("global_first", "global_last", *LISTS))
 
 
 def validate_tokens(step: Any) -> None:
@@ -61,25 +79,12 @@ def require_tokens(step: Any, model: PreTrainedModel, label: str, projections: b
         _require_projections(model, label)
 
 
-def require_pattern(
-    attachment: GlobalAttachment, settings: Mapping[str, Any], model: PreTrainedModel, label: str
-) -> None:
-    """Raise ``ModelError`` for settings that make no pattern of some layer of the model."""
-    config = model.config
-    try:
-        for layer in range(config.num_hidden_layers):
-            attachment.near(settings, layer, config.num_attention_heads, False)
-            attachment.build(settings, layer, config.num_attention_heads, False)
-    except ValueError as error:
-        raise ModelError(f"{label}: {error}") from error
-
-
 def global_places(settings: Mapping[str, Any], length: int) -> Tensor:
     """Return which places of a row of ``length`` tokens are global by their position, bool ``[length]``."""
     found = torch.zeros(length, dtype=torch.bool)
-    found[: settings.get("global_first", 0)] = True
-    found[length - min(length, settings.get("global_last", 0)) :] = True
-    found[[place for place in settings.get("global_positions", []) if place < length]] = True
+    found[: settings["global_first"]] = True
+    found[length - min(length, settings["global_last"]) :] = True
+    found[[place for place in settings["global_positions"] if place < length]] = True
     return found
 
 

@@ -125,7 +125,7 @@ class Axial(Technique):
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         label = run.label(self)
-        require_self_attention(run.config, label)
+        require_self_attention(run.config, label, run.loaded_class)
         grid = configured_grid(run.config)
         if grid is not None:
             self._compare(grid, label)

@@ -22,14 +22,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig
 
-from hf_optim import Contract, Paper, RecipeError, Reload, Run, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _big_bird_pattern
-from ._attach import attach, remote_code_of, require_encoder, require_interface, require_self_attention
-from ._token_fields import global_places, require_pattern, require_tokens, token_settings, validate_tokens
+from ._attach import remote_code_of
+from ._token_fields import TokenTechnique, global_places, names_tokens, token_settings
 
 ENCODERS = "its last block is global, and random blocks are drawn over the whole row; use local, longformer or strided"
 
@@ -46,7 +47,7 @@ ENCODERS = "its last block is global, and random blocks are drawn over the whole
     ),
     reload=Reload.REMOTE_CODE,
 )
-class BigBird(Technique):
+class BigBird(TokenTechnique):
     """Restrict attention to blocks: a window, both ends, and random ones.
 
     Attributes:
@@ -72,6 +73,7 @@ class BigBird(Technique):
     global_positions: tuple[int, ...] = ()
     global_token_ids: tuple[int, ...] = ()
 
+    attachment: ClassVar = _big_bird_pattern.ATTACHMENT
     remote_code: ClassVar[RemoteCode] = remote_code_of(
         "big_bird", _big_bird_pattern, _big_bird_pattern.BigBirdBase.__name__, global_tokens=True
     )
@@ -81,52 +83,30 @@ class BigBird(Technique):
         return cls.from_dict({"block": 4, "random": 1})
 
     def validate(self) -> None:
-        validate_tokens(self)
-        if self.choice == "tf_eval" and token_settings(self):
+        super().validate()
+        if self.choice == "tf_eval" and names_tokens(token_settings(self)):
             raise RecipeError("big_bird: transformers' class has no further global tokens: leave out choice='tf_eval'")
 
-    def check_model(self, model: PreTrainedModel, label: str) -> None:
-        require_interface(model, self.remote_code, label)
-        require_tokens(self, model, label)
-        require_encoder(model, ENCODERS, label)
-        require_pattern(_big_bird_pattern.ATTACHMENT, self._settings(), model, label)
+    def encoders_only(self, settings: Mapping[str, Any]) -> str:
+        return ENCODERS
 
-    @hookimpl
-    def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        require_self_attention(run.config, run.label(self))
-        return None
+    def settings(self, config: PretrainedConfig, label: str) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("block", "random", "choice", "seed", "by_head")}
+        return {**fields, **token_settings(self)}
 
-    @hookimpl
-    def transform_model(self, run: Run) -> PreTrainedModel:
-        return attach(run, self, self.remote_code, _big_bird_pattern.ATTACHMENT, self._settings(), ENCODERS)
-
-    def _settings(self) -> dict[str, Any]:
-        drawn = {"seed": self.seed, "by_head": self.by_head} if self.choice == "stored" else {}
-        return {"block": self.block, "random": self.random, "choice": self.choice, **drawn, **token_settings(self)}
-
-    def recompute(self, case: Any) -> dict[str, Any]:
-        settings, length = case.config["attention_pattern"], case.config["max_position_embeddings"]
-        layers, heads = len(case.config["layer_types"]), case.config["num_attention_heads"]
-        blocks = -(-length // settings["block"])
-        place = torch.arange(length) // settings["block"]
-        ends = (place == 0) | (place == blocks - 1)
+    @staticmethod
+    def sees(settings: Mapping[str, Any], place: Tensor, layer: int, head: int, causal: bool) -> Tensor:
+        length = len(place)
+        blocks, own = -(-length // settings["block"]), place // settings["block"]
+        if blocks <= 5 + 2 * settings["random"]:
+            return torch.ones(length, length, dtype=torch.bool)
+        ends = (own == 0) | (own == blocks - 1)
         found = global_places(settings, length)
-        always = ((place[:, None] - place).abs() <= 1) | ends | ends[:, None] | found | found[:, None]
-        shares = []
-        for layer in range(layers):
-            seen = always
-            if settings["choice"] == "stored":
-                each = range(heads) if settings["by_head"] else (0,)
-                drawn = torch.stack([random_blocks(settings, blocks, layer, head) for head in each])
-                seen = seen | drawn[:, place][:, :, place]
-            shares.append(1.0 if blocks <= 5 + 2 * settings["random"] else float(seen.double().mean()))
-        return {
-            **settings,
-            "layers": layers,
-            "context": length,
-            "share_of_attention": sum(shares) / layers,
-            "model_class": case.config["architectures"][0],
-        }
+        seen = ((own[:, None] - own).abs() <= 1) | ends | ends[:, None] | found | found[:, None]
+        if settings["choice"] == "stored":
+            drawn = random_blocks(settings, blocks, layer, head if settings["by_head"] else 0)
+            seen = seen | drawn[:, own][own]
+        return seen
 
 
 def random_blocks(settings: Mapping[str, Any], blocks: int, layer: int, head: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ class Compressed(Technique):
 
     @hookimpl
     def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        require_self_attention(run.config, run.label(self))
+        require_self_attention(run.config, run.label(self), run.loaded_class)
         return None
 
     @hookimpl

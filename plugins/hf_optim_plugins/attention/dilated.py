@@ -25,7 +25,7 @@ from hf_optim import Contract, ModelError, Paper, RecipeError, Reload, hookimpl,
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _dilated_pattern as _page
-from ._attach import LONGEST, PatternTechnique, remote_code_of
+from ._attach import LONGEST, PatternTechnique, alike_as_one, remote_code_of
 
 
 @technique(
@@ -64,7 +64,7 @@ class Dilated(PatternTechnique):
         layers = config.get_text_config().num_hidden_layers
         if self.by == "layer" and len(self.dilation) not in (1, layers):
             raise ModelError(f"{label}: dilation has {len(self.dilation)} entries, but the model has {layers} layers")
-        return {"window": self.window, "dilation": list(self.dilation), "by": self.by}
+        return {"window": self.window, "dilation": alike_as_one(self.dilation), "by": self.by}
 
     @staticmethod
     def sees(settings: Mapping[str, Any], place: Tensor, layer: int, head: int, causal: bool) -> Tensor:

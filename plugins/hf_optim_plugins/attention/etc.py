@@ -25,14 +25,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig
 
-from hf_optim import Contract, Paper, RecipeError, Reload, Run, Technique, hookimpl, option, technique, traits
+from hf_optim import Contract, Paper, RecipeError, Reload, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _etc_pattern
-from ._attach import attach, remote_code_of, require_encoder, require_interface, require_self_attention
-from ._token_fields import BY_ROW, global_places, require_pattern, require_tokens, token_settings, validate_tokens
+from ._attach import remote_code_of
+from ._token_fields import TokenTechnique, global_places, token_settings
 
 
 @technique(
@@ -47,7 +48,7 @@ from ._token_fields import BY_ROW, global_places, require_pattern, require_token
     ),
     reload=Reload.REMOTE_CODE,
 )
-class Etc(Technique):
+class Etc(TokenTechnique):
     """Restrict attention to global tokens and a radius.
 
     Attributes:
@@ -74,6 +75,7 @@ class Etc(Technique):
     global_positions: tuple[int, ...] = ()
     global_token_ids: tuple[int, ...] = ()
 
+    attachment: ClassVar = _etc_pattern.ATTACHMENT
     remote_code: ClassVar[RemoteCode] = remote_code_of(
         "etc", _etc_pattern, _etc_pattern.EtcBase.__name__, global_tokens=True
     )
@@ -83,48 +85,21 @@ class Etc(Technique):
         return cls.from_dict({"radius": 2})
 
     def validate(self) -> None:
-        validate_tokens(self)
+        super().validate()
         if not (self.l2l or self.l2g) or not (self.g2g or self.g2l):
             raise RecipeError("etc: long tokens need l2l or l2g, and global ones g2g or g2l: others would see nothing")
 
-    def check_model(self, model: PreTrainedModel, label: str) -> None:
-        require_interface(model, self.remote_code, label)
-        require_tokens(self, model, label)
-        require_encoder(model, BY_ROW if self.global_token_ids else "", label)
-        require_pattern(_etc_pattern.ATTACHMENT, self._settings(), model, label)
+    def settings(self, config: PretrainedConfig, label: str) -> dict[str, Any]:
+        pieces = {name: getattr(self, name) for name in (*_etc_pattern.PIECES, "hard_g2l")}
+        return {"radius": self.radius, **pieces, **token_settings(self)}
 
-    @hookimpl
-    def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        require_self_attention(run.config, run.label(self))
-        return None
-
-    @hookimpl
-    def transform_model(self, run: Run) -> PreTrainedModel:
-        only = BY_ROW if self.global_token_ids else ""
-        return attach(run, self, self.remote_code, _etc_pattern.ATTACHMENT, self._settings(), only)
-
-    def _settings(self) -> dict[str, Any]:
-        off = {name: False for name in _etc_pattern.PIECES if not getattr(self, name)}
-        hard = {"hard_g2l": True} if self.hard_g2l else {}
-        return {"radius": self.radius, **off, **hard, **token_settings(self)}
-
-    def recompute(self, case: Any) -> dict[str, Any]:
-        settings, length = case.config["attention_pattern"], case.config["max_position_embeddings"]
-        causal = "CausalLM" in case.config["architectures"][0]
-        place = torch.arange(length)
-        allowed = place[:, None] >= place if causal else torch.ones(length, length, dtype=torch.bool)
-        key, near = global_places(settings, length), (place[:, None] - place).abs() <= settings["radius"]
+    @staticmethod
+    def sees(settings: Mapping[str, Any], place: Tensor, layer: int, head: int, causal: bool) -> Tensor:
+        key, near = global_places(settings, len(place)), (place[:, None] - place).abs() <= settings["radius"]
         query, span = key[:, None], key.cumsum(0)
-        own = span[:, None] == span if settings.get("hard_g2l") else torch.ones_like(near)
+        own = span[:, None] == span if settings["hard_g2l"] else torch.ones_like(near)
         boxes = {"g2g": query & key, "g2l": query & ~key & own, "l2g": ~query & key, "l2l": ~query & ~key & near}
-        seen = torch.stack([box for name, box in boxes.items() if settings.get(name, True)]).any(0) & allowed
-        return {
-            **settings,
-            "layers": len(case.config["layer_types"]),
-            "context": length,
-            "share_of_attention": int(seen.sum()) / int(allowed.sum()),
-            "model_class": case.config["architectures"][0],
-        }
+        return torch.stack([box for name, box in boxes.items() if settings[name]]).any(0)
 
 
 @hookimpl

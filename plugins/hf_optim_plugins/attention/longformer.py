@@ -29,7 +29,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_optim import (
     Contract,
@@ -47,8 +48,8 @@ from hf_optim import (
 from hf_optim.checkpoints.remote_code import RemoteCode
 
 from . import _longformer_pattern, _stock_longformer
-from ._attach import attach, remote_code_of, require_encoder, require_interface, require_self_attention
-from ._token_fields import BY_ROW, global_places, require_pattern, require_tokens, token_settings, validate_tokens
+from ._attach import alike_as_one, attach, layer_patterns, remote_code_of, require_encoder, require_interface
+from ._token_fields import TokenTechnique, global_places, require_tokens, token_settings
 
 DEFAULT_WINDOW = 512  # of the stock configuration
 
@@ -65,7 +66,7 @@ DEFAULT_WINDOW = 512  # of the stock configuration
     ),
     reload=Reload.REMOTE_CODE,
 )
-class Longformer(Technique):
+class Longformer(TokenTechnique):
     """Restrict attention to a window, but for global tokens.
 
     Attributes:
@@ -92,6 +93,7 @@ class Longformer(Technique):
     global_projections: bool = False
     stock_class: bool = False
 
+    attachment: ClassVar = _longformer_pattern.ATTACHMENT
     remote_code: ClassVar[RemoteCode] = remote_code_of(
         "longformer", _longformer_pattern, _longformer_pattern.LongformerBase.__name__, global_tokens=True
     )
@@ -101,7 +103,7 @@ class Longformer(Technique):
         return cls.from_dict({"window": 4, "dilations": [1, 2]})
 
     def validate(self) -> None:
-        validate_tokens(self)
+        super().validate()
         if self.window is not None and self.window % 2:
             raise RecipeError(f"longformer: window counts the tokens on both sides, so it is even, not {self.window}")
         if any(dilation < 1 for dilation in self.dilations):
@@ -132,25 +134,21 @@ class Longformer(Technique):
             raise ModelError(
                 f"{label}: {len(self.dilations)} dilations, and the model {layers} layers: one for each, or one"
             )
-        own = self.global_projections or model.config.model_type == _stock_longformer.TYPE
+        settings = self.settings(model.config, label)
         require_tokens(self, model, label, self.global_projections)
-        require_encoder(model, BY_ROW if own or self.global_token_ids else "", label)
-        require_pattern(_longformer_pattern.ATTACHMENT, self._settings(model.config, own), model, label)
-
-    @hookimpl
-    def prepare_load(self, run: Run, load_kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        require_self_attention(run.config, run.label(self))
-        return None
+        require_encoder(model, self.encoders_only(settings), label)
+        layer_patterns(model.config, self.attachment, settings, False, label)
 
     @hookimpl
     def transform_model(self, run: Run) -> PreTrainedModel:
         model, label = run.model, run.label(self)
-        settings = self._settings(model.config, self.global_projections)
+        settings = self.settings(model.config, label)
         if self.stock_class:
             made = _stock_longformer.to_stock(model, settings["windows"][0], label)
             run.record.reload = Reload.STOCK_ARCH.name
             length = model.config.max_position_embeddings
-            share = float(_near(settings, 0, 1, length, False).double().mean())
+            place = torch.arange(length)
+            share = float(((place[:, None] - place).abs() <= settings["windows"][0] // 2).double().mean())
             run.report(
                 self,
                 windows=settings["windows"],
@@ -161,53 +159,29 @@ class Longformer(Technique):
             )
             return made
         if model.config.model_type == _stock_longformer.TYPE:
-            settings = self._settings(model.config, True)
             _stock_longformer.require_counterpart(type(model), self.global_first, label)
             run.model = _stock_longformer.from_stock(model, label)
-        rows = settings.get("global_projections") or settings.get("global_token_ids")
-        attached = attach(run, self, self.remote_code, _longformer_pattern.ATTACHMENT, settings, BY_ROW if rows else "")
+        only = self.encoders_only(settings)
+        attached = attach(run, self, self.remote_code, self.attachment, settings, only)
         return _stock_longformer.with_projections(attached, model)
 
-    def _settings(self, config: Any, projections: bool) -> dict[str, Any]:
+    def settings(self, config: PretrainedConfig, label: str) -> dict[str, Any]:
+        projections = self.global_projections or config.model_type == _stock_longformer.TYPE
         windows = [self.window] if self.window is not None else [DEFAULT_WINDOW]
         if config.model_type == _stock_longformer.TYPE and self.window is None:
             stored = config.attention_window
             windows = [stored] if isinstance(stored, int) else list(stored)
-        dilated = {"dilations": list(self.dilations), "dilated_heads": self.dilated_heads} if self.dilations else {}
-        return {"windows": windows, **dilated, **token_settings(self, projections)}
+        each = {"windows": alike_as_one(windows), "dilations": alike_as_one(self.dilations)}
+        return {**each, "dilated_heads": self.dilated_heads, **token_settings(self, projections)}
 
-    def recompute(self, case: Any) -> dict[str, Any]:
-        settings, length = case.config.get("attention_pattern"), case.config["max_position_embeddings"]
-        layers, causal = len(case.config["layer_types"]), "CausalLM" in case.config["architectures"][0]
-        place = torch.arange(length)
-        allowed = place[:, None] >= place if causal else torch.ones(length, length, dtype=torch.bool)
-        shares = []
-        for layer in range(layers):
-            near = _near(settings, layer, case.config["num_attention_heads"], length, causal)
-            found = global_places(settings, length)
-            seen = (near | found | found[:, None]) & allowed
-            shares.append(int(seen.sum()) / (len(seen) * int(allowed.sum())))
-        return {
-            **settings,
-            "layers": layers,
-            "context": length,
-            "share_of_attention": sum(shares) / layers,
-            "model_class": case.config["architectures"][0],
-        }
-
-
-def _near(settings: Mapping[str, Any], layer: int, heads: int, length: int, causal: bool) -> torch.Tensor:
-    """Return the windows of a layer as bool ``[H, n, n]``, by the formula above."""
-    place, found = torch.arange(length), []
-    distance = place[:, None] - place
-    half = settings["windows"][layer if len(settings["windows"]) > 1 else 0] // 2
-    dilations = settings.get("dilations") or [1]
-    dilation = dilations[layer if len(dilations) > 1 else 0]
-    dilated = settings.get("dilated_heads") or heads
-    for head in range(heads):
-        p = dilation if head < dilated else 1
-        found.append((distance.abs() <= p * half) & (distance % p == 0))
-    return torch.stack(found)
+    @staticmethod
+    def sees(settings: Mapping[str, Any], place: Tensor, layer: int, head: int, causal: bool) -> Tensor:
+        distance, found = place[:, None] - place, global_places(settings, len(place))
+        half = settings["windows"][layer if len(settings["windows"]) > 1 else 0] // 2
+        dilations = settings["dilations"] or [1]
+        p = dilations[layer if len(dilations) > 1 else 0]
+        p = p if not settings["dilated_heads"] or head < settings["dilated_heads"] else 1
+        return (distance.abs() <= p * half) & (distance % p == 0) | found | found[:, None]
 
 
 @hookimpl

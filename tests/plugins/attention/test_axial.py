@@ -264,9 +264,9 @@ def test_a_checkpoint_needs_no_hf_optim(build, more, tmp_path, stock_python):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": 0}, "columns='0', not a whole number from 1"),
-        ({"columns": True}, "columns='True'"),
-        ({"rows": 10**12}, "rows='1000000000000'"),
+        ({"columns": 0}, "columns=0, not a whole number from 1"),
+        ({"columns": True}, "columns=True"),
+        ({"rows": 10**12}, "rows=1000000000000"),
         ({"rows": 3}, "does not make patches"),
         ({"first": "1"}, "first='1'"),
         ({"axes": ["union"]}, "not one of layers, heads, union"),

@@ -17,6 +17,10 @@ from hf_optim.toolkit.attention.attend import attend
 from hf_optim_plugins.attention import _big_bird_pattern, big_bird
 
 SETTINGS = {"block": 8, "random": 2, "seed": 3}
+STORED = {
+    "choice": "stored", "seed": 0, "by_head": False, "global_first": 0, "global_last": 0, "global_positions": [],
+    "global_token_ids": [], "global_projections": False,
+}  # fmt: skip
 
 
 def convert(model, **fields):
@@ -94,7 +98,7 @@ def test_random_blocks_by_head_and_further_global_tokens(way, padding, monkeypat
 def test_blocks_of_other_sizes_than_those_of_the_lists(block, monkeypatch):
     monkeypatch.setattr(_big_bird_pattern, "SEEN_BY_ALL", -8)  # nothing is computed in full, however few blocks
     for length in (131, 128, 150):
-        settings = {"block": block, "random": 1, "choice": "stored"}
+        settings = {**STORED, "block": block, "random": 1}
         pattern = _big_bird_pattern.build(settings, 0, 1, False)[0]
         heads = HeadPatterns.of([pattern], 2)
         parts = torch.randn(3, 1, 2, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -164,7 +168,7 @@ def test_random_blocks_are_written_down():
 
 def test_random_blocks_lie_everywhere_and_differ_by_layer_head_and_seed():
     def drawn(**fields):
-        settings = {"block": 1, "random": 3, "choice": "stored", "by_head": True, "seed": 0, **fields}
+        settings = {**STORED, "block": 1, "random": 3, "by_head": True, **fields}
         patterns = _big_bird_pattern.build(settings, fields.get("layer", 0), 4, False)
         tables = [_big_bird_pattern.block_table(pattern.terms[0], 128) for pattern in patterns]
         place = torch.arange(128)

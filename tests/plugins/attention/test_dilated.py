@@ -50,7 +50,7 @@ def test_what_is_refused():
         hf_optim.optimize(tiny_llama(), [{"technique": "dilated", "window": 0}])
     with pytest.raises(RecipeError, match="dilation must be distances from 1"):
         hf_optim.optimize(tiny_llama(), [{"technique": "dilated", "dilation": [0]}])
-    with pytest.raises(ModelError, match="dilation='65', not a whole number from 1 to 64"):
+    with pytest.raises(ModelError, match="dilation=65, not a whole number from 1 to 64"):
         hf_optim.optimize(tiny_llama(), [{"technique": "dilated", "dilation": [65]}])
     with pytest.raises(ModelError, match="dilations for 3 heads, but a layer has 4"):
         hf_optim.optimize(tiny_llama(), [{"technique": "dilated", "dilation": [1, 2, 3]}])

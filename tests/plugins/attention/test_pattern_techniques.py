@@ -15,6 +15,7 @@ from transformers import (
     AlbertConfig,
     AlbertModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertLMHeadModel,
     BertModel,
@@ -122,13 +123,13 @@ def test_a_checkpoint_runs_with_the_code_of_the_installed_technique(tmp_path):
 @pytest.mark.parametrize(
     ("name", "field", "value", "message"),
     [
-        ("blockwise", "block", 0, "block='0', not a whole number from 1"),
-        ("blockwise", "shifts", [0, -1], "shifts='-1'"),
-        ("strided", "stride", 65, "stride='65', not a whole number from 1 to 64"),
-        ("dilated", "window", 0, "window='0', not a whole number from 2"),
+        ("blockwise", "block", 0, "block=0, not a whole number from 1"),
+        ("blockwise", "shifts", [0, -1], "shifts=-1"),
+        ("strided", "stride", 65, "stride=65, not a whole number from 1 to 64"),
+        ("dilated", "window", 0, "window=0, not a whole number from 2"),
         ("dilated", "dilation", [1, 2], "dilations for 2 heads, but a layer has 4"),
-        ("sparse_transformer", "stride", True, "stride='True'"),
-        ("sparse_transformer", "vertices", 7, "vertices='7', not a whole number from 1 to 6"),
+        ("sparse_transformer", "stride", True, "stride=True"),
+        ("sparse_transformer", "vertices", 7, "vertices=7, not a whole number from 1 to 6"),
         ("sparse_transformer", "steps", "both", "steps='both', not one of heads, layers, merged"),
     ],
 )
@@ -220,6 +221,18 @@ def test_the_encoder_of_t5_keeps_its_position_bias():
     assert difference(hidden_and_gradients(converted, inputs), expected) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["strided", "adaptive_span"])
+def test_the_encoder_of_t5_loads_with_a_pattern_and_all_of_t5_is_refused_before_it_is_read(name, tmp_path):
+    PreTrainedModel.save_pretrained(tiny_t5(), tmp_path)
+    one = step("strided") if name == "strided" else {"technique": "adaptive_span", "max_span": 16, "init": 0.5}
+    loaded = T5EncoderModel.from_pretrained(tmp_path, optim_config=[one]).eval()
+    assert type(loaded).__name__ in ("StridedT5EncoderModel", "AdaptiveSpanT5EncoderModel")
+    with torch.no_grad():
+        assert loaded(IDS)[0].isfinite().all()
+    with pytest.raises(ModelError, match="t5 has cross-attention"):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path, optim_config=[one])
+
+
 def masked(copy, model, near):
     """Return a copy of a T5 encoder whose position bias is minus infinity where ``near`` is False."""
     copy.load_state_dict(model.state_dict())
@@ -254,7 +267,7 @@ def test_a_model_loads_with_a_pattern(tmp_path):
     PreTrainedModel.save_pretrained(tiny_gpt2(), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=[step("dilated")]).eval()
     assert torch.equal(logits(loaded), logits(hf_optim.optimize(tiny_gpt2(), [step("dilated")])))
-    with pytest.raises(ModelError, match="stride='99'"):
+    with pytest.raises(ModelError, match="stride=99"):
         AutoModelForCausalLM.from_pretrained(tmp_path, optim_config=[{"technique": "strided", "stride": 99}])
 
 

@@ -88,11 +88,11 @@ def test_two_steps_reach_every_token(layers, steps, expected):
     ("fields", "error", "message"),
     [
         ({"stride": 0}, RecipeError, "stride must be from 1 to"),
-        ({"stride": 65}, ModelError, "stride='65', not a whole number from 1 to 64"),
+        ({"stride": 65}, ModelError, "stride=65, not a whole number from 1 to 64"),
         ({"vertices": 0}, RecipeError, "vertices must be >= 1"),
         ({"stride": 8, "vertices": 9}, RecipeError, "1 x 9 columns do not fit into a block of 8"),
         ({"stride": 8, "vertices": 3, "rotate": 3}, RecipeError, "3 x 3 columns do not fit"),
-        ({"stride": "sqrt", "vertices": 9}, ModelError, "vertices='9', not a whole number from 1 to 8"),
+        ({"stride": "sqrt", "vertices": 9}, ModelError, "vertices=9, not a whole number from 1 to 8"),
         ({"pattern": "strided", "rotate": 2}, RecipeError, "belong to the fixed pattern"),
         ({"local": 4}, RecipeError, "local belongs to the strided pattern"),
         ({"pattern": "stride"}, RecipeError, "did you mean 'strided'"),

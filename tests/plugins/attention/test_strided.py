@@ -62,7 +62,7 @@ def test_the_root_is_that_of_the_context():
 def test_what_is_refused():
     with pytest.raises(RecipeError, match="stride must be from 1 to"):
         hf_optim.optimize(tiny_llama(), [{"technique": "strided", "stride": 0}])
-    with pytest.raises(ModelError, match="stride='65', not a whole number from 1 to 64"):
+    with pytest.raises(ModelError, match="stride=65, not a whole number from 1 to 64"):
         hf_optim.optimize(tiny_llama(), [{"technique": "strided", "stride": 65}])
     with pytest.raises(RecipeError, match="stride must be"):
         hf_optim.optimize(tiny_llama(), [{"technique": "strided", "stride": "root"}])

@@ -1,0 +1,142 @@
+"""Adaptive spans on a GPU: prefill and decoding beside SDPA, after a check of outputs and gradients.
+
+    python examples/gpu/adaptive_span.py            # all sections; words choose some
+    python examples/gpu/adaptive_span.py correct
+
+12 heads x 64, 8 of which look back 64 tokens, 3 256 and 1 all, as trained models do; ramps of 32 tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from sections import Sections
+from torch import Tensor
+from torch.nn import functional
+
+from hf_optim.toolkit.attention import HeadGroupsLayer, groups_of
+from hf_optim_plugins.adaptive._span_mask import LogMask, support, untouched
+from hf_optim_plugins.adaptive._span_model import SpanSet, _cached, attend_spans
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS, WIDTH, RAMP = 12, 64, 32
+SPANS = [32] * 8 + [224] * 3 + [None]
+LENGTHS = (4096, 16384) if DEVICE == "cuda" else (512,)
+CONTEXT = 32768 if DEVICE == "cuda" else 1024
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+section = Sections("adaptive_span.json")
+
+
+def spans_of(length: int, z: Tensor | None = None) -> SpanSet:
+    """Return the spans of a model that reads ``length`` tokens; ``z`` ``[H]`` for gradients."""
+    shares = [1.0 if span is None else span / length for span in SPANS]
+    own = torch.tensor(shares, device=DEVICE) if z is None else z
+
+    def bias(distance: Tensor, heads: Tensor | None) -> Tensor:
+        return LogMask.apply(own if heads is None else own[heads], distance, length, RAMP)
+
+    counts = tuple(support(share, length, RAMP) for share in shares)
+    return SpanSet(counts, tuple(untouched(share, length) for share in shares), True, bias)
+
+
+def tensors(length: int, dtype: torch.dtype = DTYPE) -> list[Tensor]:
+    """Return query, key and value ``[1, H, length, D]``."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shape = 1, HEADS, length, WIDTH
+    return [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype) for _ in range(3)]
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """Return the median time of a call."""
+    if DEVICE == "cpu":
+        work()
+        return 0.0
+    for _ in range(3):
+        work()
+    taken = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return round(statistics.median(taken), 4)
+
+
+@section("correct")
+def correct() -> dict[str, float]:
+    """Largest differences of each way from the dense one: outputs, and gradients relative to their largest."""
+    found = {}
+    length = 1000 if DEVICE == "cuda" else 300
+    z = torch.tensor([1.0 if span is None else span / length for span in SPANS], device=DEVICE)
+    results = {}
+    for way in ("dense", "blocks", "passes"):
+        q, k, v = (part.requires_grad_() for part in tensors(length))
+        own = z.clone().requires_grad_()
+        out = attend_spans(q, k, v, spans_of(length, own), WIDTH**-0.5, way=way)
+        weights = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+        results[way] = [out, *torch.autograd.grad((out.float() * weights).sum(), [q, k, v, own])]
+    for way in ("blocks", "passes"):
+        for name, one, other in zip(("out", "q", "k", "v", "z"), results[way], results["dense"], strict=True):
+            scale = 1.0 if name == "out" else float(other.float().abs().max())
+            found[f"{way} {name}"] = float((one.detach().float() - other.detach().float()).abs().max()) / scale
+    print(found)
+    assert all(value < 0.05 for value in found.values())
+    return found
+
+
+@section("prefill")
+def prefill() -> dict[str, dict[str, float]]:
+    """Milliseconds of a forward, and of a forward with its backward."""
+    found = {}
+    for length in LENGTHS:
+        q, k, v = tensors(length)
+        spans = spans_of(length)
+        grown = [part.clone().requires_grad_() for part in (q, k, v)]
+        grad = torch.randn_like(q)
+
+        def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, spans: SpanSet = spans) -> Tensor:
+            return attend_spans(q, k, v, spans, WIDTH**-0.5)
+
+        row = {}
+        for name, work in (("sdpa", sdpa), ("spans", ours)):
+            with torch.no_grad():
+                row[name] = milliseconds(lambda work=work, q=q, k=k, v=v: work(q, k, v))
+            row[f"{name} and backward"] = milliseconds(
+                lambda work=work, grown=grown, grad=grad: torch.autograd.grad(work(*grown), grown, grad)
+            )
+        found[str(length)] = row
+        print(length, row)
+    return found
+
+
+@section("decode")
+@torch.no_grad()
+def decode() -> dict[str, float]:
+    """Bytes of a layer's cache after a long prompt, and milliseconds of one step, beside the dense cache."""
+    q, k, v = tensors(CONTEXT)
+    spans = spans_of(CONTEXT)
+    layer = HeadGroupsLayer()
+    layer.update(k, v)
+    for part, group in zip(
+        (p for p, _, _ in layer.take(groups_of(spans.counts))), groups_of(spans.counts), strict=True
+    ):
+        part.settle(spans.of(group).heads, None)
+    one = [part[:, :, -1:] for part in (q, k, v)]
+
+    def step() -> Tensor:
+        key, _ = layer.update(one[1], one[2])
+        return _cached(layer, one[0], key.plain(), one[2], spans, WIDTH**-0.5, None, None, 0.0)
+
+    dense = 2 * k.numel() * k.element_size()
+    found = {"dense bytes": dense, "bytes": layer.held_bytes(), "share": layer.held_bytes() / dense}
+    found["step"] = milliseconds(step)
+    found["sdpa step"] = milliseconds(lambda: functional.scaled_dot_product_attention(one[0], k, v))
+    print(found)
+    return found

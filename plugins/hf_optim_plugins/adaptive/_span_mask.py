@@ -1,0 +1,98 @@
+"""The soft mask of adaptive spans, and the learned spans of an attention module.
+
+    m(x) = clamp((z S - x) / R + 1, 0, 1)   for x < S,   0 for others
+
+x is the distance of a key from the query. This file is stored beside checkpoints, so it imports only torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LogMask(torch.autograd.Function):
+    """The logarithm of the mask; memory and gradient need the distances and z alone."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, distance: Tensor, size: int, ramp: int) -> Tensor:
+        """Return ``[H, *distance.shape]`` in float32, in float64 for z in float64; -inf where the mask is 0.
+
+        Args:
+            z: ``[H]``, from 0 to 1.
+            distance: int64, of any shape; its sign does not count.
+            size: S, the largest span.
+            ramp: R, over how many keys the mask falls.
+        """
+        ctx.save_for_backward(z, distance)
+        ctx.size, ctx.ramp = size, ramp
+        return _ramped(z, distance, size, ramp).clamp_(0, 1).log_()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return the gradient of z: at m = 1 that of the ramp, as ``clamp`` has it.
+
+        A key just at the end of the ramp, where m is 0, is not seen and has none; there ``clamp`` passes one.
+        """
+        z, distance = ctx.saved_tensors
+        mask = _ramped(z, distance, ctx.size, ctx.ramp)
+        within = (mask > 0) & (mask <= 1)
+        slope = torch.where(within, grad / mask.masked_fill(~within, 1), 0) * (ctx.size / ctx.ramp)
+        return slope.flatten(1).sum(1).to(z.dtype), None, None, None
+
+
+def _ramped(z: Tensor, distance: Tensor, size: int, ramp: int) -> Tensor:
+    """Return the mask before it is clamped, negative beyond ``size``."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32)).view(-1, *[1] * distance.dim())
+    away = distance.abs()
+    mask = (z * size - away.to(z.dtype)) / ramp + 1
+    return mask.masked_fill(away >= size, -1)
+
+
+def support(share: float, size: int, ramp: int) -> int:
+    """Return how many nearest keys, the query among them, have a mask above 0, for z = ``share``."""
+    return min(size, math.ceil(share * size + ramp))
+
+
+def untouched(share: float, size: int) -> int:
+    """Return how many nearest keys, the query among them, have a mask of 1, for z = ``share``."""
+    return min(size, math.floor(share * size) + 1)
+
+
+class HeadSpans(nn.Module):
+    """The learned spans of the heads of one attention: ``z`` ``[H]``, in float32, each from 0 to 1."""
+
+    def __init__(self, heads: int, **about: Any) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.ones(heads, dtype=torch.float32, **about))
+        self._known: tuple[Any, tuple[float, ...]] | None = None
+
+    def shares(self, again: bool) -> tuple[float, ...]:
+        """Return z as numbers; ``again``: read it although it seems unchanged. This waits for the device.
+
+        Without values (on the meta device) spans are the longest. Raises ``ValueError`` unless all are finite.
+        """
+        z = self.z.detach()
+        if z.is_meta or type(z).__name__ == "FakeTensor":
+            return (1.0,) * len(z)
+        state = None if z.is_inference() else (z._version, z.data_ptr())
+        if not again and state is not None and self._known is not None and self._known[0] == state:
+            return self._known[1]
+        values = z.float().tolist()
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError("the learned spans of the attention are not finite numbers")
+        found = tuple(min(max(value, 0.0), 1.0) for value in values)
+        self._known = state, found
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring z back to 0 to 1, as after each step of training."""
+        self.z.clamp_(0, 1)
