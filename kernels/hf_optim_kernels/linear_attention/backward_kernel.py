@@ -1,0 +1,299 @@
+"""The backward: gradients of a chunk of queries, of a chunk of keys and values, and of gates.
+
+As in the forward, pairs within a chunk are computed one by one, and all others through a state: gradients of queries
+through the sums of the keys before them, gradients of keys through the sums of the queries after them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .output_kernel import state_rows
+from .parts import (
+    LOG2E,
+    exponents,
+    factors_of,
+    features,
+    finite,
+    keys_of,
+    length_of,
+    operand,
+    rest_of,
+    rows_at,
+    through,
+    weight_rows,
+)
+
+
+@triton.jit
+def angle_slope(by_first, by_second, first, second, TRIG: tl.constexpr):
+    """Return the gradients of exponents (or angles) for those of features, relative to them."""
+    if TRIG:  # noqa: SIM108 - one of the two is compiled
+        found = by_first * second - by_second * first
+    else:
+        found = by_first * first
+    return found
+
+
+@triton.jit
+def _query_kernel(
+    query, key, value, weight, mask, gates, tops_k, tops, logs, delta, grad_out, parts, sums, references, grad_query,
+    flows, root, half, eps, share, log_floor, root_e, scale, T, H, P, G, N, D, DV, m, w_h,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, x_b, x_h, x_n,
+    C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TRIG: tl.constexpr,
+    NORMED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Programs are (chunk, batch row and query head); states as of ``_output_kernel``. ``flows`` [B H, N] gets, with
+    gates, the sum over keys of the gradients of the logarithms of weights.
+    """
+    t, pair = tl.program_id(0) % T, tl.program_id(0) // T
+    b, h = pair // H, pair % H
+    p = h // (H // P)
+    n, d, dv = t * C + tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    real = n < N
+    x = rows_at(query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, n, real, q_n, d, D, HALF)
+    slope = rows_at(grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h, n, real, g_n, dv, DV, HALF)
+    weights = weight + p * w_h
+    length = length_of(x)
+    factor, norm = factors_of(length, root, half, eps, NORMED)
+    at = pair.to(tl.int64) * N + n
+    top = n * 0.0
+    if not TRIG:
+        top = tl.load(tops + at, mask=real, other=0.0)
+    log_q = tl.load(logs + at, mask=real, other=float("inf"))
+    log_q = tl.where((log_q == float("inf")) & real, log_floor, log_q)
+    less = tl.load(delta + at, mask=real, other=0.0)
+    own, F = (b * P + p).to(tl.int64), m
+    if TRIG:
+        F = 2 * m
+    if CAUSAL:
+        own = own * T + t
+    reference = 0.0
+    if not TRIG:
+        reference = tl.load(references + own)
+        if not CAUSAL:
+            reference *= LOG2E
+    past = reference - log_q
+    if CAUSAL:
+        g = p // (P // G)
+        y = rows_at(key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h, n, real, k_n, d, D, HALF)
+        v = rows_at(value + b.to(tl.int64) * v_b + g.to(tl.int64) * v_h, n, real, v_n, dv, DV, HALF)
+        factor_k, norm_k = factors_of(length_of(y), root, half, eps, NORMED)
+        log, top_k, decay, _whole = keys_of(tops_k, gates, mask, b * P + p, b, n, N, TRIG, HAS_GATE, HAS_MASK)
+        seen = n[None, :] <= n[:, None]
+        factors = tl.where(seen, (log - decay)[None, :] + (decay - log_q)[:, None], float("-inf"))
+        inner = tl.dot(slope, tl.trans(v), input_precision=PRECISION) + less[:, None]
+        inner = operand(inner * tl.exp2(factors), HALF)
+        past += decay
+    past = tl.exp2(past)
+    acc = tl.zeros((C, BLOCK_D), tl.float32)
+    total, flow = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    for start in range(0, m, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        w = weight_rows(weights, f, d, m, D)
+        row = own * F + f
+        a = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
+        first, second = features(a, top, f, m, share, TRIG)
+        held = state_rows(parts, row, f < m, dv, DV, HALF)
+        by_first = tl.dot(slope, tl.trans(held), input_precision=PRECISION)
+        by_first += less[:, None] * tl.load(sums + row, mask=f < m, other=0.0)[None, :]
+        by_first *= past[:, None]
+        by_second = by_first
+        if TRIG:
+            held = state_rows(parts, row + m, f < m, dv, DV, HALF)
+            by_second = tl.dot(slope, tl.trans(held), input_precision=PRECISION)
+            by_second += less[:, None] * tl.load(sums + row + m, mask=f < m, other=0.0)[None, :]
+            by_second *= past[:, None]
+        if CAUSAL:
+            a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
+            first_k, second_k = features(a, top_k, f, m, share, TRIG)
+            by_first += tl.dot(inner, operand(first_k, HALF), input_precision=PRECISION)
+            if TRIG:
+                by_second += tl.dot(inner, operand(second_k, HALF), input_precision=PRECISION)
+        turned = angle_slope(by_first, by_second, first, second, TRIG)
+        if HAS_GATE:
+            if TRIG:
+                flow += tl.sum(by_first * first + by_second * second, axis=1)
+            else:
+                flow += tl.sum(turned, axis=1)
+        total += tl.sum(turned, axis=1)
+        acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+    found = through(acc, total, x, length, root_e, scale, eps, NORMED, TRIG)
+    where = grad_query + b.to(tl.int64) * x_b + h.to(tl.int64) * x_h + n.to(tl.int64)[:, None] * x_n + d[None, :]
+    tl.store(where, found.to(grad_query.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    if HAS_GATE:
+        tl.store(flows + at, flow, mask=real)
+
+
+@triton.jit
+def _key_kernel(
+    query, key, value, weight, mask, gates, tops_k, tops, logs, delta, grad_out, parts, sums, references, grad_key,
+    grad_value, flows, root, half, eps, share, log_floor, root_e, scale, T, H, P, G, M, D, DV, m, w_h,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, x_b, x_h, x_n, y_b, y_h, y_n,
+    C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TRIG: tl.constexpr,
+    NORMED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Programs are (chunk, batch row and state head), whose query heads are added up. ``parts`` and ``sums`` are the
+    states of the queries after each chunk (not CAUSAL: of all). ``flows`` [B P, M] as of ``_query_kernel``.
+    """
+    t, pair = tl.program_id(0) % T, tl.program_id(0) // T
+    b, p = pair // P, pair % P
+    g = p // (P // G)
+    group = H // P
+    n, d, dv = t * C + tl.arange(0, C), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    real = n < M
+    y = rows_at(key + b.to(tl.int64) * k_b + g.to(tl.int64) * k_h, n, real, k_n, d, D, HALF)
+    v = rows_at(value + b.to(tl.int64) * v_b + g.to(tl.int64) * v_h, n, real, v_n, dv, DV, HALF)
+    weights = weight + p * w_h
+    length = length_of(y)
+    factor_k, norm_k = factors_of(length, root, half, eps, NORMED)
+    log, top_k, decay, whole = keys_of(tops_k, gates, mask, pair, b, n, M, TRIG, HAS_GATE, HAS_MASK)
+    own, F = pair.to(tl.int64), m
+    if TRIG:
+        F = 2 * m
+    if CAUSAL:
+        own = own * T + t
+    reference = tl.load(references + own)
+    if not CAUSAL:
+        reference *= LOG2E
+    later = tl.exp2(log + whole - decay + finite(reference))
+    acc = tl.zeros((C, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((C, BLOCK_DV), tl.float32)
+    total, flow = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    for start in range(0, m, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        w = weight_rows(weights, f, d, m, D)
+        row = own * F + f
+        a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
+        first, second = features(a, top_k, f, m, share, TRIG)
+        held = state_rows(parts, row, f < m, dv, DV, HALF)
+        by_first = tl.dot(v, tl.trans(held), input_precision=PRECISION)
+        by_first += tl.load(sums + row, mask=f < m, other=0.0)[None, :]
+        by_first *= later[:, None]
+        by_second = by_first
+        acc_v += tl.dot(operand(first, HALF), held, input_precision=PRECISION)
+        if TRIG:
+            held = state_rows(parts, row + m, f < m, dv, DV, HALF)
+            by_second = tl.dot(v, tl.trans(held), input_precision=PRECISION)
+            by_second += tl.load(sums + row + m, mask=f < m, other=0.0)[None, :]
+            by_second *= later[:, None]
+            acc_v += tl.dot(operand(second, HALF), held, input_precision=PRECISION)
+        turned = angle_slope(by_first, by_second, first, second, TRIG)
+        if HAS_GATE:
+            if TRIG:
+                flow += tl.sum(by_first * first + by_second * second, axis=1)
+            else:
+                flow += tl.sum(turned, axis=1)
+        total += tl.sum(turned, axis=1)
+        acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+    acc_v *= later[:, None]
+    if CAUSAL:
+        for each in range(0, group):
+            h = p * group + each
+            at = (b * H + h).to(tl.int64) * M + n
+            x = rows_at(query + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h, n, real, q_n, d, D, HALF)
+            slope = rows_at(grad_out + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h, n, real, g_n, dv, DV, HALF)
+            factor, norm = factors_of(length_of(x), root, half, eps, NORMED)
+            top = n * 0.0
+            if not TRIG:
+                top = tl.load(tops + at, mask=real, other=0.0)
+            log_q = tl.load(logs + at, mask=real, other=float("inf"))
+            log_q = tl.where((log_q == float("inf")) & real, log_floor, log_q)
+            less = tl.load(delta + at, mask=real, other=0.0)
+            products = tl.zeros((C, C), tl.float32)
+            for start in range(0, m, BLOCK_F):
+                f = start + tl.arange(0, BLOCK_F)
+                w = weight_rows(weights, f, d, m, D)
+                a = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
+                first, second = features(a, top, f, m, share, TRIG)
+                a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
+                first_k, second_k = features(a, top_k, f, m, share, TRIG)
+                products += tl.dot(operand(first, HALF), tl.trans(operand(first_k, HALF)), input_precision=PRECISION)
+                if TRIG:
+                    products += tl.dot(
+                        operand(second, HALF), tl.trans(operand(second_k, HALF)), input_precision=PRECISION
+                    )
+            seen = n[None, :] <= n[:, None]
+            factors = tl.exp2(
+                tl.where(seen, (log - decay)[None, :] + (decay - log_q)[:, None], float("-inf"))
+            )  # [queries, keys]
+            inner = tl.dot(slope, tl.trans(v), input_precision=PRECISION) + less[:, None]
+            inner = tl.trans(operand(inner * factors, HALF))
+            acc_v += tl.dot(tl.trans(operand(products * factors, HALF)), slope, input_precision=PRECISION)
+            for start in range(0, m, BLOCK_F):
+                f = start + tl.arange(0, BLOCK_F)
+                w = weight_rows(weights, f, d, m, D)
+                a = exponents(x, factor, norm, w, f, m, TRIG, SPLIT, HALF, EXACT)
+                first, second = features(a, top, f, m, share, TRIG)
+                a = exponents(y, factor_k, norm_k, w, f, m, TRIG, SPLIT, HALF, EXACT)
+                first_k, second_k = features(a, top_k, f, m, share, TRIG)
+                by_first = tl.dot(inner, operand(first, HALF), input_precision=PRECISION)
+                by_second = by_first
+                if TRIG:
+                    by_second = tl.dot(inner, operand(second, HALF), input_precision=PRECISION)
+                turned = angle_slope(by_first, by_second, first_k, second_k, TRIG)
+                if HAS_GATE:
+                    if TRIG:
+                        flow += tl.sum(by_first * first_k + by_second * second_k, axis=1)
+                    else:
+                        flow += tl.sum(turned, axis=1)
+                total += tl.sum(turned, axis=1)
+                acc += tl.dot(operand(turned, HALF), operand(w, HALF), input_precision=PRECISION)
+    found = through(acc, total, y, length, root_e, scale, eps, NORMED, TRIG)
+    where = grad_key + b.to(tl.int64) * x_b + p.to(tl.int64) * x_h + n.to(tl.int64)[:, None] * x_n + d[None, :]
+    tl.store(where, found.to(grad_key.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    where = grad_value + b.to(tl.int64) * y_b + p.to(tl.int64) * y_h + n.to(tl.int64)[:, None] * y_n + dv[None, :]
+    tl.store(where, acc_v.to(grad_value.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    if HAS_GATE:
+        tl.store(flows + pair.to(tl.int64) * M + n, flow, mask=real)
+
+
+@triton.jit
+def _gate_kernel(
+    gates, mask, flows_q, flows_k, parts, sums, references, later, later_sums, later_references, grad_gate, T, H, P, N,
+    SIZE, F,
+    C: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, FREE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the logarithms of a chunk of gates, [B P, N].
+
+    A gate multiplies the weights of all pairs of an earlier key and a query from it on. Those of a query after the
+    chunk are the product of the states at its end, ``parts`` before the next chunk and ``later`` after this one; the
+    others follow from the sums by query and by key within the chunk.
+    """
+    t, pair = tl.program_id(0) % T, tl.program_id(0) // T
+    b, p = pair // P, pair % P
+    at = pair.to(tl.int64) * T + t
+    flow = 0.0
+    if t + 1 < T:
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, SIZE, BLOCK):
+            e = start + tl.arange(0, BLOCK)
+            one = tl.load(parts + (at + 1) * SIZE + e, mask=e < SIZE, other=0.0).to(tl.float32)
+            acc += one * tl.load(later + at * SIZE + e, mask=e < SIZE, other=0.0).to(tl.float32)
+        for start in range(0, F, BLOCK):
+            e = start + tl.arange(0, BLOCK)
+            one = tl.load(sums + (at + 1) * F + e, mask=e < F, other=0.0)
+            acc += one * tl.load(later_sums + at * F + e, mask=e < F, other=0.0)
+        reference = finite(tl.load(later_references + at))
+        if FREE:
+            reference += finite(tl.load(references + at + 1))
+        flow = tl.sum(acc, axis=0) * tl.exp2(reference)
+    n = t * C + tl.arange(0, C)
+    real = n < N
+    seen = real
+    if HAS_MASK:
+        seen = tl.load(mask + b.to(tl.int64) * N + n, mask=real, other=0) != 0
+    group = H // P
+    rows = tl.zeros((C,), tl.float32)
+    for each in range(0, group):
+        rows += tl.load(flows_q + (b * H + p * group + each).to(tl.int64) * N + n, mask=real, other=0.0)
+    own = pair.to(tl.int64) * N + n
+    columns = tl.load(flows_k + own, mask=real, other=0.0)
+    gate = tl.load(gates + own, mask=seen, other=-1.0).to(tl.float32)
+    less = rows - columns
+    rest = tl.sum(less, axis=0) - tl.cumsum(less, axis=0) + less
+    found = flow + rest - columns * tl.exp(gate) / rest_of(gate)
+    tl.store(grad_gate + own, tl.where(seen, found, 0.0).to(grad_gate.dtype.element_ty), mask=real)
