@@ -30,7 +30,8 @@ def evaluate(model: Any, tokenizer: Any, data: DataConfig, *, speed: bool = True
 
     Language models give ``perplexity``, ``nll`` (nats per token), ``tokens`` and ``bits_per_byte``;
     masked ones also ``accuracy`` over the masked tokens; text and image classifiers ``accuracy``; any encoder on pairs
-    with a ``score`` column gives ``spearman`` (of cosines of mean-pooled vectors, or of a one-label head). A mixture of
+    with a ``score`` column gives ``spearman`` (of cosines of mean-pooled vectors or those of a
+    pooling head, or of a one-label head). A mixture of
     experts with a capacity also gives ``dropped_share``: the pairs of token and expert that it did not compute.
 
     Args:
@@ -200,9 +201,20 @@ def _predict_scores(model: Any, tokenizer: Any, examples: list[dict[str, Any]], 
         inputs = labelled_batches.tokenize(examples, columns, model, tokenizer)
         return model(**{k: v.to(device) for k, v in inputs.items()}).logits.squeeze(-1)
     first, second = (
-        mean_pool(model, labelled_batches.tokenize(examples, [column], model, tokenizer)) for column in columns
+        sentence_vectors(model, labelled_batches.tokenize(examples, [column], model, tokenizer)) for column in columns
     )
     return F.cosine_similarity(first, second, dim=-1)
+
+
+def sentence_vectors(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the vectors of sentences, float32 ``[n, width]``: the model's own if it pools, else ``mean_pool``.
+
+    A model with a pooling head has ``sentence_vectors: "pooler_output"`` in its configuration.
+    """
+    if getattr(model.config, "sentence_vectors", None) != "pooler_output":
+        return mean_pool(model, inputs)
+    inputs = {key: value.to(device_of(model)) for key, value in inputs.items()}
+    return model(**inputs).pooler_output.float()
 
 
 def mean_pool(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -26,12 +26,14 @@ STOCK_CLASS |= {"adaptive_span", "axial", "big_bird", "blockwise", "compressed",
 STOCK_CLASS |= {"sparse_transformer", "strided"}
 STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
 STOCK_CLASS |= {"routing_transformer", "sinkhorn", "sparse_transformer", "strided"}
+STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
+STOCK_CLASS |= {"linformer", "set_transformer", "sparse_transformer", "strided"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(
     ["moefication", "pr_moe", "task_moe", "upcycle", "vmoe"], "does not support a model that routes tokens to experts"
 )
-REFUSES["big_bird"] = "is causal"
+REFUSES |= dict.fromkeys(["big_bird", "linformer", "set_transformer"], "is causal")
 """Techniques that do not take a model with experts, or none of this kind, and why."""
 
 NAMED = ["gptq", "lkd", "llm_int8", "mixed_precision", "obq", "qat", "rtn", "zeroquant", "gobo"]

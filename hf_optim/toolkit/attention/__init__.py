@@ -19,6 +19,7 @@ from . import (
     pattern,
     row_state,
     rows,
+    set_layers,
     settings,
     state_cache,
     terms,
@@ -50,7 +51,7 @@ from .global_models import (
 from .global_tokens import Pieces
 from .head_caches import HeadGroupsLayer, groups_of
 from .kept import Kept, kept_attention
-from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions
+from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions, initialize_part
 from .pattern import Pattern, visible
 from .proof import (
     Called,
@@ -65,7 +66,8 @@ from .proof import (
 from .reach import attends_to_the_far_end, hidden_states, is_causal, perturbed, relative_difference
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS, Apart, Rows
-from .settings import LARGEST, MOST, chosen, flag, whole, wholes
+from .set_layers import ISAB, MAB, PMA, SAB, attend_to_set
+from .settings import LARGEST, MOST, ReadSettings, chosen, flag, whole, wholes
 from .share import share_of_attention
 from .state_cache import HoldsState, StateLayer
 from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Term
@@ -83,10 +85,14 @@ __all__ = [
     "BY_DISTANCE",
     "FIELD",
     "GLOBAL_TOKENS",
+    "ISAB",
     "LARGEST",
     "LEARNED",
+    "MAB",
     "MOST",
     "PART",
+    "PMA",
+    "SAB",
     "SEGMENTS",
     "STORED",
     "Apart",
@@ -116,6 +122,7 @@ __all__ = [
     "PreparedModel",
     "ProbedCall",
     "Proved",
+    "ReadSettings",
     "Rows",
     "ShiftedChunks",
     "Spans",
@@ -126,6 +133,7 @@ __all__ = [
     "attachment",
     "attend",
     "attend_biased",
+    "attend_to_set",
     "attends_to_the_far_end",
     "attentions",
     "chosen",
@@ -134,6 +142,7 @@ __all__ = [
     "flag",
     "groups_of",
     "hidden_states",
+    "initialize_part",
     "is_causal",
     "kept_attention",
     "nearest_keys",
@@ -148,6 +157,7 @@ __all__ = [
     "require_all_keys",
     "require_on_interface",
     "require_self_attention",
+    "set_layers",
     "share_of_attention",
     "slots_for",
     "static_tokens",

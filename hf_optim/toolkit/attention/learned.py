@@ -188,14 +188,30 @@ class LearnedModel(PreparedModel):
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
-        """Initialize what a checkpoint does not have; learned parts by themselves, the inner modules first."""
-        parts = [getattr(module, PART, None) for module in attentions(self)]  # type: ignore[arg-type]
-        for part in parts:
-            for module in reversed(list(part.modules())) if part is not None else ():
-                own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-                missing = any(not getattr(each, "_is_hf_initialized", False) for each in own)
-                if own and missing and hasattr(module, "reset_parameters"):
-                    with torch.no_grad():
-                        module.reset_parameters()  # type: ignore[operator]
-                module._is_hf_initialized = True  # type: ignore[assignment]
+        """Initialize what a checkpoint does not have; learned parts by themselves."""
+        for module in attentions(self):  # type: ignore[arg-type]
+            if (part := getattr(module, PART, None)) is not None:
+                initialize_part(part)
         super().initialize_weights()  # type: ignore[misc]
+
+
+def initialize_part(part: nn.Module) -> None:
+    """Initialize the tensors of a part that were not loaded, by ``reset_parameters``, the inner modules first.
+
+    Tensors that were loaded stay, also where their module lacks another one. A quantized layer, which has codes in the
+    place of its weight, has nothing to initialize.
+    """
+
+    def loaded(tensor: Tensor) -> bool:
+        return getattr(tensor, "_is_hf_initialized", False)
+
+    kept = [(each, each.detach().clone()) for each in (*part.parameters(), *part.buffers()) if loaded(each)]
+    with torch.no_grad():
+        for module in reversed(list(part.modules())):
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            coded = isinstance(module, nn.Linear) and module._parameters.get("weight") is None
+            if own and not coded and not all(map(loaded, own)) and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        for each, value in kept:
+            each.copy_(value)

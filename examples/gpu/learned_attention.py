@@ -1,0 +1,217 @@
+"""Time and memory of learned attention by length on a GPU, beside SDPA: forward, and a step with all gradients.
+
+    OUT=... PYTHONPATH=.:plugins:kernels python examples/gpu/learned_attention.py [WORD ...]
+
+With words, only the sections that have one of them in their names run: ``check`` (each attention in the dtype that is
+timed against itself in float64) and ``times`` (one row, 16 heads of 64, without padding). A technique has an entry in
+``BUILDERS``: a function that takes a ``Shape`` and returns the call and its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sections import Sections
+from torch import Tensor, nn
+
+from hf_optim_kernels.common import benchmark
+from hf_optim_plugins.attention._induced_attention import InducedAttention
+from hf_optim_plugins.attention._length_projection import LengthProjection, projected_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+LENGTHS = [1 << power for power in (range(10, 17) if DEVICE == "cuda" else range(8, 11))]
+LINEAR_FROM = 4096 if DEVICE == "cuda" else 256  # tokens: from here on exponents are fitted
+CHECKED = 1024
+TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-4  # of relative errors against float64
+DENSE = "sdpa"
+
+
+class Shape(NamedTuple):
+    """One row of tokens: heads, their size, the length, and what is given to modules."""
+
+    heads: int
+    size: int
+    tokens: int
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def about(self):
+        return {"device": self.device, "dtype": self.dtype}
+
+
+class Built(NamedTuple):
+    """An attention: ``call(q, k, v)``, each ``[1, heads, tokens, size]``, and the weights that have gradients."""
+
+    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weights: list[nn.Parameter]
+
+
+def sdpa(shape: Shape) -> Built:
+    return Built(F.scaled_dot_product_attention, [])
+
+
+def linformer(shape: Shape, k: int = 256) -> Built:
+    part = LengthProjection(shape.heads, min(k, shape.tokens), shape.tokens, "headwise", "random", **shape.about)
+    scale = shape.size**-0.5
+    return Built(lambda q, k, v: projected_attention(q, k, v, part, None, scale), list(part.parameters()))
+
+
+def set_transformer(shape: Shape, points: int = 256) -> Built:
+    part = InducedAttention(shape.heads, shape.size, points, False, "identity", **shape.about)
+    return Built(lambda q, k, v: part(q, k, v, None, shape.size**-0.5), list(part.parameters()))
+
+
+# Name -> builder. Attention of encoders is beside SDPA without a mask; for causal ones add a causal SDPA.
+BUILDERS: dict[str, Callable[[Shape], Built]] = {
+    DENSE: sdpa,
+    "linformer, k = 256": linformer,
+    "set_transformer, m = 256": set_transformer,
+}
+
+
+def drawn(shape: Shape, seed: int = 0) -> list[Tensor]:
+    """Queries, keys, values and the gradient of the output."""
+    random = torch.Generator(shape.device).manual_seed(seed)
+    size = (1, shape.heads, shape.tokens, shape.size)
+    return [torch.randn(size, device=shape.device, generator=random).to(shape.dtype) for _ in range(4)]
+
+
+def step(built: Built, q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward, with the gradients of queries, keys, values and weights."""
+    inputs = [each.detach().requires_grad_() for each in (q, k, v)]
+    out = built.call(*inputs)
+    return (out, *torch.autograd.grad(out, [*inputs, *built.weights], slope))
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Time of a call: replayed from a graph where it can be captured."""
+    call()
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+    torch.cuda.synchronize()
+    try:
+        return benchmark.graph_time([call], 10).us
+    except Exception as problem:
+        torch.cuda.synchronize()
+        print("   not captured:", type(problem).__name__, str(problem)[:120], flush=True)
+        return benchmark.eager_time([call]).us
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Memory that a call takes above what is there before it."""
+    if DEVICE == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measured(build: Callable[[Shape], Built], shape: Shape) -> dict[str, object]:
+    """Microseconds and MiB of the forward and of a step, or why there are none."""
+    try:
+        torch.manual_seed(0)
+        built, (q, k, v, slope) = build(shape), drawn(shape)
+        with torch.no_grad():
+            forward = functools.partial(built.call, q, k, v)
+            found = {"forward_us": microseconds(forward), "forward_bytes": peak_bytes(forward)}
+        whole = functools.partial(step, built, q, k, v, slope)
+        return {**found, "step_us": microseconds(whole), "step_bytes": peak_bytes(whole)}
+    except Exception as problem:
+        return {"failed": f"{type(problem).__name__}: {str(problem)[:150]}"}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def exponent(times: dict[int, float]) -> float | None:
+    """The slope of log time against log length, by least squares, from ``LINEAR_FROM`` on."""
+    points = [(math.log(n), math.log(t)) for n, t in times.items() if n >= LINEAR_FROM]
+    if len(points) < 2:
+        return None
+    x, y = (sum(each) / len(points) for each in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
+def crossing(times: dict[int, float], dense: dict[int, float]) -> int | None:
+    """The first length from which on it is faster than dense attention at every length that both have."""
+    both = sorted(times.keys() & dense.keys())
+    slower = [n for n in both if times[n] >= dense[n]]
+    after = [n for n in both if n > max(slower, default=0)]
+    return after[0] if after else None
+
+
+def summary(rows: dict[str, dict[int, dict[str, object]]]) -> dict[str, object]:
+    """Exponents and crossing points by name, of forward and step."""
+    found: dict[str, object] = {}
+    for what in ("forward_us", "step_us"):
+        times = {name: {n: row[what] for n, row in own.items() if what in row} for name, own in rows.items()}
+        for name, own in times.items():
+            found.setdefault(name, {})[what] = {
+                "exponent": exponent(own),
+                "faster_from": crossing(own, times[DENSE]) if name != DENSE else None,
+            }
+    return found
+
+
+def error(pairs) -> float:
+    """The norm of the differences of pairs of tensors, relative to that of the second ones."""
+    off = sum(float((one.detach().double() - other.detach()).square().sum()) for one, other in pairs)
+    return math.sqrt(off / sum(float(other.detach().square().sum()) for _, other in pairs))
+
+
+section = Sections("learned_attention.json")
+
+
+@section("check")
+def check():
+    """Relative error of output and gradients in the dtype that is timed, against float64."""
+    found = {}
+    for name, build in BUILDERS.items():
+        results = []
+        for dtype in (DTYPE, torch.float64):
+            torch.manual_seed(0)
+            built = build(Shape(4, 64, CHECKED, DEVICE, torch.float64))
+            rounded = [each.to(DTYPE) for each in drawn(Shape(4, 64, CHECKED, DEVICE, torch.float64))]
+            for weight in built.weights:  # the same numbers in both
+                weight.data = weight.data.to(DTYPE).to(dtype)
+            results.append(step(built, *(each.to(dtype) for each in rounded)))
+        out, *gradients = zip(*results, strict=True)
+        errors = [error([out]), error(gradients)]
+        found[name] = {"output": errors[0], "gradients": errors[1]}
+        print(f"   {name:<28} output {errors[0]:.1e}, gradients {errors[1]:.1e}", flush=True)
+        if max(errors) > TOLERANCE:
+            raise AssertionError(f"{name} differs from float64: {errors}")
+    return found
+
+
+@section("times")
+def times():
+    """Times and memory by name and length, exponents and crossing points."""
+    rows = {name: {} for name in BUILDERS}
+    for n in LENGTHS:
+        for name, build in BUILDERS.items():
+            row = rows[name][n] = measured(build, Shape(16, 64, n, DEVICE, DTYPE))
+            shown = "  ".join(
+                f"{key} {value / 2**20:.0f} MiB" if "bytes" in key else f"{key} {value:.0f}"
+                for key, value in row.items()
+                if isinstance(value, (int, float))
+            )
+            print(f"   {n:>6} {name:<28} {shown or row}", flush=True)
+    told = summary(rows)
+    for name, own in told.items():
+        print(f"   {name:<28} " + "  ".join(f"{what}: {values}" for what, values in own.items()), flush=True)
+    return {"rows": rows, "summary": told}
