@@ -54,6 +54,7 @@ class RemoteCode:
         default: the value of the field in a configuration created without it.
         model_base: name of the class in ``source`` that the model classes inherit from first; empty for none. Its
             ``__init__`` runs when a checkpoint is loaded, not in ``convert``.
+        takes_over: name of a technique whose code this one contains: it takes that one's models, after ``revert``.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RemoteCode:
     field: str = ""
     default: int | None = None
     model_base: str = ""
+    takes_over: str = ""
 
     @property
     def prefix(self) -> str:

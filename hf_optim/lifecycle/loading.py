@@ -20,10 +20,9 @@ from ..checkpoints.source import name_of_load
 from ..errors import CheckpointError, ModelError, RecipeError
 from ..recipes.config import DataConfig, OptimConfig
 from ..recipes.technique import Technique
-from ..recipes.traits import FLOAT_WEIGHTS, QUANTIZED
 from ..runs.acceptance import require_in_memory_map, require_model, require_runnable
 from ..runs.progress import stage
-from ..runs.run import Run, traits_of
+from ..runs.run import Run, traits_of, traits_of_config
 from ..toolkit.checkpoint.model_config import own_configs
 from ..toolkit.checkpoint.placement import NewHeads, load_placed
 from ..toolkit.checkpoint.stock_errors import require_bounded, stock_errors
@@ -67,7 +66,7 @@ def load(
     run = start_run(recipe, config)
     run.tokenizer, run.loading, run.loaded_class = tokenizer, True, cls
     # Everything that can be refused is refused here, before a weight is read.
-    recipe.check({QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS})
+    recipe.check(traits_of_config(config))
     require_data(run, calibration)
     kwargs |= _prepared_load(run, kwargs)
     files = _check_files(source, run.config, kwargs)

@@ -53,5 +53,16 @@ LOCAL_ATTENTION = Trait("local-attention", "attends to a bounded part of the seq
 SPARSE_ATTENTION = Trait(
     "sparse-attention", "computes attention for a part of all pairs of tokens", step="a sparse-attention step"
 )
+TIED_BLOCKS = Trait("tied-blocks", "applies shared blocks in steps", step="a step that ties blocks")
 
-BUILT_IN = (FLOAT_WEIGHTS, QUANTIZED, BITS_ASSIGNED, SPARSE, SPARSE_NM, MOE, LOCAL_ATTENTION, SPARSE_ATTENTION)
+BUILT_IN = (
+    FLOAT_WEIGHTS,
+    QUANTIZED,
+    BITS_ASSIGNED,
+    SPARSE,
+    SPARSE_NM,
+    MOE,
+    LOCAL_ATTENTION,
+    SPARSE_ATTENTION,
+    TIED_BLOCKS,
+)

@@ -18,8 +18,9 @@ from ..errors import ModelError, OptimError
 from ..recipes.composition import Stage
 from ..recipes.config import OptimConfig
 from ..recipes.technique import Technique
-from ..recipes.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, Trait
+from ..recipes.traits import FLOAT_WEIGHTS, MOE, QUANTIZED, TIED_BLOCKS, Trait
 from ..toolkit import topology
+from ..toolkit.modules import tied_blocks
 from .record import Record, public_recipe, versions
 from .scope import Scope
 
@@ -324,6 +325,14 @@ def _detach(model: PreTrainedModel) -> None:
     model.__dict__.pop(ATTRIBUTE, None)
 
 
+def traits_of_config(config: PretrainedConfig) -> set[Trait]:
+    """Return the traits of a model before optimization, as far as its configuration determines them."""
+    traits = {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
+    if isinstance(getattr(config, tied_blocks.FIELD, None), Mapping):
+        traits.add(TIED_BLOCKS)
+    return traits
+
+
 def traits_of(model: nn.Module) -> set[Trait]:
     """Return the traits of a model that has no run yet."""
     config = getattr(model, "config", None)
@@ -333,4 +342,6 @@ def traits_of(model: nn.Module) -> set[Trait]:
     traits = {QUANTIZED} if quantized else {FLOAT_WEIGHTS}
     if topology.has_experts(model):
         traits.add(MOE)
+    if tied_blocks.has_steps(model):
+        traits.add(TIED_BLOCKS)
     return traits

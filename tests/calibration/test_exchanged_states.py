@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_models import TINY
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
 import hf_optim
 from hf_optim.testing.sweep.checks import build
@@ -36,3 +38,25 @@ def test_they_are_calibrated_in_whole_forwards(gemma3n):
         hf_optim.optimize(build("Gemma3nForCausalLM"), {"steps": [step], "driver": "blockwise"}, calibration=batches)
     run = hf_optim.run_of(hf_optim.optimize(gemma3n, step, calibration=batches))
     assert run.record.stages[0]["driver"] == "whole_model"
+
+
+def test_a_block_that_is_applied_again_is_calibrated_on_all_of_its_inputs():
+    config = AlbertConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_hidden_layers=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    albert = AlbertForSequenceClassification(config).eval()
+    tied = hf_optim.optimize(TINY["llama"](), [{"technique": "universal_transformer", "steps": 3}])
+    for model, part in ((albert, "ffn"), (tied, "mlp.down_proj")):
+        assert "is applied several times" in topology.exchanged_state(model)
+        rows = []
+        layer = next(module for name, module in model.named_modules() if name.endswith(part))
+        handle = layer.register_forward_pre_hook(
+            lambda module, args, rows=rows: rows.append(args[0].shape[:-1].numel())
+        )
+        batches = [{"input_ids": torch.randint(3, 60, (2, 12))}]
+        found = hf_optim.optimize(model, [{"technique": "gptq", "bits": 8}], calibration=batches)
+        handle.remove()
+        assert hf_optim.run_of(found).record.stages[0]["driver"] == "whole_model"
+        assert sum(rows) >= 3 * 24

@@ -28,10 +28,13 @@ STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc"
 STOCK_CLASS |= {"routing_transformer", "sinkhorn", "sparse_transformer", "strided"}
 STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
 STOCK_CLASS |= {"linformer", "set_transformer", "sparse_transformer", "strided"}
+STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
+STOCK_CLASS |= {"act", "sparse_transformer", "strided", "universal_transformer"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(
-    ["moefication", "pr_moe", "task_moe", "upcycle", "vmoe"], "does not support a model that routes tokens to experts"
+    ["act", "moefication", "pr_moe", "task_moe", "universal_transformer", "upcycle", "vmoe"],
+    "does not support a model that routes tokens to experts",
 )
 REFUSES |= dict.fromkeys(["big_bird", "linformer", "set_transformer"], "is causal")
 """Techniques that do not take a model with experts, or none of this kind, and why."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from ...compressed.storability import takes_embeddings
 from ...evaluation.reported import format_bytes
 from ...recipes.config import OptimConfig
-from ...recipes.traits import FLOAT_WEIGHTS, QUANTIZED, Trait
+from ...recipes.traits import QUANTIZED
 from ...runs.scope import Scope
 from ...toolkit import topology
 from ...toolkit.quantization.grids import fit_group_size
@@ -21,11 +20,6 @@ from .training_cost import training_cost
 
 # Python, torch and transformers themselves, as measured; the estimates of host memory include it.
 INTERPRETER = 600 * 2**20
-
-
-def traits_of_config(config: PreTrainedConfig) -> set[Trait]:
-    """Return the traits of a model before optimization, as far as its configuration determines them."""
-    return {QUANTIZED} if getattr(config, "quantization_config", None) is not None else {FLOAT_WEIGHTS}
 
 
 def estimate(plan: Plan, model: Any, training_rows: int | None = None, tokens: int | None = None) -> dict[str, Any]:

@@ -24,13 +24,13 @@ from ...recipes.config import DataConfig
 from ...recipes.streamable import require_streamable
 from ...recipes.traits import Trait
 from ...runs import distributed
-from ...runs.run import traits_of
+from ...runs.run import traits_of, traits_of_config
 from ...toolkit import topology
 from ...toolkit.checkpoint.model_config import build_meta_model
 from ...toolkit.checkpoint.safetensors import TORCH_DTYPES, SafetensorsHeaders
 from ...training.arguments import require_trainable
 from ...training.fit import RANDOM, TEXT_TASKS, require_tokenizer, require_trainable_stage, training_rows
-from .estimate import estimate, traits_of_config
+from .estimate import estimate
 from .plan import Plan
 from .room import require_memory, require_space, require_writable
 from .step_checks import check_steps

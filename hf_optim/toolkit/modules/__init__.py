@@ -1,25 +1,34 @@
 """Replace and transplant the modules of a model, and compare the outputs of two models."""
 
-from . import coded_experts, grouped_experts, remote_code_guard, replace, transplant
+from . import coded_experts, grouped_experts, remote_code_guard, replace, tied_blocks, transplant
 from .coded_experts import CodedExperts
 from .compare import main_output, output_difference, rounding_tolerance
 from .grouped_experts import grouped_where_it_fits
 from .modes import eval_mode
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
+from .tied_blocks import Passage, Step, TiedModel, block_of_step, hidden_and_rest, read_tied_blocks, tie_blocks
 
 __all__ = [
     "CodedExperts",
+    "Passage",
     "RefusedByStock",
     "ReplacedModules",
+    "Step",
+    "TiedModel",
+    "block_of_step",
     "coded_experts",
     "eval_mode",
     "grouped_experts",
     "grouped_where_it_fits",
+    "hidden_and_rest",
     "main_output",
     "output_difference",
+    "read_tied_blocks",
     "remote_code_guard",
     "replace",
     "rounding_tolerance",
+    "tie_blocks",
+    "tied_blocks",
     "transplant",
 ]

@@ -60,7 +60,8 @@ def blocks(source: nn.Module | Trace) -> list[Block]:
     """Return the blocks of a model in execution order; an encoder's blocks come before its decoder's.
 
     A block list is an ``nn.ModuleList`` or ``nn.Sequential`` whose members take a hidden state and return one of the
-    same shape, each from the previous member; of nested lists the outermost counts. Experts, which all read the same
+    same shape, each from the previous member; of nested lists the outermost counts. A member that only calls the block
+    of another one again is not a block. Experts, which all read the same
     tensor, and stages that change the shape are therefore not block lists. Members that the forward does not reach are
     left out. A model without blocks gives an empty list, and so does, with a warning, a model that cannot be traced
     since nobody knows its inputs (``NoInputsError``).
@@ -104,10 +105,22 @@ def _find(trace: Trace) -> list[tuple[str, str, int]]:
             if prefix + key in first_calls
         ]
         called.sort(key=lambda item: item[1].start)
+        called = [item for item in called if not _repeats(trace, prefix, item[1])]
         if called and _is_chain(trace, [call for _, call in called]):
             lists.append(list_name)
             members += [(call.name, list_name, index) for index, call in called]
     return sorted(members, key=lambda member: first_calls[member[0]].start)
+
+
+def _repeats(trace: Trace, prefix: str, call: Call) -> bool:
+    """Return True if a member without weights of its own calls a module of another member: a shared block again."""
+    if any(True for _ in trace.modules[call.name].parameters()):
+        return False
+    return any(
+        inner.name.startswith(prefix) and not inner.name.startswith(f"{call.name}.") and inner.name != call.name
+        for inner in trace.calls
+        if call.start <= inner.start and inner.end <= call.end
+    )
 
 
 def _is_chain(trace: Trace, calls: list[Call]) -> bool:

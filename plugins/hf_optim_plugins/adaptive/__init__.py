@@ -1,0 +1,1 @@
+"""Models whose computation depends on the input."""
