@@ -58,6 +58,7 @@ _HOMES = {
     "generate": "generation.door",
     "GenerationWarning": "generation.door",
     "key_value_cache": "generation.quantized_cache",
+    "SegmentStreams": "data.segment_streams",
     "KeyValueScheme": "toolkit.quantization",
     "cache_size": "toolkit.quantization",
     "disable_progress_bars": "runs.progress",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from .compressed.packed.kernel import Kernel as Kernel
     from .compressed.packed.layer_report import report as report
     from .compressed.packed.packed_linear import KernelWarning as KernelWarning
+    from .data.segment_streams import SegmentStreams as SegmentStreams
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
     from .errors import ModelError as ModelError

@@ -30,6 +30,8 @@ STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc"
 STOCK_CLASS |= {"linformer", "set_transformer", "sparse_transformer", "strided"}
 STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
 STOCK_CLASS |= {"act", "sparse_transformer", "strided", "universal_transformer"}
+STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
+STOCK_CLASS |= {"compressive_transformer", "sparse_transformer", "strided", "transformer_xl"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(

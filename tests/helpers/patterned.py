@@ -12,6 +12,7 @@ from hf_optim.toolkit.attention import (
     GlobalTokens,
     Pattern,
     PatternModel,
+    Segments,
 )
 
 TERMS = {
@@ -22,6 +23,7 @@ TERMS = {
     "chunks": [Chunks(8)],
     "late chunks": [Chunks(6, start=3), GlobalTokens(first=3, see=False)],
     "fixed": [Chunks(8), Columns(8, 2)],
+    "segments": [Segments(5, 7)],
     "globals": [Band(4), GlobalTokens(first=2, positions=(9, 21))],
     "seen globals": [Band(4), GlobalTokens(first=2, positions=(9, 21), see=False)],
     "ends": [Band(4), GlobalTokens(first=1, last=1)],

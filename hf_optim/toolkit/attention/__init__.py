@@ -15,6 +15,7 @@ from . import (
     kept,
     layout,
     learned,
+    mixed_classes,
     model_caches,
     pattern,
     row_state,
@@ -35,7 +36,7 @@ from .attachment import (
     require_all_keys,
     with_bias,
 )
-from .attend import HeadPatterns
+from .attend import HeadPatterns, masked_attention, seen_mask
 from .blocked import DistanceBias
 from .cached_tokens import patterns_of, tokens_kept
 from .caches import PatternLayer, slots_for
@@ -50,8 +51,9 @@ from .global_models import (
 )
 from .global_tokens import Pieces
 from .head_caches import HeadGroupsLayer, groups_of
-from .kept import Kept, kept_attention
+from .kept import Kept, kept_attention, take_tokens
 from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions, initialize_part
+from .mixed_classes import mixed
 from .pattern import Pattern, visible
 from .proof import (
     Called,
@@ -70,12 +72,12 @@ from .set_layers import ISAB, MAB, PMA, SAB, attend_to_set
 from .settings import LARGEST, MOST, ReadSettings, chosen, flag, whole, wholes
 from .share import share_of_attention
 from .state_cache import HoldsState, StateLayer
-from .terms import Band, Chunks, Columns, GlobalTokens, ShiftedChunks, Spans, Term
+from .terms import Band, Chunks, Columns, GlobalTokens, Segments, ShiftedChunks, Spans, Term
 
 # Modules whose source is stored with a checkpoint, each before those that import from it.
 STORED = (
     remote_code_guard, terms, pattern, layout, blocked, flash_plan, flash_cpu, rows, attend, kept, caches, model_caches,
-    settings, attachment,
+    settings, mixed_classes, attachment,
 )  # fmt: skip
 GLOBAL_TOKENS = (global_tokens, global_models)  # in addition, of techniques with global tokens
 LEARNED = (row_state, state_cache, learned)  # in addition, of attention with learned parts and a state
@@ -124,6 +126,7 @@ __all__ = [
     "Proved",
     "ReadSettings",
     "Rows",
+    "Segments",
     "ShiftedChunks",
     "Spans",
     "StateLayer",
@@ -145,6 +148,8 @@ __all__ = [
     "initialize_part",
     "is_causal",
     "kept_attention",
+    "masked_attention",
+    "mixed",
     "nearest_keys",
     "number_layers",
     "patterns_of",
@@ -157,10 +162,12 @@ __all__ = [
     "require_all_keys",
     "require_on_interface",
     "require_self_attention",
+    "seen_mask",
     "set_layers",
     "share_of_attention",
     "slots_for",
     "static_tokens",
+    "take_tokens",
     "tokens_kept",
     "visible",
     "whole",

@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from ..modules.remote_code_guard import RefusedByStock
 from .attend import HeadPatterns, attend
 from .caches import PatternLayer
-from .kept import kept_attention
+from .kept import Kept, kept_attention
 from .model_caches import call_with_cache, with_pattern_layers
 from .pattern import Pattern
 from .rows import SEGMENTS, UNWRITTEN, Rows
@@ -153,7 +153,7 @@ class Attachment:
         else:
             require_all_keys(heads, query, key, rows, other)
         if held is not None and kept.tokens > query.shape[2]:
-            out = kept_attention(query, key, value, kept, scale, rows, other, dropped)
+            out = self.compute_kept(module, query, key, value, kept, scale, rows, other, dropped, kwargs)
         else:
             out = self.compute(module, query, key, value, heads, scale, rows, other, dropped, kwargs)
         return out.transpose(1, 2).contiguous(), None
@@ -164,6 +164,13 @@ class Attachment:
     ) -> Tensor:  # fmt: skip
         """Return ``attend`` of the patterns, ``[B, H, N, D]``; ``given`` are other keywords of the module's call."""
         return attend(query, key, value, heads, scale, rows, mask, dropout)
+
+    def compute_kept(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kept: Kept, scale: float,
+        rows: Rows | None, mask: Tensor | None, dropout: float, given: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Return ``kept_attention`` over the keys of a cache, ``[B, H, N, D]``; ``given`` as in ``compute``."""
+        return kept_attention(query, key, value, kept, scale, rows, mask, dropout)
 
 
 def require_all_keys(heads: HeadPatterns, query: Tensor, key: Tensor, rows: Rows | None, mask: Tensor | None) -> None:

@@ -42,6 +42,8 @@ def patterns_of(config: Any) -> list[HeadPatterns] | None:
     attachment = getattr(found, "__self__", None)
     if attachment is None:
         raise ValueError(f"the attention pattern {str(name)[:40]!r} is not registered: load the model first")
+    if not getattr(attachment, "counts_keys", True):
+        raise ValueError("a cache of this model holds more than keys of tokens: ask its layers for nbytes()")
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     patterns: list[HeadPatterns] = [attachment.patterns(config, layer, heads, True) for layer in range(layers)]
     return patterns

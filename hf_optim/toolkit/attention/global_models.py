@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .attachment import FIELD, Attachment, Builder, PatternModel
 from .attend import HeadPatterns
 from .global_tokens import BatchGlobals, Pieces, attend_globally
+from .mixed_classes import mixed
 from .pattern import Pattern
 from .rows import Rows
 from .settings import flag, whole, wholes
@@ -244,24 +245,6 @@ def add_projections(module: nn.Module) -> None:
         if not hasattr(module, name):
             module.add_module(name, copy.deepcopy(projection))
     module.__class__ = mixed(PassingInput, type(module))  # type: ignore[arg-type, assignment]
-
-
-@lru_cache(maxsize=256)
-def mixed(mixin: type, stock: type) -> type:
-    """Return a subclass of ``stock`` with its name, whose objects can be copied and pickled."""
-    if issubclass(stock, mixin):
-        return stock
-
-    def reduced(self: Any, protocol: int) -> Any:
-        return remade, (mixin, stock), self.__dict__
-
-    return type(stock.__name__, (mixin, stock), {"__reduce_ex__": reduced, "__module__": stock.__module__})
-
-
-def remade(mixin: type, stock: type) -> Any:
-    """Return an object of a class that ``mixed`` makes, without its state."""
-    made = mixed(mixin, stock)
-    return made.__new__(made)  # type: ignore[call-overload]
 
 
 def with_static(settings: Mapping[str, Any], patterns: list[Pattern]) -> list[Pattern]:

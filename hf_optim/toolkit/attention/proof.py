@@ -122,8 +122,11 @@ class Called(dict[int, ProbedCall]):
 
 
 @contextmanager
-def probe(model: PreTrainedModel, term: Term) -> Iterator[Called]:
-    """Compute one term in every head while the body runs; yields the calls of attention."""
+def probe(model: PreTrainedModel, term: Term, causal: bool = True) -> Iterator[Called]:
+    """Compute one term in every head while the body runs; yields the calls of attention.
+
+    ``causal=False`` lets causal models look at later tokens, too.
+    """
     called = Called()
 
     class Probe(Attachment):
@@ -136,7 +139,7 @@ def probe(model: PreTrainedModel, term: Term) -> Iterator[Called]:
             called.total += 1
             return super().attention(module, query, key, value, *args, **more)
 
-    attachment = Probe("hf_optim_probe", lambda settings, layer, heads, causal: [Pattern((term,), causal)])
+    attachment = Probe("hf_optim_probe", lambda settings, layer, heads, own: [Pattern((term,), own and causal)])
     config, before = model.config, model.config._attn_implementation
     had = hasattr(config, FIELD)
     attachment.register()

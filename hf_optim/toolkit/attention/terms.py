@@ -215,6 +215,32 @@ class ShiftedChunks(Term):
 
 
 @dataclass(frozen=True)
+class Segments(Term):
+    """Keys in the query's own segment of ``size`` positions, and in the ``memory`` positions before that segment."""
+
+    size: int
+    memory: int
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        begin = query // self.size * self.size
+        return (key >= begin - self.memory) & (key < begin + self.size)
+
+    def spans(self, first: Tensor, last: Tensor, length: int) -> Spans:
+        return [(first // self.size * self.size - self.memory, (last // self.size + 1) * self.size)]
+
+    def stays(self, key: Tensor, query: int, length: int) -> Tensor:
+        return key >= query // self.size * self.size - self.memory
+
+    def fullest(self, length: int) -> list[int]:
+        # Before the last token of a segment.
+        return [length - length % self.size - 1] if length >= self.size else []
+
+    def holds_all(self, length: int, causal: bool) -> bool:
+        reaches_back = (length - 1) // self.size * self.size <= self.memory
+        return reaches_back and (causal or length <= self.size)
+
+
+@dataclass(frozen=True)
 class Columns(Term):
     """All queries see ``width`` positions of every ``period``: the last ones, but for ``skip``; none sees the rest."""
 

@@ -62,7 +62,9 @@ UNSUPPORTED = {
     family="attention",
     paper=Paper("2305.13245", "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head", 2023),
     contract=Contract(
-        needs={traits.FLOAT_WEIGHTS}, forbids={traits.QUANTIZED}, keeps={traits.SPARSE, traits.SPARSE_NM}
+        needs={traits.FLOAT_WEIGHTS},
+        forbids={traits.QUANTIZED, traits.SPARSE_ATTENTION},
+        keeps={traits.SPARSE, traits.SPARSE_NM},
     ),
     reload=Reload.STOCK_ARCH,
 )

@@ -152,6 +152,14 @@ def test_no_head_is_refused():
         share(TINY["llama"](), 0)
 
 
+def test_heads_are_shared_before_a_pattern_not_behind_it():
+    pattern = {"technique": "transformer_xl", "segment": 3, "memory": 4}
+    with pytest.raises(RecipeError, match=r"move mqa before step 1 \(transformer_xl\)"):
+        hf_optim.optimize(TINY["llama"](), [pattern, {"technique": "mqa"}])
+    model = hf_optim.optimize(TINY["llama"](), [{"technique": "mqa"}, pattern])
+    assert model.config.num_key_value_heads == 1
+
+
 def test_quantized_models_are_refused():
     quantized = hf_optim.optimize(TINY["llama"](), [{"technique": "rtn"}])
     with pytest.raises(RecipeError, match="quantized"):
