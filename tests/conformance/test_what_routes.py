@@ -21,17 +21,10 @@ PERMUTES = {"channel_permutation", "peg"}
 STOCK_CLASS = {"gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
 STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
 STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
-STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer", "performer", "rfa"}
-STOCK_CLASS |= {"adaptive_span", "axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
-STOCK_CLASS |= {"sparse_transformer", "strided"}
-STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
-STOCK_CLASS |= {"routing_transformer", "sinkhorn", "sparse_transformer", "strided"}
-STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
-STOCK_CLASS |= {"linformer", "set_transformer", "sparse_transformer", "strided"}
-STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
-STOCK_CLASS |= {"act", "sparse_transformer", "strided", "universal_transformer"}
-STOCK_CLASS |= {"axial", "big_bird", "blockwise", "compressed", "dilated", "etc", "longformer"}
-STOCK_CLASS |= {"compressive_transformer", "sparse_transformer", "strided", "transformer_xl"}
+STOCK_CLASS |= {"act", "adaptive_span", "axial", "big_bird", "blockwise", "compressed", "compressive_transformer"}
+STOCK_CLASS |= {"dilated", "etc", "linformer", "longformer", "performer", "reformer", "rfa", "routing_transformer"}
+STOCK_CLASS |= {"set_transformer", "sinkhorn", "sparse_transformer", "strided", "transformer_xl"}
+STOCK_CLASS |= {"universal_transformer"}
 """They write code for a class of transformers, or take its experts: here Qwen2-MoE, whose gates are linear layers."""
 
 REFUSES = dict.fromkeys(

@@ -1,12 +1,13 @@
 """Replace and transplant the modules of a model, and compare the outputs of two models."""
 
-from . import coded_experts, grouped_experts, remote_code_guard, replace, tied_blocks, transplant
+from . import coded_experts, grouped_experts, remote_code_guard, replace, reversible, tied_blocks, transplant
 from .coded_experts import CodedExperts
 from .compare import main_output, output_difference, rounding_tolerance
 from .grouped_experts import grouped_where_it_fits
 from .modes import eval_mode
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
+from .reversible import Streams, recall, reversible_step
 from .tied_blocks import Passage, Step, TiedModel, block_of_step, hidden_and_rest, read_tied_blocks, tie_blocks
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RefusedByStock",
     "ReplacedModules",
     "Step",
+    "Streams",
     "TiedModel",
     "block_of_step",
     "coded_experts",
@@ -25,8 +27,11 @@ __all__ = [
     "main_output",
     "output_difference",
     "read_tied_blocks",
+    "recall",
     "remote_code_guard",
     "replace",
+    "reversible",
+    "reversible_step",
     "rounding_tolerance",
     "tie_blocks",
     "tied_blocks",

@@ -105,6 +105,10 @@ class LearnedTechnique(Technique):
         """
         raise NotImplementedError
 
+    def settings_of(self, model: PreTrainedModel, sizes: Mapping[str, int], label: str) -> dict[str, Any]:
+        """Return ``settings``, where they need more than the configuration: names of modules of the model."""
+        return self.settings(model.config, sizes, label)
+
     def initialize(self, run: Run, model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
         """Initialize the learned parts of a model from what it was, before its attention changes."""
 
@@ -144,7 +148,7 @@ class LearnedTechnique(Technique):
             "layers": text.num_hidden_layers,
             "causal": int(causal),
         }
-        settings = self.settings(model.config, sizes, label)
+        settings = self.settings_of(model, sizes, label)
         weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         try:
             self.attachment.read(settings)
