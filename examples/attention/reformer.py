@@ -24,12 +24,13 @@ from typing import Any
 
 import reformer_page
 import torch
-from patterns import measure, sequences
+from patterns import sequences, train
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import hf_optim
+from hf_optim.evaluation.evaluate import perplexity
 from hf_optim_plugins.attention._lsh_attention import lsh_attention
 from hf_optim_plugins.attention._lsh_hashing import draw_rotations, hash_vectors
 from hf_optim_plugins.attention._lsh_places import LshScheme
@@ -120,9 +121,14 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
 def perplexity_after(
     step: dict[str, Any] | None, rows: Tensor, held_out: Tensor, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Return the perplexity of one variant before and after training; arguments as ``patterns.measure``."""
-    found = measure(step, rows, held_out, args)
-    return {name: found[name] for name in ("before", "after")}
+    """Return the perplexity of one variant before and after training; arguments as of ``patterns.measure``."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if step is not None:
+        model = hf_optim.optimize(model, [step])
+    args.dense = step is None
+    before = perplexity(model.eval(), held_out, 8)["perplexity"]
+    train(model, rows, args)
+    return {"before": round(before, 4), "after": round(perplexity(model.eval(), held_out, 8)["perplexity"], 4)}
 
 
 def duplicates(count: int, generator: torch.Generator) -> Tensor:

@@ -51,10 +51,11 @@ def require_supported_steps(recipe: OptimConfig, model: Any, first: int = 0, *, 
 def _require_no_other_code(step: Technique, model: Any, label: str) -> None:
     """Raise ``ModelError`` if a step brings code for a model that has some already."""
     code = getattr(step, "remote_code", None)
-    brings = code is not None and step.reload() is Reload.REMOTE_CODE
-    if brings and code.takes_over and model.config.model_type.startswith(f"{code.takes_over}_"):
+    if code is None or step.reload() is not Reload.REMOTE_CODE:
         return
-    if brings and not is_stock(model):
+    if code.takes_over and model.config.model_type.startswith(f"{code.takes_over}_"):
+        return
+    if not is_stock(model):
         raise ModelError(
             f"{label}: {type(model).__name__} has code of its own, and {step.name} brings code of its own: a "
             "checkpoint can have one of them. Use the technique on a model of a class of transformers"
