@@ -74,8 +74,8 @@ VARIANTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "universal_transformer": ([{**TIED, "groups": 4}], [TIED]),
     "act": ([{**TIED, "groups": 4}, {"technique": "act", "bias": -2.0}], [TIED, {"technique": "act", "bias": -2.0}]),
     "adaptive_span": (
-        [{"technique": "adaptive_span", "max_span": 256, "ramp": 32, "coefficient": 1e-3}],
-        [{"technique": "adaptive_span", "max_span": 64, "ramp": 16, "coefficient": 1e-3}],
+        [{"technique": "adaptive_span", "max_span": 256, "ramp": 32, "coefficient": 1e-3, "span_lr": 0.03}],
+        [{"technique": "adaptive_span", "max_span": 64, "ramp": 16, "coefficient": 1e-3, "span_lr": 0.03}],
     ),
 }
 SYMBOLS, COPIED = 64, 24

@@ -43,7 +43,7 @@ IMPORTS = "import torch\nfrom transformers import AutoModelForCausalLM, GPT2Conf
 
 
 def converted(model=None, window=4):
-    model = remote_code.convert(model if model is not None else tiny_gpt2(), CODE, {"window": window})
+    model = remote_code.convert(model if model is not None else tiny_gpt2(), CODE, {"window": window, "full_layers": []})
     model.set_attn_implementation(_local_pattern.ATTACHMENT.name)
     return model
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_names_its_own_type_and_holds_its_code(checkpoint):
     directory, _ = checkpoint
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] == "local_gpt2"
-    assert config["attention_pattern"] == {"window": 4}
+    assert config["attention_pattern"] == {"window": 4, "full_layers": []}
     assert config["auto_map"]["AutoConfig"] == "modeling_local_gpt2.LocalGPT2Config"
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_local_gpt2.LocalGPT2LMHeadModel"
     assert config["auto_map"]["AutoModel"] == "modeling_local_gpt2.LocalGPT2Model"
@@ -161,7 +161,7 @@ def test_models_outside_transformers_are_refused():
     with torch.random.fork_rng():
         model = HomeMade(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16))
     with pytest.raises(ModelError, match="HomeMade is not among the classes"):
-        remote_code.convert(model, CODE, {"window": 4})
+        remote_code.convert(model, CODE, {"window": 4, "full_layers": []})
     assert type(model) is HomeMade
 
 
