@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingAr
 
 from hf_optim.checkpoints.remote_code import convert
 from hf_optim.toolkit import compat
-from hf_optim.toolkit.attention import StateLayer, add_parts, attentions
+from hf_optim.toolkit.attention import StateLayer, TensorState, add_parts, attentions
 from hf_optim_plugins.attention._learned import learned_code
 
 DECODERS = [tiny_llama, tiny_gpt2, tiny_opt]
@@ -122,6 +124,79 @@ def test_a_cache_is_not_continued_under_another_mask_nor_by_a_failed_forward():
             model(IDS[:, 9:10], attention_mask=mask[:, :10], **{name: cache})
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.layers[0].crop(-1)
+
+
+def test_a_cache_is_not_continued_where_as_many_other_tokens_were_padding():
+    model, cache = converted(tiny_llama), DynamicCache()
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[0, [0, 7]] = 0
+    other = torch.ones_like(mask)
+    other[0, [3, 4]] = 0
+    with torch.no_grad():
+        model(IDS[:, :9], attention_mask=mask[:, :9], **{compat.CACHE: cache})
+        cache.reorder_cache(torch.tensor([1, 0, 2]))
+        mask, other = mask[[1, 0, 2]], other[[1, 0, 2]]
+        with pytest.raises(ValueError, match="other tokens than the attention_mask says"):
+            model(IDS[:, 9:10], attention_mask=other, **{compat.CACHE: copy.deepcopy(cache)})
+        model(IDS[:, 9:10], attention_mask=mask, **{compat.CACHE: cache})
+        model(IDS[:, 10:11], attention_mask=torch.cat([mask, mask[:, -1:]], 1), **{compat.CACHE: cache})
+
+
+def test_a_cache_is_not_continued_by_a_model_with_other_settings():
+    model, other, cache = converted(tiny_llama), converted(tiny_llama), DynamicCache()
+    other.config.attention_pattern = {**other.config.attention_pattern, "note": 1}
+    with torch.no_grad():
+        model(IDS[:, :9], **{compat.CACHE: cache})
+        with pytest.raises(ValueError, match="state of another attention"):
+            other(IDS[:, 9:10], **{compat.CACHE: cache})
+
+
+def test_a_state_is_offloaded_after_the_attention_has_read_it():
+    moves, layer = [], StateLayer()
+
+    class Moved(TensorState):
+        def to(self, device):
+            moves.append(str(device))
+            return self
+
+    part = torch.zeros(2, 1, 1, 4)
+    layer.update(part, part)
+    layer.keep(Moved(sums=part), "own", 1, (1, 1), (0, 0))
+    layer.offload()
+    layer.prefetch()
+    assert moves == ["cpu", "cpu"]
+    layer.update(part, part)
+    layer.offload()  # as a cache that offloads does at once, before the attention reads what ``update`` returned
+    assert len(moves) == 2
+    layer.keep(Moved(sums=part), "own", 2, (2, 2), (0, 0))
+    assert moves == ["cpu", "cpu", "cpu"]
+
+
+def test_converted_models_are_copied_and_pickled():
+    model = converted(tiny_llama).eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(other(IDS, use_cache=True)[0], model(IDS)[0])
+            cache = other(IDS, use_cache=True)[compat.CACHE]
+        assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_computes_as_before(in_place):
+    model = converted(tiny_llama)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    given = [{"use_cache": False}, {"use_cache": True}, {"attention_mask": mask}]
+    with torch.no_grad():
+        expected = [model(IDS, **each)[0] for each in given]
+        compiled = model
+        if in_place:
+            model.compile(backend="eager")
+        else:
+            compiled = torch.compile(model, backend="eager")
+        for each, one in zip(given, expected, strict=True):
+            assert torch.equal(compiled(IDS, **each)[0], one)
+    torch.compiler.reset()
 
 
 def test_caches_for_keys_weights_and_masks_of_pairs_are_refused():

@@ -9,9 +9,9 @@ This file is stored beside checkpoints, so it imports only torch and transformer
 
 from __future__ import annotations
 
+import sys
 import zlib
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers, require_no_weights
+from .mixed_classes import mixed
 from .pattern import Pattern
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS
@@ -104,11 +105,12 @@ class LearnedAttachment(Attachment):
                 f"{self.title} got keys of {key.shape[2]} tokens for {query.shape[2]} queries: it keeps a state in "
                 "caches that the model makes. Leave cache_implementation out, or set use_cache=False"
             )
+        owner = self.name if layer is None else f"{self.name} {sorted(self._settings(module.config).items())}"
         new = NewTokens.read(attention_mask, query, None if layer is None else layer.seen)
         if layer is not None and layer.state is not None:
-            if layer.owner != self.name:
+            if layer.owner != owner:
                 raise ValueError("the cache holds the state of another attention: start a new one")
-            if layer.counts != new.earlier:
+            if (layer.counts, layer.marks) != (new.earlier, new.earlier_marks):
                 raise ValueError(
                     "the cache has read other tokens than the attention_mask says: pass the mask of all tokens, those "
                     "in the cache among them"
@@ -133,7 +135,7 @@ class LearnedAttachment(Attachment):
             if state is None:
                 raise ValueError(f"{self.title} has no state for a cache: set use_cache=False")
             counts = tuple(a + b for a, b in zip(new.earlier, new.counts, strict=True))
-            layer.keep(state, self.name, layer.seen + query.shape[2], counts)
+            layer.keep(state, owner, layer.seen + query.shape[2], counts, new.marks)
         return new.put(out, len(query)).transpose(1, 2).contiguous(), None
 
 
@@ -161,20 +163,33 @@ def add_parts(model: nn.Module, attachment: LearnedAttachment, settings: Mapping
         if part is not None:
             module.add_module(PART, part.to(**about).train(module.training))
         if module.is_causal:
-            module.__class__ = _holding(type(module))  # type: ignore[arg-type]
-
-
-@cache
-def _holding(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (HoldsState, kind), {"__module__": kind.__module__})
+            module.__class__ = mixed(HoldsState, type(module))  # type: ignore[arg-type]
 
 
 class LearnedConfig(PatternConfig):
     """Base of the configuration classes. A subclass sets ``implementation``."""
 
 
+_disabled: list[Callable[..., Any]] = []
+
+
+def _uncompiled() -> Callable[..., Any]:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+        return _call
+    if not _disabled:
+        _disabled.append(torch.compiler.disable(_call))
+    return _disabled[0]
+
+
+def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model._call_impl(*args, **kwargs)  # a model that was compiled in place has another ``__call__``
+
+
 class LearnedModel(PreparedModel):
-    """Base of the model classes: learned parts are added to a model that is built, and initialized."""
+    """Base of the model classes: learned parts are added to a model that is built, and initialized.
+
+    ``torch.compile`` leaves the forward uncompiled: rows are moved by their padding, which is known when it runs.
+    """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -185,7 +200,7 @@ class LearnedModel(PreparedModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_no_weights(self, kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return _uncompiled()(self, args, kwargs)
 
     def initialize_weights(self) -> None:
         """Initialize what a checkpoint does not have; learned parts by themselves."""
@@ -205,7 +220,14 @@ def initialize_part(part: nn.Module) -> None:
     def loaded(tensor: Tensor) -> bool:
         return getattr(tensor, "_is_hf_initialized", False)
 
-    kept = [(each, each.detach().clone()) for each in (*part.parameters(), *part.buffers()) if loaded(each)]
+    # By name too: ``reset_parameters`` may put another tensor in the place of a buffer.
+    kept = [
+        (held, name, each, each.detach().clone())
+        for module in part.modules()
+        for held in (module._parameters, module._buffers)
+        for name, each in held.items()
+        if each is not None and loaded(each)
+    ]
     with torch.no_grad():
         for module in reversed(list(part.modules())):
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -213,5 +235,6 @@ def initialize_part(part: nn.Module) -> None:
             if own and not coded and not all(map(loaded, own)) and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
             module._is_hf_initialized = True  # type: ignore[assignment]
-        for each, value in kept:
+        for held, name, each, value in kept:
             each.copy_(value)
+            held[name] = each

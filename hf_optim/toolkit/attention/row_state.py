@@ -94,6 +94,8 @@ class NewTokens:
     Attributes:
         begin: place of the first of them in the rows.
         earlier, counts: tokens of each row before ``begin``, and of the new ones, without padding.
+        earlier_marks, marks: a number for the places of each row before ``begin``, and of all, that are padding; 0 for
+            none.
         valid: bool ``[B, N]``: True for new tokens, False for padding; None if there is no padding.
         documents: those of packed rows.
     """
@@ -101,6 +103,8 @@ class NewTokens:
     begin: int
     earlier: tuple[int, ...]
     counts: tuple[int, ...]
+    earlier_marks: tuple[int, ...]
+    marks: tuple[int, ...]
     valid: Tensor | None = None
     documents: Apart | None = None
 
@@ -117,7 +121,7 @@ class NewTokens:
         """
         batch, count = len(query), query.shape[2]
         begin = seen or 0
-        plain = cls(begin, (begin,) * batch, (count,) * batch)
+        plain = cls(begin, (begin,) * batch, (count,) * batch, (0,) * batch, (0,) * batch)
         if handed is None:
             return plain
         rows: Rows | None = getattr(handed, "hf_optim_rows", None)  # lost where the tensor was copied
@@ -140,7 +144,9 @@ class NewTokens:
     def _of_segments(cls, segments: Tensor, begin: int, cached: bool) -> NewTokens:
         """Return what segments ``[B, begin + N]`` mean. This waits for the device."""
         valid = segments >= 0
-        earlier, counts = torch.stack([valid[:, :begin].sum(1), valid[:, begin:].sum(1)]).tolist()
+        padding = torch.where(valid, 0, _marks_of_places(valid.shape[1], valid.device))
+        facts = [valid[:, :begin].sum(1), valid[:, begin:].sum(1), padding[:, :begin].sum(1), padding.sum(1)]
+        earlier, counts, earlier_marks, marks = (tuple(each) for each in torch.stack(facts).tolist())
         documents = None
         if bool((segments > 0).any()):
             if cached:
@@ -148,7 +154,7 @@ class NewTokens:
             documents = Apart.of(Rows.of(segments))
         new = valid[:, begin:]
         whole = sum(counts) == new.numel()
-        return cls(begin, tuple(earlier), tuple(counts), None if whole else new, documents)
+        return cls(begin, earlier, counts, earlier_marks, marks, None if whole else new, documents)
 
     def take(self, part: Tensor) -> Tensor:
         """Return ``[B, H, N, D]`` as rows that begin at place 0, ``[R, H, P, D]``."""
@@ -178,3 +184,10 @@ class NewTokens:
     def earlier_tokens(self, device: torch.device) -> Tensor | None:
         """Return the tokens of each row before the new ones, int64 ``[R]``; None if there are none."""
         return torch.tensor(self.earlier, device=device) if self.begin else None
+
+
+def _marks_of_places(count: int, device: torch.device) -> Tensor:
+    """Return a pseudorandom number for each place, int64 ``[count]``, of which sums tell sets of places apart."""
+    mixed = torch.arange(1, count + 1, device=device) * 1_103_515_245 % (2**31 - 1)
+    mixed = mixed ^ (mixed >> 13)
+    return mixed * mixed % (2**31 - 1)

@@ -22,7 +22,8 @@ class StateLayer(DynamicLayer):
         state: what is kept; None before the first tokens.
         seen: tokens that were read, padding included.
         counts: tokens of each row that were read, without padding.
-        owner: the name of the attention whose state it is.
+        marks: which places of each row were padding, as ``NewTokens.marks``.
+        owner: the name and the settings of the attention whose state it is.
     """
 
     is_sliding = False
@@ -34,8 +35,9 @@ class StateLayer(DynamicLayer):
         self.state: TensorState | None = None
         self.seen = 0
         self.counts: tuple[int, ...] = ()
+        self.marks: tuple[int, ...] = ()
         self.owner = ""
-        self._waits = False
+        self._waits = self._offloads = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the new keys and values ``[B, G, N, D]``, the keys with a reference to this layer.
@@ -56,9 +58,14 @@ class StateLayer(DynamicLayer):
         keys.hf_optim_state = self  # type: ignore[attr-defined]
         return keys, value_states
 
-    def keep(self, state: TensorState, owner: str, seen: int, counts: tuple[int, ...]) -> None:
-        """Keep the state of ``owner`` after ``seen`` tokens, ``counts`` of each row without padding."""
-        self.state, self.owner, self.seen, self.counts, self._waits = state, owner, seen, counts, False
+    def keep(
+        self, state: TensorState, owner: str, seen: int, counts: tuple[int, ...], marks: tuple[int, ...]
+    ) -> None:
+        """Keep the state of ``owner`` after ``seen`` tokens, ``counts`` of each row without padding, at ``marks``."""
+        self.state, self.owner, self.seen, self.counts, self.marks = state, owner, seen, counts, marks
+        self._waits = False
+        if self._offloads:
+            self.offload()
 
     def nbytes(self) -> int:
         """Return the bytes of the state."""
@@ -81,13 +88,14 @@ class StateLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.state, self.seen, self.counts, self.owner = None, 0, (), ""
-        self._waits = self.is_initialized = False
+        self.state, self.seen, self.counts, self.marks, self.owner = None, 0, (), (), ""
+        self._waits = self._offloads = self.is_initialized = False
 
     def _choose(self, index: Tensor) -> None:
         if self.state is not None:
             self.state = self.state.of_rows(index)
-            self.counts = tuple(self.counts[row] for row in index.tolist())
+            rows = index.tolist()
+            self.counts, self.marks = (tuple(each[row] for row in rows) for each in (self.counts, self.marks))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Choose rows of the batch, for beam search."""
@@ -102,8 +110,9 @@ class StateLayer(DynamicLayer):
         self._choose(torch.arange(len(self.counts))[indices.cpu()])
 
     def offload(self) -> None:
-        """Move the state to the CPU."""
-        if self.state is not None:
+        """Move the state to the CPU: where new tokens wait for the attention, after it has read the state."""
+        self._offloads = self._waits
+        if self.state is not None and not self._waits:
             self.state = self.state.to("cpu")
 
     def prefetch(self) -> None:
