@@ -9,9 +9,8 @@ This file is stored beside checkpoints, so it imports only torch and transformer
 
 from __future__ import annotations
 
-import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import AttentionInterface
 
 from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers, require_no_weights
 from .mixed_classes import mixed
+from .model_caches import call_uncompiled
 from .pattern import Pattern
 from .row_state import Call, NewTokens, TensorState
 from .rows import SEGMENTS
@@ -170,21 +170,6 @@ class LearnedConfig(PatternConfig):
     """Base of the configuration classes. A subclass sets ``implementation``."""
 
 
-_disabled: list[Callable[..., Any]] = []
-
-
-def _uncompiled() -> Callable[..., Any]:
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
-        return _call
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_call))
-    return _disabled[0]
-
-
-def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model._call_impl(*args, **kwargs)  # a model that was compiled in place has another ``__call__``
-
-
 class LearnedModel(PreparedModel):
     """Base of the model classes: learned parts are added to a model that is built, and initialized.
 
@@ -200,7 +185,7 @@ class LearnedModel(PreparedModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         require_no_weights(self, kwargs)
-        return _uncompiled()(self, args, kwargs)
+        return call_uncompiled(self, args, kwargs)
 
     def initialize_weights(self) -> None:
         """Initialize what a checkpoint does not have; learned parts by themselves."""

@@ -32,16 +32,17 @@ def call_with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for value in (*args, *kwargs.values()):
         layers = getattr(value, "layers", ()) if isinstance(value, Cache) else ()
         if any(getattr(each, "holds_visible_keys", False) for each in layers):
-            return _uncompiled()(model, args, kwargs)
+            return call_uncompiled(model, args, kwargs)
     return nn.Module.__call__(model, *args, **kwargs)
 
 
-def _uncompiled() -> Callable[..., Any]:
+def call_uncompiled(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a model whose forward ``torch.compile`` leaves as it is."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
-        return _forward
+        return _forward(model, args, kwargs)
     if not _disabled:
         _disabled.append(torch.compiler.disable(_forward))
-    return _disabled[0]
+    return _disabled[0](model, args, kwargs)
 
 
 def _forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -58,9 +58,7 @@ class StateLayer(DynamicLayer):
         keys.hf_optim_state = self  # type: ignore[attr-defined]
         return keys, value_states
 
-    def keep(
-        self, state: TensorState, owner: str, seen: int, counts: tuple[int, ...], marks: tuple[int, ...]
-    ) -> None:
+    def keep(self, state: TensorState, owner: str, seen: int, counts: tuple[int, ...], marks: tuple[int, ...]) -> None:
         """Keep the state of ``owner`` after ``seen`` tokens, ``counts`` of each row without padding, at ``marks``."""
         self.state, self.owner, self.seen, self.counts, self.marks = state, owner, seen, counts, marks
         self._waits = False

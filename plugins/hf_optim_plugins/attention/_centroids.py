@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._recomputed import Recomputed
+
 STEPS = 10  # of k-means
+CENTROIDS_KEPT = 4  # in training, whose centroids are known until their backward
 POINTS = 4096  # of each head, to which centroids are fitted at most
 
 
@@ -63,9 +66,10 @@ def totals(points: Tensor, centroids: Tensor, valid: Tensor | None) -> tuple[Ten
 class Centroids(nn.Module):
     """Centroids of one attention, and their moving average in training.
 
-    A batch changes them when the next one begins, or when training pauses or they are saved: a forward that is
-    computed again in the backward (gradient checkpointing) finds those of the first time. With ``torch.distributed``
-    the statistics of a batch are summed over all ranks, each of which must compute the same number of batches.
+    A batch changes them when the next one begins, or when training pauses or they are saved. A forward that is computed
+    again in the backward (gradient checkpointing) finds those of the first time, if it is one of the last
+    ``CENTROIDS_KEPT``. With ``torch.distributed`` the statistics of a batch are summed over all ranks, each of which must
+    compute the same number of batches.
 
     Attributes:
         weight: buffer ``[G, C, D]``, of unit norm.
@@ -88,6 +92,8 @@ class Centroids(nn.Module):
         self._pending: tuple[Tensor, Tensor] | None = None
         self._exact: Tensor | None = None
         self._fitted = False
+        self._forwards = Recomputed(CENTROIDS_KEPT)
+        self._used: Tensor | None = None  # the centroids of the last forward in training
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,7 +108,7 @@ class Centroids(nn.Module):
     @torch.no_grad()
     def set(self, centroids: Tensor) -> None:
         """Take fitted centroids ``[G, C, D]``."""
-        self._pending, self._exact, self._fitted = None, None, True
+        self._pending, self._exact, self._fitted, self._used = None, None, True, None
         self.weight.copy_(centroids)
         self.fits.fill_(1)
 
@@ -114,15 +120,14 @@ class Centroids(nn.Module):
         """
         if not self.training:
             return
-        again = torch._C._current_graph_task_id() != -1
-        if not again:
-            with torch.no_grad():
-                self._learn(points, valid)
-        loss = self._distance(points, valid) if with_loss and torch.is_grad_enabled() else None
-        if not again:
+        self._used = used = self._forwards.value(lambda: self._learn(points, valid))
+        loss = self._distance(points, valid, used) if with_loss and torch.is_grad_enabled() else None
+        if torch._C._current_graph_task_id() == -1:
             self.commitment = loss
 
-    def _learn(self, points: Tensor, valid: Tensor | None) -> None:
+    @torch.no_grad()
+    def _learn(self, points: Tensor, valid: Tensor | None) -> Tensor:
+        """Learn from a batch when the next one begins; return the centroids ``[G, C, D]`` for this one."""
         self.settle()
         if not self._fitted:
             self._fitted = bool(self.fits)
@@ -133,10 +138,12 @@ class Centroids(nn.Module):
             for part in (sums, counts):
                 torch.distributed.all_reduce(part)
         self._pending = sums, counts
+        return self.weight.clone()
 
-    def _distance(self, points: Tensor, valid: Tensor | None) -> Tensor:
-        """Return the mean squared difference of points and their centroids."""
-        weight = self.weight.to(points).detach().clone()  # it moves before the backward of a later batch
+    @staticmethod
+    def _distance(points: Tensor, valid: Tensor | None, weight: Tensor) -> Tensor:
+        """Return the mean squared difference of points and their centroids, of ``weight``."""
+        weight = weight.to(points)
         nearest = (points.detach() @ weight.transpose(1, 2)).argmax(-1, keepdim=True)
         far = (points - weight.gather(1, nearest.expand(-1, -1, weight.shape[2]))).square().mean(-1)
         return far.mean() if valid is None else (far * valid).sum() / valid.sum().clamp_min(1)
@@ -171,7 +178,7 @@ class Centroids(nn.Module):
     def train(self, mode: bool = True) -> Centroids:
         if not mode:
             self.settle()
-            self.commitment = None
+            self.commitment = self._used = None
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -187,7 +194,7 @@ class Centroids(nn.Module):
 
         Heads of queries that share a key head share its centroids.
         """
-        weight = self.weight.to(points)
+        weight = (self.weight if self._used is None else self._used).to(points)
         each = points.unflatten(1, (weight.shape[0], -1))
         return torch.einsum("rgspd,gcd->rgspc", each, weight).flatten(1, 2)
 

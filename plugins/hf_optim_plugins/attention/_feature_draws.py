@@ -10,6 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ._recomputed import Recomputed
+
+FORWARDS = 64  # in training, whose features are known until their backward
+
 
 def generator_for(*numbers: int) -> torch.Generator:
     """Return a generator on the CPU that depends on these numbers alone: a seed, a layer, the number of a draw."""
@@ -45,13 +49,14 @@ class Drawn(nn.Module):
     Attributes:
         draws: int64 ``[2]``: the number of the draw, and how many forwards in training it has been used for.
         draw_every: forwards in training after which features are drawn again; 0: never.
+        forwards: the features that forwards in training had.
     """
 
     draws: Tensor
 
     def __init__(self, every: int) -> None:
         super().__init__()
-        self.draw_every = every
+        self.draw_every, self.forwards = every, Recomputed(FORWARDS)
         self.register_buffer("draws", torch.zeros(2, dtype=torch.int64))
 
     def draw(self, number: int) -> None:

@@ -68,6 +68,12 @@ class PerformerFeatures(Drawn):
         self.draw(0)
         fill_(self.draws, torch.zeros_like(self.draws))
 
+    def used_weight(self) -> Tensor:
+        """Return W; in a backward that computes a forward again, W of that forward."""
+        if self.training and self.draw_every:
+            return self.forwards.value(lambda: self.weight)  # type: ignore[no-any-return]
+        return self.weight
+
     def draw(self, number: int) -> None:
         """Set the features to draw ``number``, which the seed, the layer and the number determine."""
         if self.weight.is_meta:
@@ -120,8 +126,8 @@ class PerformerAttachment(LearnedAttachment):
             )
         state = None if call.state is None else PositiveSums(**call.state)
         out, state = performer_attention(
-            call.query, call.key, call.value, part.weight, call.scale, call.causal, part.settings.kernel, call.valid,
-            state, call.keeps,
+            call.query, call.key, call.value, part.used_weight(), call.scale, call.causal, part.settings.kernel,
+            call.valid, state, call.keeps,
         )  # fmt: skip
         return out, None if state is None else TensorState(state._asdict())
 

@@ -80,8 +80,10 @@ class RfaFeatures(Drawn):
         self.used = torch.randperm(len(self.pool), generator=generator)[: len(self.used)].to(self.used)
 
     def weight(self) -> Tensor:
-        """Return W, ``[key heads, features, width]``."""
-        return self.pool[self.used] if self.training and self.settings.draws else self.pool[: len(self.sigma)]
+        """Return W, ``[key heads, features, width]``; in a backward that computes a forward again, W of that one."""
+        if self.training and self.settings.draws:
+            return self.pool[self.forwards.value(lambda: self.used)]
+        return self.pool[: len(self.sigma)]
 
     def scale(self) -> Tensor:
         """Return sigma / tau, ``[key heads, width]``, float32 or float64."""

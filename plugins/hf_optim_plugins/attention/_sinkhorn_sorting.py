@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._recomputed import Recomputed
+
 HIDDEN = -1e30  # the logarithm of a weight that is zero
 FLOOR = 1e-6  # added to scores that were cut off at zero
 
@@ -136,6 +138,7 @@ class Sorter(nn.Module):
         self.noise, self.seed = noise, seed
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self._drawn: int | None = None  # ``draws`` without waiting for the device
+        self._forwards = Recomputed(64)
 
     def reset_parameters(self) -> None:
         """Count from 0."""
@@ -149,15 +152,17 @@ class Sorter(nn.Module):
         if self.positive == "relu":
             found = (found.relu() + FLOOR).log()
         if self.training and self.noise:
-            again = torch._C._current_graph_task_id() != -1
-            if self._drawn is None:
-                self._drawn = int(self.draws)
-            self._drawn += 0 if again else 1
+            number = self._forwards.value(self._next)
             spread = torch.distributed.is_available() and torch.distributed.is_initialized()
             rank = torch.distributed.get_rank() if spread else 0
-            seed = (self.seed * 1_000_003 + self._drawn * 4099 + rank) % 2**63
+            seed = (self.seed * 1_000_003 + number * 4099 + rank) % 2**63
             found = found + self.noise * gumbel(tuple(found.shape), seed).to(found)
         return found / self.temperature
+
+    def _next(self) -> int:
+        """Count a batch that noise is drawn for, and return its number."""
+        self._drawn = (int(self.draws) if self._drawn is None else self._drawn) + 1
+        return self._drawn
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._drawn is not None:

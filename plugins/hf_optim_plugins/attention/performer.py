@@ -52,7 +52,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 
-from . import _feature_draws, _linear_kernel, _linear_scan, _performer_attention, _performer_model
+from . import _feature_draws, _linear_kernel, _linear_scan, _performer_attention, _performer_model, _recomputed
 from ._distilling import distill, told, warn_of_dropout
 from ._learned import LearnedTechnique, learned_code
 
@@ -101,7 +101,7 @@ class Performer(LearnedTechnique):
     attachment: ClassVar[Any] = _performer_model.ATTACHMENT
     remote_code: ClassVar[RemoteCode] = learned_code(
         "performer",
-        (_linear_kernel, _linear_scan, _feature_draws, _performer_attention, _performer_model),
+        (_linear_kernel, _linear_scan, _recomputed, _feature_draws, _performer_attention, _performer_model),
         _performer_model.PerformerBase.__name__,
         _performer_model.PerformerModel.__name__,
     )

@@ -50,7 +50,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 
-from . import _feature_draws, _linear_kernel, _linear_scan, _rfa_attention, _rfa_model
+from . import _feature_draws, _linear_kernel, _linear_scan, _recomputed, _rfa_attention, _rfa_model
 from ._distilling import distill, told, warn_of_dropout
 from ._learned import LearnedTechnique, learned_code
 
@@ -100,7 +100,7 @@ class Rfa(LearnedTechnique):
     attachment: ClassVar[Any] = _rfa_model.ATTACHMENT
     remote_code: ClassVar[RemoteCode] = learned_code(
         "rfa",
-        (_linear_kernel, _linear_scan, _feature_draws, _rfa_attention, _rfa_model),
+        (_linear_kernel, _linear_scan, _recomputed, _feature_draws, _rfa_attention, _rfa_model),
         _rfa_model.RfaBase.__name__,
         _rfa_model.RfaModel.__name__,
     )

@@ -51,7 +51,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode
 
-from . import _query_blocks, _sinkhorn_attention, _sinkhorn_model, _sinkhorn_sorting
+from . import _query_blocks, _recomputed, _sinkhorn_attention, _sinkhorn_model, _sinkhorn_sorting
 from ._attach import context_length, require_encoder
 from ._distilling import distill, told
 from ._learned import LearnedTechnique, learned_code
@@ -110,7 +110,7 @@ class Sinkhorn(LearnedTechnique):
     attachment: ClassVar[_sinkhorn_model.SortedAttachment] = _sinkhorn_model.SORTED
     remote_code: ClassVar[RemoteCode] = learned_code(
         "sinkhorn",
-        (_query_blocks, _sinkhorn_sorting, _sinkhorn_attention, _sinkhorn_model),
+        (_query_blocks, _recomputed, _sinkhorn_sorting, _sinkhorn_attention, _sinkhorn_model),
         config_base=_sinkhorn_model.SortedConfig.__name__,
     )
 

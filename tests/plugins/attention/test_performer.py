@@ -5,6 +5,7 @@ from __future__ import annotations
 import feature_oracle
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -290,6 +291,18 @@ def test_features_are_drawn_again_in_training_alone_and_from_the_saved_state(tmp
     again, straight = train(loaded, 3), train(performer(tiny_llama(), redraw=2), 6)
     assert torch.equal(again[0], seen[2])
     assert all(torch.equal(one, two) for one, two in zip([*seen, *again], straight, strict=True))
+
+
+def test_features_of_a_checkpoint_stay_where_it_does_not_say_which_draw_they_are(tmp_path):
+    model = performer(tiny_llama(), redraw=1).train()
+    for _ in range(3):
+        model(IDS, use_cache=False)
+    model.eval().save_pretrained(tmp_path)
+    kept = {name: part for name, part in load_file(tmp_path / "model.safetensors").items() if "draws" not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_gradient_checkpointing_computes_with_the_features_of_its_forward():
