@@ -71,7 +71,7 @@ def performer_attention(
         if causal:
             out, state = _causal(*parts, weight.to(dtype), kernel, valid, state)
         else:
-            out = _whole(*parts, weight.to(dtype), kernel, valid)
+            out = _of_whole_rows(*parts, weight.to(dtype), kernel, valid)
         out, below = out[..., :-1], out[..., -1:]
         if valid is not None:
             padding = ~valid[:, None, :, None]
@@ -113,7 +113,9 @@ def _causal(
     return torch.cat(out, 2), PositiveSums(kept[..., :-1].contiguous(), kept[..., -1].contiguous(), last)
 
 
-def _whole(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, kernel: str, valid: Tensor | None) -> Tensor:
+def _of_whole_rows(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, kernel: str, valid: Tensor | None
+) -> Tensor:
     seen = None if valid is None else valid[:, None]
     if kernel == "relu":
         phi, queries = _relu(key, weight), _of_query(query, weight, _relu)

@@ -49,7 +49,7 @@ def put_back(outs: list[Tensor], items: list[Tensor], count: int) -> Tensor:
     return found.index_copy(0, torch.where(item < 0, count, item), out)[:count]
 
 
-def parts_of(blocks: int, scores: int) -> Iterator[slice]:
+def slices_of(blocks: int, scores: int) -> Iterator[slice]:
     """Yield runs of blocks, each with ``scores`` scores, that are computed at a time."""
     step = max(1, SCORES // max(1, scores))
     for begin in range(0, blocks, step):

@@ -78,7 +78,7 @@ def rfa_attention(
         alike = queries.to(query.dtype), keys.to(query.dtype), values.to(query.dtype)
         made = trig_sums_by_kernel(*alike, weight, causal, gate, valid, sums)
         if made is None:
-            compute = _causal if causal else _whole
+            compute = _causal if causal else _of_whole_rows
             made = compute(queries, keys, values.to(dtype), weight.to(dtype), gate, valid, sums)
         out, sums = made[0].to(dtype), made[1]
         least = floor * totals.to(dtype).repeat_interleave(query.shape[1] // groups, 1)[..., None]
@@ -139,7 +139,7 @@ def _causal(
     return torch.cat(out, 2), sums
 
 
-def _whole(
+def _of_whole_rows(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, gate: Tensor | None, valid: Tensor | None,
     sums: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip

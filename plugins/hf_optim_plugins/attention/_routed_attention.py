@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._query_blocks import in_blocks, parts_of, put_back, weights_of
+from ._query_blocks import in_blocks, put_back, slices_of, weights_of
 
 LEAST = 16  # places of a block of queries, and keys of a run
 
@@ -97,7 +97,7 @@ def _of_nearest(
     q, k, v = query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
     known = None if there is None else there.flatten(0, 2)
     outs, items = [], []
-    for part in parts_of(len(table), size * width):
+    for part in slices_of(len(table), size * width):
         item, own = table[part], run[part]
         scores = (q[item.clamp_min(0)] * scale) @ k[own].transpose(1, 2)
         seen = None if known is None else known[own][:, None]
@@ -172,7 +172,7 @@ def last_of_clusters(
     itself = (lane * length + itself % length).flatten()
     own_keys, own_values = key.flatten(0, 2), value.flatten(0, 2)
     outs, items = [], []
-    for part in parts_of(len(table), 2 * size * size):
+    for part in slices_of(len(table), 2 * size * size):
         items.append(table[part])
         item, last = table[part].clamp_min(0), run[part]
         both = torch.stack([(last - 1).clamp_min(0), last], 1)

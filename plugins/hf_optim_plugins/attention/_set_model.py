@@ -25,23 +25,16 @@ from hf_optim.toolkit.attention import (
     ReadSettings,
     TensorState,
     chosen,
+    flag,
     initialize_part,
     whole,
 )
 
 from ._induced_attention import STARTS, InducedAttention
 
-SCALES = ("model", "width")
+SCALE_WIDTHS = ("model", "width")
 POOLING_STARTS = ("mean", "xavier")
 LARGEST_POINTS = 2**16
-
-
-def flag(settings: Mapping[str, Any], name: str) -> bool:
-    """Return a switch of the settings. Raises ``ValueError`` if it is missing or another thing."""
-    value = settings.get(name)
-    if not isinstance(value, bool):
-        raise ValueError(f"the attention pattern has {name}={str(value)[:40]!r}, not true or false")
-    return value
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class SetSettings:
                 heads=whole(own, "heads", low=1, high=MOST),
                 head_width=whole(own, "head_width", low=1, high=MOST),
                 layer_norm=flag(own, "layer_norm"),
-                scale=chosen(own, "scale", SCALES),
+                scale=chosen(own, "scale", SCALE_WIDTHS),
                 start=chosen(own, "start", STARTS),
             )
         if "seeds" in own:
@@ -190,7 +183,7 @@ def pooled(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = stock.bind_partial(self, *args, **kwargs).arguments
         mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
         states = out.last_hidden_state
-        vectors = head(states, read_mask(mask, states)).flatten(1)
+        vectors = head(states, tokens_in(mask, states)).flatten(1)
         if as_tuple:
             others = [value for name, value in out.items() if name not in ("last_hidden_state", "pooler_output")]
             return (states, vectors, *others)
@@ -200,7 +193,7 @@ def pooled(forward: Callable[..., Any]) -> Callable[..., Any]:
     return pooling
 
 
-def read_mask(mask: Any, states: Tensor) -> Tensor | None:
+def tokens_in(mask: Any, states: Tensor) -> Tensor | None:
     """Return an attention mask as bool ``[B, N]``; None if there is none. Raises ``ValueError`` for another kind."""
     if mask is None:
         return None

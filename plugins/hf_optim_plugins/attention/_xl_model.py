@@ -26,6 +26,7 @@ from hf_optim.toolkit.attention import (
     Segments,
     Term,
     chosen,
+    flag,
     masked_attention,
     mixed,
     seen_mask,
@@ -42,14 +43,6 @@ POSITIONS = ("carried", "relative")
 COPIED, EARLIER = "hf_optim_copied_inputs", "hf_optim_earlier_keys"  # keywords of the attention function
 CHUNK = 128  # of a chunk of tokens that reads a cache
 LONGEST_MEMORY = 2**30  # tokens
-
-
-def flag(settings: Mapping[str, Any], name: str) -> bool:
-    """Return a setting that is true or false. Raises ``ValueError`` for others."""
-    value = settings.get(name)
-    if not isinstance(value, bool):
-        raise ValueError(f"the attention pattern has {name}={str(value)[:40]!r}, not true or false")
-    return value
 
 
 def segment_of(settings: Mapping[str, Any]) -> tuple[int, int]:
