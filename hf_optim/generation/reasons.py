@@ -49,7 +49,7 @@ def why_stock(
         (config.cache_implementation not in (None, "dynamic"),
          f"cache_implementation={config.cache_implementation!r} is asked for"),
         (input_ids.ndim != 2 or (input_ids.shape[1] == 0 and not embedded), "the prompt has no tokens"),
-        (getattr(model.config, FIELD, None) is not None, "an attention pattern drops keys from the cache at each step"),
+        (getattr(model.config, FIELD, None) is not None, "attention by a pattern keeps a cache of its own"),
         (model.training, "the model is in training mode, where dropout changes each step"),
     )  # fmt: skip
     for holds, reason in reasons:

@@ -133,3 +133,26 @@ def test_the_same_data_give_the_same_weights():
         distilled(model, [{"input_ids": IDS}])
     for first, second in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_gradients_and_outputs_that_are_not_finite_are_errors():
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.nan
+
+    for which, message in ((Backward.apply, "gradient of .* is not finite at step 0"), (None, "not finite before")):
+        model = converted(tiny_llama)
+        name = model.config._attn_implementation
+        stock = AttentionInterface._global_mapping[name]
+        change = which or (lambda out: out * torch.nan)
+        AttentionInterface.register(name, lambda *a, s=stock, c=change, **k: (c(s(*a, **k)[0]), None))
+        try:
+            with pytest.raises(NumericalError, match=message):
+                distilled(model, [{"input_ids": IDS}], steps=1)
+        finally:
+            AttentionInterface.register(name, stock)

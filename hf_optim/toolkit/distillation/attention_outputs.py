@@ -10,6 +10,7 @@ attention. Losses of this kind initialize linear attention in Zhang et al., "The
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class AttentionDistillation:
 
     Raises:
         ModelError: a module has no parameter that ``trains`` names, is not called, or gives outputs of another shape.
-        NumericalError: a loss is not finite.
+        NumericalError: a loss, a gradient or an output is not finite.
         RecipeError: on several ranks.
     """
 
@@ -212,16 +213,23 @@ class AttentionDistillation:
                 if training:
                     self._step(name, pupil, loss / scale.clamp_min(torch.finfo(scale.dtype).tiny))
                 else:
-                    total = pupil.error[self._phase]
-                    total[0], total[1] = total[0] + float(loss), total[1] + float(scale)
+                    self._measure(name, pupil, float(loss), float(scale))
 
         return hook
+
+    def _measure(self, name: str, pupil: _Pupil, loss: float, scale: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(scale):
+            raise NumericalError(f"{self._label}: outputs of {name} are not finite {self._phase} it learned")
+        total = pupil.error[self._phase]
+        total[0], total[1] = total[0] + loss, total[1] + scale
 
     def _step(self, name: str, pupil: _Pupil, loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
             raise NumericalError(f"{self._label}: the loss of {name} is not finite at step {pupil.steps}")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(pupil.weights.values()), LARGEST_GRADIENT)
+        norm = torch.nn.utils.clip_grad_norm_(list(pupil.weights.values()), LARGEST_GRADIENT)
+        if not bool(torch.isfinite(norm)):
+            raise NumericalError(f"{self._label}: the gradient of {name} is not finite at step {pupil.steps}")
         for group in pupil.optimizer.param_groups:
             group["lr"] = self._rate * _schedule(pupil.steps, self._steps)
         pupil.optimizer.step()

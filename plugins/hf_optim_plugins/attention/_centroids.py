@@ -68,8 +68,8 @@ class Centroids(nn.Module):
 
     A batch changes them when the next one begins, or when training pauses or they are saved. A forward that is computed
     again in the backward (gradient checkpointing) finds those of the first time, if it is one of the last
-    ``CENTROIDS_KEPT``. With ``torch.distributed`` the statistics of a batch are summed over all ranks, each of which must
-    compute the same number of batches.
+    ``CENTROIDS_KEPT``. With ``torch.distributed`` the statistics of a batch are summed over all ranks, each of which
+    must compute the same number of batches.
 
     Attributes:
         weight: buffer ``[G, C, D]``, of unit norm.

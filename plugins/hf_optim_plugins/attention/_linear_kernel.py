@@ -38,9 +38,14 @@ def _linear_kernel() -> Any:
         return None
 
 
-def _linear_kernel_for(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Any:
-    """Return the module of the kernel; None if it is not installed or does not compute these tensors."""
+def _linear_kernel_for(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, carried: bool) -> Any:
+    """Return the module of the kernel; None if it is not installed or does not compute these tensors.
+
+    ``carried``: there is a state before or after these tokens, which has no gradient in the kernel.
+    """
     if query.device.type not in LINEAR_KERNEL_DEVICES or (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    if carried and torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
         return None
     module = _linear_kernel()
     return None if module is None or module.unsupported(query, key, value, weight) is not None else module
@@ -54,7 +59,7 @@ def positive_by_kernel(
 
     It has no gradient of W. A single token brings the given state up to date in place.
     """
-    module = _linear_kernel_for(query, key, value, weight)
+    module = _linear_kernel_for(query, key, value, weight, keeps or state is not None)
     if module is None:
         return None
     settings = module.Settings("positive", scale, causal)
@@ -74,7 +79,7 @@ NEVER_REACHED = 2.0**32
 
 def trig_sums_by_kernel(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, causal: bool, log_gate: Tensor | None,
-    valid: Tensor | None, sums: Tensor | None,
+    valid: Tensor | None, sums: Tensor | None, keeps: bool,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """Return ``phi(q_t) S_t`` and the sums after the last token, as ``causal_sums`` does; None if no kernel does.
 
@@ -84,10 +89,11 @@ def trig_sums_by_kernel(
         weight: W, without a gradient.
         causal, log_gate, valid: as in ``rfa_attention``.
         sums: ``[R, G, 2 M, D + 1]`` of the tokens before, which a step brings up to date in place.
+        keeps: the sums after these tokens are for later ones.
     """
     if query.dtype == torch.float16:  # a quotient by so large a constant would vanish
         return None
-    module = _linear_kernel_for(query, key, value, weight)
+    module = _linear_kernel_for(query, key, value, weight, keeps or sums is not None)
     if module is None:
         return None
     settings = module.Settings("trig", 1.0, causal, NEVER_REACHED)

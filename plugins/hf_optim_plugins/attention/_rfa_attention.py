@@ -48,6 +48,7 @@ def rfa_attention(
     log_gate: Tensor | None = None,
     valid: Tensor | None = None,
     state: Sums | None = None,
+    keeps: bool = True,
 ) -> tuple[Tensor, Sums | None]:
     """Compute attention by random Fourier features.
 
@@ -61,10 +62,11 @@ def rfa_attention(
         log_gate: logarithm of g, below 0, ``[R, G, P]``; None without a gate. For causal models.
         valid: bool ``[R, P]``, False for padding, which is behind the tokens; None if there is none.
         state: of the tokens before, in a causal model; None if there are none.
+        keeps: True if the state after these tokens is wanted.
 
     Returns:
         ``[R, H, P, D]`` in the dtype of ``value``, zero at padding; and the state after the last token, None unless
-        causal. Sums are float32, or float64 for float64.
+        causal and wanted. Sums are float32, or float64 for float64.
     """
     dtype = computed_in(query)
     groups = key.shape[1]
@@ -76,7 +78,7 @@ def rfa_attention(
         totals, total = _totals(keys, causal, gate, valid, None if state is None else state.total)
         sums = None if state is None else state.sums
         alike = queries.to(query.dtype), keys.to(query.dtype), values.to(query.dtype)
-        made = trig_sums_by_kernel(*alike, weight, causal, gate, valid, sums)
+        made = trig_sums_by_kernel(*alike, weight, causal, gate, valid, sums, keeps and causal)
         if made is None:
             compute = _causal if causal else _of_whole_rows
             made = compute(queries, keys, values.to(dtype), weight.to(dtype), gate, valid, sums)
@@ -87,7 +89,7 @@ def rfa_attention(
             padding = ~valid[:, None, :, None]
             out, below = out.masked_fill(padding, 0), below.masked_fill(padding, 1)
         out = out / below
-    return out.to(value.dtype), Sums(sums, total) if causal and sums is not None else None
+    return out.to(value.dtype), Sums(sums, total) if causal and keeps and sums is not None else None
 
 
 def _unit(part: Tensor) -> Tensor:

@@ -135,9 +135,9 @@ class RfaAttachment(LearnedAttachment):
             gate = part.log_gate(call.value)
             out, state = rfa_attention(
                 call.query, call.key, call.value, part.weight(), part.scale(), call.causal, part.settings.floor, gate,
-                call.valid, state,
+                call.valid, state, call.keeps,
             )  # fmt: skip
-        return out, TensorState(state._asdict()) if state is not None and call.keeps else None
+        return out, None if state is None else TensorState(state._asdict())
 
 
 def _above_zero(settings: Mapping[str, Any], name: str) -> float:

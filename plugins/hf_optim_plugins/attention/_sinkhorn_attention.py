@@ -36,7 +36,10 @@ def sorted_with_padding(weights: Tensor, parts: tuple[Tensor, Tensor], valid: Te
     share = torch.einsum("rgnm,rgml->rgnl", weights, wide.expand(-1, weights.shape[1], -1, -1))
     share = share / weights.sum(-1)[..., None].clamp_min(1e-30)
     scale = share.clamp_min(LEAST_SHARE)
-    made = [sorted_blocks(weights, part * valid[:, None, :, :, None]) / scale[..., None].to(part) for part in parts]
+    made = []
+    for part in parts:  # in the dtype of the weights: in float16 small shares are zero
+        there = (part * valid[:, None, :, :, None]).to(weights)
+        made.append((sorted_blocks(weights, there) / scale[..., None]).to(part))
     return made[0], made[1], scale.log().masked_fill(share < LEAST_SHARE, -torch.inf)
 
 

@@ -216,13 +216,19 @@ def test_an_installed_kernel_computes_the_same_and_continues_the_same_state(caus
         original = getattr(kernel, name)
         count = lambda *args, name=name, original=original: calls.append(name) or original(*args)  # noqa: E731
         monkeypatch.setattr(kernel, name, count)
-    found, after = performer_attention(*parts, *given)
+    found, _ = performer_attention(*parts, *given, keeps=False)
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
     own, other = (torch.autograd.grad(out.square().sum(), parts) for out in (found, plain))
     torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
     performer_attention(*parts, w.clone().requires_grad_(), 0.35, causal)  # the kernel has no gradient of W
     assert calls == ["linear_attention"]
     if causal:
+        _, carried = performer_attention(*parts, *given)  # nor has it one of the state
+        assert carried.state.requires_grad
+        assert calls == ["linear_attention"]
+        with torch.no_grad():
+            _, after = performer_attention(*parts, *given)
+        calls.pop()
         one = [part[:, :, :1].detach() for part in parts]
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
         with torch.no_grad():

@@ -18,6 +18,7 @@ import hf_optim
 from hf_optim import CheckpointError, ModelError, RecipeError
 from hf_optim.toolkit import compat
 from hf_optim.toolkit.attention import attentions
+from hf_optim_plugins.attention._sinkhorn_attention import sorted_with_padding
 from hf_optim_plugins.attention.sinkhorn import Sinkhorn
 
 IDS = torch.randint(3, 60, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -298,6 +299,17 @@ def test_noise_moves_encoders_in_training_and_is_the_same_for_a_seed():
         assert torch.allclose(quiet, losses[seed, noise][-1]) == (noise == 0.0)
     assert torch.equal(*losses[0, 1.0])
     assert not torch.allclose(losses[0, 1.0][0], losses[1, 1.0][0])
+
+
+def test_small_shares_of_padded_places_are_finite_in_half_precision():
+    weights = torch.tensor([[1e-9, 1 - 1e-9], [1 - 1e-9, 1e-9]]).expand(1, 1, 2, 2).clone().requires_grad_()
+    part = torch.ones(1, 1, 2, 3, 4, dtype=torch.float16, requires_grad=True)
+    valid = torch.tensor([[[True] * 3, [True, True, False]]])
+    key, value, share = sorted_with_padding(weights, (part, part), valid)
+    assert torch.equal(key, torch.ones_like(key))  # also where a token has a share of 1e-9
+    (key.float().sum() + value.float().sum() + share.sum()).backward()
+    assert part.grad.isfinite().all()
+    assert weights.grad.isfinite().all()
 
 
 def test_gradient_checkpointing_draws_the_same_noise():
