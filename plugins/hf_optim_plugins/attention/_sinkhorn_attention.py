@@ -38,7 +38,7 @@ def sorted_with_padding(weights: Tensor, parts: tuple[Tensor, Tensor], valid: Te
     scale = share.clamp_min(LEAST_SHARE)
     made = []
     for part in parts:  # in the dtype of the weights: in float16 small shares are zero
-        there = (part * valid[:, None, :, :, None]).to(weights)
+        there = part.to(weights) * valid[:, None, :, :, None]
         made.append((sorted_blocks(weights, there) / scale[..., None]).to(part))
     return made[0], made[1], scale.log().masked_fill(share < LEAST_SHARE, -torch.inf)
 
