@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import TINY, tiny_bert, tiny_gpt2, tiny_llama
+from torch import nn
 from transformers import BertModel
 
 from hf_optim import ModelError
@@ -141,4 +142,25 @@ def test_a_model_without_blocks_is_refused():
     model = tiny_llama(num_hidden_layers=0)
     assert not topology.blocks(model)
     with pytest.raises(ModelError, match="no sequence of blocks"):
+        find_residual_stream(model)
+
+
+class Mixed(nn.Module):
+    """A linear layer of inputs to which a convolution over their channels is added."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.conv = nn.Conv1d(32, 32, 1)
+
+    def forward(self, states):
+        own = (2 * states).transpose(1, 2)  # known to carry the stream only after what the convolution returns
+        return self.inner(states + self.conv(own).transpose(1, 2))
+
+
+def test_a_convolution_over_the_channels_of_the_stream_is_found_from_both_sides():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Mixed(layer.self_attn.q_proj)
+    with pytest.raises(ModelError, match="conv: convolution does to the residual stream depends on the order"):
         find_residual_stream(model)

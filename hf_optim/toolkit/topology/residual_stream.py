@@ -93,7 +93,7 @@ class _Search:
 
     def follow(self, start: int) -> None:
         self._carry(start, len(self.trace.shapes[start]) - 1)
-        done: set[int] = set()
+        done: dict[int, Dims] = {}
         while self.pending:
             value = self.pending.pop()
             producer = self.producers.get(value)
@@ -102,9 +102,9 @@ class _Search:
             for op in (*self.trace.readers.get(value, ()), *((producer,) if producer else ())):
                 if op.linear is not None:
                     self._follow_linear(op, value)
-                elif op.position not in done:
-                    done.add(op.position)
-                    self._follow_op(op)
+                elif done.get(op.position, {}).get(value) != self.dims[value]:
+                    # Again, if what it read seemed not to carry the stream when it was reached from another value.
+                    done[op.position] = self._follow_op(op)
 
     def residual(self) -> ResidualStream:
         carried = {value for value, dim in self.dims.items() if dim is not None}
@@ -135,8 +135,8 @@ class _Search:
             if dim is not None:
                 self.pending.append(value)
 
-    def _follow_op(self, op: Op) -> None:
-        """Determine how the stream runs through one operation, and continue from there."""
+    def _follow_op(self, op: Op) -> Dims:
+        """Determine how the stream runs through one operation, return it, and continue from there."""
         if op.function is None:
             raise ModelError(f"the residual stream is written in place at {op}")
         known = {value: self.dims[value] for value in (*op.reads, *op.produces) if value in self.dims}
@@ -148,6 +148,7 @@ class _Search:
         for value, dim in zip(values, found, strict=True):
             if dim is not None or value in op.produces:
                 self._carry(value, dim)
+        return dict(zip(values, found, strict=True))
 
     def _solve(self, op: Op, known: Dims, values: tuple[int, ...]) -> tuple[int | None, ...] | None:
         """Return the dimension of the stream in each of ``values``, all that the operation reads and writes.

@@ -413,3 +413,11 @@ def test_what_else_is_refused():
         compressive(tiny_gpt2())(IDS.repeat(1, 3))
     with pytest.raises(RecipeError, match="compressive_transformer"):
         compressive(tiny_llama(), {"technique": "transformer_xl", "segment": 4, "memory": 4})
+
+
+def test_channels_that_a_convolution_reads_keep_their_order():
+    model = compressive(tiny_llama(), {"technique": "channel_permutation"})
+    found, plain = model.state_dict(), tiny_llama().state_dict()
+    assert all(torch.equal(found[name], plain[name]) for name in ("model.embed_tokens.weight", "model.norm.weight"))
+    assert not torch.equal(found["model.layers.0.mlp.down_proj.weight"], plain["model.layers.0.mlp.down_proj.weight"])
+    torch.testing.assert_close(logits(model), logits(compressive(tiny_llama())))
