@@ -1,6 +1,6 @@
 """Sparse attention: patterns as data, and everything that follows from one."""
 
-from ..modules import remote_code_guard
+from ..modules import mixed, mixed_classes, remote_code_guard
 from . import (
     attachment,
     attend,
@@ -15,7 +15,6 @@ from . import (
     kept,
     layout,
     learned,
-    mixed_classes,
     model_caches,
     pattern,
     row_state,
@@ -53,7 +52,6 @@ from .global_tokens import Pieces
 from .head_caches import HeadGroupsLayer, groups_of
 from .kept import Kept, kept_attention, take_tokens
 from .learned import PART, LearnedAttachment, LearnedConfig, LearnedModel, add_parts, attentions, initialize_part
-from .mixed_classes import mixed
 from .pattern import Pattern, visible
 from .proof import (
     Called,

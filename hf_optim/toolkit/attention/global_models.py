@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.mixed_classes import mixed
 from .attachment import FIELD, Attachment, Builder, PatternModel
 from .attend import HeadPatterns
 from .global_tokens import BatchGlobals, Pieces, attend_globally
-from .mixed_classes import mixed
 from .pattern import Pattern
 from .rows import Rows
 from .settings import flag, whole, wholes

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from ..modules.mixed_classes import mixed
 from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers, require_no_weights
 from .mixed_classes import mixed
 from .model_caches import call_uncompiled

@@ -126,6 +126,8 @@ class Apart:
         batch, length = segments.shape
         valid = (segments >= 0).flatten()
         document = (torch.arange(batch, device=segments.device)[:, None] * length + segments).flatten()
+        if not bool(valid.any()):  # one row of one token, which ``put`` leaves out
+            return cls(segments.new_zeros(1, 1), segments.new_zeros(batch * length), valid)
         _, row = torch.unique(document[valid], return_inverse=True)
         place = rows.positions().flatten()[valid]
         index = segments.new_full((int(row.max()) + 1, int(place.max()) + 1), -1)

@@ -1,9 +1,19 @@
 """Replace and transplant the modules of a model, and compare the outputs of two models."""
 
-from . import coded_experts, grouped_experts, remote_code_guard, replace, reversible, tied_blocks, transplant
+from . import (
+    coded_experts,
+    grouped_experts,
+    mixed_classes,
+    remote_code_guard,
+    replace,
+    reversible,
+    tied_blocks,
+    transplant,
+)
 from .coded_experts import CodedExperts
 from .compare import main_output, output_difference, rounding_tolerance
 from .grouped_experts import grouped_where_it_fits
+from .mixed_classes import mixed
 from .modes import eval_mode
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
@@ -25,6 +35,8 @@ __all__ = [
     "grouped_where_it_fits",
     "hidden_and_rest",
     "main_output",
+    "mixed",
+    "mixed_classes",
     "output_difference",
     "read_tied_blocks",
     "recall",

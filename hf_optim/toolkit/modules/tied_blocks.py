@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from .mixed_classes import mixed
+
 FIELD = "tied_blocks"  # of a configuration: the settings, a dict
 MOST_STEPS = 4096
 SIGNALS = ("sinusoidal", "learned", "none")
 ORDERS = ("consecutive", "cycle")
+WORDS_OF_STEPS = ("blocks", "order", "position", "step", "scale")  # settings beside the numbers
 
 
 def block_of_step(step: int, steps: int, groups: int, order: str) -> int:
@@ -57,6 +60,9 @@ def read_tied_blocks(settings: Any) -> dict[str, Any]:
         raise ValueError(f"tied blocks: scale is a number from 0, not {str(scale)[:80]!r}")
     if not isinstance(found.get("blocks"), str):
         raise ValueError("tied blocks: blocks is the name of a list of blocks")
+    unknown = sorted(str(name)[:40] for name in found.keys() - {*numbers, *WORDS_OF_STEPS})
+    if unknown:
+        raise ValueError(f"tied blocks have settings that they do not know: {unknown[:4]}")
     return found
 
 
@@ -276,11 +282,6 @@ def _parameters(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-@cache
-def _noting(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (NotesInputs, kind), {"__module__": kind.__module__})
-
-
 def tie_blocks(model: Any, settings: Any, step_class: type[Step] = Step, passage: Passage | None = None) -> list[Step]:
     """Replace the layers of a model by steps, in place, and return them. Raises ``ValueError`` for other settings.
 
@@ -288,7 +289,10 @@ def tie_blocks(model: Any, settings: Any, step_class: type[Step] = Step, passage
     """
     found = read_tied_blocks(settings)
     base = model.base_model
-    layers = base.get_submodule(found["blocks"])
+    try:
+        layers: Any = base.get_submodule(found["blocks"])
+    except AttributeError:
+        layers = None
     count, groups = found["steps"], found["groups"]
     if not isinstance(layers, nn.ModuleList) or len(layers) != count:
         raise ValueError(f"tied blocks: {found['blocks'][:80]!r} is not a list of {count} layers")
@@ -309,7 +313,7 @@ def tie_blocks(model: Any, settings: Any, step_class: type[Step] = Step, passage
     caller = _caller(base, found["blocks"])
     caller.passage = passage
     if not isinstance(caller, NotesInputs):
-        caller.__class__ = _noting(type(caller))  # type: ignore[arg-type]
+        caller.__class__ = mixed(NotesInputs, type(caller))  # type: ignore[arg-type]
     return steps
 
 
@@ -332,9 +336,11 @@ class TiedModel(NotesInputs):
     tied_field = ""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        settings = getattr(config, self.tied_field, None)
+        if settings is None:
+            raise ValueError(f"config.{self.tied_field} is missing: it says how the blocks of this model are tied")
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if getattr(config, self.tied_field, None) is not None:
-            self.tie(getattr(config, self.tied_field))
+        self.tie(settings)
 
     def tie(self, settings: Any) -> None:
         """Make steps of the layers."""

@@ -29,6 +29,9 @@ def add_halting(model: Any, settings: Any) -> list[HaltingStep]:
     bias = settings.get("bias")
     if not isinstance(bias, (int, float)) or isinstance(bias, bool):
         raise ValueError(f"act: bias is a number, not {str(bias)[:80]!r}")
+    unknown = sorted(str(name)[:40] for name in settings.keys() - {"tied", "bias", *Rule.__dataclass_fields__})
+    if unknown:
+        raise ValueError(f"config.{ACT} has settings that are not known: {unknown[:4]}")
     steps: list[Any] = tie_blocks(model, tied, HaltingStep, passage)
     weight = next(p for p in steps[0].block.parameters() if p.is_floating_point())
     unit = HaltingUnit(tied["width"], float(bias), dtype=weight.dtype, device=weight.device)

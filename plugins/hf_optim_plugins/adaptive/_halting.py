@@ -133,8 +133,8 @@ class HaltingPassage(Passage):
         kept: keys of the last such step, the halted tokens that are among them, and the block.
         beside: what blocks return beside the hidden state, if that is a tuple.
         pondered: what the last forward took.
-        tally: int64 ``[steps + 1]``: how many tokens took so many steps, in all forwards since it was set; None: not
-            counted.
+        tally: int64 ``[steps + 1]``: how many tokens took so many steps, in the forwards of training since it was set;
+            None: not counted.
         whole: compute every token in every step, as in training.
     """
 
@@ -146,6 +146,9 @@ class HaltingPassage(Passage):
     tally: Tensor | None
     pondered: Pondered | None
     whole: bool
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pondered": None}  # tensors with a gradient are not copied
 
     def begin(self, mask: Tensor | None, places: Tensor | None, cache: Cache | None) -> None:
         super().begin(mask, places, cache)
@@ -159,11 +162,11 @@ class HaltingPassage(Passage):
             if given.get(name):
                 raise ValueError(f"tokens that have halted are in no later step: leave {name} out")
 
-    def finish(self) -> Tensor:
-        """Return the output after the last step."""
+    def finish(self, trains: bool) -> Tensor:
+        """Return the output after the last step; tokens are counted in training."""
         assert self.progress is not None
         output, self.pondered = self.progress.finish()
-        if self.tally is not None:
+        if self.tally is not None and trains:
             taken = self.progress.steps[self.progress.counted]
             self.tally = self.tally + torch.bincount(taken, minlength=self.rule.steps + 1).to(self.tally.device)
         self.progress = None
@@ -202,7 +205,7 @@ class HaltingStep(Step):
             probability = self.unit(state)
         last = self.number == rule.steps - 1
         progress.advance(probability, state, last)
-        state = passage.finish() if last else state
+        state = passage.finish(self.training) if last else state
         return state if passage.beside is None else (state, *passage.beside)
 
     def _state(self, hidden: Tensor, signalled: Tensor, args: Any, kwargs: Any, cache: Cache | None) -> Tensor:

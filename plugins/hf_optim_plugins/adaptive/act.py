@@ -41,7 +41,14 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_optim import Card, Contract, ModelError, Paper, Reload, Run, Technique, hookimpl, option, technique, traits
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, generate, joined, revert, stock_class
-from hf_optim.toolkit.modules import eval_mode, main_output, remote_code_guard, rounding_tolerance, tied_blocks
+from hf_optim.toolkit.modules import (
+    eval_mode,
+    main_output,
+    mixed_classes,
+    remote_code_guard,
+    rounding_tolerance,
+    tied_blocks,
+)
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _act_model, _chosen_tokens, _halted_attention, _halting
@@ -80,7 +87,9 @@ class ACT(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="act",
-        source=joined(remote_code_guard, tied_blocks, _chosen_tokens, _halted_attention, _halting, _act_model),
+        source=joined(
+            remote_code_guard, mixed_classes, tied_blocks, _chosen_tokens, _halted_attention, _halting, _act_model
+        ),
         config_base=_act_model.HaltingConfig.__name__,
         field=_act_model.ACT,
         model_base=_act_model.HaltingModel.__name__,
@@ -188,6 +197,9 @@ def _halt(model: PreTrainedModel, settings: dict[str, Any], code: Any) -> None:
     steps = list(layers)
     stack, signals = [step.block for step in steps], steps[0].signals
     revert(model)
+    for module in model.modules():  # the code of universal_transformer, maybe that of a checkpoint, notes no more
+        if type(module).__bases__[0].__name__ == tied_blocks.NotesInputs.__name__:
+            module.__class__ = type(module).__bases__[1]
     for number, block in enumerate(stack):
         layers[number] = block
     made = code.add_halting(model, settings)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from hf_optim.toolkit.attention import (
     PatternConfig,
     PreparedModel,
     Rows,
+    mixed,
     whole,
 )
 
@@ -184,11 +184,6 @@ class HoldsCompressed(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-@cache
-def _holding(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (HoldsCompressed, kind), {"__module__": kind.__module__})
-
-
 def attentions(model: nn.Module) -> list[nn.Module]:
     """Return the attention modules of a model."""
     return [module for module in model.modules() if hasattr(module, "is_causal")]
@@ -200,7 +195,7 @@ def add_compression(model: nn.Module, settings: Any, **about: Any) -> None:
     for module in attentions(model):
         module.compression = Compression(heads, width, stride, **about).train(module.training)
         if module.is_causal:
-            module.__class__ = _holding(type(module))  # type: ignore[arg-type]
+            module.__class__ = mixed(HoldsCompressed, type(module))  # type: ignore[arg-type]
 
 
 class CompressedBase(PatternConfig):

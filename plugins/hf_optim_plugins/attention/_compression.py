@@ -60,6 +60,9 @@ class Compression(nn.Module):
         self.decoder = WindowDecoder(width, ratio, **about) if function == "conv" and loss == "autoencoding" else None
         self.loss: Tensor | None = None  # of the last forward in training
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "loss": None}  # tensors with a gradient are not copied
+
     def forward(self, windows: Tensor) -> Tensor:
         """Return ``[B, W, d]`` of ``[B, W, ratio, d]``."""
         if self.conv is None:

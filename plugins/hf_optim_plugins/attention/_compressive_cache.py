@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from hf_optim.toolkit.attention import PatternLayer, Rows
+from hf_optim.toolkit.attention import HeadPatterns, PatternLayer, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class CompressiveLayer(PatternLayer):
         slots: keys and values of compressed tokens, each ``[B, G, C, D]``; None before the first ones.
         numbers: int64 ``[B, C]``: the windows of a row; -1 for none.
         inputs: ``[B, ratio - 1, d]``: the last inputs of each row.
-        most: slots to hold.
+        made_for: of the model: tokens of a segment, of the memory and of a window, slots, and the function.
     """
 
     is_croppable = False
@@ -107,11 +107,28 @@ class CompressiveLayer(PatternLayer):
         self.numbers: Tensor | None = None
         self.inputs: Tensor | None = None
         self._coming: Windows | None = None
-        self.most = 0
+        self.made_for: tuple[Any, ...] | None = None
 
-    def expect(self, windows: Windows, most: int) -> None:
-        """Say that the first keys of the next ``update`` are those of windows, and how many slots to hold."""
-        self._coming, self.most = windows, most
+    def require_made_for(self, rows: int, settings: tuple[Any, ...]) -> None:
+        """Raise ``ValueError`` if earlier tokens were those of other rows, or of a model with other settings."""
+        if self.made_for is None:
+            self.made_for = settings
+        elif self.made_for != settings:
+            raise ValueError("the cache was made by a model with another compressed memory: start a new one")
+        if self.keys is not None and len(self.keys) != rows:
+            raise ValueError(f"the cache holds {len(self.keys)} rows, and got tokens of {rows}: start a new one")
+
+    def expect(self, windows: Windows) -> None:
+        """Say that the first keys of the next ``update`` are those of windows."""
+        self._coming = windows
+
+    def _check(self, heads: HeadPatterns, rows: Rows | None) -> None:
+        super()._check(heads, rows)
+        if rows is not None and not rows.continues(self._rows, self._tokens):
+            raise ValueError(
+                "the attention_mask hides other earlier tokens than before, and windows were counted by that: start a "
+                "new cache, or set use_cache=False"
+            )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B, G, W + N, D]``, of windows and of tokens, and return those of tokens."""
@@ -130,9 +147,11 @@ class CompressiveLayer(PatternLayer):
 
     def tidy(self) -> None:
         """Drop slots that no later token sees: of each row, all but the latest ones, which keep their order."""
-        if self.slots is None or self.numbers is None or self.numbers.shape[1] <= self.most:
+        size, memory, ratio, most, _ = self.made_for  # type: ignore[misc]
+        most += (size + memory) // ratio
+        if self.slots is None or self.numbers is None or self.numbers.shape[1] <= most:
             return
-        last = self.numbers.argsort(dim=1, stable=True)[:, -self.most :]
+        last = self.numbers.argsort(dim=1, stable=True)[:, -most:]
         key, value = (
             part.gather(2, last[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])) for part in self.slots
         )

@@ -120,7 +120,7 @@ class CompressiveAttachment(Attachment):
         if rows is not None and rows.packed:
             raise ValueError("a compressed memory is of one document: give each document a row of its own")
         last = (count - 1) // size * size
-        unseen = last < memory + ratio
+        unseen = last < memory + ratio or pair is None  # no row has tokens for a window
         stops = module.training and torch.is_grad_enabled() and count > size
         if unseen and not stops and AUXILIARY not in given:
             return super().compute(module, query, key, value, heads, scale, rows, mask, dropout, given)
@@ -195,7 +195,9 @@ class Compresses:
         module: Any = self
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         settings = getattr(module.config, FIELD)
-        size, memory, ratio, most = sizes_of(settings)
+        size, memory, ratio, _ = sizes_of(settings)
+        compression: Compression = module.compression
+        compression.loss = None  # also that of a forward which was computed again in a backward
         layer = layer_among(module, (*args, *kwargs.values()))
         handed = kwargs.get("attention_mask")
         rows = getattr(handed, "hf_optim_rows", None) if handed is not None else None
@@ -208,15 +210,15 @@ class Compresses:
         if layer is None and not learns and (states.shape[1] - 1) // size * size < memory + ratio:
             windows = windows.none()
         earlier = states.new_zeros(len(states), ratio - 1, states.shape[2])
-        if layer is not None and layer.inputs is not None:
-            earlier = layer.inputs.to(states)
+        if layer is not None:
+            layer.require_made_for(len(states), (*sizes_of(settings), settings["function"]))
+            earlier = earlier if layer.inputs is None else layer.inputs.to(states)
         both = torch.cat([earlier, states.detach()], 1)
         parts = picked(both, windows.index)
-        compression: Compression = module.compression
         made = compression(parts)
         if layer is not None:
             layer.inputs = picked(both, windows.latest)
-            layer.expect(windows, most + (size + memory) // ratio)
+            layer.expect(windows)
         slots = made if settings["loss"] == "task" else made.detach()
         wider = torch.cat([slots, states], 1)
         more = {**kwargs, WINDOWS: windows}
@@ -278,6 +280,8 @@ class CompressiveTransformerModel(PatternModel):
         if self.training and kwargs.get("use_cache") is None and not given:  # type: ignore[attr-defined]
             kwargs["use_cache"] = False
         settings = getattr(self.config, FIELD, None)  # type: ignore[attr-defined]
+        if settings is not None and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            _require_losses(self, settings)
         if settings is not None and settings["table"]:
             named = {**kwargs, "input_ids": args[0]} if args else kwargs
             require_positions(named, settings["table"])
@@ -328,6 +332,21 @@ class CompressiveTransformerModel(PatternModel):
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         PreTrainedModel.loss_function.fset(self, value)  # type: ignore[attr-defined]
+
+
+def _require_losses(model: Any, settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if checkpoints of activations hide the losses of the compression from the backward."""
+    if settings["function"] != "conv" or settings["loss"] == "task":
+        return
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
+            "use_reentrant", True
+        ):
+            raise ValueError(
+                f"the loss {settings['loss']} of the compression has no gradient under reentrant checkpoints of "
+                'activations: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
 
 def add_compression(model: Any, settings: Mapping[str, Any], **about: Any) -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from hf_optim.toolkit.modules import Streams, reversible_step
+from hf_optim.toolkit.modules import Streams, mixed, reversible_step
 
 STREAMS = "hf_optim_streams"  # attribute of the output of a layer
 
@@ -129,11 +128,6 @@ def add_streams(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     if not found:
         raise ValueError(f"{type(model).__name__} has no layers with {', '.join(names)}, which are to be reversible")
     for number, layer in enumerate(found):
-        layer.__class__ = _reversible(type(layer))  # type: ignore[arg-type]
+        layer.__class__ = mixed(ReversibleLayer, type(layer))  # type: ignore[arg-type]
         layer.reversible_names, layer.reversible_number = names, number  # type: ignore[assignment]
     return found
-
-
-@cache
-def _reversible(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (ReversibleLayer, kind), {"__module__": kind.__module__})

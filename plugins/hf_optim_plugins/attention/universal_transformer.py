@@ -44,7 +44,7 @@ from hf_optim import (
     traits,
 )
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
-from hf_optim.toolkit.modules import main_output, remote_code_guard, rounding_tolerance, tied_blocks
+from hf_optim.toolkit.modules import main_output, mixed_classes, remote_code_guard, rounding_tolerance, tied_blocks
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _stock_albert, _universal_model
@@ -92,7 +92,7 @@ class UniversalTransformer(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="universal_transformer",
-        source=joined(remote_code_guard, tied_blocks, _universal_model),
+        source=joined(remote_code_guard, mixed_classes, tied_blocks, _universal_model),
         config_base=_universal_model.UniversalBase.__name__,
         field=tied_blocks.FIELD,
         model_base=_universal_model.UniversalModel.__name__,
