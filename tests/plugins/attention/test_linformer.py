@@ -194,11 +194,11 @@ def test_a_checkpoint_needs_no_hf_optim(sharing, tmp_path, stock_python):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 0}, "k='0', not a whole number from 1 to 64"),
-        ({"k": 65}, "k='65', not a whole number from 1 to 64"),
-        ({"length": 2**40}, "length='1099511627776'"),
+        ({"k": 0}, "k=0, not a whole number from 1 to 64"),
+        ({"k": 65}, "k=65, not a whole number from 1 to 64"),
+        ({"length": 2**40}, "length=1099511627776"),
         ({"sharing": "all"}, "sharing='all', not one of none, headwise"),
-        ({"short": None}, "short='None'"),
+        ({"short": None}, "short=None"),
         ({"rank": 4}, r"settings that it does not know: \['rank'\]"),
     ],
 )

@@ -414,9 +414,9 @@ def test_a_checkpoint_without_centroids_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"clusters": 0}, "clusters='0', not a whole number from 1"),
-        ({"window": None}, "window='None'"),
-        ({"local_heads": 3}, "local_heads='3'"),
+        ({"clusters": 0}, "clusters=0, not a whole number from 1"),
+        ({"window": None}, "window=None"),
+        ({"local_heads": 3}, "local_heads=3"),
         ({"form": "first"}, "form='first'"),
         ({"form": "top"}, "depend on later ones, and this attention is causal"),
         ({"decay": 2}, "decay='2', not a number from 0 to 1"),

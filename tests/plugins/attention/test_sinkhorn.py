@@ -367,11 +367,11 @@ def test_a_checkpoint_without_a_network_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block": 0}, "block='0', not a whole number from 1"),
-        ({"iterations": 10**9}, "iterations='1000000000'"),
+        ({"block": 0}, "block=0, not a whole number from 1"),
+        ({"iterations": 10**9}, "iterations=1000000000"),
         ({"temperature": 0}, "temperature='0', not a number from"),
         ({"sorter": "any"}, "sorter='any'"),
-        ({"sorter": "linear"}, "blocks='0'"),
+        ({"sorter": "linear"}, "blocks=0"),
         ({"cut": 1}, "shows all tokens the same blocks, later ones too"),
         ({"other": 1}, r"settings that it does not know: \['other'\]"),
     ],
