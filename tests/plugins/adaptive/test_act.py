@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -400,12 +402,13 @@ def test_the_record_and_the_card_have_the_steps_of_the_last_epoch(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
     args = TrainingArguments(
         str(tmp_path / "training"), num_train_epochs=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, learning_rate=1e-2, eval_strategy="epoch",
+        per_device_eval_batch_size=4,
     )  # fmt: skip
-    hf_optim.OptimTrainer(model=model, args=args, train_dataset=rows).train()
+    hf_optim.OptimTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4]).train()
     handle.remove()
-    assert len(counted) == 6
-    last = torch.cat(counted[3:])
+    assert len(counted) == 8  # in each epoch, three batches of training and one of evaluation
+    last = torch.cat(counted[4:7])
     run = hf_optim.run_of(model)
     figures = run.reported(run.recipe.steps[1])
     assert figures["tokens_by_steps"] == [int((last == n).sum()) for n in range(1, STEPS + 1)]
@@ -476,6 +479,7 @@ def test_a_loaded_universal_transformer_can_be_given_halting(tmp_path):
         ({"bias": "high"}, "bias is a number"),
         ({"ponder_cost": -1}, "ponder_cost"),
         ({"tied": None}, "no settings of tied blocks"),
+        ({"ponder": 1}, "settings that are not known: ['ponder']".replace("[", r"\[").replace("]", r"\]")),
     ],
 )
 def test_a_damaged_configuration_does_not_load(change, message, tmp_path):
@@ -485,6 +489,28 @@ def test_a_damaged_configuration_does_not_load(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_a_configuration_without_the_settings_does_not_load(tmp_path):
+    act(tiny_llama()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["act"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.act is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_a_copy_and_a_pickle_are_the_model_also_in_training():
+    model = act(tiny_llama()).train()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    assert model(IDS, labels=IDS).loss.requires_grad
+    assert model.pondered.cost.requires_grad
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(other(IDS).logits, expected)
+        assert passage_of(other) is not passage_of(model)
+        assert all(step.passage is passage_of(other) for step in other.model.layers)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -272,6 +272,34 @@ def test_what_a_cache_refuses():
         model(IDS, use_cache=True)
 
 
+def test_a_cache_is_of_one_batch_one_model_and_one_mask():
+    model = compressive(tiny_llama(), memory=16)
+    more = torch.ones(2, 12, dtype=torch.int64)
+    more[0, :3] = 0  # nothing was dropped yet, and windows were counted from the first token
+    for ids, other, mask, message in (
+        (IDS[:1, 11:12], model, None, "the cache holds 2 rows, and got tokens of 1"),
+        (IDS[:, 11:12], compressive(tiny_llama(), memory=16, ratio=4), None, "with another compressed memory"),
+        (IDS[:, 11:12], compressive(tiny_llama(), memory=16, compressed=1), None, "with another compressed memory"),
+        (IDS[:, 11:12], model, more, "hides other earlier tokens than before, and windows were counted"),
+    ):
+        cache = DynamicCache()
+        logits(model, IDS[:, :11], use_cache=True, **{compat.CACHE: cache})
+        with pytest.raises(ValueError, match=message):
+            logits(other, ids, attention_mask=mask, **{compat.CACHE: cache})
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_much_padding_and_no_window(tokens):
+    model = compressive(tiny_llama())
+    mask = torch.zeros(2, 23, dtype=torch.int64)
+    mask[:, 23 - tokens :] = 1
+    for given in ({"use_cache": True}, {"use_cache": False}):
+        found = logits(model, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), **given)
+        assert bool(found.isfinite().all())
+        if tokens:
+            torch.testing.assert_close(found[:, -tokens:], logits(model, IDS[:, -tokens:]))
+
+
 # -- training and checkpoints -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("loss", ["attention", "autoencoding", "task"])
 def test_the_stock_trainer_trains_the_compression(loss, tmp_path):
@@ -290,6 +318,39 @@ def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches():
     both = model(IDS, labels=IDS).loss
     parts = [model(row[None], labels=row[None], num_items_in_batch=torch.tensor(44)).loss for row in IDS]
     torch.testing.assert_close(sum(parts), both, rtol=0, atol=1e-5)
+
+
+def enable_checkpointing(model, **fields):
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(fields)
+
+
+@pytest.mark.parametrize("loss", ["attention", "autoencoding"])
+def test_activations_that_are_computed_again_leave_the_losses_as_they_are(loss):
+    grads = []
+    for kept in (True, False):
+        model = compressive(tiny_llama(), loss=loss).train()
+        if not kept:
+            enable_checkpointing(model, use_reentrant=False)
+        for ids in (IDS, IDS[:, :5]):  # the second batch has no segment that leaves the memory
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            grads.append({name: w.grad for name, w in model.named_parameters()})
+    for one, other in zip(grads[:2], grads[2:], strict=True):
+        assert all((one[name] is None) == (other[name] is None) for name in one)
+        torch.testing.assert_close(
+            {n: g for n, g in one.items() if g is not None}, {n: g for n, g in other.items() if g is not None}
+        )
+    enable_checkpointing(model, use_reentrant=True)
+    with pytest.raises(ValueError, match="no gradient under reentrant checkpoints of activations"):
+        model(IDS, labels=IDS)
+
+
+def test_a_loss_that_nobody_read_is_not_added_to_that_of_another_batch():
+    model = compressive(tiny_llama()).train()
+    model(IDS)
+    copy.deepcopy(model)
+    assert model(IDS[:, :1]).logits.shape[1] == 1
+    assert model.compression_loss() is None
 
 
 def test_a_copy_and_a_pickle_are_the_model():
@@ -341,11 +402,11 @@ def test_a_checkpoint_without_a_convolution_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"segment": 5}, "segments of 5 tokens and a memory of 2: windows of 2 must divide both"),
-        ({"memory": 0}, "memory='0', not a whole number from 1"),
-        ({"compressed": 0}, "compressed='0'"),
-        ({"ratio": 10**9}, "ratio='1000000000'"),
+        ({"memory": 0}, "memory=0, not a whole number from 1"),
+        ({"compressed": 0}, "compressed=0"),
+        ({"ratio": 10**9}, "ratio=1000000000"),
         ({"function": "sum"}, "function='sum', not one of conv, mean, max"),
-        ({"loss": None}, "loss='None', not one of"),
+        ({"loss": None}, "loss=None, not one of"),
         ({"loss_weight": "1"}, "loss_weight='1', not a number from 0"),
         ({"window": 3}, "settings that it does not know"),
     ],

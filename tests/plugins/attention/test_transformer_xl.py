@@ -418,11 +418,11 @@ def test_new_weights_follow_the_seed_and_the_dtype():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"segment": 0}, "segment='0', not a whole number from 1"),
-        ({"memory": 0}, "memory='0', not a whole number from 1"),
+        ({"segment": 0}, "segment=0, not a whole number from 1"),
+        ({"memory": 0}, "memory=0, not a whole number from 1"),
         ({"positions": "absolute"}, "positions='absolute', not one of carried, relative"),
-        ({"stop_gradient": 1}, "stop_gradient='1', not true or false"),
-        ({"clamp": -1}, "clamp='-1'"),
+        ({"stop_gradient": 1}, "stop_gradient=1, not true or false"),
+        ({"clamp": -1}, "clamp=-1"),
         ({"window": 3}, "settings that it does not know"),
     ],
 )
