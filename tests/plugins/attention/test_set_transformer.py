@@ -309,7 +309,7 @@ def test_what_a_checkpoint_lacks_is_drawn_and_a_pooling_head_is_not_dropped(tmp_
     [
         ({"points": 0}, "points=0, not a whole number from 1"),
         ({"layer_norm": "no"}, "layer_norm='no', not true or false"),
-        ({"seeds": 3}, "pooling_heads=None"),
+        ({"seeds": 3}, "pooling_heads='None'"),
         ({"scale": "head"}, "scale='head', not one of model, width"),
         ({"m": 4}, r"settings that it does not know: \['m'\]"),
     ],
