@@ -19,7 +19,6 @@ from transformers import AttentionInterface
 
 from ..modules.mixed_classes import mixed
 from .attachment import FIELD, Attachment, PatternConfig, PreparedModel, number_layers, require_no_weights
-from .mixed_classes import mixed
 from .model_caches import call_uncompiled
 from .pattern import Pattern
 from .row_state import Call, NewTokens, TensorState
