@@ -12,6 +12,7 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+import hf_optim
 from hf_optim.toolkit.attention import FIELD, Band, HeadPatterns, Pattern, PatternLayer, kept, slots_for, tokens_kept
 from hf_optim.toolkit.attention.caches import HeldKeys
 from hf_optim.toolkit.compat import CACHE
@@ -231,6 +232,20 @@ def test_a_compiled_model_decodes_as_before(way):
             found = compiled(IDS[:, at : at + 1], **{CACHE: cache}).logits
             torch.testing.assert_close(found, expected[:, at : at + 1], rtol=0, atol=1e-12)
     assert {type(layer) for layer in cache.layers} == {PatternLayer}
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_bert])
+def test_a_compiled_model_without_a_cache_computes_as_before(build, padded):
+    model = hf_optim.optimize(build(), [{"technique": "blockwise", "block": 4}]).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, 25:] = 0
+    given = {"input_ids": IDS, **({"attention_mask": mask} if padded else {})}
+    given |= {"use_cache": False} if build is tiny_llama else {}
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(**given)[0]
+        assert torch.equal(found, model(**given)[0])
     torch.compiler.reset()
 
 

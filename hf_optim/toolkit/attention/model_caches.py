@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
@@ -26,14 +26,9 @@ _disabled: list[Callable[..., Any]] = []
 def call_with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a model with a cache that drops keys, where it has or makes one.
 
-    With such a cache the forward is not compiled: how many keys there are changes all the time.
+    The forward is not compiled: what is computed depends on the padding and on how many keys a cache holds.
     """
-    kwargs = prepare_call(model, args, kwargs)
-    for value in (*args, *kwargs.values()):
-        layers = getattr(value, "layers", ()) if isinstance(value, Cache) else ()
-        if any(getattr(each, "holds_visible_keys", False) for each in layers):
-            return call_uncompiled(model, args, kwargs)
-    return nn.Module.__call__(model, *args, **kwargs)
+    return call_uncompiled(model, args, prepare_call(model, args, kwargs))
 
 
 def call_uncompiled(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
