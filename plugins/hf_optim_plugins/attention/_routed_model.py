@@ -289,7 +289,10 @@ class RoutedModel(LearnedModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)
+        as_tuple = isinstance(out, tuple)
         loss = getattr(out, "loss", None)
+        if as_tuple and kwargs.get("labels") is not None:
+            loss = out[0]
         if not self.training or loss is None:  # type: ignore[attr-defined]
             return out
         parts = [getattr(module, PART, None) for module in attentions(self)]  # type: ignore[arg-type]
@@ -309,5 +312,8 @@ class RoutedModel(LearnedModel):
             term = term * (labels != -100).sum() / items
         for part in found:
             part.centroids.commitment = None
-        out["loss"] = loss + term.to(loss)
+        whole_loss = loss + term.to(loss)
+        if as_tuple:
+            return (whole_loss, *out[1:])
+        out["loss"] = whole_loss
         return out

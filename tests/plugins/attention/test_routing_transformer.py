@@ -303,6 +303,14 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_centroids():
         model(IDS, labels=IDS, use_cache=False)
 
 
+def test_the_commitment_loss_is_part_of_a_loss_in_a_tuple():
+    losses = []
+    for as_dict in (True, False):
+        model = routed(tiny_llama().double(), commitment=10.0, calibration=IDS).train()
+        losses.append(model(IDS, labels=IDS, use_cache=False, return_dict=as_dict)[0])
+    assert losses[0] == losses[1]
+
+
 def test_the_commitment_loss_is_part_of_the_loss_in_training():
     with_loss, without = (routed(tiny_llama().double(), commitment=c, calibration=IDS) for c in (10.0, 0.0))
     plain = without.train()(IDS, labels=IDS).loss
