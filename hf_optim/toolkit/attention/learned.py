@@ -222,4 +222,4 @@ def initialize_part(part: nn.Module) -> None:
             module._is_hf_initialized = True  # type: ignore[assignment]
         for held, name, each, value in kept:
             each.copy_(value)
-            held[name] = each
+            held[name] = each  # type: ignore[assignment]

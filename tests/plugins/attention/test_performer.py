@@ -401,7 +401,7 @@ def test_settings_of_a_checkpoint_are_checked():
     model = performer(tiny_llama())
     good = model.config.attention_pattern
     for changed, message in [
-        ({"features": -1}, "features='-1'"),
+        ({"features": -1}, "features=-1"),
         ({"kernel": "x" * 99}, "kernel="),
         ({"learned": 1}, "learned="),
         ({"redraw": 2, "learned": True}, "choose one"),

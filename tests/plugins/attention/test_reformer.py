@@ -416,8 +416,8 @@ def test_rotations_stay_whole_in_every_dtype_and_are_drawn_again_where_they_lack
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"chunk": 0}, "chunk='0', not a whole number from 2"),
-        ({"rounds": 10**9}, "rounds='1000000000'"),
+        ({"chunk": 0}, "chunk=0, not a whole number from 2"),
+        ({"rounds": 10**9}, "rounds=1000000000"),
         ({"factors": []}, "even numbers, or"),
         ({"factors": [3]}, "even numbers, or"),
         ({"factors": [256, 256]}, "65536 buckets: at most 16384"),

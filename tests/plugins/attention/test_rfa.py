@@ -311,7 +311,7 @@ def test_settings_of_a_checkpoint_are_checked():
     model = rfa(tiny_llama())
     good = model.config.attention_pattern
     for changed, message in [
-        ({"features": -1}, "features='-1'"),
+        ({"features": -1}, "features=-1"),
         ({"tau": "1"}, "tau="),
         ({"floor": float("nan")}, "floor="),
         ({"gate": None}, "gate="),
