@@ -339,10 +339,8 @@ def _require_losses(model: Any, settings: Mapping[str, Any]) -> None:
     if settings["function"] != "conv" or settings["loss"] == "task":
         return
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
-            "use_reentrant", True
-        ):
+        given = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(module, "gradient_checkpointing", False) and given.get("use_reentrant", True):
             raise ValueError(
                 f"the loss {settings['loss']} of the compression has no gradient under reentrant checkpoints of "
                 'activations: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
