@@ -217,7 +217,12 @@ class AdaptiveSpan(Technique):
             run.report(self, fixed=True)
             if before is not None:
                 after = mean_loss(run.model, batches)
-                run.report(self, perplexity_as_trained=math.exp(before), perplexity_fixed=math.exp(after))  # type: ignore
+                run.report(
+                    self,
+                    perplexity_as_trained=math.exp(before),
+                    perplexity_fixed=math.exp(after),  # type: ignore[arg-type]
+                    perplexity_on=f"{len(batches)} batches of the {run.state(self).source} data",
+                )
         self._report(run)
 
     def recompute(self, case: Any) -> dict[str, Any]:
@@ -276,7 +281,7 @@ class AdaptiveSpan(Technique):
             )
         if "perplexity_fixed" in figures:
             text += (
-                f". Fixing the windows changed the perplexity on batches of the training from "
+                f". Fixing the windows changed the perplexity on {figures['perplexity_on']} from "
                 f"{figures['perplexity_as_trained']:.4g} to {figures['perplexity_fixed']:.4g}"
             )
         card.paragraph("Adaptive spans", f"{text}.")
@@ -301,9 +306,10 @@ class ClampSpans(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.step.fix:
-            self.run.state(self.step).batches = some_batches(
-                kwargs.get("eval_dataloader") or kwargs.get("train_dataloader")
-            )
+            held_out = kwargs.get("eval_dataloader")
+            found = some_batches(held_out or kwargs.get("train_dataloader"))
+            kept = self.run.state(self.step)
+            kept.batches, kept.source = found, "evaluation" if held_out else "training"
 
 
 def some_batches(loader: Any, most: int = 8) -> list[Any]:

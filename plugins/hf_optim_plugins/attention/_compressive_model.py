@@ -285,7 +285,16 @@ class CompressiveTransformerModel(PatternModel):
         if settings is not None and settings["table"]:
             named = {**kwargs, "input_ids": args[0]} if args else kwargs
             require_positions(named, settings["table"])
-        return super().__call__(*args, **kwargs)
+        out = super().__call__(*args, **kwargs)
+        # Some heads compute their loss by themselves, and not by ``loss_function``.
+        lost = self.compression_loss() if self.training and kwargs.get("labels") is not None else None  # type: ignore[attr-defined]
+        if lost is None:
+            return out
+        lost = lost * settings["loss_weight"]  # type: ignore[index]
+        if isinstance(out, tuple):
+            return (out[0] + lost.to(out[0]), *out[1:])
+        out["loss"] = out["loss"] + lost.to(out["loss"])
+        return out
 
     def set_up_attention(self) -> None:
         super().set_up_attention()

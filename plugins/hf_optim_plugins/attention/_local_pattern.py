@@ -15,7 +15,18 @@ def build(settings: Mapping[str, Any], layer: int, heads: int, causal: bool) -> 
     return [Pattern((Band(reach, reach),), causal)]
 
 
-ATTACHMENT = Attachment("hf_optim_local", build)
+class LocalAttachment(Attachment):
+    """The attention function of ``local``."""
+
+    def require_settings(self, config: Any) -> None:
+        """Raise ``ValueError`` for other settings, and for full layers that the model does not have."""
+        super().require_settings(config)
+        layers, full = config.get_text_config().num_hidden_layers, wholes(self._settings(config), "full_layers")
+        if full and max(full) >= layers:
+            raise ValueError(f"the attention pattern has full_layers up to {max(full)}, and the model {layers} layers")
+
+
+ATTACHMENT = LocalAttachment("hf_optim_local", build)
 ATTACHMENT.register()
 
 

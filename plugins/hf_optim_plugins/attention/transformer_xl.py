@@ -11,7 +11,7 @@ Positions:
 
 - ``carried``, for a pretrained decoder: the memory holds keys and values with the positions of the whole text. This is
   not what the paper trains: it is exact. A memory that covers the text gives the dense model, and nothing needs to be
-  trained. Rotary positions go on without an end. A learned table of positions (GPT-2, OPT) ends: texts up to its length
+  trained. Rotary positions go on without end. A learned table of positions (GPT-2, OPT) ends: texts up to its length
   take less memory, and longer ones are refused.
 - ``relative``, the paper's section 3.3, for models trained from scratch: ``A[i, j] = (q_i + u) k_j + (q_i + v) W_r
   r(i - j)``, with sines and cosines as halves. The positions of the model are switched off (a table of positions gives

@@ -356,9 +356,10 @@ def test_fixed_windows_hold_all_that_the_ramp_leaves_on(tmp_path):
     assert figures["longest_spans"] == [max(layer) for layer in windows]
     assert figures["perplexity_fixed"] > 1
     assert figures["perplexity_fixed"] != figures["perplexity_as_trained"]
+    assert figures["perplexity_on"] == "2 batches of the training data"
     model.save_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Fixing the windows changed the perplexity" in card
+    assert "Fixing the windows changed the perplexity on 2 batches of the training data from" in card
     assert f"{figures['cache_bytes']:,} bytes" in card
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert torch.equal(logits(again), logits(model.eval()))

@@ -13,7 +13,14 @@ from recurrent_oracle import compressive_logits_of
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_optim
 from hf_optim import CheckpointError, ModelError, RecipeError
@@ -343,6 +350,26 @@ def test_activations_that_are_computed_again_leave_the_losses_as_they_are(loss):
     enable_checkpointing(model, use_reentrant=True)
     with pytest.raises(ValueError, match="no gradient under reentrant checkpoints of activations"):
         model(IDS, labels=IDS)
+
+
+def test_heads_with_a_loss_of_their_own_train_the_compression():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        off = {"pad_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2ForSequenceClassification(GPT2Config(**{**tiny_gpt2().config.to_dict(), **off}))
+    model = compressive(model.eval(), loss_weight=3.0).train()
+    labels = torch.tensor([0, 1])
+    out = model(IDS, labels=labels)
+    task = functional.cross_entropy(out.logits, labels)
+    assert out.loss > task + 1e-4
+    torch.testing.assert_close(model(IDS, labels=labels, return_dict=False)[0], out.loss)
+    (out.loss - task).backward()
+    named = model.named_parameters()
+    trained = {name.split(".compression.")[-1] for name, w in named if w.grad is not None and bool(w.grad.any())}
+    assert trained == {"conv.weight", "conv.bias"}
+    model(IDS)
+    lost = model.compression_loss()
+    torch.testing.assert_close(out.loss - task, 3 * lost)
 
 
 def test_a_loss_that_nobody_read_is_not_added_to_that_of_another_batch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 import pytest
@@ -286,6 +287,16 @@ def test_windows_by_layer_where_no_class_has_them(family):
     assert bool(reached[2][0]) == (family == "bert")
     every = localize(exact(TINY[family]), window=3, full_layers=(0, 1)).model
     assert torch.allclose(logits(every), logits(exact(TINY[family])), rtol=0, atol=1e-12)
+
+
+def test_a_configuration_with_full_layers_that_are_not_there_does_not_load(tmp_path):
+    localize(tiny_gpt2(), window=3, full_layers=(1,)).model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["attention_pattern"]["full_layers"] = [2]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="full_layers up to 2, and the model 2 layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
 
 
 def test_full_layers_are_layers_of_the_model():
