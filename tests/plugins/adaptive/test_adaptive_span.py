@@ -470,3 +470,12 @@ def test_what_cannot_be_computed_is_refused():
         spans_of(model)[1].z[2] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         logits(model)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training():
+    model = hf_optim.optimize(tiny_llama(num_hidden_layers=1), [{"technique": "adaptive_span", "ramp": 4, "init": 0.1}])
+    ids = torch.arange(3, 23)[None]
+    losses = [each(ids, labels=ids).loss for each in (model.train(), torch.compile(model, backend="eager"))]
+    torch._dynamo.reset()
+    torch.testing.assert_close(*losses)

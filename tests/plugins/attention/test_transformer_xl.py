@@ -497,3 +497,11 @@ def test_what_relative_positions_do_not_take():
 def test_two_owners_of_attention_are_refused():
     with pytest.raises(RecipeError, match="transformer_xl"):
         recurrent(tiny_llama(), {"technique": "blockwise", "block": 4})
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training():
+    model = recurrent(tiny_llama(num_hidden_layers=1)).train()
+    losses = [each(IDS, labels=IDS).loss for each in (model, torch.compile(model, backend="eager"))]
+    torch._dynamo.reset()
+    torch.testing.assert_close(*losses)
