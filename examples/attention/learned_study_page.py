@@ -43,8 +43,11 @@ def page(results: Mapping[str, Any]) -> str:
 babyllama-1m converted by each technique and trained on {tokens["trained"]:,} tokens ({results["steps"]} steps), the
 same for all; the dense row is the control, trained too. Perplexity of {tokens["held_out"]:,} held-out tokens in rows of
 256, mean of {results["seeds"]} seeds and half of their range. *From nothing*: the same training from random weights.
-Processor time of a step of 8 rows on a CPU, KiB of the cache after 256 tokens in float32, and parameters. Rows are
-short: at 256 tokens none of them is faster than dense attention, and memories cover less than a row. Made by
+Processor time of a step of 8 rows on a CPU under other load, KiB that the cache has taken after 256 tokens in float32
+(room for later tokens included), and parameters. The rate of this training suits models that must learn again: it costs
+the dense model a little. Rows are short: at 256 tokens none of them is faster than dense attention, and memories cover
+less than a row. Performer and RFA are converted here without distillation; [with it](linear.md) their error is smaller.
+Made by
 [examples/attention/learned_study.py](../../examples/attention/learned_study.py).
 
 | technique | converted | trained | from nothing | s / step | cache, KiB | parameters |

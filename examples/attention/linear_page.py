@@ -24,7 +24,7 @@ def page(results: Mapping[str, Any]) -> str:
     """Return the page; parts that were not run are left out."""
     parts = [
         "# Attention by random features\n\nMade by [examples/attention/linear.py](../../examples/attention/linear.py). "
-        "[What the techniques do](../../docs/attention.md#performer).\n"
+        "[What the techniques do](../../docs/learned-attention.md#performer).\n"
     ]
     parts += [write(results[name]) for name, write in PARTS.items() if name in results]
     return "\n".join(parts)

@@ -43,7 +43,9 @@ IMPORTS = "import torch\nfrom transformers import AutoModelForCausalLM, GPT2Conf
 
 
 def converted(model=None, window=4):
-    model = remote_code.convert(model if model is not None else tiny_gpt2(), CODE, {"window": window, "full_layers": []})
+    model = remote_code.convert(
+        model if model is not None else tiny_gpt2(), CODE, {"window": window, "full_layers": []}
+    )
     model.set_attn_implementation(_local_pattern.ATTACHMENT.name)
     return model
 
