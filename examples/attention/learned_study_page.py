@@ -82,7 +82,7 @@ def draw(results: Mapping[str, Any], target: Path) -> None:
         [max(e) - m for m, e in zip(means, ends, strict=True)],
     ]
     left.barh(names, means, xerr=errors, color=COLOURS[0])
-    left.set(xlabel="held-out perplexity after training", xscale="log")
+    left.set(xlabel="held-out perplexity after training", xlim=(0, None))
     left.invert_yaxis()
     names = list(recall)
     for shift, (task, colour) in enumerate(zip(("copy", "lookup"), COLOURS, strict=False)):
@@ -91,6 +91,6 @@ def draw(results: Mapping[str, Any], target: Path) -> None:
     right.set_yticks([index + 0.19 for index in range(len(names))], names)
     right.set(xlabel="share of right symbols", xlim=(0, 1.02))
     right.invert_yaxis()
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(target)
