@@ -473,6 +473,7 @@ def test_what_cannot_be_computed_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of the compiler
 def test_compiled_training_is_training():
     model = hf_optim.optimize(tiny_llama(num_hidden_layers=1), [{"technique": "adaptive_span", "ramp": 4, "init": 0.1}])
     ids = torch.arange(3, 23)[None]

@@ -500,6 +500,7 @@ def test_two_owners_of_attention_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of the compiler
 def test_compiled_training_is_training():
     model = recurrent(tiny_llama(num_hidden_layers=1)).train()
     losses = [each(IDS, labels=IDS).loss for each in (model, torch.compile(model, backend="eager"))]
