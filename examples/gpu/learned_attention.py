@@ -4,7 +4,8 @@
 
 With words, only the sections that have one of them in their names run: ``check`` (each attention in the dtype that is
 timed against itself in float64) and ``times`` (one row, 16 heads of 64, without padding). A technique has an entry in
-``BUILDERS``: a function that takes a ``Shape`` and returns the call and its weights.
+``BUILDERS``: a function that takes a ``Shape`` and returns the call and its weights. Causal ones are taken out of a model
+of one layer that is converted (``CONVERTED``), as a recipe does it; their tests compare them with float64.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from sections import Sections
 from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+import hf_optim
+from hf_optim.toolkit.attention import PART, Call
 from hf_optim_kernels.common import benchmark
 from hf_optim_plugins.attention._induced_attention import InducedAttention
 from hf_optim_plugins.attention._length_projection import LengthProjection, projected_attention
@@ -31,7 +35,7 @@ LENGTHS = [1 << power for power in (range(10, 17) if DEVICE == "cuda" else range
 LINEAR_FROM = 4096 if DEVICE == "cuda" else 256  # tokens: from here on exponents are fitted
 CHECKED = 1024
 TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-4  # of relative errors against float64
-DENSE = "sdpa"
+DENSE, DENSE_CAUSAL = "sdpa", "sdpa, causal"
 
 
 class Shape(NamedTuple):
@@ -70,11 +74,55 @@ def set_transformer(shape: Shape, points: int = 256) -> Built:
     return Built(lambda q, k, v: part(q, k, v, None, shape.size**-0.5), list(part.parameters()))
 
 
-# Name -> builder. Attention of encoders is beside SDPA without a mask; for causal ones add a causal SDPA.
+# Name -> builder. Attention of encoders is beside SDPA without a mask.
 BUILDERS: dict[str, Callable[[Shape], Built]] = {
     DENSE: sdpa,
     "linformer, k = 256": linformer,
     "set_transformer, m = 256": set_transformer,
+}
+
+
+# Name -> step of a recipe, for causal models; beside SDPA with a causal mask.
+CONVERTED = {
+    "performer, m = 128": {"technique": "performer", "features": 128},
+    "rfa, m = 64": {"technique": "rfa", "features": 64},
+    "reformer, 4 rounds": {"technique": "reformer", "chunk": 64, "rounds": 4},
+    "routing_transformer": {
+        "technique": "routing_transformer", "clusters": 16, "window": 128, "local_heads": 0, "init": "first_batch",
+    },
+    "sinkhorn": {"technique": "sinkhorn", "block": 64},
+}  # fmt: skip
+
+
+def causal_sdpa(shape: Shape) -> Built:
+    return Built(functools.partial(F.scaled_dot_product_attention, is_causal=True), [])
+
+
+def converted(step: dict[str, object], shape: Shape) -> Built:
+    """Return the attention of a Llama of one layer whose recipe has one step."""
+    width = shape.heads * shape.size
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads, max_position_embeddings=shape.tokens,
+    )  # fmt: skip
+    model = hf_optim.optimize(LlamaForCausalLM(config).to(**shape.about).eval(), [step])
+    attachment = AttentionInterface()[model.config._attn_implementation].__self__
+    module = model.model.layers[0].self_attn
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        given = Call(
+            module=module, query=q, key=k, value=v, lengths=None, earlier=None, causal=True, scale=shape.size**-0.5,
+            dropout=0.0, layer=0, state=None, keeps=False,
+        )  # fmt: skip
+        return attachment.compute_call(getattr(module, PART, None), given)[0]
+
+    return Built(call, [])
+
+
+TIMED = {
+    **BUILDERS,
+    DENSE_CAUSAL: causal_sdpa,
+    **{name: functools.partial(converted, step) for name, step in CONVERTED.items()},
 }
 
 
@@ -89,7 +137,8 @@ def step(built: Built, q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> tuple[
     """Forward and backward, with the gradients of queries, keys, values and weights."""
     inputs = [each.detach().requires_grad_() for each in (q, k, v)]
     out = built.call(*inputs)
-    return (out, *torch.autograd.grad(out, [*inputs, *built.weights], slope))
+    found = torch.autograd.grad(out, [*inputs, *built.weights], slope, allow_unused=True)  # LSH attention reads no keys
+    return (out, *found)
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -160,9 +209,10 @@ def summary(rows: dict[str, dict[int, dict[str, object]]]) -> dict[str, object]:
     for what in ("forward_us", "step_us"):
         times = {name: {n: row[what] for n, row in own.items() if what in row} for name, own in rows.items()}
         for name, own in times.items():
+            dense = DENSE if name in BUILDERS else DENSE_CAUSAL
             found.setdefault(name, {})[what] = {
                 "exponent": exponent(own),
-                "faster_from": crossing(own, times[DENSE]) if name != DENSE else None,
+                "faster_from": crossing(own, times[dense]) if name != dense else None,
             }
     return found
 
@@ -201,9 +251,9 @@ def check():
 @section("times")
 def times():
     """Times and memory by name and length, exponents and crossing points."""
-    rows = {name: {} for name in BUILDERS}
+    rows = {name: {} for name in TIMED}
     for n in LENGTHS:
-        for name, build in BUILDERS.items():
+        for name, build in TIMED.items():
             row = rows[name][n] = measured(build, Shape(16, 64, n, DEVICE, DTYPE))
             shown = "  ".join(
                 f"{key} {value / 2**20:.0f} MiB" if "bytes" in key else f"{key} {value:.0f}"
