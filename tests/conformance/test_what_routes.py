@@ -58,6 +58,7 @@ def test_the_roles_of_the_model():
     }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", catalogue().names())
 def test_a_technique_leaves_what_routes_alone(name, tmp_path):
     cls, (model, routing) = catalogue().get(name), a_mixture(name)

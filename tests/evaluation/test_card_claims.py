@@ -118,7 +118,7 @@ def entry_of(name):
         return None
     model = next(
         model
-        for build, sizes in (("llama", 1), ("mixtral", 1), ("t5", 2), ("vit", 2))
+        for build, sizes in (("llama", 1), ("mixtral", 1), ("t5", 2), ("vit", 2), ("llama", 2))
         if takes(cls, model := TINY[build](**{"num_layers" if build == "t5" else "num_hidden_layers": sizes}))
     )
     made = hf_optim.optimize(
@@ -129,6 +129,7 @@ def entry_of(name):
     return copy.deepcopy(run.reported(step)), run.covered(step)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("first", sorted({pair[0] for pair in PAIRS}))
 def test_every_pair_that_composes_has_a_card_without_contradictions(first, tmp_path):
     """The card of each pair from what its steps report alone, with the traits and the reload level of the pair."""

@@ -235,6 +235,7 @@ def test_a_compiled_model_decodes_as_before(way):
     torch.compiler.reset()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert])
 def test_a_compiled_model_without_a_cache_computes_as_before(build, padded):

@@ -72,7 +72,7 @@ def live_bytes():
     gc.collect()
     found = {}
     for each in gc.get_objects():
-        if isinstance(each, torch.Tensor):
+        if type(each) in (torch.Tensor, nn.Parameter) and not each.is_meta:  # others may have no memory
             found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     return sum(found.values())
 

@@ -219,6 +219,7 @@ def test_the_divergence_of_variational_dropout_is_divided_by_the_examples_of_any
     assert logs[1:] == [pytest.approx(logs[0], rel=1e-5)] * 2
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("step", ["logit_kd", "top_k", "states", "distilbert"])
 def test_a_step_without_labels_has_only_the_terms_that_need_none(tmp_path, step: str):
     for size in (8, 2):

@@ -120,6 +120,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_retraining_has_the_learning_rates_of_the_original(tmp_path, kind):
     """A dense phase of 6 steps, two rounds of its steps 2..5, and one step that is left over."""

@@ -219,6 +219,7 @@ def test_decoding_token_by_token_gives_what_one_pass_gives(build, tied):
             assert len(cache.layers) == STEPS
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_bert])
 def test_rows_do_not_depend_on_each_other_and_padding_never_ponders(build, side):

@@ -97,6 +97,7 @@ def close(found, expected, z):
         assert float(other.grad.abs().sum()) > 0
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_outputs_and_gradients_are_those_of_the_formula(family, monkeypatch):
     dense = model_of(family)
@@ -152,6 +153,7 @@ def spans_module():
     return _span_mask
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [*DECODERS, tiny_bert])
 def test_the_longest_spans_are_the_dense_model_to_the_bit(build):
     expected = logits(build())
@@ -169,6 +171,7 @@ def test_the_longest_span_is_a_limit():
     torch.testing.assert_close(logits(model), logits(windowed), rtol=0, atol=1e-12)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("build", DECODERS)
 def test_nothing_comes_from_the_future_or_from_beyond_the_span(build, blocks, monkeypatch):
@@ -218,6 +221,7 @@ def ready(model):
     return model
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("build", DECODERS)
 def test_generation_with_a_cache_equals_generation_without(build, fixed):

@@ -308,6 +308,7 @@ def test_much_padding_and_no_window(tokens):
 
 
 # -- training and checkpoints -----------------------------------------------------------------------------------------
+@pytest.mark.many
 @pytest.mark.parametrize("loss", ["attention", "autoencoding", "task"])
 def test_the_stock_trainer_trains_the_compression(loss, tmp_path):
     model = compressive(tiny_llama(), moved=False, loss=loss)

@@ -54,6 +54,7 @@ def dense_oracle():
         interface._global_mapping.pop(name, None)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sharing", SHARING)
 def test_outputs_and_gradients_are_those_of_the_formula(sharing, dense_oracle):
     model = linformer(tiny_bert().double(), start="random", short="zero", sharing=sharing)
@@ -75,6 +76,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(sharing, dense_oracle):
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("fields", [{"k": 64}, {"k": 23, "length": 23}, {"k": 32, "start": "interleaved"}], ids=str)
 def test_as_many_keys_as_tokens_are_full_attention(fields):
     model, dense = linformer(tiny_bert().double(), **fields), tiny_bert().double()
@@ -94,6 +96,7 @@ def test_pictures_as_many_keys_as_patches():
     assert hf_optim.run_of(model).record.steps["0"]["length"] == 5
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("short", ["weighted", "zero"])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padded_rows_are_rows_alone(side, short):

@@ -97,6 +97,7 @@ def oracle(query, value, buckets, scheme, causal):
     return torch.stack(rows).unflatten(0, (heads, count))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize(("causal", "after"), [(True, 0), (False, 0), (False, 1)])
 @pytest.mark.parametrize("name", SCHEMES)

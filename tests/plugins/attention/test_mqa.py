@@ -50,6 +50,7 @@ def test_it_equals_the_model_with_the_pooled_heads_repeated(family, kv_heads):
     assert not close(logits(made, **inputs), logits(model, **inputs), family)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("family", "kv_heads"), [("opt", 1), ("neox", 2), ("phi3", 2)])
 def test_gradients_are_the_sums_over_the_heads_that_were_made_equal(family, kv_heads):
     repeated, shared = equalize(tiny(family), family, kv_heads), share(tiny(family), kv_heads)
@@ -108,6 +109,7 @@ def test_the_cache_holds_the_shared_heads_alone(family, kv_heads):
     assert run_of(made).reported(step)["cache_bytes_after"] == per_token
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("family", "cache"), [("gpt2", "dynamic"), ("opt", "static"), ("neox", "dynamic")])
 def test_generation_with_a_cache_equals_generation_without(family, cache):
     made = share(tiny(family), 2)

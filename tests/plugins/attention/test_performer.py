@@ -242,6 +242,7 @@ def test_an_installed_kernel_computes_the_same_and_continues_the_same_state(caus
 # -- in models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", DECODERS)
 def test_decoding_with_sums_is_the_forward_of_the_whole_row(build):
     model = performer(build(), kernel="softmax").eval()

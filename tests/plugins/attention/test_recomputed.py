@@ -19,6 +19,7 @@ STEPS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", STEPS)
 def test_two_forwards_before_one_backward_have_the_gradients_of_each(name, reentrant):

@@ -87,6 +87,7 @@ def test_outputs_and_gradients_are_those_of_the_oracle(build, scheme, pairwise):
     assert all("k_proj" in name or ".key." in name for name in gone)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", DECODERS)
 def test_nothing_comes_from_the_future(build):
     model = reformer(build().double())
@@ -115,6 +116,7 @@ def test_a_padded_row_is_that_row_alone(build, side):
         torch.testing.assert_close(found[0], body(IDS[:1])[0][0], rtol=0, atol=1e-11)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("build", [*DECODERS, tiny_bert])
 def test_a_chunk_of_the_whole_text_is_full_attention_with_shared_keys(build):
     full = reformer(build(), chunk=32)
@@ -126,6 +128,7 @@ def test_a_chunk_of_the_whole_text_is_full_attention_with_shared_keys(build):
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
+@pytest.mark.many
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}])
 @pytest.mark.parametrize("build", DECODERS)
 def test_generation_with_a_cache_is_generation_without(build, more):
@@ -139,6 +142,7 @@ def test_generation_with_a_cache_is_generation_without(build, more):
     assert torch.equal(without[1:, 9:], alone)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("parts", [(7, 16), (1, 1, 3, 18), (22, 1)])
 def test_parts_of_a_row_from_a_cache_are_the_row_in_one(parts, reversible):

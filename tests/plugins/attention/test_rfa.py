@@ -221,6 +221,7 @@ def test_an_installed_kernel_computes_the_same_and_continues_the_same_state(caus
 # -- in models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("build", "gate"), [(tiny_llama, True), (tiny_gpt2, False), (tiny_opt, True)])
 def test_decoding_with_sums_is_the_forward_of_the_whole_row(build, gate):
     model = rfa(build().double(), gate=gate).eval()
