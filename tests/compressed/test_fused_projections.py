@@ -453,6 +453,7 @@ def test_a_compiled_model_has_one_product_per_group(captured, mode):
     assert all(fused_output.cached is None for fused_output in fused_outputs(model))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_generates(backend):
     model = packed(kernel=TRACED)

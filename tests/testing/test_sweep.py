@@ -29,6 +29,7 @@ def stock():
         yield process
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", CLASSES)
 def test_text_vision_and_speech_pass(name, tmp_path, stock):
     result = checks.check_class(name, tmp_path, stock, ["w4a16"])

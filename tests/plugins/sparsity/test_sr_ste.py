@@ -192,6 +192,7 @@ def test_before_sparsity_begins_it_is_dense_training(tmp_path, caplog):
     assert same(last.model, plain)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("term", ["update", "gradient"])
 def test_a_decay_that_turns_signs_is_refused_under_sgd(term, tmp_path):
     """W ← (1 - γ λ) W for masked-out weights: above 1 the sign turns, above 2 it grows. Other optimizers train."""
