@@ -56,11 +56,6 @@ ENCODER = [Shape(12, 64, n, p) for n in (4096, 16384) for p in list(PATTERNS)[:4
 SHAPES = [*ENCODER, Shape(32, 128, 16384, "window 1024 causal")]
 TILE_SHAPES = [Shape(12, 64, 16384, "window 256"), Shape(12, 64, 16384, "big bird"), SHAPES[-1]]
 LENGTHS = [1 << power for power in range(10, 18)]
-# Goals of the forward on an H200, in microseconds.
-GOALS = {
-    ("window 256", 4096): 44, ("window 256", 16384): 125, ("globals 64", 4096): 60, ("globals 64", 16384): 500,
-    ("big bird", 4096): 60, ("big bird", 16384): 500, ("window 1024 causal", 16384): 993,
-}  # fmt: skip
 # Candidates of each launch, by (block, head size).
 TRIED = {
     FORWARD: {
@@ -315,14 +310,13 @@ def show(shape, row):
         if isinstance(each, dict) and "forward" in each:
             values = [each.get("forward"), each.get("step")]
             parts.append(name + " " + " / ".join(f"{x:.0f}" if isinstance(x, float) else str(x)[:60] for x in values))
-    goal = GOALS.get((shape.pattern, shape.n))
     fair = row["sdpa"]["forward"] * row["share"] * (2 if shape.causal else 1) if "sdpa" in row else 0
     least = {
         block: max(each[k] for k in ("multiply", "exponentials", "bytes")) for block, each in row["bounds"].items()
     }
     print(
         f"{shape.heads}x{shape.size} {shape.n:6d} {shape.pattern:18s} visible {row['share']:.3f}", "; ".join(parts),
-        f"| least {', '.join(f'{us:.0f}' for us in least.values())}, share of SDPA {fair:.0f}, goal {goal}", flush=True,
+        f"| least {', '.join(f'{us:.0f}' for us in least.values())}, share of SDPA {fair:.0f}", flush=True,
     )  # fmt: skip
 
 

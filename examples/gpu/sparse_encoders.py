@@ -60,7 +60,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "big_bird": {"block": 64, "random": 3},
     "etc": {"radius": 256},
 }
-GOALS_MS = {4096: 2.00, 16384: 3.1}
 
 
 def build(name: str) -> Any:
