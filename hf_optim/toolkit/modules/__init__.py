@@ -4,6 +4,7 @@ from . import (
     coded_experts,
     grouped_experts,
     mixed_classes,
+    own_loss,
     remote_code_guard,
     replace,
     reversible,
@@ -15,6 +16,7 @@ from .compare import main_output, output_difference, rounding_tolerance
 from .grouped_experts import grouped_where_it_fits
 from .mixed_classes import mixed
 from .modes import eval_mode
+from .own_loss import read_own_loss, watch_own_loss
 from .remote_code_guard import RefusedByStock
 from .replace import ReplacedModules
 from .reversible import Streams, recall, reversible_step
@@ -38,6 +40,8 @@ __all__ = [
     "mixed",
     "mixed_classes",
     "output_difference",
+    "own_loss",
+    "read_own_loss",
     "read_tied_blocks",
     "recall",
     "remote_code_guard",
@@ -48,4 +52,5 @@ __all__ = [
     "tie_blocks",
     "tied_blocks",
     "transplant",
+    "watch_own_loss",
 ]

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_optim.toolkit.modules import RefusedByStock, TiedModel, read_tied_blocks, tie_blocks
+from hf_optim.toolkit.modules import (
+    RefusedByStock,
+    TiedModel,
+    read_own_loss,
+    read_tied_blocks,
+    tie_blocks,
+    watch_own_loss,
+)
 
 from ._halted_attention import NAME
 from ._halting import HaltingPassage, HaltingStep, HaltingUnit, Pondered, Rule
@@ -71,6 +78,7 @@ class HaltingModel(TiedModel):
     @property
     def pondered(self) -> Pondered | None:
         """What the last forward took: ``steps`` and ``remainder`` of each token, and the ``cost``."""
+        read_own_loss(self)
         return passage_of(self).pondered
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +88,8 @@ class HaltingModel(TiedModel):
         passage.check(kwargs)
         outputs = super().__call__(*args, **kwargs)
         cost = passage.rule.ponder_cost
+        if cost:
+            watch_own_loss(self, kwargs, "the cost of pondering", f"{cost} * model.pondered.cost")
         loss = _loss_of(outputs, kwargs)
         if not (self.training and cost and loss is not None and passage.pondered is not None):  # type: ignore[attr-defined]
             return outputs

@@ -45,6 +45,7 @@ from hf_optim.toolkit.modules import (
     eval_mode,
     main_output,
     mixed_classes,
+    own_loss,
     remote_code_guard,
     rounding_tolerance,
     tied_blocks,
@@ -88,7 +89,14 @@ class ACT(Technique):
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="act",
         source=joined(
-            remote_code_guard, mixed_classes, tied_blocks, _chosen_tokens, _halted_attention, _halting, _act_model
+            remote_code_guard,
+            mixed_classes,
+            own_loss,
+            tied_blocks,
+            _chosen_tokens,
+            _halted_attention,
+            _halting,
+            _act_model,
         ),
         config_base=_act_model.HaltingConfig.__name__,
         field=_act_model.ACT,

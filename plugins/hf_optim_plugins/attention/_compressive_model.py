@@ -30,6 +30,7 @@ from hf_optim.toolkit.attention import (
     take_tokens,
     whole,
 )
+from hf_optim.toolkit.modules import read_own_loss, watch_own_loss
 
 from ._compression import FUNCTIONS, LOSSES, Compression, WindowConv1d, WindowDecoder, reconstruction
 from ._compressive_cache import CompressiveLayer, Windows, layer_among, picked
@@ -282,6 +283,9 @@ class CompressiveTransformerModel(PatternModel):
         settings = getattr(self.config, FIELD, None)  # type: ignore[attr-defined]
         if settings is not None and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
             _require_losses(self, settings)
+        if settings is not None and settings["function"] == "conv" and settings["loss"] != "task":
+            read = f"{settings['loss_weight']} * model.compression_loss()"
+            watch_own_loss(self, kwargs, "the loss of the compression", read)
         if settings is not None and settings["table"]:
             named = {**kwargs, "input_ids": args[0]} if args else kwargs
             require_positions(named, settings["table"])
@@ -313,6 +317,7 @@ class CompressiveTransformerModel(PatternModel):
 
     def compression_loss(self) -> Tensor | None:
         """Return the mean over layers of the losses of the last forward in training, each of them once."""
+        read_own_loss(self)
         found = [m.compression for m in self.modules() if hasattr(m, "compression")]  # type: ignore[attr-defined]
         losses = [each.loss for each in found if each.loss is not None]
         for each in found:

@@ -24,6 +24,7 @@ from hf_optim.toolkit.attention import (
     chosen,
     whole,
 )
+from hf_optim.toolkit.modules import read_own_loss, watch_own_loss
 
 from ._centroids import Centroids, directions
 from ._routed_attention import kept_of_clusters, last_of_clusters, near_tokens, one_step, top_of_clusters
@@ -289,31 +290,47 @@ class RoutedModel(LearnedModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)
+        found = self._routings()
+        factor = found[0].routing.commitment if found else 0
+        if factor:
+            watch_own_loss(self, kwargs, "the commitment loss", f"{factor} * model.commitment_loss()")
         as_tuple = isinstance(out, tuple)
         loss = getattr(out, "loss", None)
         if as_tuple and kwargs.get("labels") is not None:
             loss = out[0]
         if not self.training or loss is None:  # type: ignore[attr-defined]
             return out
-        parts = [getattr(module, PART, None) for module in attentions(self)]  # type: ignore[arg-type]
-        found: list[Any] = [part for part in parts if getattr(part, "centroids", None) is not None]
-        terms = [part.centroids.commitment for part in found if part.centroids.commitment is not None]
-        if not terms:
-            if found and found[0].routing.commitment and loss.requires_grad:
+        term = self.commitment_loss()
+        if term is None:
+            if factor and loss.requires_grad:
                 raise ValueError(
                     "the commitment loss has no gradient under reentrant gradient checkpointing: set "
                     'gradient_checkpointing_kwargs={"use_reentrant": False}, or commitment to 0'
                 )
             return out
-        term = found[0].routing.commitment * torch.stack([each.to(loss.device) for each in terms]).mean()
+        term = factor * term.to(loss.device)
         items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if items is not None and isinstance(labels, Tensor):
             # The loss is then a sum over this part of a batch, divided by the tokens of the whole.
             term = term * (labels != -100).sum() / items
-        for part in found:
-            part.centroids.commitment = None
         whole_loss = loss + term.to(loss)
         if as_tuple:
             return (whole_loss, *out[1:])
         out["loss"] = whole_loss
         return out
+
+    def commitment_loss(self) -> Tensor | None:
+        """Return the mean over layers of the commitment of the last forward in training, without its factor.
+
+        Each forward has it once: a second call returns None.
+        """
+        read_own_loss(self)
+        found = self._routings()
+        terms = [part.centroids.commitment for part in found if part.centroids.commitment is not None]
+        for part in found:
+            part.centroids.commitment = None
+        return torch.stack([each.to(terms[0].device) for each in terms]).mean() if terms else None
+
+    def _routings(self) -> list[Any]:
+        parts = [getattr(module, PART, None) for module in attentions(self)]  # type: ignore[arg-type]
+        return [part for part in parts if getattr(part, "centroids", None) is not None]

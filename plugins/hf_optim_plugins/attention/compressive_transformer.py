@@ -55,7 +55,7 @@ from hf_optim import (
 )
 from hf_optim.checkpoints.remote_code import RemoteCode, convert, joined, require_own_code
 from hf_optim.toolkit.attention import FIELD, STORED
-from hf_optim.toolkit.modules import rounding_tolerance
+from hf_optim.toolkit.modules import own_loss, rounding_tolerance
 from hf_optim.toolkit.topology import dummy_inputs
 
 from . import _compression, _compressive_cache, _compressive_model, _position_bound, _segment_walk
@@ -102,7 +102,9 @@ class CompressiveTransformer(Technique):
 
     remote_code: ClassVar[RemoteCode] = RemoteCode(
         name="compressive_transformer",
-        source=joined(*STORED, _position_bound, _segment_walk, _compression, _compressive_cache, _compressive_model),
+        source=joined(
+            *STORED, own_loss, _position_bound, _segment_walk, _compression, _compressive_cache, _compressive_model
+        ),
         config_base=_compressive_model.CompressiveTransformerBase.__name__,
         field=FIELD,
         model_base=_compressive_model.CompressiveTransformerModel.__name__,

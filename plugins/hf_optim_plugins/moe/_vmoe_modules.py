@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from hf_optim.toolkit.experts import capacity, slot_positions
-from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits
+from hf_optim.toolkit.modules import CodedExperts, ReplacedModules, grouped_where_it_fits, read_own_loss, watch_own_loss
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -213,6 +213,12 @@ class MixtureModel(CodedExperts, ReplacedModules):
         if requested is not None:
             self.set_experts_implementation(requested)  # type: ignore[attr-defined]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        field = getattr(self.config, self.replaced_field, None) or {}  # type: ignore[attr-defined]
+        if field.get("importance_loss") or field.get("load_loss"):
+            watch_own_loss(self, kwargs, "the losses of the routers", "model.router_loss()")
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def replacement(self, module: nn.Module, entry: Any, field: dict[str, Any]) -> nn.Module:
         settings = {key: value for key, value in field.items() if key != "modules"}
         return Mixture(self.config, settings, entry["hidden"], entry["inner"])  # type: ignore[attr-defined]
@@ -238,6 +244,7 @@ class MixtureModel(CodedExperts, ReplacedModules):
 
         Each forward has its losses once: a second call returns None.
         """
+        read_own_loss(self)
         mixtures = [module for module in self.modules() if isinstance(module, Mixture)]  # type: ignore[attr-defined]
         losses = [mixture.loss for mixture in mixtures if mixture.loss is not None]
         for mixture in mixtures:
