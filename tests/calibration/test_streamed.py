@@ -27,11 +27,13 @@ GPTQ = ({"technique": "gptq", "bits": 4, "group_size": 16},)
 STATIC = ({"technique": "rtn", "bits": 8, "activations": "int8", "dynamic": False},)
 SMOOTH = ({"technique": "smoothquant"}, {"technique": "rtn", "bits": 8, "activations": "int8"})
 PRUNED = ({"technique": "nm", "score": "activation"}, *GPTQ)
+SIGNROUND = ({"technique": "signround", "bits": 3, "group_size": 16, "steps": 8},)
 HEAD = ({"technique": "gptq", "bits": 8, "targets": ["Linear", "lm_head"]},)
 
 CASES = {
     "llama, rtn": ("llama", RTN),
     "llama, gptq": ("llama", GPTQ),
+    "llama, signround": ("llama", SIGNROUND),
     "llama, smoothquant + rtn": ("llama", SMOOTH),
     "llama, nm + gptq": ("llama", PRUNED),
     "llama, the head too": ("llama", HEAD),

@@ -35,6 +35,11 @@ CASES = {
         {"losses": {"model.layers.0": [0.5, 0.125]}},
         "Each of 1 quantized blocks was trained for 7 steps",
     ),
+    "signround": (
+        {"steps": 7, "inputs": "dense"},
+        {"losses": {"model.layers.0": [0.5, 0.125]}},
+        "1 block was learned in 7 steps",
+    ),
     "qat": (
         {"bits": 4},
         {"layers": 5, "layers_by_bits": {"2": 1, "6": 4}},
@@ -61,6 +66,7 @@ CASES = {
 }  # fmt: skip
 ROWS = {
     "lkd": [["`model.layers.0`", "5.000e-01", "1.250e-01"]],
+    "signround": [["`model.layers.0`", "5.000e-01", "1.250e-01"]],
     "structured": [
         ["parameters", "2,000", "1,500"],
         ["neurons in a layer", "16", "14"],

@@ -34,7 +34,7 @@ REFUSES = dict.fromkeys(
 REFUSES |= dict.fromkeys(["big_bird", "linformer", "set_transformer"], "is causal")
 """Techniques that do not take a model with experts, or none of this kind, and why."""
 
-NAMED = ["gptq", "lkd", "llm_int8", "mixed_precision", "obq", "qat", "rtn", "zeroquant", "gobo"]
+NAMED = ["gptq", "lkd", "llm_int8", "mixed_precision", "obq", "qat", "rtn", "signround", "zeroquant", "gobo"]
 NAMED += ["gmp", "iterative", "l0", "lottery_ticket", "magnitude", "nm", "sr_ste", "top_kast", "variational_dropout"]
 
 

@@ -6,10 +6,12 @@ from .grids import Grid, GridSpec, fit_group_size, make_grid, qparams_from_range
 from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .hessian import inverse_cholesky
 from .key_values import KeyValueScheme, scheme_of, set_scheme
+from .learned_rounding import LearnedRounding
 from .least_squares import output_error, reconstruct_weights
 from .obq_recursion import quantize_greedily
 from .ranges import ASYMMETRIC_INT8, ChannelMinMax, even_groups, group_qparams, optimal_groups, quantize_dequantize
 from .scales import storable_scale
+from .signed_descent import SignedDescent
 
 __all__ = [
     "ASYMMETRIC_INT8",
@@ -19,6 +21,8 @@ __all__ = [
     "Grid",
     "GridSpec",
     "KeyValueScheme",
+    "LearnedRounding",
+    "SignedDescent",
     "activation_rounding",
     "adjusted_groups",
     "adjusted_message",

@@ -6,7 +6,7 @@ The rest of the model does not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ class BlockExamples:
             if not bool(torch.isfinite(output).all()):
                 raise NumericalError(f"{label} gave NaN or infinite outputs on calibration batch {number}")
 
-    def loss(self, block: nn.Module, number: int) -> Tensor:
+    def loss(self, block: Callable[..., Any], number: int) -> Tensor:
         """Return the mean squared error of the block's output on one example, float32.
 
         With padding it is the mean over sequences of the mean over the rows of a sequence that count, so that it does
@@ -73,7 +73,7 @@ class BlockExamples:
         return _masked_mse(output.float(), target.float(), example.rows.to(self.device))
 
     @torch.no_grad()
-    def mean_loss(self, block: nn.Module) -> float:
+    def mean_loss(self, block: Callable[..., Any]) -> float:
         """Return the mean loss over all sequences of all examples."""
         sums = [float(self.loss(block, n)) * self.num_sequences(n) for n in range(len(self))]
         return math.fsum(sums) / max(self.total_sequences, 1)
@@ -128,7 +128,7 @@ def _is_quantization_parameter(name: str) -> bool:
 
 
 def reconstruct_block(
-    block: nn.Module,
+    block: Callable[..., Any],
     parameters: Sequence[Tensor],
     examples: BlockExamples,
     *,
@@ -138,11 +138,12 @@ def reconstruct_block(
     seed: int,
     masks: Mapping[int, Tensor],
     label: str,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
 ) -> tuple[float, float]:
-    """Train ``parameters`` with Adam until ``block`` reproduces the outputs of ``examples``; keep the best state seen.
+    """Train ``parameters`` until ``block`` reproduces the outputs of ``examples``; keep the best state seen.
 
     Args:
-        block: the block, in the training or evaluation mode that the caller chose.
+        block: the block, in the training or evaluation mode that the caller chose, or a function that computes it.
         parameters: the tensors to train, leaves that require gradients; written in place.
         examples: inputs and reference outputs.
         learning_rate: of the first step; it decays linearly to 0. 0 trains nothing.
@@ -151,6 +152,7 @@ def reconstruct_block(
         seed: seed of the order of the examples.
         masks: ``id`` of one of ``parameters`` -> bool mask of its shape; values where it is False do not change.
         label: start of the message of the ``NumericalError`` that is raised if the loss is not finite.
+        optimizer: makes the optimizer of the tensors that it is given; None for Adam. The rates of its groups decay.
 
     Returns:
         The mean loss over all examples before and after; the second is not larger.
@@ -159,14 +161,15 @@ def reconstruct_block(
     if not learning_rate or not steps:
         return before, before
     masters = [_master(tensor) for tensor in parameters]
-    optimizer = torch.optim.Adam(masters, lr=learning_rate)
+    descent = torch.optim.Adam(masters, lr=learning_rate) if optimizer is None else optimizer(masters)
+    rates = [group["lr"] for group in descent.param_groups]
     kept = [tensor.detach().clone() for tensor in parameters]
     every = max(math.ceil(steps / MAX_EVALUATIONS), math.ceil(examples.total_sequences / batch_size))
     for step, numbers in zip(range(steps), examples.batches(batch_size, seed), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / steps)
+        for group, rate in zip(descent.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / steps)
         _checked(_set_gradients(block, parameters, masters, examples, numbers, masks), label)
-        optimizer.step()
+        descent.step()
         _copy(masters, parameters)
         if (step + 1) % every == 0 or step + 1 == steps:
             loss = _checked(examples.mean_loss(block), label)
@@ -184,7 +187,7 @@ def _master(tensor: Tensor) -> Tensor:
 
 
 def _set_gradients(
-    block: nn.Module,
+    block: Callable[..., Any],
     parameters: Sequence[Tensor],
     masters: Sequence[Tensor],
     examples: BlockExamples,

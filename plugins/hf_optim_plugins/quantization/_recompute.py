@@ -104,6 +104,39 @@ def block_losses(case: Any, model: nn.Module) -> dict[str, float]:
     return losses
 
 
+def sequential_losses(case: Any, model: nn.Module) -> dict[str, float]:
+    """Return the mean squared error of every block of ``model`` on the inputs that the changed blocks before it give.
+
+    The outputs to match are those of the original block in the original model.
+    """
+    expected: dict[str, list[Any]] = {}
+    with ExitStack() as stack:
+        for block in topology.blocks(case.before):
+            calls = expected.setdefault(block.name, [])
+            stack.callback(
+                block.module.register_forward_hook(lambda module, args, out, calls=calls: calls.append(out)).remove
+            )
+        case.outputs(case.before)
+    losses = {}
+    for block, mixed in case.sequential():
+        seen: list[Any] = []
+        handle = mixed.get_submodule(block.name).register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append((args, kwargs)), with_kwargs=True
+        )
+        with ExitStack() as stack:
+            stack.callback(handle.remove)
+            case.outputs(mixed)
+        errors = []
+        for (args, kwargs), out in zip(seen, expected[block.name], strict=True):
+            given = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            with torch.no_grad():
+                made = model.get_submodule(block.name)(*args, **given)
+            first, second = (value[0] if isinstance(value, tuple) else value for value in (made, out))
+            errors.append(float((first.double() - second.double()).square().mean()))
+        losses[block.name] = sum(errors) / len(errors)
+    return losses
+
+
 def rounded(case: Any, bits: int, group_size: int | None) -> nn.Module:
     """Return the original model with the weights in ``case.names`` rounded to symmetric groups of inputs."""
     model = copy.deepcopy(case.before)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_optim import Contract, Scope, compressed, traits
+from hf_optim.toolkit import topology
 from hf_optim.toolkit.pruning import require_finite
 from hf_optim.toolkit.quantization import GridSpec, fit_group_size
 
@@ -37,6 +38,14 @@ def select_layers(step: Any, run: Run, scope: Scope, **options: Any) -> tuple[di
     layers, skipped = compressed.storable(scope, step.targets, step.skip, label=run.label(step), **options)
     require_finite({f"{name}.weight": layer.weight for name, layer in layers.items()}, run.label(step))
     return layers, skipped
+
+
+def cover_outside_blocks(step: Any, run: Run) -> None:
+    """Record that the selected layers that lie in no block are left as they are."""
+    blocks = topology.blocks(run.model)
+    selected = run.select(step.targets, step.skip)
+    outside = sorted(name for name in selected if not any(block.holds(name) for block in blocks))
+    run.cover(step, [], {"it lies outside the blocks": outside} if outside else {})
 
 
 def require_storable(step: Any, model: Any, label: str, integer: bool = True) -> None:

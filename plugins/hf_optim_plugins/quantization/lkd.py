@@ -42,7 +42,6 @@ from hf_optim import (
     technique,
     traits,
 )
-from hf_optim.toolkit import topology
 from hf_optim.toolkit.quantization import (
     Grid,
     GridSpec,
@@ -52,7 +51,7 @@ from hf_optim.toolkit.quantization import (
 )
 
 from . import _recompute
-from ._weights import require_storable, select_layers, weight_spec
+from ._weights import cover_outside_blocks, require_storable, select_layers, weight_spec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
@@ -161,7 +160,7 @@ class LKD(Technique):
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         label = run.label(self)
         if scope.index == 0:
-            self._cover_outside(run)
+            cover_outside_blocks(self, run)
         quantized = self._follows_quantizer(run)
         students, skipped = self._from_codes(scope) if quantized else self._from_floats(run, scope)
         run.cover(self, students, skipped)
@@ -170,13 +169,6 @@ class LKD(Technique):
             examples.require_finite(f"{label}: {scope.name}")
             self._learn(run, scope, students, examples)
         yield from ()  # no pass of the data: the teacher's examples hold the inputs
-
-    def _cover_outside(self, run: Run) -> None:
-        """Record the selected layers that lie in no block."""
-        blocks = topology.blocks(run.model)
-        selected = run.select(self.targets, self.skip)
-        outside = sorted(name for name in selected if not any(block.holds(name) for block in blocks))
-        run.cover(self, [], {"it lies outside the blocks": outside} if outside else {})
 
     def _follows_quantizer(self, run: Run) -> bool:
         """Return True if an earlier step of the recipe quantizes."""

@@ -1,0 +1,208 @@
+r"""SignRound (AutoRound): offsets of the rounding and ranges of the scales, learned block by block by signed gradients.
+
+Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", arXiv 2309.05516.
+For each weight an offset ``V`` in [-0.5, 0.5], for each group of weights the shares ``a`` and ``b`` of its range
+(equations 3 to 5, in ``hf_optim.toolkit.quantization.LearnedRounding``), and for each block (equation 6)::
+
+    s = (b high - a low) / (2^bits - 1),    q = clamp(round(w / s + z + V)),    w^ = (q - z) s
+    min over V, a, b   MSE(block(x; w), block(x'; w^(V, a, b)))
+
+by ``V <- V - rate sign(dL/dV)``, where ``x`` are the inputs of the block in the original model and ``x'`` those that
+the quantized blocks before it produce. With a rate of ``1 / steps`` that falls linearly to 0 an offset moves by at most
+0.5: a weight is rounded up or down, and no further. The best state is kept, and the one before training counts, so that
+the loss of no block rises; the authors keep that of the best batch, here the loss is that over all data.
+
+Ours: ``observer: mse`` starts from the range with the least squared error, and ``inputs: dense`` has ``x`` in place of
+``x'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from hf_optim import Paper, Reload, Technique, compressed, hookimpl, option, technique
+from hf_optim.toolkit.quantization import LearnedRounding, SignedDescent, block_reconstruction
+
+from . import _recompute
+from ._block_inputs import BlockInputs
+from ._rounded_block import RoundedBlock, rounded_inputs
+from ._weights import QUANTIZES, cover_outside_blocks, keep_bits, report_bits, select_layers, weight_spec
+
+if TYPE_CHECKING:
+    from hf_optim import Card, Run, Scope
+
+
+@technique(
+    "signround",
+    family="quantization",
+    paper=Paper(
+        "2309.05516", "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", 2024
+    ),
+    contract=QUANTIZES,
+    reload=Reload.STOCK_FORMAT,
+)
+class SignRound(Technique):
+    """Learn the rounding of each block's weights, so that the quantized block reproduces the original one.
+
+    Works on the blocks of the model; layers outside of them (an output head) are left unquantized. The matrices of
+    experts are trained with their block.
+
+    Attributes:
+        targets: linear layers to quantize, by class, name or pattern.
+        skip: patterns of layers to leave out.
+        bits: of a weight, 2 to 8; bits that an earlier step has assigned take precedence.
+        group_size: inputs that share a scale; the largest divisor of the layer's width up to it is used. None: one
+            scale per output channel.
+        symmetric: no zero points. Asymmetric codes are stored one to a byte (see ``hf_optim.compressed.scheme``).
+        observer: the range that is learned is a share of that of the weights (``"minmax"``, the paper), or of the range
+            with the least squared error of the weights (``"mse"``).
+        activations: quantize the inputs of the layers to ``"int8"``, each token on its own grid, in training too.
+        steps: of signed gradient descent for each block.
+        batch_size: sequences per step, in whole calibration batches.
+        learning_rate: of the offsets at the start; None for ``1 / steps``.
+        range_rate: of the shares of the ranges; None for that of the offsets, 0 keeps the ranges of the observer.
+        inputs: ``"quantized"``, what the quantized blocks before this one produce; or ``"dense"``, the inputs in the
+            original model.
+        seed: of the order of the batches.
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    skip: tuple[str, ...] = ()
+    bits: int = option(4, low=2, high=8)
+    group_size: int | None = option(128, low=1)
+    symmetric: bool = True
+    observer: Literal["minmax", "mse"] = "minmax"
+    activations: Literal["int8"] | None = None
+    steps: int = option(200, low=0)
+    batch_size: int = option(8, low=1)
+    learning_rate: float | None = option(None, low=0.0)
+    range_rate: float | None = option(None, low=0.0)
+    inputs: Literal["quantized", "dense"] = "quantized"
+    seed: int = 0
+
+    @classmethod
+    def for_testing(cls) -> Technique:
+        return cls.from_dict({"steps": 12, "group_size": 16, "bits": 3})
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the offsets."""
+        return (1.0 / self.steps if self.steps else 0.0) if self.learning_rate is None else self.learning_rate
+
+    @hookimpl
+    def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
+        label = run.label(self)
+        if scope.index == 0:
+            cover_outside_blocks(self, run)
+        layers, skipped = select_layers(self, run, scope, experts=True, symmetric=self.symmetric)
+        run.cover(self, [], skipped)
+        with BlockInputs(scope.module, scope.teacher) as seen:
+            yield
+        if not layers:
+            return
+        found = scope.teacher if self.inputs == "dense" else seen.examples(label, scope.name)
+        device = next(scope.module.parameters()).device
+        examples = block_reconstruction.BlockExamples(found, device)
+        examples.require_finite(f"{label}: {scope.name}")
+        self._learn(run, scope, layers, examples)
+
+    def _learn(
+        self, run: Run, scope: Scope, layers: Mapping[str, Any], examples: block_reconstruction.BlockExamples
+    ) -> None:
+        """Learn the rounding of the layers of one block, and store their codes."""
+        bits = {name: run.bits_of(name, self.bits) for name in layers}
+        made = {name: self._rounding(layer, bits[name]) for name, layer in layers.items()}
+        block = RoundedBlock(scope.module, scope.name, layers, made)
+        schemes = {
+            name: compressed.scheme_of(made[name].spec, self.activations if isinstance(layer, nn.Linear) else None)
+            for name, layer in layers.items()
+        }
+        rounding = next((compressed.input_quantizer(schemes[name]) for name in layers), None)
+        with rounded_inputs(layers, rounding if self.activations else None):
+            losses = block_reconstruction.reconstruct_block(
+                block,
+                [tensor for each in made.values() for tensor in each.parameters()],
+                examples,
+                learning_rate=self.rate,
+                steps=self.steps,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                masks=self._masks(run, made),
+                label=f"{run.label(self)}: {scope.name}",
+                optimizer=lambda tensors: self._descent(made),
+            )
+        for name, layer in layers.items():
+            codes, grid = made[name].quantize()
+            compressed.store(layer, schemes[name], codes, grid.scale, grid.zero_point)
+        run.report(self, losses={scope.name: [float(f"{loss:.6g}") for loss in losses]})
+        keep_bits(self, run, bits)
+        run.cover(self, layers)
+
+    def _rounding(self, layer: Any, bits: int) -> LearnedRounding:
+        spec = weight_spec(layer.weight.shape[1], bits, self.group_size, self.symmetric)
+        return LearnedRounding(layer.weight, spec, self.observer, learn_range=self.range_rate != 0)
+
+    def _descent(self, made: Mapping[str, LearnedRounding]) -> SignedDescent:
+        range_rate = self.rate if self.range_rate is None else self.range_rate
+        offsets = [each.offset for each in made.values()]
+        shares = [share for each in made.values() for share in each.shares]
+        groups = [{"params": offsets, "lr": self.rate}]
+        if shares:
+            groups.append({"params": shares, "lr": range_rate})
+
+        def project() -> None:
+            for each in made.values():
+                each.project()
+
+        return SignedDescent(groups, self.rate, project)
+
+    def _masks(self, run: Run, made: Mapping[str, LearnedRounding]) -> dict[int, torch.Tensor]:
+        """Return which offsets may move: those of pruned weights may not, so that zero stays zero."""
+        masks = {id(each.offset): run.masks.get(f"{name}.weight") for name, each in made.items()}
+        return {key: mask for key, mask in masks.items() if mask is not None}
+
+    @hookimpl
+    def finalize_model(self, run: Run) -> None:
+        compressed.attach_quantizer(run.model)
+        report_bits(self, run)
+
+    def recompute(self, case: Any) -> dict[str, Any]:
+        before = _recompute.sequential_losses(case, _recompute.rounded(case, self.bits, self.group_size))
+        after = _recompute.sequential_losses(case, case.after)
+        return {
+            "layers_by_bits": _recompute.layers_by_bits(case),
+            "losses": {name: [before[name], after[name]] for name in after},
+        }
+
+    @hookimpl
+    def export(self, run: Run, directory: Path, card: Card) -> None:
+        losses = run.reported(self).get("losses")
+        if not losses:
+            return
+        before = (
+            "that the quantized blocks before it produce" if self.inputs == "quantized" else "of the original model"
+        )
+        count = f"{len(losses)} block{'s' * (len(losses) != 1)}"
+        card.paragraph(
+            "SignRound",
+            f"The rounding of the weights of {count} was learned in {self.steps} steps of signed gradient descent a "
+            f"block, so that each block reproduces the outputs of the original one on the inputs {before}.",
+        )
+        card.table(
+            "SignRound: mean squared error of the blocks' outputs",
+            ["block", "rounded to nearest", "learned"],
+            [[f"`{name}`", f"{first:.3e}", f"{last:.3e}"] for name, (first, last) in losses.items()],
+        )
+
+
+@hookimpl
+def register_techniques(register):
+    register(SignRound)
