@@ -18,7 +18,7 @@ from hf_optim.toolkit import topology
 PERMUTES = {"channel_permutation", "peg"}
 """They reorder the channels that a router reads together with all other layers that read them."""
 
-STOCK_CLASS = {"gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
+STOCK_CLASS = {"awq", "gobo", "local", "peg", "smoothquant", "structured", "upcycle"}
 STOCK_CLASS |= {"batch_priority_routing", "capacity_routing", "dynamoe", "hierarchical_all_to_all", "tutel"}
 STOCK_CLASS |= {"moefication", "pr_moe", "task_moe", "vmoe"}
 STOCK_CLASS |= {"act", "adaptive_span", "axial", "big_bird", "blockwise", "compressed", "compressive_transformer"}

@@ -37,6 +37,14 @@ FP8_CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic":
 FP8_TOKEN = {**INT8_TOKEN, "type": "float"}
 
 COMPLETE = {
+    "awq": (
+        stage(AWQModifier={"scheme": "W4A16_ASYM", "targets": ["Linear"], "ignore": ["lm_head"], "n_grid": 20}),
+        [{"technique": "awq", "scheme": "W4A16_ASYM"}, {"technique": "rtn", "scheme": "W4A16_ASYM"}],
+    ),
+    "autoround": (
+        stage(AutoRoundModifier={"iters": 100, "lr": 0.01, "scheme": "W4A16", "ignore": ["lm_head"]}),
+        [{"technique": "signround", "scheme": "W4A16", "steps": 100, "learning_rate": 0.01}],
+    ),
     "a preset": (gptq(scheme="W4A16"), [{"technique": "gptq", "scheme": "W4A16"}]),
     "a preset for some layers": (
         gptq(scheme={"W8A16": ["re:.*mlp.*"]}),
@@ -160,20 +168,20 @@ def test_a_recipe_with_counterparts_is_translated_parses_and_composes(what, tmp_
 
 
 PARTIAL = {
-    "awq": (
-        stage(AWQModifier={"scheme": "W4A16_ASYM", "targets": ["Linear"], "ignore": ["lm_head"], "n_grid": 20}),
-        [{"technique": "rtn", "scheme": "W4A16_ASYM"}],
-        "the search of AWQ is not among hf_optim's techniques; the same format by rounding to nearest (rtn)",
-    ),
     "awq as a transform": (
         stage(AWQModifier={"duo_scaling": "both"}, QuantizationModifier={"scheme": "W4A16", "ignore": ["lm_head"]}),
         [{"technique": "rtn", "scheme": "W4A16"}],
-        "no counterpart: AWQModifier",
+        "awq searches for one: add the step by hand",
     ),
-    "autoround": (
-        stage(AutoRoundModifier={"iters": 200, "scheme": "W4A16", "ignore": ["lm_head"]}),
-        [{"technique": "rtn", "scheme": "W4A16"}],
-        "signed gradient descent (AutoRound) is not among",
+    "awq of float8": (
+        stage(AWQModifier={"scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}),
+        [{"technique": "rtn", "scheme": "FP8_DYNAMIC"}],
+        "awq cannot quantize to FP8_DYNAMIC",
+    ),
+    "autoround to float8": (
+        stage(AutoRoundModifier={"iters": 200, "scheme": "FP8_DYNAMIC", "ignore": ["lm_head"]}),
+        [{"technique": "rtn", "scheme": "FP8_DYNAMIC"}],
+        "signround cannot write this format; rounding to nearest (rtn)",
     ),
     "rotations": (
         stage(SpinQuantModifier={"rotations": ["R1"]}, QuantizationModifier={"scheme": "FP8", "ignore": ["lm_head"]}),

@@ -43,12 +43,13 @@ def _quantizers(
         layers = layers_of(modifier, group.targets, ignore)
         step: dict[str, Any] = {**counterpart(kind), **layers, **group.fields}
         reason, instead = group.refusal or _refused(step), ""
-        if reason and kind == "compensated" and group.refusal is None:
+        if reason and kind != "rounding" and group.refusal is None:
             reason = f"{step['technique']} cannot write this format"
             step = {**counterpart("rounding"), **layers, **group.fields}
             instead = "; rounding to nearest (rtn) to the same format is in its place"
-        elif kind == "compensated":
-            step |= {**(fields or {}), **_act_order(modifier, group, order)}
+        else:
+            step |= fields or {}
+            step |= _act_order(modifier, group, order) if kind == "compensated" else {}
         if not reason or instead:
             steps.append(step)
         if reason:
@@ -83,22 +84,27 @@ def _act_order(modifier: Fields, group: Group, order: Any) -> dict[str, Any]:
 
 
 def awq(modifier: Fields, notes: Notes, before: Steps) -> Steps:
-    return _without_search("scaling channels by the search of AWQ", modifier, notes)
+    modifier.drop("it belongs to the search", "mappings", "duo_scaling", "n_grid", "num_calibration_steps")
+    if "scheme" not in modifier and "config_groups" not in modifier:
+        notes.missing.append(
+            f"{modifier.label}: it names no format (scheme or config_groups), and {counterpart('scaled')['technique']} "
+            "searches for one: add the step by hand, with the bits and groups of the step that quantizes"
+        )
+        return []
+    rounding = _quantizers("rounding", modifier, notes)
+    scaling = [{**step, **counterpart("scaled")} for step in rounding]
+    notes.missing += [f"{modifier.label}: {reason}" for reason in map(_refused, scaling) if reason]
+    return [*(step for step in scaling if not _refused(step)), *rounding]
 
 
 def auto_round(modifier: Fields, notes: Notes, before: Steps) -> Steps:
-    modifier.drop("it belongs to the search", "iters", "lr", "batch_size", "enable_torch_compile", "device_ids",
-                  "disable_opt_rtn")  # fmt: skip
-    return _without_search("learning to round by signed gradient descent (AutoRound)", modifier, notes)
-
-
-def _without_search(what: str, modifier: Fields, notes: Notes) -> Steps:
-    """Return the rounding alone (rtn), if the modifier quantizes, and report that what precedes it is missing."""
-    modifier.drop("it belongs to the search", "mappings", "duo_scaling", "n_grid", "num_calibration_steps")
-    quantizes = "scheme" in modifier or "config_groups" in modifier
-    instead = "; the same format by rounding to nearest (rtn) is in its place" if quantizes else ""
-    notes.missing.append(f"{modifier.label}: {what} is not among hf_optim's techniques{instead}")
-    return _quantizers("rounding", modifier, notes) if quantizes else []
+    modifier.drop("it says how the search runs", "enable_torch_compile", "device_ids", "disable_opt_rtn")
+    fields: dict[str, Any] = {}
+    steps, size, rate = modifier.number("iters", 200), modifier.number("batch_size", 8), modifier.take("lr")
+    fields |= {"steps": steps} if steps != 200 else {}
+    fields |= {"batch_size": size} if size != 8 else {}
+    fields |= {"learning_rate": rate} if rate is not None else {}
+    return _quantizers("learned", modifier, notes, fields)
 
 
 def smoothquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
@@ -108,6 +114,8 @@ def smoothquant(modifier: Fields, notes: Notes, before: Steps) -> Steps:
         modifier.drop("it belongs to the modifier", "mappings", "ignore", "num_calibration_steps")
         return []
     mappings = modifier.take("mappings")
+    if mappings is not None and not isinstance(mappings, list):
+        raise RecipeError(f"{modifier.label}: mappings must be a list, not {shown(mappings)}")
     if mappings and all(_smooths_a_norm(mapping) for mapping in mappings):
         notes.harmless.append(
             f"{modifier.label}: mappings (the norms and the layers that read them are found by tracing)"

@@ -2,7 +2,7 @@
 
 from . import activation_rounding, bit_budget, block_reconstruction, codebooks, fake_quant
 from .cache_size import CacheLayer, CacheSize, cache_layers, cache_size, layer_patterns
-from .grids import Grid, GridSpec, fit_group_size, make_grid, qparams_from_range, round_codes
+from .grids import Grid, GridSpec, fit_group_size, group_by_scale, make_grid, qparams_from_range, round_codes
 from .group_fit import adjusted_groups, adjusted_message, stored_bits
 from .hessian import inverse_cholesky
 from .key_values import KeyValueScheme, scheme_of, set_scheme
@@ -34,6 +34,7 @@ __all__ = [
     "even_groups",
     "fake_quant",
     "fit_group_size",
+    "group_by_scale",
     "group_qparams",
     "inverse_cholesky",
     "layer_patterns",

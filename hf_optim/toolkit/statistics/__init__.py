@@ -12,7 +12,7 @@ from .expert_tokens import (
     few_tokens_paragraph,
 )
 from .input_masks import real_tokens
-from .observers import ChannelAbsMax, HessianDiagonal, TensorMinMax
+from .observers import ChannelAbsMax, ChannelAbsMean, HessianDiagonal, TensorMinMax
 from .recorded_batches import RecordedBatches, batch_size, can_split, sample_microbatches, take_rows
 from .row_sample import RowSample
 from .row_tracking import BatchRows
@@ -22,6 +22,7 @@ from .sensitivity import OutputShift, select_within_budget
 __all__ = [
     "BatchRows",
     "ChannelAbsMax",
+    "ChannelAbsMean",
     "GramMatrix",
     "HessianDiagonal",
     "InputSquares",

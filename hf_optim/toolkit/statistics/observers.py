@@ -136,6 +136,31 @@ class ChannelAbsMax(InputObserver[torch.Tensor]):
         collectives.all_reduce_dict_(self.found, self.modules, "max", self.device)
 
 
+class ChannelAbsMean(InputObserver[torch.Tensor]):
+    """Mean absolute input per channel, over tokens: name -> float64 ``[in_features]``."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], label: str = "") -> None:
+        super().__init__(modules, label)
+        self._counts: dict[str, torch.Tensor] = {}
+
+    def update(self, name: str, inputs: torch.Tensor) -> None:
+        rows = inputs.abs().reshape(-1, inputs.shape[-1])
+        total = rows.sum(0, dtype=torch.float64)
+        self.check_finite(name, total)
+        count = torch.tensor(float(len(rows)), dtype=torch.float64, device=total.device)
+        known = self.found.get(name)
+        self.found[name] = total if known is None else known + total
+        self._counts[name] = count if known is None else self._counts[name] + count
+
+    def reduce(self) -> None:
+        collectives.all_reduce_dict_(self.found, self.modules, "sum", self.device)
+        collectives.all_reduce_dict_(self._counts, self.modules, "sum", self.device)
+
+    def complete(self) -> None:
+        for name, total in self.found.items():
+            self.found[name] = total / self._counts[name]
+
+
 class TensorMinMax(InputObserver[tuple[torch.Tensor, torch.Tensor]]):
     """Smallest and largest input value: name -> (minimum, maximum), float32 ``[1]`` each."""
 

@@ -334,6 +334,21 @@ def smoothquant(case: Any, step: Any) -> dict[str, Any]:
     }
 
 
+def awq(case: Any, step: Any) -> dict[str, Any]:
+    """Return the counts of ``awq``, and the largest ratio of two scales of a norm, from the gains before and after."""
+    trace = topology.trace(case.before)
+    blocks = topology.blocks(case.before)
+    inside = [name for name in topology.linears(case.before) if any(block.holds(name) for block in blocks)]
+    groups = [g for g in topology.find_norm_groups(trace) if g.exclusive and set(g.linears) <= set(inside)]
+    pairs = [pair for pair in topology.find_linear_pairs(trace) if pair.scalable] if step.pairs else []
+    ratios = [1.0]
+    for group in groups:
+        old, new = (model.get_parameter(f"{group.name}.weight").double() for model in (case.before, case.after))
+        scale = (old / new).detach()
+        ratios.append(float(scale.max() / scale.min()))
+    return {"norms": len(groups), "pairs": len(pairs), "largest_ratio": max(ratios)}
+
+
 def _per_channel(pair: Any, values: Tensor) -> Tensor:
     return torch.stack([values[members].max() for members in pair.columns])
 

@@ -29,13 +29,10 @@ from hf_optim import Contract, Paper, Reload, Run, Scope, Technique, hookimpl, o
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.permutation import folding, scale_bounds
 from hf_optim.toolkit.statistics import ChannelAbsMax
-from hf_optim.toolkit.topology import LinearPair, NormGroup, weight_out_in
+from hf_optim.toolkit.topology import weight_out_in
 
 from . import _recompute
-
-SHARED = "the norm that feeds it also feeds something that is not a linear layer (a residual sum, a router, experts)"
-APART = "it shares its norm with layers that are not selected or lie in another block"
-UNFED = "neither a norm nor a scalable layer feeds it alone"
+from ._scale_plan import Plan, make_plan, wiring
 
 
 @technique(
@@ -66,25 +63,14 @@ class SmoothQuant(Technique):
     @hookimpl
     def calibrate(self, run: Run, scope: Scope) -> Iterator[None]:
         selected = scope.select(self.targets, self.skip)
-        groups, pairs = self._wiring(run, scope)
+        groups, pairs = wiring(self, run, scope)
         plan = make_plan(selected, groups, pairs if self.pairs else ())
         with ChannelAbsMax(plan.observed, run.label(self)) as peaks:
             if plan.observed:
                 yield
-        smoothed = plan.apply(peaks, self.alpha)
+        smoothed = apply(plan, peaks, self.alpha)
         run.cover(self, smoothed.covered, smoothed.skipped)
         self._report(run, smoothed)
-
-    def _wiring(self, run: Run, scope: Scope) -> tuple[list[NormGroup], list[LinearPair]]:
-        """Return the norm groups and scalable pairs of the scope. The model is traced once, at the first scope."""
-        state = run.state(self)
-        if getattr(state, "model", None) is not scope.model:
-            trace = topology.trace(scope.model)
-            state.model = scope.model
-            state.groups = topology.find_norm_groups(trace)
-            state.pairs = [pair for pair in topology.find_linear_pairs(trace) if pair.scalable]
-        groups = [group for group in state.groups if any(scope.holds(name) for name in group.linears)]
-        return groups, [pair for pair in state.pairs if scope.holds(pair.producer) and scope.holds(pair.consumer)]
 
     def _report(self, run: Run, smoothed: Smoothed) -> None:
         """Add the counts of a scope to the record, and the largest ratios of absmax to median so far."""
@@ -123,71 +109,33 @@ class Smoothed:
     ratios: list[tuple[float, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The norm groups and pairs of a scope that take a scale. One linear of a group is observed: all read one input."""
-
-    groups: tuple[NormGroup, ...]
-    pairs: tuple[LinearPair, ...]
-    skipped: dict[str, set[str]]
-
-    @property
-    def observed(self) -> dict[str, nn.Module]:
-        """The linears whose inputs are observed, by name."""
-        readers = {name: module for group in self.groups for name, module in [next(iter(group.linears.items()))]}
-        return readers | {pair.consumer: pair.consumer_module for pair in self.pairs}
-
-    def apply(self, peaks: dict[str, Tensor], alpha: float) -> Smoothed:
-        """Move the scales. Pairs first, since they change rows of layers whose columns determine a norm's scale."""
-        smoothed = Smoothed(skipped={reason: set(names) for reason, names in self.skipped.items()})
-        for pair in self.pairs:
-            peak = peaks.get(pair.consumer)
-            if peak is None:
-                smoothed.skipped.setdefault(topology.NOT_REACHED, set()).add(pair.consumer)
-                continue
-            own = folding.max_over_columns(pair, peak)
-            columns = folding.max_over_columns(pair, column_peak([pair.consumer_module]).to(peak))
-            rows = scale_bounds.bound_pair_scale(pair, smoothing_scale(own, columns, alpha), own)
-            folding.move_pair_scale_(pair, rows)
-            smoothed.pairs += 1
-            smoothed.covered |= {pair.producer, pair.consumer}
-            smoothed.ratios.append(
-                (max_over_median(peak), max_over_median(peak / folding.expand_to_columns(pair, rows)))
-            )
-        for group in self.groups:
-            peak = peaks.get(next(iter(group.linears)))
-            if peak is None:
-                smoothed.skipped.setdefault(topology.NOT_REACHED, set()).update(group.linears)
-                continue
-            scale = smoothing_scale(peak, column_peak(group.linears.values()).to(peak), alpha)
-            scale = scale_bounds.bound_norm_scale(group, scale, peak)
-            folding.move_norm_scale_(group, scale)
-            smoothed.norms += 1
-            smoothed.covered |= set(group.linears)
-            smoothed.ratios.append((max_over_median(peak), max_over_median(peak / scale)))
-        return smoothed
-
-
-def make_plan(selected: dict[str, nn.Module], groups: Iterable[NormGroup], pairs: Iterable[LinearPair]) -> Plan:
-    """Select the norm groups and pairs that take a scale, and give the reasons why other selected linears do not."""
-    taken = tuple(pair for pair in pairs if pair.consumer in selected and pair.producer in selected)
-    usable: list[NormGroup] = []
-    skipped: dict[str, set[str]] = {}
-    for group in groups:
-        inside = set(group.linears) & set(selected)
-        if not inside:
+def apply(plan: Plan, peaks: dict[str, Tensor], alpha: float) -> Smoothed:
+    """Move the scales. Pairs first, since they change rows of layers whose columns determine a norm's scale."""
+    smoothed = Smoothed(skipped={reason: set(names) for reason, names in plan.skipped.items()})
+    for pair in plan.pairs:
+        peak = peaks.get(pair.consumer)
+        if peak is None:
+            smoothed.skipped.setdefault(topology.NOT_REACHED, set()).add(pair.consumer)
             continue
-        if not group.exclusive:
-            skipped.setdefault(SHARED, set()).update(inside)
-        elif inside != set(group.linears):
-            skipped.setdefault(APART, set()).update(inside)
-        else:
-            usable.append(group)
-    done = {name for group in usable for name in group.linears} | {pair.consumer for pair in taken}
-    explained = done.union(*skipped.values())
-    if rest := set(selected) - explained:
-        skipped[UNFED] = rest
-    return Plan(tuple(usable), taken, {reason: names - done for reason, names in skipped.items() if names - done})
+        own = folding.max_over_columns(pair, peak)
+        columns = folding.max_over_columns(pair, column_peak([pair.consumer_module]).to(peak))
+        rows = scale_bounds.bound_pair_scale(pair, smoothing_scale(own, columns, alpha), own)
+        folding.move_pair_scale_(pair, rows)
+        smoothed.pairs += 1
+        smoothed.covered |= {pair.producer, pair.consumer}
+        smoothed.ratios.append((max_over_median(peak), max_over_median(peak / folding.expand_to_columns(pair, rows))))
+    for group in plan.groups:
+        peak = peaks.get(next(iter(group.linears)))
+        if peak is None:
+            smoothed.skipped.setdefault(topology.NOT_REACHED, set()).update(group.linears)
+            continue
+        scale = smoothing_scale(peak, column_peak(group.linears.values()).to(peak), alpha)
+        scale = scale_bounds.bound_norm_scale(group, scale, peak)
+        folding.move_norm_scale_(group, scale)
+        smoothed.norms += 1
+        smoothed.covered |= set(group.linears)
+        smoothed.ratios.append((max_over_median(peak), max_over_median(peak / scale)))
+    return smoothed
 
 
 def smoothing_scale(input_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:

@@ -16,7 +16,8 @@ from hf_optim.lifecycle.stages import start_run
 from hf_optim.toolkit import topology
 from hf_optim.toolkit.permutation import folding
 from hf_optim.toolkit.topology.linear_layers import weight_out_in
-from hf_optim_plugins.quantization.smoothquant import SHARED, SmoothQuant, smoothing_scale
+from hf_optim_plugins.quantization._scale_plan import SHARED
+from hf_optim_plugins.quantization.smoothquant import SmoothQuant, smoothing_scale
 
 OUTLIERS = (3, 17, 29)
 
