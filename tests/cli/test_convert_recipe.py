@@ -15,7 +15,7 @@ quant_stage:
 PARTIAL = """
 quant_stage:
   quant_modifiers:
-    SpinQuantModifier: {scheme: W4A16, ignore: [lm_head]}
+    AWQModifier: {scheme: FP8_DYNAMIC, ignore: [lm_head]}
 """
 
 
@@ -45,12 +45,12 @@ def test_a_modifier_without_counterpart_is_an_error_unless_partial(capsys, tmp_p
     printed = capsys.readouterr()
     assert printed.out == ""
     assert not (tmp_path / "ours.yaml").exists()
-    assert "no counterpart: SpinQuantModifier" in printed.err
+    assert "no counterpart: AWQModifier" in printed.err
     assert "1 part of it has no counterpart (above); --partial prints the rest" in printed.err
     assert main(["convert-recipe", str(tmp_path / "recipe.yaml"), "--partial"]) == 0
     printed = capsys.readouterr()
-    assert yaml.safe_load(printed.out) == {"steps": [{"technique": "rtn", "scheme": "W4A16"}]}
-    assert "# no counterpart: SpinQuantModifier" in printed.out
+    assert yaml.safe_load(printed.out) == {"steps": [{"technique": "rtn", "scheme": "FP8_DYNAMIC"}]}
+    assert "# no counterpart: AWQModifier" in printed.out
 
 
 def test_a_recipe_without_any_counterpart_is_an_error(capsys, tmp_path):
